@@ -3,7 +3,7 @@
 
 """LyCORIS's LoHa and LoKr on the coefficient tensors of a KAN, beside LoTRA and full fine-tuning.
 
-    python examples/studies/beside_lycoris.py  # eight minutes of one core of a busy machine
+    python examples/studies/beside_lycoris.py  # a quarter of an hour of one core of a busy machine
     python examples/studies/beside_lycoris.py --quick  # a few seconds, for CI: says nothing
 
 `lycoris.create_lycoris` wraps linear layers, convolutions and norms, so it finds nothing in a KAN; the number of its
@@ -30,7 +30,7 @@ from lycoris import create_lycoris
 from lycoris.functional import loha, lokr
 from rich.console import Console
 from rich.table import Table
-from study_tools import files, machine
+from study_tools import files
 from study_tools.tasks import build, rotated_digits, score
 from torch import nn
 from torch.nn.utils import parametrize
@@ -89,14 +89,14 @@ def found_by_wrapper() -> dict[str, int]:
 def main() -> None:
     parser = command_line.Parser(
         __doc__,
-        takes="eight minutes of one core of a busy machine",
+        takes="a quarter of an hour of one core of a busy machine",
         writes="beside_lycoris.json, with --quick beside_lycoris_quick.json",
         folder=command_line.RESULTS,
         needs="test,peers",
         quick="one seed, five steps: to see it run",
     )
     args = parser.parse_args()
-    seeds, steps = (1, 5) if args.quick else (3, 300)
+    seeds, steps = (1, 5) if args.quick else (5, 300)
 
     rows: dict[str, dict[str, list[float]]] = {}
     parameters: dict[str, int] = {}
@@ -127,7 +127,7 @@ def main() -> None:
         seeds_shown = " ".join(f"{value:.1f}" for value in values)
         table.add_row(method, f"{parameters[method]:,}", setting, f"{np.mean(values):.1f}", seeds_shown)
     console.print(table)
-    results = {"machine": machine.describe(), "steps": steps, "modules that create_lycoris wraps": found_by_wrapper()}
+    results = {"steps": steps, "modules that create_lycoris wraps": found_by_wrapper()}
     results |= {"parameters": parameters, "results": rows}
     path = args.output / f"beside_lycoris{'_quick' if args.quick else ''}.json"
     files.write(path, results)

@@ -113,7 +113,8 @@ def main() -> None:
     seeds, share = (1, 0.1) if args.quick else (5, 1.0)
     rows = [run(seed, share) for seed in tqdm(range(seeds))]
     results = {"machine": machine.describe(), "seeds": rows}
-    files.write(args.output / "coarse_to_fine.json", results, table(results))
+    files.write(args.output / "coarse_to_fine.json", results)
+    files.write_page(args.output / "coarse_to_fine.md", table(results))
 
 
 if __name__ == "__main__":

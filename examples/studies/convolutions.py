@@ -415,7 +415,8 @@ def main(argv: list[str] | None = None) -> None:
     data = "digits" if args.data_dir is None else "MNIST, 14x14"
     setting = {"labels": LABELS, "steps": args.steps, "channels": CHANNELS, "basis": BASIS}
     results = {"data": data, "setting": setting, **results}
-    files.write(path, results, as_text(results))
+    files.write(path, results)
+    files.write_page(path, as_text(results))
     draw(results, images, path.with_suffix(".png"))
 
 

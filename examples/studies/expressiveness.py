@@ -33,7 +33,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from peft import get_peft_model
-from study_tools import files, machine, together
+from study_tools import files, together
 from study_tools.pictures import BLUE, GRAY, GREEN, ORANGE
 from study_tools.tasks import Task, build, diabetes, digits_to_mnist, function_family, rotated_digits, train
 from torch import Tensor, nn
@@ -243,11 +243,9 @@ def main() -> None:
     results, recoveries = known.get("results", {}), known.get("recovered", [])
     bar = tqdm(unit="step", ncols=100)
 
-    setting = {"seeds": seeds, "steps": steps, "machine": machine.describe(), "commit": machine.commit()}
-    setting = known["setting"] if args.redraw else setting
-
-    def save(text: str | None = None) -> None:
-        files.write(path, {"setting": setting, "results": results, "recovered": recoveries}, text)
+    def save() -> None:
+        setting = {"seeds": seeds, "steps": steps}
+        files.write(path, {"setting": setting, "results": results, "recovered": recoveries})
 
     for seed in () if args.redraw else range(seeds):
         if len(recoveries) <= seed:
@@ -264,7 +262,7 @@ def main() -> None:
                 runs[kind].append(errors(base, deltas, x))
             save()
     bar.close()
-    save(as_text(results, recoveries))
+    files.write_page(path, as_text(results, recoveries))
     draw(results, path.with_suffix(".png"))
 
 

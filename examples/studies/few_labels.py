@@ -52,7 +52,7 @@ from many_series import households
 from peft import LoraConfig, get_peft_model
 from scipy.stats import rankdata, studentized_range
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
-from study_tools import files, machine, together
+from study_tools import files, together
 from study_tools.pictures import BLUE, GRAY, RED
 from study_tools.tasks import digits_to_mnist
 from torch import Tensor, nn
@@ -545,16 +545,11 @@ def main() -> None:
     path = first.with_stem(first.stem.replace("few_labels", "rivals")) if args.rivals else first
     known = files.read(path, args.quick, args.redraw) or files.read(first, args.quick)
     found = known.get("results", {})
-    setting = {"steps": steps, "machine": machine.describe(), "commit": machine.commit()}
-    setting = known["setting"] if args.redraw else setting
-
-    def save(text: str | None = None) -> None:
-        files.write(path, {"setting": setting, "results": found}, text)
 
     if not args.redraw:
         todo = [run for part in methods for run in runs(tasks, part, seeds, most) if not is_done(found, run)]
-        run_all(todo, tasks, found, steps, save)
-    save(as_text(found))
+        run_all(todo, tasks, found, steps, lambda: files.write(path, {"steps": steps, "results": found}))
+    files.write_page(path, as_text(found))
     if args.rivals:
         draw_ranks(found, path.with_suffix(".png"))
 

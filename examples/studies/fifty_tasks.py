@@ -20,7 +20,6 @@ from study_tools import command_line  # isort: split
 
 
 import copy
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 from scipy.ndimage import rotate
 from sklearn.datasets import load_digits
-from study_tools import machine
+from study_tools import files, machine
 from study_tools.stacked import (
     Banked,
     Data,
@@ -239,16 +238,12 @@ def main() -> None:
     each, steps, seeds = (2, 4, 1) if args.quick else (10, 120, args.seeds)
 
     path: Path = args.output / f"fifty_tasks{'_quick' if args.quick else ''}.json"
-    found = json.loads(path.read_text()) if path.exists() and not args.quick else {}
-    found["setting"] = {"steps": steps, "machine": machine.describe(), "commit": machine.commit()}
-
-    def save() -> None:
-        path.write_text(json.dumps(found, indent=1) + "\n")
-        path.with_suffix(".md").write_text(as_text(found))
+    found = files.read(path, args.quick)
+    about = {"machine": machine.describe(), "steps": steps}
 
     for seed in range(seeds):
-        run(found, seed, each, steps, save)
-    print(as_text(found))
+        run(found, seed, each, steps, lambda: files.write(path, found | about))
+    files.write_page(path, as_text(found))
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def main() -> None:
             difference = (reloaded(test.tensors[0]) - logits.float().cpu()).abs().max().item()
         kind = "fully_shard" if args.fsdp2 else accelerator.distributed_type.value
         results = {"processes": accelerator.num_processes, "kind": kind, "losses": losses, "accuracy": accuracy}
-        files.write(args.output / "results.json", results)
+        files.replace(args.output / "results.json", results)
         print(model_summary(reloaded))
         print(f"{accelerator.num_processes} process(es), {kind}: loss {losses[0]:.6f} to {losses[-1]:.6f}, ", end="")
         print(f"accuracy on rotated digits {accuracy:.1f} %")

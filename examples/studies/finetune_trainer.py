@@ -181,7 +181,7 @@ def run(name: str, make: Callable[[], nn.Module], data: dict, folder: Path, seed
             (line["step"], line["eval_rmse"]) for line in trainer.state.log_history if "eval_rmse" in line
         ],
     }
-    files.write(finished, result)
+    files.replace(finished, result)
     return result
 
 
@@ -285,7 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.disable_progress_bar()  # of the files that transformers reads and writes
     with tqdm(total=args.splits * (1 + len(METHODS)), unit="run", ncols=100) as bar:
         runs = [compare(seed, args, bar) for seed in range(args.splits)]
-    files.write(args.output / "results.json", runs)
+    files.replace(args.output / "results.json", runs)
     console = Console(width=110)
     show_table(console, runs)
     adapter = args.output / "seed0" / "LoTRA" / "best" / "adapter_model.safetensors"

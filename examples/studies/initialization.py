@@ -37,7 +37,7 @@ import torch
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
-from study_tools import files, machine, together
+from study_tools import files, together
 from study_tools.tasks import Task, build, digits_to_mnist, rotated_digits, score
 from torch import nn
 from tqdm import tqdm
@@ -222,7 +222,6 @@ def main() -> None:
             warnings.simplefilter("ignore")  # pykan's own
             part(bar, results.setdefault(name, {}))
         setting = {"steps": args.steps, "policies": POLICIES, "setting": SETTING}
-        setting |= {"machine": machine.describe(), "commit": machine.commit()}
         files.write(path, {"setting": setting, "results": results})
     bar.close()
     show(results)

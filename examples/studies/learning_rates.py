@@ -36,7 +36,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from peft import get_peft_model
-from study_tools import files, machine, together
+from study_tools import files, together
 from study_tools.pictures import STYLES
 from study_tools.tasks import build, rotated_digits, train
 from torch import Tensor, nn
@@ -413,16 +413,13 @@ def main() -> None:
                 found.setdefault(run[:-1], []).append(losses[run])
         return [dict(zip(KEYS, key, strict=True), losses=values) for key, values in found.items()]
 
-    def save(text: str | None = None) -> None:
+    def save() -> None:
         finite = [{**row, "losses": [x if x < math.inf else None for x in row["losses"]]} for row in rows()]
-        about = (
-            known["setting"] if args.redraw else fixed | {"machine": machine.describe(), "commit": machine.commit()}
-        )
-        files.write(path, {"setting": about, "rows": finite}, text)
+        files.write(path, {"setting": fixed, "rows": finite})
 
     if not args.redraw:
         sweep(setting, args.widest, losses, save)
-    save(as_text(rows()))
+    files.write_page(path, as_text(rows()))
     if args.sweep == "widths":
         draw(rows(), path.with_suffix(".png"))
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from study_tools import files, machine
+from study_tools import files
 from study_tools.pictures import BLUE, GRAY, GREEN, ORANGE, RED
 from study_tools.tasks import Task, build, diabetes, digits_to_mnist, function_family, rotated_digits, score, train
 from torch import nn
@@ -216,7 +216,7 @@ def main() -> None:
     bar.close()
     settings = {"ranks": RANKS, "seeds": args.seeds, "steps": args.steps, "share": SHARE, "quick": args.quick}
     results = {
-        "settings": settings | {"machine": machine.describe(), "commit": machine.commit()},
+        "settings": settings,
         "energy": {name: summarize(runs) for name, runs in energies.items()},
         "extraction": {name: summarize(runs) for name, runs in extractions.items()},
         "spectra": spectra,

@@ -25,14 +25,13 @@ from study_tools import command_line  # isort: split
 
 
 import copy
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from study_tools import machine
+from study_tools import files
 from study_tools.stacked import (
     Data,
     Maker,
@@ -254,18 +253,12 @@ def main() -> None:
         parts["employment, 20 years"] = lambda seed: employment(seed, 236)
 
     path: Path = args.output / f"many_series{'_quick' if args.quick else ''}.json"
-    known = json.loads(path.read_text()) if path.exists() and not args.quick else {}
-    found = known.get("results", {})
-    setting = {"steps": steps, "machine": machine.describe(), "commit": machine.commit()}
-
-    def save() -> None:
-        path.write_text(json.dumps({"setting": setting, "results": found}, indent=1) + "\n")
-        path.with_suffix(".md").write_text(as_text(found))
+    found = files.read(path, args.quick).get("results", {})
 
     for seed in range(seeds):
         for part, make in parts.items():
-            run(found, part, make, seed, steps, save)
-    print(as_text(found))
+            run(found, part, make, seed, steps, lambda: files.write(path, {"steps": steps, "results": found}))
+    files.write_page(path, as_text(found))
 
 
 if __name__ == "__main__":

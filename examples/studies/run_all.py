@@ -75,7 +75,7 @@ def main() -> None:
             failed.append(script)
             continue
         done[script] = {"seconds": round(seconds, 1), "commit": machine.commit(), "machine": machine.describe()}
-        files.write(path, done)
+        files.replace(path, done)
     if failed:
         raise SystemExit(f"{len(failed)} of {len(STUDIES)} failed: {', '.join(failed)}")
 

@@ -30,7 +30,6 @@ from statistics import median
 
 import torch
 from scores.subjects import DIFFUSION, FUNCTIONS, NOTEBOOKS, PINNS, Subject
-from study_tools import machine
 
 from peft_lotra.kan import KAN, refine_grid
 from peft_lotra.optim import LevenbergMarquardt
@@ -148,7 +147,7 @@ def run(name: str, method: str, seed: int, quick: bool) -> dict:
             found = getattr(peers, name)(seed, count, folder)
     else:
         found = train(row, method, seed, 6 if quick else row.steps)
-    return {"seed": seed, **found, "commit": machine.commit(), "machine": machine.describe()}
+    return {"seed": seed, **found}
 
 
 def number(value: float) -> str:

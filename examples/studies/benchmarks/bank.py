@@ -204,7 +204,8 @@ def main() -> None:
         "batches": {name: measure_batches(make, rows, seconds) for name, make in MODELS.items()},
         "files": measure_files(adapters),
     }
-    files.write(args.output / "bank.json", results, table(results))
+    files.write(args.output / "bank.json", results)
+    files.write_page(args.output / "bank.md", table(results))
 
 
 if __name__ == "__main__":

@@ -159,7 +159,8 @@ def main() -> None:
         "sample": sample,
         "runs": [compare(adapters, sample, *case) for case in cases],
     }
-    files.write(args.output / "bank_training.json", results, table(results))
+    files.write(args.output / "bank_training.json", results)
+    files.write_page(args.output / "bank_training.md", table(results))
 
 
 if __name__ == "__main__":

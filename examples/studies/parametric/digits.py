@@ -15,13 +15,13 @@ from __future__ import annotations
 from equations import command_line  # isort: split
 
 
-import json
 import statistics
 from functools import cache, partial
 
 import torch
 from scipy.ndimage import rotate
 from sklearn.datasets import load_digits
+from study_tools import files
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -105,7 +105,7 @@ def main() -> None:
     ]
     means = {name: statistics.mean(row[name] for row in rows) for name in ("base", "nearest", "predicted", "trained")}
     name = "quick_digits.json" if args.quick else "digits.json"
-    (args.output / name).write_text(json.dumps({"means": means, "rows": rows}, indent=1) + "\n")
+    files.write(args.output / name, {"means": means, "rows": rows})
     print({name: f"{100 * value:.1f} %" for name, value in means.items()})
 
 

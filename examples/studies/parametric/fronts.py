@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.interpolate import CubicSpline
-from study_tools import machine
+from study_tools import files, machine
 from torch import Tensor, nn
 
 from peft_lotra import ParametricAdapter
@@ -160,8 +160,7 @@ def main() -> None:
         for members in args.members:
             results.append(run(base, members, points, seed, unseen) | {"base": error(base(GRID), BASE)})
             print(json.dumps(results[-1], indent=1), flush=True)
-            text = json.dumps({"machine": describe, "results": results}, indent=1) + "\n"
-            (args.output / f"{prefix}fronts.json").write_text(text)
+            files.write(args.output / f"{prefix}fronts.json", {"machine": describe, "results": results})
             (args.output / f"{prefix}fronts.md").write_text(table(results, describe))
 
 

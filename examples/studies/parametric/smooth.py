@@ -23,7 +23,7 @@ import numpy as np
 from equations.pdes import PROBLEMS
 from problems import families
 from scipy.interpolate import CubicSpline
-from study_tools import machine
+from study_tools import files
 
 
 def errors_of(count: int, unseen: list[float], resolution: int) -> dict[str, list[float]]:
@@ -62,9 +62,8 @@ def main() -> None:
     for count, error in known["medians_by_members"]["uniform"].items():
         found = errors_of(int(count), unseen, resolution)
         rows.append({"solutions": int(count), "family": error} | {k: float(np.median(v)) for k, v in found.items()})
-    result = {"machine": machine.describe(), "commit": machine.commit(), "rows": rows}
     prefix = "quick_" if args.quick else ""
-    (args.output / f"{prefix}smooth.json").write_text(json.dumps(result, indent=1) + "\n")
+    files.write(args.output / f"{prefix}smooth.json", {"rows": rows})
     lines = [
         "Median relative L2 errors at 20 unseen contrasts.\n",
         "| solutions or members | family | POD, interpolated | POD, LSPG | CPU ms of LSPG |",

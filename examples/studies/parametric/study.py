@@ -35,7 +35,7 @@ import torch
 from equations.pdes import PROBLEMS, Parameter, Problem, as_parameter, as_tuple, family_of
 from peft import get_peft_model
 from scipy.stats import spearmanr
-from study_tools import machine
+from study_tools import files
 from torch import Tensor, nn
 
 from peft_lotra import LoTRAConfig, ParametricAdapter
@@ -200,7 +200,6 @@ def run(
     return {
         "problem": problem.name,
         "seed": seed,
-        "machine": machine.describe(),
         "base_error": problem.error(base, as_parameter(problem.base)),
         "members": count,
         "coordinates": family.size,
@@ -332,7 +331,7 @@ def main() -> None:
                 sizes = (10, 200, 3, 4) if args.quick else (args.members, 1500, 20, 45)
                 rivals = seed in args.rivals
                 result = run(PROBLEMS[name], seed, *sizes, rivals, args.kept or Path(place))
-                (args.output / f"{prefix}{name}_{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
+                files.write(args.output / f"{prefix}{name}_{seed}.json", result)
                 print(json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1), flush=True)
     pattern = "quick_*_*.json" if args.quick else "[!q]*_[0-9].json"
     results = [json.loads(path.read_text()) for path in sorted(args.output.glob(pattern))]

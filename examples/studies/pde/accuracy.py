@@ -11,7 +11,6 @@ from __future__ import annotations
 from problems import command_line  # isort: split
 
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 from problems.families import FAMILIES, relative_error
 from problems.methods import CACHE, METHODS, QUICK, Setting, pretrained, train
 from rich.console import Console
+from study_tools import files
 
 
 torch.set_num_threads(1)
@@ -57,7 +57,7 @@ def main() -> None:
     reference_error = None if args.quick else family.reference_error(parameter)
     result = {"setting": asdict(setting), "reference_error": reference_error, "runs": runs}
     name = "accuracy_quick" if args.quick else "accuracy"
-    (args.output / f"{name}.json").write_text(json.dumps(result) + "\n")
+    files.write(args.output / f"{name}.json", result, indent=None)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import time
 
 from rich.console import Console
 from rich.table import Table
-from study_tools import machine
+from study_tools import files
 
 
 WIDTHS = (16, 32, 64, 128)
@@ -99,9 +99,8 @@ def main() -> None:
             seconds, memory = f"{row['seconds']:.2f}", f"{row['megabytes']:.0f}"
             table.add_row(str(width), row["method"], str(row["parameters"]), seconds, memory)
     Console().print(table)
-    results = {"machine": machine.describe(), "points": points, "ranks": RANKS, "rows": rows}
     name = "lm_cost_quick" if args.quick else "lm_cost"
-    (args.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    files.write(args.output / f"{name}.json", {"points": points, "ranks": RANKS, "rows": rows})
 
 
 if __name__ == "__main__":

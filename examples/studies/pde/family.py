@@ -17,7 +17,6 @@ from problems import command_line  # isort: split
 
 
 import copy
-import json
 import tempfile
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from peft import PeftModel, get_peft_model
 from problems.families import FAMILIES, GRID, test_points
 from problems.methods import CACHE, QUICK, Setting, large_config, pretrained
 from rich.console import Console
-from study_tools import machine
+from study_tools import files
 from study_tools.pictures import STYLES
 from torch import Tensor
 
@@ -156,8 +155,7 @@ def main() -> None:
     )
 
     name = "family_quick" if args.quick else "family"
-    results = {"machine": machine.describe(), "served": errors, f"at {value}": between}
-    (args.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    files.write(args.output / f"{name}.json", {"served": errors, f"at {value}": between})
     draw(outputs, errors, solution, fields, args.output / f"{name}.png")
     console.print(f"written: {args.output / name}.json and .png")
 

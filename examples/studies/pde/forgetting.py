@@ -27,7 +27,6 @@ from problems.recipe import QUICK, Collocation, Recipe, constrained, new_network
 from problems.records import Record
 from problems.standard import PROBLEMS, START, UNIT, WALLS, Problem, _axes
 from rich.console import Console
-from study_tools import machine
 from torch import Tensor, nn
 
 from peft_lotra.kan import jet
@@ -194,7 +193,7 @@ def main() -> None:
             for factor in args.factors:
                 if not record.has(seed, "results", name, factor):
                     found = run(TEN[name], recipe, factor, seed)
-                    record.add(found | {"machine": machine.describe()}, "results", name, factor)
+                    record.add(found, "results", name, factor)
                     console.print(f"{name}, seed {seed}, forgetting {factor}: error {found['error']:.2e}")
     stem.with_suffix(".md").write_text(markdown(record.read()["results"]))
     console.print(f"written: {stem}.json and .md")

@@ -13,7 +13,6 @@ from __future__ import annotations
 from problems import command_line  # isort: split
 
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from collections.abc import Callable
 import torch
 from rich.console import Console
 from rich.table import Table
-from study_tools import machine
+from study_tools import files
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, jet
@@ -83,9 +82,8 @@ def main() -> None:
             rows[f"{name}, {way.__name__}"] = row
             table.add_row(f"{name}, {way.__name__}", *map(str, row))
     Console().print(table)
-    results = {"machine": machine.describe(), "orders": ORDERS, "milliseconds": rows}
     name = "jet_orders_quick" if args.quick else "jet_orders"
-    (args.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    files.write(args.output / f"{name}.json", {"orders": ORDERS, "milliseconds": rows})
 
 
 if __name__ == "__main__":

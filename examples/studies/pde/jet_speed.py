@@ -14,7 +14,6 @@ from __future__ import annotations
 from problems import command_line  # isort: split
 
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from study_tools import machine
+from study_tools import files
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, jet, laplacian
@@ -175,8 +174,7 @@ def main() -> None:
                 table.add_row(str(threads), name, f"{value:.1f}", ratio, end_section=name == list(medians)[-1])
     Console().print(table)
     name = "jet_speed_quick" if args.quick else "jet_speed"
-    results = {"machine": machine.describe(), "rows": results}
-    (args.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    files.write(args.output / f"{name}.json", {"rows": results})
 
 
 if __name__ == "__main__":

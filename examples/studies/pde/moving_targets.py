@@ -31,7 +31,7 @@ from problems.moves import EXTRACTED, METHODS, MOVES, QUICK_SETTING, SETTINGS, b
 from problems.records import Record
 from problems.standard import NT, NX
 from rich.console import Console
-from study_tools import machine, pictures
+from study_tools import pictures
 
 
 torch.set_num_threads(1)
@@ -209,7 +209,7 @@ def main() -> None:
             record.add(line | {"error_at_target": MOVES[name].error(base)}, "bases", name, str(width))
         for key in missing:
             for found, line in run(name, key, base, settings[width], seed).items():
-                record.add(line | {"machine": machine.describe()}, "results", name, str(width), found)
+                record.add(line, "results", name, str(width), found)
                 console.print(
                     f"{name}, width {width}, seed {seed}: {TITLES[found]}, error {line['error']:.2e} after "
                     f"{line['curve'][-1][0]} steps, {line['seconds']:.1f} CPU s"

@@ -27,7 +27,6 @@ from problems import command_line  # isort: split
 
 
 import copy
-import json
 import logging
 import math
 import time
@@ -49,7 +48,7 @@ from pina.weighting import ScalarWeighting
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from study_tools import pictures
+from study_tools import files, pictures
 from torch import Tensor, nn
 
 from peft_lotra import LoTRAConfig, find_kan_layers
@@ -259,7 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     name = "pina_solver_quick" if args.quick else "pina_solver"
     results = {"epochs": epochs, "seeds": args.seeds, "ranks": RANKS, "boundary weight": BOUNDARY_WEIGHT, "rows": rows}
-    (args.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    files.write(args.output / f"{name}.json", results)
     draw(*networks[0], args.output / f"{name}.png")
     console.print(f"picture: {args.output / name}.png", soft_wrap=True)
 

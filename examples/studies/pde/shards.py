@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from problems.families import FAMILIES
+from study_tools import files
 from torch import nn
 
 from peft_lotra.kan import KAN
@@ -75,9 +76,8 @@ def main() -> None:
         pairs = zip(model.parameters(), alone.parameters(), strict=True)
         difference = max(((one - other).abs().max() / other.abs().max()).item() for one, other in pairs)
         result = {"processes": found, "one_process": whole, "relative_difference_of_parameters": difference}
-        text = json.dumps(result, indent=1)
-        (args.output / ("quick_shards.json" if args.quick else "shards.json")).write_text(text + "\n")
-        print(text)
+        files.write(args.output / ("quick_shards.json" if args.quick else "shards.json"), result)
+        print(json.dumps(result, indent=1))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -30,7 +30,6 @@ from problems.recipe import new_network as new_kan
 from problems.records import Record
 from problems.standard import PROBLEMS, Problem
 from rich.console import Console
-from study_tools import machine
 from torch import Tensor, nn
 
 from peft_lotra.pde import solve
@@ -85,7 +84,6 @@ def run(problem: Problem, network: str, seed: int, seconds: float) -> dict:
         "steps": len(result.history),
         "parameters": sum(parameter.numel() for parameter in result.model.parameters()),
         "phases": [[phase.name, phase.steps, phase.held, phase.reason] for phase in result.phases],
-        "machine": machine.describe(),
     }
 
 

@@ -29,7 +29,7 @@ from problems.methods import CACHE, METHODS, QUICK, Setting, pretrained, run, tr
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from study_tools import pictures
+from study_tools import files, pictures
 
 
 torch.set_num_threads(1)
@@ -250,7 +250,7 @@ def report(lines: list[dict], output: Path, console: Console, name: str) -> None
     rows = summarize(lines)
     for family in dict.fromkeys(row["family"] for row in rows):
         console.print(table_of(rows, family))
-    (output / f"{name}.json").write_text(json.dumps({"rows": rows, "runs": lines}) + "\n")
+    files.write(output / f"{name}.json", {"rows": rows, "runs": lines}, indent=None)
     (output / f"{name}.md").write_text(f"{headline_of(rows)}\n{markdown_of(rows)}")
     draw(lines, output, name)
 

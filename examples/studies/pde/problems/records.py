@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from study_tools import machine
+
 
 class Record:
     """
@@ -31,12 +33,12 @@ class Record:
         return json.loads(json.dumps({**self.empty, **(before if same else {})}))
 
     def add(self, run: dict, *keys: str) -> None:
-        """Adds a run to the list under these keys."""
+        """Adds a run, with the machine and the commit, to the list under these keys."""
         record = self.read()
         place: Any = record
         for key in keys[:-1]:
             place = place.setdefault(key, {})
-        place.setdefault(keys[-1], []).append(run)
+        place.setdefault(keys[-1], []).append(run | {"machine": machine.describe(), "commit": machine.commit()})
         new = self.path.with_suffix(".new")
         new.write_text(json.dumps(record) + "\n")
         new.replace(self.path)
