@@ -71,7 +71,7 @@ SWEEPS = {
         "batch": 32,
         "seeds": {16: 3, 64: 3, 256: 3, 512: 3},
         "runs": [  # at width 16 the policies of the widths are "uniform"
-            (task, optimizer, policies, ranks, (width,), RATES[1:])
+            (task, optimizer, policies, ranks, (width,), RATES[1:] + [1.0] * optimizer.startswith("SGD"))
             for width, optimizer, policies, ranks in (
                 (16, "Adam", ("width", "roots", "ranks"), (2, 4, 8, 16)),
                 (64, "Adam", ("uniform", "width", "roots", "ranks"), (2, 4, 16)),
@@ -299,8 +299,8 @@ def as_text(rows: list[dict]) -> str:
     """A row for each task, optimizer and policy: how far one rate serves all widths and ranks, and what it costs."""
     lines = [
         "| task | optimizer | policy | best rates | shared rate | its error / the policy's best: mean, worst "
-        "| / the best of all policies |",
-        "|---|---|---|---|--:|--:|--:|",
+        "| / the best of all policies | pairs of width and rank |",
+        "|---|---|---|---|--:|--:|--:|--:|",
     ]
     for (task, optimizer), by_policy in all_curves(rows).items():
         for policy, found in by_policy.items():
@@ -321,6 +321,7 @@ def as_text(rows: list[dict]) -> str:
                 f"{lr:g}",
                 f"{means[0]:.2f}, {max(of_own):.2f}",
                 f"{means[1]:.2f}",
+                str(len(found)),
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
