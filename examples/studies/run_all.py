@@ -23,19 +23,22 @@ from pathlib import Path
 from study_tools import files, machine
 
 
-# the script, its options, and those of its quick form
-STUDIES: list[tuple[str, list[str], list[str]]] = [
-    ("few_labels.py", [], ["--rivals"]),
+# the script, its options, and those of its quick form; a script may come twice, and then is quick once
+STUDIES: list[tuple[str, list[str], list[str] | None]] = [
+    ("few_labels.py", [], None),
+    ("few_labels.py", ["--rivals"], ["--rivals"]),
     ("many_series.py", [], []),
     ("fifty_tasks.py", [], []),
     ("initialization.py", [], []),
     ("learning_rates.py", [], []),
+    ("learning_rates.py", ["--sweep", "ranks"], None),
     ("low_rank_evidence.py", [], []),
     ("expressiveness.py", [], []),
     ("slim_functions.py", [], []),
     ("slim_images.py", [], []),
     ("pde/transfer.py", [], ["--family", "burgers"]),
     ("pde/moving_targets.py", [], []),
+    ("pde/ten.py", [], None),
     ("scoreboard.py", ["--seeds", "1", "2", "3", "4", "5"], []),
 ]
 CACHED = ("initialization.py", "pde/transfer.py", "pde/moving_targets.py")
@@ -62,19 +65,22 @@ def main() -> None:
     done = files.read(path, args.quick)
     failed = []
     for script, options, quick in STUDIES:
-        if done.get(script, {}).get("commit") == machine.commit() != "":
-            print(f"{script}: done")
+        name = " ".join([script, *options])
+        if args.quick and quick is None:
             continue
-        given = ["--quick", *quick] if args.quick else options
+        if done.get(name, {}).get("commit") == machine.commit() != "":
+            print(f"{name}: done")
+            continue
+        given = ["--quick", *(quick or [])] if args.quick else options
         start = time.perf_counter()
         cache = args.output / "cache" if args.quick else None
         code = subprocess.run(command(script, given, args.output if own else None, cache), check=False).returncode
         seconds = time.perf_counter() - start
-        print(f"{script}: {'ended' if code == 0 else f'failed, exit code {code}'}, {seconds:.0f} s", flush=True)
+        print(f"{name}: {'ended' if code == 0 else f'failed, exit code {code}'}, {seconds:.0f} s", flush=True)
         if code:
-            failed.append(script)
+            failed.append(name)
             continue
-        done[script] = {"seconds": round(seconds, 1), "commit": machine.commit(), "machine": machine.describe()}
+        done[name] = {"seconds": round(seconds, 1), "commit": machine.commit(), "machine": machine.describe()}
         files.replace(path, done)
     if failed:
         raise SystemExit(f"{len(failed)} of {len(STUDIES)} failed: {', '.join(failed)}")
