@@ -7,7 +7,7 @@ import importlib
 import json
 import re
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 
 import pytest
 from study_tools import command_line
@@ -79,6 +79,30 @@ def test_the_rates_by_rank():
     for task, name in tasks.items():
         cells = {line[2]: [line[3], line[5].split()[-1]] for line in table_cells(text) if line[:2] == [task, "Adam"]}
         assert f"| {' | '.join([name, *cells['width'], *cells['ranks above 4']])} |" in page
+    worst = {tuple(line[:3]): line[5].split()[-1] for line in table_cells(text)}
+
+    def of(optimizer: str, policy: str) -> str:
+        return ", ".join(worst[task, optimizer, policy] for task in tasks)
+
+    assert f"at worst {of('AdamW', 'ranks above 4')} times the best error by ranks, {of('AdamW', 'width')} by" in page
+    assert f"**Muon**: {of('Muon', 'ranks above 4')} by ranks, {of('Muon', 'width')} by widths" in page
+    by_width, grown, gains = (
+        ", ".join(f"{beside_one_rate(rows, task, optimizer, policy):.2f}" for task in tasks)
+        for optimizer, policy in (("SGD, momentum", "width"), ("SGD, momentum", "grown"), ("Adam", "ranks above 4"))
+    )
+    told = f"rates by widths have {by_width} times the error of one rate for all components, rates that grow {grown},"
+    assert told in " ".join(page.split())
+    paper = (ROOT / "docs" / "paper.md").read_text()
+    assert f"at worst {of('Adam', 'ranks above 4')} times the best error from width 16 to 512" in paper
+    assert f"one rate for all components {of('Adam', 'uniform')}" in paper
+    assert f"{gains} times the error of one rate on three tasks" in paper
+
+
+def beside_one_rate(rows: list[dict], task: str, optimizer: str, policy: str) -> float:
+    """The error at the best rate, divided by that with one rate for all components: the geometric mean of both's."""
+    by_policy = importlib.import_module("learning_rates").all_curves(rows)[task, optimizer]
+    ours, one = ({key: min(found.values()) for key, found in by_policy[name].items()} for name in (policy, "uniform"))
+    return geometric_mean(ours[key] / one[key] for key in ours.keys() & one.keys())
 
 
 def table_cells(text: str) -> list[list[str]]:
