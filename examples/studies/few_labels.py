@@ -12,7 +12,8 @@
 A network that reads scikit-learn's digits 0 to 4 learns to read 5 to 9; one that predicts the progression of diabetes
 for the younger half of the patients learns that of the older half. Compared are LoTRA from a random start and from
 the gradient (`start_from_gradient`), the last layer alone, the spline weights without the residual ones, full
-fine-tuning, and of the MLP full fine-tuning and LoRA.
+fine-tuning, and of the MLP full fine-tuning and LoRA. "Ranks of the gradient" are those that `suggest_ranks` finds in
+its spectrum, for a tenth of the parameters.
 
 With --rivals, also: one that reads all digits learns MNIST, one that tells malignant breast cancers of smooth texture
 learns those of rough texture, one that predicts the next character of scikit-learn's descriptions of data learns its
@@ -38,7 +39,7 @@ import inspect
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import groupby, pairwise
@@ -61,7 +62,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from peft_lotra import LoTRAConfig, create_lotra_optimizer, start_from_gradient
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, gradient_spectrum, start_from_gradient, suggest_ranks
 from peft_lotra.kan import KAN
 
 
@@ -239,8 +240,11 @@ Trained = tuple[nn.Module, torch.optim.Optimizer]
 Adam = partial(torch.optim.Adam, fused=True)
 
 
-def lotra(r: int | tuple[int, ...], start: str, base: nn.Module, split: Split, lr: float) -> Trained:
+def lotra(r: int | tuple[int, ...] | None, start: str, base: nn.Module, split: Split, lr: float) -> Trained:
     config = LoTRAConfig(r=r)
+    if r is None:  # for a tenth of the parameters
+        gradient = gradient_spectrum(base, None, lambda: split.first_loss(base).backward())
+        config = LoTRAConfig(rank_pattern=suggest_ranks(gradient, budget=count(base) // 10))
     if start == "hosvd":
         config = LoTRAConfig(r=r, init_weights="hosvd", train=["core"])
     model = get_peft_model(base, config)
@@ -350,6 +354,7 @@ METHODS: dict[str, tuple[Callable, Method, tuple[float, ...]]] = {
     "LoTRA, gradient start, r=4": (KAN, partial(lotra, 4, "gradient"), RATES),
     "LoTRA, random start, r=(8, 8, 4)": (KAN, partial(lotra, (8, 8, 4), "random"), RATES),
     **{f"LoTRA, gradient start, r={r}": (KAN, partial(lotra, r, "gradient"), RATES) for r in CHOICES},
+    "LoTRA, gradient start, ranks of the gradient": (KAN, partial(lotra, None, "gradient"), RATES),
     "LoTRA, core of the HOSVD, r=(14, 14, 6)": (KAN, partial(lotra, (14, 14, 6), "hosvd"), RATES),
     "LoRA of slices": (KAN, partial(delta, slices), RATES),
     "LoKr": (KAN, partial(delta, lokr), RATES),
@@ -363,12 +368,13 @@ METHODS: dict[str, tuple[Callable, Method, tuple[float, ...]]] = {
 OF_CHOICE = ["LoTRA, gradient start, r=4", *(f"LoTRA, gradient start, r={r}" for r in CHOICES)]
 FIRST = [  # which few_labels.json has
     *("KAN, full fine-tuning", "KAN, spline weights", "KAN, last layer", "LoTRA, random start, r=4", *OF_CHOICE),
-    *("MLP, full fine-tuning", "MLP, LoRA, r=3"),
+    *("LoTRA, gradient start, ranks of the gradient", "MLP, full fine-tuning", "MLP, LoRA, r=3"),
 ]
-RIVALS = [name for name in METHODS if name not in ("KAN, spline weights", *OF_CHOICE[2:])]
+ONLY_FIRST = ("KAN, spline weights", "LoTRA, gradient start, ranks of the gradient")
+RIVALS = [name for name in METHODS if name not in (*ONLY_FIRST, *OF_CHOICE[2:])]
 
 
-def whole(data: list[Data], rows: list[Tensor]) -> Callable[[int], tuple]:
+def whole(data: Sequence[Data], rows: Sequence[Tensor]) -> Callable[[int], tuple]:
     """What the drawn rows are, for less time: all rows, with how often each is drawn."""
     x, y = (torch.stack(part) for part in zip(*data, strict=True))
     counts = torch.stack([torch.stack([step.bincount(minlength=x.shape[1]) for step in draws]) for draws in rows], 1)
@@ -409,27 +415,30 @@ def run_all(todo: list[Run], tasks: dict, found: dict[str, dict], steps: int, sa
     bases: dict[tuple, dict[int, nn.Module]] = {}
     split_of = cache(lambda task, seed, labels: tasks[task][0](seed, labels))
     bar = tqdm(total=len(todo), unit="run", ncols=100)
-    for (task, labels, method), alike in groupby(todo, lambda run: run[:3]):
-        settings, (make, adapt, _) = [run[3:] for run in alike], METHODS[method]
+    for (task, labels, method), of_method in groupby(todo, lambda run: run[:3]):
+        settings, (make, adapt, _) = [run[3:] for run in of_method], METHODS[method]
         splits = {seed: split_of(task, seed, labels) for seed in dict.fromkeys(seed for seed, _ in settings)}
         made = bases.setdefault((task, make), {})
         missing = {seed: split for seed, split in splits.items() if seed not in made}
         made |= make_bases(make, missing, steps) if missing else {}
-        models, groups, rows = [], [], []
+        alike: dict[tuple, list[tuple]] = {}  # by the shapes of the parameters
         for seed, lr in settings:
             torch.manual_seed(100 + seed)
             model, optimizer = adapt(copy.deepcopy(made[seed]), splits[seed], lr)
-            models.append(model)
-            groups += optimizer.param_groups
-            rows.append(together.draw(splits[seed].labeled, steps))
-        data = [splits[seed].labeled for seed, _ in settings]
+            run = seed, lr, model, optimizer, splits[seed].labeled, together.draw(splits[seed].labeled, steps)
+            alike.setdefault(tuple(parameter.shape for parameter in model.parameters()), []).append(run)
         split = splits[min(splits)]
-        batches, loss = together.batches(data, rows), split.loss
-        if labels < 100:
-            batches, loss = whole(data, rows), partial(counted, loss)
-        together.train(models, [torch.optim.Adam(groups)], batches, loss, steps, call=split.outputs)
-        row = found.setdefault(f"{task}, {labels} labels", {}).setdefault(method, {"parameters": count(models[0])})
-        for (seed, lr), model in zip(settings, models, strict=True):
+        trained = sorted((run for part in alike.values() for run in part), key=lambda run: run[:2])
+        for part in alike.values():
+            _, _, models, optimizers, data, rows = zip(*part, strict=True)
+            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+            batches, loss = together.batches(data, rows), split.loss
+            if labels < 100:
+                batches, loss = whole(data, rows), partial(counted, loss)
+            together.train(models, [torch.optim.Adam(groups)], batches, loss, steps, call=split.outputs)
+        most = max(count(model) for _, _, model, *_ in trained)
+        row = found.setdefault(f"{task}, {labels} labels", {}).setdefault(method, {"parameters": most})
+        for seed, lr, model, *_ in trained:
             scores = row.setdefault("rates", {}).setdefault(f"{lr:g}", {"validation": {}, "test": {}})
             for part in ("validation", "test"):
                 scores[part][str(seed)] = splits[seed].score(model, part)
