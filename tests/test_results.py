@@ -277,7 +277,19 @@ def sentences_of_when() -> list[str]:
     lm = {(row["width"], row["method"]): row["seconds"] for row in load("pde/lm_cost")["rows"]}
     parts = (RESULTS / "rivals.md").read_text().split("### ")
     row = r"^\| ([^|]+) \| [\d,]+ \| [\d.]+ \| ([\d.]+) \|"
-    mnist = [dict(re.findall(row, part, re.M)) for part in parts if re.match("digits to MNIST, (200|1000) ", part)]
+    text, pde, *mnist = (
+        dict(re.findall(row, part, re.M))
+        for name in ("characters", "Burgers", "digits to MNIST, 200 ", "digits to MNIST, 1000 ")
+        for part in parts
+        if part.startswith(name)
+    )
+    methods = (
+        "KAN, full fine-tuning",
+        "LoTRA, gradient start, r=(8, 8, 4)",
+        "LoRA of slices",
+        "MLP, full fine-tuning",
+    )
+    errors = [f"{100 * 10 ** -float(pde[name]):.1f} %" for name in methods]
     full, residual, ours = (
         " and ".join(part[name] for part in mnist)
         for name in ("KAN, full fine-tuning", "KAN, residual weights", "LoTRA, gradient start, r=(8, 8, 4)")
@@ -288,6 +300,9 @@ def sentences_of_when() -> list[str]:
         f"takes {steps[0]} ms in full, {steps[1]} with LoTRA",
         f"{steps[2]} and {steps[3]} ms",
         f"{lm[128, 'LoTRA']:.2f} instead of {lm[128, 'full']:.1f} s",
+        f"{text[methods[0]]} and {text['KAN, last layer']} % of the next characters, {text[methods[1]]} by LoTRA, "
+        f"{text[methods[3]]} by an MLP in full",
+        f"is {errors[0]}, by LoTRA {errors[1]}, by LoRA of slices {errors[2]}, by an MLP in full {errors[3]}",
         f"MNIST: {full} % in full, {residual} by the residual weights (11 %), {ours} by LoTRA (8 %)",
     ]
 

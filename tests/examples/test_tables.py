@@ -64,8 +64,8 @@ def test_the_ranks_of_the_rivals(tmp_path):
     results = load("rivals")["results"]
     ranks = {name: f"{rank:.1f}" for name, rank in study.mean_ranks(results)[0].items()}
     ours, full = ranks["LoTRA, gradient start, r=(8, 8, 4)"], ranks["KAN, full fine-tuning"]
-    others = f"one basis function {ranks['one basis function']}, LoHa {ranks['LoHa']}, LoKr {ranks['LoKr']}"
-    told = f"has {ours}, full fine-tuning {full}, {others}"
+    others = ", ".join(f"{name} {ranks[name]}" for name in ("LoRA of slices", "one basis function", "LoHa", "LoKr"))
+    told = f"has {ours}, full fine-tuning {full}, the residual weights {ranks['KAN, residual weights']}, {others}"
     assert f"{told}, an MLP in full {ranks['MLP, full fine-tuning']}." in " ".join(page.split())
     study.draw_ranks(results, tmp_path / "a.png")
 
