@@ -428,6 +428,12 @@ def test_the_page_of_the_paper() -> None:
 
 def test_the_expressiveness_on_the_page_of_the_paper() -> None:
     text = (ROOT / "docs" / "paper.md").read_text()
+    energies = [
+        (task["update"]["mean"], task["random"]["mean"]) for task in load("low_rank_evidence")["energy"].values()
+    ]
+    held = spread([100 * update for update, _ in energies], 0)
+    assert f"hold {held} % of the energy, {spread([u / r for u, r in energies], 0)} times a random update's" in text
+    assert f"hold only {held} % of the energy" in (ROOT / "docs" / "training.md").read_text()
     results = load("expressiveness")["results"]
     tasks = [task for task in results if "planted" not in task]
 
