@@ -25,13 +25,13 @@ from functools import partial
 
 import numpy as np
 import torch
-from initialization import best, full, lotra, pretrain, train
+from initialization import best, full, lotra, pretrain
 from lycoris import create_lycoris
 from lycoris.functional import loha, lokr
 from rich.console import Console
 from rich.table import Table
-from study_tools import files
-from study_tools.tasks import build, rotated_digits, score
+from study_tools import files, together
+from study_tools.tasks import Task, build, rotated_digits, score
 from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
@@ -71,6 +71,18 @@ def adapt_by_lycoris(base: nn.Module, method: str, lr: float) -> tuple[nn.Module
     for layer in model.layers:
         parametrize.register_parametrization(layer, "spline_weight", Update(method, layer.spline_weight))
     return model, torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, steps: int) -> nn.Module:
+    """As `together.train`, which vmaps: LyCORIS's Tucker form has no rule for that."""
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for rows in together.draw(task.after, steps):
+        x, y = (part[rows] for part in task.after)
+        optimizer.zero_grad()
+        task.loss(model(x), y).backward()
+        optimizer.step()
+        schedule.step()
+    return model
 
 
 def trained(model: nn.Module) -> int:
