@@ -43,6 +43,18 @@ def test_quick_results_never_replace_committed_ones(folder, capsys):
     assert "committed results" in capsys.readouterr().err
 
 
+def test_missing_data_are_one_line_before_anything_runs(tmp_path, capsys):
+    parser = command_line.Parser("A study.", takes="a minute", writes="a.json", folder=command_line.RESULTS)
+    parser.add_argument("--data-dir", type=Path)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--output", str(tmp_path / "new"), "--data-dir", str(tmp_path)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--data-dir {tmp_path}: no file of images" in line
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "images-idx3-ubyte.gz").touch()
+    assert parser.parse_args(["--output", str(tmp_path / "new"), "--data-dir", str(tmp_path)]).data_dir == tmp_path
+
+
 @pytest.mark.parametrize(
     ("script", "package", "extra"),
     [("pde/pina_solver.py", "lightning", "examples,pina"), ("../quickstart.py", "matplotlib", "examples")],

@@ -74,7 +74,9 @@ class Parser(argparse.ArgumentParser):
         found = super().parse_args(args, namespace)
         if self.folder is None:
             return found
-        quick = getattr(found, "quick", False)
+        quick, data = getattr(found, "quick", False), getattr(found, "data_dir", None)
+        if data is not None and not any(data.glob("*images-idx3-ubyte*")):  # before what comes first runs for minutes
+            self.error(f"--data-dir {data}: no file of images there, such as images-idx3-ubyte.gz")
         if found.output is None:
             found.output = OUTPUT if quick else self.folder
         if quick and found.output.resolve().is_relative_to(RESULTS):
