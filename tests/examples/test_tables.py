@@ -48,7 +48,11 @@ def test_tables_of_pdes(study, part):
     text = (RESULTS / "pde" / f"{study}.md").read_text(encoding="utf-8")
     assert importlib.import_module(study).markdown(part(load(f"pde/{study}"))) == text
     if study == "ten":
-        assert text.partition("\n\n")[2].rstrip() in (ROOT / "docs" / "pde.md").read_text(encoding="utf-8")
+        page = (ROOT / "docs" / "pde.md").read_text(encoding="utf-8")
+        times, wins = re.search(r"^KAN: ([\d.]+) times .* better on (\d+) of them", text, re.MULTILINE).groups()
+        assert text.partition("\n\n")[2].rstrip() in page
+        assert f"has {times} times the MLP's error, and is better on {wins}." in " ".join(page.split())
+        assert f"a KAN has {times} times the error of an MLP" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["many_series", "fifty_tasks", "few_labels", "rivals"])
