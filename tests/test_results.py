@@ -303,8 +303,16 @@ def sentences_of_when() -> list[str]:
         f"{text[methods[0]]} and {text['KAN, last layer']} % of the next characters, {text[methods[1]]} by LoTRA, "
         f"{text[methods[3]]} by an MLP in full",
         f"is {errors[0]}, by LoTRA {errors[1]}, by LoRA of slices {errors[2]}, by an MLP in full {errors[3]}",
+        f"cores have {of_cores(10)} times the error in half of the seconds at width 10 (five seeds), {of_cores(64)}",
         f"MNIST: {full} % in full, {residual} by the residual weights (11 %), {ours} by LoTRA (8 %)",
     ]
+
+
+def of_cores(width: int) -> str:
+    """At half of the seconds, as a multiple of the least error of all parameters: the means of the three problems."""
+    lines = (RESULTS / "pde" / "moving_targets.md").read_text().splitlines()
+    rows = [cells(line) for line in lines if f"| {width} | cores alone, LM |" in line]
+    return spread([float(row[11].split()[0]) for row in rows])
 
 
 def forgotten() -> tuple[list[float], list[float]]:
