@@ -3,8 +3,8 @@
 
 """Few labels: what to train of a KAN, and of an MLP of equal size, when a new task has 20 to 1,000 labels.
 
-    python examples/studies/few_labels.py  # ten minutes on one core, no network; goes on where it was stopped
-    python examples/studies/few_labels.py --rivals  # more tasks and methods; half an hour
+    python examples/studies/few_labels.py  # 15 minutes on one core, no network; goes on where it was stopped
+    python examples/studies/few_labels.py --rivals  # more tasks and methods; an hour and a half
     python examples/studies/few_labels.py --rivals --data-dir PATH/TO/mnist  # one more task: digits to MNIST at 8x8
     python examples/studies/few_labels.py --quick  # a few seconds, for CI: says nothing
     python examples/studies/few_labels.py --redraw  # the table and the picture from few_labels.json
@@ -534,7 +534,7 @@ def draw_ranks(found: dict[str, dict], path: Path) -> None:
 def main() -> None:
     parser = command_line.Parser(
         __doc__,
-        takes="ten minutes on one core, with --rivals half an hour",
+        takes="15 minutes on one core, with --rivals an hour and a half",
         writes="few_labels.json and .md, or rivals.json, .md and .png; with --quick few_labels_quick.*",
         folder=command_line.RESULTS,
         quick="one seed, five steps, the fewest labels: to see it run",
