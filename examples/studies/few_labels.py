@@ -74,10 +74,9 @@ torch.set_num_threads(1)  # additional threads slow down such small matrices
 warnings.filterwarnings("ignore", "Adapters have more parameters")  # ranks are the same for all tasks
 
 Data = tuple[Tensor, Tensor]
-DEFAULT_RATE = 3e-2  # of the examples in the documentation
-
-
 Call = Callable[[Tensor], Tensor]  # a network
+DEFAULT_RATE = 3e-2  # of the examples in the documentation
+BURGERS = FAMILIES["burgers"]
 
 
 @dataclass
@@ -117,10 +116,10 @@ class Equation(Split):
     """Burgers' equation for t from -1 to 1: its inputs are points (x, t), its targets zeros, but those of the test."""
 
     def start(self, model: Call, x: Tensor) -> Tensor:
-        return self.residual(model, x, 0.1)
+        return self.residual(model, x, BURGERS.base)
 
     def outputs(self, model: Call, x: Tensor) -> Tensor:
-        return self.residual(model, x, 0.05)
+        return self.residual(model, x, BURGERS.targets["middle"])
 
     @staticmethod
     def solution(model: Call, x: Tensor) -> Tensor:
@@ -200,11 +199,11 @@ def household(seed: int, labels: int) -> Split:
 
 
 def burgers(seed: int, labels: int) -> Split:
-    family, generator = FAMILIES["burgers"], torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     old, new, held_out = (
         (x, torch.zeros(len(x), 1)) for x in (sobol(generator, rows).float() for rows in (4096, labels, 1000))
     )
-    reference = test_points().float(), family.reference(family.targets["middle"]).float()
+    reference = test_points().float(), BURGERS.reference(BURGERS.targets["middle"]).float()
     return Equation([2, 16, 16, 1], old, new, held_out, reference, F.mse_loss)
 
 

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,8 +20,12 @@ def describe() -> str:
     return f"{cpu_model()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, load {os.getloadavg()[0]:.1f}"
 
 
+@cache
 def commit() -> str:
-    """The commit of the code, with a + if scripts have changed since; empty outside of a clone."""
+    """The commit of the code, with a + if scripts have changed since; empty outside of a clone.
+
+    Asked for once, at the first result: commits that are made while a study goes on are not what it runs.
+    """
 
     def git(*args: str) -> str:
         command = ["git", *args]
