@@ -14,11 +14,12 @@ from functools import wraps
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from peft.config import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from peft.utils.other import get_pattern_key
 
 from ..hub.card import write_card
 from ..layers.coefficients import CoefficientTensor
+from ..modules.folders import stage_of
 from ..tucker import Ranks, Tucker, cap_ranks, check_ranks, default_ranks, full_shape
 
 
@@ -267,7 +268,11 @@ class LoTRAConfig(PeftConfig):
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
         path = os.fspath(pretrained_model_name_or_path)
         hub_kwargs, class_kwargs, others = cls._split_kwargs(kwargs)
-        config = super().from_pretrained(path, subfolder=subfolder, **hub_kwargs, **class_kwargs)
+        stage = _find_staged_config(os.path.join(path, subfolder or ""))
+        if stage is None:
+            config = super().from_pretrained(path, subfolder=subfolder, **hub_kwargs, **class_kwargs)
+        else:
+            config = super().from_pretrained(stage, **class_kwargs)
         if isinstance(config, LoTRAConfig):
             config.source = Source(path, subfolder, hub_kwargs, bool(others.get("ignore_mismatched_sizes", False)))
         return config
@@ -294,10 +299,29 @@ class LoTRAConfig(PeftConfig):
         """Writes adapter_config.json, with the SHA-256 of the tensors beside it, and the model card."""
         weights = os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)
         if os.path.isfile(weights):
-            with open(weights, "rb") as file:
-                self.weights_sha256 = hashlib.sha256(file.read()).hexdigest()
+            self.weights_sha256 = _hash_file(weights)
         super().save_pretrained(save_directory, **kwargs)
         write_card(save_directory)
+
+
+def _hash_file(path: str) -> str:
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def _find_staged_config(folder: str) -> str | None:
+    """Return where a save was killed after it had moved the tensors to `folder`, and left their configuration."""
+    weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    parent, name = os.path.split(os.path.abspath(folder))
+    for stage in (stage_of(folder), os.path.join(stage_of(parent), name)):
+        config = os.path.join(stage, CONFIG_NAME)
+        are_moved = os.path.isfile(config) and not os.path.exists(os.path.join(stage, SAFETENSORS_WEIGHTS_NAME))
+        if are_moved and os.path.isfile(weights):
+            with open(config, encoding="utf-8") as file:
+                if _hash_file(weights) in file.read():
+                    return stage
+    return None
 
 
 def pattern_key(name: str) -> str:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -17,14 +15,14 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn, strided
 
 from ..modules.calls import PREFIX
-from ..modules.checks import check_path
+from ..modules.folders import replacing_files
 from ..tucker import COMPONENTS
 from .config import LoTRAConfig, Source
 from .layer import Target, further_names, lotra_layers
@@ -217,8 +215,8 @@ def is_saving() -> bool:
 def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> None:
     """Saves adapters as `model.save_pretrained(folder)` does, but so that an interruption loses nothing.
 
-    The files are written into a folder beside, and moved one by one, tensors first. If the process is killed, the
-    adapter there is the old one or the new one; between the two moves its SHA-256 does not fit, which is a warning.
+    The files are written beside the old ones, and moved when all are complete. If the process is killed, the adapter
+    there is the old one or the new one, and the next save removes what is left.
 
     Args:
         model (`PeftModel`): The model.
@@ -241,20 +239,5 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> 
     """
     if not hasattr(model, "get_base_model"):  # an injected model has not
         raise ValueError(f"`model` is of type {type(model).__name__}, but must be a PeftModel.")
-    check_path(folder, "folder")
-    if os.path.isfile(folder):
-        raise ValueError(f"`folder` is {folder}, which is a file. Pass a folder, which is made if there is none.")
-    parent = os.path.dirname(os.path.abspath(folder))
-    os.makedirs(parent, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=parent) as stage:  # on the same disk
-        card = os.path.join(folder, "README.md")
-        if os.path.isfile(card):
-            shutil.copyfile(card, os.path.join(stage, "README.md"))  # which may be a user's
+    with replacing_files(folder, "README.md") as stage:  # a user's card, which PEFT completes
         model.save_pretrained(stage, **kwargs)
-        for place, _, files in os.walk(stage):
-            target = os.path.normpath(os.path.join(folder, os.path.relpath(place, stage)))
-            os.makedirs(target, exist_ok=True)
-            for name in sorted(files, key=lambda name: name == CONFIG_NAME):
-                with open(os.path.join(place, name), "rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(os.path.join(place, name), os.path.join(target, name))
