@@ -15,7 +15,7 @@ from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from ..hub.push import upload
+from ..hub.push import fetch_card, upload
 from ..kan.row_product import RowGroups, group_rows
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.slim import SlimLayer
@@ -353,6 +353,8 @@ class AdapterBank:
     ) -> CommitInfo:
         """Pushes the bank to the Hugging Face Hub: one file, and a card with a table of the adapters.
 
+        Text that a person wrote in the README.md of the repository is kept.
+
         Args:
             repo_id (`str`): The repository, "user/name". It is created if it does not exist.
             base_model (`str`, *optional*): The repository of the base.
@@ -365,6 +367,7 @@ class AdapterBank:
         if not self._rows:
             raise ValueError("The bank is empty: add adapters before it is pushed.")
         with TemporaryDirectory() as folder:
+            repo_id = fetch_card(folder, repo_id, kwargs.get("revision"), kwargs.get("token"))
             self.save(folder)
             write_card(folder, repo_id, self.names, self.base, base_model, base_code)
             return upload(folder, repo_id, f"Upload {len(self)} LoTRA adapters", **kwargs)

@@ -10,11 +10,12 @@ import os
 import warnings
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, hf_hub_url
+from huggingface_hub import hf_hub_download, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -22,7 +23,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from ..hub.base_code import hub_id, source_of_base
-from ..hub.card import README, TEMPLATES
+from ..hub.card import README, load_card, save_section
 from ..kan.row_product import PackedTucker
 from ..modules.calls import PREFIX
 from ..tucker import COMPONENTS
@@ -63,18 +64,22 @@ def write_bank(folder: str | os.PathLike, store: Store, names: list[str], record
 def write_card(
     folder: str, repo_id: str, names: Sequence[str], base: nn.Module, base_model: str | None, base_code: str | None
 ) -> None:
-    """Writes the model card of a bank, README.md, with a table of its first adapters."""
+    """Writes the model card of a bank, README.md, with a table of its first adapters; text by a person stays."""
+    path = Path(folder, README)
+    card = load_card(path)
+    card.data.base_model = base_model
     base_class, code = source_of_base({}, base, base_model)
-    card = ModelCard.from_template(
-        ModelCardData(library_name="peft", base_model=base_model, tags=["kan", "lotra", "peft-plugin"]),
-        template_path=str(TEMPLATES / "bank.md"),
+    save_section(
+        card,
+        path,
+        "bank.md",
+        title=repo_id.rpartition("/")[2],
         base_class=base_class,
         code=(base_code or code).strip(),
         repo_id=repo_id,
         first=json.dumps(names[0]),
         names=names,
     )
-    card.save(os.path.join(folder, README))
 
 
 def _read_some(place: str, names: Sequence[str]) -> tuple[dict[str, Any], Tensor]:

@@ -23,11 +23,11 @@ from .contents import AdapterContents, adapter_folders, read_adapter
 
 
 README = "README.md"
-TEMPLATES = Path(__file__).parent  # beside this file: card.md, and bank.md of a bank
-# our part of a card, between two comments
-_SECTION = re.compile(
-    "<!-- From here on written by peft_lotra.*?<!-- The part that peft_lotra.*? ends here. -->", re.DOTALL
-)
+_TEMPLATES = Path(__file__).parent  # beside this file: card.md, bank.md of a bank, family.md of a family
+# our part of a card lies between two comments
+_START = "<!-- From here on written by peft_lotra, which replaces this part. -->"
+_END = "<!-- The part that peft_lotra wrote ends here. -->"
+_SECTION = re.compile(f"{re.escape(_START)}.*?{re.escape(_END)}", re.DOTALL)
 _BY_TOOLS = re.compile(r"|### Framework versions|- PEFT \S+|.*has been automatically generated\.")
 
 
@@ -97,10 +97,10 @@ def write_model_card(
     data = card.data
     # PEFT writes paths of local folders there too, which the Hub refuses
     source = base_model or hub_id(config.get("base_model_name_or_path")) or hub_id(data.base_model)
-    data.library_name, data.base_model, data.license = "peft", source, license or data.license
-    tags = {*(data.tags or []), *([tags] if isinstance(tags, str) else tags), "kan", "lotra", "peft-plugin"}
+    data.base_model, data.license = source, license or data.license
+    tags = {*(data.tags or []), *([tags] if isinstance(tags, str) else tags)}
     of_base = [f"base_model:adapter:{source}"] if source else []
-    data.tags = sorted([*(tag for tag in tags if not tag.startswith("base_model:adapter:")), *of_base])
+    data.tags = [*(tag for tag in tags if not tag.startswith("base_model:adapter:")), *of_base]
     if base_code or base_model:
         data.base_code = base_code
     if metrics:
@@ -108,22 +108,45 @@ def write_model_card(
     base_class, code = source_of_base(config, model and model.get_base_model(), source)
     options = {"revision": revision, "subfolder": None if first == "default" else first}
     place = [json.dumps(repo_id or "."), *(f"{name}={json.dumps(it)}" for name, it in options.items() if it)]
-    section = ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATES / "card.md"),
+    save_section(
+        card,
+        Path(folder, README),
+        "card.md",
+        title=title,
         base_class=base_class,
         code=(data.get("base_code") or code).strip("\n"),
         place=", ".join(place),
         others=[name for name, _ in others],
         contents=AdapterContents.of(title, config, tensors),
         peft=__version__,
-    ).text.strip("\n")
+    )
+
+
+def save_section(card: Any, path: Path, template: str, title: str, **fields: Any) -> None:
+    """Write a card with our part, made from a template.
+
+    It replaces our part of before. A text by a person stays, with our part below it.
+
+    Args:
+        card: The card that exists, see `load_card`, with the front matter to write.
+        path: The file to write.
+        template: The name of the template.
+        title: The title of a card without a text.
+        fields: The fields of the template.
+    """
+    card.data.library_name = "peft"
+    card.data.tags = sorted({*(card.data.tags or []), "kan", "lotra", "peft-plugin"})
+    made = ModelCard.from_template(card.data, template_path=str(_TEMPLATES / template), **fields)
+    section = f"{_START}\n\n{made.text.strip()}\n\n{_END}"
+
     if _SECTION.search(card.text):
         text = _SECTION.sub(lambda _: section, card.text)
+    elif is_generated(card.text):
+        text = f"# {title}\n\n{section}"
     else:
-        text = f"{f'# {title}' if is_generated(card.text) else card.text.strip()}\n\n{section}"
+        text = f"{card.text.strip()}\n\n{section}"
     card.text = f"\n{text.strip()}\n"
-    card.save(Path(folder, README))
+    card.save(path)
 
 
 def write_card(folder: str | os.PathLike) -> None:

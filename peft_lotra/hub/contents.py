@@ -109,7 +109,7 @@ def read_adapter(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, t
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind, tensors = config["peft_type"], load_file(weights)
-    except (ValueError, TypeError, KeyError, SafetensorError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
         raise ValueError(f"The files in {folder} are broken: {error!r}.") from error
     if kind != "LOTRA":
         raise ValueError(f"{folder} holds a {kind} adapter, and not one of LoTRA.")

@@ -65,9 +65,6 @@ def push_to_hub(
     if not isinstance(model, PeftModel):
         given = type(model).__name__
         raise TypeError(f"`model` is a {given}, expected a PeftModel. A saved adapter: `hf upload USER/NAME FOLDER`.")
-    api = HfApi(token=token)
-    repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
-    branch = revision if revision and api.revision_exists(repo_id, revision) else None
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder, selected_adapters=selected_adapters)
         for path in adapter_folders(folder).values():
@@ -75,11 +72,21 @@ def push_to_hub(
             # no path of this machine
             config["base_model_name_or_path"] = card.get("base_model") or hub_id(config["base_model_name_or_path"])
             (path / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-        if api.file_exists(repo_id, README, revision=branch):
-            shutil.copyfile(api.hf_hub_download(repo_id, README, revision=branch), Path(folder, README))
+        repo_id = fetch_card(folder, repo_id, revision, token)
         write_model_card(model, folder, repo_id=repo_id, revision=None if create_pr else revision, **card)
         commit: Any = {"revision": revision, "create_pr": create_pr}
         return upload(folder, repo_id, commit_message, private=private, token=token, **commit)
+
+
+def fetch_card(folder: str, repo_id: str, revision: str | None = None, token: str | None = None) -> str:
+    """Copies the card of a repository into a folder, if there is one, and returns the repository's whole name."""
+    api = HfApi(token=token)
+    if "/" not in repo_id:
+        repo_id = f"{api.whoami()['name']}/{repo_id}"
+    branch = revision if revision and api.revision_exists(repo_id, revision) else None
+    if api.file_exists(repo_id, README, revision=branch):
+        shutil.copyfile(api.hf_hub_download(repo_id, README, revision=branch), Path(folder, README))
+    return repo_id
 
 
 def upload(

@@ -117,8 +117,9 @@ def _acquire(path: str) -> IO[bytes]:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             file = open(path, "wb")
             _wait_for(file)
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                return file
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    return file
             file.close()
     raise FileNotFoundError(f"{path} cannot be made, or is removed again and again.")
 

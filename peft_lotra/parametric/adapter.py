@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..compress.updates import check_without_adapters
-from ..hub.push import upload
+from ..hub.card import README
+from ..hub.push import fetch_card, upload
 from ..modules.calls import call_with_parameters, check_module
 from ..modules.checks import check_count, check_function
+from ..modules.folders import replacing_files
 from ..optim.least_squares import trainable_parameters
 from ..tucker import Ranks
 from ..tuner.config import LoTRAConfig
@@ -36,7 +38,7 @@ from .estimate import ErrorEstimates
 from .fitting import Fitting
 from .interpolation import FamilyReport, Member, MemberSpace, Point, ranges_of
 from .members import Problem, argument, named, read, residuals_of, take_steps, write
-from .storage import FILE, card_of, load_family, save_family
+from .storage import FILE, load_family, save_family, write_card
 
 
 Parameter = float | Sequence[float]
@@ -332,17 +334,20 @@ class ParametricAdapter:
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Saves the family as one file, the shared factors and the members, with a model card.
 
+        If the process is killed, the family there is the old one or the new one. Text that a person wrote in README.md
+        is kept.
+
         Args:
             folder: The folder, which is made if there is none.
 
         Raises:
             ValueError: No member was fitted.
         """
-        members, path = self._members(), Path(folder, FILE)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        members = self._members()
         log = self._space.log.expand(self._space.places.shape[1]).tolist()
-        save_family(self.model, members, log, path)
-        card_of(members).save(path.parent / "README.md")
+        with replacing_files(folder, README) as stage:
+            save_family(self.model, members, log, Path(stage, FILE))
+            write_card(Path(stage, README), members)
 
     @classmethod
     def from_pretrained(
@@ -369,7 +374,7 @@ class ParametricAdapter:
             hub_kwargs: Arguments of `huggingface_hub.hf_hub_download`, e.g. `revision` and `token`.
 
         Raises:
-            ValueError: The file is damaged, or its family is on another base or grid.
+            ValueError: The file is damaged or altered, of a newer version, or its family is on another base or grid.
             FileNotFoundError: The folder holds no family.
         """
         path = Path(folder, FILE)
@@ -385,10 +390,13 @@ class ParametricAdapter:
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
         """Pushes the file and the card of the family to the Hugging Face Hub, as one commit.
 
+        Text that a person wrote in the README.md of the repository is kept.
+
         Args:
             repo_id: The repository, which is made if there is none.
             kwargs: `private`, `revision`, `token`, `commit_message` and `create_pr`, as in `peft_lotra.push_to_hub`.
         """
         with TemporaryDirectory() as folder:
+            repo_id = fetch_card(folder, repo_id, kwargs.get("revision"), kwargs.get("token"))
             self.save_pretrained(folder)
             return upload(folder, repo_id, **{"commit_message": "Upload a family of LoTRA adapters", **kwargs})

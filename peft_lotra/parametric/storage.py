@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,20 +17,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from huggingface_hub import ModelCard
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
 from ..hub.base_code import hub_id
+from ..hub.card import load_card, save_section
 from .interpolation import FamilyReport, Member, ranges_of
 from .members import argument, write
 
 
 FILE = "parametric_adapter.safetensors"
-_VERSION = "1"
+_VERSION = 1
 
 
 class SavedFamily(NamedTuple):
@@ -50,32 +52,50 @@ def save_family(model: PeftModel, members: list[Member], log: list[bool], path: 
         tensors = load_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
         config = json.loads(Path(folder, CONFIG_NAME).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = hub_id(config.get("base_model_name_or_path"))  # no folder of this machine
+    config["weights_sha256"] = None  # the file has one of all its content
     tensors |= {
-        # a reader multiplies them: earlier files have fewer modes than members
-        "modes": vectors.to(dtype),
-        "coordinates": torch.eye(len(members), dtype=torch.float64, device="cpu"),
+        "members": vectors.to(dtype),
         "parameters": torch.tensor([member.parameter for member in members], dtype=torch.float64, device="cpu"),
         "indicators": torch.tensor([member.indicator for member in members], dtype=torch.float64, device="cpu"),
     }
-    metadata = {"format": "pt", "parametric": _VERSION, "config": json.dumps(config), "log": json.dumps(log)}
+    metadata = {"format": "pt", "parametric": str(_VERSION), "config": json.dumps(config), "log": json.dumps(log)}
+    metadata["sha256"] = _hash(tensors, metadata)
     save_file(tensors, path, metadata)
 
 
+def _hash(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """Return the SHA-256 of the content of a file."""
+    digest = hashlib.sha256(json.dumps([metadata["config"], metadata["log"]]).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def read_family(path: Path) -> SavedFamily:
-    """Reads the file of a family; a ValueError if it is damaged, or of another kind."""
+    """Read the file of a family.
+
+    Raises:
+        ValueError: It is damaged or altered, of another kind, or of a newer version.
+    """
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged, or no safetensors file: {error}. Get the file anew.") from error
-    names = ("modes", "coordinates", "parameters", "indicators")
-    if metadata.get("parametric") != _VERSION or not set(names) <= tensors.keys():
-        raise ValueError(f"{path} holds no family that this version can read: it is no file of a ParametricAdapter.")
-    modes, coordinates, parameters, indicators = (tensors.pop(name).double().numpy() for name in names)
-    vectors = coordinates @ modes
-    if not (np.isfinite(vectors).all() and np.isfinite(parameters).all()):
-        raise ValueError(f"{path} is damaged: its members have NaN or infinite coordinates. Get the file anew.")
+        content = path.read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8:end])["__metadata__"]
+        if int(metadata["parametric"]) <= _VERSION:
+            return _parse(load(content), metadata)
+    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is damaged, or no file of a ParametricAdapter: {error!r:.200}. Save or download the family again."
+        ) from error
+    raise ValueError(f"{path} was written by a newer version of peft-lotra: upgrade peft-lotra to read it.")
+
+
+def _parse(tensors: dict[str, Tensor], metadata: dict[str, str]) -> SavedFamily:
+    if _hash(tensors, metadata) != metadata["sha256"]:
+        raise ValueError("its content has another SHA-256")
+    names = ("members", "parameters", "indicators")
+    vectors, parameters, indicators = (tensors.pop(name).double().numpy() for name in names)
     rows = zip(map(tuple, parameters.tolist()), vectors, indicators.tolist(), strict=True)
     members = [Member(point, vector, math.nan, indicator, 0, math.nan) for point, vector, indicator in rows]
     report = FamilyReport(members, {}, math.nan, vectors.shape[1])
@@ -91,16 +111,24 @@ def load_family(base: nn.Module, path: Path, check_base: str) -> tuple[PeftModel
         return PeftModel.from_pretrained(base, folder, is_trainable=True, check_base=check_base), family
 
 
-def card_of(members: Sequence[Member]) -> ModelCard:
-    """The model card of a saved family."""
+def write_card(path: Path, members: Sequence[Member]) -> None:
+    """Write the model card of a family into README.md; a text by a person stays.
+
+    A card that cannot be read stays as it is, with a warning.
+    """
     points = [member.parameter for member in members]
-    return ModelCard(
-        "---\nlibrary_name: peft\ntags:\n- kan\n- lotra\n- peft-plugin\n- parametric\n---\n\n"
-        "# A family of LoTRA adapters\n\n"
-        f"{len(points)} adapters of one Kolmogorov-Arnold network, of {members[0].vector.size:,} coordinates each, "
-        f"for parameters from {', and from '.join(ranges_of(points))}. Between them adapters are predicted without "
-        "training.\n\n```python\nfrom peft_lotra import ParametricAdapter\n\n"
-        "# `base` is the network that the family was fitted on\n"
-        'family = ParametricAdapter.from_pretrained(base, ".")  # this folder, or the name of the repository\n'
-        f"output = family.predict({argument(points[len(points) // 2])})(x)\n```\n"
-    )
+    try:
+        card = load_card(path)
+        card.data.tags = [*(card.data.tags or []), "parametric"]
+        save_section(
+            card,
+            path,
+            "family.md",
+            title="A family of LoTRA adapters",
+            members=len(points),
+            size=f"{members[0].vector.size:,}",
+            ranges=", and from ".join(ranges_of(points)),
+            example=argument(points[len(points) // 2]),
+        )
+    except Exception as error:  # no reason for a save to fail
+        warnings.warn(f"The family is saved, its model card is not written: {error}", stacklevel=3)

@@ -25,6 +25,7 @@ from ..tucker import Ranks, Tucker, cap_ranks, check_ranks, default_ranks, full_
 
 ALL_KAN = "all-kan"
 CHECK_BASE = ("error", "warn", "ignore")
+_FORMAT = 1  # of the files; a version that changes what they mean counts it up
 
 Config = TypeVar("Config", bound=type)
 
@@ -55,6 +56,19 @@ def _listed(value: Any) -> list:
     return list(value) if isinstance(value, (list, tuple, set)) else [value]
 
 
+def _is_record(value: Any) -> bool:
+    """Return whether a value may describe a base layer."""
+    if not isinstance(value, dict) or not isinstance(value.get("family"), str):
+        return False
+    shape = value.get("shape", [])
+    sketches = [value.get(name, []) for name in ("grid", "parameters")]
+    return (
+        isinstance(shape, (list, tuple))
+        and all(type(size) is int for size in shape)
+        and all(isinstance(sketch, list) and {float, int}.issuperset(map(type, sketch)) for sketch in sketches)
+    )
+
+
 _NAMES = (_are_names, "a string or a list of strings")
 _SHARE = (lambda value: _is_number(value) and 0 <= value < 1, "at least 0 and below 1")
 # What a field may be, with the words for it. None is allowed too, but not in place of a number or a bool.
@@ -79,8 +93,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "train": (lambda value: bool(value) and set(_listed(value)) <= set(Tucker._fields), f"some of {Tucker._fields}"),
     "check_base": (lambda value: value in CHECK_BASE, f"None or one of {CHECK_BASE}"),
     "base_layers": (
-        lambda value: isinstance(value, dict) and all(isinstance(v, dict) and "family" in v for v in value.values()),
-        "a dict of dicts with a `family`",
+        lambda value: isinstance(value, dict) and all(map(_is_record, value.values())),
+        "a dict of dicts with a `family` and a `shape`",
     ),
 }
 
@@ -170,6 +184,8 @@ class LoTRAConfig(PeftConfig):
             the model when the adapter is loaded.
         weights_sha256 (`Optional[str]`):
             Internal. In a file, the SHA-256 of the tensors; another one is a warning.
+        lotra_format (`int`):
+            Internal. In a file, the version of its format; another one is an error.
 
     Raises:
         TypeError: An argument is unknown. For arguments of LoRA, the message names the one to use.
@@ -201,10 +217,16 @@ class LoTRAConfig(PeftConfig):
     check_base: Literal["error", "warn", "ignore"] | None = None
     base_layers: dict[str, dict[str, Any]] | None = None
     weights_sha256: str | None = None
+    lotra_format: int = _FORMAT
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType["LOTRA"]
+        if self.lotra_format != _FORMAT:
+            raise ValueError(
+                f"`lotra_format` is {self.lotra_format!r:.100}, and this version of peft-lotra reads {_FORMAT}. The "
+                "file was written by a newer version: upgrade peft-lotra."
+            )
         self._check_values()
         self.r = None if self.r is None else check_ranks(self.r)
         self.rank_pattern = {key: check_ranks(r, "rank_pattern") for key, r in (self.rank_pattern or {}).items()}
@@ -268,11 +290,16 @@ class LoTRAConfig(PeftConfig):
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
         path = os.fspath(pretrained_model_name_or_path)
         hub_kwargs, class_kwargs, others = cls._split_kwargs(kwargs)
-        stage = _find_staged_config(os.path.join(path, subfolder or ""))
-        if stage is None:
-            config = super().from_pretrained(path, subfolder=subfolder, **hub_kwargs, **class_kwargs)
-        else:
-            config = super().from_pretrained(stage, **class_kwargs)
+        folder = os.path.join(path, subfolder or "")
+        stage = _find_staged_config(folder)
+        try:
+            if stage is None:
+                config = super().from_pretrained(path, subfolder=subfolder, **hub_kwargs, **class_kwargs)
+            else:
+                config = super().from_pretrained(stage, **class_kwargs)
+        # what JSON, PEFT and this class raise for files that are cut or altered
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"The configuration of the adapter at {folder} cannot be read: {error}") from error
         if isinstance(config, LoTRAConfig):
             config.source = Source(path, subfolder, hub_kwargs, bool(others.get("ignore_mismatched_sizes", False)))
         return config

@@ -89,7 +89,8 @@ def check_tensors(
             wrong.append(f"{name} has the shape {tuple(tensor.shape)} instead of {shape}")
         elif shape is not None and (not tensor.is_floating_point() or tensor.itemsize < 2):
             wrong.append(f"{name} is of {tensor.dtype}")
-    raise_if_any("The file is not that of an adapter of this model", [*wrong, *_not_finite(tensors)])
+    place = f" at {config.source.path}" if config.source else ""
+    raise_if_any(f"The file{place} is not that of an adapter of this model", [*wrong, *_not_finite(tensors)])
 
 
 def saved_tensors(config: LoTRAConfig, model: nn.Module, targets: Iterable[str]) -> Iterator[tuple[str, str, Tensor]]:

@@ -13,6 +13,7 @@ from behaving import KINDS, X, adapted, layers, net, same, state
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from peft_lotra import AdapterBank, LoTRAConfig, hotswap_adapter
 from peft_lotra.kan import KAN
 
 
@@ -168,3 +169,60 @@ def test_broken_files(folder, text):
     if text is None:
         (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-20])
     files_refused(folder)
+
+
+READS = {
+    "config": LoTRAConfig.from_pretrained,
+    "hotswap": lambda folder: hotswap_adapter(adapted(), folder),
+    "bank": lambda folder: AdapterBank(net()).add("name", folder),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(share for share in (0.0, 0.1, 0.5, 0.99)),
+        b"[]",
+        b"null",
+        b"{",
+        b"[" * 100_000,
+        b'{"peft_type": "\xff"}',
+        b'{"peft_type": "OTHER"}',
+        b'{"peft_type": ["LOTRA"]}',
+    ],
+)
+def test_a_broken_configuration_is_one_clear_error(folder, read, content):
+    path = folder / CONFIG
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(content * len(whole))] if isinstance(content, float) else content)
+
+    with pytest.raises(ValueError, match="cannot be read") as caught:
+        READS[read](folder)
+
+    assert type(caught.value) is ValueError and str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("record", [3, {}, {"family": 3}, {"family": "peft-lotra", "shape": "x"}])
+def test_a_broken_record_of_the_base_is_refused(folder, record):
+    config = json.loads((folder / CONFIG).read_text())
+    config["base_layers"]["kan.layers.0"] = record
+    (folder / CONFIG).write_text(json.dumps(config))
+
+    files_refused(folder, f"{folder}.*`base_layers` must be")
+
+
+@pytest.mark.parametrize("more", [{}, {"a_field_of_later": 3}])
+def test_a_newer_format_is_called_newer(folder, more):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"lotra_format": 2} | more))
+
+    files_refused(folder, f"{folder}.*newer version: upgrade peft-lotra")
+
+
+@pytest.mark.parametrize("share", [0.0, 1, 7, 8, 9, 100, 0.5, -1])
+def test_truncated_tensors_name_their_file(folder, share):
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: int(share * len(content)) if isinstance(share, float) else share])
+
+    files_refused(folder, f"{folder / WEIGHTS} is damaged")

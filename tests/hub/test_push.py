@@ -189,6 +189,61 @@ def test_commands_on_the_hub(found):
         assert code == 1 and out == "" and err.startswith("error: ") and err.count("\n") == 1
 
 
+CARDS = """
+from hub_server import start_hub
+hub = start_hub("user")
+import json
+from pathlib import Path
+from behaving import X, adapted, net
+from huggingface_hub import HfApi
+from test_interrupted_saves import make_family
+from peft_lotra import AdapterBank, push_to_hub
+
+bank = AdapterBank(net())
+bank.add("ann", adapted())
+pushes = {
+    "adapter": lambda repo, **kwargs: push_to_hub(adapted(), repo, **kwargs),
+    "bank": bank.push_to_hub,
+    "family": make_family(2).push_to_hub,
+}
+mine = "---\\nlicense: mit\\ntags:\\n- mine\\n---\\n\\n# My work\\n\\nIt reads scans.\\n"
+found = {}
+for name, push in pushes.items():
+    HfApi().create_repo(f"user/{name}")
+    HfApi().upload_file(path_or_fileobj=mine.encode(), path_in_repo="README.md", repo_id=f"user/{name}")
+    push(f"user/{name}")
+    push(name)
+    push(f"user/{name}", revision="again")
+    push(f"user/new-{name}")
+    found[name] = [hub.repos[f"user/{name}"].files(at)["README.md"].content.decode() for at in ("main", "again")]
+    found[f"new {name}"] = hub.repos[f"user/new-{name}"].files("main")["README.md"].content.decode()
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def cards(tmp_path_factory):
+    trust = f"import sys\nsys.path.append({str(ROOT / 'tests' / 'trust')!r})\n"
+    return json.loads(python(trust + CARDS, tmp_path_factory.mktemp("cards")).splitlines()[-1])
+
+
+@pytest.mark.parametrize("kind", ["adapter", "bank", "family"])
+def test_adapters_banks_and_families_keep_the_text_of_a_person(cards, kind):
+    for text in cards[kind]:
+        card = ModelCard(text)
+
+        assert card.text.startswith("\n# My work\n\nIt reads scans.\n")
+        assert card.text.count("```python") == 1
+        assert card.data.license == "mit" and {"mine", "kan", "lotra", "peft-plugin"} <= set(card.data.tags)
+
+
+@pytest.mark.parametrize(
+    ("kind", "title"), [("adapter", "LoTRA adapter"), ("bank", "new-bank"), ("family", "A family of LoTRA adapters")]
+)
+def test_a_new_repository_gets_a_card_with_a_title(cards, kind, title):
+    assert ModelCard(cards[f"new {kind}"]).text.startswith(f"\n# {title}\n")
+
+
 def test_the_python_of_the_docs(tmp_path):
     push, pull = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "hub.md").read_text(), re.DOTALL)[:2]
     train = "[p.data.add_(0.1) for p in model.parameters() if p.requires_grad]\npushed = model"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,14 +16,12 @@ import numpy as np
 import pytest
 import torch
 from hub_server import Hub, HubServer
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from peft_lotra import ParametricAdapter
 from peft_lotra.kan import KAN
-
-
-LEGACY = Path(__file__).parents[1] / "legacy" / "family"
 
 
 def test_saving_and_loading(family, base, tmp_path):
@@ -49,16 +48,6 @@ def test_a_family_of_two_logarithmic_parameters(base, tmp_path):
     )
 
 
-def test_a_file_of_an_earlier_version():
-    """With a hash of its members, which is not written any more."""
-    base = KAN([2, 10, 10, 1], 8, dtype=torch.float64)
-    base.load_state_dict(load_file(LEGACY / "base.safetensors"))
-    family = ParametricAdapter.from_pretrained(base, LEGACY)
-    assert len(family.parameters) == 32 and family.parameters[0] == pytest.approx(0.02)
-    x = torch.tensor([[0.0, 0.5], [0.3, -0.2]], dtype=torch.float64)
-    assert not torch.allclose(family.predict(0.03)(x), base(x)) and family.predict(0.03)(x).isfinite().all()
-
-
 def test_loading_onto_another_base_is_refused(family, base, tmp_path):
     family.save_pretrained(tmp_path)
     other = problems.pretrained(seed=1)
@@ -72,22 +61,128 @@ def test_loading_onto_another_base_is_refused(family, base, tmp_path):
         ParametricAdapter.from_pretrained(base, tmp_path / "..")
 
 
-@pytest.mark.parametrize("damage", ["no modes", "another version", "NaN", "short"])
-def test_damaged_files(family, base, tmp_path, damage):
+@pytest.fixture
+def file(family, tmp_path):
     family.save_pretrained(tmp_path)
-    path = tmp_path / "parametric_adapter.safetensors"
-    tensors, metadata = load_file(path), safe_open(path, "pt").metadata()
-    if damage == "no modes":
-        tensors.pop("modes")
-    elif damage == "another version":
-        metadata["parametric"] = "9"
-    elif damage == "NaN":
-        tensors["coordinates"][0] = torch.nan
-    save_file(tensors, path, metadata)
-    if damage == "short":
-        path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="is damaged|holds no family"):
-        ParametricAdapter.from_pretrained(base, tmp_path)
+    return tmp_path / "parametric_adapter.safetensors"
+
+
+def read_parts(file):
+    """The tensors and the metadata of a file."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    with safe_open(file, "pt") as opened:
+        return tensors, opened.metadata()
+
+
+def refuse(base, file, match="is damaged") -> None:
+    """That loading raises one error, a ValueError that names the file."""
+    with pytest.raises(ValueError, match=match) as caught:
+        ParametricAdapter.from_pretrained(base, file.parent)
+
+    assert type(caught.value) is ValueError and str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("share", [0.0, 1, 7, 8, 9, 100, 0.5, -1])
+def test_a_truncated_file_is_refused(base, file, share):
+    content = file.read_bytes()
+    end = int(share * len(content)) if isinstance(share, float) else share
+    file.write_bytes(content[:end])
+
+    refuse(base, file)
+
+
+def test_an_altered_byte_is_refused(base, file):
+    """Anywhere in the tensors, and in the names, shapes, configuration and parameters before them."""
+    content = file.read_bytes()
+    header = content.index(b'"__metadata__"')
+    for place in [*range(header, header + 200, 9), *range(len(content) // 2, len(content), 997), len(content) - 1]:
+        altered = bytearray(content)
+        altered[place] ^= 1
+        if json_of(altered) == json_of(content) and altered[end_of(content) :] == content[end_of(content) :]:
+            continue  # the meaning is the same
+        file.write_bytes(altered)
+
+        refuse(base, file)
+
+
+def end_of(content: bytes) -> int:
+    """Where the header ends."""
+    return 8 + int.from_bytes(content[:8], "little")
+
+
+def json_of(content: bytes):
+    """The header without the entry that nothing reads; None if it is no JSON."""
+    try:
+        header = json.loads(content[8 : end_of(content)])
+        header["__metadata__"].pop("format", None)
+        return header
+    except (ValueError, KeyError):
+        return None
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "null", "[" * 100_000])
+@pytest.mark.parametrize("entry", ["parametric", "config", "log", "sha256"])
+def test_broken_metadata_is_refused(base, file, entry, text):
+    tensors, metadata = read_parts(file)
+    metadata.pop(entry)
+    if text is not None:
+        metadata[entry] = text
+    save_file(tensors, file, metadata)
+
+    refuse(base, file)
+
+
+@pytest.mark.parametrize("change", ["missing", "dtype", "shape", "NaN", "values"])
+@pytest.mark.parametrize("name", ["members", "parameters", "indicators"])
+def test_altered_tensors_are_refused(base, file, name, change):
+    tensors, metadata = read_parts(file)
+    tensor = tensors.pop(name)
+    if change == "dtype":
+        tensors[name] = tensor.long()
+    elif change == "shape":
+        tensors[name] = tensor.flatten().unsqueeze(0)
+    elif change == "NaN":
+        tensors[name] = tensor * torch.nan
+    elif change == "values":
+        tensors[name] = tensor + 1e-12
+    save_file(tensors, file, metadata)
+
+    refuse(base, file)
+
+
+def test_a_file_without_metadata_is_refused(base, file):
+    save_file(read_parts(file)[0], file)
+
+    refuse(base, file)
+
+
+def test_a_newer_version_is_called_newer(base, file):
+    _, metadata = read_parts(file)
+    save_file({"something": torch.ones(2)}, file, metadata | {"parametric": "2"})
+
+    refuse(base, file, "was written by a newer version of peft-lotra: upgrade")
+
+
+def test_the_text_of_a_person_is_kept(family, tmp_path):
+    mine = "---\nlicense: mit\ntags:\n- mine\n---\n\n# My family\n\nIt reads scans.\n"
+    (tmp_path / "README.md").write_text(mine)
+
+    for _ in range(2):
+        family.save_pretrained(tmp_path)
+
+    card = ModelCard((tmp_path / "README.md").read_text())
+    assert card.text.startswith("\n# My family\n\nIt reads scans.\n") and card.text.count("```python") == 1
+    assert card.data.license == "mit" and {"mine", "parametric"} <= set(card.data.tags)
+
+
+def test_a_card_that_cannot_be_read_stays(family, base, tmp_path):
+    (tmp_path / "README.md").write_bytes(b"\xff\xfe mine")
+
+    with pytest.warns(UserWarning, match="its model card is not written"):
+        family.save_pretrained(tmp_path)
+
+    assert (tmp_path / "README.md").read_bytes() == b"\xff\xfe mine"
+    assert ParametricAdapter.from_pretrained(base, tmp_path).parameters == family.parameters
 
 
 COMMON = """
