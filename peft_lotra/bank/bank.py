@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import os
-from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,25 +14,23 @@ from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from ..hub.card import write_bank_card
 from ..hub.push import fetch_card, upload
-from ..kan.row_product import RowGroups, group_rows
+from ..kan.row_product import PackedTucker, RowGroups, group_rows
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.slim import SlimLayer
 from ..modules.calls import LayerLock, places, unwrap
-from ..tucker import Update, full_shape
+from ..modules.folders import replacing_files
+from ..tucker import full_shape
 from ..tuner.base_record import record_layer
 from ..tuner.config import LoTRAConfig
 from ..tuner.layer import LoTRALayer, check_unmerged
-from ..tuner.rows import check_names
+from ..tuner.saving import write_updates
 from ..tuner.targets import find_targets
-from .layer import ROWS, BankLayer, BankModel, Rows, SlimBankLayer
+from .layer import ROWS, BankLayer, BankModel, BankPass, SlimBankLayer
 from .reading import Adapter, match_layers, read_adapter
-from .storage import export_adapter, read_bank, write_bank, write_card
-from .store import Store
-
-
-# Rows of removed adapters that are not written to yet: passes that have begun may read them.
-_SPARE = 64
+from .snapshot import BASE, Form, Snapshot, check_finite
+from .storage import read_bank, write_bank
 
 
 class AdapterBank:
@@ -67,7 +64,7 @@ class AdapterBank:
         >>> adapted = get_peft_model(KAN([2, 4, 1]), LoTRAConfig(r=2))
         >>> bank.add("anna", adapted, check_base="ignore")
         >>> model = bank.attach(base)
-        >>> y = model(torch.rand(2, 2), adapter_names=["anna", "__base__"])
+        >>> y = model(torch.rand(2, 2), adapter_names=["anna", BASE])
         >>> y.shape, bank.names
         (torch.Size([2, 1]), ['anna'])
     """
@@ -82,14 +79,16 @@ class AdapterBank:
         shapes = {name: full_shape(target.tensor) for name, target in targets.items()}
         target = next(iter(targets.values()))
         stored = target.tensor.get_parameter(target.layer)
-        self.store = Store.empty(shapes, dtype or torch.promote_types(stored.dtype, torch.float32))
-        self.traced_rows: Rows | None = None  # the rows of the pass that a compiler traces
-        self._rows: dict[str, int] = {}  # of the matrix, by name
-        self._free: list[int] = []
-        self._known: list[Any] = []  # records of bases that agreed with this one
-        self._before: list[tuple[nn.Module, str, Any]] = []  # attributes of the model before it was attached to
-        self._trained: Tensor | None = None  # which rows of the matrix are in training
+        layers = {name: PackedTucker(shape, (0,) * len(shape)) for name, shape in shapes.items()}
+        packed = torch.zeros(1, 0, dtype=dtype or torch.promote_types(stored.dtype, torch.float32), device="cpu")
+        form_of = torch.zeros(1, dtype=torch.int32, device="cpu")
+        # read once by whoever needs several parts of it, and replaced as a whole, under the lock
+        self.snapshot = Snapshot.of_rows(packed, layers, [Form({})], form_of, [BASE])
+        self.traced_pass: BankPass | None = None  # the pass that a compiler traces
         self._lock = LayerLock()
+        self._agreeing_records: list[Any] = []  # records of bases that agreed with this one
+        self._before: list[tuple[nn.Module, str, Any]] = []  # attributes of the model before it was attached to
+        self._left_out_of: str | None = None  # the folder or repository of which some adapters were loaded
 
     @classmethod
     def from_folders(
@@ -114,48 +113,27 @@ class AdapterBank:
     @property
     def names(self) -> list[str]:
         """The names of the adapters, in the order in which they were added."""
-        return list(self._rows)
+        return list(self.snapshot.ids)[1:]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.snapshot.ids) - 1
 
     def __contains__(self, name: object) -> bool:
-        return name in self._rows
+        return name != BASE and name in self.snapshot.ids
 
     def __repr__(self) -> str:
-        packed = self.store.packed
-        return f"AdapterBank({len(self)} adapters of {packed.shape[1]} numbers, {packed.dtype}, {packed.device})"
+        packed = self.snapshot.packed
+        return f"AdapterBank({len(self)} adapters of {packed.shape[1]} parameters, {packed.dtype}, {packed.device})"
 
     def ids(self, names: Sequence[str]) -> Tensor:
-        """The numbers of adapters, (rows,) int64, on the device of the bank; -1 for `"__base__"`.
+        """Return the ids of adapters, (n,) int64, on the device of the bank; -1 for `"__base__"`.
 
-        An adapter keeps its number until it is removed or replaced, or `compact` is called.
+        An adapter keeps its id until it is removed or replaced. No other adapter ever gets it.
 
         Raises:
             ValueError: A name is unknown; the message has the first three.
         """
-        return self._index(check_names(names)) - 1
-
-    def _index(self, names: Sequence[str] | Sequence[int] | Tensor) -> Tensor:
-        """The rows of the matrix (rows,) of adapters, by name or number; a ValueError for what is none."""
-        rows = self._rows
-        if isinstance(names, Tensor) or isinstance(next(iter(names), None), int):
-            ids = names if isinstance(names, Tensor) else torch.tensor(names, device="cpu")
-            if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-                raise ValueError(f"`ids` must be integers (rows,), got {ids.dtype} of the shape {tuple(ids.shape)}.")
-            index = ids.to(torch.int64) + 1
-            inside = (index >= 0) & (index < len(self.store.form_of))
-            used = inside.cpu() & (self.store.form_of[(index * inside).cpu()] >= 0)
-            if not bool(used.all()):
-                wrong = ", ".join(map(str, ids.cpu()[~used].unique()[:3].tolist()))
-                raise ValueError(f"No adapter has the number {wrong}. `bank.ids(names)` has them.")
-            return index
-        found = [0 if name == "__base__" else rows.get(name, -1) for name in check_names(names)]
-        if -1 in found:
-            unknown = [name for name in dict.fromkeys(names) if name != "__base__" and name not in rows]
-            raise ValueError(f"The bank has no adapter {', '.join(map(repr, unknown[:3]))} ({len(unknown)} unknown).")
-        # `torch.tensor` of a list takes several times as long
-        return torch.frombuffer(array("q", found), dtype=torch.int64).to(self.store.packed.device)
+        return self.snapshot.ids_of(names)
 
     def add(
         self,
@@ -182,62 +160,49 @@ class AdapterBank:
         Raises:
             ValueError: The name is known, or the adapter is of another base, grid or kind of layer, or damaged.
         """
-        if not isinstance(name, str) or not name or name == "__base__":
+        if not isinstance(name, str) or not name or name == BASE:
             raise ValueError(f"The name of an adapter must be a string other than '__base__', got {name!r:.100}.")
-        if name in self._rows and not replace:
-            raise ValueError(f"The bank has an adapter {name!r} already. Pass `replace=True`, or another name.")
-        self._check_resting()
         try:
             if isinstance(adapter, AdapterBank):
-                updates, from_gradient = adapter._updates_of(name, self.base)
+                if adapter.base is not self.base:
+                    raise ValueError("the other bank has another base. Load it by `AdapterBank.load(base, folder)`.")
+                updates, from_gradient = adapter.snapshot.updates_of(name)
             else:
-                updates, from_gradient = read_adapter(adapter, self.base, adapter_name, alpha, check_base, self._known)
+                records = self._agreeing_records
+                updates, from_gradient = read_adapter(adapter, self.base, adapter_name, alpha, check_base, records)
+            with self._change() as snapshot:
+                if name in snapshot.ids and not replace:
+                    raise ValueError("the bank has an adapter of this name already. Pass `replace=True`.")
+                self.snapshot = snapshot.with_adapter(name, updates, from_gradient)
         except (ValueError, TypeError, OSError) as error:
             raise ValueError(f"The adapter {name!r} was not added: {error}") from error
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            used = 1 + len(self._rows) + len(self._free)
-            row = self._free.pop(0) if len(self._free) > _SPARE else used
-            store = self.store.with_ranks({layer: it.tensor.ranks for layer, it in updates.items()}).with_row(row)
-            store.write(row, updates, from_gradient)
-            self.store = store
-            if name in self._rows:
-                self._release(self._rows[name])
-            self._rows[name] = row
 
-    def _updates_of(self, name: str, base: nn.Module) -> tuple[dict[str, Update], bool]:
-        """The updates of an adapter, for a bank of this base, and whether it started from the gradient."""
-        if base is not self.base:
-            raise ValueError(
-                "the other bank has another base. Load it with this one, `AdapterBank.load(base, folder)`."
-            )
-        row = int(self._index([name]))
-        updates = {layer: Update(1.0, parts) for layer, parts in self.store.components(row).items()}
-        return updates, bool(self.store.from_gradient()[row])
+    @contextmanager
+    def _change(self) -> Iterator[Snapshot]:
+        """Yield the adapters while no other thread changes them."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if self.snapshot.trained is not None:
+                raise ValueError("Adapters of the bank are in training: call `finish()` of their optimizer first.")
+            yield self.snapshot
 
     def remove(self, name: str) -> None:
-        """Removes an adapter. Its number may be given to another one."""
-        self._check_resting()
-        if name not in self._rows:
-            raise ValueError(f"The bank has no adapter {name!r} to remove.")
-        with self._lock:
-            self._release(self._rows.pop(name))
-
-    def _release(self, row: int) -> None:
-        self.store.form_of[row] = -1
-        self._free.append(row)
+        """Remove an adapter. Passes that have begun go on with it."""
+        with self._change() as snapshot:
+            if name not in self:
+                raise ValueError(f"The bank has no adapter {name!r} to remove.")
+            self.snapshot = snapshot.without_adapter(name)
 
     def compact(self) -> None:
-        """Gives back the memory of removed adapters, and of the room for more; adapters get new numbers."""
-        self._check_resting()
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            self.store = self.store.select([0, *self._rows.values()])
-            self._rows, self._free = {name: row for row, name in enumerate(self._rows, 1)}, []
+        """Free the memory of removed adapters, and of the room for more; reads all of a mapped bank."""
+        with self._change() as snapshot:
+            self.snapshot = snapshot.rebuild()
 
     def to(self, device: torch.device | str) -> AdapterBank:
-        """Moves the adapters to a device; those of each row are taken to that of the layer in each pass."""
-        self._check_resting()
-        store = self.store.in_memory()
-        self.store = store._replace(packed=store.packed.to(device))
+        """Move the adapters to a device; those of each row are taken to that of the layer in each pass."""
+        with self._change() as snapshot:
+            snapshot = snapshot.rebuild()
+            packed = snapshot.packed.to(device)
+            self.snapshot = snapshot._replace(packed=packed, row_of=snapshot.row_of.to(device))
         return self
 
     # --- training ---
@@ -254,37 +219,21 @@ class AdapterBank:
         Raises:
             ValueError: A name is unknown, or the bank is empty, of half precision, or trained already.
         """
-        self._check_resting()
-        rows = self._index((self.names or ["__base__"]) if names is None else names)
-        if self.store.packed.dtype.itemsize < 4 or not bool((rows > 0).all()):
-            raise ValueError("Only adapters of float32 or float64 are trained: load the bank with such a `dtype`.")
-        with torch.inference_mode(False), torch.no_grad():
-            store = self.store.in_memory()
-            self._trained = torch.zeros(len(store.packed), dtype=torch.bool, device=rows.device)
-            self._trained[rows] = True
-            packed = nn.Parameter(store.packed)
-            self.store = store._replace(packed=packed)
-            return packed, store.entries() & self._trained.unsqueeze(1)
-
-    def check_trained(self, ids: Tensor) -> Tensor:
-        """The rows of the matrix (rows,) of adapters, by number; a ValueError if one is not in training."""
-        rows = self._index(ids).to(self.store.packed.device)
-        wrong = [] if self._trained is None else rows[~self._trained[rows]][:3].tolist()
-        if wrong:
-            names = [name for name, row in {"__base__": 0, **self._rows}.items() if row in wrong]
-            raise ValueError(
-                f"Rows of the batch have adapters that are not in training: {', '.join(map(repr, names))}. Leave them "
-                "out, or call the model under `torch.no_grad()`."
-            )
-        return rows
+        with self._change() as snapshot:
+            snapshot = snapshot.rebuild()  # a matrix of its own, since passes that have begun read the former one
+            rows = snapshot.rows_of(self.names if names is None else names)
+            if snapshot.packed.dtype.itemsize < 4 or not len(rows) or 0 in rows:
+                raise ValueError("Only adapters of float32 or float64 are trained: load the bank with such a `dtype`.")
+            trained = torch.zeros(len(snapshot.packed), dtype=torch.bool, device=rows.device)
+            trained[rows] = True
+            packed = nn.Parameter(snapshot.packed)
+            self.snapshot = snapshot._replace(packed=packed, trained=trained)
+            return packed, snapshot.is_component() & trained.unsqueeze(1)
 
     def stop_training(self) -> None:
-        """Ends what `start_training` began; the adapters stay as they are trained."""
-        self.store, self._trained = self.store._replace(packed=self.store.packed.detach()), None
-
-    def _check_resting(self) -> None:
-        if self._trained is not None:
-            raise ValueError("Adapters of the bank are in training: call `finish()` of their optimizer first.")
+        """End what `start_training` began; the adapters stay as they are trained."""
+        with self._lock:
+            self.snapshot = self.snapshot._replace(packed=self.snapshot.packed.detach(), trained=None)
 
     def mean_by_adapter(self, errors: Tensor, ids: Tensor) -> Tensor:
         """The mean error of each adapter, (room,), at its number; NaN where it has no rows.
@@ -296,17 +245,41 @@ class AdapterBank:
         Raises:
             ValueError: A number belongs to no adapter, or the shapes differ.
         """
-        index = self._index(ids)
-        if errors.shape != index.shape:
-            raise ValueError(f"`errors` must have one number for each of {len(ids)} rows, got {tuple(errors.shape)}.")
-        sums = errors.new_zeros(len(self.store.form_of)).index_add(0, index, errors)
-        return (sums / index.bincount(minlength=len(sums)))[1:]
+        snapshot = self.snapshot
+        rows = snapshot.rows_of(ids)
+        if errors.shape != rows.shape:
+            raise ValueError(f"`errors` must have one entry for each of {len(ids)} rows, got {tuple(errors.shape)}.")
+        room = len(snapshot.row_of) - 1
+        place = ids.to(errors.device, torch.int64) + 1  # those of the base come first, and are left out
+        sums = errors.new_zeros(room).index_add(0, place, errors)
+        return (sums / place.bincount(minlength=room))[1:]
 
     # --- files ---
 
-    def save(self, folder: str | os.PathLike) -> None:
-        """Writes all adapters into one file, adapter_bank.safetensors, with a table of their names."""
-        write_bank(folder, self.store.select([0, *self._rows.values()]), self.names, self.record)
+    def save(self, folder: str | os.PathLike, skip: Collection[str] = ()) -> None:
+        """Write all adapters into one file, adapter_bank.safetensors, with a table of their names.
+
+        Args:
+            folder (`str`): The folder, which is made if there is none.
+            skip (`list[str]`): Adapters that are left out, for instance because they are not finite.
+
+        Raises:
+            ValueError: An adapter has NaN or infinity, or is damaged in a mapped file; or the bank holds only some
+                adapters of this folder, so that the others would be lost. The folder is as it was.
+        """
+        self._check_whole(os.path.realpath(folder))
+        snapshot = self.snapshot
+        names = [name for name in snapshot.ids if name not in skip]
+        with replacing_files(folder) as stage:
+            write_bank(stage, snapshot, names, self.record)
+
+    def _check_whole(self, target: str) -> None:
+        """Raise a ValueError if the target has adapters that `load(names=...)` left out."""
+        if self._left_out_of == target:
+            raise ValueError(
+                f"The bank holds only some adapters of {target}, and the others would be lost. Save it elsewhere, or "
+                "load the whole bank and add these to it: `whole.add(name, bank, replace=True)`."
+            )
 
     @classmethod
     def load(
@@ -338,14 +311,15 @@ class AdapterBank:
             ValueError: There is no bank in the folder, or no adapter of a name; it is damaged (the message has the
                 names), or of another base.
         """
-        store, names, record = read_bank(os.fspath(folder), mapped, skip_damaged, names, revision)
-        bank = cls(base, store.packed.dtype if mapped or dtype is None else dtype)
-        _, own = match_layers(record, bank.base, check_base)
-        layers = {own[name]: form for name, form in store.layers.items()}
-        forms = [form._replace(layers={own[name]: it for name, it in form.layers.items()}) for form in store.forms]
-        packed = store.packed.to(bank.store.packed.dtype)
-        bank.store = store._replace(packed=packed, layers=layers, forms=forms)
-        bank._rows = {name: row for row, name in enumerate(names, 1)}
+        folder = os.fspath(folder)
+        bank = cls(base, dtype)
+        snapshot = read_bank(folder, bank.base, check_base, mapped, skip_damaged, names, revision)
+        if dtype is not None and not mapped:
+            snapshot = snapshot._replace(packed=snapshot.packed.to(dtype))
+            check_finite(snapshot.packed, snapshot.ids, "Load the bank in another `dtype`.")
+        bank.snapshot = snapshot
+        if names is not None:
+            bank._left_out_of = os.path.realpath(folder) if os.path.isdir(folder) else folder
         return bank
 
     def push_to_hub(
@@ -362,21 +336,24 @@ class AdapterBank:
             kwargs: `private`, `revision`, `token` and `create_pr`, as in `peft_lotra.push_to_hub`.
 
         Raises:
-            ValueError: The bank is empty, or the repository is public despite `private`.
+            ValueError: The bank is empty, or the repository is public despite `private`, or see `save`.
         """
-        if not self._rows:
+        snapshot = self.snapshot
+        _, *names = snapshot.ids
+        if not names:
             raise ValueError("The bank is empty: add adapters before it is pushed.")
         with TemporaryDirectory() as folder:
             repo_id = fetch_card(folder, repo_id, kwargs.get("revision"), kwargs.get("token"))
-            self.save(folder)
-            write_card(folder, repo_id, self.names, self.base, base_model, base_code)
-            return upload(folder, repo_id, f"Upload {len(self)} LoTRA adapters", **kwargs)
+            self._check_whole(repo_id)
+            write_bank(folder, snapshot, snapshot.ids, self.record)
+            write_bank_card(folder, repo_id, names, self.base, base_model, base_code)
+            return upload(folder, repo_id, f"Upload {len(names)} LoTRA adapters", **kwargs)
 
     def export(self, name: str, folder: str | os.PathLike) -> None:
         """Writes one adapter as a folder that `PeftModel.from_pretrained` loads; its alpha is in the cores."""
-        if name not in self._rows:
-            raise ValueError(f"The bank has no adapter {name!r} to export.")
-        export_adapter(folder, self.store, self._rows[name], self.record, self.base)
+        updates, from_gradient = self.snapshot.updates_of(name)
+        with replacing_files(folder) as stage:
+            write_updates(stage, updates, from_gradient, self.record, self.base)
 
     # --- serving ---
 
@@ -437,25 +414,25 @@ class AdapterBank:
         Raises:
             ValueError: A name is unknown, or a number belongs to no adapter.
         """
-        with ROWS.set(self._rows_of(rows)):
+        with ROWS.set(self._pass_of(rows)):
             yield
 
-    def _rows_of(self, rows: Sequence[str] | Sequence[int] | Tensor | None) -> Rows:
-        """The adapters of rows; of None, those that are set, else none."""
-        is_training = self._trained is not None and torch.is_grad_enabled()
-        found = ROWS.get()
-        if rows is None and found is not None and found.bank is self:
-            return found
-        if rows is None and not is_training:
-            return Rows(self, self.store)
-        index = self._index(["__base__"] if rows is None else rows)
-        store = self.store  # read last: what is added meanwhile is in it
-        distinct, groups = group_rows(index.to(store.packed.device))
+    def _pass_of(self, adapters: Sequence[str] | Sequence[int] | Tensor | None) -> BankPass:
+        """Return the pass of rows with these adapters; of None, the one that is set, else a pass of the base."""
+        snapshot = self.snapshot
+        is_training = snapshot.trained is not None and torch.is_grad_enabled()
+        current = ROWS.get()
+        if adapters is None and current is not None and current.bank is self:
+            return current
+        if adapters is None and not is_training:
+            return BankPass(self, snapshot)
+        rows = snapshot.rows_of([BASE] if adapters is None else adapters)
+        distinct, groups = group_rows(rows)
         if is_training:
-            self.check_trained(distinct - 1)
-            store = store._replace(packed=embedding(distinct, store.packed, sparse=True))
-        elif groups.size > 1 or store.added is not None:
-            store = store._replace(packed=store.rows(distinct))
+            snapshot.check_trained(distinct)
+            snapshot = snapshot._replace(packed=embedding(distinct, snapshot.packed, sparse=True))
+        elif groups.size > 1 or snapshot.added is not None:
+            snapshot = snapshot._replace(packed=snapshot.gather(distinct))
         else:
-            groups = RowGroups(index)
-        return Rows(self, store, groups, set())
+            groups = RowGroups(rows)
+        return BankPass(self, snapshot, groups, set())

@@ -12,34 +12,34 @@ from torch import nn
 
 from ..kan.row_product import RowGroups, RowUpdates
 from ..tucker import Tucker, Update
-from ..tuner.by_row import find_row_evaluation
+from ..tuner.by_row import run_rows
 from ..tuner.layer import LoTRALayer
-from ..tuner.rows import PassVariable, rows_of_each, run_by_name
+from ..tuner.rows import PassVariable, check_batch
 from ..tuner.slim import SlimLoTRALayer
-from .store import Store
+from .snapshot import NO_ROW, Snapshot
 
 
-class Rows(NamedTuple):
-    """The adapters of the rows of a forward pass.
+class BankPass(NamedTuple):
+    """A forward pass whose samples have different adapters.
 
     Attributes:
         bank: The bank, an object of any type, whose layers they are for.
-        store: The adapters of the bank when the pass began, perhaps those of the batch alone.
-        groups: The rows of the batch, by the rows of `store`; None in a pass of the base.
-        known: See `ForwardPass`; None in a traced pass.
+        snapshot: The adapters of the bank when the pass began; its matrix may hold those of the batch alone.
+        groups: The samples of the batch, by the rows of this matrix; None in a pass of the base.
+        known: See `ForwardPass`.
     """
 
     bank: Any
-    store: Store
+    snapshot: Snapshot
     groups: RowGroups | None = None
-    known: set[int] | None = None
+    known: set[int] = set()
 
 
-ROWS = PassVariable("lotra_bank_rows")  # `Rows`
+ROWS = PassVariable("lotra_bank_rows")  # a `BankPass`
 
 
 @torch.compiler.disable
-def _rows_of_pass() -> Rows | None:
+def _current_pass() -> BankPass | None:
     return ROWS.get()
 
 
@@ -59,36 +59,29 @@ class BankLayer(LoTRALayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         is_traced = torch.compiler.is_compiling()
-        traced = self.lotra_bank.traced_rows  # not None inside of a compiled `BankModel`
-        rows = traced if is_traced and traced is not None else _rows_of_pass()  # pyright: ignore[reportCallIssue]
-        if traced is not None and not is_traced and rows is None:
+        traced = self.lotra_bank.traced_pass  # not None inside of a compiled `BankModel`
+        current = traced if is_traced and traced is not None else _current_pass()  # pyright: ignore[reportCallIssue]
+        if traced is not None and not is_traced and current is None:
             raise RuntimeError("A compiled bank must be one graph: pass `fullgraph=True` to find the break.")
-        if rows is None or rows.bank is not self.lotra_bank:
+        if current is None or current.bank is not self.lotra_bank:
             return super().forward(*args, **kwargs)
-        groups, name = rows.groups, self.lotra_bank_name
-        if groups is None or not rows.store.layers[name].width():
+        groups, name = current.groups, self.lotra_bank_name
+        if groups is None or not current.snapshot.layers[name].width():
             return self._run((), None, args, kwargs)
-        times, read_numbers = 1, lambda: groups.of_rows().tolist()
-        if rows.known is not None:
+        if not is_traced:
             self.check_grid()
             if not self._has_seen_inputs:
                 self._warn_of_far_inputs(args[0] if args else None)
-            times = rows_of_each(groups.batch(), read_numbers, self.lotra_name, rows.known, args, kwargs)
-        form, packed = rows.store.layers[name], rows.store.columns()[name]
-        if (run_together := find_row_evaluation(self, args, kwargs)) is not None:
-            return run_together(RowUpdates(packed, groups, form))
-        if is_traced:
-            raise RuntimeError(
-                f"`{self.lotra_name}` ({self.lotra_spec.family}) runs once for each adapter, which a graph cannot do. "
-                "Give its kind `basis` in `register_kan_layer`, or call the model that is not compiled."
-            )
+        form, packed = current.snapshot.layers[name], current.snapshot.columns()[name]
 
         def run(row: int, args: tuple, kwargs: dict[str, Any]) -> Any:
             stored = self.lotra_tensor.get_parameter(self._modules["base_layer"])
-            parts = [part[0].to(stored) for part in form.unpack(packed[row : row + 1])]
-            return self._call_base([Update(1.0, Tucker(*parts))], args, kwargs)
+            components = [component[0].to(stored) for component in form.unpack(packed[row : row + 1])]
+            return self._call_base([Update(1.0, Tucker(*components))], args, kwargs)
 
-        return run_by_name([row for row in read_numbers() for _ in range(times)], run, args, kwargs)
+        read_rows = lambda: groups.of_rows().tolist()  # noqa: E731
+        find_updates = lambda: RowUpdates(packed, groups, form)  # noqa: E731
+        return run_rows(self, groups.batch(), read_rows, current.known, find_updates, run, args, kwargs)
 
 
 class SlimBankLayer(BankLayer, SlimLoTRALayer):
@@ -112,28 +105,43 @@ class BankModel(nn.Module):
 
         Args:
             adapter_names (`list[str]`): The adapter of each row, `"__base__"` for none.
-            ids (`torch.Tensor`): The same by number, (rows,) int64, -1 for none; see `AdapterBank.ids`.
+            ids (`torch.Tensor`): The same by id, (rows,) int64, -1 for none; see `AdapterBank.ids`.
+
+        Raises:
+            ValueError: A name is unknown, an id belongs to no adapter, or there is not one for each row.
+            RuntimeError: The same of an id in a compiled or exported model.
         """
-        given = [rows for rows in (adapter_names, ids) if rows is not None]
-        has_rows = not torch.compiler.is_compiling() and ROWS.get() is not None
-        if len(given) == 2 or (self.needs_adapters and not given and not has_rows):
-            raise ValueError(
-                f"`adapter_names` and `ids` name the adapter of each row: pass one of them, got {len(given)}."
-            )
+        adapters = ids if adapter_names is None else adapter_names
+        is_compiling = torch.compiler.is_compiling()
+        is_inside = not is_compiling and ROWS.get() is not None
+        has_both = adapter_names is not None and ids is not None
+        if has_both or (self.needs_adapters and adapters is None and not is_inside):
+            count = "both" if has_both else "none"
+            raise ValueError(f"`adapter_names` and `ids` name the adapter of each row: pass one of them, got {count}.")
         bank = self.bank
-        if not torch.compiler.is_compiling():
-            with bank.rows(given[0] if given else None):
+        if not is_compiling:
+            with bank.rows(adapters):
+                if adapters is not None:
+                    check_batch(ROWS.get().groups.batch(), args, kwargs)
                 outputs = self.model(*args, **kwargs)
                 ROWS.keep(outputs)
             return outputs
+
         if adapter_names is not None:
             raise ValueError("A compiled model takes `ids`, not `adapter_names`: pass `ids=bank.ids(names)`.")
-        if bank.store.added is not None:
+        snapshot = bank.snapshot
+        if snapshot.added is not None:
             raise ValueError("A compiled model takes no mapped bank: call `bank.compact()`, which reads all of it.")
-        if bank.store.packed.requires_grad and torch.is_grad_enabled():
+        if snapshot.packed.requires_grad and torch.is_grad_enabled():
             raise ValueError("Adapters are not trained by a compiled model: call the model that is not compiled.")
-        bank.traced_rows = Rows(bank, bank.store, None if ids is None else RowGroups(ids + 1))
+        groups = None
+        if ids is not None:
+            check_batch(ids.shape[0], args, kwargs)
+            rows = snapshot.find_rows(ids)
+            torch._assert_async((rows != NO_ROW).all(), "An id belongs to no adapter of the bank.")
+            groups = RowGroups(rows)
+        bank.traced_pass = BankPass(bank, snapshot, groups)
         try:
             return self.model(*args, **kwargs)
         finally:
-            bank.traced_rows = None
+            bank.traced_pass = None

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A bank as one safetensors file, and one of its adapters as a folder that PEFT loads."""
+"""A bank as one safetensors file."""
 
 from __future__ import annotations
 
@@ -9,185 +9,170 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
-from ..hub.base_code import hub_id, source_of_base
-from ..hub.card import README, load_card, save_section
+from ..hub.base_code import hub_id
 from ..kan.row_product import PackedTucker
-from ..modules.calls import PREFIX
-from ..tucker import COMPONENTS
-from ..tuner.config import LoTRAConfig, pattern_key
-from ..tuner.targets import exact_targets
-from .store import Form, Store
+from .reading import match_layers
+from .snapshot import BASE, Form, Snapshot, check_finite, checksums_of, listed
 
 
 FILE_NAME = "adapter_bank.safetensors"
 _FORMAT = 1
+_TENSOR = "adapters"
+_TABLE = "adapter_bank"
+_CHECKSUM = "adapter_bank_crc32"
 
 
-def write_bank(folder: str | os.PathLike, store: Store, names: list[str], record: dict[str, Any]) -> None:
-    """Writes the file, whole or not at all.
+def write_bank(folder: str, snapshot: Snapshot, names: Iterable[str], record: dict[str, Any]) -> None:
+    """Write the base and adapters of these names into the file of a folder, with the record of their base.
 
-    Args:
-        folder: The folder.
-        store: The adapters, in the order of the rows behind the first, which is the base.
-        names: Their names.
-        record: The record of the base.
+    Raises:
+        ValueError: An adapter has values that are not finite, or is damaged in the mapped file.
     """
-    packed = store.packed.cpu().contiguous()
-    of_adapters = zip(store.form_of.tolist(), _checksums(packed), strict=True)
+    rows = snapshot.rows_of(names)
+    packed = snapshot.gather_checked(rows).detach().cpu().contiguous()
+    check_finite(packed, names, "Remove them, or leave them out by `skip=`.")
+
     table = {
         "format": _FORMAT,
-        "adapters": dict(zip(["__base__", *names], of_adapters, strict=True)),  # the form and CRC-32 of each row
-        "layers": store.layers,
-        "forms": store.forms,
+        "adapters": dict(zip(names, snapshot.form_of[rows.cpu()].tolist(), strict=True)),
+        "checksums": checksums_of(packed),
+        "layers": snapshot.layers,
+        "forms": snapshot.forms,
         "base_layers": record,
     }
-    os.makedirs(folder, exist_ok=True)
-    with TemporaryDirectory(prefix=".saving-", dir=folder) as stage:
-        path = os.path.join(stage, FILE_NAME)
-        save_file({"adapters": packed}, path, metadata={"adapter_bank": json.dumps(table)})
-        os.replace(path, os.path.join(folder, FILE_NAME))
+    text = json.dumps(table)
+    metadata = {_TABLE: text, _CHECKSUM: _checksum(text)}
+    save_file({_TENSOR: packed}, os.path.join(folder, FILE_NAME), metadata)
 
 
-def write_card(
-    folder: str, repo_id: str, names: Sequence[str], base: nn.Module, base_model: str | None, base_code: str | None
-) -> None:
-    """Writes the model card of a bank, README.md, with a table of its first adapters; text by a person stays."""
-    path = Path(folder, README)
-    card = load_card(path)
-    card.data.base_model = base_model
-    base_class, code = source_of_base({}, base, base_model)
-    save_section(
-        card,
-        path,
-        "bank.md",
-        title=repo_id.rpartition("/")[2],
-        base_class=base_class,
-        code=(base_code or code).strip(),
-        repo_id=repo_id,
-        first=json.dumps(names[0]),
-        names=names,
-    )
-
-
-def _read_some(place: str, names: Sequence[str]) -> tuple[dict[str, Any], Tensor]:
-    """The table and the matrix of some adapters of the file at a path or URL; of the others nothing is read."""
-    start = 8 + int.from_bytes(_read_range(place, 0, 8), "little")
-    header = json.loads(_read_range(place, 8, start))
-    table, entry = json.loads(header["__metadata__"]["adapter_bank"]), header["adapters"]
-    numbers = {name: number for number, name in enumerate(table["adapters"])}
-    if unknown := [name for name in names if name not in numbers]:
-        raise ValueError(f"The bank has no adapter {', '.join(map(repr, unknown[:3]))} ({len(unknown)} unknown).")
-    table["adapters"] = {name: table["adapters"][name] for name in ("__base__", *names)}
-    (first, last), (rows, width) = entry["data_offsets"], entry["shape"]
-    size = (last - first) // rows
-    starts = [start + first + numbers[name] * size for name in table["adapters"]]
-    content = b"".join([_read_range(place, at, at + size) for at in starts])
-    entry |= {"shape": [len(starts), width], "data_offsets": [0, len(content)]}
-    text = json.dumps({"adapters": entry}).encode()
-    return table, load(len(text).to_bytes(8, "little") + text + content)["adapters"]
-
-
-def _read_range(place: str, start: int, end: int) -> bytes:
-    """Some bytes of a file, or of one on the Hub."""
-    if not place.startswith("http"):
-        with open(place, "rb") as file:
-            file.seek(start)
-            return file.read(end - start)
-    response = get_session().get(place, headers={**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"})
-    hf_raise_for_status(response)
-    return response.content if response.status_code == 206 else response.content[start:end]
+def _checksum(text: str) -> str:
+    return str(zlib.crc32(text.encode()))
 
 
 def read_bank(
-    folder: str, mapped: bool, skip_damaged: bool, only: Sequence[str] | None = None, revision: str | None = None
-) -> tuple[Store, list[str], dict[str, Any]]:
-    """Reads the file of a folder or a repository, or `only` some adapters of it: what `write_bank` got.
-
-    `mapped`, adapters are read when they are used, and not checked.
+    folder: str,
+    base: nn.Module,
+    check_base: str | None,
+    mapped: bool,
+    skip_damaged: bool,
+    names: Sequence[str] | None,
+    revision: str | None,
+) -> Snapshot:
+    """Read the adapters of a folder or repository, see `AdapterBank.load`.
 
     Raises:
-        ValueError: There is no such file or adapter, or it is damaged; the message names damaged adapters. With
-            `skip_damaged` they are left out, with a warning.
+        ValueError: There is no such file or adapter, it is of another base, or damaged; the message names damaged
+            adapters.
     """
     path = os.path.join(folder, FILE_NAME)
+    read_file = _open_file
     if not os.path.isfile(path):
         repo_id = None if os.path.isdir(folder) else hub_id(folder)
         if repo_id is None:
             raise ValueError(f"There is no {FILE_NAME} in {folder}. `AdapterBank.save(folder)` writes one.")
-        path = (hf_hub_download if only is None else hf_hub_url)(repo_id, FILE_NAME, revision=revision)
-    table, packed = ({}, torch.empty(0)) if only is None else _read_some(path, only)
-    try:
-        if only is None:
-            with safe_open(path, "pt") as file:
-                table, packed = json.loads((file.metadata() or {})["adapter_bank"]), file.get_tensor("adapters")
-        names, record, layers = list(table["adapters"])[1:], table["base_layers"], _as_layers(table["layers"])
-        forms = [Form(_as_layers(of_layers), from_gradient) for of_layers, from_gradient in table["forms"]]
-        of_form, crc32 = zip(*table["adapters"].values(), strict=True)
-        shape = (len(of_form), sum([form.width() for form in layers.values()]))
-        if table["format"] != _FORMAT or packed.shape != shape or not packed.is_floating_point():
+        if names is None:
+            path = hf_hub_download(repo_id, FILE_NAME, revision=revision)
+        else:
+            path = hf_hub_url(repo_id, FILE_NAME, revision=revision)
+            read_file = _open_remote
+
+    with _naming_damage(path):
+        metadata, gather = read_file(path)
+        table = json.loads(metadata[_TABLE])
+        is_newer = table["format"] > _FORMAT
+        if not is_newer and metadata[_CHECKSUM] != _checksum(metadata[_TABLE]):
+            raise ValueError("its table was altered")
+        saved_names = list(table["adapters"])
+    if is_newer:
+        raise ValueError(f"A newer version of peft-lotra wrote {path} (format {table['format']}). Upgrade peft-lotra.")
+
+    places = slice(None)
+    if names is not None:
+        unknown = [name for name in names if name not in table["adapters"]]
+        if unknown:
+            raise ValueError(f"The bank has no adapter {listed(unknown)}.")
+        place_of = {name: place for place, name in enumerate(saved_names)}
+        saved_names = [BASE, *dict.fromkeys(names)]
+        places = [place_of[name] for name in saved_names]
+    _, layer_names = match_layers(table["base_layers"], base, check_base)
+    with _naming_damage(path):
+        packed = gather(places)
+        layers = _as_layers(table["layers"], layer_names)
+        forms = [Form(_as_layers(of_form, layer_names), from_gradient) for of_form, from_gradient in table["forms"]]
+        form_of = torch.tensor([table["adapters"][name] for name in saved_names], dtype=torch.int32, device="cpu")
+        checksums = torch.tensor(table["checksums"], device="cpu")[places]
+        if packed.shape != (len(form_of), sum([layer.width() for layer in layers.values()])) or packed[0].any():
             raise ValueError("its table does not fit its tensor")
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r:.200}. Save or download the bank again.") from error
-    store = Store(packed, layers, forms, torch.tensor(of_form, dtype=torch.int32, device="cpu"))
+    snapshot = Snapshot.of_rows(packed, layers, forms, form_of, saved_names)
     if mapped:
-        return store._replace(added=packed[:0].clone()), names, record
-    store = store._replace(packed=packed.clone())  # or all of the file stays mapped, and changes with it
-    store.packed[0] = 0
-    pairs = enumerate(zip(_checksums(store.packed), crc32, strict=True))
-    damaged = {row for row, (own, recorded) in pairs if own != recorded and row}
+        return snapshot._replace(added=packed[:0].clone(), checksums=checksums.tolist())
+
+    # a copy: otherwise all of the file stays mapped, and changes with it
+    snapshot = snapshot._replace(packed=packed.clone())
+    is_sound = torch.tensor(checksums_of(snapshot.packed), device="cpu") == checksums
+    damaged = [name for name, sound in zip(saved_names, is_sound.tolist(), strict=True) if not sound]
+    message = f"{path} has damaged adapters: {listed(damaged)}."
+    if damaged and not skip_damaged:
+        raise ValueError(f"{message} `skip_damaged=True` loads the others.")
     if damaged:
-        wrong = ", ".join(repr(names[row - 1]) for row in sorted(damaged)[:3])
-        message = f"{path} has damaged adapters: {wrong} ({len(damaged)} of {len(names)})."
-        if not skip_damaged:
-            raise ValueError(f"{message} `skip_damaged=True` loads the others.")
         warnings.warn(f"{message} They are left out.", stacklevel=3)
-        store = store.select([row for row in range(len(packed)) if row not in damaged])
-        names = [name for row, name in enumerate(names, 1) if row not in damaged]
-    return store, names, record
+    for name in damaged:
+        snapshot = snapshot.without_adapter(name)
+    return snapshot
 
 
-def _as_layers(table: dict[str, Any]) -> dict[str, PackedTucker]:
-    return {name: PackedTucker(*map(tuple, it)) for name, it in table.items()}
+@contextmanager
+def _naming_damage(path: str) -> Iterator[None]:
+    """Turn the errors that an altered or truncated file causes into one that names the file."""
+    try:
+        yield
+    except (SafetensorError, LookupError, TypeError, ValueError, OverflowError, RuntimeError, MemoryError) as error:
+        raise ValueError(f"{path} is damaged: {error!r:.200}. Save or download the bank again.") from error
 
 
-def _checksums(packed: Tensor) -> list[int]:
-    """The CRC-32 of the bytes of each row."""
-    return [zlib.crc32(row) for row in packed.view(torch.uint8).numpy()]
+def _open_file(path: str) -> tuple[dict[str, str], Callable[[Any], Tensor]]:
+    """Return the metadata of a file, and a function of places that returns these rows of its matrix, mapped."""
+    with safe_open(path, "pt") as file:
+        return file.metadata(), file.get_tensor(_TENSOR).__getitem__
 
 
-def export_adapter(folder: str | os.PathLike, store: Store, row: int, record: dict[str, Any], base: nn.Module) -> None:
-    """Writes an adapter as `PeftModel.save_pretrained` does; the factor `alpha` is in the cores."""
-    components = store.components(row)
-    basis = {name: record[name]["shape"][2] for name in components}
-    # the configuration says of all layers together whether the residual branch is adapted
-    adapt_residual = any(it.shape[2] > basis[name] for name, it in components.items())
-    tensors = {}
-    for name, parts in components.items():
-        parts = parts.padded(basis[name] + (adapt_residual and record[name]["has_residual"]))
-        for component, part in zip(COMPONENTS, parts, strict=False):
-            tensors[f"{PREFIX}{name}.{component}"] = part.cpu().contiguous()
-    config = LoTRAConfig(
-        r=next(iter(components.values())).ranks,
-        rank_pattern={pattern_key(name): parts.ranks for name, parts in components.items()},
-        target_modules=exact_targets(components, base),
-        adapt_residual=adapt_residual,
-        init_weights="gradient" if store.from_gradient()[row] else True,
-        base_layers={name: record[name] for name in components},
-        inference_mode=True,
-    )
-    os.makedirs(folder, exist_ok=True)
-    save_file(tensors, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
-    config.save_pretrained(str(folder))
+def _open_remote(url: str) -> tuple[dict[str, str], Callable[[Any], Tensor]]:
+    """Do the same with a file on the Hub, of which nothing else is downloaded."""
+    start = 8 + int.from_bytes(_download(url, 0, 8), "little")
+    header = json.loads(_download(url, 8, start))
+    entry = header[_TENSOR]
+    rows, width = entry["shape"]
+    first, last = entry["data_offsets"]
+    size = (last - first) // rows
+
+    def gather(places: list[int]) -> Tensor:
+        starts = [start + first + place * size for place in places]
+        content = b"".join([_download(url, place, place + size) for place in starts])
+        part = {**entry, "shape": [len(places), width], "data_offsets": [0, len(content)]}
+        text = json.dumps({_TENSOR: part}).encode()
+        return load(len(text).to_bytes(8, "little") + text + content)[_TENSOR]
+
+    return header["__metadata__"], gather
+
+
+def _download(url: str, start: int, end: int) -> bytes:
+    """Return some bytes of a file on the Hub."""
+    response = get_session().get(url, headers={**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"})
+    hf_raise_for_status(response)
+    return response.content if response.status_code == 206 else response.content[start:end]
+
+
+def _as_layers(table: dict[str, Any], names: dict[str, str]) -> dict[str, PackedTucker]:
+    """Return the layers of a table by their names in the base; JSON has made lists of their tuples."""
+    return {names[name]: PackedTucker(*map(tuple, layer)) for name, layer in table.items()}

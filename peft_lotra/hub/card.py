@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel, __version__
+from torch import nn
 
 from ..modules.checks import check_number
 from .base_code import hub_id, source_of_base
@@ -175,3 +176,24 @@ def is_generated(text: str) -> bool:
     rest = _SECTION.sub("", text)
     lines = [line.strip() for line in rest.splitlines() if rest == text or not line.startswith("# ")]
     return all(line in known or _BY_TOOLS.fullmatch(line) for line in lines)
+
+
+def write_bank_card(
+    folder: str, repo_id: str, names: list[str], base: nn.Module, base_model: str | None, base_code: str | None
+) -> None:
+    """Write the model card of a bank, README.md, with a table of its first adapters; text by a person stays."""
+    path = Path(folder, README)
+    card = load_card(path)
+    card.data.base_model = base_model
+    base_class, code = source_of_base({}, base, base_model)
+    save_section(
+        card,
+        path,
+        "bank.md",
+        title=repo_id.rpartition("/")[2],
+        base_class=base_class,
+        code=(base_code or code).strip(),
+        repo_id=repo_id,
+        first=json.dumps(names[0]),
+        names=names,
+    )

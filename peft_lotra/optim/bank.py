@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..bank.bank import AdapterBank
-from ..bank.layer import ROWS, BankModel, Rows
+from ..bank.layer import ROWS, BankModel, BankPass
 from ..kan.row_product import RowGroups, group_rows
 from ..modules.calls import call_with_parameters
 from ..modules.checks import as_number
@@ -32,7 +32,15 @@ class _BankOptimizer(Optimizer):
         self.bank = bank
         self.packed, self._entries = bank.start_training(names)
         self._is_active = self._entries.any(1)
+        row_of = bank.snapshot.row_of[1:]  # by id; adapters come and go only after the training
+        self._ids = (row_of < len(self.packed)).nonzero().squeeze(1)
+        self._rows = row_of[self._ids]
+        self._room = len(row_of)
         super().__init__([self.packed], defaults)
+
+    def _by_id(self, values: Tensor, default: float) -> Tensor:
+        """Return values (capacity,) of the rows of the matrix by the id of the adapter, (room,)."""
+        return values.new_full((self._room,), default).index_copy(0, self._ids, values[self._rows])
 
     @torch.no_grad()
     def keep_best(self, losses: Tensor, patience: int | None = None) -> Tensor:
@@ -50,13 +58,13 @@ class _BankOptimizer(Optimizer):
         if "best" not in state:
             state["best"], state["least"] = packed.detach().clone(), packed.new_full((len(packed),), torch.inf)
             state["waited"] = torch.zeros_like(state["least"])
-        losses = torch.cat([losses.new_full((1,), torch.nan), losses]).to(packed)
+        losses = torch.full_like(state["least"], torch.nan).index_copy(0, self._rows, losses.to(packed)[self._ids])
         is_less = self._is_active & (losses < state["least"])
         state["best"][is_less], state["least"][is_less] = packed[is_less], losses[is_less]
         state["waited"] = torch.where(is_less, 0, state["waited"] + ~losses.isnan())
         if patience is not None:
             self._is_active &= state["waited"] < patience
-        return self._is_active[1:].clone()
+        return self._by_id(self._is_active, False)
 
     def finish(self) -> None:
         """Gives the adapters their best values, if `keep_best` kept them, and ends the training of the bank."""
@@ -123,7 +131,7 @@ class BankAdamW(_BankOptimizer):
         if not as_number(lr) > 0 or not all(0 <= as_number(it) < 1 for it in betas):
             raise ValueError(f"`lr` and `betas` are {lr!r:.50} and {betas!r:.50}, but must be above 0, and in [0, 1).")
         multipliers: list[list[Tensor]] = [[], []]  # of adapters that started at random, and from the gradient
-        for form, from_gradient in product(bank.store.layers.values(), (False, True)):
+        for form, from_gradient in product(bank.snapshot.layers.values(), (False, True)):
             widths = {"factor_out": form.shape[0], "factor_in": form.shape[1]}
             of_layer = component_multipliers(policy, widths, form.ranks, from_gradient=from_gradient)
             for name, shape in zip(Tucker._fields, form.component_shapes(), strict=False):
@@ -131,7 +139,7 @@ class BankAdamW(_BankOptimizer):
                 multipliers[from_gradient].append(rates.flatten())
         super().__init__(bank, names, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._multipliers = torch.stack([torch.cat(rates) for rates in multipliers]).to(self.packed)
-        self._start = bank.store.from_gradient().long().to(self.packed.device)
+        self._start = bank.snapshot.starts_from_gradient().long().to(self.packed.device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -160,7 +168,7 @@ class BankAdamW(_BankOptimizer):
 
 
 class BankStep(NamedTuple):
-    """The record of a step of all adapters, by their numbers: (room,) each.
+    """The record of a step of all adapters, by their ids: (room,) each.
 
     Attributes:
         losses: The loss of the values that each adapter now has; NaN without rows, or if it is not finite.
@@ -231,7 +239,7 @@ class BankLevenbergMarquardt(_BankOptimizer):
         if not as_number(damping) > 0 or not 0 < as_number(floor) <= 1 or not as_number(memory) > 0:
             given = f"{damping!r:.50}, {floor!r:.50} and {memory!r:.50}"
             raise ValueError(f"`damping`, `floor` and `memory` are {given}, but must be above 0, `floor` at most 1.")
-        super().__init__(model.bank, names, {"floor": floor, "memory": memory})
+        super().__init__(model.bank, names, {"damping": damping, "floor": floor, "memory": memory})
         self.model = model
         state = self.state[self.packed]
         state["damping"] = torch.full((len(self.packed),), damping, dtype=torch.float64, device=self.packed.device)
@@ -256,7 +264,11 @@ class BankLevenbergMarquardt(_BankOptimizer):
         if any(not isinstance(term, Sequence) or len(term) not in (3, 4) for term in terms):
             raise ValueError("Each residual term must be (function, rows, ids), or with a weight behind.")
         given = [(f, (ids, *(rows if isinstance(rows, Sequence) else (rows,))), *w) for f, rows, ids, *w in terms]
-        checked = [(f, rows, self.bank.check_trained(ids), w) for f, (ids, *rows), w in check_terms(given)]
+        snapshot, checked = self.bank.snapshot, []
+        for function, (ids, *rows), weight in check_terms(given):
+            index = snapshot.rows_of(ids)
+            snapshot.check_trained(index)
+            checked.append((function, rows, index, weight))
         counts = sum(index.bincount(minlength=len(self.packed)) for _, _, index, _ in checked) * self._is_active
         order = counts.argsort(descending=True)[: int((counts > 0).sum())]
         losses = torch.full_like(counts, torch.nan, dtype=torch.float64)
@@ -267,7 +279,8 @@ class BankLevenbergMarquardt(_BankOptimizer):
             adapters = order[first : first + max(1, size)]
             losses[adapters], accepted[adapters] = self._step_of(adapters, checked)
             first += len(adapters)
-        return BankStep(losses[1:], accepted[1:], self.state[self.packed]["damping"][1:].clone())
+        damping = self._by_id(self.state[self.packed]["damping"], self.defaults["damping"])
+        return BankStep(self._by_id(losses, torch.nan), self._by_id(accepted, False), damping)
 
     def _step_of(self, adapters: Tensor, terms: list[Any]) -> tuple[Tensor, Tensor]:
         """The losses of some adapters after a step, and whether it was accepted."""
@@ -335,8 +348,9 @@ class BankLevenbergMarquardt(_BankOptimizer):
     def _call(self, name: str, function: Any, rows: list[Tensor], packed: Tensor, groups: RowGroups) -> Tensor:
         """The values (n, m) of a residual function for n rows, whose adapters are rows of `packed`."""
         given = tuple(row.double() if row.is_floating_point() else row for row in rows)
-        store, n = self.bank.store._replace(packed=packed), len(rows[0])
-        with ROWS.set(Rows(self.bank, store, groups, set())), Intercepted():
+        n = len(rows[0])
+        current = BankPass(self.bank, self.bank.snapshot._replace(packed=packed), groups, set())
+        with ROWS.set(current), Intercepted():
             values = call_with_parameters(self.model, in_double(self.model), partial(function, self.model), given, {})
         if not isinstance(values, Tensor) or values.shape[:1] != (n,) or values.dim() > 2:
             shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__

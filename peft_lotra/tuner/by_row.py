@@ -20,18 +20,51 @@ from .formula import Formula, runs_more_than_its_class
 from .rows import ForwardPass, rows_of_each, run_by_name
 
 
-def run_rows(
+def run_named_rows(
     layer: Any, names: Sequence[str], current: ForwardPass | None, args: tuple, kwargs: dict[str, Any]
 ) -> Any:
-    """The output of a `LoTRALayer` for rows of these adapters: of all at once, or of each adapter by itself."""
+    """Evaluate a `LoTRALayer` for samples with adapters of these names."""
     known = set() if current is None else current.known
-    times = rows_of_each(len(names), lambda: names, layer.lotra_name, known, args, kwargs)
+    find_updates = partial(_updates_by_name, layer, names, current)
+    run = lambda name, args, kwargs: layer._run([name], current, args, kwargs)  # noqa: E731
+    return run_rows(layer, len(names), lambda: names, known, find_updates, run, args, kwargs)
+
+
+def run_rows(
+    layer: Any,
+    batch: int,
+    read_adapters: Callable[[], Sequence[Any]],
+    known: set[int],
+    find_updates: Callable[[], RowUpdates | None],
+    run: Callable[[Any, tuple, dict], Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Evaluate a `LoTRALayer` for samples with different adapters: all at once, or those of each adapter in turn.
+
+    Args:
+        layer: The layer.
+        batch: The number of samples.
+        read_adapters: Returns the adapter of each sample, by any key.
+        known: See `ForwardPass`.
+        find_updates: Returns the updates of the samples; None if all have the same, or none.
+        run: `run(adapter, args, kwargs)` evaluates the layer for samples of one adapter.
+        args, kwargs: The arguments of the layer.
+    """
+    times = rows_of_each(batch, read_adapters, layer.lotra_name, known, args, kwargs)
+    if not batch:
+        return layer._run((), None, args, kwargs)
     run_together = find_row_evaluation(layer, args, kwargs)
-    updates = None if run_together is None else _updates_by_name(layer, names, current)
+    updates = None if run_together is None else find_updates()
     if run_together is not None and updates is not None:
         return run_together(updates)
-    run = lambda name, args, kwargs: layer._run([name], current, args, kwargs)  # noqa: E731
-    return run_by_name([name for name in names for _ in range(times)], run, args, kwargs)
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"`{layer.lotra_name}` ({layer.lotra_spec.family}) runs once for each adapter, which a graph cannot do. "
+            "Give its kind `basis` in `register_kan_layer`, or call the model that is not compiled."
+        )
+    adapters = [adapter for adapter in read_adapters() for _ in range(times)]
+    return run_by_name(adapters, run, args, kwargs)
 
 
 def find_row_evaluation(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Callable[[RowUpdates], Tensor] | None:

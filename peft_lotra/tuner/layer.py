@@ -20,7 +20,7 @@ from ..layers.coefficients import CoefficientTensor
 from ..layers.registry import Grid, KANLayerSpec, same_grid
 from ..modules.calls import LayerLock, attribute_by, call_with_parameters, freeze_norms, places
 from ..tucker import COMPONENTS, Tucker, Update
-from .by_row import run_rows
+from .by_row import run_named_rows
 from .config import LoTRAConfig
 from .formula import Formula, find_formula
 from .initialization import GRADIENTS, initialize
@@ -361,7 +361,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 self._warn_of_far_inputs(args[0] if args else None)
         if names is None:
             return self._run(self.active_adapters, current, args, kwargs)
-        return run_rows(self, names, current, args, kwargs)
+        return run_named_rows(self, names, current, args, kwargs)
 
     def _run(self, adapters: Iterable[str], current: ForwardPass | None, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Evaluates the layer with these adapters, those of them that it has, for all rows."""

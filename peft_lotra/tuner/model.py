@@ -23,7 +23,7 @@ from .guards import base_layers_in_place, guard_network, release_networks
 from .initialization import GRADIENTS
 from .layer import LoTRALayer, further_names, lotra_layers
 from .parameters import gradients_kept
-from .rows import FORWARD_PASS, ForwardPass, Replaced, check_names, pass_names
+from .rows import FORWARD_PASS, ForwardPass, Replaced, check_batch, check_names, pass_names
 from .saving import (
     check_complete,
     check_state_dict,
@@ -235,6 +235,7 @@ class LoTRAModel(BaseTuner):
             unknown = sorted(set(names) - self.peft_config.keys() - {"__base__"})
             if unknown:
                 raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+            check_batch(len(names), args, kwargs)
             if torch.compiler.is_compiling() or any(is_compiled(module) for module in self.modules()):
                 raise ValueError("`adapter_names` do not reach compiled modules: call the model that is not compiled.")
         if torch.compiler.is_compiling():

@@ -76,13 +76,29 @@ FORWARD_PASS = PassVariable("lotra_forward_pass")  # a `ForwardPass`, set by `Lo
 
 def check_names(names: Any) -> tuple[str, ...]:
     """The names of adapters of rows as a tuple; a ValueError for what is no list of strings."""
-    found = () if isinstance(names, (str, bytes)) or not isinstance(names, Iterable) else tuple(names)
-    if not found or not all(issubclass(kind, str) for kind in set(map(type, found))):
+    found = None if isinstance(names, (str, bytes)) or not isinstance(names, Iterable) else tuple(names)
+    if found is None or not all(issubclass(kind, str) for kind in set(map(type, found))):
         raise ValueError(
             '`adapter_names` must be a list with the name of an adapter for each row, such as `["default"] * len(x)`, '
             f'or "__base__" for none, got {names!r:.100}.'
         )
     return found
+
+
+def check_batch(count: int, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raise a ValueError unless the inputs of a model have `count` rows, one for each adapter that is named.
+
+    An input has the rows in its first dimension, or in the second of three, as recurrent networks do; there one
+    adapter would also fit a single channel.
+    """
+    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor) and value.dim()]
+    sizes = [tensor.shape[0] for tensor in tensors]
+    sizes += [tensor.shape[1] for tensor in tensors if tensor.dim() == 3 and count != 1]
+    if tensors and count not in sizes:
+        raise ValueError(
+            f"Length of `adapter_names` should be the same as the number of inputs, but got {count} and {sizes[0]} "
+            "respectively. Pass an adapter for each row, such as `[name] * len(x)`."
+        )
 
 
 def pass_names(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -110,7 +126,9 @@ def rows_of_each(
     x = args[0] if args else next(iter(kwargs.values()))
     if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor) or x.dim() == 0:
         return 1
-    times, rest = divmod(len(x), batch)
+    if batch == len(x) == 0:
+        return 1
+    times, rest = divmod(len(x), max(batch, 1))
     if times == 1 and not rest:
         is_square = x.dim() > 2 and x.shape[0] == x.shape[1]
         if is_square and 0 < x.stride(0) < x.stride(1) and len(set(names())) > 1:

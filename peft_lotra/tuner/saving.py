@@ -18,14 +18,15 @@ from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 from torch import Tensor, nn, strided
 
 from ..modules.calls import PREFIX
 from ..modules.folders import replacing_files
-from ..tucker import COMPONENTS
-from .config import LoTRAConfig, Source
+from ..tucker import COMPONENTS, Update
+from .config import LoTRAConfig, Source, pattern_key
 from .layer import Target, further_names, lotra_layers
+from .targets import exact_targets
 
 
 _FORMER_STATS = (".lotra_running_mean", ".lotra_running_var", ".lotra_num_batches_tracked")
@@ -242,3 +243,39 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> 
         raise ValueError(f"`model` is of type {type(model).__name__}, but must be a PeftModel.")
     with replacing_files(folder, "README.md") as stage:  # a user's card, which PEFT completes
         model.save_pretrained(stage, **kwargs)
+
+
+def write_updates(
+    folder: str, updates: dict[str, Update], from_gradient: bool, record: dict[str, Any], base: nn.Module
+) -> None:
+    """Write an adapter into a folder as `PeftModel.save_pretrained` does; `alpha` is in the cores.
+
+    Args:
+        folder: The folder, which exists.
+        updates: The updates of the adapter, by layer.
+        from_gradient: Whether it started from the gradient.
+        record: The record of the base.
+        base: The base.
+    """
+    functions = {name: record[name]["shape"][2] for name in updates}
+    # the configuration says of all layers together whether the residual branch is adapted
+    adapt_residual = any(update.tensor.shape[2] > functions[name] for name, update in updates.items())
+    tensors = {}
+    ranks = {}
+    for name, update in updates.items():
+        size = functions[name] + (adapt_residual and record[name]["has_residual"])
+        components = update.tensor.padded(size)
+        ranks[name] = components.ranks
+        for component, value in zip(COMPONENTS, components, strict=False):
+            tensors[f"{PREFIX}{name}.{component}"] = value.cpu().contiguous()
+    config = LoTRAConfig(
+        r=next(iter(ranks.values())),
+        rank_pattern={pattern_key(name): of_layer for name, of_layer in ranks.items()},
+        target_modules=exact_targets(updates, base),
+        adapt_residual=adapt_residual,
+        init_weights="gradient" if from_gradient else True,
+        base_layers={name: record[name] for name in updates},
+        inference_mode=True,
+    )
+    save_file(tensors, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+    config.save_pretrained(folder)

@@ -5,6 +5,7 @@
 
 import json
 import re
+import zlib
 from pathlib import Path
 
 import pytest
@@ -44,21 +45,21 @@ def test_removed_replaced_and_compacted():
         bank.add(f"a{count}", models[count % 2])
     with pytest.raises(ValueError, match="already"):
         bank.add("a1", models[2])
-    ids = bank.ids(["a5", "__base__"]).tolist()
+    ids = bank.ids(["a5", "__base__"])
     bank.add("a1", models[2], replace=True)
     bank.remove("a0")
     bank.add("new", models[2])
-    assert bank.ids(["a5", "__base__"]).tolist() == ids and len(bank) == 6
     bank.remove("a2")
     bank.compact()
-    assert bank.ids(bank.names).tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(bank.ids(["a5", "__base__"]), ids) and len(bank) == 5
+    assert len(set(bank.ids(bank.names).tolist())) == 5
     for name, model in {"a1": 2, "new": 2, "a3": 1, "a4": 0, "a5": 1}.items():
         assert apart(answer(bank, name), models[model](X)) < 1e-5
     with pytest.raises(ValueError, match="'a0' to remove"):
         bank.remove("a0")
     for _ in range(200):  # rows are used again
         bank.add("a1", models[0], replace=True)
-    assert len(bank.store.packed) <= 128 and apart(answer(bank, "a1"), models[0](X)) < 1e-5
+    assert len(bank.snapshot.packed) <= 16 and apart(answer(bank, "a1"), models[0](X)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -68,7 +69,7 @@ def test_precision_in_memory_and_in_files_also_of_an_empty_bank(tmp_path, dtype)
     assert torch.equal(answer(AdapterBank.load(net(), tmp_path), "__base__"), net()(X))
     bank.add("a", model)
     assert apart(answer(bank, "a"), model(X)) < (1e-6 if dtype == torch.float32 else 2e-2)
-    assert bank.store.packed.dtype == dtype and bank.to("cpu") is bank
+    assert bank.snapshot.packed.dtype == dtype and bank.to("cpu") is bank
     bank.save(tmp_path)
     assert torch.equal(answer(AdapterBank.load(net(), tmp_path), "a"), answer(bank, "a"))
 
@@ -169,7 +170,7 @@ def test_exported_for_peft(tmp_path):
         assert apart(loaded(X), model(X)) < 1e-5
         former, found = (get_peft_model_state_dict(it) for it in (model, loaded))
         assert {key: part.shape for key, part in former.items()} == {key: part.shape for key, part in found.items()}
-    with pytest.raises(ValueError, match="'nobody' to export"):
+    with pytest.raises(ValueError, match="no adapter 'nobody'"):
         bank.export("nobody", tmp_path / "x")
 
 
@@ -180,12 +181,18 @@ def opened(folder):
         return file, content.get_tensor("adapters").clone(), json.loads(content.metadata()["adapter_bank"])
 
 
+def metadata_of(table):
+    """The metadata of a file with this table, with the right check sum."""
+    text = json.dumps(table)
+    return {"adapter_bank": text, "adapter_bank_crc32": str(zlib.crc32(text.encode()))}
+
+
 def test_a_damaged_adapter_is_named(tmp_path):
     filled(tmp_path)
     file, packed, table = opened(tmp_path)
     packed[2, 3] += 1
-    save_file({"adapters": packed}, file, metadata={"adapter_bank": json.dumps(table)})
-    with pytest.raises(ValueError, match=r"damaged adapters: 'customer 2' \(1 of 3\)"):
+    save_file({"adapters": packed}, file, metadata=metadata_of(table))
+    with pytest.raises(ValueError, match=r"damaged adapters: 'customer 2' \(1 in all\)"):
         AdapterBank.load(net(), tmp_path)
     with pytest.warns(UserWarning, match="'customer 2'"):
         bank = AdapterBank.load(net(), tmp_path, skip_damaged=True)
@@ -202,7 +209,7 @@ def test_a_file_that_is_no_bank(tmp_path, what):
         file.unlink()
     elif what != "another base":
         table["adapters"]["more"] = table["adapters"]["splines"]
-        metadata = {"adapter_bank": json.dumps(table)} if what == "a name too many" else None
+        metadata = metadata_of(table) if what == "a name too many" else None
         save_file({"adapters": packed}, file, metadata=metadata)
     with pytest.raises(ValueError, match="damaged|There is no|parameters of"):
         AdapterBank.load(net(seed=8) if what == "another base" else net(), tmp_path)
@@ -219,9 +226,9 @@ base = KAN([4, 32, 1])
 state = get_peft_model_state_dict(get_peft_model(KAN([4, 32, 1]), LoTRAConfig(r=8)))
 bank = AdapterBank(base)
 bank.add("a", state)
-bank._rows = {f"a{n}": 1 for n in range(30_000)}
+bank.snapshot = bank.snapshot._replace(ids={"__base__": -1, **{f"a{n}": 0 for n in range(30_000)}})
 bank.save("bank")
-size = 30_001 * bank.store.packed.shape[1] * 4
+size = 30_001 * bank.snapshot.packed.shape[1] * 4
 del bank
 for mapped in (True, False):
     before = psutil.Process().memory_info().rss
@@ -241,7 +248,7 @@ def test_what_a_bank_refuses(tmp_path):
     model = adapted(net())
     model.merge_adapter()
     for call, word in (
-        (lambda: AdapterBank.from_folders(net(), [tmp_path / "anna/last", tmp_path / "ben/last"]), "'last' already"),
+        (lambda: AdapterBank.from_folders(net(), [tmp_path / "anna/last", tmp_path / "ben/last"]), "name already"),
         (lambda: AdapterBank(net(), torch.int32), "floating type"),
         (
             lambda: AdapterBank(net()).save(tmp_path) or AdapterBank.load(net(), tmp_path, names=["d"]),

@@ -174,7 +174,7 @@ def test_derivatives_of_derivatives():
 
     packed, entries = bank.start_training()
     (found,) = torch.autograd.grad(loss(lambda x: model(x, adapter_names=names)).sum(), packed)
-    layers = bank.store._replace(packed=found.to_dense() * entries).columns()
+    layers = bank.snapshot._replace(packed=found.to_dense() * entries).columns()
     for name, own in alone.items():
         rows, place = torch.tensor([other == name for other in names]), int(bank.ids([name])) + 1
         parts = [p for p in own.parameters() if p.requires_grad]
@@ -188,15 +188,15 @@ def test_the_best_values_and_early_stopping():
     values = []
     for a, b in ((3.0, 1.0), (2.0, 2.0), (torch.nan, 0.5), (4.0, 3.0), (5.0, 4.0)):
         still = optimizer.keep_best(torch.tensor([0.0, 0.0, 0.0]).index_put((ids[:2],), torch.tensor([a, b])), 2)
-        values.append(bank.store.packed.detach().clone())
+        values.append(bank.snapshot.packed.detach().clone())
         optimizer.zero_grad()
         model(X, adapter_names=["a", "b"] * 4).square().sum().backward()
         optimizer.step()
     assert still[ids].tolist() == [False, False, False]
-    assert torch.equal(bank.store.packed[1:3], values[4][1:3]) and not torch.equal(values[4][1], values[3][1])
+    assert torch.equal(bank.snapshot.packed[1:3], values[4][1:3]) and not torch.equal(values[4][1], values[3][1])
     optimizer.finish()
-    assert torch.equal(bank.store.packed[1], values[1][1]) and torch.equal(bank.store.packed[2], values[2][2])
-    assert torch.equal(bank.store.packed[3], values[0][3])
+    assert torch.equal(bank.snapshot.packed[1], values[1][1]) and torch.equal(bank.snapshot.packed[2], values[2][2])
+    assert torch.equal(bank.snapshot.packed[3], values[0][3])
     bank.add("d", LoTRAConfig(r=1))
 
 
@@ -239,15 +239,15 @@ def test_resumed_from_a_state_dict():
         return optimizer.state_dict()
 
     optimizer = BankAdamW(bank, lr=1e-2)
-    kept = copy.deepcopy((steps(optimizer, 3), bank.store.packed.detach()))
+    kept = copy.deepcopy((steps(optimizer, 3), bank.snapshot.packed.detach()))
     steps(optimizer, 2)
-    expected = bank.store.packed.detach().clone()
+    expected = bank.snapshot.packed.detach().clone()
     optimizer.finish()
-    bank.store.packed.copy_(kept[1])
+    bank.snapshot.packed.copy_(kept[1])
     optimizer = BankAdamW(bank, lr=1e-2)
     optimizer.load_state_dict(kept[0])
     steps(optimizer, 2)
-    assert torch.equal(bank.store.packed, expected)
+    assert torch.equal(bank.snapshot.packed, expected)
 
 
 class Checkpointed(nn.Module):
@@ -338,12 +338,12 @@ def test_residuals_with_derivatives_and_a_base_of_float32(residual, dtype):
 def test_adapters_without_rows_or_stopped_or_not_finite():
     bank, model, _ = prepared(KAN([3, 5, 1]), init_weights=False)
     x, y, names = drawn((9, 9, 0))
-    optimizer, before = BankLevenbergMarquardt(model), bank.store.packed.detach().clone()
+    optimizer, before = BankLevenbergMarquardt(model), bank.snapshot.packed.detach().clone()
     y[torch.tensor([name == "b" for name in names])] = torch.nan
     record = optimizer.step([(error, (x, y), bank.ids(names))])
     a, b, c = bank.ids(["a", "b", "c"]).tolist()
     assert record.accepted.tolist()[:3] == [n == a for n in range(3)] and record.losses[[b, c]].isnan().all()
-    changed = (bank.store.packed != before).any(1)
+    changed = (bank.snapshot.packed != before).any(1)
     assert changed[[a + 1, b + 1, c + 1]].tolist() == [True, False, False]
     assert record.damping[a] != 1e-2 and record.damping[[b, c]].tolist() == [1e-2] * 2
     losses = torch.full_like(record.losses, torch.nan)
@@ -359,13 +359,13 @@ def test_a_minimum_is_kept():
     x, _, names = drawn((9, 9, 9))
     with torch.no_grad():
         y = model(x, adapter_names=names)[:, 0]
-    optimizer, before = BankLevenbergMarquardt(model), bank.store.packed.detach().clone()
+    optimizer, before = BankLevenbergMarquardt(model), bank.snapshot.packed.detach().clone()
     losses = [optimizer.step([(error, (x, y), bank.ids(names))]).losses[:3].max() for _ in range(5)]
-    assert losses[-1] < 1e-25 and (bank.store.packed - before).abs().max() < 1e-12
-    before = bank.store.packed.detach().clone()
+    assert losses[-1] < 1e-25 and (bank.snapshot.packed - before).abs().max() < 1e-12
+    before = bank.snapshot.packed.detach().clone()
     record = optimizer.step([(lambda model, x: 0 * model(x) + 1, x, bank.ids(names))])
     assert not record.accepted.any() and (record.losses[:3] - 1).abs().max() < 1e-12
-    assert torch.equal(bank.store.packed, before)
+    assert torch.equal(bank.snapshot.packed, before)
 
 
 def test_what_least_squares_refuse():
@@ -377,11 +377,11 @@ def test_what_least_squares_refuse():
         BankLevenbergMarquardt(bank)
     optimizer = BankLevenbergMarquardt(model, names=["a", "b"])
     x, y, names = drawn((4, 4, 0))
-    before, ids = bank.store.packed.detach().clone(), bank.ids(names)
+    before, ids = bank.snapshot.packed.detach().clone(), bank.ids(names)
     for terms, word in (
         ([(error, (x, y))], "ids"),
         ([(error, (x, y), ids[:3])], "lengths"),
-        ([(error, (x, y), ids + 7)], "number"),
+        ([(error, (x, y), ids + 7)], "id 7"),
         ([(error, (x, y), torch.zeros_like(ids) + bank.ids(["c"]))], "'c'"),
         ([(error, (x, y), ids, -1.0)], "weight"),
         ([(lambda model, x: model(x).mean(), x, ids)], r"\(8,\)"),
@@ -390,4 +390,4 @@ def test_what_least_squares_refuse():
     ):
         with pytest.raises(ValueError, match=word):
             optimizer.step(terms)
-    assert torch.equal(bank.store.packed, before)
+    assert torch.equal(bank.snapshot.packed, before)

@@ -159,7 +159,7 @@ def load(folder: str, how: str) -> None:
     seconds = time.perf_counter() - start
     gc.collect()
     grown = psutil.Process().memory_info().rss - before
-    size = bank.store.packed.numel() * bank.store.packed.element_size()
+    size = bank.snapshot.packed.numel() * bank.snapshot.packed.element_size()
     print(json.dumps({"load s": seconds, "memory / tensors": grown / size, "kB per adapter": size / 1e3 / len(bank)}))
 
 

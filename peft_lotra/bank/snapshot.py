@@ -1,0 +1,300 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The adapters of a bank at one moment, as rows of one matrix."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kan.row_product import PackedTucker
+from ..tucker import Tucker, Update
+from ..tuner.rows import check_names
+
+
+BASE = "__base__"
+# The row of an id that belongs to no adapter: no matrix has so many rows, so that reading it is an error everywhere.
+NO_ROW = torch.iinfo(torch.int32).max
+
+
+class Form(NamedTuple):
+    """The form of an adapter.
+
+    Attributes:
+        layers: The shape and ranks of its update of each layer that it adapts.
+        from_gradient: Whether it started from the gradient.
+    """
+
+    layers: dict[str, PackedTucker]
+    from_gradient: bool = False
+
+
+class Snapshot(NamedTuple):
+    """The adapters of a bank at one moment: their names, ids and components.
+
+    A change makes another snapshot. Both share the matrix, in which a change writes only rows that no adapter of an
+    earlier snapshot has. So whoever holds a snapshot reads the adapters as they were.
+
+    Attributes:
+        packed: (capacity, width). Row n holds the components of one adapter in all layers; row 0, of zeros, the base.
+        layers: How the components of each layer of the base are packed, in the order of the columns.
+        forms: The forms that adapters have.
+        form_of: (capacity,), int32, the form of each row, by its place in `forms`.
+        ids: The id of each adapter, by name, -1 of the base. An id is never given to a second adapter.
+        row_of: (room + 2,), int64, the row of id n at n + 1; `NO_ROW` where there is none, always at the end.
+        next_row: The first row that was never used.
+        next_id: The first id that was never given.
+        added: (capacity - rows, width), further rows where `packed` is a mapped file; otherwise None.
+        checksums: The CRC-32 of each row of a mapped file.
+        trained: (capacity,), which rows are in training; None if none are.
+    """
+
+    packed: Tensor
+    layers: dict[str, PackedTucker]
+    forms: tuple[Form, ...]
+    form_of: Tensor
+    ids: dict[str, int]
+    row_of: Tensor
+    next_row: int
+    next_id: int
+    added: Tensor | None = None
+    checksums: list[int] | None = None
+    trained: Tensor | None = None
+
+    @classmethod
+    def of_rows(
+        cls, packed: Tensor, layers: dict[str, PackedTucker], forms: Iterable[Form], form_of: Tensor, names: list[str]
+    ) -> Snapshot:
+        """Return the adapters of these names, the base first, one for each row of a matrix."""
+        ids = {name: row - 1 for row, name in enumerate(names)}
+        row_of = torch.tensor([*range(len(names)), NO_ROW], device=packed.device)
+        return cls(packed, layers, tuple(forms), form_of, ids, row_of, len(names), len(names) - 1)
+
+    def columns(self) -> dict[str, Tensor]:
+        """Return the columns of each layer, views (rows, width of the layer)."""
+        widths = [layer.width() for layer in self.layers.values()]
+        return dict(zip(self.layers, self.packed.split(widths, dim=1), strict=True))
+
+    def pack(self, updates: Mapping[str, Update]) -> Tensor:
+        """Return the row (width,) of an adapter, zero in the layers that it does not adapt."""
+        parts = [layer.pack([updates.get(name)], self.packed) for name, layer in self.layers.items()]
+        return torch.cat(parts, dim=1)[0]
+
+    # --- reading ---
+
+    def ids_of(self, names: Sequence[str]) -> Tensor:
+        """Return the ids of adapters (n,), -1 for `"__base__"`; raise a ValueError if a name is unknown."""
+        names = check_names(names)
+        try:
+            ids = np.fromiter(map(self.ids.__getitem__, names), np.int64)
+        except KeyError:
+            unknown = [name for name in dict.fromkeys(names) if name not in self.ids]
+            raise ValueError(f"The bank has no adapter {listed(unknown)}.") from None
+        return torch.from_numpy(ids).to(self.row_of.device)
+
+    def find_rows(self, ids: Tensor) -> Tensor:
+        """Return the row of each id (n,), `NO_ROW` where an id belongs to no adapter."""
+        last = self.row_of.shape[0] - 1
+        place = ids.to(self.row_of.device, torch.int64) + 1
+        return self.row_of[torch.where(place < 0, last, place).clamp(max=last)]
+
+    def rows_of(self, adapters: Sequence[str] | Sequence[int] | Tensor) -> Tensor:
+        """Return the rows (n,) of adapters, by name or id; raise a ValueError for what belongs to none."""
+        if not isinstance(adapters, Tensor) and not isinstance(next(iter(adapters), None), int):
+            return self.row_of[self.ids_of(adapters) + 1]  # pyright: ignore[reportArgumentType]
+        ids = torch.as_tensor(adapters)
+        if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ValueError(f"`ids` must be integers (rows,), got {ids.dtype} of the shape {tuple(ids.shape)}.")
+        rows = self.find_rows(ids)
+        is_free = rows == NO_ROW
+        if is_free.any():
+            wrong = ids[is_free.to(ids.device)].unique()[:3].tolist()
+            raise ValueError(f"No adapter has the id {', '.join(map(str, wrong))}. `bank.ids(names)` returns the ids.")
+        return rows
+
+    def check_trained(self, rows: Tensor) -> None:
+        """Raise a ValueError that names the adapters of these rows that are not in training."""
+        if self.trained is None:
+            return
+        wrong = set(rows[~self.trained[rows]].tolist())
+        if wrong:
+            names = [name for name in self.ids if int(self.rows_of([name])) in wrong]
+            raise ValueError(
+                f"Rows of the batch have adapters that are not in training: {listed(names)}. Leave them out, or call "
+                "the model under `torch.no_grad()`."
+            )
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return these rows of the matrix, (n, width)."""
+        if self.added is None:
+            return self.packed[rows]
+        count = len(self.packed)
+        gathered = self.packed[rows.clamp(max=count - 1)]
+        is_added = rows >= count
+        gathered[is_added] = self.added[rows[is_added] - count]
+        return gathered
+
+    def gather_checked(self, rows: Tensor) -> Tensor:
+        """Return these rows; those of a mapped file, which was not checked when it was loaded, are checked.
+
+        Raises:
+            ValueError: A row is not what was saved; the message names the adapters.
+        """
+        gathered = self.gather(rows)
+        if self.checksums is not None:
+            pairs = zip(rows.tolist(), checksums_of(gathered), strict=True)
+            damaged = [row for row, crc in pairs if row < len(self.packed) and crc != self.checksums[row]]
+            if damaged:
+                names = [name for name in self.ids if int(self.rows_of([name])) in damaged]
+                raise ValueError(f"The mapped file has damaged adapters: {listed(names)}. Remove them from the bank.")
+        return gathered
+
+    def updates_of(self, name: str) -> tuple[dict[str, Update], bool]:
+        """Return the updates of an adapter, by layer, and whether it started from the gradient.
+
+        Raises:
+            ValueError: The name is unknown, or the adapter is not finite, or damaged in a mapped file.
+        """
+        row = self.rows_of([name])
+        packed = self.gather_checked(row).detach()
+        check_finite(packed, [name], "Train it again.")
+        columns = self._replace(packed=packed).columns()
+        form = self.forms[int(self.form_of[int(row)])]
+        updates = {}
+        for layer, of_layer in form.layers.items():
+            padded = self.layers[layer].unpack(columns[layer])
+            shapes = of_layer.component_shapes()
+            components = [value[0][tuple(map(slice, shape))] for value, shape in zip(padded, shapes, strict=True)]
+            updates[layer] = Update(1.0, Tucker(*components))
+        return updates, form.from_gradient
+
+    def is_component(self) -> Tensor:
+        """Return which entries of the matrix are components of adapters, not zeros that fill them up."""
+        masks = []
+        for form in self.forms:
+            ones = {}
+            for name, layer in form.layers.items():
+                ones[name] = Update(1.0, Tucker(*map(self.packed.new_ones, layer.component_shapes())))
+            masks.append(self.pack(ones).bool())
+        return torch.stack(masks)[self.form_of]
+
+    def starts_from_gradient(self) -> Tensor:
+        """Return which rows hold adapters that started from the gradient, (capacity,)."""
+        return torch.tensor([form.from_gradient for form in self.forms], device="cpu")[self.form_of]
+
+    # --- changing ---
+
+    def with_adapter(self, name: str, updates: Mapping[str, Update], from_gradient: bool) -> Snapshot:
+        """Add an adapter, or replace the one of this name.
+
+        Raises:
+            ValueError: A component is not finite in the dtype of the bank.
+        """
+        ranks = {layer: update.tensor.ranks for layer, update in updates.items()}
+        snapshot = self._with_ranks(ranks)._with_room()
+        packed = snapshot.pack(updates)
+        if not packed.isfinite().all():
+            raise ValueError(f"it has values that are not finite in {packed.dtype}.")
+
+        layers = {layer: PackedTucker(update.tensor.shape, update.tensor.ranks) for layer, update in updates.items()}
+        form = Form(layers, from_gradient)
+        forms = snapshot.forms if form in snapshot.forms else (*snapshot.forms, form)
+        row = snapshot.next_row
+        matrix, place = snapshot.packed, row
+        if snapshot.added is not None:
+            matrix, place = snapshot.added, row - len(snapshot.packed)
+        # no adapter of an earlier snapshot has this row
+        matrix[place] = packed
+        snapshot.form_of[row] = forms.index(form)
+
+        row_of = snapshot.row_of.clone()
+        if name in self.ids:
+            row_of[self.ids[name] + 1] = NO_ROW
+        row_of[snapshot.next_id + 1] = row
+        ids = {**snapshot.ids, name: snapshot.next_id}
+        return snapshot._replace(forms=forms, ids=ids, row_of=row_of, next_row=row + 1, next_id=snapshot.next_id + 1)
+
+    def without_adapter(self, name: str) -> Snapshot:
+        """Remove an adapter; its id belongs to none from then on."""
+        ids = dict(self.ids)
+        row_of = self.row_of.clone()
+        row_of[ids.pop(name) + 1] = NO_ROW
+        return self._replace(ids=ids, row_of=row_of)
+
+    def rebuild(self, start: int = 0, room: int = 0) -> Snapshot:
+        """Move the adapters from row `start` on into a new matrix, without the rows of removed ones.
+
+        Args:
+            start: 0, or the number of rows of a mapped file, which then stay there.
+            room: The number of rows for further adapters.
+        """
+        is_moved = (self.row_of >= start) & (self.row_of < NO_ROW)
+        rows = self.row_of[is_moved]
+        gathered = self.gather_checked(rows)
+        matrix = torch.cat([gathered, gathered.new_zeros(room, gathered.shape[1])])
+        next_row = start + len(rows)
+        row_of = self.row_of.clone()
+        row_of[is_moved] = torch.arange(start, next_row, device=row_of.device)
+        moved_forms = self.form_of[rows.to(self.form_of.device)]
+        form_of = torch.cat([self.form_of[:start], moved_forms, moved_forms.new_zeros(room)])
+        snapshot = self._replace(form_of=form_of, row_of=row_of, next_row=next_row)
+        if start:
+            return snapshot._replace(added=matrix)
+        return snapshot._replace(packed=matrix, added=None, checksums=None)
+
+    def _with_room(self) -> Snapshot:
+        """Return the same adapters with room for another row and another id."""
+        snapshot = self
+        if self.next_id + 2 == len(self.row_of):
+            row_of = torch.cat([self.row_of, self.row_of.new_full((len(self.row_of) + 2,), NO_ROW)])
+            snapshot = self._replace(row_of=row_of)
+        if self.next_row < len(self.form_of):
+            return snapshot
+        start = 0 if self.added is None else len(self.packed)
+        count = int(((self.row_of >= start) & (self.row_of < NO_ROW)).sum())
+        # a power of two, so that few graphs are compiled, and at least half as many rows again, so that few are moved
+        capacity = max(4, 1 << (3 * count // 2).bit_length())
+        return snapshot.rebuild(start, capacity - count)
+
+    def _with_ranks(self, ranks: Mapping[str, tuple[int, ...]]) -> Snapshot:
+        """Return the same adapters with room for these ranks in each layer."""
+        layers = {}
+        for name, layer in self.layers.items():
+            largest = map(max, layer.ranks, ranks.get(name, layer.ranks))
+            layers[name] = layer._replace(ranks=tuple(largest))
+        if layers == self.layers:
+            return self
+        narrow = self.rebuild()
+        width = sum(layer.width() for layer in layers.values())
+        wide = narrow._replace(packed=self.packed.new_zeros(len(narrow.packed), width), layers=layers)
+        columns = wide.columns()
+        for name, values in narrow.columns().items():
+            old_parts = self.layers[name].unpack(values)
+            new_parts = layers[name].unpack(columns[name])
+            for new, old in zip(new_parts, old_parts, strict=True):
+                new[tuple(map(slice, old.shape))] = old
+        return wide
+
+
+def checksums_of(packed: Tensor) -> list[int]:
+    """Return the CRC-32 of the bytes of each row."""
+    return [zlib.crc32(row) for row in packed.view(torch.uint8).numpy()]
+
+
+def listed(names: list[str]) -> str:
+    """Return the first three of some names, and how many there are."""
+    return f"{', '.join(map(repr, names[:3]))} ({len(names)} in all)"
+
+
+def check_finite(packed: Tensor, names: Iterable[str], advice: str) -> None:
+    """Raise a ValueError that names the adapters whose rows have NaN or infinity."""
+    is_finite = packed.isfinite().all(dim=1).tolist()
+    wrong = [name for name, finite in zip(names, is_finite, strict=True) if not finite]
+    if wrong:
+        raise ValueError(f"Adapters have values that are not finite in {packed.dtype}: {listed(wrong)}. {advice}")
