@@ -1,0 +1,228 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The server of docs/serving.md, by real requests: each answer is that of the customer's adapter by itself."""
+
+import asyncio
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from peft import get_peft_model
+from versions import Versions
+
+from peft_lotra import AdapterBank, LoTRAConfig
+from peft_lotra.kan import KAN
+
+
+pytest.importorskip("fcntl")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "serving.md").read_text()
+(CODE,) = [code for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "FastAPI(" in code]
+SECONDS = 20
+CLIENTS = 32
+VERSIONS = 6
+JSON = {"Content-Type": "application/json"}  # httpx writes no NaN
+INPUTS = 64
+STAYING = ["stays0", "stays1", "stays2"]
+COMING = ["comes0", "comes1", "comes2"]
+
+
+@pytest.fixture
+def expected(tmp_path, monkeypatch):
+    """Prepare what the page has on disk, and return the answers of each version of an adapter, by itself."""
+    monkeypatch.chdir(tmp_path)
+    base = KAN([4, 32, 4])
+    torch.save(base.state_dict(), "base.pt")
+    x = torch.rand(INPUTS, 4) * 2 - 1
+    answers = []
+    for version in range(VERSIONS):
+        copy = KAN([4, 32, 4])
+        copy.load_state_dict(base.state_dict())
+        model = get_peft_model(copy, LoTRAConfig(r=1 + version % 3, init_weights=False)).eval()
+        model.save_pretrained(f"versions/{version}")
+        with torch.no_grad():
+            answers.append(model(x))
+    bank = AdapterBank(base)
+    for name in STAYING:
+        write_adapter(name, 0)
+        bank.add(name, f"customers/{name}")
+    bank.save("bank")
+    return x, torch.stack(answers)
+
+
+def write_adapter(name, version):
+    shutil.copytree(f"versions/{version}", f"customers/{name}", dirs_exist_ok=True)
+
+
+@pytest.fixture
+def page(expected):
+    """The names that the page's code defines, run in this process."""
+    names = {"__name__": "app"}
+    exec(compile(CODE, "docs/serving.md", "exec"), names)
+    yield names
+    names["process_lock"].close()
+
+
+def post_together(page, bodies):
+    """Return the responses to requests that arrive at the same time."""
+
+    async def post():
+        app = page["app"]
+        client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server", headers=JSON)
+        async with app.router.lifespan_context(app), client:
+            return await asyncio.gather(*(client.post("/predict", content=json.dumps(body)) for body in bodies))
+
+    return asyncio.run(post())
+
+
+def test_one_bad_request_leaves_the_answers_of_its_batch(page, expected):
+    x, answers = expected
+    rows = x[:3].tolist()
+    unusable = [[float("nan"), 0, 0, 0], [float("inf"), 0, 0, 0], [1e300, 0, 0, 0], [0, 0, 0]]
+    bodies = [{"customer": "stays0", "x": row} for row in rows + unusable]
+    bodies += [{"customer": name, "x": rows[0]} for name in ("nobody", "__base__", "stays1")]
+
+    responses = post_together(page, bodies)
+
+    assert [response.status_code for response in responses] == [200] * 3 + [422] * 4 + [404] * 2 + [200]
+    y = torch.tensor([responses[row].json()["y"] for row in (0, 1, 2, 9)])
+    torch.testing.assert_close(y, answers[0][[0, 1, 2, 0]])
+
+
+def test_a_pass_that_fails_is_a_500_and_the_next_one_is_answered(page, expected):
+    x, answers = expected
+    body = {"customer": "stays0", "x": x[0].tolist()}
+    model = page["model"]
+
+    def fail(*args, **kwargs):
+        page["model"] = model
+        raise RuntimeError("the first pass fails")
+
+    page["model"] = fail
+    failed = post_together(page, [body] * 3)
+    (response,) = post_together(page, [body])
+
+    assert [response.status_code for response in failed] == [500] * 3
+    torch.testing.assert_close(torch.tensor(response.json()["y"]), answers[0][0])
+
+
+@pytest.mark.parametrize("name", ["..%2Fversions%2F0", "..", "versions/0", "a.b", "nobody", "a" * 65])
+def test_only_folders_of_customers_are_read(page, name):
+    async def put():
+        client = httpx.AsyncClient(transport=httpx.ASGITransport(page["app"]), base_url="http://server")
+        async with client:
+            return await client.put(f"/customers/{name}")
+
+    response = asyncio.run(put())
+
+    assert response.status_code in (404, 422)
+    assert page["bank"].names == STAYING
+
+
+@pytest.fixture
+def server(expected):
+    """The address of the page's code behind uvicorn in a process of its own, and this process."""
+    Path("app.py").write_text(CODE)
+    command = [sys.executable, "-m", "uvicorn", "app:app", "--port", "0", "--no-access-log"]
+    log = Path("log.txt")
+    with log.open("w") as file:
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        while (address := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())) is None:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        yield address[0], process
+    finally:
+        process.kill()
+        process.wait()
+        print(log.read_text()[-5000:])
+
+
+async def use_server(address, x, answers):
+    """Send requests while customers come, change and go; return their versions at the end and the statuses."""
+    versions = Versions()
+    for name in STAYING:
+        with versions.change(name, 0):
+            pass
+    statuses = []
+    stop_at = time.monotonic() + SECONDS
+
+    async def ask(client):
+        while time.monotonic() < stop_at:
+            name = random.choice([*STAYING, *COMING, "nobody"])
+            row = random.randrange(INPUTS)
+            body = json.dumps({"customer": name, "x": x[row].tolist()})
+            if random.random() < 0.01:
+                try:
+                    await asyncio.wait_for(client.post("/predict", content=body), 0.001)
+                except TimeoutError:
+                    continue
+            begin = time.monotonic()
+            response = await client.post("/predict", content=body)
+            statuses.append(response.status_code)
+            visible = versions.visible(name, begin)
+            if response.status_code == 404:
+                assert None in visible, f"{name} was there all the time"
+                continue
+            assert response.status_code == 200, response.text
+            y = torch.tensor(response.json()["y"])
+            possible = [answers[version][row] for version in visible if version is not None]
+            assert any(torch.allclose(y, other, 1e-4, 1e-4) for other in possible), (name, row, y, visible)
+
+    async def change(client, names):
+        present = dict.fromkeys(names, names is STAYING)
+        while time.monotonic() < stop_at:
+            name = random.choice(names)
+            if names is COMING and present[name] and random.random() < 0.5:
+                with versions.change(name, None):
+                    response = await client.delete(f"/customers/{name}")
+                present[name] = False
+            else:
+                version = random.randrange(VERSIONS)
+                write_adapter(name, version)
+                with versions.change(name, version):
+                    response = await client.put(f"/customers/{name}")
+                present[name] = True
+            assert response.status_code == 204, response.text
+            await asyncio.sleep(0.01)
+
+    async with httpx.AsyncClient(base_url=address, timeout=120, headers=JSON) as client:
+        jobs = [ask(client) for _ in range(CLIENTS)]
+        await asyncio.gather(*jobs, change(client, STAYING), change(client, COMING))
+    return versions.now(), statuses
+
+
+@pytest.mark.slow
+def test_each_answer_is_that_of_a_version_that_was_there(server, expected):
+    x, answers = expected
+    address, process = server
+
+    with pytest.raises(BlockingIOError):  # a second process would undo changes of the first
+        exec(compile(CODE, "docs/serving.md", "exec"), {"__name__": "app"})
+    versions, statuses = asyncio.run(use_server(address, x, answers))
+    shutil.copytree("bank", "saved")  # what a crash would leave
+    process.terminate()
+    process.wait(120)
+
+    assert set(statuses) == {200, 404}
+    base = KAN([4, 32, 4])
+    base.load_state_dict(torch.load("base.pt"))
+    for folder in ("saved", "bank"):
+        bank = AdapterBank.load(base, folder)
+        assert set(bank.names) == set(versions)
+        model = bank.attach().eval()
+        with torch.no_grad():
+            for name, version in versions.items():
+                torch.testing.assert_close(model(x, adapter_names=[name] * INPUTS), answers[version])
+        bank.detach()
