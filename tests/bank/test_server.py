@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -68,31 +69,40 @@ def write_adapter(name, version):
 def page(expected):
     """The names that the page's code defines, run in this process."""
     names = {"__name__": "app"}
-    exec(compile(CODE, "docs/serving.md", "exec"), names)
+    exec(CODE, names)
     yield names
     names["process_lock"].close()
 
 
-def post_together(page, bodies):
-    """Return the responses to requests that arrive at the same time."""
+def send_together(page, *requests):
+    """Return the responses to requests (method, path, body) that arrive at the same time."""
 
-    async def post():
+    async def send():
         app = page["app"]
         client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server", headers=JSON)
         async with app.router.lifespan_context(app), client:
-            return await asyncio.gather(*(client.post("/predict", content=json.dumps(body)) for body in bodies))
+            responses = [client.request(method, path, content=json.dumps(body)) for method, path, body in requests]
+            return await asyncio.gather(*responses)
 
-    return asyncio.run(post())
+    return asyncio.run(send())
+
+
+def question(name, row):
+    return "POST", "/predict", {"customer": name, "x": row}
+
+
+def saved_names(base):
+    return AdapterBank.load(base, "bank").names
 
 
 def test_one_bad_request_leaves_the_answers_of_its_batch(page, expected):
     x, answers = expected
     rows = x[:3].tolist()
     unusable = [[float("nan"), 0, 0, 0], [float("inf"), 0, 0, 0], [1e300, 0, 0, 0], [0, 0, 0]]
-    bodies = [{"customer": "stays0", "x": row} for row in rows + unusable]
-    bodies += [{"customer": name, "x": rows[0]} for name in ("nobody", "__base__", "stays1")]
+    requests = [question("stays0", row) for row in rows + unusable]
+    requests += [question(name, rows[0]) for name in ("nobody", "__base__", "stays1")]
 
-    responses = post_together(page, bodies)
+    responses = send_together(page, *requests)
 
     assert [response.status_code for response in responses] == [200] * 3 + [422] * 4 + [404] * 2 + [200]
     y = torch.tensor([responses[row].json()["y"] for row in (0, 1, 2, 9)])
@@ -101,7 +111,7 @@ def test_one_bad_request_leaves_the_answers_of_its_batch(page, expected):
 
 def test_a_pass_that_fails_is_a_500_and_the_next_one_is_answered(page, expected):
     x, answers = expected
-    body = {"customer": "stays0", "x": x[0].tolist()}
+    request = question("stays0", x[0].tolist())
     model = page["model"]
 
     def fail(*args, **kwargs):
@@ -109,24 +119,72 @@ def test_a_pass_that_fails_is_a_500_and_the_next_one_is_answered(page, expected)
         raise RuntimeError("the first pass fails")
 
     page["model"] = fail
-    failed = post_together(page, [body] * 3)
-    (response,) = post_together(page, [body])
+    failed = send_together(page, request, request, request)
+    (response,) = send_together(page, request)
 
     assert [response.status_code for response in failed] == [500] * 3
     torch.testing.assert_close(torch.tensor(response.json()["y"]), answers[0][0])
 
 
+def test_a_customer_that_is_removed_during_a_pass_is_answered(page, expected):
+    x, answers = expected
+    model = page["model"]
+    remover = threading.Thread(target=page["remove"], args=("stays0",))
+
+    def remove_first(*args, **kwargs):
+        remover.start()
+        remover.join(0.5)  # it waits for this pass
+        return model(*args, **kwargs)
+
+    page["model"] = remove_first
+    (response,) = send_together(page, question("stays0", x[0].tolist()))
+    remover.join()
+
+    assert response.status_code == 200
+    torch.testing.assert_close(torch.tensor(response.json()["y"]), answers[0][0])
+    assert "stays0" not in page["bank"]
+
+
+def test_a_change_is_saved_before_it_is_answered(page):
+    base = KAN([4, 32, 4])
+    base.load_state_dict(torch.load("base.pt"))
+    write_adapter("comes0", 1)
+
+    (added,) = send_together(page, ("PUT", "/customers/comes0", None))
+    names_with_it = saved_names(base)
+    (removed,) = send_together(page, ("DELETE", "/customers/comes0", None))
+
+    assert added.status_code == removed.status_code == 204
+    assert names_with_it == [*STAYING, "comes0"]
+    assert saved_names(base) == STAYING
+
+
+def test_an_adapter_that_does_not_fit_is_refused_with_the_reason(page):
+    model = get_peft_model(KAN([4, 32, 4]), LoTRAConfig(r=1))
+    model.save_pretrained("customers/comes0")  # of another base
+
+    (response,) = send_together(page, ("PUT", "/customers/comes0", None))
+
+    assert response.status_code == 422
+    assert "comes0" in response.json()["detail"] and "base" in response.json()["detail"]
+    assert page["bank"].names == STAYING
+
+
 @pytest.mark.parametrize("name", ["..%2Fversions%2F0", "..", "versions/0", "a.b", "nobody", "a" * 65])
 def test_only_folders_of_customers_are_read(page, name):
-    async def put():
-        client = httpx.AsyncClient(transport=httpx.ASGITransport(page["app"]), base_url="http://server")
-        async with client:
-            return await client.put(f"/customers/{name}")
-
-    response = asyncio.run(put())
+    (response,) = send_together(page, ("PUT", f"/customers/{name}", None))
 
     assert response.status_code in (404, 422)
     assert page["bank"].names == STAYING
+
+
+def test_a_second_server_on_the_same_bank_is_refused(page):
+    second = {"__name__": "app"}
+
+    with pytest.raises(BlockingIOError):
+        exec(CODE, second)
+
+    second["process_lock"].close()
 
 
 @pytest.fixture
@@ -208,8 +266,6 @@ def test_each_answer_is_that_of_a_version_that_was_there(server, expected):
     x, answers = expected
     address, process = server
 
-    with pytest.raises(BlockingIOError):  # a second process would undo changes of the first
-        exec(compile(CODE, "docs/serving.md", "exec"), {"__name__": "app"})
     versions, statuses = asyncio.run(use_server(address, x, answers))
     shutil.copytree("bank", "saved")  # what a crash would leave
     process.terminate()
