@@ -143,20 +143,20 @@ def _naming_damage(path: str) -> Iterator[None]:
 
 def _open_file(path: str) -> tuple[dict[str, str], Callable[[Any], Tensor]]:
     """Return the metadata of a file, and a function of places that returns these rows of its matrix, mapped."""
-    with safe_open(path, "pt") as file:
-        return file.metadata(), file.get_tensor(_TENSOR).__getitem__
+    file = safe_open(path, "pt")
+    return file.metadata(), lambda places: file.get_tensor(_TENSOR)[places]
 
 
 def _open_remote(url: str) -> tuple[dict[str, str], Callable[[Any], Tensor]]:
     """Do the same with a file on the Hub, of which nothing else is downloaded."""
     start = 8 + int.from_bytes(_download(url, 0, 8), "little")
     header = json.loads(_download(url, 8, start))
-    entry = header[_TENSOR]
-    rows, width = entry["shape"]
-    first, last = entry["data_offsets"]
-    size = (last - first) // rows
 
     def gather(places: list[int]) -> Tensor:
+        entry = header[_TENSOR]
+        rows, width = entry["shape"]
+        first, last = entry["data_offsets"]
+        size = (last - first) // rows
         starts = [start + first + place * size for place in places]
         content = b"".join([_download(url, place, place + size) for place in starts])
         part = {**entry, "shape": [len(places), width], "data_offsets": [0, len(content)]}

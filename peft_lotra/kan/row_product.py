@@ -121,7 +121,7 @@ def group_rows(index: Tensor) -> tuple[Tensor, RowGroups]:
     sizes = torch.tensor(_SIZES, device=index.device)
     cost = (-(-counts.unsqueeze(1) // sizes)).sum(0) * (sizes + _COST_OF_GROUP)
     place = int(cost.argmin())
-    if cost[place] > len(index) * _COST_OF_ROW:
+    if cost[place] >= len(index) * _COST_OF_ROW:  # also without rows
         return distinct, RowGroups(inverse)
     size = _SIZES[place]
     groups = -(-counts // size)
@@ -236,7 +236,7 @@ class RowProduct(NamedTuple):
 
 def _of_basis(factor_basis: Tensor, functions: Tensor) -> Tensor:
     """The products (R, rb, I) of factor_basis (R, K, rb) and functions (R, K, I)."""
-    rank, least = factor_basis.shape[2], -(-_LEAST_PRODUCT // functions[0].numel())
+    rank, least = factor_basis.shape[2], -(-_LEAST_PRODUCT // (functions.shape[1] * functions.shape[2]))
     if rank < least <= 2 * rank:
         factor_basis = F.pad(factor_basis, (0, least - rank))
     return torch.bmm(factor_basis.transpose(1, 2), functions)[:, :rank]

@@ -52,12 +52,12 @@ def run_rows(
         args, kwargs: The arguments of the layer.
     """
     times = rows_of_each(batch, read_adapters, layer.lotra_name, known, args, kwargs)
-    if not batch:
-        return layer._run((), None, args, kwargs)
     run_together = find_row_evaluation(layer, args, kwargs)
     updates = None if run_together is None else find_updates()
     if run_together is not None and updates is not None:
         return run_together(updates)
+    if not batch:
+        return layer._run((), None, args, kwargs)
     if torch.compiler.is_compiling():
         raise RuntimeError(
             f"`{layer.lotra_name}` ({layer.lotra_spec.family}) runs once for each adapter, which a graph cannot do. "
@@ -128,6 +128,9 @@ def _updates_by_name(layer: Any, names: Sequence[str], current: ForwardPass | No
     distinct, groups = _grouped(tuple(names))
     found = [next(iter(layer._updates([name], current)), None) for name in distinct] if len(distinct) > 1 else []
     ranks = [update.tensor.ranks for update in found if update is not None]
+    if not names:  # the shape of the output is all that matters
+        ranks = [(1,) * len(full_shape(layer.lotra_tensor))]
+        found = [None]
     if not ranks:
         return None
     form = PackedTucker(full_shape(layer.lotra_tensor), tuple(map(max, *ranks)) if len(ranks) > 1 else ranks[0])

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from peft_lotra import AdapterBank, LoTRAConfig
 from peft_lotra.kan import SlimKAN
+from peft_lotra.optim import BankAdamW
 
 
 def answer(bank, name, base=None):
@@ -199,6 +200,181 @@ def test_a_damaged_adapter_is_named(tmp_path):
     assert bank.names == ["customer 0", "splines"]
 
 
+def saved_bank(tmp_path, **models):
+    """The folder of a saved bank with these adapters."""
+    bank = AdapterBank(net())
+    for name, model in models.items():
+        bank.add(name, model)
+    bank.save(tmp_path / "bank")
+    return tmp_path / "bank"
+
+
+def two_customers(tmp_path):
+    return saved_bank(tmp_path, anna=adapted(net()), ben=adapted(net()))
+
+
+def rewritten(folder, change):
+    """Change the table of a file, and leave everything else of it as it is."""
+    file, packed, table = opened(folder)
+    with safe_open(file, "pt") as content:
+        metadata = content.metadata()
+    save_file({"adapters": packed}, file, {**metadata, "adapter_bank": change(json.dumps(table))})
+
+
+@pytest.mark.parametrize("options", [{}, {"names": ["ben"]}, {"mapped": True}, {"skip_damaged": True}])
+@pytest.mark.parametrize("what", ["names swapped", "bit of a name flipped", "ranks changed"])
+def test_an_altered_table_is_noticed(tmp_path, what, options):
+    folder = two_customers(tmp_path)
+    changes = {
+        "names swapped": lambda text: text.replace("anna", "?").replace("ben", "anna").replace("?", "ben"),
+        "bit of a name flipped": lambda text: text.replace("anna", "anoa"),
+        "ranks changed": lambda text: text.replace("[2, 3, 4]", "[4, 3, 2]"),
+    }
+    rewritten(folder, changes[what])
+
+    with pytest.raises(ValueError, match="adapter_bank.safetensors is damaged"):
+        AdapterBank.load(net(), folder, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"names": ["ben"]}, {"mapped": True}])
+def test_a_file_of_a_newer_format_is_called_newer(tmp_path, options):
+    folder = two_customers(tmp_path)
+    table = {"format": 99, "adapters": "elsewhere"}
+    metadata = {"adapter_bank": json.dumps(table)}
+    save_file({"shards": torch.zeros(2)}, folder / "adapter_bank.safetensors", metadata)
+
+    with pytest.raises(ValueError, match="newer version of peft-lotra") as raised:
+        AdapterBank.load(net(), folder, **options)
+    assert "damaged" not in str(raised.value)
+
+
+@pytest.mark.parametrize("names", [None, ["ben"]])
+def test_a_file_that_is_cut_anywhere_is_one_clear_error(tmp_path, names):
+    folder = two_customers(tmp_path)
+    file = folder / "adapter_bank.safetensors"
+    content = file.read_bytes()
+
+    for size in (0, 1, 7, 8, 9, 100, len(content) // 2, len(content) - 1):
+        file.write_bytes(content[:size])
+        with pytest.raises(ValueError, match="adapter_bank.safetensors is damaged"):
+            AdapterBank.load(net(), folder, names=names)
+
+
+@pytest.mark.parametrize("names", [None, ["ben"]])
+def test_a_byte_that_is_flipped_anywhere_is_never_an_answer(tmp_path, names):
+    """What is loaded all the same is what was saved."""
+    folder = two_customers(tmp_path)
+    file = folder / "adapter_bank.safetensors"
+    content = file.read_bytes()
+    expected = answer(AdapterBank.load(net(), folder), "ben")
+
+    for place in [*range(0, 64), *range(64, len(content), len(content) // 150)]:
+        altered = bytearray(content)
+        altered[place] ^= 0x11
+        file.write_bytes(altered)
+        try:
+            bank = AdapterBank.load(net(), folder, names=names)
+        except ValueError as error:
+            words = "is damaged", "has damaged adapters", "has no adapter", "newer version"
+            assert any(word in str(error) for word in words)
+        else:
+            assert torch.equal(answer(bank, "ben"), expected)
+
+
+@pytest.mark.parametrize("change", ["save", "export", "compact", "add"])
+def test_damage_in_a_mapped_file_is_not_written_again(tmp_path, change):
+    """Not with a check sum that fits."""
+    folder = two_customers(tmp_path)
+    file = folder / "adapter_bank.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1  # of the last adapter
+    file.write_bytes(content)
+    bank = AdapterBank.load(net(), folder, mapped=True)
+    calls = {
+        "save": lambda: bank.save(tmp_path / "copy"),
+        "export": lambda: bank.export("ben", tmp_path / "copy"),
+        "compact": bank.compact,
+        "add": lambda: AdapterBank(bank.base).add("ben", bank),
+    }
+
+    with pytest.raises(ValueError, match="damaged adapters: 'ben'"):
+        calls[change]()
+
+    assert not (tmp_path / "copy").exists()
+    bank.export("anna", tmp_path / "anna")
+    bank.remove("ben")
+    bank.save(tmp_path / "copy")
+    assert AdapterBank.load(net(), tmp_path / "copy").names == ["anna"]
+
+
+def poisoned():
+    """A bank in which a step of training has ruined the adapter of one customer."""
+    bank = AdapterBank(net())
+    for name in ("anna", "ben"):
+        bank.add(name, adapted(net()))
+    model = bank.attach()
+    optimizer = BankAdamW(bank, lr=1e-2)
+    errors = model(X, adapter_names=["anna", "ben"] * 4).square().mean(1)
+    factor = torch.tensor([1.0, torch.nan] * 4)
+    (errors * factor).sum().backward()
+    optimizer.step()
+    optimizer.finish()
+    bank.detach()
+    return bank
+
+
+@pytest.mark.parametrize("change", ["save", "export", "add"])
+def test_an_adapter_that_is_not_finite_is_named_and_not_saved(tmp_path, change):
+    bank = poisoned()
+    bank.save(tmp_path / "bank", skip=["ben"])
+    before = (tmp_path / "bank" / "adapter_bank.safetensors").read_bytes()
+    calls = {
+        "save": lambda: bank.save(tmp_path / "bank"),
+        "export": lambda: bank.export("ben", tmp_path / "bank"),
+        "add": lambda: AdapterBank(bank.base).add("ben", bank),
+    }
+
+    with pytest.raises(ValueError, match="not finite in torch.float32: 'ben'|'ben' was not added.*not finite"):
+        calls[change]()
+
+    assert (tmp_path / "bank" / "adapter_bank.safetensors").read_bytes() == before
+    assert AdapterBank.load(net(), tmp_path / "bank").names == ["anna"]
+    bank.export("anna", tmp_path / "anna")
+
+
+def test_an_adapter_that_overflows_in_half_precision_is_refused(tmp_path):
+    large = {name: 300 * value for name, value in get_peft_model_state_dict(adapted(net(), r=1)).items()}
+    bank = AdapterBank(net(), torch.float16)
+    bank.add("anna", adapted(net()))
+
+    with pytest.raises(ValueError, match="'ben' was not added: .*not finite in torch.float16"):
+        bank.add("ben", large, alpha=1e4)
+    assert bank.names == ["anna"]
+
+    bank = AdapterBank(net())
+    bank.add("anna", adapted(net()))
+    bank.add("ben", large, alpha=1e4)
+    bank.save(tmp_path)
+    with pytest.raises(ValueError, match="not finite in torch.float16: 'ben'"):
+        AdapterBank.load(net(), tmp_path, dtype=torch.float16)
+
+
+def test_some_adapters_are_not_saved_over_all(tmp_path):
+    """`load(names=...)` leaves adapters out; saving into the same folder would lose them."""
+    folder = two_customers(tmp_path)
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    bank = AdapterBank.load(net(), folder, names=["ben"])
+
+    for same in (folder, link, str(folder) + "/"):
+        with pytest.raises(ValueError, match="only some adapters"):
+            bank.save(same)
+    bank.save(tmp_path / "elsewhere")
+
+    assert AdapterBank.load(net(), folder).names == ["anna", "ben"]
+    assert AdapterBank.load(net(), tmp_path / "elsewhere").names == ["ben"]
+
+
 @pytest.mark.parametrize("what", ["cut", "no table", "a name too many", "not there", "another base"])
 def test_a_file_that_is_no_bank(tmp_path, what):
     filled(tmp_path)
@@ -290,6 +466,12 @@ found["same"] = [torch.equal(answer(some, name), answer(bank, name)) for name in
 whole = AdapterBank.load(net(), "user/bank")
 found["whole"] = whole.names == bank.names and torch.equal(answer(whole, "ben"), answer(bank, "ben"))
 bank.push_to_hub("user/bank", revision="next")
+try:
+    some.push_to_hub("user/bank")
+except ValueError as error:
+    found["some"] = str(error)
+some.push_to_hub("user/some")
+found["kept"] = len(AdapterBank.load(net(), "user/bank"))
 found["next"] = len(AdapterBank.load(net(), "user/bank", names=["ben"], revision="next"))
 for error in ("user/nothing", "user/bank"):
     try:
@@ -312,6 +494,7 @@ def test_pushed_and_pulled(tmp_path):
     assert "302 adapters" in card and "base = make()" in card and 'names=["customer 0"]' in card
     assert card.count("| `customer") == 100
     assert re.match(r"---\n(.*\n)*library_name: peft\n(.*\n)*---\n", card)
+    assert "only some adapters" in found["some"] and found["kept"] == 302
     assert "RepositoryNotFoundError" in found["user/nothing"] and "no adapter 'cleo'" in found["user/bank"]
 
 

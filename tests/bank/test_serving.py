@@ -175,12 +175,127 @@ def test_exported_with_ids_as_an_input(tmp_path):
     assert apart(torch.tensor(session.run(None, values)[0]), one_by_one(alone, names, X)) < 1e-5
 
 
+UNKNOWN_IDS = {"removed": 1, "never given": 3, "too large": 10**6, "below the base": -2, "far below": -1000}
+
+
+def without_b():
+    """A bank that has lost its second adapter, its model, and ids of rows that it still answers."""
+    bank, _ = several(KAN([3, 4, 2]))
+    model = bank.attach()
+    bank.remove("b")
+    return bank, model, bank.ids(["a", "__base__", "c", "c", "a", "a", "c", "__base__"])
+
+
+def check_refuses_unknown_ids(call, ids, error):
+    """Check that a call with one wrong id among right ones raises, and is right again afterwards."""
+    before = call(ids)
+
+    for number in UNKNOWN_IDS.values():
+        with pytest.raises(error):
+            call(torch.cat([ids[:-1], torch.tensor([number])]))
+
+    torch.testing.assert_close(call(ids), before)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_compiled_bank_refuses_ids_of_no_adapter(backend):
+    """Also of an adapter that was there when the graph was made."""
+    torch._dynamo.reset()
+    bank, _ = several(KAN([3, 4, 2]))
+    model = bank.attach()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    call = torch.no_grad()(lambda ids: compiled(X, ids=ids))
+    call(bank.ids(NAMES))
+
+    bank.remove("b")
+
+    ids = bank.ids(["a", "__base__", "c", "c", "a", "a", "c", "__base__"])
+    check_refuses_unknown_ids(call, ids, RuntimeError)
+    torch.testing.assert_close(call(ids), model(X, ids=ids).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_an_exported_bank_refuses_ids_of_no_adapter(tmp_path):
+    _, model, ids = without_b()
+    program = torch.export.export(model, (X,), {"ids": ids})
+    torch.export.save(program, tmp_path / "bank.pt2")
+    loaded = torch.export.load(tmp_path / "bank.pt2").module()
+
+    check_refuses_unknown_ids(torch.no_grad()(lambda ids: program.module()(X, ids=ids)), ids, RuntimeError)
+    check_refuses_unknown_ids(torch.no_grad()(lambda ids: loaded(X, ids=ids)), ids, RuntimeError)
+
+
+def test_a_bank_in_onnx_refuses_ids_of_no_adapter(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    _, model, ids = without_b()
+    torch.onnx.export(model, (X,), tmp_path / "bank.onnx", kwargs={"ids": ids}, dynamo=True, verbose=False)
+    session = runtime.InferenceSession(str(tmp_path / "bank.onnx"))
+    names = [value.name for value in session.get_inputs()]
+
+    def call(ids):
+        (y,) = session.run(None, dict(zip(names, (X.numpy(), ids.numpy()), strict=True)))
+        return torch.tensor(y)
+
+    check_refuses_unknown_ids(call, ids, Exception)
+
+
+def test_an_id_is_never_given_to_another_adapter():
+    """Not after a removal, a replacement or `compact`: what was looked up before is right or refused."""
+    bank, alone = several(net())
+    model = bank.attach()
+    ids = bank.ids(["a", "b", "c"])
+
+    bank.remove("b")
+    bank.add("a", alone["c"], replace=True)
+    for count in range(20):
+        bank.add(f"more{count}", alone["b"])
+    bank.compact()
+
+    with torch.no_grad():
+        of_c = model(X, ids=ids[2:].expand(8))
+    torch.testing.assert_close(of_c, alone["c"](X).detach(), rtol=1e-4, atol=1e-5)
+    for number in ids[:2]:
+        with pytest.raises(ValueError, match=f"No adapter has the id {number}"):
+            model(X, ids=number.expand(8))
+
+
+@pytest.mark.parametrize("rows", [{"adapter_names": ["a"]}, {"ids": torch.tensor([0])}, {"adapter_names": ["a"] * 4}])
+@pytest.mark.parametrize("shape", [(8, 3), (8, 1, 3)])
+def test_one_adapter_for_several_rows_is_refused(rows, shape):
+    """`adapter_names=[name]` is a forgotten `* len(x)`."""
+    bank, _ = several(KAN([3, 4, 2]))
+    model = bank.attach()
+
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        model(torch.rand(shape), **rows)
+
+
+def test_a_compiled_bank_refuses_one_id_for_several_rows():
+    bank, _ = several(KAN([3, 4, 2]))
+    compiled = torch.compile(bank.attach(), backend="eager", fullgraph=True)
+
+    with pytest.raises(Exception, match="Length of `adapter_names`"):
+        compiled(X, ids=bank.ids(["a"]))
+
+
+@pytest.mark.parametrize("kind", ["own", "slim", "pykan", "fast-kan"])
+def test_no_rows_give_no_outputs(kind):
+    bank, _ = several((MODELS | KINDS)[kind]())
+    model = bank.attach()
+    x = torch.empty(0, 3)
+
+    for rows in ({"adapter_names": []}, {"ids": bank.ids([])}, {"ids": torch.empty(0, dtype=torch.int64)}):
+        assert model(x, **rows).shape == (0, *model(X).shape[1:])
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        model(X, adapter_names=[])
+
+
 def test_kinds_without_functions_in_graphs():
     bank, alone = several(KINDS["fourier-kan"]())
     model = bank.attach()
     with pytest.raises(RuntimeError, match="basis"):
         torch.export.export(model, (X,), {"ids": bank.ids(NAMES)})
-    with pytest.raises(torch._dynamo.exc.Unsupported):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="basis"):
         torch.compile(model, backend="eager", fullgraph=True)(X, ids=bank.ids(NAMES))
     with torch.no_grad():
         compiled = torch.compile(model, backend="eager")  # which runs what is no graph as it is

@@ -152,3 +152,59 @@ def test_a_hook_of_a_base_layer(make):
     model.get_base_model().layers[1].base_layer.register_forward_hook(lambda module, args, output: 2 * output)
     y = model.eval()(x, adapter_names=["default", "other"] * 3)
     assert apart(y[::2], model(x)[::2]) < 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_rows_give_no_outputs(family):
+    model = mixed(base(family))
+    x = inputs()
+
+    y = model(x[:0], adapter_names=[])
+
+    assert y.shape == (0, *model(x).shape[1:])
+
+
+@pytest.mark.parametrize("shape", [(32, 3), (32, 1, 3), (1, 32, 3)])
+@pytest.mark.parametrize("names", [["default"], ["default"] * 8, []])
+def test_another_number_of_names_than_rows_is_refused(shape, names):
+    """`adapter_names=[name]` is a forgotten `* len(x)`, as it is for LoRA."""
+    model = mixed(nn.Sequential(KAN([3, 4])))
+    x = torch.rand(shape)
+    if len(x) == len(names):
+        pytest.skip("a name for each row")
+
+    with pytest.raises(ValueError, match="Length of `adapter_names` should be the same as the number of inputs"):
+        model(x, adapter_names=names)
+
+
+def test_one_row_of_many_steps_needs_one_name():
+    """Also where the model flattens the steps into the rows of its layers."""
+    model = mixed(nn.Sequential(nn.Flatten(0, 1), KAN([3, 4])))
+    x = torch.rand(1, 32, 3)
+
+    y = model(x, adapter_names=["other"])
+
+    model.set_adapter("other")
+    torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-6)
+
+
+class TimeFirst(nn.Module):
+    """Takes (time, batch, in), as recurrent networks of torch do."""
+
+    def __init__(self):
+        super().__init__()
+        self.kan = KAN([3, 4])
+
+    def forward(self, x):
+        return self.kan(x.transpose(0, 1).contiguous())
+
+
+def test_rows_in_the_second_dimension():
+    model = mixed(TimeFirst())
+    x = torch.rand(7, 4, 3)
+
+    y = model(x, adapter_names=["default", "__base__", "other", "other"])
+
+    for name, rows in (("default", [0]), ("other", [2, 3])):
+        model.set_adapter(name)
+        torch.testing.assert_close(y[rows], model(x)[rows], rtol=1e-4, atol=1e-6)
