@@ -11,12 +11,14 @@
 file), `bank` a folder that `AdapterBank.save` wrote. Requests that arrive
 together become one batch, whatever their adapters. All replicas on a machine
 map one file. New weights for a customer reach every replica while requests
-run: `reload({"anna": "folders/anna"})`.
+run: `reload({"anna": "folders/anna"})`. None instead of a folder removes an
+adapter: its requests get status 404, the others of the batch are answered.
 """
 
 from __future__ import annotations
 
 import os
+from threading import Lock
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ class Customers:
         network = torch.load(base, weights_only=False)
         self.bank = AdapterBank.load(network, bank, mapped=True)
         self.model = self.bank.attach().eval()
+        self.pass_lock = Lock()  # no adapter is removed during a pass
         self.width = next(
             module.in_features
             for module in network.modules()
@@ -43,17 +46,35 @@ class Customers:
         )
         self.needs_name = needs_name
 
-    def reconfigure(self, adapters: dict[str, str]) -> None:
+    def reconfigure(self, adapters: dict[str, str | None]) -> None:
         """Ray calls it on each replica with the present `user_config`."""
         for name, folder in adapters.items():
-            self.bank.add(name, folder, replace=True)
+            if folder is not None:
+                self.bank.add(name, folder, replace=True)
+            elif name in self.bank:
+                with self.pass_lock:
+                    self.bank.remove(name)
 
     @serve.batch(max_batch_size=1024, batch_wait_timeout_s=0.002)
     async def predict(self, rows: list[tuple[str, list[float]]]) -> list:
+        """Answer each row; refuse those of adapters that were removed."""
         names, inputs = zip(*rows, strict=True)
-        with torch.no_grad():
-            y = self.model(torch.tensor(inputs), adapter_names=list(names))
-        return y.tolist()
+        x = torch.tensor(inputs)
+        with self.pass_lock, torch.no_grad():
+            served = [
+                name if name in self.bank else "__base__" for name in names
+            ]
+            y = self.model(x, adapter_names=served)
+        is_finite = torch.cat([x, y], dim=1).isfinite().all(dim=1)
+        answers: list[Any] = []
+        for row, name in enumerate(names):
+            if name != served[row]:
+                answers.append(refuse(404, f"there is no adapter {name!r}"))
+            elif not is_finite[row]:
+                answers.append(refuse(400, "x is not finite, or too large"))
+            else:
+                answers.append({"y": y[row].tolist()})
+        return answers
 
     async def __call__(self, request: Request) -> Any:
         try:
@@ -66,9 +87,7 @@ class Customers:
             return refuse(400, f"x has {len(x)} numbers, not {self.width}")
         if "adapter" not in body and self.needs_name:
             return refuse(400, "the request names no adapter")
-        if name != "__base__" and name not in self.bank:
-            return refuse(404, f"there is no adapter {name!r}")
-        return {"y": await self.predict((name, x))}
+        return await self.predict((name, x))
 
 
 def refuse(status: int, error: str) -> JSONResponse:
@@ -80,18 +99,18 @@ def make(
     bank: str,
     replicas: int = 1,
     needs_name: bool = False,
-    adapters: dict[str, str] | None = None,
+    adapters: dict[str, str | None] | None = None,
 ) -> serve.Application:
-    """The application; `adapters` are newer folders by name."""
+    """The application; `adapters` are newer folders by name, None to remove."""
     options = {"num_replicas": replicas, "user_config": adapters or {}}
     return Customers.options(**options).bind(base, bank, needs_name)
 
 
-def reload(adapters: dict[str, str], **options: Any) -> None:
+def reload(adapters: dict[str, str | None], **options: Any) -> None:
     """Gives all replicas new weights of these adapters, without a restart.
 
-    `adapters` are all that are newer than the file: a replica that starts
-    later reads them too.
+    `adapters` are all that are newer than the file, None for those that are
+    removed: a replica that starts later reads them too.
     """
     serve.run(make(**options, adapters=adapters))
 

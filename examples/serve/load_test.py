@@ -9,8 +9,9 @@
 Serves 1, 100 and 10,000 adapters of a KAN [4, 32, 32, 1] by one replica and
 by two, and sends requests over HTTP, each for an adapter drawn at random.
 Each answer is compared with that of the same bank in this process. In the
-last run, 20,000 requests over 1,000 adapters, a replica is killed and a
-customer's adapter is replaced meanwhile. Writes serve.json and .md.
+last run, 20,000 requests over 1,000 adapters, a replica is killed, and one
+customer's adapter replaced and another's removed meanwhile. Writes serve.json
+and .md.
 """
 
 from __future__ import annotations
@@ -71,8 +72,22 @@ def make_requests(bank: AdapterBank, count: int) -> list[tuple]:
     return list(zip(names, x.tolist(), y.tolist(), strict=True))
 
 
-async def send(requests: list[tuple], meanwhile=None) -> dict[str, float]:
-    """Sends all requests, AT_ONCE at a time; counts and times them."""
+def is_right(answer: httpx.Response, expected: list[float] | None) -> bool:
+    """Compares an answer with the output that is expected, None for a 404."""
+    if expected is None:
+        return answer.status_code == 404
+    y = answer.json().get("y", [float("nan")])
+    pairs = zip(y, expected, strict=True)
+    return all(abs(a - b) < 1e-4 * (1 + abs(b)) for a, b in pairs)
+
+
+async def send(
+    requests: list[tuple], meanwhile=None, leaving: str | None = None
+) -> dict[str, float]:
+    """Sends all requests, AT_ONCE at a time; counts and times them.
+
+    The adapter `leaving` is removed meanwhile: a 404 for it is right, too.
+    """
     seconds, wrong, again = [], [], 0
     pending = iter(enumerate(requests))
     limits = httpx.Limits(max_connections=AT_ONCE)
@@ -94,10 +109,9 @@ async def send(requests: list[tuple], meanwhile=None) -> dict[str, float]:
                 again += 1
                 await asyncio.sleep(0.05)
             seconds.append(time.perf_counter() - start)
-            y = answer.json().get("y", [float("nan")])
-            pairs = zip(y, expected, strict=True)
-            if not all(abs(a - b) < 1e-4 * (1 + abs(b)) for a, b in pairs):
-                wrong.append(name)
+            if not is_right(answer, expected):
+                if name != leaving or not is_right(answer, None):
+                    wrong.append(name)
 
     start = time.perf_counter()
     async with httpx.AsyncClient(limits=limits, timeout=60) as client:
@@ -134,18 +148,21 @@ def measure(adapters: int, replicas: int, count: int) -> dict:
 
 
 def measure_accident(adapters: int, count: int) -> dict:
-    """A replica is killed, and then an adapter replaced, while requests run.
+    """A replica is killed, and then adapters change, while requests run.
 
-    The answers of that adapter are compared with its new weights after the
-    reload, and left out before.
+    The answers of the replaced adapter are compared with its new weights
+    after the reload, and left out before. After it the removed adapter gets
+    nothing but 404.
     """
     with tempfile.TemporaryDirectory() as folder:
         bank = make_bank(folder, adapters)
         place = {"base": f"{folder}/base.pt", "bank": f"{folder}/bank"}
         serve.run(make(**place, replicas=2))
-        moved, newer = bank.names[0], f"{folder}/newer"
+        moved, source, removed = bank.names[:3]
+        newer = f"{folder}/newer"
+        changes = {moved: newer, removed: None}
         rows = [row for row in make_requests(bank, count) if row[0] != moved]
-        bank.export(bank.names[1], newer)
+        bank.export(source, newer)
         done = set()
 
         async def meanwhile(number: int) -> None:
@@ -155,11 +172,12 @@ def measure_accident(adapters: int, count: int) -> dict:
             if number >= count * 2 // 3 and "reloaded" not in done:
                 done.add("reloaded")
                 options = {**place, "replicas": 2}
-                await asyncio.to_thread(reload, {moved: newer}, **options)
+                await asyncio.to_thread(reload, changes, **options)
 
-        found = asyncio.run(send(rows, meanwhile))
+        found = asyncio.run(send(rows, meanwhile, leaving=removed))
         bank.add(moved, newer, replace=True)
         after = [r for r in make_requests(bank, 20 * adapters) if r[0] == moved]
+        after += [(removed, x, None) for _, x, _ in after]
         found["wrong after the reload"] = asyncio.run(send(after))["wrong"]
         serve.delete("default")
     assert done == {"killed", "reloaded"}

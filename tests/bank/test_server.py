@@ -112,13 +112,13 @@ def test_one_bad_request_leaves_the_answers_of_its_batch(page, expected):
 def test_a_pass_that_fails_is_a_500_and_the_next_one_is_answered(page, expected):
     x, answers = expected
     request = question("stays0", x[0].tolist())
-    model = page["model"]
+    served = page["served"]
 
     def fail(*args, **kwargs):
-        page["model"] = model
+        page["served"] = served
         raise RuntimeError("the first pass fails")
 
-    page["model"] = fail
+    page["served"] = fail
     failed = send_together(page, request, request, request)
     (response,) = send_together(page, request)
 
@@ -128,15 +128,15 @@ def test_a_pass_that_fails_is_a_500_and_the_next_one_is_answered(page, expected)
 
 def test_a_customer_that_is_removed_during_a_pass_is_answered(page, expected):
     x, answers = expected
-    model = page["model"]
+    served = page["served"]
     remover = threading.Thread(target=page["remove"], args=("stays0",))
 
     def remove_first(*args, **kwargs):
         remover.start()
         remover.join(0.5)  # it waits for this pass
-        return model(*args, **kwargs)
+        return served(*args, **kwargs)
 
-    page["model"] = remove_first
+    page["served"] = remove_first
     (response,) = send_together(page, question("stays0", x[0].tolist()))
     remover.join()
 
