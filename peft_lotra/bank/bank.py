@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from ..hub.card import write_bank_card
+from ..hub.card import README, write_bank_card
 from ..hub.push import fetch_card, upload
 from ..kan.row_product import PackedTucker, RowGroups, group_rows
 from ..kan.slim_kan import SlimKANLinear
@@ -352,7 +352,7 @@ class AdapterBank:
     def export(self, name: str, folder: str | os.PathLike) -> None:
         """Writes one adapter as a folder that `PeftModel.from_pretrained` loads; its alpha is in the cores."""
         updates, from_gradient = self.snapshot.updates_of(name)
-        with replacing_files(folder) as stage:
+        with replacing_files(folder, README) as stage:
             write_updates(stage, updates, from_gradient, self.record, self.base)
 
     # --- serving ---
