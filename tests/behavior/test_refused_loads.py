@@ -218,11 +218,3 @@ def test_a_newer_format_is_called_newer(folder, more):
     (folder / CONFIG).write_text(json.dumps(config | {"lotra_format": 2} | more))
 
     files_refused(folder, f"{folder}.*newer version: upgrade peft-lotra")
-
-
-@pytest.mark.parametrize("share", [0.0, 1, 7, 8, 9, 100, 0.5, -1])
-def test_truncated_tensors_name_their_file(folder, share):
-    content = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(content[: int(share * len(content)) if isinstance(share, float) else share])
-
-    files_refused(folder, f"{folder / WEIGHTS} is damaged")

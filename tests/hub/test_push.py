@@ -214,9 +214,7 @@ for name, push in pushes.items():
     push(f"user/{name}")
     push(name)
     push(f"user/{name}", revision="again")
-    push(f"user/new-{name}")
     found[name] = [hub.repos[f"user/{name}"].files(at)["README.md"].content.decode() for at in ("main", "again")]
-    found[f"new {name}"] = hub.repos[f"user/new-{name}"].files("main")["README.md"].content.decode()
 print(json.dumps(found))
 """
 
@@ -235,13 +233,6 @@ def test_adapters_banks_and_families_keep_the_text_of_a_person(cards, kind):
         assert card.text.startswith("\n# My work\n\nIt reads scans.\n")
         assert card.text.count("```python") == 1
         assert card.data.license == "mit" and {"mine", "kan", "lotra", "peft-plugin"} <= set(card.data.tags)
-
-
-@pytest.mark.parametrize(
-    ("kind", "title"), [("adapter", "LoTRA adapter"), ("bank", "new-bank"), ("family", "A family of LoTRA adapters")]
-)
-def test_a_new_repository_gets_a_card_with_a_title(cards, kind, title):
-    assert ModelCard(cards[f"new {kind}"]).text.startswith(f"\n# {title}\n")
 
 
 def test_the_python_of_the_docs(tmp_path):

@@ -81,14 +81,14 @@ class Families:
 
 KINDS = {"adapter": Adapters, "named adapter": NamedAdapters, "family": Families}
 
-KILLED = """
-import json, os, sys, time, torch, warnings
+SCRIPT = """
+import json, os, resource, signal, torch, warnings
+from pathlib import Path
+from test_interrupted_saves import KINDS
 torch.set_num_threads(1)  # or processes could not be forked
-import test_interrupted_saves as tests
-kind = tests.KINDS[sys.argv[1]]
 
-def start_save(number, calls):
-    # in a process that kills itself at the given call that writes or moves a file
+def start_save(kind, folder, calls):
+    # in a process that kills itself at the given call that makes, writes, moves or removes a file
     process = os.fork()
     if process:
         return os.WEXITSTATUS(os.waitpid(process, 0)[1]) == 7
@@ -96,138 +96,117 @@ def start_save(number, calls):
     for name in ("replace", "fsync", "unlink", "mkdir", "rmdir"):
         def wrapped(*args, call=getattr(os, name), **kwargs):
             if not left[0]:
-                os.kill(os.getpid(), 9)
+                os.kill(os.getpid(), signal.SIGKILL)
             left[0] -= 1
             return call(*args, **kwargs)
         setattr(os, name, wrapped)
-    kind.save(number, "folder")
+    kind.save(3, folder)
     os._exit(7)
 
-kind.save(2, "folder")
-warnings.simplefilter("error")
-found, calls, ended = [], 0, False
-while not ended:
-    ended = start_save(3, calls)
-    found.append(kind.load("folder"))
-    kind.save(2, "folder")
-    calls += 1
-print(json.dumps({"found": found, "last": kind.load("folder"), "files": sorted(os.listdir("folder"))}))
-"""
+def kill_saves(kind, folder):
+    kind.save(2, folder)
+    loaded, calls, ended = [], 0, False
+    while not ended:
+        ended = start_save(kind, folder, calls)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loaded.append(kind.load(folder))
+        kind.save(2, folder)
+        calls += 1
+    return {"loaded": loaded, "last": kind.load(folder), "files": sorted(os.listdir(folder))}
 
-
-@needs_fork
-@pytest.mark.parametrize("name", KINDS)
-def test_a_killed_save_leaves_the_old_or_the_new_and_the_next_save_cleans_up(name, tmp_path):
-    script = f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\nsys.argv = ['', {name!r}]\n" + KILLED
-
-    result = json.loads(python(script, tmp_path).splitlines()[-1])
-
-    numbers = result["found"]
-    assert set(numbers) == {2, 3} and numbers == sorted(numbers)
-    assert result["last"] == 2 and result["files"] == KINDS[name].FILES
-
-
-FULL_DISK = """
-import json, os, resource, signal, sys
-import test_interrupted_saves as tests
-from pathlib import Path
-kind = tests.KINDS[sys.argv[1]]
-
-def read_all():
-    return {str(path): path.read_bytes() for path in Path("folder").rglob("*") if path.is_file()}
-
-kind.save(2, "folder")
-before = read_all()
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-errors = []
-for folder in ("folder", "new"):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-    try:
-        kind.save(3, folder)
-    except Exception as error:
-        errors.append(type(error).__name__)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-print(json.dumps([len(errors), before == read_all(), sorted(os.listdir("folder")), os.path.exists("new")]))
-"""
-
-
-@needs_fork
-@pytest.mark.parametrize("name", KINDS)
-def test_a_full_disk_changes_nothing(name, tmp_path):
-    """Files may have 1,000 bytes at most, which stands for a disk without room."""
-    script = f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\nsys.argv = ['', {name!r}]\n" + FULL_DISK
-
-    errors, unchanged, files, new_folder = json.loads(python(script, tmp_path).splitlines()[-1])
-
-    assert errors == 2 and unchanged and files == KINDS[name].FILES and not new_folder
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_saves_of_several_threads_into_one_folder_are_whole(name, tmp_path):
-    kind, errors = KINDS[name], []
-
-    def save_often(number: int) -> None:
+def fill_disk(kind, folder):
+    # files may have 1,000 bytes at most
+    read_all = lambda: {str(path): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    before, errors = read_all(), []
+    for place in (folder, f"new {folder}"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
         try:
-            for _ in range(4):
-                kind.save(number, tmp_path)
+            kind.save(3, place)
         except Exception as error:
-            errors.append(error)
+            errors.append(str(error))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    is_same = before == read_all() and kind.FILES == sorted(os.listdir(folder))
+    return {"errors": errors, "is_same": is_same, "is_new": os.path.exists(f"new {folder}")}
 
-    threads = [threading.Thread(target=save_often, args=(number,)) for number in (1, 2, 3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+found = {name: {"killed": kill_saves(kind, name), "full": fill_disk(kind, name)} for name, kind in KINDS.items()}
+print(json.dumps(found))
+"""
+HERE = f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\n"
 
-    assert not errors
-    assert kind.load(tmp_path) in (1, 2, 3)
-    assert sorted(os.listdir(tmp_path)) == kind.FILES
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return json.loads(python(HERE + SCRIPT, tmp_path_factory.mktemp("saves")).splitlines()[-1])
+
+
+@needs_fork
+@pytest.mark.parametrize("name", KINDS)
+def test_a_killed_save_leaves_the_old_or_the_new_and_the_next_save_cleans_up(found, name):
+    """Killed before each call that makes, writes, moves or removes a file."""
+    killed = found[name]["killed"]
+
+    assert set(killed["loaded"]) == {2, 3} and killed["loaded"] == sorted(killed["loaded"])
+    assert killed["last"] == 2 and killed["files"] == KINDS[name].FILES
+
+
+@needs_fork
+@pytest.mark.parametrize("name", KINDS)
+def test_a_full_disk_changes_nothing(found, name):
+    full = found[name]["full"]
+
+    assert len(full["errors"]) == 2 and full["is_same"] and not full["is_new"]
+
+
+def test_a_save_that_begins_during_another_waits_for_it(tmp_path, monkeypatch):
+    """Otherwise the configuration of the first would follow the tensors of the second."""
+    second = threading.Thread(target=save_adapter, args=(adapted(r=2), tmp_path))
+    replace = os.replace
+
+    def replace_late(source: str, target: str) -> None:
+        if target.endswith("adapter_config.json") and second.ident is None:
+            second.start()
+            second.join(timeout=3)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_late)
+    save_adapter(adapted(r=1), tmp_path)
+    second.join()
+
+    assert Adapters.load(tmp_path) == 2
+    assert sorted(os.listdir(tmp_path)) == Adapters.FILES
 
 
 AT_ONCE = """
-import os, sys
+import os
 from peft_lotra.modules.folders import replacing_files
+child = os.fork()
 for number in range(30):
     with replacing_files("folder") as stage:
         for name in ("first", "second"):
             with open(os.path.join(stage, name), "w") as file:
                 file.write(f"{os.getpid()} {number}")
+if child:
+    assert os.waitpid(child, 0)[1] == 0
 """
 
 
 @needs_fork
 def test_saves_of_several_processes_into_one_folder_are_whole(tmp_path):
-    children = "import os\nfor _ in range(2):\n    os.fork()\n" + AT_ONCE + "\nwhile True:\n"
-    children += "    try:\n        assert os.wait()[1] == 0\n    except ChildProcessError:\n        break\n"
-
-    python(children, tmp_path)
+    python(AT_ONCE, tmp_path)
 
     first, second = ((tmp_path / "folder" / name).read_text() for name in ("first", "second"))
     assert first == second and first.endswith(" 29")
     assert sorted(os.listdir(tmp_path / "folder")) == ["first", "second"]
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_other_files_and_a_symlink_stay(name, tmp_path):
-    folder, link, kind = tmp_path / "folder", tmp_path / "link", KINDS[name]
-    folder.mkdir()
-    (folder / "notes.txt").write_text("mine")
-    link.symlink_to(folder, target_is_directory=True)
-
-    kind.save(2, link)
-
-    assert link.is_symlink() and kind.load(folder) == 2
-    assert (folder / "notes.txt").read_text() == "mine"
-    assert sorted(os.listdir(folder)) == sorted([*kind.FILES, "notes.txt"])
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_a_file_in_place_of_a_folder_is_refused(name, tmp_path):
+def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
     path = tmp_path / "file"
     path.write_text("mine")
 
     with pytest.raises(ValueError, match="`folder` is .*, which is a file"):
-        KINDS[name].save(2, path)
+        Families.save(2, path)
 
     assert path.read_text() == "mine" and os.listdir(tmp_path) == ["file"]
 
@@ -275,9 +254,7 @@ print(*sorted(hub.repos["user/adapter"].files("main")))
 
 def test_leftovers_are_not_uploaded(tmp_path):
     """`hf upload` passes over the folder in which files are written."""
-    script = f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\n" + UPLOAD
-
-    files = python(script, tmp_path).splitlines()[-1]
+    files = python(HERE + UPLOAD, tmp_path).splitlines()[-1]
 
     assert files == ".gitattributes adapter_model.safetensors"
 
