@@ -61,12 +61,11 @@ def _is_record(value: Any) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("family"), str):
         return False
     shape = value.get("shape", [])
-    sketches = [value.get(name, []) for name in ("grid", "parameters")]
-    return (
-        isinstance(shape, (list, tuple))
-        and all(type(size) is int for size in shape)
-        and all(isinstance(sketch, list) and {float, int}.issuperset(map(type, sketch)) for sketch in sketches)
-    )
+    if not isinstance(shape, (list, tuple)) or not all(type(size) is int for size in shape):
+        return False
+    # what is no list is not compared
+    sketches = [value[name] for name in ("grid", "parameters") if isinstance(value.get(name), list)]
+    return all({float, int}.issuperset(map(type, sketch)) for sketch in sketches)
 
 
 _NAMES = (_are_names, "a string or a list of strings")

@@ -124,7 +124,7 @@ def test_merge_and_unload(name):
 
 
 # what only files of older versions have, what only newer files have, and what says where and by whom it was saved
-OLDER, NEWER = {"integrity", "base_digest", "save_norm_stats"}, {"train", "weights_sha256"}
+OLDER, NEWER = {"integrity", "base_digest", "save_norm_stats"}, {"train", "weights_sha256", "lotra_format"}
 PLACES = {"peft_version", "base_model_name_or_path", "auto_mapping"}
 
 
