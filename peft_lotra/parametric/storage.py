@@ -65,7 +65,8 @@ def save_family(model: PeftModel, members: list[Member], log: list[bool], path: 
 
 def _hash(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     """Return the SHA-256 of the content of a file."""
-    digest = hashlib.sha256(json.dumps([metadata["config"], metadata["log"]]).encode())
+    entries = [metadata[name] for name in ("parametric", "config", "log")]
+    digest = hashlib.sha256(json.dumps(entries).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
