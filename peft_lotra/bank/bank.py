@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -201,8 +201,7 @@ class AdapterBank:
         """Move the adapters to a device; those of each row are taken to that of the layer in each pass."""
         with self._change() as snapshot:
             snapshot = snapshot.rebuild()
-            packed = snapshot.packed.to(device)
-            self.snapshot = snapshot._replace(packed=packed, row_of=snapshot.row_of.to(device))
+            self.snapshot = snapshot._replace(packed=snapshot.packed.to(device), row_of=snapshot.row_of.to(device))
         return self
 
     # --- training ---
@@ -233,17 +232,18 @@ class AdapterBank:
     def stop_training(self) -> None:
         """End what `start_training` began; the adapters stay as they are trained."""
         with self._lock:
-            self.snapshot = self.snapshot._replace(packed=self.snapshot.packed.detach(), trained=None)
+            # a copy, since the optimizer still has the parameter
+            self.snapshot = self.snapshot._replace(packed=self.snapshot.packed.detach().clone(), trained=None)
 
     def mean_by_adapter(self, errors: Tensor, ids: Tensor) -> Tensor:
-        """The mean error of each adapter, (room,), at its number; NaN where it has no rows.
+        """Return the mean error of each adapter, (room,), at its id; NaN where it has no rows.
 
         Args:
             errors (`torch.Tensor`): The error of each row, (rows,).
-            ids (`torch.Tensor`): The number of the adapter of each row, (rows,).
+            ids (`torch.Tensor`): The id of the adapter of each row, (rows,).
 
         Raises:
-            ValueError: A number belongs to no adapter, or the shapes differ.
+            ValueError: An id belongs to no adapter, or the shapes differ.
         """
         snapshot = self.snapshot
         rows = snapshot.rows_of(ids)
@@ -256,7 +256,7 @@ class AdapterBank:
 
     # --- files ---
 
-    def save(self, folder: str | os.PathLike, skip: Collection[str] = ()) -> None:
+    def save(self, folder: str | os.PathLike, skip: Sequence[str] = ()) -> None:
         """Write all adapters into one file, adapter_bank.safetensors, with a table of their names.
 
         Args:
@@ -268,9 +268,10 @@ class AdapterBank:
                 adapters of this folder, so that the others would be lost. The folder is as it was.
         """
         self._check_whole(os.path.realpath(folder))
-        snapshot = self.snapshot
-        names = [name for name in snapshot.ids if name not in skip]
         with replacing_files(folder) as stage:
+            snapshot = self.snapshot  # not earlier: another thread may have saved a later one while this one waited
+            skipped = set(snapshot.ids_of(skip).tolist())
+            names = [name for name, number in snapshot.ids.items() if number not in skipped]
             write_bank(stage, snapshot, names, self.record)
 
     def _check_whole(self, target: str) -> None:
@@ -351,6 +352,8 @@ class AdapterBank:
 
     def export(self, name: str, folder: str | os.PathLike) -> None:
         """Writes one adapter as a folder that `PeftModel.from_pretrained` loads; its alpha is in the cores."""
+        if name not in self:
+            raise ValueError(f"The bank has no adapter {name!r} to export.")
         updates, from_gradient = self.snapshot.updates_of(name)
         with replacing_files(folder, README) as stage:
             write_updates(stage, updates, from_gradient, self.record, self.base)
@@ -407,12 +410,12 @@ class AdapterBank:
 
     @contextmanager
     def rows(self, rows: Sequence[str] | Sequence[int] | Tensor | None) -> Iterator[None]:
-        """A context in which the rows that adapted layers get have these adapters, names or numbers; None for none.
+        """Give the rows that adapted layers get these adapters, names or ids; None for none.
 
         For models that change the order of rows on their way, and for calls of a part of a model.
 
         Raises:
-            ValueError: A name is unknown, or a number belongs to no adapter.
+            ValueError: A name is unknown, or an id belongs to no adapter.
         """
         with ROWS.set(self._pass_of(rows)):
             yield

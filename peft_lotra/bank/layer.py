@@ -116,8 +116,7 @@ class BankModel(nn.Module):
         is_inside = not is_compiling and ROWS.get() is not None
         has_both = adapter_names is not None and ids is not None
         if has_both or (self.needs_adapters and adapters is None and not is_inside):
-            count = "both" if has_both else "none"
-            raise ValueError(f"`adapter_names` and `ids` name the adapter of each row: pass one of them, got {count}.")
+            raise ValueError("`adapter_names` and `ids` name the adapter of each row: pass one of them.")
         bank = self.bank
         if not is_compiling:
             with bank.rows(adapters):

@@ -106,10 +106,10 @@ class Snapshot(NamedTuple):
 
     def rows_of(self, adapters: Sequence[str] | Sequence[int] | Tensor) -> Tensor:
         """Return the rows (n,) of adapters, by name or id; raise a ValueError for what belongs to none."""
-        if not isinstance(adapters, Tensor) and not isinstance(next(iter(adapters), None), int):
+        if isinstance(next(iter(adapters), ""), str):
             return self.row_of[self.ids_of(adapters) + 1]  # pyright: ignore[reportArgumentType]
         ids = torch.as_tensor(adapters)
-        if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        if ids.dim() != 1 or ids.dtype == torch.bool or not torch.can_cast(ids.dtype, torch.int64):
             raise ValueError(f"`ids` must be integers (rows,), got {ids.dtype} of the shape {tuple(ids.shape)}.")
         rows = self.find_rows(ids)
         is_free = rows == NO_ROW
@@ -120,8 +120,6 @@ class Snapshot(NamedTuple):
 
     def check_trained(self, rows: Tensor) -> None:
         """Raise a ValueError that names the adapters of these rows that are not in training."""
-        if self.trained is None:
-            return
         wrong = set(rows[~self.trained[rows]].tolist())
         if wrong:
             names = [name for name in self.ids if int(self.rows_of([name])) in wrong]

@@ -103,7 +103,7 @@ def read_bank(
         if unknown:
             raise ValueError(f"The bank has no adapter {listed(unknown)}.")
         place_of = {name: place for place, name in enumerate(saved_names)}
-        saved_names = [BASE, *dict.fromkeys(names)]
+        saved_names = list(dict.fromkeys([BASE, *names]))
         places = [place_of[name] for name in saved_names]
     _, layer_names = match_layers(table["base_layers"], base, check_base)
     with _naming_damage(path):

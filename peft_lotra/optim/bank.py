@@ -265,6 +265,8 @@ class BankLevenbergMarquardt(_BankOptimizer):
             raise ValueError("Each residual term must be (function, rows, ids), or with a weight behind.")
         given = [(f, (ids, *(rows if isinstance(rows, Sequence) else (rows,))), *w) for f, rows, ids, *w in terms]
         snapshot, checked = self.bank.snapshot, []
+        if snapshot.trained is None:
+            raise ValueError("`finish()` has ended the training. Make another optimizer.")
         for function, (ids, *rows), weight in check_terms(given):
             index = snapshot.rows_of(ids)
             snapshot.check_trained(index)

@@ -391,3 +391,20 @@ def test_what_least_squares_refuse():
         with pytest.raises(ValueError, match=word):
             optimizer.step(terms)
     assert torch.equal(bank.snapshot.packed, before)
+
+
+def test_steps_after_the_end_do_not_change_the_bank():
+    """Least squares refuse them; a gradient has nothing to change."""
+    bank, model, _ = prepared(KAN([3, 5, 1]))
+    optimizer = BankLevenbergMarquardt(model)
+    x, y, names = drawn((4, 4, 4))
+    optimizer.step([(error, (x, y), bank.ids(names))])
+    optimizer.finish()
+    before = bank.snapshot.packed.clone()
+
+    with torch.no_grad():
+        optimizer.packed.add_(1)
+    with pytest.raises(ValueError, match="ended the training"):
+        optimizer.step([(error, (x, y), bank.ids(names))])
+
+    torch.testing.assert_close(bank.snapshot.packed, before, rtol=0, atol=0)

@@ -15,7 +15,7 @@ import torch
 from behaving import X, adapted, net, python
 from peft import PeftModel
 
-from peft_lotra import LoTRAConfig, ParametricAdapter, save_adapter
+from peft_lotra import AdapterBank, LoTRAConfig, ParametricAdapter, save_adapter
 from peft_lotra.kan import KAN
 from peft_lotra.modules.folders import replacing_files
 
@@ -79,7 +79,40 @@ class Families:
         return len(ParametricAdapter.from_pretrained(KAN([1, 3, 1]), folder, check_base="ignore").parameters)
 
 
-KINDS = {"adapter": Adapters, "named adapter": NamedAdapters, "family": Families}
+class Banks:
+    """Banks of other numbers of adapters."""
+
+    FILES = ["adapter_bank.safetensors"]
+
+    @staticmethod
+    def save(number: int, folder: Path) -> None:
+        bank = AdapterBank(net())
+        for place in range(number):
+            bank.add(f"customer {place}", LoTRAConfig(r=2))
+        bank.save(folder)
+
+    @staticmethod
+    def load(folder: Path) -> int:
+        return len(AdapterBank.load(net(), folder))
+
+
+class Exports(Adapters):
+    """Adapters of other ranks that a bank exports."""
+
+    @staticmethod
+    def save(number: int, folder: Path) -> None:
+        bank = AdapterBank(net())
+        bank.add("customer", LoTRAConfig(r=number))
+        bank.export("customer", folder)
+
+
+KINDS = {
+    "adapter": Adapters,
+    "named adapter": NamedAdapters,
+    "family": Families,
+    "bank": Banks,
+    "export of a bank": Exports,
+}
 
 SCRIPT = """
 import json, os, resource, signal, torch, warnings
