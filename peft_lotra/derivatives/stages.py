@@ -114,7 +114,7 @@ def is_known(model: nn.Module) -> bool:
 
 def _inside(model: nn.Module) -> tuple[nn.Module, Entry]:
     """The model inside of wrappers that return what it returns, and its entry; an empty one at forward hooks."""
-    while not _has_hooks(model):
+    while not _is_changed(model):
         inner = entry_of(type(model)).inner
         found = getattr(model, "_orig_mod", None) if inner is None else inner(model)  # of `torch.compile`
         if not isinstance(found, nn.Module):
@@ -143,7 +143,7 @@ def join_stages(modules: Iterable[nn.Module]) -> list[Stage] | None:
 
 def _is_elementwise(module: nn.Module) -> bool:
     """True for a module of one's own that has no state and maps each number by itself, such as a sine."""
-    state = module._parameters or module._buffers or module._modules or _has_hooks(module)
+    state = module._parameters or module._buffers or module._modules or _is_changed(module)
     if state or type(module).__module__.startswith("torch."):
         return False
     if module not in _elementwise and not torch.compiler.is_compiling() and not in_transform():
@@ -157,8 +157,9 @@ def _is_elementwise(module: nn.Module) -> bool:
     return module in _elementwise
 
 
-def _has_hooks(model: nn.Module) -> bool:
-    return bool(model._forward_hooks or model._forward_pre_hooks)
+def _is_changed(model: nn.Module) -> bool:
+    """Whether a module has forward hooks, or a `forward` of its own beside that of its class."""
+    return bool(model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model))
 
 
 def _linear(module: nn.Linear) -> list[Stage] | None:

@@ -23,8 +23,9 @@ from ..derivatives.stages import Branch, Stage, is_known, join_stages, stages_of
 from ..derivatives.torch_fallback import elementwise_derivatives, jet_by_transforms
 from ..kan.basis import in_transform, silu_derivatives
 from ..kan.network import is_norm
-from ..modules.calls import attributes_kept, call_with_parameters
+from ..modules.calls import attributes_kept, call_with_parameters, runs_more_than_its_class
 from .coefficients import CoefficientTensor, get_or_none
+from .compare import agree, points_around
 from .description import REGISTERED, Grid, KANLayerSpec
 from .probe import moved
 from .registry import get_kan_spec, same_grid
@@ -33,7 +34,6 @@ from .registry import get_kan_spec, same_grid
 # Largest differences of value, first and second derivatives, as a share of the largest: the rounding of float32 in
 # knots that the closed form of a uniform grid does not see, and of float64.
 _TOLERANCES = {torch.float32: (1e-6, 1e-5, 1e-4), torch.float64: (1e-11, 1e-10, 1e-9)}
-_ROWS = 12  # of a comparison
 
 State = tuple[Any, ...]
 
@@ -116,7 +116,7 @@ def _stage(form: _Form, layer: Any, known: _Layer, parameters: Mapping[str, Tens
 
 def _form(layer: nn.Module, known: _Layer) -> _Form | None:
     """The form that agrees with the layer. In transforms nothing can be compared: it is the one found before."""
-    if layer._forward_hooks or layer._forward_pre_hooks or _trains_functions(layer, known):
+    if runs_more_than_its_class(layer) or _trains_functions(layer, known):
         return None
     grid = known.spec.read_grid(layer)
     state = (known.tensor.get_parameter(layer).dtype, *_state_of(layer))
@@ -164,26 +164,19 @@ def _agrees(form: _Form, layer: nn.Module, known: _Layer) -> bool:
         exchanged = moved(values, {name for name, _ in layer.named_parameters()}.difference(spec.grid), torch.randn)
         grids = [v.flatten() for v in spec.read_grid(layer).values() if isinstance(v, Tensor) and v.numel() > 1]
         low, high = torch.cat(grids or [torch.tensor([-2.0, 2.0], device="cpu")]).double().cpu().aminmax()
-        share = torch.rand(_ROWS, known.tensor.shape[1], generator=generator, dtype=torch.float64, device="cpu")
-        x = (low + (high - low) * (1.1 * share - 0.05)).to(like.device)  # somewhat beyond the grid, too
+        x = points_around(low, high, known.tensor.shape[1]).to(like.device)
         directions = torch.randn(2, x.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(x)
 
         def compare() -> bool:
             expected = jet_by_transforms(layer, x, directions, 2, None)
             found = evaluate_layer(_stage(form, layer, known), [x, directions[:, None]], 2, None)
-            agree = all(map(_is_close, found, expected, _TOLERANCES[like.dtype]))
-            return agree and (form.on_uniform_grid or _higher_derivatives_agree(spec, layer, x))
+            is_right = all(map(agree, found, expected, _TOLERANCES[like.dtype], [1e-3] * 3))
+            return is_right and (form.on_uniform_grid or _higher_derivatives_agree(spec, layer, x))
 
         try:
             return call_with_parameters(layer, exchanged, compare, (), {})
         except Exception:  # foreign code, which may raise anything
             return False
-
-
-def _is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
-    return found.shape == expected.shape and bool(
-        (found - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1e-3)
-    )
 
 
 def _higher_derivatives_agree(spec: KANLayerSpec, layer: nn.Module, x: Tensor) -> bool:
@@ -192,7 +185,8 @@ def _higher_derivatives_agree(spec: KANLayerSpec, layer: nn.Module, x: Tensor) -
     found = derivatives(x, 5)[2:]
     of_order = [lambda z, d=d: derivatives(z, d)[d] for d in range(2, 1 + len(found))]
     slopes = [elementwise_derivatives(function, x, 1)[1] for function in of_order]
-    return bool(found) and all(map(_is_close, found[1:], slopes, [1e-9] * 3))
+    pairs = zip(found[1:], slopes, strict=True)
+    return bool(found) and all(agree(part.flatten(1), slope.flatten(1), 1e-9, 1e-3) for part, slope in pairs)
 
 
 # Whether a network is the composition of its layers

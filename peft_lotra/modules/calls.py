@@ -208,6 +208,20 @@ def attribute_by(call: Callable, layer: nn.Module, name: str, computed: Collecti
     return partial(call, value) if inspect.ismethod(value) and value.__self__ is layer else value
 
 
+def runs_more_than_its_class(layer: nn.Module) -> bool:
+    """Return whether a layer has hooks or a `forward` of its own, or one of its children has.
+
+    Formulas do not call the children.
+    """
+    for module in (layer, *layer._modules.values()):
+        if module is None:
+            continue
+        hooks = module._forward_hooks or module._forward_pre_hooks
+        if hooks or module._backward_hooks or module._backward_pre_hooks or "forward" in vars(module):
+            return True
+    return False
+
+
 def share_hooks(old: nn.Module, new: nn.Module) -> None:
     """Copies the forward and backward hooks of a module to the one that replaces it."""
     for kind, hooks in vars(old).items():

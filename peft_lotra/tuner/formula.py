@@ -10,6 +10,7 @@ and the coefficients need no gradient; else it is added to them first, as in sma
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -20,9 +21,10 @@ from torch import nn
 from ..kan.basis import SPLINE_ORDERS, UniformGrid
 from ..kan.product import spline_product
 from ..layers.coefficients import CoefficientTensor, get_or_none
-from ..layers.compare import is_linear
+from ..layers.compare import agree, is_linear, points_around
+from ..layers.probe import moved, remembered
 from ..layers.registry import KANLayerSpec
-from ..modules.calls import call_with_parameters
+from ..modules.calls import call_with_parameters, runs_more_than_its_class
 from ..tucker import Update, expand_inputs
 from .parameters import without_autocast
 
@@ -30,7 +32,8 @@ from .parameters import without_autocast
 # What formula and layer may differ by, as a share of the largest output. In float64 an adapted layer starts as its
 # base bit for bit.
 _TOLERANCE = {torch.float32: 1e-6, torch.float64: 0.0}
-_ROWS = 48  # points at which formula and layer are compared
+# What their values and slopes in float64 may differ by: knots in float32 are not exactly uniform.
+_SLOPE_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 # The formula that was found, by class, and by what decides how a layer of it runs: in closed form or not.
 _known_formulas: WeakKeyDictionary[type, dict[Any, bool]] = WeakKeyDictionary()
 
@@ -117,6 +120,14 @@ class Formula(NamedTuple):
         y = self.evaluate(base_layer, rows, coefficients, residual, update)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], out)  # a view would cost compiled code a tenth of a step
 
+    def of_base(self, base_layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """The output (rows, out) of the base layer for x (rows, in), without updates."""
+        coefficients, residual = self.tensor.read_parts(base_layer)
+        scale = self.spec.scale(base_layer)
+        if scale is not None:
+            coefficients = coefficients * scale.unsqueeze(-1)
+        return self.evaluate(base_layer, x, coefficients, residual)
+
     def evaluate(
         self,
         base_layer: nn.Module,
@@ -150,13 +161,6 @@ class Formula(NamedTuple):
                 y = torch.addmm(y, F.linear(activation, update.right_of_residual), update.left.t())
         bias = None if spec.bias is None else get_or_none(base_layer, spec.bias)
         return y if bias is None else y + bias
-
-
-def runs_more_than_its_class(layer: nn.Module) -> bool:
-    """Whether running a layer does more, or other things, than the `forward` of its class."""
-    return "forward" in vars(layer) or bool(
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    )
 
 
 def find_obstacle(base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> str | None:
@@ -204,26 +208,48 @@ def find_formula(base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientT
 
 
 def _is_right(formula: Formula, base_layer: nn.Module) -> bool:
-    """True if the formula gives what the layer computes at points over the grid and around it."""
-    spec = formula.spec
-    coefficients, residual = formula.tensor.read_parts(base_layer)
+    """Return whether the formula gives what the layer computes, over the grid and far from it."""
     try:
         ends = _grid_ends(base_layer, formula)
         if ends is None:
             return False
-        points = _probe_points(*ends, coefficients)
+        points = points_around(*ends, formula.tensor.shape[1])
+        stored = formula.tensor.get_parameter(base_layer)
         # with copies of the buffers, which a layer may update as it runs
         buffers = {name: buffer.clone() for name, buffer in base_layer.named_buffers()}
-        expected = call_with_parameters(base_layer, buffers, base_layer, (points,), {})
-        scale = spec.scale(base_layer)
-        scaled = coefficients if scale is None else coefficients * scale.unsqueeze(-1)
-        result = formula.evaluate(base_layer, points, scaled, residual)
+        expected = call_with_parameters(base_layer, buffers, base_layer, (points.to(stored),), {})
+        result = formula.of_base(base_layer, points.to(stored))
+        if result.dtype != expected.dtype or not expected.isfinite().all():
+            return False
+        question = "slopes", formula.closed_form, base_layer.training
+        return agree(result, expected, _TOLERANCE[stored.dtype]) and remembered(
+            base_layer, question, lambda: _has_right_slopes(formula, base_layer, points)
+        )
     except Exception:  # foreign code, which wants more arguments, or other shapes
         return False
-    if not isinstance(expected, torch.Tensor) or (result.shape, result.dtype) != (expected.shape, expected.dtype):
-        return False
-    error = (result - expected).abs().max()
-    return bool(error <= _TOLERANCE[result.dtype] * expected.abs().max()) and bool(expected.isfinite().all())
+
+
+def _has_right_slopes(formula: Formula, base_layer: nn.Module, points: torch.Tensor) -> bool:
+    """Return whether values and slopes agree in float64, at other parameters: each has its effect then."""
+    stored, grid = formula.tensor.get_parameter(base_layer), formula.spec.read_grid(base_layer)
+
+    def evaluate(function: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        x = points.to(stored.device).requires_grad_()
+        y = function(x)
+        weights = torch.linspace(0.5, 1.5, y.shape[-1], dtype=y.dtype, device=y.device)
+        return y.detach(), torch.autograd.grad((y * weights).sum(), x)[0]
+
+    def compare() -> bool:
+        pairs = zip(evaluate(partial(formula.of_base, base_layer)), evaluate(base_layer), strict=True)
+        return all(agree(result, expected, _SLOPE_TOLERANCE[stored.dtype]) for result, expected in pairs)
+
+    # compiled code would be compiled once more, for float64
+    eager = torch.compiler.set_stance("force_eager")
+    with torch.inference_mode(False), torch.enable_grad(), eager:
+        named = (*base_layer.named_parameters(), *base_layer.named_buffers())
+        values = {name: value.detach().clone().double() for name, value in named if value.is_floating_point()}
+        others = {name for name, _ in base_layer.named_parameters()}.difference(grid)
+        return call_with_parameters(base_layer, moved(values, others, torch.randn), compare, (), {})
 
 
 def _grid_ends(base_layer: nn.Module, formula: Formula) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -238,13 +264,3 @@ def _grid_ends(base_layer: nn.Module, formula: Formula) -> tuple[torch.Tensor, t
         return None
     grids = [v.flatten() for v in spec.read_grid(base_layer).values() if isinstance(v, torch.Tensor) and v.numel()]
     return torch.cat(grids or [torch.tensor([-2.0, 2.0], device="cpu")]).aminmax()
-
-
-def _probe_points(low: Any, high: Any, coefficients: torch.Tensor) -> torch.Tensor:
-    """Points (rows, in) over the grid and its length on either side."""
-    width = coefficients.shape[1]
-    # steps of the golden ratio, so that no input repeats another's points
-    share = torch.arange(_ROWS * width, dtype=torch.float64, device="cpu").mul(0.6180339887498949).frac()
-    device = coefficients.device
-    low, high = (torch.as_tensor(end, device=device).to(coefficients).expand(width) for end in (low, high))
-    return torch.lerp(low, high, (share.view(_ROWS, width) * 3 - 1).to(coefficients))

@@ -205,6 +205,19 @@ def test_one_layer(family, inplace):
     assert type(to_dense(small)) is type(layer)
 
 
+def test_a_subclass_with_a_forward_of_its_own_keeps_it():
+    class Clamped(KANLinear):
+        def forward(self, x):
+            return super().forward(x.clamp(-1, 1))
+
+    model, x = nn.Sequential(Clamped(8, 8)), torch.full((4, 8), 30.0)
+
+    small = slim(model, (4, 4, 4))
+
+    assert isinstance(small[0], SlimLayer)
+    torch.testing.assert_close(small(x), small(x.clamp(-1, 1)))
+
+
 def test_kan_model(tmp_path):
     model = KANModel(KANConfig(widths=(20, 16, 3))).eval()
     model.kan.update_grid(torch.randn(50, 20))

@@ -1,0 +1,120 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Layers that do more than the class they are derived from are run themselves, without the formula of that class."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from jet_helpers import assert_same, nested
+from peft import get_peft_model
+from stand_ins import ChebyKANLayer, FastKANLayer, OldEfficientKANLayer
+from torch import nn
+
+from peft_lotra import LoTRAConfig
+from peft_lotra.kan import KANLinear, jet
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:`jet` knows no closed form", "ignore:Most inputs of")
+
+CHANGES = {
+    "clamps inputs at 6": lambda call, x: call(x.clamp(-6, 6)),
+    "clamps inputs at 100": lambda call, x: call(x.clamp(-100, 100)),
+    "clamps inputs at -6": lambda call, x: call(x.clamp(min=-6)),
+    "clamps outputs": lambda call, x: call(x).clamp(-20, 20),
+    "scales gradients": lambda call, x: call(2 * x - x.detach()),
+}
+CLASSES = {"own": KANLinear, "efficient-kan": OldEfficientKANLayer, "fast-kan": FastKANLayer}
+POINTS = torch.tensor([[0.3, -0.5, 0.9], [2.5, -2.5, 4.0], [-30.0, 30.0, 20.0], [1000.0, -1000.0, 500.0]])
+
+
+def changed(cls, change):
+    return type("Changed", (cls,), {"forward": lambda self, x: change(lambda z: cls.forward(self, z), x)})
+
+
+def make_layer(cls, change=None):
+    torch.manual_seed(0)
+    return (cls if change is None else changed(cls, change))(3, 4)
+
+
+def adapt(layer):
+    """Returns a network with an adapter that is zero, after its first forward pass."""
+    model = get_peft_model(nn.Sequential(layer), LoTRAConfig(r=2)).eval()
+    model(POINTS)
+    return model
+
+
+def assert_same_function(model, layer):
+    """Compares values and slopes, those of each row relative to their size."""
+    results = []
+    for function in (model, layer):
+        x = POINTS.clone().requires_grad_()
+        y = function(x)
+        (slope,) = torch.autograd.grad(y.square().sum(), x)
+        results.append((y, slope))
+    for result, expected in zip(*results, strict=True):
+        sizes = expected.abs().amax(1, keepdim=True).clamp(min=1e-3)
+        torch.testing.assert_close(result / sizes, expected / sizes, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_zero_adapter_changes_no_value_and_no_slope_of_a_layer_that(name, change):
+    layer = make_layer(CLASSES[name], CHANGES[change])
+
+    model = adapt(copy.deepcopy(layer))
+
+    assert_same_function(model, layer)
+
+
+@pytest.mark.parametrize("cls", [OldEfficientKANLayer, FastKANLayer, ChebyKANLayer])
+def test_the_jet_of_a_layer_that_clamps_is_its_own_far_outside_of_the_grid(cls):
+    torch.manual_seed(0)
+    layer = changed(cls, CHANGES["clamps inputs at 6"])(3, 4, *([4] if cls is ChebyKANLayer else [])).double()
+
+    result = jet(layer, POINTS[:3].double())
+
+    assert_same(result, nested(layer, POINTS[:3].double()))
+
+
+def test_the_jet_of_a_layer_whose_forward_was_replaced_is_that_of_the_new_one():
+    layer = make_layer(KANLinear).double()
+    layer.forward = lambda x: KANLinear.forward(layer, x.clamp(-6, 6))
+
+    result = jet(layer, POINTS.double())
+
+    assert_same(result, nested(layer, POINTS.double()))
+
+
+class Gained(OldEfficientKANLayer):
+    """Adds inputs by a factor, which is zero in a new layer."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.gain = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return super().forward(x) + self.gain * x.sum(-1, keepdim=True)
+
+
+def test_a_parameter_of_a_subclass_counts_when_it_is_loaded_later():
+    layer = make_layer(Gained)
+    model = adapt(copy.deepcopy(layer))
+
+    for gained in (layer, model.base_model.model[0].base_layer):
+        gained.gain.data.fill_(2.0)
+
+    assert_same_function(model, layer)
+
+
+def test_hooks_on_a_part_of_the_layer_run():
+    layer = make_layer(FastKANLayer)
+    model = adapt(copy.deepcopy(layer))
+
+    for hooked in (layer, model.base_model.model[0].base_layer):
+        hooked.base_linear.register_forward_hook(lambda module, args, output: 2 * output)
+
+    assert_same_function(model, layer)
