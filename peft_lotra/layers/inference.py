@@ -13,8 +13,9 @@ from shapes; the gradients of a copy of the layer decide. Names do not count.
 from __future__ import annotations
 
 import inspect
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import chain, product
@@ -33,6 +34,8 @@ KIND = "generic"
 _LARGEST = 2**26  # numbers of a parameter that is copied to be probed
 _MOST_AXES = 4  # of a parameter; more have too many orders to be tried
 _FUNCTIONS = 2  # that a layer must have at least
+_CHANCE = math.log(1e5)  # random rows increase in one of so many tensors
+_MOVES_GRID = "(update|refine|initialize|adapt|move|reset|set)_\\w*(grid|knots)"
 _SMALL = 0.1  # factors of the edges below this share of the parameters are not adapted
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 # Modules that are no KAN layers, nor are classes that are derived from them.
@@ -103,7 +106,7 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return {
         name: value
         for name, value in (own | inner).items()
-        if value.dim() > 1 and value.is_floating_point() and value.numel() <= _LARGEST
+        if value.dim() > 1 and value.is_floating_point() and 0 < value.numel() <= _LARGEST
     }
 
 
@@ -118,19 +121,56 @@ def _takes_one_argument(module: nn.Module) -> bool:
 def _infer(module: nn.Module, tensors: Tensors) -> KANLayerSpec | None:
     if any(value.is_meta or hasattr(value, "placements") for value in tensors.values()):
         raise Undecided("it has no values")
-    grid = fixed_tensors(module, tensors)
-    for places in (grid, {}) if grid else ({},):
-        probe = Probe(module, places)
-        if spec := _find(probe, tensors):
-            return replace(_extend(probe, spec, tensors), grid=tuple(grid))
+    knots = {name for name, value in tensors.items() if _has_increasing_rows(value)}
+    for trained in _subsets(module, tensors, knots):
+        grid = fixed_tensors(module, trained, knots)
+        for places in (grid, {}) if grid else ({},):
+            probe = Probe(module, places)
+            if spec := _find(probe, trained):
+                spec = _extend(probe, spec, trained)
+                return replace(spec, grid=tuple(grid), grid_methods=_grid_methods(module) if grid else ())
     return None
 
 
-def fixed_tensors(module: nn.Module, trained: Mapping[str, Any]) -> dict[str, Any]:
-    """The buffers and frozen parameters of a layer, by name, which may be its grid."""
+def _subsets(module: nn.Module, tensors: Tensors, knots: set[str]) -> Iterator[Tensors]:
+    """Yield the tensors that may be coefficients: at first without those that are likely a grid.
+
+    These are knots, and parameters that are frozen in a layer that trains others. They may be coefficients if nothing
+    else is: of a layer of which only the norm is trained, or whose functions start as increasing ones.
+    """
+    trains = any(parameter.requires_grad for parameter in module.parameters())
+    frozen = {name for name, value in tensors.items() if trains and not value.requires_grad}
+    left_out = frozen.union(knots), knots, set()
+    for place, names in enumerate(left_out):
+        if names not in left_out[:place]:
+            yield {name: value for name, value in tensors.items() if name not in names}
+
+
+def _has_increasing_rows(value: torch.Tensor) -> bool:
+    """Return whether a tensor has the form of knots: all rows increase, which is no chance."""
+    first = value.detach()[(0,) * (value.dim() - 1)]
+    if (first.diff() < 0).any():  # of most tensors
+        return False
+    rows = value.detach().flatten(0, -2)
+    steps = rows.diff()
+    if (steps < 0).any() or (rows[:, 0] >= rows[:, -1]).any():
+        return False
+    is_uniform = (steps - steps.mean()).abs().max() <= 0.01 * steps.mean()
+    orders = len(rows) * math.lgamma(len(first) + 1)  # the logarithm of their number
+    return orders >= _CHANCE or bool(is_uniform and steps.numel() >= 3)
+
+
+def _grid_methods(module: nn.Module) -> tuple[str, ...]:
+    """The methods that move the grid by their names, such as `update_grid_from_samples`."""
+    return tuple(name for name in dir(type(module)) if re.match(_MOVES_GRID, name))
+
+
+def fixed_tensors(module: nn.Module, trained: Mapping[str, Any], knots: Collection[str] = ()) -> dict[str, Any]:
+    """The buffers, the knots and the frozen parameters of a layer, by name, which may be its grid."""
     buffers = [name for name, value in module.named_buffers() if value.is_floating_point() and "running" not in name]
-    frozen = [name for name, value in module.named_parameters() if not value.requires_grad and name not in trained]
-    return {name: get_or_none(module, name) for name in (*buffers, *frozen)}
+    others = [(name, value) for name, value in module.named_parameters() if name not in trained]
+    fixed = [name for name, value in others if name in knots or not value.requires_grad]
+    return {name: get_or_none(module, name) for name in (*buffers, *fixed)}
 
 
 def fits(probe: Probe, spec: KANLayerSpec, strict: bool = True) -> bool:

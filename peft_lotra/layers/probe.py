@@ -51,7 +51,11 @@ def remembered(layer: nn.Module, question: tuple[Any, ...], find: Callable[[], T
     known, key = _FOUND.setdefault(type(layer), {}), [*question]
     for module in layer.modules():
         key += [type(module)] if module is not layer else []
-        key += [(name, value.shape, value.dtype) for name, value in module._parameters.items() if value is not None]
+        key += [
+            (name, value.shape, value.dtype, value.requires_grad)
+            for name, value in module._parameters.items()
+            if value is not None
+        ]
         key += [
             (name, getattr(value, "__qualname__", value))  # of a function its name
             for name, value in vars(module).items()

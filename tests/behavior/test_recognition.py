@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import train
+from orders import KnotsAsParameter
 from peft import PeftModel, get_peft_model
 from stand_ins import ChebyKANLayer, FastKANLayer, OldEfficientKANLayer
 from torch import nn
@@ -191,6 +192,32 @@ def test_a_subclass_that_is_linear_stays_of_its_kind():
     model = get_peft_model(nn.Sequential(Named(3, 4)), LoTRAConfig(r=2))
     report = check_kan_layer(model.base_model.model[0])
     assert (report.family, report.linear) == ("peft-lotra", "yes") and report.fast_path.startswith("yes")
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_adapters_leave_knots_that_are_a_parameter(is_frozen, tmp_path):
+    x = torch.rand(6, 3)
+    make = lambda: nn.Sequential(KnotsAsParameter().requires_grad_(not is_frozen))  # noqa: E731
+    knots = KnotsAsParameter().knots
+
+    adapted = check_adapted(make, x)
+    check_files(*adapted, x, tmp_path)  # which merges
+
+    merged = adapted[0].base_model.model[0]
+    assert torch.equal(merged.knots, knots)
+    assert not torch.equal(merged.table, make()[0].table)
+
+
+def test_knots_that_are_a_parameter_do_not_move_under_an_adapter():
+    model, x = get_peft_model(nn.Sequential(KnotsAsParameter()), LoTRAConfig(r=2)), torch.rand(6, 3)
+    layer = model.base_model.model[0]
+
+    with pytest.raises(RuntimeError, match="`update_knots` would change what the coefficients"):
+        layer.update_knots(x)
+
+    layer.base_layer.knots.add_(0.1)
+    with pytest.raises(RuntimeError, match="The grid of `0` .* was moved"):
+        model(x)
 
 
 class Experts(nn.Module):

@@ -12,7 +12,7 @@ import orders
 import pytest
 import torch
 from helpers import adapt, relative
-from orders import Flat, Formula, Layer, assert_one_edge
+from orders import Flat, Formula, KnotsAsParameter, Layer, assert_one_edge
 from peft import PeftModel
 from torch import nn
 
@@ -189,6 +189,56 @@ def test_places_of_functions_are_a_part_where_they_are_a_large_share(make, place
         assert spec.locate(layer).shape == (outputs, 5, 4 + 4)
     spec = get_kan_spec(layer := make(5, 20))
     assert len(spec.parts) == 1 and spec.locate(layer).shape == (20, 5, 4)
+
+
+def freeze_nothing_more(layer):
+    pass
+
+
+def freeze_all(layer):
+    layer.requires_grad_(False)
+
+
+def train_the_norm_alone(layer):
+    layer.requires_grad_(False)
+    layer.norm.requires_grad_(True)
+
+
+@pytest.mark.parametrize("freeze", [freeze_nothing_more, freeze_all, train_the_norm_alone])
+@pytest.mark.parametrize("sizes", [(3, 4), (8, 2), (1, 5)])
+def test_knots_are_a_grid_whatever_is_frozen(freeze, sizes):
+    layer = KnotsAsParameter(*sizes)
+    freeze(layer)
+
+    spec = get_kan_spec(layer)
+
+    assert spec.parts == (("table", "o i k"),)
+    assert spec.residual == ("base", "o i")
+    assert "knots" in spec.grid
+    assert spec.grid_methods == ("update_knots",)
+
+
+def test_uneven_knots_that_are_trained_are_a_grid():
+    layer = KnotsAsParameter()
+    layer.knots.add_(0.05 * torch.rand(layer.knots.shape)).requires_grad_()
+
+    spec = get_kan_spec(layer)
+
+    assert (spec.parts, spec.grid) == ((("table", "o i k"),), ("knots",))
+
+
+def test_functions_that_start_as_increasing_ones_are_coefficients():
+    layer = Polynomials(5, 4, order="o i k")
+    layer.A.data.copy_(torch.arange(4.0).expand_as(layer.A))
+
+    assert get_kan_spec(layer).parts == (("A", "o i k"),)
+
+
+def test_a_frozen_layer_is_found_beside_one_that_is_trained():
+    network = nn.Sequential(KnotsAsParameter(3, 4), KnotsAsParameter(4, 2))
+    network[0].requires_grad_(False)
+
+    assert [layer.shape for layer in find_kan_layers(network)] == [(4, 3, 8), (2, 4, 8)]
 
 
 def test_a_part_that_is_a_network_of_its_own_is_not_looked_into():

@@ -4,6 +4,7 @@
 """KAN layers that keep their coefficients in any order of axes, and modules by a formula."""
 
 import torch
+from stand_ins import b_splines
 from torch import nn
 
 
@@ -63,6 +64,25 @@ class OtherCheby(nn.Module):
     def forward(self, x):
         angles = torch.tanh(x).clamp(-0.999, 0.999).acos()[..., None] * torch.arange(self.cheby_coeffs.shape[-1])
         return torch.einsum("bik,oik->bo", angles.cos(), self.cheby_coeffs)
+
+
+class KnotsAsParameter(nn.Module):
+    """Cubic splines whose knots are a parameter that is not trained, as pykan stores them; a norm follows."""
+
+    def __init__(self, i=3, o=4, intervals=5):
+        super().__init__()
+        knots = torch.arange(-3, intervals + 4) * 2 / intervals - 1
+        self.knots = nn.Parameter(knots.repeat(i, 1)).requires_grad_(False)
+        self.table = nn.Parameter(torch.randn(o, i, intervals + 3))
+        self.base, self.norm = nn.Parameter(torch.randn(o, i)), nn.LayerNorm(o)
+
+    def forward(self, x):
+        splines = torch.einsum("bik,oik->bo", b_splines(x, self.knots, 3), self.table)
+        return self.norm(splines + nn.functional.silu(x) @ self.base.T)
+
+    @torch.no_grad()
+    def update_knots(self, x):
+        self.knots.add_(x.mean(0)[:, None])
 
 
 class Formula(nn.Module):
