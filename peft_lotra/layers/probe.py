@@ -242,6 +242,7 @@ class Probe:
         if rows.shape[1] > 1:  # that a normalization of the inputs does not make the same
             rows[2] = rows[0].roll(1)
         rows[1] = (rows[0] + rows[2]) / 2
+        rows[3] = rows[2]  # one row or the other: a norm by the extremes of all rows does not notice
         values = moved(values, tensor.names)
         y = self._run(values, x).flatten(0, -2)
         rows[3] = rows[0]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import train
-from orders import KnotsAsParameter
+from orders import KnotsAsParameter, Legendre
 from peft import PeftModel, get_peft_model
 from stand_ins import ChebyKANLayer, FastKANLayer, OldEfficientKANLayer
 from torch import nn
@@ -192,6 +192,12 @@ def test_a_subclass_that_is_linear_stays_of_its_kind():
     model = get_peft_model(nn.Sequential(Named(3, 4)), LoTRAConfig(r=2))
     report = check_kan_layer(model.base_model.model[0])
     assert (report.family, report.linear) == ("peft-lotra", "yes") and report.fast_path.startswith("yes")
+
+
+def test_legendre_polynomials_of_inputs_between_the_extremes_of_the_batch(tmp_path):
+    x = torch.rand(6, 3)
+
+    check_files(*check_adapted(lambda: nn.Sequential(Legendre()), x), x, tmp_path)
 
 
 @pytest.mark.parametrize("is_frozen", [False, True])

@@ -12,7 +12,7 @@ import orders
 import pytest
 import torch
 from helpers import adapt, relative
-from orders import Flat, Formula, KnotsAsParameter, Layer, assert_one_edge
+from orders import Flat, Formula, KnotsAsParameter, Layer, Legendre, assert_one_edge
 from peft import PeftModel
 from torch import nn
 
@@ -172,6 +172,15 @@ class Tokens(Polynomials):
 def test_a_layer_of_tokens(inputs):
     tensor = get_kan_spec(layer := Tokens(inputs, 4, residual="oi")).locate(layer)
     assert tensor.shape == (4, inputs, 4) and tensor.has_residual
+
+
+@pytest.mark.parametrize("sizes", [(5, 4), (4, 4), (2, 8), (32, 10)])
+def test_a_layer_that_normalizes_by_the_extremes_of_all_rows(sizes):
+    spec = get_kan_spec(layer := Legendre(*sizes))
+
+    assert spec.parts == (("poly_weight", "o (i k)"),)
+    assert spec.residual == ("base_weight", "o i")
+    assert spec.locate(layer).shape == (sizes[1], sizes[0], 4)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,23 @@ class Flat(nn.Module):
         return flat @ (self.table.T if self.first else self.table)
 
 
+class Legendre(nn.Module):
+    """torch-conv-kan's dense KALNLayer: Legendre polynomials of x, brought to [-1, 1] by the extremes of all rows."""
+
+    def __init__(self, i=3, o=4):
+        super().__init__()
+        self.input_features, self.output_features, self.polynomial_order = i, o, 3
+        self.base_activation, self.layer_norm = nn.SiLU(), nn.LayerNorm(o)
+        self.base_weight = nn.Parameter(torch.randn(o, i))
+        self.poly_weight = nn.Parameter(torch.randn(o, i * 4))
+
+    def forward(self, x):
+        z = 2 * (x - x.min()) / (x.max() - x.min()) - 1
+        polynomials = torch.stack([torch.ones_like(z), z, (3 * z**2 - 1) / 2, (5 * z**3 - 3 * z) / 2], dim=-1)
+        y = self.base_activation(x) @ self.base_weight.T + polynomials.flatten(1) @ self.poly_weight.T
+        return self.base_activation(self.layer_norm(y))
+
+
 class Wavelets(nn.Module):
     """Wav-KAN: y[o] = sum_i A[o,i] psi((x[i] - t[o,i]) / s[o,i]), with a batch norm."""
 
