@@ -96,14 +96,20 @@ class Banks:
         return len(AdapterBank.load(net(), folder))
 
 
-class Exports(Adapters):
+class Exports:
     """Adapters of other ranks that a bank exports."""
+
+    FILES = ["adapter_config.json", "adapter_model.safetensors"]
 
     @staticmethod
     def save(number: int, folder: Path) -> None:
         bank = AdapterBank(net())
         bank.add("customer", LoTRAConfig(r=number))
         bank.export("customer", folder)
+
+    @staticmethod
+    def load(folder: Path) -> int:
+        return max(Adapters.load(folder))
 
 
 KINDS = {
