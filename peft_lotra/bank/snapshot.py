@@ -106,7 +106,7 @@ class Snapshot(NamedTuple):
 
     def rows_of(self, adapters: Sequence[str] | Sequence[int] | Tensor) -> Tensor:
         """Return the rows (n,) of adapters, by name or id; raise a ValueError for what belongs to none."""
-        if isinstance(next(iter(adapters), ""), str):
+        if not isinstance(adapters, Tensor) and isinstance(next(iter(adapters), ""), str):
             return self.row_of[self.ids_of(adapters) + 1]  # pyright: ignore[reportArgumentType]
         ids = torch.as_tensor(adapters)
         if ids.dim() != 1 or ids.dtype == torch.bool or not torch.can_cast(ids.dtype, torch.int64):
