@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 import os
+from contextlib import suppress
 from typing import Any
 
 
@@ -42,10 +44,19 @@ def check_count(value: Any, argument: str, low: int = 1) -> int:
     return count
 
 
-def check_function(value: Any, argument: str) -> None:
-    """Raises a `TypeError` unless a value can be called."""
+def check_function(value: Any, argument: str, count: int | None = None) -> None:
+    """Raise a `TypeError` unless a value can be called, with this number of positional arguments."""
     if not callable(value):
         raise TypeError(f"`{argument}` is {value!r:.100}, but must be a function.")
+    if count is None:
+        return
+    with suppress(ValueError):  # compiled functions have no signature
+        # not that of a function inside a decorator, which may add arguments
+        signature = inspect.signature(value, follow_wrapped=False)
+        try:
+            signature.bind(*range(count))
+        except TypeError as error:
+            raise TypeError(f"`{argument}` is called with {count} positional arguments: {error}.") from error
 
 
 def check_path(path: Any, argument: str) -> None:

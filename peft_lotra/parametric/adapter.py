@@ -27,8 +27,8 @@ from tqdm import tqdm
 from ..compress.updates import check_without_adapters
 from ..hub.card import README
 from ..hub.push import fetch_card, upload
-from ..modules.calls import call_with_parameters, check_module
-from ..modules.checks import check_count, check_function
+from ..modules.calls import LayerLock, call_with_parameters, check_module
+from ..modules.checks import check_count, check_function, check_number
 from ..modules.folders import replacing_files
 from ..optim.least_squares import trainable_parameters
 from ..tucker import Ranks
@@ -63,10 +63,13 @@ class Prediction:
     @cached_property
     def indicator(self) -> float:
         """Computed at the first access: an evaluation of the residuals, and the first time near a member some more."""
-        family, estimate = self._family, math.nan
+        family = self._family
         if family._estimates is not None:
-            estimate = family._estimates.at(self._point, self._vector, family._space.nearest(self._point)[0])
-        return float(self._with(family._problem.indicator, self._point)) if math.isnan(estimate) else estimate
+            nearest = family._space.nearest(self._point)[0]
+            estimate = family._estimates.at(family._copy(self._vector), self._point, nearest)
+            if not math.isnan(estimate):
+                return estimate
+        return float(self._with(family._problem.indicator, self._point))
 
     @property
     def residual(self) -> float:
@@ -85,7 +88,9 @@ class Prediction:
 
     def _with(self, function: Callable[..., Any], *args: Any) -> Any:
         model = self._family.model
-        return call_with_parameters(model, named(model, self._vector), partial(function, model), args, {})
+        # the tensors of a shared module are exchanged meanwhile: one thread at a time
+        with self._family._lock:
+            return call_with_parameters(model, named(model, self._vector), partial(function, model), args, {})
 
     def __repr__(self) -> str:
         return f"Prediction({self.parameter}{', extrapolated' * self.extrapolated})"
@@ -167,13 +172,11 @@ class ParametricAdapter:
         self._set(model, log, Problem(terms_of, held_terms_of, solution_of, loss_of, values_of))
 
     def _set(self, model: PeftModel, log: bool | Sequence[bool], problem: Problem) -> None:
-        for name, function in vars(problem).items():
-            if name.endswith("_of") and function is not None:
-                check_function(function, name)
-        self.model, self._problem = model.eval(), problem
+        problem.check_functions()
+        self.model, self._problem, self._lock = model.eval(), problem, LayerLock()
         self._space = MemberSpace(len(read(trainable_parameters(model))), log)
         has_estimates = problem.terms_of is not None and problem.loss_of is None
-        self._estimates = ErrorEstimates(model, problem) if has_estimates else None
+        self._estimates = ErrorEstimates(problem) if has_estimates else None
 
     @property
     def parameters(self) -> list[float | tuple[float, ...]]:
@@ -184,6 +187,13 @@ class ParametricAdapter:
     def size(self) -> int:
         """The number of coordinates of a member."""
         return self._space.size
+
+    def _copy(self, vector: np.ndarray) -> PeftModel:
+        """Return a copy of the model with these coordinates, which no other thread uses."""
+        with self._lock, torch.inference_mode(False):
+            model = copy.deepcopy(self.model)
+            write(model, vector)
+        return model
 
     def _members(self) -> list[Member]:
         if not self._space.members:
@@ -232,24 +242,40 @@ class ParametricAdapter:
         """
         if (parameters is None) == (between is None):
             raise ValueError("Give either `parameters`, a list, or `between`, the bounds of a range.")
-        given = cast(Iterable, parameters if between is None else between)
-        points = list(dict.fromkeys(map(self._space.point, given)))
+        name = "parameters" if between is None else "between"
+        given: Any = parameters if between is None else between
+        try:
+            given = list(given)
+        except TypeError as error:
+            raise TypeError(f"`{name}` is {given!r:.100}, but must be a list of parameters.") from error
+        space = copy.copy(self._space)
+        points = list(dict.fromkeys(space.point(parameter, name) for parameter in given))
         if not points or (between is not None and len(points) != 2):
             raise ValueError(f"{given!r:.100} must be at least one parameter, or `between` (lowest, highest), two.")
+        lengths = {len(point) for point in points}
+        if len(lengths) > 1:
+            raise ValueError(f"`{name}` has tuples of lengths {sorted(lengths)}, but all must have the same.")
+        if tolerance is not None:
+            tolerance = check_number(tolerance, "tolerance", "(0, inf)")
         terms_of, loss_of = self._problem.terms_of, self._problem.loss_of
         if (train is None) == (terms_of is None) or (terms_of is None and loss_of is None and between is not None):
             raise ValueError("Give `terms_of` to the constructor, or `train`; `between` and `train` need `loss_of`.")
         if between is not None:
             max_members = check_count(max_members, "max_members", low=2 ** len(points[0]))  # the corners of the range
-        self._problem = replace(self._problem, train=train, max_steps=check_count(max_steps, "max_steps"))
-        self._space.spread(points)
-        with torch.inference_mode(False), torch.enable_grad():
-            bar = tqdm(unit="member", desc="ParametricAdapter", disable=not progress)
-            fitting = Fitting(self.model, self._problem, self._space, executor, bar)
-            if between is None:
-                fitting.walk(points)
-            else:
-                fitting.search(len(points[0]), tolerance, max_members)
+        problem = replace(self._problem, train=train, max_steps=check_count(max_steps, "max_steps"))
+        problem.check_functions(with_arguments=True)
+        self._problem = problem
+        space.spread(points)
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                bar = tqdm(unit="member", desc="ParametricAdapter", disable=not progress)
+                fitting = Fitting(self._copy(np.zeros(self.size)), problem, space, executor, bar)
+                if between is None:
+                    fitting.walk(points)
+                else:
+                    fitting.search(len(points[0]), tolerance, max_members)
+        finally:
+            self._space = space  # as a whole, since other threads predict meanwhile
         return fitting.report()
 
     def predict(self, parameter: Parameter, *, force: bool = False) -> Prediction:
@@ -265,15 +291,16 @@ class ParametricAdapter:
         Raises:
             ValueError: No member was fitted, or the parameter lies outside of them.
         """
-        members, point = self._members(), self._space.point(parameter)
-        extrapolated = not self._space.is_inside(point)
+        members, space = self._members(), self._space
+        point = space.point(parameter)
+        extrapolated = not space.is_inside(point)
         if extrapolated and not force:
             ranges = ", ".join(ranges_of([member.parameter for member in members]))
             raise ValueError(
                 f"The parameter {argument(point)} lies outside of the fitted members ({ranges}). Fit the family "
                 "there, or pass `force=True` and look at the indicator."
             )
-        return Prediction(self, point, self._space.vector_at(point), extrapolated)
+        return Prediction(self, point, space.vector_at(point), extrapolated)
 
     def refine(self, parameter: Parameter, steps: int = 1, *, force: bool = False) -> Prediction:
         """The prediction after one or more Levenberg-Marquardt steps, which are not kept.
@@ -282,10 +309,10 @@ class ParametricAdapter:
             ValueError: As `predict`, or the family has no terms.
         """
         prediction = self.predict(parameter, force=force)
+        model = self._copy(prediction._vector)
         with torch.inference_mode(False), torch.enable_grad():
-            write(self.model, prediction._vector)
-            take_steps(self.model, self._problem.terms(prediction._point), steps, least=steps)
-        return Prediction(self, prediction._point, read(trainable_parameters(self.model)), prediction.extrapolated)
+            take_steps(model, self._problem.terms(prediction._point), steps, least=steps)
+        return Prediction(self, prediction._point, read(trainable_parameters(model)), prediction.extrapolated)
 
     def calibrate(self, residuals: Callable[[Any], Tensor]) -> Calibration:
         """The parameter in the range for which the predictions fit data best, with its standard error.
@@ -326,10 +353,7 @@ class ParametricAdapter:
         It is the network, without `solution_of`.
         """
         prediction = self.refine(parameter, steps, force=force) if steps else self.predict(parameter, force=force)
-        with torch.inference_mode(False):
-            model = copy.deepcopy(self.model)
-            write(model, prediction._vector)
-        return model
+        return self._copy(prediction._vector)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Saves the family as one file, the shared factors and the members, with a model card.

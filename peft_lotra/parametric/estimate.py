@@ -10,7 +10,6 @@ import math
 import warnings
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -37,7 +36,6 @@ class ErrorEstimates:
     estimate costs an evaluation of the residuals.
 
     Attributes:
-        model: The model with the adapter. It is written to.
         problem: The terms of the fit, those that are held out, and the values whose error counts, by default the
             outputs at some of the rows of the first term.
 
@@ -45,29 +43,27 @@ class ErrorEstimates:
     2001, for errors as residuals that are weighted by the inverse of the operator.
     """
 
-    model: PeftModel
     problem: Problem
     _changes: dict[tuple[Point, bytes], Tensor | None] = field(default_factory=dict)  # of the members
 
-    def at(self, point: Point, vector: np.ndarray, nearest: Member) -> float:
-        """The estimate for the coordinates at a parameter; NaN if the rows of the terms are no inputs of the model."""
+    def at(self, model: PeftModel, point: Point, nearest: Member) -> float:
+        """Estimate the error of a model, which is written to; NaN if the rows of the terms are no inputs of it."""
         key = (nearest.parameter, nearest.vector.tobytes())
         with torch.inference_mode(False), torch.enable_grad():
+            terms = [*self.problem.terms(point), *self.problem.held_terms(model, point)]
+            residuals = residuals_of(model, terms)
             if key not in self._changes:
-                self._changes[key] = self._change(nearest.parameter, nearest.vector)
-            write(self.model, vector)
-            terms = [*self.problem.terms(point), *self.problem.held_terms(self.model, point)]
-            residuals = residuals_of(self.model, terms)
+                write(model, nearest.vector)
+                self._changes[key] = self._change(model, nearest.parameter)
             change = self._changes[key]
         return math.nan if change is None else (residuals @ change).norm().item()
 
-    def _change(self, point: Point, vector: np.ndarray) -> Tensor | None:
+    def _change(self, model: PeftModel, point: Point) -> Tensor | None:
         """The linear map (M, values) from residuals to the relative change of the values by the step; None without."""
-        write(self.model, vector)
-        held = self.problem.held_terms(self.model, point)
+        held = self.problem.held_terms(model, point)
         terms = [*self.problem.terms(point), *held]
-        residuals = residuals_of(self.model, terms)
-        network: nn.Module = copy.deepcopy(self.model).merge_and_unload()
+        residuals = residuals_of(model, terms)
+        network: nn.Module = copy.deepcopy(model).merge_and_unload()
         for part in network.parameters():
             part.requires_grad_(part.is_floating_point())
         count = sum(part.numel() for part in trainable_parameters(network).values())
@@ -79,7 +75,7 @@ class ErrorEstimates:
                 stacklevel=5,  # past `cached_property`
             )
         if 8 * count * max(count, len(residuals)) > MEMORY // 4:
-            network = copy.deepcopy(self.model)
+            network = copy.deepcopy(model)
         network.double()
         values = self._values(network, point, terms)
         if values is None:
@@ -98,7 +94,7 @@ class ErrorEstimates:
         """The values whose error counts, or random combinations of them; None if they are not known."""
         solution = self.problem.solution(network, point)
         if self.problem.values_of is not None:
-            values = self.problem.values_of(solution, argument(point)).flatten()
+            values = self.problem.call("values_of", solution, argument(point)).flatten()
         elif (found := inputs_of(terms[0][1], solution)) is not None:
             values = solution(found[0][:: -(-len(found[0]) // VALUES)]).flatten()
         else:

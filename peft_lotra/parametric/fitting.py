@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .interpolation import FamilyReport, Member, MemberSpace, Point
-from .members import Job, Problem, argument, attempt, write
+from .members import Job, MissingReturnError, Problem, argument, attempt, write
 
 
 GAIN = 1.2  # a prediction is good up to this share of the indicators of members: a fit would gain little
@@ -76,6 +76,8 @@ class Fitting:
         try:
             write(self.model, vector)
             return self.problem.indicator(self.model, point)
+        except MissingReturnError:  # it would at every parameter
+            raise
         except Exception as error:
             self.failed[argument(point)] = f"{type(error).__name__}: {error}"
             return math.nan

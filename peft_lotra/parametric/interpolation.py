@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..modules.checks import as_number
 from ..report import Report, TextTable
 
 
@@ -91,14 +92,14 @@ class MemberSpace:
         self.places = torch.empty(0, 1, device="cpu")  # of the members
         self._low = self.extent = torch.zeros(1, device="cpu")
 
-    def point(self, parameter: Any) -> Point:
-        """The parameter as a tuple, of as many numbers as those of the members."""
-        point = tuple(np.asarray(parameter, dtype=np.float64).reshape(-1).tolist())
+    def point(self, parameter: Any, name: str = "parameter") -> Point:
+        """The parameter as a tuple, of as many numbers as those of the members; `name` is the argument's."""
+        point = tuple(map(as_number, np.ravel(parameter).tolist()))
         dim = self.log.numel() if self.log.dim() else self.places.shape[1] if self.members else len(point)
         if not point or len(point) != dim or not np.isfinite(point).all():
-            raise ValueError(f"The parameter {parameter!r:.100} must be {dim or 'one or more'} finite numbers.")
+            raise ValueError(f"`{name}`: {parameter!r:.100} must be {dim or 'one or more'} finite numbers.")
         if (self.log & torch.tensor([value <= 0 for value in point], device="cpu")).any():
-            raise ValueError(f"The parameter {parameter!r} must be above 0, since the family is in its logarithm.")
+            raise ValueError(f"`{name}`: {parameter!r} must be above 0, since the family is in its logarithm.")
         return point
 
     def spread(self, points: Sequence[Point]) -> None:

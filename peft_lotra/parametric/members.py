@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules.calls import call_with_parameters
+from ..modules.checks import check_function
 from ..optim.least_squares import Term, check_terms, in_double, trainable_parameters
 from ..optim.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
 from .held_out import HeldOutPoints
@@ -29,6 +30,10 @@ from .interpolation import Member, Point
 # change are not moved by it, so that members stay comparable: docs/notes/log.md.
 DAMPING = 1e-6
 WINDOW, SLOW = 4, 0.7  # a fit ends when so many steps left more than this share of the loss
+
+
+class MissingReturnError(TypeError):
+    """A function of the user returns None."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +49,33 @@ class Problem:
     max_steps: int = 40
     _held_out: HeldOutPoints = field(default_factory=HeldOutPoints)
 
+    def check_functions(self, with_arguments: bool = False) -> None:
+        """Raise a `TypeError` unless these are functions, which take the arguments that they will get."""
+        for name, function in vars(self).items():
+            if (name.endswith("_of") or name == "train") and function is not None:
+                count = 1 if name.endswith("terms_of") else 2
+                check_function(function, name, count if with_arguments else None)
+
     def solution(self, model: nn.Module, parameter: Point) -> Any:
         """The solution of a network at a parameter, by default the network itself."""
-        return model if self.solution_of is None else self.solution_of(model, argument(parameter))
+        return model if self.solution_of is None else self.call("solution_of", model, argument(parameter))
+
+    def call(self, name: str, *args: Any) -> Any:
+        """Call a function of the user, which must return something."""
+        value = getattr(self, name)(*args)
+        if value is None:
+            raise MissingReturnError(f"`{name}` returns None. Does it end without `return`?")
+        return value
 
     def terms(self, parameter: Point) -> list[Term]:
         """The terms of the fit, as functions of the network."""
-        terms = [] if self.terms_of is None else check_terms(self.terms_of(argument(parameter)))
+        terms = [] if self.terms_of is None else check_terms(self.call("terms_of", argument(parameter)))
         return self._of_networks(terms, parameter)
 
     def held_terms(self, model: nn.Module, parameter: Point) -> list[Term]:
         """Terms at points to which no member is fitted, by default between those of the fit; empty if not known."""
         if self.held_terms_of is not None:
-            return self._of_networks(check_terms(self.held_terms_of(argument(parameter))), parameter)
+            return self._of_networks(check_terms(self.call("held_terms_of", argument(parameter))), parameter)
         solution, dtype = self.solution(model, parameter), next(model.parameters()).dtype
         return self._held_out.of(self.terms(parameter), lambda x: solution(x.to(dtype)))
 
@@ -95,7 +114,7 @@ class Problem:
         none); NaN without terms."""
         if self.loss_of is not None:
             with torch.no_grad():
-                return float(self.loss_of(self.solution(model, parameter), argument(parameter)))
+                return float(self.call("loss_of", self.solution(model, parameter), argument(parameter)))
         terms = self.held_terms(model, parameter) or self.terms(parameter)
         return residuals_of(model, terms).norm().item() if terms else math.nan
 
