@@ -314,19 +314,21 @@ class ParametricAdapter:
             take_steps(model, self._problem.terms(prediction._point), steps, least=steps)
         return Prediction(self, prediction._point, read(trainable_parameters(model)), prediction.extrapolated)
 
-    def calibrate(self, residuals: Callable[[Any], Tensor]) -> Calibration:
+    def calibrate(self, residuals: Callable[[Any], Tensor], *, ignore_missing: bool = False) -> Calibration:
         """The parameter in the range for which the predictions fit data best, with its standard error.
 
         Args:
             residuals: `residuals(model)` returns the differences (n,) or (n, m) from data with independent errors of
                 the same size, for instance `lambda model: model(x) - u`; divide them by the sizes if they differ.
+            ignore_missing: Whether to leave out residuals that are NaN, where data are missing.
 
         Returns:
             The parameter, its standard error (of Laplace's approximation at the optimum), and the prediction there.
 
         Raises:
-            ValueError: The family has no members; the residuals have NaN or a wrong shape; the data ask for a
-                parameter outside of the members, or do not determine it: the direction is named.
+            ValueError: The family has no members; the residuals have NaN, infinite numbers or a wrong shape, or two
+                evaluations differ; the data ask for a parameter outside of the members, no parameter fits them, or
+                they do not determine it: the direction is named.
 
         Example:
             >>> from peft_lotra.kan import KAN
@@ -341,8 +343,10 @@ class ParametricAdapter:
             True
         """
         self._members()
-        check_function(residuals, "residuals")
-        found = minimize(self._space, lambda *at: Prediction(self, *at, extrapolated=False).apply(residuals))
+        check_function(residuals, "residuals", 1)
+        found = minimize(
+            self._space, lambda *at: Prediction(self, *at, extrapolated=False).apply(residuals), ignore_missing
+        )
         point, covariance, noise = found
         error = argument(tuple(np.sqrt(covariance.diagonal()).tolist()))
         return Calibration(argument(point), error, covariance, noise, self.predict(argument(point)))

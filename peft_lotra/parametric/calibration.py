@@ -24,6 +24,9 @@ SHIFT = 1.0  # of places from [0, 1], since scipy's differences are relative to 
 SINGULAR = 3e-3  # a direction whose effect is a smaller share of the largest is lost in the errors of the members
 FLAT = 0.5  # the standard error along a direction, as a share of the range, from which data say nothing
 BEYOND = 1.0  # standard error outside of the range is left to noise
+REPEATED = 1e-5  # of the residuals: two evaluations of the same model differ by rounding alone
+POOR = 0.5  # the squared residuals, as a share of the largest change between members, that may be a misfit
+CHANCE = 1e-3  # of noise that looks like a misfit
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +48,9 @@ class Calibration:
     prediction: Any = field(repr=False)
 
 
-def minimize(space: MemberSpace, residuals_at: Callable[[Point, np.ndarray], Any]) -> tuple[Point, np.ndarray, float]:
+def minimize(
+    space: MemberSpace, residuals_at: Callable[[Point, np.ndarray], Any], ignore_missing: bool
+) -> tuple[Point, np.ndarray, float]:
     """The parameter in the range of the members with the least sum of squared residuals, its covariance, and the
     standard deviation of the residuals. A ValueError if data do not determine it."""
     from scipy.optimize import least_squares  # a dependency of tensorly; slow to import
@@ -53,13 +58,34 @@ def minimize(space: MemberSpace, residuals_at: Callable[[Point, np.ndarray], Any
     dim, members = space.places.shape[1], list(range(len(space.members)))
     low, high = space.places.amin(0), space.places.amax(0)
 
-    def residuals_of(shifted: np.ndarray) -> np.ndarray:
+    def evaluate(shifted: np.ndarray) -> np.ndarray:
         place = torch.from_numpy(shifted - SHIFT).unsqueeze(0)
         (point,), (vector,) = space.points_at(place), space.vectors_at(place, members)
         return _checked(residuals_at(point, vector), dim).numpy()
 
+    def residuals_of(shifted: np.ndarray) -> np.ndarray:
+        values = evaluate(shifted)[present]
+        missing = int(np.isnan(values).sum())
+        if missing:
+            raise ValueError(
+                f"`residuals` returns NaN for {missing} of {len(values)} values. If these data are missing, pass "
+                "`ignore_missing=True`."
+            )
+        return values
+
     starts = (space.places[:: math.ceil(len(space.places) / STARTS)] + SHIFT).numpy()
-    start = min(starts, key=lambda place: np.linalg.norm(residuals_of(place)))
+    first, again = evaluate(starts[0]), evaluate(starts[0])
+    largest = np.nanmax(np.abs(first), initial=0.0)
+    if first.shape != again.shape or not np.allclose(first, again, 0.0, REPEATED * largest, equal_nan=True):
+        raise ValueError(
+            "`residuals` returns different values for the same model: noise, dropout, or a batch that it draws. Draw "
+            "once, outside of the function."
+        )
+    present = ~np.isnan(first) if ignore_missing else np.full(first.shape, True)
+    if present.sum() <= dim:
+        raise ValueError(f"`residuals` has {present.sum()} values without NaN, but must have more than {dim}.")
+    at_starts = np.stack([residuals_of(place) for place in starts])
+    start = starts[np.linalg.norm(at_starts, axis=1).argmin()]
     bounds = (low + SHIFT).numpy(), (high + SHIFT).clamp(min=low + SHIFT + WIDTH).numpy()
     found = least_squares(residuals_of, start, bounds=bounds, diff_step=WIDTH, xtol=CONVERGED, ftol=1e-6)
     place, residuals, slopes = map(torch.from_numpy, (found.x - SHIFT, found.fun, found.jac))
@@ -67,6 +93,12 @@ def minimize(space: MemberSpace, residuals_at: Callable[[Point, np.ndarray], Any
     (point,) = space.points_at(place.unsqueeze(0))
     scale = space.extent * torch.where(space.log, torch.tensor(point, dtype=torch.float64, device="cpu"), 1.0)
     _, values, directions = torch.linalg.svd(slopes, full_matrices=False)
+    is_at_end = bool(((place - low < WIDTH) | (high - place < WIDTH)).any())
+    if is_misfit(found.fun, at_starts, dim, is_at_end):
+        raise ValueError(
+            "The data ask for a parameter outside of the fitted members, or for another family: the best one inside, "
+            f"{text_of(point)}, fits them no better than a constant."
+        )
     covariance = noise**2 * (directions.T / values**2) @ directions
     ahead = place - torch.linalg.pinv(slopes, rtol=1e-8) @ residuals
     outside = torch.maximum(low - ahead, ahead - high) > BEYOND * covariance.diagonal().sqrt()
@@ -84,11 +116,39 @@ def minimize(space: MemberSpace, residuals_at: Callable[[Point, np.ndarray], Any
     return point, (scale.unsqueeze(1) * covariance * scale).numpy(), noise
 
 
+def is_misfit(residuals: np.ndarray, of_members: np.ndarray, dim: int, is_at_end: bool) -> bool:
+    """Return whether the least residuals (n,) are no noise, by those of members (m, n).
+
+    They are a misfit if they are large, compared with the changes between members, and either the best parameter is at
+    an end of the range, or a combination of members fits better than noise of this size lets it by chance (F-test).
+    """
+    from scipy.special import fdtrc
+
+    changes = of_members - residuals
+    squares = residuals @ residuals
+    share = squares / max(np.square(changes).sum(1).max(), 1e-300)
+    if share <= POOR:
+        return False
+    _, sizes, directions = np.linalg.svd(changes, full_matrices=False)
+    rank = min(int((sizes > SINGULAR * sizes[0]).sum()), len(residuals) // 3)
+    if rank <= dim:
+        return is_at_end and share > 1
+    explained = np.square(directions[:rank] @ residuals).sum()
+    degrees, others = rank - dim, len(residuals) - rank
+    ratio = (explained / degrees) / (max(squares - explained, 1e-300) / others)
+    return bool(is_at_end and share > 1) or fdtrc(degrees, others, ratio) < CHANCE
+
+
 def _checked(residuals: Any, dim: int) -> Tensor:
     """The residuals (n,) in float64; a ValueError if they are malformed."""
     if not isinstance(residuals, Tensor) or not residuals.is_floating_point() or residuals.numel() <= dim:
-        given = f"shape {tuple(residuals.shape)}" if isinstance(residuals, Tensor) else f"a {type(residuals).__name__}"
+        given = f"a {type(residuals).__name__}"
+        if isinstance(residuals, Tensor):
+            given = f"{residuals.dtype} of shape {tuple(residuals.shape)}"
         raise ValueError(f"`residuals` returns {given}, but must return a tensor with more than {dim} real numbers.")
     if residuals.dim() == 2 and (n := len(residuals)) == residuals.shape[1]:
         raise ValueError(f"`residuals` returns ({n}, {n}): values (n, 1) minus data (n,) are all pairs; reshape one.")
+    infinite = int(residuals.isinf().sum())
+    if infinite:
+        raise ValueError(f"`residuals` returns infinite numbers, {infinite} of {residuals.numel()}.")
     return residuals.detach().double().cpu().flatten()
