@@ -21,7 +21,9 @@ from ..layers.compare import is_linear
 from ..layers.registry import KANLayerSpec
 from ..layers.slim import call_with_coefficients
 from ..modules.calls import call_with_parameters, modes_kept
+from ..modules.checks import check_function
 from ..tucker import Tucker, full_shape, tucker
+from ..tuner.layer import warn_of_far_inputs
 from ..tuner.targets import locate_target
 
 
@@ -152,7 +154,12 @@ def gather_weights(model: nn.Module, names: Iterable[str], inputs: Inputs) -> di
             "another model in their place (a function that holds them is not copied with a model)."
         )
     metrics = _metrics(result, returned)
-    return {name: DataWeights(*layers[name], torch.cat(xs), metrics.get(name)) for name, xs in received.items()}
+    weights = {}
+    for name, xs in received.items():
+        (layer, spec), x = layers[name], torch.cat(xs)
+        warn_of_far_inputs(name, spec.read_grid(layer), targets[name][2].shape[1], x)
+        weights[name] = DataWeights(layer, spec, x, metrics.get(name))
+    return weights
 
 
 def _metrics(result: torch.Tensor, returned: Mapping[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -183,11 +190,14 @@ def _arguments(inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
 def _check_inputs(inputs: Any) -> None:
     """Raises a ValueError for inputs that are not finite, or all the same; a function of the model passes."""
     if callable(inputs):
+        check_function(inputs, "inputs", 1)
         return
     args, kwargs = _arguments(inputs)
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise ValueError("`inputs` have NaN or infinite values.")
+    if any(tensor.is_complex() for tensor in tensors):
+        raise ValueError("`inputs` are complex, but layers take real numbers: pass real and imaginary parts.")
     samples = [tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.view(-1) for tensor in tensors]
     if not any((rows != rows[:1]).any() for rows in samples):
         shapes = [tuple(tensor.shape) for tensor in tensors]

@@ -75,11 +75,14 @@ def check_terms(terms: Iterable[Any], least: int = 1) -> list[Term]:
     """Residual terms with their rows as a tuple and their weight filled in; a malformed one is a ValueError, and so is
     one with fewer rows than `least`."""
     checked: list[Term] = []
-    for index, term in enumerate([terms] if callable(terms) else terms):
+    terms = [terms] if callable(terms) else terms
+    if not isinstance(terms, Iterable):
+        raise TypeError(f"`terms` is {terms!r:.100}, but must be a list of residual terms.")
+    for index, term in enumerate(terms):
         if not isinstance(term, Sequence) or len(term) not in (2, 3) or not callable(term[0]):
             raise ValueError(
                 f"Residual term {index} is {type(term).__name__}, but must be (function, rows), or with a weight "
-                "behind: (function, rows, weight)."
+                "behind: (function, rows, weight). `terms` is a list of these."
             )
         parts: tuple[Any, ...] = (*term, 1.0)
         function, rows, weight = parts[:3]
@@ -102,6 +105,18 @@ def check_terms(terms: Iterable[Any], least: int = 1) -> list[Term]:
 def name_term(index: int, function: Callable) -> str:
     """The name of a term in messages."""
     return f"residual term {index} ({getattr(function, '__name__', type(function).__name__)})"
+
+
+def check_residuals(values: Any, name: str, count: int) -> Tensor:
+    """Return the residuals of rows as (count, m) in float64; a `ValueError` if they are malformed."""
+    is_tensor = isinstance(values, Tensor)
+    if not is_tensor or not values.is_floating_point() or values.shape[:1] != (count,) or not values.numel():
+        given = f"{values.dtype} of shape {tuple(values.shape)}" if is_tensor else type(values).__name__
+        raise ValueError(
+            f"The {name} returns {given} for {count} rows, but must return floating point numbers of shape "
+            f"({count},) or ({count}, m): the residuals of each row, without a mean over rows."
+        )
+    return values.reshape(count, -1).double()
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -190,14 +205,7 @@ class LeastSquares:
             given = tuple(row.detach().clone().requires_grad_(m) for row, m in zip(rows, term.marked, strict=True))
             evaluate = partial(term.function, self.model)
             values = call_with_parameters(self.model, {**self.fixed, **named}, evaluate, given, {})
-        n, is_tensor = len(rows[0]), isinstance(values, Tensor)
-        if not is_tensor or not values.is_floating_point() or values.shape[:1] != (n,) or not values.numel():
-            found = f"{values.dtype} of shape {tuple(values.shape)}" if is_tensor else type(values).__name__
-            raise ValueError(
-                f"The {term.name} returns {found} for {n} rows, but must return floating point numbers "
-                f"of shape ({n},) or ({n}, m): the residuals of each row, without a mean over rows."
-            )
-        return term.scale * values.reshape(n, -1).double()
+        return term.scale * check_residuals(values, term.name, len(rows[0]))
 
     @torch.no_grad()
     def _check(self, term: PreparedTerm) -> None:

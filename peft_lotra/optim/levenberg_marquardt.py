@@ -249,8 +249,10 @@ class LevenbergMarquardt:
 
         history: list[LevenbergMarquardtStep] = []
         steps = check_count(steps, "steps", low=0)
+        check_number(tolerance, "tolerance", "[0, inf)")
+        check_number(target_loss, "target_loss", "(-inf, inf)")
         slow, end = 0, time.monotonic() + max_seconds
-        terms = terms if callable(terms) else list(terms)
+        terms = terms if callable(terms) else self._check(terms)
         held_terms = self._check(held) if (held := list(held)) else []
         shards, hidden = self._shards, not (progress and self._shards.is_first)
         best, least = None, math.inf

@@ -25,7 +25,8 @@ SINGULAR = 3e-3  # a direction whose effect is a smaller share of the largest is
 FLAT = 0.5  # the standard error along a direction, as a share of the range, from which data say nothing
 BEYOND = 1.0  # standard error outside of the range is left to noise
 REPEATED = 1e-5  # of the residuals: two evaluations of the same model differ by rounding alone
-POOR = 0.5  # the squared residuals, as a share of the largest change between members, that may be a misfit
+# Squared residuals that may be a misfit, as a share of the largest change between members: anywhere, and at an end
+POOR, POOR_AT_END = 0.5, 3.0
 CHANCE = 1e-3  # of noise that looks like a misfit
 
 
@@ -93,12 +94,6 @@ def minimize(
     (point,) = space.points_at(place.unsqueeze(0))
     scale = space.extent * torch.where(space.log, torch.tensor(point, dtype=torch.float64, device="cpu"), 1.0)
     _, values, directions = torch.linalg.svd(slopes, full_matrices=False)
-    is_at_end = bool(((place - low < WIDTH) | (high - place < WIDTH)).any())
-    if is_misfit(found.fun, at_starts, dim, is_at_end):
-        raise ValueError(
-            "The data ask for a parameter outside of the fitted members, or for another family: the best one inside, "
-            f"{text_of(point)}, fits them no better than a constant."
-        )
     covariance = noise**2 * (directions.T / values**2) @ directions
     ahead = place - torch.linalg.pinv(slopes, rtol=1e-8) @ residuals
     outside = torch.maximum(low - ahead, ahead - high) > BEYOND * covariance.diagonal().sqrt()
@@ -112,6 +107,12 @@ def minimize(
         raise ValueError(
             f"The data do not determine the parameter: near {text_of(point)} the residuals hardly change along the "
             f"direction ({text_of(weak)}). Give data that do, or a family of fewer parameters."
+        )
+    is_at_end = bool(((place - low < WIDTH) | (high - place < WIDTH)).any())
+    if is_misfit(found.fun, at_starts, dim, is_at_end):
+        raise ValueError(
+            "The data ask for a parameter outside of the fitted members, or for another family: the best one inside, "
+            f"{text_of(point)}, fits them no better than a constant."
         )
     return point, (scale.unsqueeze(1) * covariance * scale).numpy(), noise
 
@@ -129,14 +130,17 @@ def is_misfit(residuals: np.ndarray, of_members: np.ndarray, dim: int, is_at_end
     share = squares / max(np.square(changes).sum(1).max(), 1e-300)
     if share <= POOR:
         return False
+    if is_at_end and share > POOR_AT_END:
+        return True
+
     _, sizes, directions = np.linalg.svd(changes, full_matrices=False)
     rank = min(int((sizes > SINGULAR * sizes[0]).sum()), len(residuals) // 3)
     if rank <= dim:
-        return is_at_end and share > 1
+        return False
     explained = np.square(directions[:rank] @ residuals).sum()
     degrees, others = rank - dim, len(residuals) - rank
     ratio = (explained / degrees) / (max(squares - explained, 1e-300) / others)
-    return bool(is_at_end and share > 1) or fdtrc(degrees, others, ratio) < CHANCE
+    return bool(fdtrc(degrees, others, ratio) < CHANCE)
 
 
 def _checked(residuals: Any, dim: int) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..modules.calls import call_with_parameters
 from ..modules.checks import check_function
-from ..optim.least_squares import Term, check_terms, in_double, trainable_parameters
+from ..optim.least_squares import Term, check_residuals, check_terms, in_double, name_term, trainable_parameters
 from ..optim.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
 from .held_out import HeldOutPoints
 from .interpolation import Member, Point
@@ -147,10 +147,11 @@ def named(model: nn.Module, vector: np.ndarray) -> dict[str, Tensor]:
 def residuals_of(model: nn.Module, terms: Iterable) -> Tensor:
     """The residuals (M,) of terms in float64, whose sum of squares is the loss of `LevenbergMarquardt`."""
     exact, parts = in_double(model), []
-    for function, rows, weight in check_terms(terms):
+    for index, (function, rows, weight) in enumerate(check_terms(terms)):
         rows = tuple(row.double() if row.is_floating_point() else row for row in rows)
         values = call_with_parameters(model, exact, partial(function, model), rows, {})
-        parts.append(math.sqrt(weight / len(rows[0])) * values.double().flatten())
+        values = check_residuals(values, name_term(index, function), len(rows[0]))
+        parts.append(math.sqrt(weight / len(rows[0])) * values.flatten())
     return torch.cat(parts)
 
 

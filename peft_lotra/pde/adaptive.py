@@ -108,9 +108,13 @@ def residual_norms(values: Any, points: Tensor) -> Tensor:
     Raises:
         ValueError: The values are no tensor or not finite, or their rows are not as many as the points.
     """
-    if not isinstance(values, Tensor) or values.shape[:1] != points.shape[:1]:
-        given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"`residual` is {given}, but must be a tensor (n,) or (n, m), a row for each point.")
+    given: Any = type(values).__name__
+    if isinstance(values, Tensor):
+        given = tuple(values.shape) if values.is_floating_point() else values.dtype
+    if not isinstance(given, tuple) or values.shape[:1] != points.shape[:1]:
+        raise ValueError(
+            f"`residual` is {given}, but must be a tensor (n,) or (n, m) of real numbers, a row for each point."
+        )
     dtype = torch.promote_types(values.dtype, torch.float32)
     norms = values.detach().reshape(len(points), -1).norm(dim=1, dtype=dtype)
     if not norms.isfinite().all():

@@ -99,6 +99,8 @@ def _check_shape(name: str, value: Any, like: Tensor) -> Tensor:
             f"`{name}` returns {given} where the network returns {tuple(like.shape)}. Return the same, or one column: "
             "x[..., :1] keeps the last dimension, x[..., 0] does not."
         )
+    if value.is_complex() and not like.is_complex():
+        raise ValueError(f"`{name}` returns {value.dtype}, but the network returns real numbers.")
     return value
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from ..kan.network import LayerStack, pairs
 from ..kan.refinement import refine_grid
 from ..modules.calls import check_module
 from ..modules.checks import as_number, check_count, check_function, check_number
+from ..optim.least_squares import Intercepted, check_terms
 from ..optim.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
 from ..report import Report, TextTable
 from .adaptive import ResidualSampler, gradient_weights, knot_density, residual_norms
@@ -201,14 +202,18 @@ def solve(
         >>> abs(result.model(middle).item() - 12.5) < 0.1
         True
     """
-    check_function(residual, "residual")
     low_end, high_end = check_box(low, high)
-    ends = [math.nan] if continuation is None else list(map(as_number, continuation))
+    ends = [as_number(end) for end in continuation] if isinstance(continuation, Iterable) else [math.nan]
     if continuation is not None and (len(ends) != 2 or any(map(math.isnan, ends))):
         raise ValueError(f"`continuation` is {continuation!r:.100}, but must be two numbers, from which and to which.")
+    check_function(residual, "residual", 2 if continuation is None else 3)
     steps = None if steps is None else check_count(steps, "steps", low=1 if continuation is None else STAGES + 1)
     budget = check_number(seconds, "seconds", "(0, inf)") if steps is None else steps
     points = box_points(low, high, HELD_POINTS, seed=seed)
+    if not isinstance(terms, Iterable):
+        raise TypeError(f"`terms` is {terms!r:.100}, but must be a list of residual terms.")
+    terms = list(terms)
+    check_terms([(residual, points), *terms])
     network = _network(network, low_end, high_end, check_count(outputs, "outputs"), periodic, seed)
     model = HardConstraint(network, distance, lift).double()
     sides = [side_points(low, high, 50, [side])[0] for side in sides_of_box(len(low_end))]
@@ -219,7 +224,7 @@ def solve(
 
     result = Solution(model, low_end, high_end)
     sampler = ResidualSampler(low, high, POINTS if len(low_end) > 1 else POINTS // 2, seed=1000 * seed)
-    training = _Training(result, equation, list(terms), points, sampler, budget, steps is None, progress)
+    training = _Training(result, equation, terms, points, sampler, budget, steps is None, progress)
     result.first_residual = training.norm(ends[0])
     if continuation is not None:
 
@@ -308,6 +313,7 @@ class _Training:
     parameter: float = math.nan  # of the present phase
     last: float = 0.0  # the share of the budget that was used up after the last step
     ended: bool = False  # whether one more step is too much for the phase
+    differentiates: bool = False  # whether the residual needs points that require a gradient
 
     def __post_init__(self) -> None:
         from tqdm.auto import tqdm
@@ -323,10 +329,20 @@ class _Training:
         """The share of the budget that is used up."""
         return (time.monotonic() - self.clock if self.timed else len(self.history)) / self.budget
 
-    @torch.no_grad()
     def norm(self, parameter: float) -> float:
         """The root mean square of the residual at the points that are held out."""
-        values = self.equation(self.model, self.held, parameter)
+
+        def evaluate() -> Any:
+            # a copy, which the residual may mark
+            points = self.held.clone().requires_grad_(self.differentiates)
+            with torch.enable_grad(), Intercepted():
+                return self.equation(self.model, points, parameter)
+
+        try:
+            values = evaluate()
+        except RuntimeError:  # of `torch.autograd.grad`
+            self.differentiates = True
+            values = evaluate()
         return residual_norms(values, self.held).square().mean().sqrt().item()
 
     def residual(self, model: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
@@ -350,9 +366,13 @@ class _Training:
         linear = self.features is not None and not self.features.periodic and not self.features.neumann
         knots = _first(self.model, KnotMap) if linear else None  # of the box's coordinates
 
+        def weighted(x: Tensor) -> Tensor:
+            weights = self.weights(x)
+            return self.residual(self.model, x.requires_grad_(self.differentiates), weights)
+
         def draw(number: int) -> list[Any]:
             optimizer.damping = min(optimizer.damping, LARGEST_DAMPING)
-            x = self.sampler.draw(lambda x: self.residual(self.model, x, self.weights(x)), knots)
+            x = self.sampler.draw(weighted, knots).requires_grad_(self.differentiates)
             return [(self.residual, (x, self.weights(x))), *self.terms]
 
         def is_over(number: int, record: LevenbergMarquardtStep) -> bool:
@@ -363,7 +383,8 @@ class _Training:
             self.bar.set_postfix({"phase": name, "loss": f"{record.loss:.1e}", "held": f"{record.held_loss:.1e}"})
             return self.ended or record.held_loss <= target
 
-        held = [(self.residual, (self.held, torch.ones_like(self.held[:, :1]))), *self.terms]
+        points = self.held.clone().requires_grad_(self.differentiates)
+        held = [(self.residual, (points, torch.ones_like(self.held[:, :1]))), *self.terms]
         for _ in range(3):  # a step that is refused may not be on other points
             optimizer.fit(draw, 10**9, held=held, patience=PATIENCE, callback=is_over, progress=False)
             if self.history[-1].accepted or self.ended:

@@ -323,20 +323,6 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         if state:
             self._grid_state = state
 
-    def _warn_of_far_inputs(self, x: Any) -> None:
-        """Warns once if most of the first inputs lie further from the grid than it is long."""
-        self._has_seen_inputs = True
-        ends = grid_ends(self.lotra_grid, self.in_features)
-        if ends is None or not isinstance(x, torch.Tensor) or x.shape[-1:] != (self.in_features,) or x.is_meta:
-            return
-        low, high = ends
-        if ((x.detach() - (low + high) / 2).abs() > 1.5 * (high - low)).double().mean() > 0.5:
-            warnings.warn(
-                f"Most inputs of `{self.lotra_name}` lie far outside of its grid, from {low.min():.3g} to "
-                f"{high.max():.3g}, where splines are zero. Scale the inputs to the grid.",
-                stacklevel=2,
-            )
-
     # --- the forward pass ---
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -358,7 +344,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         if not (torch.compiler.is_compiling() or in_transform()):  # where tensors have no content
             self.check_grid()
             if not self._has_seen_inputs:
-                self._warn_of_far_inputs(args[0] if args else None)
+                self._has_seen_inputs = True
+                warn_of_far_inputs(self.lotra_name, self.lotra_grid, self.in_features, args[0] if args else None)
         if names is None:
             return self._run(self.active_adapters, current, args, kwargs)
         return run_named_rows(self, names, current, args, kwargs)
@@ -581,6 +568,20 @@ def grid_ends(grid: Grid, in_features: int) -> tuple[torch.Tensor, torch.Tensor]
     )
     first = next(by_input, None)
     return None if first is None else first.detach().aminmax(dim=1)
+
+
+def warn_of_far_inputs(name: str, grid: Grid, in_features: int, x: Any) -> None:
+    """Warn if most inputs of a layer lie further from its grid than it is long."""
+    ends = grid_ends(grid, in_features)
+    if ends is None or not isinstance(x, torch.Tensor) or x.shape[-1:] != (in_features,) or x.is_meta:
+        return
+    low, high = ends
+    if ((x.detach() - (low + high) / 2).abs() > 1.5 * (high - low)).double().mean() > 0.5:
+        warnings.warn(
+            f"Most inputs of `{name}` lie far outside of its grid, from {low.min():.3g} to {high.max():.3g}, where "
+            "splines are zero. Scale the inputs to the grid.",
+            stacklevel=2,
+        )
 
 
 def check_unmerged(model: nn.Module) -> None:

@@ -231,6 +231,19 @@ def test_scales_of_the_edges_count_with_inputs_even_if_they_did_not_change():
     assert extracted.extraction_report.output_errors["kan"] == pytest.approx(error, abs=1e-6)
 
 
+def test_inputs_far_outside_of_a_grid_warn():
+    torch.manual_seed(0)
+    model, x = KAN([6, 8, 4]), inputs(40, in_features=6).clamp(-1, 1)
+    tuned = copy.deepcopy(model)
+    tuned.layers[0].spline_weight.data += 0.1
+
+    with pytest.warns(UserWarning, match="Most inputs of `layers.0` lie far outside of its grid, from -1 to 1"):
+        extract_lotra(copy.deepcopy(model), tuned, 2, inputs=100 * x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        extract_lotra(model, tuned, 2, inputs=x)
+
+
 def test_with_inputs_ranks_are_chosen_by_the_outputs():
     model, x = KAN([8, 9, 5], dtype=torch.float64), correlated()
     adapted = adapt(copy.deepcopy(model), r=(3, 3, 3))

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -161,6 +162,8 @@ def test_forms_of_inputs(given):
         (X[:0], r"shapes \[\(0, 6\)\]"),
         (X[:1], r"shapes \[\(1, 6\)\]"),
         (X[0], "`layers.0` as one sample"),
+        (1j * X, "`inputs` are complex"),
+        (lambda: X, "`inputs` is called with 1"),
         (lambda model: 3, "must return a floating point tensor.* it returned int"),
         (lambda model: model(X).long(), "must return a floating point tensor"),
     ],
@@ -171,6 +174,17 @@ def test_wrong_inputs(given, message):
     with pytest.raises((ValueError, TypeError), match=message):
         slim(model, energy=0.9, inputs=given, inplace=True)
     assert_same(model, before)
+
+
+def test_inputs_far_outside_of_a_grid_warn():
+    torch.manual_seed(0)
+    model = KAN([6, 8, 4])
+
+    with pytest.warns(UserWarning, match="Most inputs of `layers.0` lie far outside of its grid, from -1 to 1"):
+        slim(model, 2, inputs=100 * X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        slim(model, 2, inputs=X)
 
 
 def test_energy_budget_and_ranks_by_layer():

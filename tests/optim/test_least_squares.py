@@ -47,6 +47,11 @@ def test_malformed_terms(term, message):
         LevenbergMarquardt(deep_network()).step([term])
     with pytest.raises(ValueError, match="no residual terms"):
         LevenbergMarquardt(deep_network()).step([])
+    for wrong in (5, None):
+        with pytest.raises(TypeError, match=f"`terms` is {wrong}"):
+            LevenbergMarquardt(deep_network()).step(wrong)
+        with pytest.raises(TypeError, match=f"`terms` is {wrong}"):
+            LevenbergMarquardt(deep_network()).fit(wrong, progress=False)
 
 
 @pytest.mark.parametrize("residual", [equation, fit])

@@ -210,6 +210,22 @@ def test_arguments():
 # fit
 
 
+@pytest.mark.parametrize("name", ["tolerance", "target_loss"])
+@pytest.mark.parametrize("value", [math.nan, "1", 1j])
+def test_limits_that_are_no_numbers_are_refused(name, value):
+    model, data = network(), terms()
+    before = snapshot(model)
+
+    with pytest.raises(ValueError, match=f"`{name}` is"):
+        LevenbergMarquardt(model).fit(data, 3, progress=False, **{name: value})
+    assert_same(model, before)
+
+
+def test_a_tolerance_below_zero_is_refused():
+    with pytest.raises(ValueError, match="`tolerance` is -1"):
+        LevenbergMarquardt(network()).fit(terms(), 3, tolerance=-1, progress=False)
+
+
 def test_stopping_rules():
     model, data = network(), terms()
     seen = []

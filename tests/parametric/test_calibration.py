@@ -93,19 +93,90 @@ def test_data_that_do_not_determine_the_parameter(family):
     "function, message",
     [
         (residuals(noisy(3.0).flatten()), r"\(60, 60\): values \(n, 1\) minus data"),
-        (residuals(noisy(3.0) * torch.nan), "not finite in the initial point"),
+        (residuals(noisy(3.0) * torch.nan), "NaN for 60 of 60 values.*`ignore_missing=True`"),
+        (residuals(noisy(3.0) / 0), "infinite numbers, 60 of 60"),
         (lambda model: model(X)[:1] - 1.0, r"shape \(1, 1\), but must return a tensor with more than 1"),
         (lambda model: 0.0, "a float, but must return a tensor"),
+        (lambda model: None, "a NoneType, but must return a tensor"),
+        (lambda model: 1j * model(X), "torch.complex128 of shape .* but must return .* real numbers"),
+        (lambda model: model(X).long(), "torch.int64 of shape .* but must return .* real numbers"),
     ],
-    ids=["all pairs", "NaN", "one", "float"],
+    ids=["all pairs", "NaN", "infinite", "one", "float", "None", "complex", "integers"],
 )
 def test_wrong_residuals(family, function, message):
     with pytest.raises(ValueError, match=message):
         family.calibrate(function)
 
 
+@pytest.mark.parametrize("kind", ["noise", "dropout", "batch", "batch of another size"])
+def test_random_residuals_are_refused(family, kind):
+    """Two evaluations of the same model differ."""
+    data = noisy(3.0)
+
+    def random(model):
+        values = residuals(data)(model)
+        if kind == "noise":
+            return values + 1e-3 * torch.randn_like(values)
+        if kind == "dropout":
+            return torch.nn.functional.dropout(values, 0.1)
+        count = 30 if kind == "batch" else int(torch.randint(20, 40, ()))
+        return values[torch.randperm(60)[:count]]
+
+    with pytest.raises(ValueError, match="`residuals` returns different values for the same model"):
+        family.calibrate(random)
+
+
+def test_missing_data_are_left_out_if_asked(family):
+    data = noisy(2.9)
+    with_gaps = data.clone()
+    with_gaps[::4] = torch.nan
+    present = ~with_gaps.isnan()
+
+    found = family.calibrate(residuals(with_gaps), ignore_missing=True)
+    expected = family.calibrate(lambda model: residuals(data)(model)[present])
+
+    assert found.parameter == pytest.approx(expected.parameter, rel=1e-9)
+    assert found.error == pytest.approx(expected.error, rel=1e-6)
+    with pytest.raises(ValueError, match="NaN for 15 of 60 values.*`ignore_missing=True`"):
+        family.calibrate(residuals(with_gaps))
+
+
+def test_too_few_data_that_are_not_missing_are_refused(family):
+    data = torch.full_like(X, torch.nan)
+    data[7] = 0.5
+
+    with pytest.raises(ValueError, match="1 values without NaN, but must have more than 1"):
+        family.calibrate(residuals(data), ignore_missing=True)
+    with pytest.raises(ValueError, match="infinite"):
+        family.calibrate(residuals(noisy(3.0) / 0), ignore_missing=True)
+
+
+@pytest.mark.parametrize("c", [0.25, 0.8, 1.5, 5.25, 7.0, 10.5, 17.5, 35.0])
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_data_far_outside_of_the_members_are_refused(family, c, noise):
+    """Some parameter inside fits them best, but no better than a constant."""
+    generator = torch.Generator().manual_seed(0)
+    data = problems.exact(c) + noise * torch.randn(X.shape, generator=generator, dtype=torch.float64)
+
+    with pytest.raises(ValueError, match="outside of the fitted members"):
+        family.calibrate(residuals(data))
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.3])
+def test_large_noise_is_no_misfit(family, noise):
+    for seed, c in enumerate(np.linspace(2.7, 3.3, 10).tolist()):
+        generator = torch.Generator().manual_seed(seed)
+        data = problems.exact(c) + noise * torch.randn(X.shape, generator=generator, dtype=torch.float64)
+
+        found = family.calibrate(residuals(data))
+
+        assert abs(found.parameter - c) < 4 * found.error
+
+
 def test_wrong_calls(family, base):
     with pytest.raises(TypeError, match="`residuals` is"):
         family.calibrate(noisy(3.0))
+    with pytest.raises(TypeError, match="`residuals` is called with 1"):
+        family.calibrate(lambda model, data: model(X) - data)
     with pytest.raises(ValueError, match="no members yet"):
         ParametricAdapter(base, problems.terms_of).calibrate(residuals(noisy(3.0)))

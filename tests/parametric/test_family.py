@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import pickle
 
@@ -130,7 +131,15 @@ def test_logarithmic_parameters(base):
         ({"between": ((1.0, 1.0), (2.0, 2.0)), "max_members": 3}, "`max_members` is 3, .* at least 4"),
         ({"parameters": []}, "at least one parameter"),
         ({"parameters": [float("nan")]}, "finite numbers"),
-        ({"parameters": [1.0, (1.0, 2.0)]}, "length"),
+        ({"parameters": [1.0, (1.0, 2.0)]}, r"`parameters` has tuples of lengths \[1, 2\]"),
+        ({"between": (1.0, (2.0, 3.0))}, r"`between` has tuples of lengths \[1, 2\]"),
+        ({"parameters": "29"}, "`parameters`: '2' must be"),
+        ({"parameters": ["2.9", "3.0"]}, "`parameters`: '2.9' must be"),
+        ({"parameters": [1j]}, "`parameters`: 1j must be"),
+        ({"between": ("a", "b")}, "`between`: 'a' must be"),
+        ({"parameters": [3.0], "tolerance": float("nan")}, "`tolerance` is nan"),
+        ({"between": (2.9, 3.1), "tolerance": -1.0}, "`tolerance` is -1.0"),
+        ({"between": (2.9, 3.1), "tolerance": "1"}, "`tolerance` is '1'"),
         ({"parameters": [1.0], "train": problems.train_by_adam}, "Give `terms_of` to the constructor, or `train`"),
     ],
 )
@@ -139,6 +148,62 @@ def test_wrong_arguments_of_fit(base, arguments, message):
     with pytest.raises(ValueError, match=message):
         family.fit(**arguments, progress=False)
     assert family.parameters == []
+
+
+@pytest.mark.parametrize("arguments", [{"parameters": 3.0}, {"parameters": torch.tensor(3.0)}, {"between": 3}])
+def test_one_number_is_no_list_of_parameters(base, arguments):
+    (name,) = arguments
+    with pytest.raises(TypeError, match=f"`{name}` is .*3"):
+        make(base).fit(**arguments, progress=False)
+
+
+FUNCTIONS = {
+    "terms_of": (lambda: [], lambda c: None),
+    "held_terms_of": (lambda c, d: [], lambda c: None),
+    "solution_of": (lambda network: network, lambda network, c: None),
+    "loss_of": (lambda network: 0.0, lambda network, c: None),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_of_other_arguments_or_without_a_result_are_refused(base, name):
+    other_arguments, without_result = FUNCTIONS[name]
+    for function, message in ((other_arguments, "is called with"), (without_result, "returns None")):
+        family = ParametricAdapter(base, **{"terms_of": problems.terms_of, name: function})
+
+        with pytest.raises(TypeError, match=f"`{name}` {message}"):
+            family.fit([2.9, 3.0], progress=False)
+        assert family.parameters == []
+
+
+def test_a_function_that_a_decorator_gives_an_argument_is_called(base):
+    def with_points(function):
+        return functools.wraps(function)(lambda c: function(problems.POINTS, c))
+
+    @with_points
+    def terms_of(points, c):
+        return problems.terms_of(c)
+
+    family = ParametricAdapter(base, terms_of, ranks=4)
+    family.fit([3.0], max_steps=2, progress=False)
+
+    assert family.parameters == [3.0]
+
+
+@pytest.mark.parametrize("result", [None, 1j, 1], ids=["None", "complex", "integer"])
+def test_residuals_that_are_no_real_numbers_are_named(base, result):
+    def residual(model, x):
+        return None if result is None else (result * model(x) if result == 1j else model(x).long())
+
+    family = ParametricAdapter(base, lambda c: [(residual, problems.POINTS)], ranks=4)
+    with pytest.raises(RuntimeError, match=r"residual term 0 \(residual\) returns"):
+        family.fit([3.0], progress=False)
+
+
+def test_predictions_at_what_is_no_number_are_refused(family):
+    for wrong in ("3.0", 3.0 + 1j, None):
+        with pytest.raises(ValueError, match="`parameter`: .* must be 1 finite numbers"):
+            family.predict(wrong)
 
 
 def test_wrong_arguments_of_the_constructor(base):

@@ -26,7 +26,9 @@ def line(x: Tensor) -> Tensor:
 def solved(residual=poisson, low=(0.0,), high=(10.0,), *, distance=line, steps=8, seed=0, **options):
     torch.manual_seed(seed)
     if "network" not in options:  # a small one
-        options["network"] = KAN([len(low) + len(options.get("periodic", ())), 5, 1], 6, 4, norm="tanh")
+        periodic = options.get("periodic", ())
+        inputs = len(low) + (len(periodic) if isinstance(periodic, list) else 0)
+        options["network"] = KAN([inputs, 5, 1], 6, 4, norm="tanh")
     return solve(residual, low, high, distance=distance, steps=steps, seed=seed, progress=False, **options)
 
 
@@ -45,6 +47,57 @@ def test_a_box_far_from_the_grid_is_scaled():
     assert error(result, lambda x: line(x) / 2) < 1e-3
     assert len(result.history) == 8 and result.residual < 1e-2 * result.first_residual
     assert result.model(torch.ones(3, 1, dtype=torch.float64)).shape == (3, 1)
+
+
+def by_autograd(model: nn.Module, x: Tensor) -> Tensor:
+    """As PINNs are written, where the points require a gradient."""
+    u = model(x)
+    (du,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+    return torch.autograd.grad(du.sum(), x, create_graph=True)[0] + 1
+
+
+def by_autograd_marked(model: nn.Module, x: Tensor) -> Tensor:
+    x.requires_grad_(True)
+    return by_autograd(model, x)
+
+
+def by_autograd_of_a_copy(model: nn.Module, x: Tensor) -> Tensor:
+    """Without a graph of the last derivative, which training needs."""
+    x = x.clone().requires_grad_(True)
+    (du,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    return torch.autograd.grad(du.sum(), x)[0] + 1
+
+
+@pytest.mark.parametrize("residual", [by_autograd, by_autograd_marked, by_autograd_of_a_copy])
+@pytest.mark.parametrize("name", ["KAN", "MLP"])
+def test_residuals_by_autograd_are_trained_as_those_by_jet(residual, name):
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return KAN([1, 5, 1], 6, 4, norm="tanh") if name == "KAN" else mlp()
+
+    expected = solved(network=network(), steps=4, refine=False)
+
+    with torch.no_grad():  # of the caller
+        result = solved(residual, network=network(), steps=4, refine=False)
+
+    assert result.first_residual == pytest.approx(expected.first_residual, rel=1e-6)
+    assert result.history[-1].loss == pytest.approx(expected.history[-1].loss, rel=1e-2)
+
+
+def test_a_residual_by_autograd_with_a_parameter_and_two_coordinates():
+    box = (0.0, 0.0), (1.0, 1.0)
+
+    def heat(model: nn.Module, x: Tensor, rate: float) -> Tensor:
+        (du,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(du[:, 0].sum(), x, create_graph=True)
+        return du[:, 1:] - rate * second[:, :1]
+
+    options = {"distance": BoxDistance(*box), "lift": lambda x: torch.sin(math.pi * x[:, :1])}
+
+    result = solved(heat, *box, continuation=(0.5, 1.0), steps=7, **options)
+    expected = solved(decay, *box, continuation=(0.5, 1.0), steps=7, **options)
+
+    assert result.history[-1].loss == pytest.approx(expected.history[-1].loss, rel=0.05)
 
 
 def test_the_same_seed_gives_the_same_network_and_points():
@@ -164,7 +217,23 @@ WRONG = {
     "depend on other rows": lambda: solved(lambda model, x: poisson(model, x) - model(x).mean()),
     "fixed m": lambda: solved(lambda model, x: poisson(model, x) - x[:, 0]),
     "`residual` is not finite": lambda: solved(lambda model, x: poisson(model, x) / 0),
+    "`residual` is torch.int64": lambda: solved(lambda model, x: poisson(model, x).long()),
+    "`residual` is torch.complex128": lambda: solved(lambda model, x: 1j * poisson(model, x)),
+    "`residual` is NoneType": lambda: solved(lambda model, x: None),
+    "`residual` is called with 2": lambda: solved(decay),
+    "`residual` is called with 3": lambda: solved(continuation=(1.0, 2.0), steps=8),
+    "`backward` in a residual function": lambda: solved(lambda model, x: model(x).sum().backward()),
+    "`terms` is 5": lambda: solved(terms=5),
+    "`terms` is None": lambda: solved(terms=None),
+    "`terms` is a list": lambda: solved(terms=(poisson, torch.zeros(3, 1))),
     "`continuation` is": lambda: solved(continuation=(1.0,)),
+    "`continuation` is 3": lambda: solved(continuation=3),
+    r"`continuation` is \(1j": lambda: solved(decay, continuation=(1j, 1.0)),
+    "`distance` returns torch.complex128": lambda: solved(distance=lambda x: 1j * line(x)),
+    "`lift` returns torch.complex128": lambda: solved(lift=lambda x: 1j * x),
+    "`periodic` is True": lambda: solved(periodic=True),
+    "`periodic` is 0": lambda: solved(periodic=0),
+    "`periodic` has True": lambda: solved(low=(0.0, 0.0), high=(1.0, 1.0), periodic=[True, False]),
     "`steps` is": lambda: solved(decay, continuation=(1.0, 2.0), steps=3),
     "`seconds` is": lambda: solve(poisson, [0], [1], distance=line, seconds=0),
     "`periodic` has 1": lambda: solved(periodic=[1]),
