@@ -87,10 +87,11 @@ class Prediction:
         return self._with(lambda model: function(problem.solution(model, self._point), *args))
 
     def _with(self, function: Callable[..., Any], *args: Any) -> Any:
-        model = self._family.model
-        # the tensors of a shared module are exchanged meanwhile: one thread at a time
-        with self._family._lock:
-            return call_with_parameters(model, named(model, self._vector), partial(function, model), args, {})
+        family, model = self._family, self._family.model
+        values = named(family._trainable, self._vector)
+        # the tensors of the shared model are exchanged meanwhile: one thread at a time
+        with family._lock:
+            return call_with_parameters(model, values, partial(function, model), args, {})
 
     def __repr__(self) -> str:
         return f"Prediction({self.parameter}{', extrapolated' * self.extrapolated})"
@@ -174,7 +175,9 @@ class ParametricAdapter:
     def _set(self, model: PeftModel, log: bool | Sequence[bool], problem: Problem) -> None:
         problem.check_functions()
         self.model, self._problem, self._lock = model.eval(), problem, LayerLock()
-        self._space = MemberSpace(len(read(trainable_parameters(model))), log)
+        # taken once, since the model has other tensors while another thread predicts
+        self._trainable = trainable_parameters(model)
+        self._space = MemberSpace(len(read(self._trainable)), log)
         has_estimates = problem.terms_of is not None and problem.loss_of is None
         self._estimates = ErrorEstimates(problem) if has_estimates else None
 
@@ -237,6 +240,7 @@ class ParametricAdapter:
             failed, which have no member, and those of members whose residual stays ten times a neighbor's.
 
         Raises:
+            TypeError: A function takes other arguments, or returns None.
             ValueError: The arguments contradict each other, or there are neither terms nor `train`.
             RuntimeError: No fit succeeded, or the workers of `executor` died.
         """

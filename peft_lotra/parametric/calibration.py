@@ -75,16 +75,13 @@ def minimize(
         return values
 
     starts = (space.places[:: math.ceil(len(space.places) / STARTS)] + SHIFT).numpy()
-    first, again = evaluate(starts[0]), evaluate(starts[0])
-    largest = np.nanmax(np.abs(first), initial=0.0)
-    if first.shape != again.shape or not np.allclose(first, again, 0.0, REPEATED * largest, equal_nan=True):
-        raise ValueError(
-            "`residuals` returns different values for the same model: noise, dropout, or a batch that it draws. Draw "
-            "once, outside of the function."
-        )
-    present = ~np.isnan(first) if ignore_missing else np.full(first.shape, True)
-    if present.sum() <= dim:
-        raise ValueError(f"`residuals` has {present.sum()} values without NaN, but must have more than {dim}.")
+    present: Any = slice(None)
+    first = evaluate(starts[0])
+    check_equal(first, evaluate(starts[0]))
+    if ignore_missing:
+        present = ~np.isnan(first)
+        if present.sum() <= dim:
+            raise ValueError(f"`residuals` has {present.sum()} values without NaN, but must have more than {dim}.")
     at_starts = np.stack([residuals_of(place) for place in starts])
     start = starts[np.linalg.norm(at_starts, axis=1).argmin()]
     bounds = (low + SHIFT).numpy(), (high + SHIFT).clamp(min=low + SHIFT + WIDTH).numpy()
@@ -115,6 +112,16 @@ def minimize(
             f"{text_of(point)}, fits them no better than a constant."
         )
     return point, (scale.unsqueeze(1) * covariance * scale).numpy(), noise
+
+
+def check_equal(residuals: np.ndarray, again: np.ndarray) -> None:
+    """Raise a `ValueError` if two evaluations of the same model differ by more than rounding."""
+    tolerance = REPEATED * np.nanmax(np.abs(residuals), initial=0.0)
+    if residuals.shape != again.shape or not np.allclose(residuals, again, 0.0, tolerance, equal_nan=True):
+        raise ValueError(
+            "`residuals` returns different values for the same model: noise, dropout, or a batch that it draws. Draw "
+            "once, outside of the function."
+        )
 
 
 def is_misfit(residuals: np.ndarray, of_members: np.ndarray, dim: int, is_at_end: bool) -> bool:

@@ -132,15 +132,16 @@ def read(parts: Mapping[str, Tensor]) -> np.ndarray:
 @torch.no_grad()
 def write(model: nn.Module, vector: np.ndarray) -> None:
     """Gives a model the coordinates (P,)."""
-    for part, value in zip(trainable_parameters(model).values(), named(model, vector).values(), strict=True):
-        part.copy_(value)
+    parameters = trainable_parameters(model)
+    for name, value in named(parameters, vector).items():
+        parameters[name].copy_(value)
 
 
-def named(model: nn.Module, vector: np.ndarray) -> dict[str, Tensor]:
-    """The coordinates (P,) as tensors by the name of the parameter that each replaces."""
-    parts = trainable_parameters(model)
-    values = torch.from_numpy(vector).split([part.numel() for part in parts.values()])
-    return {name: value.view_as(part).to(part) for (name, part), value in zip(parts.items(), values, strict=True)}
+def named(parameters: Mapping[str, Tensor], vector: np.ndarray) -> dict[str, Tensor]:
+    """Split coordinates (P,) into tensors that replace these parameters."""
+    values = torch.from_numpy(vector).split([parameter.numel() for parameter in parameters.values()])
+    pairs = zip(parameters.items(), values, strict=True)
+    return {name: value.view_as(parameter).to(parameter) for (name, parameter), value in pairs}
 
 
 @torch.no_grad()

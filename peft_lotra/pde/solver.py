@@ -159,7 +159,7 @@ def solve(
 
     Args:
         residual: `residual(model, x)`, or `residual(model, x, parameter)` with `continuation`: takes points (n, I) to
-            residuals (n,) or (n, m), row by row, usually by `jet(model, x)`.
+            residuals (n,) or (n, m), row by row, usually by `jet(model, x)`, or by `torch.autograd.grad`.
         low, high: The ends of the box, I numbers each.
         distance, lift: The exact conditions, see `HardConstraint`; `BoxDistance` is a distance for sides of the box.
         outputs: The number of unknown functions.
