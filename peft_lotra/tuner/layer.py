@@ -323,6 +323,11 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         if state:
             self._grid_state = state
 
+    def _warn_of_far_inputs(self, x: Any) -> None:
+        """Warn once, by the first inputs."""
+        self._has_seen_inputs = True
+        warn_of_far_inputs(self.lotra_name, self.lotra_grid, self.in_features, x)
+
     # --- the forward pass ---
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -344,8 +349,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         if not (torch.compiler.is_compiling() or in_transform()):  # where tensors have no content
             self.check_grid()
             if not self._has_seen_inputs:
-                self._has_seen_inputs = True
-                warn_of_far_inputs(self.lotra_name, self.lotra_grid, self.in_features, args[0] if args else None)
+                self._warn_of_far_inputs(args[0] if args else None)
         if names is None:
             return self._run(self.active_adapters, current, args, kwargs)
         return run_named_rows(self, names, current, args, kwargs)
