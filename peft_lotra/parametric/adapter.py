@@ -50,7 +50,7 @@ class Prediction:
     Attributes:
         parameter: The parameter, a number or a tuple.
         indicator: An estimate of the relative error, the change by one Gauss-Newton step of the whole network that is
-            linearized at the nearest member; with `loss_of` the loss; NaN without terms and loss.
+            linearized at the members around; with `loss_of` the loss; NaN without terms and loss.
         residual: The root of the loss of the residual terms; NaN without terms.
         extrapolated: Whether the parameter lies outside of the fitted members.
     """
@@ -62,11 +62,11 @@ class Prediction:
 
     @cached_property
     def indicator(self) -> float:
-        """Computed at the first access: an evaluation of the residuals, and the first time near a member some more."""
+        """Computed at the first access: an evaluation of the residuals, and the first time near members some more."""
         family = self._family
         if family._estimates is not None:
-            nearest = family._space.nearest(self._point)[0]
-            estimate = family._estimates.at(family._copy(self._vector), self._point, nearest)
+            around = family._space.around(self._point)
+            estimate = family._estimates.at(family._copy(self._vector), self._point, around)
             if not math.isnan(estimate):
                 return estimate
         return float(self._with(family._problem.indicator, self._point))

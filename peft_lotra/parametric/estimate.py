@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,8 +33,9 @@ class ErrorEstimates:
     """The relative errors of predictions, estimated by ||V (J^T J + damping)^-1 J^T r|| / ||values||.
 
     r are the residuals of a prediction, J their Jacobian in all parameters of the network, of which a member trains
-    few, V that of the values whose error counts. J and V are those of the nearest member, computed once, so that an
-    estimate costs an evaluation of the residuals.
+    few, V that of the values whose error counts. J and V are those of a member, computed once, so that an estimate
+    costs an evaluation of the residuals. Estimates by the members around are averaged: by the nearest member alone,
+    they jump by a third where another becomes the nearest.
 
     Attributes:
         problem: The terms of the fit, those that are held out, and the values whose error counts, by default the
@@ -46,17 +48,25 @@ class ErrorEstimates:
     problem: Problem
     _changes: dict[tuple[Point, bytes], Tensor | None] = field(default_factory=dict)  # of the members
 
-    def at(self, model: PeftModel, point: Point, nearest: Member) -> float:
-        """Estimate the error of a model, which is written to; NaN if the rows of the terms are no inputs of it."""
-        key = (nearest.parameter, nearest.vector.tobytes())
+    def at(self, model: PeftModel, point: Point, around: Sequence[tuple[Member, float]]) -> float:
+        """Estimate the error of a model, which is written to, by the members around its parameter and their weights.
+
+        NaN if the rows of the terms are no inputs of the model.
+        """
+        changes = []
         with torch.inference_mode(False), torch.enable_grad():
             terms = [*self.problem.terms(point), *self.problem.held_terms(model, point)]
             residuals = residuals_of(model, terms)
-            if key not in self._changes:
-                write(model, nearest.vector)
-                self._changes[key] = self._change(model, nearest.parameter)
-            change = self._changes[key]
-        return math.nan if change is None else (residuals @ change).norm().item()
+            for member, _ in around:
+                key = (member.parameter, member.vector.tobytes())
+                if key not in self._changes:
+                    write(model, member.vector)
+                    self._changes[key] = self._change(model, member.parameter)
+                changes.append(self._changes[key])
+        estimate = 0.0
+        for change, (_, weight) in zip(changes, around, strict=True):
+            estimate += math.nan if change is None else weight * (residuals @ change).norm().item()
+        return estimate
 
     def _change(self, model: PeftModel, point: Point) -> Tensor | None:
         """The linear map (M, values) from residuals to the relative change of the values by the step; None without."""
@@ -67,7 +77,7 @@ class ErrorEstimates:
         for part in network.parameters():
             part.requires_grad_(part.is_floating_point())
         count = sum(part.numel() for part in trainable_parameters(network).values())
-        if not held and len(residuals) < count:
+        if not held and len(residuals) < count and not self._changes:  # told once
             warnings.warn(
                 f"Indicators of this family may miss most of the error: a network of {count} parameters can fit each "
                 f"of its {len(residuals)} residuals, and nothing is known between their points. Give `held_terms_of`, "

@@ -136,6 +136,22 @@ class MemberSpace:
         """The nearest members, as many as determine a quadratic polynomial, in order of their distance."""
         return [self.members[index] for index in nearest(self.places, self.places_of([point])[0])]
 
+    def around(self, point: Point) -> list[tuple[Member, float]]:
+        """The members around a parameter, with weights by their distances; in one dimension those of a line.
+
+        A member is around if no other is in the ball whose diameter leads to it from the parameter.
+        """
+        at = self.places_of([point])[0]
+        distances = (self.places - at).norm(dim=1)
+        centers = torch.lerp(self.places, at, 0.5)
+        of_centers = torch.cdist(centers, self.places, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+        is_around = of_centers >= 0.499 * distances
+        used = [index for index in distances.argsort(stable=True).tolist() if is_around[index]][: len(at) + 1]
+
+        weights = 1 / distances[used].clamp(min=1e-12)
+        shares = (weights / weights.sum()).tolist()
+        return [(self.members[index], share) for index, share in zip(used, shares, strict=True)]
+
     def vector_at(self, point: Point, without: Point | None = None) -> np.ndarray:
         """The interpolated coordinates (P,); outside of the members extrapolated from the nearest.
 

@@ -13,6 +13,7 @@ import family_problems as problems
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from peft_lotra import ParametricAdapter
 from peft_lotra.kan import KAN, jet
@@ -35,8 +36,8 @@ def random_points(count):
     return torch.rand(count, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2 - 1
 
 
-def trained(terms):
-    torch.manual_seed(0)
+def trained(terms, seed):
+    torch.manual_seed(seed)
     base = KAN([1, 4, 1], 6, dtype=torch.float64)
     LevenbergMarquardt(base, floor=1e-6).fit(terms, 25, progress=False)
     return base
@@ -118,24 +119,37 @@ def screened(model, x, c, source):
 
 
 def test_random_points_and_data_do_not_hide_the_error():
-    """60 random points with wide gaps, and fewer of them than parameters; the right-hand side comes as a row."""
+    """60 random points with wide gaps, and fewer of them than parameters; the right-hand side comes as a row.
+
+    Errors of one base may be alike, and of five they are not.
+    """
     x = random_points(60)
 
     def terms_of(c):
         return [(screened, (x, torch.full_like(x, c), torch.cos(math.pi / 2 * x)))]
 
-    family = ParametricAdapter(trained(terms_of(0.1)), terms_of, ranks=6, values_of=values_of, log=True)
-    family.fit([0.03, 0.06, 0.12, 0.3], progress=False)
-    unseen = np.geomspace(0.031, 0.29, 20)
-    predictions = [family.predict(float(c)) for c in unseen]
-    exact = [torch.cos(math.pi / 2 * GRID) / (1 + c * math.pi**2 / 4) for c in unseen]
-    errors = [
-        ((problems.solution(p(GRID), GRID) - u).norm() / u.norm()).item()
-        for p, u in zip(predictions, exact, strict=True)
-    ]
-    indicators = [p.indicator for p in predictions]
-    assert np.corrcoef(np.argsort(np.argsort(errors)), np.argsort(np.argsort(indicators)))[0, 1] > 0.8
-    assert 0.5 < np.median(np.array(indicators) / errors) < 2
+    errors, indicators = [], []
+    for seed in range(5):
+        family = ParametricAdapter(trained(terms_of(0.1), seed), terms_of, ranks=6, values_of=values_of, log=True)
+        family.fit([0.03, 0.06, 0.12, 0.3], progress=False)
+        for c in np.geomspace(0.031, 0.29, 20):
+            prediction = family.predict(float(c))
+            exact = torch.cos(math.pi / 2 * GRID) / (1 + c * math.pi**2 / 4)
+            difference = problems.solution(prediction(GRID), GRID) - exact
+            errors.append((difference.norm() / exact.norm()).item())
+            indicators.append(prediction.indicator)
+
+    ratios = np.array(indicators) / errors
+    assert spearmanr(errors, indicators)[0] > 0.75
+    assert 0.7 < np.median(ratios) < 1.4
+    assert np.mean((0.5 < ratios) & (ratios < 2)) > 0.75
+
+
+def test_indicators_do_not_jump_where_another_member_becomes_the_nearest(family):
+    middle = 2.25
+    before, after = (family.predict(middle + distance).indicator for distance in (-1e-6, 1e-6))
+
+    assert after == pytest.approx(before, rel=1e-3)
 
 
 def test_blind_indicators_warn():
