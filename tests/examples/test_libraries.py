@@ -33,9 +33,7 @@ def launch(tmp_path_factory):
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
         root = str(EXAMPLES.parents[1])
         environment["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-        done = subprocess.run(
-            [*command, "--output", str(folder)], capture_output=True, text=True, timeout=240, env=environment
-        )
+        done = subprocess.run([*command, "--output", str(folder)], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         if "--bf16" not in command:  # where the trained model answers in bfloat16, and the reloaded one does not
             assert "largest difference of an output 0.0e+00" in done.stdout
@@ -98,7 +96,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(tmp_path):
     example.main([*OPTIONS, "--output", str(whole)])
 
     command = [sys.executable, "-c", KILLED, str(EXAMPLES / "finetune_trainer.py"), *OPTIONS, "--output", str(killed)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     place = killed / "seed0" / "LoTRA"
     assert not (place / "result.json").exists()
@@ -142,7 +140,7 @@ def test_ray_serve(tmp_path):
     """Each answer is that of the bank, though a replica is killed and an adapter replaced meanwhile."""
     pytest.importorskip("ray")
     script = EXAMPLES.parent / "serve" / "load_test.py"
-    subprocess.run([sys.executable, script, "--quick", "--output", tmp_path], check=True, timeout=280)
+    subprocess.run([sys.executable, script, "--quick", "--output", tmp_path], check=True)
     results = json.loads((tmp_path / "serve.json").read_text())
     runs = [*results["runs"], results["accident"]]
     assert len(runs) == 5 and all(run["requests"] >= 200 and run["wrong"] == 0 for run in runs)

@@ -248,5 +248,5 @@ def test_a_script_with_a_hub_of_its_own(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import sys, huggingface_hub\nhuggingface_hub.create_repo(sys.argv[1])\n")
     command = [sys.executable, str(ROOT / "tests" / "support" / "hub_server.py"), str(script), "user/kan"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.stdout == "user/kan on the stand-in for the Hub:\n    .gitattributes\n", result.stderr

@@ -180,9 +180,9 @@ def test_activations_outside_of_their_grids_are_reported():
 
 def test_the_budget():
     assert len(solved(steps=2).history) == 2
-    result = solve(poisson, [0], [10], distance=line, seconds=1.0, progress=False)
-    assert sum(phase.seconds for phase in result.phases) < 30
-    assert {phase.reason for phase in result.phases} <= {"budget", "stalled", "refused"}
+    result = solve(poisson, [0], [10], distance=line, seconds=1e-6, progress=False)
+    assert len(result.history) == 1  # no machine takes two steps in it
+    assert [phase.reason for phase in result.phases] == ["budget"]
 
 
 def test_the_report_and_the_picture():

@@ -39,7 +39,7 @@ def start_group(worker: str, world: int, folder: Path) -> list[Any]:
                 processes.append(
                     subprocess.Popen(command, env={**env, "RANK": str(rank)}, stdout=log, stderr=subprocess.STDOUT)
                 )
-        codes = [process.wait(timeout=270) for process in processes]
+        codes = [process.wait() for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -51,7 +51,7 @@ def start_group(worker: str, world: int, folder: Path) -> list[Any]:
 def run_worker(function: Callable[[int, int], Any]) -> None:
     """In such a process: writes what a function of its rank and of their number returns."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(minutes=20))
     result = function(dist.get_rank(), dist.get_world_size())
     Path(sys.argv[1]).write_text(json.dumps(result))
     dist.barrier()
