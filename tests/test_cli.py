@@ -86,7 +86,7 @@ def test_inspect(run, made):
     model = PeftModel.from_pretrained(KANModel.from_pretrained(made / "base"), made / "adapter/second")
     layer = info["layers"][0]
     delta = model.get_base_model().get_submodule(layer["name"]).get_delta_weight("default")
-    assert layer["norm"] == pytest.approx(delta.norm().item(), rel=1e-6) and layer["alpha"] == 0.5
+    assert layer["norm"] == pytest.approx(delta.norm().item(), rel=1e-5) and layer["alpha"] == 0.5
     assert "NaN" in run("inspect {}/nan").stdout
     assert json.loads(run("inspect {}/nan --json").stdout)["layers"][0]["norm"] is None
     assert "2 members of 16 coordinates" in run("inspect {}/family").stdout
@@ -111,7 +111,7 @@ def test_merge(run, made, subfolder):
     assert "merged into a KANModel, saved in out" in run(f"merge {{}}/base {{}}/adapter out{option}").stdout
     merged = KANModel.from_pretrained("out")
     model = PeftModel.from_pretrained(KANModel.from_pretrained(made / "base"), made / "adapter" / subfolder)
-    torch.testing.assert_close(output(merged), output(model), rtol=0, atol=5e-6)
+    torch.testing.assert_close(output(merged), output(model), rtol=1e-5, atol=1e-5)
     assert not any("lotra" in name for name in merged.state_dict())
 
 
@@ -128,7 +128,7 @@ def test_merge_a_torch_module(run, made, monkeypatch, tmp_path):
     merged = torch.nn.ModuleDict({"kan": KAN([2, 4, 3]), "head": torch.nn.Linear(3, 1)})
     load_model(merged, tmp_path / "out/model.safetensors")
     for name, x in (("kan", X), ("head", torch.rand(4, 3))):
-        torch.testing.assert_close(merged[name](x), base[name](x), rtol=0, atol=1e-6)
+        torch.testing.assert_close(merged[name](x), base[name](x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["--energy 1", "--rank 4,2,9", "--budget 100000"])

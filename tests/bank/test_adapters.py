@@ -69,7 +69,7 @@ def test_precision_in_memory_and_in_files_also_of_an_empty_bank(tmp_path, dtype)
     bank.save(tmp_path)
     assert torch.equal(answer(AdapterBank.load(net(), tmp_path), "__base__"), net()(X))
     bank.add("a", model)
-    assert apart(answer(bank, "a"), model(X)) < (1e-6 if dtype == torch.float32 else 2e-2)
+    assert apart(answer(bank, "a"), model(X)) < (1e-5 if dtype == torch.float32 else 2e-2)
     assert bank.snapshot.packed.dtype == dtype and bank.to("cpu") is bank
     bank.save(tmp_path)
     assert torch.equal(answer(AdapterBank.load(net(), tmp_path), "a"), answer(bank, "a"))

@@ -126,7 +126,7 @@ def test_threads_have_their_own_rows():
 
     @torch.no_grad()
     def serve(place):
-        return sum(apart(model(X, adapter_names=rows[place]), expected[place]) > 1e-6 for _ in range(60))
+        return sum(apart(model(X, adapter_names=rows[place]), expected[place]) > 1e-5 for _ in range(60))
 
     def change():
         for count in range(40):  # grows, and replaces
@@ -415,7 +415,7 @@ def test_a_peft_model_goes_on(tmp_path):
     layer, served = model.get_submodule("base_model.model.kan.layers.0"), bank.attach(model)
     with torch.no_grad():
         assert torch.equal(model.eval()(X), expected)
-        assert apart(served(X), net()(X)) < 1e-6 < apart(served(X, adapter_names=["b"] * 8), served(X))
+        assert apart(served(X), net()(X)) < 1e-5 < apart(served(X, adapter_names=["b"] * 8), served(X))
         assert apart(served(X, adapter_names=["own"] * 8), expected) < 1e-5
     model.save_pretrained(tmp_path)
     model.add_adapter("more", LoTRAConfig(r=1))
@@ -424,7 +424,7 @@ def test_a_peft_model_goes_on(tmp_path):
     model.train()
     bank.detach()
     assert type(layer) is LoTRALayer and not any(module.training for module in model.model.modules())
-    assert apart(PeftModel.from_pretrained(net(), tmp_path).eval()(X), expected) < 1e-6
+    assert apart(PeftModel.from_pretrained(net(), tmp_path).eval()(X), expected) < 1e-5
     assert torch.equal(model.eval()(X), expected)
 
 

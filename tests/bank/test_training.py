@@ -133,7 +133,7 @@ def test_a_new_adapter_starts_as_get_peft_model_starts_it():
         bank.add(name, LoTRAConfig(init_weights=False, **config))
         torch.manual_seed(seed)
         alone[name] = get_peft_model(copy.deepcopy(base), LoTRAConfig(init_weights=False, **config)).eval()
-    check_alike(bank.attach(), alone, 1e-6)
+    check_alike(bank.attach(), alone, 1e-5)
 
 
 def test_rates_of_components():
@@ -319,8 +319,8 @@ def test_each_as_alone_by_least_squares(kind, memory):
     bank, model, alone = prepared(bases[kind]().double(), init_weights=False)
     x, y, names = drawn((90, 9, 40) if kind != "pykan" else (9, 2, 4))
     terms = [(error, (x, y), 1.0), (size, (x[: len(x) - 3],), 0.01)]
-    check_steps(model, alone, terms, names, 4, 1e-6, memory=memory)
-    check_alike(model, alone, 1e-6)
+    check_steps(model, alone, terms, names, 4, 1e-5, memory=memory)
+    check_alike(model, alone, 1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*no closed form")

@@ -74,7 +74,7 @@ def test_a_compiled_base(save):
 def test_lower_ranks_are_filled_up_and_saved(save):
     model, (folder, expected) = adapted(r=2), save(r=(3, 2, 1))
     hotswap_adapter(model, folder, target_rank=4)
-    assert apart(model(X), expected) < 1e-6
+    assert apart(model(X), expected) < 1e-5
     assert next(iter(layers(model).values())).lotra_r["default"] == (4, 3, 4)
     assert torch.equal(loaded(save(model)[0])(X), model(X))
 

@@ -73,7 +73,7 @@ def test_life(kind, tmp_path):
     model.unmerge_adapter()
     assert torch.equal(model(x), y)
     base = model.unload()
-    assert same(state(base), before) and not layers(base) and apart(base(x), plain) < 1e-6
+    assert same(state(base), before) and not layers(base) and apart(base(x), plain) < 1e-5
 
 
 def test_a_convolution():

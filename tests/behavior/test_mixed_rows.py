@@ -94,7 +94,7 @@ def test_a_forward_of_ones_own_set_later():
     y, layer = found(x), found.base_model.model[0].base_layer
     original = layer.forward
     layer.forward = lambda x: original(x) * 2
-    assert apart(found(x), 2 * y) < 1e-6
+    assert apart(found(x), 2 * y) < 1e-5
 
 
 def test_adapters_of_other_layers_and_modules_to_save():
@@ -151,7 +151,7 @@ def test_a_hook_of_a_base_layer(make):
     add(model, "other")
     model.get_base_model().layers[1].base_layer.register_forward_hook(lambda module, args, output: 2 * output)
     y = model.eval()(x, adapter_names=["default", "other"] * 3)
-    assert apart(y[::2], model(x)[::2]) < 1e-6
+    assert apart(y[::2], model(x)[::2]) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -26,7 +26,7 @@ def test_the_same_bits(dtype, tmp_path):
     assert found == [((2, 3, 4), 0.5), ((1, 2, 3), 2.0)]
     assert loaded(X.to(dtype)).dtype == dtype and torch.equal(loaded(X.to(dtype)), model(X.to(dtype)))
     low = PeftModel.from_pretrained(net().to(dtype), tmp_path, low_cpu_mem_usage=True).eval()
-    assert same(components(low), components(model)) and apart(low(X.to(dtype)), model(X.to(dtype))) < 1e-6
+    assert same(components(low), components(model)) and apart(low(X.to(dtype)), model(X.to(dtype))) < 1e-5
 
 
 def test_the_file_has_only_the_adapter(tmp_path):
@@ -72,7 +72,7 @@ def test_modules_to_save(tmp_path):
     loaded = PeftModel.from_pretrained(net(), tmp_path).eval()
     assert torch.equal(loaded(X), model(X))
     with loaded.disable_adapter():
-        assert apart(loaded(X), net()(X)) < 1e-6
+        assert apart(loaded(X), net()(X)) < 1e-5
 
 
 def test_state_dicts():

@@ -61,7 +61,7 @@ def test_no_dropout_in_merging(family, name):
     model, x = adapt(base(family), **{name: 0.5}), inputs()
     y = model(x)
     model.train().merge_adapter()
-    assert relative(model(x), y) <= 1e-6  # merged with all components, whatever the mode
+    assert relative(model(x), y) <= 1e-5  # merged with all components, whatever the mode
 
 
 def draws(model, x, n):
@@ -87,7 +87,7 @@ def test_module_dropout_skips_the_whole_adapter_of_each_layer():
     with model.disable_adapter():
         bare = model(x)
     results = draws(model, x, 400)
-    is_full, is_bare = (torch.isclose(results, y).flatten(1).all(1) for y in (full, bare))
+    is_full, is_bare = (torch.isclose(results, y, atol=1e-5).flatten(1).all(1) for y in (full, bare))
     assert (is_full ^ is_bare).all() and 0.68 < is_full.float().mean() < 0.82
     both = adapt(KAN([3, 4, 2]), module_dropout=0.5)
     assert len(draws(both, x, 60).flatten(1).mul(1e4).round().unique(dim=0)) == 4

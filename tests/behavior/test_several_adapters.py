@@ -29,14 +29,14 @@ def output(model, name):
 def test_set_and_add_adapter(model):
     base, first, second = net()(X), output(model, "default"), output(model, "other")
     with model.disable_adapter():
-        assert apart(model(X), base) < 1e-6
+        assert apart(model(X), base) < 1e-5
     assert min(apart(first, base), apart(second, base), apart(first, second)) > 1e-3
     assert {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad} == {"other"}
     with pytest.raises(ValueError, match="nobody"):
         model.set_adapter("nobody")
     assert torch.equal(model(X), second) and torch.equal(output(model, "default"), first)
     model.add_adapter("new", LoTRAConfig(r=3))
-    assert apart(output(model, "new"), base) < 1e-6
+    assert apart(output(model, "new"), base) < 1e-5
     with pytest.raises(ValueError, match="other"):
         model.add_adapter("other", LoTRAConfig())
 
@@ -77,7 +77,7 @@ def test_cat_is_the_sum_of_the_updates(kind, tmp_path):
     bare = copy.deepcopy(model).unload()
     errors = model.add_weighted_adapter(["default", "second"], [0.7, -1.5], "sum", combination_type="cat")
     expected = 0.7 * layer.get_delta_weight("default") - 1.5 * layer.get_delta_weight("second")
-    assert relative(layer.get_delta_weight("sum"), expected) < 1e-6 and errors["kan"] < 1e-6
+    assert relative(layer.get_delta_weight("sum"), expected) < 1e-5 and errors["kan"] < 1e-5
     assert layer.lotra_r["sum"][:2] == (4, 3)  # ranks add, and are brought down to the sizes
     # it was added, no more
     assert model.active_adapters == ["default"] and not any(c.requires_grad for c in layer.get_components("sum"))
@@ -90,7 +90,7 @@ def test_the_scale_of_the_moment_counts():
     model, layer = two_adapters("own")
     layer.set_scale("default", 3.0)
     model.add_weighted_adapter(["default"], [2.0], "more")
-    assert relative(layer.get_delta_weight("more"), 2 * layer.get_delta_weight("default")) < 1e-6
+    assert relative(layer.get_delta_weight("more"), 2 * layer.get_delta_weight("default")) < 1e-5
     assert layer.lotra_alpha["more"] == 1.0
 
 
@@ -98,7 +98,7 @@ def test_adapters_with_and_without_the_residual_branch():
     model, layer = two_adapters("own", adapt_residual=False)
     model.add_weighted_adapter(["second", "default"], [1.0, 2.0], "sum")
     first, second, total = (layer.get_delta_weight(name) for name in ("default", "second", "sum"))
-    assert relative(total, 2 * first + torch.nn.functional.pad(second, (0, 1))) < 1e-6
+    assert relative(total, 2 * first + torch.nn.functional.pad(second, (0, 1))) < 1e-5
 
 
 def test_adapters_of_different_layers():
@@ -110,7 +110,7 @@ def test_adapters_of_different_layers():
     for layer in found.values():
         weights = [(name, weight) for name, weight in (("default", 1.0), ("second", 0.5)) if name in layer.lotra_core]
         expected = sum(weight * layer.get_delta_weight(name) for name, weight in weights)
-        assert relative(layer.get_delta_weight("sum"), expected) < 1e-6
+        assert relative(layer.get_delta_weight("sum"), expected) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["own", "efficient-kan", "pykan"])
@@ -120,16 +120,16 @@ def test_svd_truncates_and_reports_the_error(kind):
     expected = layer.get_delta_weight("default") + layer.get_delta_weight("second")
     assert layer.lotra_r["small"] == (1, 2, 2)
     error = ((layer.get_delta_weight("small") - expected).norm() / expected.norm()).item()
-    assert 0.01 < error < 1 and errors["kan"] == pytest.approx(error, abs=1e-6)
+    assert 0.01 < error < 1 and errors["kan"] == pytest.approx(error, abs=1e-5)
     # by default the larger ranks of the two, and ranks that suffice lose nothing
     model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "larger", "svd")
     assert layer.lotra_r["larger"] == (3, 3, 4)
-    assert model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "all", "svd", ranks=9)["kan"] < 1e-6
+    assert model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "all", "svd", ranks=9)["kan"] < 1e-5
 
 
 def test_linear_is_exact_for_adapters_that_agree_in_their_factors():
     model, layer = two_adapters("own", second=(2, 3, 4))
-    assert model.add_weighted_adapter(["default", "default"], [0.25, 0.5], "same", "linear")["kan"] < 1e-6
+    assert model.add_weighted_adapter(["default", "default"], [0.25, 0.5], "same", "linear")["kan"] < 1e-5
     with torch.no_grad():
         for first, second in zip(layer.get_components("default")[1:], layer.get_components("second")[1:], strict=True):
             second.copy_(first)
@@ -140,7 +140,7 @@ def test_linear_is_exact_for_adapters_that_agree_in_their_factors():
 @pytest.mark.parametrize("kind", ["cat", "svd"])
 def test_a_sum_of_zero(kind):
     model, _ = two_adapters("own")
-    assert model.add_weighted_adapter(["default", "default"], [1.0, -1.0], kind, kind)["kan"] < 1e-6
+    assert model.add_weighted_adapter(["default", "default"], [1.0, -1.0], kind, kind)["kan"] < 1e-5
 
 
 @pytest.mark.parametrize(

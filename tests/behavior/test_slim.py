@@ -57,7 +57,7 @@ def test_merging_and_back(small):
     model.unmerge_adapter()
     for name in ("default", "other"):  # one after the other
         model.merge_adapter([name])
-    assert apart(model(X), both) < 1e-6
+    assert apart(model(X), both) < 1e-5
     model.unmerge_adapter()
     assert torch.equal(model(X), y)
 
@@ -68,7 +68,7 @@ def test_copied_and_cast_while_merged(small):
     model.merge_adapter()
     model = copy.deepcopy(model).float().double()
     model.unmerge_adapter()
-    assert apart(model(X.double()), y) < 1e-6 and {p.dtype for p in model.parameters()} == {torch.float64}
+    assert apart(model(X.double()), y) < 1e-5 and {p.dtype for p in model.parameters()} == {torch.float64}
 
 
 def test_broken_adapters_and_dropout(small):

@@ -35,7 +35,7 @@ def test_full_ranks_give_the_fine_tuned_coefficients_back(family):
     model = base(family, torch.float64)
     tuned, x = changed(model), inputs(dtype=torch.float64)
     extracted = extract_lotra(model, tuned, r=100)
-    assert extracted.extraction_report.errors["kan"] < 1e-6
+    assert extracted.extraction_report.errors["kan"] < 1e-5
     torch.testing.assert_close(extracted(x), tuned(x), rtol=1e-5, atol=1e-5)
 
 
@@ -66,7 +66,7 @@ def test_the_reported_error_is_the_true_one(family, tmp_path):
     merged = loaded.merge_and_unload()
     error = update_spectrum(tuned, merged).layers["kan"].norm / update_spectrum(bare, tuned).layers["kan"].norm
     assert 0.05 < error < 1
-    assert extracted.extraction_report.errors["kan"] == pytest.approx(error, abs=1e-6)
+    assert extracted.extraction_report.errors["kan"] == pytest.approx(error, abs=1e-5)
     assert extracted.extraction_report.ranks["kan"] == (2, 2, 3)
 
 
@@ -90,7 +90,7 @@ def test_ranks_are_chosen_under_a_budget_or_for_an_energy():
     report = extract_lotra(copy.deepcopy(model), tuned, budget=150).extraction_report
     assert report.parameters <= 150
     report = extract_lotra(copy.deepcopy(model), tuned, energy=0.8).extraction_report
-    assert all(error**2 <= 0.2 + 1e-6 for error in report.errors.values())
+    assert all(error**2 <= 0.2 + 1e-5 for error in report.errors.values())
     pattern = {"layers.0": 1, "layers.1": (2, 3, 1)}
     report = extract_lotra(copy.deepcopy(model), tuned, rank_pattern=pattern).extraction_report
     assert report.ranks == {"layers.0": (1, 1, 1), "layers.1": (2, 3, 1)}
@@ -217,7 +217,7 @@ def test_with_inputs_the_outputs_are_met_better_and_their_error_is_the_true_one(
             errors[given is x] = ((tuned(x) - extracted(x)).norm() / change.norm()).item()
     assert errors[True] < 0.8 * errors[False], errors
     if family != "fast-kan":  # of which something changed that no adapter holds
-        assert report.output_errors["kan"] == pytest.approx(errors[True], abs=1e-6)
+        assert report.output_errors["kan"] == pytest.approx(errors[True], abs=1e-5)
 
 
 def test_scales_of_the_edges_count_with_inputs_even_if_they_did_not_change():
@@ -228,7 +228,7 @@ def test_scales_of_the_edges_count_with_inputs_even_if_they_did_not_change():
     bare = copy.deepcopy(model)
     extracted = extract_lotra(model, tuned, r=(3, 3, 3), inputs=x)
     error = ((tuned(x) - extracted(x)).norm() / (tuned(x) - bare(x)).norm()).item()
-    assert extracted.extraction_report.output_errors["kan"] == pytest.approx(error, abs=1e-6)
+    assert extracted.extraction_report.output_errors["kan"] == pytest.approx(error, abs=1e-5)
 
 
 def test_inputs_far_outside_of_a_grid_warn():

@@ -189,7 +189,7 @@ def test_inputs_far_outside_of_a_grid_warn():
 
 def test_energy_budget_and_ranks_by_layer():
     model = KAN([20, 16, 8])
-    assert all(error <= 0.5**0.5 + 1e-6 for error in slim(model, energy=0.5).slim_report.errors.values())
+    assert all(error <= 0.5**0.5 + 1e-5 for error in slim(model, energy=0.5).slim_report.errors.values())
     small = slim(model, budget=900)
     before, after = small.slim_report.parameters
     assert (before, after) == tuple(sum(p.numel() for p in m.parameters()) for m in (model, small)) and after <= 900

@@ -32,7 +32,7 @@ def test_rows(tmp_path):
     for name, alpha in (("kan.layers.0", 2.0), ("kan.layers.1", 0.5)):
         row, delta = rows[name], base.get_submodule(name).get_delta_weight("default")
         assert row[:5] == (name, "peft-lotra", tuple(delta.shape), (1, 2, 3), alpha)
-        assert row.norm == pytest.approx(delta.norm().item(), rel=1e-6)
+        assert row.norm == pytest.approx(delta.norm().item(), rel=1e-5)
         assert row.parameters == 6 + row.shape[0] + 2 * row.shape[1] + 3 * row.shape[2]
     assert rows["head"] == ("head", "saved copy", None, None, None, None, 4)
 

@@ -53,14 +53,14 @@ def test_what_is_exported_computes_the_same(family: str) -> None:
     whole = program(adapted.get_base_model()).module()
     for x in (inputs(6), outside()):
         y = adapted(x)
-        assert torch.allclose(rows(whole(x), y), rows(y, y), rtol=1e-6, atol=1e-6)
+        assert torch.allclose(rows(whole(x), y), rows(y, y), rtol=1e-5, atol=1e-5)
     deployed = adapted.merge_and_unload()
     plain, exported = program(model), program(deployed)
     assert operations(exported) == operations(plain)
     assert shapes(exported) == shapes(plain)
     for x in (inputs(6), outside()):
         y = deployed(x)
-        assert torch.allclose(rows(exported.module()(x), y), rows(y, y), rtol=1e-6, atol=1e-6)
+        assert torch.allclose(rows(exported.module()(x), y), rows(y, y), rtol=1e-5, atol=1e-5)
         assert not torch.allclose(y, model(x), rtol=1e-3)
 
 

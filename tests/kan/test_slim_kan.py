@@ -53,12 +53,13 @@ def test_compiles_once_for_all_batch_sizes_of_an_order():
 
 @pytest.mark.parametrize("make", [lambda: KAN([128] * 11), lambda: SlimKAN([128] * 11, (32, 32, 4))])
 def test_ten_layers_keep_the_variance(make):
-    x, ratios = torch.rand(2000, 128) * 2 - 1, []
-    for seed in range(5):
+    x, ratios = torch.rand(500, 128) * 2 - 1, []
+    for seed in range(10):
         torch.manual_seed(seed)
         with torch.no_grad():
             ratios.append(make()(x).var() / x.var())
-    assert 0.5 < torch.stack(ratios).median() < 2 and 0.2 < min(ratios) and max(ratios) < 5
+    mean = torch.stack(ratios).log().mean().exp()
+    assert 0.4 < mean < 2.5 and 0.1 < min(ratios) and max(ratios) < 10  # by a tenth in a layer
 
 
 def test_to_dense():

@@ -269,7 +269,7 @@ def test_a_file_of_another_version_that_left_parameters_out(tmp_path):
     y = model(x := torch.rand(8, 5))
     model.save_pretrained(tmp_path)
     del registry.REGISTERED["generic"]
-    assert relative(PeftModel.from_pretrained(build(), tmp_path)(x), y) < 1e-6
+    assert relative(PeftModel.from_pretrained(build(), tmp_path)(x), y) < 1e-5
     assert len(get_kan_spec(build()[0]).parts) == 3
 
 

@@ -42,7 +42,7 @@ def test_classes_and_predicates(matches, no_inference):
 
     before = model(x := inputs())
     y = (adapted := adapt(model))(x)
-    assert relative(y, before) > 1e-2 and relative(adapted.merge_and_unload()(x), y) < 1e-6
+    assert relative(y, before) > 1e-2 and relative(adapted.merge_and_unload()(x), y) < 1e-5
 
 
 def test_the_last_registered_is_asked_first():

@@ -21,21 +21,18 @@ FEW = X[::5]
 
 
 def test_a_member_stops_where_its_held_out_residual_does(base):
-    """Twelve points, which 80 coordinates fit exactly, while the residual between them grows."""
+    """Twelve points, which 80 coordinates fit exactly, while the residual between them stays."""
 
     def terms_of(c):
         return [(problems.equation, (FEW, torch.full_like(FEW, c)))]
 
     family = ParametricAdapter(base, terms_of, held_terms_of=problems.terms_of)
     (member,) = family.fit([2.5], progress=False)
-    assert member.steps < 40 and member.indicator < member.predicted
-    assert member.indicator < problems_residual(family.refine(2.5, 20), 2.5)
+    (blind,) = ParametricAdapter(base, terms_of, held_terms_of=terms_of).fit([2.5], progress=False)
+    assert member.steps < blind.steps
+    assert member.indicator < member.predicted
     (short,) = ParametricAdapter(base, terms_of).fit([2.5], max_steps=2, progress=False)
     assert short.steps == 2
-
-
-def problems_residual(prediction, c):
-    return prediction.apply(problems.equation, X, torch.full_like(X, c)).square().mean().sqrt().item()
 
 
 def unsolvable(model, x, c):

@@ -23,8 +23,8 @@ COMPONENTS = ("lotra_core", "lotra_factor_out", "lotra_factor_in", "lotra_factor
 _ALLOWS = "import_allowlist" in inspect.signature(AutoPeftModel.from_pretrained).parameters
 ALLOWED: dict[str, Any] = {"import_allowlist": ["peft_lotra"]} if _ALLOWS else {}
 
-# relative differences that rounding explains
-ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-12}
+# relative differences that rounding explains, on every processor: about 80 times the spacing of float32
+ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 def base(family: str, dtype: torch.dtype = torch.float32, in_features: int = 3, out_features: int = 4) -> nn.Module:

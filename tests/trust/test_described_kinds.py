@@ -69,7 +69,7 @@ def test_gradient_start_spectra_and_extraction(case):
     config = LoTRAConfig(r=2, init_weights="gradient")
     preprocess_lotra(base, config, lambda: (base(x) - 1).square().mean().backward())
     model = get_peft_model(base, config)
-    torch.testing.assert_close(model(x), fresh(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model(x), fresh(x), rtol=1e-5, atol=1e-5)
     assert model_summary(model)[0].shape == SHAPE and check_kan_layer(model.base_model.model[1]).shape == SHAPE
 
 

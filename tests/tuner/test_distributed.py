@@ -27,7 +27,7 @@ def test_a_step_is_that_of_the_plain_model(ranks, network, kind):
         found = rank["results"][f"{network} {kind}"]
         assert found["frozen parameters moved"] == [] == found["trained parameters not moved"]
         # `saved` and `loaded` are the gathered adapter
-        assert max(found[name] for name in ("output", "state", "saved", "loaded")) < 1e-6
+        assert max(found[name] for name in ("output", "state", "saved", "loaded")) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "fsdp2"])

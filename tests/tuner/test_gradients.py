@@ -82,7 +82,7 @@ def leading_directions(tensor: Tensor, rank: int) -> Tensor:
 
 def assert_spans(columns: Tensor, expected: Tensor) -> None:
     projectors = [part @ torch.linalg.pinv(part) for part in (columns, expected)]
-    torch.testing.assert_close(*projectors, rtol=0, atol=1e-6)
+    torch.testing.assert_close(*projectors, rtol=0, atol=1e-5)
 
 
 def everything(model):
@@ -119,13 +119,13 @@ def test_the_directions_are_the_leading_ones_and_of_equal_weight(family):
         (layer,) = layers(adapt_by_gradient(copy.deepcopy(model), r=ranks)).values()
         columns = layer.get_components("default")[1 + mode]
         gram = columns.T @ columns
-        torch.testing.assert_close(gram, gram[0, 0] * torch.eye(2).to(gram), rtol=0, atol=1e-6)
+        torch.testing.assert_close(gram, gram[0, 0] * torch.eye(2).to(gram), rtol=0, atol=1e-5)
         assert_spans(columns, leading(gradient, mode, 2))
     tuned = adapt_by_gradient(model, r=(2, 99, 99))
     (layer,) = layers(tuned).values()
     columns = directions(layer)
     size = gradient.shape[2]  # factor_basis has columns of norm sqrt(basis)
-    torch.testing.assert_close(columns.T @ columns, size * torch.eye(2).to(columns), rtol=0, atol=1e-6)
+    torch.testing.assert_close(columns.T @ columns, size * torch.eye(2).to(columns), rtol=0, atol=1e-5)
     assert_spans(columns, leading_directions(gradient, 2))
     # it starts as its base, and the first step moves it: a zero factor still has a gradient
     assert relative(tuned(x), y) < 1e-12 and not layer.lotra_factor_out["default"].any()

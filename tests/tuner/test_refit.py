@@ -53,7 +53,7 @@ def test_the_update_is_kept(family, r, bound):
     assert set(report.errors) == {("kan", "default")} and "kan  default  error" in str(report)
     assert 0 < report.projection_errors["kan", "default"] <= report.errors["kan", "default"] + 0.01 < bound
     if family == "own":  # no scales of edges
-        assert report.errors["kan", "default"] == pytest.approx(error(update_of(model, x), before), rel=1e-6)
+        assert report.errors["kan", "default"] == pytest.approx(error(update_of(model, x), before), rel=1e-5)
     assert refit_adapters(model, x).errors == {}
 
 
