@@ -100,7 +100,7 @@ def test_a_new_layer_keeps_the_variance(grid_range, order, grid_size):
     with torch.no_grad():
         base = F.silu(x) @ layer.base_weight.T
         spline = layer(x) - base
-        torch.testing.assert_close(layer(x).square().mean() / variance, torch.tensor(1.0), rtol=0.15, atol=0)
+        torch.testing.assert_close(layer(x).square().mean() / variance, torch.tensor(1.0), rtol=0.3, atol=0)
         share = spline.square().mean() / layer(x).square().mean()
         assert 0.5 < small(x).square().mean() / variance < 2
     assert 0.7 * SPLINE_VARIANCE_SHARE < share < 1.4 * SPLINE_VARIANCE_SHARE
