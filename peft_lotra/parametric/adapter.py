@@ -375,11 +375,12 @@ class ParametricAdapter:
         Raises:
             ValueError: No member was fitted.
         """
-        members = self._members()
-        log = self._space.log.expand(self._space.places.shape[1]).tolist()
+        self._members()
         with replacing_files(folder, README) as stage:
-            save_family(self.model, members, log, Path(stage, FILE))
-            write_card(Path(stage, README), members)
+            space = self._space  # not earlier: another thread may have saved a later one while this one waited
+            log = space.log.expand(space.places.shape[1]).tolist()
+            save_family(self._copy(np.zeros(self.size)), space.members, log, Path(stage, FILE))
+            write_card(Path(stage, README), space.members)
 
     @classmethod
     def from_pretrained(

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..hub.base_code import hub_id
 from ..hub.card import load_card, save_section
 from .interpolation import FamilyReport, Member, ranges_of
-from .members import argument, write
+from .members import argument
 
 
 FILE = "parametric_adapter.safetensors"
@@ -43,11 +43,10 @@ class SavedFamily(NamedTuple):
 
 
 def save_family(model: PeftModel, members: list[Member], log: list[bool], path: Path) -> None:
-    """Writes the file: the shared adapter, as PEFT saves it, and the members."""
+    """Write the file: the shared adapter, whose cores are zero, as PEFT saves it, and the members."""
     dtype = torch.promote_types(next(part.dtype for part in model.parameters() if part.requires_grad), torch.float32)
     vectors = torch.from_numpy(np.stack([member.vector for member in members]))
     with TemporaryDirectory() as folder:
-        write(model, np.zeros(vectors.shape[1]))
         model.save_pretrained(folder)
         tensors = load_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
         config = json.loads(Path(folder, CONFIG_NAME).read_text(encoding="utf-8"))

@@ -111,3 +111,17 @@ def test_predictions_while_the_family_is_fitted(base):
     after = family.predict(2.9)(X)
     assert not torch.equal(before, after)
     assert all(torch.equal(values, before) or torch.equal(values, after) for values in found)
+
+
+def test_a_family_is_saved_while_it_predicts(base, family, tmp_path):
+    expected = family.predict(2.9)(X)
+    saves = [lambda place=place: family.save_pretrained(tmp_path / str(place)) for place in range(4)]
+    passes = [lambda: family.predict(2.9)(X)] * 4
+
+    found = in_threads(lambda use: use(), saves + passes)
+
+    for values in found[len(saves) :]:
+        torch.testing.assert_close(values, [expected] * 5, rtol=0, atol=0)
+    for place in range(4):
+        saved = ParametricAdapter.from_pretrained(base, tmp_path / str(place))
+        torch.testing.assert_close(saved.predict(2.9)(X), expected)
