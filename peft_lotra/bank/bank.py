@@ -270,8 +270,8 @@ class AdapterBank:
         self._check_whole(os.path.realpath(folder))
         with replacing_files(folder) as stage:
             snapshot = self.snapshot  # not earlier: another thread may have saved a later one while this one waited
-            skipped = set(snapshot.ids_of(skip).tolist())
-            names = [name for name, number in snapshot.ids.items() if number not in skipped]
+            snapshot.ids_of(skip)  # refuses unknown names
+            names = [name for name in snapshot.ids if name == BASE or name not in skip]
             write_bank(stage, snapshot, names, self.record)
 
     def _check_whole(self, target: str) -> None:
@@ -346,7 +346,7 @@ class AdapterBank:
         with TemporaryDirectory() as folder:
             repo_id = fetch_card(folder, repo_id, kwargs.get("revision"), kwargs.get("token"))
             self._check_whole(repo_id)
-            write_bank(folder, snapshot, snapshot.ids, self.record)
+            write_bank(folder, snapshot, list(snapshot.ids), self.record)
             write_bank_card(folder, repo_id, names, self.base, base_model, base_code)
             return upload(folder, repo_id, f"Upload {len(names)} LoTRA adapters", **kwargs)
 

@@ -137,7 +137,8 @@ class BankModel(nn.Module):
         if ids is not None:
             check_batch(ids.shape[0], args, kwargs)
             rows = snapshot.find_rows(ids)
-            torch._assert_async((rows != NO_ROW).all(), "An id belongs to no adapter of the bank.")
+            is_known = (rows != NO_ROW).all()
+            torch._assert_async(is_known, "An id belongs to no adapter.")  # pyright: ignore[reportPrivateImportUsage]
             groups = RowGroups(rows)
         bank.traced_pass = BankPass(bank, snapshot, groups)
         try:

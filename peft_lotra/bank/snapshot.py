@@ -120,13 +120,16 @@ class Snapshot(NamedTuple):
 
     def check_trained(self, rows: Tensor) -> None:
         """Raise a ValueError that names the adapters of these rows that are not in training."""
-        wrong = set(rows[~self.trained[rows]].tolist())
-        if wrong:
-            names = [name for name in self.ids if int(self.rows_of([name])) in wrong]
+        idle = rows[~self.trained[rows]].tolist()  # pyright: ignore[reportOptionalSubscript]
+        if idle:
             raise ValueError(
-                f"Rows of the batch have adapters that are not in training: {listed(names)}. Leave them out, or call "
+                f"Rows have adapters that are not in training: {self._list_names(idle)}. Leave them out, or call "
                 "the model under `torch.no_grad()`."
             )
+
+    def _list_names(self, rows: list[int]) -> str:
+        """Return the names of the adapters in these rows, as text."""
+        return listed([name for name in self.ids if int(self.rows_of([name])) in rows])
 
     def gather(self, rows: Tensor) -> Tensor:
         """Return these rows of the matrix, (n, width)."""
@@ -149,8 +152,8 @@ class Snapshot(NamedTuple):
             pairs = zip(rows.tolist(), checksums_of(gathered), strict=True)
             damaged = [row for row, crc in pairs if row < len(self.packed) and crc != self.checksums[row]]
             if damaged:
-                names = [name for name in self.ids if int(self.rows_of([name])) in damaged]
-                raise ValueError(f"The mapped file has damaged adapters: {listed(names)}. Remove them from the bank.")
+                names = self._list_names(damaged)
+                raise ValueError(f"The mapped file has damaged adapters: {names}. Remove them from the bank.")
         return gathered
 
     def updates_of(self, name: str) -> tuple[dict[str, Update], bool]:
@@ -211,7 +214,8 @@ class Snapshot(NamedTuple):
         matrix[place] = packed
         snapshot.form_of[row] = forms.index(form)
 
-        row_of = snapshot.row_of.clone()
+        room = len(snapshot.row_of) if snapshot.next_id + 2 == len(snapshot.row_of) else 0
+        row_of = torch.cat([snapshot.row_of, snapshot.row_of.new_full((room,), NO_ROW)])
         if name in self.ids:
             row_of[self.ids[name] + 1] = NO_ROW
         row_of[snapshot.next_id + 1] = row
@@ -247,18 +251,14 @@ class Snapshot(NamedTuple):
         return snapshot._replace(packed=matrix, added=None, checksums=None)
 
     def _with_room(self) -> Snapshot:
-        """Return the same adapters with room for another row and another id."""
-        snapshot = self
-        if self.next_id + 2 == len(self.row_of):
-            row_of = torch.cat([self.row_of, self.row_of.new_full((len(self.row_of) + 2,), NO_ROW)])
-            snapshot = self._replace(row_of=row_of)
+        """Return the same adapters with room for another row."""
         if self.next_row < len(self.form_of):
-            return snapshot
+            return self
         start = 0 if self.added is None else len(self.packed)
         count = int(((self.row_of >= start) & (self.row_of < NO_ROW)).sum())
         # a power of two, so that few graphs are compiled, and at least half as many rows again, so that few are moved
         capacity = max(4, 1 << (3 * count // 2).bit_length())
-        return snapshot.rebuild(start, capacity - count)
+        return self.rebuild(start, capacity - count)
 
     def _with_ranks(self, ranks: Mapping[str, tuple[int, ...]]) -> Snapshot:
         """Return the same adapters with room for these ranks in each layer."""

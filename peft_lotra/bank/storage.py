@@ -9,7 +9,7 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,7 @@ _TABLE = "adapter_bank"
 _CHECKSUM = "adapter_bank_crc32"
 
 
-def write_bank(folder: str, snapshot: Snapshot, names: Iterable[str], record: dict[str, Any]) -> None:
+def write_bank(folder: str, snapshot: Snapshot, names: Sequence[str], record: dict[str, Any]) -> None:
     """Write the base and adapters of these names into the file of a folder, with the record of their base.
 
     Raises:
@@ -122,10 +122,10 @@ def read_bank(
     snapshot = snapshot._replace(packed=packed.clone())
     is_sound = torch.tensor(checksums_of(snapshot.packed), device="cpu") == checksums
     damaged = [name for name, sound in zip(saved_names, is_sound.tolist(), strict=True) if not sound]
-    message = f"{path} has damaged adapters: {listed(damaged)}."
-    if damaged and not skip_damaged:
-        raise ValueError(f"{message} `skip_damaged=True` loads the others.")
     if damaged:
+        message = f"{path} has damaged adapters: {listed(damaged)}."
+        if not skip_damaged:
+            raise ValueError(f"{message} `skip_damaged=True` loads the others.")
         warnings.warn(f"{message} They are left out.", stacklevel=3)
     for name in damaged:
         snapshot = snapshot.without_adapter(name)
