@@ -140,7 +140,7 @@ def test_a_layer_that_mixes_inputs_or_outputs_contradicts_nothing():
     layer = Layer(5, 4, 5, before=nn.Linear(5, 5))
     register(layer, "o i k")
     assert check_kan_layer(layer).axes == "outputs as described, inputs mixed by the layer, or not as described"
-    assert check_kan_layer(pair := NormedPair(4, 2)).axes.startswith("outputs not checked")
+    assert "not checked" in check_kan_layer(pair := NormedPair(4, 2)).axes
     for each in (layer, pair):
         adapt(as_model(each))
 

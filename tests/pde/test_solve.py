@@ -146,7 +146,7 @@ def test_other_networks_are_trained_in_place():
     for network in (mlp(), KAN([1, 4, 1], grid_range=(0, 10)), nn.Sequential(BoxFeatures([0], [10]), KAN([1, 4, 1]))):
         result = solved(network=network)
         assert any(part is network for part in result.model.modules())
-        assert error(result, lambda x: line(x) / 2) < 1e-3
+        assert error(result, lambda x: line(x) / 2) < 1e-2
     assert solved(network=result.model.kan, steps=2).first_residual == pytest.approx(result.residual)  # goes on
 
 
