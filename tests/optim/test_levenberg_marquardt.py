@@ -124,9 +124,13 @@ def after(batches: list, forgetting: float | str, steps: int) -> Tensor:
 
 
 def test_auto_remembers_noisy_rows_that_are_drawn_anew():
-    batches, true = [linear_problem(10) for _ in range(60)], torch.arange(5.0, dtype=torch.float64)
-    error, forgetful = ((after(batches, factor, 60) - true).norm() for factor in ("auto", 0.0))
-    assert error < 0.8 * forgetful  # 0.2 to 0.6 by 16 seeds
+    true, errors = torch.arange(5.0, dtype=torch.float64), {"auto": 0.0, 0.0: 0.0}
+    for _ in range(4):
+        batches = [linear_problem(10) for _ in range(60)]
+        for factor in errors:
+            errors[factor] += (after(batches, factor, 60) - true).norm().item()
+
+    assert errors["auto"] < 0.8 * errors[0.0]
 
 
 @pytest.mark.parametrize("rows", [10, 2])
