@@ -134,8 +134,10 @@ def is_misfit(residuals: np.ndarray, of_members: np.ndarray, dim: int, is_at_end
 
     changes = of_members - residuals
     squares = residuals @ residuals
-    share = squares / max(np.square(changes).sum(1).max(), 1e-300)
-    if share <= POOR:
+    largest = np.square(changes).sum(1).max()
+    share = squares / max(largest, 1e-300)
+    # where nothing changes, no parameter is better than another
+    if share <= POOR or largest <= REPEATED**2 * squares:
         return False
     if is_at_end and share > POOR_AT_END:
         return True

@@ -73,7 +73,8 @@ def test_two_parameters(base):
 def test_parameters_that_data_cannot_tell_apart(base):
     """Two parameters of which the solution knows the product alone."""
     family = ParametricAdapter(base, terms_of_product, ranks=6)
-    family.fit([(a, b) for a in (0.8, 1.2) for b in (0.8, 1.2)], max_steps=6, progress=False)
+    # four corners do not determine how the product bends between them
+    family.fit([(a, b) for a in (0.8, 1.0, 1.2) for b in (0.8, 1.0, 1.2)], max_steps=6, progress=False)
     with pytest.raises(ValueError, match="along the direction") as error:
         family.calibrate(residuals(noisy(3.0)))
     first, second = map(float, str(error.value).partition("direction (")[2].partition(")")[0].split(", "))
