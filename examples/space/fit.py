@@ -44,7 +44,7 @@ def main() -> None:
     for nu, steps in ((0.2, 15), (0.08, 15), (0.045, 40)):
         optimizer.fit(terms_of(nu, 2500), steps)
     family = ParametricAdapter(base, terms_of, ranks=8, log=True)
-    print(family.fit(MEMBERS, steps=10, max_steps=40))
+    print(family.fit(MEMBERS, max_steps=40))
     family.save_pretrained(folder)
     save_file(
         {name: part.contiguous() for name, part in base.state_dict().items()},
