@@ -31,8 +31,8 @@ from .compress.slim import slim as compress
 from .hub.contents import AdapterContents, adapter_folders, read_adapter
 from .kan import modeling_kan  # noqa: F401  (registers KANModel with AutoModel)
 from .layers.registry import find_kan_layers
+from .modules.report import printable
 from .parametric.storage import FILE, read_family
-from .report import printable
 
 
 app = typer.Typer(

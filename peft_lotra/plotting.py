@@ -22,10 +22,10 @@ from .compress.updates import edge_scales
 from .layers.coefficients import CoefficientTensor
 from .layers.registry import find_kan_layers, find_layer
 from .layers.slim import call_with_coefficients
+from .least_squares.levenberg_marquardt import LevenbergMarquardtStep
 from .modules.calls import unwrap
 from .modules.checks import check_count
-from .optim.levenberg_marquardt import LevenbergMarquardtStep
-from .report import Report, TextTable
+from .modules.report import Report, TextTable
 from .tuner.layer import LoTRALayer, Target, grid_ends, lotra_layers
 from .tuner.targets import locate_target
 

@@ -14,7 +14,7 @@ from peft import get_peft_model
 
 from peft_lotra import LoTRAConfig, model_summary
 from peft_lotra.kan import KAN
-from peft_lotra.report import Report, TextTable, printable
+from peft_lotra.modules.report import Report, TextTable, printable
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..layers.registry import find_kan_layers, same_grid
 from ..modules.calls import check_module
-from ..report import Report, TextTable
+from ..modules.report import Report, TextTable
 from ..tucker import Ranks, Tucker, cap_ranks, tucker, tucker_scaled
 from ..tuner.config import LoTRAConfig, pattern_key
 from ..tuner.layer import lotra_layers

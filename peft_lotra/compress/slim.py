@@ -23,7 +23,7 @@ from ..layers.registry import find_kan_layers, known_kinds
 from ..layers.slim import SlimLayer
 from ..modules.calls import share_hooks, unwrap
 from ..modules.checks import check_number
-from ..report import Report, TextTable
+from ..modules.report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, tucker
 from ..tuner.targets import locate_target
 from .data_weights import Inputs, error_table, gather_weights, model_outputs

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..modules.calls import unwrap
 from ..modules.checks import as_number, check_number
-from ..report import Report, TextTable
+from ..modules.report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, check_ranks, hosvd
 from ..tuner.config import LoTRAConfig, pattern_key
 from ..tuner.gradients import gather_gradients

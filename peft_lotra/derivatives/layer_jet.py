@@ -19,7 +19,7 @@ from .chain_rule import bell_polynomials, row_counts
 from .splines import SplineFeatures
 
 
-# Jet rows of all points. `optim.least_squares` tries a function with more points than these.
+# Jet rows of all points. `least_squares.problem` tries a function with more points than these.
 PLAIN_UP_TO = 64
 
 

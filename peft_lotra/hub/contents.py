@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..modules.calls import PREFIX
-from ..report import Report, TextTable
+from ..modules.report import Report, TextTable
 from ..tucker import COMPONENTS, Tucker
 
 

@@ -18,7 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..modules.calls import PREFIX, read_at_rest, unwrap
-from ..report import Report, TextTable
+from ..modules.report import Report, TextTable
 from .candidates import KANCandidate, find_candidates
 from .compare import as_computed
 from .description import REGISTERED, KANLayerSpec, matches_nothing, registered_spec, spec_from_file

@@ -57,6 +57,11 @@ def read_at_rest(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def without_autocast(like: torch.Tensor) -> Any:
+    """A context in which an update keeps its digits: by autocast it would have three, beside a parameter's seven."""
+    return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
+
+
 def freeze_norms(model: nn.Module) -> None:
     """Puts norms with running statistics into evaluation mode, except those that `modules_to_save` trains."""
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]

@@ -3,9 +3,9 @@
 
 """Optimizers made for LoTRA: learning rates per component, and Levenberg-Marquardt."""
 
+from ..least_squares import LevenbergMarquardt, LevenbergMarquardtStep
 from .bank import BankAdamW, BankLevenbergMarquardt, BankStep
 from .learning_rates import create_lotra_optimizer, lotra_lr_multipliers
-from .levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
 
 
 __all__ = [

@@ -17,12 +17,12 @@ from torch.optim import Optimizer
 from ..bank.bank import AdapterBank
 from ..bank.layer import ROWS, BankModel, BankPass
 from ..kan.row_product import RowGroups, group_rows
+from ..least_squares.levenberg_marquardt import LARGEST_DAMPING, SMALLEST_DAMPING, damping_factor
+from ..least_squares.problem import Intercepted, check_terms, in_double, name_term
 from ..modules.calls import call_with_parameters
 from ..modules.checks import as_number
 from ..tucker import Tucker
 from .learning_rates import Policy, component_multipliers
-from .least_squares import Intercepted, check_terms, in_double, name_term
-from .levenberg_marquardt import LARGEST_DAMPING, SMALLEST_DAMPING, damping_factor
 
 
 class _BankOptimizer(Optimizer):

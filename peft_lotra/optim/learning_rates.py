@@ -17,7 +17,7 @@ from ..kan.slim_kan import SlimKANLinear
 from ..layers.slim import SlimLayer
 from ..modules.calls import unwrap
 from ..modules.checks import as_number, check_function, check_number
-from ..report import Report, TextTable
+from ..modules.report import Report, TextTable
 from ..tucker import Tucker
 from ..tuner.layer import LoTRALayer
 

@@ -27,10 +27,10 @@ from tqdm import tqdm
 from ..compress.updates import check_without_adapters
 from ..hub.card import README
 from ..hub.push import fetch_card, upload
+from ..least_squares.problem import trainable_parameters
 from ..modules.calls import LayerLock, call_with_parameters, check_module
 from ..modules.checks import check_count, check_function, check_number
 from ..modules.folders import replacing_files
-from ..optim.least_squares import trainable_parameters
 from ..tucker import Ranks
 from ..tuner.config import LoTRAConfig
 from .calibration import Calibration, minimize

@@ -15,8 +15,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..optim.least_squares import LeastSquares, Term, trainable_parameters
-from ..optim.normal_equations import LinearModel
+from ..least_squares.normal_equations import LinearModel
+from ..least_squares.problem import LeastSquares, Term, trainable_parameters
 from .held_out import inputs_of
 from .interpolation import Member, Point
 from .members import Problem, argument, residuals_of, write

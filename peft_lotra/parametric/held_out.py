@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..optim.least_squares import Term
+from ..least_squares.problem import Term
 from .interpolation import weights_at
 
 

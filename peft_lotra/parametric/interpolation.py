@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..modules.checks import as_number
-from ..report import Report, TextTable
+from ..modules.report import Report, TextTable
 
 
 Point = tuple[float, ...]

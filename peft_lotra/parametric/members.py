@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..least_squares.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
+from ..least_squares.problem import Term, check_residuals, check_terms, in_double, name_term, trainable_parameters
 from ..modules.calls import call_with_parameters
 from ..modules.checks import check_function
-from ..optim.least_squares import Term, check_residuals, check_terms, in_double, name_term, trainable_parameters
-from ..optim.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
 from .held_out import HeldOutPoints
 from .interpolation import Member, Point
 

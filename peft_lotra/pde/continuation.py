@@ -73,7 +73,7 @@ def continuation(
     Example:
         >>> import torch
         >>> from peft_lotra.kan import KAN, jet
-        >>> from peft_lotra.optim import LevenbergMarquardt
+        >>> from peft_lotra.least_squares import LevenbergMarquardt
         >>> from peft_lotra.pde import HardConstraint, box_points, continuation
         >>> model = HardConstraint(KAN([1, 4, 1]), lambda x: 1 - x**2).double()
         >>> x = box_points([-1], [1], 40)

@@ -19,11 +19,11 @@ from ..kan.knots import KnotMap
 from ..kan.layer import KANLinear, SplineLayer
 from ..kan.network import LayerStack, pairs
 from ..kan.refinement import refine_grid
+from ..least_squares.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
+from ..least_squares.problem import Intercepted, check_terms
 from ..modules.calls import check_module
 from ..modules.checks import as_number, check_count, check_function, check_number
-from ..optim.least_squares import Intercepted, check_terms
-from ..optim.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
-from ..report import Report, TextTable
+from ..modules.report import Report, TextTable
 from .adaptive import ResidualSampler, gradient_weights, knot_density, residual_norms
 from .boxes import box_points, check_box, side_points, sides_of_box
 from .constraints import HardConstraint, Part

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ..kan.row_product import PackedTucker, RowGroups, RowProduct, RowUpdates, group_rows
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.coefficients import get_or_none
+from ..layers.formula import Formula
 from ..modules.calls import runs_more_than_its_class
 from ..tucker import full_shape
-from .formula import Formula
 from .rows import ForwardPass, rows_of_each, run_by_name
 
 

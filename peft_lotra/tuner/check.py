@@ -13,10 +13,10 @@ from torch import nn
 
 from ..layers.candidates import describe_layer
 from ..layers.coefficients import expand_name
+from ..layers.formula import find_formula, find_obstacle
 from ..layers.probe import Probe
 from ..modules.calls import check_module, read_at_rest
-from ..report import Report, TextTable
-from .formula import find_formula, find_obstacle
+from ..modules.report import Report, TextTable
 from .layer import Target
 from .targets import locate_target
 

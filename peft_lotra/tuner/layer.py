@@ -17,14 +17,14 @@ from torch import nn
 
 from ..kan.basis import in_transform
 from ..layers.coefficients import CoefficientTensor
+from ..layers.formula import Formula, find_formula
 from ..layers.registry import Grid, KANLayerSpec, same_grid
-from ..modules.calls import LayerLock, attribute_by, call_with_parameters, freeze_norms, places
+from ..modules.calls import LayerLock, attribute_by, call_with_parameters, freeze_norms, places, without_autocast
 from ..tucker import COMPONENTS, Tucker, Update
 from .by_row import run_named_rows
 from .config import LoTRAConfig
-from .formula import Formula, find_formula
 from .initialization import GRADIENTS, initialize
-from .parameters import check_stored, gradients_kept, loaded, refuse_grid_change, without_autocast
+from .parameters import check_stored, gradients_kept, loaded, refuse_grid_change
 from .rows import FORWARD_PASS, ForwardPass
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,11 +44,6 @@ def refuse_grid_change(name: str, *args: Any, **kwargs: Any) -> None:
         f"`{name}` would change what the coefficients of the adapters mean. Merge them first (`merge_and_unload()`), "
         "or pass a move of the grid alone to `peft_lotra.refit_adapters(model, inputs, move)`."
     )
-
-
-def without_autocast(like: torch.Tensor) -> Any:
-    """A context in which an update keeps its digits: by autocast it would have three, beside a parameter's seven."""
-    return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
 
 
 @contextmanager

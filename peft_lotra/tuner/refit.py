@@ -19,7 +19,7 @@ from torch import nn
 from ..kan.basis import change_of_basis, spread_points
 from ..layers.registry import same_grid, short_name
 from ..modules.calls import call_with_parameters, check_module, modes_kept, unwrap
-from ..report import Report, TextTable
+from ..modules.report import Report, TextTable
 from ..tucker import Tucker, fit, relative_energy, tucker
 from .guards import base_layers_in_place
 from .layer import LoTRALayer, grid_ends, lotra_layers

@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 from ..layers.registry import get_kan_spec
-from ..modules.calls import share_hooks
+from ..modules.calls import share_hooks, without_autocast
 from ..tucker import Tucker, Update, direct_sum
 from .layer import LoTRALayer, Target
-from .parameters import without_autocast
 
 
 class SlimLoTRALayer(LoTRALayer):

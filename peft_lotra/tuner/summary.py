@@ -13,7 +13,7 @@ from torch import nn
 
 from ..layers.registry import find_kan_layers
 from ..modules.calls import unwrap
-from ..report import Report, TextTable
+from ..modules.report import Report, TextTable
 from .layer import lotra_layers
 
 

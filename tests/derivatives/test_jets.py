@@ -33,7 +33,7 @@ from peft_lotra.kan import (
     laplacian,
 )
 from peft_lotra.kan.input_map import InputMap
-from peft_lotra.optim.row_gradients import row_gradients
+from peft_lotra.least_squares.jacobian import row_gradients
 from peft_lotra.pde import BoxFeatures, HardConstraint
 
 

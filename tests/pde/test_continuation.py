@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.least_squares import LevenbergMarquardt
 from peft_lotra.pde import continuation
 
 

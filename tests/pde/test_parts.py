@@ -13,7 +13,7 @@ from jet_helpers import nested, network
 from torch import Tensor, nn
 
 from peft_lotra.kan import jet
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.least_squares import LevenbergMarquardt
 from peft_lotra.pde import BoxFeatures, HardConstraint, gradient_weights, knot_density
 
 

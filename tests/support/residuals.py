@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, jet
-from peft_lotra.optim.least_squares import LeastSquares, check_terms
+from peft_lotra.least_squares.problem import LeastSquares, check_terms
 
 
 def fit(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from residuals import network, terms
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.least_squares import LevenbergMarquardt
 
 
 Shard = Callable[[Tensor], Tensor]

@@ -11,7 +11,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from .least_squares import LeastSquares
+from .problem import LeastSquares
 
 
 class LinearModel:

@@ -15,7 +15,7 @@ from residuals import problem
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, KANLinear, SlimKAN, hessian, jet
-from peft_lotra.optim.row_gradients import MOST_COLUMNS
+from peft_lotra.least_squares.jacobian import MOST_COLUMNS
 from peft_lotra.pde import HardConstraint
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from process_groups import start_group
 from residuals import network, terms
 
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.least_squares import LevenbergMarquardt
 
 
 @pytest.fixture(scope="module")

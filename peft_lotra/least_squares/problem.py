@@ -20,7 +20,7 @@ from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from ..derivatives.torch_fallback import ExactNorms
 from ..modules.calls import call_with_parameters
 from ..modules.checks import as_number
-from .row_gradients import row_gradients
+from .jacobian import row_gradients
 from .shards import Shards
 
 

@@ -20,13 +20,12 @@ from torch import nn
 
 from ..kan.basis import SPLINE_ORDERS, UniformGrid
 from ..kan.product import spline_product
-from ..layers.coefficients import CoefficientTensor, get_or_none
-from ..layers.compare import agree, is_linear, points_around
-from ..layers.probe import moved, remembered
-from ..layers.registry import KANLayerSpec
-from ..modules.calls import call_with_parameters, runs_more_than_its_class
+from ..modules.calls import call_with_parameters, runs_more_than_its_class, without_autocast
 from ..tucker import Update, expand_inputs
-from .parameters import without_autocast
+from .coefficients import CoefficientTensor, get_or_none
+from .compare import agree, is_linear, points_around
+from .probe import moved, remembered
+from .registry import KANLayerSpec
 
 
 # What formula and layer may differ by, as a share of the largest output. In float64 an adapted layer starts as its

@@ -13,7 +13,7 @@ from residuals import network as deep_network
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, jet
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.least_squares import LevenbergMarquardt
 
 
 def points(rows: int = 70) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from helpers import adapt
 from residuals import network, problem, terms
 
-from peft_lotra.optim.normal_equations import LinearModel
+from peft_lotra.least_squares.normal_equations import LinearModel
 
 
 @pytest.mark.parametrize("points", [60, 400])
@@ -47,7 +47,7 @@ def test_jacobian_that_does_not_fit_is_recomputed(monkeypatch):
     least_squares = problem(model, data)
     residuals = least_squares.residuals(least_squares.start)
     at_once = LinearModel(least_squares, residuals, 1e-6)
-    monkeypatch.setattr("peft_lotra.optim.least_squares.CHUNK", 2**23)
+    monkeypatch.setattr("peft_lotra.least_squares.problem.CHUNK", 2**23)
     small = problem(model, data, memory=2**20)
     parts = LinearModel(small, residuals, 1e-6)
     assert at_once.jacobian is not None and parts.jacobian is None

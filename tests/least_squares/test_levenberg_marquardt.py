@@ -12,7 +12,7 @@ from helpers import adapt, assert_same, snapshot
 from residuals import fit, network, problem, terms
 from torch import Tensor, nn
 
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.least_squares import LevenbergMarquardt
 
 
 # Models

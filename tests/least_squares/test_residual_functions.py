@@ -15,7 +15,7 @@ from stand_ins import FastKANLayer
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, jet
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.least_squares import LevenbergMarquardt
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:`jet` knows no closed form", "ignore:std", "ignore:Adapters have more")

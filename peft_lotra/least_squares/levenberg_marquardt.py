@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..modules.calls import check_module
 from ..modules.checks import check_count, check_number
-from .least_squares import Known, LeastSquares, Term, check_terms, trainable_parameters
 from .normal_equations import LinearModel, bytes_of_matrices
+from .problem import Known, LeastSquares, Term, check_terms, trainable_parameters
 from .shards import Shards
 
 
