@@ -1,33 +1,42 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""LoTRA: low tensor-rank adaptation of Kolmogorov-Arnold networks, as a PEFT method. Importing it registers it."""
+"""LoTRA: low tensor-rank adaptation of Kolmogorov-Arnold networks, as a PEFT method. Importing it registers it.
 
+Without PEFT there are `kan`, `derivatives`, `least_squares`, `layers` and `pde` alone.
+"""
+
+from importlib.util import find_spec
 from typing import NoReturn
 
-from . import pde, plotting  # noqa: F401  (as attributes)
+from . import pde  # noqa: F401  (as an attribute)
 from ._version import __version__
-from .bank.bank import AdapterBank
-from .compress.extract import extract_lotra
-from .compress.slim import slim, to_dense
-from .compress.spectra import gradient_spectrum, suggest_ranks, update_spectrum
-from .hub.card import write_model_card
-from .hub.push import push_to_hub
-from .layers import known  # noqa: F401  (registers the known kinds of layers)
 from .layers.registry import KANLayerSpec, find_kan_layers, register_kan_layer
-from .optim.learning_rates import LoTRALearningRates, create_lotra_optimizer, lotra_lr_multipliers
-from .parametric import ParametricAdapter
-from .tuner import jets  # noqa: F401  (teaches `jet` what PEFT puts around KANs)
-from .tuner.check import check_kan_layer
-from .tuner.config import LoTRAConfig
-from .tuner.gradients import preprocess_lotra, start_from_gradient
-from .tuner.hotswap import hotswap_adapter
-from .tuner.layer import LoTRALayer
-from .tuner.model import LoTRAModel
-from .tuner.refit import refit_adapters
-from .tuner.registration import register
-from .tuner.saving import save_adapter
-from .tuner.summary import model_summary
+
+
+if find_spec("peft"):
+    from . import plotting  # noqa: F401  (as an attribute)
+    from .bank.bank import AdapterBank
+    from .compress.extract import extract_lotra
+    from .compress.slim import slim, to_dense
+    from .compress.spectra import gradient_spectrum, suggest_ranks, update_spectrum
+    from .hub.card import write_model_card
+    from .hub.push import push_to_hub
+    from .optim.learning_rates import LoTRALearningRates, create_lotra_optimizer, lotra_lr_multipliers
+    from .parametric import ParametricAdapter
+    from .tuner import jets  # noqa: F401  (teaches `jet` what PEFT puts around KANs)
+    from .tuner.check import check_kan_layer
+    from .tuner.config import LoTRAConfig
+    from .tuner.gradients import preprocess_lotra, start_from_gradient
+    from .tuner.hotswap import hotswap_adapter
+    from .tuner.layer import LoTRALayer
+    from .tuner.model import LoTRAModel
+    from .tuner.refit import refit_adapters
+    from .tuner.registration import register
+    from .tuner.saving import save_adapter
+    from .tuner.summary import model_summary
+
+    register(config_cls=LoTRAConfig, model_cls=LoTRAModel)
 
 
 __all__ = [
@@ -76,8 +85,7 @@ _GONE = {
 
 
 def __getattr__(name: str) -> NoReturn:
+    if name in __all__:
+        raise ImportError(f"`peft_lotra.{name}` needs PEFT, which is not installed. Install it by `pip install peft`.")
     gone = f"`peft_lotra.{name}` is gone: {_GONE[name]}." if name in _GONE else ""
     raise AttributeError(gone or f"module {__name__!r} has no attribute {name!r}")
-
-
-register(config_cls=LoTRAConfig, model_cls=LoTRAModel)

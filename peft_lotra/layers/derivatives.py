@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..derivatives.bases import FunctionBasis
 from ..derivatives.layers import evaluate_layer
-from ..derivatives.stages import Branch, Stage, is_known, join_stages, stages_of
+from ..derivatives.stages import Branch, Entry, Stage, is_known, join_stages, register, stages_of
 from ..derivatives.torch_fallback import elementwise_derivatives, jet_by_transforms
 from ..kan.basis import in_transform, silu_derivatives
 from ..kan.network import is_norm
@@ -241,3 +241,6 @@ def _trace(network: nn.Module) -> list[nn.Module] | None:
             return None
         last = returned
     return [module for module, *_ in events[:-1]]
+
+
+register(nn.Module, Entry(find_stages))

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..modules.calls import PREFIX, read_at_rest, unwrap
@@ -28,6 +27,9 @@ from .inference import infer_spec
 
 # Filled by known.py: files name these kinds without a description.
 BUILT_IN: dict[str, KANLayerSpec] = {}
+
+# Modules that the search for layers does not enter. `tuner.jets` adds PEFT's wrappers, which hold copies of modules.
+NOT_SEARCHED: list[type[nn.Module]] = [torch.jit.ScriptModule]
 
 
 def register_kan_layer(family: str, **description: Any) -> KANLayerSpec:
@@ -236,7 +238,7 @@ def walk_kan_layers(
     Left out are KAN layers inside of KAN layers and in the copies that PEFT's `modules_to_save` makes.
     """
     seen = set() if seen is None else seen
-    if id(module) in seen or isinstance(module, (AuxiliaryTrainingWrapper, torch.jit.ScriptModule)):
+    if id(module) in seen or isinstance(module, tuple(NOT_SEARCHED)):
         return
     seen.add(id(module))
     spec = None

@@ -1,18 +1,19 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Teaches `peft_lotra.kan.jet` what PEFT puts around KANs. Importing this module registers it."""
+"""Teaches `jet`, and the search for KAN layers, what PEFT puts around modules. Importing this module registers it."""
 
 from __future__ import annotations
 
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from ..derivatives.stages import Entry, Stage, register, stages_of
-from ..layers.derivatives import find_stages, layer_stage
+from ..layers.derivatives import layer_stage
+from ..layers.registry import NOT_SEARCHED
 from .layer import LoTRALayer
 
 
@@ -51,7 +52,7 @@ def _saved_module(wrapper: ModulesToSaveWrapper) -> nn.Module:
     return wrapper.modules_to_save[active[0]] if active else wrapper.original_module
 
 
-register(nn.Module, Entry(find_stages))
+NOT_SEARCHED.append(AuxiliaryTrainingWrapper)
 register(LoTRALayer, Entry(_lotra_layer))
 register(ParamWrapper, Entry(_lora_on_parameter))
 register(PeftModel, Entry(inner=lambda model: model.get_base_model()))

@@ -1,0 +1,131 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The lower half of the package, which solves PDEs, works without PEFT and imports nothing of the upper half."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import peft_lotra
+
+
+PACKAGE = Path(peft_lotra.__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
+LOWER_HALF = ["modules", "tucker", "kan", "derivatives", "least_squares", "layers", "pde"]
+
+# `None` stands for a package that is not installed: `import peft` fails, and `find_spec` returns None.
+WITHOUT_PEFT = f"""
+import sys
+sys.modules["peft"] = None
+sys.path.append({str(SUPPORT)!r})
+"""
+
+IMPORT_LOWER_HALF = f"""
+from importlib import import_module
+from pkgutil import walk_packages
+
+for wing in {LOWER_HALF}:
+    module = import_module("peft_lotra." + wing)
+    for _, name, _ in walk_packages(getattr(module, "__path__", []), module.__name__ + "."):
+        import_module(name)
+
+wings = [name.split(".")[1] for name in sys.modules if name.startswith("peft_lotra.")]
+print(*sorted(set(wings)))
+"""
+
+SOLVE_PDE = """
+import torch
+from peft_lotra.kan import jet
+from peft_lotra.pde import BoxDistance, solve
+
+def poisson(model, x):  # u'' = -1, u(0) = u(10) = 0
+    return jet(model, x)[2][0] + 1
+
+solution = solve(poisson, [0], [10], distance=BoxDistance([0], [10]), steps=14, progress=False)
+print(solution.model(torch.tensor([[5.0]], dtype=torch.float64)).item())
+"""
+
+DESCRIBE_FOREIGN_LAYER = """
+from peft_lotra import find_kan_layers
+from peft_lotra.derivatives.stages import stages_of
+from stand_ins import ChebyKANLayer
+
+layer = ChebyKANLayer(2, 3, 4)
+print(find_kan_layers(layer)[0].family, len(stages_of(layer)))
+"""
+
+IMPORT_FROM_UPPER_HALF = """
+try:
+    from peft_lotra import LoTRAConfig
+except ImportError as error:
+    print(error)
+"""
+
+
+def run_without_peft(script: str) -> str:
+    """Return what a script prints in a process that has no PEFT."""
+    command = [sys.executable, "-c", WITHOUT_PEFT + script]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def imported_names(file: Path) -> set[str]:
+    """Return the full names that a file imports, also inside of functions and by `import_module`."""
+    package = ".".join(file.relative_to(PACKAGE.parent).parent.parts)
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            names |= {f"{source}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and "import" in ast.unparse(node.func):
+            names |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
+    return names
+
+
+def test_the_lower_half_is_imported_without_peft():
+    """Every module of it; and none of them loads a module of the upper half."""
+    wings = run_without_peft(IMPORT_LOWER_HALF).split()
+
+    assert wings == sorted([*LOWER_HALF, "_version"])
+
+
+@pytest.mark.parametrize("wing", LOWER_HALF)
+def test_no_file_of_the_lower_half_imports_peft_or_the_upper_half(wing):
+    """At any depth of nesting, where importing the file would not show it."""
+    folder = PACKAGE / wing
+    files = list(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+
+    names = set().union(*map(imported_names, files))
+
+    assert names, "no imports were read"
+    assert "peft" not in {name.split(".")[0] for name in names}
+    wings = {name.split(".")[1] for name in names if name.startswith("peft_lotra.")}
+    assert wings <= set(LOWER_HALF)
+
+
+def test_a_pde_is_solved_without_peft():
+    """The exact solution x (10 - x) / 2 is 12.5 in the middle."""
+    middle = float(run_without_peft(SOLVE_PDE))
+
+    assert middle == pytest.approx(12.5, abs=0.1)
+
+
+def test_layers_of_other_libraries_are_known_without_peft():
+    """They are recognized, and `jet` differentiates them in closed form."""
+    assert run_without_peft(DESCRIBE_FOREIGN_LAYER) == "cheby-kan 1"
+
+
+def test_a_name_of_the_upper_half_says_that_peft_is_missing():
+    """With the name that was asked for, and how to install PEFT."""
+    message = run_without_peft(IMPORT_FROM_UPPER_HALF)
+
+    assert "`peft_lotra.LoTRAConfig` needs PEFT" in message
+    assert "pip install peft" in message
