@@ -112,8 +112,9 @@ def _locked(folder: str) -> Iterator[None]:
 def _acquire(path: str) -> IO[bytes]:
     """Return the open file of a lock once it belongs to this call."""
     for _ in range(1000):
-        # another save that ends may remove the folder of the lock, or the file that this one waits for
-        with suppress(FileNotFoundError):
+        # another save that ends may remove the folder of the lock, or the file that this one waits for; `makedirs`
+        # calls a folder that is removed while it looks at it an existing file
+        with suppress(FileNotFoundError, FileExistsError):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             file = open(path, "wb")
             _wait_for(file)

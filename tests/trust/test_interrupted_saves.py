@@ -240,6 +240,23 @@ def test_saves_of_several_processes_into_one_folder_are_whole(tmp_path):
     assert sorted(os.listdir(tmp_path / "folder")) == ["first", "second"]
 
 
+def test_a_folder_that_another_save_removes_is_made_again(tmp_path, monkeypatch):
+    """A save that ends removes the folder of the lock just after the next one found that it exists."""
+    mkdir, removed = os.mkdir, []
+
+    def find_then_lose(path: str, *args) -> None:
+        if Path(path).name == "peft_lotra" and not removed:
+            removed.append(path)
+            raise FileExistsError(path)
+        mkdir(path, *args)
+
+    monkeypatch.setattr(os, "mkdir", find_then_lose)
+    with replacing_files(tmp_path) as stage:
+        (Path(stage) / "file").write_text("new")
+
+    assert removed and (tmp_path / "file").read_text() == "new"
+
+
 def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
     path = tmp_path / "file"
     path.write_text("mine")
