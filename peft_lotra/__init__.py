@@ -69,23 +69,8 @@ __all__ = [
     "write_model_card",
 ]
 
-_GONE = {
-    "ExtractionReport": "`extract_lotra` makes it; import it from `peft_lotra.compress.extract`",
-    "FamilyReport": "`ParametricAdapter.fit` returns it; import it from `peft_lotra.parametric`",
-    "FoundKANLayer": "`find_kan_layers` returns it; import it from `peft_lotra.layers.registry`",
-    "KANCandidate": "`find_kan_layers` returns it; import it from `peft_lotra.layers.candidates`",
-    "KANLayerReport": "`check_kan_layer` returns it; import it from `peft_lotra.tuner.check`",
-    "ModelSummary": "`model_summary` returns it; import it from `peft_lotra.tuner.summary`",
-    "Prediction": "`ParametricAdapter.predict` returns it; import it from `peft_lotra.parametric`",
-    "RefitReport": "`refit_adapters` returns it; import it from `peft_lotra.tuner.refit`",
-    "SlimReport": "`slim` makes it; import it from `peft_lotra.compress.slim`",
-    "Spectrum": "`update_spectrum` returns it; import it from `peft_lotra.compress.spectra`",
-    "enable_mixed": "inject the other method by PEFT's `inject_adapter_in_model` (docs/recipes/lotra_and_lora.md)",
-}
-
 
 def __getattr__(name: str) -> NoReturn:
     if name in __all__:
         raise ImportError(f"`peft_lotra.{name}` needs PEFT, which is not installed. Install it by `pip install peft`.")
-    gone = f"`peft_lotra.{name}` is gone: {_GONE[name]}." if name in _GONE else ""
-    raise AttributeError(gone or f"module {__name__!r} has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -77,13 +77,7 @@ _kind(
     f"relu-conv | relukan_conv.0 phase_low | relukan_conv.*.weight o (i k) ... | {_BASE} | | phase_low phase_high",
     **_GROUPED,
 )
-# of older files: scale and translation stay as they are
 _WAVELETS = "wavelet_conv.*.wavelet_weights.weight o i ..."
-_kind(
-    f"wav-conv | wavelet_conv.0.wavelet_weights.weight | {_WAVELETS} | {_BASE} | "
-    "| wavelet_conv.*.scale wavelet_conv.*.translation",
-    **_GROUPED,
-)
 for _dims in (1, 2, 3):
     _edges = " ".join(["() o i", *["()"] * _dims])
     _kind(

@@ -106,7 +106,7 @@ def get_recorded_spec(layer: nn.Module, record: Mapping[str, Any] | None) -> KAN
         return spec
     if description is not None:  # of a layer of no registered kind, as the version read it that wrote the file
         return spec_from_file(name, description)
-    if name in REGISTERED:  # of an older version, before a kind was split
+    if name in REGISTERED:  # a kind that was registered later takes the layer too
         return registered_spec(layer, [REGISTERED[name]]) or spec
     raise ValueError(
         f"The adapter is for KAN layers of the kind {name!r}, which its file does not describe. Call "

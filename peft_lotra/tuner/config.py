@@ -38,10 +38,7 @@ _NAMES_IN_LORA = {
     "use_rslora": "LoTRA scales the update by `alpha` alone, for any rank: leave it out.",
     "bias": "LoTRA adapts no biases: leave it out, or train whole modules by `modules_to_save`.",
     "target_parameters": "LoTRA finds the parameters of a KAN layer itself: name the layers in `target_modules`.",
-    "save_norm_stats": "Running statistics are frozen with the base: name norms to train in `modules_to_save`.",
 }
-# Entries that files of earlier versions have and that mean nothing any more.
-_FORMER_ENTRIES = ("integrity", "base_digest", "save_norm_stats")
 
 
 def _is_number(value: Any) -> bool:
@@ -242,7 +239,7 @@ class LoTRAConfig(PeftConfig):
         # No fields, so neither saved nor compared. PEFT writes the names that it finds into `target_modules`, and the
         # object may serve another model.
         self.targets_all_kan = self.target_modules in (None, ALL_KAN)
-        self.source: Source | None = None  # of tensors that are to be read; files of 0.1.0 have no `base_layers`
+        self.source: Source | None = None  # of tensors that are to be read
         self.names_in_model: dict[str, str] = {}  # the names in the model of the layers that a file names
         # What a save writes: the ranks of each layer that `r=None` chose, and `base_layers`. That field itself would
         # make this the configuration of a file.
@@ -302,14 +299,6 @@ class LoTRAConfig(PeftConfig):
         if isinstance(config, LoTRAConfig):
             config.source = Source(path, subfolder, hub_kwargs, bool(others.get("ignore_mismatched_sizes", False)))
         return config
-
-    @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        kwargs = super().check_kwargs(**kwargs)
-        mapping = kwargs.get("auto_mapping")
-        if isinstance(mapping, dict) and mapping.get("parent_library") == "peft_lotra.kan.slim":  # where SlimKAN was
-            kwargs["auto_mapping"] = {**mapping, "parent_library": "peft_lotra.kan"}
-        return {name: value for name, value in kwargs.items() if name not in _FORMER_ENTRIES}
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()

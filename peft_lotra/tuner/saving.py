@@ -29,9 +29,6 @@ from .layer import Target, further_names, lotra_layers
 from .targets import exact_targets
 
 
-_FORMER_STATS = (".lotra_running_mean", ".lotra_running_var", ".lotra_num_batches_tracked")
-
-
 def read_tensors(source: Source, sha256: str | None = None) -> dict[str, Tensor]:
     """The tensors of a saved adapter, by name; warns if their SHA-256 is not the one given.
 
@@ -84,8 +81,7 @@ def check_tensors(
     for name, tensor in tensors.items():
         shape = expected.get(name)
         if name not in expected:
-            if not name.endswith(_FORMER_STATS):
-                wrong.append(f"{name} belongs to no adapter of this model")
+            wrong.append(f"{name} belongs to no adapter of this model")
         elif shape is not None and tuple(tensor.shape) != shape and not allows_other_shapes:
             wrong.append(f"{name} has the shape {tuple(tensor.shape)} instead of {shape}")
         elif shape is not None and (not tensor.is_floating_point() or tensor.itemsize < 2):
@@ -138,29 +134,24 @@ def check_state_dict(state_dict: Mapping[str, Tensor]) -> None:
 def prepare_for_load(state_dict: Mapping[str, Tensor], model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """The tensors to load into an adapter that exists, by their names in the model.
 
-    Running statistics in files of earlier versions become those of the norms. Layers that a model has under several
-    names are given under each.
+    Layers that a model has under several names are given under each.
 
     Raises:
         ValueError: A tensor is a parameter of the base.
     """
-    found, others = {}, []
-    for name, tensor in state_dict.items():
-        end = next((end for end in _FORMER_STATS if end + "." in name or name.endswith(end)), None)
-        if end is not None:
-            name = name.rpartition(end)[0] + end.replace("lotra_", "")
-        elif ".lotra_" not in name and ".modules_to_save." not in name:
-            others.append(name)
-        found[name] = tensor
+    others = [name for name in state_dict if ".lotra_" not in name and ".modules_to_save." not in name]
     of_base = model.state_dict().keys() & others if others else ()
     raise_if_any(
         "The state dict is not that of an adapter", [f"{name} is a parameter of the base" for name in of_base]
     )
+
+    tensors = dict(state_dict)
     for name, first in further_names(model).items():
         for component in COMPONENTS:
-            if (key := f"{first}.{component}.{adapter_name}") in found:
-                found.setdefault(f"{name}.{component}.{adapter_name}", found[key])
-    return found
+            key = f"{first}.{component}.{adapter_name}"
+            if key in tensors:
+                tensors.setdefault(f"{name}.{component}.{adapter_name}", tensors[key])
+    return tensors
 
 
 def mismatches(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> list[str]:

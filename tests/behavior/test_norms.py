@@ -4,14 +4,12 @@
 """The base is frozen, and so are the running statistics of its norms, unless they are in `modules_to_save`; modes."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 from behaving import X, adapted
 from helpers import train
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
-from safetensors.torch import load_file
 from stand_ins import OldEfficientKANLayer
 from torch import nn
 
@@ -66,16 +64,6 @@ def test_in_modules_to_save(tmp_path):
     merged = loaded.merge_and_unload()
     torch.testing.assert_close(merged(X), y)
     assert isinstance(merged[2].norm, nn.BatchNorm1d)
-
-
-def test_files_of_earlier_versions():
-    """Their running statistics become those of the norms."""
-    folder = Path(__file__).parents[1] / "legacy" / "norm_stats"
-    base = nn.Sequential(KANLinear(3, 4), nn.BatchNorm1d(4), KANLinear(4, 2)).eval()
-    base.load_state_dict(load_file(folder / "base.safetensors"))
-    model = PeftModel.from_pretrained(base, folder)
-    saved = load_file(folder / "outputs.safetensors")
-    torch.testing.assert_close(model(saved["inputs"]), saved["adapted"])
 
 
 def test_a_norm_without_statistics_is_left_alone():

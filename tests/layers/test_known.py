@@ -103,17 +103,17 @@ def test_does_not_find_copies_that_are_trained_whole(place):
     assert names(model) == [name for name in before if place not in name]
 
 
-def test_few_functions_have_their_factors_adapted_and_older_files_load(tmp_path, monkeypatch):
+def test_few_functions_have_their_factors_adapted_and_files_of_the_wider_kind_load(tmp_path, monkeypatch):
     def build():
         torch.manual_seed(0)
         return nn.Sequential(FAMILIES["efficient-kan"](3, 4, grid_size=2, spline_order=1), nn.Linear(4, 2))
 
     x = inputs()
     with monkeypatch.context() as before:
-        before.delitem(registry.REGISTERED, "efficient-kan-few")  # as an older version knew it
-        older = adapt(build())
-        y = older(x)
-        older.save_pretrained(tmp_path)
+        before.delitem(registry.REGISTERED, "efficient-kan-few")  # as long as only the wider kind was registered
+        wider = adapt(build())
+        y = wider(x)
+        wider.save_pretrained(tmp_path)
     assert get_kan_spec(build()[0]).family == "efficient-kan-few"
     torch.testing.assert_close(PeftModel.from_pretrained(build(), tmp_path).eval()(x), y)
     merged = saved_and_merged(build, x, tmp_path)
