@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import operator
-import warnings
 from collections.abc import Callable, Sequence
 from operator import mul
 from typing import Any, NamedTuple
@@ -185,22 +184,31 @@ def direct_sum(tensors: Sequence[Tucker]) -> Tucker:
 
 @torch.no_grad()
 def tucker(tensor: torch.Tensor, ranks: tuple[int, ...]) -> Tucker:
-    """The best Tucker approximation that higher-order orthogonal iteration (HOOI) finds, started from the HOSVD.
+    """Compute a Tucker approximation by higher-order orthogonal iteration (HOOI), started from the HOSVD.
 
-    No rank is above the size of its mode. The factors have orthonormal columns. HOOI runs in float64, and the result
-    has the dtype and the device of the tensor.
+    Each sweep replaces every factor by the leading left singular vectors of the unfolding that the other factors
+    project. No rank is above the size of its mode. The factors have orthonormal columns. HOOI runs in float64 on the
+    CPU, and the result has the dtype and the device of the tensor.
     """
-    import tensorly.decomposition  # not at the top: scipy would double the time that importing the package takes
+    target = tensor.detach().double().cpu()
+    core, *factors = truncated_hosvd(target, ranks)
+    norm = target.norm()
+    error = float("inf")
+    for _ in range(20):
+        for mode, rank in enumerate(ranks):
+            projected = target
+            for other, factor in enumerate(factors):
+                projected = projected.movedim(0, -1)
+                if other != mode:
+                    projected = projected @ factor
+            factors[mode] = _leading_vectors(projected.movedim(mode, 0), rank)
+        core = projected @ factors[-1]
 
-    array = tensor.detach().double().cpu().numpy()
-    # whatever backend the user of tensorly has set; pyright does not see the attributes that tensorly adds to itself
-    backend = tensorly.backend_context("numpy", local_threadsafe=True)  # pyright: ignore[reportAttributeAccessIssue]
-    with backend, warnings.catch_warnings():
-        # of a zero tensor, and of ranks above the product of the others, for which any orthonormal columns will do
-        warnings.simplefilter("ignore")
-        options = {"init": "svd", "n_iter_max": 20, "tol": 1e-6, "random_state": 0}  # not numpy's global generator
-        core, factors = tensorly.decomposition.tucker(array, rank=list(ranks), **options)
-    return Tucker(*(torch.tensor(part, dtype=tensor.dtype, device=tensor.device) for part in (core, *factors)))
+        # the factors are orthonormal
+        previous, error = error, (norm**2 - core.norm() ** 2).clamp(min=0).sqrt()
+        if abs(previous - error) <= 1e-6 * norm:
+            break
+    return Tucker(core, *factors).map(lambda component: component.to(tensor.device, tensor.dtype))
 
 
 @torch.no_grad()
@@ -222,11 +230,19 @@ def truncated_hosvd(tensor: torch.Tensor, ranks: tuple[int, ...]) -> Tucker:
     No rank is above the size of its mode. Unlike those of `hosvd`, ranks may be above the product of the others.
     """
     tensor = tensor.detach().double()
-    unfoldings = [tensor.movedim(mode, 0).flatten(1) for mode in range(tensor.dim())]
-    # of the Gram matrix all eigenvectors cost little, in ascending order
-    bases = [torch.linalg.eigh(part @ part.T).eigenvectors.flip(1) for part in unfoldings]
-    factors = [basis[:, :rank].contiguous() for basis, rank in zip(bases, ranks, strict=True)]
+    factors = [_leading_vectors(tensor.movedim(mode, 0), rank) for mode, rank in enumerate(ranks)]
     return Tucker(reconstruct(tensor, *(factor.T for factor in factors)), *factors)
+
+
+def _leading_vectors(tensor: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return the leading left singular vectors of the unfolding of the first mode.
+
+    A rank above the number of columns takes further orthonormal vectors, which may be any.
+    """
+    unfolding = tensor.flatten(1)
+    # the triangle has the same left singular vectors; the right ones would cost more
+    triangle = torch.linalg.qr(unfolding.T, mode="r").R.T
+    return torch.linalg.svd(triangle, full_matrices=rank > triangle.shape[1]).U[:, :rank].contiguous()
 
 
 @torch.enable_grad()

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import tensorly
+import tensorly.decomposition
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -128,9 +129,36 @@ def test_truncation_of_orthogonal_factors_is_that_of_the_tensor(case):
     assert (tensor.truncated(9).dense() - tensor.dense()).norm() < 1e-9
 
 
-def test_tucker_on_any_backend_keeps_the_dtype_and_takes_zeros():
-    tensorly.set_backend("pytorch")
-    assert tucker(random_tucker().dense().float(), (2, 3, 2)).core.dtype == torch.float32
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "shape, ranks",
+    [((64, 16, 8), (4, 4, 4)), ((16, 1, 5), (4, 1, 4)), ((7, 13, 11), (1, 1, 1)), ((12, 9, 5, 9), (2, 3, 2, 4))],
+)
+def test_tucker_is_as_close_to_a_tensor_as_tensorly(shape, ranks, dtype):
+    torch.manual_seed(0)
+    tensor = random_tucker(shape, ranks).dense()
+    tensor = (tensor / tensor.norm() + 0.3 * torch.randn(shape).double() / tensor.numel() ** 0.5).to(dtype)
+    with tensorly.backend_context("pytorch"):
+        reference = tensorly.decomposition.tucker(tensor.double(), ranks, n_iter_max=20, tol=1e-6)
+        expected = (tensorly.tucker_to_tensor(reference) - tensor).norm()
+
+    approximation = tucker(tensor, ranks)
+
+    assert approximation.ranks == ranks and approximation.core.dtype == dtype
+    for factor in approximation.factors:
+        torch.testing.assert_close(factor.T @ factor, torch.eye(factor.shape[1], dtype=dtype))
+    error = (approximation.dense() - tensor).double().norm()
+    torch.testing.assert_close(error, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [(7, 1, 2), (7, 2, 3)])
+def test_ranks_above_the_product_of_the_others_have_orthonormal_factors(ranks):
+    factor = tucker(torch.randn(8, 2, 3), ranks).factor_out
+
+    torch.testing.assert_close(factor.T @ factor, torch.eye(7))
+
+
+def test_the_approximation_of_zeros_is_zero():
     assert not tucker(torch.zeros(3, 4, 5), (2, 2, 2)).dense().any()
 
 

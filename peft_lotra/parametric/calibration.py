@@ -54,7 +54,7 @@ def minimize(
 ) -> tuple[Point, np.ndarray, float]:
     """The parameter in the range of the members with the least sum of squared residuals, its covariance, and the
     standard deviation of the residuals. A ValueError if data do not determine it."""
-    from scipy.optimize import least_squares  # a dependency of tensorly; slow to import
+    from scipy.optimize import least_squares  # slow to import
 
     dim, members = space.places.shape[1], list(range(len(space.members)))
     low, high = space.places.amin(0), space.places.amax(0)

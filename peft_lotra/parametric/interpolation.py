@@ -211,7 +211,7 @@ def is_inside(points: Tensor, at: Tensor) -> bool:
     """Whether a place (dim,) lies in the convex hull of points (m, dim)."""
     if points.shape[1] == 1:
         return bool(points.min() - _INSIDE <= at[0] <= points.max() + _INSIDE)
-    from scipy.optimize import nnls  # a dependency of tensorly; slow to import
+    from scipy.optimize import nnls  # slow to import
 
     # a convex combination: non-negative weights whose sum is 1
     matrix = torch.cat([points, torch.ones_like(points[:, :1])], dim=1).T.numpy()
