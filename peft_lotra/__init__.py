@@ -22,7 +22,7 @@ if find_spec("peft"):
     from .compress.spectra import gradient_spectrum, suggest_ranks, update_spectrum
     from .hub.card import write_model_card
     from .hub.push import push_to_hub
-    from .optim.learning_rates import LoTRALearningRates, create_lotra_optimizer, lotra_lr_multipliers
+    from .optim.learning_rates import create_lotra_optimizer
     from .parametric import ParametricAdapter
     from .tuner import jets  # noqa: F401  (teaches `jet` what PEFT puts around KANs)
     from .tuner.check import check_kan_layer
@@ -44,7 +44,6 @@ __all__ = [
     "KANLayerSpec",
     "LoTRAConfig",
     "LoTRALayer",
-    "LoTRALearningRates",
     "LoTRAModel",
     "ParametricAdapter",
     "__version__",
@@ -54,7 +53,6 @@ __all__ = [
     "find_kan_layers",
     "gradient_spectrum",
     "hotswap_adapter",
-    "lotra_lr_multipliers",
     "model_summary",
     "preprocess_lotra",
     "push_to_hub",

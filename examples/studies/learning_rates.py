@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from peft_lotra import LoTRAConfig, find_kan_layers, lotra_lr_multipliers, start_from_gradient
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, find_kan_layers, start_from_gradient
 from peft_lotra.kan import KAN
 from peft_lotra.layers.registry import get_kan_spec
 
@@ -179,16 +179,19 @@ def groups_of(model: nn.Module, policy: str, lr: float) -> list[dict]:
     groups, rule = [], policy.removeprefix("gradient, ")
     power = {"roots": 0.5, "ranks": 1.0}.get(rule, 0.0)
     of_package = policy == "gradient"
-    for line in lotra_lr_multipliers(model, "width" if of_package else "uniform"):
-        rate, size = lr * line.multiplier, line.shape[0]
-        if not of_package and rule not in ("uniform", "grown") and line.component in ("factor_out", "factor_in"):
-            rate *= math.sqrt(16 / max(size, 16))
-        if line.component == "core":
-            rate *= (16 / math.prod(line.shape[1:])) ** power
-        elif line.component == "factor_out":
-            rate *= (4 / line.shape[1]) ** power
-            rate *= math.sqrt(max(size, 16) / 16) if rule == "grown" else 1.0
-        groups.append({"params": [line.parameter], "lr": rate, "component": line.component})
+    optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=lr, policy="width" if of_package else "uniform")
+    for group in optimizer.param_groups:
+        component = group["name"].partition("/")[0]
+        for parameter in group["params"]:
+            rate, size = group["lr"], len(parameter)
+            if not of_package and rule not in ("uniform", "grown") and component in ("factor_out", "factor_in"):
+                rate *= math.sqrt(16 / max(size, 16))
+            if component == "core":
+                rate *= (16 / math.prod(parameter.shape[1:])) ** power
+            elif component == "factor_out":
+                rate *= (4 / parameter.shape[1]) ** power
+                rate *= math.sqrt(max(size, 16) / 16) if rule == "grown" else 1.0
+            groups.append({"params": [parameter], "lr": rate, "component": component})
     return groups
 
 

@@ -5,7 +5,7 @@
 
 from ..least_squares import LevenbergMarquardt, LevenbergMarquardtStep
 from .bank import BankAdamW, BankLevenbergMarquardt, BankStep
-from .learning_rates import create_lotra_optimizer, lotra_lr_multipliers
+from .learning_rates import create_lotra_optimizer
 
 
 __all__ = [
@@ -15,5 +15,4 @@ __all__ = [
     "LevenbergMarquardt",
     "LevenbergMarquardtStep",
     "create_lotra_optimizer",
-    "lotra_lr_multipliers",
 ]

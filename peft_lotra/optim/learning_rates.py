@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -17,7 +16,6 @@ from ..kan.slim_kan import SlimKANLinear
 from ..layers.slim import SlimLayer
 from ..modules.calls import unwrap
 from ..modules.checks import as_number, check_function, check_number
-from ..modules.report import Report, TextTable
 from ..tucker import Tucker
 from ..tuner.layer import LoTRALayer
 
@@ -26,89 +24,6 @@ Policy = Literal["width", "uniform"] | Mapping[str, float]
 
 REFERENCE_WIDTH, REFERENCE_RANK = 16, 4  # up to which policy "width" is policy "uniform"
 FROM_GRADIENT = {"core": 0.1, "factor_out": 0.5}  # policy "width" multiplies with these after such a start
-
-
-@dataclass(frozen=True)
-class LoTRALearningRate:
-    """One line of the table: a component of one adapter in one layer."""
-
-    module: str  # the name of the layer, as `find_kan_layers` gives it
-    adapter: str  # empty for a Slim layer
-    component: str  # "core", "factor_out", "factor_in", "factor_basis" or "factor_kernel"
-    shape: tuple[int, ...]
-    group: str  # the name of the parameter group, e.g. "factor_in/64"
-    multiplier: float
-    parameter: Tensor = field(repr=False, compare=False)
-
-
-class LoTRALearningRates(Report, list[LoTRALearningRate]):
-    """The result of `lotra_lr_multipliers`, a list of [`LoTRALearningRate`]; prints as a table."""
-
-    def _table(self) -> TextTable:
-        rows = [[x.module, x.adapter, x.component, str(x.shape), f"{x.multiplier:.4g}"] for x in self]
-        return TextTable(["module", "adapter", "component", "shape", "multiplier"], rows)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The lines in plain values, without the parameters, for JSON."""
-        lines = [{name: value for name, value in vars(line).items() if name != "parameter"} for line in self]
-        return {"components": lines}
-
-
-def lotra_lr_multipliers(
-    model: nn.Module, policy: Policy = "width", optimizer_cls: Callable[..., Optimizer] | None = None
-) -> LoTRALearningRates:
-    """The factors that `create_lotra_optimizer` multiplies the learning rate with, for each trainable component.
-
-    Args:
-        model: A model with LoTRA or Slim layers.
-        policy, optimizer_cls: As for [`create_lotra_optimizer`]; without a class the rates of Adam.
-
-    Returns:
-        A list of [`LoTRALearningRate`], which prints as a table.
-
-    Raises:
-        ValueError: `policy` is unknown, or no LoTRA component of the model can be trained.
-
-    Example:
-        >>> from peft_lotra.kan import SlimKAN
-        >>> print(lotra_lr_multipliers(SlimKAN([64, 16], ranks=2)))
-        module    adapter  component     shape      multiplier
-        layers.0           core          (2, 2, 2)  1
-        layers.0           factor_out    (16, 2)    1
-        layers.0           factor_in     (64, 2)    0.5
-        layers.0           factor_basis  (9, 2)     1
-    """
-    # the name counts, also of classes that follow torch.optim.SGD without deriving from it
-    is_sgd = not {"SGD", "ASGD"}.isdisjoint(cls.__name__ for cls in getattr(optimizer_cls, "__mro__", ()))
-    network = unwrap(model)
-    started = _started_from_gradient(network)
-    table = LoTRALearningRates()
-    for name, layer in network.named_modules():
-        if isinstance(layer, LoTRALayer):
-            adapters = {adapter: layer.get_components(adapter) for adapter in layer.lotra_core}
-        elif isinstance(layer, (SlimKANLinear, SlimLayer)):
-            adapters = {"": layer.components}
-        else:
-            continue
-        widths = {"factor_out": layer.out_features, "factor_in": layer.in_features}
-        for adapter, parameters in adapters.items():
-            # a Slim layer has nothing to start from: its factors are the layer
-            ranks = tuple(parameters[0].shape) if adapter else ()
-            multipliers = component_multipliers(policy, widths, ranks, is_sgd, (layer, adapter) in started)
-            # `factor_kernel`, the last, is not in all layers
-            for component, parameter in zip(Tucker._fields, parameters, strict=False):
-                if not parameter.requires_grad:
-                    continue
-                group = f"{component}/{widths[component]}" if component in widths else component
-                shape, multiplier = tuple(parameter.shape), float(multipliers.get(component, 1.0))
-                table.append(LoTRALearningRate(name, adapter, component, shape, group, multiplier, parameter))
-    if not table:
-        raise ValueError(
-            f"No component of a LoTRA or Slim layer of the {type(model).__name__} requires a gradient. Adapt it by "
-            "`get_peft_model(model, LoTRAConfig(...))`, load the adapter with `is_trainable=True`, or activate it by "
-            "`model.set_adapter(name)`."
-        )
-    return table
 
 
 def component_multipliers(
@@ -152,6 +67,28 @@ def _started_from_gradient(network: nn.Module) -> set[tuple[nn.Module, str]]:
         if getattr(config, "init_weights", None) == "gradient"
         for layer in owner.modules()
     }
+
+
+def _trained_components(model: nn.Module, policy: Policy, is_sgd: bool) -> Iterator[tuple[str, float, Tensor]]:
+    """Yield the group, the multiplier and the parameter of each component that requires a gradient."""
+    network = unwrap(model)
+    started = _started_from_gradient(network)
+    for layer in network.modules():
+        if isinstance(layer, LoTRALayer):
+            adapters = {adapter: layer.get_components(adapter) for adapter in layer.lotra_core}
+        elif isinstance(layer, (SlimKANLinear, SlimLayer)):
+            adapters = {"": layer.components}
+        else:
+            continue
+        widths = {"factor_out": layer.out_features, "factor_in": layer.in_features}
+        for adapter, parameters in adapters.items():
+            # a Slim layer has nothing to start from: its factors are the layer
+            ranks = tuple(parameters[0].shape) if adapter else ()
+            multipliers = component_multipliers(policy, widths, ranks, is_sgd, (layer, adapter) in started)
+            for component, parameter in parameters._asdict().items():
+                if parameter.requires_grad:
+                    group = f"{component}/{widths[component]}" if component in widths else component
+                    yield group, float(multipliers.get(component, 1.0)), parameter
 
 
 def create_lotra_optimizer(
@@ -205,12 +142,20 @@ def create_lotra_optimizer(
     """
     check_function(optimizer_cls, "optimizer_cls")
     check_number(lr, "lr", "(0, inf)")
-    table = lotra_lr_multipliers(model, policy, optimizer_cls)
+    # the name counts, also of classes that follow torch.optim.SGD without deriving from it
+    is_sgd = not {"SGD", "ASGD"}.isdisjoint(cls.__name__ for cls in getattr(optimizer_cls, "__mro__", ()))
     groups: dict[tuple[str, float], dict[str, Any]] = {}
-    for line in table:
-        new = {"name": line.group, "params": [], "lr": lr * line.multiplier}
-        groups.setdefault((line.group, line.multiplier), new)["params"].append(line.parameter)
-    components = {id(line.parameter) for line in table}
+    components = set()
+    for name, multiplier, parameter in _trained_components(model, policy, is_sgd):
+        group = groups.setdefault((name, multiplier), {"name": name, "params": [], "lr": lr * multiplier})
+        group["params"].append(parameter)
+        components.add(id(parameter))
+    if not groups:
+        raise ValueError(
+            f"No component of a LoTRA or Slim layer of the {type(model).__name__} requires a gradient. Adapt it by "
+            "`get_peft_model(model, LoTRAConfig(...))`, load the adapter with `is_trainable=True`, or activate it by "
+            "`model.set_adapter(name)`."
+        )
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in components]
     other = [{"name": "other", "params": others, "lr": lr}] if others else []
     return optimizer_cls([*groups.values(), *other], lr=lr, **kwargs)

@@ -13,7 +13,7 @@ from torch import nn
 
 from peft_lotra import LoTRAConfig, start_from_gradient
 from peft_lotra.kan import KAN
-from peft_lotra.optim import create_lotra_optimizer, lotra_lr_multipliers
+from peft_lotra.optim import create_lotra_optimizer
 
 
 def wide() -> nn.Module:
@@ -24,9 +24,17 @@ def groups_of(optimizer: torch.optim.Optimizer) -> dict[str, dict]:
     return {group["name"]: group for group in optimizer.param_groups}
 
 
-def multipliers(model: nn.Module, *args, **kwargs) -> dict[tuple[str, str], float]:
-    table = lotra_lr_multipliers(model, *args, **kwargs)
-    return {(line.module.rpartition("layers.")[2], line.component): line.multiplier for line in table}
+def multipliers(model: nn.Module, policy="width", optimizer_cls=torch.optim.Adam) -> dict[tuple[str, str], float]:
+    """The rates of the components of each layer at lr=1."""
+    optimizer = create_lotra_optimizer(model, optimizer_cls, lr=1.0, policy=policy)
+    rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter in rates:
+            layer, component, _ = name.rpartition("layers.")[2].split(".")
+            found[layer, component.removeprefix("lotra_")] = rates[parameter]
+    return found
 
 
 def test_policy_width_for_adam():
