@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import hashlib
-import math
-import numbers
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -19,12 +17,14 @@ from peft.utils.other import get_pattern_key
 
 from ..hub.card import write_card
 from ..layers.coefficients import CoefficientTensor
+from ..modules.checks import check_number
 from ..modules.folders import stage_of
 from ..tucker import Ranks, Tucker, cap_ranks, check_ranks, default_ranks, full_shape
 
 
 ALL_KAN = "all-kan"
 CHECK_BASE = ("error", "warn", "ignore")
+_FINITE = "(-inf, inf)"
 _FORMAT = 1  # of the files; a version that changes what they mean counts it up
 
 Config = TypeVar("Config", bound=type)
@@ -41,16 +41,12 @@ _NAMES_IN_LORA = {
 }
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+def _listed(value: Any) -> list:
+    return list(value) if isinstance(value, (list, tuple, set)) else [value]
 
 
 def _are_names(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, (list, tuple, set)) and all(type(it) is str for it in value))
-
-
-def _listed(value: Any) -> list:
-    return list(value) if isinstance(value, (list, tuple, set)) else [value]
+    return all(type(name) is str for name in _listed(value))
 
 
 def _is_record(value: Any) -> bool:
@@ -65,26 +61,16 @@ def _is_record(value: Any) -> bool:
     return all({float, int}.issuperset(map(type, sketch)) for sketch in sketches)
 
 
-_NAMES = (_are_names, "a string or a list of strings")
-_SHARE = (lambda value: _is_number(value) and 0 <= value < 1, "at least 0 and below 1")
-# What a field may be, with the words for it. None is allowed too, but not in place of a number or a bool.
+# The values of fields that PEFT and torch would ignore, or refuse without their name. None is the default of these.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "alpha": (_is_number, "a finite number"),
-    "rank_pattern": (lambda value: isinstance(value, dict), "a dict of ranks by name"),
-    "alpha_pattern": (
-        lambda value: isinstance(value, dict) and _are_names(list(value)) and all(map(_is_number, value.values())),
-        "a dict of finite numbers by name",
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (lambda value: isinstance(value, dict), "a dict by name")),
+    **dict.fromkeys(
+        ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"),
+        (_are_names, "a string or a list of strings"),
     ),
-    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"), _NAMES),
     "layers_to_transform": (
         lambda value: all(type(index) is int for index in _listed(value)),
         "an index or a list of indices",
-    ),
-    "adapt_residual": (lambda value: type(value) is bool, "True or False"),
-    **dict.fromkeys(("rank_dropout", "module_dropout"), _SHARE),
-    "init_weights": (
-        lambda value: type(value) is bool or value in ("gradient", "hosvd"),
-        "True, False, 'gradient' or 'hosvd'",
     ),
     "train": (lambda value: bool(value) and set(_listed(value)) <= set(Tucker._fields), f"some of {Tucker._fields}"),
     "check_base": (lambda value: value in CHECK_BASE, f"None or one of {CHECK_BASE}"),
@@ -93,6 +79,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a dict of dicts with a `family` and a `shape`",
     ),
 }
+# of those that are not None by default
+_CHOICES = {"adapt_residual": (True, False), "init_weights": (True, False, "gradient", "hosvd")}
 
 
 class Source(NamedTuple):
@@ -226,9 +214,13 @@ class LoTRAConfig(PeftConfig):
         self._check_values()
         self.r = None if self.r is None else check_ranks(self.r)
         self.rank_pattern = {key: check_ranks(r, "rank_pattern") for key, r in (self.rank_pattern or {}).items()}
-        for name in ("alpha", "rank_dropout", "module_dropout"):
-            setattr(self, name, float(getattr(self, name)))  # numpy's have no JSON
-        self.alpha_pattern = {key: float(alpha) for key, alpha in (self.alpha_pattern or {}).items()}
+        # as floats: numpy's have no JSON
+        self.alpha = check_number(self.alpha, "alpha", _FINITE)
+        for name in ("rank_dropout", "module_dropout"):
+            setattr(self, name, check_number(getattr(self, name), name, "[0, 1)"))
+        self.alpha_pattern = {
+            key: check_number(alpha, "alpha_pattern", _FINITE) for key, alpha in (self.alpha_pattern or {}).items()
+        }
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), (list, tuple)):
                 setattr(self, name, set(value))
@@ -253,11 +245,13 @@ class LoTRAConfig(PeftConfig):
 
     def _check_values(self) -> None:
         """Raises a ValueError for the first field whose value cannot be used."""
-        optional = {entry.name for entry in fields(self) if entry.default in (None, MISSING)}
         for name, (is_right, expected) in _RULES.items():
             value = getattr(self, name)
-            if not (name in optional if value is None else is_right(value)):
+            if value is not None and not is_right(value):
                 raise ValueError(f"`{name}` must be {expected}, got {value!r:.200}.")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r:.200}.")
         if isinstance(self.target_modules, str) and self.target_modules != ALL_KAN:
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
