@@ -162,7 +162,6 @@ class SlimKANLinear(SplineLayer):
         y = basis @ delta[..., :-1].flatten(1).T + F.silu(rearrange(x, "... i -> (...) i")) @ delta[..., -1].T
         return SlimKANLinear.forward(self, x) + y.view(*x.shape[:-1], self.out_features)
 
-    @torch.inference_mode(False)  # parameters made in that mode could not be trained
     def to_dense(self) -> KANLinear:
         """The `KANLinear` that computes the same, up to rounding."""
         return filled(self, {"spline_weight": self.spline_weight, "base_weight": self.base_weight})
@@ -246,7 +245,6 @@ class SlimKAN(LayerStack):
         ]
         super().__init__(with_norms(layers, norm, device, dtype))
 
-    @torch.inference_mode(False)
     def to_dense(self) -> KAN:
         """The `KAN` that computes the same, up to rounding."""
         kan = KAN([1, 1], device="meta")

@@ -79,7 +79,6 @@ class SlimLayer(nn.Module):
         with nullcontext() if torch.compiler.is_compiling() else self.lotra_lock:
             return call_with_parameters(self.layer, self.effective_parameters(delta), self.layer, args, kwargs)
 
-    @torch.inference_mode(False)
     def to_dense(self) -> nn.Module:
         """A layer of the original class that computes the same, up to rounding."""
         layer = copy.deepcopy(self.layer)

@@ -166,8 +166,7 @@ class ParametricAdapter:
                 f"`config` trains {config.train or 'all components'} and saves {config.modules_to_save or 'no'} "
                 "modules, but a family interpolates one component alone. Leave `train` and `modules_to_save` out."
             )
-        # a tensor that is made in inference mode could never be trained
-        with torch.inference_mode(False), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Adapters have more parameters")  # which are shared by many members
             model = cast(PeftModel, get_peft_model(copy.deepcopy(base), config))
         self._set(model, log, Problem(terms_of, held_terms_of, solution_of, loss_of, values_of))

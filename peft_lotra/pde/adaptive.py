@@ -122,7 +122,6 @@ def residual_norms(values: Any, points: Tensor) -> Tensor:
     return norms
 
 
-@torch.inference_mode(False)
 @torch.no_grad()
 def gradient_weights(model: nn.Module, x: Tensor, scale: float = 0.1, directions: Tensor | None = None) -> Tensor:
     """w = 1 / (1 + scale |grad u|), (n, 1): a shock, whose residual is as large as it is steep, no longer dominates.
@@ -153,7 +152,6 @@ def gradient_weights(model: nn.Module, x: Tensor, scale: float = 0.1, directions
     return 1 / (1 + scale * slopes.square().sum((0, 2)).sqrt().unsqueeze(1))
 
 
-@torch.inference_mode(False)
 @torch.no_grad()
 def knot_density(model: nn.Module, low: Sequence[float], high: Sequence[float], cells: int = 64) -> Tensor:
     r"""The relative number of knots that each cell of each coordinate of a box needs, for `KnotMap`:

@@ -44,7 +44,6 @@ def check_sides(sides: Iterable[Side] | None, known: list[Side], argument: str =
     return sides
 
 
-@torch.inference_mode(False)  # a tensor made in that mode is of no use in training
 def box_points(low: Sequence[float], high: Sequence[float], count: int, *, seed: int = 0) -> Tensor:
     """Points spread evenly over a box (scrambled Sobol points), float64 (count, I).
 
@@ -67,7 +66,6 @@ def box_points(low: Sequence[float], high: Sequence[float], count: int, *, seed:
     return low_end + (high_end - low_end) * share
 
 
-@torch.inference_mode(False)
 def side_points(
     low: Sequence[float], high: Sequence[float], count: int, sides: Sequence[Side] | None = None, *, seed: int = 0
 ) -> tuple[Tensor, Tensor]:

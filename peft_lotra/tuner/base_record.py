@@ -74,7 +74,6 @@ def sketch(values: Mapping[str, Any]) -> list[float]:
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)
 def _signs(start: int, end: int) -> torch.Tensor:
     """Signs (end - start, _PROJECTIONS) that look random and are the same everywhere."""
     rows, columns = (torch.arange(*ends, device="cpu") for ends in ((start, end), (_PROJECTIONS,)))
