@@ -105,15 +105,15 @@ def check_base(
     differ: dict[str, list[str]] = {"grid": [], "parameters": []}
     before_merge = {name: layer.before_merge for name, layer in lotra_layers(model)}
     for (name, target), record in zip(targets.items(), recorded, strict=True):
-        family, shape = record.get("family"), tuple(record.get("shape", ()))
+        family, shape = record["family"], tuple(record["shape"])
         expected = f"it was saved with a {family} layer {shape} at `{name}`"
-        if family != target.spec.family or (shape and shape != tuple(target.tensor.shape) and not allows_other_shapes):
+        if family != target.spec.family or (shape != tuple(target.tensor.shape) and not allows_other_shapes):
             here = f"a {target.spec.family} layer {tuple(target.tensor.shape)}"
             raise ValueError(f"The adapter is for another base: {expected}, and this model has {here}.")
         sketches = {} if choice == "ignore" else _sketches(target, before_merge.get(name, {}))
         dtype = target.tensor.get_parameter(target.layer).dtype
         for what, now in sketches.items():
-            if isinstance(record.get(what), list) and shape == tuple(target.tensor.shape):
+            if what in record and shape == tuple(target.tensor.shape):
                 # the norm of a difference is the standard deviation of its projections: four of them
                 before, limit = record[what], 4 * max(now[0], 1e-12) * _ROUNDING.get(dtype, 2e-2)
                 if len(before) != len(now) or any(abs(a - b) > limit for a, b in zip(before, now, strict=True)):

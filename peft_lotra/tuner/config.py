@@ -53,12 +53,8 @@ def _is_record(value: Any) -> bool:
     """Return whether a value may describe a base layer."""
     if not isinstance(value, dict) or not isinstance(value.get("family"), str):
         return False
-    shape = value.get("shape", [])
-    if not isinstance(shape, (list, tuple)) or not all(type(size) is int for size in shape):
-        return False
-    # what is no list is not compared
-    sketches = [value[name] for name in ("grid", "parameters") if isinstance(value.get(name), list)]
-    return all({float, int}.issuperset(map(type, sketch)) for sketch in sketches)
+    lists = (value.get("shape"), value.get("grid", []), value.get("parameters", []))
+    return all(isinstance(sizes, list) and {float, int}.issuperset(map(type, sizes)) for sizes in lists)
 
 
 # The values of fields that PEFT and torch would ignore, or refuse without their name. None is the default of these.

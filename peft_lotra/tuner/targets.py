@@ -112,7 +112,7 @@ def _find_recorded(recorded: Mapping[str, Mapping[str, Any]], model: nn.Module) 
     free = [(name, spec, spec.locate(layer)) for name, layer, spec in others if name not in recorded]
     pairs = {}
     for name in absent:
-        kind = recorded[name].get("family"), tuple(recorded[name].get("shape", ()))
+        kind = recorded[name]["family"], tuple(recorded[name]["shape"])
         alike = [it for it in free if (it[1].family, tuple(it[2].shape)) == kind]
         match = next((it for it in alike if f".{it[0]}".endswith(f".{name}") or name.endswith(f".{it[0]}")), None)
         match = match or next(iter(alike), None)

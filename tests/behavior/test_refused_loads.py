@@ -201,7 +201,17 @@ def test_a_broken_configuration_is_one_clear_error(folder, read, content):
     assert type(caught.value) is ValueError and str(folder) in str(caught.value)
 
 
-@pytest.mark.parametrize("record", [3, {}, {"family": 3}, {"family": "peft-lotra", "shape": "x"}])
+@pytest.mark.parametrize(
+    "record",
+    [
+        3,
+        {},
+        {"family": 3},
+        {"family": "peft-lotra"},
+        {"family": "peft-lotra", "shape": "x"},
+        {"family": "peft-lotra", "shape": [4, 3, 8], "grid": "x"},
+    ],
+)
 def test_a_broken_record_of_the_base_is_refused(folder, record):
     config = json.loads((folder / CONFIG).read_text())
     config["base_layers"]["kan.layers.0"] = record
