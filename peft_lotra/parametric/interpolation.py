@@ -97,7 +97,8 @@ class MemberSpace:
         point = tuple(map(as_number, np.ravel(parameter).tolist()))
         dim = self.log.numel() if self.log.dim() else self.places.shape[1] if self.members else len(point)
         if not point or len(point) != dim or not np.isfinite(point).all():
-            raise ValueError(f"`{name}`: {parameter!r:.100} must be {dim or 'one or more'} finite numbers.")
+            numbers = "a finite number" if dim == 1 else f"{dim or 'one or more'} finite numbers"
+            raise ValueError(f"`{name}` has {parameter!r:.100}, but must be {numbers}.")
         if (self.log & torch.tensor([value <= 0 for value in point], device="cpu")).any():
             raise ValueError(f"`{name}`: {parameter!r} must be above 0, since the family is in its logarithm.")
         return point

@@ -129,13 +129,13 @@ def test_logarithmic_parameters(base):
         ({"between": (1.0, 2.0, 3.0)}, "lowest, highest"),
         ({"between": ((1.0, 1.0), (2.0, 2.0)), "max_members": 3}, "`max_members` is 3, .* at least 4"),
         ({"parameters": []}, "at least one parameter"),
-        ({"parameters": [float("nan")]}, "finite numbers"),
+        ({"parameters": [float("nan")]}, "must be a finite number"),
         ({"parameters": [1.0, (1.0, 2.0)]}, r"`parameters` has tuples of lengths \[1, 2\]"),
         ({"between": (1.0, (2.0, 3.0))}, r"`between` has tuples of lengths \[1, 2\]"),
-        ({"parameters": "29"}, "`parameters`: '2' must be"),
-        ({"parameters": ["2.9", "3.0"]}, "`parameters`: '2.9' must be"),
-        ({"parameters": [1j]}, "`parameters`: 1j must be"),
-        ({"between": ("a", "b")}, "`between`: 'a' must be"),
+        ({"parameters": "29"}, "`parameters` has '2', but must be"),
+        ({"parameters": ["2.9", "3.0"]}, "`parameters` has '2.9', but must be"),
+        ({"parameters": [1j]}, "`parameters` has 1j, but must be"),
+        ({"between": ("a", "b")}, "`between` has 'a', but must be"),
         ({"parameters": [3.0], "tolerance": float("nan")}, "`tolerance` is nan"),
         ({"between": (2.9, 3.1), "tolerance": -1.0}, "`tolerance` is -1.0"),
         ({"between": (2.9, 3.1), "tolerance": "1"}, "`tolerance` is '1'"),
@@ -201,7 +201,7 @@ def test_residuals_that_are_no_real_numbers_are_named(base, result):
 
 def test_predictions_at_what_is_no_number_are_refused(family):
     for wrong in ("3.0", 3.0 + 1j, None):
-        with pytest.raises(ValueError, match="`parameter`: .* must be 1 finite numbers"):
+        with pytest.raises(ValueError, match="`parameter` has .* must be a finite number"):
             family.predict(wrong)
 
 
