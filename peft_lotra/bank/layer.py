@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..kan.row_product import RowGroups, RowUpdates
+from ..modules.calls import is_tracing
 from ..tucker import Tucker, Update
 from ..tuner.by_row import run_rows
 from ..tuner.layer import LoTRALayer
@@ -58,7 +59,7 @@ class BankLayer(LoTRALayer):
         super().update_layer(adapter_name, config)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        is_traced = torch.compiler.is_compiling()
+        is_traced = is_tracing()
         traced = self.lotra_bank.traced_pass  # not None inside of a compiled `BankModel`
         current = traced if is_traced and traced is not None else _current_pass()  # pyright: ignore[reportCallIssue]
         if traced is not None and not is_traced and current is None:
@@ -112,7 +113,7 @@ class BankModel(nn.Module):
             RuntimeError: The same of an id in a compiled or exported model.
         """
         adapters = ids if adapter_names is None else adapter_names
-        is_compiling = torch.compiler.is_compiling()
+        is_compiling = is_tracing()
         is_inside = not is_compiling and ROWS.get() is not None
         has_both = adapter_names is not None and ids is not None
         if has_both or (self.needs_adapters and adapters is None and not is_inside):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..kan.input_map import InputMap
 from ..kan.recording_hook import current_hook
-from ..modules.calls import check_module
+from ..modules.calls import check_module, is_tracing
 from ..modules.checks import check_count
 from .chain_rule import Jet, compose, row_counts
 from .layers import evaluate_layer
@@ -162,7 +162,7 @@ def _checked_directions(x: Tensor, directions: Tensor | None) -> Tensor:
 
 def _warn(kind: Any, message: str) -> None:
     """Warns once for each kind."""
-    if not torch.compiler.is_compiling() and kind not in _warned:
+    if not is_tracing() and kind not in _warned:
         _warned.add(kind)
         warnings.warn(message, stacklevel=4)
 

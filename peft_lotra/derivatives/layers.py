@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kan.basis import UniformGrid, cardinal_spline, in_transform, silu_derivatives
+from ..modules.calls import is_tracing
 from ..tucker import Tucker, Update
 from .bases import Basis, tensors_of
 from .chain_rule import Jet, compose, row_counts
@@ -91,7 +92,7 @@ def _by_plain_operations(
 ) -> Jet:
     """As `LayerJet` by operations that autograd differentiates; `matrix` may be None, and updates are added."""
     rows = _jet_rows(basis, jet, order, weights)
-    if torch.compiler.is_compiling() and matrix is not None and not factored:
+    if is_tracing() and matrix is not None and not factored:
         # a product for each, so that the rows need not be written into one tensor, and what is not used is left out
         product = lambda row: matrix @ row.flatten(0, 1)  # noqa: E731
         if len(matrix) <= 3:  # a sum that the compiler forms together with the rows

@@ -19,6 +19,7 @@ from ..kan.layer import KANLinear, SplineLayer
 from ..kan.modeling_kan import KANModel
 from ..kan.network import LayerStack, is_norm
 from ..kan.slim_kan import SlimKANLinear
+from ..modules.calls import is_tracing
 from ..tucker import Update
 from .bases import Basis
 from .norms import NormLayer, norm_size
@@ -146,7 +147,7 @@ def _is_elementwise(module: nn.Module) -> bool:
     state = module._parameters or module._buffers or module._modules or _is_changed(module)
     if state or type(module).__module__.startswith("torch."):
         return False
-    if module not in _elementwise and not torch.compiler.is_compiling() and not in_transform():
+    if module not in _elementwise and not is_tracing() and not in_transform():
         z = torch.tensor([-1.7, 0.3, 2.1, -0.4, 1.1])
         try:
             y, others = module(z), (module(z.flip(0).unsqueeze(-1)).flip(0).squeeze(-1), module(z[:1]))

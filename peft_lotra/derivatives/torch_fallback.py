@@ -16,7 +16,7 @@ from torch.func import vjp
 from torch.overrides import TorchFunctionMode
 
 from ..kan.basis import in_transform, logistic_derivatives, silu_derivatives, times_argument
-from ..modules.calls import attributes_kept
+from ..modules.calls import attributes_kept, is_tracing
 from .chain_rule import Jet
 
 
@@ -34,7 +34,7 @@ def jet_by_transforms(
     passes can be differentiated only then; if none is wanted, parameters enter as constants.
     """
     wanted = torch.is_grad_enabled()  # `inference_mode(False)` enables it
-    if torch.compiler.is_compiling():
+    if is_tracing():
         with torch.enable_grad():
             found = _differentiate(model, x, directions, order, weights)
     else:
@@ -57,7 +57,7 @@ def pull_back(function: Callable[[Tensor], Tensors], x: Tensor) -> tuple[Tensors
     `torch.func.vjp` where transforms are at work, or a compiler; outside of them autograd, under which hooks of saved
     tensors and all custom functions run.
     """
-    if in_transform() or torch.compiler.is_compiling():
+    if in_transform() or is_tracing():
 
         def first_and_all(point: Tensor) -> tuple[Tensor, Tensors]:
             found = function(point)

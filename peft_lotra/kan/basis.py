@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..modules.calls import is_tracing
 from ..modules.checks import check_count
 
 
@@ -142,7 +143,7 @@ def bspline_basis(
 
 def in_transform() -> bool:
     """Whether a transform of `torch.func` is at work."""
-    return not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None
+    return not is_tracing() and _functorch.peek_interpreter_stack() is not None
 
 
 def is_batched(tensor: torch.Tensor) -> bool:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..modules.calls import is_tracing
 from .basis import UniformGrid, bspline_basis, in_transform, integer_power, is_batched, spline_factors
 from .memory import EVALUATED, MIN_ROWS, MULTIPLIED, OFF_CPU, blocks, workspace
 from .sparse_product import Gradients, Pair, Points, is_sparse, sparse_gradients, sparse_product
@@ -61,7 +62,7 @@ def _plain_product(basis: Tensor, weight: Tensor, left: Tensor | None, right: Te
 def needs_plain_operations(x: Tensor, *others: Tensor | float | None) -> bool:
     """Whether operations that write into memory must give way to those that all of torch knows."""
     if (
-        torch.compiler.is_compiling()  # which fuses them itself
+        is_tracing()  # which fuses them itself
         or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage] (documented, not exported)
         or x.is_meta
         or torch.is_autocast_enabled(x.device.type)

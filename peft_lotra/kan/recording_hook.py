@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
-import torch
+from ..modules.calls import is_tracing
 
 
 _current: ContextVar[Any] = ContextVar("recording_hook", default=None)
@@ -36,4 +36,4 @@ def recording(hook: _H) -> Iterator[_H]:
 
 def current_hook() -> Any:
     """The hook of this thread; None in compiled graphs."""
-    return None if torch.compiler.is_compiling() else _current.get()
+    return None if is_tracing() else _current.get()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from ..modules.calls import is_tracing
 from ..tucker import Ranks, Tucker, cap_ranks, check_ranks, expand_inputs
 from .basis import check_input, moments
 from .layer import KANLinear, SplineLayer
@@ -145,7 +146,7 @@ class SlimKANLinear(SplineLayer):
         check_input(x, self.in_features, self, self.core.dtype)
         rows = x.reshape(-1, self.in_features)
         core, factor_out, factor_in, factor_basis = self.components
-        if torch.compiler.is_compiling() or len(rows) >= _EXPAND_FROM:  # a graph is for any number of rows
+        if is_tracing() or len(rows) >= _EXPAND_FROM:  # a graph is for any number of rows
             z = spline_product(rows, *self.grid, expand_inputs(core, factor_in, factor_basis[:-1]))
             z = z + F.silu(rows) @ factor_in @ (core @ factor_basis[-1]).T
         else:

@@ -23,7 +23,7 @@ from ..derivatives.stages import Branch, Entry, Stage, is_known, join_stages, re
 from ..derivatives.torch_fallback import elementwise_derivatives, jet_by_transforms
 from ..kan.basis import in_transform, silu_derivatives
 from ..kan.network import is_norm
-from ..modules.calls import attributes_kept, call_with_parameters, runs_more_than_its_class
+from ..modules.calls import attributes_kept, call_with_parameters, is_tracing, runs_more_than_its_class
 from .coefficients import CoefficientTensor, get_or_none
 from .compare import agree, points_around
 from .description import REGISTERED, Grid, KANLayerSpec
@@ -59,7 +59,7 @@ _networks: WeakKeyDictionary[nn.Module, tuple[State, list[nn.Module] | None]] = 
 
 def find_stages(module: nn.Module) -> list[Stage] | None:
     """The stages of a layer, or of a network, of another library; `None` if it is no chain of known stages."""
-    if torch.compiler.is_compiling():
+    if is_tracing():
         return None
     if known := _known_layer(module):
         stage = layer_stage(module, known.spec)
@@ -69,7 +69,7 @@ def find_stages(module: nn.Module) -> list[Stage] | None:
 
 def layer_stage(layer: nn.Module, spec: KANLayerSpec, parameters: Mapping[str, Tensor] | None = None) -> Stage | None:
     """A layer as a stage, with `parameters` in the places of its own; `None` without a closed form."""
-    known = None if torch.compiler.is_compiling() else _known_layer(layer)
+    known = None if is_tracing() else _known_layer(layer)
     if known is None or known.spec is not spec or (form := _form(layer, known)) is None:
         return None
     return _stage(form, layer, known, parameters)

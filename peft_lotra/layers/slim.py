@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..kan.slim_kan import SlimKANLinear
-from ..modules.calls import LayerLock, attribute_by, call_with_parameters
+from ..modules.calls import LayerLock, attribute_by, call_with_parameters, is_tracing
 from ..tucker import Tucker
 from .coefficients import CoefficientTensor
 from .description import REGISTERED, Grid, KANLayerSpec
@@ -76,7 +76,7 @@ class SlimLayer(nn.Module):
 
     def forward_with(self, delta: torch.Tensor | float, *args: Any, **kwargs: Any) -> Any:
         """The output with a dense tensor added to that of the factors."""
-        with nullcontext() if torch.compiler.is_compiling() else self.lotra_lock:
+        with nullcontext() if is_tracing() else self.lotra_lock:
             return call_with_parameters(self.layer, self.effective_parameters(delta), self.layer, args, kwargs)
 
     def to_dense(self) -> nn.Module:

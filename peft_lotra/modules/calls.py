@@ -16,9 +16,20 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
 PREFIX = "base_model.model."  # that PEFT puts in front of the names of modules
+
+
+def is_tracing() -> bool:
+    """Return whether `torch.compile` or `torch.export` traces this call.
+
+    `torch.compiler.is_compiling()` is true in all threads while one is traced. Modes are of one thread.
+    """
+    return torch.compiler.is_dynamo_compiling() or (
+        torch.compiler.is_compiling() and bool(_get_current_dispatch_mode_stack())
+    )
 
 
 def check_module(model: Any, argument: str = "model") -> None:
@@ -201,7 +212,7 @@ def call_with_parameters(
     if function is not layer:
         module, parameters = _Call(layer, function), {f"layer.{name}": value for name, value in parameters.items()}
     has_views = any(name.rpartition(".")[2] in vars(owner) for name, owner in owners.items())
-    with nullcontext() if torch.compiler.is_compiling() and not has_views else _exchangeable(owners):
+    with nullcontext() if is_tracing() and not has_views else _exchangeable(owners):
         return torch.func.functional_call(module, parameters, args, kwargs)
 
 

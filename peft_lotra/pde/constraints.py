@@ -16,7 +16,7 @@ from ..derivatives.api import jet, jet_by_transforms
 from ..derivatives.chain_rule import Jet, mixed_terms
 from ..derivatives.stages import Entry, register, stages_of
 from ..kan.basis import in_transform
-from ..modules.calls import check_module
+from ..modules.calls import check_module, is_tracing
 from ..modules.checks import as_number
 from .boxes import Side, check_box, check_sides, sides_of_box
 
@@ -184,7 +184,7 @@ class BoxDistance(nn.Module):
         """Raises a `ValueError` if x is outside of the box, except in transforms and compiled functions."""
         if x.shape[-1:] != self.low.shape:
             raise ValueError(f"x has shape {tuple(x.shape)}, but the box has {len(self.low)} coordinates.")
-        if torch.compiler.is_compiling() or in_transform() or x.is_meta:
+        if is_tracing() or in_transform() or x.is_meta:
             return
         rows = x.detach().reshape(-1, len(self.low)).to(self.low)
         slack = 1e-5 * (self.high - self.low)

@@ -16,7 +16,7 @@ from ..kan.row_product import PackedTucker, RowGroups, RowProduct, RowUpdates, g
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.coefficients import get_or_none
 from ..layers.formula import Formula
-from ..modules.calls import runs_more_than_its_class
+from ..modules.calls import is_tracing, runs_more_than_its_class
 from ..tucker import full_shape
 from .rows import ForwardPass, rows_of_each, run_by_name
 
@@ -59,7 +59,7 @@ def run_rows(
         return run_together(updates)
     if not batch:
         return layer._run((), None, args, kwargs)
-    if torch.compiler.is_compiling():
+    if is_tracing():
         raise RuntimeError(
             f"`{layer.lotra_name}` ({layer.lotra_spec.family}) runs once for each adapter, which a graph cannot do. "
             "Give its kind `basis` in `register_kan_layer`, or call the model that is not compiled."

@@ -19,7 +19,15 @@ from ..kan.basis import in_transform
 from ..layers.coefficients import CoefficientTensor
 from ..layers.formula import Formula, find_formula
 from ..layers.registry import Grid, KANLayerSpec, same_grid
-from ..modules.calls import LayerLock, attribute_by, call_with_parameters, freeze_norms, places, without_autocast
+from ..modules.calls import (
+    LayerLock,
+    attribute_by,
+    call_with_parameters,
+    freeze_norms,
+    is_tracing,
+    places,
+    without_autocast,
+)
 from ..tucker import COMPONENTS, Tucker, Update
 from .by_row import run_named_rows
 from .config import LoTRAConfig
@@ -336,7 +344,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             with loaded(self):
                 return self.forward(*args, **kwargs)
         names = kwargs.pop("adapter_names", None)
-        current = None if torch.compiler.is_compiling() else FORWARD_PASS.get()
+        current = None if is_tracing() else FORWARD_PASS.get()
         if names is None and current is not None:
             names = current.names
         if self._disable_adapters and self.merged_adapters:
@@ -346,7 +354,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             raise ValueError(msg)
         if self._disable_adapters or self.merged_adapters:
             return self._call_base([], args, kwargs)
-        if not (torch.compiler.is_compiling() or in_transform()):  # where tensors have no content
+        if not (is_tracing() or in_transform()):  # where tensors have no content
             self.check_grid()
             if not self._has_seen_inputs:
                 self._warn_of_far_inputs(args[0] if args else None)
@@ -377,7 +385,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     def _call_base(self, updates: Sequence[Update], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Runs the base layer with the updates added to its parameters, one thread at a time."""
         base_layer = self._modules["base_layer"]
-        if torch.compiler.is_compiling():
+        if is_tracing():
             return call_with_parameters(base_layer, self._parameters_with(updates), base_layer, args, kwargs)
         with self._lock, loaded(self) if updates else nullcontext():
             return call_with_parameters(base_layer, self._parameters_with(updates), base_layer, args, kwargs)
@@ -390,7 +398,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         if type(base_layer) is not self._base_type:  # FSDP has wrapped it, or `call_with_parameters` is at work
             return None
         if key not in self._formulas:
-            if not is_new and (torch.compiler.is_compiling() or in_transform()):
+            if not is_new and (is_tracing() or in_transform()):
                 return None
             self._formulas[key] = find_formula(base_layer, self.lotra_spec, self.lotra_tensor)
         return self._formulas[key]

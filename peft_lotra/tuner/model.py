@@ -16,7 +16,7 @@ from torch import nn
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.registry import short_name
 from ..layers.slim import SlimLayer
-from ..modules.calls import PREFIX, freeze_norms, is_compiled, places, read_at_rest, set_mode
+from ..modules.calls import PREFIX, freeze_norms, is_compiled, is_tracing, places, read_at_rest, set_mode
 from .base_record import check_base, record_layer
 from .config import LoTRAConfig, pattern_key
 from .guards import base_layers_in_place, guard_network, release_networks
@@ -236,9 +236,9 @@ class LoTRAModel(BaseTuner):
             if unknown:
                 raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
             check_batch(len(names), args, kwargs)
-            if torch.compiler.is_compiling() or any(is_compiled(module) for module in self.modules()):
+            if is_tracing() or any(is_compiled(module) for module in self.modules()):
                 raise ValueError("`adapter_names` do not reach compiled modules: call the model that is not compiled.")
-        if torch.compiler.is_compiling():
+        if is_tracing():
             yield
             return
         with ExitStack() as stack:

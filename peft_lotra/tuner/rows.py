@@ -15,6 +15,7 @@ from torch import nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_leaves
 
+from ..modules.calls import is_tracing
 from ..tucker import Tucker
 
 
@@ -103,7 +104,7 @@ def check_batch(count: int, args: tuple, kwargs: dict[str, Any]) -> None:
 
 def pass_names(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """A forward pre-hook of PEFT's `modules_to_save` wrappers, which take the names of the rows as an argument."""
-    found = None if torch.compiler.is_compiling() else FORWARD_PASS.get()
+    found = None if is_tracing() else FORWARD_PASS.get()
     if found is not None and found.names is not None:
         own: Any = module.modules_to_save  # an adapter without a copy has the base's module
         kwargs = {**kwargs, "adapter_names": [name if name in own else "__base__" for name in found.names]}
@@ -124,7 +125,7 @@ def rows_of_each(
             sizes are equal.
     """
     x = args[0] if args else next(iter(kwargs.values()))
-    if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor) or x.dim() == 0:
+    if is_tracing() or not isinstance(x, torch.Tensor) or x.dim() == 0:
         return 1
     if batch == len(x) == 0:
         return 1

@@ -58,3 +58,24 @@ def test_no_answer_is_wrong(kind, tmp_path):
             jobs = [threads.submit(serve, index) for index in range(len(rows))]
             jobs += [threads.submit(swap), threads.submit(load)]
             assert [job.result() for job in jobs] == [0] * len(jobs)
+
+
+@pytest.mark.parametrize("kind", ["own", "fast-kan", "cheby-kan"])
+def test_another_thread_may_compile_meanwhile(kind):
+    """While a graph is made, torch says in all threads that it compiles."""
+    torch._dynamo.reset()
+    model = adapted(several(kind))
+    add(model, "other")
+    names = ["default", "other"] * 4
+    answers = []
+
+    def backend(graph, _):
+        with ThreadPoolExecutor(1) as threads:
+            answers.append(threads.submit(torch.no_grad()(model), X, adapter_names=names).result())
+        return graph
+
+    with torch.no_grad():
+        expected = model(X, adapter_names=names)
+        torch.compile(nn.Linear(2, 2), backend=backend)(torch.rand(1, 2))
+
+    torch.testing.assert_close(answers, [expected])
