@@ -33,7 +33,7 @@ def stage_of(folder: str) -> str:
 def replacing_files(folder: str | os.PathLike, *copied: str) -> Iterator[str]:
     """Yield an empty folder whose files replace those of `folder` at the end; other files there stay.
 
-    An error changes nothing. A killed process leaves each file old or new, and the next save removes its leftovers.
+    An error changes nothing. A killed process leaves each file old or new, and the next save finishes what it left.
     Saves into one folder wait for each other. Tensors are moved before configurations, and these before cards: names
     in falling order.
 
@@ -52,23 +52,26 @@ def replacing_files(folder: str | os.PathLike, *copied: str) -> Iterator[str]:
 
     try:
         with _locked(folder):
-            stage = stage_of(folder)
-            # leftovers of a killed save: a living one would hold the lock
+            stage, draft = stage_of(folder), os.path.join(folder, _PLACE, "draft")
+            # leftovers of a killed save, since a living one would hold the lock
+            if not _is_outdated(stage, folder):
+                _move_files(stage, folder)
             shutil.rmtree(stage, ignore_errors=True)
-            os.mkdir(stage)
+            shutil.rmtree(draft, ignore_errors=True)
+            os.mkdir(draft)
             try:
                 for name in copied:
                     with suppress(FileNotFoundError):
-                        shutil.copyfile(os.path.join(folder, name), os.path.join(stage, name))
-                yield stage
-                moves = _list_moves(stage, folder)
+                        shutil.copyfile(os.path.join(folder, name), os.path.join(draft, name))
+                yield draft
+                _flush_files(draft)
             except BaseException:
-                shutil.rmtree(stage, ignore_errors=True)
+                shutil.rmtree(draft, ignore_errors=True)
                 raise
 
             # what is interrupted from here on leaves its stage, where loading looks for a configuration
-            for source, target in moves:
-                os.replace(source, target)
+            os.rename(draft, stage)
+            _move_files(stage, folder)
             shutil.rmtree(stage, ignore_errors=True)
     except BaseException:
         if is_new:
@@ -77,17 +80,34 @@ def replacing_files(folder: str | os.PathLike, *copied: str) -> Iterator[str]:
         raise
 
 
+def _flush_files(draft: str) -> None:
+    """Write all files to the disk."""
+    for place, _, names in os.walk(draft):
+        for name in names:
+            with open(os.path.join(place, name), "rb+") as file:  # Windows cannot flush a file that is only read
+                os.fsync(file.fileno())
+
+
+def _move_files(stage: str, folder: str) -> None:
+    """Move all files of the stage to the folder."""
+    for source, target in _list_moves(stage, folder):
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.replace(source, target)
+
+
+def _is_outdated(stage: str, folder: str) -> bool:
+    """Return whether another program has written one of the files since they were staged."""
+    pairs = [pair for pair in _list_moves(stage, folder) if os.path.exists(pair[1])]
+    return any(os.path.getmtime(target) > os.path.getmtime(source) for source, target in pairs)
+
+
 def _list_moves(stage: str, folder: str) -> list[tuple[str, str]]:
-    """Write all files of the stage to the disk, and return from where to where each is moved."""
+    """Return from where to where each file of the stage is moved."""
     moves = []
     for place, _, names in os.walk(stage):
         target = os.path.normpath(os.path.join(folder, os.path.relpath(place, stage)))
-        os.makedirs(target, exist_ok=True)
         for name in sorted(names, reverse=True):
-            source = os.path.join(place, name)
-            with open(source, "rb+") as file:  # Windows cannot flush a file that is only read
-                os.fsync(file.fileno())
-            moves.append((source, os.path.join(target, name)))
+            moves.append((os.path.join(place, name), os.path.join(target, name)))
     return moves
 
 

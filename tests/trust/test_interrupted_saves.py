@@ -142,6 +142,15 @@ def start_save(kind, folder, calls):
     kind.save(3, folder)
     os._exit(7)
 
+def fail_to_save(kind, folder):
+    # files may have 1,000 bytes at most
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    try:
+        kind.save(3, folder)
+    except Exception:
+        pass
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
 def kill_saves(kind, folder):
     kind.save(2, folder)
     loaded, calls, ended = [], 0, False
@@ -149,6 +158,8 @@ def kill_saves(kind, folder):
         ended = start_save(kind, folder, calls)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            loaded.append(kind.load(folder))
+            fail_to_save(kind, folder)
             loaded.append(kind.load(folder))
         kind.save(2, folder)
         calls += 1
@@ -183,7 +194,7 @@ def found(tmp_path_factory):
 @needs_fork
 @pytest.mark.parametrize("name", KINDS)
 def test_a_killed_save_leaves_the_old_or_the_new_and_the_next_save_cleans_up(found, name):
-    """Killed before each call that makes, writes, moves or removes a file."""
+    """Killed before each call that makes, writes, moves or removes a file; also if the save after it fails."""
     killed = found[name]["killed"]
 
     assert set(killed["loaded"]) == {2, 3} and killed["loaded"] == sorted(killed["loaded"])
