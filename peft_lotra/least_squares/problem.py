@@ -227,7 +227,9 @@ class LeastSquares:
             pair = evaluate(0, -1)
         term.intercepted = mode.is_needed
         is_coupled = differ(pair[:1], evaluate(0, 0)[:1])
-        if not torch.equal(state, self._random_state()) or (is_coupled and differ(pair, evaluate(0, -1))):
+        # another thread may have drawn, too: what is random differs when it is evaluated again
+        is_drawn = not torch.equal(state, self._random_state())
+        if (is_drawn or is_coupled) and differ(pair, evaluate(0, -1)):
             raise ValueError(
                 f"The {term.name} is random, so that two evaluations differ. Draw before the step and pass the draws "
                 "as rows, and turn dropout off by `model.eval()`."

@@ -125,3 +125,23 @@ def test_a_family_is_saved_while_it_predicts(base, family, tmp_path):
     for place in range(4):
         saved = ParametricAdapter.from_pretrained(base, tmp_path / str(place))
         torch.testing.assert_close(saved.predict(2.9)(X), expected)
+
+
+def test_another_thread_may_draw_random_numbers(family):
+    """The global generator moves on meanwhile, but the residuals are not random."""
+    expected = family.refine(2.9)(X)
+    stop = threading.Event()
+
+    def draw():
+        while not stop.is_set():
+            torch.rand(3)
+
+    with ThreadPoolExecutor(1) as pool:
+        drawing = pool.submit(draw)
+        try:
+            found = [family.refine(2.9)(X) for _ in range(20)]
+        finally:
+            stop.set()
+        drawing.result()
+
+    torch.testing.assert_close(found, [expected] * 20)
