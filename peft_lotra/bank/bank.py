@@ -270,6 +270,7 @@ class AdapterBank:
         self._check_whole(os.path.realpath(folder))
         with replacing_files(folder) as stage:
             snapshot = self.snapshot  # not earlier: another thread may have saved a later one while this one waited
+            skip = list(skip)
             snapshot.ids_of(skip)  # refuses unknown names
             names = [name for name in snapshot.ids if name == BASE or name not in skip]
             write_bank(stage, snapshot, names, self.record)

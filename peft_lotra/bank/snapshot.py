@@ -100,6 +100,8 @@ class Snapshot(NamedTuple):
 
     def find_rows(self, ids: Tensor) -> Tensor:
         """Return the row of each id (n,), `NO_ROW` where an id belongs to no adapter."""
+        if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or not ids.dtype.is_signed:
+            raise ValueError(f"`ids` must be integers (rows,), got {ids.dtype} of the shape {tuple(ids.shape)}.")
         last = self.row_of.shape[0] - 1
         place = ids.to(self.row_of.device, torch.int64) + 1
         return self.row_of[torch.where(place < 0, last, place).clamp(max=last)]
@@ -109,8 +111,6 @@ class Snapshot(NamedTuple):
         if not isinstance(adapters, Tensor) and isinstance(next(iter(adapters), ""), str):
             return self.row_of[self.ids_of(adapters) + 1]  # pyright: ignore[reportArgumentType]
         ids = torch.as_tensor(adapters)
-        if ids.dim() != 1 or ids.dtype == torch.bool or not torch.can_cast(ids.dtype, torch.int64):
-            raise ValueError(f"`ids` must be integers (rows,), got {ids.dtype} of the shape {tuple(ids.shape)}.")
         rows = self.find_rows(ids)
         is_free = rows == NO_ROW
         if is_free.any():
@@ -229,16 +229,18 @@ class Snapshot(NamedTuple):
         row_of[ids.pop(name) + 1] = NO_ROW
         return self._replace(ids=ids, row_of=row_of)
 
-    def rebuild(self, start: int = 0, room: int = 0) -> Snapshot:
+    def rebuild(self, start: int = 0, has_room: bool = False) -> Snapshot:
         """Move the adapters from row `start` on into a new matrix, without the rows of removed ones.
 
         Args:
             start: 0, or the number of rows of a mapped file, which then stay there.
-            room: The number of rows for further adapters.
+            has_room: Whether there are rows for further adapters.
         """
         is_moved = (self.row_of >= start) & (self.row_of < NO_ROW)
         rows = self.row_of[is_moved]
         gathered = self.gather_checked(rows)
+        # a power of two, so that few graphs are compiled, and at least half as many rows again, so that few are moved
+        room = max(4, 1 << (3 * len(rows) // 2).bit_length()) - len(rows) if has_room else 0
         matrix = torch.cat([gathered, gathered.new_zeros(room, gathered.shape[1])])
         next_row = start + len(rows)
         row_of = self.row_of.clone()
@@ -254,11 +256,7 @@ class Snapshot(NamedTuple):
         """Return the same adapters with room for another row."""
         if self.next_row < len(self.form_of):
             return self
-        start = 0 if self.added is None else len(self.packed)
-        count = int(((self.row_of >= start) & (self.row_of < NO_ROW)).sum())
-        # a power of two, so that few graphs are compiled, and at least half as many rows again, so that few are moved
-        capacity = max(4, 1 << (3 * count // 2).bit_length())
-        return self.rebuild(start, capacity - count)
+        return self.rebuild(0 if self.added is None else len(self.packed), has_room=True)
 
     def _with_ranks(self, ranks: Mapping[str, tuple[int, ...]]) -> Snapshot:
         """Return the same adapters with room for these ranks in each layer."""

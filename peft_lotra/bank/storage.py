@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..hub.base_code import hub_id
 from ..kan.row_product import PackedTucker
+from ..tuner.rows import check_names
 from .reading import match_layers
 from .snapshot import BASE, Form, Snapshot, check_finite, checksums_of, listed
 
@@ -75,6 +76,7 @@ def read_bank(
         ValueError: There is no such file or adapter, it is of another base, or damaged; the message names damaged
             adapters.
     """
+    names = names and check_names(names)
     path = os.path.join(folder, FILE_NAME)
     read_file = _open_file
     if not os.path.isfile(path):

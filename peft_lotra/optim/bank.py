@@ -32,7 +32,7 @@ class _BankOptimizer(Optimizer):
         self.bank = bank
         self.packed, self._entries = bank.start_training(names)
         self._is_active = self._entries.any(1)
-        row_of = bank.snapshot.row_of[1:]  # by id; adapters come and go only after the training
+        row_of = bank.snapshot.row_of[1:-1]  # by id; adapters come and go only after the training
         self._ids = (row_of < len(self.packed)).nonzero().squeeze(1)
         self._rows = row_of[self._ids]
         self._room = len(row_of)

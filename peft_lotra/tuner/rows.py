@@ -90,9 +90,10 @@ def check_batch(count: int, args: tuple, kwargs: dict[str, Any]) -> None:
     """Raise a ValueError unless the inputs of a model have `count` rows, one for each adapter that is named.
 
     An input has the rows in its first dimension, or in the second of three, as recurrent networks do; there one
-    adapter would also fit a single channel.
+    adapter would also fit a single channel. Vectors count only where there is nothing else.
     """
     tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor) and value.dim()]
+    tensors = [tensor for tensor in tensors if tensor.dim() > 1] or tensors
     sizes = [tensor.shape[0] for tensor in tensors]
     sizes += [tensor.shape[1] for tensor in tensors if tensor.dim() == 3 and count != 1]
     if tensors and count not in sizes:

@@ -502,3 +502,16 @@ def test_some_adapters_of_a_folder(tmp_path):
     models = filled(tmp_path)
     some = AdapterBank.load(net(), tmp_path, names=["splines"])
     assert some.names == ["splines"] and apart(answer(some, "splines"), models["splines"](X)) < 1e-5
+
+
+def test_names_may_come_from_a_generator(tmp_path):
+    folder = two_customers(tmp_path)
+
+    some = AdapterBank.load(net(), folder, names=(name for name in ["ben"]))
+    whole = AdapterBank.load(net(), folder)
+    whole.save(tmp_path / "skipped", skip=(name for name in ["ben"]))
+
+    assert some.names == ["ben"]
+    assert AdapterBank.load(net(), tmp_path / "skipped").names == ["anna"]
+    with pytest.raises(ValueError, match="list"):
+        AdapterBank.load(net(), folder, names="ben")

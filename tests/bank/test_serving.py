@@ -456,3 +456,34 @@ def test_an_eager_pass_while_another_thread_compiles():
     assert len(answers) == 2
     for y in answers:
         torch.testing.assert_close(y, one_by_one(alone, NAMES, X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("ids", [torch.zeros(8), torch.zeros(8, dtype=torch.bool), torch.zeros(8, dtype=torch.uint8)])
+def test_ids_that_are_no_signed_integers_are_refused(ids, compiles):
+    bank, _ = several(KAN([3, 4, 2]))
+    model = bank.attach()
+    call = torch.compile(model, backend="eager", fullgraph=True) if compiles else model
+
+    with pytest.raises(Exception, match="`ids` must be integers"):
+        call(X, ids=ids)
+
+
+class Weighted(nn.Module):
+    """A network with a second input, of one weight for all rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.kan = KAN([3, 4, 2])
+
+    def forward(self, x, weight):
+        return weight * self.kan(x)
+
+
+def test_a_vector_beside_the_rows_is_not_taken_for_them():
+    bank, _ = several(Weighted())
+    model = bank.attach()
+
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        model(X, torch.ones(1), adapter_names=["a"])
+    assert model(X, torch.ones(1), adapter_names=NAMES).shape == (8, 2)

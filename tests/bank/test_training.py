@@ -408,3 +408,20 @@ def test_steps_after_the_end_do_not_change_the_bank():
         optimizer.step([(error, (x, y), bank.ids(names))])
 
     torch.testing.assert_close(bank.snapshot.packed, before, rtol=0, atol=0)
+
+
+def test_what_is_by_id_has_one_length():
+    """Also after removals, which leave ids that belong to no adapter."""
+    bank, model, _ = prepared(KAN([3, 5, 1]), init_weights=False)
+    bank.remove("b")
+    ids = bank.ids(["a", "c"]).repeat_interleave(4)
+    optimizer = BankLevenbergMarquardt(model)
+
+    errors = model(X, ids=ids).square().mean(1)
+    losses = bank.mean_by_adapter(errors, ids)
+    is_trained = optimizer.keep_best(losses)
+    record = optimizer.step([(lambda model, x: model(x), X, ids)])
+
+    assert losses.shape == is_trained.shape == record.losses.shape == record.accepted.shape == record.damping.shape
+    assert is_trained.nonzero().flatten().tolist() == bank.ids(["a", "c"]).tolist()
+    assert bool((record.losses[bank.ids(["a", "c"])] < losses[bank.ids(["a", "c"])]).all())
