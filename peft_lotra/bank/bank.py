@@ -300,7 +300,7 @@ class AdapterBank:
         Args:
             base (`nn.Module`): The model that the adapters are for.
             folder (`str`): The folder, or the repository on the Hub.
-            dtype (`torch.dtype`, *optional*): As of a new bank; by default that of the file.
+            dtype (`torch.dtype`, *optional*): As of a new bank; by default, and if `mapped`, that of the file.
             mapped (`bool`): Whether adapters stay in the file until they are used, for banks larger than memory: the
                 operating system keeps those that were used last. They are not checked. Those that are added later are
                 in memory; `compact`, `to`, training, and an adapter of larger ranks read all of them.
