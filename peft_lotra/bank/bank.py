@@ -64,7 +64,7 @@ class AdapterBank:
         >>> adapted = get_peft_model(KAN([2, 4, 1]), LoTRAConfig(r=2))
         >>> bank.add("anna", adapted, check_base="ignore")
         >>> model = bank.attach(base)
-        >>> y = model(torch.rand(2, 2), adapter_names=["anna", BASE])
+        >>> y = model(torch.rand(2, 2), adapter_names=["anna", "__base__"])
         >>> y.shape, bank.names
         (torch.Size([2, 1]), ['anna'])
     """
@@ -231,7 +231,7 @@ class AdapterBank:
 
     def stop_training(self) -> None:
         """End what `start_training` began; the adapters stay as they are trained."""
-        with self._lock:
+        with self._lock, torch.inference_mode(False):
             # a copy, since the optimizer still has the parameter
             self.snapshot = self.snapshot._replace(packed=self.snapshot.packed.detach().clone(), trained=None)
 
@@ -429,7 +429,7 @@ class AdapterBank:
         if adapters is None and current is not None and current.bank is self:
             return current
         if adapters is None and not is_training:
-            return BankPass(self, snapshot)
+            return BankPass(self, snapshot, None, set())
         rows = snapshot.rows_of([BASE] if adapters is None else adapters)
         distinct, groups = group_rows(rows)
         if is_training:

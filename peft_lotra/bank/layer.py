@@ -32,8 +32,8 @@ class BankPass(NamedTuple):
 
     bank: Any
     snapshot: Snapshot
-    groups: RowGroups | None = None
-    known: set[int] = set()
+    groups: RowGroups | None
+    known: set[int]
 
 
 ROWS = PassVariable("lotra_bank_rows")  # a `BankPass`
@@ -141,7 +141,7 @@ class BankModel(nn.Module):
             is_known = (rows != NO_ROW).all()
             torch._assert_async(is_known, "An id belongs to no adapter.")  # pyright: ignore[reportPrivateImportUsage]
             groups = RowGroups(rows)
-        bank.traced_pass = BankPass(bank, snapshot, groups)
+        bank.traced_pass = BankPass(bank, snapshot, groups, set())
         try:
             return self.model(*args, **kwargs)
         finally:

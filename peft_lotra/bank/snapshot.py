@@ -110,11 +110,11 @@ class Snapshot(NamedTuple):
         """Return the rows (n,) of adapters, by name or id; raise a ValueError for what belongs to none."""
         if not isinstance(adapters, Tensor) and isinstance(next(iter(adapters), ""), str):
             return self.row_of[self.ids_of(adapters) + 1]  # pyright: ignore[reportArgumentType]
-        ids = torch.as_tensor(adapters)
+        ids = torch.as_tensor(adapters, device=self.row_of.device)
         rows = self.find_rows(ids)
         is_free = rows == NO_ROW
         if is_free.any():
-            wrong = ids[is_free.to(ids.device)].unique()[:3].tolist()
+            wrong = ids[is_free].unique()[:3].tolist()
             raise ValueError(f"No adapter has the id {', '.join(map(str, wrong))}. `bank.ids(names)` returns the ids.")
         return rows
 
@@ -198,7 +198,9 @@ class Snapshot(NamedTuple):
             ValueError: A component is not finite in the dtype of the bank.
         """
         ranks = {layer: update.tensor.ranks for layer, update in updates.items()}
-        snapshot = self._with_ranks(ranks)._with_room()
+        snapshot = self._with_ranks(ranks)
+        if snapshot.next_row == len(snapshot.form_of):
+            snapshot = snapshot.rebuild(0 if snapshot.added is None else len(snapshot.packed), has_room=True)
         packed = snapshot.pack(updates)
         if not packed.isfinite().all():
             raise ValueError(f"it has values that are not finite in {packed.dtype}.")
@@ -251,12 +253,6 @@ class Snapshot(NamedTuple):
         if start:
             return snapshot._replace(added=matrix)
         return snapshot._replace(packed=matrix, added=None, checksums=None)
-
-    def _with_room(self) -> Snapshot:
-        """Return the same adapters with room for another row."""
-        if self.next_row < len(self.form_of):
-            return self
-        return self.rebuild(0 if self.added is None else len(self.packed), has_room=True)
 
     def _with_ranks(self, ranks: Mapping[str, tuple[int, ...]]) -> Snapshot:
         """Return the same adapters with room for these ranks in each layer."""
