@@ -132,7 +132,7 @@ def start_save(kind, folder, calls):
     if process:
         return os.WEXITSTATUS(os.waitpid(process, 0)[1]) == 7
     left = [calls]
-    for name in ("replace", "fsync", "unlink", "mkdir", "rmdir"):
+    for name in ("replace", "rename", "fsync", "unlink", "mkdir", "rmdir"):
         def wrapped(*args, call=getattr(os, name), **kwargs):
             if not left[0]:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -143,13 +143,15 @@ def start_save(kind, folder, calls):
     os._exit(7)
 
 def fail_to_save(kind, folder):
-    # files may have 1,000 bytes at most
+    # the error where files may have 1,000 bytes at most
+    message = None
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     try:
         kind.save(3, folder)
-    except Exception:
-        pass
+    except Exception as error:
+        message = str(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return message
 
 def kill_saves(kind, folder):
     kind.save(2, folder)
@@ -166,16 +168,10 @@ def kill_saves(kind, folder):
     return {"loaded": loaded, "again": again, "last": kind.load(folder), "files": sorted(os.listdir(folder))}
 
 def fill_disk(kind, folder):
-    # files may have 1,000 bytes at most
     read_all = lambda: {str(path): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
-    before, errors = read_all(), []
-    for place in (folder, f"new {folder}"):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-        try:
-            kind.save(3, place)
-        except Exception as error:
-            errors.append(str(error))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    before = read_all()
+    errors = [fail_to_save(kind, place) for place in (folder, f"new {folder}")]
+    errors = [error for error in errors if error is not None]
     is_same = before == read_all() and kind.FILES == sorted(os.listdir(folder))
     return {"errors": errors, "is_same": is_same, "is_new": os.path.exists(f"new {folder}")}
 
