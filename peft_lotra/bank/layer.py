@@ -113,13 +113,13 @@ class BankModel(nn.Module):
             RuntimeError: The same of an id in a compiled or exported model.
         """
         adapters = ids if adapter_names is None else adapter_names
-        is_compiling = is_tracing()
-        is_inside = not is_compiling and ROWS.get() is not None
+        is_traced = is_tracing()
+        is_inside = not is_traced and ROWS.get() is not None
         has_both = adapter_names is not None and ids is not None
         if has_both or (self.needs_adapters and adapters is None and not is_inside):
             raise ValueError("`adapter_names` and `ids` name the adapter of each row: pass one of them.")
         bank = self.bank
-        if not is_compiling:
+        if not is_traced:
             with bank.rows(adapters):
                 if adapters is not None:
                     check_batch(ROWS.get().groups.batch(), args, kwargs)
