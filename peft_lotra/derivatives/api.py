@@ -95,7 +95,7 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, order: int, col
     check_module(model)
     composed = composed_jet(model)
     stages = None if composed else stages_of(model)
-    if not composed and (stages is None or not any(stage.is_layer for stage in stages)):
+    if not composed and (stages is None or not any(stage.formula for stage in stages)):
         stages = None
         check_rows_apart(model)
         _warn(
@@ -178,8 +178,8 @@ def through_stages(
     """The jet of a chain at x (N, I), whose layers `evaluate` evaluates as `evaluate_layer` does."""
     jet = [x] if directions is None else [x, directions.unsqueeze(1)]  # straight lines
     for stage in stages:
-        if stage.is_layer:
-            jet = evaluate(stage, jet, order, weights)
+        if stage.formula is not None:
+            jet = evaluate(stage.formula, jet, order, weights)
         elif isinstance(stage.module, NormLayer):
             jet = through_norm(stage.module, jet, order, weights)
         else:

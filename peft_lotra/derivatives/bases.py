@@ -10,37 +10,32 @@ a derivative is (..., K), a view of memory in which the K functions come first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kan.basis import UniformGrid, logistic_derivatives
+from ..kan.formula import Basis, FunctionBasis
 from ..kan.memory import JET_BLOCK, OFF_CPU, blocks, workspace
 from .torch_fallback import elementwise_derivatives
 
 
-Derivatives = Callable[[Tensor, int], list[Tensor]]  # z (N, I) and `highest` to the derivatives, each (N, I, K)
+def num_functions(basis: Basis) -> int:
+    """The number of functions of a basis; those of a uniform grid include silu, as the last one."""
+    return basis.num_basis + 1 if isinstance(basis, UniformGrid) else basis.size
 
 
-class FunctionBasis(NamedTuple):
-    """K functions of each input, as `derivatives` gives them, with the tensors besides z that these depend on."""
-
-    size: int
-    derivatives: Derivatives
-    tensors: tuple[Tensor, ...] = ()
-
-    def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
-        """The values at z (I, N) and their derivatives, each (K, I, N); those beyond `derivatives` by transforms."""
-        found = self.derivatives(z.T, highest)
-        if (missing := highest + 1 - len(found)) > 0:
-            of_last = lambda x: self.derivatives(x, highest - missing)[-1]  # noqa: E731
-            found = [*found[:-1], *elementwise_derivatives(of_last, z.T, missing)]
-        return [part.permute(2, 1, 0) for part in found]
-
-
-Basis = UniformGrid | FunctionBasis  # the functions of a uniform grid include silu, as the last
+def evaluate_functions(basis: FunctionBasis, z: Tensor, highest: int) -> list[Tensor]:
+    """Return the functions at z (I, N) and their derivatives up to the order `highest`, each (K, I, N)."""
+    x = z.T
+    values = basis.derivatives(x, highest)
+    missing = highest + 1 - len(values)
+    if missing > 0:
+        last = len(values) - 1
+        values = [*values[:-1], *elementwise_derivatives(lambda x: basis.derivatives(x, last)[last], x, missing)]
+    return [part.permute(2, 1, 0) for part in values]
 
 
 def tensors_of(basis: Basis) -> list[Tensor]:
@@ -60,15 +55,15 @@ class FunctionFeatures:
 
     scale: Tensor | None = None
 
-    def __init__(self, basis: Any, size: int, z: Tensor) -> None:
-        self.basis, self.shape = basis, (size, len(z))
+    def __init__(self, basis: Any, z: Tensor) -> None:
+        self.basis, self.shape = basis, (num_functions(basis), len(z))
         block = JET_BLOCK if z.device.type == "cpu" else OFF_CPU
-        self.rows = max(128, block // max(1, size * len(z)))
+        self.rows = max(128, block // max(1, math.prod(self.shape)))
 
     def evaluate(self, z: Tensor, orders: Sequence[int]) -> list[Tensor]:
         """The derivatives of these orders at z (I, rows), each (K, I, rows)."""
         with torch.no_grad():
-            found = self.basis.evaluate(z, max(orders))
+            found = evaluate_functions(self.basis, z, max(orders))
         return [found[d].contiguous() for d in orders]
 
     def functions(self, orders: Sequence[int], found: Sequence[Tensor]) -> DenseFunctions:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..kan.basis import UniformGrid
+from ..kan.formula import Basis
 from ..kan.product import is_plain_backward, needs_plain_operations, plain_gradients
-from .bases import Basis, DenseFunctions, FunctionFeatures, tensors_of
+from .bases import DenseFunctions, FunctionFeatures, tensors_of
 from .chain_rule import bell_polynomials, row_counts
 from .splines import SplineFeatures
 
@@ -84,7 +85,7 @@ def by_hand_pays(jet: Sequence[Tensor], order: int, weights: Tensor | None, *oth
 
 def make_features(basis: Basis, z: Tensor) -> FunctionFeatures:
     """The functions of a basis, silu included for a uniform grid, for inputs z (I, N)."""
-    return SplineFeatures(basis, z) if isinstance(basis, UniformGrid) else FunctionFeatures(basis, basis.size, z)
+    return SplineFeatures(basis, z) if isinstance(basis, UniformGrid) else FunctionFeatures(basis, z)
 
 
 class JetRows:

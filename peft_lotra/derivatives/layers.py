@@ -17,52 +17,84 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kan.basis import UniformGrid, cardinal_spline, in_transform, silu_derivatives
+from ..kan.basis import UniformGrid, bspline_basis, cardinal_spline, in_transform, silu_derivatives
+from ..kan.formula import Basis, FunctionBasis, LayerFormula
 from ..modules.calls import is_tracing
 from ..tucker import Tucker, Update
-from .bases import Basis, tensors_of
+from .bases import evaluate_functions, num_functions, tensors_of
 from .chain_rule import Jet, compose, row_counts
 from .layer_jet import JetRows, LayerJet, by_hand_pays, make_features
 from .norms import through_norm
-from .stages import Stage
 
 
-def evaluate_layer(stage: Stage, jet: Jet, order: int, weights: Tensor | None) -> Jet:
-    """The jet of a KAN layer's outputs up to an order, from that of its inputs, z (N, I) and its derivatives (D, N, I)
-    or (D, 1, I).
+def evaluate_layer(formula: LayerFormula, jet: Jet, order: int, weights: Tensor | None) -> Jet:
+    """Return the jet of a layer's outputs.
 
-    With `weights` (D,), those of the highest order are their weighted sum, (1, N, I).
+    Args:
+        formula: The formula of the layer.
+        jet: The jet of the inputs, z (N, I) and its derivatives, each (D, N, I) or (D, 1, I).
+        order: The highest order of the derivatives.
+        weights: (D,). The derivatives of the highest order are their weighted sum, (1, N, I).
     """
     z = jet[0]
-    if stage.branches:
-        return _evaluate_branches(stage, jet, order, weights)
-    if stage.is_linear:
-        assert stage.dense is not None
-        weight, bias = stage.dense
-        return [F.linear(z, weight, bias), *(part.expand(len(part), *z.shape) @ weight.mT for part in jet[1:])]
-    grid, dense, dtype = stage.module.grid, stage.dense, stage.module.grid_bounds.dtype
-    # functions first, as `_through` multiplies them
-    coefficients = None if dense is None else torch.cat([dense[0].mT, dense[1].unsqueeze(1)], dim=1)
-    updates = [Update(scale, Tucker(*(part.to(dtype) for part in tensor))) for scale, tensor in stage.updates]
-    if in_transform():  # a gradient of the size of the coefficients for each row (`torch.func.vmap`) is avoided
-        return _through(grid, coefficients, updates, jet, order, weights)
-    for update in updates:
-        delta = update.dense().mT
-        delta = F.pad(delta, (0, 0, 0, grid.num_basis + 1 - delta.shape[1]))  # for the residual branch
-        coefficients = delta if coefficients is None else coefficients + delta
-    return _through(grid, coefficients, [], jet, order, weights)
+    if formula.basis is None:
+        matrix: Any = formula.residual
+        slopes = [part.expand(len(part), *z.shape) @ matrix.mT for part in jet[1:]]
+        return [F.linear(z, matrix, formula.bias), *slopes]
 
-
-def _evaluate_branches(stage: Stage, jet: Jet, order: int, weights: Tensor | None) -> Jet:
-    """As `evaluate_layer`, for a layer of another library."""
-    found: list[Jet] = []
-    for branch in stage.branches:
-        inputs = jet if branch.norm is None else through_norm(branch.norm, jet, order, weights)
-        found.append(_through(branch.basis, branch.coefficients.mT, [], inputs, order, weights))
-    total: list[Any] = [sum(parts[1:], parts[0]) for parts in zip(*found, strict=True)]
-    if stage.bias is not None:
-        total[0] = total[0] + stage.bias
+    # adapters may be in float32 beside a base in half precision
+    updates = [Update(gain, tensor.map(partial(Tensor.to, dtype=z.dtype))) for gain, tensor in formula.updates]
+    # in transforms, a gradient of the size of the coefficients for each row is avoided
+    stays_factored = in_transform() and formula.scale is None
+    coefficients = None
+    if formula.coefficients is not None or not stays_factored:
+        coefficients = formula._replace(updates=() if stays_factored else tuple(updates)).joined()
+    start = 0
+    total: Any = None
+    for basis, norm in _terms(formula):
+        functions = slice(start, start + num_functions(basis))
+        matrix = None if coefficients is None else coefficients[:, functions]
+        factored = [_select_functions(update, functions) for update in updates] if stays_factored else []
+        inputs = jet if norm is None else through_norm(norm, jet, order, weights)
+        term = _through(basis, matrix, factored, inputs, order, weights)
+        total = term if total is None else [first + second for first, second in zip(total, term, strict=True)]
+        start = functions.stop
+    if formula.bias is not None:
+        total[0] = total[0] + formula.bias
     return total
+
+
+def _select_functions(update: Update, functions: slice) -> Update:
+    core, factor_out, factor_in, factor_basis = update.tensor
+    return Update(update.scale, Tucker(core, factor_out, factor_in, factor_basis[functions]))
+
+
+def _terms(formula: LayerFormula) -> list[tuple[Basis, Any]]:
+    """Return the bases of a layer in the order of `LayerFormula.joined`, each with the norm of its inputs.
+
+    In the terms, the functions of a uniform grid are the B-splines and silu.
+    """
+    basis, activation = formula.basis, formula.activation
+    assert basis is not None
+    is_silu = activation is F.silu
+    if isinstance(basis, UniformGrid):
+        if is_silu or formula.residual is None:
+            return [(basis, formula.norm)]
+        grid = basis
+        basis = FunctionBasis(grid.num_basis, partial(_spline_functions, grid), (grid.low, grid.high))
+    terms: list[tuple[Basis, Any]] = [(basis, formula.norm)]
+    if formula.residual is not None:
+        functions = _silu_functions if is_silu else lambda z, highest: [activation(z).unsqueeze(-1)]
+        terms.append((FunctionBasis(1, functions, basis.tensors), None))
+    return terms
+
+
+def _spline_functions(grid: UniformGrid, z: Tensor, highest: int) -> list[Tensor]:
+    return [bspline_basis(z, *grid, derivative=order) for order in range(highest + 1)]
+
+
+def _silu_functions(z: Tensor, highest: int) -> list[Tensor]:
+    return [values.unsqueeze(-1) for values in silu_derivatives(z, highest)]
 
 
 def _through(
@@ -121,7 +153,7 @@ def _functions(basis: Basis, z: Tensor, highest: int) -> list[Tensor]:
     """The functions of a basis at z (I, N), (K, I, N), and derivatives of them; those of a uniform grid are the
     B-splines, and silu as the last one."""
     if not isinstance(basis, UniformGrid):
-        return basis.evaluate(z, highest)
+        return evaluate_functions(basis, z, highest)
     per_unit = basis.per_unit.unsqueeze(-1)
     centers = torch.arange(basis.num_basis, dtype=z.dtype, device=z.device) - (basis.spline_order - 1) / 2
     offset = (z - basis.low.unsqueeze(-1)) * per_unit - centers[:, None, None]
@@ -133,12 +165,22 @@ def _functions(basis: Basis, z: Tensor, highest: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def jet_rows(basis: Basis, jet: Jet, order: int, weights: Tensor | None) -> Tensor:
-    """The jet rows (N, S, K + 1, I) of a layer in `evaluate_layer`, with its arguments, for the points z (N, I).
+def jet_rows(formula: LayerFormula, jet: Jet, order: int, weights: Tensor | None) -> Tensor:
+    """Return the jet rows (N, S, K, I) of a layer in `evaluate_layer`, with its arguments, for the points z (N, I).
+
+    K counts all functions, that of the residual branch included.
 
     Derivatives that jump at the knots must come from the same operations there as in the jet, which depend on the
     number of points: pass all points of the jet.
     """
+    rows = []
+    for basis, norm in _terms(formula):
+        inputs = jet if norm is None else through_norm(norm, jet, order, weights)
+        rows.append(_rows_of_basis(basis, inputs, order, weights))
+    return rows[0] if len(rows) == 1 else torch.cat(rows, 2)
+
+
+def _rows_of_basis(basis: Basis, jet: Jet, order: int, weights: Tensor | None) -> Tensor:
     z, *derivatives = jet
     transposed = [z.T, *(part.expand(len(part), *z.shape).mT for part in derivatives)]
     if not by_hand_pays(jet, order, weights):

@@ -25,7 +25,7 @@ class SplineFeatures(FunctionFeatures):
     scale: Tensor
 
     def __init__(self, grid: UniformGrid, z: Tensor) -> None:
-        super().__init__(grid, grid.num_basis + 1, z)
+        super().__init__(grid, z)
         self.scale = grid.per_unit.unsqueeze(-1)
 
     def evaluate(self, z: Tensor, orders: Sequence[int]) -> list[Tensor]:

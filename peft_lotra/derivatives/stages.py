@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..kan.basis import in_transform
+from ..kan.formula import LayerFormula
 from ..kan.input_map import InputMap
-from ..kan.layer import KANLinear, SplineLayer
+from ..kan.layer import KANLinear
 from ..kan.modeling_kan import KANModel
 from ..kan.network import LayerStack, is_norm
 from ..kan.slim_kan import SlimKANLinear
 from ..modules.calls import is_tracing
 from ..tucker import Update
-from .bases import Basis
 from .norms import NormLayer, norm_size
 
 
@@ -29,48 +29,25 @@ from .norms import NormLayer, norm_size
 ACTIVATIONS = (nn.Identity, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, nn.Softplus, nn.ELU, nn.Mish)
 
 
-class Branch(NamedTuple):
-    """A part of a layer of another library, sum_{i,k} A[o,i,k] basis_k(x[i]), for normalized x if with a norm."""
-
-    basis: Basis
-    coefficients: Tensor  # A (O, I, K), with adapters and scales
-    norm: NormLayer | None = None
-
-
 class Stage(NamedTuple):
-    """One layer of a chain: a KAN layer with coefficients `dense` plus `updates`, or one of another library, the sum
-    of `branches` and `bias`; an `nn.Linear`; a normalization, an `InputMap`, or an activation.
+    """One step of a chain: a layer with its formula, or a normalization, an `InputMap`, an activation.
 
     Attributes:
-        dense: spline_weight (O, I, K) and base_weight (O, I), adapters on them included. None for a Slim layer, whose
-            components are the first of `updates`. Of `nn.Linear` the weight (O, I) and the bias (O,), or None.
-        updates: The updates (O, I, K or K + 1) of the adapters that a forward pass uses, without dropout.
+        module: The module.
+        formula: The formula of an `nn.Linear` or a KAN layer, with the updates of applied adapters, without dropout.
     """
 
     module: Any
-    dense: tuple[Tensor, Any] | None = None
-    updates: tuple[Update, ...] = ()
-    branches: tuple[Branch, ...] = ()
-    bias: Tensor | None = None
-
-    @property
-    def is_layer(self) -> bool:
-        """True if the stage has coefficients: a KAN layer, or an `nn.Linear`."""
-        return isinstance(self.module, SplineLayer) or self.is_linear or len(self.branches) > 0
-
-    @property
-    def is_linear(self) -> bool:
-        """True for an `nn.Linear`."""
-        return isinstance(self.module, nn.Linear)
+    formula: LayerFormula | None = None
 
     @property
     def in_features(self) -> int | None:
-        """The size I of the last dimension of the inputs; None for any."""
-        if self.branches:
-            return self.branches[0].coefficients.shape[1]
+        """The size I of the last dimension of the inputs. None for any size."""
+        if self.formula is not None and self.formula.coefficients is not None:
+            return self.formula.coefficients.shape[1]
         if isinstance(self.module, NormLayer):
             return norm_size(self.module)
-        return getattr(self.module, "in_features", None)  # an activation has none
+        return getattr(self.module, "in_features", None)
 
 
 class Entry(NamedTuple):
@@ -166,7 +143,7 @@ def _is_changed(model: nn.Module) -> bool:
 def _linear(module: nn.Linear) -> list[Stage] | None:
     if type(module) is not nn.Linear or "weight" not in module._parameters:
         return None  # a subclass, or one whose weight something else computes (a Slim layer, a parametrization)
-    return [Stage(module, (module.weight, module.bias))]
+    return [Stage(module, LayerFormula(None, None, module.weight, bias=module.bias))]
 
 
 def _register_exact(cls: type[nn.Module], stages: Callable[[Any], list[Stage] | None]) -> None:
@@ -174,8 +151,16 @@ def _register_exact(cls: type[nn.Module], stages: Callable[[Any], list[Stage] | 
     register(cls, Entry(lambda module: stages(module) if type(module).forward is cls.forward else None))
 
 
-_register_exact(KANLinear, lambda layer: [Stage(layer, (layer.spline_weight, layer.base_weight))])
-_register_exact(SlimKANLinear, lambda layer: [Stage(layer, updates=(Update(1.0, layer.components),))])
+def _kan_linear(layer: KANLinear) -> list[Stage]:
+    return [Stage(layer, LayerFormula(layer.grid, layer.spline_weight, layer.base_weight))]
+
+
+def _slim_kan_linear(layer: SlimKANLinear) -> list[Stage]:
+    return [Stage(layer, LayerFormula(layer.grid, None, updates=(Update(1.0, layer.components),)))]
+
+
+_register_exact(KANLinear, _kan_linear)
+_register_exact(SlimKANLinear, _slim_kan_linear)
 _register_exact(LayerStack, lambda net: join_stages(net.layers))
 _register_exact(nn.Sequential, join_stages)
 for cls in (InputMap, *ACTIVATIONS):

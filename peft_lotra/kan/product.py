@@ -48,12 +48,12 @@ def spline_product(
     left, right = update or (None, None)
     ends_vary = any(isinstance(end, Tensor) and end.requires_grad for end in (low, high))
     if ends_vary or needs_plain_operations(x, low, high, weight, left, right):
-        return _plain_product(bspline_basis(x, low, high, grid_size, spline_order), weight, left, right)
+        return plain_product(bspline_basis(x, low, high, grid_size, spline_order), weight, left, right)
     low, high = (torch.as_tensor(end, dtype=x.dtype, device=x.device) for end in (low, high))
     return _SplineProduct.apply(x, low, high, grid_size, spline_order, weight, left, right)
 
 
-def _plain_product(basis: Tensor, weight: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+def plain_product(basis: Tensor, weight: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     basis = basis.flatten(1)
     y = F.linear(basis, weight.flatten(1))
     return y if left is None or right is None else y + F.linear(F.linear(basis, right.flatten(1)), left)
@@ -98,7 +98,7 @@ class _SplineProduct(torch.autograd.Function):
         update, needed = None if left is None else (left, right), (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:])
         if is_plain_backward(gradient):
             grid = UniformGrid(low, high, *ctx.grid)
-            plain = lambda x, *others: [_plain_product(_Basis.apply(x, grid, 0), *others)]  # noqa: E731
+            plain = lambda x, *others: [plain_product(_Basis.apply(x, grid, 0), *others)]  # noqa: E731
             results = plain_gradients(plain, (x, weight, left, right), needed, [gradient])
         elif is_sparse(points):
             results = sparse_gradients(points, weight, update, gradient, needed)

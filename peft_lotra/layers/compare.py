@@ -14,18 +14,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .coefficients import CoefficientTensor
 from .description import KANLayerSpec
 from .inference import infer_spec
 from .probe import Probe, Undecided, remembered
-
-
-# Rows at which a formula is compared with its layer: around the grid, and at each of two distances from it.
-_NEAR, _FAR = 48, 8
-_BLOCK = 8  # rows whose largest output is the measure of their differences
 
 
 def _asked(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, question: Callable[..., Any]) -> Any:
@@ -87,47 +81,3 @@ def as_computed(spec: KANLayerSpec, layer: nn.Module) -> KANLayerSpec:
         return spec.is_of_this_package(layer) and spec or remembered(layer, ("computed", spec.family), find) or spec
     except (Undecided, ValueError):  # it may be run later; a pattern does not fit
         return spec
-
-
-def points_around(low: Any, high: Any, width: int) -> Tensor:
-    """Return points (64, width) in float64 on the CPU.
-
-    48 rows cover the grid and its length on either side. The others lie far from it, so that a layer that clamps or
-    squashes its inputs is noticed.
-
-    Args:
-        low, high: Both ends of the grid, each a number or a tensor (width,).
-        width: Number of inputs.
-    """
-    low, high = (torch.as_tensor(end, dtype=torch.float64, device="cpu").expand(width) for end in (low, high))
-    rows = _NEAR + 2 * _FAR
-    # steps of the golden ratio, so that no input repeats another's points
-    share = torch.arange(rows * width, dtype=torch.float64, device="cpu").mul(0.6180339887498949).frac()
-    share = share.view(rows, width)
-    points = torch.lerp(low, high, 3 * share - 1)
-
-    sign = torch.tensor([-1.0, 1.0], dtype=torch.float64, device="cpu").repeat(_FAR).unsqueeze(1)
-    lengths = torch.tensor([15.0, 500.0], dtype=torch.float64, device="cpu").repeat_interleave(_FAR).unsqueeze(1)
-    points[_NEAR:] = (low + high) / 2 + sign * lengths * (1 + share[_NEAR:]) * (high - low).clamp(min=2)
-    return points
-
-
-def agree(result: Tensor, expected: Tensor, tolerance: float, floor: float = 0.0) -> bool:
-    """Return whether two results (..., 64, out) at `points_around` agree, near the grid and far from it.
-
-    Each difference is a share of the largest number among eight rows, or among those near the grid. Numbers that are
-    not finite in `expected`, such as the slope of acos(tanh(1000)), are not compared.
-
-    Args:
-        result: What the formula gives.
-        expected: What the layer gives.
-        tolerance: The largest share.
-        floor: The smallest number that a difference is a share of.
-    """
-    if result.shape != expected.shape:
-        return False
-    difference = torch.where(expected.isfinite(), result - expected, 0)
-    parts = (difference, expected.nan_to_num(0, 0, 0))
-    error, size = (part.movedim(-2, 0).unflatten(0, (-1, _BLOCK)).flatten(1).abs().amax(1) for part in parts)
-    near = size[: _NEAR // _BLOCK].max().clamp(min=floor)
-    return bool((error <= tolerance * size.clamp(min=near)).all())

@@ -56,17 +56,17 @@ class KANLayerSpec:
             an argument, only if that argument is true.
         checkpoint_methods (`tuple[str, ...]`): Methods of the network around the layer that save it, with its adapters
             merged and under its original names.
-        basis (`Callable`, *optional*): `basis(layer, x)` with x (batch, in) returns the basis functions
-            (batch, in, basis). It opens the fast path if the layer computes basis(x) . (edge_scale * coefficients) +
-            activation(x) . residual + bias: the two are compared on a few points.
+        basis (`Callable`, *optional*): `basis(layer, z)` returns the basis functions (batch, in, basis) of z
+            (batch, in). It opens the fast path and `jet` if the layer computes
+            basis(norm(x)) . (edge_scale * coefficients) + activation(x) . residual + bias. Values and derivatives of
+            the two are compared on a few points.
         splines (`Callable`, *optional*): `splines(layer)` returns the [`UniformGrid`] of the basis, or `None`. The
-            fast path then evaluates the splines in closed form.
-        derivatives (`Callable`, *optional*): `derivatives(layer, x, highest)` returns a list: the basis functions of x
-            (batch, in) and their derivatives up to the order `highest`, at most 5, each (batch, in, basis). It opens
-            the closed form of `jet`; the derivatives are compared with those that autograd gives of the layer. Those
-            above the second may be missing: transforms of `torch.func` give them, more slowly.
-        normalization (`str`, *optional*): The module that normalizes the inputs of the basis functions, and not those
-            of the residual branch, if `derivatives` is given. It may be absent or `None`.
+            splines are then evaluated in closed form.
+        derivatives (`Callable`, *optional*): `derivatives(layer, z, highest)` returns a list: the basis functions of z
+            and their derivatives up to the order `highest`, at most 5, each (batch, in, basis). `jet` takes less time
+            with it. The list may end earlier: transforms of `torch.func` compute the rest.
+        normalization (`str`, *optional*): The module norm, which normalizes the inputs of the basis functions alone.
+            It may be absent or `None`.
         activation (`Callable`, *optional*): `activation(layer, x)` returns the factors (batch, in) of `residual`.
         bias (`str`, *optional*): The parameter that is added to the output. It may be absent or `None`.
         axes (`Callable` or `dict`, *optional*): `axes(layer)` returns the lengths of axes that no shape determines,

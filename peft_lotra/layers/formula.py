@@ -1,10 +1,10 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The fast path: the output of an adapted layer by a formula, without running the base layer.
+"""Finds the formula of a layer of any library, and verifies it against the layer.
 
-B-splines on a uniform grid are evaluated in closed form. Where it costs less, the update stays in two thin products
-and the coefficients need no gradient; else it is added to them first, as in small layers.
+Verified are values, slopes and second derivatives, over the grid and far from it. A layer that does more than its
+formula, such as a subclass that clamps its inputs, has no formula and runs itself.
 """
 
 from __future__ import annotations
@@ -16,250 +16,272 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from ..derivatives.layers import evaluate_layer
+from ..derivatives.torch_fallback import elementwise_derivatives, jet_by_transforms
 from ..kan.basis import SPLINE_ORDERS, UniformGrid
-from ..kan.product import spline_product
+from ..kan.formula import FunctionBasis, LayerFormula
 from ..modules.calls import call_with_parameters, runs_more_than_its_class, without_autocast
-from ..tucker import Update, expand_inputs
+from ..tucker import Update
 from .coefficients import CoefficientTensor, get_or_none
-from .compare import agree, is_linear, points_around
+from .compare import is_linear
+from .description import Grid, KANLayerSpec
 from .probe import moved, remembered
-from .registry import KANLayerSpec
+from .registry import copy_grid, same_grid
 
 
-# What formula and layer may differ by, as a share of the largest output. In float64 an adapted layer starts as its
-# base bit for bit.
-_TOLERANCE = {torch.float32: 1e-6, torch.float64: 0.0}
-# What their values and slopes in float64 may differ by: knots in float32 are not exactly uniform.
-_SLOPE_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-# The formula that was found, by class, and by what decides how a layer of it runs: in closed form or not.
-_known_formulas: WeakKeyDictionary[type, dict[Any, bool]] = WeakKeyDictionary()
+# How far a formula and its layer may differ in the layer's dtype, as a share of the largest output.
+_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+# How far value, slope and second derivative may differ in float64. Knots in float32 are not exactly uniform.
+_JET_TOLERANCES = {torch.float32: (1e-6, 1e-5, 1e-4), torch.float64: (1e-11, 1e-10, 1e-9)}
+# Rows at which they are compared, in blocks of eight: around the grid, far from it, and with inputs that are zero.
+_BLOCK = 8
+_NEAR = 6 * _BLOCK
+_DISTANCES = (15.0, 500.0, 1e5, 1e8)  # in lengths of the grid
+# What the forward pass of a layer may depend on besides its tensors.
+_SETTINGS = (bool, int, float, str, type(None))
+
+State = tuple[Any, ...]
+
+# For each layer the grid and the formula, None if there is none, by the state in which it was verified.
+_answers: WeakKeyDictionary[nn.Module, dict[State, tuple[Grid, FormulaReader | None]]] = WeakKeyDictionary()
 
 
-class ThinUpdate(NamedTuple):
-    """An update of the coefficients, left x right, as two matrices with few columns and rows.
-
-    Attributes:
-        left: (out, r).
-        right: (r, in, basis).
-        right_of_residual: (r, in), where the layer has a residual branch.
-    """
-
-    left: torch.Tensor
-    right: torch.Tensor
-    right_of_residual: torch.Tensor | None
-
-
-class Formula(NamedTuple):
-    """basis(x) . (edge_scale * coefficients) + activation(x) . residual + bias.
+class FormulaReader(NamedTuple):
+    """Reads the formula of a layer from its present tensors.
 
     Attributes:
         spec, tensor: The kind of the layer, and where it keeps its coefficients.
-        closed_form: Whether the basis is evaluated by the kind's `splines`, else by its `basis`.
+        is_uniform: Whether the basis is the kind's `splines`, else its `basis`.
+        is_silu: Whether the function of the residual branch is silu, whose derivatives have a closed form.
+        has_jets: Whether the derivatives of its functions are those of the layer. They are not if `basis` mixes the
+            inputs, as a norm that the kind does not name does, or if `derivatives` of the kind is wrong.
     """
-
-    # methods, no properties, and no sum of a generator: compiled code does not know them of tuples
 
     spec: KANLayerSpec
     tensor: CoefficientTensor
-    closed_form: bool
+    is_uniform: bool = True
+    is_silu: bool = True
+    has_jets: bool = True
+
+    def read(self, layer: nn.Module) -> LayerFormula:
+        """Return the formula of the layer, without updates."""
+        spec: Any = self.spec
+        coefficients, residual = self.tensor.read_parts(layer)
+        if self.is_uniform:
+            basis = spec.splines(layer)
+        else:
+            derivatives = spec.derivatives or (lambda layer, z, highest: [spec.basis(layer, z)])
+            basis = FunctionBasis(self.tensor.shape[2], partial(derivatives, layer))
+        bias = None if spec.bias is None else get_or_none(layer, spec.bias)
+        norm = None if spec.normalization is None else get_or_none(layer, spec.normalization)
+        activation = F.silu if self.is_silu else partial(spec.activation, layer)
+        return LayerFormula(basis, coefficients, residual, (), spec.scale(layer), bias, activation, norm)
 
     def accepts(
-        self,
-        base_layer: nn.Module,
-        stored: torch.Tensor,
-        updates: Sequence[Update],
-        args: tuple,
-        kwargs: dict[str, Any],
+        self, layer: nn.Module, stored: Tensor, updates: Sequence[Update], args: tuple, kwargs: dict[str, Any]
     ) -> bool:
-        """Whether the formula may evaluate a call; if not, the base layer runs."""
+        """Return whether the formula may evaluate a call. If not, the layer runs."""
         x: Any = args[0] if len(args) == 1 and not kwargs else None
-        if not isinstance(x, torch.Tensor) or x.is_nested or x.is_meta or x.layout != torch.strided:
+        if not isinstance(x, Tensor) or x.is_nested or x.is_meta or x.layout != torch.strided:
             return False
         if hasattr(stored, "placements") or torch.is_autocast_enabled(x.device.type):  # a DTensor
             return False
         # layers of other libraries may flatten the leading dimensions
-        fits = x.shape[-1:] == self.tensor.shape[1:2] and (x.dim() == 2 or self.spec.is_of_this_package(base_layer))
+        fits = x.shape[-1:] == self.tensor.shape[1:2] and (x.dim() == 2 or self.spec.is_of_this_package(layer))
         same = x.dtype == stored.dtype and all(update.tensor[0].dtype == x.dtype for update in updates)
-        return fits and same and not runs_more_than_its_class(base_layer)
-
-    def output(self, base_layer: nn.Module, updates: Sequence[Update], x: torch.Tensor) -> torch.Tensor:
-        """The output (..., out) of the base layer with the updates for inputs x (..., in).
-
-        The update stays in factors where 2 R (I K + O) < O I K, R the sum of its ranks in the output mode, and there
-        is no edge scale: the multiplications for each row in the backward pass by two thin products, and with the
-        gradient of all coefficients.
-        """
-        out, in_features, basis = self.tensor.shape
-        coefficients, residual = self.tensor.read_parts(base_layer)
-        scale = self.spec.scale(base_layer)
-        lefts, rights = [], []
-        for gain, (core, left, *factors) in updates:
-            right = expand_inputs(core if isinstance(gain, float) and gain == 1.0 else gain * core, *factors)
-            lefts.append(left)
-            # an update without the residual branch adds zero to it
-            rights.append(right if residual is None or right.shape[-1] > basis else F.pad(right, (0, 1)))
-        left, right = (
-            torch.cat(parts, dim) if len(parts) > 1 else parts[0] for parts, dim in ((lefts, 1), (rights, 0))
-        )
-        right_of_residual = None
-        if residual is not None:
-            right, last = right.split([basis, 1], dim=-1)
-            right_of_residual = last.squeeze(-1)
-        update = ThinUpdate(left, right, right_of_residual)
-        if scale is not None or 2 * len(right) * (in_features * basis + out) >= out * in_features * basis:
-            coefficients = torch.addmm(coefficients.flatten(1), left, right.flatten(1)).view(self.tensor.shape)
-            if residual is not None and right_of_residual is not None:
-                residual = torch.addmm(residual, left, right_of_residual)
-            update = None
-        if scale is not None:
-            coefficients = coefficients * scale.unsqueeze(-1)
-        rows = x if x.dim() == 2 else x.reshape(-1, in_features)
-        y = self.evaluate(base_layer, rows, coefficients, residual, update)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], out)  # a view would cost compiled code a tenth of a step
-
-    def of_base(self, base_layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """The output (rows, out) of the base layer for x (rows, in), without updates."""
-        coefficients, residual = self.tensor.read_parts(base_layer)
-        scale = self.spec.scale(base_layer)
-        if scale is not None:
-            coefficients = coefficients * scale.unsqueeze(-1)
-        return self.evaluate(base_layer, x, coefficients, residual)
-
-    def evaluate(
-        self,
-        base_layer: nn.Module,
-        x: torch.Tensor,
-        coefficients: torch.Tensor,
-        residual: torch.Tensor | None,
-        update: ThinUpdate | None = None,
-    ) -> torch.Tensor:
-        """The output (rows, out) for x (rows, in).
-
-        Args:
-            base_layer: The layer.
-            x: The inputs.
-            coefficients: (out, in, basis), multiplied by the scale of the layer.
-            residual: The weights (out, in) of the residual branch, if there is one.
-            update: What is added to both.
-        """
-        spec: Any = self.spec  # with the functions that are called here: see `find_formula`
-        if self.closed_form:
-            grid: UniformGrid = spec.splines(base_layer)
-            y = spline_product(x, *grid, coefficients, None if update is None else (update.left, update.right))
-        else:
-            functions = spec.basis(base_layer, x).flatten(1)
-            y = F.linear(functions, coefficients.flatten(1))
-            if update is not None:
-                y = torch.addmm(y, F.linear(functions, update.right.flatten(1)), update.left.t())
-        if residual is not None:
-            activation = spec.activation(base_layer, x)
-            y = torch.addmm(y, activation, residual.t())  # a weight without gradient costs none in the backward pass
-            if update is not None and update.right_of_residual is not None:
-                y = torch.addmm(y, F.linear(activation, update.right_of_residual), update.left.t())
-        bias = None if spec.bias is None else get_or_none(base_layer, spec.bias)
-        return y if bias is None else y + bias
+        return fits and same and not runs_more_than_its_class(layer)
 
 
-def find_obstacle(base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> str | None:
-    """Why no formula can give what the layer computes; None if one may."""
-    dtype = tensor.get_parameter(base_layer).dtype
+def state_of(layer: nn.Module) -> State:
+    """Return what a forward pass may depend on besides tensors, in a form that can be compared."""
+    entries = vars(layer).values()
+    settings = [value for value in entries if isinstance(value, _SETTINGS)]
+    functions = [id(value) for value in entries if callable(value)]
+    return (*settings, *functions, *map(id, layer._modules.values()))
+
+
+def find_obstacle(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> str | None:
+    """Return why no formula can give what the layer computes; None if one may."""
+    dtype = tensor.get_parameter(layer).dtype
     if tensor.shape[3:]:
         return "it is a convolution"
-    if not (spec.basis or spec.splines):
+    if not (spec.basis or spec.splines or spec.derivatives):
         return "its kind has no `basis`"
     if tensor.has_residual and not spec.activation:
         return "its kind has no `activation`, the function of the residual branch"
     if dtype not in _TOLERANCE:
         return f"its parameters are {dtype}"
-    if dtype == torch.float64 and not spec.splines:
-        return "in float64 it takes `splines`"
-    if runs_more_than_its_class(base_layer):
+    if runs_more_than_its_class(layer):
         return "it has hooks, or a `forward` of its own"
-    return None if is_linear(base_layer, spec, tensor) else "its output is not linear in the coefficients"
+    return None if is_linear(layer, spec, tensor) else "its output is not linear in the coefficients"
 
 
 @torch.no_grad()
-def find_formula(base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> Formula | None:
-    """The formula that gives what the layer computes in its present mode; None if there is none.
+def find_formula(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> FormulaReader | None:
+    """Return the formula that gives what the layer computes in its present mode; None if there is none.
 
-    It is found once for layers of a class, shapes and settings, closed form first, and compared with each layer. The
-    layer and the random generators are left as they were.
+    The layer and the random generators are left as they were. An answer holds until the grid or a setting changes.
     """
-    stored = tensor.get_parameter(base_layer)
-    if stored.is_meta or find_obstacle(base_layer, spec, tensor) is not None:
+    stored = tensor.get_parameter(layer)
+    if stored.is_meta or find_obstacle(layer, spec, tensor) is not None:
         return None
-    if spec.is_of_this_package(base_layer):
-        return Formula(spec, tensor, closed_form=True)
-    grid = spec.read_grid(base_layer)
-    shapes = [value.shape if isinstance(value, torch.Tensor) else repr(value) for value in grid.values()]
-    key = (tensor.shape, base_layer.training, stored.dtype, *shapes)
-    known = _known_formulas.setdefault(type(base_layer), {})
-    likely = known.get(key, True)
+    if spec.is_of_this_package(layer):
+        return FormulaReader(spec, tensor)
+    answers = _answers.setdefault(layer, {})
+    grid = spec.read_grid(layer)
+    state = (id(spec), stored.dtype, state_of(layer))
+    if state in answers and same_grid(answers[state][0], grid):
+        return answers[state][1]
+
+    reader = None
     with torch.random.fork_rng([stored.device] if stored.is_cuda else []), without_autocast(stored):
-        found = (it for it in (likely, not likely) if _is_right(Formula(spec, tensor, it), base_layer))
-        closed_form = next(found, None)
-    if closed_form is None:
+        for is_uniform in (True, False):
+            try:
+                reader = reader or _verify(layer, spec, tensor, is_uniform)
+            except Exception:  # foreign code, which may want more arguments, or other shapes
+                continue
+    if len(answers) > 8:  # states that come and go
+        answers.clear()
+    answers[state] = copy_grid(grid), reader
+    return reader
+
+
+def _verify(layer: nn.Module, spec: Any, tensor: CoefficientTensor, is_uniform: bool) -> FormulaReader | None:
+    ends = _grid_ends(layer, spec, tensor, is_uniform)
+    if ends is None:
         return None
-    known[key] = closed_form
-    return Formula(spec, tensor, closed_form)
+    stored = tensor.get_parameter(layer)
+    points = _points_around(*ends, tensor.shape[1])
+    x = points.to(stored)
+    is_silu = not tensor.has_residual or torch.equal(spec.activation(layer, x), F.silu(x))
+    reader = FormulaReader(spec, tensor, is_uniform, is_silu)
+
+    # with copies of the buffers, which a layer may update as it runs
+    buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    expected = call_with_parameters(layer, buffers, layer, (x,), {})
+    result = reader.read(layer).output(x)
+    if result.dtype != expected.dtype or not _agree(result, expected, _TOLERANCE[stored.dtype]):
+        return None
+    question = "formula", is_uniform, is_silu, layer.training
+    is_right, has_jets = remembered(layer, question, partial(_compare, reader, layer, points))
+    return reader._replace(has_jets=has_jets) if is_right else None
 
 
-def _is_right(formula: Formula, base_layer: nn.Module) -> bool:
-    """Return whether the formula gives what the layer computes, over the grid and far from it."""
-    try:
-        ends = _grid_ends(base_layer, formula)
-        if ends is None:
-            return False
-        points = points_around(*ends, formula.tensor.shape[1])
-        stored = formula.tensor.get_parameter(base_layer)
-        # with copies of the buffers, which a layer may update as it runs
-        buffers = {name: buffer.clone() for name, buffer in base_layer.named_buffers()}
-        expected = call_with_parameters(base_layer, buffers, base_layer, (points.to(stored),), {})
-        result = formula.of_base(base_layer, points.to(stored))
-        if result.dtype != expected.dtype or not expected.isfinite().all():
-            return False
-        question = "slopes", formula.closed_form, base_layer.training
-        return agree(result, expected, _TOLERANCE[stored.dtype]) and remembered(
-            base_layer, question, lambda: _has_right_slopes(formula, base_layer, points)
-        )
-    except Exception:  # foreign code, which wants more arguments, or other shapes
+def _grid_ends(
+    layer: nn.Module, spec: Any, tensor: CoefficientTensor, is_uniform: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Return both ends of the grid, numbers or (in,); None if the layer has no such basis."""
+    if not is_uniform:
+        values = [v.flatten() for v in spec.read_grid(layer).values() if isinstance(v, Tensor) and v.numel()]
+        grid = torch.cat(values or [torch.tensor([-2.0, 2.0], device="cpu")])
+        return grid.aminmax() if spec.basis or spec.derivatives else None
+    grid = None if spec.splines is None else spec.splines(layer)
+    if not isinstance(grid, UniformGrid) or grid.spline_order not in SPLINE_ORDERS or grid.grid_size < 1:
+        return None
+    return (grid.low, grid.high) if grid.num_basis == tensor.shape[2] else None
+
+
+def _points_around(low: Any, high: Any, width: int) -> Tensor:
+    """Return points (rows, width) in float64 on the CPU, in blocks of eight rows.
+
+    The first rows cover the grid and its length on either side. The next ones lie far from it, so that a layer that
+    clamps or squashes its inputs is noticed. In the last ones some inputs are zero, and in one row all.
+
+    Args:
+        low, high: Both ends of the grid, each a number or a tensor (width,).
+        width: Number of inputs.
+    """
+    low, high = (torch.as_tensor(end, dtype=torch.float64, device="cpu").expand(width) for end in (low, high))
+    rows = _NEAR + (len(_DISTANCES) + 1) * _BLOCK
+    # steps of the golden ratio, so that no input repeats another's points
+    share = torch.arange(rows * width, dtype=torch.float64, device="cpu").mul(0.6180339887498949).frac()
+    share = share.view(rows, width)
+    points = torch.lerp(low, high, 3 * share - 1)
+
+    distances = torch.tensor(_DISTANCES, dtype=torch.float64, device="cpu").repeat_interleave(_BLOCK).unsqueeze(1)
+    signs = torch.tensor([-1.0, 1.0], device="cpu").repeat(len(distances) // 2).unsqueeze(1)
+    far = slice(_NEAR, _NEAR + len(distances))
+    points[far] = (low + high) / 2 + signs * distances * (1 + share[far]) * (high - low).clamp(min=2)
+
+    points[far.stop :][share[far.stop :] < 0.5] = 0
+    points[-1] = 0
+    return points
+
+
+def _agree(result: Tensor, expected: Tensor, tolerance: float, floor: float = 0.0) -> bool:
+    """Return whether two results (..., rows, out) at `_points_around` agree.
+
+    Each difference is a share of the largest number among eight rows, or among those near the grid. Numbers that are
+    not finite in `expected`, such as the slope of acos(tanh(1000)), are not compared.
+
+    Args:
+        result: What the formula gives.
+        expected: What the layer gives.
+        tolerance: The largest share.
+        floor: The smallest number that a difference is a share of.
+    """
+    if result.shape != expected.shape:
         return False
+    difference = torch.where(expected.isfinite(), result - expected, 0)
+    tensors = (difference, expected.nan_to_num(0, 0, 0))
+    error, size = (values.movedim(-2, 0).unflatten(0, (-1, _BLOCK)).flatten(1).abs().amax(1) for values in tensors)
+    near = size[: _NEAR // _BLOCK].max().clamp(min=floor)
+    return bool((error <= tolerance * size.clamp(min=near)).all())
 
 
-def _has_right_slopes(formula: Formula, base_layer: nn.Module, points: torch.Tensor) -> bool:
-    """Return whether values and slopes agree in float64, at other parameters: each has its effect then."""
-    stored, grid = formula.tensor.get_parameter(base_layer), formula.spec.read_grid(base_layer)
+def _compare(reader: FormulaReader, layer: nn.Module, points: Tensor) -> tuple[bool, bool]:
+    """Return whether the formula is right in float64, and whether its jets are.
 
-    def evaluate(function: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        x = points.to(stored.device).requires_grad_()
-        y = function(x)
-        weights = torch.linspace(0.5, 1.5, y.shape[-1], dtype=y.dtype, device=y.device)
-        return y.detach(), torch.autograd.grad((y * weights).sum(), x)[0]
+    Compared are value, slope and second derivative, a single row, and what becomes of NaN. The parameters are moved
+    first, so that each has an effect.
+    """
+    stored = reader.tensor.get_parameter(layer)
+    named = (*layer.named_parameters(), *layer.named_buffers())
+    values = {name: value.detach().clone().double() for name, value in named if value.is_floating_point()}
+    movable = {name for name, _ in layer.named_parameters()}.difference(reader.spec.read_grid(layer))
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(2, points.shape[1], generator=generator, dtype=torch.float64, device="cpu")
 
-    def compare() -> bool:
-        pairs = zip(evaluate(partial(formula.of_base, base_layer)), evaluate(base_layer), strict=True)
-        return all(agree(result, expected, _SLOPE_TOLERANCE[stored.dtype]) for result, expected in pairs)
+    def compare() -> tuple[bool, bool]:
+        formula = reader.read(layer)
+        x, along = points.to(stored.device), directions.to(stored.device)
+        agree = partial(_jets_agree, jet_by_transforms(layer, x, along, 2, None), stored.dtype)
+        if not agree(jet_by_transforms(formula.output, x, along, 2, None)) or not _rows_agree(formula, layer, x[0]):
+            return False, False
+        try:
+            has_jets = agree(evaluate_layer(formula, [x, along.unsqueeze(1)], 2, None))
+            return True, has_jets and _higher_derivatives_agree(formula.basis, x)
+        except Exception:  # foreign code, e.g. of functions that normalize their inputs
+            return True, False
 
     # compiled code would be compiled once more, for float64
     eager = torch.compiler.set_stance("force_eager")
-    with torch.inference_mode(False), torch.enable_grad(), eager:
-        named = (*base_layer.named_parameters(), *base_layer.named_buffers())
-        values = {name: value.detach().clone().double() for name, value in named if value.is_floating_point()}
-        others = {name for name, _ in base_layer.named_parameters()}.difference(grid)
-        return call_with_parameters(base_layer, moved(values, others, torch.randn), compare, (), {})
+    with torch.inference_mode(False), torch.no_grad(), eager:
+        return call_with_parameters(layer, moved(values, movable, torch.randn), compare, (), {})
 
 
-def _grid_ends(base_layer: nn.Module, formula: Formula) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Both ends of the grid, as numbers or (in,); None if the basis of this layer cannot be evaluated so."""
-    spec = formula.spec
-    if formula.closed_form:
-        splines = spec.splines(base_layer) if spec.splines is not None else None
-        if not isinstance(splines, UniformGrid) or splines.spline_order not in SPLINE_ORDERS or splines.grid_size < 1:
-            return None
-        return (splines.low, splines.high) if splines.num_basis == formula.tensor.shape[2] else None
-    if spec.basis is None or formula.tensor.get_parameter(base_layer).dtype != torch.float32:
-        return None
-    grids = [v.flatten() for v in spec.read_grid(base_layer).values() if isinstance(v, torch.Tensor) and v.numel()]
-    return torch.cat(grids or [torch.tensor([-2.0, 2.0], device="cpu")]).aminmax()
+def _jets_agree(expected: Sequence[Tensor], dtype: torch.dtype, result: Sequence[Tensor]) -> bool:
+    return all(map(_agree, result, expected, _JET_TOLERANCES[dtype], [1e-3] * 3))
+
+
+def _rows_agree(formula: LayerFormula, layer: nn.Module, row: Tensor) -> bool:
+    """Return whether a single row, and a NaN in it, have the same outputs by formula and layer."""
+    rows = row.unsqueeze(0)
+    with_nan = rows.clone()
+    with_nan[0, 0] = torch.nan
+    is_same = torch.allclose(formula.output(rows), layer(rows), rtol=1e-6, atol=1e-6)
+    return is_same and torch.equal(formula.output(with_nan).isnan(), layer(with_nan).isnan())
+
+
+def _higher_derivatives_agree(basis: Any, x: Tensor) -> bool:
+    """Return whether each derivative from the third on, which gradients need, is that of the one before."""
+    if isinstance(basis, UniformGrid):
+        return True
+    of_order = basis.derivatives(x, 5)
+    for order in range(2, len(of_order) - 1):
+        slope = elementwise_derivatives(lambda z, order=order: basis.derivatives(z, order)[order], x, 1)[1]
+        if not _agree(of_order[order + 1].flatten(1), slope.flatten(1), 1e-9, 1e-3):
+            return False
+    return True

@@ -195,7 +195,7 @@ _kind(
 _kind(  # FasterKAN too, which has no residual branch
     "fast-kan | spline_linear.weight:2 rbf.grid:1 | spline_linear.weight o (i k) | base_linear.weight o i | "
     "| rbf.grid rbf.denominator rbf.inv_denominator",
-    basis=lambda m, x: m.rbf(x if m.layernorm is None else m.layernorm(x)),
+    basis=lambda m, x: m.rbf(x),
     derivatives=_rbf_derivatives,
     normalization="layernorm",
     activation=lambda m, x: m.base_activation(x),

@@ -252,6 +252,11 @@ def walk_kan_layers(
         yield from walk_kan_layers(child, f"{name}.{child_name}" if name else child_name, seen)
 
 
+def copy_grid(grid: Mapping[str, Any]) -> Grid:
+    """A copy of a grid, as `KANLayerSpec.read_grid` gives it, with tensors of its own."""
+    return {name: v.detach().clone() if isinstance(v, torch.Tensor) else v for name, v in grid.items()}
+
+
 def same_grid(first: Mapping[str, object], second: Mapping[str, object]) -> bool:
     """Whether two grids, as `KANLayerSpec.read_grid` gives them, are equal up to casts and devices.
 

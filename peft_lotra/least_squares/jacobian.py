@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from ..derivatives.api import through_stages
 from ..derivatives.chain_rule import Jet
 from ..derivatives.layers import evaluate_layer, jet_rows
-from ..derivatives.stages import Stage, stages_of
-from ..kan.basis import UniformGrid
+from ..derivatives.stages import stages_of
+from ..kan.formula import LayerFormula
 from ..kan.product import needs_plain_operations
 from ..kan.recording_hook import recording
 from ..tucker import Update
@@ -38,9 +38,8 @@ ByTensor = dict[int, Tensor]  # by the `id` of another tensor
 class LayerRecord(NamedTuple):
     """One evaluation of a KAN layer, or of an `nn.Linear`."""
 
-    stage: Stage  # the layer with its coefficients
-    grid: UniformGrid | None  # read in the call, in which the layer's tensors are in float64; None of an `nn.Linear`
-    inputs: tuple[Jet, int, Tensor | None]  # the arguments of `evaluate_layer`
+    formula: LayerFormula  # read in the call, in which the layer's tensors are in float64
+    inputs: tuple[Jet, int, Tensor | None]  # the other arguments of `evaluate_layer`
     outputs: Jet  # of a graph that starts at the outputs of the first layer
 
 
@@ -78,22 +77,29 @@ class Recorder:
         of_rows = x.dim() == 2 and len(x) == self.rows
         return torch.is_grad_enabled() and of_rows and not varies and not needs_plain_operations(x)
 
-    def _record_layer(self, stage: Stage, *inputs: Any) -> Jet:
-        """As `evaluate_layer`; appends a record if all trained coefficients of the layer are known."""
-        components = [part for update in stage.updates for part in (update.scale, *update.tensor)]
-        trained = [p for p in (*(stage.dense or ()), *components) if isinstance(p, Tensor) and p.requires_grad]
-        if not trained or any(id(part) not in self._known for part in trained):
-            return evaluate_layer(stage, *inputs)
-        fixed = stage._replace(
-            dense=stage.dense and tuple(None if part is None else part.detach() for part in stage.dense),
-            updates=tuple(Update(scale, tensor.map(Tensor.detach)) for scale, tensor in stage.updates),
+    def _record_layer(self, formula: LayerFormula, *inputs: Any) -> Jet:
+        """As `evaluate_layer`; appends a record if all trained tensors of the layer are known parameters."""
+        components = [part for update in formula.updates for part in (update.scale, *update.tensor)]
+        dense = (formula.coefficients, formula.residual, formula.bias)
+        trained = [part for part in (*dense, *components) if isinstance(part, Tensor) and part.requires_grad]
+        scale_is_trained = formula.scale is not None and formula.scale.requires_grad
+        if not trained or scale_is_trained or any(id(part) not in self._known for part in trained):
+            return evaluate_layer(formula, *inputs)
+        fixed = formula._replace(
+            coefficients=_detach(formula.coefficients),
+            residual=_detach(formula.residual),
+            bias=_detach(formula.bias),
+            updates=tuple(Update(gain, tensor.map(Tensor.detach)) for gain, tensor in formula.updates),
         )
         outputs = evaluate_layer(fixed, *inputs)
         for part in outputs:
             part.requires_grad_()
-        grid = None if isinstance(stage.module, nn.Linear) else stage.module.grid
-        self.layers.append(LayerRecord(stage, grid, inputs, outputs))
+        self.layers.append(LayerRecord(formula, inputs, outputs))
         return outputs
+
+
+def _detach(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
 
 
 def row_gradients(
@@ -136,7 +142,7 @@ def _joined(outputs: Jet, by_column: list[ByTensor]) -> Tensor:
     return joined.unflatten(0, (len(by_column), -1)).permute(2, 0, 1, 3)
 
 
-def _add(sums: ByTensor, parameter: Tensor, gradient: Tensor) -> None:
+def _add(sums: ByTensor, parameter: Tensor | None, gradient: Tensor) -> None:
     """Adds gradients (n, m, ...) in a parameter, in the order of its entries, unless it is not trained."""
     if (total := sums.get(id(parameter))) is not None:
         total += gradient.view_as(total)
@@ -145,23 +151,44 @@ def _add(sums: ByTensor, parameter: Tensor, gradient: Tensor) -> None:
 @torch.no_grad()
 def _add_layer(sums: ByTensor, record: LayerRecord, g: Tensor) -> None:
     """Adds the gradients in a layer's coefficients, from those in its outputs, (n, m, S, O)."""
-    (z, *derivatives), order, weights = record.inputs
-    if record.grid is None:
-        assert record.stage.dense is not None
-        weight, bias = record.stage.dense
+    formula, (jet, order, weights) = record.formula, record.inputs
+    z, *derivatives = jet
+    if formula.basis is None:
         phi = torch.cat([z.unsqueeze(0), *(part.expand(len(part), *z.shape) for part in derivatives)])
-        _add(sums, weight, g.mT.flatten(1, 2) @ phi.transpose(0, 1))
-        _add(sums, bias, g[:, :, 0])
+        _add(sums, formula.residual, g.mT.flatten(1, 2) @ phi.transpose(0, 1))
+        _add(sums, formula.bias, g[:, :, 0])
         return
-    phi = jet_rows(record.grid, [z, *derivatives], order, weights)
-    if record.stage.dense is not None and any(id(part) in sums for part in record.stage.dense):
-        spline_weight, base_weight = record.stage.dense
-        found = (g.mT.flatten(1, 2) @ phi.flatten(2)).view(*g.shape[:2], -1, *phi.shape[2:])  # (n, m, O, K + 1, I)
-        _add(sums, spline_weight, found[..., :-1, :].mT)
-        _add(sums, base_weight, found[..., -1, :])
-    for update in record.stage.updates:
+    phi = jet_rows(formula, jet, order, weights)
+    coefficients, scale = formula.coefficients, formula.scale
+    dense = None
+    if coefficients is not None and (scale is not None or id(coefficients) in sums or id(formula.residual) in sums):
+        dense = (g.mT.flatten(1, 2) @ phi.flatten(2)).view(*g.shape[:2], -1, *phi.shape[2:])  # (n, m, O, K + 1, I)
+        splines = dense[..., : coefficients.shape[2], :]
+        if scale is not None:
+            splines *= scale.unsqueeze(1)
+        _add(sums, coefficients, splines.mT)
+        _add(sums, formula.residual, dense[..., -1, :])
+    for update in formula.updates:
         if any(id(part) in sums for part in update.tensor):
-            _add_tucker(sums, phi, update, g)
+            if scale is None:
+                _add_tucker(sums, phi, update, g)
+            else:
+                _add_scaled_tucker(sums, dense, update)
+
+
+def _add_scaled_tucker(sums: ByTensor, dense: Any, update: Update) -> None:
+    """Adds the gradients of a Tucker update, from those in the coefficients, (n, m, O, K, I).
+
+    A scale of the edges is no product of a factor for the outputs and one for the inputs.
+    """
+    core, factor_out, factor_in, factor_basis = update.tensor
+    components = {"abc": core, "oa": factor_out, "ib": factor_in, "kc": factor_basis}
+    gradient = update.scale * dense[..., : len(factor_basis), :]
+    for axes, component in components.items():
+        if id(component) in sums:
+            others = [name for name in components if name != axes]
+            equation = f"nmoki,{','.join(others)}->nm{axes}"
+            _add(sums, component, torch.einsum(equation, gradient, *[components[name] for name in others]))
 
 
 def _add_tucker(sums: ByTensor, phi: Tensor, update: Update, g: Tensor) -> None:

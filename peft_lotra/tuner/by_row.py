@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kan.basis import UniformGrid
+from ..kan.formula import LayerFormula
 from ..kan.row_product import PackedTucker, RowGroups, RowProduct, RowUpdates, group_rows
 from ..kan.slim_kan import SlimKANLinear
-from ..layers.coefficients import get_or_none
-from ..layers.formula import Formula
 from ..modules.calls import is_tracing, runs_more_than_its_class
 from ..tucker import full_shape
 from .rows import ForwardPass, rows_of_each, run_by_name
@@ -78,13 +78,13 @@ def find_row_evaluation(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Call
         is_plain = len(args) == 1 and not kwargs and not runs_more_than_its_class(base_layer)
         return partial(_output, base_layer, None, args[0]) if is_plain else None
     stored = layer.lotra_tensor.get_parameter(layer.get_base_layer())
-    formula = layer._find_formula(stored)
-    if formula is None or not formula.accepts(base_layer, stored, (), args, kwargs):
+    reader = layer._find_formula(stored)
+    if reader is None or not reader.accepts(base_layer, stored, (), args, kwargs):
         return None
-    return partial(_output, base_layer, formula, args[0])
+    return partial(_output, base_layer, reader.read(base_layer), args[0])
 
 
-def _output(base_layer: Any, formula: Formula | None, x: Tensor, updates: RowUpdates) -> Tensor:
+def _output(base_layer: Any, formula: LayerFormula | None, x: Tensor, updates: RowUpdates) -> Tensor:
     """The output for inputs (batch, ..., in), or (batch times, in) with `times` rows for each of the batch."""
     of_base = base_layer(x) if formula is None else None  # of a Slim layer; first, since it checks x
     index, size, order, places = updates.groups
@@ -99,29 +99,24 @@ def _output(base_layer: Any, formula: Formula | None, x: Tensor, updates: RowUpd
     return y if of_base is None else of_base + y
 
 
-def _product(base_layer: Any, formula: Formula | None, updates: RowUpdates, rows: Tensor) -> Tensor:
+def _product(base_layer: Any, formula: LayerFormula | None, updates: RowUpdates, rows: Tensor) -> Tensor:
     """The output (N, O) at rows (N, I) in the order of their groups; without the base, if there is no formula."""
     if formula is None:
         return RowProduct(None, updates, None, True).of_splines(rows, base_layer.grid, nn.functional.silu(rows))
-    spec: Any = formula.spec
     # the base is frozen
-    coefficients, residual = (None if it is None else it.detach() for it in formula.tensor.read_parts(base_layer))
-    scale = spec.scale(base_layer)
-    scale = None if scale is None else scale.detach()
-    assert coefficients is not None
-    matrix = (coefficients if scale is None else coefficients * scale.unsqueeze(-1)).transpose(1, 2).flatten(1)
-    matrix = (matrix if residual is None else torch.cat([matrix, residual], 1)).t()
+    matrix = formula.joined().detach()
+    size = matrix.shape[1] - (formula.residual is None)
+    matrix = matrix[:, :size].flatten(1).t()
     if updates.groups.size > 1:
         matrix = matrix.contiguous()  # else a product with few outputs takes less time
-    product = RowProduct(matrix, updates, scale, residual is not None)
-    factors = None if residual is None else spec.activation(base_layer, rows)
-    if formula.closed_form:
-        y = product.of_splines(rows, spec.splines(base_layer), factors)
+    scale = None if formula.scale is None else formula.scale.detach()
+    has_residual = formula.residual is not None
+    product = RowProduct(matrix, updates, scale, has_residual)
+    if isinstance(formula.basis, UniformGrid):
+        y = product.of_splines(rows, formula.basis, formula.activation(rows) if has_residual else None)
     else:
-        functions = spec.basis(base_layer, rows).transpose(1, 2)
-        y = product.of_functions(functions if factors is None else torch.cat([functions, factors.unsqueeze(1)], 1))
-    bias = None if spec.bias is None else get_or_none(base_layer, spec.bias)
-    return y if bias is None else y + bias
+        y = product.of_functions(formula.functions(rows).transpose(1, 2))
+    return y if formula.bias is None else y + formula.bias
 
 
 def _updates_by_name(layer: Any, names: Sequence[str], current: ForwardPass | None) -> RowUpdates | None:

@@ -12,7 +12,6 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from ..derivatives.stages import Entry, Stage, register, stages_of
-from ..layers.derivatives import layer_stage
 from ..layers.registry import NOT_SEARCHED
 from .layer import LoTRALayer
 
@@ -27,24 +26,24 @@ def _only_stage(model: LoTRALayer | ParamWrapper) -> Stage | None:
 
 def _lotra_layer(model: LoTRALayer) -> list[Stage] | None:
     stage = _only_stage(model)
-    if stage is not None and stage.branches:  # of another library: the updates enter its parameters
-        stage = layer_stage(model.get_base_layer(), model.lotra_spec, model.effective_parameters())
-        return stage and [stage]
-    return stage and [stage._replace(updates=(*stage.updates, *model.applied_updates()))]
+    if stage is None or stage.formula is None:
+        return None
+    updates = (*stage.formula.updates, *model.applied_updates())
+    return [stage._replace(formula=stage.formula._replace(updates=updates))]
 
 
 def _lora_on_parameter(model: ParamWrapper) -> list[Stage] | None:
     """PEFT's LoRA on `target_parameters`: its updates are dense."""
-    stage, names = _only_stage(model), ("spline_weight", "base_weight")
-    if stage is None or stage.dense is None or model.parameter_name not in names:
+    stage = _only_stage(model)
+    field = {"spline_weight": "coefficients", "base_weight": "residual"}.get(model.parameter_name)
+    if stage is None or stage.formula is None or field is None:
         return None
-    dense = list(stage.dense)
+    weight = getattr(stage.formula, field)
     if not (model.merged or model.disable_adapters):
         for adapter in model.active_adapters:
             if adapter in model.lora_A:
-                index = names.index(model.parameter_name)
-                dense[index] = dense[index] + model.get_delta_weight(adapter)
-    return [stage._replace(dense=tuple(dense))]
+                weight = weight + model.get_delta_weight(adapter)
+    return [stage._replace(formula=stage.formula._replace(**{field: weight}))]
 
 
 def _saved_module(wrapper: ModulesToSaveWrapper) -> nn.Module:

@@ -17,8 +17,8 @@ from torch import nn
 
 from ..kan.basis import in_transform
 from ..layers.coefficients import CoefficientTensor
-from ..layers.formula import Formula, find_formula
-from ..layers.registry import Grid, KANLayerSpec, same_grid
+from ..layers.formula import FormulaReader, find_formula, state_of
+from ..layers.registry import Grid, KANLayerSpec, copy_grid, same_grid
 from ..modules.calls import (
     LayerLock,
     attribute_by,
@@ -306,8 +306,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             factors[adapter] = nn.Parameter(moved, requires_grad=factor.requires_grad)
 
     def copy_grid(self) -> Grid:
-        grid = self.lotra_spec.read_grid(self.get_base_layer())
-        return {name: v.detach().clone() if isinstance(v, torch.Tensor) else v for name, v in grid.items()}
+        return copy_grid(self.lotra_spec.read_grid(self.get_base_layer()))
 
     def check_grid(self) -> None:
         """Raises a RuntimeError if the grid is not the one that the adapters were made on."""
@@ -368,9 +367,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         if updates:
             base_layer = self._modules["base_layer"]
             stored = self.lotra_tensor.get_parameter(base_layer)
-            formula = self._find_formula(stored)
-            if formula is not None and formula.accepts(base_layer, stored, updates, args, kwargs):
-                return formula.output(base_layer, updates, *args)
+            reader = self._find_formula(stored)
+            if reader is not None and reader.accepts(base_layer, stored, updates, args, kwargs):
+                return reader.read(base_layer)._replace(updates=tuple(updates)).output(*args)
         return self._call_base(updates, args, kwargs)
 
     def _updates(self, adapters: Iterable[str], current: ForwardPass | None) -> list[Update]:
@@ -390,18 +389,22 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         with self._lock, loaded(self) if updates else nullcontext():
             return call_with_parameters(base_layer, self._parameters_with(updates), base_layer, args, kwargs)
 
-    def _find_formula(self, stored: torch.Tensor, is_new: bool = False) -> Formula | None:
+    def _find_formula(self, stored: torch.Tensor, is_new: bool = False) -> FormulaReader | None:
         """The formula of the base layer in its present mode and dtype, found in its first eager pass."""
         base_layer = self._modules["base_layer"]
-        # the formula of our own layers does not depend on the mode
-        key = (base_layer.training and not self.lotra_spec.is_of_this_package(base_layer), stored.dtype)
         if type(base_layer) is not self._base_type:  # FSDP has wrapped it, or `call_with_parameters` is at work
             return None
-        if key not in self._formulas:
-            if not is_new and (is_tracing() or in_transform()):
-                return None
-            self._formulas[key] = find_formula(base_layer, self.lotra_spec, self.lotra_tensor)
-        return self._formulas[key]
+        is_known = self.lotra_spec.is_of_this_package(base_layer)
+        # the formula of our own layers does not depend on the mode
+        key = (base_layer.training and not is_known, stored.dtype)
+        state, reader = self._formulas.get(key, (None, None))
+        if not is_new and (is_tracing() or in_transform()):
+            return reader  # nothing can be compared now
+        present = () if is_known else state_of(base_layer)
+        if state != present:
+            reader = find_formula(base_layer, self.lotra_spec, self.lotra_tensor)
+            self._formulas[key] = present, reader
+        return reader
 
     # --- merging ---
 

@@ -17,6 +17,7 @@ from einops import einsum
 from torch import nn
 
 from ..kan.basis import change_of_basis, spread_points
+from ..layers.coefficients import get_or_none
 from ..layers.registry import same_grid, short_name
 from ..modules.calls import call_with_parameters, check_module, modes_kept, unwrap
 from ..modules.report import Report, TextTable
@@ -199,8 +200,9 @@ def _on_cpu(components: Tucker) -> Tucker:
 def _basis(name: str, layer: LoTRALayer, grid: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
     """The basis functions (points, in, basis) of a layer at x (points, in), on a grid that may not be its own."""
     base, spec = layer.base_layer, layer.lotra_spec
-    function = spec.basis
-    if function is None:
+    if spec.basis is None:
         raise ValueError(f"`{name}`, a {spec.family} layer, has no `basis`: register one, or merge before the move.")
     tensors = {key: value.to(x.device) for key, value in grid.items() if isinstance(value, torch.Tensor)}
-    return call_with_parameters(base, tensors, lambda: function(base, x), (), {}).double().cpu()
+    norm = get_or_none(base, spec.normalization or "")
+    z = x if norm is None else norm(x)
+    return call_with_parameters(base, tensors, partial(spec.basis, base, z), (), {}).double().cpu()

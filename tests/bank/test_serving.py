@@ -291,7 +291,7 @@ def test_no_rows_give_no_outputs(kind):
 
 
 def test_kinds_without_functions_in_graphs():
-    bank, alone = several(KINDS["fourier-kan"]())
+    bank, alone = several(KINDS["kanx"]())
     model = bank.attach()
     with pytest.raises(RuntimeError, match="basis"):
         torch.export.export(model, (X,), {"ids": bank.ids(NAMES)})

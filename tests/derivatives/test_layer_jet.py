@@ -100,11 +100,10 @@ def inputs(rows: int, weights: Tensor | None) -> tuple:
 def test_jet_rows_times_the_coefficients_are_the_jet(rows, degree, weights):
     (stage,) = stages_of(KANLinear(3, 4, spline_order=degree, dtype=torch.float64))
     arguments = inputs(rows, weights)
-    phi = jet_rows(stage.module.grid, *arguments)  # (N, S, K + 1, I)
-    coefficients = torch.cat([stage.dense[0], stage.dense[1].unsqueeze(-1)], -1)
-    found = evaluate_layer(stage, *arguments)
+    phi = jet_rows(stage.formula, *arguments)  # (N, S, K + 1, I)
+    found = evaluate_layer(stage.formula, *arguments)
     parts = [part if part.dim() == 3 else part.unsqueeze(0) for part in found]
-    products = torch.einsum("nski,oik->sno", phi, coefficients)
+    products = torch.einsum("nski,oki->sno", phi, stage.formula.joined())
     torch.testing.assert_close(torch.cat(parts), products, rtol=1e-12, atol=1e-12)
 
 
@@ -113,9 +112,9 @@ def test_updates_are_added_to_the_coefficients():
     (stage,), added = stages_of(layer), [update(), update(-2.0)]
     arguments = inputs(40, WEIGHTS[1])
     with torch.no_grad():
-        parts = evaluate_layer(stage._replace(updates=tuple(added)), *arguments)
+        parts = evaluate_layer(stage.formula._replace(updates=tuple(added)), *arguments)
         for one in added:
             dense = one.dense()
             layer.spline_weight += dense[..., :-1]
             layer.base_weight += dense[..., -1]
-    assert_same(parts, evaluate_layer(stage, *arguments))
+    assert_same(parts, evaluate_layer(stage.formula, *arguments))

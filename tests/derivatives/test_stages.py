@@ -80,7 +80,9 @@ def test_registered_modules(monkeypatch):
 
     def halved(module):
         (stage,) = stages_of(module.layer)
-        return [stage._replace(dense=tuple(part / 2 for part in stage.dense))]
+        formula = stage.formula
+        half = formula._replace(coefficients=formula.coefficients / 2, residual=formula.residual / 2)
+        return [stage._replace(formula=half)]
 
     register(Halved, Entry(halved))
     model, x = nn.Sequential(Wrapper(), Halved()), points(80)

@@ -83,10 +83,10 @@ def test_grids_that_move():
     model = efficient().float()
     x = inside(40).float()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert [type(stage.branches[0].basis).__name__ for stage in stages_of(model)] == ["UniformGrid"] * 2
+    assert [type(stage.formula.basis).__name__ for stage in stages_of(model)] == ["UniformGrid"] * 2
     for layer in model.layers:
         layer.grid += 0.1 * torch.rand(layer.grid.shape).sort(-1).values
-    assert [type(stage.branches[0].basis).__name__ for stage in stages_of(model)] == ["FunctionBasis"] * 2
+    assert [type(stage.formula.basis).__name__ for stage in stages_of(model)] == ["FunctionBasis"] * 2
     assert_same(jet(model, x), nested(model, x), 1e-4)
     check(model.double(), inside(40))
     model.float().load_state_dict(before)

@@ -12,6 +12,7 @@ import torch
 from helpers import adapt, relative
 from peft import LoraConfig, get_peft_model
 from residuals import problem
+from stand_ins import FAMILIES
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, KANLinear, SlimKAN, hessian, jet
@@ -115,6 +116,22 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name, residual):
     check(MODELS[name](), residual)
+
+
+FOREIGN_KINDS = ["efficient-kan", "efficient-kan-no-scaler", "fast-kan", "faster-kan", "cheby-kan", "fourier-kan"]
+
+
+def foreign_network(kind: str) -> nn.Module:
+    layers = [FAMILIES[kind](2, 4), FAMILIES[kind](4, 2)]
+    return adapt(nn.Sequential(*layers).double(), r=(2, 3, 4), alpha=0.7)
+
+
+@pytest.mark.filterwarnings("ignore:Adapters have more")
+@pytest.mark.parametrize("residual", [equation, weighted])
+@pytest.mark.parametrize("kind", FOREIGN_KINDS)
+def test_adapters_of_layers_of_other_libraries(kind, residual):
+    """Their rows come from the formulas of the layers, also where a scale of the edges stands between."""
+    check(foreign_network(kind), residual, points(20))
 
 
 def frozen_bias() -> nn.Module:
