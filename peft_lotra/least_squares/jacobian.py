@@ -82,8 +82,9 @@ class Recorder:
         components = [part for update in formula.updates for part in (update.scale, *update.tensor)]
         dense = (formula.coefficients, formula.residual, formula.bias)
         trained = [part for part in (*dense, *components) if isinstance(part, Tensor) and part.requires_grad]
-        scale_is_trained = formula.scale is not None and formula.scale.requires_grad
-        if not trained or scale_is_trained or any(id(part) not in self._known for part in trained):
+        # a scale of the edges is no product of factors: `vmap` takes as long as sums by edge do
+        is_scaled = formula.scale is not None
+        if not trained or is_scaled or any(id(part) not in self._known for part in trained):
             return evaluate_layer(formula, *inputs)
         fixed = formula._replace(
             coefficients=_detach(formula.coefficients),
@@ -159,36 +160,14 @@ def _add_layer(sums: ByTensor, record: LayerRecord, g: Tensor) -> None:
         _add(sums, formula.bias, g[:, :, 0])
         return
     phi = jet_rows(formula, jet, order, weights)
-    coefficients, scale = formula.coefficients, formula.scale
-    dense = None
-    if coefficients is not None and (scale is not None or id(coefficients) in sums or id(formula.residual) in sums):
+    coefficients = formula.coefficients
+    if coefficients is not None and (id(coefficients) in sums or id(formula.residual) in sums):
         dense = (g.mT.flatten(1, 2) @ phi.flatten(2)).view(*g.shape[:2], -1, *phi.shape[2:])  # (n, m, O, K + 1, I)
-        splines = dense[..., : coefficients.shape[2], :]
-        if scale is not None:
-            splines *= scale.unsqueeze(1)
-        _add(sums, coefficients, splines.mT)
+        _add(sums, coefficients, dense[..., : coefficients.shape[2], :].mT)
         _add(sums, formula.residual, dense[..., -1, :])
     for update in formula.updates:
         if any(id(part) in sums for part in update.tensor):
-            if scale is None:
-                _add_tucker(sums, phi, update, g)
-            else:
-                _add_scaled_tucker(sums, dense, update)
-
-
-def _add_scaled_tucker(sums: ByTensor, dense: Any, update: Update) -> None:
-    """Adds the gradients of a Tucker update, from those in the coefficients, (n, m, O, K, I).
-
-    A scale of the edges is no product of a factor for the outputs and one for the inputs.
-    """
-    core, factor_out, factor_in, factor_basis = update.tensor
-    components = {"abc": core, "oa": factor_out, "ib": factor_in, "kc": factor_basis}
-    gradient = update.scale * dense[..., : len(factor_basis), :]
-    for axes, component in components.items():
-        if id(component) in sums:
-            others = [name for name in components if name != axes]
-            equation = f"nmoki,{','.join(others)}->nm{axes}"
-            _add(sums, component, torch.einsum(equation, gradient, *[components[name] for name in others]))
+            _add_tucker(sums, phi, update, g)
 
 
 def _add_tucker(sums: ByTensor, phi: Tensor, update: Update, g: Tensor) -> None:
