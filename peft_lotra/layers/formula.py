@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..derivatives.layers import evaluate_layer
 from ..derivatives.torch_fallback import elementwise_derivatives, jet_by_transforms
-from ..kan.basis import SPLINE_ORDERS, UniformGrid
+from ..kan.basis import SPLINE_ORDERS, UniformGrid, in_transform
 from ..kan.formula import FunctionBasis, LayerFormula
 from ..modules.calls import call_with_parameters, runs_more_than_its_class, without_autocast
 from ..tucker import Update
@@ -55,15 +55,12 @@ class FormulaReader(NamedTuple):
         spec, tensor: The kind of the layer, and where it keeps its coefficients.
         is_uniform: Whether the basis is the kind's `splines`, else its `basis`.
         is_silu: Whether the function of the residual branch is silu, whose derivatives have a closed form.
-        has_jets: Whether the derivatives of its functions are those of the layer. They are not if `basis` mixes the
-            inputs, as a norm that the kind does not name does, or if `derivatives` of the kind is wrong.
     """
 
     spec: KANLayerSpec
     tensor: CoefficientTensor
     is_uniform: bool = True
     is_silu: bool = True
-    has_jets: bool = True
 
     def read(self, layer: nn.Module) -> LayerFormula:
         """Return the formula of the layer, without updates."""
@@ -132,8 +129,9 @@ def find_formula(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor
     answers = _answers.setdefault(layer, {})
     grid = spec.read_grid(layer)
     state = (id(spec), stored.dtype, state_of(layer))
-    if state in answers and same_grid(answers[state][0], grid):
-        return answers[state][1]
+    verified_on, reader = answers.get(state, ({}, None))
+    if in_transform() or (state in answers and same_grid(verified_on, grid)):
+        return reader  # in transforms nothing can be compared
 
     reader = None
     with torch.random.fork_rng([stored.device] if stored.is_cuda else []), without_autocast(stored):
@@ -164,9 +162,23 @@ def _verify(layer: nn.Module, spec: Any, tensor: CoefficientTensor, is_uniform: 
     result = reader.read(layer).output(x)
     if result.dtype != expected.dtype or not _agree(result, expected, _TOLERANCE[stored.dtype]):
         return None
-    question = "formula", is_uniform, is_silu, layer.training
-    is_right, has_jets = remembered(layer, question, partial(_compare, reader, layer, points))
-    return reader._replace(has_jets=has_jets) if is_right else None
+    question = "slopes", is_uniform, is_silu, layer.training
+    is_right = remembered(layer, question, lambda: _at_other_parameters(reader, layer, points, _has_right_slopes))
+    return reader if is_right else None
+
+
+def has_jets(reader: FormulaReader, layer: nn.Module) -> bool:
+    """Return whether the jets of a formula are those of the layer.
+
+    They are not if `basis` mixes the inputs, as a norm does that the kind does not name, or if `derivatives` is wrong.
+    """
+    ends: Any = _grid_ends(layer, reader.spec, reader.tensor, reader.is_uniform)
+    points = _points_around(*ends, reader.tensor.shape[1])
+    question = "jets", reader.is_uniform, reader.is_silu, layer.training
+    try:
+        return remembered(layer, question, lambda: _at_other_parameters(reader, layer, points, _has_right_jets))
+    except Exception:  # foreign code, whose functions may want other inputs
+        return False
 
 
 def _grid_ends(
@@ -231,39 +243,44 @@ def _agree(result: Tensor, expected: Tensor, tolerance: float, floor: float = 0.
     return bool((error <= tolerance * size.clamp(min=near)).all())
 
 
-def _compare(reader: FormulaReader, layer: nn.Module, points: Tensor) -> tuple[bool, bool]:
-    """Return whether the formula is right in float64, and whether its jets are.
-
-    Compared are value, slope and second derivative, a single row, and what becomes of NaN. The parameters are moved
-    first, so that each has an effect.
-    """
+def _at_other_parameters(reader: FormulaReader, layer: nn.Module, points: Tensor, compare: Any) -> bool:
+    """Return `compare(formula, layer, x, tolerances)` in float64, at parameters that each have an effect."""
     stored = reader.tensor.get_parameter(layer)
     named = (*layer.named_parameters(), *layer.named_buffers())
     values = {name: value.detach().clone().double() for name, value in named if value.is_floating_point()}
     movable = {name for name, _ in layer.named_parameters()}.difference(reader.spec.read_grid(layer))
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.randn(2, points.shape[1], generator=generator, dtype=torch.float64, device="cpu")
 
-    def compare() -> tuple[bool, bool]:
-        formula = reader.read(layer)
-        x, along = points.to(stored.device), directions.to(stored.device)
-        agree = partial(_jets_agree, jet_by_transforms(layer, x, along, 2, None), stored.dtype)
-        if not agree(jet_by_transforms(formula.output, x, along, 2, None)) or not _rows_agree(formula, layer, x[0]):
-            return False, False
-        try:
-            has_jets = agree(evaluate_layer(formula, [x, along.unsqueeze(1)], 2, None))
-            return True, has_jets and _higher_derivatives_agree(formula.basis, x)
-        except Exception:  # foreign code, e.g. of functions that normalize their inputs
-            return True, False
+    def run() -> bool:
+        return compare(reader.read(layer), layer, points.to(stored.device), _JET_TOLERANCES[stored.dtype])
 
     # compiled code would be compiled once more, for float64
     eager = torch.compiler.set_stance("force_eager")
     with torch.inference_mode(False), torch.no_grad(), eager:
-        return call_with_parameters(layer, moved(values, movable, torch.randn), compare, (), {})
+        return call_with_parameters(layer, moved(values, movable, torch.randn), run, (), {})
 
 
-def _jets_agree(expected: Sequence[Tensor], dtype: torch.dtype, result: Sequence[Tensor]) -> bool:
-    return all(map(_agree, result, expected, _JET_TOLERANCES[dtype], [1e-3] * 3))
+def _has_right_slopes(formula: LayerFormula, layer: nn.Module, x: Tensor, tolerances: Sequence[float]) -> bool:
+    """Compare values, slopes, a single row, and what becomes of NaN."""
+    results = []
+    for function in (formula.output, layer):
+        with torch.enable_grad():
+            point = x.clone().requires_grad_()
+            y = function(point)
+            weights = torch.linspace(0.5, 1.5, y.shape[-1], dtype=y.dtype, device=y.device)
+            slope = torch.autograd.grad((y * weights).sum(), point)[0]
+        results.append((y.detach(), slope))
+    by_formula, by_layer = results
+    return all(map(_agree, by_formula, by_layer, tolerances)) and _rows_agree(formula, layer, x[0])
+
+
+def _has_right_jets(formula: LayerFormula, layer: nn.Module, x: Tensor, tolerances: Sequence[float]) -> bool:
+    """Compare values, slopes and second derivatives, and the higher derivatives of the functions."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(2, x.shape[1], generator=generator, dtype=x.dtype, device="cpu").to(x.device)
+    expected = jet_by_transforms(layer, x, directions, 2, None)
+    result = evaluate_layer(formula, [x, directions.unsqueeze(1)], 2, None)
+    is_right = all(map(_agree, result, expected, tolerances, [1e-3] * 3))
+    return is_right and _higher_derivatives_agree(formula.basis, x)
 
 
 def _rows_agree(formula: LayerFormula, layer: nn.Module, row: Tensor) -> bool:
