@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..layers.coefficients import CoefficientTensor
 from ..layers.compare import is_linear
+from ..layers.formula import find_formula
 from ..layers.registry import KANLayerSpec
 from ..layers.slim import call_with_coefficients
 from ..modules.calls import call_with_parameters, modes_kept
@@ -58,27 +60,7 @@ class DataWeights:
     ) -> None:
         location = spec.locate(layer)
         out, *shape = full_shape(location)
-        x = x.reshape(-1, shape[0])
-        scale = spec.find_edge_scale(layer)
-
-        def run(tensor: torch.Tensor) -> torch.Tensor:
-            coefficients = tensor.view(out, *shape)
-            if scale is None:
-                y = call_with_coefficients(layer, location, coefficients, x)
-            else:
-                parameters = {**location.split(coefficients), scale: torch.ones_like(getattr(layer, scale))}
-                y = call_with_parameters(layer, parameters, layer, (x,), {})
-            return first_output(y).flatten(0, -2)
-
-        # A layer is linear in its coefficients: unit tensors give the values, one for each output at a time.
-        columns = []
-        zeros = location.get_parameter(layer).new_zeros(out, math.prod(shape))
-        constant = run(zeros)
-        for start in range(0, zeros.shape[1], out):
-            unit = zeros.clone()
-            unit[:, start : start + out].fill_diagonal_(1)
-            columns.append((run(unit) - constant)[:, : zeros.shape[1] - start])
-        self.values = torch.cat(columns, dim=1).double().unflatten(1, shape)
+        self.values = _functions_at(layer, spec, location, x.reshape(-1, shape[0])).double()
         by_mode = [self.values.movedim(mode + 1, -1).flatten(0, -2) for mode in range(len(shape))]
         self.roots = [_square_root(rows.T @ rows, _RIDGE) for rows in by_mode]
         self.root_out = torch.eye(out, device="cpu").to(self.values)
@@ -115,6 +97,33 @@ class DataWeights:
     def outputs(self, tensor: torch.Tensor) -> torch.Tensor:
         """(samples, out), the layer's outputs for the samples with these coefficients, without its bias."""
         return self.values.flatten(1) @ tensor.flatten(1).T
+
+
+def _functions_at(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, x: torch.Tensor) -> torch.Tensor:
+    """Return the functions (samples, in, basis) that the coefficients of a layer multiply at x (samples, in)."""
+    if reader := find_formula(layer, spec, tensor):
+        return reader.read(layer).functions(x)
+    out, *shape = full_shape(tensor)
+    scale = spec.find_edge_scale(layer)
+
+    def run(matrix: torch.Tensor) -> torch.Tensor:
+        coefficients = matrix.view(out, *shape)
+        if scale is None:
+            y = call_with_coefficients(layer, tensor, coefficients, x)
+        else:
+            parameters = {**tensor.split(coefficients), scale: torch.ones_like(getattr(layer, scale))}
+            y = call_with_parameters(layer, parameters, layer, (x,), {})
+        return first_output(y).flatten(0, -2)
+
+    # A layer is linear in its coefficients: unit tensors give the functions, one for each output at a time.
+    columns = []
+    zeros = tensor.get_parameter(layer).new_zeros(out, math.prod(shape))
+    constant = run(zeros)
+    for start in range(0, zeros.shape[1], out):
+        unit = zeros.clone()
+        unit[:, start : start + out].fill_diagonal_(1)
+        columns.append((run(unit) - constant)[:, : zeros.shape[1] - start])
+    return torch.cat(columns, dim=1).unflatten(1, shape)
 
 
 def _square_root(moments: torch.Tensor, ridge: float) -> torch.Tensor:

@@ -172,8 +172,8 @@ def has_jets(reader: FormulaReader, layer: nn.Module) -> bool:
 
     They are not if `basis` mixes the inputs, as a norm does that the kind does not name, or if `derivatives` is wrong.
     """
-    ends: Any = _grid_ends(layer, reader.spec, reader.tensor, reader.is_uniform)
-    points = _points_around(*ends, reader.tensor.shape[1])
+    low, high = _grid_ends(layer, reader.spec, reader.tensor, reader.is_uniform) or (-2.0, 2.0)
+    points = _points_around(low, high, reader.tensor.shape[1])
     question = "jets", reader.is_uniform, reader.is_silu, layer.training
     try:
         return remembered(layer, question, lambda: _at_other_parameters(reader, layer, points, _has_right_jets))
