@@ -181,7 +181,7 @@ class LevenbergMarquardt:
             linear = LinearModel(problem, residuals, self.floor, past, in_parameter_space=remembers)
             error = linear.error
         if error:
-            warnings.warn(f"Step refused: {error}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"Step refused: {error}", RuntimeWarning, stacklevel=3)
             return LevenbergMarquardtStep(loss, self.damping, False, reason=error, losses=losses)
 
         damping, growth, attempts = self.damping, 2.0, 0

@@ -20,7 +20,7 @@ from ..kan.layer import KANLinear, SplineLayer
 from ..kan.network import LayerStack, pairs
 from ..kan.refinement import refine_grid
 from ..least_squares.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
-from ..least_squares.problem import Intercepted, check_terms
+from ..least_squares.problem import Intercepted, LeastSquares, check_terms, trainable_parameters
 from ..modules.calls import check_module
 from ..modules.checks import as_number, check_count, check_function, check_number
 from ..modules.report import Report, TextTable
@@ -127,6 +127,7 @@ class Solution(Report):
         return figure
 
 
+@torch.inference_mode(False)
 def solve(
     residual: Callable[..., Tensor],
     low: Sequence[float],
@@ -226,6 +227,7 @@ def solve(
     sampler = ResidualSampler(low, high, POINTS if len(low_end) > 1 else POINTS // 2, seed=1000 * seed)
     training = _Training(result, equation, terms, points, sampler, budget, steps is None, progress)
     result.first_residual = training.norm(ends[0])
+    training.check_residuals()
     if continuation is not None:
 
         def stage(parameter: float) -> float:
@@ -248,7 +250,7 @@ def solve(
     result.residual = training.norm(ends[-1])
     for name, share in _outside(model, points):
         note = f"{share:.0%} of the inputs of `{name}` are outside of its grid, where its splines are zero."
-        warnings.warn(f"{note} Bound them by `KAN(norm='tanh')`, or give a wider `grid_range`.", stacklevel=2)
+        warnings.warn(f"{note} Bound them by `KAN(norm='tanh')`, or give a wider `grid_range`.", stacklevel=3)
         result.notes.append(note)
     return result
 
@@ -268,6 +270,7 @@ def _network(
                 layers += [nn.Tanh(), nn.Linear(*pair)]
         return nn.Sequential(*layers)
     check_module(network, "network")
+    trainable_parameters(network)
     if (own := _first(network, BoxFeatures)) is not None:
         if sorted(periodic) not in ([], own.periodic):
             raise ValueError(f"`periodic` is {periodic}, but the network's own `BoxFeatures` have {own.periodic}.")
@@ -330,7 +333,8 @@ class _Training:
         return (time.monotonic() - self.clock if self.timed else len(self.history)) / self.budget
 
     def norm(self, parameter: float) -> float:
-        """The root mean square of the residual at the points that are held out."""
+        """Return the root mean square of the residual at the held-out points, and go on with this parameter."""
+        self.parameter = parameter
 
         def evaluate() -> Any:
             # a copy, which the residual may mark
@@ -344,6 +348,17 @@ class _Training:
             self.differentiates = True
             values = evaluate()
         return residual_norms(values, self.held).square().mean().sqrt().item()
+
+    def held_terms(self) -> list[Any]:
+        """Return the equation at the held-out points, and the terms of the caller."""
+        points = self.held.clone().requires_grad_(self.differentiates)
+        return [(self.residual, (points, torch.ones_like(points[:, :1]))), *self.terms]
+
+    def check_residuals(self) -> None:
+        """Raise a `ValueError` that names the terms whose residuals are not finite before the first step."""
+        problem = LeastSquares(self.model, check_terms(self.held_terms()), self.optimizer.memory, {})
+        if message := problem.find_not_finite(problem.residuals(problem.start)):
+            raise ValueError(f"Nothing is trained: {message}")
 
     def residual(self, model: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         """The term of the equation: one function in all phases, by which Levenberg-Marquardt keeps what it knows."""
@@ -383,8 +398,7 @@ class _Training:
             self.bar.set_postfix({"phase": name, "loss": f"{record.loss:.1e}", "held": f"{record.held_loss:.1e}"})
             return self.ended or record.held_loss <= target
 
-        points = self.held.clone().requires_grad_(self.differentiates)
-        held = [(self.residual, (points, torch.ones_like(self.held[:, :1]))), *self.terms]
+        held = self.held_terms()
         for _ in range(3):  # a step that is refused may not be on other points
             optimizer.fit(draw, 10**9, held=held, patience=PATIENCE, callback=is_over, progress=False)
             if self.history[-1].accepted or self.ended:

@@ -205,6 +205,40 @@ def test_terms_instead_of_exact_conditions():
     assert error(result, lambda x: line(x) / 2) < 1e-2
 
 
+def test_under_inference_mode_the_solution_is_the_same():
+    def run():
+        ends = torch.tensor([[0.0], [10.0]], dtype=torch.float64)
+        terms = [(lambda model, x: model(x), ends)]
+        return solved(by_autograd, distance=BoxDistance([0], [10]), terms=terms, network=None, steps=2)
+
+    expected = run()
+    with torch.inference_mode():
+        result = run()
+
+    assert result.history[-1].loss == pytest.approx(expected.history[-1].loss, rel=1e-6)
+
+
+def test_a_network_that_was_made_under_inference_mode_is_refused():
+    with torch.inference_mode():
+        network = mlp()
+
+    with pytest.raises(ValueError, match="made under `torch.inference_mode"):
+        solved(network=network)
+
+
+def test_a_term_with_nan_is_refused_before_the_first_step():
+    network = mlp()
+    before = [parameter.clone() for parameter in network.parameters()]
+    rows = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[1.0], [math.nan], [3.0]])
+
+    def data(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return model(x) - y
+
+    with pytest.raises(ValueError, match=r"1 of 3 in residual term 1 \(data\), first in row 1: \[2.0\], \[nan\]"):
+        solved(network=network, terms=[(data, rows)])
+    torch.testing.assert_close(list(network.parameters()), [p.double() for p in before], rtol=0, atol=0)
+
+
 WRONG = {
     "`distance` is zero on no side": lambda: solved(distance=lambda x: 1 + x),
     "`low` is": lambda: solved(low=(0.0,), high=(0.0,)),
