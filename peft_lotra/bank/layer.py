@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ..kan.row_product import RowGroups, RowUpdates
 from ..modules.calls import is_tracing
@@ -140,6 +141,11 @@ class BankModel(nn.Module):
             rows = snapshot.find_rows(ids)
             is_known = (rows != NO_ROW).all()
             torch._assert_async(is_known, "An id belongs to no adapter.")  # pyright: ignore[reportPrivateImportUsage]
+            if torch.compiler.is_exporting():
+                # ONNX would broadcast a single id, but it stacks only tensors of one length
+                inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.dim() > 1]
+                samples = next((t for t in inputs if t.shape[0] == ids.shape[0]), rows)
+                rows = torch.stack([rows, samples.reshape(samples.shape[0], -1)[:, 0].to(rows)])[0]
             groups = RowGroups(rows)
         bank.traced_pass = BankPass(bank, snapshot, groups, set())
         try:

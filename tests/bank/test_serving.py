@@ -239,6 +239,37 @@ def test_a_bank_in_onnx_refuses_ids_of_no_adapter(tmp_path):
     check_refuses_unknown_ids(call, ids, Exception)
 
 
+@pytest.mark.parametrize("way", ["module", "program"])
+def test_a_bank_in_onnx_refuses_one_id_for_several_rows(tmp_path, way):
+    """Also if the number of rows is an input: ONNX would broadcast the id."""
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    bank, alone = several(KAN([3, 4, 2]))
+    model = bank.attach()
+    ids = bank.ids(NAMES)
+    rows = torch.export.Dim("rows", min=2, max=64)
+    shapes = {"args": ({0: rows},), "ids": {0: rows}}
+    if way == "program":
+        program = torch.export.export(model, (X,), {"ids": ids}, dynamic_shapes=shapes)
+        torch.onnx.export(program, f=tmp_path / "bank.onnx", dynamo=True, verbose=False)
+    else:
+        file = tmp_path / "bank.onnx"
+        torch.onnx.export(model, (X,), file, kwargs={"ids": ids}, dynamo=True, verbose=False, dynamic_shapes=shapes)
+    session = runtime.InferenceSession(str(tmp_path / "bank.onnx"))
+    names = [value.name for value in session.get_inputs()]
+
+    def call(x, ids):
+        (y,) = session.run(None, dict(zip(names, (x.numpy(), ids.numpy()), strict=True)))
+        return torch.tensor(y)
+
+    torch.testing.assert_close(call(X[:5], ids[:5]), one_by_one(alone, NAMES, X)[:5], rtol=1e-4, atol=1e-5)
+    for wrong in (ids[:1], ids[:3]):
+        with pytest.raises(Exception, match="dimensions must match"):
+            call(X, wrong)
+    with pytest.raises(Exception, match="dimensions must match"):
+        call(X[:1], ids)
+
+
 def test_an_id_is_never_given_to_another_adapter():
     """Not after a removal, a replacement or `compact`: what was looked up before is right or refused."""
     bank, alone = several(net())
