@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kan.row_product import PackedTucker
+from ..modules.checks import list_first
 from ..tucker import Tucker, Update
 from ..tuner.rows import check_names
 
@@ -95,7 +96,7 @@ class Snapshot(NamedTuple):
             ids = np.fromiter(map(self.ids.__getitem__, names), np.int64)
         except KeyError:
             unknown = [name for name in dict.fromkeys(names) if name not in self.ids]
-            raise ValueError(f"The bank has no adapter {listed(unknown)}.") from None
+            raise ValueError(f"The bank has no adapter {list_first(map(repr, unknown))}.") from None
         return torch.from_numpy(ids).to(self.row_of.device)
 
     def find_rows(self, ids: Tensor) -> Tensor:
@@ -114,8 +115,8 @@ class Snapshot(NamedTuple):
         rows = self.find_rows(ids)
         is_free = rows == NO_ROW
         if is_free.any():
-            wrong = ids[is_free].unique()[:3].tolist()
-            raise ValueError(f"No adapter has the id {', '.join(map(str, wrong))}. `bank.ids(names)` returns the ids.")
+            wrong = list_first(map(str, ids[is_free].unique().tolist()))
+            raise ValueError(f"No adapter has the id {wrong}. `bank.ids(names)` returns the ids.")
         return rows
 
     def check_trained(self, rows: Tensor) -> None:
@@ -129,7 +130,7 @@ class Snapshot(NamedTuple):
 
     def _list_names(self, rows: list[int]) -> str:
         """Return the names of the adapters in these rows, as text."""
-        return listed([name for name in self.ids if int(self.rows_of([name])) in rows])
+        return list_first(repr(name) for name, number in self.ids.items() if int(self.row_of[number + 1]) in rows)
 
     def gather(self, rows: Tensor) -> Tensor:
         """Return these rows of the matrix, (n, width)."""
@@ -148,12 +149,15 @@ class Snapshot(NamedTuple):
             ValueError: A row is not what was saved; the message names the adapters.
         """
         gathered = self.gather(rows)
-        if self.checksums is not None:
-            pairs = zip(rows.tolist(), checksums_of(gathered), strict=True)
-            damaged = [row for row, crc in pairs if row < len(self.packed) and crc != self.checksums[row]]
-            if damaged:
-                names = self._list_names(damaged)
-                raise ValueError(f"The mapped file has damaged adapters: {names}. Remove them from the bank.")
+        if self.checksums is None:
+            return gathered
+        damaged = []
+        for row, content in zip(rows.tolist(), bytes_of(gathered), strict=True):
+            if row < len(self.packed) and zlib.crc32(content) != self.checksums[row]:
+                damaged.append(row)
+        if damaged:
+            names = self._list_names(damaged)
+            raise ValueError(f"The mapped file has damaged adapters: {names}. Remove them from the bank.")
         return gathered
 
     def updates_of(self, name: str) -> tuple[dict[str, Update], bool]:
@@ -274,14 +278,9 @@ class Snapshot(NamedTuple):
         return wide
 
 
-def checksums_of(packed: Tensor) -> list[int]:
-    """Return the CRC-32 of the bytes of each row."""
-    return [zlib.crc32(row) for row in packed.view(torch.uint8).numpy()]
-
-
-def listed(names: list[str]) -> str:
-    """Return the first three of some names, and how many there are."""
-    return f"{', '.join(map(repr, names[:3]))} ({len(names)} in all)"
+def bytes_of(packed: Tensor) -> np.ndarray:
+    """Return the bytes of each row, of which a file has the CRC-32."""
+    return packed.view(torch.uint8).numpy()
 
 
 def check_finite(packed: Tensor, names: Iterable[str], advice: str) -> None:
@@ -289,4 +288,5 @@ def check_finite(packed: Tensor, names: Iterable[str], advice: str) -> None:
     is_finite = packed.isfinite().all(dim=1).tolist()
     wrong = [name for name, finite in zip(names, is_finite, strict=True) if not finite]
     if wrong:
-        raise ValueError(f"Adapters have values that are not finite in {packed.dtype}: {listed(wrong)}. {advice}")
+        names = list_first(map(repr, wrong))
+        raise ValueError(f"Adapters have values that are not finite in {packed.dtype}: {names}. {advice}")

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from ..hub.base_code import hub_id
 from ..kan.row_product import PackedTucker
+from ..modules.checks import list_first
 from ..tuner.rows import check_names
 from .reading import match_layers
-from .snapshot import BASE, Form, Snapshot, check_finite, checksums_of, listed
+from .snapshot import BASE, Form, Snapshot, bytes_of, check_finite
 
 
 FILE_NAME = "adapter_bank.safetensors"
@@ -47,7 +48,7 @@ def write_bank(folder: str, snapshot: Snapshot, names: Sequence[str], record: di
     table = {
         "format": _FORMAT,
         "adapters": dict(zip(names, snapshot.form_of[rows.cpu()].tolist(), strict=True)),
-        "checksums": checksums_of(packed),
+        "checksums": [zlib.crc32(content) for content in bytes_of(packed)],
         "layers": snapshot.layers,
         "forms": snapshot.forms,
         "base_layers": record,
@@ -103,7 +104,7 @@ def read_bank(
     if names is not None:
         unknown = [name for name in names if name not in table["adapters"]]
         if unknown:
-            raise ValueError(f"The bank has no adapter {listed(unknown)}.")
+            raise ValueError(f"The bank has no adapter {list_first(map(repr, unknown))}.")
         place_of = {name: place for place, name in enumerate(saved_names)}
         saved_names = list(dict.fromkeys([BASE, *names]))
         places = [place_of[name] for name in saved_names]
@@ -122,10 +123,10 @@ def read_bank(
 
     # a copy: otherwise all of the file stays mapped, and changes with it
     snapshot = snapshot._replace(packed=packed.clone())
-    is_sound = torch.tensor(checksums_of(snapshot.packed), device="cpu") == checksums
-    damaged = [name for name, sound in zip(saved_names, is_sound.tolist(), strict=True) if not sound]
+    rows = zip(saved_names, bytes_of(snapshot.packed), checksums.tolist(), strict=True)
+    damaged = [name for name, content, checksum in rows if zlib.crc32(content) != checksum]
     if damaged:
-        message = f"{path} has damaged adapters: {listed(damaged)}."
+        message = f"{path} has damaged adapters: {list_first(map(repr, damaged))}."
         if not skip_damaged:
             raise ValueError(f"{message} `skip_damaged=True` loads the others.")
         warnings.warn(f"{message} They are left out.", stacklevel=3)

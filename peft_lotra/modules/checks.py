@@ -9,6 +9,7 @@ import inspect
 import math
 import operator
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -57,6 +58,13 @@ def check_function(value: Any, argument: str, count: int | None = None) -> None:
             signature.bind(*range(count))
         except TypeError as error:
             raise TypeError(f"`{argument}` is called with {count} positional arguments: {error}.") from error
+
+
+def list_first(words: Iterable[str]) -> str:
+    """Return the first three of some words, and how many more there are."""
+    words = list(words)
+    more = f" and {len(words) - 3} more" if len(words) > 3 else ""
+    return ", ".join(words[:3]) + more
 
 
 def check_path(path: Any, argument: str) -> None:

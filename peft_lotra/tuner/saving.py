@@ -22,6 +22,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn, strided
 
 from ..modules.calls import PREFIX
+from ..modules.checks import list_first
 from ..modules.folders import replacing_files
 from ..tucker import COMPONENTS, Update
 from .config import LoTRAConfig, Source, pattern_key
@@ -115,8 +116,7 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 def raise_if_any(headline: str, wrong: list[str]) -> None:
     """Raises a ValueError if something is wrong, which names the first three."""
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"{headline}: {'; '.join(sorted(wrong)[:3])}{more}. Nothing was changed.")
+        raise ValueError(f"{headline}: {list_first(sorted(wrong))}. Nothing was changed.")
 
 
 def check_state_dict(state_dict: Mapping[str, Tensor]) -> None:
