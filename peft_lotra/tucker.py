@@ -9,19 +9,17 @@ Source: T. G. Kolda, B. W. Bader, "Tensor Decompositions and Applications", SIAM
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
-from operator import mul
+from operator import add, index, mul
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 
 # What `r` and `ranks` may be: one rank for all modes, (out, in, basis), or (out, in, basis, kernel); see `cap_ranks`.
 Ranks = int | tuple[int, ...]
-
-_UNSEEN = 1e-3  # the weight in `tucker_scaled` of the tensor itself beside the measured values
 
 
 class Tucker(tuple):
@@ -50,29 +48,29 @@ class Tucker(tuple):
     factor_in = property(lambda self: self[2])
     factor_basis = property(lambda self: self[3])
 
-    def __new__(cls, *components: torch.Tensor) -> Tucker:
+    def __new__(cls, *components: Tensor) -> Tucker:
         return super().__new__(cls, components)
 
     @property
-    def factor_kernel(self) -> torch.Tensor:
+    def factor_kernel(self) -> Tensor:
         """(kernel, rk); an AttributeError without a kernel."""
         if len(self) < 5:
             raise AttributeError("This Tucker tensor has no kernel mode, and so no `factor_kernel`.")
         return self[4]
 
-    def __getnewargs__(self) -> tuple[torch.Tensor, ...]:  # copies and pickles call `__new__` with these
+    def __getnewargs__(self) -> tuple[Tensor, ...]:  # copies and pickles call `__new__` with these
         return tuple(self)
 
-    def _asdict(self) -> dict[str, torch.Tensor]:
+    def _asdict(self) -> dict[str, Tensor]:
         """The components by name."""
         return dict(zip(self._fields, self, strict=False))
 
-    def _replace(self, **components: torch.Tensor) -> Tucker:
+    def _replace(self, **components: Tensor) -> Tucker:
         """The tensor with some components in place of its own."""
         return Tucker(*{**self._asdict(), **components}.values())
 
     @property
-    def factors(self) -> tuple[torch.Tensor, ...]:
+    def factors(self) -> tuple[Tensor, ...]:
         """All components but the core."""
         return self[1:]
 
@@ -90,16 +88,16 @@ class Tucker(tuple):
         """The number of parameters: ro ri rb + out ro + in ri + basis rb, or with a kernel ro ri rb rk + ..."""
         return sum(component.numel() for component in self)
 
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Tucker:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Tucker:
         """`function` of each component."""
         return Tucker(*map(function, self))
 
-    def dense(self, scale: float | torch.Tensor | None = None) -> torch.Tensor:
+    def dense(self, scale: float | Tensor | None = None) -> Tensor:
         """The dense tensor, multiplied by `scale` if given, in the dtype of the components."""
         components, dtype = self, self.core.dtype
         # float16 and bfloat16 products on the CPU are slow, and some are not implemented
         if self.core.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
-            components = self.map(torch.Tensor.float)
+            components = self.map(Tensor.float)
         tensor = reconstruct(*components)
         return (tensor if scale is None else scale * tensor).to(dtype)
 
@@ -139,16 +137,16 @@ COMPONENTS = tuple(f"lotra_{name}" for name in Tucker._fields)
 class Update(NamedTuple):
     """`scale` times a Tucker tensor: the update that one adapter adds to the coefficients of a layer."""
 
-    scale: float | torch.Tensor
+    scale: float | Tensor
     tensor: Tucker
 
-    def dense(self) -> torch.Tensor:
+    def dense(self) -> Tensor:
         """The update (out, in, basis), or (out, in, basis + 1) with the residual branch as the last slice; with a
         kernel as the fourth mode where the layer has one."""
         return self.tensor.dense(self.scale)
 
 
-def reconstruct(core: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+def reconstruct(core: Tensor, *factors: Tensor) -> Tensor:
     """The dense tensor of a core and a factor for each of its modes; differentiable in all components.
 
     The last modes are expanded first and the output mode last, so that the largest intermediate is (ro, in, basis
@@ -162,7 +160,7 @@ def reconstruct(core: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def expand_inputs(core: torch.Tensor, factor_in: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+def expand_inputs(core: Tensor, factor_in: Tensor, *factors: Tensor) -> Tensor:
     """core x2 factor_in x3 factor_basis [x4 factor_kernel], (ro, in, basis [, kernel]); no factor_out."""
     if len(factors) == 1:  # half the operations, for small layers
         return torch.bmm(factor_in.expand(len(core), -1, -1), core) @ factors[0].T
@@ -170,20 +168,20 @@ def expand_inputs(core: torch.Tensor, factor_in: torch.Tensor, *factors: torch.T
 
 
 def direct_sum(tensors: Sequence[Tucker]) -> Tucker:
-    """The exact sum of Tucker tensors of one shape; the ranks add, since the cores are blocks of one core."""
-    totals = [sum(ranks) for ranks in zip(*(tensor.ranks for tensor in tensors), strict=True)]
-    blocks, before = [], [0] * len(totals)
+    """Return the exact sum of Tucker tensors of one shape; the ranks add, since the cores are blocks of one core."""
+    columns = zip(*(tensor.factors for tensor in tensors), strict=True)
+    factors = [torch.cat(of_mode, dim=1) for of_mode in columns]
+    core = factors[0].new_zeros([factor.shape[1] for factor in factors])
+    first = [0] * core.dim()
     for tensor in tensors:
-        after = [done + rank for done, rank in zip(before, tensor.ranks, strict=True)]
-        margins = [(first, total - last) for first, last, total in zip(before, after, totals, strict=True)]
-        blocks.append(pad(tensor.core, [margin for pair in reversed(margins[1:]) for margin in pair]))
-        before = after
-    factors = zip(*(tensor.factors for tensor in tensors), strict=True)
-    return Tucker(torch.cat(blocks), *(torch.cat(columns, dim=1) for columns in factors))
+        last = list(map(add, first, tensor.ranks))
+        core[tuple(map(slice, first, last))] = tensor.core
+        first = last
+    return Tucker(core, *factors)
 
 
 @torch.no_grad()
-def tucker(tensor: torch.Tensor, ranks: tuple[int, ...]) -> Tucker:
+def tucker(tensor: Tensor, ranks: tuple[int, ...]) -> Tucker:
     """Compute a Tucker approximation by higher-order orthogonal iteration (HOOI), started from the HOSVD.
 
     Each sweep replaces every factor by the leading left singular vectors of the unfolding that the other factors
@@ -193,7 +191,7 @@ def tucker(tensor: torch.Tensor, ranks: tuple[int, ...]) -> Tucker:
     target = tensor.detach().double().cpu()
     core, *factors = truncated_hosvd(target, ranks)
     norm = target.norm()
-    error = float("inf")
+    error = math.inf
     for _ in range(20):
         for mode, rank in enumerate(ranks):
             projected = target
@@ -212,19 +210,20 @@ def tucker(tensor: torch.Tensor, ranks: tuple[int, ...]) -> Tucker:
 
 
 @torch.no_grad()
-def hosvd(tensor: torch.Tensor) -> tuple[Tucker, tuple[torch.Tensor, ...]]:
+def hosvd(tensor: Tensor) -> tuple[Tucker, tuple[Tensor, ...]]:
     """The exact higher-order singular value decomposition in float64, and the singular values of the unfoldings.
 
-    Each rank is the size of its mode, or the product of the others if less.
+    Each rank is the size of its mode, or the product of the others if less. The slices of the core have the singular
+    values as norms.
     """
-    tensor = tensor.detach().double()
-    unfoldings = [tensor.movedim(mode, 0).flatten(1) for mode in range(tensor.dim())]
-    factors, values, _ = zip(*(torch.linalg.svd(part, full_matrices=False) for part in unfoldings), strict=True)
-    return Tucker(reconstruct(tensor, *(factor.T for factor in factors)), *factors), values
+    ranks = tuple(min(size, tensor.numel() // size) for size in tensor.shape)
+    decomposition = truncated_hosvd(tensor, ranks)
+    core = decomposition.core
+    return decomposition, tuple(core.movedim(mode, 0).flatten(1).norm(dim=1) for mode in range(core.dim()))
 
 
 @torch.no_grad()
-def truncated_hosvd(tensor: torch.Tensor, ranks: tuple[int, ...]) -> Tucker:
+def truncated_hosvd(tensor: Tensor, ranks: tuple[int, ...]) -> Tucker:
     """The higher-order singular value decomposition truncated to `ranks`, in float64, with orthonormal columns.
 
     No rank is above the size of its mode. Unlike those of `hosvd`, ranks may be above the product of the others.
@@ -234,7 +233,7 @@ def truncated_hosvd(tensor: torch.Tensor, ranks: tuple[int, ...]) -> Tucker:
     return Tucker(reconstruct(tensor, *(factor.T for factor in factors)), *factors)
 
 
-def _leading_vectors(tensor: torch.Tensor, rank: int) -> torch.Tensor:
+def _leading_vectors(tensor: Tensor, rank: int) -> Tensor:
     """Return the leading left singular vectors of the unfolding of the first mode.
 
     A rank above the number of columns takes further orthonormal vectors, which may be any.
@@ -246,26 +245,26 @@ def _leading_vectors(tensor: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 @torch.enable_grad()
-def fit(start: Tucker, loss: Callable[[torch.Tensor], torch.Tensor], steps: int) -> Tucker:
-    """Minimizes a function of the dense tensor by L-BFGS; returns factors of orthonormal columns."""
-    parts = start.map(lambda part: part.detach().clone(memory_format=torch.contiguous_format).requires_grad_())
-    optimizer = torch.optim.LBFGS(parts, max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
+def fit(start: Tucker, loss: Callable[[Tensor], Tensor], steps: int) -> Tucker:
+    """Minimize a function of the dense tensor by L-BFGS; return factors with orthonormal columns."""
+    minimum = start.map(lambda part: part.detach().clone(memory_format=torch.contiguous_format).requires_grad_())
+    optimizer = torch.optim.LBFGS(minimum, max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
 
-    def closure() -> torch.Tensor:
+    def closure() -> Tensor:
         optimizer.zero_grad()
-        value = loss(parts.dense())
+        value = loss(minimum.dense())
         value.backward()
         return value
 
     optimizer.step(closure)
-    return parts.map(torch.Tensor.detach).orthogonal()
+    return minimum.orthogonal()
 
 
 def tucker_scaled(
-    tensor: torch.Tensor,
-    scale: torch.Tensor,
+    tensor: Tensor,
+    scale: Tensor,
     ranks: tuple[int, ...],
-    measure: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    measure: Callable[[Tensor], Tensor] | None = None,
 ) -> Tucker:
     """A Tucker tensor T that minimizes ||scale * T - tensor||, or ||measure(scale * T - tensor)||, by L-BFGS.
 
@@ -276,15 +275,17 @@ def tucker_scaled(
     start = tucker(scale * tensor / scale.abs().max().clamp(min=1e-30) ** 2, ranks)
     measured = tensor if measure is None else measure(tensor)
 
-    def loss(found: torch.Tensor) -> torch.Tensor:
-        missed = scale * found - tensor
-        own = relative_energy(missed, tensor)
-        return own if measure is None else _UNSEEN * own + relative_energy(measure(missed), measured)
+    def loss(dense: Tensor) -> Tensor:
+        error = scale * dense - tensor
+        energy = relative_energy(error, tensor)
+        if measure is None:
+            return energy
+        return 1e-3 * energy + relative_energy(measure(error), measured)
 
     return fit(start, loss, steps=400)
 
 
-def relative_energy(tensor: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+def relative_energy(tensor: Tensor, whole: Tensor) -> Tensor:
     """The squared norm of a tensor as a share of that of another; 0 if both are zero."""
     return tensor.square().sum() / whole.square().sum().clamp(min=1e-300)
 
@@ -294,7 +295,7 @@ def check_ranks(r: Ranks, name: str = "r", kernel: bool = True) -> Ranks:
     of them, or with a `kernel` 4."""
     several = isinstance(r, (tuple, list))
     try:
-        ranks = tuple(0 if isinstance(rank, bool) else operator.index(rank) for rank in (r if several else (r,)))
+        ranks = tuple(0 if isinstance(rank, bool) else index(rank) for rank in (r if several else (r,)))
     except TypeError:
         ranks = ()
     if len(ranks) not in ((3, 3 + kernel) if several else (1,)) or min(ranks) <= 0:
