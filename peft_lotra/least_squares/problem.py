@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -40,7 +40,7 @@ class PreparedTerm:
     function: Callable[..., Tensor]  # kept here so that no other function gets its `id`
     rows: tuple[Tensor, ...]
     marked: list[bool]  # which of these tensors require a gradient
-    scale: float
+    scale: float  # of the residuals; the weight, until all processes have told their numbers of rows
     intercepted: bool = False  # whether calls run under `Intercepted`
     columns: int = 0  # the number of residuals of a row
     row_bytes: int = 1  # the memory of one row
@@ -72,10 +72,12 @@ class Intercepted(ExactNorms):
 
 
 def check_terms(terms: Iterable[Any], least: int = 1) -> list[Term]:
-    """Residual terms with their rows as a tuple and their weight filled in; a malformed one is a ValueError, and so is
-    one with fewer rows than `least`."""
+    """Return residual terms with their rows as a tuple, and a weight.
+
+    Raises:
+        ValueError: A term is malformed, or has fewer rows than `least`.
+    """
     checked: list[Term] = []
-    terms = [terms] if callable(terms) else terms
     if not isinstance(terms, Iterable):
         raise TypeError(f"`terms` is {terms!r:.100}, but must be a list of residual terms.")
     for index, term in enumerate(terms):
@@ -84,18 +86,18 @@ def check_terms(terms: Iterable[Any], least: int = 1) -> list[Term]:
                 f"Residual term {index} is {type(term).__name__}, but must be (function, rows), or with a weight "
                 "behind: (function, rows, weight). `terms` is a list of these."
             )
-        parts: tuple[Any, ...] = (*term, 1.0)
-        function, rows, weight = parts[:3]
+        function, rows, weight, *_ = (*term, 1.0)
+        name = name_term(index, function)
         rows = tuple(rows) if isinstance(rows, Sequence) else (rows,)
         if not rows or not all(isinstance(row, Tensor) and row.dim() and not row.is_meta for row in rows):
-            raise ValueError(f"The rows of {name_term(index, function)} must be tensors with values, at least one.")
-        if len({len(row) for row in rows}) > 1 or len(rows[0]) < least:
+            raise ValueError(f"The rows of {name} must be tensors with values, at least one.")
+        lengths = [len(row) for row in rows]
+        if len(set(lengths)) > 1 or lengths[0] < least:
             raise ValueError(
-                f"The rows of {name_term(index, function)} have lengths {[len(row) for row in rows]}, but must be "
-                f"equally many{', at least one' * least}."
+                f"The rows of {name} have lengths {lengths}, but must be equally many{', at least one' * least}."
             )
         if not as_number(weight) > 0:
-            raise ValueError(f"The weight of {name_term(index, function)} is {weight!r:.100}, but must be above 0.")
+            raise ValueError(f"The weight of {name} is {weight!r:.100}, but must be above 0.")
         checked.append((function, rows, float(weight)))
     if not checked:
         raise ValueError("There are no residual terms.")
@@ -133,9 +135,9 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def in_double(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of lower precision, in float64."""
+    """Return the parameters and buffers of lower precision, in float64."""
     state = (*model.named_parameters(), *model.named_buffers())
-    return {name: it.detach().double() for name, it in state if it.is_floating_point() and it.dtype != torch.float64}
+    return {name: t.detach().double() for name, t in state if t.is_floating_point() and t.dtype != torch.float64}
 
 
 class LeastSquares:
@@ -151,7 +153,7 @@ class LeastSquares:
     ) -> None:
         self.model = model
         self.memory = memory
-        self.shards = shards = shards or Shards()
+        self.shards = shards or Shards()
         self.trainable = trainable_parameters(model)
         self.fixed = {name: tensor for name, tensor in in_double(model).items() if name not in self.trainable}
         self.sizes = [parameter.numel() for parameter in self.trainable.values()]
@@ -159,60 +161,66 @@ class LeastSquares:
         self.start = torch.cat([parameter.detach().double().flatten() for parameter in self.trainable.values()])
         self.terms: list[PreparedTerm] = []
         self.known: Known = {}
-        named = [(name_term(index, function), w, len(rows[0])) for index, (function, rows, w) in enumerate(terms)]
-        shards.run(self._add_terms, terms, shards.count_rows(named, self.start), known)
-
-    def _add_terms(self, terms: list[Term], totals: list[int], known: Known) -> None:
-        setting = [(name, parameter.shape) for name, parameter in self.trainable.items()]
-        setting += [part.training for part in self.model.modules()]
         for index, (function, rows, weight) in enumerate(terms):
-            name, scale = name_term(index, function), math.sqrt(weight / totals[index])
             marked = [row.requires_grad for row in rows]
             rows = tuple(row.detach().double() if row.is_floating_point() else row for row in rows)
-            same = function if isinstance(function, Hashable) else id(function)  # bound methods are new at each access
-            key = same, *setting, *((row.shape[1:], row.dtype) for row in rows)
-            term = PreparedTerm(name, function, rows, marked, scale)
-            if (before := self.known.get(key) or known.get(key)) is not None:
-                term = replace(before, name=name, rows=rows, marked=marked, scale=scale)
-            elif len(rows[0]):
+            self.terms.append(PreparedTerm(name_term(index, function), function, rows, marked, weight))
+        counts = self.shards.count_rows([(term.name, term.scale, len(term.rows[0])) for term in self.terms], self.start)
+        self.shards.run(self._prepare, counts, known)
+
+    def _prepare(self, counts: list[int], known: Known) -> None:
+        """Scale the terms by their numbers of rows, and try those that are not known."""
+        setting = [(name, parameter.shape) for name, parameter in self.trainable.items()]
+        setting += [module.training for module in self.model.modules()]
+        for term, count in zip(self.terms, counts, strict=True):
+            term.scale = math.sqrt(term.scale / count)
+            if not len(term.rows[0]):
+                continue
+            # bound methods are new at each access
+            function = term.function if isinstance(term.function, Hashable) else id(term.function)
+            key = function, *setting, *((row.shape[1:], row.dtype) for row in term.rows)
+            before = self.known.get(key) or known.get(key)
+            if before is None:
                 self._check(term)
                 self._measure(term)
-            self.terms.append(term)
-            if len(rows[0]):
-                self.known[key] = term
+            else:
+                term.intercepted, term.columns = before.intercepted, before.columns
+                term.row_bytes, term.by_layers = before.row_bytes, before.by_layers
+            self.known[key] = term
 
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
-        parts = flat.split(self.sizes)
-        return {name: part.view_as(p) for (name, p), part in zip(self.trainable.items(), parts, strict=True)}
+        parameters = zip(self.trainable.items(), flat.split(self.sizes), strict=True)
+        return {name: values.view_as(parameter) for (name, parameter), values in parameters}
 
     def _leaves(self) -> dict[str, Tensor]:
-        return {name: part.detach().requires_grad_() for name, part in self._named(self.start).items()}
+        return {name: values.detach().requires_grad_() for name, values in self._named(self.start).items()}
 
     def round(self, flat: Tensor) -> Tensor:
-        """The values as the parameters would store them, which have fewer digits in a float32 model."""
+        """Return the values as the parameters store them, with fewer digits in a float32 model."""
         named = self._named(flat)
         return torch.cat([named[name].to(p.dtype).double().flatten() for name, p in self.trainable.items()])
 
     @torch.no_grad()
     def write(self, flat: Tensor) -> None:
-        """Puts the values into the model."""
-        for name, value in self._named(flat).items():
-            self.trainable[name].copy_(value)
+        """Put the values into the model."""
+        for name, values in self._named(flat).items():
+            self.trainable[name].copy_(values)
 
     def _call(self, term: PreparedTerm, rows: Sequence[Tensor], named: dict[str, Tensor]) -> Tensor:
-        """(n, m) scaled residuals of n rows, with these tensors for the trainable parameters; with a graph if the
-        function makes one."""
+        """Return the scaled residuals (n, m) of n rows, with these tensors for the trainable parameters."""
         with torch.enable_grad(), Intercepted() if term.intercepted else nullcontext():
             # copies, which the function may mark, and write into
-            given = tuple(row.detach().clone().requires_grad_(m) for row, m in zip(rows, term.marked, strict=True))
+            copies = tuple(row.detach().clone().requires_grad_(m) for row, m in zip(rows, term.marked, strict=True))
             evaluate = partial(term.function, self.model)
-            values = call_with_parameters(self.model, {**self.fixed, **named}, evaluate, given, {})
+            values = call_with_parameters(self.model, {**self.fixed, **named}, evaluate, copies, {})
         return term.scale * check_residuals(values, term.name, len(rows[0]))
 
     @torch.no_grad()
     def _check(self, term: PreparedTerm) -> None:
-        """Raises a `ValueError` if the first row has other residuals beside the last row than beside itself, if
-        residuals are random, or if their number in a row depends on the number of rows."""
+        """Raise a `ValueError` unless the residuals of a row depend on that row alone.
+
+        They must not be random, and their number must not depend on the number of rows.
+        """
         # copies, since batch normalization writes into them
         buffers = {name: it.clone() for name, it in self.model.named_buffers() if name not in self.fixed}
         named = {**buffers, **self._named(self.start)}
@@ -224,14 +232,10 @@ class LeastSquares:
             tolerance = 1e-7 * values.nan_to_num(0, 0, 0).abs().max().item() + 1e-10
             return values.shape != others.shape or not torch.allclose(values, others, 1e-7, tolerance, equal_nan=True)
 
-        state = self._random_state()
         with Intercepted() as mode:
             pair = evaluate(0, -1)
         term.intercepted = mode.is_needed
-        is_coupled = differ(pair[:1], evaluate(0, 0)[:1])
-        # another thread may have drawn, too: what is random differs when it is evaluated again
-        is_drawn = not torch.equal(state, self._random_state())
-        if (is_drawn or is_coupled) and differ(pair, evaluate(0, -1)):
+        if differ(pair, evaluate(0, -1)):
             raise ValueError(
                 f"The {term.name} is random, so that two evaluations differ. Draw before the step and pass the draws "
                 "as rows, and turn dropout off by `model.eval()`."
@@ -243,18 +247,14 @@ class LeastSquares:
                 f"The {term.name} returns {(n, pair.shape[1] * n // 2)} for {n} rows, but must return ({n},) or "
                 f"({n}, m) with a fixed m. Shapes ({n},) and ({n}, 1) make such a square: squeeze one of them."
             )
-        if is_coupled:
+        if differ(pair[:1], evaluate(0, 0)[:1]):
             raise ValueError(
                 f"The {term.name} returns residuals of a row that depend on other rows. Give all that a residual "
                 "needs in its row, and put batch normalization into evaluation mode by `model.eval()`."
             )
 
-    def _random_state(self) -> Tensor:
-        on_gpu = self.start.is_cuda
-        return torch.cuda.get_rng_state(self.start.device) if on_gpu else torch.get_rng_state()
-
     def _measure(self, term: PreparedTerm) -> None:
-        """Finds out the memory of a row, and whether `row_gradients` computes the Jacobian."""
+        """Find the memory of a row, and whether `row_gradients` computes the Jacobian."""
         leaves = self._leaves()
         rows = [row[torch.arange(TRIAL_ROWS, device=row.device) % len(row)] for row in term.rows]
         sizes: list[int] = []
@@ -264,7 +264,7 @@ class LeastSquares:
             return tensor.detach()  # the tensor itself would hold the graph that holds it
 
         def evaluate() -> Tensor:
-            """The residuals; `sizes` then has the bytes of each tensor that is saved for the backward pass."""
+            """Return the residuals, and put the bytes of each tensor saved for the backward pass into `sizes`."""
             sizes.clear()
             try:
                 with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -275,7 +275,7 @@ class LeastSquares:
                 return self._call(term, rows, leaves)
 
         def row_bytes() -> int:
-            """Of what is saved, without the parameters, and of the gradients."""
+            """Return the bytes that a row saves, without the parameters, and those of its gradients."""
             of_rows = sum(size for size in sizes if size % TRIAL_ROWS == 0)
             return 3 * of_rows // TRIAL_ROWS + 2 * term.columns * self.num_parameters * 8
 
@@ -285,17 +285,18 @@ class LeastSquares:
             return
         with suppress(RuntimeError):  # of a function that writes into the output of a layer, which is a leaf here
             jacobian = row_gradients(evaluate, list(leaves.values()), TRIAL_ROWS)
-            if jacobian is not None:
-                # a function that reorders its rows on the way is not differentiated row by row
-                weights = torch.rand(len(jacobian), generator=torch.Generator().manual_seed(0), device="cpu")
-                weights = weights.to(jacobian)
-                found, expected = jacobian.T @ weights, self._pull_back(term, rows, weights)
-                term.by_layers = bool((found - expected).abs().max() <= 1e-6 * expected.abs().max())  # false for NaN
-        if term.by_layers:
-            term.row_bytes = row_bytes()
+            if jacobian is None:
+                return
+            # a function that reorders its rows on the way is not differentiated row by row
+            weights = jacobian.new_ones(len(jacobian)).cumsum(0).cos()
+            expected = self._pull_back(term, rows, weights)
+            error = jacobian.T @ weights - expected
+            if error.abs().max() <= 1e-6 * expected.abs().max():  # not if one is NaN
+                term.by_layers = True
+                term.row_bytes = row_bytes()
 
     def chunks(self) -> Iterator[tuple[PreparedTerm, list[Tensor]]]:
-        """Each term with its rows, in chunks of as many rows as fit."""
+        """Yield each term with its rows, in chunks of as many rows as fit."""
         for term in self.terms:
             size = max(1, min(self.memory // 2, CHUNK) // term.row_bytes)
             for first in range(0, len(term.rows[0]), size):
@@ -303,49 +304,53 @@ class LeastSquares:
 
     @torch.no_grad()
     def residuals(self, flat: Tensor) -> Tensor:
-        """All residuals, (M,)."""
-        named, parts = self._named(flat), [self.start.new_empty(0)]
+        """Return all residuals, (M,)."""
+        named = self._named(flat)
+        residuals = [self.start.new_empty(0)]
         for term, rows in self.chunks():
-            parts.append(self._call(term, rows, named).detach().flatten())
-        return torch.cat(parts)
+            residuals.append(self._call(term, rows, named).detach().flatten())
+        return torch.cat(residuals)
 
     def find_not_finite(self, residuals: Tensor) -> str:
-        """A message that names the terms whose residuals are NaN or infinite; empty if there are none."""
+        """Return a message that names the terms whose residuals are NaN or infinite; empty if there are none."""
         words = []
-        for term, bad in zip(self.terms, (~residuals.isfinite()).split(self._counts()), strict=True):
-            if bad.any():
-                row = int(bad.view(len(term.rows[0]), -1).any(1).nonzero()[0])
-                values = ", ".join(str([round(v, 6) for v in part[row].flatten()[:8].tolist()]) for part in term.rows)
-                words.append(f"{int(bad.sum())} of {len(bad)} in {term.name}, first in row {row}: {values}")
-        message = "residuals are NaN or infinite: " + "; ".join(words) + ". The parameters are unchanged."
-        return message if words else ""
+        for term, of_term in zip(self.terms, self._split(residuals), strict=True):
+            wrong = ~of_term.isfinite()
+            if wrong.any():
+                row = int(wrong.nonzero()[0]) // term.columns
+                values = ", ".join(str([round(v, 6) for v in rows[row].flatten()[:8].tolist()]) for rows in term.rows)
+                words.append(f"{int(wrong.sum())} of {len(wrong)} in {term.name}, first in row {row}: {values}")
+        if not words:
+            return ""
+        return f"residuals are NaN or infinite: {'; '.join(words)}. The parameters are unchanged."
 
-    def _counts(self) -> list[int]:
-        """The number of residuals of each term."""
-        return [len(term.rows[0]) * term.columns for term in self.terms]
+    def _split(self, residuals: Tensor) -> Sequence[Tensor]:
+        """Return the residuals of each term."""
+        return residuals.split([len(term.rows[0]) * term.columns for term in self.terms])
 
     def losses(self, residuals: Tensor) -> tuple[float, ...]:
-        """The part of the loss of each term."""
-        parts = residuals.split(self._counts())
-        return tuple(self.shards.sum(torch.stack([part.square().sum() for part in parts])).tolist())
+        """Return the part of the loss of each term."""
+        squares = [of_term.square().sum() for of_term in self._split(residuals)]
+        return tuple(self.shards.sum(torch.stack(squares)).tolist())
 
     def jacobian(self, term: PreparedTerm, rows: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-        """The derivatives of the residuals of some rows, (n m, P), in the first rows of `out` if given.
+        """Return the derivatives of the residuals of some rows, (n m, P), in the first rows of `out` if it is given.
 
         They come from `row_gradients` if only KAN layers depend on the parameters, from `torch.func.vmap` otherwise.
         """
         if term.by_layers:
             leaves = self._leaves()
             evaluate = partial(self._call, term, rows, leaves)
-            if (found := row_gradients(evaluate, list(leaves.values()), len(rows[0]), out)) is not None:
-                return found
-        found = self._jacobian_by_rows(term, rows)
-        return found if out is None else out[: len(found)].copy_(found)
+            jacobian = row_gradients(evaluate, list(leaves.values()), len(rows[0]), out)
+            if jacobian is not None:
+                return jacobian
+        jacobian = self._jacobian_by_rows(term, rows)
+        return jacobian if out is None else out[: len(jacobian)].copy_(jacobian)
 
     def _jacobian_by_rows(self, term: PreparedTerm, rows: Sequence[Tensor]) -> Tensor:
         def of_one_row(flat: Tensor, *row: Tensor) -> Tensor:
-            one = [part.unsqueeze(0) for part in row]
-            values, pull, *_ = torch.func.vjp(lambda p: self._call(term, one, self._named(p))[0], flat)
+            batch = [tensor.unsqueeze(0) for tensor in row]
+            values, pull, *_ = torch.func.vjp(lambda p: self._call(term, batch, self._named(p))[0], flat)
             return torch.stack([pull(unit)[0] for unit in torch.eye(len(values), device=values.device).to(values)])
 
         try:
@@ -359,12 +364,12 @@ class LeastSquares:
             ) from error
 
     def pull_back(self, vector: Tensor) -> Tensor:
-        """J^T vector, (M,) to (P,), by one backward pass."""
-        total, first = torch.zeros_like(self.start), 0
-        for term, rows in self.chunks():
-            count = len(rows[0]) * term.columns
-            total += self._pull_back(term, rows, vector[first : first + count])
-            first += count
+        """Return J^T vector, (M,) to (P,), by one backward pass."""
+        total = torch.zeros_like(self.start)
+        chunks = list(self.chunks())
+        parts = vector.split([len(rows[0]) * term.columns for term, rows in chunks])
+        for chunk, part in zip(chunks, parts, strict=True):
+            total += self._pull_back(*chunk, part)
         return total
 
     def _pull_back(self, term: PreparedTerm, rows: Sequence[Tensor], vector: Tensor) -> Tensor:
@@ -372,5 +377,5 @@ class LeastSquares:
         values = self._call(term, rows, leaves)
         if not values.requires_grad:
             return torch.zeros_like(self.start)
-        found = torch.autograd.grad(values.flatten(), list(leaves.values()), vector, materialize_grads=True)
-        return torch.cat([gradient.flatten() for gradient in found])
+        gradients = torch.autograd.grad(values.flatten(), list(leaves.values()), vector, materialize_grads=True)
+        return torch.cat([gradient.flatten() for gradient in gradients])
