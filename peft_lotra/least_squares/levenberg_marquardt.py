@@ -31,7 +31,7 @@ class LevenbergMarquardtStep(NamedTuple):
     """The record of one step.
 
     Attributes:
-        loss: The loss of the parameters that the model now has; NaN if it is not finite.
+        loss: The loss of the parameters that the model now has; NaN or infinite if a residual is.
         damping: The damping that the next step starts with.
         accepted: Whether the parameters changed.
         attempts: The number of damped systems that were solved.
@@ -94,7 +94,7 @@ class LevenbergMarquardt:
         damping: The damping that the next step tries. The other arguments are attributes too.
 
     Raises:
-        TypeError: `model` is no `nn.Module`, or an argument is unknown (`lr`).
+        TypeError: `model` is no `nn.Module`.
         ValueError: No parameter requires a gradient, or an argument is out of range.
 
     Source: J. J. More, "The Levenberg-Marquardt algorithm" (1978); for the forgetting factor, L. Ljung and T.
@@ -110,11 +110,7 @@ class LevenbergMarquardt:
         forgetting: float | str = "auto",
         memory: int = 2**30,
         group: Any = None,
-        **others: Any,
     ) -> None:
-        if others:
-            hint = " Steps have no learning rate: a larger `damping` makes the first step shorter." * ("lr" in others)
-            raise TypeError(f"LevenbergMarquardt takes no argument {', '.join(others)}.{hint}")
         check_module(model)
         trainable_parameters(model)
         self.model = model
@@ -126,16 +122,17 @@ class LevenbergMarquardt:
         self._known: Known = {}  # the terms of the last step
         self._known_held: Known = {}  # those held out after it
         self._past: _Past | None = None
-        self._terms: list[Term] = []  # of the last step, as they were then, with `forgetting="auto"`
+        # of the last step, with `forgetting="auto"`: function, weight, and the rows as they were then
+        self._terms: list[tuple[Any, float, list[Tensor]]] = []
         self._span, self._slope = 1.0, -1.0  # steps that count, and the mean slope of the log loss
 
     def forget(self) -> None:
-        """Drops the residuals of former steps, see `forgetting`: after a change of the terms, or of the parameters."""
+        """Drop the residuals of former steps, see `forgetting`: after a change of the terms, or of the parameters."""
         self._past = None
 
     @torch.inference_mode(False)
     def step(self, terms: Iterable[Term]) -> LevenbergMarquardtStep:
-        """Takes one step. The parameters of a step that is not accepted are unchanged bit for bit.
+        """Take one step. A step that is not accepted leaves the parameters unchanged bit for bit.
 
         Args:
             terms: Residual terms (function, rows, weight). `function(model, *rows)` is called with any number n of
@@ -166,18 +163,16 @@ class LevenbergMarquardt:
         """
         terms = self._check(terms)
         problem, residuals = self._evaluate(terms)
-        self._known, losses = problem.known, problem.losses(residuals)
+        self._known = problem.known
+        losses = problem.losses(residuals)
+        loss = sum(losses)
         is_first = not self._terms  # before `_remembers` fills them
         remembers = self._remembers(problem, terms, len(residuals))
         if self._past is not None and not (remembers and torch.equal(self._past.parameters, problem.start)):
             self.forget()
         error = next(filter(None, self._shards.gather(problem.find_not_finite(residuals))), "")
-        loss = math.nan if error else sum(losses)
         if not error:
-            past = None
-            if self._past is not None:
-                share = self._forgetting_factor(self._past, loss)
-                past = share * self._past.matrix, share * self._past.gradient
+            past = self._past and self._discounted(self._past, loss)
             linear = LinearModel(problem, residuals, self.floor, past, in_parameter_space=remembers)
             error = linear.error
         if error:
@@ -190,21 +185,22 @@ class LevenbergMarquardt:
             step = linear.solve(damping)
             if step is not None:
                 candidate = problem.round(problem.start + step)
+                change = candidate - problem.start
                 new_residuals = self._shards.run(problem.residuals, candidate)
-                losses_there = problem.losses(new_residuals)
-                new_loss = sum(losses_there)
-                decrease = loss - new_loss - linear.rise_of_past(candidate - problem.start)
+                new_losses = problem.losses(new_residuals)
+                new_loss = sum(new_losses)
+                decrease = loss - new_loss - linear.rise_of_past(change)
                 if new_loss < loss and decrease > 0:  # not if one is NaN
                     agreement = decrease / linear.predicted_decrease(damping, step)
                     damping *= damping_factor(agreement, raised=attempts > 1)
                     self.damping = max(damping, SMALLEST_WITH_PAST if remembers else SMALLEST_DAMPING)
                     # whether the next rows are drawn anew is not known yet
                     if remembers or (is_first and not linear.in_residual_space and self.forgetting == "auto"):
-                        sums = linear.after(candidate - problem.start, new_residuals)
+                        sums = linear.after(change, new_residuals)
                         self._past = _Past(*sums, candidate, (loss, new_loss), agreement)
                     problem.write(candidate)
                     share = 1 - new_loss / loss
-                    return LevenbergMarquardtStep(new_loss, self.damping, True, attempts, share, losses=losses_there)
+                    return LevenbergMarquardtStep(new_loss, self.damping, True, attempts, share, losses=new_losses)
             damping *= growth
             growth *= 2
         reason = (
@@ -227,16 +223,16 @@ class LevenbergMarquardt:
         callback: Callable[[int, LevenbergMarquardtStep], Any] | None = None,
         progress: bool = True,
     ) -> list[LevenbergMarquardtStep]:
-        """Takes steps until a step is not accepted, or an argument stops it.
+        """Take steps until a step is not accepted, or an argument stops it.
 
         Args:
             terms: As for `step`, or a function of the step's number that returns terms (new points for each step).
             steps: The most steps.
-            held: Terms on other rows, which are evaluated after each step and not trained: a fit of its own rows alone
-                shows there. In the end the model has the parameters with the least held loss, those before the first
-                step among them.
+            held: Terms on other rows, which are evaluated after each step and not trained: they show a fit of the
+                trained rows only. The model ends with the parameters of the least held loss, perhaps those before the
+                first step.
             target_loss: The loss at which to stop; the held loss if there are held terms.
-            tolerance, patience: Stops when `decrease` was below `tolerance` in `patience` steps in a row; with held
+            tolerance, patience: Stop when `decrease` was below `tolerance` in `patience` steps in a row; with held
                 terms, when the held loss had no new minimum in `patience` steps in a row.
             max_seconds: The time after which to stop.
             callback: Called with the step's number and its record; stops if it returns True.
@@ -251,30 +247,33 @@ class LevenbergMarquardt:
         steps = check_count(steps, "steps", low=0)
         check_number(tolerance, "tolerance", "[0, inf)")
         check_number(target_loss, "target_loss", "(-inf, inf)")
-        slow, end = 0, time.monotonic() + max_seconds
+        slow = 0
+        end = time.monotonic() + max_seconds
+        shards = self._shards
         terms = terms if callable(terms) else self._check(terms)
-        held_terms = self._check(held) if (held := list(held)) else []
-        shards, hidden = self._shards, not (progress and self._shards.is_first)
+        held = list(held)
         best, least = None, math.inf
-        if held_terms:
-            best, losses = self._held(held_terms)
+        if held:
+            held = self._check(held)
+            best, losses = self._held(held)
             least = min(least, sum(losses))  # infinite if that is NaN
+        hidden = not (progress and shards.is_first)
         with tqdm(total=steps, unit="step", desc="Levenberg-Marquardt", disable=hidden) as bar:
             for number in range(steps):
-                now = list(shards.run(terms, number)) if callable(terms) else terms
-                record = self.step(now)
-                progressed = record.decrease >= tolerance
-                if held_terms:
-                    problem, losses = self._held(held_terms)
+                record = self.step(shards.run(terms, number) if callable(terms) else terms)
+                shown = {"loss": record.loss, "damping": record.damping}
+                loss, progressed = record.loss, record.decrease >= tolerance
+                if held:
+                    problem, losses = self._held(held)
                     record = record._replace(held_losses=losses)
-                    if progressed := record.held_loss < least:
-                        least, best = record.held_loss, problem
+                    shown["held"] = loss = record.held_loss
+                    progressed = loss < least
+                    if progressed:
+                        least, best = loss, problem
                 history.append(record)
                 bar.update()
-                shown = {"loss": record.loss, "held": record.held_loss, "damping": record.damping}
-                bar.set_postfix({name: f"{value:.1e}" for name, value in shown.items() if not math.isnan(value)})
+                bar.set_postfix(shown)
                 slow = 0 if progressed else slow + 1
-                loss = record.held_loss if held_terms else record.loss
                 stop = callback is not None and shards.run(callback, number, record) is True
                 stop = stop or not record.accepted or loss <= target_loss or slow >= patience
                 if any(shards.gather(stop or time.monotonic() > end)):
@@ -284,55 +283,62 @@ class LevenbergMarquardt:
         return history
 
     def _evaluate(self, terms: list[Term]) -> tuple[LeastSquares, Tensor]:
-        """The least-squares problem of checked terms, and its residuals."""
+        """Return the least-squares problem of checked terms, and its residuals."""
         problem = LeastSquares(self.model, terms, self.memory, self._known_held | self._known, self._shards)
         return problem, self._shards.run(problem.residuals, problem.start)
 
     def _check(self, terms: Iterable[Term]) -> list[Term]:
-        """The terms, checked; a process of several may have no rows."""
+        """Check terms; a process of several may have no rows."""
         return self._shards.run(check_terms, terms, int(self._shards.group is None))
 
     def _held(self, terms: list[Term]) -> tuple[LeastSquares, tuple[float, ...]]:
-        """The present parameters with terms that are not trained, and the parts of their loss."""
+        """Return the present parameters with terms that are not trained, and the parts of their loss."""
         problem, residuals = self._evaluate(terms)
         self._known_held = problem.known
+        if message := problem.find_not_finite(residuals):
+            warnings.warn(f"Held-out {message}", RuntimeWarning, stacklevel=4)
         return problem, problem.losses(residuals)
 
     def _remembers(self, problem: LeastSquares, terms: list[Term], count: int) -> bool:
-        """Whether residuals of former steps count in this one; keeps the terms for the next step, which compares."""
+        """Return whether residuals of former steps count in this one, and keep its terms to compare the next ones."""
         if not isinstance(self.forgetting, str):
             return self.forgetting > 0
         before = self._terms
-        self._terms = [(function, [row.clone() for row in rows], weight) for function, rows, weight in terms]
-        same = not before or [(term[0], term[2]) for term in terms] == [(term[0], term[2]) for term in before]
-        pairs = [(row, other) for term, old in zip(terms, before) for row, other in zip(term[1], old[1])]  # noqa: B905
-        drawn = any(row.dtype != other.dtype or not torch.equal(row, other) for row, other in pairs)
-        are_same, are_drawn, counts = zip(*self._shards.gather((same, drawn, count)), strict=True)
+        self._terms = [(function, weight, [row.clone() for row in rows]) for function, rows, weight in terms]
+        is_same = not before or [term[:2] for term in before] == [term[:2] for term in self._terms]
+        is_drawn = any(
+            not all(map(torch.equal, old[2], new[2])) for old, new in zip(before, self._terms, strict=False)
+        )
+        are_same, are_drawn, counts = zip(*self._shards.gather((is_same, is_drawn, count)), strict=True)
         size = problem.num_parameters
         fits = size <= 2 * sum(counts) and bytes_of_matrices(size) <= self.memory
         return fits and all(are_same) and any(are_drawn)
 
-    def _forgetting_factor(self, past: _Past, loss: float) -> float:
-        """The factor for the former residuals, where rows that were not trained have this loss.
+    def _discounted(self, past: _Past, loss: float) -> tuple[Tensor, Tensor]:
+        """Multiply the former J^T J and J^T r by the forgetting factor; rows not trained yet have this loss.
 
         By "auto" it is 1 - 1 / span, with a span in steps: times 1.25 where the new rows have 1.5 times the loss of
         those just fitted, else times 0.8. It is at most exp(10 x mean slope of the log loss), since residuals from
-        before a fast fall are too large, and not less than a fixed one that helps nearly always. Each call updates
-        the span and the slope.
+        before a fast fall are too large, and at least a factor that nearly always helps. Each call updates the span
+        and the slope.
         """
         trust = 1.0 if past.agreement > 0.25 else 0.2
-        if not isinstance(self.forgetting, str):
-            return self.forgetting * trust
-        before, own = past.losses
-        self._slope += 0.2 * (math.log(max(loss, 1e-300) / before) - self._slope)
-        longest = 1 / (1 - min(1 - 1 / LONGEST_SPAN, math.exp(min(0.0, 10 * self._slope))))
-        self._span = max(1.0, min(self._span * (1.25 if loss > 1.5 * own else 0.8), longest))
-        return max(1 - 1 / self._span, SMALLEST_FACTOR * trust)
+        if isinstance(self.forgetting, str):
+            before, after = past.losses
+            self._slope += 0.2 * (math.log(max(loss, 1e-300) / before) - self._slope)
+            longest = 1 / (1 - min(1 - 1 / LONGEST_SPAN, math.exp(min(0.0, 10 * self._slope))))
+            self._span = max(1.0, min(self._span * (1.25 if loss > 1.5 * after else 0.8), longest))
+            factor = max(1 - 1 / self._span, SMALLEST_FACTOR * trust)
+        else:
+            factor = self.forgetting * trust
+        return factor * past.matrix, factor * past.gradient
 
 
 def damping_factor(agreement: float, raised: bool) -> float:
-    """The factor of the damping after a step whose decrease is `agreement` times the predicted one; if the damping was
-    just `raised`, less damping has just failed. docs/notes/log.md says why the factors are these."""
+    """Return the factor of the damping after a step whose decrease is `agreement` times the predicted one.
+
+    If the damping was just `raised`, less damping has just failed.
+    """
     if agreement > 0.75:
         return 0.5 if raised else 0.1
     return 0.5 if agreement > 0.25 else 2.0

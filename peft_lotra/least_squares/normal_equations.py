@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ class LinearModel:
     """The linear model r + J step around the parameters, in the smaller space of P parameters or M residuals.
 
     Attributes:
-        jacobian: J, (M, P), if it fits into half of the memory; else None.
+        jacobian: J, (M, P); None in the space of parameters if it takes more than half of the memory.
         matrix: J^T J, (P, P), or J S^-1 J^T, (M, M).
         scaling: S, (P,), the diagonal of J^T J, at least `floor` times its largest entry.
         gradient: J^T r, (P,).
@@ -41,32 +41,32 @@ class LinearModel:
         self.past = past
         self.residuals = residuals
         in_parameter_space = in_parameter_space or problem.shards.group is not None  # where matrices can be summed
-        self.in_residual_space = len(residuals) < problem.num_parameters and not in_parameter_space
-        size = len(residuals) if self.in_residual_space else problem.num_parameters
-        squares = problem.shards.run(self._accumulate, size)
-        if not self.in_residual_space:
-            for index, part in enumerate((self.matrix, self.gradient)):
-                problem.shards.sum(part)
-                if past is not None:
-                    part += past[index]
+        rows, count = len(residuals), problem.num_parameters
+        bytes_of_jacobian = 2 * 8 * rows * count  # and of a scaled copy
+        fits = bytes_of_matrices(rows) + bytes_of_jacobian <= problem.memory
+        self.in_residual_space = rows < count and fits and not in_parameter_space
+        self.jacobian: Any = None
+        if bytes_of_jacobian <= problem.memory:
+            self.jacobian = residuals.new_empty(rows, count)
+        problem.shards.run(self._accumulate, rows if self.in_residual_space else count)
+        if self.in_residual_space:
+            squares = self.jacobian.norm(dim=0).square()
+        else:
+            for total, before in zip((self.matrix, self.gradient), past or (0.0, 0.0), strict=True):
+                problem.shards.sum(total)
+                total += before
             squares = self.matrix.diagonal()
         # parameters without any effect get the bound, and are not moved
         self.scaling = squares.clamp(min=max(floor * squares.max().item(), 1e-300))
-        if self.in_residual_space and self.jacobian is not None:
+        if self.in_residual_space:
             _add_gram(self.matrix, (self.jacobian / self.scaling.sqrt()).T)
-        elif self.in_residual_space:
-            self._gram_by_chunks()
         finite = self.matrix.isfinite().all() and self.gradient.isfinite().all()
         self.error = "" if finite else "the Jacobian has NaN or infinite entries. The parameters are unchanged."
         if not self.gradient.any():
             self.error = "the gradient is zero: no parameter has an effect on the residuals."
 
-    def _accumulate(self, size: int) -> Tensor:
-        """Sets `gradient`, `jacobian` if it fits, and `matrix`, which is filled in the space of parameters alone.
-
-        Returns:
-            The diagonal of J^T J in the space of residuals, else zeros.
-        """
+    def _accumulate(self, size: int) -> None:
+        """Compute J where it is kept, J^T r, and in the space of parameters J^T J."""
         problem, residuals = self.problem, self.residuals
         if (needed := bytes_of_matrices(size)) > problem.memory:
             raise ValueError(
@@ -74,38 +74,22 @@ class LinearModel:
                 f"{needed / 2**20:.0f} MiB, but `memory` is {problem.memory / 2**20:.0f} MiB. Give more, train fewer "
                 "parameters (an adapter), or use fewer rows."
             )
-        self.gradient, squares = torch.zeros_like(problem.start), torch.zeros_like(problem.start)
+        self.gradient = torch.zeros_like(problem.start)
         self.matrix = residuals.new_zeros(size, size)
-        fits = len(residuals) * problem.num_parameters * 8 <= problem.memory // 2
-        self.jacobian = residuals.new_empty(len(residuals), problem.num_parameters) if fits else None
         first = 0
         for chunk in problem.chunks():
             part = problem.jacobian(*chunk, out=None if self.jacobian is None else self.jacobian[first:])
             self.gradient.addmv_(part.T, residuals[first : first + len(part)])
-            if self.in_residual_space:
-                squares += part.square().sum(0)
-            else:
+            if not self.in_residual_space:
                 _add_gram(self.matrix, part)
             first += len(part)
-        return squares
-
-    def _gram_by_chunks(self) -> None:
-        """J S^-1 J^T if J does not fit: parts of J are computed again for each other part."""
-        row = 0
-        for number, chunk in enumerate(self.problem.chunks()):
-            part = self.problem.jacobian(*chunk) / self.scaling
-            column = 0
-            for other_chunk in islice(self.problem.chunks(), number + 1):
-                other = self.problem.jacobian(*other_chunk)
-                block = part @ other.T
-                self.matrix[row : row + len(part), column : column + len(other)] = block
-                self.matrix[column : column + len(other), row : row + len(part)] = block.T
-                column += len(other)
-            row += len(part)
 
     def inverse(self, damping: float, columns: Tensor) -> Tensor | None:
-        """(J^T J + damping S)^-1 columns, (P, n), in the space of residuals (J S^-1 J^T + damping)^-1 columns, (M, n);
-        None if the matrix is singular to rounding."""
+        """Solve the damped system for columns; return None if the matrix is singular to rounding.
+
+        It is (J^T J + damping S)^-1 columns, (P, n), or in the space of residuals (J S^-1 J^T + damping)^-1 columns,
+        (M, n).
+        """
         diagonal = self.matrix.diagonal()  # damped in place, and restored: a copy of the matrix would cost as much
         undamped = diagonal.clone()
         diagonal += damping if self.in_residual_space else damping * self.scaling
@@ -117,11 +101,11 @@ class LinearModel:
         return torch.linalg.solve_triangular(triangle.mT, half, upper=True)
 
     def solve(self, damping: float) -> Tensor | None:
-        """-(J^T J + damping S)^-1 J^T r, (P,); None if the matrix is singular to rounding."""
+        """Return the step -(J^T J + damping S)^-1 J^T r, (P,); None if the matrix is singular to rounding."""
         right = self.residuals if self.in_residual_space else self.gradient
-        found = self.inverse(damping, right.unsqueeze(1))
+        solution = self.inverse(damping, right.unsqueeze(1))
         # NaN, and no early return: all processes take part in the sums and the broadcast
-        step = torch.full_like(right, math.nan) if found is None else -found.squeeze(1)
+        step = torch.full_like(right, math.nan) if solution is None else -solution.squeeze(1)
         if self.in_residual_space:
             step = self._transposed(step) / self.scaling
         else:
@@ -129,26 +113,28 @@ class LinearModel:
         return step if step.isfinite().all() else None
 
     def _transposed(self, vector: Tensor) -> Tensor:
-        """J^T vector."""
+        """Return J^T vector."""
         shards = self.problem.shards
         if self.jacobian is not None:
             return shards.sum(self.jacobian.T @ vector)
         return shards.sum(shards.run(self.problem.pull_back, vector))
 
     def predicted_decrease(self, damping: float, step: Tensor) -> float:
-        """|r|^2 - |r + J step|^2 for the step of this damping, where (J^T J + damping S) step = -J^T r."""
+        """Return |r|^2 - |r + J step|^2 for the step of this damping, where (J^T J + damping S) step = -J^T r."""
         return (damping * self.scaling * step.square() - self.gradient * step).sum().item()
 
     def rise_of_past(self, step: Tensor) -> float:
-        """The increase of the sum of squares of the former residuals by a step."""
+        """Return by how much a step increases the sum of squares of the former residuals."""
         if self.past is None:
             return 0.0
         matrix, gradient = self.past
         return (step @ (matrix @ step) + 2 * (gradient @ step)).item()
 
     def after(self, step: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
-        """J^T J and J^T r of all residuals after a step: ours with these values, the former ones by their linear
-        model. This instance is not used afterwards."""
+        """Return J^T J and J^T r of all residuals after a step: these ones, and the former ones by their linear model.
+
+        This instance is not used afterwards.
+        """
         gradient = self._transposed(residuals)
         if self.past is not None:
             gradient += self.past[1] + self.past[0] @ step
@@ -156,12 +142,12 @@ class LinearModel:
 
 
 def bytes_of_matrices(size: int) -> int:
-    """The memory of the matrix and its Cholesky factor, in float64."""
+    """Return the memory of the matrix and its Cholesky factor, in float64."""
     return 2 * 8 * size**2
 
 
 def _add_gram(gram: Tensor, matrix: Tensor) -> None:
-    """Adds matrix^T matrix, of (n, p), to (p, p), in six strips, which leave out most of what the symmetry repeats."""
+    """Add matrix^T matrix, of (n, p), to (p, p), in six strips, which leave out most of what the symmetry repeats."""
     size = matrix.shape[1]
     width = max(1, -(-size // 6))
     for first in range(0, size, width):

@@ -165,7 +165,9 @@ class LeastSquares:
             marked = [row.requires_grad for row in rows]
             rows = tuple(row.detach().double() if row.is_floating_point() else row for row in rows)
             self.terms.append(PreparedTerm(name_term(index, function), function, rows, marked, weight))
-        counts = self.shards.count_rows([(term.name, term.scale, len(term.rows[0])) for term in self.terms], self.start)
+        counts = self.shards.count_rows(
+            [(term.name, term.scale, len(term.rows[0])) for term in self.terms], self.start
+        )
         self.shards.run(self._prepare, counts, known)
 
     def _prepare(self, counts: list[int], known: Known) -> None:

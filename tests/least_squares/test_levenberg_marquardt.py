@@ -172,6 +172,14 @@ def test_residuals_that_are_not_finite():
     assert optimizer.step(data).accepted
 
 
+def test_held_residuals_that_are_not_finite_are_named():
+    """Without a held loss that is finite, all steps are undone."""
+    held = torch.tensor([[0.5, 0.0], [-0.5, 0.0]], dtype=torch.float64)
+
+    with pytest.warns(RuntimeWarning, match=r"Held-out residuals .* 1 of 2 in residual term 0 \(nan_where_negative\)"):
+        LevenbergMarquardt(network()).fit(terms(), 1, held=[(nan_where_negative, held)], progress=False)
+
+
 def test_singular_equations_and_a_clear_stop():
     """Two parameters that do the same, then a minimum that nothing improves."""
 

@@ -42,14 +42,29 @@ def test_jacobian_and_step(adapted, points):
     torch.testing.assert_close(least_squares.pull_back(residuals.detach()), expected.T @ residuals.detach())
 
 
-def test_jacobian_that_does_not_fit_is_recomputed(monkeypatch):
-    model, data = network(8), terms(points=60)
-    least_squares = problem(model, data)
+def test_a_jacobian_that_does_not_fit_needs_the_space_of_parameters():
+    """There it is not kept; the steps are the same."""
+    model, data = network(), terms(points=240)
+    least_squares = problem(model, data, memory=2**21)
     residuals = least_squares.residuals(least_squares.start)
-    at_once = LinearModel(least_squares, residuals, 1e-6)
-    monkeypatch.setattr("peft_lotra.least_squares.problem.CHUNK", 2**23)
-    small = problem(model, data, memory=2**20)
-    parts = LinearModel(small, residuals, 1e-6)
-    assert at_once.jacobian is not None and parts.jacobian is None
-    torch.testing.assert_close(parts.matrix, at_once.matrix)
-    torch.testing.assert_close(parts.solve(0.1), at_once.solve(0.1), rtol=1e-6, atol=1e-9)
+    assert len(residuals) < least_squares.num_parameters
+    expected = LinearModel(problem(model, data), residuals, 1e-3)
+
+    linear = LinearModel(least_squares, residuals, 1e-3)
+
+    assert expected.in_residual_space and not linear.in_residual_space
+    torch.testing.assert_close(linear.solve(0.1), expected.solve(0.1), rtol=1e-6, atol=1e-9)
+
+
+def test_a_jacobian_is_not_kept_where_the_matrix_is_enough():
+    model, data = network(), terms(points=1000)
+    least_squares = problem(model, data, memory=2**22)
+    residuals = least_squares.residuals(least_squares.start)
+    kept = LinearModel(problem(model, data), residuals, 1e-6)
+
+    linear = LinearModel(least_squares, residuals, 1e-6)
+
+    assert linear.jacobian is None and kept.jacobian is not None
+    torch.testing.assert_close(linear.solve(0.1), kept.solve(0.1), rtol=1e-6, atol=1e-9)
+    for values, expected in zip(linear.after(residuals, residuals), kept.after(residuals, residuals), strict=True):
+        torch.testing.assert_close(values, expected)
