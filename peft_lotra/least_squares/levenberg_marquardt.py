@@ -255,8 +255,10 @@ class LevenbergMarquardt:
         best, least = None, math.inf
         if held:
             held = self._check(held)
-            best, losses = self._held(held)
-            least = min(least, sum(losses))  # infinite if that is NaN
+            best, residuals = self.evaluate_held(held)
+            least = min(least, sum(best.losses(residuals)))  # infinite if that is NaN
+            if message := best.find_not_finite(residuals):
+                warnings.warn(f"Held-out {message}", RuntimeWarning, stacklevel=3)
         hidden = not (progress and shards.is_first)
         with tqdm(total=steps, unit="step", desc="Levenberg-Marquardt", disable=hidden) as bar:
             for number in range(steps):
@@ -264,8 +266,8 @@ class LevenbergMarquardt:
                 shown = {"loss": record.loss, "damping": record.damping}
                 loss, progressed = record.loss, record.decrease >= tolerance
                 if held:
-                    problem, losses = self._held(held)
-                    record = record._replace(held_losses=losses)
+                    problem, residuals = self.evaluate_held(held)
+                    record = record._replace(held_losses=problem.losses(residuals))
                     shown["held"] = loss = record.held_loss
                     progressed = loss < least
                     if progressed:
@@ -282,6 +284,12 @@ class LevenbergMarquardt:
             best.write(best.start)
         return history
 
+    def evaluate_held(self, terms: list[Term]) -> tuple[LeastSquares, Tensor]:
+        """Return the problem of checked terms that are not trained, and its residuals."""
+        problem, residuals = self._evaluate(terms)
+        self._known_held = problem.known
+        return problem, residuals
+
     def _evaluate(self, terms: list[Term]) -> tuple[LeastSquares, Tensor]:
         """Return the least-squares problem of checked terms, and its residuals."""
         problem = LeastSquares(self.model, terms, self.memory, self._known_held | self._known, self._shards)
@@ -290,14 +298,6 @@ class LevenbergMarquardt:
     def _check(self, terms: Iterable[Term]) -> list[Term]:
         """Check terms; a process of several may have no rows."""
         return self._shards.run(check_terms, terms, int(self._shards.group is None))
-
-    def _held(self, terms: list[Term]) -> tuple[LeastSquares, tuple[float, ...]]:
-        """Return the present parameters with terms that are not trained, and the parts of their loss."""
-        problem, residuals = self._evaluate(terms)
-        self._known_held = problem.known
-        if message := problem.find_not_finite(residuals):
-            warnings.warn(f"Held-out {message}", RuntimeWarning, stacklevel=4)
-        return problem, problem.losses(residuals)
 
     def _remembers(self, problem: LeastSquares, terms: list[Term], count: int) -> bool:
         """Return whether residuals of former steps count in this one, and keep its terms to compare the next ones."""

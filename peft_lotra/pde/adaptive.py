@@ -7,7 +7,6 @@ densities of knots for `peft_lotra.kan.refine_grid` that are high where it bends
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch.quasirandom import SobolEngine
 
 from ..derivatives.api import jet
 from ..kan.knots import KnotMap
+from ..least_squares.problem import check_residuals
 from ..modules.calls import check_module
 from ..modules.checks import check_count, check_function, check_number
 from .boxes import box_points, check_box
@@ -84,7 +84,9 @@ class ResidualSampler:
         points = self._spread(self.count - followed, self.seed + 1, knots)
         if followed:
             candidates = self._spread(self.pool * followed, self.seed + 2, knots)
-            size = residual_norms(residual(candidates), candidates).double()
+            size = check_residuals(residual(candidates), "`residual`", len(candidates)).detach().norm(dim=1)
+            if not size.isfinite().all():
+                raise ValueError(f"`residual` is not finite at {candidates[~size.isfinite()][0].tolist()}.")
             chance = size / size.max().clamp(min=torch.finfo(size.dtype).tiny)
             generator = torch.Generator().manual_seed(self.seed + 2)
             chosen = torch.multinomial(chance + 1e-12, followed, generator=generator)
@@ -97,29 +99,9 @@ class ResidualSampler:
             return self.low.new_empty(0, len(self.low))
         share = SobolEngine(len(self.low), scramble=True, seed=seed).draw(count, dtype=torch.float64)
         if knots is not None:
-            ends = knots.low.double(), knots.high.double()
-            share[1::2] = (knots.inverse(torch.lerp(*ends, share[1::2])) - ends[0]) / (ends[1] - ends[0])
-        return self.low + (self.high - self.low) * share
-
-
-def residual_norms(values: Any, points: Tensor) -> Tensor:
-    """|r| of the residuals, (n,) or (n, m) to (n,), at points (n, I), in float32 at least.
-
-    Raises:
-        ValueError: The values are no tensor or not finite, or their rows are not as many as the points.
-    """
-    given: Any = type(values).__name__
-    if isinstance(values, Tensor):
-        given = tuple(values.shape) if values.is_floating_point() else values.dtype
-    if not isinstance(given, tuple) or values.shape[:1] != points.shape[:1]:
-        raise ValueError(
-            f"`residual` is {given}, but must be a tensor (n,) or (n, m) of real numbers, a row for each point."
-        )
-    dtype = torch.promote_types(values.dtype, torch.float32)
-    norms = values.detach().reshape(len(points), -1).norm(dim=1, dtype=dtype)
-    if not norms.isfinite().all():
-        raise ValueError(f"`residual` is not finite at {points[~norms.isfinite()][0].tolist()}.")
-    return norms
+            low, high = knots.low.double(), knots.high.double()
+            share[1::2] = (knots.inverse(torch.lerp(low, high, share[1::2])) - low) / (high - low)
+        return torch.lerp(self.low, self.high, share)
 
 
 @torch.no_grad()
@@ -186,15 +168,15 @@ def knot_density(model: nn.Module, low: Sequence[float], high: Sequence[float], 
     across = box_points(low, high, _ACROSS)
     along = (torch.arange(cells * _ALONG, dtype=torch.float64, device="cpu") + 0.5) / (cells * _ALONG)
     like = next(iter(model.parameters()), low_end)
-    found = []
+    densities = []
     for i, direction in enumerate(torch.eye(len(low_end), dtype=torch.float64, device="cpu")):
         points = across.repeat(len(along), 1)
-        points[:, i] = (low_end[i] + (high_end[i] - low_end[i]) * along).repeat_interleave(_ACROSS)
+        points[:, i] = torch.lerp(low_end[i], high_end[i], along).repeat_interleave(_ACROSS)
         bends = jet(model, points.to(like), direction.unsqueeze(0).to(like))[2].double()
         means = bends.square().view(cells, _ALONG * _ACROSS, -1).sum(-1).mean(1)
         if not means.isfinite().all():
             raise ValueError(f"The second derivatives of the model along coordinate {i} are not finite.")
         density = means.pow(1 / 6)
         density = density / density.mean() if density.any() else torch.ones_like(density)
-        found.append(0.4 + 0.6 * density)
-    return torch.stack(found)
+        densities.append(0.4 + 0.6 * density)
+    return torch.stack(densities)

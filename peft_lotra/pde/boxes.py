@@ -62,8 +62,7 @@ def box_points(low: Sequence[float], high: Sequence[float], count: int, *, seed:
     """
     low_end, high_end = check_box(low, high)
     engine = SobolEngine(len(low_end), scramble=True, seed=check_count(seed, "seed", low=0))
-    share = engine.draw(check_count(count, "count"), dtype=torch.float64)
-    return low_end + (high_end - low_end) * share
+    return torch.lerp(low_end, high_end, engine.draw(check_count(count, "count"), dtype=torch.float64))
 
 
 def side_points(
@@ -89,13 +88,14 @@ def side_points(
         >>> points.shape, normals[0].tolist()
         (torch.Size([100, 2]), [-1.0, 0.0])
     """
-    low_end, high_end = check_box(low, high)
+    box = check_box(low, high)
     points, normals = [], []
-    for number, (coordinate, end) in enumerate(check_sides(sides, sides_of_box(len(low_end)))):
-        found = box_points(low, high, count, seed=seed + number)
-        found[:, coordinate] = (low_end if end == "low" else high_end)[coordinate]
-        normal = torch.zeros_like(found)
-        normal[:, coordinate] = -1.0 if end == "low" else 1.0
-        points.append(found)
+    for number, (coordinate, end) in enumerate(check_sides(sides, sides_of_box(len(box[0])))):
+        is_high = end == "high"
+        on_side = box_points(low, high, count, seed=seed + number)
+        on_side[:, coordinate] = box[is_high][coordinate]
+        normal = torch.zeros_like(on_side)
+        normal[:, coordinate] = 2.0 * is_high - 1.0
+        points.append(on_side)
         normals.append(normal)
     return torch.cat(points), torch.cat(normals)

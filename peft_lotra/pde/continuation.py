@@ -8,10 +8,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..modules.calls import check_module
 from ..modules.checks import check_count, check_function, check_number
@@ -127,10 +126,8 @@ def continuation(
 
 
 def _last_loss(result: Any) -> float:
-    """The loss of a solve, from what `solve` returned."""
-    if isinstance(result, list) and result and hasattr(result[-1], "held_loss"):  # of `LevenbergMarquardt.fit`
-        held = [step.held_loss for step in result]
-        return result[-1].loss if math.isnan(held[-1]) else min(held)
-    if not isinstance(result, (Real, Tensor)):
-        raise TypeError(f"`solve` returned {result!r:.100}, but must return the loss or a history.")
-    return float(result)
+    """Return the loss from what `solve` returned: a number, or the history of `LevenbergMarquardt.fit`."""
+    if not isinstance(result, list):
+        return float(result)
+    held = [step.held_loss for step in result]
+    return result[-1].loss if math.isnan(held[-1]) else min(held)

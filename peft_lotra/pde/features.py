@@ -67,8 +67,6 @@ class BoxFeatures(InputMap):
         low_end, high_end = check_box(low, high)
         count = len(low_end)
         for name, indices in (("periodic", periodic), ("neumann", neumann)):
-            if not isinstance(indices, Collection):
-                raise TypeError(f"`{name}` is {indices!r}, but must be a list of indices of coordinates.")
             if wrong := [i for i in indices if isinstance(i, bool) or i not in range(count)]:
                 raise ValueError(f"`{name}` has {wrong[0]!r:.100}, but the box has coordinates 0 to {count - 1}.")
         if both := set(periodic) & set(neumann):

@@ -20,11 +20,11 @@ from ..kan.layer import KANLinear, SplineLayer
 from ..kan.network import LayerStack, pairs
 from ..kan.refinement import refine_grid
 from ..least_squares.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
-from ..least_squares.problem import Intercepted, LeastSquares, check_terms, trainable_parameters
+from ..least_squares.problem import check_residuals, check_terms, trainable_parameters
 from ..modules.calls import check_module
 from ..modules.checks import as_number, check_count, check_function, check_number
 from ..modules.report import Report, TextTable
-from .adaptive import ResidualSampler, gradient_weights, knot_density, residual_norms
+from .adaptive import ResidualSampler, gradient_weights, knot_density
 from .boxes import box_points, check_box, side_points, sides_of_box
 from .constraints import HardConstraint, Part
 from .continuation import continuation as continue_
@@ -39,7 +39,7 @@ SOLVED, FAILED = 1e-4, 1e-3  # of the first residual's square: where a stage of 
 MOST_FAILURES = 3  # stages that are undone
 POINTS, FINE_POINTS, HELD_POINTS = 1500, 2.5, 1000  # half of the first on a line; the second is a factor
 PATIENCE = 15  # steps without a new minimum of the residual that is held out
-LARGEST_DAMPING = 1e3  # that the next points start with
+LARGEST_START_DAMPING = 1e3  # with new points
 SLOPE = 0.1  # of `gradient_weights`, for a solution of unit size on [-1, 1]
 OUTSIDE = 0.01  # the share of activations outside of a grid that is worth a warning
 
@@ -90,10 +90,10 @@ class Solution(Report):
     notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """The report in plain values, without the model."""
-        found = super().as_dict()
-        del found["model"]
-        return found
+        """Return the report in plain values, without the model."""
+        values = super().as_dict()
+        del values["model"]
+        return values
 
     def _table(self) -> TextTable:
         columns = ["phase", ">parameter", ">steps", ">seconds", ">loss", ">held out", "ended by"]
@@ -107,23 +107,24 @@ class Solution(Report):
         return TextTable(columns, rows, [note, *self.notes])
 
     def plot(self, count: int = 101) -> Any:
-        """A figure of the first output over the first two coordinates, with all others in the middle of the box, or
-        over a line. Needs matplotlib; `peft_lotra.plotting.plot_history(result.history)` draws the steps."""
+        """Draw the first output over the first two coordinates, the others in the middle of the box, or over a line.
+
+        Needs matplotlib; `peft_lotra.plotting.plot_history(result.history)` draws the steps.
+        """
         import matplotlib.pyplot as plt
 
         figure, axis = plt.subplots(figsize=(4.5, 3.4), layout="constrained")
         share = torch.linspace(0, 1, count, dtype=torch.float64).unsqueeze(1)
-        lines = (self.low + (self.high - self.low) * share).unbind(1)[:2]
+        lines = torch.lerp(self.low, self.high, share).unbind(1)[:2]
         x = ((self.low + self.high) / 2).repeat(count ** len(lines), 1)
         x[:, : len(lines)] = torch.cartesian_prod(*lines).view(-1, len(lines))
-        u = self.model(x)[:, 0].detach().numpy()
+        u = self.model(x)[:, 0].detach()
         if len(lines) == 1:
-            axis.plot(lines[0].numpy(), u)
+            axis.plot(*lines, u)
+            axis.set(xlabel="coordinate 0", ylabel="u")
         else:
-            figure.colorbar(
-                axis.pcolormesh(*(line.numpy() for line in lines), u.reshape(count, count).T, cmap="RdBu_r")
-            )
-        axis.set(title="u", xlabel="coordinate 0", ylabel="coordinate 1" if len(lines) > 1 else "u")
+            figure.colorbar(axis.pcolormesh(*lines, u.view(count, count).T, cmap="RdBu_r"))
+            axis.set(title="u", xlabel="coordinate 0", ylabel="coordinate 1")
         return figure
 
 
@@ -211,8 +212,6 @@ def solve(
     steps = None if steps is None else check_count(steps, "steps", low=1 if continuation is None else STAGES + 1)
     budget = check_number(seconds, "seconds", "(0, inf)") if steps is None else steps
     points = box_points(low, high, HELD_POINTS, seed=seed)
-    if not isinstance(terms, Iterable):
-        raise TypeError(f"`terms` is {terms!r:.100}, but must be a list of residual terms.")
     terms = list(terms)
     check_terms([(residual, points), *terms])
     network = _network(network, low_end, high_end, check_count(outputs, "outputs"), periodic, seed)
@@ -227,7 +226,6 @@ def solve(
     sampler = ResidualSampler(low, high, POINTS if len(low_end) > 1 else POINTS // 2, seed=1000 * seed)
     training = _Training(result, equation, terms, points, sampler, budget, steps is None, progress)
     result.first_residual = training.norm(ends[0])
-    training.check_residuals()
     if continuation is not None:
 
         def stage(parameter: float) -> float:
@@ -271,9 +269,10 @@ def _network(
         return nn.Sequential(*layers)
     check_module(network, "network")
     trainable_parameters(network)
-    if (own := _first(network, BoxFeatures)) is not None:
-        if sorted(periodic) not in ([], own.periodic):
-            raise ValueError(f"`periodic` is {periodic}, but the network's own `BoxFeatures` have {own.periodic}.")
+    present = _first(network, BoxFeatures)
+    if present is not None:
+        if sorted(periodic) not in ([], present.periodic):
+            raise ValueError(f"`periodic` is {periodic}, but the network's own `BoxFeatures` have {present.periodic}.")
         return network
     layer = _first(network, SplineLayer)
     on_box = layer is not None and torch.equal(layer.grid_bounds.double(), torch.stack([low, high], 1))
@@ -281,8 +280,8 @@ def _network(
 
 
 def _first(model: nn.Module, kind: type) -> Any:
-    """The first module of a kind in the model; None if there is none."""
-    return next((part for part in model.modules() if isinstance(part, kind)), None)
+    """Return the first module of a kind in the model; None if there is none."""
+    return next((module for module in model.modules() if isinstance(module, kind)), None)
 
 
 @torch.no_grad()
@@ -333,36 +332,29 @@ class _Training:
         return (time.monotonic() - self.clock if self.timed else len(self.history)) / self.budget
 
     def norm(self, parameter: float) -> float:
-        """Return the root mean square of the residual at the held-out points, and go on with this parameter."""
+        """Return the root mean square of the residual at the held-out points.
+
+        Raises:
+            ValueError: A term is not finite there, or malformed.
+        """
         self.parameter = parameter
-
-        def evaluate() -> Any:
-            # a copy, which the residual may mark
-            points = self.held.clone().requires_grad_(self.differentiates)
-            with torch.enable_grad(), Intercepted():
-                return self.equation(self.model, points, parameter)
-
         try:
-            values = evaluate()
+            problem, residuals = self.optimizer.evaluate_held(self.held_terms())
         except RuntimeError:  # of `torch.autograd.grad`
             self.differentiates = True
-            values = evaluate()
-        return residual_norms(values, self.held).square().mean().sqrt().item()
+            problem, residuals = self.optimizer.evaluate_held(self.held_terms())
+        if message := problem.find_not_finite(residuals):
+            raise ValueError(f"Nothing is trained: {message}")
+        return math.sqrt(problem.losses(residuals)[0])
 
     def held_terms(self) -> list[Any]:
         """Return the equation at the held-out points, and the terms of the caller."""
         points = self.held.clone().requires_grad_(self.differentiates)
-        return [(self.residual, (points, torch.ones_like(points[:, :1]))), *self.terms]
-
-    def check_residuals(self) -> None:
-        """Raise a `ValueError` that names the terms whose residuals are not finite before the first step."""
-        problem = LeastSquares(self.model, check_terms(self.held_terms()), self.optimizer.memory, {})
-        if message := problem.find_not_finite(problem.residuals(problem.start)):
-            raise ValueError(f"Nothing is trained: {message}")
+        return check_terms([(self.residual, (points, torch.ones_like(points[:, :1]))), *self.terms])
 
     def residual(self, model: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-        """The term of the equation: one function in all phases, by which Levenberg-Marquardt keeps what it knows."""
-        return weight * self.equation(model, x, self.parameter).reshape(len(x), -1)
+        """Evaluate the equation: one function in all phases, so that Levenberg-Marquardt tries it once."""
+        return weight * check_residuals(self.equation(model, x, self.parameter), "`residual`", len(x))
 
     @torch.no_grad()
     def weights(self, x: Tensor) -> Tensor:
@@ -378,15 +370,15 @@ class _Training:
         if name == "continuation":  # another equation
             optimizer.forget()
             optimizer.damping = min(1e-2, 100 * optimizer.damping)
-        linear = self.features is not None and not self.features.periodic and not self.features.neumann
-        knots = _first(self.model, KnotMap) if linear else None  # of the box's coordinates
+        is_linear = self.features is not None and not self.features.waves.any()
+        knots = _first(self.model, KnotMap) if is_linear else None  # of the box's coordinates
 
         def weighted(x: Tensor) -> Tensor:
             weights = self.weights(x)
             return self.residual(self.model, x.requires_grad_(self.differentiates), weights)
 
         def draw(number: int) -> list[Any]:
-            optimizer.damping = min(optimizer.damping, LARGEST_DAMPING)
+            optimizer.damping = min(optimizer.damping, LARGEST_START_DAMPING)
             x = self.sampler.draw(weighted, knots).requires_grad_(self.differentiates)
             return [(self.residual, (x, self.weights(x))), *self.terms]
 
@@ -432,26 +424,22 @@ class _Training:
 
 
 @torch.no_grad()
-def _inputs(model: nn.Module, x: Tensor, part: nn.Module) -> Tensor:
-    """What reaches a part of the model."""
-    found: list[Tensor] = []
-    handle = part.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+def _inputs(model: nn.Module, x: Tensor, layer: nn.Module) -> Tensor:
+    """Return the inputs of a layer of the model."""
+    inputs: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     model(x)
     handle.remove()
-    return found[0]
+    return inputs[0]
 
 
 def _outside(model: nn.Module, x: Tensor) -> Iterator[tuple[str, float]]:
-    """The layers with activations outside of their grids, and the share of these."""
-    for name, part in model.named_modules():
-        grid, order = getattr(part, "grid", None), getattr(part, "spline_order", getattr(part, "k", None))
-        if isinstance(part, SplineLayer):
-            low, high = part.grid_bounds.unbind(-1)
-        elif isinstance(grid, Tensor) and grid.dim() == 2 and isinstance(order, int):  # efficient-kan, pykan
-            low, high = grid[:, order], grid[:, -order - 1]
-        else:
-            continue
-        z, slack = _inputs(model, x, part), 1e-6 * (high - low)
-        share = ((z < low - slack) | (z > high + slack)).double().mean().item()
-        if share > OUTSIDE:
-            yield name, share
+    """Yield the layers with activations outside of their grids, and the share of these."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, SplineLayer):
+            low, high = layer.grid_bounds.unbind(-1)
+            slack = 1e-6 * (high - low)
+            z = _inputs(model, x, layer)
+            share = ((z < low - slack) | (z > high + slack)).double().mean().item()
+            if share > OUTSIDE:
+                yield name, share

@@ -41,9 +41,9 @@ WRONG = {
     r"`sides` has \(2, 'low'\)": lambda: side_points(LOW, HIGH, 5, [(2, "low")]),
     r"`sides` has \(0, 'left'\)": lambda: side_points(LOW, HIGH, 3, [(0, "left")]),
     r"`share` is 2, but must be a number in \[0, 1\]": lambda: ResidualSampler(LOW, HIGH, 8, share=2),
-    r"`residual` is \(\), but must be": lambda: ResidualSampler(LOW, HIGH, 40).draw(lambda x: x.sum()),
-    r"`residual` is \(9,\), but must be": lambda: ResidualSampler(LOW, HIGH, 40).draw(lambda x: x[:9, 0]),
-    "`residual` is NoneType": lambda: ResidualSampler(LOW, HIGH, 40).draw(lambda x: None),
+    r"`residual` returns .* of shape \(\) for 48 rows": lambda: ResidualSampler(LOW, HIGH, 40).draw(lambda x: x.sum()),
+    r"`residual` returns .* of shape \(9,\)": lambda: ResidualSampler(LOW, HIGH, 40).draw(lambda x: x[:9, 0]),
+    "`residual` returns NoneType": lambda: ResidualSampler(LOW, HIGH, 40).draw(lambda x: None),
     "`residual` is 3": lambda: ResidualSampler(LOW, HIGH, 40).draw(3),
     r"`residual` is not finite at \[": lambda: ResidualSampler(LOW, HIGH, 40).draw(lambda x: x[:, 0] / 0),
 }
