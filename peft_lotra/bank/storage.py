@@ -9,20 +9,20 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from ..hub.base_code import hub_id
 from ..kan.row_product import PackedTucker
 from ..modules.checks import list_first
+from ..modules.folders import naming_damage
 from ..tuner.rows import check_names
 from .reading import match_layers
 from .snapshot import BASE, Form, Snapshot, bytes_of, check_finite
@@ -90,7 +90,7 @@ def read_bank(
             path = hf_hub_url(repo_id, FILE_NAME, revision=revision)
             read_file = _open_remote
 
-    with _naming_damage(path):
+    with naming_damage(path):
         metadata, gather = read_file(path)
         table = json.loads(metadata[_TABLE])
         is_newer = table["format"] > _FORMAT
@@ -109,7 +109,7 @@ def read_bank(
         saved_names = list(dict.fromkeys([BASE, *names]))
         places = [place_of[name] for name in saved_names]
     _, layer_names = match_layers(table["base_layers"], base, check_base)
-    with _naming_damage(path):
+    with naming_damage(path):
         packed = gather(places)
         layers = _as_layers(table["layers"], layer_names)
         forms = [Form(_as_layers(of_form, layer_names), from_gradient) for of_form, from_gradient in table["forms"]]
@@ -133,15 +133,6 @@ def read_bank(
     for name in damaged:
         snapshot = snapshot.without_adapter(name)
     return snapshot
-
-
-@contextmanager
-def _naming_damage(path: str) -> Iterator[None]:
-    """Turn the errors that an altered or truncated file causes into one that names the file."""
-    try:
-        yield
-    except (SafetensorError, LookupError, TypeError, ValueError, OverflowError, RuntimeError, MemoryError) as error:
-        raise ValueError(f"{path} is damaged: {error!r:.200}. Save or download the bank again.") from error
 
 
 def _open_file(path: str) -> tuple[dict[str, str], Callable[[Any], Tensor]]:

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..modules.calls import PREFIX
+from ..modules.folders import naming_damage
 from ..modules.report import Report, TextTable
 from ..tucker import COMPONENTS, Tucker
 
@@ -100,20 +100,19 @@ def read_adapter(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, t
     """The configuration and the tensors of a saved adapter, from JSON and safetensors only.
 
     Raises:
-        ValueError: It is no LoTRA adapter, or its files are broken.
+        ValueError: It is no LoTRA adapter, or one of its files is damaged.
     """
     path, weights = Path(folder, CONFIG_NAME), Path(folder, SAFETENSORS_WEIGHTS_NAME)
     for file in (path, weights):
         if not file.is_file():
             raise ValueError(f"{folder} is no adapter: it has no {file.name}.")
-    try:
+    with naming_damage(path):
         config = json.loads(path.read_text(encoding="utf-8"))
-        kind, tensors = config["peft_type"], load_file(weights)
-    except (ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
-        raise ValueError(f"The files in {folder} are broken: {error!r}.") from error
+        kind = config["peft_type"]
     if kind != "LOTRA":
         raise ValueError(f"{folder} holds a {kind} adapter, and not one of LoTRA.")
-    return config, tensors
+    with naming_damage(weights):
+        return config, load_file(weights)
 
 
 def adapter_folders(folder: str | os.PathLike) -> dict[str, Path]:

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Files of a folder that are replaced together: written beside the old ones, then moved."""
+"""Files of a folder that are replaced together: written beside the old ones, then moved. Files that are damaged."""
 
 from __future__ import annotations
 
@@ -157,3 +157,17 @@ def _wait_for(file: IO[bytes]) -> None:
             return msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)  # pyright: ignore[reportAttributeAccessIssue]
         except OSError:  # after ten seconds
             continue
+
+
+@contextmanager
+def naming_damage(path: str | os.PathLike) -> Iterator[None]:
+    """Turn all errors that an altered or truncated file causes into one that names the file.
+
+    Errors of the disk and of the network stay as they are.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is damaged: {error!r:.200}. Save or download the file again.") from error

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
 from ..hub.base_code import hub_id
 from ..hub.card import load_card, save_section
+from ..modules.folders import naming_damage
 from .interpolation import FamilyReport, Member, ranges_of
 from .members import argument
 
@@ -78,16 +78,12 @@ def read_family(path: Path) -> SavedFamily:
     Raises:
         ValueError: It is damaged or altered, of another kind, or of a newer version.
     """
-    try:
+    with naming_damage(path):
         content = path.read_bytes()
         end = 8 + int.from_bytes(content[:8], "little")
         metadata = json.loads(content[8:end])["__metadata__"]
         if int(metadata["parametric"]) <= _VERSION:
             return _parse(load(content), metadata)
-    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} is damaged, or no file of a ParametricAdapter: {error!r:.200}. Save or download the family again."
-        ) from error
     raise ValueError(f"{path} was written by a newer version of peft-lotra: upgrade peft-lotra to read it.")
 
 

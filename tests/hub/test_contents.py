@@ -62,11 +62,11 @@ def test_what_is_printed(folder):
 def test_broken_files(folder):
     for text in ("{", "[]", "{}"):
         (folder / "adapter_config.json").write_text(text)
-        with pytest.raises(ValueError, match="The files in .* are broken"):
+        with pytest.raises(ValueError, match="adapter_config.json is damaged"):
             read_adapter(folder)
     (folder / "adapter_config.json").write_text('{"peft_type": "LOTRA"}')
     (folder / "adapter_model.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match="The files in .* are broken"):
+    with pytest.raises(ValueError, match="adapter_model.safetensors is damaged"):
         read_adapter(folder)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(ValueError, match="is no adapter: it has no adapter_model.safetensors"):
