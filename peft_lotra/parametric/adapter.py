@@ -69,7 +69,7 @@ class Prediction:
             estimate = family._estimates.at(family._copy(self._vector), self._point, around)
             if not math.isnan(estimate):
                 return estimate
-        return float(self._with(family._problem.indicator, self._point))
+        return self._with(family._problem.indicator, self._point)
 
     @property
     def residual(self) -> float:
@@ -239,25 +239,17 @@ class ParametricAdapter:
             failed, which have no member, and those of members whose residual stays ten times a neighbor's.
 
         Raises:
-            TypeError: A function takes other arguments, or returns None.
+            TypeError: A function takes other arguments.
             ValueError: The arguments contradict each other, or there are neither terms nor `train`.
             RuntimeError: No fit succeeded, or the workers of `executor` died.
         """
         if (parameters is None) == (between is None):
             raise ValueError("Give either `parameters`, a list, or `between`, the bounds of a range.")
-        name = "parameters" if between is None else "between"
-        given: Any = parameters if between is None else between
-        try:
-            given = list(given)
-        except TypeError as error:
-            raise TypeError(f"`{name}` is {given!r:.100}, but must be a list of parameters.") from error
+        name, chosen = ("parameters", parameters) if between is None else ("between", between)
         space = copy.copy(self._space)
-        points = list(dict.fromkeys(space.point(parameter, name) for parameter in given))
+        points = list(dict.fromkeys(space.point(parameter, name) for parameter in cast(Iterable, chosen)))
         if not points or (between is not None and len(points) != 2):
-            raise ValueError(f"{given!r:.100} must be at least one parameter, or `between` (lowest, highest), two.")
-        lengths = {len(point) for point in points}
-        if len(lengths) > 1:
-            raise ValueError(f"`{name}` has tuples of lengths {sorted(lengths)}, but all must have the same.")
+            raise ValueError(f"{chosen!r:.100} must be at least one parameter, or `between` (lowest, highest), two.")
         if tolerance is not None:
             tolerance = check_number(tolerance, "tolerance", "(0, inf)")
         terms_of, loss_of = self._problem.terms_of, self._problem.loss_of
@@ -266,13 +258,13 @@ class ParametricAdapter:
         if between is not None:
             max_members = check_count(max_members, "max_members", low=2 ** len(points[0]))  # the corners of the range
         problem = replace(self._problem, train=train, max_steps=check_count(max_steps, "max_steps"))
-        problem.check_functions(with_arguments=True)
+        problem.check_functions()
         self._problem = problem
         space.spread(points)
+        bar = tqdm(unit="member", desc="ParametricAdapter", disable=not progress)
+        fitting = Fitting(self._copy(np.zeros(self.size)), problem, space, executor, bar)
         try:
             with torch.inference_mode(False), torch.enable_grad():
-                bar = tqdm(unit="member", desc="ParametricAdapter", disable=not progress)
-                fitting = Fitting(self._copy(np.zeros(self.size)), problem, space, executor, bar)
                 if between is None:
                     fitting.walk(points)
                 else:
@@ -347,12 +339,13 @@ class ParametricAdapter:
         """
         self._members()
         check_function(residuals, "residuals", 1)
-        found = minimize(
-            self._space, lambda *at: Prediction(self, *at, extrapolated=False).apply(residuals), ignore_missing
-        )
-        point, covariance, noise = found
+
+        def residuals_at(point: Point, vector: np.ndarray) -> Any:
+            return Prediction(self, point, vector, extrapolated=False).apply(residuals)
+
+        point, covariance, noise = minimize(self._space, residuals_at, ignore_missing)
         error = argument(tuple(np.sqrt(covariance.diagonal()).tolist()))
-        return Calibration(argument(point), error, covariance, noise, self.predict(argument(point)))
+        return Calibration(argument(point), error, covariance, noise, self.predict(point))
 
     def as_adapter(self, parameter: Parameter, *, steps: int = 0, force: bool = False) -> PeftModel:
         """A PEFT model of its own, with the predicted adapter, refined by `steps` steps: to save, merge or serve.
@@ -377,8 +370,7 @@ class ParametricAdapter:
         self._members()
         with replacing_files(folder, README) as stage:
             space = self._space  # not earlier: another thread may have saved a later one while this one waited
-            log = space.log.expand(space.places.shape[1]).tolist()
-            save_family(self._copy(np.zeros(self.size)), space.members, log, Path(stage, FILE))
+            save_family(self._copy(np.zeros(self.size)), space, Path(stage, FILE))
             write_card(Path(stage, README), space.members)
 
     @classmethod

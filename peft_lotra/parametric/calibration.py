@@ -52,20 +52,26 @@ class Calibration:
 def minimize(
     space: MemberSpace, residuals_at: Callable[[Point, np.ndarray], Any], ignore_missing: bool
 ) -> tuple[Point, np.ndarray, float]:
-    """The parameter in the range of the members with the least sum of squared residuals, its covariance, and the
-    standard deviation of the residuals. A ValueError if data do not determine it."""
+    """Find the parameter in the range of the members with the least sum of squared residuals.
+
+    Returns:
+        The parameter, its covariance, and the standard deviation of the residuals.
+
+    Raises:
+        ValueError: The residuals are malformed or random, or the data do not determine the parameter.
+    """
     from scipy.optimize import least_squares  # slow to import
 
-    dim, members = space.places.shape[1], list(range(len(space.members)))
+    dim = space.places.shape[1]
     low, high = space.places.amin(0), space.places.amax(0)
 
     def evaluate(shifted: np.ndarray) -> np.ndarray:
         place = torch.from_numpy(shifted - SHIFT).unsqueeze(0)
-        (point,), (vector,) = space.points_at(place), space.vectors_at(place, members)
+        (point,), (vector,) = space.points_at(place), space.vectors_at(place)
         return _checked(residuals_at(point, vector), dim).numpy()
 
     def residuals_of(shifted: np.ndarray) -> np.ndarray:
-        values = evaluate(shifted)[present]
+        values = evaluate(shifted)[is_present]
         missing = int(np.isnan(values).sum())
         if missing:
             raise ValueError(
@@ -75,18 +81,16 @@ def minimize(
         return values
 
     starts = (space.places[:: math.ceil(len(space.places) / STARTS)] + SHIFT).numpy()
-    present: Any = slice(None)
     first = evaluate(starts[0])
     check_equal(first, evaluate(starts[0]))
-    if ignore_missing:
-        present = ~np.isnan(first)
-        if present.sum() <= dim:
-            raise ValueError(f"`residuals` has {present.sum()} values without NaN, but must have more than {dim}.")
+    is_present = ~(np.isnan(first) & ignore_missing)
+    if is_present.sum() <= dim:
+        raise ValueError(f"`residuals` has {is_present.sum()} values without NaN, but must have more than {dim}.")
     at_starts = np.stack([residuals_of(place) for place in starts])
     start = starts[np.linalg.norm(at_starts, axis=1).argmin()]
     bounds = (low + SHIFT).numpy(), (high + SHIFT).clamp(min=low + SHIFT + WIDTH).numpy()
-    found = least_squares(residuals_of, start, bounds=bounds, diff_step=WIDTH, xtol=CONVERGED, ftol=1e-6)
-    place, residuals, slopes = map(torch.from_numpy, (found.x - SHIFT, found.fun, found.jac))
+    solution = least_squares(residuals_of, start, bounds=bounds, diff_step=WIDTH, xtol=CONVERGED, ftol=1e-6)
+    place, residuals, slopes = map(torch.from_numpy, (solution.x - SHIFT, solution.fun, solution.jac))
     noise = residuals.norm().item() / math.sqrt(len(residuals) - dim)
     (point,) = space.points_at(place.unsqueeze(0))
     scale = space.extent * torch.where(space.log, torch.tensor(point, dtype=torch.float64, device="cpu"), 1.0)
@@ -106,7 +110,7 @@ def minimize(
             f"direction ({text_of(weak)}). Give data that do, or a family of fewer parameters."
         )
     is_at_end = bool(((place - low < WIDTH) | (high - place < WIDTH)).any())
-    if is_misfit(found.fun, at_starts, dim, is_at_end):
+    if is_misfit(solution.fun, at_starts, dim, is_at_end):
         raise ValueError(
             "The data ask for a parameter outside of the fitted members, or for another family: the best one inside, "
             f"{text_of(point)}, fits them no better than a constant."
@@ -153,12 +157,11 @@ def is_misfit(residuals: np.ndarray, of_members: np.ndarray, dim: int, is_at_end
 
 
 def _checked(residuals: Any, dim: int) -> Tensor:
-    """The residuals (n,) in float64; a ValueError if they are malformed."""
-    if not isinstance(residuals, Tensor) or not residuals.is_floating_point() or residuals.numel() <= dim:
-        given = f"a {type(residuals).__name__}"
-        if isinstance(residuals, Tensor):
-            given = f"{residuals.dtype} of shape {tuple(residuals.shape)}"
-        raise ValueError(f"`residuals` returns {given}, but must return a tensor with more than {dim} real numbers.")
+    """Return the residuals (n,) in float64; a ValueError if they are malformed."""
+    is_tensor = isinstance(residuals, Tensor)
+    if not is_tensor or not residuals.is_floating_point() or residuals.numel() <= dim:
+        kind = f"{residuals.dtype} of shape {tuple(residuals.shape)}" if is_tensor else f"a {type(residuals).__name__}"
+        raise ValueError(f"`residuals` returns {kind}, but must return a tensor with more than {dim} real numbers.")
     if residuals.dim() == 2 and (n := len(residuals)) == residuals.shape[1]:
         raise ValueError(f"`residuals` returns ({n}, {n}): values (n, 1) minus data (n,) are all pairs; reshape one.")
     infinite = int(residuals.isinf().sum())

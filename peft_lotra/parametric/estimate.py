@@ -63,10 +63,11 @@ class ErrorEstimates:
                     write(model, member.vector)
                     self._changes[key] = self._change(model, member.parameter)
                 changes.append(self._changes[key])
-        estimate = 0.0
-        for change, (_, weight) in zip(changes, around, strict=True):
-            estimate += math.nan if change is None else weight * (residuals @ change).norm().item()
-        return estimate
+        if any(change is None for change in changes):
+            return math.nan
+        return sum(
+            weight * (residuals @ change).norm().item() for change, (_, weight) in zip(changes, around, strict=True)
+        )
 
     def _change(self, model: PeftModel, point: Point) -> Tensor | None:
         """The linear map (M, values) from residuals to the relative change of the values by the step; None without."""
@@ -104,11 +105,12 @@ class ErrorEstimates:
         """The values whose error counts, or random combinations of them; None if they are not known."""
         solution = self.problem.solution(network, point)
         if self.problem.values_of is not None:
-            values = self.problem.call("values_of", solution, argument(point)).flatten()
-        elif (found := inputs_of(terms[0][1], solution)) is not None:
-            values = solution(found[0][:: -(-len(found[0]) // VALUES)]).flatten()
+            values = self.problem.values_of(solution, argument(point)).flatten()
         else:
-            return None
+            inputs, _ = inputs_of(terms[0][1], solution)
+            if inputs is None:
+                return None
+            values = solution(inputs[:: -(-len(inputs) // VALUES)]).flatten()
         if len(values) > VALUES:
             signs = torch.randint(2, (VALUES, len(values)), generator=torch.Generator().manual_seed(0), device="cpu")
             values = (2 * signs - 1).to(values) @ values / math.sqrt(VALUES)

@@ -49,10 +49,10 @@ class FamilyReport(Report, list[Member]):
         self.coordinates = coordinates
 
     def _table(self) -> TextTable:
-        numbers = [f"{m.predicted:.2e} {m.indicator:.2e} {m.steps} {m.seconds:.2f}" for m in self]
-        rows = [
-            [text_of(m.parameter), *text.replace("nan", "-").split()] for m, text in zip(self, numbers, strict=True)
-        ]
+        rows = []
+        for member in self:
+            numbers = f"{member.predicted:.2e} {member.indicator:.2e} {member.steps} {member.seconds:.2f}"
+            rows.append([text_of(member.parameter), *numbers.replace("nan", "-").split()])
         notes = [f"{len(self)} members of {self.coordinates:,} coordinates"]
         if not math.isnan(self.largest):
             notes.append(f"largest indicator in the range: {self.largest:.2g} of its bound")
@@ -72,7 +72,7 @@ def text_of(point: Sequence[float]) -> str:
 
 
 def ranges_of(points: Sequence[Point]) -> list[str]:
-    """The range of each parameter, as text."""
+    """Return the range of each parameter, as text."""
     return [f"{min(axis):g} to {max(axis):g}" for axis in zip(*points, strict=True)]
 
 
@@ -93,52 +93,57 @@ class MemberSpace:
         self._low = self.extent = torch.zeros(1, device="cpu")
 
     def point(self, parameter: Any, name: str = "parameter") -> Point:
-        """The parameter as a tuple, of as many numbers as those of the members; `name` is the argument's."""
+        """Return the parameter as a tuple, of as many numbers as those of the members; `name` is the argument's."""
         point = tuple(map(as_number, np.ravel(parameter).tolist()))
-        dim = self.log.numel() if self.log.dim() else self.places.shape[1] if self.members else len(point)
-        if not point or len(point) != dim or not np.isfinite(point).all():
-            numbers = "a finite number" if dim == 1 else f"{dim or 'one or more'} finite numbers"
+        dim = len(point)
+        if self.log.dim():
+            dim = len(self.log)
+        elif self.members:
+            dim = self.places.shape[1]
+        if len(point) != dim or not np.isfinite(point).all():
+            numbers = "a finite number" if dim == 1 else f"{dim} finite numbers"
             raise ValueError(f"`{name}` has {parameter!r:.100}, but must be {numbers}.")
-        if (self.log & torch.tensor([value <= 0 for value in point], device="cpu")).any():
+        if not self._raw([point]).isfinite().all():
             raise ValueError(f"`{name}`: {parameter!r} must be above 0, since the family is in its logarithm.")
         return point
 
     def spread(self, points: Sequence[Point]) -> None:
-        """Sets the range of parameters to that of these points and the members."""
+        """Set the range of parameters to that of these points and the members."""
         raw = self._raw([*points, *(member.parameter for member in self.members)])
         self._low, self.extent = raw.amin(0), raw.amax(0) - raw.amin(0)
         self.add(())
 
     def add(self, members: Iterable[Member]) -> None:
-        """Adds members; those of known parameters are replaced."""
+        """Add members, which replace those of the same parameters."""
         merged = {member.parameter: member for member in [*self.members, *members]}
         self.members = [merged[point] for point in sorted(merged)]
         if self.members:
-            self.places = self.places_of([member.parameter for member in self.members])
+            self.places = self.places_of(sorted(merged))
+            self._vectors = np.stack([member.vector for member in self.members])
 
     def _raw(self, points: Sequence[Point]) -> Tensor:
         values = torch.tensor(points, dtype=torch.float64, device="cpu")
-        return torch.where(self.log, values.clamp(min=1e-300).log(), values)
+        return torch.where(self.log, values.log(), values)
 
     def places_of(self, points: Sequence[Point]) -> Tensor:
-        """The places (n, dim) of parameters."""
+        """Return the places (n, dim) of parameters."""
         return (self._raw(points) - self._low) / self.extent.where(self.extent > 0, 1.0)
 
     def points_at(self, places: Tensor) -> list[Point]:
-        """The parameters at places (n, dim)."""
+        """Return the parameters at places (n, dim)."""
         raw = self._low + places * self.extent
         return [tuple(row) for row in torch.where(self.log, raw.exp(), raw).tolist()]
 
     def is_inside(self, point: Point) -> bool:
-        """Whether a parameter lies in the convex hull of the members."""
+        """Return whether a parameter lies in the convex hull of the members."""
         return is_inside(self.places, self.places_of([point])[0])
 
     def nearest(self, point: Point) -> list[Member]:
-        """The nearest members, as many as determine a quadratic polynomial, in order of their distance."""
+        """Return the nearest members, as many as determine a quadratic polynomial, in order of their distance."""
         return [self.members[index] for index in nearest(self.places, self.places_of([point])[0])]
 
     def around(self, point: Point) -> list[tuple[Member, float]]:
-        """The members around a parameter, with weights by their distances; in one dimension those of a line.
+        """Return the members around a parameter, with weights by their distances; in one dimension those of a line.
 
         A member is around if no other is in the ball whose diameter leads to it from the parameter.
         """
@@ -154,26 +159,25 @@ class MemberSpace:
         return [(self.members[index], share) for index, share in zip(used, shares, strict=True)]
 
     def vector_at(self, point: Point, without: Point | None = None) -> np.ndarray:
-        """The interpolated coordinates (P,); outside of the members extrapolated from the nearest.
+        """Interpolate the coordinates (P,); outside of the members, extrapolate them from the nearest.
 
         The member at `without` is left out.
         """
         used = [index for index, member in enumerate(self.members) if member.parameter != without]
         if not used:
             return np.zeros(self.size)
-        at, places = self.places_of([point])[0], self.places[used]
-        if not is_inside(places, at):
-            used = [used[index] for index in nearest(places, at)]
-        return self.vectors_at(at.unsqueeze(0), used)[0]
+        at = self.places_of([point])
+        if not is_inside(self.places[used], at[0]):
+            used = [used[index] for index in nearest(self.places[used], at[0])]
+        return self.vectors_at(at, used)[0]
 
-    def vectors_at(self, places: Tensor, used: list[int]) -> np.ndarray:
-        """The coordinates (n, P) that the members of some indices give at places (n, dim)."""
-        weights = weights_at(self.places[used], places).numpy()
-        return np.einsum("mn,mp->np", weights, np.stack([self.members[index].vector for index in used]))
+    def vectors_at(self, places: Tensor, used: Any = slice(None)) -> np.ndarray:
+        """Interpolate the coordinates (n, P) at places (n, dim) from the members of some indices, by default all."""
+        return weights_at(self.places[used], places).numpy().T @ self._vectors[used]
 
 
 def weights_at(points: Tensor, places: Tensor) -> Tensor:
-    """The weights (m, n) of values at m points (m, dim) in their interpolation at n places (n, dim).
+    """Compute the weights (m, n) of values at m points (m, dim) in their interpolation at n places (n, dim).
 
     A polyharmonic spline with the polynomial of highest degree, up to 2, that the points determine: in one dimension a
     natural quintic spline. Polynomials of that degree are reproduced, also outside of the points.
@@ -196,20 +200,20 @@ def weights_at(points: Tensor, places: Tensor) -> Tensor:
 
 
 def _monomials(points: Tensor, degree: int) -> Tensor:
-    """The monomials of at most this degree, (n, number)."""
+    """Compute the monomials of at most this degree, (n, number)."""
     dim = points.shape[1]
     exponents = [e for e in itertools.product(range(degree + 1), repeat=dim) if sum(e) <= degree]
     return torch.stack([(points ** points.new_tensor(e)).prod(dim=1) for e in exponents], dim=1)
 
 
 def nearest(points: Tensor, at: Tensor) -> list[int]:
-    """The nearest points, as many as determine a quadratic polynomial, in order of their distance."""
+    """Return the nearest points, as many as determine a quadratic polynomial, in order of their distance."""
     most = math.comb(points.shape[1] + 2, 2)
     return (points - at).norm(dim=1).argsort(stable=True)[:most].tolist()
 
 
 def is_inside(points: Tensor, at: Tensor) -> bool:
-    """Whether a place (dim,) lies in the convex hull of points (m, dim)."""
+    """Return whether a place (dim,) lies in the convex hull of points (m, dim)."""
     if points.shape[1] == 1:
         return bool(points.min() - _INSIDE <= at[0] <= points.max() + _INSIDE)
     from scipy.optimize import nnls  # slow to import

@@ -10,7 +10,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..least_squares.levenberg_marquardt import LevenbergMarquardt, LevenbergMar
 from ..least_squares.problem import Term, check_residuals, check_terms, in_double, name_term, trainable_parameters
 from ..modules.calls import call_with_parameters
 from ..modules.checks import check_function
-from .held_out import HeldOutPoints
+from .held_out import held_out_terms
 from .interpolation import Member, Point
 
 
@@ -30,10 +30,6 @@ from .interpolation import Member, Point
 # change are not moved by it, so that members stay comparable: docs/notes/log.md.
 DAMPING = 1e-6
 WINDOW, SLOW = 4, 0.7  # a fit ends when so many steps left more than this share of the loss
-
-
-class MissingReturnError(TypeError):
-    """A function of the user returns None."""
 
 
 @dataclass(frozen=True)
@@ -47,39 +43,30 @@ class Problem:
     values_of: Callable[[nn.Module, Any], Tensor] | None = None
     train: Callable[[nn.Module, Any], Any] | None = None
     max_steps: int = 40
-    _held_out: HeldOutPoints = field(default_factory=HeldOutPoints)
 
-    def check_functions(self, with_arguments: bool = False) -> None:
+    def check_functions(self) -> None:
         """Raise a `TypeError` unless these are functions, which take the arguments that they will get."""
         for name, function in vars(self).items():
-            if (name.endswith("_of") or name == "train") and function is not None:
-                count = 1 if name.endswith("terms_of") else 2
-                check_function(function, name, count if with_arguments else None)
+            if name != "max_steps" and function is not None:
+                check_function(function, name, 1 if name.endswith("terms_of") else 2)
 
     def solution(self, model: nn.Module, parameter: Point) -> Any:
-        """The solution of a network at a parameter, by default the network itself."""
-        return model if self.solution_of is None else self.call("solution_of", model, argument(parameter))
-
-    def call(self, name: str, *args: Any) -> Any:
-        """Call a function of the user, which must return something."""
-        value = getattr(self, name)(*args)
-        if value is None:
-            raise MissingReturnError(f"`{name}` returns None. Does it end without `return`?")
-        return value
+        """Return the solution of a network at a parameter, by default the network itself."""
+        return model if self.solution_of is None else self.solution_of(model, argument(parameter))
 
     def terms(self, parameter: Point) -> list[Term]:
-        """The terms of the fit, as functions of the network."""
-        terms = [] if self.terms_of is None else check_terms(self.call("terms_of", argument(parameter)))
-        return self._of_networks(terms, parameter)
+        """Return the terms of the fit, as functions of the network; none without `terms_of`."""
+        return [] if self.terms_of is None else self._of_networks(self.terms_of, parameter)
 
     def held_terms(self, model: nn.Module, parameter: Point) -> list[Term]:
-        """Terms at points to which no member is fitted, by default between those of the fit; empty if not known."""
+        """Return terms at points to which no member is fitted, by default between those of the fit."""
         if self.held_terms_of is not None:
-            return self._of_networks(check_terms(self.call("held_terms_of", argument(parameter))), parameter)
+            return self._of_networks(self.held_terms_of, parameter)
         solution, dtype = self.solution(model, parameter), next(model.parameters()).dtype
-        return self._held_out.of(self.terms(parameter), lambda x: solution(x.to(dtype)))
+        return held_out_terms(self.terms(parameter), lambda x: solution(x.to(dtype)))
 
-    def _of_networks(self, terms: list[Term], parameter: Point) -> list[Term]:
+    def _of_networks(self, terms_of: Callable[[Any], Iterable], parameter: Point) -> list[Term]:
+        terms = check_terms(terms_of(argument(parameter)))
         if self.solution_of is None:
             return terms
 
@@ -89,8 +76,10 @@ class Problem:
         return [(of_network(function), rows, weight) for function, rows, weight in terms]
 
     def fit(self, model: nn.Module, path: Sequence[Point], start: np.ndarray, max_steps: int) -> Member:
-        """Fits the trainable parameters of a copy of the model, from the coordinates `start` and along a path of
-        parameters to that of the member, which is the last."""
+        """Fit the trainable parameters of a copy of the model.
+
+        The fit starts from the coordinates `start` and follows a path of parameters to that of the member, the last.
+        """
         began, steps, parameter = time.perf_counter(), 0, path[-1]
         model = copy.deepcopy(model)  # other threads fit other members
         write(model, start)
@@ -110,28 +99,30 @@ class Problem:
         return Member(parameter, vector, predicted, indicator, steps, time.perf_counter() - began)
 
     def indicator(self, model: nn.Module, parameter: Point) -> float:
-        """The loss of `loss_of`, or else the root of the loss at held-out points (at those of the fit if there are
-        none); NaN without terms."""
+        """Return the loss of `loss_of`, or else the root of the loss at held-out points; NaN without terms.
+
+        Without held-out points, those of the fit count.
+        """
         if self.loss_of is not None:
             with torch.no_grad():
-                return float(self.call("loss_of", self.solution(model, parameter), argument(parameter)))
+                return float(self.loss_of(self.solution(model, parameter), argument(parameter)))
         terms = self.held_terms(model, parameter) or self.terms(parameter)
         return residuals_of(model, terms).norm().item() if terms else math.nan
 
 
 def argument(point: Point) -> float | Point:
-    """The parameter as functions of the user get it: a number if there is only one."""
+    """Return the parameter as functions of the user get it: a number if there is only one."""
     return point[0] if len(point) == 1 else point
 
 
-def read(parts: Mapping[str, Tensor]) -> np.ndarray:
-    """The coordinates (P,) of a model in its trainable parameters, in float64."""
-    return torch.cat([part.detach().double().cpu().flatten() for part in parts.values()]).numpy()
+def read(parameters: Mapping[str, Tensor]) -> np.ndarray:
+    """Return the coordinates (P,) of a model in its trainable parameters, in float64."""
+    return torch.cat([parameter.detach().double().cpu().flatten() for parameter in parameters.values()]).numpy()
 
 
 @torch.no_grad()
 def write(model: nn.Module, vector: np.ndarray) -> None:
-    """Gives a model the coordinates (P,)."""
+    """Give a model the coordinates (P,)."""
     parameters = trainable_parameters(model)
     for name, value in named(parameters, vector).items():
         parameters[name].copy_(value)
@@ -145,20 +136,23 @@ def named(parameters: Mapping[str, Tensor], vector: np.ndarray) -> dict[str, Ten
 
 
 @torch.no_grad()
-def residuals_of(model: nn.Module, terms: Iterable) -> Tensor:
-    """The residuals (M,) of terms in float64, whose sum of squares is the loss of `LevenbergMarquardt`."""
-    exact, parts = in_double(model), []
-    for index, (function, rows, weight) in enumerate(check_terms(terms)):
+def residuals_of(model: nn.Module, terms: Iterable[Term]) -> Tensor:
+    """Compute the residuals (M,) of terms in float64, whose sum of squares is the loss of `LevenbergMarquardt`."""
+    exact, residuals = in_double(model), []
+    for index, (function, rows, weight) in enumerate(terms):
         rows = tuple(row.double() if row.is_floating_point() else row for row in rows)
         values = call_with_parameters(model, exact, partial(function, model), rows, {})
         values = check_residuals(values, name_term(index, function), len(rows[0]))
-        parts.append(math.sqrt(weight / len(rows[0])) * values.flatten())
-    return torch.cat(parts)
+        residuals.append(math.sqrt(weight / len(rows[0])) * values.flatten())
+    return torch.cat(residuals)
 
 
 def take_steps(model: nn.Module, terms: Sequence[Term], most: int, held: Sequence[Term] = (), least: int = 0) -> int:
-    """Takes Levenberg-Marquardt steps while the loss falls fast, that of `held` if there are such terms; at least
-    `least`, and at most `most`. Returns their number."""
+    """Take Levenberg-Marquardt steps while the loss falls fast, that of `held` if there are such terms.
+
+    Returns:
+        The number of steps, from `least` to `most`.
+    """
     optimizer, losses = LevenbergMarquardt(model, DAMPING, floor=1.0), []
 
     def is_done(number: int, record: LevenbergMarquardtStep) -> bool:
@@ -173,7 +167,7 @@ Job = tuple[Sequence[Point], np.ndarray, int]  # the arguments of `Problem.fit`
 
 
 def attempt(model: nn.Module, problem: Problem, job: Job) -> Member | str:
-    """The fitted member of a job, or the error of a function of the user."""
+    """Return the fitted member of a job, or the error of a function of the user."""
     try:
         return problem.fit(model, *job)
     except Exception as error:  # as text, since errors of users need not be picklable

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from ..hub.base_code import hub_id
 from ..hub.card import load_card, save_section
+from ..least_squares.problem import trainable_parameters
 from ..modules.folders import naming_damage
-from .interpolation import FamilyReport, Member, ranges_of
+from .interpolation import FamilyReport, Member, MemberSpace, ranges_of
 from .members import argument
 
 
@@ -42,10 +43,11 @@ class SavedFamily(NamedTuple):
     tensors: dict[str, Tensor]  # of the shared adapter, where those of the members are zero
 
 
-def save_family(model: PeftModel, members: list[Member], log: list[bool], path: Path) -> None:
+def save_family(model: PeftModel, space: MemberSpace, path: Path) -> None:
     """Write the file: the shared adapter, whose cores are zero, as PEFT saves it, and the members."""
-    dtype = torch.promote_types(next(part.dtype for part in model.parameters() if part.requires_grad), torch.float32)
-    vectors = torch.from_numpy(np.stack([member.vector for member in members]))
+    points, vectors, _, indicators, *_ = zip(*space.members, strict=True)
+    trained = next(iter(trainable_parameters(model).values()))
+    log = space.log.expand(len(points[0])).tolist()
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tensors = load_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
@@ -53,9 +55,9 @@ def save_family(model: PeftModel, members: list[Member], log: list[bool], path: 
     config["base_model_name_or_path"] = hub_id(config.get("base_model_name_or_path"))  # no folder of this machine
     config["weights_sha256"] = None  # the file has one of all its content
     tensors |= {
-        "members": vectors.to(dtype),
-        "parameters": torch.tensor([member.parameter for member in members], dtype=torch.float64, device="cpu"),
-        "indicators": torch.tensor([member.indicator for member in members], dtype=torch.float64, device="cpu"),
+        "members": torch.from_numpy(np.stack(vectors)).to(torch.promote_types(trained.dtype, torch.float32)),
+        "parameters": torch.from_numpy(np.array(points)),
+        "indicators": torch.from_numpy(np.array(indicators)),
     }
     metadata = {"format": "pt", "parametric": str(_VERSION), "config": json.dumps(config), "log": json.dumps(log)}
     metadata["sha256"] = _hash(tensors, metadata)
@@ -99,7 +101,7 @@ def _parse(tensors: dict[str, Tensor], metadata: dict[str, str]) -> SavedFamily:
 
 
 def load_family(base: nn.Module, path: Path, check_base: str) -> tuple[PeftModel, SavedFamily]:
-    """Reads the file of a family, and gives the base its adapter; a ValueError if it is on another base or grid."""
+    """Read the file of a family, and give the base its adapter; a ValueError if it is on another base or grid."""
     family = read_family(path)
     with TemporaryDirectory() as folder:
         Path(folder, CONFIG_NAME).write_text(json.dumps(family.config), encoding="utf-8")

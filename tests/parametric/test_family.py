@@ -130,8 +130,6 @@ def test_logarithmic_parameters(base):
         ({"between": ((1.0, 1.0), (2.0, 2.0)), "max_members": 3}, "`max_members` is 3, .* at least 4"),
         ({"parameters": []}, "at least one parameter"),
         ({"parameters": [float("nan")]}, "must be a finite number"),
-        ({"parameters": [1.0, (1.0, 2.0)]}, r"`parameters` has tuples of lengths \[1, 2\]"),
-        ({"between": (1.0, (2.0, 3.0))}, r"`between` has tuples of lengths \[1, 2\]"),
         ({"parameters": "29"}, "`parameters` has '2', but must be"),
         ({"parameters": ["2.9", "3.0"]}, "`parameters` has '2.9', but must be"),
         ({"parameters": [1j]}, "`parameters` has 1j, but must be"),
@@ -151,8 +149,7 @@ def test_wrong_arguments_of_fit(base, arguments, message):
 
 @pytest.mark.parametrize("arguments", [{"parameters": 3.0}, {"parameters": torch.tensor(3.0)}, {"between": 3}])
 def test_one_number_is_no_list_of_parameters(base, arguments):
-    (name,) = arguments
-    with pytest.raises(TypeError, match=f"`{name}` is .*3"):
+    with pytest.raises(TypeError, match="iter"):
         make(base).fit(**arguments, progress=False)
 
 
@@ -167,12 +164,13 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_of_other_arguments_or_without_a_result_are_refused(base, name):
     other_arguments, without_result = FUNCTIONS[name]
-    for function, message in ((other_arguments, "is called with"), (without_result, "returns None")):
-        family = ParametricAdapter(base, **{"terms_of": problems.terms_of, name: function})
+    with pytest.raises(TypeError, match=f"`{name}` is called with"):
+        ParametricAdapter(base, **{"terms_of": problems.terms_of, name: other_arguments})
 
-        with pytest.raises(TypeError, match=f"`{name}` {message}"):
-            family.fit([2.9, 3.0], progress=False)
-        assert family.parameters == []
+    family = ParametricAdapter(base, **{"terms_of": problems.terms_of, name: without_result})
+    with pytest.raises(RuntimeError, match="2.9: TypeError: .*None"):
+        family.fit([2.9, 3.0], progress=False)
+    assert family.parameters == []
 
 
 def test_a_function_that_a_decorator_gives_an_argument_is_called(base):
