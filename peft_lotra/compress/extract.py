@@ -22,7 +22,7 @@ from ..tuner.config import LoTRAConfig, pattern_key
 from ..tuner.layer import lotra_layers
 from ..tuner.targets import exact_targets, locate_target
 from .data_weights import DataWeights, Inputs, error_table, gather_weights
-from .spectra import choose_ranks, ranks_by_layer, weighted_spectra
+from .spectra import check_one_given, choose_ranks, ranks_by_layer, weighted_spectra
 from .updates import CoefficientUpdate, check_without_adapters, coefficient_updates, merged
 
 
@@ -65,7 +65,7 @@ def extract_lotra(
     inputs: Inputs | None = None,
     adapter_name: str = "default",
 ) -> PeftModel:
-    """Makes the LoTRA adapter that comes closest to a full fine-tuning.
+    """Make the LoTRA adapter that comes closest to a full fine-tuning.
 
     Closest means in the coefficients, by HOOI, or with `inputs` in the outputs of the layers. Pass `inputs` where you
     can, a few hundred samples without labels: most of the change of the coefficients hardly shows in the outputs,
@@ -110,11 +110,7 @@ def extract_lotra(
         >>> model.extraction_report.ranks
         {'layers.0': (1, 1, 1)}
     """
-    if [energy, budget, r if rank_pattern is None else rank_pattern].count(None) != 2:
-        raise ValueError(
-            "Pass one of `r`, `energy`, `budget` and `rank_pattern` (with or without `r`), got "
-            f"`r`={r}, `energy`={energy}, `budget`={budget}, `rank_pattern`={rank_pattern}."
-        )
+    check_one_given(r=r if rank_pattern is None else rank_pattern, energy=energy, budget=budget)
     check_module(base, "base")
     check_without_adapters(base, "base")
     tuned = merged(tuned)
@@ -125,10 +121,10 @@ def extract_lotra(
         raise ValueError("The KAN layers have the same coefficients in both models: there is nothing to extract.")
     weights = {} if inputs is None else gather_weights(tuned, updates, inputs)
     if energy is None and budget is None:
-        given = ranks_by_layer(updates, rank_pattern or {}, r)
-        if missing := [name for name in updates if name not in given]:
-            raise ValueError(f"`rank_pattern` has no ranks for `{missing[0]}`, and `r` is not given: {rank_pattern}.")
-        ranks = {name: cap_ranks(given[name], update.tensor.shape) for name, update in updates.items()}
+        by_layer = ranks_by_layer(updates, rank_pattern or {}, r)
+        if missing := updates.keys() - by_layer.keys():
+            raise ValueError(f"`rank_pattern` has no ranks for {sorted(missing)}, and `r` is not given.")
+        ranks = {name: cap_ranks(by_layer[name], update.tensor.shape) for name, update in updates.items()}
     else:
         spectra = weighted_spectra({name: update.tensor for name, update in updates.items()}, weights)
         ranks = choose_ranks(spectra, energy, budget)
@@ -155,7 +151,7 @@ def extract_lotra(
 
 
 def _decompose(update: CoefficientUpdate, ranks: tuple[int, ...], weights: DataWeights | None) -> Tucker:
-    """The components of the adapter that comes closest to the update, or to the outputs by it."""
+    """Return the components of the adapter that comes closest to the update, or to the outputs by it."""
     if update.scale is not None:
         measure = None if weights is None else lambda tensor: weights.outputs(tensor) @ weights.root_out
         fitted = tucker_scaled(update.tensor, update.scale, ranks, measure)
@@ -168,7 +164,7 @@ def _decompose(update: CoefficientUpdate, ranks: tuple[int, ...], weights: DataW
 def _attach(
     base: nn.Module, tuned: nn.Module, components: dict[str, Tucker], modules_to_save: list[str], adapter_name: str
 ) -> PeftModel:
-    """Adapts the base with these components, and with copies of modules of the tuned model."""
+    """Adapt the base with these components, and with copies of modules of the tuned model."""
     targets = exact_targets(list(components), base)
     config = LoTRAConfig(
         target_modules=targets if isinstance(targets, str) else sorted(targets),
@@ -185,7 +181,7 @@ def _attach(
 
 
 def _compare(base: nn.Module, tuned: nn.Module) -> tuple[list[str], list[str]]:
-    """The other modules that changed and can be saved, and the tensors that changed and cannot be saved."""
+    """Return the other modules that changed and can be saved, and the tensors that changed and cannot be saved."""
     before, after = base.state_dict(), tuned.state_dict()
     for name in [*before, *after]:
         first, second = (tuple(state[name].shape) if name in state else "absent" for state in (before, after))
@@ -198,31 +194,34 @@ def _compare(base: nn.Module, tuned: nn.Module) -> tuple[list[str], list[str]]:
     explained = set()
     for name in layers:
         layer, spec, tensor = locate_target(name, base.get_submodule(name))
-        grids, others = spec.read_grid(layer), spec.read_grid(tuned.get_submodule(name))
-        if differ := [key for key in grids if not same_grid({key: grids[key]}, {key: others.get(key)})]:
+        if not same_grid(spec.read_grid(layer), spec.read_grid(tuned.get_submodule(name))):
             raise ValueError(
-                f"The {differ[0]} of `{name}` differs between the models, so that their coefficients multiply "
-                "different functions. Fine-tune without moving the grids (no `update_grid`), or move those of the "
-                "base model first, and fine-tune from there."
+                f"The grid of `{name}` differs between the models, so that their coefficients multiply different "
+                "functions. Fine-tune without moving the grids (no `update_grid`), or move those of the base model "
+                "first, and fine-tune from there."
             )
         # the scales of the edges are part of the update, and the components of a Slim layer are its coefficients
         parts = [*tensor.parameters, *(spec.edge_scale or ())[:1], *getattr(layer, "components", Tucker)._fields]
         explained |= {f"{name}.{part}".lstrip(".") for part in parts}
-    modules_of_base = [name for name, _ in base.named_modules(remove_duplicate=False)]
+    # modules that are a part of a KAN layer, or contain one
+    related = set()
+    for name, _ in base.named_modules(remove_duplicate=False):
+        if any(f"{layer}.".startswith(f"{name}.") or name.startswith(f"{layer}.") for layer in layers):
+            related.add(name)
     modules, not_saved = dict.fromkeys([]), []
     for name, value in before.items():
         if name in explained or torch.equal(value, after[name].to(value)):
             continue
         owner = name.rpartition(".")[0]
-        # PEFT copies all modules whose names end with this one: none may be a part of a KAN layer, or contain one
-        copied = [f"{module}." for module in modules_of_base if owner and module.endswith(owner)]
-        related = any(
-            f"{layer}.".startswith(module) or module.startswith(f"{layer}.") for layer in layers for module in copied
-        )
         containers = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # PEFT cannot wrap these
-        if owner and not related and not isinstance(base.get_submodule(owner), containers):
-            modules[owner] = None
-        else:
+        # PEFT copies all modules whose names end with this one
+        if (
+            not owner
+            or any(module.endswith(owner) for module in related)
+            or isinstance(base.get_submodule(owner), containers)
+        ):
             not_saved.append(name)
+        else:
+            modules[owner] = None
     inside = tuple(f"{owner}." for owner in modules)
     return [owner for owner in modules if not owner.startswith(inside)], not_saved

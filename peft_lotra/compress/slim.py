@@ -21,13 +21,13 @@ from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear, filled, warn_capped
 from ..layers.registry import find_kan_layers, known_kinds
 from ..layers.slim import SlimLayer
-from ..modules.calls import share_hooks, unwrap
+from ..modules.calls import places, share_hooks, unwrap
 from ..modules.checks import check_number
 from ..modules.report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, tucker
 from ..tuner.targets import locate_target
 from .data_weights import Inputs, error_table, gather_weights, model_outputs
-from .spectra import LayerSpectrum, choose_ranks, ranks_by_layer, weighted_spectra
+from .spectra import LayerSpectrum, check_one_given, choose_ranks, ranks_by_layer, weighted_spectra
 from .updates import check_without_adapters, read_coefficients
 
 
@@ -72,7 +72,7 @@ def slim(
     inputs: Inputs | None = None,
     inplace: bool = False,
 ) -> nn.Module:
-    """Compresses a trained KAN: the coefficient tensor of each layer becomes a core and three factors.
+    """Compress a trained KAN: the coefficient tensor of each layer becomes a core and three factors.
 
         A (out, in, basis)  ~  core x1 factor_out x2 factor_in x3 factor_basis
 
@@ -120,10 +120,7 @@ def slim(
         (2880, 219)
         >>> dense = small.to_dense()
     """
-    if [ranks, energy, budget].count(None) != 2:
-        raise ValueError(
-            f"Pass one of `ranks`, `energy` and `budget`, got `ranks`={ranks}, `energy`={energy}, `budget`={budget}."
-        )
+    check_one_given(ranks=ranks, energy=energy, budget=budget)
     if energy is not None:
         check_number(energy, "energy", "(0, 1]")
     model = unwrap(model)
@@ -150,7 +147,7 @@ def slim(
 
 @torch.inference_mode(False)  # parameters made in that mode could not be trained
 def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """Replaces every Slim layer by a dense one of its original class that computes the same, up to rounding.
+    """Replace every Slim layer by a dense one of its original class that computes the same, up to rounding.
 
     Args:
         model: A model with Slim layers, without adapters.
@@ -184,13 +181,13 @@ def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
 def _resolve_ranks(
     tensors: Mapping[str, torch.Tensor], ranks: Ranks | Mapping[str, Ranks]
 ) -> dict[str, tuple[int, ...]]:
-    """The ranks of each layer; a layer that a mapping does not name is left out."""
+    """Return the ranks of each layer; a layer that a mapping does not name is left out."""
     pattern, default = (ranks, None) if isinstance(ranks, Mapping) else ({}, ranks)
-    given = ranks_by_layer(tensors, pattern, default, "ranks", kernel=False)
-    if not given:
+    by_layer = ranks_by_layer(tensors, pattern, default, "ranks")
+    if not by_layer:
         raise ValueError(f"`ranks` names none of the KAN layers {list(tensors)}: {list(pattern)}.")
-    capped = {name: cap_ranks(r, tensors[name].shape) for name, r in given.items()}
-    warn_capped({name: (r, tuple(tensors[name].shape), capped[name]) for name, r in given.items()})
+    capped = {name: cap_ranks(r, tensors[name].shape) for name, r in by_layer.items()}
+    warn_capped({name: (r, tuple(tensors[name].shape), capped[name]) for name, r in by_layer.items()})
     return capped
 
 
@@ -202,14 +199,14 @@ class _Compression:
         self.model, self.inputs = model, inputs
         self.layers: dict[str, nn.Module] = {}
         self.tensors: dict[str, torch.Tensor] = {}
-        for found in find_kan_layers(model):
-            layer = model.get_submodule(found.name)
-            if len(found.shape) > 3:
-                raise ValueError(f"`{found.name}` is a convolution: compress the part of the model without them.")
+        for name, _, shape, _ in find_kan_layers(model):
+            layer = model.get_submodule(name)
+            if len(shape) > 3:
+                raise ValueError(f"`{name}` is a convolution: compress the part of the model without them.")
             if not isinstance(layer, (SlimKANLinear, SlimLayer)):
-                self.layers[found.name] = layer
-                tensor, scale = read_coefficients(found.name, layer)
-                self.tensors[found.name] = (tensor if scale is None else tensor * scale).detach()
+                self.layers[name] = layer
+                tensor, scale = read_coefficients(name, layer)
+                self.tensors[name] = (tensor if scale is None else tensor * scale).detach()
         if not self.layers:
             raise ValueError(
                 "No KAN layer that could be compressed was found in the model. The known kinds of layers are "
@@ -225,7 +222,7 @@ class _Compression:
         return weighted_spectra(self.tensors, self.weights)
 
     def ranks_for(self, energy: float) -> dict[str, tuple[int, ...]]:
-        """The ranks for the smallest budget that keeps this share of the model's outputs, found by bisection."""
+        """Find the ranks for the smallest budget that keeps this share of the model's outputs, by bisection."""
         best = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}  # leaves all layers dense
         low = sum(1 + sum(tensor.shape) for tensor in self.tensors.values())
         high = sum(tensor.numel() for tensor in self.tensors.values())
@@ -240,7 +237,7 @@ class _Compression:
         return best
 
     def compress(self, ranks: Mapping[str, tuple[int, ...]]) -> tuple[dict[nn.Module, nn.Module], SlimReport]:
-        """Slim layers by the dense ones whose places they take, where they save parameters, and their report."""
+        """Return Slim layers by the dense ones that they replace, where they save parameters, and their report."""
         before = sum(tensor.numel() for tensor in self.tensors.values())
         report = SlimReport({}, {}, [], (before, before))
         exchanged: dict[nn.Module, nn.Module] = {}
@@ -271,7 +268,7 @@ class _Compression:
 
     @torch.no_grad()
     def _outputs_with(self, exchanged: Mapping[nn.Module, nn.Module], inputs: Inputs) -> torch.Tensor:
-        """The outputs of the model with these layers, which are taken out again."""
+        """Return the outputs of the model with these layers, which are taken out again."""
         model = _exchange(self.model, exchanged)
         try:
             return model_outputs(model, inputs)
@@ -280,7 +277,7 @@ class _Compression:
 
 
 def _relative_error(y: torch.Tensor, other: torch.Tensor) -> float:
-    """||y - other|| / ||y - mean(y)|| of outputs (..., out); a large mean would make any error look small."""
+    """Compute ||y - other|| / ||y - mean(y)|| of outputs (..., out); a large mean would hide any error."""
     y, other = y.double().flatten(0, -2), other.double().flatten(0, -2)
     return ((y - other).norm() / (y - y.mean(0)).norm().clamp(min=1e-300)).item()
 
@@ -290,16 +287,14 @@ def _cost(ranks: tuple[int, ...], shape: torch.Size) -> int:
 
 
 def _exchange(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """The model with other layers in all places of the keys; the other layer, if the model is a key itself."""
-    for owner in list(model.modules()):
-        for attribute, part in owner._modules.items():
-            if part is not None and part in layers:
-                owner._modules[attribute] = layers[part]
+    """Replace layers in all their places, and return the model; if the model is such a layer, what replaces it."""
+    for parent, name, module in places(model):
+        parent._modules[name] = layers.get(module, module)
     return layers.get(model, model)
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """A deep copy, also of networks that keep the activations of their last pass (pykan), which deepcopy refuses."""
+    """Copy a model deeply, also one that keeps activations of its last pass (pykan), which deepcopy refuses."""
     memo: dict[int, Any] = {}
 
     def visit(value: Any) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -48,15 +49,14 @@ class LayerSpectrum:
     energies: torch.Tensor = field(repr=False)
 
     def energy(self, r: Ranks) -> float:
-        """The share of the energy, 0 to 1, that the truncated HOSVD of ranks `r`, as in [`LoTRAConfig`], keeps."""
+        """Return the share of the energy, 0 to 1, that the truncated HOSVD of ranks `r` keeps."""
         return self.energies[tuple(rank - 1 for rank in cap_ranks(check_ranks(r), self.energies.shape))].item()
 
     def costs(self) -> torch.Tensor:
-        """The number of parameters of an adapter, for all ranks; laid out as `energies`."""
-        ranks = torch.meshgrid(
-            *(torch.arange(1, n + 1, device=self.energies.device) for n in self.energies.shape), indexing="ij"
-        )
-        return torch.stack(ranks).prod(0) + sum(size * rank for size, rank in zip(self.shape, ranks, strict=True))
+        """Return the number of parameters of an adapter, for all ranks; laid out as `energies`."""
+        ranks = 1 + torch.ones_like(self.energies).nonzero()
+        costs = ranks.prod(1) + (ranks * ranks.new_tensor(self.shape)).sum(1)
+        return costs.view_as(self.energies)
 
 
 @dataclass(eq=False)
@@ -70,7 +70,7 @@ class Spectrum(Report):
     layers: dict[str, LayerSpectrum]
 
     def energy(self, r: Ranks | dict[str, tuple[int, ...]]) -> float:
-        """The share of the energy of all layers that ranks, or a `rank_pattern` of `suggest_ranks`, keep together."""
+        """Return the share of the energy of all layers that ranks, or those of `suggest_ranks`, keep together."""
         total = kept = 0.0
         for name, layer in self.layers.items():
             total += layer.norm**2
@@ -80,17 +80,16 @@ class Spectrum(Report):
     def _table(self) -> TextTable:
         triples = ((1, 1, 1), (4, 4, 4), (8, 8, 4))
         columns = ["layer", ">out x in x basis", ">norm", *(f">kept by {r}" for r in triples), ">ranks that keep 95 %"]
-        rows = [
-            [name, " x ".join(map(str, layer.shape)), f"{layer.norm:.3g}"]
-            + [f"{100 * layer.energy(r):.1f} %" for r in triples]
-            + [str(cheapest(layer, 0.95))]
-            for name, layer in self.layers.items()
-        ]
+        rows = []
+        for name, layer in self.layers.items():
+            shares = [f"{100 * layer.energy(r):.1f} %" for r in triples]
+            sizes = " x ".join(map(str, layer.shape))
+            rows.append([name, sizes, f"{layer.norm:.3g}", *shares, str(cheapest(layer, 0.95))])
         return TextTable(columns, rows, ["kept: the share of the squared norm"])
 
 
 def update_spectrum(base: nn.Module, tuned: nn.Module) -> Spectrum:
-    """The spectrum of the change of each KAN layer's coefficients by fine-tuning.
+    """Compute the spectrum of the change of each KAN layer's coefficients by fine-tuning.
 
     Active adapters count. Where a kind of layer multiplies the splines of each edge by a trainable scale
     (efficient-kan, pykan, qkan's FourierKAN) and the scales changed too, the spectrum is that of coefficient times
@@ -115,7 +114,7 @@ def update_spectrum(base: nn.Module, tuned: nn.Module) -> Spectrum:
 
 
 def gradient_spectrum(model: nn.Module, config: LoTRAConfig | None, train_step: Callable[[], None]) -> Spectrum:
-    """The spectrum of the gradient of each KAN layer's coefficients: of the first step of full fine-tuning.
+    """Compute the spectrum of the gradient of each KAN layer's coefficients: of the first step of full fine-tuning.
 
     Args:
         model: The base model, or a PEFT model; it stays unchanged.
@@ -135,13 +134,13 @@ def gradient_spectrum(model: nn.Module, config: LoTRAConfig | None, train_step: 
         [(5, 3, 9), (4, 5, 9)]
     """
     model = unwrap(model)
-    config = LoTRAConfig() if config is None else config
+    config = config or LoTRAConfig()
     layers = {name: (target.layer, target.tensor) for name, target in find_targets(config, model).items()}
     gradients = gather_gradients(layers, model, train_step)
     spectra = {}
     for name, (layer, tensor) in layers.items():
-        gradient = gradients[layer]
-        spectra[name] = spectrum_of(gradient if config.adapt_residual else gradient[..., : tensor.shape[-1]])
+        basis = tensor.shape[2] + (tensor.has_residual and config.adapt_residual)
+        spectra[name] = spectrum_of(gradients[layer][:, :, :basis])
     return Spectrum(spectra)
 
 
@@ -153,7 +152,7 @@ def suggest_ranks(
     budget: int | None = None,
     inputs: Inputs | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """Ranks for each layer, as the `rank_pattern` of [`LoTRAConfig`].
+    """Suggest ranks for each layer, as the `rank_pattern` of [`LoTRAConfig`].
 
     Args:
         base: A spectrum, or a base model.
@@ -175,24 +174,29 @@ def suggest_ranks(
         >>> suggest_ranks(spectrum, budget=60)
         {'^kan': (3, 1, 3)}
     """
-    if (energy is None) == (budget is None):
-        raise ValueError(f"Pass one of `energy` and `budget`, got `energy`={energy} and `budget`={budget}.")
-    if isinstance(base, Spectrum) and tuned is None and inputs is None:
+    check_one_given(energy=energy, budget=budget)
+    if isinstance(base, Spectrum):
         layers = base.layers
-    elif not isinstance(base, Spectrum) and tuned is not None:
+    elif tuned is None:
+        raise ValueError("Pass either a spectrum, or a base model and a tuned one (and, if you can, `inputs`).")
+    else:
         updates = coefficient_updates(base, tuned, scaled=inputs is not None)
         changed = [name for name, update in updates.items() if update.tensor.any()]
         weights = {} if inputs is None else gather_weights(merged(tuned), changed, inputs)
         layers = weighted_spectra({name: update.tensor for name, update in updates.items()}, weights)
-    else:
-        raise ValueError("Pass either a spectrum, or a base model and a tuned one (and, if you can, `inputs`).")
     return {pattern_key(name): r for name, r in choose_ranks(layers, energy, budget).items()}
+
+
+def check_one_given(**options: Any) -> None:
+    """Raise a ValueError unless one of these options is given, and the others are None."""
+    if list(options.values()).count(None) != len(options) - 1:
+        raise ValueError(f"Pass one of {', '.join(options)}; got {options}.")
 
 
 def choose_ranks(
     layers: Mapping[str, LayerSpectrum], energy: float | None = None, budget: int | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """The ranks of each layer for an energy or for a budget."""
+    """Return the ranks of each layer for an energy or for a budget."""
     if energy is None:
         return _allocate(layers, budget)
     check_number(energy, "energy", "(0, 1]")
@@ -200,15 +204,15 @@ def choose_ranks(
 
 
 def ranks_by_layer(
-    names: Iterable[str], pattern: Mapping[str, Ranks], default: Ranks | None, argument: str = "r", kernel: bool = True
+    names: Iterable[str], pattern: Mapping[str, Ranks], default: Ranks | None, argument: str = "r"
 ) -> dict[str, Ranks]:
-    """The ranks of layers by a pattern, as in [`LoTRAConfig`], or else the default; a layer without both has none."""
-    found = {name: pattern.get(get_pattern_key(list(pattern), name), default) for name in names}
-    return {name: check_ranks(r, argument, kernel) for name, r in found.items() if r is not None}
+    """Return the ranks of layers by a pattern, as in [`LoTRAConfig`], or else the default; none without both."""
+    ranks = {name: pattern.get(get_pattern_key(list(pattern), name), default) for name in names}
+    return {name: check_ranks(r, argument) for name, r in ranks.items() if r is not None}
 
 
 def spectrum_of(tensor: torch.Tensor) -> LayerSpectrum:
-    """The spectrum of a tensor (out, in, basis [, kernel])."""
+    """Compute the spectrum of a tensor (out, in, basis [, kernel])."""
     decomposition, singular_values = hosvd(tensor)
     squares = decomposition.core.square()
     for mode in range(squares.dim()):
@@ -221,20 +225,20 @@ def spectrum_of(tensor: torch.Tensor) -> LayerSpectrum:
 def weighted_spectra(
     tensors: Mapping[str, torch.Tensor], weights: Mapping[str, DataWeights]
 ) -> dict[str, LayerSpectrum]:
-    """The spectra of tensors (out, in, basis [, kernel]) by layer, weighted by data where there is any."""
-    weighted = {name: weights[name].weigh(t) if name in weights else t for name, t in tensors.items()}
-    return {name: spectrum_of(tensor) for name, tensor in weighted.items()}
+    """Compute the spectra of tensors (out, in, basis [, kernel]) by layer, weighted by data where there is any."""
+    weighted = {name: weights[name].weigh(tensors[name]) for name in weights}
+    return {name: spectrum_of(tensor) for name, tensor in {**tensors, **weighted}.items()}
 
 
 def cheapest(layer: LayerSpectrum, energy: float) -> tuple[int, ...]:
-    """The ranks with the fewest parameters that keep the energy."""
+    """Return the ranks with the fewest parameters that keep the energy."""
     enough = layer.energies >= energy - 1e-12  # the table is rounded
     costs = torch.where(enough, layer.costs(), torch.iinfo(torch.int64).max)
     return _ranks_at(layer, costs.argmin())
 
 
 def _allocate(layers: Mapping[str, LayerSpectrum], budget: int | None) -> dict[str, tuple[int, ...]]:
-    """The ranks that keep the most energy for at most `budget` parameters in all.
+    """Find the ranks that keep the most energy for at most `budget` parameters in all.
 
     Each greedy step raises the ranks of the layer that gains the most energy per parameter. The result is optimal
     until the first step above the budget, since the steps follow concave hulls.
@@ -264,7 +268,7 @@ def _allocate(layers: Mapping[str, LayerSpectrum], budget: int | None) -> dict[s
 
 
 def _frontier(layer: LayerSpectrum) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Parameters, energy and flat index of all ranks that keep more energy than any cheaper one."""
+    """Return parameters, energy and flat index of all ranks that keep more energy than any cheaper one."""
     costs, order = layer.costs().flatten().sort(stable=True)
     energies = layer.energies.flatten()[order]
     before = torch.cat([energies.new_tensor([-1.0]), energies.cummax(0).values[:-1]])

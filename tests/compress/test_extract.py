@@ -171,14 +171,14 @@ def move_grid(model):
     [
         (lambda: KAN([3, 6, 4]), {}, r"`layers\.0\.spline_weight`: \(5, 3, 8\) in the base.*\(6, 3, 8\) in the tuned"),
         (lambda: KAN([3, 5, 4, 4]), {}, r"`layers\.2\.spline_weight`: absent in the base"),
-        (lambda: KAN([3, 5, 4], grid_size=6, spline_order=2), {}, r"grid_size of `layers\.0` differs"),
+        (lambda: KAN([3, 5, 4], grid_size=6, spline_order=2), {}, r"grid of `layers\.0` differs"),
         (lambda: broken(set_nan), {}, r"coefficients of `layers\.1` are not finite"),
-        (lambda: broken(move_grid), {}, r"grid_bounds of `layers\.1` differs.*update_grid"),
+        (lambda: broken(move_grid), {}, r"grid of `layers\.1` differs.*update_grid"),
         (lambda: broken(lambda _: None), {"r": 2, "inputs": torch.full((9, 3), torch.nan)}, "NaN"),
         (lambda: broken(lambda _: None), {"r": 2, "energy": 0.5}, "Pass one of"),
         (lambda: broken(lambda _: None), {"r": None}, "Pass one of"),
         (lambda: broken(lambda _: None), {"r": 0}, "positive integer"),
-        (lambda: broken(lambda _: None), {"rank_pattern": {"layers.0": 2}}, r"no ranks for `layers\.1`"),
+        (lambda: broken(lambda _: None), {"rank_pattern": {"layers.0": 2}}, r"no ranks for \['layers\.1'\]"),
         (lambda: broken(lambda model: model.add_module("head", nn.Linear(2, 2))), {}, "`head.weight`: absent in"),
     ],
 )  # fmt: skip

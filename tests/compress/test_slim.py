@@ -323,7 +323,7 @@ def test_a_model_in_a_wrapper_is_its_network():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({}, "Pass one of `ranks`, `energy` and `budget`"),
+        ({}, "Pass one of ranks, energy, budget"),
         ({"ranks": 2, "energy": 0.5}, "Pass one of"),
         ({"energy": 1.1}, r"`energy` is 1.1, but must be a number in \(0, 1\]"),
         ({"ranks": 0}, "`ranks` should be a positive integer"),

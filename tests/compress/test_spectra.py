@@ -147,8 +147,8 @@ def test_scales_of_edges_are_part_of_the_update(family, names):
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({}, "one of `energy` and `budget`"),
-        ({"energy": 0.9, "budget": 100}, "one of `energy` and `budget`"),
+        ({}, "one of energy, budget"),
+        ({"energy": 0.9, "budget": 100}, "one of energy, budget"),
         ({"energy": 0.0}, r"`energy` is 0.0, but must be a number in \(0, 1\]"),
         ({"budget": 36}, "2 layers take 37"),
     ],
