@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +18,9 @@ from ..bank.bank import AdapterBank
 from ..bank.layer import ROWS, BankModel, BankPass
 from ..kan.row_product import RowGroups, group_rows
 from ..least_squares.levenberg_marquardt import LARGEST_DAMPING, SMALLEST_DAMPING, damping_factor
-from ..least_squares.problem import Intercepted, check_terms, in_double, name_term
+from ..least_squares.problem import Intercepted, check_residuals, check_terms, in_double, name_term
 from ..modules.calls import call_with_parameters
-from ..modules.checks import as_number
+from ..modules.checks import check_number
 from ..tucker import Tucker
 from .learning_rates import Policy, component_multipliers
 
@@ -44,7 +44,7 @@ class _BankOptimizer(Optimizer):
 
     @torch.no_grad()
     def keep_best(self, losses: Tensor, patience: int | None = None) -> Tensor:
-        """Keeps the values of each adapter whose loss is the least so far, for `finish`.
+        """Keep the values of each adapter whose loss is the least so far, for `finish`.
 
         Args:
             losses (`torch.Tensor`): The losses of the present values, of held-out rows for instance, as
@@ -67,7 +67,7 @@ class _BankOptimizer(Optimizer):
         return self._by_id(self._is_active, False)
 
     def finish(self) -> None:
-        """Gives the adapters their best values, if `keep_best` kept them, and ends the training of the bank."""
+        """Give the adapters their best values, if `keep_best` kept them, and end the training of the bank."""
         if "best" in (state := self.state[self.packed]):
             is_kept = state["least"] < torch.inf
             self.packed.data[is_kept] = state["best"][is_kept]
@@ -128,22 +128,22 @@ class BankAdamW(_BankOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ) -> None:
-        if not as_number(lr) > 0 or not all(0 <= as_number(it) < 1 for it in betas):
-            raise ValueError(f"`lr` and `betas` are {lr!r:.50} and {betas!r:.50}, but must be above 0, and in [0, 1).")
-        multipliers: list[list[Tensor]] = [[], []]  # of adapters that started at random, and from the gradient
-        for form, from_gradient in product(bank.snapshot.layers.values(), (False, True)):
-            widths = {"factor_out": form.shape[0], "factor_in": form.shape[1]}
-            of_layer = component_multipliers(policy, widths, form.ranks, from_gradient=from_gradient)
-            for name, shape in zip(Tucker._fields, form.component_shapes(), strict=False):
-                rates = torch.full(shape, of_layer.get(name, 1.0), dtype=torch.float64)
-                multipliers[from_gradient].append(rates.flatten())
+        check_number(lr, "lr", "(0, inf)")
+        rates: list[Tensor] = []
+        for layer in bank.snapshot.layers.values():
+            widths = {"factor_out": layer.shape[0], "factor_in": layer.shape[1]}
+            # of adapters that started at random, and from the gradient
+            policies = [component_multipliers(policy, widths, layer.ranks, False, start) for start in (False, True)]
+            for name, shape in zip(Tucker._fields, layer.component_shapes(), strict=False):
+                multipliers = torch.tensor([policy.get(name, 1.0) for policy in policies], dtype=torch.float64)
+                rates.append(multipliers.unsqueeze(1).expand(2, math.prod(shape)))
         super().__init__(bank, names, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self._multipliers = torch.stack([torch.cat(rates) for rates in multipliers]).to(self.packed)
+        self._multipliers = torch.cat(rates, dim=1).to(self.packed)
         self._start = bank.snapshot.starts_from_gradient().long().to(self.packed.device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Changes the adapters that have rows in the batch, but those that `keep_best` has stopped."""
+        """Change the adapters that have rows in the batch, but those that `keep_best` has stopped."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         (group,), packed = self.param_groups, self.packed
         if packed.grad is None:
@@ -236,9 +236,8 @@ class BankLevenbergMarquardt(_BankOptimizer):
     ) -> None:
         if not isinstance(model, BankModel):
             raise TypeError(f"`model` is a {type(model).__name__}, but must be what `bank.attach()` returns.")
-        if not as_number(damping) > 0 or not 0 < as_number(floor) <= 1 or not as_number(memory) > 0:
-            given = f"{damping!r:.50}, {floor!r:.50} and {memory!r:.50}"
-            raise ValueError(f"`damping`, `floor` and `memory` are {given}, but must be above 0, `floor` at most 1.")
+        check_number(damping, "damping", "(0, inf)")
+        check_number(floor, "floor", "(0, 1]")
         super().__init__(model.bank, names, {"damping": damping, "floor": floor, "memory": memory})
         self.model = model
         state = self.state[self.packed]
@@ -247,7 +246,7 @@ class BankLevenbergMarquardt(_BankOptimizer):
     @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, terms: Iterable[Any]) -> BankStep:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Takes a step of each adapter that has rows, but those that `keep_best` has stopped.
+        """Take a step of each adapter that has rows, but those that `keep_best` has stopped.
 
         Args:
             terms: Residual terms (function, rows, ids) or (function, rows, ids, weight), as for
@@ -263,11 +262,11 @@ class BankLevenbergMarquardt(_BankOptimizer):
         terms = list(terms)
         if any(not isinstance(term, Sequence) or len(term) not in (3, 4) for term in terms):
             raise ValueError("Each residual term must be (function, rows, ids), or with a weight behind.")
-        given = [(f, (ids, *(rows if isinstance(rows, Sequence) else (rows,))), *w) for f, rows, ids, *w in terms]
+        with_ids = [(f, (ids, *(rows if isinstance(rows, Sequence) else (rows,))), *w) for f, rows, ids, *w in terms]
         snapshot, checked = self.bank.snapshot, []
         if snapshot.trained is None:
             raise ValueError("`finish()` has ended the training. Make another optimizer.")
-        for function, (ids, *rows), weight in check_terms(given):
+        for function, (ids, *rows), weight in check_terms(with_ids):
             index = snapshot.rows_of(ids)
             snapshot.check_trained(index)
             checked.append((function, rows, index, weight))
@@ -285,32 +284,37 @@ class BankLevenbergMarquardt(_BankOptimizer):
         return BankStep(self._by_id(losses, torch.nan), self._by_id(accepted, False), damping)
 
     def _step_of(self, adapters: Tensor, terms: list[Any]) -> tuple[Tensor, Tensor]:
-        """The losses of some adapters after a step, and whether it was accepted."""
+        """Return the losses of some adapters after a step, and whether it was accepted."""
         start, dampings = self.packed[adapters].double(), self.state[self.packed]["damping"]
         residuals, jacobian = self._evaluate(adapters, terms, start, differentiates=True)
-        loss, gradient = residuals.square().sum(1), (jacobian.mT @ residuals.unsqueeze(2)).squeeze(2)
-        squares = jacobian.square().sum(1)
-        scaling = torch.maximum(squares, (self.defaults["floor"] * squares.amax(1, keepdim=True)).clamp(min=1e-300))
+        loss, squares = residuals.square().sum(1), jacobian.square().sum(1)
+        least = self.defaults["floor"] * squares.amax(1, keepdim=True)
+        lengths = squares.maximum(least).clamp(min=1e-300).sqrt()
+        # in coordinates whose damping is the identity: sqrt(S) step
+        jacobian /= lengths.unsqueeze(1)
+        gradient = (jacobian.mT @ residuals.unsqueeze(2)).squeeze(2)
         is_dual = jacobian.shape[1] < jacobian.shape[2]
-        matrix = (jacobian / scaling.unsqueeze(1)) @ jacobian.mT if is_dual else jacobian.mT @ jacobian
+        matrix = jacobian @ jacobian.mT if is_dual else jacobian.mT @ jacobian
+        identity = torch.eye(matrix.shape[1], device=matrix.device).to(matrix)
+
         damping, factor, accepted = dampings[adapters], 2.0, torch.zeros_like(loss, dtype=torch.bool)
         left = (loss.isfinite() & squares.isfinite().all(1) & gradient.any(1)).nonzero().squeeze(1)
         while len(left):
-            diagonal = damping[left].unsqueeze(1) * scaling[left]
-            damped = damping[left].unsqueeze(1).expand(-1, matrix.shape[1]) if is_dual else diagonal
-            triangle, failed = torch.linalg.cholesky_ex(matrix[left] + torch.diag_embed(damped))
-            step = torch.cholesky_solve((residuals if is_dual else gradient)[left].unsqueeze(2), triangle)
-            step = -((jacobian[left].mT @ step).squeeze(2) / scaling[left] if is_dual else step.squeeze(2))
+            triangle, failed = torch.linalg.cholesky_ex(matrix[left] + damping[left, None, None] * identity)
+            step = -torch.cholesky_solve((residuals if is_dual else gradient)[left].unsqueeze(2), triangle)
+            step = (jacobian[left].mT @ step if is_dual else step).squeeze(2)
             step[failed > 0] = torch.nan
-            candidate = (start[left] + step).to(self.packed.dtype)
-            (found,) = self._evaluate(adapters[left], terms, candidate.double(), differentiates=False)
-            decrease = loss[left] - found.square().sum(1)
+            candidate = (start[left] + step / lengths[left]).to(self.packed.dtype)
+            (new_residuals,) = self._evaluate(adapters[left], terms, candidate.double(), differentiates=False)
+            decrease = loss[left] - new_residuals.square().sum(1)
             is_less = decrease > 0  # not if one is NaN
-            agreement = decrease / (diagonal * step.square() - gradient[left] * step).sum(1)
-            rule = [damping_factor(ratio, raised=factor > 2) for ratio in agreement[is_less].tolist()]
+            predicted = (damping[left].unsqueeze(1) * step.square() - gradient[left] * step).sum(1)
+            agreement = (decrease / predicted)[is_less].tolist()
+            factors = [damping_factor(ratio, raised=factor > 2) for ratio in agreement]
+
             done, left = left[is_less], left[~is_less]
             self.packed[adapters[done]] = candidate[is_less]
-            dampings[adapters[done]] = (damping[done] * damping.new_tensor(rule)).clamp(min=SMALLEST_DAMPING)
+            dampings[adapters[done]] = (damping[done] * damping.new_tensor(factors)).clamp(min=SMALLEST_DAMPING)
             loss[done], accepted[done] = loss[done] - decrease[is_less], True
             damping[left] *= factor
             left, factor = left[damping[left] <= LARGEST_DAMPING], 2 * factor
@@ -318,9 +322,11 @@ class BankLevenbergMarquardt(_BankOptimizer):
 
     @torch.enable_grad()
     def _evaluate(self, adapters: Tensor, terms: list[Any], values: Tensor, differentiates: bool) -> list[Tensor]:
-        """The residuals (adapters, M) of adapters with these values (adapters, width), zero where one has fewer rows;
-        and their Jacobian (adapters, M, width)."""
-        found: list[list[Tensor]] = [[], []]
+        """Compute the residuals (adapters, M) of adapters with these values (adapters, width).
+
+        They are zero where an adapter has fewer rows. Their Jacobian (adapters, M, width) follows if it is asked for.
+        """
+        results: list[list[Tensor]] = [[], []]
         place = torch.full_like(self._is_active, -1, dtype=torch.int64)
         place[adapters] = torch.arange(len(adapters), device=place.device)
         for number, (function, rows, index, weight) in enumerate(terms):
@@ -331,32 +337,29 @@ class BankLevenbergMarquardt(_BankOptimizer):
             counts, numbers = owner.bincount(minlength=len(adapters)), torch.arange(len(owner), device=owner.device)
             slots = owner, numbers - (counts.cumsum(0) - counts)[owner]
             if differentiates:  # a copy of the adapter for each row: one backward pass has the gradients of all rows
-                own, groups = values[owner].requires_grad_(), RowGroups(numbers)
+                packed, groups = values[owner].requires_grad_(), RowGroups(numbers)
             else:
                 distinct, groups = group_rows(owner)
-                own = values[distinct]
-            given = [row[order.to(row.device)] for row in rows]
-            y = self._call(name_term(number, function), function, given, own, groups)
-            y = y * (weight / counts[owner].double()).sqrt().unsqueeze(1)
-            parts = [y]
+                packed = values[distinct]
+            sorted_rows = [row[order.to(row.device)] for row in rows]
+            residuals = self._call(name_term(number, function), function, sorted_rows, packed, groups)
+            residuals = residuals * (weight / counts[owner].double()).sqrt().unsqueeze(1)
+            parts = [residuals]
             if differentiates:
-                columns = [torch.autograd.grad(it.sum(), own, retain_graph=True)[0] for it in y.unbind(1)]
+                columns = [torch.autograd.grad(column.sum(), packed, retain_graph=True)[0] for column in residuals.T]
                 parts.append(torch.stack(columns, 1) * self._entries[adapters[owner]].unsqueeze(1))
-            for of_terms, part in zip(found, parts, strict=False):
+            for of_terms, part in zip(results, parts, strict=False):
                 padded = part.new_zeros(len(adapters), int(counts.max()), *part.shape[1:])
                 of_terms.append(padded.index_put(slots, part.detach()).flatten(1, 2))
-        return [torch.cat(of_terms, 1) for of_terms in found if of_terms]
+        return [torch.cat(of_terms, 1) for of_terms in results if of_terms]
 
     def _call(self, name: str, function: Any, rows: list[Tensor], packed: Tensor, groups: RowGroups) -> Tensor:
-        """The values (n, m) of a residual function for n rows, whose adapters are rows of `packed`."""
-        given = tuple(row.double() if row.is_floating_point() else row for row in rows)
-        n = len(rows[0])
+        """Compute the values (n, m) of a residual function for n rows, whose adapters are rows of `packed`."""
+        args = tuple(row.double() if row.is_floating_point() else row for row in rows)
         current = BankPass(self.bank, self.bank.snapshot._replace(packed=packed), groups, set())
         with ROWS.set(current), Intercepted():
-            values = call_with_parameters(self.model, in_double(self.model), partial(function, self.model), given, {})
-        if not isinstance(values, Tensor) or values.shape[:1] != (n,) or values.dim() > 2:
-            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(f"The {name} returns {shape} for {n} rows, but must return ({n},) or ({n}, m).")
+            values = call_with_parameters(self.model, in_double(self.model), partial(function, self.model), args, {})
+        values = check_residuals(values, name, len(rows[0]))
         if packed.requires_grad and not values.requires_grad:
             raise ValueError(f"The {name} does not depend on the adapters: is the bank attached to its model?")
-        return values.reshape(n, -1).to(packed)
+        return values.to(packed)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.slim import SlimLayer
 from ..modules.calls import unwrap
-from ..modules.checks import as_number, check_function, check_number
+from ..modules.checks import as_number, check_number
 from ..tucker import Tucker
 from ..tuner.layer import LoTRALayer
 
@@ -33,7 +33,11 @@ def component_multipliers(
     is_sgd: bool = False,
     from_gradient: bool = False,
 ) -> Mapping[str, float]:
-    """The multipliers of the components of an adapter in a layer, 1 for others; a ValueError for a wrong policy."""
+    """Return the multipliers of the components of an adapter in a layer, 1 for others.
+
+    Raises:
+        ValueError: `policy` is unknown, or has a component or a multiplier that cannot be.
+    """
     if isinstance(policy, Mapping):
         for component, multiplier in policy.items():
             if component not in Tucker._fields or not as_number(multiplier) >= 0:
@@ -59,7 +63,7 @@ def component_multipliers(
 
 
 def _started_from_gradient(network: nn.Module) -> set[tuple[nn.Module, str]]:
-    """The layers with the names of adapters that started from the gradient."""
+    """Return the layers with the names of adapters that started from the gradient."""
     return {
         (layer, adapter)
         for owner in network.modules()
@@ -94,7 +98,7 @@ def _trained_components(model: nn.Module, policy: Policy, is_sgd: bool) -> Itera
 def create_lotra_optimizer(
     model: nn.Module, optimizer_cls: Callable[..., Optimizer], *, lr: float, policy: Policy = "width", **kwargs: Any
 ) -> Optimizer:
-    """Creates an optimizer with a learning rate for each component of the LoTRA adapters.
+    """Create an optimizer with a learning rate for each component of the LoTRA adapters.
 
     With policy "width", a layer of n_in inputs and n_out outputs trains by Adam and the like at lr times
 
@@ -140,7 +144,6 @@ def create_lotra_optimizer(
         >>> {group["name"]: group["lr"] for group in optimizer.param_groups}
         {'core': 0.03, 'factor_out/4': 0.03, 'factor_in/64': 0.015, 'factor_basis': 0.03}
     """
-    check_function(optimizer_cls, "optimizer_cls")
     check_number(lr, "lr", "(0, inf)")
     # the name counts, also of classes that follow torch.optim.SGD without deriving from it
     is_sgd = not {"SGD", "ASGD"}.isdisjoint(cls.__name__ for cls in getattr(optimizer_cls, "__mro__", ()))

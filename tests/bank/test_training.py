@@ -370,9 +370,9 @@ def test_a_minimum_is_kept():
 
 def test_what_least_squares_refuse():
     bank, model, _ = prepared(KAN([3, 5, 1]))
-    for given in ({"damping": 0.0}, {"floor": 2.0}, {"memory": 0}):
-        with pytest.raises(ValueError, match="floor"):
-            BankLevenbergMarquardt(model, **given)
+    for name, value in (("damping", 0.0), ("floor", 2.0)):
+        with pytest.raises(ValueError, match=f"`{name}` is {value}"):
+            BankLevenbergMarquardt(model, **{name: value})
     with pytest.raises(TypeError, match="attach"):
         BankLevenbergMarquardt(bank)
     optimizer = BankLevenbergMarquardt(model, names=["a", "b"])
