@@ -23,7 +23,6 @@ from ..layers.formula import find_formula
 from ..layers.registry import KANLayerSpec
 from ..layers.slim import call_with_coefficients
 from ..modules.calls import call_with_parameters, modes_kept
-from ..modules.checks import check_function
 from ..tucker import Tucker, full_shape, tucker
 from ..tuner.layer import warn_of_far_inputs
 from ..tuner.targets import locate_target
@@ -68,12 +67,12 @@ class DataWeights:
             self.root_out = _square_root(metric.to(self.values), _RIDGE_OUT)
 
     def weigh(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor (out, in, basis) times the roots of its modes, of norm 1: layers count alike."""
+        """Multiply a tensor (out, in, basis) by the roots of its modes, and scale it to norm 1: layers count alike."""
         weighted = Tucker(tensor, self.root_out, *self.roots).dense()
         return weighted / weighted.norm().clamp(min=1e-300)
 
     def fit(self, tensor: torch.Tensor, ranks: tuple[int, ...]) -> Tucker:
-        """A Tucker tensor, with orthonormal factors, that comes close to the layer's outputs by `tensor`.
+        """Find a Tucker tensor, with orthonormal factors, that comes close to the layer's outputs by `tensor`.
 
         All factors but factor_out are those of the weighted tensor. The core and factor_out are the best ones beside
         these, by reduced rank regression in the metric of the outputs.
@@ -95,7 +94,7 @@ class DataWeights:
         return Tucker(core, torch.linalg.solve(self.root_out, leading), *factors).orthogonal()
 
     def outputs(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(samples, out), the layer's outputs for the samples with these coefficients, without its bias."""
+        """Compute the layer's outputs (samples, out) with these coefficients, without its bias."""
         return self.values.flatten(1) @ tensor.flatten(1).T
 
 
@@ -127,14 +126,14 @@ def _functions_at(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTenso
 
 
 def _square_root(moments: torch.Tensor, ridge: float) -> torch.Tensor:
-    """The symmetric square root of second moments, with a share of their mean added in every direction."""
+    """Compute the symmetric square root of second moments, with a share of their mean added in every direction."""
     values, vectors = torch.linalg.eigh(moments)
     values = values.clamp(min=0) + ridge * values.clamp(min=0).mean().clamp(min=1e-300)
     return vectors * values.sqrt() @ vectors.T
 
 
 def gather_weights(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, DataWeights]:
-    """The data weights of layers of a model without adapters, by name.
+    """Compute the data weights of layers of a model without adapters, by name.
 
     Layers whose output is not linear in their coefficients have none, nor have convolutions.
 
@@ -142,11 +141,15 @@ def gather_weights(model: nn.Module, names: Iterable[str], inputs: Inputs) -> di
         ValueError: The inputs are not finite, or all the same, or none reaches one of the layers.
         TypeError: The model returns no tensor.
     """
-    _check_inputs(inputs)
-    targets = {name: locate_target(name, model.get_submodule(name)) for name in names}
-    layers = {name: it[:2] for name, it in targets.items() if len(it[2].shape) == 3 and is_linear(*it)}
-    received: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
-    returned: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    if not callable(inputs):
+        _check_inputs(inputs)
+    targets = {}
+    for name in names:
+        target = locate_target(name, model.get_submodule(name))
+        if len(target.tensor.shape) == 3 and is_linear(*target):
+            targets[name] = target
+    received: dict[str, list[torch.Tensor]] = {name: [] for name in targets}
+    returned: dict[str, list[torch.Tensor]] = {name: [] for name in targets}
 
     def record(name: str, x: torch.Tensor, y: Any) -> None:
         if x.dim() < 2:
@@ -155,7 +158,7 @@ def gather_weights(model: nn.Module, names: Iterable[str], inputs: Inputs) -> di
         y = first_output(y)
         returned[name].append(y if y.requires_grad else y.requires_grad_())  # the model may be frozen
 
-    with recorded_calls({name: layer for name, (layer, _) in layers.items()}, record), torch.enable_grad():
+    with recorded_calls({name: target.layer for name, target in targets.items()}, record), torch.enable_grad():
         result = model_outputs(model, inputs)
     if missed := [name for name, xs in received.items() if not xs]:
         raise ValueError(
@@ -164,16 +167,18 @@ def gather_weights(model: nn.Module, names: Iterable[str], inputs: Inputs) -> di
         )
     metrics = _metrics(result, returned)
     weights = {}
-    for name, xs in received.items():
-        (layer, spec), x = layers[name], torch.cat(xs)
-        warn_of_far_inputs(name, spec.read_grid(layer), targets[name][2].shape[1], x)
+    for name, (layer, spec, tensor) in targets.items():
+        x = torch.cat(received[name])
+        warn_of_far_inputs(name, spec.read_grid(layer), tensor.shape[1], x)
         weights[name] = DataWeights(layer, spec, x, metrics.get(name))
     return weights
 
 
 def _metrics(result: torch.Tensor, returned: Mapping[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Estimates of the sums of J^T J by layer, (out, out), where J are the derivatives of the result in the layer's
-    outputs: s^T J has the second moment J^T J for random signs s. Layers without derivatives are left out."""
+    """Estimate the sums of J^T J by layer, (out, out), where J are the derivatives of the result in its outputs.
+
+    s^T J has the second moment J^T J for random signs s. Layers without derivatives are left out.
+    """
     metrics: dict[str, torch.Tensor] = {}
     if not result.requires_grad or not any(returned.values()):
         return metrics
@@ -190,24 +195,19 @@ def _metrics(result: torch.Tensor, returned: Mapping[str, list[torch.Tensor]]) -
 
 
 def _arguments(inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """The positional and the named arguments of a call of the model."""
+    """Return the positional and the named arguments of a call of the model."""
     if isinstance(inputs, Mapping):
         return (), inputs
     return (inputs if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 
 def _check_inputs(inputs: Any) -> None:
-    """Raises a ValueError for inputs that are not finite, or all the same; a function of the model passes."""
-    if callable(inputs):
-        check_function(inputs, "inputs", 1)
-        return
+    """Raise a ValueError for inputs that are not finite, or all the same."""
     args, kwargs = _arguments(inputs)
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise ValueError("`inputs` have NaN or infinite values.")
-    if any(tensor.is_complex() for tensor in tensors):
-        raise ValueError("`inputs` are complex, but layers take real numbers: pass real and imaginary parts.")
-    samples = [tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.view(-1) for tensor in tensors]
+    samples = [tensor.flatten(0, -2) if tensor.dim() > 1 else tensor for tensor in tensors]
     if not any((rows != rows[:1]).any() for rows in samples):
         shapes = [tuple(tensor.shape) for tensor in tensors]
         raise ValueError(
@@ -217,14 +217,14 @@ def _check_inputs(inputs: Any) -> None:
 
 
 def model_outputs(model: nn.Module, inputs: Inputs) -> torch.Tensor:
-    """The output of the model in evaluation mode; of a tuple or a dict (`ModelOutput`) the first entry."""
+    """Return the output of the model in evaluation mode; of a tuple or a dict (`ModelOutput`) the first entry."""
     with modes_kept(model):
         model.eval()
         args, kwargs = _arguments(inputs)
         result = inputs(model) if callable(inputs) else model(*args, **kwargs)
     first = result
     while isinstance(first, (tuple, list, Mapping)) and first:
-        first = next(iter(first.values() if isinstance(first, Mapping) else first))
+        first = next(iter(first.values())) if isinstance(first, Mapping) else first[0]
     if not isinstance(first, torch.Tensor) or not first.is_floating_point():
         raise TypeError(
             "With `inputs`, the model must return a floating point tensor, or a tuple or dict that begins with one, "
@@ -237,14 +237,14 @@ def model_outputs(model: nn.Module, inputs: Inputs) -> torch.Tensor:
 def recorded_calls(
     layers: Mapping[str, nn.Module], record: Callable[[str, torch.Tensor, Any], None]
 ) -> Iterator[None]:
-    """Calls `record(name, x, y)` with the first argument and the output of each call of a layer.
+    """Call `record(name, x, y)` with the first argument and the output of each call of a layer.
 
     Unlike a hook, it also sees calls of `layer.forward`, as Convolutional-KANs makes them.
     """
 
     def run(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         y = forward(*args, **kwargs)
-        record(name, args[0] if args else next(iter(kwargs.values())), y)
+        record(name, [*args, *kwargs.values()][0], y)
         return y
 
     before = [(vars(layer), vars(layer).get("forward")) for layer in layers.values()]
@@ -260,14 +260,16 @@ def recorded_calls(
 def error_table(
     errors: Mapping[str, float], ranks: Mapping[str, tuple[int, ...]], output_errors: Mapping[str, float]
 ) -> tuple[list[str], list[list[str]]]:
-    """The columns and rows of a report by layer: ranks, error, and with data the error of the outputs."""
-    columns = ["layer", "ranks", ">error of the coefficients", ">error of the outputs"]
-    outputs = {name: f"{error:.2%}" for name, error in output_errors.items()}
-    rows = [[name, str(ranks[name]), f"{error:.2%}", outputs.get(name, "-")] for name, error in errors.items()]
-    width = 4 if outputs else 3
-    return columns[:width], [row[:width] for row in rows]
+    """Return the columns and rows of a report by layer: ranks, error, and with data the error of the outputs."""
+    columns = ["layer", "ranks", ">error of the coefficients"]
+    rows = [[name, str(ranks[name]), f"{error:.2%}"] for name, error in errors.items()]
+    if output_errors:
+        columns.append(">error of the outputs")
+        for row in rows:
+            row.append(f"{output_errors[row[0]]:.2%}" if row[0] in output_errors else "-")
+    return columns, rows
 
 
 def first_output(y: Any) -> torch.Tensor:
-    """The output of a layer; pykan's layers return (y, preacts, postacts, postspline)."""
+    """Return the output of a layer; pykan's layers return (y, preacts, postacts, postspline)."""
     return y[0] if isinstance(y, tuple) else y

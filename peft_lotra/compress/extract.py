@@ -165,9 +165,8 @@ def _attach(
     base: nn.Module, tuned: nn.Module, components: dict[str, Tucker], modules_to_save: list[str], adapter_name: str
 ) -> PeftModel:
     """Adapt the base with these components, and with copies of modules of the tuned model."""
-    targets = exact_targets(list(components), base)
     config = LoTRAConfig(
-        target_modules=targets if isinstance(targets, str) else sorted(targets),
+        target_modules=exact_targets(components, base),
         rank_pattern={pattern_key(name): part.ranks for name, part in components.items()},
         modules_to_save=modules_to_save or None,
     )

@@ -167,7 +167,7 @@ def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
     model = unwrap(model)
     check_without_adapters(model, "model")
     model = model if inplace else _copy(model)
-    dense = {}
+    dense: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         if isinstance(module, (SlimKANLinear, SlimLayer)):
             dense[module] = module.to_dense()
@@ -224,13 +224,13 @@ class _Compression:
     def ranks_for(self, energy: float) -> dict[str, tuple[int, ...]]:
         """Find the ranks for the smallest budget that keeps this share of the model's outputs, by bisection."""
         best = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}  # leaves all layers dense
-        low = sum(1 + sum(tensor.shape) for tensor in self.tensors.values())
-        high = sum(tensor.numel() for tensor in self.tensors.values())
+        low = sum(1 + sum(shape) for shape in best.values())
+        high = sum(map(math.prod, best.values()))
         for _ in range(_BISECTIONS if low < high else 0):  # of the smallest layers no ranks save anything
             middle = round(math.sqrt(low * high))
             chosen = choose_ranks(self.spectra, budget=middle)
-            error = self.compress(chosen)[1].model_error or 0.0
-            if 1 - min(error, 2.0) ** 2 >= energy:  # the square of any error may overflow
+            _, report = self.compress(chosen)
+            if (report.model_error or 0.0) <= math.sqrt(1 - energy) + 1e-8:  # rounding, for an energy of 1
                 high, best = middle, chosen
             else:
                 low = middle
@@ -238,7 +238,7 @@ class _Compression:
 
     def compress(self, ranks: Mapping[str, tuple[int, ...]]) -> tuple[dict[nn.Module, nn.Module], SlimReport]:
         """Return Slim layers by the dense ones that they replace, where they save parameters, and their report."""
-        before = sum(tensor.numel() for tensor in self.tensors.values())
+        size = before = sum(tensor.numel() for tensor in self.tensors.values())
         report = SlimReport({}, {}, [], (before, before))
         exchanged: dict[nn.Module, nn.Module] = {}
         for name, tensor in self.tensors.items():
@@ -254,14 +254,15 @@ class _Compression:
             else:  # a SlimLayer takes the parameters out of a layer: here out of a copy that shares them
                 shared = copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})
                 slim_layer = SlimLayer(shared, spec, fitted.balanced())
-            exchanged[self.layers[name]] = slim_layer
+            exchanged[layer] = slim_layer
             with torch.no_grad():
                 stored = slim_layer.components.map(torch.Tensor.double).dense()
             report.ranks[name] = ranks[name]
             report.errors[name] = ((tensor - stored).norm() / tensor.norm().clamp(min=1e-300)).item()
             if weights is not None:
                 report.output_errors[name] = _relative_error(weights.outputs(tensor), weights.outputs(stored))
-            report.parameters = before, report.parameters[1] + slim_layer.components.numel() - tensor.numel()
+            size += fitted.numel() - tensor.numel()
+        report.parameters = before, size
         if self.inputs is not None:
             report.model_error = _relative_error(self.outputs, self._outputs_with(exchanged, self.inputs))
         return exchanged, report

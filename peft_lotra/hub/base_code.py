@@ -22,7 +22,7 @@ _CLASS = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
 def hub_id(name: str | None) -> str | None:
-    """The name if it can be that of a repository; None for an existing path and for an invalid name."""
+    """Return the name if it can be that of a repository; None for an existing path and for an invalid name."""
     try:
         validate_repo_id(name or "")
     except HFValidationError:
@@ -31,7 +31,7 @@ def hub_id(name: str | None) -> str | None:
 
 
 def source_of_base(config: Mapping[str, Any], base: nn.Module | None, model: str | None) -> tuple[str, str]:
-    """The class of a base as "module.name", or "torch.nn.Module" if it is unknown, and the code that builds it.
+    """Return the class of a base as "module.name", "torch.nn.Module" if unknown, and the code that builds it.
 
     Args:
         config: The configuration of the adapter.
@@ -51,11 +51,11 @@ def source_of_base(config: Mapping[str, Any], base: nn.Module | None, model: str
         code = f'from {module} import {name}\n\nbase = {name}.from_pretrained("{model}"{revision})'
     elif type(base) is KAN:
         layers: list[Any] = [getattr(layer, "base_layer", layer) for layer in base.layers]
-        plain = all(type(layer) is KANLinear for layer in layers)  # neither norms nor Slim layers
-        grids = {(layer.grid_size, layer.spline_order, layer.grid_range) for layer in layers if plain}
+        are_plain = all(type(layer) is KANLinear for layer in layers)  # neither norms nor Slim layers
+        grid = "grid_size={0.grid_size}, spline_order={0.spline_order}, grid_range={0.grid_range}"
+        grids = {grid.format(layer) for layer in layers if are_plain}
         if len(grids) == 1:
-            widths, (size, order, bounds) = [layers[0].in_features, *(layer.out_features for layer in layers)], *grids
-            grid = f"grid_size={size}, spline_order={order}, grid_range={bounds}"
-            code = f"from peft_lotra.kan import KAN\n\nbase = KAN({widths}, {grid})"
+            widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
+            code = f"from peft_lotra.kan import KAN\n\nbase = KAN({widths}, {grids.pop()})"
             code += "\n# now load into `base` the weights that the adapter was trained on"
     return f"{module}.{name}", code

@@ -44,7 +44,7 @@ def write_model_card(
     metrics: Mapping[str, float] | Iterable[EvalResult] | None = None,
     license: str | None = None,
 ) -> None:
-    """Writes the model card of saved LoTRA adapters, README.md, into their folder.
+    """Write the model card of saved LoTRA adapters, README.md, into their folder.
 
     The card says how to build the base and load the adapter, and lists the layers of the first adapter. It replaces an
     earlier card by this function, and PEFT's template; other text in README.md stays. A later `save_pretrained` keeps
@@ -82,16 +82,16 @@ def write_model_card(
         ...     print("value: 0.853" in Path(folder, "README.md").read_text())
         True
     """
-    if model is not None and not hasattr(model, "get_base_model"):
-        raise ValueError(f"`model` is of type {type(model).__name__}, but must be a PeftModel, or None.")
     if base_model is not None:
         validate_repo_id(base_model)
     compile(base_code or "", "base_code", "exec")
+    results = list(metrics or ())
     if isinstance(metrics, Mapping):
-        values = {
-            str(name): check_number(value, f"metrics[{name!r}]", "(-inf, inf)") for name, value in metrics.items()
-        }
-        metrics = [EvalResult("other", "unknown", "Unknown", name, value) for name, value in values.items()]
+        results = []
+        for name, value in metrics.items():
+            value = check_number(value, f"metrics[{name!r}]", "(-inf, inf)")
+            results.append(EvalResult("other", "unknown", "Unknown", str(name), value))
+
     (first, adapter), *others = adapter_folders(folder).items()
     config, tensors = read_adapter(adapter)
     card, title = load_card(Path(folder, README)), (repo_id or "LoTRA adapter").rpartition("/")[2]
@@ -99,16 +99,21 @@ def write_model_card(
     # PEFT writes paths of local folders there too, which the Hub refuses
     source = base_model or hub_id(config.get("base_model_name_or_path")) or hub_id(data.base_model)
     data.base_model, data.license = source, license or data.license
-    tags = {*(data.tags or []), *([tags] if isinstance(tags, str) else tags)}
-    of_base = [f"base_model:adapter:{source}"] if source else []
-    data.tags = [*(tag for tag in tags if not tag.startswith("base_model:adapter:")), *of_base]
+    tags = [*(data.tags or []), *([tags] if isinstance(tags, str) else tags)]
+    data.tags = [tag for tag in tags if not tag.startswith("base_model:adapter:")]
+    if source:
+        data.tags.append(f"base_model:adapter:{source}")
     if base_code or base_model:
         data.base_code = base_code
-    if metrics:
-        data.model_name, data.eval_results = title, list(metrics)
+    if results:
+        data.model_name, data.eval_results = title, results
+
     base_class, code = source_of_base(config, model and model.get_base_model(), source)
-    options = {"revision": revision, "subfolder": None if first == "default" else first}
-    place = [json.dumps(repo_id or "."), *(f"{name}={json.dumps(it)}" for name, it in options.items() if it)]
+    place = json.dumps(repo_id or ".")
+    if revision:
+        place += f", revision={json.dumps(revision)}"
+    if first != "default":
+        place += f", subfolder={json.dumps(first)}"
     save_section(
         card,
         Path(folder, README),
@@ -116,7 +121,7 @@ def write_model_card(
         title=title,
         base_class=base_class,
         code=(data.get("base_code") or code).strip("\n"),
-        place=", ".join(place),
+        place=place,
         others=[name for name, _ in others],
         contents=AdapterContents.of(title, config, tensors),
         peft=__version__,
@@ -151,7 +156,7 @@ def save_section(card: Any, path: Path, template: str, title: str, **fields: Any
 
 
 def write_card(folder: str | os.PathLike) -> None:
-    """Writes the card of a saved adapter in place of PEFT's template or of an earlier card.
+    """Write the card of a saved adapter in place of PEFT's template or of an earlier card.
 
     PEFT puts adapters that are not named "default" into subfolders, and one template above them. A README.md by a
     person stays. A card that cannot be written is a warning.
@@ -166,16 +171,16 @@ def write_card(folder: str | os.PathLike) -> None:
 
 
 def load_card(path: Path) -> Any:
-    """The card in a file, empty if there is none."""
+    """Read the card in a file, empty if there is none."""
     return ModelCard(path.read_text(encoding="utf-8") if path.is_file() else "---\n{}\n---\n")
 
 
 def is_generated(text: str) -> bool:
-    """Whether a card has no text by a person: it is PEFT's template, or our part below a title."""
-    known = {line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines()}
-    rest = _SECTION.sub("", text)
-    lines = [line.strip() for line in rest.splitlines() if rest == text or not line.startswith("# ")]
-    return all(line in known or _BY_TOOLS.fullmatch(line) for line in lines)
+    """Return whether a card has no text by a person: it is PEFT's template, or our part below a title."""
+    template = {line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines()}
+    outside = _SECTION.sub("", text)
+    lines = [line.strip() for line in outside.splitlines() if outside == text or not line.startswith("# ")]
+    return all(line in template or _BY_TOOLS.fullmatch(line) for line in lines)
 
 
 def write_bank_card(

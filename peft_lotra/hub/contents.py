@@ -42,7 +42,7 @@ class AdapterRow(NamedTuple):
 
     @classmethod
     def of(cls, config: Mapping[str, Any], name: str, parts: Mapping[str, torch.Tensor]) -> AdapterRow:
-        """The row of a layer, from the configuration of the adapter and the tensors of the layer by component."""
+        """Make the row of a layer, from the configuration of the adapter and the tensors of the layer by component."""
         parameters = sum(tensor.numel() for tensor in parts.values())
         components = [parts[component].double() for component in COMPONENTS if component in parts]
         if not components:
@@ -70,7 +70,7 @@ class AdapterContents(Report):
 
     @classmethod
     def of(cls, adapter: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> AdapterContents:
-        """The contents of an adapter, from its configuration and its tensors."""
+        """Make the contents of an adapter, from its configuration and its tensors."""
         layers: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
             name, _, part = key.removeprefix(PREFIX).rpartition(".")
@@ -78,11 +78,17 @@ class AdapterContents(Report):
         rows = [AdapterRow.of(config, name, parts) for name, parts in layers.items()]
         # layers.2 before layers.10
         rows.sort(key=lambda row: (row.ranks is None, re.sub(r"\d+", lambda n: n[0].zfill(9), row.name)))
-        base, base_class = config.get("base_model_name_or_path"), config.get("auto_mapping") or {}
-        dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
-        finite = all(tensor.float().isfinite().all().item() for tensor in tensors.values())
-        parameters, size = sum(row.parameters for row in rows), sum(tensor.nbytes for tensor in tensors.values())
-        return cls(adapter, base, base_class.get("base_model_class"), dtypes, parameters, size, finite, rows)
+        mapping = config.get("auto_mapping") or {}
+        return cls(
+            adapter=adapter,
+            base_model=config.get("base_model_name_or_path"),
+            base_class=mapping.get("base_model_class"),
+            dtype=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
+            parameters=sum(row.parameters for row in rows),
+            bytes=sum(tensor.nbytes for tensor in tensors.values()),
+            finite=all(tensor.float().isfinite().all().item() for tensor in tensors.values()),
+            layers=rows,
+        )
 
     def _table(self) -> TextTable:
         rows = [[_text(value) for value in row] for row in self.layers]
@@ -97,7 +103,7 @@ def _text(value: Any) -> str:
 
 
 def read_adapter(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The configuration and the tensors of a saved adapter, from JSON and safetensors only.
+    """Read the configuration and the tensors of a saved adapter, from JSON and safetensors only.
 
     Raises:
         ValueError: It is no LoTRA adapter, or one of its files is damaged.
@@ -116,7 +122,7 @@ def read_adapter(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, t
 
 
 def adapter_folders(folder: str | os.PathLike) -> dict[str, Path]:
-    """The folders of the LoTRA adapters that `save_pretrained` wrote into a folder, by name, "default" first.
+    """Find the folders of the LoTRA adapters that `save_pretrained` wrote into a folder, by name, "default" first.
 
     Raises:
         ValueError: There is none.

@@ -61,6 +61,14 @@ def test_suggested_ranks_are_for_four_modes_and_keep_a_budget():
         assert 0.7 * budget < model.get_nb_trainable_parameters()[0] <= budget
 
 
+def test_gradients_are_without_the_residual_branch_if_it_is_not_adapted():
+    base, x = ConvNet("kagnconv", groups=2).eval(), images()
+
+    spectrum = gradient_spectrum(base, LoTRAConfig(adapt_residual=False), lambda: base(x).square().sum().backward())
+
+    assert spectrum.layers["first"].shape == (6, 2, 4, 9)
+
+
 @pytest.mark.parametrize("family, groups", [("kagnconv", 2), ("fastkanconv", 1), ("kacnconv", 2)])
 def test_extraction_finds_the_update(family, groups):
     base, tuned = tuned_pair((2, 1, 3, 2), family, groups)

@@ -167,8 +167,3 @@ def test_several_adapters_have_one_card(tmp_path, names):
     assert f"Adapters in subfolders of their names: {names[1]}." in text and text.count("\nlayers.0  ") == 1
     assert ('subfolder="anna"' in text) is (names[0] == "anna")
     assert not list(tmp_path.glob("*/README.md"))
-
-
-def test_a_model_without_adapters(tmp_path):
-    with pytest.raises(ValueError, match="of type KAN, but must be a PeftModel"):
-        write_model_card(KAN([2, 3, 1]), tmp_path)
