@@ -17,10 +17,8 @@ import torch
 
 # Of the basis (rows x inputs x basis functions) evaluated at a time: fits the second-level cache. `layers`
 EVALUATED = 2**18
-# Of the basis that enters a matrix product at a time: fits the third-level cache. `layers`
-MULTIPLIED = 2**21
-# Fewest rows that enter a matrix product, and the fewest of a wide layer, whose matrix is larger. `layers`
-MIN_ROWS = (256, 512)
+# Fewest rows of the basis that enter a matrix product at a time: fewer cost it much of its speed. `layers`
+MULTIPLIED_ROWS = 512
 # Of all functions of a block in a jet, evaluated by hand. `examples/studies/pde/jet_speed.py`
 JET_BLOCK = 2**20
 # All of these on other devices than the CPU: only bound the memory. `examples/studies/benchmarks/run.py --device cuda`

@@ -17,16 +17,11 @@ from ..tucker import Update
 from .basis import UniformGrid, bspline_basis
 from .memory import blocks, workspace
 from .product import Evaluator, block_sizes, is_plain_backward, needs_plain_operations, plain_gradients
-from .sparse_product import Points
 
 
-# Fewest rows of a block: each takes about ten calls of torch. `examples/studies/benchmarks/bank.py`
-_MIN_ROWS = 256
 # The sizes of groups, and what a group and a row by itself cost, in rows of a group; by the same script
 _SIZES = [2**power for power in range(1, 9)]
 _COST_OF_GROUP, _COST_OF_ROW = 4.0, 1.5
-# `torch.bmm` takes products of fewer multiplications by a plain loop, which from half as many on costs more than MKL
-_LEAST_PRODUCT = 400
 
 
 class PackedTucker(NamedTuple):
@@ -167,7 +162,7 @@ class RowProduct(NamedTuple):
     has_residual: bool
 
     def of_functions(self, functions: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The product (R, O) of the functions (R, K, I); at some rows of the batch, if they are groups of one row."""
+        """Compute the product (R, O) of the functions (R, K, I); at some rows, if the groups have one row each."""
         packed, groups, form = self.updates
         if groups.size > 1:
             first, second = (factor[groups.index] for factor in self._factors(functions))
@@ -177,7 +172,7 @@ class RowProduct(NamedTuple):
         return update if self.matrix is None else torch.addmm(update, functions.flatten(1), self.matrix)
 
     def of_splines(self, x: Tensor, grid: UniformGrid, residual: Tensor | None) -> Tensor:
-        """The product (N, O) of the B-splines at x (N, I), and of the factors (N, I) of the residual branch.
+        """Compute the product (N, O) of the B-splines at x (N, I), and of the factors (N, I) of the residual branch.
 
         The splines are evaluated once for all updates, in blocks that fit the cache; by plain operations where a
         gradient is needed for rows by themselves, or of the layer.
@@ -190,9 +185,8 @@ class RowProduct(NamedTuple):
         if size > 1:
             fixed = grid, self.updates.groups, self.matrix, self._full_scale()
             return _GroupProduct.apply(*fixed, x, residual, *self._factors(x))
-        step = _rows_of_block(x, grid, 1)
-        functions, result = _Functions(x, grid, residual, step), x.new_empty(len(x), self.updates.form.shape[0])
-        for rows in blocks(0, len(x), step):
+        functions, result = _Functions(x, grid, residual, 1), x.new_empty(len(x), self.updates.form.shape[0])
+        for rows in functions.blocks:
             result[rows] = self.of_functions(functions.at(rows).unflatten(1, (-1, x.shape[1])), rows)
         return result
 
@@ -218,12 +212,12 @@ class RowProduct(NamedTuple):
         core, factor_out, factor_in, factor_basis = components
         of_outputs = factor_out.transpose(1, 2)
         if scale is None:
-            contracted = torch.bmm(_of_basis(factor_basis, functions), factor_in)  # (R, rb, ri)
+            contracted = torch.bmm(factor_basis.mT @ functions, factor_in)  # (R, rb, ri)
             edges = torch.bmm(contracted.flatten(1).unsqueeze(1), core.permute(0, 3, 2, 1).flatten(1, 2))  # (R, 1, ro)
             return _dot(edges.transpose(1, 2), of_outputs, 1)
         # a scale of each edge is no product: the sum over the inputs comes last
         splines = functions.shape[1] - self.has_residual
-        of_basis = _of_basis(factor_basis[:, :splines], functions[:, :splines])  # (R, rb, I)
+        of_basis = factor_basis[:, :splines].mT @ functions[:, :splines]  # (R, rb, I)
         edges = _dot(core.unsqueeze(4), of_basis[:, None, None], 3)  # (R, ro, ri, I)
         edges = _dot(edges, factor_in.transpose(1, 2).unsqueeze(1), 2)  # (R, ro, I)
         sums = (edges.flatten(0, 1) @ scale.t()).view_as(of_outputs)  # (R, ro, O)
@@ -232,14 +226,6 @@ class RowProduct(NamedTuple):
             mixed = _dot(core, factor_basis[:, splines:].unsqueeze(1), 3)  # (R, ro, ri)
             sums = sums + _dot(mixed, contracted, 2).unsqueeze(2)
         return _dot(sums, of_outputs, 1)
-
-
-def _of_basis(factor_basis: Tensor, functions: Tensor) -> Tensor:
-    """The products (R, rb, I) of factor_basis (R, K, rb) and functions (R, K, I)."""
-    rank, least = factor_basis.shape[2], -(-_LEAST_PRODUCT // (functions.shape[1] * functions.shape[2]))
-    if rank < least <= 2 * rank:
-        factor_basis = F.pad(factor_basis, (0, least - rank))
-    return torch.bmm(factor_basis.transpose(1, 2), functions)[:, :rank]
 
 
 def _dot(first: Tensor, second: Tensor, dim: int) -> Tensor:
@@ -256,30 +242,28 @@ def _plain_functions(x: Tensor, grid: UniformGrid, residual: Tensor | None) -> T
     return splines if residual is None else torch.cat([splines, residual.unsqueeze(1)], 1)
 
 
-def _rows_of_block(x: Tensor, grid: UniformGrid, size: int) -> int:
-    """How many rows of points (N, I) are evaluated at a time, whole groups of `size` rows."""
-    step = min(max(_MIN_ROWS, block_sizes(x.shape, grid.num_basis, x.device)[0]), max(1, len(x)))
-    return max(1, step // size) * size
-
-
 class _Functions:
-    """The splines, and the factors of the residual branch, at up to `step` points (R, I) at a time: (R, K I)."""
+    """The splines, and the factors of the residual branch, in blocks of points (R, I): (R, K I).
 
-    def __init__(self, x: Tensor, grid: UniformGrid, residual: Tensor | None, step: int) -> None:
-        self.residual, self.splines = residual, grid.num_basis * x.shape[1]
-        points = Points(x, grid.low, grid.per_unit, grid.num_basis, grid.spline_order)
-        self.evaluator = Evaluator(points, step, functions_first=True)
+    Attributes:
+        blocks: The rows of each block, whole groups of `size` rows.
+        splines: The number of columns (K I) of the splines.
+    """
+
+    def __init__(self, x: Tensor, grid: UniformGrid, residual: Tensor | None, size: int) -> None:
+        evaluated, multiplied = block_sizes(x, grid)
+        step = max(1, multiplied // size) * size
+        self.x, self.residual = x, residual
+        self.blocks = blocks(0, len(x), step)
+        self.evaluator = Evaluator(x, grid, evaluated, functions_first=True)
+        self.splines = self.evaluator.width
         self.width = self.splines + (0 if residual is None else x.shape[1])
         self.values = workspace("values", x, step, self.width)
 
-    def at(self, rows: slice, gradient: Tensor | None = None, grad_x: Tensor | None = None) -> Tensor:
-        """The functions; given their gradient, which is overwritten, writes that of the points into `grad_x`."""
+    def at(self, rows: slice, *gradients: Tensor) -> Tensor:
+        """Evaluate the functions; see `Evaluator.evaluate` for gradients of the splines and of all points."""
         values = self.values[: rows.stop - rows.start]
-        splines = values[:, : self.splines]
-        if gradient is None or grad_x is None:
-            self.evaluator.evaluate(rows, splines)
-        else:
-            self.evaluator.differentiate(rows, gradient[:, : self.splines], grad_x[rows], splines)
+        self.evaluator.evaluate(self.x[rows], values[:, : self.splines], *gradients)
         if self.residual is not None:
             values[:, self.splines :] = self.residual[rows]
         return values
@@ -304,9 +288,8 @@ class _GroupProduct(torch.autograd.Function):
     def forward(ctx, grid, groups, matrix, scale, x, residual, first, second):
         ctx.save_for_backward(matrix, scale, x, residual, first, second)
         ctx.grid, ctx.groups = grid, groups
-        step = _rows_of_block(x, grid, groups.size)
-        functions, result = _Functions(x, grid, residual, step), x.new_empty(len(x), second.shape[2])
-        for rows in blocks(0, len(x), step):
+        functions, result = _Functions(x, grid, residual, groups.size), x.new_empty(len(x), second.shape[2])
+        for rows in functions.blocks:
             index = groups.index[rows.start // groups.size : rows.stop // groups.size]
             weights = _weights(matrix, scale, first.index_select(0, index), second.index_select(0, index))
             result[rows] = _of_groups(functions.at(rows), weights)
@@ -324,28 +307,27 @@ class _GroupProduct(torch.autograd.Function):
                 return [_of_groups(_plain_functions(x, grid, residual).flatten(1), weights)]
 
             return *[None] * 4, *plain_gradients(plain, inputs, needed, [gradient])
-        step = _rows_of_block(x, grid, groups.size)
-        functions, grads = _Functions(x, grid, residual, step), [torch.zeros_like(tensor) for tensor in factors]
-        with_inputs, grad_x = needed[0] or needed[1], torch.empty_like(x)
+
+        functions, grad_factors = _Functions(x, grid, residual, groups.size), [*map(torch.zeros_like, factors)]
+        grad_x = torch.empty_like(x) if needed[0] or needed[1] else None
         grad_residual = None if residual is None else torch.empty_like(residual)
-        grad_functions = workspace("gradients", x, step, functions.width) if with_inputs else None
-        for rows in blocks(0, len(x), step):
+        buffer = workspace("gradients", x, len(functions.values), functions.width)
+        for rows in functions.blocks:
             index = groups.index[rows.start // groups.size : rows.stop // groups.size]
-            chosen = [factor.index_select(0, index) for factor in factors]
-            given = gradient[rows].unflatten(0, (len(index), -1))
-            if grad_functions is None:
-                values = functions.at(rows)
-            else:
-                here = grad_functions[: rows.stop - rows.start]
-                weights = _weights(matrix, scale, *chosen).transpose(1, 2)
-                torch.bmm(given, weights, out=here.unflatten(0, (len(index), -1)))
+            first, second = (factor.index_select(0, index) for factor in factors)
+            grad_y = gradient[rows].unflatten(0, (len(index), -1))
+            gradients = ()
+            if grad_x is not None:
+                grad_functions = buffer[: rows.stop - rows.start]
+                weights = _weights(matrix, scale, first, second)
+                torch.bmm(grad_y, weights.mT, out=grad_functions.unflatten(0, (len(index), -1)))
                 if grad_residual is not None:
-                    grad_residual[rows] = here[:, functions.splines :]
-                values = functions.at(rows, here, grad_x)
-            found = torch.bmm(values.unflatten(0, (len(index), -1)).transpose(1, 2), given)  # of the weights
-            found = found if scale is None else found.mul_(scale)
-            found = torch.bmm(found, chosen[1].transpose(1, 2)), torch.bmm(chosen[0].transpose(1, 2), found)
-            for grad, part in zip(grads, found, strict=True):
-                grad.index_add_(0, index, part)
-        of_inputs = (grad_x, grad_residual) if with_inputs else (None, None)
-        return (None, None, None, None, *of_inputs, *grads)
+                    grad_residual[rows] = grad_functions[:, functions.splines :]
+                gradients = grad_functions[:, : functions.splines], grad_x[rows]
+            values = functions.at(rows, *gradients)
+            grad_weights = torch.bmm(values.unflatten(0, (len(index), -1)).mT, grad_y)
+            if scale is not None:
+                grad_weights *= scale
+            grad_factors[0].index_add_(0, index, torch.bmm(grad_weights, second.mT))
+            grad_factors[1].index_add_(0, index, torch.bmm(first.mT, grad_weights))
+        return None, None, None, None, grad_x, grad_residual if needed[1] else None, *grad_factors
