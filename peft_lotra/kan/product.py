@@ -198,9 +198,11 @@ class Evaluator:
 
     def _evaluate(self, x: Tensor, out: Tensor, gradient: Tensor | None = None, grad_x: Tensor | None = None) -> None:
         order, count = self.grid.spline_order, len(self.factors)
-        offsets, *scratch = self.scratch[:, : len(x)]
+        buffers = self.scratch[:, : len(x)].unbind()
+        offsets = buffers[0]
         self._write_offsets(x, offsets)
-        distances = scratch[:count]
+        # the slopes need the offsets afterwards
+        distances = buffers[:count] if gradient is None else buffers[1 : 1 + count]
         torch.abs(offsets, out=distances[0])
         torch.sub(self.half_width, distances[0], out=distances[0]).relu_()
         for distance, following in zip(distances, distances[1:], strict=False):
@@ -209,7 +211,7 @@ class Evaluator:
             self._write_sum(out, [integer_power(t, order, out=t) for t in distances])
             return
 
-        pairs = zip(distances, scratch[count:], strict=True)
+        pairs = zip(distances, buffers[1 + count :], strict=True)
         powers = [integer_power(t, order - 1, out=buffer) for t, buffer in pairs]
         self._write_sum(out, [t.mul_(power) for t, power in zip(distances, powers, strict=True)])
         # M_p rises up to its center, and falls from there.

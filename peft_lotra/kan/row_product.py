@@ -319,15 +319,15 @@ class _GroupProduct(torch.autograd.Function):
             gradients = ()
             if grad_x is not None:
                 grad_functions = buffer[: rows.stop - rows.start]
-                weights = _weights(matrix, scale, first, second)
-                torch.bmm(grad_y, weights.mT, out=grad_functions.unflatten(0, (len(index), -1)))
+                out = grad_functions.unflatten(0, (len(index), -1))
+                torch.bmm(grad_y, _weights(matrix, scale, first, second).mT, out=out)
                 if grad_residual is not None:
                     grad_residual[rows] = grad_functions[:, functions.splines :]
                 gradients = grad_functions[:, : functions.splines], grad_x[rows]
-            values = functions.at(rows, *gradients)
-            grad_weights = torch.bmm(values.unflatten(0, (len(index), -1)).mT, grad_y)
+            grad_weights = torch.bmm(functions.at(rows, *gradients).unflatten(0, (len(index), -1)).mT, grad_y)
             if scale is not None:
                 grad_weights *= scale
             grad_factors[0].index_add_(0, index, torch.bmm(grad_weights, second.mT))
             grad_factors[1].index_add_(0, index, torch.bmm(first.mT, grad_weights))
+            del grad_weights  # the largest tensor, whose memory the next block takes
         return None, None, None, None, grad_x, grad_residual if needed[1] else None, *grad_factors
