@@ -59,11 +59,11 @@ def check_grid(grid_size: int, spline_order: int) -> None:
 
 
 def check_input(x: object, in_features: int, layer: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Raises a `TypeError` unless `x` is a floating point tensor, a `ValueError` for another shape or dtype."""
+    """Raise a `TypeError` unless `x` is a floating point tensor, a `ValueError` for another shape or dtype."""
     name = type(layer).__name__
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        given = f"a tensor of {x.dtype}" if isinstance(x, torch.Tensor) else f"of type {type(x).__name__}"
-        raise TypeError(f"The input is {given}, but {name} takes a floating point tensor (..., {in_features}).")
+        kind = getattr(x, "dtype", type(x))
+        raise TypeError(f"The input is of {kind}, but {name} takes a floating point tensor (..., {in_features}).")
     if x.shape[-1:] != (in_features,):
         raise ValueError(
             f"The input has shape {tuple(x.shape)}, but {name} expects a last dimension of {in_features} "

@@ -24,9 +24,9 @@ from .network import KAN, LayerStack, Norm, pairs, with_norms
 from .product import spline_product
 
 
-# Share of the variance of a new layer's output that comes from its splines, and the gains of the columns of factor_in
-# and factor_basis; see `SlimKANLinear.reset_parameters`.
-SPLINE_VARIANCE_SHARE = 0.05
+# Share of the variance of a new layer's output that comes from its splines, half of that of a dense layer, and the
+# gains of the columns of factor_in and factor_basis; see `SlimKANLinear.reset_parameters`.
+SLIM_VARIANCE_SHARE = 0.05
 GAIN_IN = 0.3
 GAIN_BASIS = 0.3
 
@@ -96,7 +96,7 @@ class SlimKANLinear(SplineLayer):
 
         The factors factor_out and factor_in get orthogonal columns of norm sqrt(O) and `GAIN_IN`. The rows of
         factor_basis are normal, and scaled so that the mean square of the functions f_c is `GAIN_BASIS` squared, of
-        which the splines have the share `SPLINE_VARIANCE_SHARE`. The core, as a matrix (ro, ri rb), gets orthogonal
+        which the splines have the share `SLIM_VARIANCE_SHARE`. The core, as a matrix (ro, ri rb), gets orthogonal
         rows (or columns), and the size with which E[y^2] = v, for independent inputs that are normal with the mean and
         the variance v of the uniform law on `grid_range`. The gains set how far an optimizer's step moves each
         component; the function does not depend on them.
@@ -107,13 +107,10 @@ class SlimKANLinear(SplineLayer):
         if self.core.is_meta:
             return
         variance, of_functions = moments(self.grid_range, self.grid_size, self.spline_order)
-        size, rb = self.factor_basis.shape
-        of_splines, of_silu = of_functions.diagonal()[:-1].sum(), of_functions[-1, -1]
-        rows = torch.full(
-            (size, 1), GAIN_BASIS * math.sqrt(SPLINE_VARIANCE_SHARE / of_splines), dtype=torch.float64, device="cpu"
-        )
-        rows[-1] = GAIN_BASIS * math.sqrt((1 - SPLINE_VARIANCE_SHARE) / of_silu)
-        factor_basis = rows * torch.randn(size, rb, dtype=torch.float64, device="cpu")
+        *of_splines, of_silu = of_functions.diagonal()
+        variances = [SLIM_VARIANCE_SHARE / sum(of_splines)] * len(of_splines) + [(1 - SLIM_VARIANCE_SHARE) / of_silu]
+        noise = torch.randn(self.factor_basis.shape, dtype=torch.float64, device="cpu")
+        factor_basis = GAIN_BASIS * noise.new_tensor(variances).sqrt().unsqueeze(1) * noise
         self.factor_basis.copy_(factor_basis)
         for factor, gain in ((self.factor_out, math.sqrt(self.out_features)), (self.factor_in, GAIN_IN)):
             factor.copy_(_orthogonal(factor) * gain)
@@ -150,8 +147,7 @@ class SlimKANLinear(SplineLayer):
             z = spline_product(rows, *self.grid, expand_inputs(core, factor_in, factor_basis[:-1]))
             z = z + F.silu(rows) @ factor_in @ (core @ factor_basis[-1]).T
         else:
-            functions = torch.cat([self.basis(rows), F.silu(rows).unsqueeze(-1)], -1)
-            z = rearrange(functions, "n i k -> (n k) i") @ factor_in
+            z = rearrange(self._functions(rows), "n i k -> (n k) i") @ factor_in
             matrix = (core.flatten(0, 1) @ factor_basis.T).unflatten(0, core.shape[:2])  # (ro, ri, K + 1)
             z = rearrange(z, "(n k) r -> n (k r)", k=len(factor_basis)) @ matrix.transpose(1, 2).flatten(1).T
         y = z @ factor_out.T
@@ -159,9 +155,12 @@ class SlimKANLinear(SplineLayer):
 
     def forward_with(self, delta: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The output with a dense tensor (O, I, K + 1) added to the coefficients."""
-        basis = rearrange(self.basis(x), "... i k -> (...) (i k)")
-        y = basis @ delta[..., :-1].flatten(1).T + F.silu(rearrange(x, "... i -> (...) i")) @ delta[..., -1].T
-        return SlimKANLinear.forward(self, x) + y.view(*x.shape[:-1], self.out_features)
+        y = self._functions(x).flatten(-2) @ delta.flatten(1).T
+        return SlimKANLinear.forward(self, x) + y
+
+    def _functions(self, x: torch.Tensor) -> torch.Tensor:
+        """The basis functions and silu at x (..., I): (..., I, K + 1)."""
+        return torch.cat([self.basis(x), F.silu(x).unsqueeze(-1)], -1)
 
     def to_dense(self) -> KANLinear:
         """The `KANLinear` that computes the same, up to rounding."""
