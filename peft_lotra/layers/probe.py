@@ -27,7 +27,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..modules.calls import settled
+from ..modules.calls import call_with_parameters
 from .coefficients import CoefficientTensor
 
 
@@ -296,7 +296,8 @@ class Probe:
         return self._leading[size]
 
     def _run(self, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        y = torch.func.functional_call(_copy_of(self.layer, {}), {**values}, (x, *self.args[1:]))
+        layer = _copy_of(self.layer, {})
+        y = call_with_parameters(layer, {**values}, layer, (x, *self.args[1:]), {})
         y = y[0] if isinstance(y, (tuple, list)) and y else y
         if not isinstance(y, Tensor) or not y.is_floating_point():
             raise Undecided(f"it returns a {type(y).__name__}")
@@ -310,7 +311,7 @@ def _copy_of(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     """
     if id(module) in made:
         return made[id(module)]
-    copy = made[id(module)] = object.__new__(settled(type(module), tuple(module._parameters)))
+    copy = made[id(module)] = object.__new__(type(module))
     copy.__dict__.update(
         {n: OrderedDict() if n.endswith("_hooks") else value for n, value in vars(module).items()},
         training=False,

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dis import get_instructions
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,7 +136,7 @@ class LayerLock:
 
 
 class _Call(nn.Module):
-    """A function called as a module, so that `functional_call` can exchange the parameters of `layer` around it."""
+    """Run a function as a module, so that `functional_call` can exchange the parameters of `layer` around it."""
 
     def __init__(self, layer: nn.Module, function: Callable):
         super().__init__()
@@ -148,16 +147,15 @@ class _Call(nn.Module):
         return self.function(*args, **kwargs)
 
 
-class _Settled(nn.Module):
-    """Ignores assignments of a parameter to itself, such as `self.w = nn.Parameter(self.w.to(x.device))`.
+class _FixedParameters(dict):
+    """Parameters of a module that cannot be assigned to themselves.
 
-    They would replace the tensor of `call_with_parameters` by one without a graph.
+    `self.w = nn.Parameter(self.w.to(x.device))` in a `forward` would cut an exchanged `w` off its graph.
     """
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        now = self._parameters.get(name)
-        if now is None or not isinstance(value, torch.Tensor) or not _is_same(value, now):
-            super().__setattr__(name, value)
+    def __setitem__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, nn.Parameter) and _is_same(value, self[name])):
+            super().__setitem__(name, value)
 
 
 def _is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -167,51 +165,38 @@ def _is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
         return False
 
 
-@lru_cache(maxsize=256)
-def settled(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """The class; a subclass of `_Settled` if a method other than the constructor assigns one of these parameters."""
-    methods = [m for base in cls.__mro__[: cls.__mro__.index(nn.Module)] for m in vars(base).values()]
-    functions = [inspect.unwrap(m) for m in methods if inspect.isfunction(m) and m.__name__ != "__init__"]
-    steps = [step for function in functions if inspect.isfunction(function) for step in get_instructions(function)]
-    assigned = {step.argval for step in steps if step.opname == "STORE_ATTR"}
-    if issubclass(cls, _Settled) or assigned.isdisjoint(names):
-        return cls
-    return type(cls.__name__, (_Settled, cls), {"__module__": cls.__module__})
-
-
 @contextmanager
-def _exchangeable(owners: dict[str, nn.Module]) -> Iterator[None]:
-    """Lets parameters, by their names in the layer, be exchanged: classes that ignore assignments, no views of FSDP1.
+def _exchangeable(owners: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
+    """Make parameters, by module and name, replaceable: ignore self-assignment, and remove FSDP1's views.
 
     FSDP1 puts views of its flat parameter into `__dict__`, where they hide the parameters.
     """
-    classes = {owner: (type(owner), settled(type(owner), tuple(owner._parameters))) for owner in owners.values()}
-    places = [(vars(owner), name.rpartition(".")[2]) for name, owner in owners.items()]
-    views = [(entries, name, entries.pop(name)) for entries, name in places if name in entries]
+    before = [(vars(owner), name, owner._parameters, vars(owner).pop(name, None)) for owner, name in owners]
+    for entries, _, parameters, _ in before:
+        entries["_parameters"] = _FixedParameters(parameters)
     try:
-        for owner, (cls, new) in classes.items():
-            if new is not cls:
-                owner.__class__ = new
         yield
     finally:
-        for owner, (cls, new) in classes.items():
-            if new is not cls:
-                owner.__class__ = cls
-        for entries, name, view in views:
-            entries[name] = view
+        for entries, name, parameters, view in before:
+            entries["_parameters"] = parameters
+            if view is not None:
+                entries[name] = view
 
 
 def call_with_parameters(
     layer: nn.Module, parameters: dict[str, torch.Tensor], function: Callable, args: tuple, kwargs: dict
 ) -> Any:
-    """Calls a function while tensors replace parameters of a layer."""
+    """Call a function while tensors replace parameters of a layer."""
     if not parameters:
         return function(*args, **kwargs)
-    owners = {name: layer.get_submodule(name.rpartition(".")[0]) for name in parameters}
+    owners = []
+    for name in parameters:
+        path, _, leaf = name.rpartition(".")
+        owners.append((layer.get_submodule(path), leaf))
     module = layer
     if function is not layer:
         module, parameters = _Call(layer, function), {f"layer.{name}": value for name, value in parameters.items()}
-    has_views = any(name.rpartition(".")[2] in vars(owner) for name, owner in owners.items())
+    has_views = any(name in vars(owner) for owner, name in owners)
     with nullcontext() if is_tracing() and not has_views else _exchangeable(owners):
         return torch.func.functional_call(module, parameters, args, kwargs)
 
