@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -27,7 +28,7 @@ from ..tuner.config import LoTRAConfig
 from ..tuner.layer import LoTRALayer, check_unmerged
 from ..tuner.saving import write_updates
 from ..tuner.targets import find_targets
-from .layer import ROWS, BankLayer, BankModel, BankPass, SlimBankLayer
+from .layer import ROWS, BankLayer, BankModel, BankPass, SlimBankLayer, run_in_bank
 from .reading import Adapter, match_layers, read_adapter
 from .snapshot import BASE, Form, Snapshot, check_finite
 from .storage import read_bank, write_bank
@@ -87,7 +88,7 @@ class AdapterBank:
         self.traced_pass: BankPass | None = None  # the pass that a compiler traces
         self._lock = LayerLock()
         self._agreeing_records: list[Any] = []  # records of bases that agreed with this one
-        self._before: list[tuple[nn.Module, str, Any]] = []  # attributes of the model before it was attached to
+        self._before: list[tuple[nn.Module, str, Any]] = []  # attributes before it was attached; None: new ones
         self._left_out_of: str | None = None  # the folder or repository of which some adapters were loaded
 
     @classmethod
@@ -383,7 +384,7 @@ class AdapterBank:
             raise ValueError("The bank is attached to a model: call `detach()` first.")
         check_unmerged(network)
         targets, names = match_layers(self.record, network, "error")
-        if any(isinstance(module, BankLayer) for module in network.modules()):
+        if any("lotra_bank" in vars(module) for module in network.modules()):
             raise ValueError("The model has another bank: call its `detach()` first.")
         self._before = [(module, "training", module.training) for module in network.modules()]
         layers: dict[Any, BankLayer] = {}
@@ -391,8 +392,8 @@ class AdapterBank:
             layer, target = network.get_submodule(there), targets[there]
             cls = SlimBankLayer if isinstance(target.layer, (SlimKANLinear, SlimLayer)) else BankLayer
             if isinstance(layer, LoTRALayer):  # which stays where it is, for PEFT
-                self._before.append((layer, "__class__", type(layer)))
-                layer.__class__ = cls
+                self._before += [(layer, name, None) for name in ("forward", "lotra_bank")]
+                vars(layer)["forward"] = partial(run_in_bank, layer)
             else:
                 layers[layer] = cls(*target, own)
                 layers[layer].training = layer.training
@@ -406,7 +407,7 @@ class AdapterBank:
     def detach(self) -> None:
         """Takes the bank out of the model that it is attached to, which is as before, also in its modes."""
         for module, name, value in self._before:
-            setattr(module, name, value)
+            delattr(module, name) if value is None else setattr(module, name, value)
         self._before = []
 
     @contextmanager

@@ -45,49 +45,52 @@ def _current_pass() -> BankPass | None:
     return ROWS.get()
 
 
+def run_in_bank(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a `LoTRALayer` of a network that serves a bank: in passes of the bank, samples have its adapters."""
+    is_traced = is_tracing()
+    traced = layer.lotra_bank.traced_pass  # not None inside of a compiled `BankModel`
+    current = traced if is_traced and traced is not None else _current_pass()  # pyright: ignore[reportCallIssue]
+    if traced is not None and not is_traced and current is None:
+        raise RuntimeError("A compiled bank must be one graph: pass `fullgraph=True` to find the break.")
+    if current is None or current.bank is not layer.lotra_bank:
+        return LoTRALayer.forward(layer, *args, **kwargs)
+    groups, name = current.groups, layer.lotra_bank_name
+    if groups is None or not current.snapshot.layers[name].width():
+        return layer._run((), None, args, kwargs)
+    if not is_traced:
+        layer.check_grid()
+        if not layer._has_seen_inputs:
+            layer._warn_of_far_inputs(args[0] if args else None)
+    form, packed = current.snapshot.layers[name], current.snapshot.columns()[name]
+
+    def run(row: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+        stored = layer.lotra_tensor.get_parameter(layer._modules["base_layer"])
+        components = [component[0].to(stored) for component in form.unpack(packed[row : row + 1])]
+        return layer._call_base([Update(1.0, Tucker(*components))], args, kwargs)
+
+    read_rows = lambda: groups.of_rows().tolist()  # noqa: E731
+    find_updates = lambda: RowUpdates(packed, groups, form)  # noqa: E731
+    return run_rows(layer, groups.batch(), read_rows, current.known, find_updates, run, args, kwargs)
+
+
 class BankLayer(LoTRALayer):
-    """A KAN layer whose rows have the adapters of a bank; without rows it is its base layer."""
+    """A KAN layer whose samples have the adapters of a bank; without them it is its base layer."""
 
     lotra_bank: Any  # set by the bank, with its name of the layer
     lotra_bank_name: str
 
-    def update_layer(self, adapter_name: str, config: Any) -> None:
-        if not self.lotra_r:  # not of a PeftModel, so that PEFT would leave the base trainable
-            raise ValueError(
-                "The network serves an AdapterBank, perhaps as a copy of one. Adapt a copy made before `attach()`, or "
-                "train in the bank, by `bank.add(name, LoTRAConfig(...))` and `BankAdamW`."
-            )
-        super().update_layer(adapter_name, config)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        is_traced = is_tracing()
-        traced = self.lotra_bank.traced_pass  # not None inside of a compiled `BankModel`
-        current = traced if is_traced and traced is not None else _current_pass()  # pyright: ignore[reportCallIssue]
-        if traced is not None and not is_traced and current is None:
-            raise RuntimeError("A compiled bank must be one graph: pass `fullgraph=True` to find the break.")
-        if current is None or current.bank is not self.lotra_bank:
-            return super().forward(*args, **kwargs)
-        groups, name = current.groups, self.lotra_bank_name
-        if groups is None or not current.snapshot.layers[name].width():
-            return self._run((), None, args, kwargs)
-        if not is_traced:
-            self.check_grid()
-            if not self._has_seen_inputs:
-                self._warn_of_far_inputs(args[0] if args else None)
-        form, packed = current.snapshot.layers[name], current.snapshot.columns()[name]
+        return run_in_bank(self, *args, **kwargs)
 
-        def run(row: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-            stored = self.lotra_tensor.get_parameter(self._modules["base_layer"])
-            components = [component[0].to(stored) for component in form.unpack(packed[row : row + 1])]
-            return self._call_base([Update(1.0, Tucker(*components))], args, kwargs)
-
-        read_rows = lambda: groups.of_rows().tolist()  # noqa: E731
-        find_updates = lambda: RowUpdates(packed, groups, form)  # noqa: E731
-        return run_rows(self, groups.batch(), read_rows, current.known, find_updates, run, args, kwargs)
+    def update_layer(self, adapter_name: str, config: Any) -> None:  # PEFT would leave the base trainable
+        raise ValueError(
+            "The network serves an AdapterBank, perhaps as a copy of one. Adapt a copy made before `attach()`, or "
+            "train in the bank, by `bank.add(name, LoTRAConfig(...))` and `BankAdamW`."
+        )
 
 
 class SlimBankLayer(BankLayer, SlimLoTRALayer):
-    """The same of a Slim layer."""
+    """A Slim layer whose samples have the adapters of a bank."""
 
 
 class BankModel(nn.Module):
