@@ -14,9 +14,8 @@ from torch.utils._pytree import tree_leaves
 from ..kan.row_product import RowGroups, RowUpdates
 from ..modules.calls import is_tracing
 from ..tucker import Tucker, Update
-from ..tuner.by_row import run_rows
+from ..tuner.by_row import MixedBatch, PassVariable, check_batch, run_mixed_batch
 from ..tuner.layer import LoTRALayer
-from ..tuner.rows import PassVariable, check_batch
 from ..tuner.slim import SlimLoTRALayer
 from .snapshot import NO_ROW, Snapshot
 
@@ -28,13 +27,13 @@ class BankPass(NamedTuple):
         bank: The bank, an object of any type, whose layers they are for.
         snapshot: The adapters of the bank when the pass began; its matrix may hold those of the batch alone.
         groups: The samples of the batch, by the rows of this matrix; None in a pass of the base.
-        known: See `ForwardPass`.
+        row_counts: See `ForwardPass`.
     """
 
     bank: Any
     snapshot: Snapshot
     groups: RowGroups | None
-    known: set[int]
+    row_counts: set[int]
 
 
 ROWS = PassVariable("lotra_bank_rows")  # a `BankPass`
@@ -70,7 +69,8 @@ def run_in_bank(layer: Any, *args: Any, **kwargs: Any) -> Any:
 
     read_rows = lambda: groups.of_rows().tolist()  # noqa: E731
     find_updates = lambda: RowUpdates(packed, groups, form)  # noqa: E731
-    return run_rows(layer, groups.batch(), read_rows, current.known, find_updates, run, args, kwargs)
+    batch = MixedBatch(groups.batch(), current.row_counts, read_rows, find_updates, run)
+    return run_mixed_batch(layer, batch, args, kwargs)
 
 
 class BankLayer(LoTRALayer):

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..kan.row_product import PackedTucker
 from ..modules.checks import list_first
 from ..tucker import Tucker, Update
-from ..tuner.rows import check_names
+from ..tuner.by_row import check_names
 
 
 BASE = "__base__"

@@ -23,7 +23,7 @@ from ..hub.base_code import hub_id
 from ..kan.row_product import PackedTucker
 from ..modules.checks import list_first
 from ..modules.folders import naming_damage
-from ..tuner.rows import check_names
+from ..tuner.by_row import check_names
 from .reading import match_layers
 from .snapshot import BASE, Form, Snapshot, bytes_of, check_finite
 

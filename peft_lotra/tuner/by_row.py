@@ -1,71 +1,251 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The output of an adapted layer for rows that have different adapters: its base once, the updates gathered."""
+"""Samples with different adapters: what a forward pass carries to all layers, and the output of a layer for them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils._pytree import tree_leaves
 
 from ..kan.basis import UniformGrid
 from ..kan.formula import LayerFormula
 from ..kan.row_product import PackedTucker, RowGroups, RowProduct, RowUpdates, group_rows
 from ..kan.slim_kan import SlimKANLinear
 from ..modules.calls import is_tracing, runs_more_than_its_class
-from ..tucker import full_shape
-from .rows import ForwardPass, rows_of_each, run_by_name
+from ..tucker import Tucker, full_shape
+
+
+Replaced = dict[tuple[int, str], Tucker]  # the former components, by the id of a layer and adapter
+
+# the number of the backward pass that calls; -1 outside of one
+_backward_pass = torch._C._current_graph_task_id
+
+
+# --- what a forward pass carries to all layers ---
+
+
+class ForwardPass(NamedTuple):
+    """What a forward pass carries to all layers.
+
+    Attributes:
+        names: The adapter of each sample; None if all samples have the active ones.
+        replaced: The components that a hotswap has replaced meanwhile.
+        row_counts: The numbers of rows of layers that see several rows per sample, in the order of the samples.
+    """
+
+    names: tuple[str, ...] | None
+    replaced: Replaced
+    row_counts: set[int]
+
+
+class PassVariable:
+    """A value that a forward pass carries to all layers, in each thread its own.
+
+    Gradient checkpointing runs layers again during the backward pass. They get the value by `keep`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.now: ContextVar[Any] = ContextVar(name, default=None)
+        self._again: ContextVar[tuple[int, Any]] = ContextVar(f"{name}_again", default=(-1, None))
+
+    def get(self) -> Any:
+        """Return the value; None outside of a pass."""
+        value = self.now.get()
+        if value is not None:
+            return value
+        backward_pass, value = self._again.get()
+        return value if backward_pass == _backward_pass() else None
+
+    @contextmanager
+    def set(self, value: Any) -> Iterator[None]:
+        token = self.now.set(value)
+        try:
+            yield
+        finally:
+            self.now.reset(token)
+
+    def keep(self, outputs: Any) -> None:
+        """Keep the value for the backward pass from these outputs, a tensor or a structure of tensors."""
+        tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        value = self.now.get()
+
+        def set_again(gradient: Tensor) -> None:
+            self._again.set((_backward_pass(), value))
+
+        if tensors:
+            register_multi_grad_hook(tensors, set_again, mode="any")
+
+
+FORWARD_PASS = PassVariable("lotra_forward_pass")  # a `ForwardPass`, set by `LoTRAModel`
+
+
+def check_names(names: Any) -> tuple[str, ...]:
+    """Return the names of the adapters of samples; a ValueError for what is no list of strings."""
+    values = None if isinstance(names, (str, bytes)) or not isinstance(names, Iterable) else tuple(names)
+    if values is None or not all(issubclass(kind, str) for kind in set(map(type, values))):
+        raise ValueError(
+            '`adapter_names` must be a list with the name of an adapter for each row, such as `["default"] * len(x)`, '
+            f'or "__base__" for none, got {names!r:.100}.'
+        )
+    return values
+
+
+def check_batch(count: int, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raise a ValueError unless the inputs of a model have `count` rows, one for each adapter that is named.
+
+    An input has the rows in its first dimension, or in the second of three, as recurrent networks do; there one
+    adapter would also fit a single channel. Vectors count only where there is nothing else.
+    """
+    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor) and value.dim()]
+    tensors = [tensor for tensor in tensors if tensor.dim() > 1] or tensors
+    sizes = [tensor.shape[0] for tensor in tensors]
+    sizes += [tensor.shape[1] for tensor in tensors if tensor.dim() == 3 and count != 1]
+    if tensors and count not in sizes:
+        raise ValueError(
+            f"Length of `adapter_names` should be the same as the number of inputs, but got {count} and {sizes[0]} "
+            "respectively. Pass an adapter for each row, such as `[name] * len(x)`."
+        )
+
+
+def pass_names(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Pass the names to a wrapper of PEFT's `modules_to_save`, as a forward pre-hook."""
+    current = None if is_tracing() else FORWARD_PASS.get()
+    if current is not None and current.names is not None:
+        copies: Any = module.modules_to_save  # an adapter without a copy has the base's module
+        kwargs = {**kwargs, "adapter_names": [name if name in copies else "__base__" for name in current.names]}
+    return args, kwargs
+
+
+# --- the output of a layer ---
+
+
+class MixedBatch(NamedTuple):
+    """Samples with different adapters, at a layer.
+
+    Attributes:
+        size: The number of samples.
+        row_counts: See `ForwardPass`.
+        read_adapters: Returns the adapter of each sample, by any key.
+        find_updates: Returns the updates of the samples; None if all have the same, or none.
+        run: `run(adapter, args, kwargs)` evaluates the layer for samples of one adapter.
+    """
+
+    size: int
+    row_counts: set[int]
+    read_adapters: Callable[[], Sequence[Any]]
+    find_updates: Callable[[], RowUpdates | None]
+    run: Callable[[Any, tuple, dict], Any]
 
 
 def run_named_rows(
     layer: Any, names: Sequence[str], current: ForwardPass | None, args: tuple, kwargs: dict[str, Any]
 ) -> Any:
     """Evaluate a `LoTRALayer` for samples with adapters of these names."""
-    known = set() if current is None else current.known
+    row_counts = set() if current is None else current.row_counts
     find_updates = partial(_updates_by_name, layer, names, current)
     run = lambda name, args, kwargs: layer._run([name], current, args, kwargs)  # noqa: E731
-    return run_rows(layer, len(names), lambda: names, known, find_updates, run, args, kwargs)
+    return run_mixed_batch(layer, MixedBatch(len(names), row_counts, lambda: names, find_updates, run), args, kwargs)
 
 
-def run_rows(
-    layer: Any,
-    batch: int,
-    read_adapters: Callable[[], Sequence[Any]],
-    known: set[int],
-    find_updates: Callable[[], RowUpdates | None],
-    run: Callable[[Any, tuple, dict], Any],
-    args: tuple,
-    kwargs: dict[str, Any],
-) -> Any:
-    """Evaluate a `LoTRALayer` for samples with different adapters: all at once, or those of each adapter in turn.
-
-    Args:
-        layer: The layer.
-        batch: The number of samples.
-        read_adapters: Returns the adapter of each sample, by any key.
-        known: See `ForwardPass`.
-        find_updates: Returns the updates of the samples; None if all have the same, or none.
-        run: `run(adapter, args, kwargs)` evaluates the layer for samples of one adapter.
-        args, kwargs: The arguments of the layer.
-    """
-    times = rows_of_each(batch, read_adapters, layer.lotra_name, known, args, kwargs)
+def run_mixed_batch(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Evaluate a `LoTRALayer`: all samples at once, or the samples of each adapter in turn."""
+    rows_per_sample = _count_rows(layer.lotra_name, batch, args, kwargs)
     run_together = find_row_evaluation(layer, args, kwargs)
-    updates = None if run_together is None else find_updates()
+    updates = None if run_together is None else batch.find_updates()
     if run_together is not None and updates is not None:
         return run_together(updates)
-    if not batch:
+    if not batch.size:
         return layer._run((), None, args, kwargs)
     if is_tracing():
         raise RuntimeError(
             f"`{layer.lotra_name}` ({layer.lotra_spec.family}) runs once for each adapter, which a graph cannot do. "
             "Give its kind `basis` in `register_kan_layer`, or call the model that is not compiled."
         )
-    adapters = [adapter for adapter in read_adapters() for _ in range(times)]
-    return run_by_name(adapters, run, args, kwargs)
+    adapters = [adapter for adapter in batch.read_adapters() for _ in range(rows_per_sample)]
+    return _run_by_adapter(adapters, batch.run, args, kwargs)
+
+
+def _count_rows(layer: str, batch: MixedBatch, args: tuple, kwargs: dict[str, Any]) -> int:
+    """Return how many rows a layer sees per sample. The first dimension of its input must be the batch.
+
+    Several rows are in the order of the samples in a view of a contiguous tensor (batch, ..., in). The layers after
+    one that gets such a view may see as many.
+
+    Raises:
+        ValueError: The number of rows is another, and their order unclear; or the input is transposed, and its first
+            two sizes are equal.
+    """
+    x = args[0] if args else next(iter(kwargs.values()))
+    if is_tracing() or not isinstance(x, Tensor) or x.dim() == 0 or batch.size == len(x) == 0:
+        return 1
+    if len(x) == batch.size:
+        is_square = x.dim() > 2 and x.shape[0] == x.shape[1]
+        if is_square and 0 < x.stride(0) < x.stride(1) and len(set(batch.read_adapters())) > 1:
+            raise ValueError(
+                f"The inputs of `{layer}` are a transposed tensor {tuple(x.shape)}: its rows may be in either order. "
+                "Pass `x.contiguous()` if the first dimension is that of the batch, else transpose it back."
+            )
+        return 1
+    rows_per_sample, rest = divmod(len(x), max(batch.size, 1))
+    if len(x) in batch.row_counts:
+        return rows_per_sample
+    whole = x._base  # perhaps of more rows than the batch has
+    is_view = (
+        whole is not None
+        and whole.dim() > 2
+        and x.numel() == batch.size * whole[0].numel()
+        and x.is_contiguous()
+        and whole.is_contiguous()
+    )
+    if rest or not (is_view or len(set(batch.read_adapters())) == 1):
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{batch.size} and {len(x)} respectively, in `{layer}`. Let it have inputs (batch, ..., in), or call "
+            "the model for the rows of each adapter."
+        )
+    batch.row_counts.add(len(x))
+    return rows_per_sample
+
+
+def _run_by_adapter(adapters: Sequence[Any], run: Callable[[Any, tuple, dict], Any], args: tuple, kwargs: dict) -> Any:
+    """Evaluate the rows of each adapter in turn, and return the outputs in the order of the batch."""
+    rows: dict[Any, list[int]] = {}
+    for row, adapter in enumerate(adapters):
+        rows.setdefault(adapter, []).append(row)
+    if len(rows) == 1:
+        return run(adapters[0], args, kwargs)
+
+    def pick(value: Any, index: Tensor) -> Any:
+        is_batch = isinstance(value, Tensor) and value.dim() and len(value) == len(adapters)
+        return value[index.to(value.device)] if is_batch else value
+
+    results = []
+    order = []
+    for adapter, indices in rows.items():
+        index = torch.tensor(indices, device="cpu")
+        picked = {key: pick(value, index) for key, value in kwargs.items()}
+        results.append(run(adapter, tuple(pick(value, index) for value in args), picked))
+        order += indices
+    return _join(results, torch.tensor(order, device="cpu").argsort())
+
+
+def _join(results: Sequence[Any], order: Tensor) -> Any:
+    """Join results, or each of their entries (pykan returns four), and put the rows in order."""
+    if isinstance(results[0], tuple):
+        return tuple(_join(entries, order) for entries in zip(*results, strict=True))
+    joined = torch.cat(list(results))
+    per_row = len(joined) // len(order)  # several where a layer flattens the leading dimensions (ChebyKAN)
+    rows = joined.unflatten(0, (len(order), per_row))[order.to(joined.device)]
+    return rows.flatten(0, 1)
 
 
 def find_row_evaluation(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Callable[[RowUpdates], Tensor] | None:

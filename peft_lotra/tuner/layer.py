@@ -29,11 +29,10 @@ from ..modules.calls import (
     without_autocast,
 )
 from ..tucker import COMPONENTS, Tucker, Update
-from .by_row import run_named_rows
+from .by_row import FORWARD_PASS, ForwardPass, run_named_rows
 from .config import LoTRAConfig
 from .initialization import GRADIENTS, initialize
 from .parameters import check_stored, gradients_kept, loaded, refuse_grid_change
-from .rows import FORWARD_PASS, ForwardPass
 
 
 class Target(NamedTuple):

@@ -18,12 +18,12 @@ from ..layers.registry import short_name
 from ..layers.slim import SlimLayer
 from ..modules.calls import PREFIX, freeze_norms, is_compiled, is_tracing, places, read_at_rest, set_mode
 from .base_record import check_base, record_layer
+from .by_row import FORWARD_PASS, ForwardPass, Replaced, check_batch, check_names, pass_names
 from .config import LoTRAConfig, pattern_key
 from .guards import base_layers_in_place, guard_network, release_networks
 from .initialization import GRADIENTS
 from .layer import LoTRALayer, further_names, lotra_layers
 from .parameters import gradients_kept
-from .rows import FORWARD_PASS, ForwardPass, Replaced, check_batch, check_names, pass_names
 from .saving import (
     check_complete,
     check_state_dict,
