@@ -209,6 +209,26 @@ def attribute_by(call: Callable, layer: nn.Module, name: str, computed: Collecti
     return partial(call, value) if inspect.ismethod(value) and value.__self__ is layer else value
 
 
+@contextmanager
+def loaded(layer: nn.Module) -> Iterator[None]:
+    """Bring parameters that accelerate has offloaded to their device, and keep its hooks from doing it again."""
+    hooked = [module for module in layer.modules() if "_hf_hook" in vars(module) and module is not layer]
+    if not hooked:
+        yield
+        return
+    forwards = {}
+    try:
+        for module in hooked:
+            module._hf_hook.pre_forward(module)  # pyright: ignore
+            if "forward" in vars(module):
+                forwards[module] = vars(module).pop("forward")
+        yield
+    finally:
+        for module in hooked:
+            vars(module).update({"forward": forwards[module]} if module in forwards else {})
+            module._hf_hook.post_forward(module, torch.tensor([], device="cpu"))  # pyright: ignore
+
+
 def runs_more_than_its_class(layer: nn.Module) -> bool:
     """Return whether a layer has hooks or a `forward` of its own, or one of its children has.
 

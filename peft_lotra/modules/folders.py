@@ -22,11 +22,7 @@ except ImportError:  # Windows
 
 # inside of the folder, so on the same disk; huggingface_hub never uploads what lies in .cache/huggingface
 _PLACE = os.path.join(".cache", "huggingface", "peft_lotra")
-
-
-def stage_of(folder: str) -> str:
-    """Return where the files of `folder` are written before they are moved."""
-    return os.path.join(folder, _PLACE, "files")
+STAGE = os.path.join(_PLACE, "files")  # where files are before they are moved
 
 
 @contextmanager
@@ -52,7 +48,7 @@ def replacing_files(folder: str | os.PathLike, *copied: str) -> Iterator[str]:
 
     try:
         with _locked(folder):
-            stage, draft = stage_of(folder), os.path.join(folder, _PLACE, "draft")
+            stage, draft = os.path.join(folder, STAGE), os.path.join(folder, _PLACE, "draft")
             # leftovers of a killed save, since a living one would hold the lock
             if not _is_outdated(stage, folder):
                 _move_files(stage, folder)

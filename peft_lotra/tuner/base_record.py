@@ -17,8 +17,7 @@ from ..layers.registry import describe
 from .layer import LoTRALayer, Target, lotra_layers
 
 
-_PROJECTIONS = 8
-_ROW_LENGTH = 2048  # the sign of a value is that of its column of so many, times that of its row
+_ROW_LENGTH = 2048
 # What a base that is cast, or computed anew, may differ by, as a share of its norm.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
@@ -58,29 +57,26 @@ def _sketches(target: Target, before_merge: Mapping[str, torch.Tensor]) -> dict[
 
 @torch.no_grad()
 def sketch(values: Mapping[str, Any]) -> list[float]:
-    """The norm of all numbers and eight random projections of them: close values have close sketches."""
-    square_sum, sums = 0.0, torch.zeros(_PROJECTIONS, dtype=torch.float64, device="cpu")
+    """Return the norm of all numbers and eight projections of them: close values have close sketches."""
+    square_sum, sums = 0.0, torch.zeros(8, dtype=torch.float64, device="cpu")
     for place, (_, value) in enumerate(sorted(values.items())):
         flat = torch.as_tensor(value, device="cpu").detach().flatten().cpu()
         flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
         square_sum += flat.norm().item() ** 2
-        missing = -len(flat) % _ROW_LENGTH
-        rows = (torch.nn.functional.pad(flat, (0, missing)) if missing else flat).view(-1, _ROW_LENGTH)
+        rows = torch.nn.functional.pad(flat, (0, -len(flat) % _ROW_LENGTH)).view(-1, _ROW_LENGTH)
         with torch.autocast("cpu", enabled=False):
-            projected = (rows @ _signs(0, _ROW_LENGTH).to(rows.dtype)).double()
-        # 4,096 rows of signs for each tensor, so that exchanged tensors differ
-        sums += (projected * _signs(place * 4096, place * 4096 + len(rows))).sum(0)
+            projected = (rows @ _waves(0, _ROW_LENGTH).to(rows.dtype)).double()
+        # 4,096 rows of waves for each tensor, so that exchanged tensors differ
+        sums += (projected * _waves(place * 4096, place * 4096 + len(rows))).sum(0)
     return [square_sum**0.5, *sums.tolist()]
 
 
 @lru_cache(maxsize=64)
-def _signs(start: int, end: int) -> torch.Tensor:
-    """Signs (end - start, _PROJECTIONS) that look random and are the same everywhere."""
-    rows, columns = (torch.arange(*ends, device="cpu") for ends in ((start, end), (_PROJECTIONS,)))
-    mixed = (rows.unsqueeze(1) * 2654435761 + columns * 2246822519 + 374761393) & 0xFFFFFFFF
-    for factor in (2246822519, 3266489917):  # primes of xxHash32, as those above
-        mixed = ((mixed ^ (mixed >> 15)) * factor) & 0xFFFFFFFF
-    return (((mixed >> 16) & 1) * 2 - 1).double()
+def _waves(start: int, end: int) -> torch.Tensor:
+    """Return cosines (end - start, 8) that look random: their frequencies rise with the place."""
+    squares = torch.arange(start, end, dtype=torch.float64, device="cpu").square()
+    frequencies = torch.tensor([2.0, 3.0, 5.0, 7.0, 11.0, 13.0, 17.0, 19.0], device="cpu").double().sqrt()
+    return 2**0.5 * torch.cos(squares.outer(frequencies))
 
 
 def check_base(
@@ -106,10 +102,11 @@ def check_base(
     before_merge = {name: layer.before_merge for name, layer in lotra_layers(model)}
     for (name, target), record in zip(targets.items(), recorded, strict=True):
         family, shape = record["family"], tuple(record["shape"])
-        expected = f"it was saved with a {family} layer {shape} at `{name}`"
         if family != target.spec.family or (shape != tuple(target.tensor.shape) and not allows_other_shapes):
-            here = f"a {target.spec.family} layer {tuple(target.tensor.shape)}"
-            raise ValueError(f"The adapter is for another base: {expected}, and this model has {here}.")
+            raise ValueError(
+                f"The adapter is for another base: it was saved with a {family} layer {shape} at `{name}`, and this "
+                f"model has a {target.spec.family} layer {tuple(target.tensor.shape)}."
+            )
         sketches = {} if choice == "ignore" else _sketches(target, before_merge.get(name, {}))
         dtype = target.tensor.get_parameter(target.layer).dtype
         for what, now in sketches.items():
@@ -118,15 +115,9 @@ def check_base(
                 before, limit = record[what], 4 * max(now[0], 1e-12) * _ROUNDING.get(dtype, 2e-2)
                 if len(before) != len(now) or any(abs(a - b) > limit for a, b in zip(before, now, strict=True)):
                     differ[what].append(name)
-    for what, consequence in (
-        ("grid", "coefficients mean other functions"),
-        ("parameters", "update is added to others"),
-    ):
-        if differ[what]:
-            message = (
-                f"The {what} of {', '.join(differ[what])} in this base are not those that the adapter was saved with: "
-                f"its {consequence}."
-            )
+    for what, names in differ.items():
+        if names:
+            message = f"The {what} of {', '.join(names)} differ from the base that this adapter was trained on"
             if choice == "error" or (choice is None and what == "grid"):
-                raise ValueError(f'{message} Load the base that it was trained on, or pass `check_base="ignore"`.')
-            warnings.warn(f'{message} `check_base="error"` refuses such a base, `"ignore"` is silent.', stacklevel=2)
+                raise ValueError(f'{message}. Load that base, or pass `check_base="ignore"`.')
+            warnings.warn(f'{message}. `check_base="error"` refuses such a base, `"ignore"` is silent.', stacklevel=2)

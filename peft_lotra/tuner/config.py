@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -18,12 +18,11 @@ from peft.utils.other import get_pattern_key
 from ..hub.card import write_card
 from ..layers.coefficients import CoefficientTensor
 from ..modules.checks import check_number
-from ..modules.folders import stage_of
+from ..modules.folders import STAGE
 from ..tucker import Ranks, Tucker, cap_ranks, check_ranks, default_ranks, full_shape
 
 
 ALL_KAN = "all-kan"
-CHECK_BASE = ("error", "warn", "ignore")
 _FINITE = "(-inf, inf)"
 _FORMAT = 1  # of the files; a version that changes what they mean counts it up
 
@@ -41,12 +40,8 @@ _NAMES_IN_LORA = {
 }
 
 
-def _listed(value: Any) -> list:
-    return list(value) if isinstance(value, (list, tuple, set)) else [value]
-
-
-def _are_names(value: Any) -> bool:
-    return all(type(name) is str for name in _listed(value))
+# What a wrong value would be ignored or misread as.
+_CHOICES = {"init_weights": (True, False, "gradient", "hosvd"), "check_base": (None, "error", "warn", "ignore")}
 
 
 def _is_record(value: Any) -> bool:
@@ -55,28 +50,6 @@ def _is_record(value: Any) -> bool:
         return False
     lists = (value.get("shape"), value.get("grid", []), value.get("parameters", []))
     return all(isinstance(sizes, list) and {float, int}.issuperset(map(type, sizes)) for sizes in lists)
-
-
-# The values of fields that PEFT and torch would ignore, or refuse without their name. None is the default of these.
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (lambda value: isinstance(value, dict), "a dict by name")),
-    **dict.fromkeys(
-        ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"),
-        (_are_names, "a string or a list of strings"),
-    ),
-    "layers_to_transform": (
-        lambda value: all(type(index) is int for index in _listed(value)),
-        "an index or a list of indices",
-    ),
-    "train": (lambda value: bool(value) and set(_listed(value)) <= set(Tucker._fields), f"some of {Tucker._fields}"),
-    "check_base": (lambda value: value in CHECK_BASE, f"None or one of {CHECK_BASE}"),
-    "base_layers": (
-        lambda value: isinstance(value, dict) and all(map(_is_record, value.values())),
-        "a dict of dicts with a `family` and a `shape`",
-    ),
-}
-# of those that are not None by default
-_CHOICES = {"adapt_residual": (True, False), "init_weights": (True, False, "gradient", "hosvd")}
 
 
 class Source(NamedTuple):
@@ -207,7 +180,13 @@ class LoTRAConfig(PeftConfig):
                 f"`lotra_format` is {self.lotra_format!r:.100}, and this version of peft-lotra reads {_FORMAT}. The "
                 "file was written by a newer version: upgrade peft-lotra."
             )
-        self._check_values()
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r:.200}.")
+        records = {} if self.base_layers is None else self.base_layers
+        if not isinstance(records, dict) or not all(map(_is_record, records.values())):
+            raise ValueError(f"`base_layers` must be a dict of dicts with a `family` and a `shape`: {records!r:.200}.")
+        self._check_targets()
         self.r = None if self.r is None else check_ranks(self.r)
         self.rank_pattern = {key: check_ranks(r, "rank_pattern") for key, r in (self.rank_pattern or {}).items()}
         # as floats: numpy's have no JSON
@@ -223,7 +202,10 @@ class LoTRAConfig(PeftConfig):
         if isinstance(self.modules_to_save, str):
             self.modules_to_save = [self.modules_to_save]
         if self.train is not None:
-            self.train = [name for name in Tucker._fields if name in _listed(self.train)]
+            trained = {self.train} if isinstance(self.train, str) else set(self.train)
+            if not trained or not trained <= set(Tucker._fields):
+                raise ValueError(f"`train` must have some of {Tucker._fields}, got {self.train!r:.200}.")
+            self.train = [name for name in Tucker._fields if name in trained]
         # No fields, so neither saved nor compared. PEFT writes the names that it finds into `target_modules`, and the
         # object may serve another model.
         self.targets_all_kan = self.target_modules in (None, ALL_KAN)
@@ -239,15 +221,8 @@ class LoTRAConfig(PeftConfig):
         """Whether a file records the layers, and holds the components."""
         return self.base_layers is not None
 
-    def _check_values(self) -> None:
-        """Raises a ValueError for the first field whose value cannot be used."""
-        for name, (is_right, expected) in _RULES.items():
-            value = getattr(self, name)
-            if value is not None and not is_right(value):
-                raise ValueError(f"`{name}` must be {expected}, got {value!r:.200}.")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r:.200}.")
+    def _check_targets(self) -> None:
+        """Raise a ValueError for indices of layers that PEFT would ignore."""
         if isinstance(self.target_modules, str) and self.target_modules != ALL_KAN:
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -319,7 +294,7 @@ def _find_staged_config(folder: str) -> str | None:
     """Return where a save was killed after it had moved the tensors to `folder`, and left their configuration."""
     weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
     parent, name = os.path.split(os.path.abspath(folder))
-    for stage in (stage_of(folder), os.path.join(stage_of(parent), name)):
+    for stage in (os.path.join(folder, STAGE), os.path.join(parent, STAGE, name)):
         config = os.path.join(stage, CONFIG_NAME)
         are_moved = os.path.isfile(config) and not os.path.exists(os.path.join(stage, SAFETENSORS_WEIGHTS_NAME))
         if are_moved and os.path.isfile(weights):

@@ -20,8 +20,7 @@ from torch import nn
 
 from ..layers.registry import KANLayerSpec
 from ..modules.calls import places
-from .layer import LoTRALayer, lotra_layers
-from .parameters import refuse_grid_change
+from .layer import LoTRALayer, lotra_layers, refuse_grid_change
 
 
 def guard_network(model: nn.Module, layer_name: str, spec: KANLayerSpec) -> None:

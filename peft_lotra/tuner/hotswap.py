@@ -13,14 +13,14 @@ from peft import PeftModel
 from torch import nn
 from torch.nn.functional import pad
 
-from ..layers.registry import short_name
 from ..modules.calls import PREFIX, unwrap
-from ..modules.checks import check_path
+from ..modules.checks import check_count, check_path
 from ..tucker import Tucker, cap_ranks
 from .config import LoTRAConfig, pattern_key
 from .layer import LoTRALayer, lotra_layers
 from .model import LoTRAModel, read_checked
 from .targets import find_targets
+from .weighted import check_known
 
 
 @torch.inference_mode(False)  # or the new parameters could not be trained, and compiled code would be compiled anew
@@ -68,29 +68,27 @@ def hotswap_adapter(
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, LoTRAModel):
         raise ValueError(f"`model` is a {type(model).__name__}, but must be a PeftModel with a LoTRA adapter.")
     tuner = model.base_model
-    if adapter_name not in tuner.peft_config:
-        raise ValueError(f"There is no adapter {adapter_name!r} to replace, the model has {list(tuner.peft_config)}.")
-    if target_rank is not None and (not isinstance(target_rank, int) or target_rank < 1):
-        raise ValueError(f"`target_rank` must be a positive int, got {target_rank!r:.100}.")
+    check_known([adapter_name], tuner.peft_config)
+    if target_rank is not None:
+        target_rank = check_count(target_rank, "target_rank")
     old = tuner.peft_config[adapter_name]
     new = LoTRAConfig.from_pretrained(str(model_name_or_path), **kwargs)
     if not isinstance(new, LoTRAConfig):
-        kind = getattr(new.peft_type, "value", new.peft_type)
-        raise ValueError(f"The adapter at {model_name_or_path} is of the type {kind}, not LOTRA.")
-    layers = dict(lotra_layers(unwrap(model), adapter_name))
+        raise ValueError(f"The adapter at {model_name_or_path} is of the type {new.peft_type}, not LOTRA.")
+    base = unwrap(model)
+    layers = dict(lotra_layers(base, adapter_name))
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"The adapter {adapter_name!r} is merged: call `model.unmerge_adapter()` first.")
-    targets = find_targets(new, unwrap(model)) if new.base_layers else {}
+    targets = find_targets(new, base) if new.base_layers else {}
     if set(targets) != set(layers) or set(new.modules_to_save or ()) != set(old.modules_to_save or ()):
         raise ValueError(
             f"The new adapter has the layers {list(targets)} and saves {new.modules_to_save}, the other "
             f"{list(layers)} and {old.modules_to_save}. Load it beside the other: `model.load_adapter(...)`."
         )
-    tensors = read_checked(new, unwrap(model), targets)
+    tensors = read_checked(new, base, targets)
     swapped = {
         name: _components(tensors, name, layer, adapter_name, new, target_rank) for name, layer in layers.items()
     }
-    saved = {key: value for key, value in tensors.items() if ".lotra_" not in key}
 
     # Passes that have begun hold this dict (`ForwardPass.replaced`). A layer reads the components first, the dict
     # second, and so has the former ones throughout; later passes get the new dict below.
@@ -100,10 +98,10 @@ def hotswap_adapter(
             former = layer._modules[component][adapter_name]
             layer._modules[component][adapter_name] = nn.Parameter(part, requires_grad=former.requires_grad)
         layer.lotra_r[adapter_name] = tuple(swapped[name][0].shape)
-    for key, value in saved.items():
-        place, _, leaf = short_name(key).rpartition(".")
-        own = model.state_dict(keep_vars=True)[f"{PREFIX}{place}.modules_to_save.{adapter_name}.{leaf}"]
-        own.data.copy_(value)
+    for key, value in tensors.items():
+        if ".lotra_" not in key:
+            module, _, leaf = key.rpartition(".")  # the state dict shares the memory of the parameters
+            model.state_dict()[f"{module}.modules_to_save.{adapter_name}.{leaf}"].copy_(value)
     tuner.replaced = {}
     if target_rank is not None:  # or a file that is saved later would have other ranks than its tensors
         ranks = {pattern_key(name): layer.lotra_r[adapter_name] for name, layer in layers.items()}

@@ -14,6 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..kan.basis import in_transform
 from ..layers.coefficients import CoefficientTensor
@@ -25,6 +26,7 @@ from ..modules.calls import (
     call_with_parameters,
     freeze_norms,
     is_tracing,
+    loaded,
     places,
     without_autocast,
 )
@@ -32,7 +34,6 @@ from ..tucker import COMPONENTS, Tucker, Update
 from .by_row import FORWARD_PASS, ForwardPass, run_named_rows
 from .config import LoTRAConfig
 from .initialization import GRADIENTS, initialize
-from .parameters import check_stored, gradients_kept, loaded, refuse_grid_change
 
 
 class Target(NamedTuple):
@@ -80,6 +81,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, name: str) -> None:
         super().__init__()
+        self._modules["base_layer"] = base_layer
         # past `__setattr__`, which passes on what the base layer has
         vars(self).update(
             {entry: {} for entry in self.other_param_names},
@@ -96,15 +98,12 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             _active_adapter=[],
             _lock=LayerLock(),
             before_merge={},
-            _formulas={},
             _base_type=type(base_layer),
-            _grid_state=None,
             _has_seen_inputs=False,
         )
         for component in self.adapter_layer_names:
-            self._modules[component] = nn.ParameterDict({})
-        self._modules["base_layer"] = base_layer
-        self.lotra_grid = self.copy_grid()
+            self._modules[component] = nn.ParameterDict()
+        self.accept_grid()
         tensor.read_parts(base_layer)  # computes cached properties, which a compiler cannot
         self._find_formula(tensor.get_parameter(base_layer), is_new=True)
 
@@ -126,18 +125,23 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             self.frozen_peft_weight_names[adapter_name] = tuple(f"lotra_{name}" for name in frozen)
         # values of a file replace those drawn here
         start = bool(config.init_weights) if config.is_from_file else config.init_weights
+        source = None
         if start == "hosvd":
             source = self._coefficients_before_merge()
-        else:
-            source = GRADIENTS.get(self.get_base_layer()) if start == "gradient" else None
+        elif start == "gradient":
+            source = GRADIENTS.get(self.get_base_layer())
         initialize(self.get_components(adapter_name), start, zero, source)
         if stored.dtype != dtype:
             self._move_adapter_to_device_of_base_layer(adapter_name)
         self._active_adapter = self._active_adapter or [adapter_name]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        with gradients_kept([self] if adapter_name in self.lotra_r else [], adapter_name):
-            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        # PEFT looks for `.weight`, which KAN layers do not have, and makes parameters that require gradients
+        if adapter_name in self.lotra_r:
+            stored = self.lotra_tensor.get_parameter(self.get_base_layer())
+            for part in self.get_components(adapter_name):
+                if not part.is_meta:
+                    part.data = part.data.to(device or stored.device, stored.dtype)
 
     # --- what an adapter is ---
 
@@ -178,11 +182,6 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         The residual branch is the last slice of the basis mode.
         """
         return self.lotra_tensor.read(self.get_base_layer()).detach()
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module):
-        # PEFT looks for `.weight`, which KAN layers do not have (or, inkan, only by accident)
-        parameter = self.lotra_tensor.get_parameter(base_layer)
-        return parameter.device, parameter.dtype
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Sets the scale of an adapter to `scale` times its alpha."""
@@ -259,11 +258,12 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         with without_autocast(updates[0].tensor.core):
             for update in updates:
                 for name, part in self.lotra_tensor.split(update.dense()).items():
-                    stored = parameters[name] if name in parameters else attrgetter(name)(base_layer)
                     path, _, leaf = name.rpartition(".")
-                    owner = base_layer.get_submodule(path) if path else base_layer
-                    fits = stored.shape == part.shape and hasattr(stored, "placements") == hasattr(part, "placements")
-                    if not fits or not (leaf in owner._parameters or leaf in vars(owner)):
+                    owner = base_layer.get_submodule(path)
+                    is_stored = leaf in owner._parameters or leaf in vars(owner)
+                    stored = parameters[name] if name in parameters else getattr(owner, leaf)
+                    is_sharded = hasattr(stored, "placements") != hasattr(part, "placements")
+                    if not is_stored or is_sharded or stored.shape != part.shape:
                         raise RuntimeError(
                             f"`{name}` of `{self.lotra_name}` is sharded or parametrized, and its adapters are not. "
                             "Shard the LoTRALayer, or a module around it, but not the base layer inside."
@@ -274,8 +274,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     # --- the grid ---
 
     def accept_grid(self) -> None:
-        """Takes the present grid for that of the adapters; the layer may have another formula on it."""
-        self.lotra_grid, self._grid_state, self._formulas = self.copy_grid(), None, {}
+        """Take the present grid for the grid of the adapters; the layer may have another formula on it."""
+        vars(self).update(lotra_grid=self.copy_grid(), _grid_state=None, _formulas={})
 
     def exchange_base(self, layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> None:
         """Puts another layer in the place of the base layer, in its mode."""
@@ -341,8 +341,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         if "forward" in vars(self._modules["lotra_core"]):
             with loaded(self):
                 return self.forward(*args, **kwargs)
+        is_traced = is_tracing()
+        current = None if is_traced else FORWARD_PASS.get()
         names = kwargs.pop("adapter_names", None)
-        current = None if is_tracing() else FORWARD_PASS.get()
         if names is None and current is not None:
             names = current.names
         if self._disable_adapters and self.merged_adapters:
@@ -352,7 +353,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             raise ValueError(msg)
         if self._disable_adapters or self.merged_adapters:
             return self._call_base([], args, kwargs)
-        if not (is_tracing() or in_transform()):  # where tensors have no content
+        if not (is_traced or in_transform()):  # where tensors have no content
             self.check_grid()
             if not self._has_seen_inputs:
                 self._warn_of_far_inputs(args[0] if args else None)
@@ -372,12 +373,12 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         return self._call_base(updates, args, kwargs)
 
     def _updates(self, adapters: Iterable[str], current: ForwardPass | None) -> list[Update]:
-        """The updates of those of the adapters that the layer has, as they were when the pass began."""
-        updates = [self.update_of(name, self.training) for name in adapters if name in self.lotra_scaling]
+        """Return the updates of the adapters that the layer has, as they were when the pass began."""
+        names = [name for name in adapters if name in self.lotra_scaling]
+        updates = [self.update_of(name, self.training) for name in names]
         if current is not None and current.replaced:  # read after the components were, see `hotswap_adapter`
-            names = self._present(adapters)
             former = [current.replaced.get((id(self), name)) for name in names]
-            updates = [u if f is None else u._replace(tensor=f) for u, f in zip(updates, former, strict=True)]
+            updates = [update._replace(tensor=f or update.tensor) for update, f in zip(updates, former, strict=True)]
         return updates
 
     def _call_base(self, updates: Sequence[Update], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -421,9 +422,6 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         """
         names = self._present(dict.fromkeys(check_adapters_to_merge(self, adapter_names)))
         self.check_merge(names, safe_merge)
-        self._merge(names)
-
-    def _merge(self, names: list[str]) -> None:
         if names:
             with self._lock, torch.no_grad():
                 if not self.merged_adapters:
@@ -495,9 +493,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     ) -> nn.Module:
         """The base layer, with the adapters merged or not, and with the trained copies of modules inside of it."""
         if merge:
-            self._merge(
-                self._present(dict.fromkeys(check_adapters_to_merge(self, adapter_names)))
-            )  # which was checked
+            self.merge(adapter_names=adapter_names)  # what `safe_merge` asks for was checked
         base_layer = self.get_base_layer()
         for parent, name, child in places(base_layer):
             if isinstance(child, ModulesToSaveWrapper):
@@ -549,15 +545,10 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     def __setattr__(self, name: str, value: Any) -> None:
         # A parent that sets `layer.grid` means the base layer. Names with an underscore belong to frameworks
         # (accelerate, FSDP), which set them on each module for themselves.
-        base_layer = self.__dict__.get("_modules", {}).get("base_layer")
-        own = (self.__dict__, *(self.__dict__.get(kind, {}) for kind in ("_parameters", "_buffers", "_modules")))
-        if (
-            base_layer is None
-            or name.startswith("_")
-            or any(name in entries for entries in own)
-            or hasattr(type(self), name)
-            or not hasattr(base_layer, name)
-        ):
+        modules = self.__dict__.get("_modules", {})
+        base_layer = modules.get("base_layer")
+        is_known = name.startswith("_") or name in modules or name in self.__dict__ or hasattr(type(self), name)
+        if base_layer is None or is_known or not hasattr(base_layer, name):
             super().__setattr__(name, value)
             return
         if name in self.lotra_spec.grid and not self.merged and self.lotra_r:
@@ -566,6 +557,28 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "lotra." + super().__repr__()
+
+
+def check_stored(name: str, layer: nn.Module, parameter: str) -> None:
+    """Raise a ValueError for a parameter that is computed from others, by a parametrization or a pre-hook.
+
+    The views of FSDP are attributes too, without a pre-hook.
+    """
+    path, _, leaf = parameter.rpartition(".")
+    owner = layer.get_submodule(path)
+    if is_parametrized(owner, leaf) or (leaf not in owner._parameters and owner._forward_pre_hooks):
+        raise ValueError(
+            f"`{parameter}` of `{name}` is computed from other parameters in each forward pass (pruning, "
+            "weight_norm), so that an adapter would have no effect. Remove the reparametrization first."
+        )
+
+
+def refuse_grid_change(name: str, *args: Any, **kwargs: Any) -> None:
+    """Raise the error of a call that changes what the coefficients mean."""
+    raise RuntimeError(
+        f"`{name}` would change what the coefficients of the adapters mean. Merge them first (`merge_and_unload()`), "
+        "or pass a move of the grid alone to `peft_lotra.refit_adapters(model, inputs, move)`."
+    )
 
 
 def further_names(model: nn.Module) -> dict[str, str]:

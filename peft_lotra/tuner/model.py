@@ -17,21 +17,18 @@ from ..kan.slim_kan import SlimKANLinear
 from ..layers.registry import short_name
 from ..layers.slim import SlimLayer
 from ..modules.calls import PREFIX, freeze_norms, is_compiled, is_tracing, places, read_at_rest, set_mode
+from ..tucker import COMPONENTS
 from .base_record import check_base, record_layer
 from .by_row import FORWARD_PASS, ForwardPass, Replaced, check_batch, check_names, pass_names
 from .config import LoTRAConfig, pattern_key
 from .guards import base_layers_in_place, guard_network, release_networks
 from .initialization import GRADIENTS
 from .layer import LoTRALayer, further_names, lotra_layers
-from .parameters import gradients_kept
 from .saving import (
     check_complete,
     check_state_dict,
     check_tensors,
     is_saving,
-    mismatches,
-    prepare_for_load,
-    raise_if_any,
     read_tensors,
     saved_tensors,
     select_to_save,
@@ -113,7 +110,7 @@ class LoTRAModel(BaseTuner):
         self._requires_grad_of_base = requires_grad
         for target in self._targets.values():
             GRADIENTS.pop(target.layer, None)
-        for module in model.modules():
+        for module in model.modules() if self.peft_config[adapter_name].modules_to_save else ():
             if isinstance(module, AuxiliaryTrainingWrapper) and pass_names not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(pass_names, with_kwargs=True)
         self._targets, self._places = {}, {}
@@ -162,13 +159,17 @@ class LoTRAModel(BaseTuner):
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
         config = next(reversed(self.peft_config.values()))  # of the adapter that is injected
-        if any(".base_layer." in f"{name}." for name, _, _ in saved_tensors(config, model, dict(lotra_layers(model)))):
-            # next, PEFT copies the modules to save, also those inside of KAN layers
+        layers = dict(lotra_layers(model)) if config.modules_to_save else {}
+        if any(".base_layer." in f"{name}." for name, _, _ in saved_tensors(config, model, layers)):
+            # next, PEFT copies the modules to save, also modules inside of KAN layers
             self._injection.enter_context(base_layers_in_place(model))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        with gradients_kept([layer for _, layer in lotra_layers(self.model, adapter_name)], adapter_name):
-            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        # PEFT makes new parameters, which require gradients
+        for _, layer in lotra_layers(self.model, adapter_name) if autocast_adapter_dtype else ():
+            for part in layer.get_components(adapter_name):
+                if part.dtype.itemsize < 4:
+                    part.data = part.data.float()
 
     # --- saving and loading ---
 
@@ -205,15 +206,13 @@ class LoTRAModel(BaseTuner):
         # PEFT reads the file again, and passes dicts of users here too
         check_state_dict(state_dict)
         state_dict = _renamed(state_dict, config.names_in_model)
-        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        return prepare_for_load(state_dict, model, adapter_name)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        # torch raises too, but after it has copied the tensors that fit
-        raise_if_any("The tensors do not fit the adapters", mismatches(self.model, state_dict, f"{prefix}model."))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for name, first in further_names(model).items():  # layers with several names are loaded under each
+            for component in COMPONENTS:
+                key = f"{first}.{component}.{adapter_name}"
+                if key in tensors:
+                    tensors.setdefault(f"{name}.{component}.{adapter_name}", tensors[key])
+        return tensors
 
     # --- the forward pass ---
 
@@ -302,9 +301,8 @@ def _places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
 
 
 def _check_adapter_name(name: Any) -> None:
-    """Raises a ValueError for a name that cannot be that of a parameter, or that stands for the base model."""
-    is_reserved = isinstance(name, str) and any(hasattr(it(), name) for it in (nn.ParameterDict, nn.ModuleDict))
-    if not isinstance(name, str) or not name or "." in name or name == "__base__" or is_reserved:
+    """Raise a ValueError for a name that no parameter can have, or that stands for the base model."""
+    if not isinstance(name, str) or name in ("", "__base__") or "." in name or hasattr(nn.ParameterDict(), name):
         raise ValueError(
             f"An adapter cannot be called {name!r:.100}: take a string without dots that torch does not use."
         )

@@ -26,7 +26,7 @@ from ..modules.checks import list_first
 from ..modules.folders import replacing_files
 from ..tucker import COMPONENTS, Update
 from .config import LoTRAConfig, Source, pattern_key
-from .layer import Target, further_names, lotra_layers
+from .layer import Target
 from .targets import exact_targets
 
 
@@ -36,20 +36,20 @@ def read_tensors(source: Source, sha256: str | None = None) -> dict[str, Tensor]
     Raises:
         ValueError: There is no adapter_model.safetensors, or it is damaged. A pickle is not read.
     """
-    folder = os.path.join(source.path, source.subfolder) if source.subfolder else source.path
+    folder = os.path.join(source.path, source.subfolder or "")
     path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-    missing = f"The adapter at {folder} has no {SAFETENSORS_WEIGHTS_NAME}, and pickled weights are not loaded."
-    if not os.path.isfile(path):
-        if os.path.isdir(folder):
-            raise ValueError(f"{missing} Save the adapter again.")
-        try:
+    try:
+        if not os.path.isdir(folder):
             path = hf_hub_download(
                 source.path, SAFETENSORS_WEIGHTS_NAME, subfolder=source.subfolder, **source.hub_kwargs
             )
-        except EntryNotFoundError as error:
-            raise ValueError(f"{missing} Ask its author to save it again.") from error
-    with open(path, "rb") as file:
-        content = file.read()
+        with open(path, "rb") as file:
+            content = file.read()
+    except (FileNotFoundError, EntryNotFoundError) as error:
+        raise ValueError(
+            f"The adapter at {folder} has no {SAFETENSORS_WEIGHTS_NAME}, and pickled weights are not loaded. Save the "
+            "adapter again, or ask its author to do it."
+        ) from error
     try:
         tensors = load(content)
     except (SafetensorError, TypeError, KeyError, ValueError, OverflowError) as error:
@@ -79,13 +79,14 @@ def check_tensors(
     for name, key, value in saved_tensors(config, model, targets):  # None: integers, such as a number of batches
         expected[f"{PREFIX}{name}.{key}"] = tuple(value.shape) if value.is_floating_point() else None
     wrong = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
-    for name, tensor in tensors.items():
-        shape = expected.get(name)
-        if name not in expected:
-            wrong.append(f"{name} belongs to no adapter of this model")
-        elif shape is not None and tuple(tensor.shape) != shape and not allows_other_shapes:
+    wrong += [f"{name} belongs to no adapter of this model" for name in tensors.keys() - expected.keys()]
+    for name in tensors.keys() & expected.keys():
+        tensor, shape = tensors[name], expected[name]
+        if shape is None:
+            continue
+        if tuple(tensor.shape) != shape and not allows_other_shapes:
             wrong.append(f"{name} has the shape {tuple(tensor.shape)} instead of {shape}")
-        elif shape is not None and (not tensor.is_floating_point() or tensor.itemsize < 2):
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
             wrong.append(f"{name} is of {tensor.dtype}")
     place = f" at {config.source.path}" if config.source else ""
     raise_if_any(f"The file{place} is not that of an adapter of this model", [*wrong, *_not_finite(tensors)])
@@ -121,49 +122,11 @@ def raise_if_any(headline: str, wrong: list[str]) -> None:
 
 def check_state_dict(state_dict: Mapping[str, Tensor]) -> None:
     """Raises a ValueError if an entry is no tensor, or has values that are not finite."""
-    wrong = [
-        f"{name} has no values"
-        for name, tensor in state_dict.items()
-        if not (
-            isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == strided and not tensor.is_meta
-        )
-    ]
+    wrong = []
+    for name, tensor in state_dict.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != strided or tensor.is_meta:
+            wrong.append(f"{name} has no values")
     raise_if_any("The state dict is not that of an adapter", wrong or _not_finite(state_dict))
-
-
-def prepare_for_load(state_dict: Mapping[str, Tensor], model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """The tensors to load into an adapter that exists, by their names in the model.
-
-    Layers that a model has under several names are given under each.
-
-    Raises:
-        ValueError: A tensor is a parameter of the base.
-    """
-    others = [name for name in state_dict if ".lotra_" not in name and ".modules_to_save." not in name]
-    of_base = model.state_dict().keys() & others if others else ()
-    raise_if_any(
-        "The state dict is not that of an adapter", [f"{name} is a parameter of the base" for name in of_base]
-    )
-
-    tensors = dict(state_dict)
-    for name, first in further_names(model).items():
-        for component in COMPONENTS:
-            key = f"{first}.{component}.{adapter_name}"
-            if key in tensors:
-                tensors.setdefault(f"{name}.{component}.{adapter_name}", tensors[key])
-    return tensors
-
-
-def mismatches(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> list[str]:
-    """The components in a state dict that have another shape than those of the model, in words."""
-    wrong, adapters = [], {key.rpartition(".")[2] for key in state_dict}
-    for name, layer in lotra_layers(model):
-        for adapter in adapters & layer.lotra_r.keys():
-            for component, part in layer.get_components(adapter)._asdict().items():
-                tensor = state_dict.get(key := f"{prefix}{name}.lotra_{component}.{adapter}")
-                if tensor is not None and tensor.shape != part.shape:
-                    wrong.append(f"{key} has the shape {tuple(tensor.shape)} instead of {tuple(part.shape)}")
-    return wrong
 
 
 def select_to_save(adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -178,8 +141,7 @@ def select_to_save(adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str
 def check_complete(adapter_name: str, tensors: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
     """Raises a ValueError if components are spread over several processes, or an adapter has values not finite."""
     for key, tensor in tensors.items():
-        dims = (3, 4) if key.endswith(f".lotra_core.{adapter_name}") else (2,)  # FSDP1 gives flat pieces
-        if tensor.dim() not in dims or hasattr(tensor, "placements") or hasattr(tensor, "local_shards"):
+        if tensor.dim() < 2 or type(tensor) not in (Tensor, nn.Parameter):  # FSDP1 gives flat pieces
             raise ValueError(
                 f"{key} is spread over several processes. Gather whole tensors, by "
                 "`get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))`, and pass them as "

@@ -22,8 +22,7 @@ from ..layers.registry import get_recorded_spec, walk_kan_layers
 from ..layers.slim import SlimLayer
 from .config import LoTRAConfig
 from .initialization import GRADIENTS, check_start
-from .layer import LoTRALayer, Target, lotra_layers
-from .parameters import check_stored
+from .layer import LoTRALayer, Target, check_stored, lotra_layers
 
 
 def find_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
@@ -36,23 +35,22 @@ def find_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
         return _find_recorded(config.base_layers, model)
     if config.targets_all_kan:
         return _find_all_kan(config, model)
-    found: dict[str, Target] = {}
+    targets: dict[str, Target] = {}
     for name, module in model.named_modules():
-        is_inside = any(name.startswith(f"{other}.") for other in found)
         if not name or not check_target_module_exists(config, name):
             continue
-        target = locate_target(name, module)
+        is_inside = any(name.startswith(f"{other}.") for other in targets)
+        targets[name] = locate_target(name, module)
         inner = [] if isinstance(module, LoTRALayer) else module.modules()
         if is_inside or any(isinstance(part, BaseTunerLayer) for part in inner):
             raise ValueError(
                 f"`{name}` is a part of a layer with adapters, or has such a part: leave one of them out."
             )
-        found[name] = target
-    if isinstance(config.target_modules, (set, list)) and found:
-        unmatched = [t for t in config.target_modules if not any(n == t or n.endswith(f".{t}") for n in found)]
+    if isinstance(config.target_modules, set) and targets:
+        unmatched = [t for t in config.target_modules if not any(f".{name}".endswith(f".{t}") for name in targets)]
         if unmatched:
             warnings.warn(f"`target_modules` has {sorted(unmatched)}, which match no module.", stacklevel=2)
-    return found
+    return targets
 
 
 def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
@@ -91,12 +89,9 @@ def _has_index(config: LoTRAConfig, name: str) -> bool:
     indices, patterns = config.layers_to_transform, config.layers_pattern
     if indices is None or indices == []:
         return True
-    patterns = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]
-    for pattern in patterns:
-        match = re.match(rf"(?:.*?\.)??(?:{pattern})\.(\d+)(?:\.|$)", name)
-        if match:
-            return int(match[1]) in ([indices] if isinstance(indices, int) else indices)
-    return False
+    pattern = patterns if isinstance(patterns, str) else "|".join(patterns or [r"[^.]*"])
+    match = re.match(rf"(?:.*?\.)??(?:{pattern})\.(\d+)(?:\.|$)", name)
+    return match is not None and int(match[1]) in ([indices] if isinstance(indices, int) else indices)
 
 
 def _find_recorded(recorded: Mapping[str, Mapping[str, Any]], model: nn.Module) -> dict[str, Target]:
@@ -106,26 +101,23 @@ def _find_recorded(recorded: Mapping[str, Mapping[str, Any]], model: nn.Module) 
     whose names end alike, or in order.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    found = {n: locate_target(n, modules[n], record) for n, record in recorded.items() if n in modules}
-    absent = sorted((name for name in recorded if name not in modules), key=_in_order)
+    names = {name: name for name in recorded if name in modules}
+    absent = sorted(recorded.keys() - names.keys(), key=_in_order)
     others = walk_kan_layers(model) if absent else ()
-    free = [(name, spec, spec.locate(layer)) for name, layer, spec in others if name not in recorded]
-    pairs = {}
+    free = [(name, spec.family, spec.locate(layer).shape) for name, layer, spec in others if name not in recorded]
     for name in absent:
         kind = recorded[name]["family"], tuple(recorded[name]["shape"])
-        alike = [it for it in free if (it[1].family, tuple(it[2].shape)) == kind]
-        match = next((it for it in alike if f".{it[0]}".endswith(f".{name}") or name.endswith(f".{it[0]}")), None)
-        match = match or next(iter(alike), None)
-        if match is None:
+        alike = [other for other, *of_layer in free if tuple(of_layer) == kind and other not in names.values()]
+        if not alike:
             raise ValueError(
                 f"The adapter is for another model: it was saved with a {kind[0]} layer {kind[1]} at `{name}`, and "
                 "this model has none there."
             )
-        free.remove(match)
-        pairs[name] = match[0]
-    if renamed := ", ".join(f"`{old}` as `{new}`" for old, new in pairs.items() if bare_name(new) != old):
+        ends_alike = (other for other in alike if f".{other}".endswith(f".{name}") or name.endswith(f".{other}"))
+        names[name] = next(ends_alike, alike[0])
+    if renamed := ", ".join(f"`{old}` as `{names[old]}`" for old in absent if bare_name(names[old]) != old):
         warnings.warn(f"Layers of the adapter have other names in this model: it takes {renamed}.", stacklevel=2)
-    return {pairs.get(n, n): found[n] if n in found else locate_target(n, modules[pairs[n]]) for n in recorded}
+    return {names[old]: locate_target(names[old], modules[names[old]], record) for old, record in recorded.items()}
 
 
 def _in_order(name: str) -> list[str | int]:
@@ -156,7 +148,7 @@ def locate_target(name: str, module: nn.Module, record: Mapping[str, Any] | None
 
 
 def check_targets(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
-    """Raises a ValueError for targets that cannot be adapted as the configuration says."""
+    """Raise a ValueError for targets that cannot be adapted as the configuration says."""
     owners: dict[int, tuple[str, nn.Module]] = {}  # of each parameter; views of FSDP, made anew, by their module
     adapted = {name: layer.base_before_merge() for name, layer in lotra_layers(model)}
     for name, (layer, spec, tensor) in {**adapted, **targets}.items():
@@ -179,22 +171,26 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, T
                     f"`{first}` and `{name}` share the parameter `{full_name}`, so that merging would add both "
                     "updates to it. Give each its own copy, or leave one out by `exclude_modules`."
                 )
-    start = config.init_weights
-    for layer, _, tensor in () if config.is_from_file else targets.values():
-        check_start(start, tensor.read(layer).detach() if start == "hosvd" else GRADIENTS.get(layer))
-    if not config.modules_to_save:
-        return
+    if not config.is_from_file:
+        for layer, _, tensor in targets.values():
+            source = tensor.read(layer).detach() if config.init_weights == "hosvd" else GRADIENTS.get(layer)
+            check_start(config.init_weights, source)
+    for ending in config.modules_to_save or ():
+        _check_saved(ending, config, model, targets)
+
+
+def _check_saved(ending: str, config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
+    """Raise a ValueError for an entry of `modules_to_save` that is no module, or that is adapted."""
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    names += [f"{name}.{part}" for name, target in targets.items() for part, _ in target.layer.named_modules() if part]
-    for ending in config.modules_to_save:
-        if config.task_type is None and not any(name.endswith(ending) for name in names):
-            raise ValueError(f"`modules_to_save` has {ending!r}, which matches no module of the model.")
-        for name, target in targets.items():
-            if any(f"{name}.{p}".rpartition(".")[0].endswith(ending) for p in target.tensor.parameters):
-                raise ValueError(
-                    f"`modules_to_save` has {ending!r}, a part of `{name}` whose coefficients are adapted. Name it in "
-                    "one of `modules_to_save` and `target_modules`."
-                )
+    for name, target in targets.items():
+        names += [f"{name}.{inner}" for inner, _ in target.layer.named_modules() if inner]
+        if any(f"{name}.{p}".rpartition(".")[0].endswith(ending) for p in target.tensor.parameters):
+            raise ValueError(
+                f"`modules_to_save` has {ending!r}, a part of `{name}` whose coefficients are adapted. Name it in "
+                "one of `modules_to_save` and `target_modules`."
+            )
+    if config.task_type is None and not any(name.endswith(ending) for name in names):
+        raise ValueError(f"`modules_to_save` has {ending!r}, which matches no module of the model.")
 
 
 def warn_of_large_adapters(config: LoTRAConfig, targets: Mapping[str, Target]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -30,7 +30,6 @@ def add_weighted_adapter(
     adapter_name: str,
     combination_type: Literal["cat", "linear", "svd"] = "cat",
     ranks: Ranks | None = None,
-    **of_lora: Any,
 ) -> dict[str, float]:
     """Adds an adapter that sums up others with weights.
 
@@ -70,8 +69,6 @@ def add_weighted_adapter(
         ((5, 5, 5), True)
     """
     configs = cast("dict[str, LoTRAConfig]", model.peft_config)
-    if of_lora:
-        raise TypeError(f"{sorted(of_lora)} are LoRA's. LoTRA combines by {COMBINATION_TYPES}, and `ranks`.")
     _check(configs, adapters, weights, adapter_name, combination_type, ranks)
     components, sums = {}, {}
     for name, layer in lotra_layers(model.model):
@@ -123,7 +120,7 @@ def add_weighted_adapter(
 
 def check_known(adapters: Iterable[str], configs: Mapping[str, object]) -> None:
     """Raises a ValueError if one of the adapters has no config."""
-    if isinstance(adapters, str) or not isinstance(adapters, Iterable) or any(type(it) is not str for it in adapters):
+    if isinstance(adapters, str):
         raise ValueError(f"Adapters are named by a list of strings, got {adapters!r:.200}.")
     unknown = [adapter for adapter in adapters if adapter not in configs]
     if unknown:
@@ -133,8 +130,7 @@ def check_known(adapters: Iterable[str], configs: Mapping[str, object]) -> None:
 def _check(configs: dict[str, LoTRAConfig], adapters, weights, adapter_name, combination_type, ranks) -> None:
     """Raises a ValueError for arguments of `add_weighted_adapter` that cannot be used."""
     check_known(adapters, configs)
-    given = list(weights) if isinstance(weights, Iterable) else []
-    if not adapters or len(given) != len(adapters) or any(math.isnan(as_number(weight)) for weight in given):
+    if not adapters or len(weights) != len(adapters) or any(math.isnan(as_number(weight)) for weight in weights):
         raise ValueError(f"`weights` must be a finite number for each of one or more adapters: {weights}, {adapters}.")
     if adapter_name in configs:
         raise ValueError(f"`adapter_name` is {adapter_name!r}, which the model has already: choose another name.")

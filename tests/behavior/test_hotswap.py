@@ -148,14 +148,14 @@ REFUSED = [*[(other, "layers.0") for other in OTHERS], ({"modules_to_save": ["he
 
 
 @pytest.mark.parametrize(
-    ("config", "word"), [*REFUSED, *[({}, word) for word in ("nobody", "merged", "positive int")]]
+    ("config", "word"), [*REFUSED, *[({}, word) for word in ("nobody", "merged", "must be an integer")]]
 )
 def test_what_is_refused(save, config, word):
     (folder, _), model = save(**config), adapted()
     if word == "merged":
         model.merge_adapter()
     before = snapshot(model)
-    for target_rank in (0, "4", (4, 4, 4)) if word == "positive int" else (None,):
+    for target_rank in (0, "4", (4, 4, 4)) if word == "must be an integer" else (None,):
         with pytest.raises(ValueError, match=word):
             hotswap_adapter(model, folder, "nobody" if word == "nobody" else "default", target_rank=target_rank)
     assert_same(model, before)
