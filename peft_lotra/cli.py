@@ -118,7 +118,7 @@ def _command(function: Callable) -> Callable:
 def find(model: Network, as_json: Json = False) -> None:
     """Show the KAN layers of a model, and modules that may be KAN layers, with a registration to paste."""
     network = _call_factory(model) if ":" in model and not Path(model).exists() else _load_model(model, None)
-    found = find_kan_layers(network, candidates=True)
+    found = find_kan_layers(network)
     _report(found.as_dict(), str(found), as_json)
 
 

@@ -149,7 +149,7 @@ def test_slim(run):
 
 
 def test_find(run, made, monkeypatch):
-    assert "layers.0  peft-lotra     (4, 2, 8)  yes" in run("find {}/base").stdout
+    assert "layers.0  peft-lotra     (4, 2, 8)  spline_weight, base_weight" in run("find {}/base").stdout
     assert run("find torch.nn:ReLU").stdout == "no KAN layer was found\n"
     monkeypatch.chdir(made)
     found = json.loads(run("find nets:build --json").stdout)

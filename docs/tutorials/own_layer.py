@@ -45,7 +45,7 @@ network = nn.Sequential(WaveLayer(2, 16), WaveLayer(16, 3))
 # A layer that computes sums of functions of one input each is recognized by what it computes (`generic`).
 
 # %%
-find_kan_layers(network, candidates=True)
+find_kan_layers(network)
 
 # %% [markdown]
 # ## Describe it

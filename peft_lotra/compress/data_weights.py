@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..layers.coefficients import CoefficientTensor
-from ..layers.compare import is_linear
+from ..layers.describe import is_linear
 from ..layers.formula import find_formula
 from ..layers.registry import KANLayerSpec
 from ..layers.slim import call_with_coefficients

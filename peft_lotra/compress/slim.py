@@ -199,9 +199,9 @@ class _Compression:
         self.model, self.inputs = model, inputs
         self.layers: dict[str, nn.Module] = {}
         self.tensors: dict[str, torch.Tensor] = {}
-        for name, _, shape, _ in find_kan_layers(model):
-            layer = model.get_submodule(name)
-            if len(shape) > 3:
+        for found in find_kan_layers(model):
+            name, layer = found.name, model.get_submodule(found.name)
+            if len(found.shape) > 3:
                 raise ValueError(f"`{name}` is a convolution: compress the part of the model without them.")
             if not isinstance(layer, (SlimKANLinear, SlimLayer)):
                 self.layers[name] = layer

@@ -288,6 +288,14 @@ def matches_nothing(module: nn.Module) -> bool:
 # All kinds of layers, the last registered last.
 REGISTERED: dict[str, KANLayerSpec] = {}
 
+# Those that come with this package, filled by known.py: files name these kinds without a description.
+BUILT_IN: dict[str, KANLayerSpec] = {}
+
+
+def is_built_in(spec: KANLayerSpec) -> bool:
+    """Whether a kind of layer comes with this package."""
+    return BUILT_IN.get(spec.family) is spec
+
 
 def registered_spec(module: nn.Module, among: Iterable[KANLayerSpec] | None = None) -> KANLayerSpec | None:
     """The last registered kind of layer that matches a module; or the first of `among`."""

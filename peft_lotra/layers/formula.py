@@ -25,7 +25,7 @@ from ..kan.formula import FunctionBasis, LayerFormula
 from ..modules.calls import call_with_parameters, runs_more_than_its_class, without_autocast
 from ..tucker import Update
 from .coefficients import CoefficientTensor, get_or_none
-from .compare import is_linear
+from .describe import is_linear
 from .description import Grid, KANLayerSpec
 from .probe import moved, remembered
 from .registry import copy_grid, same_grid

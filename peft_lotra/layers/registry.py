@@ -11,22 +11,26 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ..modules.calls import PREFIX, read_at_rest, unwrap
+from ..modules.calls import PREFIX, attributes_kept, modes_kept, read_at_rest, set_mode, unwrap
 from ..modules.report import Report, TextTable
-from .candidates import KANCandidate, find_candidates
-from .compare import as_computed
-from .description import REGISTERED, KANLayerSpec, matches_nothing, registered_spec, spec_from_file
+from .describe import UnrecognizedModule, describe, is_other, may_be_kan, suggest_registration
+from .description import (
+    BUILT_IN,
+    REGISTERED,
+    KANLayerSpec,
+    is_built_in,
+    matches_nothing,
+    registered_spec,
+    spec_from_file,
+)
 from .description import Grid as Grid
-from .inference import infer_spec
 
-
-# Filled by known.py: files name these kinds without a description.
-BUILT_IN: dict[str, KANLayerSpec] = {}
 
 # Modules that the search for layers does not enter. `tuner.jets` adds PEFT's wrappers, which hold copies of modules.
 NOT_SEARCHED: list[type[nn.Module]] = [torch.jit.ScriptModule]
@@ -78,14 +82,9 @@ def register_kan_layer(family: str, **description: Any) -> KANLayerSpec:
 register_kan_layer.__signature__ = inspect.signature(KANLayerSpec)  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def describe(spec: KANLayerSpec, layer: nn.Module) -> dict[str, Any]:
-    """The entry of a file that describes the kind of a layer; empty for a kind of this package."""
+def record_kind(spec: KANLayerSpec, layer: nn.Module) -> dict[str, Any]:
+    """Return the entry of a file that describes the kind of a layer; empty for a kind of this package."""
     return {} if is_built_in(spec) else {"description": spec.describe(layer)}
-
-
-def is_built_in(spec: KANLayerSpec) -> bool:
-    """Whether a kind of layer comes with this package."""
-    return BUILT_IN.get(spec.family) is spec
 
 
 def get_recorded_spec(layer: nn.Module, record: Mapping[str, Any] | None) -> KANLayerSpec | None:
@@ -120,20 +119,8 @@ def known_kinds() -> list[str]:
 
 
 def get_kan_spec(module: nn.Module) -> KANLayerSpec | None:
-    """The kind of a module: the `kan_spec` of its class, the last registered match, or one by its gradients.
-
-    `None` if it is no KAN layer.
-    """
-    own = getattr(type(module), "kan_spec", None)
-    if isinstance(own, KANLayerSpec):
-        return own
-    spec = registered_spec(module)
-    if spec is None:
-        return infer_spec(module)
-    if is_built_in(spec):
-        return as_computed(spec, module)
-    spec.check_names(module)
-    return spec
+    """Return the description of a module, `None` if it is no KAN layer; see `describe`."""
+    return describe(module).spec
 
 
 class FoundKANLayer(NamedTuple):
@@ -144,47 +131,61 @@ class FoundKANLayer(NamedTuple):
         family (`str`): Its kind, e.g. `"efficient-kan"`.
         shape (`tuple[int, ...]`): (out, in, basis) of the coefficient tensor, or (out, in, basis, kernel).
         has_residual (`bool`): Whether the layer has a residual branch, i.e. one more slice of the basis mode.
+        parameters (`tuple[str, ...]`): The parameters that adapters change.
+        doubts (`dict[str, str]`): Parameters of a layer of no built-in kind that are left out, or that speak against
+            the description, each with the reason.
     """
 
     name: str
     family: str
     shape: tuple[int, ...]
     has_residual: bool
+    parameters: tuple[str, ...] = ()
+    doubts: Mapping[str, str] = {}
 
 
 class FoundKANLayers(Report, list[FoundKANLayer]):
     """The KAN layers of a model: a list that prints as a table.
 
     Attributes:
-        candidates (`list[KANCandidate]`): Modules that may be KAN layers of an unknown kind.
+        unrecognized (`list[UnrecognizedModule]`): Modules that may be KAN layers, one of each class and shapes.
     """
 
-    candidates: list[KANCandidate]
+    unrecognized: list[UnrecognizedModule]
 
     def as_dict(self) -> dict[str, Any]:
-        """The layers and the candidates in plain values, for JSON."""
-        return {"layers": [it._asdict() for it in self], "candidates": [it._asdict() for it in self.candidates]}
+        """Return the layers and the modules that may be layers in plain values, for JSON."""
+        return {"layers": [_._asdict() for _ in self], "unrecognized": [_._asdict() for _ in self.unrecognized]}
 
     def _table(self) -> TextTable:
-        rows = [[it.name or "(the model)", it.family, str(it.shape), ("no", "yes")[it.has_residual]] for it in self]
-        notes = [] if rows else ["no KAN layer was found"]
-        for candidate in self.candidates:
-            state = "verified by gradients" if candidate.is_verified else "not verified"
-            notes += ["", f"{candidate.name or 'the model'}, a {candidate.cls}, may be a KAN layer ({state}):"]
-            notes += candidate.registration.splitlines()
-        return TextTable(["layer", "kind", ">coefficients", "residual"], rows, notes)
+        rows, notes = [], []
+        for name, family, shape, _, parameters, doubts in self:
+            rows.append([name or "(the model)", family, str(shape), ", ".join(parameters)])
+            for parameter, reason in doubts.items():
+                verb = "adapts" if parameter in parameters else "leaves out"
+                notes.append(f"{name or 'the model'} {verb} {parameter}: {reason}")
+        if not rows:
+            notes.append("no KAN layer was found")
+        for module in self.unrecognized:
+            notes += ["", f"{module.name or 'the model'} ({module.cls}) may be a KAN layer: {module.reason}"]
+            if module.registration:
+                state = "verified by gradients" if module.is_verified else "not verified"
+                notes += [f"To adapt it, describe it ({state}):", *module.registration.splitlines()]
+        return TextTable(["layer", "kind", ">coefficients", "parameters"], rows, notes)
 
 
-def find_kan_layers(model: nn.Module, candidates: bool = False) -> FoundKANLayers:
+def find_kan_layers(model: nn.Module, *inputs: Any, **kwargs: Any) -> FoundKANLayers:
     """Lists the KAN layers of a model, adapted or not, in the order of `model.named_modules()`.
 
     Args:
         model (`nn.Module`): Any model.
-        candidates (`bool`): Whether to look for modules that may be KAN layers of an unknown kind, too. They are run
-            for that, and each comes with a call to paste that registers it.
+        *inputs, **kwargs: The arguments of a call of the model. It is run once, in evaluation mode, and each module is
+            described with the arguments that it gets. Without them inputs are made up, as they are when an adapter is
+            attached. A layer that is recognized with its own arguments only is listed as `unrecognized`, with the
+            call that registers it.
 
     Returns:
-        `FoundKANLayers`: A list that prints as a table. Its `candidates` are a list of [`KANCandidate`].
+        `FoundKANLayers`: A list that prints as a table. Its `unrecognized` are a list of [`UnrecognizedModule`].
 
     Raises:
         ValueError: A layer is of a registered kind that does not fit it: a name is absent, or a pattern does not fit
@@ -194,22 +195,89 @@ def find_kan_layers(model: nn.Module, candidates: bool = False) -> FoundKANLayer
         >>> from peft_lotra import find_kan_layers
         >>> from peft_lotra.kan import KAN
         >>> print(find_kan_layers(KAN([2, 4, 1])))
-        layer     kind        coefficients  residual
-        layers.0  peft-lotra     (4, 2, 8)  yes
-        layers.1  peft-lotra     (1, 4, 8)  yes
+        layer     kind        coefficients  parameters
+        layers.0  peft-lotra     (4, 2, 8)  spline_weight, base_weight
+        layers.1  peft-lotra     (1, 4, 8)  spline_weight, base_weight
     """
-    found = FoundKANLayers()
-    found.candidates, known = [], set()
+    layers = FoundKANLayers()
+    layers.unrecognized = []
     network = unwrap(model)
     with read_at_rest(network):
+        recorded = record_arguments(network, inputs, kwargs) if inputs or kwargs else {}
+        recognized: dict[str, nn.Module] = {}
         for name, layer, spec in walk_kan_layers(network):
+            recognized[name] = layer
             tensor = spec.locate(layer)
-            found.append(FoundKANLayer(name, spec.family, tensor.shape, tensor.has_residual))
-            # an adapted layer is no candidate, nor is anything inside it
-            known |= {id(inner) for inner in network.get_submodule(name).modules()}
-        if candidates:
-            found.candidates = find_candidates(network, known)
-    return found
+            is_adapted = layer is not network.get_submodule(name)
+            doubts = {} if is_adapted else describe(layer).doubts
+            parameters = tuple(tensor.parameters)
+            layers.append(FoundKANLayer(name, spec.family, tensor.shape, tensor.has_residual, parameters, doubts))
+        seen = set()
+        for name, module, reason, registration in _explain_others(network, recognized, recorded):
+            shapes = tuple(value.shape for value in module.parameters())
+            if (type(module), shapes) not in seen:
+                seen.add((type(module), shapes))
+                layers.unrecognized.append(UnrecognizedModule(name, type(module).__name__, reason, *registration))
+    return layers
+
+
+def _explain_others(
+    model: nn.Module, recognized: Mapping[str, nn.Module], recorded: Mapping[nn.Module, Any]
+) -> Iterator[tuple[str, nn.Module, str, tuple[str, bool]]]:
+    """Yield modules that may be KAN layers, or have more coefficients with the arguments of a call.
+
+    With the reason why they are not recognized, and what `suggest_registration` returns.
+    """
+    likely = {module for _, module in unrecognized_modules(model, recognized)}
+    inside = {inner for name in recognized for inner in list(model.get_submodule(name).modules())[1:]}
+    for name, module in model.named_modules():
+        args, kwargs = recorded.get(module, ((), {}))
+        if module in inside or is_other(module) or (name in recognized and not (args or kwargs)):
+            continue
+        registration = suggest_registration(module, *args, **kwargs)
+        if name not in recognized:
+            if module in likely or registration[1]:
+                yield name, module, describe(module).reason, registration
+            continue
+        spec, spec_of_call = describe(module).spec, describe(module, *args, **kwargs).spec
+        if spec is not None and spec_of_call is not None:
+            parameters, more = ({*each.locate(module).parameters} for each in (spec, spec_of_call))
+            if names := ", ".join(sorted(more - parameters)):
+                reason = f"with the arguments of this call it has more coefficients: {names}."
+                yield name, module, reason, registration
+
+
+def unrecognized_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+    """Return the modules that may be KAN layers: they look like one, or another of their class is one."""
+    known = {id(inner) for name in layers for inner in model.get_submodule(name).modules()}
+    classes = {type(layer) for layer in layers.values()}
+    others = [(name, module) for name, module in model.named_modules() if id(module) not in known]
+    return [(name, module) for name, module in others if type(module) in classes or may_be_kan(module)]
+
+
+def record_arguments(
+    model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Run a model once in evaluation mode; return the arguments of the first call of each module.
+
+    The modes, buffers, kept tensors and random generators are put back.
+    """
+    recorded: dict[nn.Module, Any] = {}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {value.device for value in model.parameters() if value.is_cuda}
+    with ExitStack() as stack:
+        stack.enter_context(modes_kept(model))
+        stack.enter_context(attributes_kept(model))
+        stack.enter_context(torch.random.fork_rng(list(devices)))
+        for module in model.modules():
+            keep = lambda module, args, kwargs: recorded.setdefault(module, (args, kwargs)) and None  # noqa: E731
+            stack.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        set_mode(model, False)
+        with torch.no_grad():
+            model(*inputs, **kwargs)
+            for buffer, value in buffers:
+                buffer.copy_(value)
+    return recorded
 
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layers.registry import describe
+from ..layers.registry import record_kind
 from .layer import LoTRALayer, Target, lotra_layers
 
 
@@ -30,7 +30,7 @@ def record_layer(layer: LoTRALayer) -> dict[str, Any]:
         "family": spec.family,
         "shape": list(tensor.shape),
         "has_residual": tensor.has_residual,
-        **describe(spec, base_layer),
+        **record_kind(spec, base_layer),
         **_sketches(target, layer.before_merge),
     }
 

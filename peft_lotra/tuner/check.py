@@ -5,16 +5,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..layers.candidates import describe_layer
 from ..layers.coefficients import expand_name
+from ..layers.describe import compare, describe, find_evidence, suggest_registration
 from ..layers.formula import find_formula, find_obstacle
-from ..layers.probe import Probe
+from ..layers.probe import Probe, Undecided, Verdict
 from ..modules.calls import check_module, read_at_rest
 from ..modules.report import Report, TextTable
 from .layer import Target
@@ -38,7 +38,9 @@ class KANLayerReport(Report):
         axes (`str`): Whether the gradients of the layer agree with the axes of the description.
         linear (`str`): Whether the output is linear in the coefficients.
         fast_path (`str`): Whether adapted layers take the fast path, and if not, why.
-        hint (`str`): A registration that agrees with the gradients, if the description does not.
+        contradiction (`str`): The layout that gradients verify, if it is another one.
+        doubts (`dict[str, str]`): Parameters of a layer of no built-in kind that are left out, or in which the
+            output is not linear, each with the reason.
     """
 
     family: str
@@ -50,7 +52,8 @@ class KANLayerReport(Report):
     axes: str
     linear: str
     fast_path: str
-    hint: str = ""
+    contradiction: str = ""
+    doubts: dict[str, str] = field(default_factory=dict)
 
     def _table(self) -> TextTable:
         words = {True: "yes", False: "no", None: "?"}
@@ -65,7 +68,8 @@ class KANLayerReport(Report):
             f"axes: {self.axes}",
             f"linear in the coefficients: {self.linear}",
             f"fast path: {self.fast_path}",
-            *(["a description that fits:", *self.hint.splitlines()] if self.hint else []),
+            *([self.contradiction] if self.contradiction else []),
+            *(f"{name}: {reason}" for name, reason in self.doubts.items()),
         ]
         return TextTable(["parameter", "role", ">elements", "used"], rows, notes)
 
@@ -108,21 +112,18 @@ def _compare(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None) -> KANL
     try:
         target = locate_target("", layer)
     except ValueError as error:
-        if hint := describe_layer(layer):
-            raise ValueError(f"{error} It may be described by\n{hint[0]}") from error
+        registration, _ = suggest_registration(layer)
+        if registration:
+            raise ValueError(f"{error} It may be described by\n{registration}") from error
         raise
     layer, spec, tensor = target
     args = x if isinstance(x, tuple) else () if x is None else (x,)
-    probe = Probe(layer, spec.read_grid(layer), args)
     roles = _roles(target)
     sizes = {name: parameter.numel() for name, parameter in layer.named_parameters()}
-    used = {name: bool(is_reached) for name, is_reached in probe.reached(list(roles), tensor).items()} or None
-    ours, fixed = ("coefficients", "residual"), ("grid", "constant")
-    counted = [n for n, role in roles.items() if role in ours or (role not in fixed and (used is None or used[n]))]
-    reached = sum(sizes[name] for name in counted if roles[name] in ours)
-    linear = {True: "yes", False: "no", None: "not checked"}[probe.is_linear(tensor)]
-    verdict = probe.axes(tensor)
-    hint, fits = (verdict.contradiction and describe_layer(layer)) or ("", False)
+    verdict, used, linear = _run(target, list(roles), args)
+    adapted, fixed = ("coefficients", "residual"), ("grid", "constant")
+    counted = [n for n, role in roles.items() if role in adapted or (role not in fixed and (used is None or used[n]))]
+    reached = sum(sizes[name] for name in counted if roles[name] in adapted)
     return KANLayerReport(
         family=spec.family,
         shape=tensor.shape,
@@ -131,10 +132,29 @@ def _compare(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None) -> KANL
         used=used,
         coverage=reached / max(sum(sizes[name] for name in counted), 1),
         axes=str(verdict),
-        linear=linear,
+        linear={True: "yes", False: "no", None: "not checked"}[linear],
         fast_path=_fast_path(target),
-        hint=hint if fits else "",
+        contradiction=compare(layer, spec, *args).reason,
+        doubts=dict(describe(layer, *args).doubts),
     )
+
+
+def _run(
+    target: Target, names: list[str], args: tuple[Any, ...]
+) -> tuple[Verdict, dict[str, bool] | None, bool | None]:
+    """Return whether the axes are as described, which parameters are used, and whether the layer is linear."""
+    layer, spec, tensor = target
+    try:
+        probe = Probe(layer, dict.fromkeys([*tensor.parameters, *names]), spec.read_grid(layer).values(), args)
+        with probe.isolated():
+            evidence, verdict = find_evidence(probe, tensor)
+            if evidence is None:
+                return verdict, None, None
+            gradients = {name: evidence.base[name] for name in names}
+            used = {name: g is not None and bool(g.any()) for name, g in gradients.items()}
+            return verdict, used, evidence.is_linear([*tensor.parameters])
+    except Undecided as reason:
+        return Verdict(reason=str(reason)), None, None
 
 
 def _roles(target: Target) -> dict[str, str]:

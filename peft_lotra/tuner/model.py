@@ -41,6 +41,7 @@ from .targets import (
     exact_targets,
     find_targets,
     locate_target,
+    warn_of_doubts,
     warn_of_large_adapters,
 )
 from .weighted import add_weighted_adapter, check_known
@@ -127,6 +128,7 @@ class LoTRAModel(BaseTuner):
             self._targets = targets = find_targets(peft_config, model)
             check_targets(peft_config, model, targets)
         if not peft_config.is_from_file and peft_config.source is None:
+            warn_of_doubts(targets)
             warn_of_large_adapters(peft_config, targets)
         read_checked(peft_config, model, targets)  # PEFT reads the tensors again, to load them
         if peft_config.is_from_file or peft_config.targets_all_kan:

@@ -102,7 +102,7 @@ def model_summary(model: nn.Module) -> ModelSummary:
     for found in find_kan_layers(network):
         layer = adapted.get(found.name)
         if layer is None or not layer.lotra_r:
-            lines.append(LayerSummary(*found))
+            lines.append(LayerSummary(*found[:4]))
             continue
         for adapter, ranks in layer.lotra_r.items():
             parts = layer.get_components(adapter)
@@ -110,7 +110,7 @@ def model_summary(model: nn.Module) -> ModelSummary:
             numbers = (parts.numel(), trainable, _kilobytes(parts), float(layer.lotra_scaling[adapter]))
             active = adapter in layer.active_adapters and not layer.disable_adapters
             merged = adapter in layer.merged_adapters
-            lines.append(LayerSummary(*found, adapter, ranks, *numbers, active, merged))
+            lines.append(LayerSummary(*found[:4], adapter, ranks, *numbers, active, merged))
     return ModelSummary(lines, model)
 
 

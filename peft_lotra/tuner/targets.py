@@ -16,9 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from ..kan.slim_kan import SlimKANLinear
-from ..layers.candidates import left_out, no_layer_message
-from ..layers.compare import check_layer
-from ..layers.registry import get_recorded_spec, walk_kan_layers
+from ..layers.describe import NOT_LINEAR, UNUSED, compare, describe
+from ..layers.description import KANLayerSpec, is_built_in
+from ..layers.registry import get_recorded_spec, unrecognized_modules, walk_kan_layers
 from ..layers.slim import SlimLayer
 from .config import LoTRAConfig
 from .initialization import GRADIENTS, check_start
@@ -61,7 +61,7 @@ def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
             "it, e.g. in `torch.nn.Sequential(layer)`."
         )
     if not layers:
-        raise ValueError(no_layer_message(model))
+        raise ValueError(_no_layer_message(model))
     chosen = copy(config)
     chosen.target_modules = {name for name in layers if _has_index(config, name)}
     if not chosen.target_modules:
@@ -75,13 +75,26 @@ def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
             module, (layer, spec) = model.get_submodule(name), layers[name]
             # another module if the layer is adapted
             targets[name] = Target(layer, spec, spec.locate(layer)) if layer is module else locate_target(name, module)
-    if others := left_out(model, set(layers)):
+    others = unrecognized_modules(model, {name: layer for name, (layer, _) in layers.items()})
+    if others:
         warnings.warn(
-            f"{', '.join(others)} may be KAN layers, but were not recognized and get no adapter. "
-            "`find_kan_layers(model, candidates=True)` shows how to register them.",
+            f"{', '.join(name for name, _ in others)} may be KAN layers, but were not recognized and get no adapter. "
+            "`find_kan_layers(model)` shows why, and how to register them.",
             stacklevel=2,
         )
     return targets
+
+
+def _no_layer_message(model: nn.Module) -> str:
+    """Why there is nothing to adapt in a model without KAN layers, in less than 400 characters."""
+    modules = unrecognized_modules(model, {})[:3]
+    likely = ", ".join(f"`{name[-30:]}` ({type(module).__name__:.20})" for name, module in modules)
+    others = "`find_kan_layers(model)` shows why" if likely else "Use `register_kan_layer`"
+    return (
+        f"No KAN layer was found in the model{'; candidates are ' if likely else ''}{likely}. "
+        "Functions shared by all outputs (KAT, GR-KAN) take plain LoRA on their linear layers. "
+        f"{others}{', and how' if likely else ''} to describe other layers."
+    )
 
 
 def _has_index(config: LoTRAConfig, name: str) -> bool:
@@ -141,10 +154,35 @@ def locate_target(name: str, module: nn.Module, record: Mapping[str, Any] | None
     if spec is None:
         subject = f"Target module `{name}`" if name else "The layer"
         raise ValueError(
-            f"{subject} is a {type(module).__name__}, which is not a KAN layer that LoTRA knows. "
-            "Describe it with `peft_lotra.register_kan_layer`, or leave it out."
+            f"{subject} is a {type(module).__name__}, which is not a KAN layer that LoTRA knows: "
+            f"{describe(module).reason} Describe it with `peft_lotra.register_kan_layer`, or leave it out."
         )
     return Target(module, spec, spec.locate(module))
+
+
+def _check_description(name: str, layer: nn.Module, spec: KANLayerSpec) -> None:
+    """Raises a ValueError if the gradients of a layer verify another layout than its description has."""
+    reason = "" if is_built_in(spec) else compare(layer, spec).reason
+    if reason:
+        raise ValueError(
+            f"The layer `{name}` ({type(layer).__name__}, of the kind {spec.family!r}) does not compute what its "
+            f"description says: {reason}. Correct the description."
+        )
+
+
+def warn_of_doubts(targets: Mapping[str, Target]) -> None:
+    """Warns of parameters of layers of no built-in kind that shape the functions, and of those without effect."""
+    doubts = []
+    for name, target in targets.items():
+        for parameter, reason in describe(target.layer).doubts.items():
+            if reason in (NOT_LINEAR, UNUSED):
+                doubts.append(f"`{name}.{parameter}`: {reason}")
+    if doubts:
+        more = f" (and {len(doubts) - 5} more)" if len(doubts) > 5 else ""
+        warnings.warn(
+            f"Parameters whose role is in doubt, which `find_kan_layers` lists: {'; '.join(doubts[:5])}{more}.",
+            stacklevel=2,
+        )
 
 
 def check_targets(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
@@ -155,7 +193,7 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, T
         if isinstance(layer, (SlimKANLinear, SlimLayer)):  # whose coefficients are a product
             continue
         if name in targets and name not in adapted:
-            check_layer(name, layer, spec, tensor)
+            _check_description(name, layer, spec)
         for full_name in tensor.parameters if config.adapt_residual else tensor.names:
             path, _, leaf = full_name.rpartition(".")
             owner = layer.get_submodule(path)

@@ -168,7 +168,7 @@ def scripted():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_modules_of_torchscript_are_passed_over():
-    assert [layer.name for layer in find_kan_layers(scripted(), candidates=True)] == ["2"]
+    assert [layer.name for layer in find_kan_layers(scripted())] == ["2"]
     assert find_kan_layers(nn.Sequential(torch.jit.trace(nn.Linear(3, 3), torch.rand(2, 3)))) == []
     check_adapted(scripted, torch.rand(6, 3))
 
@@ -247,7 +247,7 @@ def test_the_message_without_layers():
     assert "KAT, GR-KAN" in plain and "Use `register_kan_layer` to describe other layers" in plain
     layers = [type("Experts" * 9, (Experts,), {})() for _ in range(5)]
     message = message_of(nn.ModuleDict({f"{'block' * 9}{place}": layer for place, layer in enumerate(layers)}))
-    assert "find_kan_layers(model, candidates=True)" in message
+    assert "`find_kan_layers(model)` shows why" in message
     assert message.count("(Experts") == 3 and max(len(plain), len(message)) < 400
 
 

@@ -19,7 +19,7 @@ from peft_lotra import KANLayerSpec, find_kan_layers, register_kan_layer
 from peft_lotra.kan import KANLinear
 from peft_lotra.layers import registry
 from peft_lotra.layers.description import spec_from_file
-from peft_lotra.layers.registry import describe, get_kan_spec
+from peft_lotra.layers.registry import get_kan_spec, record_kind
 
 
 class Waves(nn.Module):
@@ -93,9 +93,9 @@ def test_roles_are_described():
 
 def test_kinds_that_come_with_the_package_are_not_described():
     layer = KANLinear(3, 4)
-    assert describe(get_kan_spec(layer), layer) == {}
+    assert record_kind(get_kan_spec(layer), layer) == {}
     spec = register_kan_layer("mine", matches=KANLinear, coefficients=("spline_weight", "o i k"))
-    assert describe(spec, layer) == {"description": {"coefficients": ["spline_weight", "o i k"]}}
+    assert record_kind(spec, layer) == {"description": {"coefficients": ["spline_weight", "o i k"]}}
 
 
 @pytest.fixture

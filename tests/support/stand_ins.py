@@ -263,6 +263,125 @@ class PINAKANBlock(nn.Module):
         return y.sum(dim=1) + self.bias
 
 
+# Layers of public repositories that are of no known kind
+
+
+class FixedFunctions(nn.Module):
+    """A linear layer on fixed functions of each input: Gaussians, or Chebyshev polynomials, flattened in any order."""
+
+    def __init__(
+        self, inputs: int, outputs: int, count: int = 6, inner: str = "i k", functions: str = "gaussians"
+    ) -> None:
+        super().__init__()
+        self.count, self.inner, self.functions = count, inner, functions
+        self.head = nn.Linear(inputs * count, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.functions == "gaussians":
+            basis = torch.exp(-((2 * (x[..., None] - torch.linspace(-1, 1, self.count))) ** 2))
+        else:
+            angle = torch.tanh(x).clamp(-0.999, 0.999).acos()
+            basis = torch.cos(angle[..., None] * torch.arange(self.count))
+        if self.inner == "k i":
+            basis = basis.transpose(-1, -2)
+        return self.head(basis.flatten(-2))
+
+
+class TrainedGaussians(nn.Module):
+    """Gaussians whose centers and widths are trained, (basis, in): all outputs share them."""
+
+    def __init__(self, inputs: int, outputs: int, count: int = 8) -> None:
+        super().__init__()
+        self.centers = nn.Parameter(torch.linspace(-1, 1, count)[:, None].repeat(1, inputs))
+        self.log_width = nn.Parameter(0.1 * torch.randn(count, inputs))
+        self.coefficients = nn.Parameter(torch.randn(outputs, inputs, count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        basis = torch.exp(-((2 * (x[:, None] - self.centers) * self.log_width.exp()) ** 2))
+        return torch.einsum("bki,oik->bo", basis, self.coefficients)
+
+
+class ProjectedChebyshev(nn.Module):
+    """Chebyshev polynomials of the outputs of a projection."""
+
+    def __init__(self, inputs: int, outputs: int, hidden: int = 5, degree: int = 3) -> None:
+        super().__init__()
+        self.projection = nn.Linear(inputs, hidden)
+        self.polynomials = nn.Parameter(torch.randn(hidden, outputs, degree + 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        angle = torch.tanh(self.projection(x)).clamp(-0.999, 0.999).acos()
+        basis = torch.cos(angle[..., None] * torch.arange(self.polynomials.shape[2]))
+        return torch.einsum("bik,iok->bo", basis, self.polynomials)
+
+
+class SKANLayer(nn.Module):
+    """One number for each edge, of which a function of the input is made; ones are appended to the inputs."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs + 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+        return torch.sin(self.weight * x[..., None, :]).sum(-1)
+
+
+class PolynomialsOfChannels(nn.Module):
+    """Polynomials over the channels of (batch, channels, points)."""
+
+    def __init__(self, inputs: int, outputs: int, count: int = 4) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(outputs, inputs, count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, points = x.shape
+        powers = torch.tanh(x)[..., None] ** torch.arange(self.weights.shape[2])
+        return torch.einsum("bink,oik->bon", powers, self.weights).view(batch, -1, points)
+
+
+class PolynomialUnits(nn.Module):
+    """A polynomial for each unit, and a linear layer: no KAN layer, since the outputs share the functions."""
+
+    def __init__(self, inputs: int, outputs: int, count: int = 4, turned: bool = False) -> None:
+        super().__init__()
+        self.turned = turned
+        self.weights = nn.Parameter(torch.randn((count, inputs) if turned else (inputs, count)))
+        self.head = nn.Linear(inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.weights.T if self.turned else self.weights
+        return self.head((torch.tanh(x)[..., None] ** torch.arange(weights.shape[1]) * weights).sum(-1))
+
+
+class RadialFunctions(nn.Module):
+    """Gaussians of the whole input, and a linear layer: no KAN layer."""
+
+    def __init__(self, inputs: int, outputs: int, count: int = 8) -> None:
+        super().__init__()
+        self.centers, self.widths = nn.Parameter(torch.randn(count, inputs)), nn.Parameter(torch.ones(count))
+        self.head = nn.Linear(count, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.exp(-((x[..., None, :] - self.centers) ** 2).sum(-1) * self.widths))
+
+
+class FunctionsOfSlices(nn.Module):
+    """FC-KAN: another kind of function, with coefficients of its own, for each slice of (2, batch, in)."""
+
+    def __init__(self, inputs: int, outputs: int, count: int = 5) -> None:
+        super().__init__()
+        self.count = count
+        self.powers = nn.Parameter(torch.randn(outputs, inputs * count))
+        self.waves = nn.Parameter(torch.randn(outputs, inputs * count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = torch.arange(1, self.count + 1)
+        outputs = [(torch.tanh(x[0])[..., None] ** steps).flatten(-2) @ self.powers.T]
+        outputs += [torch.sin(part[..., None] * steps).flatten(-2) @ self.waves.T for part in x[1:]]
+        return torch.stack(outputs)
+
+
 def _efficient_kan(in_features: int, out_features: int, **kwargs: object) -> nn.Module:
     from qkan.kan import KANLinear
 

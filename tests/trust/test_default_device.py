@@ -66,9 +66,9 @@ def test_adapted_layers(family, call):
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_attaching(family):
     model = base(family, torch.float64)
-    expected = find_kan_layers(base(family, torch.float64), candidates=True)
+    expected = find_kan_layers(base(family, torch.float64))
     with torch.device("meta"):
-        assert find_kan_layers(model, candidates=True) == expected
+        assert find_kan_layers(model) == expected
         adapted = adapt(model)
     assert {parameter.device.type for parameter in adapted.parameters()} == {"cpu"}
 

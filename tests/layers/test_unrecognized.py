@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Modules that may be KAN layers: the registration that is offered is pasted, and the layer adapted with it."""
+"""Modules that may be KAN layers: why they are not recognized, and the registration that adapts them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from torch import nn
 
 from peft_lotra import find_kan_layers, register_kan_layer
 from peft_lotra.kan import KANLinear
-from peft_lotra.layers.candidates import KANCandidate
-
-
-pytestmark = pytest.mark.usefixtures("no_inference")
+from peft_lotra.layers.describe import UnrecognizedModule
 
 
 class Powers(Layer):
@@ -52,31 +49,47 @@ LAYERS = {
 }
 
 
+def with_edges(cls):
+    """A layer that takes a graph, too."""
+    return type(cls.__name__, (cls,), {"forward": lambda self, x, edges: cls.forward(self, x) * edges.mean()})
+
+
+class Between(nn.Module):
+    def __init__(self, layer, i, o):
+        super().__init__()
+        self.first, self.layer, self.last = nn.Linear(2, i), layer, nn.Linear(o, 2)
+
+    def forward(self, x, edges):
+        return self.last(self.layer(self.first(x), edges))
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_registration_is_pasted(kind):
     cls, coefficients, other = LAYERS[kind]
     sizes = 4, 4
-    model = nn.Sequential(nn.Linear(2, sizes[0]), cls(*sizes), nn.Linear(sizes[1], 2))
-    (candidate,) = find_kan_layers(model, candidates=True).candidates
-    assert isinstance(candidate, KANCandidate) and (candidate.name, candidate.cls) == ("1", cls.__name__)
+    model = Between(with_edges(cls)(*sizes), *sizes)
+
+    (candidate,) = find_kan_layers(model, torch.rand(5, 2), torch.ones(3)).unrecognized
+
+    assert isinstance(candidate, UnrecognizedModule) and candidate[:2] == ("layer", cls.__name__)
     assert candidate.is_verified and f"coefficients={coefficients}," in candidate.registration
     assert f"    {other}\n" in candidate.registration or not other
     exec(candidate.registration, {"register_kan_layer": register_kan_layer})
-    (found,) = find_kan_layers(model, candidates=True)
-    assert (found.name, found.family, found.shape[:2]) == ("1", cls.__name__, sizes[::-1])
+    (found,) = find_kan_layers(model)
+    assert (found.name, found.family, found.shape[:2]) == ("layer", cls.__name__, sizes[::-1])
 
 
 def test_a_convolution():
     model = nn.Sequential(convolution(3, 4), nn.ReLU(), convolution(4, 4), convolution(4, 4))
-    found = find_kan_layers(model, candidates=True)
-    candidates = found.candidates
+    found = find_kan_layers(model)
+    unrecognized = found.unrecognized
     assert "verified by gradients" in str(found)
-    assert [candidate.name for candidate in candidates] == ["0", "2"]  # one of each shape
+    assert [candidate.name for candidate in unrecognized] == ["0", "2"]  # one of each shape
     described = '("sums.weight", "o (k i) ...")', 'residual=("base.weight", "o i ...")', 'grid=("grid",)'
-    for candidate in candidates:
+    for candidate in unrecognized:
         assert candidate.is_verified and 'axes=lambda m: {"i": m.in_channels}' in candidate.registration
         assert all(text in candidate.registration for text in described)
-    exec(candidates[0].registration, {"register_kan_layer": register_kan_layer})
+    exec(unrecognized[0].registration, {"register_kan_layer": register_kan_layer})
     assert [found.shape for found in find_kan_layers(model)] == [(4, 3, 6, 9), (4, 4, 6, 9), (4, 4, 6, 9)]
 
 
@@ -86,8 +99,9 @@ class Graph(Powers):
 
 
 def test_what_cannot_be_run_is_offered_unverified():
-    (candidate,) = find_kan_layers(nn.Sequential(Graph(3, 4)), candidates=True).candidates
-    assert not candidate.is_verified and candidate.parameters == {"A": (3, 5, 4)}
+    (candidate,) = find_kan_layers(nn.Sequential(Graph(3, 4))).unrecognized
+    assert not candidate.is_verified
+    assert candidate.reason == "it takes several arguments, so that it was not run."
     assert 'coefficients=("A", "o i k")' in candidate.registration
     exec(candidate.registration, {"register_kan_layer": register_kan_layer})
 
@@ -96,7 +110,7 @@ def test_known_layers_and_those_of_torch_are_no_candidates():
     known = [FAMILIES[family](3, 4) for family in ("efficient-kan", "fast-kan", "cheby-kan", "fourier-kan")]
     others = [nn.Conv2d(3, 4, 3), nn.MultiheadAttention(4, 2), nn.LSTM(3, 4), nn.Transformer(8, 2, 1, 1, 8)]
     model = nn.ModuleList([*known, *others, KANLinear(3, 4)])
-    assert not find_kan_layers(model, candidates=True).candidates
+    assert not find_kan_layers(model).unrecognized
     adapted = adapt(nn.Sequential(KANLinear(3, 4), KANLinear(4, 2)))
-    found = find_kan_layers(adapted, candidates=True)
-    assert len(found) == 2 and not found.candidates
+    found = find_kan_layers(adapted)
+    assert len(found) == 2 and not found.unrecognized

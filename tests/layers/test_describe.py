@@ -183,21 +183,16 @@ def test_a_layer_that_normalizes_by_the_extremes_of_all_rows(sizes):
     assert spec.locate(layer).shape == (sizes[1], sizes[0], 4)
 
 
-@pytest.mark.parametrize(
-    "make, places, pattern",
-    [
-        (RadialInside, "places", "i z"),
-        (lambda i, o: RadialInside(i, o, turned=True), "places", "z i"),
-        (RadialPart, "of.places", "i z"),
-    ],
-)
-def test_places_of_functions_are_a_part_where_they_are_a_large_share(make, places, pattern):
-    for outputs in (1, 3):
-        spec = get_kan_spec(layer := make(5, outputs))
-        assert spec.parts[1:] == ((places, pattern),)
-        assert spec.locate(layer).shape == (outputs, 5, 4 + 4)
-    spec = get_kan_spec(layer := make(5, 20))
-    assert len(spec.parts) == 1 and spec.locate(layer).shape == (20, 5, 4)
+@pytest.mark.parametrize("make", [RadialInside, partial(RadialInside, turned=True), RadialPart])
+@pytest.mark.parametrize("outputs", [1, 3, 20])
+def test_places_of_functions_that_the_outputs_share_are_no_coefficients(make, outputs):
+    layer = make(5, outputs)
+
+    (found,) = find_kan_layers(nn.Sequential(layer))
+
+    assert found.shape == (outputs, 5, 4)
+    assert {name.rpartition(".")[2] for name in found.doubts} == {"places", "widths"}
+    assert all("not linear" in reason for reason in found.doubts.values())
 
 
 def freeze_nothing_more(layer):

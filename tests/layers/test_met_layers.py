@@ -1,0 +1,250 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Layers that were met in public repositories: what is found does not depend on their sizes."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from helpers import relative, saved_and_merged
+from peft import get_peft_model
+from stand_ins import (
+    FixedFunctions,
+    FunctionsOfSlices,
+    PolynomialsOfChannels,
+    PolynomialUnits,
+    ProjectedChebyshev,
+    RadialFunctions,
+    SKANLayer,
+    TrainedGaussians,
+)
+from torch import nn
+
+from peft_lotra import LoTRAConfig, check_kan_layer, find_kan_layers, register_kan_layer
+
+
+SIZES = [(20, 20), (20, 3), (20, 16), (20, 1), (16, 20), (12, 24), (7, 5), (1, 4), (1, 1), (2, 1), (2, 2), (24, 12)]
+
+
+@pytest.mark.parametrize("functions", ["gaussians", "polynomials"])
+@pytest.mark.parametrize("inner", ["i k", "k i"])
+@pytest.mark.parametrize(("inputs", "outputs"), SIZES)
+def test_a_linear_layer_on_fixed_functions_is_found(inputs, outputs, inner, functions):
+    model = nn.Sequential(FixedFunctions(inputs, outputs, inner=inner, functions=functions))
+
+    (found,) = find_kan_layers(model)
+
+    assert found.shape == (outputs, inputs, 6)
+    assert found.parameters == ("head.weight",)
+
+
+def test_a_linear_layer_on_fixed_functions_is_trained_saved_and_merged(tmp_path):
+    base = nn.Sequential(FixedFunctions(16, 20, inner="k i"))
+
+    saved_and_merged(lambda: copy.deepcopy(base), torch.rand(6, 16), tmp_path)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [*SIZES, (20, 2), (8, 2), (7, 2), (4, 4), (3, 20)])
+def test_centers_and_widths_that_the_outputs_share_are_no_coefficients(inputs, outputs):
+    model = nn.Sequential(TrainedGaussians(inputs, outputs))
+
+    (found,) = find_kan_layers(model)
+
+    assert found.parameters == ("coefficients",)
+    assert found.shape == (outputs, inputs, 8)
+    assert set(found.doubts) == {"centers", "log_width"}
+
+
+@pytest.mark.parametrize("outputs", [1, 4])
+def test_centers_and_widths_are_no_coefficients_whatever_is_frozen(outputs):
+    trained, frozen = TrainedGaussians(5, outputs), TrainedGaussians(5, outputs)
+    partly = TrainedGaussians(5, outputs)
+    frozen.requires_grad_(False)
+    partly.centers.requires_grad_(False)
+    partly.log_width.requires_grad_(False)
+
+    for order in ([trained, partly, frozen], [frozen, partly, trained]):
+        for layer in order:
+            assert find_kan_layers(nn.Sequential(layer))[0].parameters == ("coefficients",)
+
+
+@pytest.mark.parametrize(
+    "make", [PolynomialUnits, partial(PolynomialUnits, turned=True), RadialFunctions, ProjectedChebyshev, SKANLayer]
+)
+@pytest.mark.parametrize(("inputs", "outputs"), [*SIZES, (8, 8), (4, 8), (8, 4), (5, 5)])
+def test_what_is_no_sum_of_functions_is_not_reported(make, inputs, outputs):
+    model = nn.Sequential(make(inputs, outputs))
+
+    assert find_kan_layers(model) == []
+
+
+def adapt_registered(model, **description):
+    register_kan_layer("mine", matches=type(model[0]), **description)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model(model, LoTRAConfig(r=1, init_weights=False)).eval()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(8, 8), (8, 6), (6, 8), (5, 5), (1, 1), (2, 2), (8, 9), (9, 8), (5, 1)]
+)
+@pytest.mark.parametrize(
+    ("make", "coefficients"),
+    [
+        (SKANLayer, ("weight", "o i")),
+        (ProjectedChebyshev, ("polynomials", "i o k")),
+        (PolynomialsOfChannels, ("weights", "o i k")),
+    ],
+)
+def test_a_registration_that_is_right_is_taken_at_all_sizes(make, coefficients, inputs, outputs):
+    base = nn.Sequential(make(inputs, outputs))
+    x = torch.rand(6, inputs, 3) if make is PolynomialsOfChannels else torch.rand(6, inputs)
+    before = base(x)
+
+    model = adapt_registered(base, coefficients=coefficients)
+
+    y = model(x)
+    assert not torch.allclose(y, before)
+    assert relative(model.merge_and_unload()(x), y) < 1e-5
+
+
+@pytest.mark.parametrize("coefficients", [("polynomials", "o i k"), ("polynomials", "k i o")])
+def test_a_registration_that_gradients_do_not_verify_is_a_users_word(coefficients):
+    """No other layout is verified either: the inputs are mixed before the sum."""
+    model = adapt_registered(nn.Sequential(ProjectedChebyshev(4, 5)), coefficients=coefficients)
+
+    assert "mixed by the layer, or not as described" in check_kan_layer(model.base_model.model[0]).axes
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 8), (7, 5), (3, 1)])
+def test_polynomials_of_channels_are_found(inputs, outputs):
+    (found,) = find_kan_layers(nn.Sequential(PolynomialsOfChannels(inputs, outputs)))
+
+    assert found.shape == (outputs, inputs, 4)
+
+
+class Network(nn.Module):
+    """Its layer gets two slices, or three, of one input, and further arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.dropout = nn.BatchNorm1d(3), nn.Dropout(0.5)
+        self.slices = FunctionsOfSlices(3, 4)
+
+    def forward(self, x, scale):
+        x = self.dropout(self.norm(x))
+        self.last = x
+        return self.slices(torch.stack([x, scale * x])).sum(0)
+
+
+def test_coefficients_that_other_slices_of_the_input_use_are_seen():
+    found = find_kan_layers(Network(), torch.rand(6, 3), scale=0.5)
+
+    (layer,) = found
+    (module,) = found.unrecognized
+    assert layer.parameters == ("powers",)
+    assert layer.doubts == {"waves": "the output did not depend on it when the layer was run"}
+    assert module.reason == "with the arguments of this call it has more coefficients: waves."
+    assert "slices leaves out waves: the output did not depend on it" in str(found)
+
+
+def test_the_registration_of_coefficients_that_other_slices_use(tmp_path):
+    base = Network().eval()
+    (module,) = find_kan_layers(base, torch.rand(6, 3), 0.5).unrecognized
+    exec(module.registration, {"register_kan_layer": register_kan_layer})
+
+    with pytest.warns(UserWarning, match="`slices.waves`: the output did not depend on it"):
+        model = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2, init_weights=False)).eval()
+
+    x = torch.rand(6, 3)
+    y = model(x, 0.5)
+    merged = model.merge_and_unload()
+    assert relative(merged(x, 0.5), y) < 1e-5
+    assert not torch.equal(merged.slices.waves, base.slices.waves)
+
+
+def test_a_model_is_left_as_it_was_by_the_run():
+    model, x = Network().train(), torch.rand(6, 3)
+    before = copy.deepcopy(model.state_dict())
+    generator = torch.get_rng_state()
+
+    find_kan_layers(model, x, 0.5)
+
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(module.training and not module._forward_pre_hooks for module in model.modules())
+    assert not hasattr(model, "last")
+
+
+class Edges(nn.Module):
+    """Takes a graph, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(4, 3, 5))
+
+    def forward(self, x, edges, scale):
+        return torch.einsum("bik,oik->bo", torch.tanh(x)[..., None] ** torch.arange(5), self.weights) * scale
+
+
+class Graph(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.edges = Edges()
+
+    def forward(self, x, edges):
+        return self.edges(x.flatten(0, 1), edges, scale=2.0)
+
+
+def test_a_layer_of_several_arguments_is_described_with_those_that_it_gets():
+    model, x = Graph(), torch.rand(2, 3, 3)
+
+    (alone,) = find_kan_layers(model).unrecognized
+    (called,) = find_kan_layers(model, x, torch.ones(2, 2)).unrecognized
+
+    assert (alone.is_verified, called.is_verified) == (False, True)
+    assert alone.reason == called.reason == "it takes several arguments, so that it was not run."
+    assert 'coefficients=("weights", "o i k")' in called.registration
+
+
+def test_modules_of_a_class_that_is_recognized_elsewhere_are_named_in_one_warning():
+    class Maybe(FixedFunctions):
+        def forward(self, x):
+            return super().forward(x) if self.count == 6 else x
+
+    model = nn.ModuleList([Maybe(3, 4), Maybe(3, 4, count=5), Maybe(4, 4, count=5)])
+
+    with pytest.warns(UserWarning, match="^1, 2 may be KAN layers, but were not recognized") as caught:
+        get_peft_model(model, LoTRAConfig(r=1))
+    assert len([warning for warning in caught if "may be" in str(warning.message)]) == 1
+
+
+def test_parameters_that_shape_the_functions_are_named_in_one_warning():
+    model = nn.Sequential(TrainedGaussians(3, 4), TrainedGaussians(4, 2))
+
+    with pytest.warns(UserWarning, match="role is in doubt") as caught:
+        get_peft_model(model, LoTRAConfig(r=1))
+
+    (message,) = [str(warning.message) for warning in caught]
+    for name in ("0.centers", "0.log_width", "1.centers", "1.log_width"):
+        assert f"`{name}`: it shapes the functions: the output is not linear in it" in message
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (nn.Linear(3, 4), "Linear is a container, a module of a library, or derived from one"),
+        (nn.Sequential(nn.Tanh()), "Sequential is a container"),
+        (RadialFunctions(3, 4), "its output is no sum, over its inputs, of at least two functions of each of them"),
+        (Edges(), "it takes several arguments"),
+        (FixedFunctions(3, 4).to("meta"), "its parameters have no values"),
+    ],
+)
+def test_a_module_that_is_no_kan_layer_gives_the_reason(module, reason):
+    with pytest.raises(ValueError, match=f"not a KAN layer that LoTRA knows: {reason}"):
+        check_kan_layer(module)
