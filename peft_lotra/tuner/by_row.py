@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..kan.basis import UniformGrid
 from ..kan.formula import LayerFormula
 from ..kan.row_product import PackedTucker, RowGroups, RowProduct, RowUpdates, group_rows
 from ..kan.slim_kan import SlimKANLinear
-from ..modules.calls import is_tracing, runs_more_than_its_class
+from ..modules.calls import attributes_kept, is_tracing, runs_more_than_its_class
 from ..tucker import Tucker, full_shape
 
 
@@ -40,11 +40,13 @@ class ForwardPass(NamedTuple):
         names: The adapter of each sample; None if all samples have the active ones.
         replaced: The components that a hotswap has replaced meanwhile.
         row_counts: The numbers of rows of layers that see several rows per sample, in the order of the samples.
+        find_row_counts: Finds out these numbers, see `find_row_counts`.
     """
 
     names: tuple[str, ...] | None
     replaced: Replaced
     row_counts: set[int]
+    find_row_counts: Callable[[], set[int]] = set
 
 
 class PassVariable:
@@ -137,6 +139,7 @@ class MixedBatch(NamedTuple):
         read_adapters: Returns the adapter of each sample, by any key.
         find_updates: Returns the updates of the samples; None if all have the same, or none.
         run: `run(adapter, args, kwargs)` evaluates the layer for samples of one adapter.
+        find_row_counts: See `ForwardPass`.
     """
 
     size: int
@@ -144,16 +147,18 @@ class MixedBatch(NamedTuple):
     read_adapters: Callable[[], Sequence[Any]]
     find_updates: Callable[[], RowUpdates | None]
     run: Callable[[Any, tuple, dict], Any]
+    find_row_counts: Callable[[], set[int]] = set
 
 
 def run_named_rows(
     layer: Any, names: Sequence[str], current: ForwardPass | None, args: tuple, kwargs: dict[str, Any]
 ) -> Any:
     """Evaluate a `LoTRALayer` for samples with adapters of these names."""
-    row_counts = set() if current is None else current.row_counts
+    row_counts, find = (set(), set) if current is None else (current.row_counts, current.find_row_counts)
     find_updates = partial(_updates_by_name, layer, names, current)
     run = lambda name, args, kwargs: layer._run([name], current, args, kwargs)  # noqa: E731
-    return run_mixed_batch(layer, MixedBatch(len(names), row_counts, lambda: names, find_updates, run), args, kwargs)
+    batch = MixedBatch(len(names), row_counts, lambda: names, find_updates, run, find)
+    return run_mixed_batch(layer, batch, args, kwargs)
 
 
 def run_mixed_batch(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -178,7 +183,7 @@ def _count_rows(layer: str, batch: MixedBatch, args: tuple, kwargs: dict[str, An
     """Return how many rows a layer sees per sample. The first dimension of its input must be the batch.
 
     Several rows are in the order of the samples in a view of a contiguous tensor (batch, ..., in). The layers after
-    one that gets such a view may see as many.
+    one that gets such a view may see as many. Otherwise the network is run again to find out.
 
     Raises:
         ValueError: The number of rows is another, and their order unclear; or the input is transposed, and its first
@@ -206,7 +211,11 @@ def _count_rows(layer: str, batch: MixedBatch, args: tuple, kwargs: dict[str, An
         and x.is_contiguous()
         and whole.is_contiguous()
     )
-    if rest or not (is_view or len(set(batch.read_adapters())) == 1):
+    is_in_order = not rest and (is_view or len(set(batch.read_adapters())) == 1)
+    if not rest and not is_in_order:
+        batch.row_counts.update(batch.find_row_counts())
+        is_in_order = len(x) in batch.row_counts
+    if not is_in_order:
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{batch.size} and {len(x)} respectively, in `{layer}`. Let it have inputs (batch, ..., in), or call "
@@ -214,6 +223,45 @@ def _count_rows(layer: str, batch: MixedBatch, args: tuple, kwargs: dict[str, An
         )
     batch.row_counts.add(len(x))
     return rows_per_sample
+
+
+def find_row_counts(model: nn.Module, layers: Iterable[nn.Module], size: int, args: tuple, kwargs: Any) -> set[int]:
+    """Return the numbers of rows of layers that see several rows per sample, in the order of the samples.
+
+    A model may fold channels into the batch and flatten them again, which no layer sees. It is therefore run twice with
+    its active adapters: if a roll of the batch rolls the rows of a layer, by those of one sample, they are in order.
+    """
+    roll = partial(_roll, size)
+    runs = [_record_inputs(model, layers, *each) for each in ((args, kwargs), tree_map(roll, (args, kwargs)))]
+    in_order: dict[int, bool] = {}
+    for x, rolled in zip(*runs, strict=False):
+        rows_per_sample, rest = divmod(len(x), size)
+        if not rest and x.shape == rolled.shape:
+            expected = x.roll(rows_per_sample, 0)
+            follows = bool((rolled - expected).abs().max() <= 1e-4 * x.abs().max())
+            in_order[len(x)] = follows and in_order.get(len(x), True)
+    return {count for count, follows in in_order.items() if follows}
+
+
+def _roll(size: int, value: Any) -> Any:
+    """Roll a batch of `size` samples, in the first dimension or the second of three, by one."""
+    shape = value.shape if isinstance(value, Tensor) else ()
+    dims = [dim for dim in ((0, 1) if len(shape) == 3 else (0,)) if shape and shape[dim] == size]
+    return value.roll(1, dims[0]) if dims else value
+
+
+def _record_inputs(model: nn.Module, layers: Iterable[nn.Module], args: tuple, kwargs: Any) -> list[Tensor]:
+    """Run a model with its active adapters, and return the inputs of its layers."""
+    inputs: list[Tensor] = []
+    with ExitStack() as stack:
+        for layer in layers:
+            hook = lambda module, args, kwargs: inputs.append(args[0] if args else next(iter(kwargs.values())))  # noqa: E731
+            stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        stack.enter_context(attributes_kept(model))
+        stack.enter_context(FORWARD_PASS.set(None))
+        with torch.no_grad():
+            model(*args, **kwargs)
+    return inputs
 
 
 def _run_by_adapter(adapters: Sequence[Any], run: Callable[[Any, tuple, dict], Any], args: tuple, kwargs: dict) -> Any:

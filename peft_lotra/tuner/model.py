@@ -19,7 +19,7 @@ from ..layers.slim import SlimLayer
 from ..modules.calls import PREFIX, freeze_norms, is_compiled, is_tracing, places, read_at_rest, set_mode
 from ..tucker import COMPONENTS
 from .base_record import check_base, record_layer
-from .by_row import FORWARD_PASS, ForwardPass, Replaced, check_batch, check_names, pass_names
+from .by_row import FORWARD_PASS, ForwardPass, Replaced, check_batch, check_names, find_row_counts, pass_names
 from .config import LoTRAConfig, pattern_key
 from .guards import base_layers_in_place, guard_network, release_networks
 from .initialization import GRADIENTS
@@ -243,8 +243,13 @@ class LoTRAModel(BaseTuner):
             yield
             return
         with ExitStack() as stack:
+            current = ForwardPass(names, self.replaced, set())
+            if names is not None:
+                count, model = len(names), self.model
+                find = lambda: find_row_counts(model, dict(lotra_layers(model)).values(), count, args, kwargs)  # noqa: E731
+                current = current._replace(find_row_counts=find)
             # as `FORWARD_PASS.set` does, without its calls
-            stack.callback(FORWARD_PASS.now.reset, FORWARD_PASS.now.set(ForwardPass(names, self.replaced, set())))
+            stack.callback(FORWARD_PASS.now.reset, FORWARD_PASS.now.set(current))
             if names is not None and torch.is_grad_enabled():
                 # for layers that gradient checkpointing runs again, see `PassVariable`
                 keep = lambda module, args, outputs: FORWARD_PASS.keep(outputs)  # noqa: E731

@@ -86,6 +86,58 @@ def test_known_order(how):
     check(mixed(Model(how)), torch.rand(6, 5, 3, dtype=torch.float64) if how == "batch first" else inputs().double())
 
 
+class Channels(nn.Module):
+    """TimeKAN: channels are folded into the batch, a convolution over time follows, and the layer gets all as rows.
+
+    It normalizes each sample, and keeps the scale for its outputs.
+    """
+
+    def __init__(self, order="batch, channel, time"):
+        super().__init__()
+        self.order, self.embed = order, nn.Conv1d(1, 3, 3, padding=1)
+        self.first, self.second = ChebyKANLayer(3, 5, degree=3), KAN([5, 2])
+
+    def forward(self, x):
+        batch, time, channels = x.shape
+        self.scale = x.abs().amax(1, keepdim=True)
+        x = (x / self.scale).permute(0, 2, 1).contiguous().reshape(batch * channels, time, 1)
+        x = self.embed(x.transpose(1, 2)).transpose(1, 2)
+        if self.order != "batch, channel, time":
+            x = x.transpose(0, 1)
+        y = self.second(self.first(x.reshape(-1, 3)))
+        if self.order != "batch, channel, time":
+            y = y.view(time, -1, 2).transpose(0, 1)
+        return y.reshape(batch, channels, time, 2).sum(-1).transpose(1, 2) * self.scale
+
+
+@pytest.mark.parametrize("shape", [(6, 7, 4), (6, 6, 6), (6, 4, 1), (6, 1, 4)])
+def test_channels_that_are_folded_into_the_batch(shape):
+    model = mixed(Channels().double())
+
+    check(model, torch.rand(shape, dtype=torch.float64))
+
+
+def test_channels_of_equal_samples():
+    x = torch.rand(1, 5, 3, dtype=torch.float64).expand(6, 5, 3).contiguous()
+
+    check(mixed(Channels().double()), x)
+
+
+def test_another_order_of_folded_channels_is_refused():
+    model = mixed(Channels(order="time, batch, channel").double())
+
+    with pytest.raises(ValueError, match="Length of `adapter_names`.*first"):
+        model(torch.rand(6, 5, 3).double(), adapter_names=NAMES)
+
+
+def test_what_a_model_keeps_is_that_of_its_own_pass():
+    model, x = mixed(Channels().double()), torch.rand(6, 5, 3).double()
+
+    model(x, adapter_names=NAMES)
+
+    torch.testing.assert_close(model.get_base_model().scale, x.abs().amax(1, keepdim=True))
+
+
 def test_unknown_order():
     with pytest.raises(ValueError, match="Length of `adapter_names`.*kan.layers.0"):
         mixed(Model("transposed"))(torch.rand(6, 5, 3).double(), adapter_names=NAMES)
