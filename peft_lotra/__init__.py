@@ -27,7 +27,7 @@ if find_spec("peft"):
     from .tuner import jets  # noqa: F401  (teaches `jet` what PEFT puts around KANs)
     from .tuner.check import check_kan_layer
     from .tuner.config import LoTRAConfig
-    from .tuner.gradients import preprocess_lotra, start_from_gradient
+    from .tuner.gradients import start_from_gradient
     from .tuner.hotswap import hotswap_adapter
     from .tuner.layer import LoTRALayer
     from .tuner.model import LoTRAModel
@@ -54,7 +54,6 @@ __all__ = [
     "gradient_spectrum",
     "hotswap_adapter",
     "model_summary",
-    "preprocess_lotra",
     "push_to_hub",
     "refit_adapters",
     "register_kan_layer",

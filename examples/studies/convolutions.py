@@ -49,8 +49,8 @@ from peft_lotra import (
     LoTRAConfig,
     create_lotra_optimizer,
     gradient_spectrum,
-    preprocess_lotra,
     register_kan_layer,
+    start_from_gradient,
     suggest_ranks,
 )
 
@@ -259,11 +259,9 @@ def adapt(job: Job) -> Outcome:
 
         pattern = suggest_ranks(gradient_spectrum(base, None, step), budget=budget)
         ranks = " ".join(str(r).replace(" ", "") for r in pattern.values())
-        start = "gradient" if setting["start"] == "gradient" else True
-        config = LoTRAConfig(r=4, rank_pattern=pattern, init_weights=start)
+        model = get_peft_model(base, LoTRAConfig(r=4, rank_pattern=pattern))
         if setting["start"] == "gradient":
-            preprocess_lotra(base, config, step)
-        model = get_peft_model(base, config)
+            start_from_gradient(model, lambda: F.cross_entropy(model(task.after.x), task.after.y))
         policy = POLICIES[setting["start"]]
         optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=setting["lr"], policy=policy)
     else:

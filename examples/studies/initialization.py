@@ -10,7 +10,7 @@
 
 A KAN is trained, then adapted to a real change of its data with few labels: scikit-learn's digits rotated by 30
 degrees (200 labels), the same with noise (the quickstart's shift), and MNIST brought to 8x8 (500 labels). LoTRA starts
-from random factors or from the gradient (`preprocess_lotra`, one pass over the labeled data), at two ranks. Full
+from random factors or from the gradient (`start_from_gradient`, one pass over the labeled data), at two ranks. Full
 fine-tuning and both starts get several learning rates, both starts also three ratios of the components' rates. Shown
 is the best mean over the seeds of each, chosen by these same test scores for every method alike, and what the fixed
 setting SETTING gives. The quickstart's shift is repeated on KANs of two other libraries, with few rates. A PDE
@@ -42,7 +42,7 @@ from study_tools.tasks import Task, build, digits_to_mnist, rotated_digits, scor
 from torch import nn
 from tqdm import tqdm
 
-from peft_lotra import LoTRAConfig, preprocess_lotra
+from peft_lotra import LoTRAConfig, start_from_gradient
 from peft_lotra.optim import create_lotra_optimizer
 
 
@@ -83,10 +83,9 @@ def full(base: nn.Module, task: Task, lr: float) -> Trained:
 
 def lotra(base: nn.Module, task: Task, r: tuple[int, int, int], start: str, policy: str, lr: float) -> Trained:
     """LoTRA from the start "random" or "gradient"."""
-    kan, config = copy.deepcopy(base), LoTRAConfig(r=r, init_weights="gradient" if start == "gradient" else True)
+    model = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=r))
     if start == "gradient":
-        preprocess_lotra(kan, config, lambda: task.loss(kan(task.after[0]), task.after[1]).backward())
-    model = get_peft_model(kan, config)
+        start_from_gradient(model, lambda: task.loss(model(task.after[0]), task.after[1]))
     return model, create_lotra_optimizer(model, Adam, lr=lr, policy=POLICIES[policy])
 
 
@@ -142,13 +141,12 @@ def pde(target: str, args: argparse.Namespace, bar: tqdm, rows: Rows) -> None:
 
         def model(start: str, base: nn.Module, setting: methods.Setting, seed: int, terms: list = terms) -> nn.Module:
             torch.manual_seed(seed)
-            kan, config = copy.deepcopy(base), methods.large_config(setting)
+            adapted = get_peft_model(copy.deepcopy(base), methods.large_config(setting))
             if start == "gradient":
-                config.init_weights = "gradient"
                 generator = torch.Generator().manual_seed(seed)
                 everything = setting.points
-                preprocess_lotra(kan, config, lambda: methods.adam_loss(kan, terms, everything, generator).backward())
-            return get_peft_model(kan, config)
+                start_from_gradient(adapted, lambda: methods.adam_loss(adapted, terms, everything, generator))
+            return adapted
 
         for start, (key, (lr, policy)) in itertools.product(("random", "gradient"), rates.items()):
             method = methods.Method("", partial(model, start), {target: lr}, policy)

@@ -116,11 +116,11 @@ class LoTRAConfig(PeftConfig):
             are scaled up, so that the expected update is unchanged.
         module_dropout (`float`):
             The probability with which the adapter of a whole layer is skipped in a training step.
-        init_weights (`bool`, `"gradient"` or `"hosvd"`):
-            How the adapter starts. `True` draws random factors, `"gradient"` takes them from the gradient that
-            [`preprocess_lotra`] gathered (simpler: [`start_from_gradient`] afterwards), and `"hosvd"` from the leading
-            singular vectors of the base layer's own coefficients; each time the update is zero, so that the adapted
-            model equals its base. `False` draws an update at random, which is for tests only.
+        init_weights (`bool` or `"hosvd"`):
+            How the adapter starts. `True` draws random factors. `"hosvd"` takes the leading singular vectors of the
+            base layer's own coefficients. Each time the update is zero, so that the adapted model equals its base.
+            `False` draws an update at random, which is for tests only. [`start_from_gradient`] starts an adapter that
+            is there anew; the configuration, and its file, then say `"gradient"`.
         train (`Optional[list[str]]`):
             The components that are trained, of `"core"`, `"factor_out"`, `"factor_in"`, `"factor_basis"` and
             `"factor_kernel"`; `None` (the default) trains all. The others are saved with the adapter, but keep the

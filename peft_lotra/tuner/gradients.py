@@ -15,12 +15,10 @@ import torch
 from torch import nn
 
 from ..layers.coefficients import CoefficientTensor
-from ..modules.calls import modes_kept, read_at_rest, unwrap
+from ..modules.calls import modes_kept, unwrap
 from ..modules.checks import check_function
-from .config import LoTRAConfig
-from .initialization import GRADIENTS, initialize
+from .initialization import initialize
 from .layer import check_unmerged, lotra_layers
-from .targets import find_targets
 
 
 def start_from_gradient(
@@ -74,6 +72,7 @@ def start_from_gradient(
             value.backward()
 
     with ExitStack() as stack:  # the gradient of the base alone
+        stack.enter_context(modes_kept(model))
         for layer in layers.values():
             layer.check_grid()
             stack.callback(setattr, layer, "_disable_adapters", layer._disable_adapters)
@@ -89,41 +88,6 @@ def start_from_gradient(
         initialize(components, "gradient", zero, gradients[layer.get_base_layer()])
     for configs in owners:
         configs[adapter] = config
-
-
-def preprocess_lotra(model: nn.Module, config: LoTRAConfig, train_step: Callable[[], None]) -> None:
-    """Gathers what `init_weights="gradient"` needs; call it before `get_peft_model`, as PEFT's `preprocess_loraga`.
-
-    The adapter then begins with the combinations of inputs and basis functions that the first step of full fine-tuning
-    would use most, instead of random ones. The model is left as it was; the gradients are kept until the adapter is
-    made. [`start_from_gradient`] does the same to an adapter that is there, and takes a loss.
-
-    Args:
-        model (`nn.Module`): The base model, or a PEFT model that is to get one more adapter.
-        config ([`LoTRAConfig`]): The configuration that the adapter will be made with.
-        train_step (`Callable[[], None]`): Computes a loss and calls `backward()`, for one or more batches. A few
-            hundred samples are enough.
-
-    Raises:
-        ValueError: `init_weights` of the configuration is not `"gradient"`; a target is no KAN layer; no gradient, or
-            one that is not finite, arrived at a layer. Nothing is kept then.
-
-    Example:
-        >>> from peft import get_peft_model
-        >>> from peft_lotra import LoTRAConfig, preprocess_lotra
-        >>> from peft_lotra.kan import KAN
-        >>> kan, x = KAN([2, 8, 1]), torch.rand(50, 2)
-        >>> config = LoTRAConfig(r=(4, 4, 3), init_weights="gradient")
-        >>> y, mse = x.prod(dim=1, keepdim=True), torch.nn.functional.mse_loss
-        >>> preprocess_lotra(kan, config, lambda: mse(kan(x), y).backward())
-        >>> model = get_peft_model(kan, config)
-    """
-    if config.init_weights != "gradient":
-        raise ValueError(f"`init_weights` of the configuration is {config.init_weights!r}, but must be 'gradient'.")
-    model = unwrap(model)
-    with read_at_rest(model):
-        layers = {name: (target.layer, target.tensor) for name, target in find_targets(config, model).items()}
-    GRADIENTS.update(gather_gradients(layers, model, train_step))
 
 
 @torch.inference_mode(False)  # gradients are wanted here, whatever the mode around

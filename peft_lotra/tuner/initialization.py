@@ -9,16 +9,11 @@ One component is zero (as LoRA's B, factor_out), so that the update is zero.
 from __future__ import annotations
 
 import math
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ..tucker import Tucker, truncated_hosvd, tucker
-
-
-# What preprocess_lotra gathered, until an adapter starts from it; not on the layers, so that the base is not touched.
-GRADIENTS: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
 
 def initialize(components: Tucker, start: bool | str, zero: str, source: Tensor | None = None) -> None:
@@ -45,11 +40,10 @@ def initialize(components: Tucker, start: bool | str, zero: str, source: Tensor 
 
 def check_start(start: bool | str, source: Tensor | None) -> None:
     """Raises a ValueError if an adapter cannot start so."""
-    if start == "gradient" and source is None:
+    if start == "gradient":
         raise ValueError(
-            '`init_weights="gradient"` needs the gradient of each layer: call '
-            "`preprocess_lotra(model, config, train_step)` before the adapter is added, or leave `init_weights` out "
-            "and call `start_from_gradient(model, loss)` after it."
+            '`init_weights="gradient"` is what files say of such a start. Leave it out, and call '
+            "`start_from_gradient(model, loss)` once the adapter is added."
         )
     if start == "hosvd" and (source is None or source.is_meta or not source.isfinite().all()):
         state = "not finite" if source is not None and not source.is_meta else "on the meta device"

@@ -33,7 +33,7 @@ from ..modules.calls import (
 from ..tucker import COMPONENTS, Tucker, Update
 from .by_row import FORWARD_PASS, ForwardPass, run_named_rows
 from .config import LoTRAConfig
-from .initialization import GRADIENTS, initialize
+from .initialization import initialize
 
 
 class Target(NamedTuple):
@@ -125,11 +125,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             self.frozen_peft_weight_names[adapter_name] = tuple(f"lotra_{name}" for name in frozen)
         # values of a file replace those drawn here
         start = bool(config.init_weights) if config.is_from_file else config.init_weights
-        source = None
-        if start == "hosvd":
-            source = self._coefficients_before_merge()
-        elif start == "gradient":
-            source = GRADIENTS.get(self.get_base_layer())
+        source = self._coefficients_before_merge() if start == "hosvd" else None
         initialize(self.get_components(adapter_name), start, zero, source)
         if stored.dtype != dtype:
             self._move_adapter_to_device_of_base_layer(adapter_name)

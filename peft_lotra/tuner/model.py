@@ -22,7 +22,6 @@ from .base_record import check_base, record_layer
 from .by_row import FORWARD_PASS, ForwardPass, Replaced, check_batch, check_names, find_row_counts, pass_names
 from .config import LoTRAConfig, pattern_key
 from .guards import base_layers_in_place, guard_network, release_networks
-from .initialization import GRADIENTS
 from .layer import LoTRALayer, further_names, lotra_layers
 from .saving import (
     check_complete,
@@ -109,8 +108,6 @@ class LoTRAModel(BaseTuner):
         with self._injection:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._requires_grad_of_base = requires_grad
-        for target in self._targets.values():
-            GRADIENTS.pop(target.layer, None)
         for module in model.modules() if self.peft_config[adapter_name].modules_to_save else ():
             if isinstance(module, AuxiliaryTrainingWrapper) and pass_names not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(pass_names, with_kwargs=True)

@@ -21,7 +21,7 @@ from ..layers.description import KANLayerSpec, is_built_in
 from ..layers.registry import get_recorded_spec, unrecognized_modules, walk_kan_layers
 from ..layers.slim import SlimLayer
 from .config import LoTRAConfig
-from .initialization import GRADIENTS, check_start
+from .initialization import check_start
 from .layer import LoTRALayer, Target, check_stored, lotra_layers
 
 
@@ -211,7 +211,7 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, T
                 )
     if not config.is_from_file:
         for layer, _, tensor in targets.values():
-            source = tensor.read(layer).detach() if config.init_weights == "hosvd" else GRADIENTS.get(layer)
+            source = tensor.read(layer).detach() if config.init_weights == "hosvd" else None
             check_start(config.init_weights, source)
     for ending in config.modules_to_save or ():
         _check_saved(ending, config, model, targets)

@@ -11,7 +11,7 @@ from behaving import adapted, add, apart, layers
 from peft import get_peft_model
 from stand_ins import FAMILIES, as_model
 
-from peft_lotra import LoTRAConfig, preprocess_lotra, slim
+from peft_lotra import LoTRAConfig, slim, start_from_gradient
 
 
 X = torch.linspace(-0.9, 0.9, 72).view(12, 6).T.contiguous()
@@ -85,11 +85,11 @@ def test_starts_that_look_at_the_base(small, start):
     """They are those of the dense layer of the same coefficients."""
     spans = []
     for model in (small, small.to_dense()):
-        config = LoTRAConfig(r=(10, 3, 99), init_weights=start)
-        if start == "gradient":
-            preprocess_lotra(model, config, lambda model=model: model(X).square().sum().backward())
+        config = LoTRAConfig(r=(10, 3, 99), init_weights=True if start == "gradient" else start)
         y = model(X)
         found = get_peft_model(model, config)
+        if start == "gradient":
+            start_from_gradient(found, lambda found=found: found(X).square().sum())
         assert apart(found(X), y) < 1e-5
         factor = found.base_model.model.kan.lotra_factor_in["default"].detach()
         spans.append(factor @ torch.linalg.pinv(factor))

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from stand_ins import FAMILIES
 from torch import nn
 
-from peft_lotra import LoTRAConfig, create_lotra_optimizer, hotswap_adapter, model_summary, preprocess_lotra
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, hotswap_adapter, model_summary, start_from_gradient
 from peft_lotra.kan import KAN, SlimKAN
 
 
@@ -65,10 +65,10 @@ def test_each_kind(kind, dtype, bound):
 def test_the_update_starts_at_zero_and_the_trained_components_alone_move(names, start):
     base_model, x, starts = KAN([3, 4, 2], dtype=torch.float64), inputs(20, torch.float64), []
     for _ in range(2):
-        model, config = copy.deepcopy(base_model), LoTRAConfig(r=2, train=names, init_weights=start)
+        config = LoTRAConfig(r=2, train=names, init_weights=True if start == "gradient" else start)
+        adapted = get_peft_model(copy.deepcopy(base_model), config)
         if start == "gradient":
-            preprocess_lotra(model, config, lambda m=model: (m(x) - 1).square().mean().backward())
-        adapted = get_peft_model(model, config)
+            start_from_gradient(adapted, lambda m=adapted: (m(x) - 1).square().mean())
         assert torch.equal(adapted(x), base_model(x))
         starts.append(parts(adapted))
     assert all(torch.equal(*pair) for pair in zip(*(s.values() for s in starts), strict=True)) == (start is not True)

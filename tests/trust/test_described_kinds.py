@@ -17,9 +17,9 @@ from peft_lotra import (
     extract_lotra,
     find_kan_layers,
     model_summary,
-    preprocess_lotra,
     register_kan_layer,
     slim,
+    start_from_gradient,
     suggest_ranks,
     to_dense,
     update_spectrum,
@@ -66,9 +66,8 @@ def test_gradient_start_spectra_and_extraction(case):
     assert set(suggest_ranks(update_spectrum(base, tuned), energy=0.9)) == {"^1"}
     extracted = extract_lotra(copy.deepcopy(base), tuned, r=100)
     torch.testing.assert_close(extracted(x), tuned(x), rtol=1e-4, atol=1e-4)
-    config = LoTRAConfig(r=2, init_weights="gradient")
-    preprocess_lotra(base, config, lambda: (base(x) - 1).square().mean().backward())
-    model = get_peft_model(base, config)
+    model = get_peft_model(base, LoTRAConfig(r=2))
+    start_from_gradient(model, lambda: (model(x) - 1).square().mean())
     torch.testing.assert_close(model(x), fresh(x), rtol=1e-5, atol=1e-5)
     assert model_summary(model)[0].shape == SHAPE and check_kan_layer(model.base_model.model[1]).shape == SHAPE
 

@@ -18,9 +18,9 @@ from peft_lotra import (
     LoTRAConfig,
     LoTRALayer,
     find_kan_layers,
-    preprocess_lotra,
     refit_adapters,
     slim,
+    start_from_gradient,
 )
 from peft_lotra.kan import KAN, jet
 
@@ -72,14 +72,13 @@ def test_four_ranks_serve_dense_layers_too():
 def test_the_gradient_start_uses_the_leading_directions_of_the_kernel():
     model, x = net(), images()
     # with all other modes whole, the best subspace of the kernel is that of the unfolding of the gradient
-    config = LoTRAConfig(r=(6, 4, 6, 2), target_modules=["first"], init_weights="gradient")
-    preprocess_lotra(model, config, lambda: model(x).square().sum().backward())
     twin = copy.deepcopy(model)
     twin(x).square().sum().backward()
     spline, residual = (p.grad for n, p in sorted(twin.first.named_parameters(), reverse=True) if "conv" in n)
     gradient = torch.cat([spline.unflatten(1, (4, 5)), residual.unsqueeze(2)], 2).flatten(3)
     before = model(x)
-    model = get_peft_model(model, config)
+    model = get_peft_model(model, LoTRAConfig(r=(6, 4, 6, 2), target_modules=["first"]))
+    start_from_gradient(model, lambda: model(x).square().sum())
     assert torch.equal(model(x), before)
     kernel = first(model).lotra_factor_kernel["default"]
     leading = torch.linalg.svd(gradient.movedim(3, 0).flatten(1), full_matrices=False).U[:, :2]

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Starts from the gradient: of an adapter that is there, and by `preprocess_lotra` of one that is to come."""
+"""Starts of adapters from the gradient of the base's coefficients."""
 
 import copy
 
@@ -13,12 +13,8 @@ from peft import get_peft_model, inject_adapter_in_model
 from stand_ins import FAMILIES
 from torch import Tensor, nn
 
-from peft_lotra import LoTRAConfig, preprocess_lotra, start_from_gradient
+from peft_lotra import LoTRAConfig, start_from_gradient
 from peft_lotra.kan import KAN, KANLinear, SlimKAN
-
-
-def gradient_config(**kwargs):
-    return LoTRAConfig(**{"r": (2, 2, 3), "init_weights": "gradient", **kwargs})
 
 
 def batches_for(model):
@@ -58,10 +54,10 @@ def gradients_of(model):
     return found
 
 
-def adapt_by_gradient(model, **kwargs):
-    config = gradient_config(**kwargs)
-    preprocess_lotra(model, config, train_step_for(model))
-    return get_peft_model(model, config)
+def adapt_by_gradient(model, r=(2, 2, 3)):
+    model = get_peft_model(model, LoTRAConfig(r=r))
+    start_from_gradient(model, lambda batch: loss_of(model, batch), batches_for(model))
+    return model
 
 
 def directions(layer, adapter="default"):
@@ -142,97 +138,54 @@ def test_all_layers_of_a_model_get_their_own():
         assert_spans(directions(found[name]), leading_directions(gradient, 1))
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_gathered_in_any_mode(mode):
-    model = KAN([3, 4, 2])
-    with mode():
-        preprocess_lotra(model, gradient_config(), lambda: model(X).square().sum().backward())
-    get_peft_model(model, gradient_config())(X).sum().backward()
+@pytest.mark.parametrize("failure", [None, KeyboardInterrupt, RuntimeError])
+def test_modes_gradients_and_running_statistics_are_left_as_they_were(failure):
+    model = adapted(with_batch_norm())
+    parameters, state = everything(model)[1], snapshot(model)
 
-
-@pytest.mark.parametrize("failure", [None, KeyboardInterrupt, RuntimeError, "no backward", "nan"])
-def test_the_base_is_left_as_it_was(failure):
-    model, config = with_batch_norm(), gradient_config()
-    before, inner = everything(model), train_step_for(model)
-
-    def train_step():
-        if failure == "no backward":
-            return model(X)
-        if failure == "nan":
-            return (model(X).sum() * torch.nan).backward()
+    def loss():
         model.train(not model.training)
-        model[4].requires_grad_(True)
-        inner()
-        model[0](X)
+        value = loss_of(model, batches_for(model)[0])
         if failure is not None:
             raise failure
+        return value
 
     if failure is None:
-        preprocess_lotra(model, config, train_step)
+        start_from_gradient(model, loss)
     else:
-        with pytest.raises(ValueError if isinstance(failure, str) else failure):
-            preprocess_lotra(model, config, train_step)
-        with pytest.raises(ValueError, match="preprocess_lotra"):  # nothing was kept
-            get_peft_model(model, config)
-    assert_unchanged(model, before)
+        with pytest.raises(failure):
+            start_from_gradient(model, loss)
+        assert_same(model, state)
+    assert everything(model)[1] == parameters
 
 
-def test_a_layer_that_gets_no_gradient_is_named():
-    model = with_batch_norm()
-    with pytest.raises(ValueError, match=r"No gradient arrived at \['spline_weight', 'base_weight'\] of `1`"):
-        preprocess_lotra(model, gradient_config(), lambda: model[3](torch.rand(5, 4)).sum().backward())
-    with pytest.raises(ValueError, match="preprocess_lotra"):  # that of the other layer is not kept either
-        get_peft_model(model, gradient_config(target_modules=["3"]))
-
-
-CONFIGS = [(gradient_config(target_modules=target), "KAN layer|all-linear") for target in (["4"], "all-linear")]
-CONFIGS += [(LoTRAConfig(init_weights=start), "(?s)`init_weights`.*gradient") for start in (True, False, "hosvd")]
-
-
-@pytest.mark.parametrize(("config", "words"), CONFIGS)
-def test_a_wrong_config_is_refused_before_the_step(config, words):
-    model = with_batch_norm()
+@pytest.mark.parametrize("base_of", [base, lambda name: adapted(base(name))])
+def test_a_gradient_start_is_no_input_of_a_configuration(base_of):
+    config = LoTRAConfig(r=2, init_weights="gradient")
+    model = base_of("own")
     before = everything(model)
-    with pytest.raises(ValueError, match=words):
-        preprocess_lotra(model, config, lambda: pytest.fail("called"))
+
+    with pytest.raises(ValueError, match=r"start_from_gradient\(model, loss\)"):
+        model.add_adapter("second", config) if hasattr(model, "add_adapter") else get_peft_model(model, config)
+
     assert_unchanged(model, before)
 
 
-@pytest.mark.parametrize("used_by", ["gradient", True])
-def test_the_gradient_is_used_up_by_an_adapter(used_by):
-    model = base("own")
-    preprocess_lotra(model, gradient_config(), train_step_for(model))
-    model = get_peft_model(model, gradient_config(init_weights=used_by)).unload()
-    with pytest.raises(ValueError, match="preprocess_lotra"):
-        get_peft_model(model, gradient_config())
+def test_a_second_adapter_starts_from_the_gradient_of_the_base():
+    model = base("own", torch.float64)
+    (gradient,) = gradients_of(model).values()
+    model = adapted(model)  # which changes the outputs
+    model.add_adapter("second", LoTRAConfig(r=(2, 99, 99)))
+    model.set_adapter("second")
 
+    start_from_gradient(model, lambda batch: loss_of(model, batch), batches_for(model))
 
-def test_a_second_adapter_on_a_peft_model():
-    model, config = base("own", torch.float64), gradient_config(r=(2, 99, 99))
-    (gradient,), model = gradients_of(model).values(), adapted(model, init_weights=True)  # which changes nothing yet
-    before = everything(model)
-    preprocess_lotra(model, config, train_step_for(model))
-    assert_unchanged(model, before)
-    model.add_adapter("second", config)
     (layer,) = layers(model).values()
     assert_spans(directions(layer, "second"), leading_directions(gradient, 2))
-    with pytest.raises(ValueError, match="preprocess_lotra"):
-        model.add_adapter("third", config)
-    assert list(model.peft_config) == ["default", "second"]
-
-
-def test_not_while_merged():
-    model, config = adapted(SlimKAN([3, 4, 2], ranks=2), r=2), gradient_config(r=2)
-    model.merge_adapter()
-    with pytest.raises(ValueError, match="call `unmerge_adapter` first"):
-        preprocess_lotra(model, config, lambda: model(X).sum().backward())
-    model.unmerge_adapter()
-    preprocess_lotra(model, config, lambda: model(X).sum().backward())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_adapter_that_is_there_starts_as_a_new_one(family):
-    """Whatever it has learned."""
+def test_a_trained_adapter_starts_as_a_new_one(family):
     model, x = base(family, torch.float64), X.double()
     y = model(x).detach()
     expected = adapt_by_gradient(copy.deepcopy(model))
@@ -347,9 +300,9 @@ def test_the_first_steps_reduce_the_loss_of_a_shifted_task_more_than_with_random
     kan = KAN([4, 12, 3])
     train(kan, 150, 0.0)
     losses = {None: loss_of(kan, 0.15).item()}
-    for init_weights in ("gradient", True):
-        config, model = LoTRAConfig(r=(2, 2, 2), init_weights=init_weights), copy.deepcopy(kan)
-        if init_weights == "gradient":
-            preprocess_lotra(model, config, lambda m=model: loss_of(m, 0.15).backward())
-        losses[init_weights] = train(get_peft_model(model, config), 20, 0.15)
-    assert losses["gradient"] < 0.8 * min(losses[True], losses[None]), losses
+    for start in ("gradient", "random"):
+        model = get_peft_model(copy.deepcopy(kan), LoTRAConfig(r=(2, 2, 2)))
+        if start == "gradient":
+            start_from_gradient(model, lambda m=model: loss_of(m, 0.15))
+        losses[start] = train(model, 20, 0.15)
+    assert losses["gradient"] < 0.8 * min(losses["random"], losses[None]), losses
