@@ -73,11 +73,14 @@ def without_autocast(like: torch.Tensor) -> Any:
 
 
 def freeze_norms(model: nn.Module) -> None:
-    """Puts norms with running statistics into evaluation mode, except those that `modules_to_save` trains."""
-    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    copies = [module._modules.get("modules_to_save") for module in modules]
-    saved = {module for copy in copies if isinstance(copy, nn.ModuleDict) for module in copy.modules()}
-    for module in modules:
+    """Put norms with running statistics into evaluation mode, except copies that `modules_to_save` trains."""
+    saved: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        copies = module._modules.get("modules_to_save")
+        if isinstance(copies, nn.ModuleDict):  # which come after the wrapper
+            saved.update(copies.modules())
         if module.training and module not in saved and module._buffers.get("running_mean") is not None:
             module.training = False
 

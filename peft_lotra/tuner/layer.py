@@ -555,10 +555,10 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         return "lotra." + super().__repr__()
 
 
-def check_stored(name: str, layer: nn.Module, parameter: str) -> None:
-    """Raise a ValueError for a parameter that is computed from others, by a parametrization or a pre-hook.
+def check_stored(name: str, layer: nn.Module, parameter: str) -> nn.Module:
+    """Return the module that owns a parameter, which must not be computed from others.
 
-    The views of FSDP are attributes too, without a pre-hook.
+    A parametrization or a pre-hook computes it. The views of FSDP are attributes too, without a pre-hook.
     """
     path, _, leaf = parameter.rpartition(".")
     owner = layer.get_submodule(path)
@@ -567,6 +567,7 @@ def check_stored(name: str, layer: nn.Module, parameter: str) -> None:
             f"`{parameter}` of `{name}` is computed from other parameters in each forward pass (pruning, "
             "weight_norm), so that an adapter would have no effect. Remove the reparametrization first."
         )
+    return owner
 
 
 def refuse_grid_change(name: str, *args: Any, **kwargs: Any) -> None:

@@ -195,14 +195,13 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, T
         if name in targets and name not in adapted:
             _check_description(name, layer, spec)
         for full_name in tensor.parameters if config.adapt_residual else tensor.names:
-            path, _, leaf = full_name.rpartition(".")
-            owner = layer.get_submodule(path)
+            owner = check_stored(name, layer, full_name)
+            leaf = full_name.rpartition(".")[2]
             dtype = getattr(owner, leaf).dtype
             if not dtype.is_floating_point or dtype.itemsize < 2:
                 raise ValueError(
                     f"`{full_name}` of `{name}` is of {dtype}, but must be of a floating type of 16 bits or more."
                 )
-            check_stored(name, layer, full_name)
             first, other = owners.setdefault(id(owner._parameters.get(leaf, owner)), (name, layer))
             if other is not layer:
                 raise ValueError(
