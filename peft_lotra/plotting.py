@@ -20,7 +20,7 @@ from .compress.data_weights import first_output
 from .compress.spectra import Spectrum
 from .compress.updates import edge_scales
 from .layers.coefficients import CoefficientTensor
-from .layers.registry import find_kan_layers, find_layer
+from .layers.registry import find_layer
 from .layers.slim import call_with_coefficients
 from .least_squares.levenberg_marquardt import LevenbergMarquardtStep
 from .modules.calls import unwrap
@@ -42,16 +42,12 @@ def plot_spectra(spectrum: Spectrum, figure: Figure | SubFigure | None = None) -
         figure: Where to draw; a new one by default.
 
     Raises:
-        TypeError: `spectrum` is something else, such as a model.
         ImportError: Matplotlib is not installed.
 
     Example:
         >>> from peft_lotra.kan import KAN
         >>> figure = plot_spectra(update_spectrum(KAN([3, 5, 4]), KAN([3, 5, 4])))
     """
-    if not isinstance(spectrum, Spectrum):
-        given = type(spectrum).__name__
-        raise TypeError(f"`spectrum` must be a Spectrum, as `update_spectrum(base, tuned)` returns, got {given}.")
     changed = {name: layer for name, layer in spectrum.layers.items() if layer.norm > 0}
     modes = max((len(layer.shape) for layer in changed.values()), default=3)
     figure = _new_figure((3 * modes, 3)) if figure is None else figure
@@ -63,9 +59,8 @@ def plot_spectra(spectrum: Spectrum, figure: Figure | SubFigure | None = None) -
                 axis.plot(range(1, len(values) + 1), values, marker=".", label=name or "layer")
         axis.set(title=f"{('out', 'in', 'basis', 'kernel')[mode]} mode", xlabel="index", yscale="log")
         axis.grid(alpha=0.25)
-    shares = [(values / layer.norm).min().item() for layer in changed.values() for values in layer.singular_values]
     # values that are zero to rounding would press all others together
-    axes[0].set(ylim=(max(min(shares, default=0.1) / 1.5, 1e-4), 1.2), ylabel="singular value / norm")
+    axes[0].set(ylim=(max(axes[0].get_ylim()[0], 1e-4), 1.2), ylabel="singular value / norm")
     if changed:
         axes[2].legend(fontsize=8)  # all layers have this mode
     return figure
@@ -122,19 +117,17 @@ def plot_edge_functions(
             drawn = [i for _, i in edges]
             low, high = ends[0][drawn].min().item(), ends[1][drawn].max().item()
         x = torch.linspace(low, high, 101, device="cpu")
-    x = x.flatten()
-    functions = {
-        (label, i): _functions_of(layer, tensor, coefficients, i, x.to(before))
-        for label, coefficients in curves.items()
-        for i in {i for _, i in edges}
-    }
+    x = x.flatten().to(before)
     columns = min(len(edges), 3)
     rows = -(-len(edges) // columns)
     figure = _new_figure((3 * columns, 2.3 * rows)) if figure is None else figure
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, (o, i) in zip(axes, edges, strict=False):
-        for label, color, dash in zip(curves, ("0.5", "tab:green"), ("--", "-"), strict=False):
-            axis.plot(x.cpu(), functions[label, i][:, o].float().cpu(), color=color, ls=dash, label=label)
+        for (label, coefficients), style in zip(
+            curves.items(), ({"c": "0.5", "ls": "--"}, {"c": "tab:green"}), strict=False
+        ):
+            y = _functions_of(layer, tensor, coefficients, i, x)[:, o]
+            axis.plot(x.float().cpu(), y.float().cpu(), label=label, **style)
         axis.set_title(title(o, i), fontsize=9)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
@@ -211,8 +204,7 @@ def edge_changes(model: nn.Module) -> EdgeChanges:
     if not changes.share:
         raise ValueError(
             "The model has no dense KAN layer with an active adapter. Adapters that are merged (`unmerge_adapter`), "
-            "disabled (`enable_adapter_layers`) or not active (`set_adapter`) do not count, nor do convolutions. Its "
-            f"KAN layers: {', '.join(layer.name for layer in find_kan_layers(model)) or 'none'}."
+            "disabled (`enable_adapter_layers`) or not active (`set_adapter`) do not count, nor do convolutions."
         )
     return changes
 
@@ -289,7 +281,7 @@ def plot_history(
         figure: Where to draw; a new one by default.
 
     Raises:
-        ValueError: `history` is something else or empty, or has another number of terms than `names`.
+        ValueError: `history` has another number of terms than `names`.
         ImportError: Matplotlib is not installed.
 
     Example:
@@ -301,8 +293,6 @@ def plot_history(
         >>> history = optimizer.fit(terms, steps=3, progress=False)
         >>> figure = plot_history(history, ["data"])
     """
-    if not isinstance(history, Sequence) or not history or not isinstance(history[0], LevenbergMarquardtStep):
-        raise ValueError("`history` must be the list of steps that `LevenbergMarquardt.fit` returned, and not empty.")
     terms = list(zip(*(step.losses for step in history), strict=False))
     if names and len(names) != len(terms):
         raise ValueError(f"`names` are {list(names)}, but the history has {len(terms)} terms.")
@@ -319,8 +309,7 @@ def plot_history(
     refused = [(step, entry.loss) for step, entry in zip(steps, history, strict=True) if not entry.accepted]
     if refused:
         left.plot(*zip(*refused, strict=True), "x", color="tab:red", label="step refused")
-    left.set(title="The loss falls" if history[-1].loss < history[0].loss else "The loss", yscale="log")
-    left.set(xlabel="step", ylabel="weighted mean square")
+    left.set(title="The loss", xlabel="step", ylabel="weighted mean square", yscale="log")
     left.legend(fontsize=8)
     right.plot(steps, [step.damping for step in history], color="0.4")
     right.set(title="Low damping: trusted steps", xlabel="step", ylabel="damping", yscale="log")
