@@ -208,18 +208,19 @@ def _refitted(
         components = layer.components._replace(factor_basis=torch.cat([transfer[0] @ rows, rows[-1:]]))
         new = filled(layer, components._asdict(), grid_size)
     else:
-        weight = torch.cat([layer.spline_weight, layer.base_weight.unsqueeze(-1)], -1).double()
-        weight = einsum(transfer, weight, "i new old, o i old -> o i new")
+        weight = einsum(transfer, _coefficients(layer), "i new old, o i old -> o i new")
         new = filled(layer, {"spline_weight": weight, "base_weight": layer.base_weight}, grid_size)
     new.grid_bounds.copy_(bounds)
     for name, parameter in new.named_parameters():
         parameter.requires_grad_(layer.get_parameter(name).requires_grad)
     share_hooks(layer, new)
 
-    def values(layer: SplineLayer, basis: Tensor, silu: Tensor) -> Tensor:
-        weight = torch.cat([layer.spline_weight, layer.base_weight.unsqueeze(-1)], -1).double()
-        return einsum(weight, torch.cat([basis, silu], -1), "o i k, n i k -> o i n")
+    before = einsum(_coefficients(layer), torch.cat([old_basis, old_silu], -1), "o i k, n i k -> o i n")
+    after = einsum(_coefficients(new), torch.cat([new_basis, new_silu], -1), "o i k, n i k -> o i n")
+    size = before.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    return new, transfer[0, :, :-1], ((after - before).abs().max() / size).item()
 
-    before = values(layer, old_basis, old_silu)
-    error = (values(new, new_basis, new_silu) - before).abs().max()
-    return new, transfer[0, :, :-1], (error / before.abs().max().clamp(min=torch.finfo(torch.float64).tiny)).item()
+
+def _coefficients(layer: SplineLayer) -> Tensor:
+    """The coefficients of the splines and of silu, (O, I, K + 1)."""
+    return torch.cat([layer.spline_weight, layer.base_weight.unsqueeze(-1)], -1).double()
