@@ -302,11 +302,10 @@ def hessian(model: nn.Module, x: Tensor, directions: Tensor | None = None) -> tu
     """
     directions = _checked_directions(x, directions)
     count = len(directions)
-    pairs = [(a, b) for a in range(count) for b in range(a)]
-    sums = [directions[a] + directions[b] for a, b in pairs]
-    u, du, d2u = jet(model, x, torch.stack([*directions, *sums]))
-    mixed = {(a, a): d2u[a] for a in range(count)}
-    for (a, b), value in zip(pairs, d2u[count:], strict=True):
-        mixed[a, b] = mixed[b, a] = (value - d2u[a] - d2u[b]) / 2
-    full = torch.stack([mixed[a, b] for a in range(count) for b in range(count)])
-    return u, du[:count], full.unflatten(0, (count, count))
+    first, second = torch.tril_indices(count, count, -1, device=x.device)
+    u, du, d2u = jet(model, x, torch.cat([directions, directions[first] + directions[second]]))
+    mixed = (d2u[count:] - d2u[first] - d2u[second]) / 2
+    # where each entry of the matrix stands among the second derivatives, the mixed ones last
+    places = torch.arange(count, device=x.device).diag()
+    places[first, second] = places[second, first] = torch.arange(count, len(d2u), device=x.device)
+    return u, du[:count], torch.cat([d2u[:count], mixed])[places]
