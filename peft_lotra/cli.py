@@ -46,8 +46,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 main = app  # the entry point
-# of adapters, of a family of them, and of adapters in subfolders
-_FILES = [start + name for start in ("", "*/") for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, FILE)]
+# of adapters, in subfolders too, and of a family of them
+_FILES = [f"*{name}" for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, FILE)]
 
 
 def _ranks(text: str) -> int | tuple[int, ...]:
@@ -172,8 +172,8 @@ def extract(
 
     Give one of --energy, --rank and --budget.
     """
-    models = (_load_model(source, factory) for source in (base, tuned))
-    model = extract_lotra(*models, r=rank, energy=energy, budget=budget)
+    before, after = _load_model(base, factory), _load_model(tuned, factory)
+    model = extract_lotra(before, after, r=rank, energy=energy, budget=budget)
     model.save_pretrained(out)
     report = model.extraction_report
     _report({"out": out, **report.as_dict()}, f"{report}\nadapter saved in {out}", as_json)
@@ -234,8 +234,10 @@ def _load_model(source: str, factory: str | None) -> nn.Module:
             "file of weights and the function that builds its network, `--factory MODULE:CALLABLE`."
         )
     # without the configuration, AutoModel would load an adapter as a model
-    options: dict[str, Any] = {"config": AutoConfig.from_pretrained(source, trust_remote_code=False), "dtype": "auto"}
-    return AutoModel.from_pretrained(source, **options, use_safetensors=True, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    return AutoModel.from_pretrained(
+        source, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False
+    )
 
 
 def _call_factory(factory: str) -> nn.Module:
