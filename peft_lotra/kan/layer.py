@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -34,15 +33,15 @@ class SplineLayer(nn.Module):
     ) -> None:
         check_grid(grid_size, spline_order)
         in_features, out_features = check_count(in_features, "in_features"), check_count(out_features, "out_features")
-        ends = tuple(grid_range) if isinstance(grid_range, Iterable) else ()
-        if len(ends) != 2 or not as_number(ends[0]) < as_number(ends[1]):
+        low, high = grid_range
+        if not as_number(low) < as_number(high):
             raise ValueError(f"`grid_range` is {grid_range!r}, but must be two finite numbers, the lower one first.")
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self.grid_size = grid_size
         self.spline_order = spline_order
-        self.grid_range: tuple[float, float] = ends
+        self.grid_range: tuple[float, float] = (low, high)
         self.register_buffer("grid_bounds", torch.empty(in_features, 2, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
