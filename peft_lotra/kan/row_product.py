@@ -86,7 +86,8 @@ class RowGroups(NamedTuple):
     Attributes:
         index: (C,), int64, the update of each group.
         size: The number of rows of a group.
-        order: (C size,), the row of the batch at each place of the groups; None for the order of the batch.
+        order: (C size,), the row of the batch at each place of the groups; None for groups of one row in the order of
+            the batch.
         places: (N,), the place of each row of the batch. The other places are computed for nothing.
     """
 
@@ -98,13 +99,11 @@ class RowGroups(NamedTuple):
     def batch(self) -> int:
         """The number N of rows."""
         # not `len`, which `torch.export` makes a constant
-        of_rows = self.index if self.places is None else self.places
-        return of_rows.shape[0] * (self.size if self.places is None else 1)
+        return (self.index if self.places is None else self.places).shape[0]
 
     def of_rows(self) -> Tensor:
         """The update of each row of the batch (N,)."""
-        index = self.index.repeat_interleave(self.size)
-        return index if self.places is None else index[self.places]
+        return self.index if self.places is None else self.index.repeat_interleave(self.size)[self.places]
 
 
 def group_rows(index: Tensor) -> tuple[Tensor, RowGroups]:
@@ -115,19 +114,17 @@ def group_rows(index: Tensor) -> tuple[Tensor, RowGroups]:
     distinct, inverse, counts = index.unique(return_inverse=True, return_counts=True)
     sizes = torch.tensor(_SIZES, device=index.device)
     cost = (-(-counts.unsqueeze(1) // sizes)).sum(0) * (sizes + _COST_OF_GROUP)
-    place = int(cost.argmin())
-    if cost[place] >= len(index) * _COST_OF_ROW:  # also without rows
+    cheapest = int(cost.argmin())
+    if cost[cheapest] >= len(index) * _COST_OF_ROW:  # also without rows
         return distinct, RowGroups(inverse)
-    size = _SIZES[place]
+    size = _SIZES[cheapest]
     groups = -(-counts // size)
     by_update = inverse.argsort(stable=True)
     gaps = (groups.cumsum(0) - groups) * size - (counts.cumsum(0) - counts)
-    found = torch.arange(len(index), device=index.device) + gaps.repeat_interleave(counts)
+    places = torch.arange(len(index), device=index.device) + gaps.repeat_interleave(counts)
     of_group = torch.arange(len(distinct), device=index.device).repeat_interleave(groups)
-    if len(of_group) * size == len(index) and bool((by_update == found).all()):
-        return distinct, RowGroups(of_group, size)
-    order = index.new_zeros(len(of_group) * size).index_copy(0, found, by_update)
-    return distinct, RowGroups(of_group, size, order, torch.empty_like(found).index_copy(0, by_update, found))
+    order = index.new_zeros(len(of_group) * size).index_copy(0, places, by_update)
+    return distinct, RowGroups(of_group, size, order, torch.empty_like(places).index_copy(0, by_update, places))
 
 
 class RowUpdates(NamedTuple):
