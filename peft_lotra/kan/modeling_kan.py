@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_kan import KANConfig, ProblemType
 from .knots import KnotMap
@@ -90,9 +91,8 @@ class KANModel(PreTrainedModel):
         self.config.ranks = ranks if any(ranks) else None
         super().save_pretrained(*args, **kwargs)
 
-    def forward(
-        self, inputs: torch.Tensor, labels: torch.Tensor | None = None, return_dict: bool | None = None
-    ) -> SequenceClassifierOutput | tuple[torch.Tensor, ...]:
+    @can_return_tuple  # for `return_dict=False`, here or in the configuration
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor | None = None) -> SequenceClassifierOutput:
         """Evaluates the network, and with `labels` the loss.
 
         Args:
@@ -103,20 +103,17 @@ class KANModel(PreTrainedModel):
                 "multi_label_classification": zeros and ones of the shape of the logits; binary cross entropy.
                 With None, one output means regression; otherwise integers mean one label, booleans several, and
                 floating point labels are refused.
-            return_dict: False for a tuple; None follows the configuration.
 
         Returns:
-            The `logits` (..., widths[-1]), for regression the predictions, and with labels the `loss`; or a tuple of
-                these, the loss first.
+            The `logits` (..., widths[-1]), for regression the predictions, and with labels the `loss`; with
+                `return_dict=False` a tuple of these, the loss first.
 
         Raises:
             ValueError: The shape of inputs or labels does not fit, or the loss cannot be told from the labels.
         """
         logits = self.kan(inputs)
         loss = None if labels is None else self._loss(logits, labels)
-        output = SequenceClassifierOutput(loss=loss, logits=logits)  # pyright: ignore[reportArgumentType] (its stub)
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
+        return SequenceClassifierOutput(loss=loss, logits=logits)  # pyright: ignore[reportArgumentType] (its stub)
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         kind = self.config.problem_type
