@@ -65,14 +65,23 @@ def compose(functions: Sequence[Tensor], derivatives: Sequence[Tensor], order: i
     return [functions[0], *map(sum_of_products, by_order)]
 
 
-def mixed_terms(one: Jet, other: Jet, n: int, weights: Tensor | None) -> Tensor:
-    """What the n-th derivative of a product has besides one^(n) other and one other^(n), for n > 1; with weights their
-    sum over the directions, (1, ...). `other` is the smaller factor."""
-    factors = [times(other[n - k], math.comb(n, k)) for k in range(1, n)]
-    if weights is not None:
-        factors = [factor * weights.view(-1, *[1] * (factor.dim() - 1)) for factor in factors]
-    total = sum_of_products(zip(one[1:n], factors, strict=True))
-    return total if weights is None else total.sum(0, keepdim=True)
+def multiply(one: Jet, other: Jet, order: int, weights: Tensor | None) -> Jet:
+    """Compute the jet of a product: (f g)^(n) = sum_k binom(n, k) f^(k) g^(n-k), for jets that reach the order.
+
+    `other` is the smaller factor.
+    """
+    product = [one[0] * other[0]]
+    for n in range(1, order + 1):
+        total = torch.addcmul(one[0] * other[n], one[n], other[0])
+        if n > 1:
+            factors = [times(other[n - k], math.comb(n, k)) for k in range(1, n)]
+            at_top = weights if n == order else None
+            if at_top is not None:
+                factors = [factor * at_top.view(-1, *[1] * (factor.dim() - 1)) for factor in factors]
+            mixed = sum_of_products(zip(one[1:n], factors, strict=True))
+            total = total + (mixed if at_top is None else mixed.sum(0, keepdim=True))
+        product.append(total)
+    return product
 
 
 def sum_of_products(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .chain_rule import Jet, compose, mixed_terms, row_counts
+from .chain_rule import Jet, compose, multiply
 
 
 NormLayer = nn.LayerNorm | nn.BatchNorm1d
@@ -53,23 +53,11 @@ def through_norm(norm: NormLayer, jet: Jet, order: int, weights: Tensor | None) 
 
 def _normalize(eps: float, jet: Jet, order: int, weights: Tensor | None) -> Jet:
     """The jet of layer normalization without scale and shift, for z (I, N) and its derivatives (D or 1, I, N)."""
-    z, *derivatives = jet
-    sizes = row_counts(jet, order, weights)
-    zeros = [z.new_zeros(1, 1, 1)] * (order - len(derivatives))
-    given = zip(sizes[1:], [*derivatives, *zeros], strict=True)
-    parts = torch.cat([z.unsqueeze(0), *(part.expand(size, *z.shape) for size, part in given)])
-    parts = parts - parts.mean(1, keepdim=True)
-    m = list(parts.split(sizes))
-    moments = (parts * m[0]).mean(1, keepdim=True).split(sizes)  # v^(n) / 2, but for the mixed terms
-    v, of_v = moments[0] + eps, []
-    at_top = [weights if n == order else None for n in range(order + 1)]
-    for n in range(1, order + 1):
-        mixed = mixed_terms(m, m, n, at_top[n]).mean(1, keepdim=True) if n > 1 else 0.0
-        of_v.append(2 * moments[n] + mixed)
+    zeros = [jet[0].new_zeros(1, 1, 1)] * (order + 1 - len(jet))
+    m = [part - part.mean(-2, keepdim=True) for part in [*jet, *zeros]]
+    v, *of_v = [part.mean(-2, keepdim=True) for part in multiply(m, m, order, weights)]
+    v = v + eps
     powers = [torch.rsqrt(v)]
     for n in range(order):
         powers.append(powers[-1] * (-0.5 - n) / v)
-    s = compose(powers, of_v, order, weights)
-    products = torch.addcmul(parts * s[0], m[0], torch.cat([torch.zeros_like(v), *s[1:]])).split(sizes)
-    y = [part + mixed_terms(m, s, n, at_top[n]) if n > 1 else part for n, part in enumerate(products)]
-    return [y[0].squeeze(0), *y[1:]]
+    return multiply(m, compose(powers, of_v, order, weights), order, weights)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..derivatives.api import jet, jet_by_transforms
-from ..derivatives.chain_rule import Jet, mixed_terms
+from ..derivatives.chain_rule import Jet, multiply
 from ..derivatives.stages import Entry, register, stages_of
 from ..kan.basis import in_transform
 from ..modules.calls import check_module, is_tracing
@@ -105,7 +105,7 @@ def _check_shape(name: str, value: Any, like: Tensor) -> Tensor:
 
 
 def _jet(model: HardConstraint, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
-    """(d n)^(k) = sum_j binom(k, j) d^(j) n^(k-j), along each direction, or in the weighted sum."""
+    """Compute the jet of lift + distance * network, along each direction, or in the weighted sum."""
     if isinstance(model.distance, BoxDistance):
         model.distance.check(x)
 
@@ -123,14 +123,8 @@ def _jet(model: HardConstraint, x: Tensor, directions: Tensor, order: int, weigh
 
     n = jet_of(model.kan)
     d, lift = jet_of_part("distance"), jet_of_part("lift")
-    found = [lift[0] + d[0] * n[0]]
-    for k in range(1, order + 1):
-        found.append(lift[k] + d[k] * n[0] + d[0] * n[k])
-        if k > 1:
-            at_top = weights if k == order else None
-            mixed = mixed_terms(n, d, k, at_top)
-            found[k] = found[k] + (mixed if at_top is None else mixed[0])
-    return found
+    found = [*map(torch.add, lift, multiply(n, d, order, weights))]
+    return found if weights is None else [*found[:-1], found[-1][0]]
 
 
 register(HardConstraint, Entry(jet=_jet))
