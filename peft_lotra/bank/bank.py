@@ -77,10 +77,11 @@ class AdapterBank:
         check_unmerged(self.base)
         targets = find_targets(LoTRAConfig(), self.base)
         self.record = {name: record_layer(LoTRALayer(*target, name)) for name, target in targets.items()}
-        shapes = {name: full_shape(target.tensor) for name, target in targets.items()}
-        target = next(iter(targets.values()))
+        layers = {}
+        for name, target in targets.items():
+            shape = full_shape(target.tensor)
+            layers[name] = PackedTucker(shape, (0,) * len(shape))
         stored = target.tensor.get_parameter(target.layer)
-        layers = {name: PackedTucker(shape, (0,) * len(shape)) for name, shape in shapes.items()}
         packed = torch.zeros(1, 0, dtype=dtype or torch.promote_types(stored.dtype, torch.float32), device="cpu")
         form_of = torch.zeros(1, dtype=torch.int32, device="cpu")
         # read once by whoever needs several parts of it, and replaced as a whole, under the lock
@@ -104,9 +105,10 @@ class AdapterBank:
         `kwargs` are those of `add`.
         """
         bank = cls(base, dtype)
-        of_path = lambda path: (os.path.basename(os.path.normpath(path)), path)  # noqa: E731
-        for name, folder in folders.items() if isinstance(folders, Mapping) else map(of_path, folders):
-            bank.add(name, folder, **kwargs)
+        paths = folders.values() if isinstance(folders, Mapping) else folders
+        for name, path in zip(folders, paths, strict=True):
+            name = name if isinstance(folders, Mapping) else os.path.basename(os.path.normpath(path))
+            bank.add(name, path, **kwargs)
         return bank
 
     # --- the adapters ---
@@ -146,7 +148,7 @@ class AdapterBank:
         replace: bool = False,
         check_base: str | None = "error",
     ) -> None:
-        """Adds an adapter; on an error the bank is as before.
+        """Add an adapter; on an error the bank is as before.
 
         Args:
             name (`str`): Its name in the bank.
@@ -154,7 +156,7 @@ class AdapterBank:
                 `get_peft_model_state_dict` returns it, another bank of the same base, whose adapter of this name is
                 copied, or the `LoTRAConfig` of a new one, which starts as `get_peft_model` starts it.
             adapter_name (`str`, *optional*): Which adapter of a PeftModel; by default the active one.
-            alpha (`float`): The factor of the update, of a state dict alone: it has none.
+            alpha (`float`): Scale of the update. Only for state dicts, which do not store it.
             replace (`bool`): Whether an adapter of this name may be replaced. Passes that have begun go on with it.
             check_base (`str`, *optional*): As in `LoTRAConfig`. A state dict says nothing of its base.
 
@@ -208,7 +210,7 @@ class AdapterBank:
     # --- training ---
 
     def start_training(self, names: Sequence[str] | None = None) -> tuple[nn.Parameter, Tensor]:
-        """Makes adapters trainable, by default all; `peft_lotra.optim.BankAdamW` trains them.
+        """Make adapters trainable, by default all; `peft_lotra.optim.BankAdamW` trains them.
 
         From then on all rows of passes with gradients must have one of them, and the bank takes and loses none.
 
@@ -296,7 +298,7 @@ class AdapterBank:
         names: Sequence[str] | None = None,
         revision: str | None = None,
     ) -> AdapterBank:
-        """Reads a bank that `save` or `push_to_hub` wrote.
+        """Read a bank that `save` or `push_to_hub` wrote.
 
         Args:
             base (`nn.Module`): The model that the adapters are for.
@@ -328,7 +330,7 @@ class AdapterBank:
     def push_to_hub(
         self, repo_id: str, *, base_model: str | None = None, base_code: str | None = None, **kwargs: Any
     ) -> CommitInfo:
-        """Pushes the bank to the Hugging Face Hub: one file, and a card with a table of the adapters.
+        """Push the bank to the Hugging Face Hub: one file, and a card with a table of the adapters.
 
         Text that a person wrote in the README.md of the repository is kept.
 
@@ -353,7 +355,7 @@ class AdapterBank:
             return upload(folder, repo_id, f"Upload {len(names)} LoTRA adapters", **kwargs)
 
     def export(self, name: str, folder: str | os.PathLike) -> None:
-        """Writes one adapter as a folder that `PeftModel.from_pretrained` loads; its alpha is in the cores."""
+        """Write one adapter as a folder that `PeftModel.from_pretrained` loads; its alpha is in the cores."""
         if name not in self:
             raise ValueError(f"The bank has no adapter {name!r} to export.")
         updates, from_gradient = self.snapshot.updates_of(name)
@@ -362,8 +364,8 @@ class AdapterBank:
 
     # --- serving ---
 
-    def attach(self, model: nn.Module | None = None, needs_adapters: bool = False) -> BankModel:
-        """Puts the bank into a model, by default its base, until `detach`.
+    def attach(self, model: nn.Module | None = None) -> BankModel:
+        """Put the bank into a model, by default its base, until `detach`.
 
         The KAN layers of the model get another module around them. A PeftModel goes on as before in calls of its own;
         its adapters take no part in those of the model that is returned. In passes with adapters, parameters of KAN
@@ -371,10 +373,10 @@ class AdapterBank:
 
         Args:
             model (`nn.Module`, *optional*): A model with the layers of the base.
-            needs_adapters (`bool`): Whether a call without adapters is an error; otherwise it is the base's.
 
         Returns:
             `BankModel`: It takes the arguments of the model, and `adapter_names=`, a name for each row, or `ids=`.
+                Without them, a call is the base's.
 
         Raises:
             ValueError: The bank is attached, the model has merged adapters, or it is another base.
@@ -387,25 +389,26 @@ class AdapterBank:
         if any("lotra_bank" in vars(module) for module in network.modules()):
             raise ValueError("The model has another bank: call its `detach()` first.")
         self._before = [(module, "training", module.training) for module in network.modules()]
-        layers: dict[Any, BankLayer] = {}
-        for own, there in names.items():
-            layer, target = network.get_submodule(there), targets[there]
+        replacements: dict[Any, BankLayer] = {}
+        for name, name_in_model in names.items():
+            layer = bank_layer = network.get_submodule(name_in_model)
+            target = targets[name_in_model]
             cls = SlimBankLayer if isinstance(target.layer, (SlimKANLinear, SlimLayer)) else BankLayer
             if isinstance(layer, LoTRALayer):  # which stays where it is, for PEFT
                 self._before += [(layer, name, None) for name in ("forward", "lotra_bank")]
                 vars(layer)["forward"] = partial(run_in_bank, layer)
             else:
-                layers[layer] = cls(*target, own)
-                layers[layer].training = layer.training
-            vars(layers.get(layer, layer)).update(lotra_bank=self, lotra_bank_name=own)
+                bank_layer = replacements[layer] = cls(*target, name)
+                bank_layer.training = layer.training
+            vars(bank_layer).update(lotra_bank=self, lotra_bank_name=name)
         for parent, name, child in places(network):
-            if child in layers:
+            if child in replacements:
                 self._before.append((parent, name, child))
-                parent._modules[name] = layers[child]
-        return BankModel(network, self, needs_adapters)
+                parent._modules[name] = replacements[child]
+        return BankModel(network, self)
 
     def detach(self) -> None:
-        """Takes the bank out of the model that it is attached to, which is as before, also in its modes."""
+        """Take the bank out of the model that it is attached to, which is as before, also in its modes."""
         for module, name, value in self._before:
             delattr(module, name) if value is None else setattr(module, name, value)
         self._before = []

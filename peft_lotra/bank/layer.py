@@ -101,12 +101,13 @@ class BankModel(nn.Module):
         bank (`AdapterBank`): The bank.
     """
 
-    def __init__(self, model: nn.Module, bank: Any, needs_adapters: bool) -> None:
+    def __init__(self, model: nn.Module, bank: Any) -> None:
         super().__init__()
-        self.model, self.bank, self.needs_adapters = model, bank, needs_adapters
+        self.model = model
+        self.bank = bank
 
     def forward(self, *args: Any, adapter_names: Any = None, ids: Any = None, **kwargs: Any) -> Any:
-        """The output of the model.
+        """Return the output of the model.
 
         Args:
             adapter_names (`list[str]`): The adapter of each row, `"__base__"` for none.
@@ -116,14 +117,11 @@ class BankModel(nn.Module):
             ValueError: A name is unknown, an id belongs to no adapter, or there is not one for each row.
             RuntimeError: The same of an id in a compiled or exported model.
         """
-        adapters = ids if adapter_names is None else adapter_names
-        is_traced = is_tracing()
-        is_inside = not is_traced and ROWS.get() is not None
-        has_both = adapter_names is not None and ids is not None
-        if has_both or (self.needs_adapters and adapters is None and not is_inside):
+        if adapter_names is not None and ids is not None:
             raise ValueError("`adapter_names` and `ids` name the adapter of each row: pass one of them.")
         bank = self.bank
-        if not is_traced:
+        if not is_tracing():
+            adapters = ids if adapter_names is None else adapter_names
             with bank.rows(adapters):
                 if adapters is not None:
                     check_batch(ROWS.get().groups.batch(), args, kwargs)

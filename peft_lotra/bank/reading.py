@@ -28,7 +28,7 @@ Adapter = nn.Module | str | os.PathLike | Mapping[str, Tensor] | LoTRAConfig
 def match_layers(
     record: Mapping[str, Any], base: nn.Module, check_base: str | None
 ) -> tuple[dict[str, Target], dict[str, str]]:
-    """The layers of a base that were recorded, by their names there, and these names by the recorded ones.
+    """Return the recorded layers of a base by their names there, and these names by the recorded ones.
 
     Raises:
         ValueError: A layer is missing, of another kind or shape, or, by `check_base`, of another grid or base.
@@ -40,22 +40,28 @@ def match_layers(
 
 
 def read_adapter(
-    adapter: Adapter, base: nn.Module, adapter_name: str | None, alpha: float, check_base: str | None, known: list[Any]
+    adapter: Adapter,
+    base: nn.Module,
+    adapter_name: str | None,
+    alpha: float,
+    check_base: str | None,
+    agreeing: list[Any],
 ) -> tuple[dict[str, Update], bool]:
-    """The updates of an adapter, by layer, and whether it started from the gradient.
+    """Return the updates of an adapter, by layer, and whether it started from the gradient.
 
-    Records of bases that agreed with this one are `known`, and not compared again.
+    Records of bases that agreed with this one are in `agreeing`, and not compared again.
 
     Raises:
         ValueError: The adapter is none of LoTRA, does not fit the base, or has values that are not finite.
     """
-    config, record, tensors, found = None, None, {}, {}
+    record = None
+    tensors, updates = {}, {}
     if isinstance(adapter, (str, os.PathLike)):
         config: Any = LoTRAConfig.from_pretrained(str(adapter), check_base=check_base)
-        if not isinstance(config, LoTRAConfig) or config.modules_to_save:
-            raise ValueError("it is no LoTRA adapter, or one that saves modules, which a bank does not hold.")
+        if not isinstance(config, LoTRAConfig):
+            raise ValueError("it is no LoTRA adapter.")
         record = config.base_layers
-        config.check_base = "ignore" if record in known else config.check_base
+        config.check_base = "ignore" if record in agreeing else config.check_base
         targets = find_targets(config, base)
         tensors = read_checked(config, base, targets)
     elif isinstance(adapter, Mapping):
@@ -70,28 +76,31 @@ def read_adapter(
         check_tensors(tensors, config, base, targets)
     elif isinstance(adapter, LoTRAConfig):
         config, targets = adapter, find_targets(adapter, base)
-        if config.modules_to_save or config.rank_dropout or config.module_dropout or config.train is not None:
-            raise ValueError("a bank has neither dropout nor modules to save, and trains all components.")
+        if config.rank_dropout or config.module_dropout or config.train is not None:
+            raise ValueError("a bank has no dropout, and trains all components.")
         check_targets(config, base, targets)
         for name, target in targets.items():
             layer = LoTRALayer(*target, name)
             layer.update_layer("new", config)
-            found[name] = layer.update_of("new")
+            updates[name] = layer.update_of("new")
     elif isinstance(adapter, PeftModel):
-        name: Any = adapter_name or adapter.active_adapter
-        config, layers = adapter.peft_config.get(name), dict(lotra_layers(adapter.get_base_model(), name))
-        if not layers or getattr(config, "modules_to_save", None):
-            raise ValueError(f"the model has no LoTRA layers with an adapter {name!r}, or it saves modules.")
-        record = {place: record_layer(layer) for place, layer in layers.items()}
-        targets, names = match_layers(record, base, "ignore" if record in known else check_base)
-        found = {names[place]: layer.update_of(name) for place, layer in layers.items()}
+        chosen: Any = adapter_name or adapter.active_adapter
+        config = adapter.peft_config.get(chosen)
+        layers = dict(lotra_layers(adapter.get_base_model(), chosen))
+        if not layers:
+            raise ValueError(f"the model has no LoTRA layers with an adapter {chosen!r}.")
+        record = {name: record_layer(layer) for name, layer in layers.items()}
+        targets, names = match_layers(record, base, "ignore" if record in agreeing else check_base)
+        updates = {names[name]: layer.update_of(chosen) for name, layer in layers.items()}
     else:
         raise TypeError(f"it must be a PeftModel, a folder, a state dict or a LoTRAConfig, not a {type(adapter)}.")
+    if config.modules_to_save:
+        raise ValueError("it saves modules, which a bank does not hold.")
     for name, (_, _, tensor) in targets.items() if tensors else ():
-        parts = [tensors[f"{PREFIX}{name}.lotra_{component}"] for component in config.component_shapes(name, tensor)]
-        found[name] = Update(config.alpha_of(name), Tucker(*parts))
-    if not found:
+        components = [tensors[f"{PREFIX}{name}.lotra_{key}"] for key in config.component_shapes(name, tensor)]
+        updates[name] = Update(config.alpha_of(name), Tucker(*components))
+    if not updates:
         raise ValueError("it adapts no KAN layer of the base.")
-    if record is not None and record not in known:
-        known.append(record)
-    return found, getattr(config, "init_weights", None) == "gradient"
+    if record is not None and record not in agreeing:
+        agreeing.append(record)
+    return updates, config.init_weights == "gradient"

@@ -271,10 +271,9 @@ class Snapshot(NamedTuple):
         wide = narrow._replace(packed=self.packed.new_zeros(len(narrow.packed), width), layers=layers)
         columns = wide.columns()
         for name, values in narrow.columns().items():
-            old_parts = self.layers[name].unpack(values)
-            new_parts = layers[name].unpack(columns[name])
-            for new, old in zip(new_parts, old_parts, strict=True):
-                new[tuple(map(slice, old.shape))] = old
+            components = layers[name].unpack(columns[name])
+            for component, narrower in zip(components, self.layers[name].unpack(values), strict=True):
+                component[tuple(map(slice, narrower.shape))] = narrower
         return wide
 
 

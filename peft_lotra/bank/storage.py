@@ -164,7 +164,7 @@ def _download(url: str, start: int, end: int) -> bytes:
     """Return some bytes of a file on the Hub."""
     response = get_session().get(url, headers={**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"})
     hf_raise_for_status(response)
-    return response.content if response.status_code == 206 else response.content[start:end]
+    return response.content
 
 
 def _as_layers(table: dict[str, Any], names: dict[str, str]) -> dict[str, PackedTucker]:
