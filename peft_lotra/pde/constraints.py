@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from ..derivatives.chain_rule import Jet, multiply
 from ..derivatives.stages import Entry, register, stages_of
 from ..kan.basis import in_transform
 from ..modules.calls import check_module, is_tracing
-from ..modules.checks import as_number
+from ..modules.checks import check_number
 from .boxes import Side, check_box, check_sides, sides_of_box
 
 
@@ -52,9 +51,9 @@ class HardConstraint(nn.Module):
         kan, distance, lift: The arguments.
 
     Raises:
-        TypeError: `kan` is no module, or `distance` or `lift` is neither a function nor a finite number.
-        ValueError: In the forward pass and by `jet`: `distance` or `lift` returns another shape than (..., 1) or
-            (..., O), or x is outside of the box of a `BoxDistance`.
+        TypeError: `kan` is no module.
+        ValueError: `distance` or `lift` is neither a function nor a finite number. In the forward pass and by `jet`:
+            one of them returns another shape than (..., 1) or (..., O), or x is outside of the box of a `BoxDistance`.
 
     Source: I. E. Lagaris et al., "Artificial neural networks for solving ordinary and partial differential equations",
     IEEE Transactions on Neural Networks 9 (1998); N. Sukumar and A. Srivastava, arXiv 2104.08426.
@@ -72,12 +71,9 @@ class HardConstraint(nn.Module):
     def __init__(self, kan: nn.Module, distance: Part, lift: Part = 0.0) -> None:
         super().__init__()
         check_module(kan, "kan")
-        for name, part in (("distance", distance), ("lift", lift)):
-            if not callable(part) and math.isnan(as_number(part)):
-                raise TypeError(f"`{name}` is {part!r:.100}, but must be a function of x, a module or a number.")
         self.kan = kan
-        self.distance = distance if callable(distance) else float(distance)
-        self.lift = lift if callable(lift) else float(lift)
+        for name, part in (("distance", distance), ("lift", lift)):
+            setattr(self, name, part if callable(part) else check_number(part, name, "(-inf, inf)"))
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs (..., I) to outputs (..., O)."""
@@ -92,15 +88,13 @@ class HardConstraint(nn.Module):
 
 
 def _check_shape(name: str, value: Any, like: Tensor) -> Tensor:
-    """The value, which must broadcast to the network's outputs along the last dimension alone."""
+    """Return the value, which must broadcast to the network's outputs along the last dimension only."""
     if getattr(value, "shape", None) not in (like.shape, (*like.shape[:-1], 1)):
         given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
             f"`{name}` returns {given} where the network returns {tuple(like.shape)}. Return the same, or one column: "
             "x[..., :1] keeps the last dimension, x[..., 0] does not."
         )
-    if value.is_complex() and not like.is_complex():
-        raise ValueError(f"`{name}` returns {value.dtype}, but the network returns real numbers.")
     return value
 
 
@@ -117,9 +111,9 @@ def _jet(model: HardConstraint, x: Tensor, directions: Tensor, order: int, weigh
         if not callable(part):
             return [torch.full_like(n[0], part), *map(torch.zeros_like, n[1:])]
         closed = isinstance(part, HardConstraint) or (isinstance(part, nn.Module) and stages_of(part))
-        found = jet_of(part) if closed else jet_by_transforms(part, x, directions, order, weights)
-        _check_shape(name, found[0], n[0])
-        return found
+        derivatives = jet_of(part) if closed else jet_by_transforms(part, x, directions, order, weights)
+        _check_shape(name, derivatives[0], n[0])
+        return derivatives
 
     n = jet_of(model.kan)
     d, lift = jet_of_part("distance"), jet_of_part("lift")
@@ -175,7 +169,7 @@ class BoxDistance(nn.Module):
         self.scale = 4 ** sum((i, "low") in self.sides and (i, "high") in self.sides for i in range(len(low_end)))
 
     def check(self, x: Tensor) -> None:
-        """Raises a `ValueError` if x is outside of the box, except in transforms and compiled functions."""
+        """Raise a `ValueError` if x is outside of the box, except in transforms and compiled functions."""
         if x.shape[-1:] != self.low.shape:
             raise ValueError(f"x has shape {tuple(x.shape)}, but the box has {len(self.low)} coordinates.")
         if is_tracing() or in_transform() or x.is_meta:
@@ -194,8 +188,8 @@ class BoxDistance(nn.Module):
         """x (..., I) to (..., 1)."""
         self.check(x)
         share = (x - self.low.to(x)) / (self.high - self.low).to(x)
-        found = torch.full_like(x[..., :1], self.scale)
+        distance = torch.full_like(x[..., :1], self.scale)
         for i, end in self.sides:
             s = share[..., i : i + 1] if end == "low" else 1 - share[..., i : i + 1]
-            found = found * (s.square() if (i, end) in self.twice else s)
-        return found
+            distance = distance * (s.square() if (i, end) in self.twice else s)
+        return distance

@@ -71,16 +71,17 @@ class BoxFeatures(InputMap):
                 raise ValueError(f"`{name}` has {wrong[0]!r:.100}, but the box has coordinates 0 to {count - 1}.")
         if both := set(periodic) & set(neumann):
             raise ValueError(f"Coordinate {min(both)} is both `periodic` and `neumann`, which exclude each other.")
-        features = []
+        sources, waves = [], []
         for i in range(count):
-            waves = [_COSINE, _SINE] if i in periodic else [_EVEN if i in neumann else _LINEAR]
-            features += [(i, wave) for wave in waves]
-        super().__init__(count, [i for i, _ in features])
-        self.out_features = len(features)
+            of_coordinate = [_COSINE, _SINE] if i in periodic else [_EVEN if i in neumann else _LINEAR]
+            sources += [i] * len(of_coordinate)
+            waves += of_coordinate
+        super().__init__(count, sources)
+        self.out_features = len(sources)
         self.periodic, self.neumann = sorted(set(periodic)), sorted(set(neumann))
         self.register_buffer("low", low_end)
         self.register_buffer("high", high_end)
-        self.register_buffer("waves", torch.tensor([wave for _, wave in features]), persistent=False)
+        self.register_buffer("waves", torch.tensor(waves), persistent=False)
 
     def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
         """See `InputMap`."""

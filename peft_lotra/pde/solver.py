@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,10 +22,10 @@ from ..kan.refinement import refine_grid
 from ..least_squares.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
 from ..least_squares.problem import check_residuals, check_terms, trainable_parameters
 from ..modules.calls import check_module
-from ..modules.checks import as_number, check_count, check_function, check_number
+from ..modules.checks import check_count, check_function, check_number
 from ..modules.report import Report, TextTable
 from .adaptive import ResidualSampler, gradient_weights, knot_density
-from .boxes import box_points, check_box, side_points, sides_of_box
+from .boxes import box_points, check_box, side_points
 from .constraints import HardConstraint, Part
 from .continuation import continuation as continue_
 from .features import BoxFeatures
@@ -205,27 +205,22 @@ def solve(
         True
     """
     low_end, high_end = check_box(low, high)
-    ends = [as_number(end) for end in continuation] if isinstance(continuation, Iterable) else [math.nan]
-    if continuation is not None and (len(ends) != 2 or any(map(math.isnan, ends))):
-        raise ValueError(f"`continuation` is {continuation!r:.100}, but must be two numbers, from which and to which.")
+    start = stop = math.nan
+    if continuation is not None:
+        start, stop = (check_number(end, "continuation", "(-inf, inf)") for end in continuation)
     check_function(residual, "residual", 2 if continuation is None else 3)
     steps = None if steps is None else check_count(steps, "steps", low=1 if continuation is None else STAGES + 1)
     budget = check_number(seconds, "seconds", "(0, inf)") if steps is None else steps
     points = box_points(low, high, HELD_POINTS, seed=seed)
     terms = list(terms)
-    check_terms([(residual, points), *terms])
     network = _network(network, low_end, high_end, check_count(outputs, "outputs"), periodic, seed)
     model = HardConstraint(network, distance, lift).double()
-    sides = [side_points(low, high, 50, [side])[0] for side in sides_of_box(len(low_end))]
-    _check_model(model, points, sides, bool(terms))
-
-    def equation(model: nn.Module, x: Tensor, parameter: float) -> Tensor:
-        return residual(model, x) if continuation is None else residual(model, x, parameter)
-
+    sides, _ = side_points(low, high, 50)
+    _check_model(model, points, sides.split(50), bool(terms))
     result = Solution(model, low_end, high_end)
     sampler = ResidualSampler(low, high, POINTS if len(low_end) > 1 else POINTS // 2, seed=1000 * seed)
-    training = _Training(result, equation, terms, points, sampler, budget, steps is None, progress)
-    result.first_residual = training.norm(ends[0])
+    training = _Training(result, residual, terms, points, sampler, budget, steps is None, progress)
+    result.first_residual = training.norm(start)
     if continuation is not None:
 
         def stage(parameter: float) -> float:
@@ -235,17 +230,16 @@ def solve(
             # neither the first stage nor one that is out of time can be tried again
             return 0.0 if training.ended or len(result.phases) == 1 or failures > MOST_FAILURES else least / first
 
-        scale = "log" if ends[0] * ends[1] > 0 else "linear"
-        start, stop = ends
+        scale = "log" if start * stop > 0 else "linear"
         continue_(model, stage, start, stop, target=FAILED, prepare=training.move_knots, steps=STAGES - 1, scale=scale)
     kan = training.kan if refine else None
-    training.fit("coarse", ends[-1], 1.0 if kan is None else COARSE)
+    training.fit("coarse", stop, 1.0 if kan is None else COARSE)
     if kan is not None and training.spent() < 1:  # a last phase on grids that are twice as fine
         is_finer = training.regrid(2, samples=_inputs(model, points, kan))
         sampler.count = round((FINE_POINTS if is_finer else 1) * sampler.count)
-        training.fit("fine" if is_finer else "coarse", ends[-1], 1.0)
+        training.fit("fine" if is_finer else "coarse", stop, 1.0)
     training.bar.close()
-    result.residual = training.norm(ends[-1])
+    result.residual = training.norm(stop)
     for name, share in _outside(model, points):
         note = f"{share:.0%} of the inputs of `{name}` are outside of its grid, where its splines are zero."
         warnings.warn(f"{note} Bound them by `KAN(norm='tanh')`, or give a wider `grid_range`.", stacklevel=3)
@@ -256,7 +250,7 @@ def solve(
 def _network(
     network: nn.Module | None, low: Tensor, high: Tensor, outputs: int, periodic: Collection[int], seed: int
 ) -> nn.Module:
-    """The network of the box's coordinates."""
+    """Return the network of the box's coordinates."""
     features = BoxFeatures(low.tolist(), high.tolist(), periodic)
     if network is None:
         grid_size = GRID_SIZES.get(len(low), SMALLEST_GRID)
@@ -285,8 +279,8 @@ def _first(model: nn.Module, kind: type) -> Any:
 
 
 @torch.no_grad()
-def _check_model(model: HardConstraint, x: Tensor, sides: list[Tensor], has_terms: bool) -> None:
-    """Raises a `ValueError` unless the network takes the box's coordinates, and `distance` is zero on a side."""
+def _check_model(model: HardConstraint, x: Tensor, sides: Sequence[Tensor], has_terms: bool) -> None:
+    """Raise a `ValueError` unless the network takes the box's coordinates, and `distance` is zero on a side."""
     try:
         model.kan(x[:2])
     except Exception as error:
@@ -305,7 +299,7 @@ class _Training:
     """The steps of `solve`, and what they need."""
 
     result: Solution
-    equation: Callable[[nn.Module, Tensor, float], Tensor]
+    equation: Callable[..., Tensor]
     terms: list[Any]
     held: Tensor
     sampler: ResidualSampler
@@ -354,7 +348,8 @@ class _Training:
 
     def residual(self, model: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         """Evaluate the equation: one function in all phases, so that Levenberg-Marquardt tries it once."""
-        return weight * check_residuals(self.equation(model, x, self.parameter), "`residual`", len(x))
+        arguments = (x,) if math.isnan(self.parameter) else (x, self.parameter)
+        return weight * check_residuals(self.equation(model, *arguments), "`residual`", len(x))
 
     @torch.no_grad()
     def weights(self, x: Tensor) -> Tensor:
@@ -363,9 +358,13 @@ class _Training:
         return gradient_weights(self.model, x, SLOPE / size, (self.sampler.high - self.sampler.low).diag() / 2)
 
     def fit(self, name: str, parameter: float, until: float, target: float = 0.0) -> float:
-        """Steps until a share of the budget is used up, the residual is at the target, or it has stopped to fall;
-        returns the least mean square at the points that are held out, whose parameters the model has."""
-        optimizer, start, before = self.optimizer, time.monotonic(), len(self.history)
+        """Take steps until a share of the budget is used up, the residual is at the target, or does not fall any more.
+
+        Returns:
+            The least mean square of the residual at the held-out points. The model has the parameters of this step.
+        """
+        optimizer = self.optimizer
+        start, before = time.monotonic(), len(self.history)
         self.parameter = parameter
         if name == "continuation":  # another equation
             optimizer.forget()
@@ -395,15 +394,16 @@ class _Training:
             optimizer.fit(draw, 10**9, held=held, patience=PATIENCE, callback=is_over, progress=False)
             if self.history[-1].accepted or self.ended:
                 break
-        last, least = self.history[-1], min(record.held_loss for record in self.history[before:])
+        records = self.history[before:]
+        last, least = records[-1], min(record.held_loss for record in records)
         reason = "budget" if self.ended else "stalled" if last.accepted else "refused"
         reason = "solved" if least <= target else reason
-        count, seconds = len(self.history) - before, time.monotonic() - start
-        self.phases.append(Phase(name, parameter, count, seconds, last.loss, least, reason))
+        seconds = time.monotonic() - start
+        self.phases.append(Phase(name, parameter, len(records), seconds, last.loss, least, reason))
         return least
 
     def move_knots(self, parameter: float) -> None:
-        """Moves the knots of the first layer to where the solution bends, once there is one."""
+        """Move the knots of the first layer to where the solution bends, once there is one."""
         if self.phases and self.features is not None and self.kan is not None:
             density = torch.ones(self.features.out_features, 64, dtype=torch.float64)
             of_coordinates = knot_density(self.model, self.sampler.low.tolist(), self.sampler.high.tolist())
@@ -413,8 +413,8 @@ class _Training:
             self.regrid(1, density=density, tolerance=math.inf)
 
     def regrid(self, factor: int, **options: Any) -> bool:
-        """Changes the grids if they can be changed."""
-        size = max(getattr(part, "grid_size", 0) for part in self.kan.layers)
+        """Change the grids if they can be changed."""
+        size = max(getattr(layer, "grid_size", 0) for layer in self.kan.layers)
         try:
             refine_grid(self.kan, factor * size, **options)
         except (TypeError, ValueError) as error:  # adapters, Slim layers
