@@ -42,9 +42,8 @@ def continuation(
     target: float = math.inf,
     prepare: Callable[[float], Any] | None = None,
     steps: int = 5,
-    scale: str = "log",
 ) -> list[ContinuationStep]:
-    """Trains a model for a PDE at `start`, and from there, step by step, at parameters up to `stop`.
+    """Train a model for a PDE at `start`, and from there, step by step, at parameters up to `stop`.
 
     A solve whose loss is above `target` or NaN is undone and tried again at a quarter of the step; after a success the
     step doubles. An exception undoes the solve too.
@@ -56,8 +55,8 @@ def continuation(
         start, stop: The first and the last parameter.
         target: The largest loss that is accepted.
         prepare: Called with the parameter before each solve, and not undone: the place for `refine_grid`.
-        steps: The number of equal steps of a path without failures, after the first solve.
-        scale: "log" for steps of equal ratio, "linear" for steps of equal length.
+        steps: The number of equal steps of a path without failures, after the first solve: of equal ratio, or of equal
+            length if zero is between `start` and `stop`.
 
     Returns:
         The record of each solve.
@@ -87,16 +86,12 @@ def continuation(
         (0.1, True)
     """
     check_module(model)
-    if scale not in ("log", "linear"):
-        raise ValueError(f"`scale` is {scale!r}, but must be 'log' or 'linear'.")
     check_function(solve, "solve")
     steps, target = check_count(steps, "steps"), float(target)
     start, stop = check_number(start, "start", "(-inf, inf)"), check_number(stop, "stop", "(-inf, inf)")
-    if scale == "log" and not start * stop > 0:
-        raise ValueError(f"`start` {start} and `stop` {stop} must have the same sign: else take scale='linear'.")
 
     def value_at(share: float) -> float:
-        return start * (stop / start) ** share if scale == "log" else start + share * (stop - start)
+        return start * (stop / start) ** share if start * stop > 0 else start + share * (stop - start)
 
     path: list[ContinuationStep] = []
     reached, length = -1.0, 1 / steps  # -1: not even the start

@@ -88,11 +88,13 @@ class BoxFeatures(InputMap):
         low, width = self.low[self.sources].to(z), (self.high - self.low)[self.sources].to(z)
         turns, phase = self.waves.to(z).unbind(1)
         s, rate = (z - low) / width, math.pi * turns
-        angle = rate * s + math.pi / 2 * phase
-        waves, signs = (torch.cos(angle), torch.sin(angle)), (1, -1, -1, 1)
         lines = [2 * s - 1, 2 / width, *[torch.zeros_like(width)] * highest]
-        scaled = [waves[d % 2] * (signs[d % 4] * (rate / width) ** d) for d in range(highest + 1)]
-        return [torch.where(turns == 0, line, wave) for line, wave in zip(lines, scaled, strict=False)]
+        outputs = []
+        for order in range(highest + 1):
+            # a derivative of the cosine is the cosine a quarter turn ahead
+            wave = torch.cos(rate * s + math.pi / 2 * (phase + order)) * (rate / width) ** order
+            outputs.append(torch.where(turns == 0, lines[order], wave))
+        return outputs
 
     def extra_repr(self) -> str:
         return f"low={self.low.tolist()}, high={self.high.tolist()}, periodic={self.periodic}, neumann={self.neumann}"

@@ -230,8 +230,7 @@ def solve(
             # neither the first stage nor one that is out of time can be tried again
             return 0.0 if training.ended or len(result.phases) == 1 or failures > MOST_FAILURES else least / first
 
-        scale = "log" if start * stop > 0 else "linear"
-        continue_(model, stage, start, stop, target=FAILED, prepare=training.move_knots, steps=STAGES - 1, scale=scale)
+        continue_(model, stage, start, stop, target=FAILED, prepare=training.move_knots, steps=STAGES - 1)
     kan = training.kan if refine else None
     training.fit("coarse", stop, 1.0 if kan is None else COARSE)
     if kan is not None and training.spent() < 1:  # a last phase on grids that are twice as fine
@@ -386,7 +385,7 @@ class _Training:
             previous, self.last = self.last, self.spent()
             self.ended = 2 * self.last - previous > until + 1e-9
             self.bar.n = min(self.bar.total, round(self.last * self.bar.total))
-            self.bar.set_postfix({"phase": name, "loss": f"{record.loss:.1e}", "held": f"{record.held_loss:.1e}"})
+            self.bar.set_postfix(phase=name, loss=record.loss, held=record.held_loss)
             return self.ended or record.held_loss <= target
 
         held = self.held_terms()
