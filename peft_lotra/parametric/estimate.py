@@ -23,7 +23,7 @@ from .members import Problem, argument, residuals_of, write
 
 
 # With less damping the step fits single points, with more it does not reach the error: docs/notes/log.md.
-DAMPING = 1e-8
+ESTIMATE_DAMPING = 1e-8
 MEMORY = 2**30  # bytes of a Jacobian and its matrix; a larger network is stepped in a member's coordinates
 VALUES = 128  # values, or random combinations of more, that an error is the norm of
 
@@ -96,7 +96,7 @@ class ErrorEstimates:
         flat = torch.stack([torch.cat([part.flatten() for part in parts]) for parts in gradients])
         problem = LeastSquares(network, terms, MEMORY, {})
         linear = LinearModel(problem, residuals, 1.0, in_parameter_space=True)
-        steps = linear.inverse(DAMPING, flat.T)
+        steps = linear.inverse(ESTIMATE_DAMPING, flat.T)
         if steps is None or linear.jacobian is None:
             return None
         return linear.jacobian @ steps / values.detach().norm()

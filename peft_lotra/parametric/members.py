@@ -28,7 +28,7 @@ from .interpolation import Member, Point
 
 # The damping of all steps, as a share of the largest diagonal entry of J^T J. Directions in which the residuals hardly
 # change are not moved by it, so that members stay comparable: docs/notes/log.md.
-DAMPING = 1e-6
+MEMBER_DAMPING = 1e-6
 WINDOW, SLOW = 4, 0.7  # a fit ends when so many steps left more than this share of the loss
 
 
@@ -153,10 +153,10 @@ def take_steps(model: nn.Module, terms: Sequence[Term], most: int, held: Sequenc
     Returns:
         The number of steps, from `least` to `most`.
     """
-    optimizer, losses = LevenbergMarquardt(model, DAMPING, floor=1.0), []
+    optimizer, losses = LevenbergMarquardt(model, MEMBER_DAMPING, floor=1.0), []
 
     def is_done(number: int, record: LevenbergMarquardtStep) -> bool:
-        optimizer.damping = max(optimizer.damping, DAMPING)
+        optimizer.damping = max(optimizer.damping, MEMBER_DAMPING)
         losses.append(record.held_loss if held else record.loss)
         return number >= max(WINDOW, least) and losses[-1] > SLOW * losses[-1 - WINDOW]
 
