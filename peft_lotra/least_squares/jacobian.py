@@ -27,6 +27,7 @@ from ..derivatives.stages import stages_of
 from ..kan.formula import LayerFormula
 from ..kan.product import needs_plain_operations
 from ..kan.recording_hook import recording
+from ..modules.calls import runs_more_than_its_class
 from ..tucker import Update
 
 
@@ -61,14 +62,11 @@ class Recorder:
 
     def value(self, network: nn.Module, x: Tensor) -> Tensor | None:
         """See `recording`. Networks with dropout, hooks, or a replaced `forward` are not recorded."""
-
-        def changed(part: nn.Module) -> bool:
-            hooks = part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
-            return bool(hooks or getattr(part, "is_random", False))
-
         if not self._can_record(x) or torch.nn.modules.module._has_any_global_hook():
             return None
-        if any(map(changed, network.modules())) or (stages := stages_of(network)) is None:
+        if any(runs_more_than_its_class(m) or getattr(m, "is_random", False) for m in network.modules()):
+            return None
+        if (stages := stages_of(network)) is None:
             return None
         return through_stages(stages, 0, self._record_layer, x, None, None)[0]
 

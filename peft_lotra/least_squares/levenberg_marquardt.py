@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -216,10 +215,8 @@ class LevenbergMarquardt:
         steps: int = 100,
         *,
         held: Iterable[Term] = (),
-        target_loss: float = 0.0,
         tolerance: float = 0.0,
         patience: int = 5,
-        max_seconds: float = math.inf,
         callback: Callable[[int, LevenbergMarquardtStep], Any] | None = None,
         progress: bool = True,
     ) -> list[LevenbergMarquardtStep]:
@@ -231,11 +228,9 @@ class LevenbergMarquardt:
             held: Terms on other rows, which are evaluated after each step and not trained: they show a fit of the
                 trained rows only. The model ends with the parameters of the least held loss, perhaps those before the
                 first step.
-            target_loss: The loss at which to stop; the held loss if there are held terms.
             tolerance, patience: Stop when `decrease` was below `tolerance` in `patience` steps in a row; with held
                 terms, when the held loss had no new minimum in `patience` steps in a row.
-            max_seconds: The time after which to stop.
-            callback: Called with the step's number and its record; stops if it returns True.
+            callback: Called with the number of the step and its record; stops if it returns True.
             progress: Whether to show a bar.
 
         Returns:
@@ -246,9 +241,7 @@ class LevenbergMarquardt:
         history: list[LevenbergMarquardtStep] = []
         steps = check_count(steps, "steps", low=0)
         check_number(tolerance, "tolerance", "[0, inf)")
-        check_number(target_loss, "target_loss", "(-inf, inf)")
         slow = 0
-        end = time.monotonic() + max_seconds
         shards = self._shards
         terms = terms if callable(terms) else self._check(terms)
         held = list(held)
@@ -264,21 +257,21 @@ class LevenbergMarquardt:
             for number in range(steps):
                 record = self.step(shards.run(terms, number) if callable(terms) else terms)
                 shown = {"loss": record.loss, "damping": record.damping}
-                loss, progressed = record.loss, record.decrease >= tolerance
+                progressed = record.decrease >= tolerance
                 if held:
                     problem, residuals = self.evaluate_held(held)
                     record = record._replace(held_losses=problem.losses(residuals))
-                    shown["held"] = loss = record.held_loss
-                    progressed = loss < least
+                    shown["held"] = record.held_loss
+                    progressed = record.held_loss < least
                     if progressed:
-                        least, best = loss, problem
+                        least, best = record.held_loss, problem
                 history.append(record)
                 bar.update()
                 bar.set_postfix(shown)
                 slow = 0 if progressed else slow + 1
                 stop = callback is not None and shards.run(callback, number, record) is True
-                stop = stop or not record.accepted or loss <= target_loss or slow >= patience
-                if any(shards.gather(stop or time.monotonic() > end)):
+                # a loss of zero is as low as it gets
+                if any(shards.gather(stop or not record.accepted or not record.loss or slow >= patience)):
                     break
         if best is not None:
             best.write(best.start)

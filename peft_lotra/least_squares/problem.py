@@ -155,10 +155,10 @@ class LeastSquares:
         self.memory = memory
         self.shards = shards or Shards()
         self.trainable = trainable_parameters(model)
-        self.fixed = {name: tensor for name, tensor in in_double(model).items() if name not in self.trainable}
+        self.fixed = in_double(model)  # the trainable ones are always replaced
         self.sizes = [parameter.numel() for parameter in self.trainable.values()]
-        self.num_parameters = sum(self.sizes)
         self.start = torch.cat([parameter.detach().double().flatten() for parameter in self.trainable.values()])
+        self.num_parameters = len(self.start)
         self.terms: list[PreparedTerm] = []
         self.known: Known = {}
         for index, (function, rows, weight) in enumerate(terms):

@@ -222,20 +222,14 @@ def test_arguments():
 # fit
 
 
-@pytest.mark.parametrize("name", ["tolerance", "target_loss"])
-@pytest.mark.parametrize("value", [math.nan, "1", 1j])
-def test_limits_that_are_no_numbers_are_refused(name, value):
+@pytest.mark.parametrize("value", [math.nan, "1", 1j, -1])
+def test_a_tolerance_that_is_no_number_from_zero_on_is_refused(value):
     model, data = network(), terms()
     before = snapshot(model)
 
-    with pytest.raises(ValueError, match=f"`{name}` is"):
-        LevenbergMarquardt(model).fit(data, 3, progress=False, **{name: value})
+    with pytest.raises(ValueError, match="`tolerance` is"):
+        LevenbergMarquardt(model).fit(data, 3, tolerance=value, progress=False)
     assert_same(model, before)
-
-
-def test_a_tolerance_below_zero_is_refused():
-    with pytest.raises(ValueError, match="`tolerance` is -1"):
-        LevenbergMarquardt(network()).fit(terms(), 3, tolerance=-1, progress=False)
 
 
 def test_stopping_rules():
@@ -245,6 +239,4 @@ def test_stopping_rules():
     history = optimizer.fit(data, 3, callback=lambda number, record: seen.append(number), progress=False)
     assert len(history) == 3 and seen == [0, 1, 2] and optimizer.damping == history[-1].damping
     assert len(optimizer.fit(data, 9, callback=lambda number, record: number == 1, progress=False)) == 2
-    assert len(optimizer.fit(data, 9, target_loss=1e9, progress=False)) == 1
     assert len(optimizer.fit(data, 9, tolerance=1.0, patience=2, progress=False)) == 2
-    assert len(optimizer.fit(data, 9, max_seconds=0.0, progress=False)) == 1
