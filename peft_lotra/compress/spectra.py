@@ -245,25 +245,24 @@ def _allocate(layers: Mapping[str, LayerSpectrum], budget: int | None) -> dict[s
     """
     frontiers = {name: _frontier(layer) for name, layer in layers.items()}
     at = dict.fromkeys(frontiers, 0)
-    least = sum(int(costs[0]) for costs, _, _ in frontiers.values())
-    left = as_number(budget) - least
-    if not left >= 0:
-        raise ValueError(
-            f"`budget` is {budget!r}, but ranks of 1 in each of the {len(layers)} layers take {least} parameters "
-            "already."
-        )
     while True:
+        spent = sum(int(costs[at[name]]) for name, (costs, _, _) in frontiers.items())
+        left = as_number(budget) - spent
+        if not left >= 0:
+            raise ValueError(
+                f"`budget` is {budget!r}, but ranks of 1 in each of the {len(layers)} layers take {spent} parameters "
+                "already."
+            )
         best = (0.0, "", 0)
         for name, (costs, energies, _) in frontiers.items():
-            price = costs[at[name] + 1 :] - costs[at[name]]
-            rate = torch.where(price <= left, (energies[at[name] + 1 :] - energies[at[name]]) / price, 0)
+            now, following = at[name], at[name] + 1
+            price = costs[following:] - costs[now]
+            rate = torch.where(price <= left, (energies[following:] - energies[now]) / price, 0)
             if len(rate):
-                best = max(best, (rate.max().item(), name, at[name] + 1 + int(rate.argmax())))
+                best = max(best, (rate.max().item(), name, following + int(rate.argmax())))
         gain, name, index = best
         if gain == 0:
             return {name: _ranks_at(layers[name], frontiers[name][2][index]) for name, index in at.items()}
-        costs = frontiers[name][0]
-        left -= int(costs[index] - costs[at[name]])
         at[name] = index
 
 

@@ -32,15 +32,13 @@ class _BankOptimizer(Optimizer):
         self.bank = bank
         self.packed, self._entries = bank.start_training(names)
         self._is_active = self._entries.any(1)
-        row_of = bank.snapshot.row_of[1:-1]  # by id; adapters come and go only after the training
-        self._ids = (row_of < len(self.packed)).nonzero().squeeze(1)
-        self._rows = row_of[self._ids]
-        self._room = len(row_of)
+        # by id, the row after the last one where there is none; adapters come and go only after the training
+        self._row_of = bank.snapshot.row_of[1:-1].clamp(max=len(self.packed))
         super().__init__([self.packed], defaults)
 
     def _by_id(self, values: Tensor, default: float) -> Tensor:
         """Return values (capacity,) of the rows of the matrix by the id of the adapter, (room,)."""
-        return values.new_full((self._room,), default).index_copy(0, self._ids, values[self._rows])
+        return torch.cat([values, values.new_tensor([default])])[self._row_of]
 
     @torch.no_grad()
     def keep_best(self, losses: Tensor, patience: int | None = None) -> Tensor:
@@ -58,7 +56,9 @@ class _BankOptimizer(Optimizer):
         if "best" not in state:
             state["best"], state["least"] = packed.detach().clone(), packed.new_full((len(packed),), torch.inf)
             state["waited"] = torch.zeros_like(state["least"])
-        losses = torch.full_like(state["least"], torch.nan).index_copy(0, self._rows, losses.to(packed)[self._ids])
+        by_row = packed.new_full((len(packed) + 1,), torch.nan)
+        by_row[self._row_of] = losses.to(packed)
+        losses = by_row[:-1]
         is_less = self._is_active & (losses < state["least"])
         state["best"][is_less], state["least"][is_less] = packed[is_less], losses[is_less]
         state["waited"] = torch.where(is_less, 0, state["waited"] + ~losses.isnan())

@@ -70,14 +70,15 @@ class ErrorEstimates:
         )
 
     def _change(self, model: PeftModel, point: Point) -> Tensor | None:
-        """The linear map (M, values) from residuals to the relative change of the values by the step; None without."""
+        """Compute the linear map (M, values) from residuals to the relative change of the values by the step.
+
+        None if the inputs of the network are not known, or the step does not exist.
+        """
         held = self.problem.held_terms(model, point)
         terms = [*self.problem.terms(point), *held]
         residuals = residuals_of(model, terms)
-        network: nn.Module = copy.deepcopy(model).merge_and_unload()
-        for part in network.parameters():
-            part.requires_grad_(part.is_floating_point())
-        count = sum(part.numel() for part in trainable_parameters(network).values())
+        network = copy.deepcopy(model).merge_and_unload().requires_grad_()
+        count = sum(parameter.numel() for parameter in network.parameters())
         if not held and len(residuals) < count and not self._changes:  # told once
             warnings.warn(
                 f"Indicators of this family may miss most of the error: a network of {count} parameters can fit each "
@@ -91,18 +92,21 @@ class ErrorEstimates:
         values = self._values(network, point, terms)
         if values is None:
             return None
+
         leaves = list(trainable_parameters(network).values())
-        gradients = [torch.autograd.grad(v, leaves, retain_graph=True, materialize_grads=True) for v in values]
-        flat = torch.stack([torch.cat([part.flatten() for part in parts]) for parts in gradients])
+        gradients = []
+        for value in values:
+            parts = torch.autograd.grad(value, leaves, retain_graph=True, materialize_grads=True)
+            gradients.append(torch.cat([part.flatten() for part in parts]))
         problem = LeastSquares(network, terms, MEMORY, {})
         linear = LinearModel(problem, residuals, 1.0, in_parameter_space=True)
-        steps = linear.inverse(ESTIMATE_DAMPING, flat.T)
+        steps = linear.inverse(ESTIMATE_DAMPING, torch.stack(gradients, dim=1))
         if steps is None or linear.jacobian is None:
             return None
         return linear.jacobian @ steps / values.detach().norm()
 
     def _values(self, network: nn.Module, point: Point, terms: list[Term]) -> Tensor | None:
-        """The values whose error counts, or random combinations of them; None if they are not known."""
+        """Return the values whose error counts, or random combinations of them; None if they are not known."""
         solution = self.problem.solution(network, point)
         if self.problem.values_of is not None:
             values = self.problem.values_of(solution, argument(point)).flatten()
