@@ -30,40 +30,40 @@ class CoefficientUpdate(NamedTuple):
     scale: torch.Tensor | None = None
 
     def missed(self, delta: torch.Tensor) -> torch.Tensor:
-        """The update minus that by a change `delta` of the base model's coefficients."""
+        """Return the update minus that by a change `delta` of the base model's coefficients."""
         delta = delta.to(self.tensor)
         return self.tensor - (delta if self.scale is None else self.scale * delta)
 
 
 def check_without_adapters(model: nn.Module, argument: str) -> None:
-    """Raises a ValueError if a model has adapters of PEFT."""
+    """Raise a ValueError if a model has adapters of PEFT."""
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(f"`{argument}` has adapters: merge them first, `model = model.merge_and_unload()`.")
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """The network inside of wrappers, of a PEFT model a copy with its active adapters merged."""
+    """Return the network inside of wrappers, of a PEFT model a copy with its active adapters merged."""
     return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else unwrap(model)
 
 
 @torch.no_grad()
 def coefficient_updates(base: nn.Module, tuned: nn.Module, scaled: bool = False) -> dict[str, CoefficientUpdate]:
-    """The updates of all KAN layers, by name; raises a ValueError as `update_spectrum`.
+    """Compute the updates of all KAN layers, by name; raise a ValueError as `update_spectrum`.
 
     With `scaled`, updates of edges with scales are of coefficient times scale even if no scale changed.
     """
     base, tuned = unwrap(base), unwrap(tuned)
-    found, other = find_kan_layers(base), find_kan_layers(tuned)
-    for first, second in zip_longest(found, other):
+    layers = find_kan_layers(base)
+    for first, second in zip_longest(layers, find_kan_layers(tuned)):
         if first != second:
             raise ValueError(
                 f"The models have different architectures. Their first KAN layer that differs: {first} in the base "
                 f"model, {second} in the tuned one."
             )
-    if not found:
+    if not layers:
         raise ValueError("No KAN layer was found in the models, see `find_kan_layers` and `register_kan_layer`.")
     updates = {}
-    for name in (layer.name for layer in found):
+    for name, *_ in layers:
         before, scale = read_coefficients(name, base.get_submodule(name))
         after, new_scale = read_coefficients(name, tuned.get_submodule(name))
         after = after.to(before)
@@ -76,25 +76,25 @@ def coefficient_updates(base: nn.Module, tuned: nn.Module, scaled: bool = False)
 
 
 def read_coefficients(name: str, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The coefficients, with active adapters, and the scales of the edges, (out, in, basis [+ 1] [, kernel]), float64.
+    """Read coefficients, with active adapters, and scales of the edges, (out, in, basis [+ 1] [, kernel]), in float64.
 
-    The scales are `None` for a layer without them, and 1 for the residual branch. Raises a ValueError for values that
+    The scales are `None` for a layer without them, and 1 for the residual branch. Raise a ValueError for values that
     are not finite.
     """
     with read_at_rest(module):
-        layer, spec, tensor = locate_target(name, module)
+        target = locate_target(name, module)
         if isinstance(module, LoTRALayer):
             coefficients = module.effective_coefficients(torch.float64)
         else:
-            coefficients = tensor.read(layer).double().clone()  # `read` may return the parameter itself
-        scale = edge_scales(Target(layer, spec, tensor), coefficients)
+            coefficients = target.tensor.read(target.layer).double().clone()  # `read` may return the parameter itself
+        scale = edge_scales(target, coefficients)
     if coefficients.is_meta or not coefficients.isfinite().all():
         raise ValueError(f"The coefficients of `{name}` are not finite, or not loaded (on the meta device).")
     return coefficients, scale
 
 
 def edge_scales(target: Target, coefficients: torch.Tensor) -> torch.Tensor | None:
-    """What a layer multiplies its coefficients by, laid out like them, 1 for the residual branch; None for nothing."""
+    """Return the factors of a layer's coefficients, laid out like them, 1 for the residual branch; None without."""
     layer, spec, tensor = target
     scale = spec.read_edge_scale(layer, tensor)
     if scale is None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import warnings
@@ -92,8 +91,9 @@ def write_model_card(
             value = check_number(value, f"metrics[{name!r}]", "(-inf, inf)")
             results.append(EvalResult("other", "unknown", "Unknown", str(name), value))
 
-    (first, adapter), *others = adapter_folders(folder).items()
-    config, tensors = read_adapter(adapter)
+    folders = adapter_folders(folder)
+    first, *others = folders
+    config, tensors = read_adapter(folders[first])
     card, title = load_card(Path(folder, README)), (repo_id or "LoTRA adapter").rpartition("/")[2]
     data = card.data
     # PEFT writes paths of local folders there too, which the Hub refuses
@@ -109,20 +109,17 @@ def write_model_card(
         data.model_name, data.eval_results = title, results
 
     base_class, code = source_of_base(config, model and model.get_base_model(), source)
-    place = json.dumps(repo_id or ".")
-    if revision:
-        place += f", revision={json.dumps(revision)}"
-    if first != "default":
-        place += f", subfolder={json.dumps(first)}"
     save_section(
         card,
         Path(folder, README),
         "card.md",
         title=title,
         base_class=base_class,
-        code=(data.get("base_code") or code).strip("\n"),
-        place=place,
-        others=[name for name, _ in others],
+        code=data.get("base_code") or code,
+        repo_id=repo_id or ".",
+        revision=revision,
+        subfolder=first,
+        others=others,
         contents=AdapterContents.of(title, config, tensors),
         peft=__version__,
     )
@@ -197,8 +194,7 @@ def write_bank_card(
         "bank.md",
         title=repo_id.rpartition("/")[2],
         base_class=base_class,
-        code=(base_code or code).strip(),
+        code=base_code or code,
         repo_id=repo_id,
-        first=json.dumps(names[0]),
         names=names,
     )

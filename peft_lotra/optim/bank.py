@@ -57,7 +57,7 @@ class _BankOptimizer(Optimizer):
             state["best"], state["least"] = packed.detach().clone(), packed.new_full((len(packed),), torch.inf)
             state["waited"] = torch.zeros_like(state["least"])
         by_row = packed.new_full((len(packed) + 1,), torch.nan)
-        by_row[self._row_of] = losses.to(packed)
+        by_row[self._row_of[: len(losses)]] = losses.to(packed)
         losses = by_row[:-1]
         is_less = self._is_active & (losses < state["least"])
         state["best"][is_less], state["least"][is_less] = packed[is_less], losses[is_less]
@@ -133,10 +133,10 @@ class BankAdamW(_BankOptimizer):
         for layer in bank.snapshot.layers.values():
             widths = {"factor_out": layer.shape[0], "factor_in": layer.shape[1]}
             # of adapters that started at random, and from the gradient
-            policies = [component_multipliers(policy, widths, layer.ranks, False, start) for start in (False, True)]
+            by_start = [component_multipliers(policy, widths, layer.ranks, start) for start in (False, True)]
             for name, shape in zip(Tucker._fields, layer.component_shapes(), strict=False):
-                multipliers = torch.tensor([policy.get(name, 1.0) for policy in policies], dtype=torch.float64)
-                rates.append(multipliers.unsqueeze(1).expand(2, math.prod(shape)))
+                pair = torch.tensor([multipliers.get(name, 1.0) for multipliers in by_start], dtype=torch.float64)
+                rates.append(pair.unsqueeze(1).expand(2, math.prod(shape)))
         super().__init__(bank, names, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._multipliers = torch.cat(rates, dim=1).to(self.packed)
         self._start = bank.snapshot.starts_from_gradient().long().to(self.packed.device)
@@ -259,9 +259,6 @@ class BankLevenbergMarquardt(_BankOptimizer):
         Raises:
             ValueError: A term is malformed, or has rows of an adapter that is not in training.
         """
-        terms = list(terms)
-        if any(not isinstance(term, Sequence) or len(term) not in (3, 4) for term in terms):
-            raise ValueError("Each residual term must be (function, rows, ids), or with a weight behind.")
         with_ids = [(f, (ids, *(rows if isinstance(rows, Sequence) else (rows,))), *w) for f, rows, ids, *w in terms]
         snapshot, checked = self.bank.snapshot, []
         if snapshot.trained is None:

@@ -23,14 +23,12 @@ from ..tuner.layer import LoTRALayer
 Policy = Literal["width", "uniform"] | Mapping[str, float]
 
 REFERENCE_WIDTH, REFERENCE_RANK = 16, 4  # up to which policy "width" is policy "uniform"
-FROM_GRADIENT = {"core": 0.1, "factor_out": 0.5}  # policy "width" multiplies with these after such a start
 
 
 def component_multipliers(
     policy: Policy,
     widths: Mapping[str, int],
     ranks: tuple[int, ...] = (),
-    is_sgd: bool = False,
     from_gradient: bool = False,
 ) -> Mapping[str, float]:
     """Return the multipliers of the components of an adapter in a layer, 1 for others.
@@ -50,15 +48,16 @@ def component_multipliers(
         raise ValueError(
             f'`policy` is {policy!r:.100}, but must be "width", "uniform", or multipliers of some of {Tucker._fields}.'
         )
-    if policy == "uniform" or is_sgd:
+    if policy == "uniform":
         return {}
     # a side narrower than the reference keeps lr
     multipliers = {side: math.sqrt(REFERENCE_WIDTH / max(n, REFERENCE_WIDTH)) for side, n in widths.items()}
-    if ranks and not from_gradient:
+    if from_gradient:
+        multipliers["factor_out"] *= 0.5
+        multipliers["core"] = 0.1
+    elif ranks:
         multipliers["factor_out"] *= REFERENCE_RANK / max(ranks[0], REFERENCE_RANK)
         multipliers["core"] = REFERENCE_RANK**2 / max(ranks[1] * ranks[2], REFERENCE_RANK**2)
-    for component, factor in FROM_GRADIENT.items() if from_gradient else ():
-        multipliers[component] = factor * multipliers.get(component, 1.0)
     return multipliers
 
 
@@ -73,7 +72,7 @@ def _started_from_gradient(network: nn.Module) -> set[tuple[nn.Module, str]]:
     }
 
 
-def _trained_components(model: nn.Module, policy: Policy, is_sgd: bool) -> Iterator[tuple[str, float, Tensor]]:
+def _trained_components(model: nn.Module, policy: Policy) -> Iterator[tuple[str, float, Tensor]]:
     """Yield the group, the multiplier and the parameter of each component that requires a gradient."""
     network = unwrap(model)
     started = _started_from_gradient(network)
@@ -88,7 +87,7 @@ def _trained_components(model: nn.Module, policy: Policy, is_sgd: bool) -> Itera
         for adapter, parameters in adapters.items():
             # a Slim layer has nothing to start from: its factors are the layer
             ranks = tuple(parameters[0].shape) if adapter else ()
-            multipliers = component_multipliers(policy, widths, ranks, is_sgd, (layer, adapter) in started)
+            multipliers = component_multipliers(policy, widths, ranks, (layer, adapter) in started)
             for component, parameter in parameters._asdict().items():
                 if parameter.requires_grad:
                     group = f"{component}/{widths[component]}" if component in widths else component
@@ -146,19 +145,21 @@ def create_lotra_optimizer(
     """
     check_number(lr, "lr", "(0, inf)")
     # the name counts, also of classes that follow torch.optim.SGD without deriving from it
-    is_sgd = not {"SGD", "ASGD"}.isdisjoint(cls.__name__ for cls in getattr(optimizer_cls, "__mro__", ()))
+    bases = {cls.__name__ for cls in getattr(optimizer_cls, "__mro__", ())}
+    if policy == "width" and bases & {"SGD", "ASGD"}:
+        policy = "uniform"
     groups: dict[tuple[str, float], dict[str, Any]] = {}
     components = set()
-    for name, multiplier, parameter in _trained_components(model, policy, is_sgd):
+    for name, multiplier, parameter in _trained_components(model, policy):
         group = groups.setdefault((name, multiplier), {"name": name, "params": [], "lr": lr * multiplier})
         group["params"].append(parameter)
-        components.add(id(parameter))
+        components.add(parameter)
     if not groups:
         raise ValueError(
             f"No component of a LoTRA or Slim layer of the {type(model).__name__} requires a gradient. Adapt it by "
             "`get_peft_model(model, LoTRAConfig(...))`, load the adapter with `is_trainable=True`, or activate it by "
             "`model.set_adapter(name)`."
         )
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in components]
+    others = [p for p in model.parameters() if p.requires_grad and p not in components]
     other = [{"name": "other", "params": others, "lr": lr}] if others else []
     return optimizer_cls([*groups.values(), *other], lr=lr, **kwargs)

@@ -245,9 +245,9 @@ class ParametricAdapter:
         """
         if (parameters is None) == (between is None):
             raise ValueError("Give either `parameters`, a list, or `between`, the bounds of a range.")
-        name, chosen = ("parameters", parameters) if between is None else ("between", between)
         space = copy.copy(self._space)
-        points = list(dict.fromkeys(space.point(parameter, name) for parameter in cast(Iterable, chosen)))
+        chosen = cast(Iterable[Parameter], parameters if between is None else between)
+        points = list(dict.fromkeys(map(space.point, chosen)))
         if not points or (between is not None and len(points) != 2):
             raise ValueError(f"{chosen!r:.100} must be at least one parameter, or `between` (lowest, highest), two.")
         if tolerance is not None:

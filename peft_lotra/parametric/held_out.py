@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..least_squares.problem import Term
-from .interpolation import weights_at
+from .interpolation import empty_radii, weights_at
 
 
 FEWEST = 16  # points; between fewer, as between the two ends of an interval, the gaps are wide
@@ -68,9 +68,6 @@ class _Gaps:
     """Pairs of near points without another in between, in one dimension the neighbors, and data between them.
 
     If many points share a coordinate, a pair has the same one.
-
-    Source: K. R. Gabriel and R. R. Sokal, "A new statistical approach to geographic variation analysis", 1969, for the
-    pairs of points whose circle holds no other.
     """
 
     def __init__(self, content: bytes, width: int) -> None:
@@ -86,9 +83,7 @@ class _Gaps:
         distances[(is_shared.unsqueeze(1) & ~is_equal).any(2)] = math.inf
 
         near = distances.topk(NEAR, largest=False)
-        middles = torch.lerp(scaled.unsqueeze(1), scaled[near.indices], 0.5)
-        radii = torch.cdist(middles, scaled).amin(2)
-        is_empty = (radii > 0.499 * near.values) & (radii > 1e-9)
+        is_empty = empty_radii(scaled.unsqueeze(1), scaled[near.indices], scaled) > 0.499 * near.values
         longest = near.values.where(is_empty, 0.0).topk(ROWS)
         self.first, rank = longest.values.nonzero(as_tuple=True)
         self.second = near.indices.gather(1, longest.indices)[self.first, rank]

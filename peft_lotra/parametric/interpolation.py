@@ -92,8 +92,8 @@ class MemberSpace:
         self.places = torch.empty(0, 1, device="cpu")  # of the members
         self._low = self.extent = torch.zeros(1, device="cpu")
 
-    def point(self, parameter: Any, name: str = "parameter") -> Point:
-        """Return the parameter as a tuple, of as many numbers as those of the members; `name` is the argument's."""
+    def point(self, parameter: Any) -> Point:
+        """Return the parameter as a tuple, of as many numbers as those of the members."""
         point = tuple(map(as_number, np.ravel(parameter).tolist()))
         dim = len(point)
         if self.log.dim():
@@ -102,9 +102,9 @@ class MemberSpace:
             dim = self.places.shape[1]
         if len(point) != dim or not np.isfinite(point).all():
             numbers = "a finite number" if dim == 1 else f"{dim} finite numbers"
-            raise ValueError(f"`{name}` has {parameter!r:.100}, but must be {numbers}.")
+            raise ValueError(f"A parameter is {parameter!r:.100}, but must be {numbers}.")
         if not self._raw([point]).isfinite().all():
-            raise ValueError(f"`{name}`: {parameter!r} must be above 0, since the family is in its logarithm.")
+            raise ValueError(f"A parameter is {parameter!r}, but must be above 0: the family is in its logarithm.")
         return point
 
     def spread(self, points: Sequence[Point]) -> None:
@@ -149,9 +149,7 @@ class MemberSpace:
         """
         at = self.places_of([point])[0]
         distances = (self.places - at).norm(dim=1)
-        centers = torch.lerp(self.places, at, 0.5)
-        of_centers = torch.cdist(centers, self.places, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
-        is_around = of_centers >= 0.499 * distances
+        is_around = empty_radii(self.places, at, self.places) >= 0.499 * distances
         used = [index for index in distances.argsort(stable=True).tolist() if is_around[index]][: len(at) + 1]
 
         weights = 1 / distances[used].clamp(min=1e-12)
@@ -204,6 +202,17 @@ def _monomials(points: Tensor, degree: int) -> Tensor:
     dim = points.shape[1]
     exponents = [e for e in itertools.product(range(degree + 1), repeat=dim) if sum(e) <= degree]
     return torch.stack([(points ** points.new_tensor(e)).prod(dim=1) for e in exponents], dim=1)
+
+
+def empty_radii(first: Tensor, second: Tensor, points: Tensor) -> Tensor:
+    """Compute how far the nearest point is from the middle between first and second places (..., dim).
+
+    If that is half of their distance, the ball between them is empty: they are neighbors in the Gabriel graph.
+
+    Source: K. R. Gabriel and R. R. Sokal, "A new statistical approach to geographic variation analysis", 1969.
+    """
+    middles = torch.lerp(first, second, 0.5)
+    return torch.cdist(middles, points, compute_mode="donot_use_mm_for_euclid_dist").amin(-1)
 
 
 def nearest(points: Tensor, at: Tensor) -> list[int]:

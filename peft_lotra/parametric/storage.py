@@ -114,7 +114,6 @@ def write_card(path: Path, members: Sequence[Member]) -> None:
 
     A card that cannot be read stays as it is, with a warning.
     """
-    points = [member.parameter for member in members]
     try:
         card = load_card(path)
         card.data.tags = [*(card.data.tags or []), "parametric"]
@@ -123,10 +122,9 @@ def write_card(path: Path, members: Sequence[Member]) -> None:
             path,
             "family.md",
             title="A family of LoTRA adapters",
-            members=len(points),
-            size=f"{members[0].vector.size:,}",
-            ranges=", and from ".join(ranges_of(points)),
-            example=argument(points[len(points) // 2]),
+            members=members,
+            ranges=ranges_of([member.parameter for member in members]),
+            example=argument(members[len(members) // 2].parameter),
         )
     except Exception as error:  # no reason for a save to fail
         warnings.warn(f"The family is saved, its model card is not written: {error}", stacklevel=3)

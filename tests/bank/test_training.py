@@ -379,7 +379,7 @@ def test_what_least_squares_refuse():
     x, y, names = drawn((4, 4, 0))
     before, ids = bank.snapshot.packed.detach().clone(), bank.ids(names)
     for terms, word in (
-        ([(error, (x, y))], "ids"),
+        ([(error, (x, y))], "not enough values"),
         ([(error, (x, y), ids[:3])], "lengths"),
         ([(error, (x, y), ids + 7)], "id 7"),
         ([(error, (x, y), torch.zeros_like(ids) + bank.ids(["c"]))], "'c'"),

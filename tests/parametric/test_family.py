@@ -130,10 +130,10 @@ def test_logarithmic_parameters(base):
         ({"between": ((1.0, 1.0), (2.0, 2.0)), "max_members": 3}, "`max_members` is 3, .* at least 4"),
         ({"parameters": []}, "at least one parameter"),
         ({"parameters": [float("nan")]}, "must be a finite number"),
-        ({"parameters": "29"}, "`parameters` has '2', but must be"),
-        ({"parameters": ["2.9", "3.0"]}, "`parameters` has '2.9', but must be"),
-        ({"parameters": [1j]}, "`parameters` has 1j, but must be"),
-        ({"between": ("a", "b")}, "`between` has 'a', but must be"),
+        ({"parameters": "29"}, "parameter is '2', but must be"),
+        ({"parameters": ["2.9", "3.0"]}, "parameter is '2.9', but must be"),
+        ({"parameters": [1j]}, "parameter is 1j, but must be"),
+        ({"between": ("a", "b")}, "parameter is 'a', but must be"),
         ({"parameters": [3.0], "tolerance": float("nan")}, "`tolerance` is nan"),
         ({"between": (2.9, 3.1), "tolerance": -1.0}, "`tolerance` is -1.0"),
         ({"between": (2.9, 3.1), "tolerance": "1"}, "`tolerance` is '1'"),
@@ -199,7 +199,7 @@ def test_residuals_that_are_no_real_numbers_are_named(base, result):
 
 def test_predictions_at_what_is_no_number_are_refused(family):
     for wrong in ("3.0", 3.0 + 1j, None):
-        with pytest.raises(ValueError, match="`parameter` has .* must be a finite number"):
+        with pytest.raises(ValueError, match="parameter is .* must be a finite number"):
             family.predict(wrong)
 
 
