@@ -151,15 +151,11 @@ def _register_exact(cls: type[nn.Module], stages: Callable[[Any], list[Stage] | 
     register(cls, Entry(lambda module: stages(module) if type(module).forward is cls.forward else None))
 
 
-def _kan_linear(layer: KANLinear) -> list[Stage]:
-    return [Stage(layer, LayerFormula(layer.grid, layer.spline_weight, layer.base_weight))]
-
-
 def _slim_kan_linear(layer: SlimKANLinear) -> list[Stage]:
     return [Stage(layer, LayerFormula(layer.grid, None, updates=(Update(1.0, layer.components),)))]
 
 
-_register_exact(KANLinear, _kan_linear)
+_register_exact(KANLinear, lambda layer: [Stage(layer, layer.formula)])
 _register_exact(SlimKANLinear, _slim_kan_linear)
 _register_exact(LayerStack, lambda net: join_stages(net.layers))
 _register_exact(nn.Sequential, join_stages)

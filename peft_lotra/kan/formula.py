@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -152,9 +152,6 @@ class LayerFormula(NamedTuple):
                 right = F.pad(right, (0, 1))
             lefts.append(left)
             rights.append(right)
-        return _concatenate(lefts, 1), _concatenate(rights, 0)
-
-
-def _concatenate(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    """`torch.cat`, which would copy a single tensor."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
+        if len(lefts) == 1:
+            return lefts[0], rights[0]
+        return torch.cat(lefts, 1), torch.cat(rights)

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..modules.checks import as_number, check_count
 from .basis import UniformGrid, bspline_basis, change_of_basis, check_grid, check_input, moments, spread_points
+from .formula import LayerFormula
 from .product import spline_product
 
 
@@ -133,6 +134,11 @@ class KANLinear(SplineLayer):
         variance = variance / self.in_features
         nn.init.normal_(self.spline_weight, std=math.sqrt(SPLINE_VARIANCE_SHARE * variance / sum(of_splines)))
         nn.init.normal_(self.base_weight, std=math.sqrt((1 - SPLINE_VARIANCE_SHARE) * variance / of_silu))
+
+    @property
+    def formula(self) -> LayerFormula:
+        """The formula of the layer, with its present parameters."""
+        return LayerFormula(self.grid, self.spline_weight, self.base_weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Args:

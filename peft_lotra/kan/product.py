@@ -177,11 +177,11 @@ class Evaluator:
     def __init__(self, x: Tensor, grid: UniformGrid, rows: int, functions_first: bool) -> None:
         self.grid, self.rows, self.functions_first = grid, rows, functions_first
         self.factors = spline_factors(grid.spline_order)
-        constants = _power_constants(grid.spline_order, grid.num_basis, x.dtype, x.device)
+        inputs, num_basis = x.shape[1], grid.num_basis
+        constants = _power_constants(grid.spline_order, num_basis, x.dtype, x.device)
         self.unit, self.half_width, centers = constants
         self.scale = grid.per_unit * self.unit
-        self.centers = centers.unsqueeze(1) if functions_first else centers.repeat(x.shape[1])
-        inputs, num_basis = x.shape[1], grid.num_basis
+        self.centers = centers.unsqueeze(1) if functions_first else centers.repeat(inputs)
         self.split = (num_basis, inputs) if functions_first else (inputs, num_basis)
         self.width = inputs * num_basis
         self.scratch = workspace("scratch", x, 1 + 2 * len(self.factors), rows, self.width)

@@ -204,10 +204,16 @@ class KANLayerSpec:
 
     def read_grid(self, layer: nn.Module) -> Grid:
         """The state that gives the coefficients of a layer their meaning, by name, without missing entries."""
-        names = [each for name in self.grid for each in (expand_name(layer, name) if "*" in name else (name,))]
-        values = {name: value for name in names if (value := get_or_none(layer, name)) is not None}
-        of_numpy: Any = {name: v for name, v in values.items() if isinstance(v, Number) and hasattr(v, "item")}
-        return {**values, **{name: number.item() for name, number in of_numpy.items()}}
+        values: dict[str, Any] = {}
+        for name in self.grid:
+            for member in expand_name(layer, name) if "*" in name else (name,):
+                # each forward pass comes here: no call of `get_or_none` for a plain name
+                value: Any = get_or_none(layer, member) if "." in member else getattr(layer, member, None)
+                if isinstance(value, Number) and hasattr(value, "item"):  # of numpy
+                    value = value.item()
+                if value is not None:
+                    values[member] = value
+        return values
 
     def check_names(self, layer: nn.Module) -> None:
         """Raises a `ValueError` if a layer lacks an attribute that `grid` or `grid_methods` names."""

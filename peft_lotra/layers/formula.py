@@ -55,15 +55,19 @@ class FormulaReader(NamedTuple):
         spec, tensor: The kind of the layer, and where it keeps its coefficients.
         is_uniform: Whether the basis is the kind's `splines`, else its `basis`.
         is_silu: Whether the function of the residual branch is silu, whose derivatives have a closed form.
+        is_own: Whether the layer is a `KANLinear`, which gives its formula itself.
     """
 
     spec: KANLayerSpec
     tensor: CoefficientTensor
     is_uniform: bool = True
     is_silu: bool = True
+    is_own: bool = False
 
-    def read(self, layer: nn.Module) -> LayerFormula:
+    def read(self, layer: Any) -> LayerFormula:
         """Return the formula of the layer, without updates."""
+        if self.is_own:
+            return layer.formula
         spec: Any = self.spec
         coefficients, residual = self.tensor.read_parts(layer)
         if self.is_uniform:
@@ -86,7 +90,7 @@ class FormulaReader(NamedTuple):
         if hasattr(stored, "placements") or torch.is_autocast_enabled(x.device.type):  # a DTensor
             return False
         # layers of other libraries may flatten the leading dimensions
-        fits = x.shape[-1:] == self.tensor.shape[1:2] and (x.dim() == 2 or self.spec.is_of_this_package(layer))
+        fits = x.shape[-1:] == self.tensor.shape[1:2] and (x.dim() == 2 or self.is_own)
         same = x.dtype == stored.dtype and all(update.tensor[0].dtype == x.dtype for update in updates)
         return fits and same and not runs_more_than_its_class(layer)
 
@@ -125,7 +129,7 @@ def find_formula(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor
     if stored.is_meta or find_obstacle(layer, spec, tensor) is not None:
         return None
     if spec.is_of_this_package(layer):
-        return FormulaReader(spec, tensor)
+        return FormulaReader(spec, tensor, is_own=True)
     answers = _answers.setdefault(layer, {})
     grid = spec.read_grid(layer)
     state = (id(spec), stored.dtype, state_of(layer))

@@ -390,15 +390,15 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         base_layer = self._modules["base_layer"]
         if type(base_layer) is not self._base_type:  # FSDP has wrapped it, or `call_with_parameters` is at work
             return None
-        is_known = self.lotra_spec.is_of_this_package(base_layer)
-        # the formula of our own layers does not depend on the mode
-        key = (base_layer.training and not is_known, stored.dtype)
+        key = base_layer.training, stored.dtype
         state, reader = self._formulas.get(key, (None, None))
-        if not is_new and (is_tracing() or in_transform()):
-            return reader  # nothing can be compared now
-        present = () if is_known else state_of(base_layer)
+        if (reader is not None and reader.is_own) or (not is_new and (is_tracing() or in_transform())):
+            return reader  # in transforms nothing can be compared
+        present = state_of(base_layer)
         if state != present:
             reader = find_formula(base_layer, self.lotra_spec, self.lotra_tensor)
+            if reader is not None and reader.is_own:  # in all modes
+                self._formulas[not base_layer.training, stored.dtype] = present, reader
             self._formulas[key] = present, reader
         return reader
 
