@@ -100,6 +100,15 @@ def test_kan_knows_nothing_of_peft(module):
     assert not {word for word in words if re.fullmatch(PEFT_NAMES, word)}
 
 
+def test_private_interfaces_of_torch_and_python_have_four_places():
+    """The transforms of torch, the number of a backward pass, PEFT's enumeration, and who calls a save."""
+    private = r"torch\._C\b|_getframe|__class__ = |get_instructions|_member_map_"
+    places = {module for module, path in MODULES.items() if re.search(private, path.read_text())}
+    assert places == {
+        f"peft_lotra.{name}" for name in ("kan.basis", "tuner.by_row", "tuner.registration", "tuner.saving")
+    }
+
+
 def test_the_top_level_has_at_most_15_rooms():
     hidden = {"__init__.py", "__main__.py", "_version.py", "py.typed", "__pycache__"}
     rooms = {path.name for path in PACKAGE.iterdir()} - hidden

@@ -57,9 +57,7 @@ def run_in_bank(layer: Any, *args: Any, **kwargs: Any) -> Any:
     if groups is None or not current.snapshot.layers[name].width():
         return layer._run((), None, args, kwargs)
     if not is_traced:
-        layer.check_grid()
-        if not layer._has_seen_inputs:
-            layer._warn_of_far_inputs(args[0] if args else None)
+        layer.check_grid(args)
     form, packed = current.snapshot.layers[name], current.snapshot.columns()[name]
 
     def run(row: int, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -229,8 +229,7 @@ def find_row_counts(model: nn.Module, layers: Iterable[nn.Module], size: int, ar
     """Return the numbers of rows of layers that see several rows per sample, in the order of the samples.
 
     A model may fold channels into the batch and flatten them again, which no layer sees. It is therefore run twice
-    with its active adapters: if a roll of the batch rolls the rows of a layer, by those of one sample, they are in
-    order.
+    with its active adapters: if a roll of the batch rolls the rows of a layer by one sample, they are in order.
     """
     roll = partial(_roll, size)
     runs = [_record_inputs(model, layers, *each) for each in ((args, kwargs), tree_map(roll, (args, kwargs)))]
@@ -351,15 +350,16 @@ def _product(base_layer: Any, formula: LayerFormula | None, updates: RowUpdates,
 def _updates_by_name(layer: Any, names: Sequence[str], current: ForwardPass | None) -> RowUpdates | None:
     """The updates of rows of a `LoTRALayer`; None if all rows have the same, or none."""
     distinct, groups = _grouped(tuple(names))
-    found = [next(iter(layer._updates([name], current)), None) for name in distinct] if len(distinct) > 1 else []
-    ranks = [update.tensor.ranks for update in found if update is not None]
+    updates = [next(iter(layer._updates([name], current)), None) for name in distinct] if len(distinct) > 1 else []
+    ranks = [update.tensor.ranks for update in updates if update is not None]
+    shape = full_shape(layer.lotra_tensor)
     if not names:  # the shape of the output is all that matters
-        ranks = [(1,) * len(full_shape(layer.lotra_tensor))]
-        found = [None]
+        ranks = [(1,) * len(shape)]
+        updates = [None]
     if not ranks:
         return None
-    form = PackedTucker(full_shape(layer.lotra_tensor), tuple(map(max, *ranks)) if len(ranks) > 1 else ranks[0])
-    return RowUpdates(form.pack(found, layer.lotra_tensor.get_parameter(layer.get_base_layer())), groups, form)
+    form = PackedTucker(shape, tuple(map(max, zip(*ranks, strict=True))))
+    return RowUpdates(form.pack(updates, layer.lotra_tensor.get_parameter(layer.get_base_layer())), groups, form)
 
 
 @lru_cache(maxsize=16)

@@ -125,7 +125,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             self.frozen_peft_weight_names[adapter_name] = tuple(f"lotra_{name}" for name in frozen)
         # values of a file replace those drawn here
         start = bool(config.init_weights) if config.is_from_file else config.init_weights
-        source = self._coefficients_before_merge() if start == "hosvd" else None
+        source = self.get_base_weight() if start == "hosvd" else None
         initialize(self.get_components(adapter_name), start, zero, source)
         if stored.dtype != dtype:
             self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -273,13 +273,6 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         """Take the present grid for the grid of the adapters; the layer may have another formula on it."""
         vars(self).update(lotra_grid=self.copy_grid(), _grid_state=None, _formulas={})
 
-    def exchange_base(self, layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> None:
-        """Puts another layer in the place of the base layer, in its mode."""
-        mode = self._modules["base_layer"].training
-        vars(self).update(lotra_spec=spec, lotra_tensor=tensor, _base_type=type(layer))
-        self._modules["base_layer"] = layer.train(mode)
-        self.accept_grid()
-
     @property
     def unadapted(self) -> nn.Module:
         """For `refine_grid`: the base layer to refine, or the layer itself while merged, which is then refused."""
@@ -293,7 +286,10 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             layer: The layer, of the same kind.
             transfer: (K', K), the basis functions of the base layer as sums of those of the new one, at each input.
         """
-        self.exchange_base(layer, self.lotra_spec, self.lotra_spec.locate(layer))
+        layer.train(self._modules["base_layer"].training)
+        vars(self).update(lotra_tensor=self.lotra_spec.locate(layer), _base_type=type(layer))
+        self._modules["base_layer"] = layer
+        self.accept_grid()
         factors = self._modules["lotra_factor_basis"]
         for adapter, factor in factors.items():
             rows = factor[: transfer.shape[1]].to(transfer)
@@ -303,8 +299,14 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     def copy_grid(self) -> Grid:
         return copy_grid(self.lotra_spec.read_grid(self.get_base_layer()))
 
-    def check_grid(self) -> None:
-        """Raises a RuntimeError if the grid is not the one that the adapters were made on."""
+    def check_grid(self, args: tuple = ()) -> None:
+        """Raise a RuntimeError if the grid has moved since the adapters were made.
+
+        Warn if most of the first inputs, `args[0]`, lie far outside of the grid.
+        """
+        if args and not self._has_seen_inputs:
+            self._has_seen_inputs = True
+            warn_of_far_inputs(self.lotra_name, self.lotra_grid, self.in_features, args[0])
         grid = self.lotra_spec.read_grid(self.get_base_layer())
         # comparing contents would wait for an accelerator
         state = tuple(
@@ -325,11 +327,6 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         if state:
             self._grid_state = state
 
-    def _warn_of_far_inputs(self, x: Any) -> None:
-        """Warn once, by the first inputs."""
-        self._has_seen_inputs = True
-        warn_of_far_inputs(self.lotra_name, self.lotra_grid, self.in_features, x)
-
     # --- the forward pass ---
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -338,7 +335,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             with loaded(self):
                 return self.forward(*args, **kwargs)
         is_traced = is_tracing()
-        current = None if is_traced else FORWARD_PASS.get()
+        current = None if is_traced else FORWARD_PASS.now.get() or FORWARD_PASS.get()  # the first without a call
         names = kwargs.pop("adapter_names", None)
         if names is None and current is not None:
             names = current.names
@@ -350,9 +347,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         if self._disable_adapters or self.merged_adapters:
             return self._call_base([], args, kwargs)
         if not (is_traced or in_transform()):  # where tensors have no content
-            self.check_grid()
-            if not self._has_seen_inputs:
-                self._warn_of_far_inputs(args[0] if args else None)
+            self.check_grid(args)
         if names is None:
             return self._run(self.active_adapters, current, args, kwargs)
         return run_named_rows(self, names, current, args, kwargs)
@@ -380,9 +375,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     def _call_base(self, updates: Sequence[Update], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Runs the base layer with the updates added to its parameters, one thread at a time."""
         base_layer = self._modules["base_layer"]
-        if is_tracing():
-            return call_with_parameters(base_layer, self._parameters_with(updates), base_layer, args, kwargs)
-        with self._lock, loaded(self) if updates else nullcontext():
+        is_traced = is_tracing()
+        with nullcontext() if is_traced else self._lock, loaded(self) if updates and not is_traced else nullcontext():
             return call_with_parameters(base_layer, self._parameters_with(updates), base_layer, args, kwargs)
 
     def _find_formula(self, stored: torch.Tensor, is_new: bool = False) -> FormulaReader | None:
@@ -453,7 +447,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             return
         self.check_grid()
         with self._lock, torch.no_grad():
-            self._restore()
+            self._write(self.before_merge)
             self.before_merge, self.merged_adapters = {}, []
 
     def _base_parameters(self) -> dict[str, torch.Tensor]:
@@ -462,9 +456,6 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def _add(self, updates: Sequence[Update]) -> None:
         self._write(self._parameters_with(updates))
-
-    def _restore(self) -> None:
-        self._write(self.before_merge)
 
     @torch.no_grad()
     def _write(self, values: dict[str, torch.Tensor]) -> None:
@@ -475,10 +466,6 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 parameter.data = value.to(parameter, copy=True)
             else:
                 parameter.data.copy_(value)
-
-    def _coefficients_before_merge(self) -> torch.Tensor:
-        parameters = {**self.lotra_tensor.read_parameters(self.get_base_layer()), **self.before_merge}
-        return self.lotra_tensor.join(list(parameters.values())).detach()
 
     def base_before_merge(self) -> Target:
         """The base layer without its adapters."""

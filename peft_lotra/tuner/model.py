@@ -137,9 +137,7 @@ class LoTRAModel(BaseTuner):
         self, peft_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
     ) -> None:
         # PEFT takes other names than those of the configuration if it injects from a state dict
-        layer, spec, tensor = (
-            self._targets[current_key] if current_key in self._targets else locate_target(current_key, target)
-        )
+        layer, spec, tensor = self._targets.get(current_key) or locate_target(current_key, target)
         if not isinstance(target, LoTRALayer):
             layer_cls = SlimLoTRALayer if isinstance(layer, (SlimKANLinear, SlimLayer)) else LoTRALayer
             target, former = layer_cls(target, spec, tensor, current_key), target

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Literal, cast
 
 import torch
@@ -88,20 +87,15 @@ def add_weighted_adapter(
             total = total.truncated(largest if ranks is None else check_ranks(ranks))
         components[name] = total.balanced()
 
-    trained = [configs[adapter].train for adapter in adapters]
-    configs[adapter_name] = replace(
-        configs[adapters[0]],
-        alpha=1.0,
+    first = configs[adapters[0]]
+    is_trained_alike = all(configs[adapter].train == first.train for adapter in adapters)
+    configs[adapter_name] = LoTRAConfig(
+        task_type=first.task_type,
+        base_model_name_or_path=first.base_model_name_or_path,
         rank_pattern={pattern_key(name): total.ranks for name, total in components.items()},
-        alpha_pattern={},
         target_modules=exact_targets(components, model.model),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
         adapt_residual=any(configs[adapter].adapt_residual for adapter in adapters),
-        init_weights=True,  # "gradient" would ask for a gradient
-        train=trained[0] if all(names == trained[0] for names in trained) else None,
-        base_layers=None,
+        train=first.train if is_trained_alike else None,
     )
     try:
         model.inject_adapter(model.model, adapter_name)

@@ -35,12 +35,24 @@ def tensor_of(model):
 def test_the_equivalent_tensor_is_adapted(small, adapt_residual):
     model = tuned(small, adapt_residual=adapt_residual)
     y, (layer,) = model(X), layers(model).values()
-    delta, dense = layer.get_delta_weight("default"), model.merge_and_unload()
-    assert type(dense.kan) is type(small.to_dense().kan)
+    delta, merged = layer.get_delta_weight("default"), model.merge_and_unload()
+    assert type(merged.kan) is type(small.kan)
     expected = tensor_of(small).clone()
     expected[..., : delta.shape[-1]] += delta
-    torch.testing.assert_close(tensor_of(dense), expected)
-    assert apart(dense(X), y) < 1e-5
+    torch.testing.assert_close(tensor_of(merged), expected)
+    assert apart(merged(X), y) < 1e-5
+
+
+def test_merges_end_at_the_sizes(small):
+    """Ranks of merged adapters add up, to the sizes of the modes at most."""
+    merged, x = copy.deepcopy(small), X
+    for _ in range(4):
+        model = tuned(merged)
+        y, merged = model(x), model.merge_and_unload()
+        assert apart(merged(x), y) < 1e-5
+    sizes = merged.kan.components.shape
+    assert merged.kan.ranks == tuple(map(min, (5 + 4 * 3, 6 + 4 * 3, 3 + 4 * 2), sizes))
+    assert merged.kan.ranks[0] == sizes[0]
 
 
 def test_merging_and_back(small):
