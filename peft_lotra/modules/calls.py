@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -59,10 +59,11 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def read_at_rest(model: nn.Module) -> Iterator[None]:
-    """Puts parametrizations into evaluation mode: in training, reading `spectral_norm` changes its buffers."""
-    with modes_kept(model):
+    """Put parametrizations into evaluation mode: in training, reading `spectral_norm` changes its buffers."""
+    with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, ParametrizationList):
+                stack.enter_context(modes_kept(module))
                 module.eval()
         yield
 

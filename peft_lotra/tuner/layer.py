@@ -602,7 +602,17 @@ def check_unmerged(model: nn.Module) -> None:
 
 
 def lotra_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, LoTRALayer]]:
-    """The adapted layers of a model with their names, or those of them that have the adapter."""
-    for name, module in model.named_modules():
-        if isinstance(module, LoTRALayer) and (adapter is None or adapter in module.lotra_r):
+    """Iterate over the adapted layers of a model with their names, or over those that have the adapter."""
+    # in the order of `named_modules`, which would go through the modules of the layers too
+    modules: list[tuple[str, nn.Module | None]] = [("", model)]
+    seen: set[nn.Module] = set()
+    while modules:
+        name, module = modules.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        if not isinstance(module, LoTRALayer):
+            children = [(f"{name}.{key}" if name else key, child) for key, child in module._modules.items()]
+            modules += reversed(children)
+        elif adapter is None or adapter in module.lotra_r:
             yield name, module

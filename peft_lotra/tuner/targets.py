@@ -174,7 +174,8 @@ def warn_of_doubts(targets: Mapping[str, Target]) -> None:
     """Warns of parameters of layers of no built-in kind that shape the functions, and of those without effect."""
     doubts = []
     for name, target in targets.items():
-        for parameter, reason in describe(target.layer).doubts.items():
+        is_known = target.spec.is_of_this_package(target.layer)
+        for parameter, reason in () if is_known else describe(target.layer).doubts.items():
             if reason in (NOT_LINEAR, UNUSED):
                 doubts.append(f"`{name}.{parameter}`: {reason}")
     if doubts:
