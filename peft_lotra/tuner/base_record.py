@@ -117,7 +117,7 @@ def check_base(
                     differ[what].append(name)
     for what, names in differ.items():
         if names:
-            message = f"The {what} of {', '.join(names)} differ from the base that this adapter was trained on"
+            message = f"The {what} of {', '.join(names)} did not match the base that this adapter was trained on"
             if choice == "error" or (choice is None and what == "grid"):
                 raise ValueError(f'{message}. Load that base, or pass `check_base="ignore"`.')
             warnings.warn(f'{message}. `check_base="error"` refuses such a base, `"ignore"` is silent.', stacklevel=2)

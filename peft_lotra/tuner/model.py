@@ -25,6 +25,8 @@ from .guards import base_layers_in_place, guard_network, release_networks
 from .layer import LoTRALayer, further_names, lotra_layers
 from .saving import (
     check_complete,
+    check_no_base,
+    check_shapes,
     check_state_dict,
     check_tensors,
     is_saving,
@@ -204,12 +206,20 @@ class LoTRAModel(BaseTuner):
         check_state_dict(state_dict)
         state_dict = _renamed(state_dict, config.names_in_model)
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_no_base(model, tensors)
         for name, first in further_names(model).items():  # layers with several names are loaded under each
             for component in COMPONENTS:
                 key = f"{first}.{component}.{adapter_name}"
                 if key in tensors:
                     tensors.setdefault(f"{name}.{component}.{adapter_name}", tensors[key])
         return tensors
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # torch raises too, but after it has copied the tensors that fit
+        check_shapes(self.model, state_dict, f"{prefix}model.")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # --- the forward pass ---
 

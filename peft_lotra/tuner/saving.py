@@ -26,7 +26,7 @@ from ..modules.checks import list_first
 from ..modules.folders import replacing_files
 from ..tucker import COMPONENTS, Update
 from .config import LoTRAConfig, Source, pattern_key
-from .layer import Target
+from .layer import Target, lotra_layers
 from .targets import exact_targets
 
 
@@ -127,6 +127,26 @@ def check_state_dict(state_dict: Mapping[str, Tensor]) -> None:
         if not isinstance(tensor, Tensor) or tensor.layout != strided or tensor.is_meta:
             wrong.append(f"{name} has no values")
     raise_if_any("The state dict is not that of an adapter", wrong or _not_finite(state_dict))
+
+
+def check_no_base(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError if a state dict to be loaded into an adapter has parameters of the frozen base."""
+    others = [name for name in tensors if ".lotra_" not in name and ".modules_to_save." not in name]
+    of_base = model.state_dict().keys() & others if others else ()
+    wrong = [f"{name} is a parameter of the base" for name in of_base]
+    raise_if_any("The state dict is not that of an adapter", wrong)
+
+
+def check_shapes(model: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    """Raise a ValueError if components in a state dict have other shapes than those of the model."""
+    wrong = []
+    for name, layer in lotra_layers(model):
+        for adapter in layer.lotra_r:
+            for component, part in layer.get_components(adapter)._asdict().items():
+                key = f"{prefix}{name}.lotra_{component}.{adapter}"
+                if key in tensors and tensors[key].shape != part.shape:
+                    wrong.append(f"{key} has the shape {tuple(tensors[key].shape)} instead of {tuple(part.shape)}")
+    raise_if_any("The tensors do not fit the adapters", wrong)
 
 
 def select_to_save(adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from ..layers.registry import get_recorded_spec, unrecognized_modules, walk_kan_
 from ..layers.slim import SlimLayer
 from .config import LoTRAConfig
 from .initialization import check_start
-from .layer import LoTRALayer, Target, check_stored, lotra_layers
+from .layer import LoTRALayer, Target, check_stored, check_unmerged, lotra_layers
 
 
 def find_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
@@ -210,6 +210,8 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, T
                     "updates to it. Give each its own copy, or leave one out by `exclude_modules`."
                 )
     if not config.is_from_file:
+        if config.init_weights == "hosvd":
+            check_unmerged(model)  # the factors are those of the base
         for layer, _, tensor in targets.values():
             source = tensor.read(layer).detach() if config.init_weights == "hosvd" else None
             check_start(config.init_weights, source)

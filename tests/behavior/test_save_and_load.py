@@ -91,6 +91,26 @@ def test_state_dicts():
     assert torch.equal(other(X), model(X))
 
 
+def test_state_dicts_of_other_shapes_change_nothing():
+    model, other = adapted(), adapted(r=1)
+    tensors, before = get_peft_model_state_dict(model), state(other)
+
+    with pytest.raises(ValueError, match=r"shape \(.*instead of"):
+        set_peft_model_state_dict(other, tensors)
+
+    assert same(state(other), before)
+
+
+def test_state_dicts_with_parameters_of_the_base_change_nothing():
+    model, other = adapted(), adapted()
+    before = state(other)
+
+    with pytest.raises(ValueError, match="is a parameter of the base"):
+        set_peft_model_state_dict(other, model.state_dict())
+
+    assert same(state(other), before)
+
+
 def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 

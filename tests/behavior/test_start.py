@@ -135,6 +135,18 @@ def test_the_optimizer_and_the_summary_tell_the_truth():
     assert adapted.get_nb_trainable_parameters()[0] == model_summary(adapted).trainable_parameters == cores
 
 
+def test_no_start_from_the_coefficients_while_another_adapter_is_merged():
+    """They are those of the base and of the adapter together."""
+    adapted = get_peft_model(KAN([6, 5, 4]), LoTRAConfig(r=3))
+    adapted.merge_adapter()
+
+    with pytest.raises(ValueError, match="call `unmerge_adapter` first"):
+        adapted.add_adapter("other", LoTRAConfig(**HOSVD))
+
+    adapted.unmerge_adapter()
+    adapted.add_adapter("other", LoTRAConfig(**HOSVD))
+
+
 @pytest.mark.parametrize("state", ["not finite", "meta device"])
 def test_coefficients_that_cannot_be_decomposed(state):
     model = KAN([3, 4, 2])

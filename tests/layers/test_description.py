@@ -142,7 +142,7 @@ def test_another_base_is_refused(saved):
     folder, *_ = saved
     base = net()
     base[0].widen()
-    refused(folder, base, "The grid of 0 in this base are not those")
+    refused(folder, base, "The grid of 0 did not match the base")
     base[0] = nn.Linear(3, 4)
     refused(folder, base, "Linear was recognized as a KAN layer of the kind 'waves'")
 
