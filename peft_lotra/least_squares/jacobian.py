@@ -104,9 +104,9 @@ def _detach(tensor: Tensor | None) -> Tensor | None:
 def row_gradients(
     function: Callable[[], Tensor], parameters: Sequence[Tensor], rows: int, out: Tensor | None = None
 ) -> Tensor | None:
-    """The derivatives (n m, P) of a function's values (n, m) for n = `rows`, in the first rows of `out` if given.
+    """Return the derivatives (n m, P) of a function's values (n, m) for n = `rows`, in the first rows of `out`.
 
-    The value of a row must depend on that row alone. None if the values depend on the parameters (leaves, P numbers)
+    The value of a row must depend on that row only. None if the values depend on the parameters (leaves, P numbers)
     by anything but the recorded layers of KANs.
     """
     with torch.enable_grad(), recording(Recorder(parameters, rows)) as recorder:
@@ -115,30 +115,29 @@ def row_gradients(
     outputs = [part for layer in recorder.layers for part in layer.outputs]
     if not outputs or not values.requires_grad or m > MOST_COLUMNS:
         return None
-    by_column: list[ByTensor] = []
+    columns = []
     for column in values.unbind(1):
-        found = torch.autograd.grad(
+        gradients = torch.autograd.grad(
             column, [*outputs, *parameters], torch.ones_like(column), retain_graph=True, allow_unused=True
         )
-        if any(part is not None for part in found[len(outputs) :]):
+        if any(gradient is not None for gradient in gradients[len(outputs) :]):
             return None
-        by_column.append({id(part): g for part, g in zip(outputs, found, strict=False) if g is not None})
+        columns.append(iter(gradients))
     sizes = [parameter.numel() for parameter in parameters]
     if out is None:
         out = parameters[0].new_empty(rows * m, sum(sizes))
     blocks = out[: rows * m].zero_().unflatten(0, (rows, m)).split(sizes, dim=-1)
     sums = {id(p): block.unflatten(-1, p.shape) for p, block in zip(parameters, blocks, strict=True)}
     for layer in recorder.layers:
-        if any(id(part) in gradients for gradients in by_column for part in layer.outputs):
-            _add_layer(sums, layer, _joined(layer.outputs, by_column))
+        of_layer = []
+        for gradients in columns:
+            # each column has the gradients of one layer after another
+            for output, gradient in zip(layer.outputs, gradients, strict=False):
+                gradient = torch.zeros_like(output) if gradient is None else gradient
+                of_layer.append(gradient if gradient.dim() == 3 else gradient.unsqueeze(0))
+        joined = torch.cat(of_layer).unflatten(0, (m, -1)).permute(2, 0, 1, 3)
+        _add_layer(sums, layer, joined)
     return out[: rows * m]
-
-
-def _joined(outputs: Jet, by_column: list[ByTensor]) -> Tensor:
-    """The gradients of m values in the parts of a jet together, (n, m, S, O)."""
-    found = [g[id(part)] if id(part) in g else torch.zeros_like(part) for g in by_column for part in outputs]
-    joined = torch.cat([part if part.dim() == 3 else part.unsqueeze(0) for part in found])
-    return joined.unflatten(0, (len(by_column), -1)).permute(2, 0, 1, 3)
 
 
 def _add(sums: ByTensor, parameter: Tensor | None, gradient: Tensor) -> None:
