@@ -17,7 +17,7 @@ from torch import nn
 from ..layers.registry import find_kan_layers, same_grid
 from ..modules.calls import check_module
 from ..modules.report import Report, TextTable
-from ..tucker import Ranks, Tucker, cap_ranks, tucker, tucker_scaled
+from ..tucker import Ranks, Tucker, cap_ranks, relative_energy, tucker, tucker_scaled
 from ..tuner.config import LoTRAConfig, pattern_key
 from ..tuner.layer import lotra_layers
 from ..tuner.targets import exact_targets, locate_target
@@ -136,10 +136,10 @@ def extract_lotra(
     with torch.no_grad():
         for name, layer in lotra_layers(base):
             change, missed = updates[name].tensor, updates[name].missed(layer.get_delta_weight(adapter_name))
-            report.errors[name] = (missed.norm() / change.norm()).item()
+            report.errors[name] = relative_energy(missed, change).sqrt().item()
             if name in weights:
                 change, missed = map(weights[name].outputs, (change, missed))
-                report.output_errors[name] = (missed.norm() / change.norm()).item()
+                report.output_errors[name] = relative_energy(missed, change).sqrt().item()
     model.__dict__["extraction_report"] = report
     if not_saved:
         warnings.warn(

@@ -24,7 +24,7 @@ from ..layers.slim import SlimLayer
 from ..modules.calls import places, share_hooks, unwrap
 from ..modules.checks import check_number
 from ..modules.report import Report, TextTable
-from ..tucker import Ranks, cap_ranks, tucker
+from ..tucker import Ranks, cap_ranks, relative_energy, tucker
 from ..tuner.targets import locate_target
 from .data_weights import Inputs, error_table, gather_weights, model_outputs
 from .spectra import LayerSpectrum, check_one_given, choose_ranks, ranks_by_layer, weighted_spectra
@@ -258,7 +258,7 @@ class _Compression:
             with torch.no_grad():
                 stored = slim_layer.components.map(torch.Tensor.double).dense()
             report.ranks[name] = ranks[name]
-            report.errors[name] = ((tensor - stored).norm() / tensor.norm().clamp(min=1e-300)).item()
+            report.errors[name] = relative_energy(tensor - stored, tensor).sqrt().item()
             if weights is not None:
                 report.output_errors[name] = _relative_error(weights.outputs(tensor), weights.outputs(stored))
             size += fitted.numel() - tensor.numel()
@@ -280,7 +280,7 @@ class _Compression:
 def _relative_error(y: torch.Tensor, other: torch.Tensor) -> float:
     """Compute ||y - other|| / ||y - mean(y)|| of outputs (..., out); a large mean would hide any error."""
     y, other = y.double().flatten(0, -2), other.double().flatten(0, -2)
-    return ((y - other).norm() / (y - y.mean(0)).norm().clamp(min=1e-300)).item()
+    return relative_energy(y - other, y - y.mean(0)).sqrt().item()
 
 
 def _cost(ranks: tuple[int, ...], shape: torch.Size) -> int:

@@ -49,7 +49,7 @@ class AdapterRow(NamedTuple):
             return cls(name, "saved copy", None, None, None, None, parameters)
         update, patterns = Tucker(*components), dict(config.get("alpha_pattern") or {})
         alpha = float(patterns.get(get_pattern_key(list(patterns), name), config.get("alpha", 1.0)))
-        kind = ((config.get("base_layers") or {}).get(name) or {}).get("family", "unknown")
+        kind = (config.get("base_layers") or {}).get(name, {}).get("family", "unknown")
         # once the factors are orthonormal, the norm of the core is that of the whole tensor
         norm = abs(alpha) * update.orthogonal().core.norm().item()
         return cls(name, kind, update.shape, update.ranks, alpha, norm, parameters)

@@ -54,7 +54,8 @@ class _BankOptimizer(Optimizer):
         """
         packed, state = self.packed, self.state[self.packed]
         if "best" not in state:
-            state["best"], state["least"] = packed.detach().clone(), packed.new_full((len(packed),), torch.inf)
+            state["best"] = packed.detach().clone()
+            state["least"] = packed.new_full((len(packed),), torch.inf)
             state["waited"] = torch.zeros_like(state["least"])
         by_row = packed.new_full((len(packed) + 1,), torch.nan)
         by_row[self._row_of[: len(losses)]] = losses.to(packed)
@@ -259,10 +260,12 @@ class BankLevenbergMarquardt(_BankOptimizer):
         Raises:
             ValueError: A term is malformed, or has rows of an adapter that is not in training.
         """
-        with_ids = [(f, (ids, *(rows if isinstance(rows, Sequence) else (rows,))), *w) for f, rows, ids, *w in terms]
-        snapshot, checked = self.bank.snapshot, []
+        snapshot, with_ids, checked = self.bank.snapshot, [], []
         if snapshot.trained is None:
             raise ValueError("`finish()` has ended the training. Make another optimizer.")
+        for function, rows, ids, *weight in terms:
+            rows = rows if isinstance(rows, Sequence) else (rows,)
+            with_ids.append((function, (ids, *rows), *weight))
         for function, (ids, *rows), weight in check_terms(with_ids):
             index = snapshot.rows_of(ids)
             snapshot.check_trained(index)
@@ -331,7 +334,8 @@ class BankLevenbergMarquardt(_BankOptimizer):
             owner, order = owner[owner >= 0], order[owner >= 0]
             if not len(owner):
                 continue
-            counts, numbers = owner.bincount(minlength=len(adapters)), torch.arange(len(owner), device=owner.device)
+            counts = owner.bincount(minlength=len(adapters))
+            numbers = torch.arange(len(owner), device=owner.device)
             slots = owner, numbers - (counts.cumsum(0) - counts)[owner]
             if differentiates:  # a copy of the adapter for each row: one backward pass has the gradients of all rows
                 packed, groups = values[owner].requires_grad_(), RowGroups(numbers)

@@ -161,5 +161,6 @@ def create_lotra_optimizer(
             "`model.set_adapter(name)`."
         )
     others = [p for p in model.parameters() if p.requires_grad and p not in components]
-    other = [{"name": "other", "params": others, "lr": lr}] if others else []
-    return optimizer_cls([*groups.values(), *other], lr=lr, **kwargs)
+    if others:
+        groups["other", 1.0] = {"name": "other", "params": others, "lr": lr}
+    return optimizer_cls(list(groups.values()), lr=lr, **kwargs)

@@ -80,7 +80,8 @@ def minimize(
             )
         return values
 
-    starts = (space.places[:: math.ceil(len(space.places) / STARTS)] + SHIFT).numpy()
+    stride = math.ceil(len(space.places) / STARTS)
+    starts = space.places[::stride].numpy() + SHIFT
     first = evaluate(starts[0])
     check_equal(first, evaluate(starts[0]))
     is_present = ~(np.isnan(first) & ignore_missing)
@@ -88,7 +89,7 @@ def minimize(
         raise ValueError(f"`residuals` has {is_present.sum()} values without NaN, but must have more than {dim}.")
     at_starts = np.stack([residuals_of(place) for place in starts])
     start = starts[np.linalg.norm(at_starts, axis=1).argmin()]
-    bounds = (low + SHIFT).numpy(), (high + SHIFT).clamp(min=low + SHIFT + WIDTH).numpy()
+    bounds = low.numpy() + SHIFT, high.maximum(low + WIDTH).numpy() + SHIFT
     solution = least_squares(residuals_of, start, bounds=bounds, diff_step=WIDTH, xtol=CONVERGED, ftol=1e-6)
     place, residuals, slopes = map(torch.from_numpy, (solution.x - SHIFT, solution.fun, solution.jac))
     noise = residuals.norm().item() / math.sqrt(len(residuals) - dim)

@@ -65,9 +65,8 @@ class ErrorEstimates:
                 changes.append(self._changes[key])
         if any(change is None for change in changes):
             return math.nan
-        return sum(
-            weight * (residuals @ change).norm().item() for change, (_, weight) in zip(changes, around, strict=True)
-        )
+        errors = [(residuals @ change).norm().item() for change in changes]
+        return sum(weight * error for error, (_, weight) in zip(errors, around, strict=True))
 
     def _change(self, model: PeftModel, point: Point) -> Tensor | None:
         """Compute the linear map (M, values) from residuals to the relative change of the values by the step.
@@ -116,6 +115,7 @@ class ErrorEstimates:
                 return None
             values = solution(inputs[:: -(-len(inputs) // VALUES)]).flatten()
         if len(values) > VALUES:
-            signs = torch.randint(2, (VALUES, len(values)), generator=torch.Generator().manual_seed(0), device="cpu")
+            generator = torch.Generator().manual_seed(0)
+            signs = torch.randint(2, (VALUES, len(values)), generator=generator, device="cpu")
             values = (2 * signs - 1).to(values) @ values / math.sqrt(VALUES)
         return values

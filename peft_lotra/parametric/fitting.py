@@ -55,13 +55,15 @@ class Fitting:
 
     def walk(self, points: Sequence[Point]) -> None:
         """Fit members at all points, wave after wave."""
-        fitted = {member.parameter for member in self.space.members}
-        pending = [point for point in sorted(points) if point not in fitted]
-        while pending := [point for point in pending if argument(point) not in self.failed]:
-            start = 0 if self.space.members else self._first(pending)
-            wave = [pending[i] for i in next_wave(self.space.places_of(pending), self.space.places, start)]
-            self._fit(wave)
-            pending = [point for point in pending if point not in wave]
+        space = self.space
+        while True:
+            done = {argument(member.parameter) for member in space.members} | self.failed.keys()
+            pending = [point for point in sorted(points) if argument(point) not in done]
+            if not pending:
+                break
+            start = 0 if space.members else self._first(pending)
+            wave = next_wave(space.places_of(pending), space.places, start)
+            self._fit([pending[index] for index in wave])
         self._fit_again()
 
     def _first(self, pending: list[Point]) -> int:
@@ -196,7 +198,7 @@ def next_wave(pending: Tensor, members: Tensor, start: int) -> list[int]:
     limit = max(STRIDE, distances.min().item()) * (1 + 1e-9)
     wave: list[int] = []
     # the farthest first, none nearer to another than the limit
-    for index in sorted(range(len(pending)), key=lambda index: -round(distances[index].item(), 9)):
+    for index in distances.round(decimals=9).argsort(descending=True, stable=True).tolist():
         apart = all((pending[index] - pending[other]).norm() >= limit * (1 - 1e-6) for other in wave)
         if distances[index] <= limit and apart:
             wave.append(index)

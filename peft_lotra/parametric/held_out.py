@@ -51,12 +51,17 @@ def inputs_of(rows: Sequence[Tensor], network: Callable) -> tuple[Tensor | None,
 
     They are the first tensors that change from row to row, as many as the network takes; None if there are none.
     """
-    changing = [index for index, row in enumerate(rows) if row.is_floating_point() and not _is_constant(row)]
-    for count in range(1, len(changing) + 1):
-        inputs = torch.cat([rows[index].double().reshape(len(rows[index]), -1) for index in changing[:count]], dim=1)
+    indices: list[int] = []
+    columns: list[Tensor] = []
+    for index, row in enumerate(rows):
+        if not row.is_floating_point() or _is_constant(row):
+            continue
+        indices.append(index)
+        columns.append(row.double().reshape(len(row), -1))
+        inputs = torch.cat(columns, dim=1)
         with suppress(Exception):  # what a network raises depends on it
             if isinstance(network(inputs[:2]), Tensor):
-                return inputs, changing[:count]
+                return inputs, indices
     return None, []
 
 
