@@ -118,8 +118,7 @@ class Tucker(tuple):
         Random starts of adapters have these norms too, and the learning rates suit them.
         """
         gains = (math.sqrt(len(self.factor_out)), 1.0, math.sqrt(len(self.factor_basis)), 1.0)
-        factors = [factor * gain for factor, gain in zip(self.factors, gains, strict=False)]
-        return Tucker(self.core / math.prod(gains), *factors)
+        return Tucker(self.core / math.prod(gains), *map(mul, self.factors, gains))
 
     def truncated(self, r: Ranks) -> Tucker:
         """The best approximation of ranks at most `r` that HOOI finds, given factors of orthonormal columns.
@@ -127,7 +126,7 @@ class Tucker(tuple):
         The factors of the result are orthonormal too: the squared error is the loss of squared norm of the core.
         """
         core, *rotations = tucker(self.core, cap_ranks(r, self.ranks))
-        return Tucker(core, *(f @ rotation for f, rotation in zip(self.factors, rotations, strict=True)))
+        return Tucker(core, *map(torch.matmul, self.factors, rotations))
 
 
 # the names of the components in a model and in a file; the last one is of convolutions alone

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..modules.calls import check_module
 from ..modules.checks import check_count, check_number
 from .normal_equations import LinearModel, bytes_of_matrices
-from .problem import Known, LeastSquares, Term, check_terms, trainable_parameters
+from .problem import Known, LeastSquares, Term, check_terms, check_trainable
 from .shards import Shards
 
 
@@ -111,7 +111,7 @@ class LevenbergMarquardt:
         group: Any = None,
     ) -> None:
         check_module(model)
-        trainable_parameters(model)
+        check_trainable(model)
         self.model = model
         self.damping = check_number(damping, "damping", "(0, inf)")
         self.floor = check_number(floor, "floor", "(0, 1]")

@@ -122,16 +122,20 @@ def check_residuals(values: Any, name: str, count: int) -> Tensor:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that require a gradient, by name; raise a `ValueError` if they cannot be trained."""
+    """Return the parameters that require a gradient, by name; raise a `ValueError` if there are none."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError(
             "No parameter of the model requires a gradient. Load the adapter with `is_trainable=True`, or activate it "
             "with `model.set_adapter(name)`."
         )
-    if any(parameter.is_inference() for parameter in model.parameters()):
-        raise ValueError("The model was made under `torch.inference_mode()`, and cannot be trained: make it outside.")
     return trainable
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise a `ValueError` unless the model can be trained."""
+    if any(parameter.is_inference() for parameter in trainable_parameters(model).values()):
+        raise ValueError("The model was made under `torch.inference_mode()`, and cannot be trained: make it outside.")
 
 
 def in_double(model: nn.Module) -> dict[str, Tensor]:

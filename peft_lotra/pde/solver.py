@@ -20,7 +20,7 @@ from ..kan.layer import KANLinear, SplineLayer
 from ..kan.network import LayerStack, pairs
 from ..kan.refinement import refine_grid
 from ..least_squares.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
-from ..least_squares.problem import check_residuals, check_terms, trainable_parameters
+from ..least_squares.problem import check_residuals, check_terms, check_trainable
 from ..modules.calls import check_module
 from ..modules.checks import check_count, check_function, check_number
 from ..modules.report import Report, TextTable
@@ -261,7 +261,7 @@ def _network(
                 layers += [nn.Tanh(), nn.Linear(*pair)]
         return nn.Sequential(*layers)
     check_module(network, "network")
-    trainable_parameters(network)
+    check_trainable(network)
     present = _first(network, BoxFeatures)
     if present is not None:
         if sorted(periodic) not in ([], present.periodic):
@@ -295,7 +295,7 @@ def _check_model(model: HardConstraint, x: Tensor, sides: Sequence[Tensor], has_
 
 @dataclass
 class _Training:
-    """The steps of `solve`, and what they need."""
+    """The state of `solve`, and its steps."""
 
     result: Solution
     equation: Callable[..., Tensor]
@@ -321,7 +321,7 @@ class _Training:
         self.bar = tqdm(total=math.ceil(self.budget), unit="s" if self.timed else "step", disable=not self.progress)
 
     def spent(self) -> float:
-        """The share of the budget that is used up."""
+        """Return the share of the budget that is used up."""
         return (time.monotonic() - self.clock if self.timed else len(self.history)) / self.budget
 
     def norm(self, parameter: float) -> float:
@@ -337,12 +337,12 @@ class _Training:
             self.differentiates = True
             problem, residuals = self.optimizer.evaluate_held(self.held_terms())
         if message := problem.find_not_finite(residuals):
-            raise ValueError(f"Nothing is trained: {message}")
+            raise ValueError(f"The {message}")
         return math.sqrt(problem.losses(residuals)[0])
 
     def held_terms(self) -> list[Any]:
         """Return the equation at the held-out points, and the terms of the caller."""
-        points = self.held.clone().requires_grad_(self.differentiates)
+        points = self.held.requires_grad_(self.differentiates)
         return check_terms([(self.residual, (points, torch.ones_like(points[:, :1]))), *self.terms])
 
     def residual(self, model: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
