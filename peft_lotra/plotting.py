@@ -105,12 +105,13 @@ def plot_edge_functions(
             f"`{layer_name}` is a convolution, whose edges have a function for each position of the kernel. "
             "`plot_spectra` draws such layers."
         )
-    before = tensor.read(layer)
-    curves = {"base": before}
+    before = change = tensor.read(layer)
+    curves = [(before, {"label": "base", "color": "0.5", "ls": "--"})]
     if isinstance(module, LoTRALayer) and module.applied_updates():
-        curves["adapted"] = module.effective_coefficients()
-    change = (curves["adapted"] - before if len(curves) == 2 else before).float().square().sum(-1)
-    edges = _choose_edges(edges, change)
+        after = module.effective_coefficients()
+        change = after - before
+        curves.append((after, {"label": "adapted", "color": "tab:green"}))
+    edges = _choose_edges(edges, change.float().square().sum(-1))
     if x is None:
         low, high = -1.0, 1.0
         if (ends := grid_ends(spec.read_grid(layer), before.shape[1])) is not None:
@@ -123,11 +124,9 @@ def plot_edge_functions(
     figure = _new_figure((3 * columns, 2.3 * rows)) if figure is None else figure
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, (o, i) in zip(axes, edges, strict=False):
-        for (label, coefficients), style in zip(
-            curves.items(), ({"c": "0.5", "ls": "--"}, {"c": "tab:green"}), strict=False
-        ):
+        for coefficients, style in curves:
             y = _functions_of(layer, tensor, coefficients, i, x)[:, o]
-            axis.plot(x.float().cpu(), y.float().cpu(), label=label, **style)
+            axis.plot(x.float().cpu(), y.float().cpu(), **style)
         axis.set_title(title(o, i), fontsize=9)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
@@ -196,7 +195,7 @@ def edge_changes(model: nn.Module) -> EdgeChanges:
             before = layer.get_base_weight()
             before = before.to(torch.promote_types(before.dtype, torch.float32))
             scale = edge_scales(Target(layer.get_base_layer(), layer.lotra_spec, layer.lotra_tensor), before)
-            factors = torch.ones_like(before) if scale is None else scale
+            factors = 1.0 if scale is None else scale
             change = (layer.effective_coefficients(before.dtype) - before).mul(factors).norm(dim=-1)
             size = before.mul(factors).norm(dim=-1)
             changes.change[name] = change.cpu()
@@ -259,8 +258,8 @@ def plot_network_change(
         cut = f", {len(order)} of {change.numel()} edges" if len(order) < change.numel() else ""
         axis.text(place + 0.5, 1.06, f"{name}\n{inputs} to {outputs}{cut}", ha="center", va="bottom", fontsize=8)
         place, units = place + 1, outputs
-    axis.set(xlim=(-0.1, place + 0.1), ylim=(-0.05, 1.05), xticks=[], yticks=[])
-    axis.spines[:].set_visible(False)
+    axis.set(xlim=(-0.1, place + 0.1), ylim=(-0.05, 1.05))
+    axis.set_axis_off()
     figure.colorbar(axis.collections[-1], ax=axis, label="change of an edge, as a share of its size")
     return figure
 
