@@ -100,14 +100,15 @@ def refine_grid(
             "such as `model.kan`."
         )
     splines = _check_layers(kan, grid_size)
-    first, before = splines[0], kan.layers[0]
+    first, before = next(iter(splines.values())), kan.layers[0]
     old_map = new_map = before if isinstance(before, KnotMap) and kan.layers[1] is first else None
-    adapted = [name for name, layer in kan.layers.named_children() if _without_adapters(layer) is not layer]
-    is_nested = density is None and not any(grid_size % layer.grid_size for layer in splines)
+    adapted = [name for name, layer in splines.items() if layer is not kan.layers.get_submodule(name)]
+    sizes = [layer.grid_size for layer in splines.values()]
+    is_nested = density is None and not any(grid_size % size for size in sizes)
     if not is_nested and (adapted or samples is not None):
         raise ValueError(
             f"{'Adapters' if adapted else '`samples`'} need a `grid_size` that is a multiple of the old ones, "
-            f"{[layer.grid_size for layer in splines]}, and no `density`. Adapters can be merged first, by "
+            f"{sizes}, and no `density`. Adapters can be merged first, by "
             "`merge_and_unload()`, and grids moved, by `update_grid`."
         )
     if samples is not None and not (
@@ -125,41 +126,40 @@ def refine_grid(
     layers: list[nn.Module] = [] if new_map is None else [new_map]
     errors, carried = {}, []
     for name, layer in kan.layers.named_children():
-        part: Any = layer
-        layer = _without_adapters(part)
-        if isinstance(layer, SplineLayer):
-            bounds, size = layer.grid_bounds, grid_size
+        base = splines.get(name)
+        if base is not None:
+            bounds, size = base.grid_bounds, grid_size
             if samples is not None:
-                bounds, size = _extended(layer, samples, grid_size)
-            maps = (old_map, new_map) if layer is first else (None, None)
-            new, transfer, errors[name] = _refitted(layer, size, bounds, *maps)
+                bounds, size = _extended(base, samples, grid_size)
+            maps = (old_map, new_map) if base is first else (None, None)
+            new, transfer, errors[name] = _refitted(base, size, bounds, *maps)
             if not errors[name] <= tolerance:
                 raise ValueError(
                     f"`layers.{name}` cannot be kept: on a grid of {size} intervals its functions change by "
                     f"{errors[name]:.1e} of their size, more than `tolerance` ({tolerance:g}). Its old grid has "
-                    f"{layer.grid_size}: take a larger `grid_size`."
+                    f"{base.grid_size}: take a larger `grid_size`."
                 )
-            if part is not layer:
-                carried.append((part, new, transfer))
-            layers.append(new if part is layer else part)
+            if layer is not base:
+                carried.append((layer, new, transfer))
+            layers.append(new if layer is base else layer)
         elif layer is not old_map:
             layers.append(layer)
-        samples = None if samples is None else part(samples)
-    for part, new, transfer in carried:
-        part.carry_to(new, transfer)
+        samples = None if samples is None else layer(samples)
+    for layer, new, transfer in carried:
+        layer.carry_to(new, transfer)
     kan.layers = nn.ModuleList(layers)
     return RefinementReport(errors)
 
 
-def _check_layers(kan: LayerStack, grid_size: int) -> list[SplineLayer]:
-    """The KAN layers; raises a `ValueError` for a layer of which only a part would be found in the new one."""
+def _check_layers(kan: LayerStack, grid_size: int) -> dict[str, SplineLayer]:
+    """Return the KAN layers without adapters by name; refuse a layer of which the new one would lose a part."""
     parameters = {KANLinear: {"spline_weight", "base_weight"}, SlimKANLinear: set(Tucker._fields[:4])}
-    splines = []
+    splines = {}
     for name, layer in kan.layers.named_children():
-        layer = _without_adapters(layer)
-        if isinstance(layer, SplineLayer) and parameters.get(type(layer)) == set(dict(layer.named_parameters())):
+        layer: Any = getattr(layer, "unadapted", layer)  # where its adapters can be carried over
+        if parameters.get(type(layer)) == set(dict(layer.named_parameters())):
             check_grid(grid_size, layer.spline_order)
-            splines.append(layer)
+            splines[name] = layer
         elif not (isinstance(layer, InputMap) or is_norm(layer)):
             raise ValueError(
                 f"`layers.{name}`, {type(layer).__name__}, cannot be refined. Unmerge its adapters, put batch "
@@ -167,11 +167,6 @@ def _check_layers(kan: LayerStack, grid_size: int) -> list[SplineLayer]:
                 "normalization, pruning, a subclass."
             )
     return splines
-
-
-def _without_adapters(layer: nn.Module) -> nn.Module:
-    """The layer itself, or the one inside that has no adapters, if these can be carried over."""
-    return getattr(layer, "unadapted", layer)
 
 
 def _extended(layer: SplineLayer, z: Tensor, grid_size: int) -> tuple[Tensor, int]:
