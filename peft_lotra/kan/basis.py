@@ -209,14 +209,14 @@ def silu_derivatives(x: torch.Tensor, highest: int) -> list[torch.Tensor]:
 
 def logistic_derivatives(y: torch.Tensor, highest: int, of_tanh: bool = False) -> list[torch.Tensor]:
     """The values y of the sigmoid, y' = y - y^2, or of tanh, y' = 1 - y^2, and the derivatives up to an order."""
-    found = [y]
+    derivatives = [y]
     for n in range(highest):
-        total = torch.full_like(y, float(n == 0)) if of_tanh else found[n]
+        total = torch.full_like(y, float(n == 0)) if of_tanh else derivatives[n]
         for k in range(n // 2 + 1):  # of the sum of binom(n, k) y^(k) y^(n-k), which is symmetric
             factor = math.comb(n, k) * (1 if 2 * k == n else 2)
-            total = torch.addcmul(total, found[k], found[n - k], value=-factor)
-        found.append(total)
-    return found
+            total = torch.addcmul(total, derivatives[k], derivatives[n - k], value=-factor)
+        derivatives.append(total)
+    return derivatives
 
 
 def times_argument(x: torch.Tensor, functions: list[torch.Tensor]) -> list[torch.Tensor]:

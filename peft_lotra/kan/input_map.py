@@ -77,8 +77,8 @@ class TanhBound(InputMap):
     def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
         """See `InputMap`."""
         middle, half = (self.low + self.high) / 2, (self.high - self.low) / 2
-        found = logistic_derivatives(torch.tanh((z - middle) / half), highest, of_tanh=True)
-        return [middle + half * found[0], *(part * half ** (1 - d) for d, part in enumerate(found[1:], 1))]
+        value, *slopes = logistic_derivatives(torch.tanh((z - middle) / half), highest, of_tanh=True)
+        return [middle + half * value, *(slope / half**d for d, slope in enumerate(slopes))]
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, low={self.low:g}, high={self.high:g}"

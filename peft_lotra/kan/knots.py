@@ -84,12 +84,13 @@ class KnotMap(InputMap):
         cell = position.detach().nan_to_num().long().clamp(0, cells - 1)
         t = position - cell
         columns = torch.arange(len(low), device=z.device).expand_as(cell)
-        found = [torch.zeros_like(z)] * (max(highest, 1) + 1)
+        derivatives = [torch.zeros_like(z)] * (max(highest, 1) + 1)
         for coefficient in self.pieces.to(z)[columns, cell].flip(-1).unbind(-1):  # Horner
-            found = [part * t + (d * found[d - 1] if d else coefficient) for d, part in enumerate(found)]
-        found = [part * per_unit**d for d, part in enumerate(found)]
-        beyond = [part * (inside == z) for part in found[2:]]
-        return [found[0] + found[1] * (z - inside), found[1], *beyond][: highest + 1]
+            lower = [coefficient, *(d * derivative for d, derivative in enumerate(derivatives, 1))]
+            derivatives = [derivative * t + addend for derivative, addend in zip(derivatives, lower, strict=False)]
+        value, slope, *higher = [derivative * per_unit**d for d, derivative in enumerate(derivatives)]
+        tangent = value + slope * (z - inside)
+        return [tangent, slope, *(derivative * (inside == z) for derivative in higher)][: highest + 1]
 
     @torch.no_grad()
     def inverse(self, s: Tensor) -> Tensor:

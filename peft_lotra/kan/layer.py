@@ -52,8 +52,7 @@ class SplineLayer(nn.Module):
     @property
     def grid(self) -> UniformGrid:
         """The grids, as the buffer `grid_bounds` holds them."""
-        low, high = self.grid_bounds.unbind(-1)  # each forward pass comes here: no call of `between`
-        return UniformGrid(low, high, self.grid_size, self.spline_order)
+        return UniformGrid.between(self.grid_bounds, self.grid_size, self.spline_order)
 
     def basis(self, x: torch.Tensor) -> torch.Tensor:
         """The basis functions at `x`: (..., I) to (..., I, grid_size + spline_order), see `bspline_basis`."""

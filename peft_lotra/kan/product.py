@@ -138,14 +138,15 @@ def plain_gradients(
     """The gradients in the inputs, as differentiable functions of these and of the gradients in the outputs."""
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
-        inputs = [None if part is None else part.view_as(part) for part in inputs]  # one may depend on another
+        inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]  # one may depend on another
         pairs = [(y, grad) for y, grad in zip(function(*inputs), grads, strict=True) if grad is not None]
-        wanted: Any = [part for part, asked in zip(inputs, needed, strict=True) if asked]
         if not pairs:
             return [None] * len(inputs)
-        outputs, given = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(outputs, wanted, given, create_graph=differentiable, allow_unused=True))
-    return [next(found) if asked else None for asked in needed]
+        outputs, grad_outputs = zip(*pairs, strict=True)
+        leaves: Any = [tensor for tensor, is_needed in zip(inputs, needed, strict=True) if is_needed]
+        gradients = torch.autograd.grad(outputs, leaves, grad_outputs, create_graph=differentiable, allow_unused=True)
+    following = iter(gradients)
+    return [next(following) if is_needed else None for is_needed in needed]
 
 
 @lru_cache(maxsize=64)

@@ -61,21 +61,22 @@ class PackedTucker(NamedTuple):
         They have these ranks or lower ones, and perhaps no residual branch.
         """
         core, factor_out, factor_in, *factors = [
-            torch.stack([_filled(None if it is None else it.tensor[place], shape, like) for it in updates])
-            for place, shape in enumerate(self.component_shapes())
+            torch.stack([_pad_to(shape, None if update is None else update.tensor[n], like) for update in updates])
+            for n, shape in enumerate(self.component_shapes())
         ]
-        scale = torch.tensor([0.0 if it is None else it.scale for it in updates], dtype=torch.float64, device="cpu")
+        scales = [0.0 if update is None else update.scale for update in updates]
+        scale = torch.tensor(scales, dtype=torch.float64, device="cpu")
         core = core * scale.to(core).view(-1, *[1] * (core.dim() - 1))
         sides = factor_out.transpose(1, 2), factor_in.transpose(1, 2)
         parts = [core.permute(0, *range(core.dim() - 1, 0, -1)), *sides, *factors]
         return torch.cat([part.flatten(1) for part in parts], dim=1).to(like)
 
 
-def _filled(tensor: Tensor | None, shape: Sequence[int], like: Tensor) -> Tensor:
-    """The tensor, None for zero, with zeros at the end of each mode, up to this shape, on the device of `like`."""
+def _pad_to(shape: Sequence[int], tensor: Tensor | None, like: Tensor) -> Tensor:
+    """Fill the end of each mode with zeros, up to a shape, on the device of `like`. None is zero."""
     if tensor is None:
         return like.new_zeros(shape)
-    missing = [size - own for size, own in zip(shape, tensor.shape, strict=True)]
+    missing = [size - length for size, length in zip(shape, tensor.shape, strict=True)]
     padded = F.pad(tensor, [n for m in reversed(missing) for n in (0, m)]) if any(missing) else tensor
     return padded.to(like.device)
 
@@ -176,7 +177,7 @@ class RowProduct(NamedTuple):
         """
         size, of_layer = self.updates.groups.size, (self.matrix, self.scale)
         tensors = of_layer if size > 1 else (x, residual, self.updates.packed, *of_layer)
-        needs_gradient = torch.is_grad_enabled() and any([it is not None and it.requires_grad for it in tensors])
+        needs_gradient = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
         if needs_gradient or needs_plain_operations(x, grid.low, grid.high, self.matrix, residual):
             return self.of_functions(_plain_functions(x, grid, residual))
         if size > 1:

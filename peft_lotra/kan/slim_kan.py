@@ -173,9 +173,9 @@ class SlimKANLinear(SplineLayer):
 def filled(like: SplineLayer, parameters: Mapping[str, torch.Tensor], grid_size: int | None = None) -> Any:
     """A layer with these parameters, by their names a `SlimKANLinear` or a `KANLinear`, and the rest as in `like`."""
     sizes = (like.in_features, like.out_features)
-    rest = (grid_size or like.grid_size, like.spline_order, like.grid_range, "meta")
+    others = (grid_size or like.grid_size, like.spline_order, like.grid_range, "meta")
     is_slim = "core" in parameters
-    new = SlimKANLinear(*sizes, tuple(parameters["core"].shape), *rest) if is_slim else KANLinear(*sizes, *rest)
+    new = SlimKANLinear(*sizes, tuple(parameters["core"].shape), *others) if is_slim else KANLinear(*sizes, *others)
     new = new.to_empty(device=like.grid_bounds.device).to(like.grid_bounds.dtype)
     new.requires_grad_(any(parameter.requires_grad for parameter in like.parameters()))
     with torch.no_grad():
