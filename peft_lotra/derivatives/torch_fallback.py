@@ -33,17 +33,17 @@ def jet_by_transforms(
     for custom functions (forward mode in forward mode is not). Gradients are recorded meanwhile, since some backward
     passes can be differentiated only then; if none is wanted, parameters enter as constants.
     """
-    wanted = torch.is_grad_enabled()  # `inference_mode(False)` enables it
+    records_gradients = torch.is_grad_enabled()  # `inference_mode(False)` enables it
     if is_tracing():
         with torch.enable_grad():
-            found = _differentiate(model, x, directions, order, weights)
+            parts = _differentiate(model, x, directions, order, weights)
     else:
         # compiled code, such as flashkan's basis, has no second derivatives, and is run as it was written
         eager = torch.compiler.set_stance("force_eager")
         with torch.inference_mode(False), torch.enable_grad(), attributes_kept(model), eager:
             weights = None if weights is None else _recordable(weights)
-            found = _differentiate(model, _recordable(x), _recordable(directions), order, weights)
-    return found if wanted else [part.detach() for part in found]
+            parts = _differentiate(model, _recordable(x), _recordable(directions), order, weights)
+    return parts if records_gradients else [part.detach() for part in parts]
 
 
 def _recordable(tensor: Tensor) -> Tensor:
@@ -60,21 +60,20 @@ def pull_back(function: Callable[[Tensor], Tensors], x: Tensor) -> tuple[Tensors
     if in_transform() or is_tracing():
 
         def first_and_all(point: Tensor) -> tuple[Tensor, Tensors]:
-            found = function(point)
-            return found[0], found
+            values = function(point)
+            return values[0], values
 
-        _, pull, found = vjp(first_and_all, x, has_aux=True)  # pyright: ignore[reportAssignmentType] (by `has_aux`)
-        return found, lambda gradient: pull(gradient)[0]
+        _, pull, values = vjp(first_and_all, x, has_aux=True)  # pyright: ignore[reportAssignmentType] (by `has_aux`)
+        return values, lambda gradient: pull(gradient)[0]
     x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-    found = function(x)
+    values = function(x)
 
     def pull_recorded(gradient: Tensor) -> Tensor:
-        if not found[0].requires_grad:
+        if not values[0].requires_grad:
             return torch.zeros_like(x)
-        grad = torch.autograd.grad
-        return grad(found[0], x, gradient, create_graph=True, allow_unused=True, materialize_grads=True)[0]
+        return torch.autograd.grad(values[0], x, gradient, create_graph=True, materialize_grads=True)[0]
 
-    return found, pull_recorded
+    return values, pull_recorded
 
 
 def _differentiate(
@@ -107,11 +106,11 @@ def _differentiate(
         for n in range(order):
             function = _slopes(function, group, of_value=n == 0)
         jets.append(function(x)[::-1])
-    (value, *_), derivatives = jets[0], zip(*(found[1:] for found in jets), strict=True)
-    found = [value, *(torch.cat(parts) for parts in derivatives)]
+    value, *derivatives = zip(*jets, strict=True)
+    jet = [value[0], *map(torch.cat, derivatives)]
     if weights is not None:
-        found[-1] = torch.tensordot(weights, found[-1], 1)
-    return [part.reshape(*part.shape[:-1], *shape) for part in found]
+        jet[-1] = torch.tensordot(weights, jet[-1], 1)
+    return [part.reshape(*part.shape[:-1], *shape) for part in jet]
 
 
 def _slopes(function: Callable[[Tensor], Tensors], directions: Tensor, of_value: bool) -> Callable[[Tensor], Tensors]:
@@ -121,20 +120,20 @@ def _slopes(function: Callable[[Tensor], Tensors], directions: Tensor, of_value:
     """
 
     def slopes(point: Tensor) -> Tensors:
-        found, pull = pull_back(function, point)
-        y, count = found[0], len(directions)
+        values, pull = pull_back(function, point)
+        y, count = values[0], len(directions)
         if y.shape[-1] > 1:
             # the map of a gradient in y to one in x is linear: this is its transpose
             _, push = pull_back(lambda gradient: (pull(gradient),), torch.zeros_like(y))
             parts = [push(v.expand_as(point)) for v in directions]
-            return torch.stack(parts if of_value else [part[d] for d, part in enumerate(parts)]), *found
+            return torch.stack(parts if of_value else [part[d] for d, part in enumerate(parts)]), *values
         # of one output the gradient itself costs less
         if of_value:
             gradients = [pull(torch.ones_like(y))] * count
         else:
             one_hot = torch.eye(count, dtype=y.dtype, device=y.device).view(count, count, *[1] * (y.dim() - 1))
             gradients = [pull(one.expand_as(y)) for one in one_hot]
-        return torch.stack([g @ v for g, v in zip(gradients, directions, strict=True)]).unsqueeze(-1), *found
+        return torch.stack([g @ v for g, v in zip(gradients, directions, strict=True)]).unsqueeze(-1), *values
 
     return slopes
 
