@@ -14,14 +14,12 @@ gradients decide, see probe.py. Names do not count.
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -158,8 +156,7 @@ def find_evidence(probe: Probe, tensor: CoefficientTensor) -> tuple[Evidence | N
     try:
         sizes: list[int] = [width(tensor), *([] if kernel else _lengths(probe.layer))]
         for size in dict.fromkeys(sizes):
-            for trial in probe.trials(size, kernel):
-                evidence = Evidence(probe, trial)
+            for evidence in probe.trials(size, kernel):
                 return evidence, evidence.axes(tensor)
     except Undecided as reason:
         return None, Verdict(reason=str(reason))
@@ -225,7 +222,7 @@ def _find_doubts(evidence: Evidence, spec: KANLayerSpec, tensor: CoefficientTens
             if not _is_linear_in(evidence, name, tensor):
                 doubts[name] = NOT_LINEAR
         elif not evidence.stays(tensor, name):
-            doubts[name] = FACTOR if evidence.stays(tensor, name, by_edge=True) else NOT_LINEAR
+            doubts[name] = FACTOR if evidence.stays(tensor, name, of_edges=True) else NOT_LINEAR
         elif gradient.dim() > 1 and layout is None:
             doubts[name] = OTHER
     return doubts
@@ -246,8 +243,6 @@ def _infer(layer: nn.Module, args: Any, kwargs: Any) -> Description:
     tensors = _tensors(layer)
     if not tensors:
         return Description(None, "it has no matrices of its own, or parts that may be layers of their own.")
-    if not (args or kwargs or _takes_one_argument(layer)):
-        return Description(None, "it takes several arguments, so that it was not run.")
     find = partial(_find_description, layer, tensors, args, kwargs)
     try:
         return find() if args or kwargs else remembered(layer, (KIND,), find)
@@ -261,104 +256,69 @@ def is_other(module: nn.Module) -> bool:
     return is_of_library or isinstance(module, _OTHERS) or "funs_sympy" in vars(module)
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a layer that may be coefficients; none if it has parts that may be layers of their own.
+def _tensors(layer: nn.Module) -> dict[str, Tensor]:
+    """The matrices and larger parameters that may be coefficients, by name.
 
-    They are its own, and those of linear layers: one, a list, or one with activations in a `Sequential`. A part of a
-    user's class may make the functions, if its matrices are together no larger than the rest.
+    They are the layer's own, and those of linear layers that it holds, in a list or a `Sequential` too. There are none
+    if the layer holds layers of a known kind, or if its other modules, which may make the functions, are larger.
     """
-    own = {name: value for name, value in module._parameters.items() if value is not None}
-    inner = 0
-    for name, child in module._modules.items():
-        if child is None or isinstance(child, _NORMS):
-            continue
-        weights = {n: v for n, v in child.named_parameters() if v.dim() > 1 and "parametrizations" not in n}
-        linears = [part for part in child.children() if isinstance(part, nn.Linear)]
-        count = {nn.Sequential: 1, nn.ModuleList: len(child._modules)}.get(type(child))
-        is_linear = isinstance(child, (nn.Linear, nn.ParameterList)) or count == len(linears) == len(weights)
-        if any(registered_spec(part) is not None for part in (child, *(linears if is_linear else ()))):
-            return {}
-        if is_linear:
-            own |= {f"{name}.{n}": value for n, value in weights.items()}
-        elif weights and (
-            type(child).__module__.startswith("torch.") or any("." in n or v.dim() > 2 for n, v in weights.items())
-        ):
-            return {}
-        else:
-            inner += sum(value.numel() for value in weights.values())
-    if inner > sum(value.numel() for value in own.values()):
+    own: dict[str, Tensor] = {}
+    others = 0
+    linears = []
+    for path, module in layer.named_modules():
+        holder = layer.get_submodule(path.rpartition(".")[0])
+        is_near = "." not in path or (path.count(".") == 1 and type(holder) in (nn.Sequential, nn.ModuleList))
+        is_linear = is_near and isinstance(module, (nn.Linear, nn.ParameterList))
+        weights = {
+            f"{path}.{n}".lstrip("."): v for n, v in module._parameters.items() if v is not None and v.dim() > 1
+        }
+        if is_linear or module is layer:
+            own |= weights
+        elif "parametrizations" not in path and not isinstance(module, _NORMS):
+            others += sum(value.numel() for value in weights.values())
+        if path and is_near:
+            linears.append(module)
+    if others > sum(value.numel() for value in own.values()) or any(map(registered_spec, linears)):
         return {}
-    return {
-        name: value
-        for name, value in own.items()
-        if 1 < value.dim() and value.is_floating_point() and 0 < value.numel() <= _LARGEST
-    }
-
-
-def _takes_one_argument(module: nn.Module) -> bool:
-    try:
-        parameters = inspect.signature(module.forward).parameters.values()
-    except (TypeError, ValueError):
-        return False
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return 1 == sum(p.default is p.empty for p in positional)
+    return {n: v for n, v in own.items() if v.is_floating_point() and 0 < v.numel() <= _LARGEST}
 
 
 def _find_description(layer: nn.Module, tensors: Tensors, args: Any, kwargs: Any) -> Description:
-    knots = [name for name, value in layer.named_parameters() if _has_increasing_rows(value)]
-    fixed = [*knots, *_frozen(layer)]
-    buffers = [name for name, value in layer.named_buffers() if value.is_floating_point() and "running" not in name]
-    grid = {name: get_or_none(layer, name) for name in (*buffers, *fixed)}
-    others = [n for n, value in layer.named_parameters() if value.is_floating_point() and value.numel() <= _LARGEST]
-    # a grid is a part if nothing else is: of a layer whose functions start as increasing ones
-    choices = [{n: v for n, v in tensors.items() if n not in names} for names in (fixed, knots, ())]
     if any(value.is_meta or hasattr(value, "placements") for value in tensors.values()):
         raise Undecided("its parameters have no values")
+    parameters = {name: value for name, value in layer.named_parameters() if value.is_floating_point()}
+    knots = [name for name, value in parameters.items() if _has_increasing_rows(value)]
+    frozen = [name for name, value in parameters.items() if not value.requires_grad]
+    fixed = [*knots, *(frozen if len(frozen) < len(parameters) else ())]
+    buffers = [name for name, value in layer.named_buffers() if value.is_floating_point() and "running" not in name]
+    grid = {name: get_or_none(layer, name) for name in (*buffers, *fixed)}
+    names = [name for name, value in parameters.items() if value.numel() <= _LARGEST]
     reason = ""
     for places in (grid, {}) if grid else ({},):
-        probe = Probe(layer, dict.fromkeys([*tensors, *others]), places.values(), args, kwargs)
+        probe = Probe(layer, names, places.values(), args, kwargs)
         with probe.isolated():
             for evidence in _find_trials(probe):
                 reason = "its output is no sum, over its inputs, of at least two functions of each of them."
-                spec = _try_choices(evidence, choices)
-                if spec is not None:
-                    grid = tuple(name for name in grid if name not in spec.locate(layer).parameters)
-                    methods = tuple(name for name in dir(type(layer)) if re.match(_MOVES_GRID, name))
-                    spec = replace(spec, grid=grid, grid_methods=methods if grid else ())
-                    return Description(spec, "", _find_doubts(evidence, spec, spec.locate(layer)))
+                # a grid is a part if nothing else is: of a layer whose functions start as increasing ones
+                for left_out in dict.fromkeys((frozenset(fixed), frozenset(knots), frozenset())):
+                    choice = {name: value for name, value in tensors.items() if name not in left_out}
+                    spec = _find_coefficients(evidence, choice)
+                    if spec is not None:
+                        tensor = spec.locate(layer)
+                        grid = tuple(name for name in grid if name not in tensor.parameters)
+                        methods = tuple(name for name in dir(type(layer)) if re.match(_MOVES_GRID, name))
+                        spec = replace(spec, grid=grid, grid_methods=methods if grid else ())
+                        return Description(spec, "", _find_doubts(evidence, spec, tensor))
     return Description(None, reason or f"{probe.error or 'it takes no input of any size that was tried'}.")
-
-
-def _try_choices(evidence: Evidence, choices: Sequence[Tensors]) -> KANLayerSpec | None:
-    try:
-        return next(filter(None, (_find_coefficients(evidence, choice) for choice in choices)), None)
-    except Undecided:
-        raise
-    except Exception as error:  # foreign code, which does not take several rows, or other values of parameters
-        evidence.probe.error = f"the layer raised {type(error).__name__}: {error!s:.120}"
-        return None
-
-
-def _frozen(layer: nn.Module) -> list[str]:
-    """The parameters that are not trained, of a layer that trains others."""
-    frozen = [name for name, value in layer.named_parameters() if not value.requires_grad]
-    return frozen if len(frozen) < len([*layer.parameters()]) else []
 
 
 def _has_increasing_rows(value: Tensor) -> bool:
     """Return whether a tensor has the form of knots: all rows increase, which is no chance."""
-    if value.dim() < 2 or value.is_meta or hasattr(value, "placements") or not value.numel():
-        return False
-    first = value.detach()[(0,) * (value.dim() - 1)]
-    if (first.diff() < 0).any():  # of most tensors
+    if value.dim() < 2 or not value.numel():
         return False
     rows = value.detach().flatten(0, -2)
-    steps = rows.diff()
-    if (steps < 0).any() or (rows[:, 0] >= rows[:, -1]).any():
-        return False
-    is_uniform = (steps - steps.mean()).abs().max() <= 0.01 * steps.mean()
-    orders = len(rows) * math.lgamma(len(first) + 1)  # the logarithm of their number
-    return orders >= _CHANCE or bool(is_uniform and steps.numel() >= 3)
+    orders = len(rows) * math.lgamma(rows.shape[1] + 1)  # the logarithm of their number
+    return orders >= _CHANCE and bool((rows.diff() >= 0).all() and (rows[:, 0] < rows[:, -1]).all())
 
 
 def _lengths(layer: nn.Module) -> Iterator[int]:
@@ -382,20 +342,21 @@ def _find_trials(probe: Probe) -> Iterator[Evidence]:
     """
     is_single, takes_others = True, False
     for size in dict.fromkeys(_lengths(probe.layer)):
-        for trial in probe.trials(size) if size > 1 else ():
-            evidence, takes_others = Evidence(probe, trial), True
-            is_single = is_single and evidence.is_symmetric()
+        for evidence in probe.trials(size) if size > 1 else ():
             yield evidence
+            takes_others = True
+            is_single = is_single and evidence.is_symmetric()
     has_perceptron = any(isinstance(child, nn.Linear) and child.in_features == 1 for child in probe.layer.children())
-    for trial in probe.trials(1) if is_single and not has_perceptron else ():  # a perceptron of one input is a sum too
-        evidence = Evidence(probe, trial)
+    for evidence in (
+        probe.trials(1) if is_single and not has_perceptron else ()
+    ):  # a perceptron of one input is a sum too
         evidence.takes_others = takes_others
         yield evidence
 
 
 def _find_coefficients(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | None:
     """Describe the coefficients of a layer, its residual branch, and the factors of its edges if they are many."""
-    _, _, in_, out = evidence.trial
+    in_, out = evidence.size, evidence.outputs
     spec, parts = None, ()
     for name, value in sorted(tensors.items(), key=lambda item: item[1].dim() == 2):
         letter = "kmnpqrst"[len(parts) % 8]
@@ -430,9 +391,11 @@ def _fits(evidence: Evidence, spec: KANLayerSpec) -> bool:
     """Whether a hypothesis fits the shapes of the parameters, and the gradients of the layer."""
     try:
         tensor = spec.locate(evidence.probe.layer)
-    except ValueError:
+        return tensor.shape[2] >= _FUNCTIONS and False not in evidence.axes(tensor, strict=True)[:2]
+    except Undecided:
+        raise
+    except Exception:  # a pattern that does not fit; foreign code, which does not take several rows
         return False
-    return tensor.shape[2] >= _FUNCTIONS and False not in evidence.axes(tensor, strict=True)[:2]
 
 
 def _is_coefficient(evidence: Evidence, spec: KANLayerSpec, name: str, tensors: Tensors) -> bool:
@@ -446,7 +409,7 @@ def _is_coefficient(evidence: Evidence, spec: KANLayerSpec, name: str, tensors: 
         return True
     if evidence.takes_others or not _is_linear_in(evidence, name, tensor):
         return False
-    _, _, in_, out = evidence.trial
+    in_, out = evidence.size, evidence.outputs
     edges = [n for n, value in tensors.items() if n != name and sorted(value.shape) == sorted((in_, out))]
     has_axis = out > 1 or any("o" in part.split() for _, part in spec.parts)
     return has_axis or all(evidence.base[n] is None or evidence.stays(tensor, n) for n in edges)
@@ -454,7 +417,7 @@ def _is_coefficient(evidence: Evidence, spec: KANLayerSpec, name: str, tensors: 
 
 def _find_matrices(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | None:
     """Coefficients in several matrices: one for each function, or scale, shift and weight of the wavelets of edges."""
-    _, _, in_, out = evidence.trial
+    in_, out = evidence.size, evidence.outputs
     own = {name: value for name, value in tensors.items() if value.dim() == 2 and re.search(r"^[^.]*$|\.\d", name)}
     for pattern, shape in (("o i", (out, in_)), ("i o", (in_, out))):
         names = [name for name, value in own.items() if value.shape == shape and evidence.base[name] is not None]
@@ -506,34 +469,14 @@ class UnrecognizedModule(NamedTuple):
 
 def suggest_registration(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[str, bool]:
     """Return a call that registers the kind of a module, and whether gradients verify it; "" without an idea."""
-    large = _large_parameters(module)
+    large = {name: value for name, value in module._parameters.items() if value is not None and value.dim() > 2}
     spec = _infer(module, args, kwargs).spec
-    if spec is None and large:
-        spec = remembered(module, ("convolution",), lambda: next(_convolutions(module, large), None))
     if spec is not None:
         return _registration(module, spec), True
     if not large:
         return "", False
     name, value = next(iter(large.items()))
     return _registration(module, KANLayerSpec("", nn.Module, (name, next(axis_patterns(value.shape))))), False
-
-
-def _convolutions(module: nn.Module, kernels: Tensors) -> Iterator[KANLayerSpec]:
-    """Yield the verified descriptions of a module whose coefficients are the kernel of a convolution."""
-    inputs = named_size(module, "i")[1]
-    grid = tuple(name for name, value in module.named_buffers() if value.is_floating_point() and "running" not in name)
-    for name in kernels if inputs else ():
-        residuals = [(other, "o i ...") for other in kernels if other != name]
-        for pattern, residual in product(("o (i k) ...", "o (k i) ...", "o i k ..."), [*residuals, None]):
-            spec = KANLayerSpec("", nn.Module, (name, pattern), residual, axes={"i": inputs}, grid=grid)
-            try:
-                tensor = spec.locate(module)
-                probe = Probe(module, tensor.parameters, spec.read_grid(module).values())
-                with probe.isolated():
-                    if tensor.shape[2] >= _FUNCTIONS and find_evidence(probe, tensor)[1].is_verified:
-                        yield spec
-            except Exception:  # a pattern that does not fit, or foreign code
-                continue
 
 
 def _registration(module: nn.Module, spec: KANLayerSpec) -> str:
@@ -554,15 +497,6 @@ def _registration(module: nn.Module, spec: KANLayerSpec) -> str:
 
 def _pair(described: Described) -> str:
     return f"({', '.join(map(json.dumps, described))})"
-
-
-def _large_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters of three axes or more of a module and of its convolutions."""
-    children = module._modules.items()
-    kernels = {
-        f"{name}.weight": child.weight for name, child in children if isinstance(child, nn.modules.conv._ConvNd)
-    }
-    return {n: v for n, v in {**module._parameters, **kernels}.items() if v is not None and v.dim() >= 3}
 
 
 def may_be_kan(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from numbers import Number
@@ -89,22 +89,6 @@ class Verdict(NamedTuple):
         return f"outputs {words[self.outputs]}, inputs {words[self.inputs]}"
 
 
-class Trial(NamedTuple):
-    """An input that a layer takes.
-
-    Attributes:
-        x: The input: one sample, unless the user gives it.
-        channel: The axis of its features, -1 or 1, counted from the end where that is possible.
-        size: The number of features.
-        outputs: The number of outputs.
-    """
-
-    x: Tensor
-    channel: int
-    size: int
-    outputs: int
-
-
 class Probe:
     """Runs copies of a layer, in evaluation mode and without hooks, whose named parameters are replaced.
 
@@ -125,14 +109,19 @@ class Probe:
         layer: nn.Module,
         names: Iterable[str],
         grid: Iterable[Any] = (),
-        args: tuple[Any, ...] = (),
+        args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        self.layer, self.args, self.kwargs = layer, args, kwargs or {}
+        self.layer, self.args, self.kwargs = layer, [*args], kwargs or {}
         self.values = {name: _copy_parameter(layer, name) for name in names}
         self.like = next(iter(self.values.values()))
         self.error = ""  # of the first run that failed
-        ends = [(value.min().item(), value.max().item()) for value in grid if _is_spread(value)] or [(-1.0, 1.0)]
+        # the input is the first argument of a floating type
+        tensors = [n for n, value in enumerate(args) if isinstance(value, Tensor) and value.is_floating_point()]
+        self.place = tensors[0] if tensors else 0
+        self.x: Tensor | None = self.args[self.place].detach().to(self.like) if tensors else None
+        spread = [value for value in grid if isinstance(value, Tensor) and value.numel() > 1]
+        ends = [(value.min().item(), value.max().item()) for value in spread] or [(-1.0, 1.0)]
         common = max(low for low, _ in ends), min(high for _, high in ends)
         self.low, self.high = common if common[0] < common[1] else ends[0]
 
@@ -147,51 +136,50 @@ class Probe:
         with torch.inference_mode(False), torch.enable_grad(), plain, stance, generators:
             yield
 
-    def trials(self, size: int, kernel: Iterable[int] = ()) -> Iterator[Trial]:
-        """Yield the inputs of `size` features, or channels of a convolution, that the layer takes."""
-        if kernel := tuple(kernel):
+    def trials(self, size: int, kernel: Sequence[int] = ()) -> Iterator[Evidence]:
+        """Yield what the layer gives for inputs of `size` features, or channels of a convolution, if it takes them."""
+        if self.x is not None:
+            shape = self.x.shape
+            forms = [(shape, channel) for channel in (-1, 1 - len(shape)) if len(shape) > 1 and shape[channel] == size]
+        elif kernel:
             forms = [((1, size, *(4 * length + 3 for length in kernel)), -1 - len(kernel))]
-        else:  # samples; tokens; channels
+        else:  # samples; tokens; channels of one point, and of more
             forms = [((1, size), -1), ((1, 1, size), -1), ((1, size, 1), -2)]
-        if self.args:
-            x = _as_input(self.args[_place(self.args)], self.like)
-            forms = [(x.shape, channel) for channel in (-1, 1 - x.dim()) if x.dim() > 1 and x.shape[channel] == size]
         for shape, channel in forms:
-            x = _as_input(self.args[_place(self.args)], self.like) if self.args else self.place(shape)
-            y = self._try(x)
-            if channel == -2 and y is not None and not self.args and self._try(self.place((1, size, 3))) is None:
-                continue  # the last axis is the one of its features
-            if y is not None and y.dim() == len(shape):
-                kept = [axis for axis in range(-y.dim(), 0) if axis != channel and not kernel]
-                if all(y.shape[axis] == shape[axis] for axis in kept):
-                    yield Trial(x, channel, size, y.shape[channel])
-                    continue
-            if y is not None:
+            x = self.make_input(shape) if self.x is None else self.x
+            y = self.attempt(x)
+            if y is None or (channel == -2 and not kernel and self.attempt(x.repeat(1, 1, 3)) is None):
+                continue
+            shapes = [[*value.movedim(channel, -1).shape] for value in (x, y) if value.dim() == x.dim()]
+            if len(shapes) == 2 and (kernel or shapes[0][:-1] == shapes[1][:-1]):
+                evidence = Evidence(self, x, channel, size, shapes[1][-1])
+                yield evidence
+                if len(shape) == 2 and evidence.is_nonlinear:  # tokens would say the same
+                    return
+            else:
                 self.error = self.error or f"for an input {tuple(shape)} it returns {tuple(y.shape)}"
 
-    def _try(self, x: Tensor) -> Tensor | None:
+    def attempt(self, x: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor | None:
+        """Return the output, or `None` if the layer raises an error."""
         try:
             with torch.no_grad():
-                return self.run({}, x)
+                return self.run(values or {}, x)
         except Undecided:
             raise
         except Exception as error:  # foreign code, which may raise anything: it wants other arguments
             self.error = self.error or f"the layer raised {type(error).__name__}: {error!s:.120}"
             return None
 
-    def place(self, shape: Iterable[int]) -> Tensor:
+    def make_input(self, shape: Sequence[int]) -> Tensor:
         """Return points of this shape in the middle of the grid, none of which is repeated."""
-        shape = tuple(shape)
         steps = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64, device="cpu")
-        share = (steps * 0.6180339887498949).frac().view(shape)  # of the golden ratio
+        share = (steps * 0.6180339887498949).frac().view(*shape)  # of the golden ratio
         return (self.low + (self.high - self.low) * (0.25 + 0.5 * share)).to(self.like)
 
     def run(self, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """Return the output, of several the first, with these values of parameters."""
-        args = [x]
-        if self.args:
-            args = [*self.args]
-            args[_place(self.args)] = x
+        args = [*self.args] or [x]
+        args[self.place] = x
         layer = _copy_of(self.layer, {})
         y = call_with_parameters(layer, {**values}, layer, tuple(args), {**self.kwargs})
         y = y[0] if isinstance(y, (tuple, list)) and y else y
@@ -199,31 +187,37 @@ class Probe:
             raise Undecided(f"it returns a {type(y).__name__}")
         return y
 
-    def moved(self, names: Collection[str], draw: Callable[..., Tensor] = torch.rand, factor: float = 1) -> Any:
-        """Return the values of all parameters, with noise added to those of these names, see `moved`."""
-        return moved(self.values, names, draw, factor)
-
 
 class Evidence:
     """The gradients of a layer at one input, at changed inputs, and with other weights of the outputs.
 
     They are computed once for all descriptions that are compared with them.
+
+    Attributes:
+        x: The input: one sample, unless the user gives it.
+        channel: The axis of its features, counted from the end.
+        size: The number of features.
+        outputs: The number of outputs.
+        takes_others: Whether the layer also takes inputs of other sizes, over which it sums.
     """
 
-    def __init__(self, probe: Probe, trial: Trial) -> None:
-        self.probe, self.trial = probe, trial
-        self.takes_others = False  # inputs of other sizes too, over which it sums
-        self._changed: dict[tuple[int, bool], list[tuple[slice, Gradients]]] = {}
+    def __init__(self, probe: Probe, x: Tensor, channel: int, size: int, outputs: int) -> None:
+        self.probe, self.x, self.channel, self.size, self.outputs = probe, x, channel, size, outputs
+        self.takes_others = False
+        self._exchanged: dict[int, list[tuple[slice, Gradients]]] = {}
 
     def gradients(self, x: Tensor | None = None, seed: int = 1, values: Any = None) -> Gradients:
-        """Return the gradients of a weighted sum of the outputs with respect to the parameters of the probe."""
+        """Return the gradients of a sum of the outputs, with weights that depend on a seed by a factor for each."""
         leaves = {name: value.requires_grad_() for name, value in (values or self.probe.values).items()}
-        y = self.probe.run(leaves, self.trial.x if x is None else x)
+        y = self.probe.run(leaves, self.x if x is None else x).movedim(self.channel, -1)
         if not y.requires_grad:
             raise Undecided("the outputs have no gradient with respect to its parameters")
-        # `allow_unused` since a layer may not use each of its parameters
-        found = torch.autograd.grad(_weighted(y, self.trial.channel, seed), [*leaves.values()], allow_unused=True)
-        return dict(zip(leaves, found, strict=True))
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.rand(y.shape, generator=generator, device="cpu") - 0.5
+        weights += weights.sign()  # none is zero; of both signs, so that a kernel's places do not cancel
+        factors = torch.rand(y.shape[-1], generator=generator.manual_seed(seed), device="cpu") + 0.5
+        total = (y * (weights * factors).to(y)).sum()
+        return dict(zip(leaves, torch.autograd.grad(total, [*leaves.values()], allow_unused=True), strict=True))
 
     @cached_property
     def base(self) -> Gradients:
@@ -231,23 +225,34 @@ class Evidence:
 
     @cached_property
     def reweighted(self) -> Gradients:
-        """With weights that differ by a factor for each output."""
         return self.gradients(seed=2)
 
     @cached_property
     def scaled(self) -> list[Gradients]:
-        return [self.gradients(self.trial.x * factor) for factor in (0.3, 0.6, -0.8)]
+        return [self.gradients(self.x * factor) for factor in (0.3, 0.6, -0.8)]
 
-    def changed(self, count: int, strict: bool) -> list[tuple[slice, Gradients]]:
-        """The inputs that stay, and the gradients, where the others of `count` inputs are exchanged."""
-        if (count, strict) not in self._changed:
-            inputs = _changed_inputs(self.trial.x, count, self.trial.channel, strict)
-            self._changed[count, strict] = [(kept, self.gradients(x)) for kept, x in inputs]
-        return self._changed[count, strict]
+    def exchanged(self, count: int) -> list[tuple[slice, Gradients]]:
+        """Exchange half of `count` inputs, which no normalization notices; return the slice of the others, too."""
+        if count not in self._exchanged:
+            self._exchanged[count] = []
+            half = max(1, count // 2)
+            for kept, rest in ((slice(half), slice(half, None)), (slice(count - half, None), slice(count - half))):
+                blocks = self.x.movedim(self.channel, -1).unflatten(-1, (-1, count))
+                before, fixed = blocks[..., rest], blocks[..., kept]
+                if count == 2:  # nothing can be exchanged
+                    changes = [fixed + factor * (before - fixed) for factor in (0.5, 1.5, 2.5)]
+                else:
+                    changes = [before.roll(step, -1) for step in range(1, min(before.shape[-1], 3))]
+                for change in changes:
+                    other = blocks.clone()
+                    other[..., rest] = change
+                    gradients = self.gradients(other.flatten(-2).movedim(-1, self.channel))
+                    self._exchanged[count].append((kept, gradients))
+        return self._exchanged[count]
 
     def has_sizes(self, tensor: CoefficientTensor) -> bool:
         """Whether a description has as many inputs and outputs as the layer."""
-        return (self.trial.size, self.trial.outputs) == (width(tensor), tensor.shape[0])
+        return (self.size, self.outputs) == (width(tensor), tensor.shape[0])
 
     def axes(self, tensor: CoefficientTensor, strict: bool = False) -> Verdict:
         """Compare the output and the input axis of coefficients with the gradients.
@@ -263,33 +268,33 @@ class Evidence:
         if not gradient.any() or not gradient.isfinite().all():
             return Verdict(reason="the outputs have no finite gradient with respect to its coefficients")
         outputs = inputs = None
+        row = int(gradient.flatten(1).abs().amax(1).argmax())  # of the output with the largest gradient
         if out > 1:
             other = join(self.reweighted, tensor)
-            says_little = _is_parallel(gradient.reshape(1, 1, -1), other.reshape(1, 1, -1))
-            if says_little:  # as behind a softmax, or a norm, of two outputs
-                other = gradient[_largest(gradient)].expand_as(gradient)
-            outputs = _is_parallel(gradient, other) or (None if says_little and not strict else False)
-        if self.trial.size != width(tensor) or outputs is False:
-            return Verdict(outputs, reason=f"it takes inputs of {self.trial.size} features")
+            outputs = _is_parallel(gradient, other)
+            if outputs and _is_parallel(gradient.reshape(1, 1, -1), other.reshape(1, 1, -1)):
+                # it says little, as behind a softmax, or a norm, of two outputs
+                outputs = _is_parallel(gradient, gradient[row].expand_as(gradient)) or (False if strict else None)
+        if self.size != width(tensor) or outputs is False:
+            return Verdict(outputs, reason=f"it takes inputs of {self.size} features")
         samples = [gradient]
-        for kept, gradients in self.changed(in_, strict):
+        for kept, gradients in self.exchanged(in_) if in_ > 2 or (strict and in_ > 1) else ():
             samples.append(join(gradients, tensor))
             change = _change(gradient, samples[-1], kept)
             if change.max() > _EFFECT * max(gradient.abs().max(), samples[-1].abs().max()):  # else it does not show
                 inputs = bool(change[:, kept].max() <= _ROUNDING * change.max())
                 if not inputs:
-                    break
-        verdict = Verdict(outputs, inputs)
-        if not strict or False in verdict[:2]:
-            return verdict
+                    return Verdict(outputs, False)
+        if not strict:
+            return Verdict(outputs, inputs)
         if in_ <= 3:
             samples += [join(gradients, tensor) for gradients in self.scaled]
-        row = _largest(gradient)  # of several functions the gradients at several inputs are of rank two at least
+        # the gradients at several inputs of several functions are of rank two at least
         singular = torch.linalg.svdvals(torch.stack([sample[row, :_ROWS] for sample in samples], dim=1).double())
         has_functions = (singular[:, 1:2] > _EFFECT * _EFFECT * singular.max()).any()
         # a norm of two inputs hides their changes
         says_nothing = not inputs and (in_ > 2 or (in_ == 2 and not outputs))
-        return Verdict(outputs, False) if says_nothing or not has_functions or not self.is_nonlinear else verdict
+        return Verdict(outputs, inputs if has_functions and not says_nothing and self.is_nonlinear else False)
 
     @cached_property
     def is_nonlinear(self) -> bool:
@@ -298,71 +303,57 @@ class Evidence:
         With one row attention is linear in its values. A normalization of two outputs leaves their signs, which may be
         constant: the parameters are moved.
         """
-        shape, channel = [*self.trial.x.shape], self.trial.channel
-        values = self.probe.moved([*self.probe.values])
-        with torch.no_grad():
-            if self.probe.args:
-                x = self.trial.x
-                ends = x, x.roll(1, channel) * 0.9
-                low, middle, high = (self.probe.run(values, z) for z in (ends[0], (ends[0] + ends[1]) / 2, ends[1]))
-                return not _is_affine(low, middle, high)
-            leading = [axis for axis in range(len(shape)) if axis - len(shape) != channel]
-            for axis in leading:
-                shape[axis] = 4 if len(leading) == 1 else 2
-            rows = self.probe.place(shape).movedim(channel, -1).reshape(4, -1)
-            if rows.shape[1] > 1:  # that a normalization of the inputs does not make the same
-                rows[2] = rows[0].roll(1)
-            rows[1] = (rows[0] + rows[2]) / 2
-            results = []
-            for last in (2, 0):  # one row or the other: a norm by the extremes of all rows does not notice
-                rows[3] = rows[last]
-                x = rows.view(*(shape[axis] for axis in leading), -1).movedim(-1, channel)
-                results.append(self.probe.run(values, x).movedim(channel, -1).flatten(0, -2))
+        values = moved(self.probe.values, self.probe.values)
+        shape = [*self.x.movedim(self.channel, -1).shape]
+        if self.probe.x is None:
+            shape[:-1] = [4] if len(shape) == 2 else [2, 2]
+        rows = self.probe.make_input(shape).flatten(0, -2)
+        rows[2] = rows[0].roll(1) if shape[-1] > 1 else rows[2]  # which a normalization does not make the same
+        rows[1] = (rows[0] + rows[2]) / 2
+        results = []
+        for last in (2, 0):  # one row or the other: a norm by the extremes of all rows does not notice
+            rows[3] = rows[last]
+            y = self.probe.attempt(rows.view(*shape).movedim(-1, self.channel), values)
+            if y is None:
+                return False
+            results.append(y.movedim(self.channel, -1).flatten(0, -2))
         y, other = results
-        if len(y) != 4 or (y - other)[:3].abs().max() > _tolerance(y):
-            return False
-        return not _is_affine(*y[:3])
+        rounding = 1e3 * torch.finfo(y.dtype).eps * y.abs().max()
+        is_affine = (y[0] - 2 * y[1] + y[2]).abs().max() <= rounding < (y[0] - y[2]).abs().max()
+        return bool(len(y) == len(rows) and (y - other)[:3].abs().max() <= rounding and not is_affine)
 
-    def is_additive(self, tensor: CoefficientTensor) -> bool:
-        """Whether the gradient of the residual weights stays, up to a factor for each output, under a change of A."""
-        others = self.gradients(values=self.probe.moved(tensor.names))
-        first, second = (join(gradients, tensor)[:, :, -1:] for gradients in (self.base, others))
-        return _is_parallel(first, second)
-
-    def stays(self, tensor: CoefficientTensor, name: str, by_edge: bool = False) -> bool:
+    def stays(self, tensor: CoefficientTensor, name: str, of_edges: bool = False) -> bool:
         """Whether the gradient of coefficients stays, up to factors of outputs or edges, if a parameter is moved."""
-        others = self.gradients(values=self.probe.moved([name]))
-        first, second = (join(gradients, tensor) for gradients in (self.base, others))
-        if not by_edge:
-            return _is_parallel(first, second)
-        first, second = (gradient.flatten(0, 1).unsqueeze(1) for gradient in (first, second))
+        others = self.gradients(values=moved(self.probe.values, [name]))
+        pair = [join(gradients, tensor) for gradients in (self.base, others)]
+        if not of_edges:
+            return _is_parallel(*pair)
+        pair = [gradient.flatten(0, 1).unsqueeze(1) for gradient in pair]
         basis = tensor.shape[2]  # the residual branch may have factors of its own
         slices = (
             [slice(basis), slice(basis, None)] if tensor.has_residual and len(tensor.shape) == 3 else [slice(None)]
         )
-        return all(_is_parallel(first[..., each], second[..., each]) for each in slices)
+        return all(_is_parallel(*(gradient[..., each] for gradient in pair)) for each in slices)
+
+    def is_additive(self, tensor: CoefficientTensor) -> bool:
+        """Whether the gradient of the residual weights stays, up to a factor for each output, under a change of A."""
+        others = self.gradients(values=moved(self.probe.values, tensor.names))
+        return _is_parallel(*(join(gradients, tensor)[:, :, -1:] for gradients in (self.base, others)))
 
     def is_symmetric(self) -> bool:
         """Whether the gradients do not notice an exchange of the inputs: the layer sums over them by broadcasting."""
-        rolled = self.gradients(self.trial.x.roll(1, self.trial.channel))
-        for name, gradient in self.base.items():
-            other = rolled[name]
-            if gradient is not None and other is not None:
-                is_same = (gradient - other).abs().max() <= _ROUNDING * gradient.abs().max()
-                if not is_same or (gradient.dim() > 1 and not gradient.any()):
-                    return False
-        return True
+        rolled = self.gradients(self.x.roll(1, self.channel))
+        pairs = [(g, rolled[name]) for name, g in self.base.items() if g is not None and g.dim() > 1]
+        return all(g.any() and other is not None and _is_same(g, other) for g, other in pairs)
 
     def is_linear(self, names: Collection[str]) -> bool | None:
         """Whether the output is an affine function of parameters; `None` if their gradient says nothing."""
-        x = self.trial.x
-        if not self.probe.args:
-            shape = [4 if axis == 0 else length for axis, length in enumerate(x.shape)]
-            x = self.probe.place(shape)
-        # so far apart that a ReLU behind the sum is met on both sides
-        results = [self.gradients(x, values=self.probe.moved(names, torch.randn, factor)) for factor in (-2, 2)]
-        low, high = (torch.cat([g[n].flatten() for n in names if g[n] is not None]) for g in results)  # pyright: ignore
-        size, change = (high.abs() + low.abs()).max(), (high - low).abs().max()
+        x = self.x if self.probe.x is not None else self.probe.make_input((4, *self.x.shape[1:]))
+        ends = []
+        for factor in (-2, 2):  # so far apart that a ReLU behind the sum is met on both sides
+            gradients = self.gradients(x, values=moved(self.probe.values, names, torch.randn, factor))
+            ends.append(torch.cat([gradient.flatten() for n in names if (gradient := gradients[n]) is not None]))
+        size, change = (ends[0].abs() + ends[1].abs()).max(), (ends[0] - ends[1]).abs().max()
         return bool(change <= _EFFECT * size) if change.isfinite() and size > 0 else None
 
 
@@ -390,14 +381,13 @@ def width(tensor: CoefficientTensor) -> int:
 
 def join(gradients: Gradients, tensor: CoefficientTensor) -> Tensor:
     """Return gradients as one tensor (out, in, rest). They are zero for parameters that all outputs share."""
+    like = next(gradient for gradient in gradients.values() if gradient is not None)
     parts = []
-    for members in tensor.parts:
-        for member in members:
-            gradient = gradients[member.name]
-            is_zero = gradient is None or member.layout.shared
-            parts.append(torch.zeros(member.stored) if is_zero else gradient)
-    like = next((gradient for gradient in gradients.values() if gradient is not None), parts[0])
-    return tensor.join([part.to(like) for part in parts]).flatten(2)
+    for member in (member for members in tensor.parts for member in members):
+        gradient = gradients[member.name]
+        is_zero = gradient is None or member.layout.shared
+        parts.append(like.new_zeros(member.stored) if is_zero else gradient)
+    return tensor.join(parts).flatten(2)
 
 
 def _copy_parameter(layer: nn.Module, name: str) -> Tensor:
@@ -433,65 +423,8 @@ def _wide(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
-def _is_spread(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.numel() > 1 and not value.is_meta
-
-
-def _place(args: tuple[Any, ...]) -> int:
-    """Return the place of the input among arguments: the first tensor of a floating type."""
-    for place, value in enumerate(args):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return place
-    raise Undecided("none of its arguments is a tensor of a floating type")
-
-
-def _as_input(x: Tensor, like: Tensor) -> Tensor:
-    return x.detach().to(like)
-
-
-def _weighted(y: Tensor, channel: int, seed: int = 1) -> Tensor:
-    """A sum of the outputs with weights, none of which is zero; `seed` changes them by a factor for each output."""
-    y = y.movedim(channel, -1)
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.rand(y.shape, generator=generator, device="cpu") - 0.5
-    weights += weights.sign()  # of both signs: else the sum over a kernel's places hides what changes at each
-    factors = torch.rand(y.shape[-1], generator=generator.manual_seed(seed), device="cpu") + 0.5
-    return (y * (weights * factors).to(y)).sum()
-
-
-def _changed_inputs(x: Tensor, count: int, channel: int, strict: bool) -> Iterator[tuple[slice, Tensor]]:
-    """Yield x with some of its `count` inputs changed as no normalization notices, and the slice of the others.
-
-    These are two that are exchanged; with `strict` each half of them in turn.
-    """
-    half = max(1, count // 2)
-    slices = (slice(half), slice(half, None)), (slice(count - half, None), slice(count - half))
-    for kept, rest in slices if strict else [(slice(2, None), slice(2))] if count > 2 else ():
-        blocks = x.unflatten(channel, (-1, count)).movedim(channel, -1)
-        before, fixed = blocks[..., rest], blocks[..., kept]
-        if before.shape[-1] > 1:
-            changed = [before.roll(step, -1) for step in range(1, min(before.shape[-1], 3))]
-        else:
-            changed = [fixed + factor * (before - fixed) for factor in (0.5, 1.5, 2.5) if count > 1]
-        for values in changed:
-            other = blocks.clone()
-            other[..., rest] = values
-            yield kept, other.movedim(-1, channel).flatten(channel - 1, channel)
-
-
-def _tolerance(y: Tensor) -> float:
-    return 1e3 * torch.finfo(y.dtype).eps * float(y.abs().max())
-
-
-def _is_affine(low: Tensor, middle: Tensor, high: Tensor) -> bool:
-    """Whether a function changes from one point to another, and is in their middle the mean of both ends."""
-    rounding = max(map(_tolerance, (low, high)))
-    return bool((low - 2 * middle + high).abs().max() <= rounding < (low - high).abs().max())
-
-
-def _largest(gradient: Tensor) -> int:
-    """Return the output with the largest gradient."""
-    return int(gradient.flatten(1).abs().amax(1).argmax())
+def _is_same(first: Tensor, second: Tensor) -> bool:
+    return bool((first - second).abs().max() <= _ROUNDING * first.abs().max())
 
 
 def _change(first: Tensor, second: Tensor, kept: slice) -> Tensor:

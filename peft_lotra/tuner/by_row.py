@@ -228,8 +228,8 @@ def _count_rows(layer: str, batch: MixedBatch, args: tuple, kwargs: dict[str, An
 def find_row_counts(model: nn.Module, layers: Iterable[nn.Module], size: int, args: tuple, kwargs: Any) -> set[int]:
     """Return the numbers of rows of layers that see several rows per sample, in the order of the samples.
 
-    A model may fold channels into the batch and flatten them again, which no layer sees. It is therefore run twice
-    with its active adapters: if a roll of the batch rolls the rows of a layer by one sample, they are in order.
+    A model may fold channels into the batch and flatten them again, which no layer sees. It is therefore run twice:
+    if a roll of the batch rolls the rows of a layer, by those of one sample, they are in order.
     """
     roll = partial(_roll, size)
     runs = [_record_inputs(model, layers, *each) for each in ((args, kwargs), tree_map(roll, (args, kwargs)))]
