@@ -392,9 +392,7 @@ def _fits(evidence: Evidence, spec: KANLayerSpec) -> bool:
     try:
         tensor = spec.locate(evidence.probe.layer)
         return tensor.shape[2] >= _FUNCTIONS and False not in evidence.axes(tensor, strict=True)[:2]
-    except Undecided:
-        raise
-    except Exception:  # a pattern that does not fit; foreign code, which does not take several rows
+    except (Undecided, ValueError):
         return False
 
 

@@ -46,6 +46,17 @@ class Undecided(Exception):
     """Nothing can be said about a layer now; the message is the reason."""
 
 
+@contextmanager
+def _foreign_code() -> Iterator[None]:
+    """Turn the errors of a layer, which may raise anything, into `Undecided`."""
+    try:
+        yield
+    except Undecided:
+        raise
+    except Exception as error:
+        raise Undecided(f"the layer raised {type(error).__name__}: {error!s:.120}") from error
+
+
 def remembered(layer: nn.Module, question: tuple[Any, ...], answer: Callable[[], T]) -> T:
     """Return the result of `answer`, computed once for layers of the same class, shapes, settings and inner modules.
 
@@ -160,14 +171,12 @@ class Probe:
                 self.error = self.error or f"for an input {tuple(shape)} it returns {tuple(y.shape)}"
 
     def attempt(self, x: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor | None:
-        """Return the output, or `None` if the layer raises an error."""
+        """Return the output, or `None` if there is none."""
         try:
             with torch.no_grad():
                 return self.run(values or {}, x)
-        except Undecided:
-            raise
-        except Exception as error:  # foreign code, which may raise anything: it wants other arguments
-            self.error = self.error or f"the layer raised {type(error).__name__}: {error!s:.120}"
+        except Undecided as reason:  # it wants another input
+            self.error = self.error or str(reason)
             return None
 
     def make_input(self, shape: Sequence[int]) -> Tensor:
@@ -176,6 +185,7 @@ class Probe:
         share = (steps * 0.6180339887498949).frac().view(*shape)  # of the golden ratio
         return (self.low + (self.high - self.low) * (0.25 + 0.5 * share)).to(self.like)
 
+    @_foreign_code()
     def run(self, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """Return the output, of several the first, with these values of parameters."""
         args = [*self.args] or [x]
@@ -206,6 +216,7 @@ class Evidence:
         self.takes_others = False
         self._exchanged: dict[int, list[tuple[slice, Gradients]]] = {}
 
+    @_foreign_code()
     def gradients(self, x: Tensor | None = None, seed: int = 1, values: Any = None) -> Gradients:
         """Return the gradients of a sum of the outputs, with weights that depend on a seed by a factor for each."""
         leaves = {name: value.requires_grad_() for name, value in (values or self.probe.values).items()}
@@ -305,8 +316,8 @@ class Evidence:
         """
         values = moved(self.probe.values, self.probe.values)
         shape = [*self.x.movedim(self.channel, -1).shape]
-        if self.probe.x is None:
-            shape[:-1] = [4] if len(shape) == 2 else [2, 2]
+        if math.prod(shape[:-1]) < 4:
+            shape[:-1] = [4] if len(shape) == 2 else [2, 2, *[1] * (len(shape) - 3)]
         rows = self.probe.make_input(shape).flatten(0, -2)
         rows[2] = rows[0].roll(1) if shape[-1] > 1 else rows[2]  # which a normalization does not make the same
         rows[1] = (rows[0] + rows[2]) / 2
@@ -314,13 +325,13 @@ class Evidence:
         for last in (2, 0):  # one row or the other: a norm by the extremes of all rows does not notice
             rows[3] = rows[last]
             y = self.probe.attempt(rows.view(*shape).movedim(-1, self.channel), values)
-            if y is None:
+            if y is None or y.dim() != len(shape) or y.numel() != y.shape[self.channel] * len(rows):
                 return False
             results.append(y.movedim(self.channel, -1).flatten(0, -2))
         y, other = results
         rounding = 1e3 * torch.finfo(y.dtype).eps * y.abs().max()
         is_affine = (y[0] - 2 * y[1] + y[2]).abs().max() <= rounding < (y[0] - y[2]).abs().max()
-        return bool(len(y) == len(rows) and (y - other)[:3].abs().max() <= rounding and not is_affine)
+        return bool((y - other)[:3].abs().max() <= rounding and not is_affine)
 
     def stays(self, tensor: CoefficientTensor, name: str, of_edges: bool = False) -> bool:
         """Whether the gradient of coefficients stays, up to factors of outputs or edges, if a parameter is moved."""
