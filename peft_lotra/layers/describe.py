@@ -110,18 +110,19 @@ def compare(layer: nn.Module, spec: KANLayerSpec, *args: Any, **kwargs: Any) -> 
 
     A built-in kind must fit. A user's description is taken at its word, unless gradients verify another layout.
     """
-    tensor = spec.locate(layer)
     if spec.is_of_this_package(layer):
         return Description(spec)
-    find = partial(_compare, layer, spec, tensor, args, kwargs)
+    layouts = () if is_built_in(spec) else spec.locate(layer).parameters.values()
+    find = partial(_compare, layer, spec, args, kwargs)
     try:
-        answer = find() if args else remembered(layer, ("compared", spec.family, *tensor.parameters.values()), find)
+        answer = find() if args or kwargs else remembered(layer, ("compared", spec.family, *layouts), find)
     except Undecided:  # it has no values now, and may have some later
         return Description(spec)
     return answer._replace(spec=spec)  # a user may have changed other fields of it
 
 
-def _compare(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, args: Any, kwargs: Any) -> Description:
+def _compare(layer: nn.Module, spec: KANLayerSpec, args: Any, kwargs: Any) -> Description:
+    tensor = spec.locate(layer)
     probe = Probe(layer, _probed(layer, tensor), spec.read_grid(layer).values(), args, kwargs)
     with probe.isolated():
         evidence, verdict = find_evidence(probe, tensor)

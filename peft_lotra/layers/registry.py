@@ -155,7 +155,8 @@ class FoundKANLayers(Report, list[FoundKANLayer]):
 
     def as_dict(self) -> dict[str, Any]:
         """Return the layers and the modules that may be layers in plain values, for JSON."""
-        return {"layers": [_._asdict() for _ in self], "unrecognized": [_._asdict() for _ in self.unrecognized]}
+        layers = [layer._asdict() for layer in self]
+        return {"layers": layers, "unrecognized": [module._asdict() for module in self.unrecognized]}
 
     def _table(self) -> TextTable:
         rows, notes = [], []

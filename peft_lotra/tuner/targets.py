@@ -173,9 +173,8 @@ def _check_description(name: str, layer: nn.Module, spec: KANLayerSpec) -> None:
 def warn_of_doubts(targets: Mapping[str, Target]) -> None:
     """Warns of parameters of layers of no built-in kind that shape the functions, and of those without effect."""
     doubts = []
-    for name, target in targets.items():
-        is_known = target.spec.is_of_this_package(target.layer)
-        for parameter, reason in () if is_known else describe(target.layer).doubts.items():
+    for name, (layer, spec, _) in targets.items():
+        for parameter, reason in () if is_built_in(spec) else describe(layer).doubts.items():
             if reason in (NOT_LINEAR, UNUSED):
                 doubts.append(f"`{name}.{parameter}`: {reason}")
     if doubts:
