@@ -260,28 +260,27 @@ def is_other(module: nn.Module) -> bool:
 def _tensors(layer: nn.Module) -> dict[str, Tensor]:
     """The matrices and larger parameters that may be coefficients, by name.
 
-    They are the layer's own, and those of linear layers that it holds, in a list or a `Sequential` too. There are none
-    if the layer holds layers of a known kind, or if its other modules, which may make the functions, are larger.
+    They are the layer's own, and those of linear layers that it holds, in a list or a `Sequential` too. A module of a
+    user's class may make the functions. There are none if such a module may be a layer of its own, or is larger.
     """
     own: dict[str, Tensor] = {}
     others = 0
-    linears = []
     for path, module in layer.named_modules():
         holder = layer.get_submodule(path.rpartition(".")[0])
         is_near = "." not in path or (path.count(".") == 1 and type(holder) in (nn.Sequential, nn.ModuleList))
-        is_linear = is_near and isinstance(module, (nn.Linear, nn.ParameterList))
-        weights = {
-            f"{path}.{n}".lstrip("."): v for n, v in module._parameters.items() if v is not None and v.dim() > 1
-        }
-        if is_linear or module is layer:
-            own |= weights
-        elif "parametrizations" not in path and not isinstance(module, _NORMS):
-            others += sum(value.numel() for value in weights.values())
-        if path and is_near:
-            linears.append(module)
-    if others > sum(value.numel() for value in own.values()) or any(map(registered_spec, linears)):
+        weights = [(n, value) for n, value in module._parameters.items() if value is not None and value.dim() > 1]
+        if module is layer or (is_near and isinstance(module, (nn.Linear, nn.ParameterList))):
+            own |= {f"{path}.{n}".lstrip("."): value for n, value in weights}
+        elif weights and "parametrizations" not in path and not isinstance(module, _NORMS):
+            is_of_torch = type(module).__module__.startswith("torch.")
+            if is_of_torch or "." in path or any(value.dim() > 2 for _, value in weights):
+                return {}
+            others += sum(value.numel() for _, value in weights)
+        if path and is_near and registered_spec(module) is not None:
+            return {}
+    if others > sum(value.numel() for value in own.values()):
         return {}
-    return {n: v for n, v in own.items() if v.is_floating_point() and 0 < v.numel() <= _LARGEST}
+    return {n: value for n, value in own.items() if value.is_floating_point() and 0 < value.numel() <= _LARGEST}
 
 
 def _find_description(layer: nn.Module, tensors: Tensors, args: Any, kwargs: Any) -> Description:
@@ -348,11 +347,10 @@ def _find_trials(probe: Probe) -> Iterator[Evidence]:
             takes_others = True
             is_single = is_single and evidence.is_symmetric()
     has_perceptron = any(isinstance(child, nn.Linear) and child.in_features == 1 for child in probe.layer.children())
-    for evidence in (
-        probe.trials(1) if is_single and not has_perceptron else ()
-    ):  # a perceptron of one input is a sum too
-        evidence.takes_others = takes_others
-        yield evidence
+    if is_single and not has_perceptron:  # a perceptron of one input is such a sum too
+        for evidence in probe.trials(1):
+            evidence.takes_others = takes_others
+            yield evidence
 
 
 def _find_coefficients(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | None:

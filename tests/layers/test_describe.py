@@ -245,11 +245,21 @@ def test_a_frozen_layer_is_found_beside_one_that_is_trained():
     assert [layer.shape for layer in find_kan_layers(network)] == [(4, 3, 8), (2, 4, 8)]
 
 
-def test_a_part_that_is_larger_than_the_layer_is_a_network_of_its_own():
-    large = RadialPart(5, 3)
+def test_a_part_that_is_a_network_of_its_own_is_not_looked_into():
+    deep, large = RadialPart(5, 3), RadialPart(5, 3)
+    deep.of = nn.Sequential(Places(5))  # a layer of torch, or one with parts
+    deep.of.functions = deep.of[0].functions
     large.of.more = nn.Parameter(torch.randn(100, 100))
 
-    assert get_kan_spec(large) is None
+    assert get_kan_spec(deep) is get_kan_spec(large) is None
+
+
+def test_a_network_of_one_input_is_not_its_layer():
+    network = nn.Module()
+    network.kan, network.head = Polynomials(1, 64), nn.Linear(64, 10)
+    network.forward = lambda x: network.head(network.kan(x))
+
+    assert [layer.name for layer in find_kan_layers(network)] == ["kan"]
 
 
 def test_a_file_of_another_version_that_left_parameters_out(tmp_path):
