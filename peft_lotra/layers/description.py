@@ -209,8 +209,8 @@ class KANLayerSpec:
             for member in expand_name(layer, name) if "*" in name else (name,):
                 # each forward pass comes here: no call of `get_or_none` for a plain name
                 value: Any = get_or_none(layer, member) if "." in member else getattr(layer, member, None)
-                if isinstance(value, Number) and hasattr(value, "item"):  # of numpy
-                    value = value.item()
+                if isinstance(value, Number):
+                    value = getattr(value, "item", lambda value=value: value)()  # of numpy
                 if value is not None:
                     values[member] = value
         return values

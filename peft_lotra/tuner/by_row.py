@@ -20,7 +20,7 @@ from ..kan.basis import UniformGrid
 from ..kan.formula import LayerFormula
 from ..kan.row_product import PackedTucker, RowGroups, RowProduct, RowUpdates, group_rows
 from ..kan.slim_kan import SlimKANLinear
-from ..modules.calls import attributes_kept, is_tracing, runs_more_than_its_class
+from ..modules.calls import attributes_kept, is_tracing, modes_kept, runs_more_than_its_class, set_mode
 from ..tucker import Tucker, full_shape
 
 
@@ -229,25 +229,42 @@ def find_row_counts(model: nn.Module, layers: Iterable[nn.Module], size: int, ar
     """Return the numbers of rows of layers that see several rows per sample, in the order of the samples.
 
     A model may fold channels into the batch and flatten them again, which no layer sees. It is therefore run twice:
-    if a roll of the batch rolls the rows of a layer, by those of one sample, they are in order.
+    if a roll of the batch rolls the rows of a layer, by those of one sample, they are in order. Noise is added, so
+    that no samples are equal.
     """
-    roll = partial(_roll, size)
-    runs = [_record_inputs(model, layers, *each) for each in ((args, kwargs), tree_map(roll, (args, kwargs)))]
+    noisy = tree_map(partial(_add_noise, size), (args, kwargs))
+    runs = [_record_inputs(model, layers, *each) for each in (noisy, tree_map(partial(_roll, size), noisy))]
     in_order: dict[int, bool] = {}
     for x, rolled in zip(*runs, strict=False):
         rows_per_sample, rest = divmod(len(x), size)
         if not rest and x.shape == rolled.shape:
             expected = x.roll(rows_per_sample, 0)
-            follows = bool((rolled - expected).abs().max() <= 1e-4 * x.abs().max())
-            in_order[len(x)] = follows and in_order.get(len(x), True)
+            rounding = 1e-4 * x.abs().max()
+            # rows that are equal do not show their order
+            shows = bool((expected - x).abs().max() > 10 * rounding)
+            follows = bool((rolled - expected).abs().max() <= rounding)
+            in_order[len(x)] = shows and follows and in_order.get(len(x), True)
     return {count for count, follows in in_order.items() if follows}
 
 
-def _roll(size: int, value: Any) -> Any:
-    """Roll a batch of `size` samples, in the first dimension or the second of three, by one."""
+def _find_batch(size: int, value: Any) -> int | None:
+    """Return the dimension of a batch of `size` samples, the first or the second of three; None if there is none."""
     shape = value.shape if isinstance(value, Tensor) else ()
-    dims = [dim for dim in ((0, 1) if len(shape) == 3 else (0,)) if shape and shape[dim] == size]
-    return value.roll(1, dims[0]) if dims else value
+    dims = [dim for dim in range(2 if len(shape) == 3 else min(len(shape), 1)) if shape[dim] == size]
+    return dims[0] if dims else None
+
+
+def _add_noise(size: int, value: Any) -> Any:
+    if _find_batch(size, value) is None or not value.is_floating_point():
+        return value
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(value.shape, generator=generator, device="cpu").to(value)
+    return value.detach() + noise * (2 * value.detach().abs().max() or 1.0)
+
+
+def _roll(size: int, value: Any) -> Any:
+    dim = _find_batch(size, value)
+    return value if dim is None else value.roll(1, dim)
 
 
 def _record_inputs(model: nn.Module, layers: Iterable[nn.Module], args: tuple, kwargs: Any) -> list[Tensor]:
@@ -259,6 +276,9 @@ def _record_inputs(model: nn.Module, layers: Iterable[nn.Module], args: tuple, k
             stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         stack.enter_context(attributes_kept(model))
         stack.enter_context(FORWARD_PASS.set(None))
+        # in training, dropout would hide the order, and norms would count the samples again
+        stack.enter_context(modes_kept(model))
+        set_mode(model, False)
         with torch.no_grad():
             model(*args, **kwargs)
     return inputs

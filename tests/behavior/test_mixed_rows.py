@@ -123,11 +123,13 @@ def test_channels_of_equal_samples():
     check(mixed(Channels().double()), x)
 
 
-def test_another_order_of_folded_channels_is_refused():
+@pytest.mark.parametrize("x", [torch.rand(6, 5, 3), torch.ones(6, 5, 3), torch.zeros(6, 5, 3) + 1e-3])
+def test_another_order_of_folded_channels_is_refused(x):
+    """Also for samples that are equal, which do not show their order."""
     model = mixed(Channels(order="time, batch, channel").double())
 
     with pytest.raises(ValueError, match="Length of `adapter_names`.*first"):
-        model(torch.rand(6, 5, 3).double(), adapter_names=NAMES)
+        model(x.double(), adapter_names=NAMES)
 
 
 def test_what_a_model_keeps_is_that_of_its_own_pass():
