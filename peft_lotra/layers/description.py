@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from numbers import Number
 from operator import attrgetter
 from typing import Any
@@ -143,58 +144,29 @@ class KANLayerSpec:
         Raises:
             ValueError: A parameter is missing, or a pattern does not fit it.
         """
-        own_parts = self.parts
-        described = [*own_parts]
-        if self.residual and any(
-            get_or_none(layer, name) is not None for name in expand_name(layer, self.residual[0])
-        ):
-            described.append(self.residual)
-        names = [expand_name(layer, name) for name, _ in described]
+        described = [*self.parts]
+        if self.residual is not None:
+            names = expand_name(layer, self.residual[0])
+            if any(get_or_none(layer, name) is not None for name in names):
+                described.append(self.residual)
         problem = (
             f"{type(layer).__name__} was recognized as a KAN layer of the kind {self.family!r}, but its parameter "
         )
-        counts = {name: len(members) for (name, _), members in zip(described, names, strict=True) if "*" in name}
-        if 0 in counts.values() or len(set(counts.values())) > 1:
-            raise ValueError(f"{problem}lists are not as described. Their numbers of members are {counts}.")
-        lengths = [self.axes_of(layer) for _ in range(max(counts.values(), default=1))]  # of each member of a list
-        found: dict[str, tuple[Layout, tuple[int, ...], list[dict[str, int]]]] = {}
-        for position, ((name, pattern), members) in enumerate(zip(described, names, strict=True)):
-            for place, member in enumerate(members):
+        members = []
+        shapes = {}
+        for name, _ in described:
+            members.append(tuple(expand_name(layer, name)))
+            for member in members[-1]:
                 parameter = get_or_none(layer, member)
                 if not isinstance(parameter, torch.Tensor):
                     raise ValueError(f"{problem}`{member}` is not as described. There is no such parameter.")
-                may_share = 0 < position < len(own_parts)
-                layout = parse_layout(pattern, self.groups, parameter.dim(), may_share)
-                if may_share:
-                    layout = layout.beside(found[names[0][0]][0], is_listed="*" in name)
-                own = lengths[place : place + 1] if "*" in name else lengths
-                found[member] = layout, tuple(parameter.shape), own
-
-        def count_open(name: str) -> int:
-            layout, _, (known, *_) = found[name]
-            return max(sum(axis not in known for axis in dim) for dim in layout.dims)
-
-        for name in sorted(found, key=count_open):  # one may settle what another leaves open
-            layout, shape, own = found[name]
-            try:
-                solved = layout.axis_lengths(shape, own[0])
-            except ValueError as error:
-                raise ValueError(f"{problem}`{name}` is not as described. {error}") from error
-            for known in own:
-                known.update(solved | known)
-
-        def located(name: str) -> Member:
-            layout, shape, (known, *_) = found[name]
-            return Member(name, layout, known, shape, layout.canonical_shape(known))
-
-        parts = tuple(tuple(map(located, members)) for members in names)
-        tensor = CoefficientTensor(self.family, parts, len(described) > len(own_parts))
-        outer = {part[0].name: size[:2] for part, size in zip(parts, tensor._sizes, strict=True)}
-        if len(set(outer.values())) > 1:
-            raise ValueError(
-                f"{problem}shapes are not as described. Those of (out, in) must be equal, and are {outer}."
-            )
-        return tensor
+                shapes[member] = tuple(parameter.shape)
+        axes = tuple(self.axes_of(layer).items())
+        kind = self.family, self.groups, len(self.parts)
+        try:
+            return _solve(kind, tuple(map(tuple, described)), tuple(members), tuple(shapes.items()), axes)
+        except ValueError as error:
+            raise ValueError(f"{problem}{error}") from error
 
     def is_of_this_package(self, layer: nn.Module) -> bool:
         """Whether the class of a layer comes with its description, which is then not compared with the layer."""
@@ -250,6 +222,67 @@ class KANLayerSpec:
         values = {name: self.axes_of(layer) if name == "axes" else getattr(self, name) for name in _IN_FILES}
         # lists instead of tuples, as a file gives them back
         return json.loads(json.dumps({name: value for name, value in values.items() if value}))
+
+
+@lru_cache(1024)
+def _solve(
+    kind: tuple[str, str, int],
+    described: tuple[Described, ...],
+    members: tuple[tuple[str, ...], ...],
+    shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    axes: tuple[tuple[str, int], ...],
+) -> CoefficientTensor:
+    """Find the lengths of all axes; the same for all layers of a kind that have the same shapes.
+
+    Args:
+        kind: The family, the axes of groups, and the number of parts without the residual branch.
+        described: Name and pattern of each part, and of the residual branch.
+        members: The parameters of each of them.
+        shapes: The shape of each parameter.
+        axes: The lengths that no shape determines.
+
+    Raises:
+        ValueError: A pattern does not fit.
+    """
+    family, groups, count = kind
+    counts = {name: len(names) for (name, _), names in zip(described, members, strict=True) if "*" in name}
+    if 0 in counts.values() or len(set(counts.values())) > 1:
+        raise ValueError(f"lists are not as described. Their numbers of members are {counts}.")
+
+    lengths = [dict(axes) for _ in range(max(counts.values(), default=1))]  # of each member of a list
+    layouts: dict[str, Layout] = {}
+    known: dict[str, list[dict[str, int]]] = {}  # the lengths that a parameter shares with others
+    for position, ((name, pattern), names) in enumerate(zip(described, members, strict=True)):
+        for place, member in enumerate(names):
+            may_share = 0 < position < count
+            layout = parse_layout(pattern, groups, len(dict(shapes)[member]), may_share)
+            if may_share:
+                layout = layout.beside(layouts[members[0][0]], is_listed="*" in name)
+            layouts[member] = layout
+            known[member] = lengths[place : place + 1] if "*" in name else lengths
+
+    def count_open(member: str) -> int:
+        return max(sum(axis not in known[member][0] for axis in dim) for dim in layouts[member].dims)
+
+    for member in sorted(layouts, key=count_open):  # one may settle what another leaves open
+        try:
+            solved = layouts[member].axis_lengths(dict(shapes)[member], known[member][0])
+        except ValueError as error:
+            raise ValueError(f"`{member}` is not as described. {error}") from error
+        for axis_lengths in known[member]:
+            axis_lengths.update(solved | axis_lengths)
+
+    def located(member: str) -> Member:
+        layout, axis_lengths = layouts[member], known[member][0]
+        shape = layout.canonical_shape(axis_lengths)
+        return Member(member, layout, axis_lengths, dict(shapes)[member], shape)
+
+    parts = tuple(tuple(map(located, names)) for names in members)
+    tensor = CoefficientTensor(family, parts, len(described) > count)
+    outer = {part[0].name: size[:2] for part, size in zip(parts, tensor._sizes, strict=True)}
+    if len(set(outer.values())) > 1:
+        raise ValueError(f"shapes are not as described. Those of (out, in) must be equal, and are {outer}.")
+    return tensor
 
 
 def spec_from_file(family: str, description: Mapping[str, Any]) -> KANLayerSpec:
