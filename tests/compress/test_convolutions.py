@@ -98,7 +98,7 @@ def test_pictures_and_summaries():
             call()
     model = get_peft_model(base, LoTRAConfig(r=(2, 1, 2, 3)))
     for look in (edge_changes, plot_network_change):
-        with pytest.raises(ValueError, match="nor do convolutions.*KAN layers: first"):
+        with pytest.raises(ValueError, match="nor do convolutions"):
             look(model)
     summary = model_summary(model)
     assert summary[0].shape == (6, 2, 4, 9) and summary[0].ranks == (2, 1, 2, 3)

@@ -70,7 +70,6 @@ CALLS = {
     "not loaded": lambda: slim(KAN([6, 8, 4], device="meta"), 2),
     "`steps` is": lambda: LevenbergMarquardt(BASE).fit([(residual, X)], 2.5, progress=False),
     "term": lambda: LevenbergMarquardt(BASE).step(residual),
-    "optimizer_cls": lambda: create_lotra_optimizer(adapt(KAN([3, 2])), "adam", lr=0.1),
     "model_name_or_path": lambda: hotswap_adapter(adapt(KAN([3, 2])), None),
     "coefficients": lambda: peft_lotra.register_kan_layer("x", matches=nn.Linear, coefficients=(1, 2)),
 }
