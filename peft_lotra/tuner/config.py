@@ -260,7 +260,8 @@ class LoTRAConfig(PeftConfig):
                 config = super().from_pretrained(stage, **class_kwargs)
         # what JSON, PEFT and this class raise for files that are cut or altered
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"The configuration of the adapter at {folder} cannot be read: {error}") from error
+            kind = TypeError if "missing required keys" in str(error) else ValueError  # as PEFT has it
+            raise kind(f"The configuration of the adapter at {folder} cannot be read: {error}") from error
         if isinstance(config, LoTRAConfig):
             config.source = Source(path, subfolder, hub_kwargs, bool(others.get("ignore_mismatched_sizes", False)))
         return config
