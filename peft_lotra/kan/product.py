@@ -57,7 +57,9 @@ def spline_product(
 def plain_product(basis: Tensor, weight: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     basis = basis.flatten(1)
     y = F.linear(basis, weight.flatten(1))
-    return y if left is None or right is None else y + F.linear(F.linear(basis, right.flatten(1)), left)
+    if left is None or right is None:
+        return y
+    return torch.addmm(y, F.linear(basis, right.flatten(1)), left.t())
 
 
 def needs_plain_operations(x: Tensor, *others: Tensor | None) -> bool:

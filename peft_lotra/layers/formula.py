@@ -73,8 +73,7 @@ class FormulaReader(NamedTuple):
         if self.is_uniform:
             basis = spec.splines(layer)
         else:
-            derivatives = spec.derivatives or (lambda layer, z, highest: [spec.basis(layer, z)])
-            basis = FunctionBasis(self.tensor.shape[2], partial(derivatives, layer))
+            basis = FunctionBasis(self.tensor.shape[2], partial(_evaluate_basis, spec, layer))
         bias = None if spec.bias is None else get_or_none(layer, spec.bias)
         norm = None if spec.normalization is None else get_or_none(layer, spec.normalization)
         activation = F.silu if self.is_silu else partial(spec.activation, layer)
@@ -93,6 +92,12 @@ class FormulaReader(NamedTuple):
         fits = x.shape[-1:] == self.tensor.shape[1:2] and (x.dim() == 2 or self.is_own)
         same = x.dtype == stored.dtype and all(update.tensor[0].dtype == x.dtype for update in updates)
         return fits and same and not runs_more_than_its_class(layer)
+
+
+def _evaluate_basis(spec: Any, layer: nn.Module, z: Tensor, highest: int) -> list[Tensor]:
+    if spec.basis is not None and (highest == 0 or spec.derivatives is None):
+        return [spec.basis(layer, z)]
+    return spec.derivatives(layer, z, highest)
 
 
 def state_of(layer: nn.Module) -> State:
