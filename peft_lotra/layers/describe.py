@@ -346,9 +346,10 @@ def _find_trials(probe: Probe) -> Iterator[Evidence]:
             yield evidence
             takes_others = True
             is_single = is_single and evidence.is_symmetric()
-    has_perceptron = any(isinstance(child, nn.Linear) and child.in_features == 1 for child in probe.layer.children())
-    if is_single and not has_perceptron:  # a perceptron of one input is such a sum too
-        for evidence in probe.trials(1):
+    linear = [(name, child) for name, child in probe.layer.named_children() if isinstance(child, nn.Linear)]
+    weights = [f"{name}.weight" for name, child in linear if child.in_features == 1]
+    for evidence in probe.trials(1) if is_single else ():
+        if evidence.is_beside(weights):  # a perceptron of one input is such a sum too
             evidence.takes_others = takes_others
             yield evidence
 

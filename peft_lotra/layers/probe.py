@@ -351,6 +351,14 @@ class Evidence:
         others = self.gradients(values=moved(self.probe.values, tensor.names))
         return _is_parallel(*(join(gradients, tensor)[:, :, -1:] for gradients in (self.base, others)))
 
+    def is_beside(self, names: Collection[str]) -> bool:
+        """Whether parameters add to the output: no gradient of another notices that they are moved."""
+        if not names:
+            return True
+        others = self.gradients(values=moved(self.probe.values, names))
+        pairs = [(g, others[name]) for name, g in self.base.items() if g is not None and name not in names]
+        return all(other is not None and _is_same(g, other) for g, other in pairs)
+
     def is_symmetric(self) -> bool:
         """Whether the gradients do not notice an exchange of the inputs: the layer sums over them by broadcasting."""
         rolled = self.gradients(self.x.roll(1, self.channel))

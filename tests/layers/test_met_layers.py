@@ -73,6 +73,26 @@ def test_centers_and_widths_are_no_coefficients_whatever_is_frozen(outputs):
             assert find_kan_layers(nn.Sequential(layer))[0].parameters == ("coefficients",)
 
 
+class WithLinearBase(TrainedGaussians):
+    """Adds a linear layer of the inputs."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.base = nn.Linear(inputs, outputs)
+
+    def forward(self, x):
+        return super().forward(x) + self.base(nn.functional.silu(x))
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("inputs", [1, 2, 5])
+def test_a_linear_layer_beside_functions_is_the_residual_branch_of_one_input_too(inputs, outputs):
+    (found,) = find_kan_layers(nn.Sequential(WithLinearBase(inputs, outputs)))
+
+    assert found.parameters == ("coefficients", "base.weight")
+    assert found.has_residual
+
+
 @pytest.mark.parametrize(
     "make", [PolynomialUnits, partial(PolynomialUnits, turned=True), RadialFunctions, ProjectedChebyshev, SKANLayer]
 )
