@@ -85,7 +85,7 @@ def _units_in_a_row(network: nn.Module) -> list[nn.Module]:
     kept, units = _networks.get(network, ((), None))
     if network._modules and not in_transform():
         kinds = tuple(map(id, REGISTERED.values()))
-        state = kinds, *((id(part), *state_of(part)) for part in network.modules())
+        state = kinds, *state_of(network)
         if state != kept:
             units = _trace(network)
             _networks[network] = state, units

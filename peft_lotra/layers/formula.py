@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -41,11 +41,14 @@ _NEAR = 6 * _BLOCK
 _DISTANCES = (15.0, 500.0, 1e5, 1e8)  # in lengths of the grid
 # What the forward pass of a layer may depend on besides its tensors.
 _SETTINGS = (bool, int, float, str, type(None))
+_OF_TORCH = vars(nn.Module()).keys() - {"training"}
 
 State = tuple[Any, ...]
 
 # For each layer the grid and the formula, None if there is none, by the state in which it was verified.
 _answers: WeakKeyDictionary[nn.Module, dict[State, tuple[Grid, FormulaReader | None]]] = WeakKeyDictionary()
+# Layers that set an attribute when they run, such as a penalty. They have no formula, which would not set it.
+_recorders: WeakSet[nn.Module] = WeakSet()
 
 
 class FormulaReader(NamedTuple):
@@ -101,11 +104,16 @@ def _evaluate_basis(spec: Any, layer: nn.Module, z: Tensor, highest: int) -> lis
 
 
 def state_of(layer: nn.Module) -> State:
-    """Return what a forward pass may depend on besides tensors, in a form that can be compared."""
-    entries = vars(layer).values()
+    """Return what a forward pass may depend on besides parameters and buffers, in a form that can be compared."""
+    entries = [value for name, value in vars(layer).items() if name not in _OF_TORCH]
     settings = [value for value in entries if isinstance(value, _SETTINGS)]
+    others = [
+        (id(value), value._version) for value in entries if isinstance(value, Tensor) and not value.is_inference()
+    ]
     functions = [id(value) for value in entries if callable(value)]
-    return (*settings, *functions, *map(id, layer._modules.values()))
+    children = [child for child in layer._modules.values() if child is not None]
+    inner = [value for child in children for value in (id(child), *state_of(child))]
+    return *settings, *others, *functions, *inner
 
 
 def find_obstacle(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> str | None:
@@ -131,7 +139,7 @@ def find_formula(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor
     The layer and the random generators are left as they were. An answer holds until the grid or a setting changes.
     """
     stored = tensor.get_parameter(layer)
-    if stored.is_meta or find_obstacle(layer, spec, tensor) is not None:
+    if stored.is_meta or layer in _recorders or find_obstacle(layer, spec, tensor) is not None:
         return None
     if spec.is_of_this_package(layer):
         return FormulaReader(spec, tensor, is_own=True)
@@ -143,12 +151,19 @@ def find_formula(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor
         return reader  # in transforms nothing can be compared
 
     reader = None
+    attributes = [(vars(module), dict(vars(module))) for module in layer.modules()]
     with torch.random.fork_rng([stored.device] if stored.is_cuda else []), without_autocast(stored):
         for is_uniform in (True, False):
             try:
                 reader = reader or _verify(layer, spec, tensor, is_uniform)
             except Exception:  # foreign code, which may want more arguments, or other shapes
                 continue
+    for present, before in attributes:
+        for name in [name for name, value in present.items() if value is not before.get(name, present)]:
+            _recorders.add(layer)
+            reader = None
+            del present[name]
+        present.update(before)
     if len(answers) > 8:  # states that come and go
         answers.clear()
     answers[state] = copy_grid(grid), reader
@@ -165,10 +180,16 @@ def _verify(layer: nn.Module, spec: Any, tensor: CoefficientTensor, is_uniform: 
     is_silu = not tensor.has_residual or torch.equal(spec.activation(layer, x), F.silu(x))
     reader = FormulaReader(spec, tensor, is_uniform, is_silu)
 
+    def run() -> tuple[Tensor, Any]:
+        return layer(x), dict(layer.named_buffers())
+
     # with copies of the buffers, which a layer may update as it runs
-    buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
-    expected = call_with_parameters(layer, buffers, layer, (x,), {})
+    before = dict(layer.named_buffers())
+    copies = {name: buffer.clone() for name, buffer in before.items()}
+    expected, after = call_with_parameters(layer, copies, run, (), {})
     result = reader.read(layer).output(x)
+    if not same_grid(before, after):  # the formula would not update them
+        return None
     if result.dtype != expected.dtype or not _agree(result, expected, _TOLERANCE[stored.dtype]):
         return None
     question = "slopes", is_uniform, is_silu, layer.training
@@ -253,11 +274,16 @@ def _agree(result: Tensor, expected: Tensor, tolerance: float, floor: float = 0.
 
 
 def _at_other_parameters(reader: FormulaReader, layer: nn.Module, points: Tensor, compare: Any) -> bool:
-    """Return `compare(formula, layer, x, tolerances)` in float64, at parameters that each have an effect."""
+    """Return `compare(formula, layer, x, tolerances)` in float64, at parameters that each have an effect.
+
+    Buffers outside of the grid are moved too: a mask, or a temperature, may be set later.
+    """
     stored = reader.tensor.get_parameter(layer)
     named = (*layer.named_parameters(), *layer.named_buffers())
     values = {name: value.detach().clone().double() for name, value in named if value.is_floating_point()}
+    buffers = {name for name, _ in layer.named_buffers()}.difference(reader.spec.read_grid(layer))
     movable = {name for name, _ in layer.named_parameters()}.difference(reader.spec.read_grid(layer))
+    values = moved(moved(values, buffers), movable, torch.randn)
 
     def run() -> bool:
         return compare(reader.read(layer), layer, points.to(stored.device), _JET_TOLERANCES[stored.dtype])
@@ -265,7 +291,7 @@ def _at_other_parameters(reader: FormulaReader, layer: nn.Module, points: Tensor
     # compiled code would be compiled once more, for float64
     eager = torch.compiler.set_stance("force_eager")
     with torch.inference_mode(False), torch.no_grad(), eager:
-        return call_with_parameters(layer, moved(values, movable, torch.randn), run, (), {})
+        return call_with_parameters(layer, values, run, (), {})
 
 
 def _has_right_slopes(formula: LayerFormula, layer: nn.Module, x: Tensor, tolerances: Sequence[float]) -> bool:

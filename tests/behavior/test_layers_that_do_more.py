@@ -163,3 +163,71 @@ def test_an_activation_that_is_exchanged_after_the_first_pass_counts(activation)
         exchanged.base_activation = activation()
 
     assert_same_function(model, layer)
+
+
+class Swish(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.beta = 1.0
+
+    def forward(self, x):
+        return nn.functional.silu(self.beta * x) / self.beta
+
+
+def test_a_setting_of_the_activation_that_changes_after_the_first_pass_counts():
+    torch.manual_seed(0)
+    layer = OldEfficientKANLayer(3, 4, base_activation=Swish)
+    model = adapt(copy.deepcopy(layer))
+
+    for changed_layer in (layer, model.base_model.model[0].base_layer):
+        changed_layer.base_activation.beta = 2.0
+
+    assert_same_function(model, layer)
+
+
+class Masked(OldEfficientKANLayer):
+    """Multiplies its outputs by a mask, which is one in a new layer."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features)
+        self.register_buffer("mask", torch.ones(out_features))
+
+    def forward(self, x):
+        return super().forward(x) * self.mask
+
+
+def test_a_buffer_that_is_set_after_the_first_pass_counts():
+    layer = make_layer(Masked)
+    model = adapt(copy.deepcopy(layer))
+
+    for masked in (layer, model.base_model.model[0].base_layer):
+        masked.mask[0] = 0.0
+
+    assert_same_function(model, layer)
+
+
+class Recording(OldEfficientKANLayer):
+    """Keeps a penalty of its last outputs, and counts the rows it has seen."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features)
+        self.penalty = 0.0
+        self.register_buffer("rows", torch.zeros(()))
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.penalty = y.abs().mean()
+        self.rows = self.rows + len(x)
+        return y
+
+
+def test_what_a_layer_keeps_of_a_pass_is_that_of_the_adapted_pass():
+    layer = make_layer(Recording)
+    model = get_peft_model(nn.Sequential(layer), LoTRAConfig(r=2, init_weights=False))
+    x = POINTS[:2]
+
+    assert layer.penalty == 0.0
+    y = model(x)
+
+    assert torch.equal(layer.penalty, y.abs().mean())
+    assert layer.rows == len(x)
