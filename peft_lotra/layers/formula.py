@@ -22,7 +22,7 @@ from ..derivatives.layers import evaluate_layer
 from ..derivatives.torch_fallback import elementwise_derivatives, jet_by_transforms
 from ..kan.basis import SPLINE_ORDERS, UniformGrid, in_transform
 from ..kan.formula import FunctionBasis, LayerFormula
-from ..modules.calls import call_with_parameters, runs_more_than_its_class, without_autocast
+from ..modules.calls import call_with_parameters, is_tracing, runs_more_than_its_class, without_autocast
 from ..tucker import Update
 from .coefficients import CoefficientTensor, get_or_none
 from .describe import is_linear
@@ -79,7 +79,8 @@ class FormulaReader(NamedTuple):
             basis = FunctionBasis(self.tensor.shape[2], partial(_evaluate_basis, spec, layer))
         bias = None if spec.bias is None else get_or_none(layer, spec.bias)
         norm = None if spec.normalization is None else get_or_none(layer, spec.normalization)
-        activation = F.silu if self.is_silu else partial(spec.activation, layer)
+        # compiled code notices when the activation is exchanged, if it is the layer's
+        activation = F.silu if self.is_silu and not is_tracing() else partial(spec.activation, layer)
         return LayerFormula(basis, coefficients, residual, (), spec.scale(layer), bias, activation, norm)
 
     def accepts(

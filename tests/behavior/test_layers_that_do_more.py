@@ -231,3 +231,14 @@ def test_what_a_layer_keeps_of_a_pass_is_that_of_the_adapted_pass():
 
     assert torch.equal(layer.penalty, y.abs().mean())
     assert layer.rows == len(x)
+
+
+def test_compiled_code_notices_that_the_activation_is_exchanged():
+    model = get_peft_model(nn.Sequential(make_layer(OldEfficientKANLayer)), LoTRAConfig(r=2)).eval()
+    compiled = torch.compile(model, backend="eager")
+    compiled(POINTS)
+
+    model.base_model.model[0].base_layer.base_activation = nn.Tanh()
+
+    # before the eager pass, which compares the formula again
+    torch.testing.assert_close(compiled(POINTS), model(POINTS), equal_nan=True)
