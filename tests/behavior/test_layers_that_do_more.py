@@ -237,6 +237,7 @@ def test_compiled_code_notices_that_the_activation_is_exchanged():
     model = get_peft_model(nn.Sequential(make_layer(OldEfficientKANLayer)), LoTRAConfig(r=2)).eval()
     compiled = torch.compile(model, backend="eager")
     compiled(POINTS)
+    model(POINTS)
 
     model.base_model.model[0].base_layer.base_activation = nn.Tanh()
 
