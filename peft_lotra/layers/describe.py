@@ -170,7 +170,7 @@ def is_linear(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -
         return True
 
     def find() -> bool:
-        probe = Probe(layer, tensor.parameters, spec.read_grid(layer).values())
+        probe = Probe(layer, _probed(layer, tensor), spec.read_grid(layer).values())
         with probe.isolated():
             evidence, _ = find_evidence(probe, tensor)
             return evidence is None or evidence.is_linear([*tensor.parameters]) is not False

@@ -184,6 +184,11 @@ def _verify(layer: nn.Module, spec: Any, tensor: CoefficientTensor, is_uniform: 
     def run() -> tuple[Tensor, Any]:
         return layer(x), dict(layer.named_buffers())
 
+    # first with other parameters, which a layer may initialize in place at its first input
+    question = "slopes", is_uniform, is_silu, layer.training
+    if not remembered(layer, question, lambda: _at_other_parameters(reader, layer, points, _has_right_slopes)):
+        return None
+
     # with copies of the buffers, which a layer may update as it runs
     before = dict(layer.named_buffers())
     copies = {name: buffer.clone() for name, buffer in before.items()}
@@ -191,10 +196,7 @@ def _verify(layer: nn.Module, spec: Any, tensor: CoefficientTensor, is_uniform: 
     result = reader.read(layer).output(x)
     if not same_grid(before, after):  # the formula would not update them
         return None
-    if result.dtype != expected.dtype or not _agree(result, expected, _TOLERANCE[stored.dtype]):
-        return None
-    question = "slopes", is_uniform, is_silu, layer.training
-    is_right = remembered(layer, question, lambda: _at_other_parameters(reader, layer, points, _has_right_slopes))
+    is_right = result.dtype == expected.dtype and _agree(result, expected, _TOLERANCE[stored.dtype])
     return reader if is_right else None
 
 
@@ -281,10 +283,12 @@ def _at_other_parameters(reader: FormulaReader, layer: nn.Module, points: Tensor
     """
     stored = reader.tensor.get_parameter(layer)
     named = (*layer.named_parameters(), *layer.named_buffers())
-    values = {name: value.detach().clone().double() for name, value in named if value.is_floating_point()}
-    buffers = {name for name, _ in layer.named_buffers()}.difference(reader.spec.read_grid(layer))
-    movable = {name for name, _ in layer.named_parameters()}.difference(reader.spec.read_grid(layer))
-    values = moved(moved(values, buffers), movable, torch.randn)
+    copies = {name: value.detach().clone() for name, value in named}
+    values = {name: value.double() if value.is_floating_point() else value for name, value in copies.items()}
+    grid = reader.spec.read_grid(layer)
+    buffers = [name for name, value in layer.named_buffers() if value.is_floating_point() and name not in grid]
+    parameters = [name for name, _ in layer.named_parameters() if name not in grid]
+    values = moved(moved(values, buffers), parameters, torch.randn)
 
     def run() -> bool:
         return compare(reader.read(layer), layer, points.to(stored.device), _JET_TOLERANCES[stored.dtype])

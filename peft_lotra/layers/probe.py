@@ -174,7 +174,8 @@ class Probe:
         """Return the output, or `None` if there is none."""
         try:
             with torch.no_grad():
-                return self.run(values or {}, x)
+                # never with those of the layer, which it may initialize in place at its first input
+                return self.run(values or self.values, x)
         except Undecided as reason:  # it wants another input
             self.error = self.error or str(reason)
             return None

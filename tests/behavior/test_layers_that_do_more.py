@@ -14,7 +14,7 @@ from peft import get_peft_model
 from stand_ins import ChebyKANLayer, FastKANLayer, OldEfficientKANLayer
 from torch import nn
 
-from peft_lotra import LoTRAConfig
+from peft_lotra import LoTRAConfig, find_kan_layers
 from peft_lotra.kan import KANLinear, jet
 
 
@@ -231,6 +231,31 @@ def test_what_a_layer_keeps_of_a_pass_is_that_of_the_adapted_pass():
 
     assert torch.equal(layer.penalty, y.abs().mean())
     assert layer.rows == len(x)
+
+
+class Initialized(OldEfficientKANLayer):
+    """Scales its coefficients in place by its first inputs."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features)
+        self.register_buffer("is_ready", torch.tensor(False))
+
+    def forward(self, x):
+        if not self.is_ready:
+            self.spline_weight.data /= 1 + x.std()
+            self.is_ready.fill_(True)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("read", [find_kan_layers, lambda model: get_peft_model(model, LoTRAConfig(r=2))])
+def test_the_first_input_of_a_layer_is_the_users(read):
+    layer = make_layer(Initialized)
+    expected = copy.deepcopy(layer.state_dict())
+
+    read(nn.Sequential(layer))
+
+    for name, value in expected.items():
+        assert torch.equal(layer.state_dict()[name], value), name
 
 
 def test_compiled_code_notices_that_the_activation_is_exchanged():
