@@ -395,8 +395,8 @@ class AdapterBank:
             target = targets[name_in_model]
             cls = SlimBankLayer if isinstance(target.layer, (SlimKANLinear, SlimLayer)) else BankLayer
             if isinstance(layer, LoTRALayer):  # which stays where it is, for PEFT
-                self._before += [(layer, name, None) for name in ("forward", "lotra_bank")]
-                vars(layer)["forward"] = partial(run_in_bank, layer)
+                self._before += [(layer, key, vars(layer).get(key)) for key in ("forward", "lotra_bank")]
+                vars(layer)["forward"] = partial(run_in_bank, layer, layer.forward)
             else:
                 bank_layer = replacements[layer] = cls(*target, name)
                 bank_layer.training = layer.training

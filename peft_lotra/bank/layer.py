@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -44,15 +45,18 @@ def _current_pass() -> BankPass | None:
     return ROWS.get()
 
 
-def run_in_bank(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run a `LoTRALayer` of a network that serves a bank: in passes of the bank, samples have its adapters."""
+def run_in_bank(layer: Any, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Run a `LoTRALayer` of a network that serves a bank.
+
+    In passes of the bank, samples have its adapters. Other passes take `forward`.
+    """
     is_traced = is_tracing()
     traced = layer.lotra_bank.traced_pass  # not None inside of a compiled `BankModel`
     current = traced if is_traced and traced is not None else _current_pass()  # pyright: ignore[reportCallIssue]
     if traced is not None and not is_traced and current is None:
         raise RuntimeError("A compiled bank must be one graph: pass `fullgraph=True` to find the break.")
     if current is None or current.bank is not layer.lotra_bank:
-        return LoTRALayer.forward(layer, *args, **kwargs)
+        return forward(*args, **kwargs)
     groups, name = current.groups, layer.lotra_bank_name
     if groups is None or not current.snapshot.layers[name].width():
         return layer._run((), None, args, kwargs)
@@ -78,7 +82,7 @@ class BankLayer(LoTRALayer):
     lotra_bank_name: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return run_in_bank(self, *args, **kwargs)
+        return run_in_bank(self, super().forward, *args, **kwargs)
 
     def update_layer(self, adapter_name: str, config: Any) -> None:  # PEFT would leave the base trainable
         raise ValueError(

@@ -459,6 +459,19 @@ def test_a_peft_model_goes_on(tmp_path):
     assert torch.equal(model.eval()(X), expected)
 
 
+def test_a_forward_that_was_replaced_stays():
+    """As accelerate replaces it."""
+    model = adapted(net()).eval()
+    layer = model.get_submodule("base_model.model.kan.layers.0")
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+    expected, bank = model(X), AdapterBank(net())
+    bank.attach(model)
+    assert torch.equal(model(X), expected)
+    bank.detach()
+    assert torch.equal(model(X), expected)
+
+
 def test_modes_after_it():
     base = nn.Sequential(KINDS["fast-kan"](), nn.BatchNorm1d(4), KAN([4, 2])).train()
     base[1].eval()
