@@ -43,12 +43,14 @@ class LinearModel:
         in_parameter_space = in_parameter_space or problem.shards.group is not None  # where matrices can be summed
         rows, count = len(residuals), problem.num_parameters
         bytes_of_jacobian = 2 * 8 * rows * count  # and of a scaled copy
-        fits = bytes_of_matrices(rows) + bytes_of_jacobian <= problem.memory
-        self.in_residual_space = rows < count and fits and not in_parameter_space
+        needed = math.inf
+        if rows < count and not in_parameter_space:
+            needed = bytes_of_matrices(rows) + bytes_of_jacobian
+        self.in_residual_space = needed <= problem.memory
         self.jacobian: Any = None
         if bytes_of_jacobian <= problem.memory:
             self.jacobian = residuals.new_empty(rows, count)
-        problem.shards.run(self._accumulate, rows if self.in_residual_space else count)
+        problem.shards.run(self._accumulate, rows if self.in_residual_space else count, needed)
         if self.in_residual_space:
             squares = self.jacobian.norm(dim=0).square()
         else:
@@ -65,10 +67,14 @@ class LinearModel:
         if not self.gradient.any():
             self.error = "the gradient is zero: no parameter has an effect on the residuals."
 
-    def _accumulate(self, size: int) -> None:
-        """Compute J where it is kept, J^T r, and in the space of parameters J^T J."""
+    def _accumulate(self, size: int, in_residuals: float) -> None:
+        """Compute J where it is kept, J^T r, and in the space of parameters J^T J.
+
+        The space of residuals takes `in_residuals` bytes.
+        """
         problem, residuals = self.problem, self.residuals
-        if (needed := bytes_of_matrices(size)) > problem.memory:
+        needed = min(bytes_of_matrices(size), in_residuals)
+        if needed > problem.memory:
             raise ValueError(
                 f"{problem.num_parameters} trainable parameters and {len(residuals)} residuals need "
                 f"{needed / 2**20:.0f} MiB, but `memory` is {problem.memory / 2**20:.0f} MiB. Give more, train fewer "

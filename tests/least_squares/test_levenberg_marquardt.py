@@ -208,6 +208,13 @@ def test_too_many_parameters_for_the_memory():
         LevenbergMarquardt(model, memory=2**24).step(data)
 
 
+def test_the_least_memory_is_asked_for():
+    model, data = network(12), terms(points=20)
+    with pytest.raises(ValueError, match="need 2 MiB"):
+        LevenbergMarquardt(model, memory=2**20).step(data)
+    assert LevenbergMarquardt(model, memory=2 * 2**20).step(data).accepted
+
+
 def test_arguments():
     model = network()
     for wrong in ({"damping": 0.0}, {"damping": math.nan}, {"floor": 2.0}, {"forgetting": 1.0}, {"memory": 1000}):
