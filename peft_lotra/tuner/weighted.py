@@ -92,9 +92,12 @@ def add_weighted_adapter(
     configs[adapter_name] = LoTRAConfig(
         task_type=first.task_type,
         base_model_name_or_path=first.base_model_name_or_path,
+        revision=first.revision,
         rank_pattern={pattern_key(name): total.ranks for name, total in components.items()},
         target_modules=exact_targets(components, model.model),
         adapt_residual=any(configs[adapter].adapt_residual for adapter in adapters),
+        rank_dropout=first.rank_dropout,
+        module_dropout=first.module_dropout,
         train=first.train if is_trained_alike else None,
     )
     try:

@@ -94,6 +94,14 @@ def test_the_scale_of_the_moment_counts():
     assert layer.lotra_alpha["more"] == 1.0
 
 
+def test_a_sum_is_trained_and_loaded_as_its_first_adapter():
+    settings = {"rank_dropout": 0.2, "module_dropout": 0.1, "revision": "v2"}
+    model, _ = two_adapters("own", **settings)
+    model.add_weighted_adapter(["second", "default"], [1.0, 1.0], "sum")
+    config = model.peft_config["sum"]
+    assert {name: getattr(config, name) for name in settings} == settings
+
+
 def test_adapters_with_and_without_the_residual_branch():
     model, layer = two_adapters("own", adapt_residual=False)
     model.add_weighted_adapter(["second", "default"], [1.0, 2.0], "sum")
