@@ -39,9 +39,12 @@ _NAMES_IN_LORA = {
     "target_parameters": "LoTRA finds the parameters of a KAN layer itself: name the layers in `target_modules`.",
 }
 
-
-# What a wrong value would be ignored or misread as.
-_CHOICES = {"init_weights": (True, False, "gradient", "hosvd"), "check_base": (None, "error", "warn", "ignore")}
+# Of these, a wrong value would be ignored or misread.
+_CHOICES = {
+    "adapt_residual": (True, False),
+    "init_weights": (True, False, "gradient", "hosvd"),
+    "check_base": (None, "error", "warn", "ignore"),
+}
 
 
 def _is_record(value: Any) -> bool:
