@@ -45,10 +45,13 @@ class SlimLoTRALayer(LoTRALayer):
         if any(rank > size for rank, size in zip(merged.ranks, merged.shape, strict=True)):
             # no more ranks than sizes, without loss; the QR decomposition does not exist in half precision
             dtype = torch.promote_types(merged.core.dtype, torch.float32)
-            merged = merged.map(lambda part: part.to(dtype)).orthogonal()
+            with without_autocast(merged.core):
+                merged = merged.map(lambda part: part.to(dtype)).orthogonal()
         self._write(merged._asdict())
 
+    @torch.inference_mode(False)
     def _write(self, values: dict[str, torch.Tensor]) -> None:
         for name, value in values.items():
             parameter = getattr(self.base_layer, name)
-            parameter.data = value.detach().to(parameter.dtype)
+            # a copy: a tensor that is made in inference mode could never be trained
+            parameter.data = value.detach().to(parameter.dtype, copy=True)

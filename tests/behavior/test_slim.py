@@ -12,6 +12,7 @@ from peft import get_peft_model
 from stand_ins import FAMILIES, as_model
 
 from peft_lotra import LoTRAConfig, slim, start_from_gradient
+from peft_lotra.kan import SlimKAN
 
 
 X = torch.linspace(-0.9, 0.9, 72).view(12, 6).T.contiguous()
@@ -53,6 +54,16 @@ def test_merges_end_at_the_sizes(small):
     sizes = merged.kan.components.shape
     assert merged.kan.ranks == tuple(map(min, (5 + 4 * 3, 6 + 4 * 3, 3 + 4 * 2), sizes))
     assert merged.kan.ranks[0] == sizes[0]
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)])
+def test_a_merge_in_a_mode_is_exact_and_can_be_trained(mode):
+    model = adapted(SlimKAN([12, 10], ranks=(5, 6, 3)), r=10)  # together more than the sizes
+    y = model(X)
+    with mode:
+        merged = model.merge_and_unload()
+    merged.requires_grad_()(X).sum().backward()
+    assert apart(merged(X), y) < 1e-5 and all(part.grad is not None for part in merged.parameters())
 
 
 def test_merging_and_back(small):
