@@ -158,7 +158,8 @@ class _FixedParameters(dict):
     """
 
     def __setitem__(self, name: str, value: Any) -> None:
-        if not (isinstance(value, nn.Parameter) and _is_same(value, self[name])):
+        present = self.get(name)
+        if present is None or not isinstance(value, nn.Parameter) or not _is_same(value, present):
             super().__setitem__(name, value)
 
 
@@ -182,6 +183,7 @@ def _exchangeable(owners: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
         yield
     finally:
         for entries, name, parameters, view in before:
+            parameters.update(entries["_parameters"])  # others may have been assigned
             entries["_parameters"] = parameters
             if view is not None:
                 entries[name] = view

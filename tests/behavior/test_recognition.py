@@ -153,6 +153,24 @@ class MovedSplines(OldEfficientKANLayer):
         return super().forward(x)
 
 
+class Counted(Powers):
+    """Has another parameter in each forward pass."""
+
+    def forward(self, x):
+        self.passes = nn.Parameter(getattr(self, "passes", torch.zeros(())) + 1, requires_grad=False)
+        return super().forward(x)
+
+
+def test_parameters_that_forward_makes():
+    x = torch.rand(6, 3)
+    model = get_peft_model(nn.Sequential(Counted(3, 4)), LoTRAConfig(r=2))
+    layer = model.base_model.model[0].get_base_layer()
+    before = getattr(layer, "passes", 0)
+    for passes in (1, 2):
+        model(x)
+        assert layer.passes == before + passes
+
+
 @pytest.mark.parametrize("cls", [Moved, MovedData, MovedSplines])
 def test_parameters_that_forward_assigns(cls, tmp_path):
     x = torch.rand(6, 3)
