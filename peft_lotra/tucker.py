@@ -170,7 +170,8 @@ def direct_sum(tensors: Sequence[Tucker]) -> Tucker:
     """Return the exact sum of Tucker tensors of one shape; the ranks add, since the cores are blocks of one core."""
     columns = zip(*(tensor.factors for tensor in tensors), strict=True)
     factors = [torch.cat(of_mode, dim=1) for of_mode in columns]
-    core = factors[0].new_zeros([factor.shape[1] for factor in factors])
+    # `vmap` over the cores of the last tensor needs zeros like these
+    core = tensors[-1].core.new_zeros([factor.shape[1] for factor in factors])
     first = [0] * core.dim()
     for tensor in tensors:
         last = list(map(add, first, tensor.ranks))

@@ -66,6 +66,14 @@ def test_a_merge_in_a_mode_is_exact_and_can_be_trained(mode):
     assert apart(merged(X), y) < 1e-5 and all(part.grad is not None for part in merged.parameters())
 
 
+def test_vmap_over_the_cores_of_adapters(small):
+    model = tuned(small)
+    cores = {name: part.detach() for name, part in model.named_parameters() if ".lotra_core." in name}
+    several = {name: torch.stack([core, 2 * core]) for name, core in cores.items()}
+    y = torch.func.vmap(lambda cores: torch.func.functional_call(model, cores, (X,)))(several)
+    assert apart(y[0], model(X)) < 1e-5 < apart(y[1], y[0])
+
+
 def test_merging_and_back(small):
     model = tuned(small)
     add(model, "other")
