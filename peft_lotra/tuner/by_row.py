@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -213,7 +213,8 @@ def _count_rows(layer: str, batch: MixedBatch, args: tuple, kwargs: dict[str, An
     )
     is_in_order = not rest and (is_view or len(set(batch.read_adapters())) == 1)
     if not rest and not is_in_order:
-        batch.row_counts.update(batch.find_row_counts())
+        with suppress(Exception):  # a model may refuse noise
+            batch.row_counts.update(batch.find_row_counts())
         is_in_order = len(x) in batch.row_counts
     if not is_in_order:
         raise ValueError(
@@ -259,7 +260,8 @@ def _add_noise(size: int, value: Any) -> Any:
         return value
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(value.shape, generator=generator, device="cpu").to(value)
-    return value.detach() + noise * (2 * value.detach().abs().max() or 1.0)
+    value = value.detach().nan_to_num(0.0, 0.0, 0.0)
+    return value + noise * (2 * value.abs().max() or 1.0)
 
 
 def _roll(size: int, value: Any) -> Any:

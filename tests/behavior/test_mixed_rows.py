@@ -132,6 +132,27 @@ def test_another_order_of_folded_channels_is_refused(x):
         model(x.double(), adapter_names=NAMES)
 
 
+def test_a_sample_that_is_not_finite_spoils_no_other():
+    model, x = mixed(Channels().double()), torch.rand(6, 5, 3).double()
+    expected = model(x, adapter_names=NAMES)
+    x[2, 1, 1] = torch.nan
+
+    y = model(x, adapter_names=NAMES)
+
+    torch.testing.assert_close(y[3:], expected[3:])
+
+
+def test_a_model_that_refuses_the_noise_for_the_order():
+    model, x = mixed(Channels().double()), torch.rand(6, 5, 3).double()
+
+    def check_range(module, args):
+        assert args[0].min() >= 0
+
+    model.get_base_model().register_forward_pre_hook(check_range)
+    with pytest.raises(ValueError, match="Length of `adapter_names`.*first"):
+        model(x, adapter_names=NAMES)
+
+
 def test_what_a_model_keeps_is_that_of_its_own_pass():
     model, x = mixed(Channels().double()), torch.rand(6, 5, 3).double()
 
