@@ -360,7 +360,14 @@ class BankLevenbergMarquardt(_BankOptimizer):
         current = BankPass(self.bank, self.bank.snapshot._replace(packed=packed), groups, set())
         with ROWS.set(current), Intercepted():
             values = call_with_parameters(self.model, in_double(self.model), partial(function, self.model), args, {})
-        values = check_residuals(values, name, len(rows[0]))
+        count = len(rows[0])
+        values = check_residuals(values, name, count)
+        if values.shape == (count, count) and count > 1:
+            first = RowGroups(groups.of_rows()[:1])
+            if self._call(name, function, [row[:1] for row in rows], packed, first).shape[1] != count:
+                raise ValueError(
+                    f"The {name} returns ({count}, {count}): values (n, 1) minus data (n,) are all pairs; squeeze one."
+                )
         if packed.requires_grad and not values.requires_grad:
             raise ValueError(f"The {name} does not depend on the adapters: is the bank attached to its model?")
         return values.to(packed)

@@ -386,11 +386,18 @@ def test_what_least_squares_refuse():
         ([(error, (x, y), ids, -1.0)], "weight"),
         ([(lambda model, x: model(x).mean(), x, ids)], r"\(8,\)"),
         ([(lambda model, x: x, x, ids)], "depend"),
+        ([(lambda model, x, y: model(x) - y, (x, y), ids)], "all pairs"),
         ([], "no residual terms"),
     ):
         with pytest.raises(ValueError, match=word):
             optimizer.step(terms)
     assert torch.equal(bank.snapshot.packed, before)
+
+
+def test_as_many_residuals_of_a_row_as_rows():
+    bank, model, _ = prepared(KAN([3, 5, 4]))
+    record = BankLevenbergMarquardt(model).step([(lambda model, x: model(x), X[:4], bank.ids(["a"] * 4))])
+    assert record.accepted[bank.ids(["a"])]
 
 
 def test_steps_after_the_end_do_not_change_the_bank():
