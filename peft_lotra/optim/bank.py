@@ -130,6 +130,8 @@ class BankAdamW(_BankOptimizer):
         weight_decay: float = 1e-2,
     ) -> None:
         check_number(lr, "lr", "(0, inf)")
+        for beta in betas:
+            check_number(beta, "betas", "[0, 1)")
         rates: list[Tensor] = []
         for layer in bank.snapshot.layers.values():
             widths = {"factor_out": layer.shape[0], "factor_in": layer.shape[1]}

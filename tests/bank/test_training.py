@@ -202,7 +202,8 @@ def test_the_best_values_and_early_stopping():
 
 def test_what_training_refuses():
     bank, model, _ = prepared(KAN([3, 4, 2]))
-    for options, word in (({"names": ["nobody"]}, "nobody"), ({"lr": 0.0}, "lr"), ({"policy": {"core": -1}}, "core")):
+    refused = {"nobody": {"names": ["nobody"]}, "lr": {"lr": 0.0}, "core": {"policy": {"core": -1}}}
+    for word, options in {**refused, "betas": {"betas": (0.9, 1.5)}}.items():
         with pytest.raises(ValueError, match=word):
             BankAdamW(bank, **{"lr": 1e-2, **options})
     bank.add("d", LoTRAConfig(r=1))  # nothing is in training
