@@ -104,9 +104,13 @@ def _evaluate_basis(spec: Any, layer: nn.Module, z: Tensor, highest: int) -> lis
     return spec.derivatives(layer, z, highest)
 
 
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
+
+
 def state_of(layer: nn.Module) -> State:
     """Return what a forward pass may depend on besides parameters and buffers, in a form that can be compared."""
-    entries = [value for name, value in vars(layer).items() if name not in _OF_TORCH]
+    entries = _own_attributes(layer).values()
     settings = [value for value in entries if isinstance(value, _SETTINGS)]
     others = [
         (id(value), value._version) for value in entries if isinstance(value, Tensor) and not value.is_inference()
@@ -152,7 +156,8 @@ def find_formula(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor
         return reader  # in transforms nothing can be compared
 
     reader = None
-    attributes = [(vars(module), dict(vars(module))) for module in layer.modules()]
+    # without torch's own, which another thread may exchange meanwhile
+    attributes = [(vars(module), _own_attributes(module)) for module in layer.modules()]
     with torch.random.fork_rng([stored.device] if stored.is_cuda else []), without_autocast(stored):
         for is_uniform in (True, False):
             try:
@@ -160,7 +165,9 @@ def find_formula(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor
             except Exception:  # foreign code, which may want more arguments, or other shapes
                 continue
     for present, before in attributes:
-        for name in [name for name, value in present.items() if value is not before.get(name, present)]:
+        names = present.keys() - _OF_TORCH
+        changed = [name for name in names if present[name] is not before.get(name, present)]
+        for name in changed:
             _recorders.add(layer)
             reader = None
             del present[name]
