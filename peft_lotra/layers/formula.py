@@ -22,7 +22,14 @@ from ..derivatives.layers import evaluate_layer
 from ..derivatives.torch_fallback import elementwise_derivatives, jet_by_transforms
 from ..kan.basis import SPLINE_ORDERS, UniformGrid, in_transform
 from ..kan.formula import FunctionBasis, LayerFormula
-from ..modules.calls import call_with_parameters, is_tracing, runs_more_than_its_class, without_autocast
+from ..modules.calls import (
+    attributes_kept,
+    call_with_parameters,
+    is_tracing,
+    own_attributes,
+    runs_more_than_its_class,
+    without_autocast,
+)
 from ..tucker import Update
 from .coefficients import CoefficientTensor, get_or_none
 from .describe import is_linear
@@ -41,7 +48,6 @@ _NEAR = 6 * _BLOCK
 _DISTANCES = (15.0, 500.0, 1e5, 1e8)  # in lengths of the grid
 # What the forward pass of a layer may depend on besides its tensors.
 _SETTINGS = (bool, int, float, str, type(None))
-_OF_TORCH = vars(nn.Module()).keys() - {"training"}
 
 State = tuple[Any, ...]
 
@@ -104,13 +110,9 @@ def _evaluate_basis(spec: Any, layer: nn.Module, z: Tensor, highest: int) -> lis
     return spec.derivatives(layer, z, highest)
 
 
-def _own_attributes(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
-
-
 def state_of(layer: nn.Module) -> State:
     """Return what a forward pass may depend on besides parameters and buffers, in a form that can be compared."""
-    entries = _own_attributes(layer).values()
+    entries = own_attributes(layer).values()
     settings = [value for value in entries if isinstance(value, _SETTINGS)]
     others = [
         (id(value), value._version) for value in entries if isinstance(value, Tensor) and not value.is_inference()
@@ -118,7 +120,7 @@ def state_of(layer: nn.Module) -> State:
     functions = [id(value) for value in entries if callable(value)]
     children = [child for child in layer._modules.values() if child is not None]
     inner = [value for child in children for value in (id(child), *state_of(child))]
-    return *settings, *others, *functions, *inner
+    return layer.training, *settings, *others, *functions, *inner
 
 
 def find_obstacle(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> str | None:
@@ -156,22 +158,16 @@ def find_formula(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor
         return reader  # in transforms nothing can be compared
 
     reader = None
-    # without torch's own, which another thread may exchange meanwhile
-    attributes = [(vars(module), _own_attributes(module)) for module in layer.modules()]
-    with torch.random.fork_rng([stored.device] if stored.is_cuda else []), without_autocast(stored):
+    generators = torch.random.fork_rng([stored.device] if stored.is_cuda else [])
+    with attributes_kept(layer) as has_set, generators, without_autocast(stored):
         for is_uniform in (True, False):
             try:
                 reader = reader or _verify(layer, spec, tensor, is_uniform)
             except Exception:  # foreign code, which may want more arguments, or other shapes
                 continue
-    for present, before in attributes:
-        names = present.keys() - _OF_TORCH
-        changed = [name for name in names if present[name] is not before.get(name, present)]
-        for name in changed:
+        if has_set():
             _recorders.add(layer)
             reader = None
-            del present[name]
-        present.update(before)
     if len(answers) > 8:  # states that come and go
         answers.clear()
     answers[state] = copy_grid(grid), reader

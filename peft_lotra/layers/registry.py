@@ -261,10 +261,9 @@ def record_arguments(
 ) -> dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]:
     """Run a model once in evaluation mode; return the arguments of the first call of each module.
 
-    The modes, buffers, kept tensors and random generators are put back.
+    The modes, buffers, attributes and random generators are put back, also if the model raises.
     """
     recorded: dict[nn.Module, Any] = {}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {value.device for value in model.parameters() if value.is_cuda}
     with ExitStack() as stack:
         stack.enter_context(modes_kept(model))
@@ -274,10 +273,10 @@ def record_arguments(
             keep = lambda module, args, kwargs: recorded.setdefault(module, (args, kwargs)) and None  # noqa: E731
             stack.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
         set_mode(model, False)
-        with torch.no_grad():
-            model(*inputs, **kwargs)
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        stack.enter_context(torch.no_grad())
+        for buffer in model.buffers():
+            stack.callback(buffer.copy_, buffer.clone())
+        model(*inputs, **kwargs)
     return recorded
 
 

@@ -100,27 +100,41 @@ def set_mode(module: nn.Module, training: bool) -> None:
         set_mode(child, training)
 
 
+# Attributes of torch, and what an adapted layer knows of its grid and inputs.
+_OF_MODULES = vars(nn.Module()).keys() | {"_grid_state", "_has_seen_inputs"}
+
+
+def own_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes of a module that are not of torch, such as settings and what a forward pass keeps."""
+    return {name: value for name, value in vars(module).items() if name not in _OF_MODULES}
+
+
 @contextmanager
-def attributes_kept(model: Callable) -> Iterator[None]:
-    """Restores the attributes in which modules keep tensors of a forward pass (pykan).
+def attributes_kept(model: Callable) -> Iterator[Callable[[], bool]]:
+    """Restore the attributes that modules set in a forward pass, such as tensors in pykan, or counters.
 
-    Those of a `torch.func` transform cannot be used after it.
+    Tensors of a `torch.func` transform cannot be used after it.
+
+    Yields:
+        A function that tells whether an attribute was set.
     """
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    before = [(vars(module), dict(vars(module))) for module in modules]
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    before = [own_attributes(module) for module in modules]
+
+    def has_set() -> bool:
+        for module, attributes in zip(modules, before, strict=True):
+            present = own_attributes(module)
+            if any(value is not attributes.get(name, present) for name, value in present.items()):
+                return True
+        return False
+
     try:
-        yield
+        yield has_set
     finally:
-        for entries, kept in before:
-            changed = {name for name, value in entries.items() if value is not kept.get(name) and _holds_tensor(value)}
-            entries.update({name: kept[name] for name in changed & kept.keys()})
-            for name in changed - kept.keys():
-                del entries[name]
-
-
-def _holds_tensor(value: Any) -> bool:
-    """Whether a value is a tensor, or a list with one."""
-    return isinstance(value, torch.Tensor) or (isinstance(value, (list, tuple)) and any(map(_holds_tensor, value)))
+        for module, attributes in zip(modules, before, strict=True):
+            for name in own_attributes(module).keys() - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)
 
 
 class LayerLock:

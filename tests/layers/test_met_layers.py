@@ -26,6 +26,7 @@ from stand_ins import (
 from torch import nn
 
 from peft_lotra import LoTRAConfig, check_kan_layer, find_kan_layers, register_kan_layer
+from peft_lotra.kan import KANLinear
 
 
 SIZES = [(20, 20), (20, 3), (20, 16), (20, 1), (16, 20), (12, 24), (7, 5), (1, 4), (1, 1), (2, 1), (2, 2), (24, 12)]
@@ -199,6 +200,36 @@ def test_a_model_is_left_as_it_was_by_the_run():
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(module.training and not module._forward_pre_hooks for module in model.modules())
     assert not hasattr(model, "last")
+
+
+class Counting(nn.Module):
+    """Counts its passes, keeps the last output, and refuses more than four samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.layer = nn.BatchNorm1d(3), KANLinear(3, 4)
+        self.register_buffer("steps", torch.zeros(()))
+        self.passes = 0
+
+    def forward(self, x):
+        self.passes += 1
+        self.steps += 1
+        self.last = self.layer(self.norm(x))
+        assert len(x) <= 4
+        return self.last
+
+
+@pytest.mark.parametrize("samples", [4, 5])
+def test_counters_and_buffers_are_left_as_they_were_also_by_a_run_that_fails(samples):
+    model = Counting()
+
+    if samples == 4:
+        find_kan_layers(model, torch.rand(samples, 3))
+    else:
+        with pytest.raises(AssertionError):
+            find_kan_layers(model, torch.rand(samples, 3))
+
+    assert model.passes == model.steps == 0 and not hasattr(model, "last") and model.training
 
 
 class Edges(nn.Module):
