@@ -85,8 +85,10 @@ class FormulaReader(NamedTuple):
             basis = FunctionBasis(self.tensor.shape[2], partial(_evaluate_basis, spec, layer))
         bias = None if spec.bias is None else get_or_none(layer, spec.bias)
         norm = None if spec.normalization is None else get_or_none(layer, spec.normalization)
+        activation: Any = F.silu
         # compiled code notices when the activation is exchanged, if it is the layer's
-        activation = F.silu if self.is_silu and not is_tracing() else partial(spec.activation, layer)
+        if residual is not None and (not self.is_silu or is_tracing()):
+            activation = partial(spec.activation, layer)
         return LayerFormula(basis, coefficients, residual, (), spec.scale(layer), bias, activation, norm)
 
     def accepts(
