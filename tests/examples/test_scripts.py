@@ -27,7 +27,7 @@ def test_each_study_says_what_it_needs_and_takes_and_writes(path):
     assert "command_line.Parser" in [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
 
 
-@pytest.mark.parametrize("name", ["adapt", "compress", "own_family", "pde"])
+@pytest.mark.parametrize("name", ["adapt", "own_kind", "pde"])
 def test_scripts_to_copy_are_short(name):
     text = (ROOT / "examples" / f"{name}.py").read_text()
     assert len(text.splitlines()) <= 70 and max(map(len, text.splitlines())) <= 80 and "\nNOTES = " in text
