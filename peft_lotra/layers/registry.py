@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..modules.calls import PREFIX, attributes_kept, modes_kept, read_at_rest, set_mode, unwrap
+from ..modules.calls import PREFIX, evaluating_without_trace, read_at_rest, unwrap
 from ..modules.report import Report, TextTable
 from .describe import UnrecognizedModule, describe, is_other, may_be_kan, suggest_registration
 from .description import (
@@ -259,23 +259,13 @@ def unrecognized_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> l
 def record_arguments(
     model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Run a model once in evaluation mode; return the arguments of the first call of each module.
-
-    The modes, buffers, attributes and random generators are put back, also if the model raises.
-    """
+    """Run a model once in evaluation mode, without a trace; return the arguments of the first call of each module."""
     recorded: dict[nn.Module, Any] = {}
-    devices = {value.device for value in model.parameters() if value.is_cuda}
     with ExitStack() as stack:
-        stack.enter_context(modes_kept(model))
-        stack.enter_context(attributes_kept(model))
-        stack.enter_context(torch.random.fork_rng(list(devices)))
+        stack.enter_context(evaluating_without_trace(model))
         for module in model.modules():
             keep = lambda module, args, kwargs: recorded.setdefault(module, (args, kwargs)) and None  # noqa: E731
             stack.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
-        set_mode(model, False)
-        stack.enter_context(torch.no_grad())
-        for buffer in model.buffers():
-            stack.callback(buffer.copy_, buffer.clone())
         model(*inputs, **kwargs)
     return recorded
 

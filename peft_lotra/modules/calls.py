@@ -137,6 +137,31 @@ def attributes_kept(model: Callable) -> Iterator[Callable[[], bool]]:
             vars(module).update(attributes)
 
 
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Restore the values of buffers, such as running statistics and counters."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+@contextmanager
+def evaluating_without_trace(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode without gradients; its passes leave no trace, also if they raise.
+
+    Modes, buffers, attributes and random generators are put back.
+    """
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    generators = torch.random.fork_rng(list(devices))
+    with modes_kept(model), buffers_kept(model), attributes_kept(model), generators, torch.no_grad():
+        set_mode(model, False)
+        yield
+
+
 class LayerLock:
     """A re-entrant lock around temporary parameter swaps; a copied, or unpickled, layer gets a new one."""
 

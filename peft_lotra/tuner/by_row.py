@@ -20,7 +20,7 @@ from ..kan.basis import UniformGrid
 from ..kan.formula import LayerFormula
 from ..kan.row_product import PackedTucker, RowGroups, RowProduct, RowUpdates, group_rows
 from ..kan.slim_kan import SlimKANLinear
-from ..modules.calls import attributes_kept, is_tracing, modes_kept, runs_more_than_its_class, set_mode
+from ..modules.calls import evaluating_without_trace, is_tracing, runs_more_than_its_class
 from ..tucker import Tucker, full_shape
 
 
@@ -104,18 +104,26 @@ def check_names(names: Any) -> tuple[str, ...]:
 def check_batch(count: int, args: tuple, kwargs: dict[str, Any]) -> None:
     """Raise a ValueError unless the inputs of a model have `count` rows, one for each adapter that is named.
 
-    An input has the rows in its first dimension, or in the second of three, as recurrent networks do; there one
-    adapter would also fit a single channel. Vectors count only where there is nothing else.
+    Vectors count only where there is nothing else.
     """
     tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor) and value.dim()]
     tensors = [tensor for tensor in tensors if tensor.dim() > 1] or tensors
-    sizes = [tensor.shape[0] for tensor in tensors]
-    sizes += [tensor.shape[1] for tensor in tensors if tensor.dim() == 3 and count != 1]
-    if tensors and count not in sizes:
+    if tensors and all(_find_batch(count, tensor) is None for tensor in tensors):
         raise ValueError(
-            f"Length of `adapter_names` should be the same as the number of inputs, but got {count} and {sizes[0]} "
-            "respectively. Pass an adapter for each row, such as `[name] * len(x)`."
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{count} and {len(tensors[0])} respectively. Pass an adapter for each row, such as `[name] * len(x)`."
         )
+
+
+def _find_batch(size: int, value: Any) -> int | None:
+    """Return the dimension of a batch of `size` samples; None if there is none.
+
+    It is the first, or the second of three, as in recurrent networks. There one sample would also be a channel.
+    """
+    shape = value.shape if isinstance(value, Tensor) else ()
+    first_two = len(shape) == 3 and size != 1
+    dims = [dim for dim in range(2 if first_two else min(len(shape), 1)) if shape[dim] == size]
+    return dims[0] if dims else None
 
 
 def pass_names(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -248,13 +256,6 @@ def find_row_counts(model: nn.Module, layers: Iterable[nn.Module], size: int, ar
     return {count for count, follows in in_order.items() if follows}
 
 
-def _find_batch(size: int, value: Any) -> int | None:
-    """Return the dimension of a batch of `size` samples, the first or the second of three; None if there is none."""
-    shape = value.shape if isinstance(value, Tensor) else ()
-    dims = [dim for dim in range(2 if len(shape) == 3 else min(len(shape), 1)) if shape[dim] == size]
-    return dims[0] if dims else None
-
-
 def _add_noise(size: int, value: Any) -> Any:
     if _find_batch(size, value) is None or not value.is_floating_point():
         return value
@@ -276,13 +277,10 @@ def _record_inputs(model: nn.Module, layers: Iterable[nn.Module], args: tuple, k
         for layer in layers:
             hook = lambda module, args, kwargs: inputs.append(args[0] if args else next(iter(kwargs.values())))  # noqa: E731
             stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        stack.enter_context(attributes_kept(model))
         stack.enter_context(FORWARD_PASS.set(None))
-        # in training, dropout would hide the order, and norms would count the samples again
-        stack.enter_context(modes_kept(model))
-        set_mode(model, False)
-        with torch.no_grad():
-            model(*args, **kwargs)
+        # in training, dropout would hide the order
+        stack.enter_context(evaluating_without_trace(model))
+        model(*args, **kwargs)
     return inputs
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..layers.coefficients import CoefficientTensor
-from ..modules.calls import modes_kept, unwrap
+from ..modules.calls import buffers_kept, modes_kept, unwrap
 from ..modules.checks import check_function
 from .initialization import initialize
 from .layer import check_unmerged, lotra_layers
@@ -143,16 +143,11 @@ def gather_gradients(
 
 @contextmanager
 def _left_as_it_was(model: nn.Module):
-    """Restores gradients, requires_grad, training mode and buffers (running statistics)."""
+    """Restore gradients, requires_grad, training mode and buffers."""
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-
     try:
-        with modes_kept(model):
+        with modes_kept(model), buffers_kept(model):
             yield
     finally:
         for parameter, requires_grad, grad in parameters:
             parameter.requires_grad_(requires_grad).grad = grad
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
