@@ -23,7 +23,7 @@ from ..kan.network import is_norm
 from ..modules.calls import attributes_kept, is_tracing
 from .coefficients import CoefficientTensor
 from .description import REGISTERED, KANLayerSpec
-from .formula import State, find_formula, has_jets, state_of
+from .formula import State, find_formula, state_of
 from .registry import get_kan_spec
 
 
@@ -45,8 +45,8 @@ def find_stages(module: nn.Module) -> list[Stage] | None:
 def formula_of(layer: nn.Module) -> LayerFormula | None:
     """Return the formula of a KAN layer of any library without adapters; `None` if it has none."""
     target = _locate(layer)
-    reader = target and find_formula(layer, *target)
-    if reader is None or not has_jets(reader, layer):
+    reader = target and find_formula(layer, *target, for_jets=True)
+    if reader is None:
         return None
     formula = reader.read(layer)
     grid = reader.spec.read_grid(layer)

@@ -142,41 +142,52 @@ def find_obstacle(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTenso
 
 
 @torch.no_grad()
-def find_formula(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> FormulaReader | None:
+def find_formula(
+    layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, for_jets: bool = False
+) -> FormulaReader | None:
     """Return the formula that gives what the layer computes in its present mode; None if there is none.
 
     The layer and the random generators are left as they were. An answer holds until the grid or a setting changes.
+
+    Args:
+        layer: The layer.
+        spec, tensor: Its kind, and where it keeps its coefficients.
+        for_jets: Whether the jets of the formula must be those of the layer, too. They are not if `basis` mixes the
+            inputs, as a norm does that the kind does not name, or if `derivatives` is wrong.
     """
     stored = tensor.get_parameter(layer)
-    if stored.is_meta or layer in _recorders or find_obstacle(layer, spec, tensor) is not None:
+    if stored.is_meta or layer in _recorders or runs_more_than_its_class(layer):
         return None
     if spec.is_of_this_package(layer):
-        return FormulaReader(spec, tensor, is_own=True)
+        return FormulaReader(spec, tensor, is_own=True) if find_obstacle(layer, spec, tensor) is None else None
     answers = _answers.setdefault(layer, {})
     grid = spec.read_grid(layer)
-    state = (id(spec), stored.dtype, state_of(layer))
+    state = (id(spec), for_jets, stored.dtype, state_of(layer))
     verified_on, reader = answers.get(state, ({}, None))
     if in_transform() or (state in answers and same_grid(verified_on, grid)):
         return reader  # in transforms nothing can be compared
 
     reader = None
-    generators = torch.random.fork_rng([stored.device] if stored.is_cuda else [])
-    with attributes_kept(layer) as has_set, generators, without_autocast(stored):
-        for is_uniform in (True, False):
-            try:
-                reader = reader or _verify(layer, spec, tensor, is_uniform)
-            except Exception:  # foreign code, which may want more arguments, or other shapes
-                continue
-        if has_set():
-            _recorders.add(layer)
-            reader = None
+    if find_obstacle(layer, spec, tensor) is None:
+        generators = torch.random.fork_rng([stored.device] if stored.is_cuda else [])
+        with attributes_kept(layer) as has_set, generators, without_autocast(stored):
+            for is_uniform in (True, False):
+                try:
+                    reader = reader or _verify(layer, spec, tensor, is_uniform, for_jets)
+                except Exception:  # foreign code, which may want more arguments, or other shapes
+                    continue
+            if has_set():
+                _recorders.add(layer)
+                reader = None
     if len(answers) > 8:  # states that come and go
         answers.clear()
     answers[state] = copy_grid(grid), reader
     return reader
 
 
-def _verify(layer: nn.Module, spec: Any, tensor: CoefficientTensor, is_uniform: bool) -> FormulaReader | None:
+def _verify(
+    layer: nn.Module, spec: Any, tensor: CoefficientTensor, is_uniform: bool, for_jets: bool
+) -> FormulaReader | None:
     ends = _grid_ends(layer, spec, tensor, is_uniform)
     if ends is None:
         return None
@@ -190,9 +201,10 @@ def _verify(layer: nn.Module, spec: Any, tensor: CoefficientTensor, is_uniform: 
         return layer(x), dict(layer.named_buffers())
 
     # first with other parameters, which a layer may initialize in place at its first input
-    question = "slopes", is_uniform, is_silu, layer.training
-    if not remembered(layer, question, lambda: _at_other_parameters(reader, layer, points, _has_right_slopes)):
-        return None
+    for compare in (_has_right_slopes, _has_right_jets) if for_jets else (_has_right_slopes,):
+        question = compare.__name__, is_uniform, is_silu, layer.training
+        if not remembered(layer, question, partial(_at_other_parameters, reader, layer, points, compare)):
+            return None
 
     # with copies of the buffers, which a layer may update as it runs
     before = dict(layer.named_buffers())
@@ -203,20 +215,6 @@ def _verify(layer: nn.Module, spec: Any, tensor: CoefficientTensor, is_uniform: 
         return None
     is_right = result.dtype == expected.dtype and _agree(result, expected, _TOLERANCE[stored.dtype])
     return reader if is_right else None
-
-
-def has_jets(reader: FormulaReader, layer: nn.Module) -> bool:
-    """Return whether the jets of a formula are those of the layer.
-
-    They are not if `basis` mixes the inputs, as a norm does that the kind does not name, or if `derivatives` is wrong.
-    """
-    low, high = _grid_ends(layer, reader.spec, reader.tensor, reader.is_uniform) or (-2.0, 2.0)
-    points = _points_around(low, high, reader.tensor.shape[1])
-    question = "jets", reader.is_uniform, reader.is_silu, layer.training
-    try:
-        return remembered(layer, question, lambda: _at_other_parameters(reader, layer, points, _has_right_jets))
-    except Exception:  # foreign code, whose functions may want other inputs
-        return False
 
 
 def _grid_ends(

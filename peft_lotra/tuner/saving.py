@@ -17,13 +17,12 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import ModulesToSaveWrapper
-from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn, strided
 
 from ..modules.calls import PREFIX
 from ..modules.checks import list_first
-from ..modules.folders import replacing_files
+from ..modules.folders import naming_damage, replacing_files
 from ..tucker import COMPONENTS, Update
 from .config import LoTRAConfig, Source, pattern_key
 from .layer import Target, lotra_layers
@@ -50,10 +49,8 @@ def read_tensors(source: Source, sha256: str | None = None) -> dict[str, Tensor]
             f"The adapter at {folder} has no {SAFETENSORS_WEIGHTS_NAME}, and pickled weights are not loaded. Save the "
             "adapter again, or ask its author to do it."
         ) from error
-    try:
+    with naming_damage(path):
         tensors = load(content)
-    except (SafetensorError, TypeError, KeyError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path} is damaged: {error}. Save or download the adapter again.") from error
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         warnings.warn(f"{path} was changed after it had been saved: it has another SHA-256.", stacklevel=2)
     return tensors
