@@ -20,7 +20,7 @@ from ..derivatives.stages import Entry, Stage, is_known, join_stages, register, 
 from ..kan.basis import UniformGrid, in_transform
 from ..kan.formula import LayerFormula
 from ..kan.network import is_norm
-from ..modules.calls import attributes_kept, is_tracing
+from ..modules.calls import attributes_kept, buffers_kept, is_tracing
 from .coefficients import CoefficientTensor
 from .description import REGISTERED, KANLayerSpec
 from .formula import State, find_formula, state_of
@@ -113,7 +113,7 @@ def _trace(network: nn.Module) -> list[nn.Module] | None:
         events.append((module, args[0] if len(args) == 1 else None, output))
 
     width = next(size for stage in stages if (size := stage.in_features) is not None)
-    with torch.inference_mode(False), torch.no_grad(), attributes_kept(network):
+    with torch.inference_mode(False), torch.no_grad(), attributes_kept(network), buffers_kept(network):
         x = torch.rand(3, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
         last: Any = x.to(next((p for p in network.parameters() if p.is_floating_point()), x))
         handles = [unit.register_forward_hook(record) for unit in units]

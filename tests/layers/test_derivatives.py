@@ -149,8 +149,19 @@ def test_wrong_derivatives_of_a_users_family_are_not_used(wrong):
     assert_same(jet(model, x), nested(model, x))
 
 
+class Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        return x
+
+
 def test_looking_leaves_no_trace():
     model = Loop(FastKANLayer(2, 3), FastKANLayer(3, 1)).train()
+    model.layers.append(Counter())
     before, state = torch.get_rng_state(), copy.deepcopy(model.state_dict())
     assert stages_of(model) and model.training
     assert torch.equal(before, torch.get_rng_state())
