@@ -9,11 +9,13 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
+from jinja2 import Template
 from peft import PeftModel, __version__
 from torch import nn
 
@@ -139,7 +141,8 @@ def save_section(card: Any, path: Path, template: str, title: str, **fields: Any
     """
     card.data.library_name = "peft"
     card.data.tags = sorted({*(card.data.tags or []), "kan", "lotra", "peft-plugin"})
-    made = ModelCard.from_template(card.data, template_path=str(_TEMPLATES / template), **fields)
+    fields = {**card.data.to_dict(), **fields, "card_data": card.data.to_yaml()}
+    made = ModelCard(_template(template).render(fields))  # an error if the front matter cannot be read again
     section = f"{_START}\n\n{made.text.strip()}\n\n{_END}"
 
     if _SECTION.search(card.text):
@@ -150,6 +153,12 @@ def save_section(card: Any, path: Path, template: str, title: str, **fields: Any
         text = f"{card.text.strip()}\n\n{section}"
     card.text = f"\n{text.strip()}\n"
     card.save(path)
+
+
+@cache  # compiling takes a third of the time of a small save
+def _template(name: str) -> Template:
+    """Read a template."""
+    return Template((_TEMPLATES / name).read_text(encoding="utf-8"))
 
 
 def write_card(folder: str | os.PathLike) -> None:
@@ -174,10 +183,15 @@ def load_card(path: Path) -> Any:
 
 def is_generated(text: str) -> bool:
     """Return whether a card has no text by a person: it is PEFT's template, or our part below a title."""
-    template = {line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines()}
     outside = _SECTION.sub("", text)
     lines = [line.strip() for line in outside.splitlines() if outside == text or not line.startswith("# ")]
-    return all(line in template or _BY_TOOLS.fullmatch(line) for line in lines)
+    return all(line in _peft_lines() or _BY_TOOLS.fullmatch(line) for line in lines)
+
+
+@cache
+def _peft_lines() -> set[str]:
+    """Return the lines of PEFT's template, which is that of huggingface_hub."""
+    return {line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines()}
 
 
 def write_bank_card(
