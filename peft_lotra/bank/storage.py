@@ -162,7 +162,11 @@ def _open_remote(url: str) -> tuple[dict[str, str], Callable[[Any], Tensor]]:
 
 def _download(url: str, start: int, end: int) -> bytes:
     """Return some bytes of a file on the Hub."""
-    response = get_session().get(url, headers={**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"})
+    headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
+    try:
+        response = get_session().get(url, headers=headers)
+    except Exception as error:  # of httpx, where it is no OSError: the file would be called damaged
+        raise ConnectionError(f"{url} cannot be downloaded: {error}") from error
     hf_raise_for_status(response)
     return response.content
 

@@ -520,6 +520,23 @@ def test_pushed_and_pulled(tmp_path):
     assert "RepositoryNotFoundError" in found["user/nothing"] and "no adapter 'cleo'" in found["user/bank"]
 
 
+NO_NETWORK = """
+import os
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # where nothing listens
+from behaving import net
+from peft_lotra import AdapterBank
+try:
+    AdapterBank.load(net(), "user/bank", names=["ben"])
+except ConnectionError as error:
+    print(error)
+"""
+
+
+def test_a_failed_connection_is_no_damage(tmp_path):
+    message = python(NO_NETWORK, tmp_path)
+    assert "cannot be downloaded" in message and "damaged" not in message
+
+
 def test_some_adapters_of_a_folder(tmp_path):
     models = filled(tmp_path)
     some = AdapterBank.load(net(), tmp_path, names=["splines"])
