@@ -175,9 +175,9 @@ def suggest_ranks(
         {'^kan': (3, 1, 3)}
     """
     check_one_given(energy=energy, budget=budget)
-    if isinstance(base, Spectrum):
+    if isinstance(base, Spectrum) and tuned is None and inputs is None:
         layers = base.layers
-    elif tuned is None:
+    elif isinstance(base, Spectrum) or tuned is None:
         raise ValueError("Pass either a spectrum, or a base model and a tuned one (and, if you can, `inputs`).")
     else:
         updates = coefficient_updates(base, tuned, scaled=inputs is not None)

@@ -172,6 +172,10 @@ def test_wrong_models():
     for given in (None, torch.rand(9, 3)):
         with pytest.raises(ValueError, match="either a spectrum, or a base model and a tuned one"):
             suggest_ranks(model, energy=0.9, inputs=given)
+    spectrum = update_spectrum(model, copy.deepcopy(model))
+    for given in ({"tuned": model}, {"inputs": torch.rand(9, 3)}):
+        with pytest.raises(ValueError, match="either a spectrum, or a base model and a tuned one"):
+            suggest_ranks(spectrum, energy=0.9, **given)
     broken = copy.deepcopy(model)
     broken.layers[0].base_weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"`layers\.0` are not finite"):
