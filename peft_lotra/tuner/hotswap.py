@@ -89,6 +89,10 @@ def hotswap_adapter(
     swapped = {
         name: _components(tensors, name, layer, adapter_name, new, target_rank) for name, layer in layers.items()
     }
+    place = f".modules_to_save.{adapter_name}."  # in the names of the copies of modules; files leave it out
+    state = model.state_dict() if new.modules_to_save else {}  # shares the memory of the parameters
+    copies = {key.replace(place, "."): tensor for key, tensor in state.items() if place in key}
+    pairs = [(copies[key], tensor) for key, tensor in tensors.items() if ".lotra_" not in key]
 
     # Passes that have begun hold this dict (`ForwardPass.replaced`). A layer reads the components first, the dict
     # second, and so has the former ones throughout; later passes get the new dict below.
@@ -98,10 +102,8 @@ def hotswap_adapter(
             former = layer._modules[component][adapter_name]
             layer._modules[component][adapter_name] = nn.Parameter(part, requires_grad=former.requires_grad)
         layer.lotra_r[adapter_name] = tuple(swapped[name][0].shape)
-    for key, value in tensors.items():
-        if ".lotra_" not in key:
-            module, _, leaf = key.rpartition(".")  # the state dict shares the memory of the parameters
-            model.state_dict()[f"{module}.modules_to_save.{adapter_name}.{leaf}"].copy_(value)
+    for present, tensor in pairs:
+        present.copy_(tensor)
     tuner.replaced = {}
     if target_rank is not None:  # or a file that is saved later would have other ranks than its tensors
         ranks = {pattern_key(name): layer.lotra_r[adapter_name] for name, layer in layers.items()}

@@ -124,6 +124,16 @@ def test_saved_modules_are_replaced_too(save):
     torch.testing.assert_close(model(X), second[1])
 
 
+def test_saved_modules_that_hold_others_are_replaced_too(save):
+    base = net()
+    base.head = nn.Sequential(base.head)
+    config = {"target_modules": ["layers.0"], "modules_to_save": ["head"]}
+    model, other = (adapted(copy.deepcopy(base), **config) for _ in range(2))
+    nn.init.ones_(other.base_model.model.head.modules_to_save["default"][0].weight)
+    hotswap_adapter(model, save(other)[0])
+    assert same(state(model), state(other))
+
+
 def test_layers_that_were_renamed(tmp_path):
     """A file fits the model that it was loaded into under other names, in whatever order."""
     adapted(r=2, modules_to_save=["head", "norm"], base=headed("kan")).save_pretrained(tmp_path)
