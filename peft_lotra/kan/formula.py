@@ -124,6 +124,7 @@ class LayerFormula(NamedTuple):
         if self.scale is not None:
             coefficients = coefficients * self.scale.unsqueeze(-1)
 
+        # the last digits of a batched product depend on what requires a gradient
         rows = x if x.dim() == 2 else x.reshape(-1, in_features)
         z = rows if self.norm is None else self.norm(rows)
         if isinstance(basis, UniformGrid):

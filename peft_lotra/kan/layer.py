@@ -8,14 +8,12 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import nn
 
 from ..modules.checks import as_number, check_count
 from .basis import UniformGrid, bspline_basis, change_of_basis, check_grid, check_input, moments, spread_points
 from .formula import LayerFormula
-from .product import spline_product
 
 
 # Share of the variance of a new layer's output that comes from its splines; see `KANLinear.reset_parameters`.
@@ -151,11 +149,7 @@ class KANLinear(SplineLayer):
             ValueError: Their last dimension is not I, or their dtype not that of the weights (but under autocast).
         """
         check_input(x, self.in_features, self, self.spline_weight.dtype)
-        # On rows, not on the leading shape: the last digits of a batched product depend on what requires a gradient.
-        rows = x.reshape(-1, self.in_features)
-        y = spline_product(rows, *self.grid, self.spline_weight)
-        y = torch.addmm(y, F.silu(rows), self.base_weight.t())
-        return y.view(*x.shape[:-1], self.out_features)
+        return self.formula.output(x)
 
     @torch.no_grad()
     def update_grid(self, x: torch.Tensor, margin: float = 0.01) -> None:
