@@ -35,15 +35,18 @@ def _lotra_layer(model: LoTRALayer) -> list[Stage] | None:
 def _lora_on_parameter(model: ParamWrapper) -> list[Stage] | None:
     """PEFT's LoRA on `target_parameters`: its updates are dense."""
     stage = _only_stage(model)
-    field = {"spline_weight": "coefficients", "base_weight": "residual"}.get(model.parameter_name)
-    if stage is None or stage.formula is None or field is None:
+    if stage is None or stage.formula is None:
         return None
-    weight = getattr(stage.formula, field)
+    weight = model.get_param()
+    # in layers of other libraries a parameter of any name may be laid out otherwise
+    terms = [name for name in ("coefficients", "residual") if getattr(stage.formula, name) is weight]
+    if not terms:
+        return None
     if not (model.merged or model.disable_adapters):
         for adapter in model.active_adapters:
             if adapter in model.lora_A:
                 weight = weight + model.get_delta_weight(adapter)
-    return [stage._replace(formula=stage.formula._replace(**{field: weight}))]
+    return [stage._replace(formula=stage.formula._replace(**{terms[0]: weight}))]
 
 
 def _saved_module(wrapper: ModulesToSaveWrapper) -> nn.Module:

@@ -9,6 +9,7 @@ from behaving import adapted, add
 from jet_helpers import assert_same, nested, network, points
 from peft import LoraConfig, get_peft_model
 
+from peft_lotra import register_kan_layer
 from peft_lotra.kan import SlimKAN, jet
 
 
@@ -49,6 +50,28 @@ def test_lora_on_parameters_and_saved_modules():
     with torch.no_grad():
         saved.base_model.model.layers[2].modules_to_save["default"].base_weight.mul_(2)
     assert_same(jet(saved, x), nested(saved, x))
+
+
+def test_lora_on_parameters_in_another_order():
+    """A layer may call its coefficients as ours do, and keep the inputs first."""
+    base = torch.nn.Sequential(InputsFirst(), InputsFirst()).double()
+    coefficients = ("spline_weight", "i o k")
+    register_kan_layer("inputs first", matches=InputsFirst, coefficients=coefficients, basis=InputsFirst.basis)
+    config = LoraConfig(r=2, init_lora_weights=False, target_modules=[], target_parameters=["spline_weight"])
+    model, x = get_peft_model(base, config), points()
+    assert_same(jet(model, x), nested(model, x))
+
+
+class InputsFirst(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.spline_weight = torch.nn.Parameter(torch.randn(3, 3, 4))
+
+    def basis(self, x):
+        return torch.sin(x.unsqueeze(-1) * torch.arange(1, 5))
+
+    def forward(self, x):
+        return torch.einsum("nik,iok->no", self.basis(x), self.spline_weight)
 
 
 def test_hooks_of_a_base_layer_are_not_passed_over():
