@@ -22,7 +22,7 @@ from .sparse_product import Gradients, Pair, is_sparse, sparse_gradients, sparse
 
 
 # From so many points for each output the sum of weight and update costs less than a product with both; whether there
-# is an update in factors at all is decided by the shapes alone, in `layers.formula`. From so many points, too, and so
+# is an update in factors at all is decided by the shapes alone, in `kan.formula`. From so many points, too, and so
 # many inputs, rows ordered (K, I) save more in the evaluation than the coefficients in that order cost. Series `width`
 # and `batch` of `examples/studies/benchmarks/run.py --only growth`.
 _SUM_FROM = 4

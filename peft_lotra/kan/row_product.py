@@ -19,7 +19,8 @@ from .memory import blocks, workspace
 from .product import Evaluator, block_sizes, is_plain_backward, needs_plain_operations, plain_gradients
 
 
-# The sizes of groups, and what a group and a row by itself cost, in rows of a group; by the same script
+# The sizes of groups, and what a group and a row by itself cost, in rows of a group.
+# `examples/studies/benchmarks/bank.py`
 _SIZES = [2**power for power in range(1, 9)]
 _COST_OF_GROUP, _COST_OF_ROW = 4.0, 1.5
 
@@ -255,8 +256,8 @@ class _Functions:
         self.blocks = blocks(0, len(x), step)
         self.evaluator = Evaluator(x, grid, evaluated, functions_first=True)
         self.splines = self.evaluator.width
-        self.width = self.splines + (0 if residual is None else x.shape[1])
-        self.values = workspace("values", x, step, self.width)
+        width = self.splines + (0 if residual is None else x.shape[1])
+        self.values = workspace("values", x, step, width)
 
     def at(self, rows: slice, *gradients: Tensor) -> Tensor:
         """Evaluate the functions; see `Evaluator.evaluate` for gradients of the splines and of all points."""
@@ -309,7 +310,7 @@ class _GroupProduct(torch.autograd.Function):
         functions, grad_factors = _Functions(x, grid, residual, groups.size), [*map(torch.zeros_like, factors)]
         grad_x = torch.empty_like(x) if needed[0] or needed[1] else None
         grad_residual = None if residual is None else torch.empty_like(residual)
-        buffer = workspace("gradients", x, len(functions.values), functions.width)
+        buffer = functions.values if grad_x is None else workspace("gradients", x, *functions.values.shape)
         for rows in functions.blocks:
             index = groups.index[rows.start // groups.size : rows.stop // groups.size]
             first, second = (factor.index_select(0, index) for factor in factors)
