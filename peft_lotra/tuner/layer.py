@@ -365,7 +365,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def _updates(self, adapters: Iterable[str], current: ForwardPass | None) -> list[Update]:
         """Return the updates of the adapters that the layer has, as they were when the pass began."""
-        names = [name for name in adapters if name in self.lotra_scaling]
+        names = self._present(adapters)
         updates = [self.update_of(name, self.training) for name in names]
         if current is not None and current.replaced:  # read after the components were, see `hotswap_adapter`
             former = [current.replaced.get((id(self), name)) for name in names]
