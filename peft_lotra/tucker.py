@@ -9,9 +9,9 @@ Source: T. G. Kolda, B. W. Bader, "Tensor Decompositions and Applications", SIAM
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from operator import add, index, mul
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from operator import index
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from torch.nn.functional import pad
 
 
 # What `r` and `ranks` may be: one rank for all modes, (out, in, basis), or (out, in, basis, kernel); see `cap_ranks`.
-Ranks = int | tuple[int, ...]
+Rank = int | Literal["full"]
+Ranks = Rank | tuple[Rank, ...]
 
 
 class Tucker(tuple):
@@ -27,51 +28,51 @@ class Tucker(tuple):
 
         core x1 factor_out x2 factor_in x3 factor_basis [x4 factor_kernel].
 
-    It is the tuple of these components, in this order.
+    It is the tuple of these components, in this order. A full mode, whose rank is its size, has no factor: None.
 
     Args:
         components: core (ro, ri, rb [, rk]), factor_out (out, ro), factor_in (in, ri), factor_basis (basis, rb), and
             with a kernel factor_kernel (kernel, rk).
 
     Example:
-        >>> factors = torch.ones(6, 2), torch.ones(5, 1), torch.ones(4, 3)
-        >>> tensor = Tucker(torch.ones(2, 1, 3), *factors)
-        >>> tensor.ranks, tensor.shape, tensor.numel(), tensor.dense().shape
-        ((2, 1, 3), (6, 5, 4), 35, torch.Size([6, 5, 4]))
+        >>> tensor = Tucker(torch.ones(6, 1, 3), None, torch.ones(5, 1), torch.ones(4, 3))
+        >>> tensor.ranks, tensor.form, tensor.shape, tensor.numel(), tensor.dense().shape
+        ((6, 1, 3), ('full', 1, 3), (6, 5, 4), 35, torch.Size([6, 5, 4]))
     """
 
     # not a NamedTuple, whose number of components is fixed
     __slots__ = ()
     _fields = ("core", "factor_out", "factor_in", "factor_basis", "factor_kernel")
-    core = property(lambda self: self[0])
-    factor_out = property(lambda self: self[1])
-    factor_in = property(lambda self: self[2])
-    factor_basis = property(lambda self: self[3])
+    core: Any = property(lambda self: self[0])
+    factor_out: Any = property(lambda self: self[1])
+    factor_in: Any = property(lambda self: self[2])
+    factor_basis: Any = property(lambda self: self[3])
 
-    def __new__(cls, *components: Tensor) -> Tucker:
+    def __new__(cls, *components: Tensor | None) -> Tucker:
         return super().__new__(cls, components)
 
     @property
-    def factor_kernel(self) -> Tensor:
+    def factor_kernel(self) -> Tensor | None:
         """(kernel, rk); an AttributeError without a kernel."""
         if len(self) < 5:
             raise AttributeError("This Tucker tensor has no kernel mode, and so no `factor_kernel`.")
         return self[4]
 
-    def __getnewargs__(self) -> tuple[Tensor, ...]:  # copies and pickles call `__new__` with these
+    def __getnewargs__(self) -> tuple[Tensor | None, ...]:  # copies and pickles call `__new__` with these
         return tuple(self)
 
     def _asdict(self) -> dict[str, Tensor]:
-        """The components by name."""
-        return dict(zip(self._fields, self, strict=False))
+        """The core and the factors that the tensor has, by name."""
+        named = zip(self._fields, self, strict=False)
+        return {name: component for name, component in named if component is not None}
 
-    def _replace(self, **components: Tensor) -> Tucker:
+    def _replace(self, **components: Tensor | None) -> Tucker:
         """The tensor with some components in place of its own."""
-        return Tucker(*{**self._asdict(), **components}.values())
+        return Tucker(*{**dict(zip(self._fields, self, strict=False)), **components}.values())
 
     @property
-    def factors(self) -> tuple[Tensor, ...]:
-        """All components but the core."""
+    def factors(self) -> tuple[Tensor | None, ...]:
+        """One for each mode, None for a full mode."""
         return self[1:]
 
     @property
@@ -82,15 +83,22 @@ class Tucker(tuple):
     @property
     def shape(self) -> tuple[int, ...]:
         """(out, in, basis), or (out, in, basis, kernel)."""
-        return tuple(map(len, self.factors))
+        modes = zip(self.ranks, self.factors, strict=True)
+        return tuple(rank if factor is None else len(factor) for rank, factor in modes)
+
+    @property
+    def form(self) -> tuple[Rank, ...]:
+        """The ranks, "full" for full modes."""
+        modes = zip(self.ranks, self.factors, strict=True)
+        return tuple("full" if factor is None else rank for rank, factor in modes)
 
     def numel(self) -> int:
         """The number of parameters: ro ri rb + out ro + in ri + basis rb, or with a kernel ro ri rb rk + ..."""
-        return sum(component.numel() for component in self)
+        return sum(component.numel() for component in self._asdict().values())
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Tucker:
         """`function` of each component."""
-        return Tucker(*map(function, self))
+        return Tucker(*(None if component is None else function(component) for component in self))
 
     def dense(self, scale: float | Tensor | None = None) -> Tensor:
         """The dense tensor, multiplied by `scale` if given, in the dtype of the components."""
@@ -103,13 +111,42 @@ class Tucker(tuple):
 
     def padded(self, basis: int) -> Tucker:
         """The tensor with zeros up to `basis` slices of the basis mode."""
-        return self._replace(factor_basis=pad(self.factor_basis, (0, 0, 0, basis - len(self.factor_basis))))
+        missing = basis - self.shape[2]
+        if not missing:
+            return self
+        if self.factor_basis is None:
+            after = [0, 0] * (self.core.dim() - 3)
+            return self._replace(core=pad(self.core, [*after, 0, missing]))
+        return self._replace(factor_basis=pad(self.factor_basis, (0, 0, 0, missing)))
+
+    def raised(self, ranks: Sequence[int]) -> Tucker:
+        """The same tensor with these ranks, none of which is lower: zeros fill up, and full modes take their factor in."""
+        core, *factors = self
+        for mode, (rank, size) in enumerate(zip(ranks, self.shape, strict=True)):
+            factor = factors[mode]
+            if factor is None:
+                continue
+            if rank == size:
+                core = multiply_mode(core, factor, mode)
+                factors[mode] = None
+            else:
+                missing = rank - factor.shape[1]
+                after = [0, 0] * (core.dim() - 1 - mode)
+                core = pad(core, [*after, 0, missing])
+                factors[mode] = pad(factor, (0, missing))
+        return Tucker(core, *factors)
 
     @torch.no_grad()
     def orthogonal(self) -> Tucker:
-        """The same tensor with factors of orthonormal columns, and ranks at most the sizes of their modes."""
-        bases, triangles = zip(*map(torch.linalg.qr, self.factors), strict=True)
-        return Tucker(reconstruct(self.core, *triangles), *bases)
+        """The same tensor with factors of orthonormal columns, and full modes where ranks reach the sizes."""
+        core, *factors = self
+        for mode, factor in enumerate(self.factors):
+            if factor is None:
+                continue
+            is_full = factor.shape[1] >= len(factor)
+            factors[mode], multiplier = (None, factor) if is_full else torch.linalg.qr(factor)
+            core = multiply_mode(core, multiplier, mode)
+        return Tucker(core, *factors)
 
     @torch.no_grad()
     def balanced(self) -> Tucker:
@@ -117,8 +154,13 @@ class Tucker(tuple):
 
         Random starts of adapters have these norms too, and the learning rates suit them.
         """
-        gains = (math.sqrt(len(self.factor_out)), 1.0, math.sqrt(len(self.factor_basis)), 1.0)
-        return Tucker(self.core / math.prod(gains), *map(mul, self.factors, gains))
+        core, *factors = self
+        gains = (math.sqrt(self.shape[0]), 1.0, math.sqrt(self.shape[2]), 1.0)
+        for mode, factor in enumerate(self.factors):
+            if factor is not None:
+                core = core / gains[mode]
+                factors[mode] = factor * gains[mode]
+        return Tucker(core, *factors)
 
     def truncated(self, r: Ranks) -> Tucker:
         """The best approximation of ranks at most `r` that HOOI finds, given factors of orthonormal columns.
@@ -126,11 +168,22 @@ class Tucker(tuple):
         The factors of the result are orthonormal too: the squared error is the loss of squared norm of the core.
         """
         core, *rotations = tucker(self.core, cap_ranks(r, self.ranks))
-        return Tucker(core, *map(torch.matmul, self.factors, rotations))
+        factors = [
+            rotation if factor is None else multiply_mode(factor.T, rotation.T, 0).T
+            for factor, rotation in zip(self.factors, rotations, strict=True)
+        ]
+        return Tucker(core, *factors)
 
 
 # the names of the components in a model and in a file; the last one is of convolutions alone
 COMPONENTS = tuple(f"lotra_{name}" for name in Tucker._fields)
+
+
+def read_components(tensors: Mapping[str, Tensor], prefix: str = "") -> Tucker:
+    """Return the Tucker tensor whose components have these names, after a prefix, in a state dict."""
+    core = tensors[f"{prefix}{COMPONENTS[0]}"]
+    names = COMPONENTS[1 : 1 + core.dim()]
+    return Tucker(core, *(tensors.get(f"{prefix}{name}") for name in names))
 
 
 class Update(NamedTuple):
@@ -145,7 +198,15 @@ class Update(NamedTuple):
         return self.tensor.dense(self.scale)
 
 
-def reconstruct(core: Tensor, *factors: Tensor) -> Tensor:
+def multiply_mode(tensor: Tensor, factor: Tensor | None, mode: int) -> Tensor:
+    """The product of a tensor with a factor in one of its modes; None stands for the identity."""
+    if factor is None:
+        return tensor
+    product = factor @ tensor.movedim(mode, 0).flatten(1)
+    return product.unflatten(1, tensor.movedim(mode, 0).shape[1:]).movedim(0, mode)
+
+
+def reconstruct(core: Tensor, *factors: Tensor | None) -> Tensor:
     """The dense tensor of a core and a factor for each of its modes; differentiable in all components.
 
     The last modes are expanded first and the output mode last, so that the largest intermediate is (ro, in, basis
@@ -155,28 +216,50 @@ def reconstruct(core: Tensor, *factors: Tensor) -> Tensor:
     """
     tensor = core
     for factor in reversed(factors):  # each takes the last mode, and puts it first
-        tensor = (factor @ tensor.movedim(-1, 0).flatten(1)).unflatten(1, tensor.shape[:-1])
+        sizes = tensor.shape[:-1]
+        tensor = tensor.movedim(-1, 0)
+        if factor is not None:
+            tensor = (factor @ tensor.flatten(1)).unflatten(1, sizes)
     return tensor
 
 
-def expand_inputs(core: Tensor, factor_in: Tensor, *factors: Tensor) -> Tensor:
+def expand_inputs(core: Tensor, factor_in: Tensor | None, *factors: Tensor | None) -> Tensor:
     """core x2 factor_in x3 factor_basis [x4 factor_kernel], (ro, in, basis [, kernel]); no factor_out."""
-    if len(factors) == 1:  # half the operations, for small layers
-        return torch.bmm(factor_in.expand(len(core), -1, -1), core) @ factors[0].T
-    return reconstruct(core, factor_in, *factors).movedim(-1, 0)
+    if len(factors) > 1:
+        return reconstruct(core, None, factor_in, *factors)
+    # half the operations, for small layers
+    if factor_in is not None:
+        core = torch.bmm(factor_in.expand(len(core), -1, -1), core)
+    return core if factors[0] is None else core @ factors[0].T
 
 
 def direct_sum(tensors: Sequence[Tucker]) -> Tucker:
-    """Return the exact sum of Tucker tensors of one shape; the ranks add, since the cores are blocks of one core."""
-    columns = zip(*(tensor.factors for tensor in tensors), strict=True)
-    factors = [torch.cat(of_mode, dim=1) for of_mode in columns]
+    """Return the exact sum of Tucker tensors of one shape.
+
+    The ranks add, since the cores are blocks of one core. A mode that is full in one of them is full in the sum.
+    """
+    factors: list[Tensor | None] = []
+    ranks = []
+    for mode, size in enumerate(tensors[0].shape):
+        of_mode = [tensor.factors[mode] for tensor in tensors]
+        is_full = any(factor is None for factor in of_mode)
+        factors.append(None if is_full else torch.cat(of_mode, dim=1))
+        ranks.append(size if is_full else factors[-1].shape[1])
     # `vmap` over the cores of the last tensor needs zeros like these
-    core = tensors[-1].core.new_zeros([factor.shape[1] for factor in factors])
+    core = tensors[-1].core.new_zeros(ranks)
     first = [0] * core.dim()
     for tensor in tensors:
-        last = list(map(add, first, tensor.ranks))
-        core[tuple(map(slice, first, last))] = tensor.core
-        first = last
+        block = tensor.core
+        place = []
+        for mode, factor in enumerate(factors):
+            if factor is None:
+                block = multiply_mode(block, tensor.factors[mode], mode)
+                place.append(slice(None))
+            else:
+                last = first[mode] + block.shape[mode]
+                place.append(slice(first[mode], last))
+                first[mode] = last
+        core[tuple(place)] += block
     return Tucker(core, *factors)
 
 
@@ -185,8 +268,8 @@ def tucker(tensor: Tensor, ranks: tuple[int, ...]) -> Tucker:
     """Compute a Tucker approximation by higher-order orthogonal iteration (HOOI), started from the HOSVD.
 
     Each sweep replaces every factor by the leading left singular vectors of the unfolding that the other factors
-    project. No rank is above the size of its mode. The factors have orthonormal columns. HOOI runs in float64 on the
-    CPU, and the result has the dtype and the device of the tensor.
+    project. No rank is above the size of its mode, and one that equals it has no factor. The factors have orthonormal
+    columns. HOOI runs in float64 on the CPU, and the result has the dtype and the device of the tensor.
     """
     target = tensor.detach().double().cpu()
     core, *factors = truncated_hosvd(target, ranks)
@@ -194,13 +277,10 @@ def tucker(tensor: Tensor, ranks: tuple[int, ...]) -> Tucker:
     error = math.inf
     for _ in range(20):
         for mode, rank in enumerate(ranks):
-            projected = target
-            for other, factor in enumerate(factors):
-                projected = projected.movedim(0, -1)
-                if other != mode:
-                    projected = projected @ factor
-            factors[mode] = _leading_vectors(projected.movedim(mode, 0), rank)
-        core = projected @ factors[-1]
+            if factors[mode] is not None:
+                others = [*factors[:mode], None, *factors[mode + 1 :]]
+                factors[mode] = _leading_vectors(_project(target, others).movedim(mode, 0), rank)
+        core = _project(target, factors)
 
         # the factors are orthonormal
         previous, error = error, (norm**2 - core.norm() ** 2).clamp(min=0).sqrt()
@@ -216,21 +296,31 @@ def hosvd(tensor: Tensor) -> tuple[Tucker, tuple[Tensor, ...]]:
     Each rank is the size of its mode, or the product of the others if less. The slices of the core have the singular
     values as norms.
     """
-    ranks = tuple(min(size, tensor.numel() // size) for size in tensor.shape)
-    decomposition = truncated_hosvd(tensor, ranks)
-    core = decomposition.core
-    return decomposition, tuple(core.movedim(mode, 0).flatten(1).norm(dim=1) for mode in range(core.dim()))
+    tensor = tensor.detach().double()
+    factors = []
+    for mode, size in enumerate(tensor.shape):
+        factors.append(_leading_vectors(tensor.movedim(mode, 0), min(size, tensor.numel() // size)))
+    core = _project(tensor, factors)
+    return Tucker(core, *factors), tuple(core.movedim(mode, 0).flatten(1).norm(dim=1) for mode in range(core.dim()))
 
 
 @torch.no_grad()
 def truncated_hosvd(tensor: Tensor, ranks: tuple[int, ...]) -> Tucker:
     """The higher-order singular value decomposition truncated to `ranks`, in float64, with orthonormal columns.
 
-    No rank is above the size of its mode. Unlike those of `hosvd`, ranks may be above the product of the others.
+    No rank is above the size of its mode, and one that equals it has no factor. Unlike those of `hosvd`, ranks may be
+    above the product of the others.
     """
     tensor = tensor.detach().double()
-    factors = [_leading_vectors(tensor.movedim(mode, 0), rank) for mode, rank in enumerate(ranks)]
-    return Tucker(reconstruct(tensor, *(factor.T for factor in factors)), *factors)
+    factors: list[Tensor | None] = []
+    for mode, (rank, size) in enumerate(zip(ranks, tensor.shape, strict=True)):
+        factors.append(None if rank == size else _leading_vectors(tensor.movedim(mode, 0), rank))
+    return Tucker(_project(tensor, factors), *factors)
+
+
+def _project(tensor: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
+    """Multiply a tensor by the transposed factor of each mode."""
+    return reconstruct(tensor, *(None if factor is None else factor.T for factor in factors))
 
 
 def _leading_vectors(tensor: Tensor, rank: int) -> Tensor:
@@ -248,7 +338,8 @@ def _leading_vectors(tensor: Tensor, rank: int) -> Tensor:
 def fit(start: Tucker, loss: Callable[[Tensor], Tensor], steps: int) -> Tucker:
     """Minimize a function of the dense tensor by L-BFGS; return factors with orthonormal columns."""
     minimum = start.map(lambda part: part.detach().clone(memory_format=torch.contiguous_format).requires_grad_())
-    optimizer = torch.optim.LBFGS(minimum, max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
+    parameters = minimum._asdict().values()
+    optimizer = torch.optim.LBFGS(parameters, max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -290,38 +381,70 @@ def relative_energy(tensor: Tensor, whole: Tensor) -> Tensor:
     return tensor.square().sum() / whole.square().sum().clamp(min=1e-300)
 
 
-def check_ranks(r: Ranks, name: str = "r", kernel: bool = True) -> Ranks:
-    """Returns `r` as plain integers, a list (as of JSON) as a tuple; a ValueError if it is no positive integer, nor 3
-    of them, or with a `kernel` 4."""
+def check_ranks(r: Any, name: str = "r", kernel: bool = True) -> Ranks:
+    """Return `r` with plain integers, a list (as of JSON) as a tuple.
+
+    Raises:
+        ValueError: It is no rank, nor three of them, or with a `kernel` four.
+    """
     several = isinstance(r, (tuple, list))
     try:
-        ranks = tuple(0 if isinstance(rank, bool) else index(rank) for rank in (r if several else (r,)))
-    except TypeError:
+        ranks = tuple(map(_check_rank, r if several else (r,)))
+    except (TypeError, ValueError):
         ranks = ()
-    if len(ranks) not in ((3, 3 + kernel) if several else (1,)) or min(ranks) <= 0:
+    if len(ranks) not in ((3, 3 + kernel) if several else (1,)):
         four = ", or four with the kernel of convolutions" * kernel
         raise ValueError(
-            f"`{name}` should be a positive integer value, or three of them for the modes (out, in, basis){four}, "
-            f"but the value passed is {r}"
+            f'`{name}` should be a positive integer or "full", or three of them for the modes (out, in, basis){four}, '
+            f"but the value passed is {r!r:.100}"
         )
-    return ranks if several else min(ranks)
+    return ranks if several else ranks[0]
+
+
+def _check_rank(rank: Any) -> Rank:
+    if isinstance(rank, str) and rank == "full":
+        return "full"
+    number = index(rank)
+    if isinstance(rank, bool) or number <= 0:
+        raise ValueError
+    return number
 
 
 def cap_ranks(r: Ranks, shape: Sequence[int]) -> tuple[int, ...]:
     """The rank of each mode in the shape (out, in, basis [, kernel]), none above the size of the mode.
 
-    An int is for all modes. Three ranks leave the kernel full, since it is small; of four, the last counts only where
-    there is a kernel, so that one `r` serves a network of convolutions and dense layers.
+    A single rank is for all modes, and "full" is the size of a mode. Three ranks leave the kernel full, since it is
+    small; of four, the last counts only where there is a kernel, so that one `r` serves a network of convolutions and
+    dense layers.
 
     Example:
-        >>> cap_ranks(4, (16, 8, 5, 9)), cap_ranks((4, 4, 3), (16, 8, 5, 9))
-        ((4, 4, 4, 4), (4, 4, 3, 9))
+        >>> cap_ranks(4, (16, 8, 5, 9)), cap_ranks(("full", 4, 1), (16, 8, 5, 9))
+        ((4, 4, 4, 4), (16, 4, 1, 9))
         >>> cap_ranks((4, 4, 3, 2), (16, 8, 5))
         (4, 4, 3)
     """
     ranks = r if isinstance(r, tuple) else (r,) * len(shape)
     ranks = (*ranks, *shape[len(ranks) :])[: len(shape)]
-    return tuple(min(rank, size) for rank, size in zip(ranks, shape, strict=True))
+    return tuple(size if rank == "full" else min(rank, size) for rank, size in zip(ranks, shape, strict=True))
+
+
+def component_shapes(ranks: Sequence[int], shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the core and of the factors of the modes that are not full, by name."""
+    shapes = {"core": tuple(ranks)}
+    for name, size, rank in zip(Tucker._fields[1:], shape, ranks, strict=False):
+        if rank != size:
+            shapes[name] = (size, rank)
+    return shapes
+
+
+def count_parameters(ranks: Sequence[int], shape: Sequence[int]) -> int:
+    """The number of parameters of a Tucker tensor of these ranks and this shape."""
+    return sum(map(math.prod, component_shapes(ranks, shape).values()))
+
+
+def form_text(form: Sequence[Rank] | None) -> str:
+    """Ranks as text, e.g. "(full, full, 1)"."""
+    return "" if form is None else f"({', '.join(map(str, form))})"
 
 
 def full_shape(tensor: Any) -> tuple[int, ...]:
@@ -341,10 +464,10 @@ def default_ranks(shape: Sequence[int]) -> tuple[int, ...]:
 
     Example:
         >>> [default_ranks(shape) for shape in ((16, 16, 9), (5, 2, 9), (1, 5, 9))]
-        [(4, 4, 4), (4, 2, 3), (1, 4, 1)]
+        [(4, 4, 4), (4, 2, 4), (1, 4, 1)]
     """
     ranks = [min(4, size) for size in shape]
     for mode in (mode for mode in (2, 3, 1, 0) if mode < len(shape)):
-        while ranks[mode] > 1 and math.prod(ranks) + sum(map(mul, shape, ranks)) >= math.prod(shape):
+        while ranks[mode] > 1 and count_parameters(ranks, shape) >= math.prod(shape):
             ranks[mode] -= 1
     return tuple(ranks)

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..modules.calls import PREFIX
-from ..tucker import Tucker, Update
+from ..tucker import Update, read_components
 from ..tuner.base_record import record_layer
 from ..tuner.config import LoTRAConfig, pattern_key
 from ..tuner.layer import LoTRALayer, lotra_layers
@@ -70,9 +70,9 @@ def read_adapter(
         targets = {name: target for name, target in targets.items() if f"{PREFIX}{name}.lotra_core" in adapter}
         config, tensors = LoTRAConfig(alpha=alpha, adapt_residual=False), adapter
         for name, target in targets.items():
-            config.rank_pattern[pattern_key(name)] = tuple(adapter[f"{PREFIX}{name}.lotra_core"].shape)
-            size = len(adapter.get(f"{PREFIX}{name}.lotra_factor_basis", ()))
-            config.adapt_residual |= size > target.tensor.shape[2]
+            components = read_components(adapter, f"{PREFIX}{name}.")
+            config.rank_pattern[pattern_key(name)] = components.form
+            config.adapt_residual |= components.shape[2] > target.tensor.shape[2]
         check_tensors(tensors, config, base, targets)
     elif isinstance(adapter, LoTRAConfig):
         config, targets = adapter, find_targets(adapter, base)
@@ -96,9 +96,8 @@ def read_adapter(
         raise TypeError(f"it must be a PeftModel, a folder, a state dict or a LoTRAConfig, not a {type(adapter)}.")
     if config.modules_to_save:
         raise ValueError("it saves modules, which a bank does not hold.")
-    for name, (_, _, tensor) in targets.items() if tensors else ():
-        components = [tensors[f"{PREFIX}{name}.lotra_{key}"] for key in config.component_shapes(name, tensor)]
-        updates[name] = Update(config.alpha_of(name), Tucker(*components))
+    for name in targets if tensors else ():
+        updates[name] = Update(config.alpha_of(name), read_components(tensors, f"{PREFIX}{name}."))
     if not updates:
         raise ValueError("it adapts no KAN layer of the base.")
     if record is not None and record not in agreeing:

@@ -167,7 +167,7 @@ def _attach(
     """Adapt the base with these components, and with copies of modules of the tuned model."""
     config = LoTRAConfig(
         target_modules=exact_targets(components, base),
-        rank_pattern={pattern_key(name): part.ranks for name, part in components.items()},
+        rank_pattern={pattern_key(name): part.form for name, part in components.items()},
         modules_to_save=modules_to_save or None,
     )
     model = cast(PeftModel, get_peft_model(base, config, adapter_name=adapter_name))

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from ..modules.calls import PREFIX
 from ..modules.folders import naming_damage
 from ..modules.report import Report, TextTable
-from ..tucker import COMPONENTS, Tucker
+from ..tucker import COMPONENTS, Rank, read_components
 
 
 class AdapterRow(NamedTuple):
@@ -35,7 +35,7 @@ class AdapterRow(NamedTuple):
     name: str
     kind: str
     shape: tuple[int, ...] | None
-    ranks: tuple[int, ...] | None
+    ranks: tuple[Rank, ...] | None
     alpha: float | None
     norm: float | None
     parameters: int
@@ -44,15 +44,15 @@ class AdapterRow(NamedTuple):
     def of(cls, config: Mapping[str, Any], name: str, parts: Mapping[str, torch.Tensor]) -> AdapterRow:
         """Make the row of a layer, from the configuration of the adapter and the tensors of the layer by component."""
         parameters = sum(tensor.numel() for tensor in parts.values())
-        components = [parts[component].double() for component in COMPONENTS if component in parts]
-        if not components:
+        if COMPONENTS[0] not in parts:
             return cls(name, "saved copy", None, None, None, None, parameters)
-        update, patterns = Tucker(*components), dict(config.get("alpha_pattern") or {})
+        update = read_components(parts).map(torch.Tensor.double)
+        patterns = dict(config.get("alpha_pattern") or {})
         alpha = float(patterns.get(get_pattern_key(list(patterns), name), config.get("alpha", 1.0)))
         kind = (config.get("base_layers") or {}).get(name, {}).get("family", "unknown")
         # once the factors are orthonormal, the norm of the core is that of the whole tensor
         norm = abs(alpha) * update.orthogonal().core.norm().item()
-        return cls(name, kind, update.shape, update.ranks, alpha, norm, parameters)
+        return cls(name, kind, update.shape, update.form, alpha, norm, parameters)
 
 
 @dataclass(eq=False)

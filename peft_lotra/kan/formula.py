@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tucker import Update, expand_inputs
+from ..tucker import Update, expand_inputs, multiply_mode
 from .basis import UniformGrid, bspline_basis
 from .product import plain_product, spline_product
 
@@ -115,7 +115,11 @@ class LayerFormula(NamedTuple):
             if residual is not None:
                 right, last = right.split([count, 1], dim=-1)
                 right_of_residual = last.squeeze(-1)
-            if self.scale is None and 2 * len(right) * (in_features * count + out) < out * in_features * count:
+            if left is None:
+                coefficients = coefficients + right
+                if residual is not None:
+                    residual = residual + right_of_residual
+            elif self.scale is None and 2 * len(right) * (in_features * count + out) < out * in_features * count:
                 thin = left, right
             else:
                 coefficients = torch.addmm(coefficients.flatten(1), left, right.flatten(1)).view(coefficients.shape)
@@ -143,9 +147,13 @@ class LayerFormula(NamedTuple):
         # a view would cost compiled code a tenth of a step
         return y if x.dim() == 2 else y.view(*x.shape[:-1], out)
 
-    def _join_updates(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return left (O, R) and right (R, I, K or K + 1), whose product is the sum of the updates; K is `count`."""
-        lefts, rights = [], []
+    def _join_updates(self, count: int) -> tuple[Tensor | None, Tensor]:
+        """Return left (O, R) and right (R, I, K or K + 1), whose product is the sum of the updates; K is `count`.
+
+        If an update has a full out mode, left is None, and right is the sum.
+        """
+        lefts: list[Any] = []
+        rights = []
         for gain, (core, left, *factors) in self.updates:
             scaled = core if isinstance(gain, float) and gain == 1.0 else gain * core
             right = expand_inputs(scaled, *factors)
@@ -155,4 +163,9 @@ class LayerFormula(NamedTuple):
             rights.append(right)
         if len(lefts) == 1:
             return lefts[0], rights[0]
+        if any(left is None for left in lefts):
+            total: Any = 0
+            for left, right in zip(lefts, rights, strict=True):
+                total = total + multiply_mode(right, left, 0)
+            return None, total
         return torch.cat(lefts, 1), torch.cat(rights)

@@ -86,7 +86,7 @@ def _trained_components(model: nn.Module, policy: Policy) -> Iterator[tuple[str,
         widths = {"factor_out": layer.out_features, "factor_in": layer.in_features}
         for adapter, parameters in adapters.items():
             # a Slim layer has nothing to start from: its factors are the layer
-            ranks = tuple(parameters[0].shape) if adapter else ()
+            ranks = parameters.ranks if adapter else ()
             multipliers = component_multipliers(policy, widths, ranks, (layer, adapter) in started)
             for component, parameter in parameters._asdict().items():
                 if parameter.requires_grad:

@@ -19,7 +19,7 @@ from ..hub.card import write_card
 from ..layers.coefficients import CoefficientTensor
 from ..modules.checks import check_number
 from ..modules.folders import STAGE
-from ..tucker import Ranks, Tucker, cap_ranks, check_ranks, default_ranks, full_shape
+from ..tucker import Ranks, Tucker, cap_ranks, check_ranks, component_shapes, default_ranks, full_shape
 
 
 ALL_KAN = "all-kan"
@@ -90,11 +90,12 @@ class LoTRAConfig(PeftConfig):
     update is scaled by `alpha` alone: the initialization normalizes it for any rank.
 
     Args:
-        r (`Optional[Union[int, tuple[int, ...]]]`):
+        r (`Optional[Union[int, str, tuple[Union[int, str], ...]]]`):
             The ranks (out, in, basis) of the update, or (out, in, basis, kernel), of which the last counts for
-            convolutional layers alone. An int counts for all modes; of three ranks, the kernel has its full rank. A
-            rank above the size of its mode is capped. `None` takes for each layer the largest ranks up to 4 that
-            have fewer numbers than its coefficients.
+            convolutional layers alone. A single rank counts for all modes. Three ranks leave the kernel full. A rank
+            above the size of its mode is capped. A full mode, `"full"` or a rank that equals the size, has no factor:
+            `("full", "full", 1)` is a matrix (out, in) times one learned shape of the functions. `None` takes for each
+            layer the largest ranks up to 4 that have fewer parameters than its coefficients.
         alpha (`float`):
             The factor that the update is multiplied by.
         target_modules (`Optional[Union[list[str], str]]`):
@@ -116,7 +117,7 @@ class LoTRAConfig(PeftConfig):
             batch norm, whose running statistics are frozen otherwise.
         rank_dropout (`float`):
             The probability with which each rank component of the out mode is dropped in a training step. The others
-            are scaled up, so that the expected update is unchanged.
+            are scaled up, so that the expected update is unchanged. Not with `"full"` outputs, which have none.
         module_dropout (`float`):
             The probability with which the adapter of a whole layer is skipped in a training step.
         init_weights (`bool` or `"hosvd"`):
@@ -156,7 +157,7 @@ class LoTRAConfig(PeftConfig):
         [(2, 2, 2), (4, 4, 3)]
     """
 
-    r: int | tuple[int, ...] | None = None
+    r: Ranks | None = None
     alpha: float = 1.0
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
@@ -209,20 +210,33 @@ class LoTRAConfig(PeftConfig):
             if not trained or not trained <= set(Tucker._fields):
                 raise ValueError(f"`train` must have some of {Tucker._fields}, got {self.train!r:.200}.")
             self.train = [name for name in Tucker._fields if name in trained]
+        self._check_full_modes()
         # No fields, so neither saved nor compared. PEFT writes the names that it finds into `target_modules`, and the
         # object may serve another model.
         self.targets_all_kan = self.target_modules in (None, ALL_KAN)
         self.source: Source | None = None  # of tensors that are to be read
         self.names_in_model: dict[str, str] = {}  # the names in the model of the layers that a file names
-        # What a save writes: the ranks of each layer that `r=None` chose, and `base_layers`. That field itself would
-        # make this the configuration of a file.
-        self.default_ranks: dict[str, Ranks] = {}
+        # What a save writes: the ranks of layers for which `r` and `rank_pattern` do not say them, and `base_layers`.
+        # That field itself would make this the configuration of a file.
+        self.ranks_to_record: dict[str, Ranks] = {}
         self.layers_to_record: dict[str, dict[str, Any]] | None = None
 
     @property
     def is_from_file(self) -> bool:
         """Whether a file records the layers, and holds the components."""
         return self.base_layers is not None
+
+    def _check_full_modes(self) -> None:
+        """Raise a ValueError for options that need a factor of a mode that is full in all layers."""
+        modes = self.r if isinstance(self.r, tuple) else (self.r,) * len(Tucker._fields[1:])
+        full = {name for name, rank in zip(Tucker._fields[1:], modes, strict=False) if rank == "full"}
+        absent = [name for name in self.train or () if name in full]
+        if absent and not self.rank_pattern:
+            raise ValueError(f"`train` names {absent}, but `r={self.r}` has no such factors: train the core instead.")
+        if self.rank_dropout and "factor_out" in full:
+            raise ValueError(
+                f"`rank_dropout` drops components of the out mode, and `r={self.r}` has none: pass `module_dropout`."
+            )
 
     def _check_targets(self) -> None:
         """Raise a ValueError for indices of layers that PEFT would ignore."""
@@ -241,14 +255,14 @@ class LoTRAConfig(PeftConfig):
         """The shapes of the components of a layer, whose name may decide its ranks: the shape of the core."""
         shape = full_shape(tensor) if self.adapt_residual else tensor.shape
         ranks = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
-        ranks = cap_ranks(default_ranks(shape) if ranks is None else ranks, shape)
-        return dict(zip(Tucker._fields, (ranks, *zip(shape, ranks, strict=True)), strict=False))
+        return component_shapes(cap_ranks(default_ranks(shape) if ranks is None else ranks, shape), shape)
 
     def frozen_and_zero(self, components: Iterable[str]) -> tuple[tuple[str, ...], str]:
         """Which of the components of a layer are not trained, and which one starts at zero: one that is trained."""
-        frozen = tuple(name for name in components if self.train is not None and name not in self.train)
+        trained = [name for name in components if self.train is None or name in self.train]
+        frozen = tuple(name for name in components if name not in trained)
         first = ("core", "factor_out") if self.init_weights == "hosvd" else ("factor_out", "core")
-        return frozen, next((name for name in (*first, *components) if name not in frozen), "factor_out")
+        return frozen, next((name for name in (*first, *trained) if name in trained), "core")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
@@ -274,8 +288,8 @@ class LoTRAConfig(PeftConfig):
         del values["check_base"]  # a choice of who loads
         # sets have another order in each process
         values.update({name: sorted(value) for name, value in values.items() if isinstance(value, set)})
-        by_default = {pattern_key(name): ranks for name, ranks in self.default_ranks.items()}
-        values["rank_pattern"] = {**by_default, **values["rank_pattern"]}
+        recorded = {pattern_key(name): ranks for name, ranks in self.ranks_to_record.items()}
+        values["rank_pattern"] = {**recorded, **values["rank_pattern"], **recorded}
         values["base_layers"] = self.base_layers if self.layers_to_record is None else self.layers_to_record
         return values
 

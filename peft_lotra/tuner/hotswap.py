@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.nn.functional import pad
 
 from ..modules.calls import PREFIX, unwrap
 from ..modules.checks import check_count, check_path
-from ..tucker import Tucker, cap_ranks
-from .config import LoTRAConfig, pattern_key
+from ..tucker import Tucker, cap_ranks, form_text, read_components
+from .config import LoTRAConfig
 from .layer import LoTRALayer, lotra_layers
 from .model import LoTRAModel, read_checked
 from .targets import find_targets
@@ -98,16 +97,10 @@ def hotswap_adapter(
     # second, and so has the former ones throughout; later passes get the new dict below.
     tuner.replaced.update({(id(layer), adapter_name): layer.get_components(adapter_name) for layer in layers.values()})
     for name, layer in layers.items():
-        for component, part in zip(layer.adapter_layer_names, swapped[name], strict=True):
-            former = layer._modules[component][adapter_name]
-            layer._modules[component][adapter_name] = nn.Parameter(part, requires_grad=former.requires_grad)
-        layer.lotra_r[adapter_name] = tuple(swapped[name][0].shape)
+        layer.replace_components(adapter_name, swapped[name])
     for present, tensor in pairs:
         present.copy_(tensor)
     tuner.replaced = {}
-    if target_rank is not None:  # or a file that is saved later would have other ranks than its tensors
-        ranks = {pattern_key(name): layer.lotra_r[adapter_name] for name, layer in layers.items()}
-        old.rank_pattern = {**ranks, **{key: r for key, r in old.rank_pattern.items() if key not in ranks}}
 
 
 def _components(
@@ -117,19 +110,19 @@ def _components(
     adapter: str,
     config: LoTRAConfig,
     target_rank: int | None,
-) -> list[torch.Tensor]:
+) -> Tucker:
     """The new components of a layer, filled up to the ranks there, in their dtype and on their device."""
     present = layer.get_components(adapter)
-    new = Tucker(*(tensors[f"{PREFIX}{name}.{part}"].to(present.core) for part in layer.adapter_layer_names))
+    new = read_components(tensors, f"{PREFIX}{name}.").map(lambda component: component.to(present.core))
     wanted = present.ranks if target_rank is None else cap_ranks(target_rank, present.shape)
     missing = [there - rank for rank, there in zip(new.ranks, wanted, strict=True)]
     if new.shape != present.shape or min(missing) < 0 or (target_rank is None and any(missing)):
         raise ValueError(
-            f"`{name}` has the sizes {new.shape} and ranks {new.ranks} in the new adapter, {present.shape} and "
-            f"{wanted} here. Pass `target_rank`, or load it beside the other: `model.load_adapter(...)`."
+            f"`{name}` has the sizes {new.shape} and ranks {form_text(new.form)} in the new adapter, "
+            f"{present.shape} and {wanted} here. Pass `target_rank`, or load it beside the other: `model.load_adapter(...)`."
         )
     alpha = layer.lotra_alpha[adapter]
     if not alpha:
         raise ValueError(f"`{name}` has the alpha 0 in the loaded adapter, which no core can make up for.")
-    core = pad(new.core, [n for m in reversed(missing) for n in (0, m)]) * (config.alpha_of(name) / alpha)
-    return [core, *(pad(factor, (0, m)) for factor, m in zip(new.factors, missing, strict=True))]
+    raised = new.raised(wanted)
+    return raised._replace(core=raised.core * (config.alpha_of(name) / alpha))

@@ -63,12 +63,14 @@ def _at_random(components: Tucker, draw_out: bool) -> None:
     """
     core, factor_out, *inner = components
     core.normal_(std=1 / math.sqrt(math.prod(core.shape[1:])))
-    gains = (1.0, math.sqrt(len(components.factor_basis)), 1.0)
+    gains = (1.0, math.sqrt(components.shape[2]), 1.0)
     for factor, gain in zip(inner, gains, strict=False):
+        if factor is None:
+            continue
         # the QR decomposition does not exist in half precision
         q, r = torch.linalg.qr(torch.randn_like(factor, dtype=torch.promote_types(factor.dtype, torch.float32)))
         factor.copy_(q * (gain * r.diagonal().sign()))  # as `nn.init.orthogonal_`, in half the time
-    if draw_out:  # a component that is zero anyway takes no random numbers
+    if draw_out and factor_out is not None:  # a component that is zero anyway takes no random numbers
         factor_out.normal_(std=1 / math.sqrt(len(core)))
 
 
@@ -80,16 +82,17 @@ def _from_gradient(components: Tucker, zero: str, gradient: Tensor) -> None:
     ro right singular vectors are the rows of the core. The singular values are dropped, since a step of Adam should be
     as large for a weak direction as for a strong one.
 
-    Where factor_out is not trained, another component is `zero`, and factor_out comes from the approximation too.
+    Where factor_out is not trained, or the out mode is full, another component is `zero`, and the factors that there
+    are come from the approximation.
     """
-    core, factor_out, *inner = components
-    gradient = gradient[:, :, : len(components.factor_basis)]
-    projected, out, *factors = tucker(gradient, tuple(core.shape))
-    for factor, value in zip(inner, factors, strict=True):
-        factor.copy_(value)
-    components.factor_basis.mul_(math.sqrt(len(components.factor_basis)))
+    core = components.core
+    gradient = gradient[:, :, : components.shape[2]]
+    approximation = tucker(gradient, components.ranks)
+    projected = approximation.core
+    for name, factor in approximation.balanced()._asdict().items():
+        if name != "core":
+            getattr(components, name).copy_(factor)
     if zero != "factor_out":
-        factor_out.copy_(out).mul_(math.sqrt(len(factor_out)))
         core.copy_(projected * (math.sqrt(len(core)) / projected.norm().clamp(min=1e-30)))
         return
     rows = torch.linalg.svd(projected.double().flatten(1), full_matrices=False).Vh  # no more than ri rb [rk]
@@ -104,7 +107,6 @@ def _from_base(components: Tucker, coefficients: Tensor) -> None:
 
     Source: Y. Gao, K. C. Cheung and M. K. Ng, "SVD-PINNs", arXiv 2211.08760, for matrices.
     """
-    ranks = tuple(components.core.shape)
-    values = truncated_hosvd(coefficients[:, :, : len(components.factor_basis)], ranks).balanced()
-    for component, value in zip(components, values, strict=True):
-        component.copy_(value)
+    values = truncated_hosvd(coefficients[:, :, : components.shape[2]], components.ranks).balanced()
+    for name, component in components._asdict().items():
+        component.copy_(getattr(values, name))

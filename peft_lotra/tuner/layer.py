@@ -30,7 +30,7 @@ from ..modules.calls import (
     places,
     without_autocast,
 )
-from ..tucker import COMPONENTS, Tucker, Update
+from ..tucker import COMPONENTS, Tucker, Update, multiply_mode
 from .by_row import FORWARD_PASS, ForwardPass, run_named_rows
 from .config import LoTRAConfig
 from .initialization import initialize
@@ -135,7 +135,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         # PEFT looks for `.weight`, which KAN layers do not have, and makes parameters that require gradients
         if adapter_name in self.lotra_r:
             stored = self.lotra_tensor.get_parameter(self.get_base_layer())
-            for part in self.get_components(adapter_name):
+            for part in self.get_components(adapter_name)._asdict().values():
                 if not part.is_meta:
                     part.data = part.data.to(device or stored.device, stored.dtype)
 
@@ -146,17 +146,29 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
         Returns:
             `Tucker`: core (ro, ri, rb [, rk]), factor_out (out, ro), factor_in (in, ri), factor_basis (basis, rb), and
-                factor_kernel (kernel, rk) where the layer has a kernel.
+                factor_kernel (kernel, rk) where the layer has a kernel. None for the factor of a full mode.
         """
         modules = self._modules
-        parts = [getattr(modules[name], adapter_name) for name in self.adapter_layer_names]
-        return tuple.__new__(Tucker, parts)  # for each forward pass: without the Python call of `Tucker.__new__`
+        components = [getattr(modules[name], adapter_name, None) for name in self.adapter_layer_names]
+        return tuple.__new__(Tucker, components)  # for each forward pass: without the Python call of `Tucker.__new__`
 
     @torch.no_grad()
     def set_components(self, adapter_name: str, components: Tucker) -> None:
         """Overwrites the components of an adapter, in place."""
-        for parameter, value in zip(self.get_components(adapter_name), components, strict=True):
-            parameter.data.copy_(value)
+        for name, parameter in self.get_components(adapter_name)._asdict().items():
+            parameter.data.copy_(getattr(components, name))
+
+    def replace_components(self, adapter_name: str, components: Tucker) -> None:
+        """Gives an adapter other components, perhaps of other ranks, as new parameters."""
+        core = self.get_components(adapter_name).core
+        for name, value in zip(self.adapter_layer_names, components, strict=True):
+            former = getattr(self._modules[name], adapter_name, None)
+            if value is not None:
+                requires_grad = (core if former is None else former).requires_grad
+                self._modules[name][adapter_name] = nn.Parameter(value.detach(), requires_grad=requires_grad)
+            elif former is not None:
+                del self._modules[name][adapter_name]
+        self.lotra_r[adapter_name] = components.ranks
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The update of an adapter, (out, in, basis [, kernel]).
@@ -290,11 +302,14 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         vars(self).update(lotra_tensor=self.lotra_spec.locate(layer), _base_type=type(layer))
         self._modules["base_layer"] = layer
         self.accept_grid()
-        factors = self._modules["lotra_factor_basis"]
-        for adapter, factor in factors.items():
-            rows = factor[: transfer.shape[1]].to(transfer)
-            moved = torch.cat([(transfer @ rows).to(factor), factor[len(rows) :]])  # the residual branch stays
-            factors[adapter] = nn.Parameter(moved, requires_grad=factor.requires_grad)
+        for adapter in self.lotra_r:
+            components = self.get_components(adapter)
+            factor = components.factor_basis
+            name, mode = ("core", 2) if factor is None else ("factor_basis", 0)
+            values = getattr(components, name).movedim(mode, 0)
+            moved = multiply_mode(values[: transfer.shape[1]].to(transfer), transfer, 0).to(values)
+            moved = torch.cat([moved, values[transfer.shape[1] :]])  # the residual branch stays
+            self.replace_components(adapter, components._replace(**{name: moved.movedim(0, mode).contiguous()}))
 
     def copy_grid(self) -> Grid:
         return copy_grid(self.lotra_spec.read_grid(self.get_base_layer()))

@@ -166,7 +166,7 @@ class LoTRAModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT makes new parameters, which require gradients
         for _, layer in lotra_layers(self.model, adapter_name) if autocast_adapter_dtype else ():
-            for part in layer.get_components(adapter_name):
+            for part in layer.get_components(adapter_name)._asdict().values():
                 if part.dtype.itemsize < 4:
                     part.data = part.data.float()
 
@@ -193,8 +193,11 @@ class LoTRAModel(BaseTuner):
                 )
             check_complete(adapter_name, tensors, state_dict)
             config.layers_to_record = {name: record_layer(layer) for name, layer in layers.items()}
-            if config.r is None:  # the configuration may serve other models too
-                config.default_ranks = {name: layer.lotra_r[adapter_name] for name, layer in layers.items()}
+            config.ranks_to_record = {}  # the configuration may serve other models too
+            for name, layer in layers.items():
+                shapes = config.component_shapes(name, layer.lotra_tensor)
+                if config.r is None or shapes["core"] != layer.lotra_r[adapter_name]:
+                    config.ranks_to_record[name] = layer.get_components(adapter_name).form
         again = tuple(f"{PREFIX * is_peft_model}{name}.lotra_" for name in further_names(base))
         return {key: tensor for key, tensor in tensors.items() if not key.startswith(again)}
 

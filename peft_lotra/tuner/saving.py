@@ -235,9 +235,9 @@ def write_updates(
     for name, update in updates.items():
         size = functions[name] + (adapt_residual and record[name]["has_residual"])
         components = update.tensor.padded(size)
-        ranks[name] = components.ranks
-        for component, value in zip(COMPONENTS, components, strict=False):
-            tensors[f"{PREFIX}{name}.{component}"] = value.cpu().contiguous()
+        ranks[name] = components.form
+        for component, value in components._asdict().items():
+            tensors[f"{PREFIX}{name}.lotra_{component}"] = value.cpu().contiguous()
     config = LoTRAConfig(
         r=next(iter(ranks.values())),
         rank_pattern={pattern_key(name): of_layer for name, of_layer in ranks.items()},

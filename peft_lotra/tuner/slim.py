@@ -29,7 +29,7 @@ class SlimLoTRALayer(LoTRALayer):
         if not updates:
             return {}
         parts: list[Tucker] = [self.base_layer.components]
-        (basis, _), dtype = parts[0].factor_basis.shape, parts[0].core.dtype
+        basis, dtype = parts[0].shape[2], parts[0].core.dtype
         with without_autocast(parts[0].core):
             for scale, tensor in updates:
                 # without the residual branch, its slice of the update is zero

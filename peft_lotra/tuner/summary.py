@@ -14,6 +14,7 @@ from torch import nn
 from ..layers.registry import find_kan_layers
 from ..modules.calls import unwrap
 from ..modules.report import Report, TextTable
+from ..tucker import Rank, form_text
 from .layer import lotra_layers
 
 
@@ -25,7 +26,7 @@ class LayerSummary(NamedTuple):
     shape: tuple[int, ...]  # (out, in, basis), or (out, in, basis, kernel), of the coefficient tensor
     has_residual: bool
     adapter: str | None = None  # `None`, and the fields below empty, for a layer without adapters
-    ranks: tuple[int, ...] | None = None
+    ranks: tuple[Rank, ...] | None = None
     parameters: int = 0  # the number of parameters of the adapter
     trainable: int = 0  # the number of parameters of the adapter that require a gradient
     kilobytes: float = 0.0  # the memory of the adapter, in units of 1000 bytes
@@ -65,7 +66,7 @@ class ModelSummary(Report, list[LayerSummary]):
                 continue
             state = ", ".join(name for name in ("active", "merged") if getattr(line, name)) or "inactive"
             numbers = [f"{line.trainable:,} / {line.parameters:,}", f"{line.kilobytes:.1f}", f"{line.scale:g}"]
-            rows.append([*row, line.adapter, str(line.ranks), *numbers, state])
+            rows.append([*row, line.adapter, form_text(line.ranks), *numbers, state])
         share = self.trainable_parameters / max(self.all_parameters, 1)
         notes = [
             f"{self.trainable_parameters:,} of {self.all_parameters:,} parameters trainable ({share:.2%})",
@@ -104,13 +105,14 @@ def model_summary(model: nn.Module) -> ModelSummary:
         if layer is None or not layer.lotra_r:
             lines.append(LayerSummary(*found[:4]))
             continue
-        for adapter, ranks in layer.lotra_r.items():
-            parts = layer.get_components(adapter)
-            trainable = sum(part.numel() for part in parts if part.requires_grad)
-            numbers = (parts.numel(), trainable, _kilobytes(parts), float(layer.lotra_scaling[adapter]))
+        for adapter in layer.lotra_r:
+            components = layer.get_components(adapter)
+            tensors = components._asdict().values()
+            trainable = sum(tensor.numel() for tensor in tensors if tensor.requires_grad)
+            numbers = (components.numel(), trainable, _kilobytes(tensors), float(layer.lotra_scaling[adapter]))
             active = adapter in layer.active_adapters and not layer.disable_adapters
             merged = adapter in layer.merged_adapters
-            lines.append(LayerSummary(*found[:4], adapter, ranks, *numbers, active, merged))
+            lines.append(LayerSummary(*found[:4], adapter, components.form, *numbers, active, merged))
     return ModelSummary(lines, model)
 
 

@@ -20,6 +20,7 @@ from ..layers.describe import NOT_LINEAR, UNUSED, compare, describe
 from ..layers.description import KANLayerSpec, is_built_in
 from ..layers.registry import get_recorded_spec, unrecognized_modules, walk_kan_layers
 from ..layers.slim import SlimLayer
+from ..tucker import full_shape
 from .config import LoTRAConfig
 from .initialization import check_start
 from .layer import LoTRALayer, Target, check_stored, check_unmerged, lotra_layers
@@ -209,6 +210,13 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, T
                     "updates to it. Give each its own copy, or leave one out by `exclude_modules`."
                 )
     if not config.is_from_file:
+        for name, target in targets.items():
+            shapes = config.component_shapes(name, target.tensor)
+            if config.train is not None and not shapes.keys() & set(config.train):
+                raise ValueError(
+                    f"`train={config.train}` leaves nothing to train in `{name}`, whose ranks {shapes['core']} have "
+                    f"only {list(shapes)}. Train the core too, or leave the layer out."
+                )
         if config.init_weights == "hosvd":
             check_unmerged(model)  # the factors are those of the base
         for layer, _, tensor in targets.values():
@@ -238,10 +246,11 @@ def warn_of_large_adapters(config: LoTRAConfig, targets: Mapping[str, Target]) -
         return
     large = []
     for name, target in targets.items():
-        core, *factors = config.component_shapes(name, target.tensor).values()
-        size, dense = prod(core) + sum(map(prod, factors)), prod(rows for rows, _ in factors)
+        shapes = config.component_shapes(name, target.tensor)
+        size = sum(map(prod, shapes.values()))
+        dense = prod(full_shape(target.tensor) if config.adapt_residual else target.tensor.shape)
         if size > dense:
-            large.append(f"{name} (ranks {core}: {size} instead of {dense})")
+            large.append(f"{name} (ranks {shapes['core']}: {size} instead of {dense})")
     if large:
         warnings.warn(
             f"Adapters have more parameters than the coefficients that they adapt: {', '.join(large[:5])}. Lower `r`, "

@@ -75,7 +75,7 @@ def add_weighted_adapter(
         if not here:
             continue
         parts = [_read(layer, adapter, weight) for adapter, weight in here]
-        basis = max(len(part.factor_basis) for part in parts)  # without or with a residual slice
+        basis = max(part.shape[2] for part in parts)  # without or with a residual slice
         parts = [part.padded(basis) for part in parts]
         sums[name] = torch.stack([part.dense() for part in parts]).sum(0)
         if combination_type == "linear":
@@ -93,7 +93,7 @@ def add_weighted_adapter(
         task_type=first.task_type,
         base_model_name_or_path=first.base_model_name_or_path,
         revision=first.revision,
-        rank_pattern={pattern_key(name): total.ranks for name, total in components.items()},
+        rank_pattern={pattern_key(name): total.form for name, total in components.items()},
         target_modules=exact_targets(components, model.model),
         adapt_residual=any(configs[adapter].adapt_residual for adapter in adapters),
         rank_dropout=first.rank_dropout,
@@ -147,10 +147,12 @@ def _read(layer: LoTRALayer, adapter: str, weight: float) -> Tucker:
 
 def _average(name: str, parts: Sequence[Tucker], weights: Sequence[float]) -> Tucker:
     """The factors averaged by weight, with the sum of the cores, which are weighted already."""
-    shapes, total = [part.ranks for part in parts], sum(weights)
+    shapes, total = [part.form for part in parts], sum(weights)
     if len(set(shapes)) > 1 or total == 0:
         problem = f"the weights sum up to 0: {weights}" if total == 0 else f"the ranks differ: {shapes}"
         raise ValueError(f'`combination_type="linear"` is an average, but at `{name}` {problem}. Use "cat" or "svd".')
-    cores, *factors = (torch.stack(same) for same in zip(*parts, strict=True))
-    shares = cores.new_tensor(weights) / total
-    return Tucker(cores.sum(0), *(torch.tensordot(shares, factor, 1) for factor in factors))
+    shares = parts[0].core.new_tensor(weights) / total
+    average = dict(core=torch.stack([part.core for part in parts]).sum(0))
+    for name in list(parts[0]._asdict())[1:]:
+        average[name] = torch.tensordot(shares, torch.stack([getattr(part, name) for part in parts]), 1)
+    return parts[0]._replace(**average)
