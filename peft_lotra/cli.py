@@ -33,6 +33,7 @@ from .kan import modeling_kan  # noqa: F401  (registers KANModel with AutoModel)
 from .layers.registry import find_kan_layers
 from .modules.report import printable
 from .parametric.storage import FILE, read_family
+from .tucker import Ranks
 
 
 app = typer.Typer(
@@ -50,8 +51,8 @@ main = app  # the entry point
 _FILES = [f"*{name}" for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, FILE)]
 
 
-def _ranks(text: str) -> int | tuple[int, ...]:
-    ranks = tuple(map(int, text.split(",")))
+def _ranks(text: str) -> Ranks:
+    ranks = tuple(mode if mode == "full" else int(mode) for mode in text.split(","))
     return ranks[0] if len(ranks) == 1 else ranks
 
 
@@ -59,7 +60,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text."
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of ADAPTER on the Hub.")]
 Subfolder = Annotated[str | None, typer.Option(help="Name of the adapter, if it is not `default`: its subfolder.")]
 Energy = Annotated[float | None, typer.Option(help="Share of the squared norm to keep in each layer, 0 to 1.")]
-Rank = Annotated[Any, typer.Option(help="Ranks: a number, or out,in,basis.", parser=_ranks, metavar="RANKS")]
+Rank = Annotated[Any, typer.Option(help="Ranks: a number or full, or out,in,basis.", parser=_ranks, metavar="RANKS")]
 Budget = Annotated[int | None, typer.Option(help="Number of parameters of the result.")]
 Inputs = Annotated[str | None, typer.Option(help="A .safetensors file with one tensor: samples of the input.")]
 Factory = Annotated[str | None, typer.Option(help="MODULE:CALLABLE that builds the network of a state dict.")]

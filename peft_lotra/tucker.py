@@ -119,6 +119,19 @@ class Tucker(tuple):
             return self._replace(core=pad(self.core, [*after, 0, missing]))
         return self._replace(factor_basis=pad(self.factor_basis, (0, 0, 0, missing)))
 
+    def sliced(self, functions: slice) -> Tucker:
+        """The tensor of some slices of the basis mode."""
+        if self.factor_basis is None:
+            return self._replace(core=self.core[:, :, functions])
+        return self._replace(factor_basis=self.factor_basis[functions])
+
+    def on_basis(self, transfer: Tensor) -> Tucker:
+        """The tensor with its basis mode multiplied by `transfer` (basis', basis), in the dtype of the latter."""
+        core, factor = self.core, self.factor_basis
+        if factor is None:
+            return self._replace(core=multiply_mode(core.to(transfer), transfer, 2).contiguous().to(core))
+        return self._replace(factor_basis=(transfer @ factor.to(transfer)).to(factor))
+
     def raised(self, ranks: Sequence[int]) -> Tucker:
         """The same tensor with these ranks, none of which is lower: zeros fill up, and full modes take their factor in."""
         core, *factors = self
@@ -279,8 +292,8 @@ def tucker(tensor: Tensor, ranks: tuple[int, ...]) -> Tucker:
         for mode, rank in enumerate(ranks):
             if factors[mode] is not None:
                 others = [*factors[:mode], None, *factors[mode + 1 :]]
-                factors[mode] = _leading_vectors(_project(target, others).movedim(mode, 0), rank)
-        core = _project(target, factors)
+                factors[mode] = _leading_vectors(project(target, others).movedim(mode, 0), rank)
+        core = project(target, factors)
 
         # the factors are orthonormal
         previous, error = error, (norm**2 - core.norm() ** 2).clamp(min=0).sqrt()
@@ -300,7 +313,7 @@ def hosvd(tensor: Tensor) -> tuple[Tucker, tuple[Tensor, ...]]:
     factors = []
     for mode, size in enumerate(tensor.shape):
         factors.append(_leading_vectors(tensor.movedim(mode, 0), min(size, tensor.numel() // size)))
-    core = _project(tensor, factors)
+    core = project(tensor, factors)
     return Tucker(core, *factors), tuple(core.movedim(mode, 0).flatten(1).norm(dim=1) for mode in range(core.dim()))
 
 
@@ -315,10 +328,10 @@ def truncated_hosvd(tensor: Tensor, ranks: tuple[int, ...]) -> Tucker:
     factors: list[Tensor | None] = []
     for mode, (rank, size) in enumerate(zip(ranks, tensor.shape, strict=True)):
         factors.append(None if rank == size else _leading_vectors(tensor.movedim(mode, 0), rank))
-    return Tucker(_project(tensor, factors), *factors)
+    return Tucker(project(tensor, factors), *factors)
 
 
-def _project(tensor: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
+def project(tensor: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
     """Multiply a tensor by the transposed factor of each mode."""
     return reconstruct(tensor, *(None if factor is None else factor.T for factor in factors))
 

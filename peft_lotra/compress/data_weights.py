@@ -23,7 +23,7 @@ from ..layers.formula import find_formula
 from ..layers.registry import KANLayerSpec
 from ..layers.slim import call_with_coefficients
 from ..modules.calls import call_with_parameters, modes_kept
-from ..tucker import Tucker, full_shape, tucker
+from ..tucker import Tucker, full_shape, project, tucker
 from ..tuner.layer import warn_of_far_inputs
 from ..tuner.targets import locate_target
 
@@ -75,23 +75,24 @@ class DataWeights:
         """Find a Tucker tensor, with orthonormal factors, that comes close to the layer's outputs by `tensor`.
 
         All factors but factor_out are those of the weighted tensor. The core and factor_out are the best ones beside
-        these, by reduced rank regression in the metric of the outputs.
+        these, by reduced rank regression in the metric of the outputs. Full modes have no factor.
         """
         _, _, *weighted = tucker(self.weigh(tensor), ranks)
-        factors = [
-            torch.linalg.qr(torch.linalg.solve(root, factor)).Q
-            for root, factor in zip(self.roots, weighted, strict=True)
-        ]
-        z = torch.einsum("nik,ib,kc->nbc", self.values, *factors).flatten(1)
+        factors: list[torch.Tensor | None] = [None]
+        for root, factor in zip(self.roots, weighted, strict=True):
+            factors.append(None if factor is None else torch.linalg.qr(torch.linalg.solve(root, factor)).Q)
+        z = project(self.values, factors).flatten(1)
         # As if each basis function had been seen a little on its own: there may be more of them than samples.
-        start = torch.einsum("nik,ib,kc->nbc", tensor, *factors).flatten(1).T
+        start = project(tensor, factors).flatten(1).T
         gram = z.T @ z
         ridge = torch.eye(len(gram), device="cpu").to(gram) * _RIDGE * gram.diagonal().mean().clamp(min=1e-200)
         weights = torch.linalg.solve(gram + ridge, z.T @ self.outputs(tensor) + ridge @ start)  # (ri rb, out)
-        weights = weights @ self.root_out  # symmetric
-        leading = torch.linalg.svd(z @ weights, full_matrices=False).Vh[: ranks[0]].T
-        core = (weights @ leading).T.reshape(-1, *ranks[1:])
-        return Tucker(core, torch.linalg.solve(self.root_out, leading), *factors).orthogonal()
+        if ranks[0] < len(self.root_out):
+            weights = weights @ self.root_out  # symmetric
+            leading = torch.linalg.svd(z @ weights, full_matrices=False).Vh[: ranks[0]].T
+            weights = weights @ leading
+            factors[0] = torch.linalg.solve(self.root_out, leading)
+        return Tucker(weights.T.reshape(-1, *ranks[1:]), *factors).orthogonal()
 
     def outputs(self, tensor: torch.Tensor) -> torch.Tensor:
         """Compute the layer's outputs (samples, out) with these coefficients, without its bias."""

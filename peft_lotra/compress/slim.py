@@ -24,7 +24,7 @@ from ..layers.slim import SlimLayer
 from ..modules.calls import places, share_hooks, unwrap
 from ..modules.checks import check_number
 from ..modules.report import Report, TextTable
-from ..tucker import Ranks, cap_ranks, relative_energy, tucker
+from ..tucker import Ranks, cap_ranks, count_parameters, relative_energy, tucker
 from ..tuner.targets import locate_target
 from .data_weights import Inputs, error_table, gather_weights, model_outputs
 from .spectra import LayerSpectrum, check_one_given, choose_ranks, ranks_by_layer, weighted_spectra
@@ -89,7 +89,8 @@ def slim(
 
     Args:
         model: A network with KAN layers, or one layer, without adapters; it stays unchanged if not `inplace`.
-        ranks: (ro, ri, rb) for each layer, capped by the sizes of its modes with a warning; or by layer, as
+        ranks: (ro, ri, rb) for each layer, capped by the sizes of its modes with a warning, "full" for a mode without
+            a factor; or by layer, as
             `suggest_ranks` returns them, others being left dense;
         energy: Or the share of the squared norm to keep, above 0 and up to 1: of each layer's coefficients, or with
             `inputs` of the deviations of the model's outputs from their mean;
@@ -242,7 +243,7 @@ class _Compression:
         report = SlimReport({}, {}, [], (before, before))
         exchanged: dict[nn.Module, nn.Module] = {}
         for name, tensor in self.tensors.items():
-            if name not in ranks or _cost(ranks[name], tensor.shape) >= tensor.numel():
+            if name not in ranks or count_parameters(ranks[name], tensor.shape) >= tensor.numel():
                 report.dense.append(name)
                 continue
             weights = self.weights.get(name)
@@ -281,10 +282,6 @@ def _relative_error(y: torch.Tensor, other: torch.Tensor) -> float:
     """Compute ||y - other|| / ||y - mean(y)|| of outputs (..., out); a large mean would hide any error."""
     y, other = y.double().flatten(0, -2), other.double().flatten(0, -2)
     return relative_energy(y - other, y - y.mean(0)).sqrt().item()
-
-
-def _cost(ranks: tuple[int, ...], shape: torch.Size) -> int:
-    return math.prod(ranks) + sum(size * rank for size, rank in zip(shape, ranks, strict=True))
 
 
 def _exchange(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> nn.Module:

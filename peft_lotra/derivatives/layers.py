@@ -20,7 +20,7 @@ from torch import Tensor
 from ..kan.basis import UniformGrid, bspline_basis, cardinal_spline, in_transform, silu_derivatives
 from ..kan.formula import Basis, FunctionBasis, LayerFormula
 from ..modules.calls import is_tracing
-from ..tucker import Tucker, Update
+from ..tucker import Update
 from .bases import evaluate_functions, num_functions, tensors_of
 from .chain_rule import Jet, compose, row_counts
 from .layer_jet import JetRows, LayerJet, by_hand_pays, make_features
@@ -54,7 +54,9 @@ def evaluate_layer(formula: LayerFormula, jet: Jet, order: int, weights: Tensor 
     for basis, norm in _terms(formula):
         functions = slice(start, start + num_functions(basis))
         matrix = None if coefficients is None else coefficients[:, functions]
-        factored = [_select_functions(update, functions) for update in updates] if stays_factored else []
+        factored = []
+        if stays_factored:
+            factored = [update._replace(tensor=update.tensor.sliced(functions)) for update in updates]
         inputs = jet if norm is None else through_norm(norm, jet, order, weights)
         term = _through(basis, matrix, factored, inputs, order, weights)
         total = term if total is None else [first + second for first, second in zip(total, term, strict=True)]
@@ -62,11 +64,6 @@ def evaluate_layer(formula: LayerFormula, jet: Jet, order: int, weights: Tensor 
     if formula.bias is not None:
         total[0] = total[0] + formula.bias
     return total
-
-
-def _select_functions(update: Update, functions: slice) -> Update:
-    core, factor_out, factor_in, factor_basis = update.tensor
-    return Update(update.scale, Tucker(core, factor_out, factor_in, factor_basis[functions]))
 
 
 def _terms(formula: LayerFormula) -> list[tuple[Basis, Any]]:
@@ -197,6 +194,10 @@ def _rows_of_basis(basis: Basis, jet: Jet, order: int, weights: Tensor | None) -
 def _contract(rows: Tensor, update: Update) -> Tensor:
     """Jet rows (S, K + 1, I, N) times the update, (S, O, N), so that no gradient of a factor is larger than it."""
     core, factor_out, factor_in, factor_basis = update.tensor
-    t = factor_basis.T @ rows[:, : len(factor_basis)].flatten(2)  # (S, rb, I N)
-    t = factor_in.T @ t.unflatten(2, rows.shape[2:])  # (S, rb, ri, N)
-    return (update.scale * factor_out) @ (core.transpose(1, 2).flatten(1) @ t.flatten(1, 2))
+    t = rows[:, : update.tensor.shape[2]]
+    if factor_basis is not None:
+        t = (factor_basis.T @ t.flatten(2)).unflatten(2, rows.shape[2:])  # (S, rb, I, N)
+    if factor_in is not None:
+        t = factor_in.T @ t  # (S, rb, ri, N)
+    products = core.transpose(1, 2).flatten(1) @ t.flatten(1, 2)  # (S, ro, N)
+    return update.scale * products if factor_out is None else (update.scale * factor_out) @ products

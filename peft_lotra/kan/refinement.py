@@ -61,7 +61,7 @@ def refine_grid(
 
     Adapters are carried over exactly, all of them and at any rank, if `grid_size` is a multiple of the old one, and
     without density. The matrix T that expresses the old splines by the new ones is then the same for all inputs, and
-    factor_basis becomes T factor_basis.
+    factor_basis becomes T factor_basis; T multiplies the core where there is none.
 
     The parameters are replaced by new ones: make optimizers afterwards. `LevenbergMarquardt` needs nothing.
 
@@ -153,11 +153,11 @@ def refine_grid(
 
 def _check_layers(kan: LayerStack, grid_size: int) -> dict[str, SplineLayer]:
     """Return the KAN layers without adapters by name; refuse a layer of which the new one would lose a part."""
-    parameters = {KANLinear: {"spline_weight", "base_weight"}, SlimKANLinear: set(Tucker._fields[:4])}
+    parameters = {KANLinear: {"spline_weight", "base_weight"}, SlimKANLinear: {"core"}}
     splines = {}
     for name, layer in kan.layers.named_children():
         layer: Any = getattr(layer, "unadapted", layer)  # where its adapters can be carried over
-        if parameters.get(type(layer)) == set(dict(layer.named_parameters())):
+        if parameters.get(type(layer)) == dict(layer.named_parameters()).keys() - set(Tucker._fields[1:]):
             check_grid(grid_size, layer.spline_order)
             splines[name] = layer
         elif not (isinstance(layer, InputMap) or is_norm(layer)):
@@ -199,8 +199,9 @@ def _refitted(
     transfer = change_of_basis(new_basis, torch.cat([old_basis, old_silu - new_silu], -1))  # (I, K', K + 1)
 
     if isinstance(layer, SlimKANLinear):
-        rows = layer.factor_basis.double()
-        components = layer.components._replace(factor_basis=torch.cat([transfer[0] @ rows, rows[-1:]]))
+        of_silu = transfer.new_zeros(1, transfer.shape[2])
+        of_silu[:, -1] = 1
+        components = layer.components.on_basis(torch.cat([transfer[0], of_silu]))
         new = filled(layer, components._asdict(), grid_size)
     else:
         weight = einsum(transfer, _coefficients(layer), "i new old, o i old -> o i new")

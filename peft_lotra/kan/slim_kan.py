@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import nn
 
 from ..modules.calls import is_tracing
-from ..tucker import Ranks, Tucker, cap_ranks, check_ranks, expand_inputs
+from ..tucker import Ranks, Tucker, cap_ranks, check_ranks, component_shapes, expand_inputs
 from .basis import check_input, moments
 from .layer import KANLinear, SplineLayer
 from .network import KAN, LayerStack, Norm, pairs, with_norms
@@ -44,16 +44,17 @@ class SlimKANLinear(SplineLayer):
         y[o] = sum_a factor_out[o, a] sum_{b,c} core[a, b, c] sum_i factor_in[i, b] f_c(x[i]),
         f_c(x) = sum_k factor_basis[k, c] B_k(x) + factor_basis[K, c] silu(x).
 
-    All edges are combinations of the same rb functions f_c. The dense tensor is never built in the forward pass.
+    All edges are combinations of the same rb functions f_c. The dense tensor is never built in the forward pass. A
+    full mode, whose rank is its size, has no factor.
 
     Args:
         in_features, out_features, grid_size, spline_order, grid_range, device, dtype: As for `KANLinear`.
-        ranks: (ro, ri, rb) for the modes (out, in, basis), or one number for the three. A rank above the size of its
-            mode is capped, with a warning.
+        ranks: (ro, ri, rb) for the modes (out, in, basis), or one number for the three; `"full"` is the size of a
+            mode. A rank above the size of its mode is capped, with a warning.
 
     Attributes:
         core: Parameter (ro, ri, rb).
-        factor_out, factor_in, factor_basis: Parameters (O, ro), (I, ri) and (K + 1, rb).
+        factor_out, factor_in, factor_basis: Parameters (O, ro), (I, ri) and (K + 1, rb), None for full modes.
         grid_bounds: Buffer (I, 2), as in `KANLinear`.
 
     Raises:
@@ -67,6 +68,11 @@ class SlimKANLinear(SplineLayer):
         >>> layer.core.shape, layer(torch.zeros(7, 64)).shape
         (torch.Size([5, 8, 3]), torch.Size([7, 10]))
     """
+
+    core: nn.Parameter
+    factor_out: nn.Parameter | None
+    factor_in: nn.Parameter | None
+    factor_basis: nn.Parameter | None
 
     def __init__(
         self,
@@ -84,10 +90,11 @@ class SlimKANLinear(SplineLayer):
         shape = (out_features, in_features, self.grid.num_basis + 1)
         capped = cap_ranks(ranks, shape)
         warn_capped({f"SlimKANLinear({in_features}, {out_features})": (ranks, shape, capped)})
-        self.core = nn.Parameter(torch.empty(capped, device=device, dtype=dtype))
-        self.factor_out, self.factor_in, self.factor_basis = (
-            nn.Parameter(torch.empty(sizes, device=device, dtype=dtype)) for sizes in zip(shape, capped, strict=True)
-        )
+        shapes = component_shapes(capped, shape)
+        for name in Tucker._fields[:4]:
+            sizes = shapes.get(name)
+            parameter = None if sizes is None else nn.Parameter(torch.empty(sizes, device=device, dtype=dtype))
+            self.register_parameter(name, parameter)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -99,7 +106,7 @@ class SlimKANLinear(SplineLayer):
         which the splines have the share `SLIM_VARIANCE_SHARE`. The core, as a matrix (ro, ri rb), gets orthogonal
         rows (or columns), and the size with which E[y^2] = v, for independent inputs that are normal with the mean and
         the variance v of the uniform law on `grid_range`. The gains set how far an optimizer's step moves each
-        component; the function does not depend on them.
+        component; the function does not depend on them. Without factor_basis, the core takes the scales of its rows.
 
         Source: the basis-agnostic Glorot-like rule of arXiv 2510.23501, on the forward pass.
         """
@@ -109,14 +116,21 @@ class SlimKANLinear(SplineLayer):
         variance, of_functions = moments(self.grid_range, self.grid_size, self.spline_order)
         *of_splines, of_silu = of_functions.diagonal()
         variances = [SLIM_VARIANCE_SHARE / sum(of_splines)] * len(of_splines) + [(1 - SLIM_VARIANCE_SHARE) / of_silu]
-        noise = torch.randn(self.factor_basis.shape, dtype=torch.float64, device="cpu")
-        factor_basis = GAIN_BASIS * noise.new_tensor(variances).sqrt().unsqueeze(1) * noise
-        self.factor_basis.copy_(factor_basis)
+        scales = of_functions.new_tensor(variances).sqrt()
+        if self.factor_basis is not None:
+            noise = torch.randn(self.factor_basis.shape, dtype=torch.float64, device="cpu")
+            factor_basis = GAIN_BASIS * scales.unsqueeze(1) * noise
+            self.factor_basis.copy_(factor_basis)
+            of_functions = factor_basis.T @ of_functions @ factor_basis
+        variance = self.out_features * variance
         for factor, gain in ((self.factor_out, math.sqrt(self.out_features)), (self.factor_in, GAIN_IN)):
-            factor.copy_(_orthogonal(factor) * gain)
+            if factor is not None:
+                factor.copy_(_orthogonal(factor) * gain)
+                variance = variance / gain**2
         core = _orthogonal(self.core.flatten(1)).double().view(self.core.shape)
-        gram = (factor_basis.T @ of_functions @ factor_basis).to(core.device)
-        self.core.copy_(core * (variance / (core * (core @ gram)).sum()).sqrt() / GAIN_IN)
+        if self.factor_basis is None:
+            core = core * scales.to(core.device)
+        self.core.copy_(core * (variance / (core * (core @ of_functions.to(core.device))).sum()).sqrt())
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -125,32 +139,35 @@ class SlimKANLinear(SplineLayer):
 
     @property
     def components(self) -> Tucker:
-        """core, factor_out, factor_in and factor_basis."""
+        """core, factor_out, factor_in and factor_basis, None for full modes."""
         return Tucker(self.core, self.factor_out, self.factor_in, self.factor_basis)
 
     @property
     def spline_weight(self) -> torch.Tensor:
         """The coefficient tensor (O, I, K) of the equivalent dense layer, built anew; differentiable."""
-        return self.components._replace(factor_basis=self.factor_basis[:-1]).dense()
+        return self.components.sliced(slice(-1)).dense()
 
     @property
     def base_weight(self) -> torch.Tensor:
         """The residual weights (O, I) of the equivalent dense layer, built anew; differentiable."""
-        return self.components._replace(factor_basis=self.factor_basis[-1:]).dense().squeeze(-1)
+        return self.components.sliced(slice(-1, None)).dense().squeeze(-1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs (..., I) to outputs (..., O); raises as `KANLinear.forward`."""
         check_input(x, self.in_features, self, self.core.dtype)
         rows = x.reshape(-1, self.in_features)
-        core, factor_out, factor_in, factor_basis = self.components
-        if is_tracing() or len(rows) >= _EXPAND_FROM:  # a graph is for any number of rows
-            z = spline_product(rows, *self.grid, expand_inputs(core, factor_in, factor_basis[:-1]))
-            z = z + F.silu(rows) @ factor_in @ (core @ factor_basis[-1]).T
+        components = self.components
+        core, factor_out, factor_in, factor_basis = components
+        if is_tracing() or factor_in is None or len(rows) >= _EXPAND_FROM:  # a graph is for any number of rows
+            splines, _, *factors = components.sliced(slice(-1))
+            z = spline_product(rows, *self.grid, expand_inputs(splines, *factors))
+            last, _, *factors = components.sliced(slice(-1, None))
+            z = z + F.linear(F.silu(rows), expand_inputs(last, *factors).squeeze(-1))
         else:
             z = rearrange(self._functions(rows), "n i k -> (n k) i") @ factor_in
-            matrix = (core.flatten(0, 1) @ factor_basis.T).unflatten(0, core.shape[:2])  # (ro, ri, K + 1)
-            z = rearrange(z, "(n k) r -> n (k r)", k=len(factor_basis)) @ matrix.transpose(1, 2).flatten(1).T
-        y = z @ factor_out.T
+            matrix = expand_inputs(core, None, factor_basis)  # (ro, ri, K + 1)
+            z = rearrange(z, "(n k) r -> n (k r)", n=len(rows)) @ matrix.transpose(1, 2).flatten(1).T
+        y = z if factor_out is None else z @ factor_out.T
         return y.view(*x.shape[:-1], self.out_features)
 
     def forward_with(self, delta: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -199,7 +216,7 @@ class SlimKAN(LayerStack):
 
     Args:
         widths, grid_size, spline_order, grid_range, norm, device, dtype: As for `KAN`.
-        ranks: (ro, ri, rb) or one number, as for `SlimKANLinear`, the same in each layer; or a list with ranks for
+        ranks: (ro, ri, rb) or one rank, as for `SlimKANLinear`, the same in each layer; or a list with ranks for
             each layer, where None makes a dense `KANLinear`. Ranks above the sizes of a layer's modes are capped, with
             a warning.
 
@@ -256,7 +273,11 @@ class SlimKAN(LayerStack):
 
 def warn_capped(layers: dict[str, tuple]) -> None:
     """Warns of layers with lower ranks than asked for; name: (ranks asked for, shape of the tensor, ranks)."""
-    fewer = {n: v for n, v in layers.items() if v[2] != (v[0] if isinstance(v[0], tuple) else (v[0],) * 3)}
+    fewer = {}
+    for name, (asked, shape, ranks) in layers.items():
+        modes = asked if isinstance(asked, tuple) else (asked,) * 3
+        if any(rank != "full" and rank > size for rank, size in zip(modes, shape, strict=False)):
+            fewer[name] = asked, shape, ranks
     if fewer:
         listed = "; ".join(f"{name}: {asked} for {shape}, made {got}" for name, (asked, shape, got) in fewer.items())
         warnings.warn(

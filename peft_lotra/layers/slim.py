@@ -36,9 +36,10 @@ class SlimLayer(nn.Module):
         self.tensor = spec.locate(layer)
         self.out_features, self.in_features, _ = self.tensor.shape
         coefficients = self.tensor.get_parameter(layer)
-        for name, value in components._asdict().items():
-            value = value.to(coefficients).contiguous()
-            setattr(self, name, nn.Parameter(value, requires_grad=coefficients.requires_grad))
+        for name, value in zip(Tucker._fields, components, strict=False):
+            if value is not None:
+                value = nn.Parameter(value.to(coefficients).contiguous(), requires_grad=coefficients.requires_grad)
+            self.register_parameter(name, value)
         self.scale = spec.find_edge_scale(layer)
         self.removed: dict[str, tuple[int, ...]] = {}  # the shape of each parameter that is taken out of the layer
         for name in [*self.tensor.parameters, *([self.scale] if self.scale else [])]:
@@ -56,13 +57,13 @@ class SlimLayer(nn.Module):
     @property
     def coefficients(self) -> torch.Tensor:
         """The coefficient tensor (out, in, basis), without the residual branch, built anew; differentiable."""
-        return self.components._replace(factor_basis=self.factor_basis[: self.tensor.shape[-1]]).dense()
+        return self.components.sliced(slice(self.tensor.shape[-1])).dense()
 
     @property
     def residual(self) -> torch.Tensor | None:
         """The residual weights (out, in), built anew, or `None` if the layer has no residual branch."""
-        last = self.factor_basis[self.tensor.shape[-1] :]
-        return self.components._replace(factor_basis=last).dense().squeeze(-1) if len(last) else None
+        last = self.components.sliced(slice(self.tensor.shape[-1], None))
+        return last.dense().squeeze(-1) if last.shape[2] else None
 
     def effective_parameters(self, delta: torch.Tensor | float = 0.0) -> dict[str, torch.Tensor]:
         """The parameters, as the layer stores them, of the tensor of the factors plus `delta`, of the same shape."""

@@ -28,7 +28,7 @@ from ..kan.formula import LayerFormula
 from ..kan.product import needs_plain_operations
 from ..kan.recording_hook import recording
 from ..modules.calls import runs_more_than_its_class
-from ..tucker import Update
+from ..tucker import Update, expand_inputs
 
 
 MOST_COLUMNS = 64  # with more values in a row, one row at a time costs less than a backward pass for each value
@@ -176,13 +176,15 @@ def _add_tucker(sums: ByTensor, phi: Tensor, update: Update, g: Tensor) -> None:
 
         core[a, b, c]: f[a] t[b, c]                factor_out[o, a]: g[o] (core t)[a]
         factor_in[i, b]: sum_k phi[k, i] q[k, b]   factor_basis[k, c]: sum_b v[b, k] h[b, c].
+
+    A full mode has no factor to contract with.
     """
     scale, (core, factor_out, factor_in, factor_basis) = update
     n, m = g.shape[:2]
-    phi = phi[:, :, : len(factor_basis)].contiguous()
-    v = (phi @ factor_in).mT.contiguous()
-    t = (v @ factor_basis).flatten(2)
-    f = scale * g @ factor_out
+    phi = phi[:, :, : update.tensor.shape[2]].contiguous()
+    v = (phi if factor_in is None else phi @ factor_in).mT.contiguous()
+    t = (v if factor_basis is None else v @ factor_basis).flatten(2)
+    f = scale * g if factor_out is None else scale * g @ factor_out
 
     def product(left: Tensor, right: Tensor) -> Tensor:
         """sum_x left[x, i] right[m, x, j], (n, m, i, j), for left (n, S, X / S, i) and right (n, m, S, ...)."""
@@ -195,6 +197,6 @@ def _add_tucker(sums: ByTensor, phi: Tensor, update: Update, g: Tensor) -> None:
     if id(factor_out) in sums:
         _add(sums, factor_out, g.mT.flatten(1, 2) @ (scale * t @ core.flatten(1).T))
     if id(factor_in) in sums:
-        _add(sums, factor_in, product(phi, f @ (factor_basis @ core.mT).flatten(1)))
+        _add(sums, factor_in, product(phi, f @ expand_inputs(core, None, factor_basis).mT.flatten(1)))
     if id(factor_basis) in sums:
         _add(sums, factor_basis, product(v, f @ core.flatten(1)))

@@ -30,7 +30,7 @@ from ..modules.calls import (
     places,
     without_autocast,
 )
-from ..tucker import COMPONENTS, Tucker, Update, multiply_mode
+from ..tucker import COMPONENTS, Tucker, Update
 from .by_row import FORWARD_PASS, ForwardPass, run_named_rows
 from .config import LoTRAConfig
 from .initialization import initialize
@@ -304,12 +304,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         self.accept_grid()
         for adapter in self.lotra_r:
             components = self.get_components(adapter)
-            factor = components.factor_basis
-            name, mode = ("core", 2) if factor is None else ("factor_basis", 0)
-            values = getattr(components, name).movedim(mode, 0)
-            moved = multiply_mode(values[: transfer.shape[1]].to(transfer), transfer, 0).to(values)
-            moved = torch.cat([moved, values[transfer.shape[1] :]])  # the residual branch stays
-            self.replace_components(adapter, components._replace(**{name: moved.movedim(0, mode).contiguous()}))
+            residual = transfer.new_ones(components.shape[2] - transfer.shape[1]).diag()  # which stays
+            self.replace_components(adapter, components.on_basis(torch.block_diag(transfer, residual)))
 
     def copy_grid(self) -> Grid:
         return copy_grid(self.lotra_spec.read_grid(self.get_base_layer()))
@@ -447,7 +443,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         for name in adapter_names if safe_merge else ():
             updates.append(self.update_of(name))
             values = (updates[-1].dense(), *self._parameters_with(updates).values())  # of a Slim layer: components
-            if not all(value.isfinite().all() for value in values):
+            if not all(value is None or value.isfinite().all() for value in values):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
     def unmerge(self) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..modules.calls import without_autocast
 from ..tucker import Tucker, Update, direct_sum
@@ -25,7 +26,7 @@ class SlimLoTRALayer(LoTRALayer):
 
     base_layer: Any
 
-    def _parameters_with(self, updates: Sequence[Update]) -> dict[str, torch.Tensor]:
+    def _parameters_with(self, updates: Sequence[Update]) -> dict[str, Any]:
         if not updates:
             return {}
         parts: list[Tucker] = [self.base_layer.components]
@@ -33,25 +34,32 @@ class SlimLoTRALayer(LoTRALayer):
         with without_autocast(parts[0].core):
             for scale, tensor in updates:
                 # without the residual branch, its slice of the update is zero
-                tensor = tensor.padded(basis)._replace(core=scale * tensor.core)
+                tensor = tensor.padded(basis)
+                tensor = tensor._replace(core=scale * tensor.core)
                 parts.append(tensor.map(lambda part: part.to(dtype)))
-            return direct_sum(parts)._asdict()
+            # None takes the factor of a mode away that the updates make full
+            return dict(zip(Tucker._fields, direct_sum(parts), strict=False))
 
     def _base_parameters(self) -> dict[str, torch.Tensor]:
         return self.base_layer.components._asdict()
 
     def _add(self, updates: Sequence[Update]) -> None:
         merged = Tucker(*self._parameters_with(updates).values())
-        if any(rank > size for rank, size in zip(merged.ranks, merged.shape, strict=True)):
-            # no more ranks than sizes, without loss; the QR decomposition does not exist in half precision
+        if any(factor is not None and factor.shape[1] >= len(factor) for factor in merged.factors):
+            # no factor for ranks of the sizes or more, without loss; the QR decomposition does not exist in half precision
             dtype = torch.promote_types(merged.core.dtype, torch.float32)
             with without_autocast(merged.core):
                 merged = merged.map(lambda part: part.to(dtype)).orthogonal()
-        self._write(merged._asdict())
+        self._write(dict(zip(Tucker._fields, merged, strict=False)))
 
     @torch.inference_mode(False)
-    def _write(self, values: dict[str, torch.Tensor]) -> None:
+    def _write(self, values: dict[str, Any]) -> None:
+        core = self.base_layer.core
         for name, value in values.items():
             parameter = getattr(self.base_layer, name)
-            # a copy: a tensor that is made in inference mode could never be trained
-            parameter.data = value.detach().to(parameter.dtype, copy=True)
+            if value is None or parameter is None:
+                parameter = None if value is None else nn.Parameter(value.detach(), core.requires_grad)
+                setattr(self.base_layer, name, parameter)
+            if value is not None:
+                # a copy: a tensor that is made in inference mode could never be trained
+                parameter.data = value.detach().to(core.dtype, copy=True)
