@@ -133,7 +133,10 @@ class Tucker(tuple):
         return self._replace(factor_basis=(transfer @ factor.to(transfer)).to(factor))
 
     def raised(self, ranks: Sequence[int]) -> Tucker:
-        """The same tensor with these ranks, none of which is lower: zeros fill up, and full modes take their factor in."""
+        """The same tensor with these ranks, none of which is lower.
+
+        Zeros fill up. The core takes in the factor of a mode that becomes full.
+        """
         core, *factors = self
         for mode, (rank, size) in enumerate(zip(ranks, self.shape, strict=True)):
             factor = factors[mode]
@@ -238,12 +241,13 @@ def reconstruct(core: Tensor, *factors: Tensor | None) -> Tensor:
 
 def expand_inputs(core: Tensor, factor_in: Tensor | None, *factors: Tensor | None) -> Tensor:
     """core x2 factor_in x3 factor_basis [x4 factor_kernel], (ro, in, basis [, kernel]); no factor_out."""
+    factor_basis = factors[0]
     if len(factors) > 1:
         return reconstruct(core, None, factor_in, *factors)
     # half the operations, for small layers
     if factor_in is not None:
         core = torch.bmm(factor_in.expand(len(core), -1, -1), core)
-    return core if factors[0] is None else core @ factors[0].T
+    return core if factor_basis is None else core @ factor_basis.T
 
 
 def direct_sum(tensors: Sequence[Tucker]) -> Tucker:
@@ -251,10 +255,10 @@ def direct_sum(tensors: Sequence[Tucker]) -> Tucker:
 
     The ranks add, since the cores are blocks of one core. A mode that is full in one of them is full in the sum.
     """
-    factors: list[Tensor | None] = []
+    factors: list[Any] = []
     ranks = []
     for mode, size in enumerate(tensors[0].shape):
-        of_mode = [tensor.factors[mode] for tensor in tensors]
+        of_mode: list[Any] = [tensor.factors[mode] for tensor in tensors]
         is_full = any(factor is None for factor in of_mode)
         factors.append(None if is_full else torch.cat(of_mode, dim=1))
         ranks.append(size if is_full else factors[-1].shape[1])
@@ -401,6 +405,7 @@ def check_ranks(r: Any, name: str = "r", kernel: bool = True) -> Ranks:
         ValueError: It is no rank, nor three of them, or with a `kernel` four.
     """
     several = isinstance(r, (tuple, list))
+    ranks: Any
     try:
         ranks = tuple(map(_check_rank, r if several else (r,)))
     except (TypeError, ValueError):
@@ -415,8 +420,10 @@ def check_ranks(r: Any, name: str = "r", kernel: bool = True) -> Ranks:
 
 
 def _check_rank(rank: Any) -> Rank:
-    if isinstance(rank, str) and rank == "full":
-        return "full"
+    if isinstance(rank, str):
+        if rank == "full":
+            return "full"
+        raise ValueError
     number = index(rank)
     if isinstance(rank, bool) or number <= 0:
         raise ValueError

@@ -119,7 +119,8 @@ def _components(
     if new.shape != present.shape or min(missing) < 0 or (target_rank is None and any(missing)):
         raise ValueError(
             f"`{name}` has the sizes {new.shape} and ranks {form_text(new.form)} in the new adapter, "
-            f"{present.shape} and {wanted} here. Pass `target_rank`, or load it beside the other: `model.load_adapter(...)`."
+            f"{present.shape} and {wanted} here. Pass `target_rank`, or load it beside the other: "
+            "`model.load_adapter(...)`."
         )
     alpha = layer.lotra_alpha[adapter]
     if not alpha:

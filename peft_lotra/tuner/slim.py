@@ -46,7 +46,8 @@ class SlimLoTRALayer(LoTRALayer):
     def _add(self, updates: Sequence[Update]) -> None:
         merged = Tucker(*self._parameters_with(updates).values())
         if any(factor is not None and factor.shape[1] >= len(factor) for factor in merged.factors):
-            # no factor for ranks of the sizes or more, without loss; the QR decomposition does not exist in half precision
+            # no factor for ranks of the sizes or more, without loss
+            # the QR decomposition does not exist in half precision
             dtype = torch.promote_types(merged.core.dtype, torch.float32)
             with without_autocast(merged.core):
                 merged = merged.map(lambda part: part.to(dtype)).orthogonal()
@@ -57,9 +58,11 @@ class SlimLoTRALayer(LoTRALayer):
         core = self.base_layer.core
         for name, value in values.items():
             parameter = getattr(self.base_layer, name)
-            if value is None or parameter is None:
-                parameter = None if value is None else nn.Parameter(value.detach(), core.requires_grad)
-                setattr(self.base_layer, name, parameter)
-            if value is not None:
-                # a copy: a tensor that is made in inference mode could never be trained
-                parameter.data = value.detach().to(core.dtype, copy=True)
+            # a copy: a tensor that is made in inference mode could never be trained
+            value = None if value is None else value.detach().to(core.dtype, copy=True)
+            if value is None:
+                setattr(self.base_layer, name, None)
+            elif parameter is None:
+                setattr(self.base_layer, name, nn.Parameter(value, core.requires_grad))
+            else:
+                parameter.data = value
