@@ -405,7 +405,6 @@ def check_ranks(r: Any, name: str = "r", kernel: bool = True) -> Ranks:
         ValueError: It is no rank, nor three of them, or with a `kernel` four.
     """
     several = isinstance(r, (tuple, list))
-    ranks: Any
     try:
         ranks = tuple(map(_check_rank, r if several else (r,)))
     except (TypeError, ValueError):
@@ -419,7 +418,7 @@ def check_ranks(r: Any, name: str = "r", kernel: bool = True) -> Ranks:
     return ranks if several else ranks[0]
 
 
-def _check_rank(rank: Any) -> Rank:
+def _check_rank(rank: Any) -> Any:
     if isinstance(rank, str):
         if rank == "full":
             return "full"

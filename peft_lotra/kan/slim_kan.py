@@ -9,7 +9,7 @@ import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -247,7 +247,7 @@ class SlimKAN(LayerStack):
     ) -> None:
         sizes = pairs(widths)
         if isinstance(ranks, (list, tuple)) and any(r is None or isinstance(r, (list, tuple)) for r in ranks):
-            per_layer: Sequence[Any] = ranks
+            per_layer = cast(Sequence[Any], ranks)
         else:  # a list of three integers counts for all layers, as a tuple does
             per_layer = [check_ranks(ranks, "ranks", kernel=False)] * len(sizes)  # pyright: ignore[reportArgumentType]
         if len(per_layer) != len(sizes):
