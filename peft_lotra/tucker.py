@@ -415,7 +415,7 @@ def check_ranks(r: Any, name: str = "r", kernel: bool = True) -> Ranks:
             f'`{name}` should be a positive integer or "full", or three of them for the modes (out, in, basis){four}, '
             f"but the value passed is {r!r:.100}"
         )
-    return ranks if several else ranks[0]
+    return ranks if several else next(iter(ranks))
 
 
 def _check_rank(rank: Any) -> Any:
