@@ -12,9 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tucker import Update, expand_inputs, multiply_mode
+from ..tucker import Update, expand_inputs
 from .basis import UniformGrid, bspline_basis
 from .product import plain_product, spline_product
+
+
+# Multiplications for each output and row, in units of K, from which a second evaluation of the functions costs less
+# than a gradient of the size of the coefficients: even at widths of 200 to 256.
+_SHAPES_FROM = 128
 
 
 class FunctionBasis(NamedTuple):
@@ -104,22 +109,46 @@ class LayerFormula(NamedTuple):
 
         The updates stay in factors where two thin products cost less than a sum with the coefficients. They do if
         2 R (I K + O) < O I K, the multiplications of a backward pass for each row. R is the sum of the output ranks.
+        An update with a full out mode is added to the coefficients, or in wide layers evaluated as r functions of each
+        input, whose products are with (O, I r).
         """
         coefficients: Any = self.coefficients
         residual, basis = self.residual, self.basis
         out, in_features, count = coefficients.shape
+        lefts, rights, shaped = [], [], []
+        for gain, (core, left, *factors) in self.updates:
+            scaled = core if isinstance(gain, float) and gain == 1.0 else gain * core
+            if left is not None:
+                right = expand_inputs(scaled, *factors)
+                if residual is not None and right.shape[-1] == count:
+                    right = F.pad(right, (0, 1))
+                lefts.append(left)
+                rights.append(right)
+                continue
+            factor_in, functions = factors
+            matrix = expand_inputs(scaled, factor_in, None)
+            if functions is None:
+                of_splines, of_residual = matrix.split([count, matrix.shape[2] - count], dim=-1)
+                coefficients = coefficients + of_splines
+                if residual is not None and matrix.shape[2] > count:
+                    residual = residual + of_residual.squeeze(-1)
+            elif self.scale is None and _SHAPES_FROM * count < out * (count - 3 * functions.shape[1]):
+                shaped.append((matrix.flatten(1), functions))
+            else:
+                matrix = matrix.flatten(0, 1)
+                summed = torch.addmm(coefficients.flatten(0, 1), matrix, functions[:count].t())
+                coefficients = summed.view(coefficients.shape)
+                if residual is not None and len(functions) > count:
+                    residual = torch.addmv(residual.flatten(), matrix, functions[count]).view(residual.shape)
         thin = None
         right_of_residual: Any = None
-        if self.updates:
-            left, right = self._join_updates(count)
+        if lefts:
+            left = lefts[0] if len(lefts) == 1 else torch.cat(lefts, 1)
+            right = rights[0] if len(rights) == 1 else torch.cat(rights)
             if residual is not None:
                 right, last = right.split([count, 1], dim=-1)
                 right_of_residual = last.squeeze(-1)
-            if left is None:
-                coefficients = coefficients + right
-                if residual is not None:
-                    residual = residual + right_of_residual
-            elif self.scale is None and 2 * len(right) * (in_features * count + out) < out * in_features * count:
+            if self.scale is None and 2 * len(right) * (in_features * count + out) < out * in_features * count:
                 thin = left, right
             else:
                 coefficients = torch.addmm(coefficients.flatten(1), left, right.flatten(1)).view(coefficients.shape)
@@ -135,7 +164,20 @@ class LayerFormula(NamedTuple):
             y = spline_product(z, *basis, coefficients, thin)
         else:
             assert basis is not None
-            y = plain_product(basis.derivatives(z, 0)[0], coefficients, *(thin or (None, None)))
+            values = basis.derivatives(z, 0)[0]
+            y = plain_product(values, coefficients, *(thin or (None, None)))
+        for matrix, weights in shaped:
+            if isinstance(basis, UniformGrid):
+                # the inputs are points of one grid
+                points = ((z - basis.low) * basis.per_unit).reshape(-1, 1)
+                ends = points.new_zeros(1), points.new_full((1,), basis.grid_size)
+                shapes = spline_product(points, *ends, *basis[2:], weights[:count].t().unsqueeze(1))
+            else:
+                shapes = values @ weights[:count]
+            shapes = shapes.view(*z.shape, -1)
+            if residual is not None and len(weights) > count:
+                shapes = shapes + self.activation(rows).unsqueeze(-1) * weights[count]
+            y = torch.addmm(y, shapes.flatten(1), matrix.t())
         if residual is not None:
             values = self.activation(rows)
             # in the backward pass, `addmm` computes no gradient of a frozen weight
@@ -146,26 +188,3 @@ class LayerFormula(NamedTuple):
             y = y + self.bias
         # a view would cost compiled code a tenth of a step
         return y if x.dim() == 2 else y.view(*x.shape[:-1], out)
-
-    def _join_updates(self, count: int) -> tuple[Tensor | None, Tensor]:
-        """Return left (O, R) and right (R, I, K or K + 1), whose product is the sum of the updates; K is `count`.
-
-        If an update has a full out mode, left is None, and right is the sum.
-        """
-        lefts: list[Any] = []
-        rights = []
-        for gain, (core, left, *factors) in self.updates:
-            scaled = core if isinstance(gain, float) and gain == 1.0 else gain * core
-            right = expand_inputs(scaled, *factors)
-            if self.residual is not None and right.shape[-1] == count:
-                right = F.pad(right, (0, 1))
-            lefts.append(left)
-            rights.append(right)
-        if len(lefts) == 1:
-            return lefts[0], rights[0]
-        if any(left is None for left in lefts):
-            total: Any = 0
-            for left, right in zip(lefts, rights, strict=True):
-                total = total + multiply_mode(right, left, 0)
-            return None, total
-        return torch.cat(lefts, 1), torch.cat(rights)
