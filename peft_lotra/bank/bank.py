@@ -230,7 +230,8 @@ class AdapterBank:
             trained[rows] = True
             packed = nn.Parameter(snapshot.packed)
             self.snapshot = snapshot._replace(packed=packed, trained=trained)
-            return packed, snapshot.is_component() & trained.unsqueeze(1)
+            is_component = snapshot.pack_by_component(lambda form, layer: {}).bool()
+            return packed, is_component[snapshot.form_of] & trained.unsqueeze(1)
 
     def stop_training(self) -> None:
         """End what `start_training` began; the adapters stay as they are trained."""

@@ -66,8 +66,8 @@ def run_in_bank(layer: Any, forward: Callable, *args: Any, **kwargs: Any) -> Any
 
     def run(row: int, args: tuple, kwargs: dict[str, Any]) -> Any:
         stored = layer.lotra_tensor.get_parameter(layer._modules["base_layer"])
-        components = [component[0].to(stored) for component in form.unpack(packed[row : row + 1])]
-        return layer._call_base([Update(1.0, Tucker(*components))], args, kwargs)
+        components = Tucker(*form.unpack(packed[row : row + 1])).map(lambda component: component[0].to(stored))
+        return layer._call_base([Update(1.0, components)], args, kwargs)
 
     read_rows = lambda: groups.of_rows().tolist()  # noqa: E731
     find_updates = lambda: RowUpdates(packed, groups, form)  # noqa: E731

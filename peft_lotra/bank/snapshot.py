@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -174,24 +174,29 @@ class Snapshot(NamedTuple):
         updates = {}
         for layer, of_layer in form.layers.items():
             padded = self.layers[layer].unpack(columns[layer])
-            shapes = of_layer.component_shapes()
-            components = [value[0][tuple(map(slice, shape))] for value, shape in zip(padded, shapes, strict=True)]
+            components = []
+            for value, shape in zip(padded, of_layer.component_shapes(), strict=True):
+                components.append(value[0][tuple(map(slice, shape))] if all(shape) else None)
             updates[layer] = Update(1.0, Tucker(*components))
         return updates, form.from_gradient
 
-    def is_component(self) -> Tensor:
-        """Return which entries of the matrix are components of adapters, not zeros that fill them up."""
-        masks = []
-        for form in self.forms:
-            ones = {}
-            for name, layer in form.layers.items():
-                ones[name] = Update(1.0, Tucker(*map(self.packed.new_ones, layer.component_shapes())))
-            masks.append(self.pack(ones).bool())
-        return torch.stack(masks)[self.form_of]
+    def pack_by_component(self, values_of: Callable[[Form, PackedTucker], Mapping[str, float]]) -> Tensor:
+        """Return a row (width,) for each form, with a value in all entries of a component; zero fills up.
 
-    def starts_from_gradient(self) -> Tensor:
-        """Return which rows hold adapters that started from the gradient, (capacity,)."""
-        return torch.tensor([form.from_gradient for form in self.forms], device="cpu")[self.form_of]
+        Args:
+            values_of: Returns the values that are not 1 by the names of components, for a layer of a form.
+        """
+        packed = []
+        for form in self.forms:
+            updates = {}
+            for name, layer in form.layers.items():
+                values = values_of(form, layer)
+                components = []
+                for component, shape in zip(Tucker._fields, layer.component_shapes(), strict=False):
+                    components.append(self.packed.new_full(shape, values.get(component, 1.0)))
+                updates[name] = Update(1.0, Tucker(*components))
+            packed.append(self.pack(updates))
+        return torch.stack(packed)
 
     # --- changing ---
 
@@ -201,15 +206,14 @@ class Snapshot(NamedTuple):
         Raises:
             ValueError: A component is not finite in the dtype of the bank.
         """
-        ranks = {layer: update.tensor.ranks for layer, update in updates.items()}
-        snapshot = self._with_ranks(ranks)
+        snapshot = self._with_room_for(updates)
         if snapshot.next_row == len(snapshot.form_of):
             snapshot = snapshot.rebuild(0 if snapshot.added is None else len(snapshot.packed), has_room=True)
         packed = snapshot.pack(updates)
         if not packed.isfinite().all():
             raise ValueError(f"it has values that are not finite in {packed.dtype}.")
 
-        layers = {layer: PackedTucker(update.tensor.shape, update.tensor.ranks) for layer, update in updates.items()}
+        layers = {layer: PackedTucker(update.tensor.shape, update.tensor.form) for layer, update in updates.items()}
         form = Form(layers, from_gradient)
         forms = snapshot.forms if form in snapshot.forms else (*snapshot.forms, form)
         row = snapshot.next_row
@@ -258,12 +262,11 @@ class Snapshot(NamedTuple):
             return snapshot._replace(added=matrix)
         return snapshot._replace(packed=matrix, added=None, checksums=None)
 
-    def _with_ranks(self, ranks: Mapping[str, tuple[int, ...]]) -> Snapshot:
-        """Return the same adapters with room for these ranks in each layer."""
-        layers = {}
-        for name, layer in self.layers.items():
-            largest = map(max, layer.ranks, ranks.get(name, layer.ranks))
-            layers[name] = layer._replace(ranks=tuple(largest))
+    def _with_room_for(self, updates: Mapping[str, Update]) -> Snapshot:
+        """Return the same adapters with room for these updates."""
+        layers = dict(self.layers)
+        for name, update in updates.items():
+            layers[name] = layers[name].with_room_for(update.tensor)
         if layers == self.layers:
             return self
         narrow = self.rebuild()
@@ -273,7 +276,12 @@ class Snapshot(NamedTuple):
         for name, values in narrow.columns().items():
             components = layers[name].unpack(columns[name])
             for component, narrower in zip(components, self.layers[name].unpack(values), strict=True):
-                component[tuple(map(slice, narrower.shape))] = narrower
+                if narrower is not None:
+                    component[tuple(map(slice, narrower.shape))] = narrower
+                elif component is not None:
+                    # full modes get the identity as factor
+                    is_adapted = torch.tensor([name in form.layers for form in self.forms])[narrow.form_of]
+                    component[is_adapted] = torch.eye(*component.shape[1:]).to(component)
         return wide
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tucker import Update
+from ..tucker import Rank, Tucker, Update, cap_ranks
 from .basis import UniformGrid, bspline_basis
 from .memory import blocks, workspace
 from .product import Evaluator, block_sizes, is_plain_backward, needs_plain_operations, plain_gradients
@@ -32,39 +32,58 @@ class PackedTucker(NamedTuple):
 
     Attributes:
         shape: (O, I, K) or with a kernel (O, I, K, P), K with the residual branch where there is one.
-        ranks: (ro, ri, rb [, rk]); tensors of lower ranks are filled with zeros.
+        form: (ro, ri, rb [, rk]); tensors of lower ranks are filled with zeros. A mode that is full in all tensors is
+            "full", and has no factor. Where it is full in some alone, they are packed with the identity as factor.
     """
 
     shape: tuple[int, ...]
-    ranks: tuple[int, ...]
+    form: tuple[Rank, ...]
 
     # no properties: compiled code does not know them of tuples
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks, the size of the mode for full modes."""
+        return cap_ranks(self.form, self.shape)
+
     def component_shapes(self) -> list[tuple[int, ...]]:
-        """The shapes of core, factor_out, factor_in and factor_basis, then that of factor_kernel if there is one."""
-        return [self.ranks, *zip(self.shape, self.ranks, strict=True)]
+        """The shapes of core, factor_out, factor_in and factor_basis, then that of factor_kernel if there is one.
+
+        The factor of a full mode has no columns.
+        """
+        columns = [0 if rank == "full" else rank for rank in self.form]
+        return [self.ranks(), *zip(self.shape, columns, strict=True)]
+
+    def with_room_for(self, tensor: Tucker) -> PackedTucker:
+        """How tensors of this form are packed together with another one."""
+        form = []
+        for rank, other, *sizes in zip(self.form, tensor.form, self.ranks(), tensor.ranks, strict=True):
+            # a rank of 0 is that of no tensors
+            form.append("full" if other == "full" and rank in ("full", 0) else max(sizes))
+        return self._replace(form=tuple(form))
 
     def width(self) -> int:
         """The numbers of a row."""
         return sum([math.prod(shape) for shape in self.component_shapes()])
 
-    def unpack(self, rows: Tensor) -> list[Tensor]:
-        """The components of each row (R, width), as views (R, ...)."""
+    def unpack(self, rows: Tensor) -> list[Any]:
+        """The components of each row (R, width), as views (R, ...); None for the factor of a full mode."""
         shapes = self.component_shapes()
         parts = rows.split([math.prod(shape) for shape in shapes], dim=1)
-        core = parts[0].unflatten(1, self.ranks[::-1]).permute(0, *range(len(self.ranks), 0, -1))
+        core = parts[0].unflatten(1, shapes[0][::-1]).permute(0, *range(len(self.shape), 0, -1))
         sides = [parts[side].unflatten(1, shapes[side][::-1]).transpose(1, 2) for side in (1, 2)]
-        factors = [part.unflatten(1, shape) for part, shape in zip(parts[3:], shapes[3:], strict=True)]
-        return [core, *sides, *factors]
+        factors = [*sides, *[part.unflatten(1, shape) for part, shape in zip(parts[3:], shapes[3:], strict=True)]]
+        return [core, *[factor if factor.shape[2] else None for factor in factors]]
 
     def pack(self, updates: Sequence[Update | None], like: Tensor) -> Tensor:
         """The matrix (len(updates), width) of these updates, None for zero, in the dtype of `like`.
 
         They have these ranks or lower ones, and perhaps no residual branch.
         """
-        core, factor_out, factor_in, *factors = [
-            torch.stack([_pad_to(shape, None if update is None else update.tensor[n], like) for update in updates])
-            for n, shape in enumerate(self.component_shapes())
-        ]
+        stacked = []
+        for n, shape in enumerate(self.component_shapes()):
+            zero = like.new_zeros(shape)
+            tensors = [zero if update is None else _pad_to(shape, update.tensor[n], like) for update in updates]
+            stacked.append(torch.stack(tensors))
+        core, factor_out, factor_in, *factors = stacked
         scales = [0.0 if update is None else update.scale for update in updates]
         scale = torch.tensor(scales, dtype=torch.float64, device="cpu")
         core = core * scale.to(core).view(-1, *[1] * (core.dim() - 1))
@@ -74,9 +93,9 @@ class PackedTucker(NamedTuple):
 
 
 def _pad_to(shape: Sequence[int], tensor: Tensor | None, like: Tensor) -> Tensor:
-    """Fill the end of each mode with zeros, up to a shape, on the device of `like`. None is zero."""
+    """Fill the end of each mode with zeros, up to a shape, on the device of `like`. None is the identity."""
     if tensor is None:
-        return like.new_zeros(shape)
+        return torch.eye(*shape, dtype=like.dtype, device=like.device)
     missing = [size - length for size, length in zip(shape, tensor.shape, strict=True)]
     padded = F.pad(tensor, [n for m in reversed(missing) for n in (0, m)]) if any(missing) else tensor
     return padded.to(like.device)
@@ -160,43 +179,64 @@ class RowProduct(NamedTuple):
     scale: Tensor | None
     has_residual: bool
 
-    def of_functions(self, functions: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Compute the product (R, O) of the functions (R, K, I); at some rows, if the groups have one row each."""
+    def of_functions(self, functions: Tensor, rows: slice | None = None) -> Tensor:
+        """Compute the product (R, O) of the functions (R, K, I); at some rows, whole groups, if it stays in factors."""
         packed, groups, form = self.updates
-        if groups.size > 1:
-            first, second = (factor[groups.index] for factor in self._factors(functions))
-            return _of_groups(functions.flatten(1), _weights(self.matrix, self._full_scale(), first, second))
-        chosen = packed.index_select(0, groups.index[rows].to(packed.device)).to(functions)
-        update = self._low_rank(functions, form.unpack(chosen), self.scale)
+        if self._is_sum():
+            factors = [factor[groups.index] for factor in self._factors(functions)]
+            return _of_groups(functions.flatten(1), _weights(self.matrix, self._full_scale(), *factors))
+        size = groups.size
+        index = groups.index if rows is None else groups.index[rows.start // size : rows.stop // size]
+        chosen = packed.index_select(0, index.to(packed.device)).to(functions)
+        components = form.unpack(chosen)
+        if self.scale is None:
+            update = self._low_rank(functions, *components)
+        else:
+            splines = functions.shape[1] - self.has_residual
+            update = self._scaled(functions[:, :splines], *_slice_basis(components, slice(splines)))
+            if self.has_residual:
+                of_residual = _slice_basis(components, slice(splines, None))
+                update = update + self._low_rank(functions[:, splines:], *of_residual)
         return update if self.matrix is None else torch.addmm(update, functions.flatten(1), self.matrix)
 
     def of_splines(self, x: Tensor, grid: UniformGrid, residual: Tensor | None) -> Tensor:
         """Compute the product (N, O) of the B-splines at x (N, I), and of the factors (N, I) of the residual branch.
 
         The splines are evaluated once for all updates, in blocks that fit the cache; by plain operations where a
-        gradient is needed for rows by themselves, or of the layer.
+        gradient is needed for updates that stay in factors, or of the layer.
         """
-        size, of_layer = self.updates.groups.size, (self.matrix, self.scale)
-        tensors = of_layer if size > 1 else (x, residual, self.updates.packed, *of_layer)
+        size, is_sum, of_layer = self.updates.groups.size, self._is_sum(), (self.matrix, self.scale)
+        tensors = of_layer if is_sum else (x, residual, self.updates.packed, *of_layer)
         needs_gradient = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
         if needs_gradient or needs_plain_operations(x, grid.low, grid.high, self.matrix, residual):
             return self.of_functions(_plain_functions(x, grid, residual))
-        if size > 1:
+        if is_sum:
             fixed = grid, self.updates.groups, self.matrix, self._full_scale()
             return _GroupProduct.apply(*fixed, x, residual, *self._factors(x))
-        functions, result = _Functions(x, grid, residual, 1), x.new_empty(len(x), self.updates.form.shape[0])
+        functions, result = _Functions(x, grid, residual, size), x.new_empty(len(x), self.updates.form.shape[0])
         for rows in functions.blocks:
             result[rows] = self.of_functions(functions.at(rows).unflatten(1, (-1, x.shape[1])), rows)
         return result
 
-    def _factors(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(M, K I, ro) and (M, ro, O), whose product is each update."""
+    def _is_sum(self) -> bool:
+        """Whether the update of each group is added to W; else it stays in factors, also for outputs without one."""
+        _, groups, form = self.updates
+        is_full_out, is_full_in, *_ = [rank == "full" for rank in form.form]
+        is_thin = is_full_out and 2 * form.ranks()[2] <= form.shape[0] and (is_full_in or self.scale is None)
+        return groups.size > 1 and not is_thin
+
+    def _factors(self, like: Tensor) -> list[Tensor]:
+        """(M, K I, ro) and (M, ro, O), whose product is each update; for full outputs the update alone."""
         packed, _, form = self.updates
         core, factor_out, factor_in, factor_basis = form.unpack(packed.to(like))
-        of_basis = torch.bmm(factor_basis, core.permute(0, 3, 2, 1).flatten(2)).unflatten(2, core.shape[2:0:-1])
-        of_inputs = torch.bmm(factor_in, of_basis.transpose(1, 2).flatten(2))  # (M, I, K ro)
-        edges = of_inputs.unflatten(2, (-1, core.shape[1])).transpose(1, 2)  # (M, K, I, ro)
-        return edges.flatten(1, 2), factor_out.transpose(1, 2)
+        edges = core.permute(0, 3, 2, 1)  # (M, rb, ri, ro)
+        if factor_basis is not None:
+            edges = torch.bmm(factor_basis, edges.flatten(2)).unflatten(2, edges.shape[2:])
+        if factor_in is not None:
+            of_inputs = torch.bmm(factor_in, edges.transpose(1, 2).flatten(2))  # (M, I, K ro)
+            edges = of_inputs.unflatten(2, (-1, core.shape[1])).transpose(1, 2)  # (M, K, I, ro)
+        factors = [edges.flatten(1, 2)]
+        return factors if factor_out is None else [*factors, factor_out.transpose(1, 2)]
 
     def _full_scale(self) -> Tensor | None:
         """The factor of each coefficient (K I, O)."""
@@ -206,25 +246,36 @@ class RowProduct(NamedTuple):
         full = self.scale.t().repeat(splines, 1)
         return torch.cat([full, torch.ones_like(full[: self.scale.shape[1]])]) if self.has_residual else full
 
-    def _low_rank(self, functions: Tensor, components: Sequence[Tensor], scale: Tensor | None) -> Tensor:
-        """The part (R, O) of the updates whose components (R, ...) are given."""
-        core, factor_out, factor_in, factor_basis = components
-        of_outputs = factor_out.transpose(1, 2)
-        if scale is None:
-            contracted = torch.bmm(factor_basis.mT @ functions, factor_in)  # (R, rb, ri)
-            edges = torch.bmm(contracted.flatten(1).unsqueeze(1), core.permute(0, 3, 2, 1).flatten(1, 2))  # (R, 1, ro)
-            return _dot(edges.transpose(1, 2), of_outputs, 1)
-        # a scale of each edge is no product: the sum over the inputs comes last
-        splines = functions.shape[1] - self.has_residual
-        of_basis = factor_basis[:, :splines].mT @ functions[:, :splines]  # (R, rb, I)
-        edges = _dot(core.unsqueeze(4), of_basis[:, None, None], 3)  # (R, ro, ri, I)
-        edges = _dot(edges, factor_in.transpose(1, 2).unsqueeze(1), 2)  # (R, ro, I)
-        sums = (edges.flatten(0, 1) @ scale.t()).view_as(of_outputs)  # (R, ro, O)
-        if self.has_residual:
-            contracted = torch.bmm(functions[:, splines:], factor_in)  # (R, 1, ri)
-            mixed = _dot(core, factor_basis[:, splines:].unsqueeze(1), 3)  # (R, ro, ri)
-            sums = sums + _dot(mixed, contracted, 2).unsqueeze(2)
-        return _dot(sums, of_outputs, 1)
+    def _low_rank(self, functions: Tensor, core: Tensor, factor_out: Any, factor_in: Any, factor_basis: Any) -> Tensor:
+        """The part (R, O) of the updates whose components (C, ...) are given, one for each group, without a scale."""
+        size = self.updates.groups.size
+        contracted = functions.unflatten(0, (-1, size))  # (C, G, K, I)
+        if factor_basis is not None:
+            contracted = factor_basis.mT.unsqueeze(1) @ contracted  # (C, G, rb, I)
+        if factor_in is not None:
+            contracted = torch.bmm(contracted.flatten(1, 2), factor_in).unflatten(1, (size, -1))  # (C, G, rb, ri)
+        edges = torch.bmm(contracted.flatten(2), core.permute(0, 3, 2, 1).flatten(1, 2))  # (C, G, ro)
+        return edges.flatten(0, 1) if factor_out is None else _dot(edges.mT, factor_out.mT, 1)
+
+    def _scaled(self, functions: Tensor, core: Tensor, factor_out: Any, factor_in: Any, factor_basis: Any) -> Tensor:
+        """The same with the scale of each edge, which is no product: the sum over the inputs comes last."""
+        scale: Any = self.scale
+        if factor_out is None and factor_in is None:
+            return self._low_rank(functions, core * scale.unsqueeze(2), None, None, factor_basis)
+        contracted = functions if factor_basis is None else factor_basis.mT @ functions  # (R, rb, I)
+        of_inputs = core.mT if factor_in is None else _dot(core.unsqueeze(4), factor_in.mT[:, None, :, None], 2)
+        edges = _dot(of_inputs, contracted.unsqueeze(1), 2)  # (R, ro, I)
+        if factor_out is None:
+            return (edges * scale).sum(2)
+        return _dot((edges.flatten(0, 1) @ scale.t()).unflatten(0, edges.shape[:2]), factor_out.mT, 1)
+
+
+def _slice_basis(components: Sequence[Any], functions: slice) -> list[Any]:
+    """Return the components (C, ...) of updates of some functions alone."""
+    core, *sides, factor_basis = components
+    if factor_basis is None:
+        return [core[..., functions], *sides, None]
+    return [core, *sides, factor_basis[:, functions]]
 
 
 def _dot(first: Tensor, second: Tensor, dim: int) -> Tensor:
@@ -273,24 +324,27 @@ def _of_groups(functions: Tensor, weights: Tensor) -> Tensor:
     return torch.bmm(functions.unflatten(0, (weights.shape[0], -1)), weights).flatten(0, 1)
 
 
-def _weights(matrix: Tensor | None, scale: Tensor | None, first: Tensor, second: Tensor) -> Tensor:
+def _weights(matrix: Tensor | None, scale: Tensor | None, first: Tensor, *second: Tensor) -> Tensor:
     """The matrix (K I, O) plus the update of each group, first (C, K I, ro) times second (C, ro, O), scaled."""
-    if scale is not None and matrix is not None:
-        return torch.addcmul(matrix, torch.bmm(first, second), scale)
-    return torch.bmm(first, second) if matrix is None else torch.baddbmm(matrix, first, second)
+    if second and matrix is not None and scale is None:
+        return torch.baddbmm(matrix, first, *second)
+    update = torch.bmm(first, *second) if second else first
+    if matrix is None:
+        return update
+    return matrix + update if scale is None else torch.addcmul(matrix, update, scale)
 
 
 class _GroupProduct(torch.autograd.Function):
     """The product of splines with the updates of groups, by blocks of rows in the backward pass, too."""
 
     @staticmethod
-    def forward(ctx, grid, groups, matrix, scale, x, residual, first, second):
-        ctx.save_for_backward(matrix, scale, x, residual, first, second)
+    def forward(ctx, grid, groups, matrix, scale, x, residual, *factors):
+        ctx.save_for_backward(matrix, scale, x, residual, *factors)
         ctx.grid, ctx.groups = grid, groups
-        functions, result = _Functions(x, grid, residual, groups.size), x.new_empty(len(x), second.shape[2])
+        functions, result = _Functions(x, grid, residual, groups.size), x.new_empty(len(x), factors[-1].shape[2])
         for rows in functions.blocks:
             index = groups.index[rows.start // groups.size : rows.stop // groups.size]
-            weights = _weights(matrix, scale, first.index_select(0, index), second.index_select(0, index))
+            weights = _weights(matrix, scale, *(factor.index_select(0, index) for factor in factors))
             result[rows] = _of_groups(functions.at(rows), weights)
         return result
 
@@ -313,20 +367,22 @@ class _GroupProduct(torch.autograd.Function):
         buffer = functions.values if grad_x is None else workspace("gradients", x, *functions.values.shape)
         for rows in functions.blocks:
             index = groups.index[rows.start // groups.size : rows.stop // groups.size]
-            first, second = (factor.index_select(0, index) for factor in factors)
+            first, *second = [factor.index_select(0, index) for factor in factors]
             grad_y = gradient[rows].unflatten(0, (len(index), -1))
             gradients = ()
             if grad_x is not None:
                 grad_functions = buffer[: rows.stop - rows.start]
                 out = grad_functions.unflatten(0, (len(index), -1))
-                torch.bmm(grad_y, _weights(matrix, scale, first, second).mT, out=out)
+                torch.bmm(grad_y, _weights(matrix, scale, first, *second).mT, out=out)
                 if grad_residual is not None:
                     grad_residual[rows] = grad_functions[:, functions.splines :]
                 gradients = grad_functions[:, : functions.splines], grad_x[rows]
             grad_weights = torch.bmm(functions.at(rows, *gradients).unflatten(0, (len(index), -1)).mT, grad_y)
             if scale is not None:
                 grad_weights *= scale
-            grad_factors[0].index_add_(0, index, torch.bmm(grad_weights, second.mT))
-            grad_factors[1].index_add_(0, index, torch.bmm(first.mT, grad_weights))
+            if second:
+                grad_factors[1].index_add_(0, index, torch.bmm(first.mT, grad_weights))
+                grad_weights = torch.bmm(grad_weights, second[0].mT)
+            grad_factors[0].index_add_(0, index, grad_weights)
             del grad_weights  # the largest tensor, whose memory the next block takes
         return None, None, None, None, grad_x, grad_residual if needed[1] else None, *grad_factors

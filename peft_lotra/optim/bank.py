@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,12 +15,12 @@ from torch.optim import Optimizer
 
 from ..bank.bank import AdapterBank
 from ..bank.layer import ROWS, BankModel, BankPass
-from ..kan.row_product import RowGroups, group_rows
+from ..bank.snapshot import Form
+from ..kan.row_product import PackedTucker, RowGroups, group_rows
 from ..least_squares.levenberg_marquardt import LARGEST_DAMPING, SMALLEST_DAMPING, damping_factor
 from ..least_squares.problem import Intercepted, check_residuals, check_terms, in_double, name_term
 from ..modules.calls import call_with_parameters
 from ..modules.checks import check_number
-from ..tucker import Tucker
 from .learning_rates import Policy, component_multipliers
 
 
@@ -132,17 +131,15 @@ class BankAdamW(_BankOptimizer):
         check_number(lr, "lr", "(0, inf)")
         for beta in betas:
             check_number(beta, "betas", "[0, 1)")
-        rates: list[Tensor] = []
-        for layer in bank.snapshot.layers.values():
+
+        def multipliers_of(form: Form, layer: PackedTucker) -> Mapping[str, float]:
             widths = {"factor_out": layer.shape[0], "factor_in": layer.shape[1]}
-            # of adapters that started at random, and from the gradient
-            by_start = [component_multipliers(policy, widths, layer.ranks, start) for start in (False, True)]
-            for name, shape in zip(Tucker._fields, layer.component_shapes(), strict=False):
-                pair = torch.tensor([multipliers.get(name, 1.0) for multipliers in by_start], dtype=torch.float64)
-                rates.append(pair.unsqueeze(1).expand(2, math.prod(shape)))
+            return component_multipliers(policy, widths, layer.ranks(), form.from_gradient)
+
+        # zero for entries that fill up, which so keep their values
+        multipliers = bank.snapshot.pack_by_component(multipliers_of)
         super().__init__(bank, names, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self._multipliers = torch.cat(rates, dim=1).to(self.packed)
-        self._start = bank.snapshot.starts_from_gradient().long().to(self.packed.device)
+        self._multipliers = multipliers[bank.snapshot.form_of].to(self.packed)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -158,7 +155,7 @@ class BankAdamW(_BankOptimizer):
         is_active = self._is_active[gradient.indices()[0]]
         rows = gradient.indices()[0][is_active]
         values = gradient.values()[is_active] * self._entries[rows]
-        (beta1, beta2), lr = group["betas"], group["lr"] * self._multipliers[self._start[rows]]
+        (beta1, beta2), lr = group["betas"], group["lr"] * self._multipliers[rows]
         step = state["step"][rows] + 1
         average = state["exp_avg"][rows].lerp_(values, 1 - beta1)
         square = state["exp_avg_sq"][rows].mul_(beta2).addcmul_(values, values, value=1 - beta2)

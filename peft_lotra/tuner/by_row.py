@@ -371,14 +371,16 @@ def _updates_by_name(layer: Any, names: Sequence[str], current: ForwardPass | No
     """The updates of rows of a `LoTRALayer`; None if all rows have the same, or none."""
     distinct, groups = _grouped(tuple(names))
     updates = [next(iter(layer._updates([name], current)), None) for name in distinct] if len(distinct) > 1 else []
-    ranks = [update.tensor.ranks for update in updates if update is not None]
+    tensors = [update.tensor for update in updates if update is not None]
     shape = full_shape(layer.lotra_tensor)
+    form = PackedTucker(shape, (0,) * len(shape))
     if not names:  # the shape of the output is all that matters
-        ranks = [(1,) * len(shape)]
+        form = form._replace(form=(1,) * len(shape))
         updates = [None]
-    if not ranks:
+    elif not tensors:
         return None
-    form = PackedTucker(shape, tuple(map(max, zip(*ranks, strict=True))))
+    for tensor in tensors:
+        form = form.with_room_for(tensor)
     return RowUpdates(form.pack(updates, layer.lotra_tensor.get_parameter(layer.get_base_layer())), groups, form)
 
 
