@@ -93,12 +93,15 @@ class PackedTucker(NamedTuple):
 
 
 def _pad_to(shape: Sequence[int], tensor: Tensor | None, like: Tensor) -> Tensor:
-    """Fill the end of each mode with zeros, up to a shape, on the device of `like`. None is the identity."""
+    """Fill the end of each mode with zeros, up to a shape, on the device of `like`, with its digits.
+
+    None is the identity.
+    """
     if tensor is None:
         return torch.eye(*shape, dtype=like.dtype, device=like.device)
     missing = [size - length for size, length in zip(shape, tensor.shape, strict=True)]
     padded = F.pad(tensor, [n for m in reversed(missing) for n in (0, m)]) if any(missing) else tensor
-    return padded.to(like.device)
+    return padded.to(like.device, torch.promote_types(padded.dtype, like.dtype))
 
 
 class RowGroups(NamedTuple):

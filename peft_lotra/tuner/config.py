@@ -43,6 +43,7 @@ _NAMES_IN_LORA = {
 _CHOICES = {
     "adapt_residual": (True, False),
     "init_weights": (True, False, "gradient", "hosvd"),
+    "storage": (None, "float16", "bfloat16"),
     "check_base": (None, "error", "warn", "ignore"),
 }
 
@@ -131,6 +132,11 @@ class LoTRAConfig(PeftConfig):
             values that they start with. `train=["core"], init_weights="hosvd"` trains a core on fixed factors.
         adapt_residual (`bool`):
             Whether the weights of the residual branch are adapted too, as one more slice of the basis mode.
+        storage (`Optional[str]`):
+            The dtype of the components in a file: `"float16"` or `"bfloat16"` halves it. Loading restores them to
+            the dtype that they have beside the base. `None` saves them as they are. Updates change by about 0.04 % in
+            float16, and 0.3 % in bfloat16. Float16 has no values above 65,504, which is an error, and loses digits
+            below 6e-5, which is a warning where a component changes by more than 1 %.
         check_base (`Optional[str]`):
             What happens when an adapter is loaded into another base than it was saved with:
             `PeftModel.from_pretrained(base, folder, check_base="error")`. By default (`None`) another grid is an
@@ -171,6 +177,7 @@ class LoTRAConfig(PeftConfig):
     init_weights: bool | Literal["gradient", "hosvd"] = True
     train: list[str] | tuple[str, ...] | str | None = None
     adapt_residual: bool = True
+    storage: Literal["float16", "bfloat16"] | None = None
     check_base: Literal["error", "warn", "ignore"] | None = None
     base_layers: dict[str, dict[str, Any]] | None = None
     weights_sha256: str | None = None

@@ -24,6 +24,7 @@ from .config import LoTRAConfig, pattern_key
 from .guards import base_layers_in_place, guard_network, release_networks
 from .layer import LoTRALayer, further_names, lotra_layers
 from .saving import (
+    cast_to_storage,
     check_complete,
     check_no_base,
     check_shapes,
@@ -192,6 +193,8 @@ class LoTRAModel(BaseTuner):
                     "before `merge_and_unload`, or save the model that it returns."
                 )
             check_complete(adapter_name, tensors, state_dict)
+            if config.storage is not None:
+                tensors = cast_to_storage(tensors, config.storage)
             config.layers_to_record = {name: record_layer(layer) for name, layer in layers.items()}
             config.ranks_to_record = {}  # the configuration may serve other models too
             for name, layer in layers.items():

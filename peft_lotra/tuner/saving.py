@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
@@ -168,6 +169,24 @@ def check_complete(adapter_name: str, tensors: Mapping[str, Tensor], state_dict:
     raise_if_any(f"The adapter {adapter_name!r} is not saved", _not_finite(own))
 
 
+def cast_to_storage(tensors: Mapping[str, Tensor], storage: str) -> dict[str, Tensor]:
+    """Return the components in the dtype of a file; warn if rounding changes one by more than 1 %.
+
+    Raises:
+        ValueError: A component has values above the largest one of this dtype.
+    """
+    stored = {key: tensor.to(getattr(torch, storage)) for key, tensor in tensors.items()}
+    raise_if_any(f'The adapter is not saved in {storage}, take `storage="bfloat16"` or None', _not_finite(stored))
+    for key, tensor in tensors.items():
+        exact = tensor.cpu().double()  # squares of small float32 values would be zero
+        if (stored[key].cpu().double() - exact).norm() > 0.01 * exact.norm():
+            warnings.warn(
+                f'{key} loses more than 1 % in {storage}: its values are too small. Take `storage="bfloat16"`.',
+                stacklevel=2,
+            )
+    return stored
+
+
 def is_saving() -> bool:
     """Whether `PeftModel.save_pretrained` is running; a ValueError if it would write a pickle.
 
@@ -238,12 +257,14 @@ def write_updates(
         ranks[name] = components.form
         for component, value in components._asdict().items():
             tensors[f"{PREFIX}{name}.lotra_{component}"] = value.cpu().contiguous()
+    dtype = next(iter(tensors.values())).dtype
     config = LoTRAConfig(
         r=next(iter(ranks.values())),
         rank_pattern={pattern_key(name): of_layer for name, of_layer in ranks.items()},
         target_modules=exact_targets(updates, base),
         adapt_residual=adapt_residual,
         init_weights="gradient" if from_gradient else True,
+        storage={torch.float16: "float16", torch.bfloat16: "bfloat16"}.get(dtype),  # pyright: ignore[reportArgumentType]
         base_layers={name: record[name] for name in updates},
         inference_mode=True,
     )
