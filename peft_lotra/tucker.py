@@ -184,10 +184,11 @@ class Tucker(tuple):
         The factors of the result are orthonormal too: the squared error is the loss of squared norm of the core.
         """
         core, *rotations = tucker(self.core, cap_ranks(r, self.ranks))
-        factors = [
-            rotation if factor is None else multiply_mode(factor.T, rotation.T, 0).T
-            for factor, rotation in zip(self.factors, rotations, strict=True)
-        ]
+        factors = list(self.factors)
+        for mode, rotation in enumerate(rotations):
+            factor = factors[mode]
+            if rotation is not None:
+                factors[mode] = rotation if factor is None else factor @ rotation
         return Tucker(core, *factors)
 
 

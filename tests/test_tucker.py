@@ -14,6 +14,8 @@ from peft_lotra.tucker import (
     Tucker,
     cap_ranks,
     check_ranks,
+    component_shapes,
+    count_parameters,
     direct_sum,
     expand_inputs,
     fit,
@@ -34,6 +36,21 @@ SHAPES = [((6, 5, 4), (2, 3, 1)), ((6, 5, 4, 9), (2, 3, 1, 4))]
 def random_tucker(shape=(6, 5, 4), ranks=(2, 3, 2)) -> Tucker:
     factors = [torch.randn(size, rank, dtype=torch.float64) for size, rank in zip(shape, ranks, strict=True)]
     return Tucker(torch.randn(ranks, dtype=torch.float64), *factors)
+
+
+def filter_factors(tensor: Tucker) -> list[torch.Tensor]:
+    """The factors of the modes that are not full."""
+    return [factor for factor in tensor.factors if factor is not None]
+
+
+def form_of(shape, ranks) -> tuple:
+    """Ranks, "full" where they are the sizes."""
+    return tuple("full" if rank == size else rank for size, rank in zip(shape, ranks, strict=True))
+
+
+def drop_factors(tensor: Tucker) -> Tucker:
+    """The same tensor, whose square factors the core takes in."""
+    return tensor.raised(tensor.ranks)
 
 
 @given(shapes_and_ranks)
@@ -64,16 +81,36 @@ def test_the_dense_tensor_is_differentiable_and_of_the_dtype_of_the_components(r
         ((2, 9, 5), (10, 3, 8, 9), (2, 3, 5, 9)),  # the kernel is small, and stays whole
         ((2, 9, 5, 99), (10, 3, 8, 9), (2, 3, 5, 9)),
         ((2, 9, 5, 4), (10, 3, 8), (2, 3, 5)),  # a dense layer of the same network
+        ("full", (10, 3, 8, 9), (10, 3, 8, 9)),
+        (("full", "full", 1), (10, 3, 8), (10, 3, 1)),
     ],
 )
 def test_cap_ranks(r, shape, expected):
     assert cap_ranks(r, shape) == expected
 
 
-@pytest.mark.parametrize("r", [0, 2.0, True, None, "4", (), (4, 4), (4,) * 5, (4, 0, 4), (4, True, 4), (4, 4, 4, 2.0)])
+@pytest.mark.parametrize(
+    "r",
+    [
+        0,
+        2.0,
+        True,
+        None,
+        "4",
+        (),
+        (4, 4),
+        (4,) * 5,
+        (4, 0, 4),
+        (4, True, 4),
+        (4, 4, 4, 2.0),
+        "ful",
+        ("full", "ful", 1),
+    ],
+)
 def test_check_ranks(r):
     assert check_ranks(1) == 1 and check_ranks([1, 2, 3]) == (1, 2, 3)
-    with pytest.raises(ValueError, match="`r` should be a positive integer value") as error:
+    assert check_ranks("full") == "full" and check_ranks(["full", 2, "full", 1]) == ("full", 2, "full", 1)
+    with pytest.raises(ValueError, match='`r` should be a positive integer or "full"') as error:
         check_ranks(r)
     assert str(r) in str(error.value)
 
@@ -145,7 +182,8 @@ def test_tucker_is_as_close_to_a_tensor_as_tensorly(shape, ranks, dtype):
     approximation = tucker(tensor, ranks)
 
     assert approximation.ranks == ranks and approximation.core.dtype == dtype
-    for factor in approximation.factors:
+    assert approximation.form == form_of(shape, ranks)
+    for factor in filter_factors(approximation):
         torch.testing.assert_close(factor.T @ factor, torch.eye(factor.shape[1], dtype=dtype))
     error = (approximation.dense() - tensor).double().norm()
     torch.testing.assert_close(error, expected, rtol=0, atol=1e-6)
@@ -190,13 +228,15 @@ def test_orthogonal_and_balanced_are_the_same_tensor(shape, ranks):
     tensor = random_tucker(shape, ranks)
     orthogonal = tensor.orthogonal()
     assert orthogonal.ranks == cap_ranks(tuple(ranks), shape)
-    for factor in orthogonal.factors:
+    assert orthogonal.form == form_of(shape, orthogonal.ranks)
+    for factor in filter_factors(orthogonal):
         torch.testing.assert_close(factor.T @ factor, torch.eye(factor.shape[1]).double())
     torch.testing.assert_close(orthogonal.dense(), tensor.dense())
     balanced = orthogonal.balanced()
     torch.testing.assert_close(balanced.dense(), tensor.dense())
     for factor, gain in zip(balanced.factors, (shape[0] ** 0.5, 1, 2, 1), strict=False):
-        torch.testing.assert_close(factor.norm(dim=0), torch.full_like(factor[0], gain))
+        if factor is not None:
+            torch.testing.assert_close(factor.norm(dim=0), torch.full_like(factor[0], gain))
 
 
 def test_tucker_scaled_is_tucker_where_the_scale_is_one_and_finds_what_there_is_to_find():
@@ -207,3 +247,48 @@ def test_tucker_scaled_is_tucker_where_the_scale_is_one_and_finds_what_there_is_
     low, scale = random_tucker((6, 5, 4), (2, 2, 2)).dense(), torch.randn(6, 5, 1, dtype=torch.float64).expand(6, 5, 4)
     found = tucker_scaled(scale * low, scale, (2, 2, 2))
     assert ((scale * (found.dense() - low)).norm() / (scale * low).norm()) < 1e-2
+
+
+FULL = [((6, 5, 4), (6, 5, 1)), ((6, 5, 4), (6, 5, 4)), ((6, 5, 4, 9), (2, 5, 1, 9)), ((1, 3, 3), (1, 3, 2))]
+
+
+@pytest.mark.parametrize("shape, ranks", FULL)
+def test_a_rank_of_the_size_of_its_mode_has_no_factor(shape, ranks):
+    square = random_tucker(shape, ranks)
+
+    full = drop_factors(square)
+
+    form = form_of(shape, ranks)
+    assert full.form == form and full.shape == shape and full.ranks == ranks
+    assert full.numel() == count_parameters(cap_ranks(form, shape), shape)
+    assert {name: tuple(part.shape) for name, part in full._asdict().items()} == component_shapes(ranks, shape)
+    torch.testing.assert_close(full.dense(), square.dense())
+    for same in (full.orthogonal(), full.orthogonal().balanced(), tucker(square.dense(), ranks)):
+        assert same.form == form
+        torch.testing.assert_close(same.dense(), square.dense())
+    truncated = full.orthogonal().truncated(tuple(min(rank, 2) for rank in ranks))
+    assert truncated.shape == shape and max(truncated.ranks) <= 2
+
+
+@pytest.mark.parametrize("shape, ranks", FULL)
+@pytest.mark.parametrize("full_first", [True, False])
+def test_a_mode_that_is_full_in_one_tensor_is_full_in_the_sum(shape, ranks, full_first):
+    full = drop_factors(random_tucker(shape, ranks))
+    other = random_tucker(shape, (1,) * len(shape))
+    tensors = [full, other] if full_first else [other, full]
+
+    total = direct_sum(tensors)
+
+    expected = ["full" if rank == "full" else rank + 1 for rank in full.form]
+    assert list(total.form) == expected
+    torch.testing.assert_close(total.dense(), full.dense() + other.dense())
+
+
+@pytest.mark.parametrize("ranks", [(6, 5, 4), (6, 5, 2), (2, 5, 4)])
+def test_slices_paddings_and_changes_of_the_basis_mode(ranks):
+    tensor = drop_factors(random_tucker((6, 5, 4), ranks))
+    dense, matrix = tensor.dense(), torch.randn(7, 4, dtype=torch.float64)
+
+    torch.testing.assert_close(tensor.sliced(slice(1, 3)).dense(), dense[:, :, 1:3])
+    torch.testing.assert_close(tensor.on_basis(matrix).dense(), dense @ matrix.T)
+    torch.testing.assert_close(tensor.padded(6).dense(), torch.nn.functional.pad(dense, (0, 2)))
