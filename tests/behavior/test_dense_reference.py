@@ -8,7 +8,7 @@ import copy
 import pytest
 import tensorly
 import torch
-from helpers import COMPONENTS, ROUNDING, adapt, base, components, inputs, lotra_layers, relative
+from helpers import ROUNDING, adapt, base, components, inputs, lotra_layers, relative
 from peft import PeftModel, get_peft_model
 from stand_ins import FAMILIES
 
@@ -27,8 +27,10 @@ def layer_of(model):
 
 def dense_delta(layer, adapter="default"):
     tensorly.set_backend("pytorch")
-    core, *factors = (part.detach() for part in layer.get_components(adapter))
-    return layer.lotra_scaling[adapter] * tensorly.tucker_to_tensor((core, factors))
+    core, *factors = layer.get_components(adapter).map(torch.Tensor.detach)
+    modes = [mode for mode, factor in enumerate(factors) if factor is not None]
+    delta = tensorly.tenalg.multi_mode_dot(core, [factors[mode] for mode in modes], modes)
+    return layer.lotra_scaling[adapter] * delta
 
 
 @every_family
@@ -61,25 +63,27 @@ def test_gradients_are_those_of_the_dense_reference(family):
     layer = layer_of(adapted)
     x = inputs(dtype=torch.float64).requires_grad_()
     adapted(x).sin().sum().backward()
-    values = {
-        name: part.detach().requires_grad_()
-        for name, part in zip(COMPONENTS, layer.get_components("default"), strict=True)
-    }
-    core, out, in_, basis = values.values()
-    delta = torch.einsum("abc,oa,ib,kc->oik", core, out, in_, basis)
+    values = layer.get_components("default").map(lambda part: part.detach().requires_grad_())
+    core, out, _, basis = values  # all inputs: no factor_in
+    delta = torch.einsum("aic,oa,kc->oik", core, out, basis)
     parts = layer.lotra_tensor.split(delta)
     weights = {f"kan.{name}": model.kan.get_parameter(name).detach() + part for name, part in parts.items()}
     x2 = x.detach().requires_grad_()
     torch.func.functional_call(model, weights, (x2,)).sin().sum().backward()
     torch.testing.assert_close(x.grad, x2.grad)
-    for name, value in values.items():
-        torch.testing.assert_close(getattr(layer, name)["default"].grad, value.grad)
+    for name, value in values._asdict().items():
+        torch.testing.assert_close(getattr(layer, f"lotra_{name}")["default"].grad, value.grad)
 
 
 def test_the_layer_itself():
     layer = layer_of(adapt(base("own"), r=(2, 3, 100)))
     assert isinstance(layer, LoTRALayer) and (layer.in_features, layer.out_features) == (3, 4)
-    assert [tuple(part.shape) for part in layer.get_components("default")] == [(2, 3, 9), (4, 2), (3, 3), (9, 9)]
+    components = layer.get_components("default")
+    assert {name: tuple(part.shape) for name, part in components._asdict().items()} == {
+        "core": (2, 3, 9),
+        "factor_out": (4, 2),
+    }
+    assert components.form == (2, "full", "full")
     assert repr(layer).startswith("lotra.LoTRALayer") and type(layer.get_base_layer()).__name__ == "KANLinear"
 
 
