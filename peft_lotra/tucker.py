@@ -129,7 +129,7 @@ class Tucker(tuple):
         """The tensor with its basis mode multiplied by `transfer` (basis', basis), in the dtype of the latter."""
         core, factor = self.core, self.factor_basis
         if factor is None:
-            return self._replace(core=multiply_mode(core.to(transfer), transfer, 2).contiguous().to(core))
+            return self._replace(core=multiply_mode(core.to(transfer), transfer, 2).to(core).contiguous())
         return self._replace(factor_basis=(transfer @ factor.to(transfer)).to(factor))
 
     def raised(self, ranks: Sequence[int]) -> Tucker:
@@ -237,7 +237,7 @@ def reconstruct(core: Tensor, *factors: Tensor | None) -> Tensor:
         tensor = tensor.movedim(-1, 0)
         if factor is not None:
             tensor = (factor @ tensor.flatten(1)).unflatten(1, sizes)
-    return tensor
+    return tensor.contiguous()
 
 
 def expand_inputs(core: Tensor, factor_in: Tensor | None, *factors: Tensor | None) -> Tensor:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..modules.calls import without_autocast
 from ..tucker import Tucker, Update, direct_sum
@@ -55,14 +54,15 @@ class SlimLoTRALayer(LoTRALayer):
 
     @torch.inference_mode(False)
     def _write(self, values: dict[str, Any]) -> None:
-        core = self.base_layer.core
+        removed = vars(self).setdefault("_removed", {})  # the factors of modes that a merge has made full
         for name, value in values.items():
             parameter = getattr(self.base_layer, name)
-            # a copy: a tensor that is made in inference mode could never be trained
-            value = None if value is None else value.detach().to(core.dtype, copy=True)
-            if value is None:
+            if value is not None:
+                if parameter is None:
+                    parameter = removed.pop(name)
+                    setattr(self.base_layer, name, parameter)
+                # a copy: a tensor that is made in inference mode could never be trained
+                parameter.data = value.detach().to(self.base_layer.core.dtype, copy=True)
+            elif parameter is not None:
+                removed[name] = parameter
                 setattr(self.base_layer, name, None)
-            elif parameter is None:
-                setattr(self.base_layer, name, nn.Parameter(value, core.requires_grad))
-            else:
-                parameter.data = value
