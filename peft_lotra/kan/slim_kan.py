@@ -166,7 +166,7 @@ class SlimKANLinear(SplineLayer):
         else:
             z = rearrange(self._functions(rows), "n i k -> (n k) i") @ factor_in
             matrix = expand_inputs(core, None, factor_basis)  # (ro, ri, K + 1)
-            z = rearrange(z, "(n k) r -> n (k r)", n=len(rows)) @ matrix.transpose(1, 2).flatten(1).T
+            z = rearrange(z, "(n k) r -> n (k r)", k=matrix.shape[2]) @ matrix.transpose(1, 2).flatten(1).T
         y = z if factor_out is None else z @ factor_out.T
         return y.view(*x.shape[:-1], self.out_features)
 

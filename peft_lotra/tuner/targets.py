@@ -20,7 +20,7 @@ from ..layers.describe import NOT_LINEAR, UNUSED, compare, describe
 from ..layers.description import KANLayerSpec, is_built_in
 from ..layers.registry import get_recorded_spec, unrecognized_modules, walk_kan_layers
 from ..layers.slim import SlimLayer
-from ..tucker import full_shape
+from ..tucker import Tucker, full_shape
 from .config import LoTRAConfig
 from .initialization import check_start
 from .layer import LoTRALayer, Target, check_stored, check_unmerged, lotra_layers
@@ -212,7 +212,9 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, T
     if not config.is_from_file:
         for name, target in targets.items():
             shapes = config.component_shapes(name, target.tensor)
-            if config.train is not None and not shapes.keys() & set(config.train):
+            # the dense layers of a network of convolutions have no kernel mode
+            trained = set(config.train or ()).intersection(Tucker._fields[: 1 + len(shapes["core"])])
+            if trained and not trained & shapes.keys():
                 raise ValueError(
                     f"`train={config.train}` leaves nothing to train in `{name}`, whose ranks {shapes['core']} have "
                     f"only {list(shapes)}. Train the core too, or leave the layer out."

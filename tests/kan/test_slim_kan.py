@@ -13,18 +13,21 @@ from peft_lotra.kan import KAN, KANConfig, KANLinear, KANModel, SlimKAN, SlimKAN
 
 def by_edges(layer, x):
     """The sum over edges, with the coefficient tensor as it is defined."""
-    tensor = torch.einsum("abc,oa,ib,kc->oik", *layer.components)
+    tensor, *factors = layer.components
+    for mode, factor in enumerate(factors):
+        if factor is not None:
+            tensor = torch.tensordot(tensor, factor, ([mode], [1])).movedim(-1, mode)
     return torch.einsum("oik,bik->bo", tensor[..., :-1], layer.basis(x)) + F.silu(x) @ tensor[..., -1].T
 
 
-@pytest.mark.parametrize("ranks", [(3, 2, 4), (1, 1, 1), (6, 5, 9), (2, 5, 3)])
+@pytest.mark.parametrize("ranks", [(3, 2, 4), (1, 1, 1), (6, 5, 9), (2, 5, 3), ("full", "full", 1), ("full", 2, 9)])
 @pytest.mark.parametrize("rows", [0, 1, 7, 300])  # few rows and many go different ways
 def test_equals_the_sum_over_edges(ranks, rows):
     layer, x = SlimKANLinear(5, 6, ranks, dtype=torch.float64), torch.randn(rows, 5, dtype=torch.float64)
     x.requires_grad_()
     expected = by_edges(layer, x)
     torch.testing.assert_close(layer(x), expected)
-    inputs, direction = [x, *layer.components], torch.randn_like(expected)
+    inputs, direction = [x, *layer.parameters()], torch.randn_like(expected)
     gradients = torch.autograd.grad(layer(x), inputs, direction)
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, inputs, direction))
     dense = torch.einsum("oik,bik->bo", layer.spline_weight, layer.basis(x)) + F.silu(x) @ layer.base_weight.T
@@ -38,6 +41,25 @@ def test_its_parameters_are_core_and_factors():
     shapes = {"core": (3, 2, 4), "factor_out": (6, 3), "factor_in": (5, 2), "factor_basis": (9, 4)}
     assert {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()} == shapes
     assert list(layer.state_dict()) == [*shapes, "grid_bounds"] and layer.ranks == (3, 2, 4)
+
+
+@pytest.mark.parametrize("ranks", [("full", "full", 1), (6, 5, 1)])
+def test_a_full_mode_has_no_parameter(ranks):
+    layer = SlimKANLinear(5, 6, ranks)
+
+    shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+
+    assert shapes == {"core": (6, 5, 1), "factor_basis": (9, 1)} and layer.ranks == (6, 5, 1)
+    assert layer.factor_out is None and layer.factor_in is None
+
+
+@pytest.mark.parametrize("ranks", [("full", "full", 1), ("full", 8, 4), (8, "full", "full"), "full"])
+def test_a_layer_with_full_modes_keeps_the_variance(ranks):
+    x, variances = torch.rand(2000, 40) * 2 - 1, []
+    for _ in range(20):
+        variances.append(SlimKANLinear(40, 30, ranks)(x).square().mean())
+
+    assert 0.8 < torch.stack(variances).mean() / x.square().mean() < 1.25
 
 
 def test_compiles_once_for_all_batch_sizes_of_an_order():
@@ -99,7 +121,9 @@ def test_refuses_ranks(ranks):
 
 
 # A new model needs no warning about the ranks that were capped when it was first made
-@pytest.mark.parametrize("ranks", [(2, 3, 4), [(2, 3, 4), None], [[2, 3, 4], [1, 2, 2]]])
+@pytest.mark.parametrize(
+    "ranks", [(2, 3, 4), [(2, 3, 4), None], [[2, 3, 4], [1, 2, 2]], [[2, 3, 4], ["full", "full", 1]]]
+)
 @pytest.mark.parametrize("norm", [None, "batch"])
 def test_model_is_saved_as_its_factors(ranks, norm, tmp_path):
     model = KANModel(KANConfig(widths=(40, 30, 10), ranks=ranks, norm=norm)).eval()
