@@ -60,8 +60,11 @@ def test_life(kind, tmp_path):
     start = state(model)
     train(model, x, 0.0, 2, lr=0.1)
     moved = {name.split(".")[-2] for name, tensor in state(model).items() if not torch.equal(tensor, start[name])}
-    parts = {"lotra_core", "lotra_factor_out", "lotra_factor_in", "lotra_factor_basis"}
-    assert moved == (parts | {"lotra_factor_kernel"} if "conv" in kind else parts)
+    parts = set()
+    for layer in layers(model).values():
+        parts |= {f"lotra_{name}" for name in layer.get_components("default")._asdict()}
+    assert moved == parts and {"lotra_core", "lotra_factor_basis"} < parts
+    assert ("lotra_factor_kernel" in parts) == ("conv" in kind)
     y = model.eval()(x).detach()
     model.save_pretrained(tmp_path)
     assert torch.equal(PeftModel.from_pretrained(fresh, tmp_path).eval()(x), y)

@@ -33,7 +33,7 @@ def test_the_file_has_only_the_adapter(tmp_path):
     model = adapted()
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    assert len(tensors) == 8 and all(".lotra_" in name for name in tensors)
+    assert len(tensors) == 7 and all(".lotra_" in name for name in tensors)
     assert sum(t.numel() for t in tensors.values()) == model.get_nb_trainable_parameters()[0]
     with pytest.raises(ValueError, match="safe"):
         model.save_pretrained(tmp_path / "pickle", safe_serialization=False)
@@ -78,7 +78,7 @@ def test_modules_to_save(tmp_path):
 def test_state_dicts():
     model, other = adapted(), adapted()
     tensors, before = get_peft_model_state_dict(model), state(other)
-    assert len(tensors) == 8 and not any("default" in name for name in tensors)
+    assert len(tensors) == 7 and not any("default" in name for name in tensors)
     nan = {name: tensor * torch.nan for name, tensor in tensors.items()}
     with pytest.raises(ValueError, match="not finite"):
         set_peft_model_state_dict(other, nan)
