@@ -70,9 +70,11 @@ def read_adapter(
         targets = {name: target for name, target in targets.items() if f"{PREFIX}{name}.lotra_core" in adapter}
         config, tensors = LoTRAConfig(alpha=alpha, adapt_residual=False), adapter
         for name, target in targets.items():
-            components = read_components(adapter, f"{PREFIX}{name}.")
-            config.rank_pattern[pattern_key(name)] = components.form
-            config.adapt_residual |= components.shape[2] > target.tensor.shape[2]
+            ranks = adapter[f"{PREFIX}{name}.lotra_core"].shape
+            factor = adapter.get(f"{PREFIX}{name}.lotra_factor_basis")
+            size = ranks[2:3] if factor is None else factor.shape[:1]
+            config.rank_pattern[pattern_key(name)] = tuple(ranks)
+            config.adapt_residual |= size > target.tensor.shape[2:3]
         check_tensors(tensors, config, base, targets)
     elif isinstance(adapter, LoTRAConfig):
         config, targets = adapter, find_targets(adapter, base)

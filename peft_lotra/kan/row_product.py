@@ -191,15 +191,7 @@ class RowProduct(NamedTuple):
         size = groups.size
         index = groups.index if rows is None else groups.index[rows.start // size : rows.stop // size]
         chosen = packed.index_select(0, index.to(packed.device)).to(functions)
-        components = form.unpack(chosen)
-        if self.scale is None:
-            update = self._low_rank(functions, *components)
-        else:
-            splines = functions.shape[1] - self.has_residual
-            update = self._scaled(functions[:, :splines], *_slice_basis(components, slice(splines)))
-            if self.has_residual:
-                of_residual = _slice_basis(components, slice(splines, None))
-                update = update + self._low_rank(functions[:, splines:], *of_residual)
+        update = self._low_rank(functions, *form.unpack(chosen))
         return update if self.matrix is None else torch.addmm(update, functions.flatten(1), self.matrix)
 
     def of_splines(self, x: Tensor, grid: UniformGrid, residual: Tensor | None) -> Tensor:
@@ -250,35 +242,43 @@ class RowProduct(NamedTuple):
         return torch.cat([full, torch.ones_like(full[: self.scale.shape[1]])]) if self.has_residual else full
 
     def _low_rank(self, functions: Tensor, core: Tensor, factor_out: Any, factor_in: Any, factor_basis: Any) -> Tensor:
-        """The part (R, O) of the updates whose components (C, ...) are given, one for each group, without a scale."""
+        """The part (R, O) of the updates whose components (C, ...) are given, one for each group."""
+        scale = self.scale
+        if scale is None:
+            edges = self._edges(functions, core, factor_in, factor_basis)
+            return edges if factor_out is None else _dot(edges.unsqueeze(2), factor_out.mT, 1)
+        functions, residual = functions.split([functions.shape[1] - self.has_residual, int(self.has_residual)], 1)
+        splines = functions.shape[1]
+        if factor_basis is None:
+            core, of_residual = core[..., :splines], core[..., splines:]
+        elif self.has_residual:
+            of_residual = _dot(core, factor_basis[:, splines:].unsqueeze(1), 3).unsqueeze(3)
+            factor_basis = factor_basis[:, :splines]
+        if factor_out is None and factor_in is None:
+            total = self._edges(functions, core * scale.unsqueeze(2), None, factor_basis)
+        else:
+            # a scale of each edge is no product: the sum over the inputs comes last
+            of_basis = functions if factor_basis is None else factor_basis.mT @ functions  # (R, rb, I)
+            of_inputs = core.mT if factor_in is None else _dot(core.unsqueeze(4), factor_in.mT[:, None, :, None], 2)
+            edges = _dot(of_inputs, of_basis.unsqueeze(1), 2)  # (R, ro, I)
+            if factor_out is None:
+                total = (edges * scale).sum(2)
+            else:
+                total = (edges.flatten(0, 1) @ scale.t()).unflatten(0, edges.shape[:2])  # (R, ro, O)
+        if self.has_residual:
+            edges = self._edges(residual, of_residual, factor_in, None)
+            total = total + (edges if factor_out is None else edges.unsqueeze(2))
+        return total if factor_out is None else _dot(total, factor_out.mT, 1)
+
+    def _edges(self, functions: Tensor, core: Tensor, factor_in: Any, factor_basis: Any) -> Tensor:
+        """The products (R, ro) of updates with full outputs, without a scale."""
         size = self.updates.groups.size
         contracted = functions.unflatten(0, (-1, size))  # (C, G, K, I)
         if factor_basis is not None:
             contracted = factor_basis.mT.unsqueeze(1) @ contracted  # (C, G, rb, I)
         if factor_in is not None:
             contracted = torch.bmm(contracted.flatten(1, 2), factor_in).unflatten(1, (size, -1))  # (C, G, rb, ri)
-        edges = torch.bmm(contracted.flatten(2), core.permute(0, 3, 2, 1).flatten(1, 2))  # (C, G, ro)
-        return edges.flatten(0, 1) if factor_out is None else _dot(edges.mT, factor_out.mT, 1)
-
-    def _scaled(self, functions: Tensor, core: Tensor, factor_out: Any, factor_in: Any, factor_basis: Any) -> Tensor:
-        """The same with the scale of each edge, which is no product: the sum over the inputs comes last."""
-        scale: Any = self.scale
-        if factor_out is None and factor_in is None:
-            return self._low_rank(functions, core * scale.unsqueeze(2), None, None, factor_basis)
-        contracted = functions if factor_basis is None else factor_basis.mT @ functions  # (R, rb, I)
-        of_inputs = core.mT if factor_in is None else _dot(core.unsqueeze(4), factor_in.mT[:, None, :, None], 2)
-        edges = _dot(of_inputs, contracted.unsqueeze(1), 2)  # (R, ro, I)
-        if factor_out is None:
-            return (edges * scale).sum(2)
-        return _dot((edges.flatten(0, 1) @ scale.t()).unflatten(0, edges.shape[:2]), factor_out.mT, 1)
-
-
-def _slice_basis(components: Sequence[Any], functions: slice) -> list[Any]:
-    """Return the components (C, ...) of updates of some functions alone."""
-    core, *sides, factor_basis = components
-    if factor_basis is None:
-        return [core[..., functions], *sides, None]
-    return [core, *sides, factor_basis[:, functions]]
+        return torch.bmm(contracted.flatten(2), core.permute(0, 3, 2, 1).flatten(1, 2)).flatten(0, 1)
 
 
 def _dot(first: Tensor, second: Tensor, dim: int) -> Tensor:
