@@ -19,7 +19,7 @@ if find_spec("peft"):
     from .bank.bank import AdapterBank
     from .compress.extract import extract_lotra
     from .compress.slim import slim, to_dense
-    from .compress.spectra import gradient_spectrum, suggest_ranks, update_spectrum
+    from .compress.spectra import update_spectrum
     from .hub.card import write_model_card
     from .hub.push import push_to_hub
     from .optim.learning_rates import create_lotra_optimizer
@@ -51,7 +51,6 @@ __all__ = [
     "create_lotra_optimizer",
     "extract_lotra",
     "find_kan_layers",
-    "gradient_spectrum",
     "hotswap_adapter",
     "model_summary",
     "push_to_hub",
@@ -60,7 +59,6 @@ __all__ = [
     "save_adapter",
     "slim",
     "start_from_gradient",
-    "suggest_ranks",
     "to_dense",
     "update_spectrum",
     "write_model_card",

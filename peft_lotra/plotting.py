@@ -38,7 +38,7 @@ def plot_spectra(spectrum: Spectrum, figure: Figure | SubFigure | None = None) -
     """Draws the singular values of each layer that changed, as shares of its norm, mode by mode; returns the figure.
 
     Args:
-        spectrum: From `update_spectrum` or `gradient_spectrum`.
+        spectrum: From `update_spectrum`.
         figure: Where to draw; a new one by default.
 
     Raises:

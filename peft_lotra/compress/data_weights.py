@@ -3,7 +3,7 @@
 
 """Weights of coefficients by data: the basis functions at a layer's inputs, and how much each of its outputs counts.
 
-`slim`, `extract_lotra` and `suggest_ranks` use them if they are given `inputs`.
+`slim` and `extract_lotra` use them if they are given `inputs`, `start_from_training` takes those of the loss.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class DataWeights:
         x: The inputs (..., in).
         metric: (out, out), the sum of J^T J over the samples, where J are the derivatives of the model's outputs with
             respect to the layer's; by default all outputs of the layer count alike.
+        residual: Whether the residual branch counts.
     """
 
     values: torch.Tensor  # (samples, in, basis), with the residual function last, in float64
@@ -55,11 +56,17 @@ class DataWeights:
 
     @torch.no_grad()
     def __init__(
-        self, layer: nn.Module, spec: KANLayerSpec, x: torch.Tensor, metric: torch.Tensor | None = None
+        self,
+        layer: nn.Module,
+        spec: KANLayerSpec,
+        x: torch.Tensor,
+        metric: torch.Tensor | None = None,
+        residual: bool = True,
     ) -> None:
         location = spec.locate(layer)
-        out, *shape = full_shape(location)
-        self.values = _functions_at(layer, spec, location, x.reshape(-1, shape[0])).double()
+        out, *shape = full_shape(location) if residual else location.shape
+        values = _functions_at(layer, spec, location, x.reshape(-1, shape[0]))
+        self.values = values[..., : shape[1]].double()
         by_mode = [self.values.movedim(mode + 1, -1).flatten(0, -2) for mode in range(len(shape))]
         self.roots = [_square_root(rows.T @ rows, _RIDGE) for rows in by_mode]
         self.root_out = torch.eye(out, device="cpu").to(self.values)
@@ -67,9 +74,13 @@ class DataWeights:
             self.root_out = _square_root(metric.to(self.values), _RIDGE_OUT)
 
     def weigh(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Multiply a tensor (out, in, basis) by the roots of its modes, and scale it to norm 1: layers count alike."""
+        """Multiply a tensor (out, in, basis) by the roots of its modes.
+
+        The squared norm estimates the change of the model's outputs by this change of coefficients, summed over the
+        samples, up to a factor of all layers: each of the roots has the energy of all values.
+        """
         weighted = Tucker(tensor, self.root_out, *self.roots).dense()
-        return weighted / weighted.norm().clamp(min=1e-300)
+        return weighted / (len(self.values) ** 0.5 * self.values.norm()).clamp(min=1e-300)
 
     def fit(self, tensor: torch.Tensor, ranks: tuple[int, ...]) -> Tucker:
         """Find a Tucker tensor, with orthonormal factors, that comes close to the layer's outputs by `tensor`.
@@ -89,10 +100,14 @@ class DataWeights:
         weights = torch.linalg.solve(gram + ridge, z.T @ self.outputs(tensor) + ridge @ start)  # (ri rb, out)
         if ranks[0] < len(self.root_out):
             weights = weights @ self.root_out  # symmetric
-            leading = torch.linalg.svd(z @ weights, full_matrices=False).Vh[: ranks[0]].T
+            leading = torch.linalg.svd(z @ weights, full_matrices=len(z) < ranks[0]).Vh[: ranks[0]].T
             weights = weights @ leading
             factors[0] = torch.linalg.solve(self.root_out, leading)
         return Tucker(weights.T.reshape(-1, *ranks[1:]), *factors).orthogonal()
+
+    def measure(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Compute the layer's outputs (samples, out) in the metric of the model's outputs."""
+        return self.outputs(tensor) @ self.root_out
 
     def outputs(self, tensor: torch.Tensor) -> torch.Tensor:
         """Compute the layer's outputs (samples, out) with these coefficients, without its bias."""
@@ -133,8 +148,10 @@ def _square_root(moments: torch.Tensor, ridge: float) -> torch.Tensor:
     return vectors * values.sqrt() @ vectors.T
 
 
-def gather_weights(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, DataWeights]:
-    """Compute the data weights of layers of a model without adapters, by name.
+def gather_weights(
+    model: nn.Module, names: Iterable[str], inputs: Inputs, residual: bool = True
+) -> dict[str, DataWeights]:
+    """Compute the data weights of layers of a model without adapters, by name; with or without the residual branch.
 
     Layers whose output is not linear in their coefficients have none, nor have convolutions.
 
@@ -171,7 +188,7 @@ def gather_weights(model: nn.Module, names: Iterable[str], inputs: Inputs) -> di
     for name, (layer, spec, tensor) in targets.items():
         x = torch.cat(received[name])
         warn_of_far_inputs(name, spec.read_grid(layer), tensor.shape[1], x)
-        weights[name] = DataWeights(layer, spec, x, metrics.get(name))
+        weights[name] = DataWeights(layer, spec, x, metrics.get(name), residual)
     return weights
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -83,7 +84,7 @@ def extract_lotra(
         tuned: The fine-tuned model of the same architecture; adapters that are active count.
         r: The ranks of each layer,
         energy: Or the share of the energy to keep in each, above 0 and up to 1,
-        budget: Or the number of parameters of the adapter, see `suggest_ranks`.
+        budget: Or the number of parameters of the adapter, spent greedily by the energy that each brings.
         rank_pattern: Ranks by layer, as in [`LoTRAConfig`]; alone, or with `r` for the others.
         inputs: Samples of the model's input: a tensor, a tuple of arguments, a dict of named ones, or a function of
             the model that runs it and returns its output. The basis functions of all layers at these samples are kept
@@ -120,18 +121,17 @@ def extract_lotra(
     if not updates:
         raise ValueError("The KAN layers have the same coefficients in both models: there is nothing to extract.")
     weights = {} if inputs is None else gather_weights(tuned, updates, inputs)
+    ranks = None
     if energy is None and budget is None:
         by_layer = ranks_by_layer(updates, rank_pattern or {}, r)
         if missing := updates.keys() - by_layer.keys():
             raise ValueError(f"`rank_pattern` has no ranks for {sorted(missing)}, and `r` is not given.")
         ranks = {name: cap_ranks(by_layer[name], update.tensor.shape) for name, update in updates.items()}
-    else:
-        spectra = weighted_spectra({name: update.tensor for name, update in updates.items()}, weights)
-        ranks = choose_ranks(spectra, energy, budget)
-    components = {name: _decompose(update, ranks[name], weights.get(name)) for name, update in updates.items()}
+    components = decompose_updates(updates, weights, ranks=ranks, energy=energy, budget=budget)
 
     model = _attach(base, tuned, components, modules_to_save, adapter_name)
     parameters = sum(part.numel() for part in components.values())
+    ranks = {name: part.ranks for name, part in components.items()}
     report = ExtractionReport({}, ranks, parameters, modules_to_save, not_saved)
     with torch.no_grad():
         for name, layer in lotra_layers(base):
@@ -150,14 +150,36 @@ def extract_lotra(
     return model
 
 
-def _decompose(update: CoefficientUpdate, ranks: tuple[int, ...], weights: DataWeights | None) -> Tucker:
-    """Return the components of the adapter that comes closest to the update, or to the outputs by it."""
-    if update.scale is not None:
-        measure = None if weights is None else lambda tensor: weights.outputs(tensor) @ weights.root_out
-        fitted = tucker_scaled(update.tensor, update.scale, ranks, measure)
-    else:
-        fitted = tucker(update.tensor, ranks) if weights is None else weights.fit(update.tensor, ranks)
-    return fitted.balanced()
+def decompose_updates(
+    updates: Mapping[str, CoefficientUpdate],
+    weights: Mapping[str, DataWeights],
+    *,
+    ranks: Mapping[str, tuple[int, ...]] | None = None,
+    energy: float | None = None,
+    budget: int | None = None,
+) -> dict[str, Tucker]:
+    """Compute by layer the components that come closest to the updates, or to the outputs by them.
+
+    Args:
+        updates: The updates of the layers to adapt.
+        weights: What `gather_weights` returns for the tuned model; empty without data.
+        ranks: By layer;
+        energy: or the share of the energy to keep in each layer;
+        budget: or the number of parameters of all components.
+    """
+    if ranks is None:
+        spectra = weighted_spectra({name: update.tensor for name, update in updates.items()}, weights)
+        ranks = choose_ranks(spectra, energy, budget)
+    components = {}
+    for name, (tensor, scale) in updates.items():
+        metric = weights.get(name)
+        if scale is not None:
+            measure = None if metric is None else metric.measure
+            fitted = tucker_scaled(tensor, scale, ranks[name], measure)
+        else:
+            fitted = tucker(tensor, ranks[name]) if metric is None else metric.fit(tensor, ranks[name])
+        components[name] = fitted.balanced()
+    return components
 
 
 @torch.no_grad()

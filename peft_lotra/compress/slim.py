@@ -90,8 +90,7 @@ def slim(
     Args:
         model: A network with KAN layers, or one layer, without adapters; it stays unchanged if not `inplace`.
         ranks: (ro, ri, rb) for each layer, capped by the sizes of its modes with a warning, "full" for a mode without
-            a factor; or by layer, as
-            `suggest_ranks` returns them, others being left dense;
+            a factor; or by layer, as in the `rank_pattern` of [`LoTRAConfig`], others being left dense;
         energy: Or the share of the squared norm to keep, above 0 and up to 1: of each layer's coefficients, or with
             `inputs` of the deviations of the model's outputs from their mean;
         budget: Or the number of parameters for the coefficients of all layers together.

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Which ranks an update needs: the spectra of fine-tuning updates and of gradients, and the ranks they suggest.
+"""Which ranks an update needs: the spectra of fine-tuning updates, and the ranks for an energy or a budget.
 
 The spectrum of a tensor is the singular values of its unfoldings, one for each mode. The energy that the truncated
 HOSVD keeps, a share of the squared norm, is the sum of squares over the leading block of the HOSVD's core, with the
@@ -12,7 +12,7 @@ Source: L. De Lathauwer et al., "A Multilinear Singular Value Decomposition", SI
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,27 +20,23 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from ..modules.calls import unwrap
 from ..modules.checks import as_number, check_number
 from ..modules.report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, check_ranks, hosvd
-from ..tuner.config import LoTRAConfig, pattern_key
-from ..tuner.gradients import gather_gradients
-from ..tuner.targets import find_targets
-from .data_weights import DataWeights, Inputs, gather_weights
-from .updates import coefficient_updates, merged
+from .data_weights import DataWeights
+from .updates import coefficient_updates
 
 
 @dataclass(eq=False)
 class LayerSpectrum:
-    """The spectrum of the update, or the gradient, of one layer's coefficient tensor.
+    """The spectrum of the update of one layer's coefficient tensor.
 
     Attributes:
         shape: (out, in, basis) or (out, in, basis, kernel), the residual slice counted in basis.
         norm: The Frobenius norm.
         singular_values: Those of the unfoldings (out, in basis [kernel]), (in, out basis [kernel]) and so on, falling.
-        energies: Of `shape` or smaller: entry (ro - 1, ri - 1, rb - 1 [, rk - 1]) is the share that the truncated
-            HOSVD of ranks (ro, ri, rb [, rk]) keeps; 1 everywhere for a zero tensor.
+        energies: Of `shape`: entry (ro - 1, ri - 1, rb - 1 [, rk - 1]) is the share that the truncated HOSVD of ranks
+            (ro, ri, rb [, rk]) keeps; 1 everywhere for a zero tensor.
     """
 
     shape: tuple[int, ...]
@@ -54,9 +50,12 @@ class LayerSpectrum:
 
     def costs(self) -> torch.Tensor:
         """Return the number of parameters of an adapter, for all ranks; laid out as `energies`."""
-        ranks = 1 + torch.ones_like(self.energies).nonzero()
-        costs = ranks.prod(1) + (ranks * ranks.new_tensor(self.shape)).sum(1)
-        return costs.view_as(self.energies)
+        core, factors = torch.ones_like(self.energies, dtype=torch.int64), 0
+        for mode, size in enumerate(self.shape):
+            ranks = torch.arange(1, size + 1, device=core.device).view(-1, *[1] * (len(self.shape) - mode - 1))
+            core *= ranks
+            factors = factors + torch.where(ranks < size, ranks * size, 0)  # a full mode has no factor
+        return core + factors
 
 
 @dataclass(eq=False)
@@ -69,12 +68,12 @@ class Spectrum(Report):
 
     layers: dict[str, LayerSpectrum]
 
-    def energy(self, r: Ranks | dict[str, tuple[int, ...]]) -> float:
-        """Return the share of the energy of all layers that ranks, or those of `suggest_ranks`, keep together."""
+    def energy(self, r: Ranks) -> float:
+        """Return the share of the energy of all layers that ranks keep together."""
         total = kept = 0.0
-        for name, layer in self.layers.items():
+        for layer in self.layers.values():
             total += layer.norm**2
-            kept += layer.norm**2 * layer.energy(r[pattern_key(name)] if isinstance(r, dict) else r)
+            kept += layer.norm**2 * layer.energy(r)
         return kept / total if total else 1.0
 
     def _table(self) -> TextTable:
@@ -113,80 +112,6 @@ def update_spectrum(base: nn.Module, tuned: nn.Module) -> Spectrum:
     return Spectrum({name: spectrum_of(update.tensor) for name, update in coefficient_updates(base, tuned).items()})
 
 
-def gradient_spectrum(model: nn.Module, config: LoTRAConfig | None, train_step: Callable[[], None]) -> Spectrum:
-    """Compute the spectrum of the gradient of each KAN layer's coefficients: of the first step of full fine-tuning.
-
-    Args:
-        model: The base model, or a PEFT model; it stays unchanged.
-        config: Selects the layers, and whether the residual branch counts; `None` for all layers.
-        train_step: Computes a loss and calls `backward()`, for one or more batches.
-
-    Raises:
-        ValueError: A target is no KAN layer; no gradient, or one that is not finite, arrived at a layer.
-
-    Example:
-        >>> from peft_lotra.kan import KAN
-        >>> model, x = KAN([3, 5, 4]), torch.rand(10, 3)
-        >>> spectrum = gradient_spectrum(
-        ...     model, None, lambda: model(x).square().sum().backward()
-        ... )
-        >>> [layer.shape for layer in spectrum.layers.values()]
-        [(5, 3, 9), (4, 5, 9)]
-    """
-    model = unwrap(model)
-    config = config or LoTRAConfig()
-    layers = {name: (target.layer, target.tensor) for name, target in find_targets(config, model).items()}
-    gradients = gather_gradients(layers, model, train_step)
-    spectra = {}
-    for name, (layer, tensor) in layers.items():
-        basis = tensor.shape[2] + (tensor.has_residual and config.adapt_residual)
-        spectra[name] = spectrum_of(gradients[layer][:, :, :basis])
-    return Spectrum(spectra)
-
-
-def suggest_ranks(
-    base: nn.Module | Spectrum,
-    tuned: nn.Module | None = None,
-    *,
-    energy: float | None = None,
-    budget: int | None = None,
-    inputs: Inputs | None = None,
-) -> dict[str, tuple[int, ...]]:
-    """Suggest ranks for each layer, as the `rank_pattern` of [`LoTRAConfig`].
-
-    Args:
-        base: A spectrum, or a base model.
-        tuned: With a base model, the fine-tuned one.
-        energy: The share of the energy to keep in each layer, above 0 and up to 1, with the fewest parameters.
-        budget: The number of parameters of all layers together, with the most energy and ranks of at least 1.
-        inputs: With two models, samples of their input, as `extract_lotra` takes them. The energy is then that of the
-            layers' outputs.
-
-    Returns:
-        (ro, ri, rb), with a kernel (ro, ri, rb, rk), by a regex that matches the layer's name and no other.
-
-    Raises:
-        ValueError: Not one of `energy` and `budget` is given; the energy is out of range; the budget does not suffice
-            for ranks (1, 1, 1) in each layer; or as `update_spectrum`.
-
-    Example:
-        >>> spectrum = Spectrum({"kan": spectrum_of(torch.eye(12).view(12, 4, 3))})
-        >>> suggest_ranks(spectrum, budget=60)
-        {'^kan': (3, 1, 3)}
-    """
-    check_one_given(energy=energy, budget=budget)
-    if isinstance(base, Spectrum) and tuned is None and inputs is None:
-        layers = base.layers
-    elif isinstance(base, Spectrum) or tuned is None:
-        raise ValueError("Pass either a spectrum, or a base model and a tuned one (and, if you can, `inputs`).")
-    else:
-        updates = coefficient_updates(base, tuned, scaled=inputs is not None)
-        changed = [name for name, update in updates.items() if update.tensor.any()]
-        weights = {} if inputs is None else gather_weights(merged(tuned), changed, inputs)
-        layers = weighted_spectra({name: update.tensor for name, update in updates.items()}, weights)
-    return {pattern_key(name): r for name, r in choose_ranks(layers, energy, budget).items()}
-
-
 def check_one_given(**options: Any) -> None:
     """Raise a ValueError unless one of these options is given, and the others are None."""
     if list(options.values()).count(None) != len(options) - 1:
@@ -219,15 +144,28 @@ def spectrum_of(tensor: torch.Tensor) -> LayerSpectrum:
         squares = squares.cumsum(mode)
     total = squares.flatten()[-1]
     energies = squares / total if total > 0 else torch.ones_like(squares)
+    # ranks above the product of the others keep no more energy, but a full mode costs less
+    for mode, size in enumerate(tensor.shape):
+        ranks = torch.arange(size, device=energies.device).clamp(max=energies.shape[mode] - 1)
+        energies = energies.index_select(mode, ranks)
     return LayerSpectrum(tuple(tensor.shape), tensor.double().norm().item(), singular_values, energies)
 
 
 def weighted_spectra(
     tensors: Mapping[str, torch.Tensor], weights: Mapping[str, DataWeights]
 ) -> dict[str, LayerSpectrum]:
-    """Compute the spectra of tensors (out, in, basis [, kernel]) by layer, weighted by data where there is any."""
-    weighted = {name: weights[name].weigh(tensors[name]) for name in weights}
-    return {name: spectrum_of(tensor) for name, tensor in {**tensors, **weighted}.items()}
+    """Compute the spectra of tensors (out, in, basis [, kernel]) by layer, weighted by data where there is any.
+
+    In the metric of the model's outputs, energies of layers compare. If a layer has none, all layers count alike.
+    """
+    spectra = {}
+    for name, tensor in tensors.items():
+        if name in weights:
+            tensor = weights[name].weigh(tensor)
+        if 0 < len(weights) < len(tensors):
+            tensor = tensor / tensor.norm().clamp(min=1e-300)
+        spectra[name] = spectrum_of(tensor)
+    return spectra
 
 
 def cheapest(layer: LayerSpectrum, energy: float) -> tuple[int, ...]:

@@ -67,7 +67,7 @@ class SlimLayer(nn.Module):
 
     def effective_parameters(self, delta: torch.Tensor | float = 0.0) -> dict[str, torch.Tensor]:
         """The parameters, as the layer stores them, of the tensor of the factors plus `delta`, of the same shape."""
-        parameters = self.tensor.split(self.components.dense() + delta)
+        parameters = self.tensor.split((self.components.dense() + delta).contiguous())
         if self.scale is not None:
             parameters[self.scale] = self.core.new_ones(self.removed[self.scale])
         return parameters

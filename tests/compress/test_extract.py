@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from stand_ins import FAMILIES, ChebyKANLayer, as_model
 from torch import nn
 
-from peft_lotra import extract_lotra, slim, suggest_ranks, update_spectrum
+from peft_lotra import extract_lotra, slim, update_spectrum
 from peft_lotra.kan import KAN
 from peft_lotra.layers.registry import get_kan_spec
 
@@ -265,8 +265,9 @@ def test_slim_layers(family):
     with torch.no_grad():
         for parameter in tuned.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    ranks = suggest_ranks(small.to_dense(), tuned.to_dense(), budget=40, inputs=x)
-    assert suggest_ranks(small, nn.DataParallel(tuned), budget=40, inputs=x) == ranks
+    dense = extract_lotra(small.to_dense(), tuned.to_dense(), budget=90, inputs=x)
+    wrapped = extract_lotra(copy.deepcopy(small), nn.DataParallel(tuned), budget=90, inputs=x)
+    assert wrapped.extraction_report.ranks == dense.extraction_report.ranks
     model = extract_lotra(small, tuned, 9, inputs=x)
     torch.testing.assert_close(model(x), tuned(x), atol=1e-5, rtol=1e-4)
 
