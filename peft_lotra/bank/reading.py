@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 from peft import PeftModel
@@ -77,7 +78,8 @@ def read_adapter(
             config.adapt_residual |= size > target.tensor.shape[2:3]
         check_tensors(tensors, config, base, targets)
     elif isinstance(adapter, LoTRAConfig):
-        config, targets = adapter, find_targets(adapter, base)
+        config, targets = copy(adapter), find_targets(adapter, base)
+        config.spend_budget({name: target.tensor for name, target in targets.items()})
         if config.rank_dropout or config.module_dropout or config.train is not None:
             raise ValueError("a bank has no dropout, and trains all components.")
         check_targets(config, base, targets)

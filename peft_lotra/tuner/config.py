@@ -6,9 +6,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
+from math import ceil, prod
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from peft.config import PeftConfig
@@ -19,7 +20,16 @@ from ..hub.card import write_card
 from ..layers.coefficients import CoefficientTensor
 from ..modules.checks import check_number
 from ..modules.folders import STAGE
-from ..tucker import Ranks, Tucker, cap_ranks, check_ranks, component_shapes, default_ranks, full_shape
+from ..tucker import (
+    Ranks,
+    Tucker,
+    cap_ranks,
+    check_ranks,
+    component_shapes,
+    count_parameters,
+    default_ranks,
+    full_shape,
+)
 
 
 ALL_KAN = "all-kan"
@@ -42,7 +52,7 @@ _NAMES_IN_LORA = {
 # Of these, a wrong value would be ignored or misread.
 _CHOICES = {
     "adapt_residual": (True, False),
-    "init_weights": (True, False, "gradient", "hosvd"),
+    "init_weights": (True, False, "gradient", "training", "hosvd"),
     "storage": (None, "float16", "bfloat16"),
     "check_base": (None, "error", "warn", "ignore"),
 }
@@ -97,6 +107,11 @@ class LoTRAConfig(PeftConfig):
             above the size of its mode is capped. A full mode, `"full"` or a rank that equals the size, has no factor:
             `("full", "full", 1)` is a matrix (out, in) times one learned shape of the functions. `None` takes for each
             layer the largest ranks up to 4 that have fewer parameters than its coefficients.
+        budget (`Optional[float]`):
+            In place of `r`, the number of parameters as a share of the coefficients of all adapted layers, above 0 and
+            up to 1. All layers get the ranks `("full", "full", k)`, k learned shapes with a full matrix each, or where
+            not even one fits, `(k, k, 1)`, with the largest k. `rank_pattern` may fix the ranks of some layers.
+            [`start_from_training`] chooses all ranks anew, by the data.
         alpha (`float`):
             The factor that the update is multiplied by.
         target_modules (`Optional[Union[list[str], str]]`):
@@ -124,8 +139,9 @@ class LoTRAConfig(PeftConfig):
         init_weights (`bool` or `"hosvd"`):
             How the adapter starts. `True` draws random factors. `"hosvd"` takes the leading singular vectors of the
             base layer's own coefficients. Each time the update is zero, so that the adapted model equals its base.
-            `False` draws an update at random, which is for tests only. [`start_from_gradient`] starts an adapter that
-            is there anew; the configuration, and its file, then say `"gradient"`.
+            `False` draws an update at random, which is for tests only. [`start_from_gradient`] and
+            [`start_from_training`] start an adapter that is there anew; the configuration, and its file, then say
+            `"gradient"` or `"training"`.
         train (`Optional[list[str]]`):
             The components that are trained, of `"core"`, `"factor_out"`, `"factor_in"`, `"factor_basis"` and
             `"factor_kernel"`; `None` (the default) trains all. The others are saved with the adapter, but keep the
@@ -164,6 +180,7 @@ class LoTRAConfig(PeftConfig):
     """
 
     r: Ranks | None = None
+    budget: float | None = None
     alpha: float = 1.0
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
@@ -174,7 +191,7 @@ class LoTRAConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
-    init_weights: bool | Literal["gradient", "hosvd"] = True
+    init_weights: bool | Literal["gradient", "training", "hosvd"] = True
     train: list[str] | tuple[str, ...] | str | None = None
     adapt_residual: bool = True
     storage: Literal["float16", "bfloat16"] | None = None
@@ -199,6 +216,10 @@ class LoTRAConfig(PeftConfig):
             raise ValueError(f"`base_layers` must be a dict of dicts with a `family` and a `shape`: {records!r:.200}.")
         self._check_targets()
         self.r = None if self.r is None else check_ranks(self.r)
+        if self.budget is not None:
+            self.budget = check_number(self.budget, "budget", "(0, 1]")
+            if self.r is not None:
+                raise ValueError(f"Pass one of `r` and `budget`; got r={self.r} and budget={self.budget}.")
         self.rank_pattern = {key: check_ranks(r, "rank_pattern") for key, r in (self.rank_pattern or {}).items()}
         # as floats: numpy's have no JSON
         self.alpha = check_number(self.alpha, "alpha", _FINITE)
@@ -240,9 +261,10 @@ class LoTRAConfig(PeftConfig):
         absent = [name for name in self.train or () if name in full]
         if absent and not self.rank_pattern:
             raise ValueError(f"`train` names {absent}, but `r={self.r}` has no such factors: train the core instead.")
-        if self.rank_dropout and "factor_out" in full:
+        if self.rank_dropout and ("factor_out" in full or self.budget is not None):
             raise ValueError(
-                f"`rank_dropout` drops components of the out mode, and `r={self.r}` has none: pass `module_dropout`."
+                "`rank_dropout` drops components of the out mode, and a full mode, as a `budget` may choose it, has "
+                "none: pass `module_dropout`."
             )
 
     def _check_targets(self) -> None:
@@ -263,6 +285,34 @@ class LoTRAConfig(PeftConfig):
         shape = full_shape(tensor) if self.adapt_residual else tensor.shape
         ranks = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
         return component_shapes(cap_ranks(default_ranks(shape) if ranks is None else ranks, shape), shape)
+
+    def spend_budget(self, tensors: Mapping[str, CoefficientTensor]) -> None:
+        """Write the ranks that `budget` allows into `rank_pattern`, by size, for the layers that it does not name.
+
+        Raises:
+            ValueError: The budget does not suffice for ranks of 1. This object is then of no use.
+        """
+        if self.budget is None or self.is_from_file:
+            return
+        shapes = {}
+        for name, tensor in tensors.items():
+            shapes[name] = full_shape(tensor) if self.adapt_residual else tensor.shape
+        total = sum(map(prod, shapes.values()))
+        parameters = 0
+        for r in _forms_by_size(shapes.values()):
+            self.r = r
+            ranks = {name: self.component_shapes(name, tensor)["core"] for name, tensor in tensors.items()}
+            parameters = sum(count_parameters(ranks[name], shape) for name, shape in shapes.items())
+            if parameters <= self.budget * total + 1e-6:
+                chosen = {pattern_key(name): r for name in tensors}
+                # of several keys that match, the first holds
+                self.rank_pattern = {**self.rank_pattern, **chosen, **self.rank_pattern}
+                self.r = None
+                return
+        raise ValueError(
+            f"`budget` is {self.budget}, but ranks of 1 already take {parameters} of the {total} coefficients. Pass "
+            f"at least {ceil(1e4 * parameters / total) / 1e4}."
+        )
 
     def frozen_and_zero(self, components: Iterable[str]) -> tuple[tuple[str, ...], str]:
         """Which of the components of a layer are not trained, and which one starts at zero: one that is trained."""
@@ -307,6 +357,14 @@ class LoTRAConfig(PeftConfig):
             self.weights_sha256 = _hash_file(weights)
         super().save_pretrained(save_directory, **kwargs)
         write_card(save_directory)
+
+
+def _forms_by_size(shapes: Iterable[Sequence[int]]) -> Iterator[Ranks]:
+    """Yield the ranks that a budget may take for layers of these shapes, from the largest to the smallest."""
+    for count in range(max(shape[2] for shape in shapes), 0, -1):
+        yield "full", "full", count
+    for rank in range(max(map(max, shapes)), 0, -1):
+        yield rank, rank, 1
 
 
 def _hash_file(path: str) -> str:

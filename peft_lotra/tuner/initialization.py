@@ -41,10 +41,10 @@ def initialize(components: Tucker, start: bool | str, zero: str, source: Tensor 
 
 def check_start(start: bool | str, source: Tensor | None) -> None:
     """Raises a ValueError if an adapter cannot start so."""
-    if start == "gradient":
+    if start in ("gradient", "training"):
         raise ValueError(
-            '`init_weights="gradient"` is what files say of such a start. Leave it out, and call '
-            "`start_from_gradient(model, loss)` once the adapter is added."
+            f'`init_weights="{start}"` is what files say of such a start. Leave it out, and call '
+            f"`start_from_{start}(model, loss)` once the adapter is added."
         )
     if start == "hosvd" and (source is None or source.is_meta or not source.isfinite().all()):
         state = "not finite" if source is not None and not source.is_meta else "on the meta device"

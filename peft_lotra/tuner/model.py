@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -101,7 +102,11 @@ class LoTRAModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         _check_adapter_name(adapter_name)
-        for name, key, _ in saved_tensors(self.peft_config[adapter_name], model, ()):
+        config = self.peft_config[adapter_name]
+        if config.budget is not None:
+            # the ranks are written into it, and the object may serve other models
+            self.peft_config[adapter_name] = config = copy(config)
+        for name, key, _ in saved_tensors(config, model, ()):
             if adapter_name in f"{PREFIX}{name}.{key}".split("."):
                 raise ValueError(
                     f"An adapter that saves `{name}.{key}` cannot be called {adapter_name!r}: PEFT takes the names of "
@@ -111,7 +116,7 @@ class LoTRAModel(BaseTuner):
         with self._injection:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._requires_grad_of_base = requires_grad
-        for module in model.modules() if self.peft_config[adapter_name].modules_to_save else ():
+        for module in model.modules() if config.modules_to_save else ():
             if isinstance(module, AuxiliaryTrainingWrapper) and pass_names not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(pass_names, with_kwargs=True)
         self._targets, self._places = {}, {}
@@ -126,6 +131,7 @@ class LoTRAModel(BaseTuner):
             return
         with read_at_rest(model):
             self._targets = targets = find_targets(peft_config, model)
+            peft_config.spend_budget({name: target.tensor for name, target in targets.items()})
             check_targets(peft_config, model, targets)
         if not peft_config.is_from_file and peft_config.source is None:
             warn_of_doubts(targets)

@@ -1,0 +1,152 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Ranks from a budget, a share of the coefficients of the adapted layers."""
+
+import json
+
+import pytest
+import torch
+from conv_stand_ins import ConvNet
+from peft import PeftModel, get_peft_model
+
+from peft_lotra import AdapterBank, LoTRAConfig
+from peft_lotra.kan import KAN
+
+
+def share_of(model, config):
+    """The trained parameters as a share of the coefficients, and the forms by layer."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    tuner = model.base_model
+    layers = [module for module in tuner.modules() if hasattr(module, "lotra_r")]
+    coefficients = 0
+    for layer in layers:
+        basis = slice(None) if config.adapt_residual else slice(layer.lotra_tensor.shape[2])
+        coefficients += layer.get_base_weight()[:, :, basis].numel()
+    trained = sum(model.get_parameter(name).numel() for name in names)
+    return trained / coefficients, [layer.get_components("default").form for layer in layers]
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("budget", [1, 0.5, 0.27, 0.13, 0.08, 0.03])
+def test_a_budget_is_kept_and_mostly_used(budget, residual):
+    config = LoTRAConfig(budget=budget, adapt_residual=residual)
+
+    share, _ = share_of(get_peft_model(KAN([40, 32, 20]), config), config)
+
+    assert 0.75 * budget < share <= budget
+
+
+@pytest.mark.parametrize(
+    "budget, forms",
+    [
+        (1.0, [("full", "full", "full")] * 2),
+        (0.25, [("full", "full", 2)] * 2),
+        (0.12, [("full", "full", 1)] * 2),
+        (0.10, [(13, 13, 1), ("full", 13, 1)]),
+        (0.0077, [(1, 1, 1)] * 2),
+    ],
+)
+def test_full_matrices_for_one_shape_or_several_are_taken_where_they_fit(budget, forms):
+    config = LoTRAConfig(budget=budget)
+
+    _, chosen = share_of(get_peft_model(KAN([64, 32, 5]), config), config)
+
+    assert chosen == forms
+
+
+def test_the_residual_slice_counts_only_if_it_is_adapted():
+    shares = {}
+    for residual in (True, False):
+        config = LoTRAConfig(budget=0.12, adapt_residual=residual)
+        shares[residual] = share_of(get_peft_model(KAN([64, 32, 5]), config), config)[1]
+
+    assert shares[True] == [("full", "full", 1)] * 2 != shares[False]  # an eighth and a ninth
+
+
+def test_convolutions_keep_their_kernel():
+    config = LoTRAConfig(budget=0.5)
+
+    share, forms = share_of(get_peft_model(ConvNet("fastkanconv").eval(), config), config)
+
+    assert share <= 0.5
+    assert forms[0][3] == "full"
+
+
+def test_layers_in_the_pattern_keep_their_ranks_and_count():
+    config = LoTRAConfig(budget=0.12, rank_pattern={r"layers\.0": (2, 3, 2)})
+
+    share, forms = share_of(get_peft_model(KAN([64, 32, 5]), config), config)
+
+    assert forms[0] == (2, 3, 2) and forms[1] == ("full", "full", "full")
+    assert share <= 0.12
+
+
+def test_a_configuration_serves_models_of_several_sizes():
+    config = LoTRAConfig(budget=0.12)
+
+    for widths in ([64, 32, 5], [3, 7, 7, 2]):
+        share, _ = share_of(get_peft_model(KAN(widths), config), config)
+        assert share <= 0.12
+    assert config.rank_pattern == {} and config.r is None and config.target_modules is None
+
+
+def test_a_file_says_the_ranks_and_loads_without_data(tmp_path):
+    model = get_peft_model(KAN([64, 32, 5]), LoTRAConfig(budget=0.1, init_weights=False))
+    model.save_pretrained(tmp_path)
+
+    entries = json.loads((tmp_path / "adapter_config.json").read_text())
+    base = KAN([64, 32, 5])
+    loaded = PeftModel.from_pretrained(base, str(tmp_path), check_base="ignore")
+
+    assert entries["rank_pattern"] == {r"^layers\.0": [13, 13, 1], r"^layers\.1": ["full", 13, 1]}
+    assert entries["budget"] == 0.1 and entries["r"] is None
+    for name, value in model.state_dict().items():
+        if "lotra_" in name:
+            assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_a_bank_takes_a_budget():
+    config = LoTRAConfig(budget=0.12, init_weights=False)
+    bank = AdapterBank(KAN([16, 8, 4]))
+
+    bank.add("first", config)
+
+    rows = torch.rand(4, 16)
+    assert (bank.attach()(rows, ids=bank.ids(["first"] * 4)) - bank.base(rows)).abs().max() > 1e-3
+    assert config.rank_pattern == {}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"budget": 0.1, "r": 4}, "one of `r` and `budget`; got r=4 and budget=0.1"),
+        ({"budget": 0}, r"`budget` is 0, but must be a number in \(0, 1\]"),
+        ({"budget": 1.01}, r"`budget` is 1.01"),
+        ({"budget": "a tenth"}, r"`budget` is 'a tenth'"),
+        ({"budget": float("nan")}, r"`budget` is nan"),
+        ({"budget": 0.1, "rank_dropout": 0.1}, "`rank_dropout`.*`module_dropout`"),
+        ({"init_weights": "training"}, r"start_from_training\(model, loss\)"),
+        ({"init_weights": "gradient"}, r"start_from_gradient\(model, loss\)"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(KAN([4, 3]), LoTRAConfig(**options))
+
+
+@pytest.mark.parametrize("adds_second", [False, True])
+def test_a_budget_below_one_rank_says_what_suffices_and_changes_nothing(adds_second):
+    model = KAN([64, 32, 5])
+    if adds_second:
+        model = get_peft_model(model, LoTRAConfig(r=2))
+    before = [name for name, _ in model.named_modules()]
+    adapt = (
+        (lambda config: model.add_adapter("second", config)) if adds_second else (lambda c: get_peft_model(model, c))
+    )
+
+    with pytest.raises(ValueError, match="ranks of 1 already take 153 of the 19872 coefficients.*at least 0.0077"):
+        adapt(LoTRAConfig(budget=0.005))
+
+    assert [name for name, _ in model.named_modules()] == before
+    adapt(LoTRAConfig(budget=0.0077))
