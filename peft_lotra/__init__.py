@@ -20,6 +20,7 @@ if find_spec("peft"):
     from .compress.extract import extract_lotra
     from .compress.slim import slim, to_dense
     from .compress.spectra import update_spectrum
+    from .compress.training_start import start_from_training
     from .hub.card import write_model_card
     from .hub.push import push_to_hub
     from .optim.learning_rates import create_lotra_optimizer
@@ -59,6 +60,7 @@ __all__ = [
     "save_adapter",
     "slim",
     "start_from_gradient",
+    "start_from_training",
     "to_dense",
     "update_spectrum",
     "write_model_card",

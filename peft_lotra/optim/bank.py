@@ -87,7 +87,8 @@ class BankAdamW(_BankOptimizer):
         lr (`float`): The learning rate that the rates of the components are multiples of.
         names (`list[str]`, *optional*): The adapters to train, by default all. Rows of others are an error.
         policy: As in `create_lotra_optimizer`, also for adapters that started from the gradient; a multiplier of 0
-            leaves a component as it is. A state dict says nothing of its start.
+            leaves a component as it is. Adapters that started from training, and state dicts, which say nothing of
+            their start, have the rates of a random one.
         betas, eps, weight_decay: As in `torch.optim.AdamW`.
 
     Raises:

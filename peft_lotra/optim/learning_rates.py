@@ -61,13 +61,12 @@ def component_multipliers(
     return multipliers
 
 
-def _started_from_gradient(network: nn.Module) -> set[tuple[nn.Module, str]]:
-    """Return the layers with the names of adapters that started from the gradient."""
+def _find_starts(network: nn.Module) -> dict[tuple[nn.Module, str], Any]:
+    """Return how adapters started, by layer and name."""
     return {
-        (layer, adapter)
+        (layer, adapter): getattr(config, "init_weights", None)
         for owner in network.modules()
         for adapter, config in vars(owner).get("peft_config", {}).items()
-        if getattr(config, "init_weights", None) == "gradient"
         for layer in owner.modules()
     }
 
@@ -75,7 +74,7 @@ def _started_from_gradient(network: nn.Module) -> set[tuple[nn.Module, str]]:
 def _trained_components(model: nn.Module, policy: Policy) -> Iterator[tuple[str, float, Tensor]]:
     """Yield the group, the multiplier and the parameter of each component that requires a gradient."""
     network = unwrap(model)
-    started = _started_from_gradient(network)
+    starts = _find_starts(network)
     for layer in network.modules():
         if isinstance(layer, LoTRALayer):
             adapters = {adapter: layer.get_components(adapter) for adapter in layer.lotra_core}
@@ -87,7 +86,11 @@ def _trained_components(model: nn.Module, policy: Policy) -> Iterator[tuple[str,
         for adapter, parameters in adapters.items():
             # a Slim layer has nothing to start from: its factors are the layer
             ranks = parameters.ranks if adapter else ()
-            multipliers = component_multipliers(policy, widths, ranks, (layer, adapter) in started)
+            start = starts.get((layer, adapter))
+            multipliers = component_multipliers(policy, widths, ranks, start == "gradient")
+            if start == "training" and policy == "width":
+                sizes = parameters.map(lambda parameter: parameter.detach().double().square().mean().sqrt())
+                multipliers = {component: size.item() for component, size in sizes._asdict().items()}
             for component, parameter in parameters._asdict().items():
                 if parameter.requires_grad:
                     group = f"{component}/{widths[component]}" if component in widths else component
@@ -108,8 +111,9 @@ def create_lotra_optimizer(
     | factor_out                  | 4 / max(r1, 4) sqrt(16 / max(n_out, 16)) | 0.5 sqrt(16 / max(n_out, 16)) |
     | factor_in                   | sqrt(16 / max(n_in, 16))                 | sqrt(16 / max(n_in, 16))      |
 
-    An lr that is good at one width and rank is then good at the others. Slim layers have the rates of rank 4. SGD
-    trains all at lr: no rule that was tried beats it.
+    An lr that is good at one width and rank is then good at the others. After [`start_from_training`], each component
+    trains at lr times the root mean square of its present entries instead, so that all change by the same share. Slim
+    layers have the rates of rank 4. SGD trains all at lr: no rule that was tried beats it.
     Parameters that are no LoTRA component (`modules_to_save`, biases) train at lr. docs/method.md derives the table.
 
     Args:

@@ -1,24 +1,26 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Starts of adapters from the gradient of the base's coefficients, and these gradients, which spectra use too."""
+"""Starts of adapters from the gradient of the base's coefficients."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..layers.coefficients import CoefficientTensor
 from ..modules.calls import buffers_kept, modes_kept, unwrap
 from ..modules.checks import check_function
+from .config import LoTRAConfig
 from .initialization import initialize
-from .layer import check_unmerged, lotra_layers
+from .layer import LoTRALayer, check_unmerged, lotra_layers
+
+
+DENSE = "dense update"  # an adapter that layers have while a start is computed
 
 
 def start_from_gradient(
@@ -53,101 +55,100 @@ def start_from_gradient(
     """
     check_function(loss, "loss")
     network = unwrap(model)
+    adapter, config, layers = find_active_adapter(network)
+    with dense_updates(model, layers, config) as cores:
+        for value in compute_losses(loss, batches):
+            value.backward()
+    gradients = {name: core.grad for name, core in cores.items()}
+    check_changes("gradient", gradients)
+    config.init_weights = "gradient"
+    for name, layer in layers.items():
+        components = layer.get_components(adapter)
+        _, zero = config.frozen_and_zero(components._asdict())
+        initialize(components, "gradient", zero, gradients[name])
+    replace_config(network, adapter, config)
+
+
+def find_active_adapter(network: nn.Module) -> tuple[str, LoTRAConfig, dict[str, LoTRALayer]]:
+    """Return the adapter that is to start anew, a copy of its configuration, and its layers by name.
+
+    Raises:
+        ValueError: Not one adapter is active, or adapters are merged.
+    """
+    check_unmerged(network)
     active = {name for _, layer in lotra_layers(network) for name in layer.active_adapters if name in layer.lotra_r}
     if len(active) != 1:
         raise ValueError(
-            f"One LoTRA adapter is to start from the gradient, but {sorted(active) or 'none'} is active. Add one by "
+            f"One LoTRA adapter is to start anew, but {sorted(active) or 'none'} is active. Add one by "
             "`get_peft_model(model, LoTRAConfig(...))`, or choose one by `model.set_adapter(name)`."
         )
-    adapter, layers = next(iter(active)), dict(lotra_layers(network, *active))
+    (adapter,) = active
+    configs = next(_find_configs(network, adapter))
+    return adapter, copy.copy(configs[adapter]), dict(lotra_layers(network, adapter))
 
-    def train_step() -> None:
-        for arguments in [()] if batches is None else ((batch,) for batch in batches):
-            value = loss(*arguments)
-            if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
-                raise ValueError(
-                    f"`loss` must return a tensor of one value with a gradient, not {value!r:.100}. Compute it from "
-                    "the output of the model, and leave `backward()` out."
-                )
-            value.backward()
 
-    with ExitStack() as stack:  # the gradient of the base alone
-        stack.enter_context(modes_kept(model))
-        for layer in layers.values():
-            layer.check_grid()
-            stack.callback(setattr, layer, "_disable_adapters", layer._disable_adapters)
-            layer._disable_adapters = True
-        targets = {name: (layer.get_base_layer(), layer.lotra_tensor) for name, layer in layers.items()}
-        gradients = gather_gradients(targets, network, train_step)
-    owners = [it for module in network.modules() if adapter in (it := vars(module).get("peft_config", {}))]
-    config = copy.copy(owners[0][adapter])  # the object may serve other models
-    config.init_weights = "gradient"
-    for layer in layers.values():
-        components = layer.get_components(adapter)
-        _, zero = config.frozen_and_zero(components._asdict())
-        initialize(components, "gradient", zero, gradients[layer.get_base_layer()])
-    for configs in owners:
+def replace_config(network: nn.Module, adapter: str, config: LoTRAConfig) -> None:
+    """Give an adapter another configuration: the object may serve other models."""
+    for configs in _find_configs(network, adapter):
         configs[adapter] = config
 
 
-@torch.inference_mode(False)  # gradients are wanted here, whatever the mode around
-def gather_gradients(
-    layers: dict[str, tuple[nn.Module, CoefficientTensor]], model: nn.Module, train_step: Callable[[], None]
-) -> dict[nn.Module, torch.Tensor]:
-    """Runs `train_step` and sums the gradients of the layers' coefficients (out, in, basis), by layer.
-
-    Each gradient is taken away once it has been accumulated: the peak memory is one extra copy of the coefficients.
-    """
-    check_unmerged(model)
-    sums: dict[torch.Tensor, torch.Tensor] = {}
-
-    def take(parameter: torch.Tensor) -> None:
-        if parameter.grad is not None:
-            sums[parameter] = parameter.grad if parameter not in sums else sums[parameter].add_(parameter.grad)
-        parameter.grad = None
-
-    leaves: dict[nn.Module, dict[str, nn.Parameter]] = {}
-    with _left_as_it_was(model), ExitStack() as hooks:
-        for parameter in model.parameters():
-            parameter.requires_grad_(False).grad = None
-        for layer, tensor in layers.values():
-            with_update: Any = getattr(layer, "forward_with", None)
-            if with_update is not None:  # a Slim layer has no such parameters: a zero that is added to them
-                probe = nn.Parameter(torch.zeros_like(tensor.read(layer)))
-                leaves[layer] = {"the coefficients": probe}
-                layer.__dict__["forward"] = partial(with_update, probe)
-                hooks.callback(layer.__dict__.pop, "forward")
-            else:
-                leaves[layer] = {name: layer.get_parameter(name) for name in tensor.parameters}
-            for leaf in leaves[layer].values():
-                hooks.callback(leaf.requires_grad_(True).register_post_accumulate_grad_hook(take).remove)
-        with torch.enable_grad():
-            train_step()
-
-    gradients = {}
-    for name, (layer, tensor) in layers.items():
-        missing = [leaf_name for leaf_name, leaf in leaves[layer].items() if leaf not in sums]
-        if missing:
-            raise ValueError(
-                f"No gradient arrived at {missing} of `{name}`: the loss must depend on it, and `train_step`, where "
-                "there is one, call `backward()`."
-            )
-        parts = [sums[leaf] for leaf in leaves[layer].values()]
-        if not all(part.isfinite().all() for part in parts):
-            raise ValueError(f"The gradient of `{name}` is not finite: look at the loss and its data.")
-        gradients[layer] = parts[0] if hasattr(layer, "forward_with") else tensor.join(parts)
-    if not any(gradient.any() for gradient in gradients.values()):
-        raise ValueError("The gradient of the loss is zero: no direction in the coefficients would change the loss.")
-    return gradients
+def _find_configs(network: nn.Module, adapter: str) -> Iterator[dict[str, LoTRAConfig]]:
+    for module in network.modules():
+        configs = vars(module).get("peft_config", {})
+        if adapter in configs:
+            yield configs
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module):
-    """Restore gradients, requires_grad, training mode and buffers."""
+def dense_updates(
+    model: nn.Module, layers: Mapping[str, LoTRALayer], config: LoTRAConfig
+) -> Iterator[dict[str, nn.Parameter]]:
+    """Let dense updates, which start at zero, be the only active adapters of layers, and all that is trained.
+
+    Yields:
+        The updates (out, in, basis) by layer. Afterwards the model is as before.
+    """
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    try:
-        with modes_kept(model), buffers_kept(model):
-            yield
-    finally:
+    with modes_kept(model), buffers_kept(model), ExitStack() as stack, torch.inference_mode(False):
+        stack.enter_context(torch.enable_grad())
         for parameter, requires_grad, grad in parameters:
-            parameter.requires_grad_(requires_grad).grad = grad
+            stack.callback(setattr, parameter, "grad", grad)
+            stack.callback(parameter.requires_grad_, requires_grad)
+            parameter.requires_grad_(False).grad = None
+        updates = {}
+        for name, layer in layers.items():
+            layer.check_grid()
+            stack.callback(layer.delete_adapter, DENSE)
+            for attribute in ("_active_adapter", "_disable_adapters"):
+                stack.callback(setattr, layer, attribute, getattr(layer, attribute))
+            layer.update_layer(DENSE, LoTRAConfig(r="full", adapt_residual=config.adapt_residual))
+            layer._active_adapter, layer._disable_adapters = [DENSE], False
+            updates[name] = core = layer.get_components(DENSE).core
+            core.data = core.data.to(torch.promote_types(core.dtype, torch.float32))
+        yield updates
+
+
+def compute_losses(loss: Callable[..., torch.Tensor], batches: Iterable[Any] | None) -> Iterator[torch.Tensor]:
+    """Compute the loss of each batch, or without batches the loss; a ValueError unless each has one value."""
+    for arguments in [()] if batches is None else ((batch,) for batch in batches):
+        value = loss(*arguments)
+        if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
+            raise ValueError(
+                f"`loss` must return a tensor of one value with a gradient, not {value!r:.100}. Compute it from the "
+                "output of the model, and leave `backward()` out."
+            )
+        yield value
+
+
+def check_changes(subject: str, changes: Mapping[str, torch.Tensor | None]) -> None:
+    """Raise a ValueError for gradients or updates of layers that are missing, not finite, or all zero."""
+    is_zero = True
+    for name, tensor in changes.items():
+        if tensor is None:
+            raise ValueError(f"No gradient arrived at `{name}`: the loss must depend on its coefficients.")
+        if not tensor.isfinite().all():
+            raise ValueError(f"The {subject} of `{name}` is not finite: look at the loss and its data.")
+        is_zero = is_zero and not tensor.any()
+    if is_zero:
+        raise ValueError("The gradient of the loss is zero: no direction in the coefficients would change the loss.")

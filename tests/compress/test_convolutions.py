@@ -10,15 +10,7 @@ import torch
 from conv_stand_ins import ConvNet, images
 from peft import get_peft_model
 
-from peft_lotra import (
-    LoTRAConfig,
-    extract_lotra,
-    gradient_spectrum,
-    model_summary,
-    slim,
-    suggest_ranks,
-    update_spectrum,
-)
+from peft_lotra import LoTRAConfig, extract_lotra, model_summary, slim, start_from_training, update_spectrum
 from peft_lotra.plotting import edge_changes, plot_edge_functions, plot_network_change, plot_spectra
 from peft_lotra.tucker import Tucker
 from peft_lotra.tuner.layer import lotra_layers
@@ -50,23 +42,24 @@ def test_spectra_have_four_modes():
     assert "6 x 2 x 5 x 9" in str(spectrum)
 
 
-def test_suggested_ranks_are_for_four_modes_and_keep_a_budget():
-    base, tuned = tuned_pair((2, 1, 3, 2))
-    assert suggest_ranks(base, tuned, energy=0.9999)["^first"] == (2, 1, 3, 2)
-    x = images()
-    spectrum = gradient_spectrum(base, None, lambda: base(x).square().sum().backward())
+def test_ranks_for_four_modes_keep_a_budget():
+    base, tuned = tuned_pair((6, 2, 5, 9))
     for budget in (100, 300):
-        pattern = suggest_ranks(spectrum, budget=budget)
-        model = get_peft_model(copy.deepcopy(base), LoTRAConfig(rank_pattern=pattern))
-        assert 0.7 * budget < model.get_nb_trainable_parameters()[0] <= budget
+        model = extract_lotra(copy.deepcopy(base), tuned, budget=budget)
+
+        assert 0.7 * budget < model.extraction_report.parameters <= budget
+        assert model.extraction_report.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def test_gradients_are_without_the_residual_branch_if_it_is_not_adapted():
-    base, x = ConvNet("kagnconv", groups=2).eval(), images()
+def test_a_start_from_training_chooses_the_ranks_of_four_modes():
+    x = images()
+    model = get_peft_model(ConvNet("kagnconv", groups=2).eval(), LoTRAConfig(budget=0.5))
+    first, count = model(x).square().mean(), model.get_nb_trainable_parameters()[0]
 
-    spectrum = gradient_spectrum(base, LoTRAConfig(adapt_residual=False), lambda: base(x).square().sum().backward())
+    start_from_training(model, lambda: model(x).square().mean(), steps=20)
 
-    assert spectrum.layers["first"].shape == (6, 2, 4, 9)
+    assert model(x).square().mean() < first
+    assert model.get_nb_trainable_parameters()[0] <= count
 
 
 @pytest.mark.parametrize("family, groups", [("kagnconv", 2), ("fastkanconv", 1), ("kacnconv", 2)])
@@ -75,7 +68,8 @@ def test_extraction_finds_the_update(family, groups):
     x = images()
     expected = tuned(x)
     model = extract_lotra(base, tuned, energy=0.99999)
-    assert model.extraction_report.ranks == {"first": (2, 1, 3, 2)}
+    # a full basis has no factor, and costs less than 3 functions
+    assert model.peft_config["default"].rank_pattern == {"^first": (2, 1, "full", 2)}
     assert model.extraction_report.errors["first"] < 1e-4
     torch.testing.assert_close(model.eval()(x), expected, atol=1e-3, rtol=1e-3)
 

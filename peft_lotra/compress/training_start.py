@@ -1,0 +1,193 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Starts of adapters from a few steps of full fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..kan.basis import in_transform
+from ..modules.calls import unwrap
+from ..modules.checks import check_count, check_function, check_number
+from ..tucker import Tucker
+from ..tuner.config import LoTRAConfig, pattern_key
+from ..tuner.gradients import (
+    DENSE,
+    check_changes,
+    compute_losses,
+    dense_updates,
+    find_active_adapter,
+    replace_config,
+)
+from ..tuner.layer import LoTRALayer
+from .data_weights import DataWeights, gather_weights, model_outputs
+from .extract import decompose_updates
+from .updates import CoefficientUpdate, edge_scales
+
+
+_ROWS = 1000  # that weigh the update
+_WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of the network
+
+
+@torch.inference_mode(False)  # parameters made in that mode could not be trained
+def start_from_training(
+    model: nn.Module,
+    loss: Callable[..., torch.Tensor],
+    batches: Iterable[Any] | None = None,
+    steps: int = 60,
+    lr: float = 1e-2,
+) -> None:
+    """Starts the active adapter anew, with what a few steps of full fine-tuning change.
+
+    Adam moves all coefficients of the adapted layers, from the base. The adapter becomes the Tucker tensors that come
+    closest to this update in the outputs of the layers, weighted by J^T J of the model's outputs, for the inputs that
+    `loss` passes to the network in the first pass over the batches. Where `loss` does not call the network
+    itself (`jet`, `torch.func`), they are closest in the coefficients. With a `budget` in the configuration, the ranks
+    are chosen anew too, for as many parameters as the adapter has.
+
+    **The adapted model does not equal its base afterwards.** The base itself is unchanged. Call it before the
+    optimizer is made: the components may be new parameters. [`create_lotra_optimizer`] then trains each component at
+    lr times its root mean square. The steps need the gradient and two moments of all coefficients: for wide layers
+    take [`start_from_gradient`].
+
+    Args:
+        model (`nn.Module`): A model with one active LoTRA adapter.
+        loss (`Callable`): Computes the loss of the new task, a tensor of one value: `loss()`, or `loss(batch)` for one
+            of the batches. It is not to call `backward()`.
+        batches (`Iterable`, *optional*): A list or a loader, which is passed over again and again.
+        steps (`int`): The number of steps.
+        lr (`float`): The learning rate of the steps.
+
+    Raises:
+        TypeError: `loss` is no function.
+        ValueError: There is no active adapter, or more than one; adapters are merged; the model is wrapped for
+            training in parallel; components that a budget would replace have gradients, so that an optimizer may hold
+            them; there are no batches; the loss does not depend on the coefficients, or becomes infinite. The adapter
+            is as before then.
+        RuntimeError: The grid is not the one that the adapter was made on.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from peft_lotra import LoTRAConfig, start_from_training
+        >>> from peft_lotra.kan import KAN
+        >>> model = get_peft_model(KAN([2, 8, 1]), LoTRAConfig(budget=0.3))
+        >>> x = torch.rand(50, 2)
+        >>> y, mse = x.prod(dim=1, keepdim=True), torch.nn.functional.mse_loss
+        >>> start_from_training(model, lambda: mse(model(x), y))
+    """
+    check_function(loss, "loss")
+    steps = check_count(steps, "steps")
+    check_number(lr, "lr", "(0, inf)")
+    network = unwrap(model)
+    adapter, config, layers = find_active_adapter(network)
+    present = {name: layer.get_components(adapter) for name, layer in layers.items()}
+    _check_replaceable(model, present, config)
+
+    with dense_updates(model, layers, config) as cores:
+        calls = _train(network, cores, loss, batches, steps, lr)
+        check_changes("update", {name: None if core.grad is None else core for name, core in cores.items()})
+        weights = _weigh(network, layers, calls, config.adapt_residual)
+        updates = {}
+        for name, layer in layers.items():
+            tensor = cores[name].detach().double()
+            scale = edge_scales(layer.base_before_merge(), tensor) if name in weights else None
+            updates[name] = CoefficientUpdate(tensor if scale is None else scale * tensor, scale)
+    ranks = budget = None
+    if config.budget is None:
+        ranks = {name: components.ranks for name, components in present.items()}
+    else:
+        budget = sum(components.numel() for components in present.values())
+    started = decompose_updates(updates, weights, ranks=ranks, budget=budget)
+
+    config.init_weights = "training"
+    chosen = {}
+    for name, layer in layers.items():
+        components = started[name].map(lambda component, core=present[name].core: component.to(core))
+        components = components._replace(core=components.core / layer.lotra_alpha[adapter])
+        if config.budget is None:
+            layer.set_components(adapter, components)
+        else:
+            layer.replace_components(adapter, components)
+            chosen[pattern_key(layer.lotra_name)] = components.form
+    config.rank_pattern = {**chosen, **config.rank_pattern, **chosen}
+    replace_config(network, adapter, config)
+
+
+def _check_replaceable(model: nn.Module, components: Mapping[str, Tucker], config: LoTRAConfig) -> None:
+    """Raise a ValueError for models that are wrapped for training in parallel, or components that were trained."""
+    for module in model.modules():
+        wrappers = _WRAPPERS & {cls.__name__ for cls in type(module).__mro__}
+        if wrappers:
+            raise ValueError(
+                f"The model is wrapped by {wrappers.pop()}, which holds the components that the start would replace. "
+                "Call `start_from_training` in each process with the same batches, before the model is wrapped."
+            )
+    for name, tensors in components.items():
+        has_gradients = any(tensor.grad is not None for tensor in tensors._asdict().values())
+        if has_gradients and config.budget is not None:
+            raise ValueError(
+                f"The components of `{name}` have gradients, and a `budget` replaces them: an optimizer that holds "
+                "them would train them in vain. Start before the optimizer is made, or call `model.zero_grad()` first."
+            )
+
+
+def _train(
+    network: nn.Module,
+    cores: Mapping[str, nn.Parameter],
+    loss: Callable[..., torch.Tensor],
+    batches: Iterable[Any] | None,
+    steps: int,
+    lr: float,
+) -> list[Call]:
+    """Train the dense updates, and return the calls of the network in the first pass over the batches."""
+    calls: list[Call] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not in_transform():
+            calls.append((args, kwargs))
+
+    optimizer = torch.optim.Adam(cores.values(), lr=lr)
+    taken = 0
+    with network.register_forward_pre_hook(record, with_kwargs=True) as handle:
+        while taken < steps:
+            before = taken
+            for value in islice(compute_losses(loss, batches), steps - taken):
+                optimizer.zero_grad()
+                value.backward()
+                optimizer.step()
+                taken += 1
+            handle.remove()
+            if taken == before:
+                raise ValueError("`batches` has no more batch: pass a list or a loader, to be passed over repeatedly.")
+    return calls
+
+
+def _weigh(
+    network: nn.Module, layers: Mapping[str, LoTRALayer], calls: Sequence[Call], residual: bool
+) -> dict[str, DataWeights]:
+    """Compute the data weights of the layers with their dense updates; none without calls of the network."""
+    if not calls:
+        return {}
+
+    def run(network: nn.Module) -> torch.Tensor:
+        outputs: list[torch.Tensor] = []
+        for args, kwargs in calls:
+            if sum(map(len, outputs)) < _ROWS:
+                y = model_outputs(network, lambda module, call=(args, kwargs): module(*call[0], **call[1]))
+                outputs.append(y.flatten(0, -2))
+        return torch.cat(outputs)
+
+    with ExitStack() as stack:
+        for layer in layers.values():
+            layer.merge(adapter_names=[DENSE])
+            stack.callback(layer.unmerge)
+        return gather_weights(network, layers, run, residual)

@@ -1,0 +1,250 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Starts of adapters from a few steps of full fine-tuning."""
+
+import copy
+import math
+
+import pytest
+import torch
+from behaving import X, adapted, layers
+from helpers import assert_same, base, inputs, snapshot
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from torch import nn
+
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, start_from_training
+from peft_lotra.kan import KAN, SlimKAN
+
+
+def target(x):
+    return torch.stack([x.prod(1), torch.sin(3 * x[:, 0]), x[:, 1] * x[:, 2]], 1)
+
+
+def loss_of(model, x):
+    y = model(x)
+    return (y - target(x)[:, : y.shape[-1]]).square().mean()
+
+
+def task(widths=(3, 8, 3), **options):
+    """An adapted KAN, and inputs of its new task that are correlated, so that the metric of the data matters."""
+    torch.manual_seed(0)
+    x = torch.rand(60, 3) * 2 - 1
+    x[:, 2] = 0.9 * x[:, 1] + 0.1 * x[:, 2]
+    return get_peft_model(KAN(list(widths)), LoTRAConfig(**options)), x
+
+
+def parameters_of(model):
+    return sum(p.numel() for name, p in model.named_parameters() if "lotra_" in name)
+
+
+@pytest.mark.parametrize("family", ["own", "efficient-kan", "pykan", "fast-kan"])
+def test_a_dense_adapter_starts_as_the_fine_tuned_model(family):
+    model = base(family, torch.float64)
+    x = inputs(30, torch.float64)
+    tuned = copy.deepcopy(model)
+    adapter = get_peft_model(model, LoTRAConfig(r="full"))
+    (layer,) = layers(adapter).values()
+    names = layer.lotra_tensor.parameters
+    optimizer = torch.optim.Adam([tuned.kan.get_parameter(name) for name in names], lr=2e-2)
+    for _ in range(7):
+        optimizer.zero_grad()
+        tuned(x).square().mean().backward()
+        optimizer.step()
+
+    start_from_training(adapter, lambda: adapter(x).square().mean(), steps=7, lr=2e-2)
+
+    torch.testing.assert_close(adapter(x), tuned(x), rtol=1e-3, atol=1e-4)
+
+
+def test_the_base_stays_bit_for_bit_and_the_adapted_model_does_not_equal_it():
+    model, x = task(r=(4, 3, 2))
+    before = {name: value.clone() for name, value in model.state_dict().items() if "lotra_" not in name}
+    modes = {name: module.training for name, module in model.named_modules()}
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    identities = {name: id(p) for name, p in model.named_parameters()}
+    first = loss_of(model, x).item()
+
+    start_from_training(model, lambda: loss_of(model, x))
+
+    assert loss_of(model, x) < 0.3 * first
+    after = model.state_dict()
+    for name, value in before.items():
+        assert torch.equal(after[name], value)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trained
+    # without a budget, the components are the same parameters
+    assert {name: id(p) for name, p in model.named_parameters()} == identities
+    assert all(p.grad is None for p in model.parameters())
+    with model.disable_adapter():
+        torch.testing.assert_close(loss_of(model, x).item(), first)
+
+
+def test_a_budget_chooses_ranks_for_as_many_parameters(tmp_path):
+    config, kan, (_, x) = LoTRAConfig(budget=0.25), KAN([3, 8, 3]), task()
+    model = get_peft_model(copy.deepcopy(kan), config)
+    count = parameters_of(model)
+
+    start_from_training(model, lambda: loss_of(model, x))
+
+    assert count * 0.8 < parameters_of(model) <= count
+    pattern = model.peft_config["default"].rank_pattern
+    forms = {layer.lotra_name: layer.get_components("default").form for layer in layers(model).values()}
+    assert {key.replace("^", "").replace("\\", ""): form for key, form in pattern.items()} == forms
+    assert config.rank_pattern == {} and config.init_weights is True
+    # the file loads without data
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(kan), str(tmp_path))
+    assert torch.equal(loaded(x), model(x))
+    assert loaded.peft_config["default"].init_weights == "training"
+
+
+def test_the_budget_of_the_data_beats_the_ranks_by_size():
+    chosen, x = task((3, 12, 3), budget=0.2)
+    by_size, _ = task((3, 12, 3), rank_pattern=chosen.peft_config["default"].rank_pattern)
+
+    for model in (chosen, by_size):
+        start_from_training(model, lambda model=model: loss_of(model, x))
+
+    assert parameters_of(chosen) <= parameters_of(by_size)
+    assert loss_of(chosen, x) < loss_of(by_size, x)
+
+
+def test_the_update_is_truncated_in_the_outputs_of_the_model():
+    model, x = task(r=(2, 2, 2))
+    plain = copy.deepcopy(model)
+
+    start_from_training(model, lambda: loss_of(model, x))
+    # `vmap` hides the calls of the network, and with them its inputs
+    start_from_training(plain, lambda: (torch.func.vmap(plain)(x) - target(x)).square().mean())
+
+    assert loss_of(model, x) < 0.9 * loss_of(plain, x)
+
+
+def test_all_batches_are_passed_over_repeatedly():
+    model, x = task(r=2)
+    seen = []
+
+    def loss(batch):
+        seen.append(batch)
+        return loss_of(model, x[10 * batch : 10 * batch + 10])
+
+    start_from_training(model, loss, [0, 1, 2], steps=7)
+
+    assert seen == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_the_optimizer_moves_each_component_by_a_share_of_its_size():
+    model, x = task(r=(4, "full", 2))
+    start_from_training(model, lambda: loss_of(model, x))
+
+    optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=3e-2)
+
+    for group in optimizer.param_groups:
+        (parameter,) = group["params"]
+        expected = 3e-2 * parameter.detach().square().mean().sqrt().item()
+        assert group["lr"] == pytest.approx(expected)
+    uniform = create_lotra_optimizer(model, torch.optim.Adam, lr=3e-2, policy="uniform")
+    assert {group["lr"] for group in uniform.param_groups} == {3e-2}
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.25])
+def test_alpha_and_dropout_do_not_change_where_an_adapter_starts(alpha):
+    model, x = task(r=(3, 3, 2))
+    start_from_training(model, lambda: loss_of(model, x))
+    other, _ = task(r=(3, 3, 2), alpha=alpha, rank_dropout=0.5)
+
+    start_from_training(other, lambda: loss_of(other, x))
+
+    torch.testing.assert_close(other.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_without_the_residual_branch_its_weights_have_no_update():
+    model, x = task(r="full", adapt_residual=False)
+
+    start_from_training(model, lambda: loss_of(model, x))
+
+    for layer in layers(model).values():
+        assert layer.get_delta_weight("default").shape[2] == 8 and layer.get_delta_weight("default").any()
+    # it is where training the splines alone leads
+    model, x = task(r="full", adapt_residual=False)
+    tuned = copy.deepcopy(model).unload()
+    optimizer = torch.optim.Adam([layer.spline_weight for layer in tuned.layers], lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(tuned, x).backward()
+        optimizer.step()
+    start_from_training(model, lambda: loss_of(model, x), steps=3)
+    torch.testing.assert_close(model(x), tuned(x), rtol=1e-3, atol=1e-4)
+
+
+WRAPPERS = {
+    "own module": lambda kan: nn.Sequential(adapted(kan)),
+    "injected": lambda kan: inject_adapter_in_model(LoTRAConfig(budget=0.5), kan),
+    "slim": lambda kan: get_peft_model(SlimKAN([3, 4, 2], ranks=2), LoTRAConfig(budget=0.5)),
+    "half": lambda kan: get_peft_model(kan.bfloat16(), LoTRAConfig(budget=0.5)),
+    "compiled": lambda kan: torch.compile(adapted(kan), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_a_start_wherever_the_adapter_is(kind, mode):
+    model = WRAPPERS[kind](KAN([3, 4, 2]))
+    x = X.bfloat16() if kind == "half" else X
+    first = loss_of(model, x).item()
+
+    with mode():
+        start_from_training(model, lambda: loss_of(model, x), steps=20)
+
+    value = loss_of(model, x)
+    assert value < first
+    value.backward()
+    for layer in layers(model).values():
+        for component in layer.get_components("default")._asdict().values():
+            assert component.grad is not None and component.isfinite().all()
+
+
+def two_active(model):
+    model.add_adapter("second", LoTRAConfig(r=2))
+    model.base_model.set_adapter(["default", "second"])
+
+
+def used(model):
+    loss_of(model, X).backward()
+
+
+BAD = {
+    "none": (lambda m: m.unload(), lambda m: m(X).sum(), {}, "none is active.*get_peft_model"),
+    "two": (two_active, lambda m: m(X).sum(), {}, "default.*second.*set_adapter"),
+    "merged": (lambda m: m.merge_adapter(), lambda m: m(X).sum(), {}, "unmerge_adapter"),
+    "parallel": (nn.DataParallel, lambda m: m(X).sum(), {}, "wrapped by DataParallel.*before the model is wrapped"),
+    "used": (used, lambda m: m(X).sum(), {}, "have gradients.*zero_grad"),
+    "many values": (None, lambda m: m(X).sum(0), {}, "of one value"),
+    "elsewhere": (None, lambda m: m.base_model.model.layers[1](X[:, :1].expand(-1, 8)).sum(), {}, "`layers.0`"),
+    "nan": (None, lambda m: m(X).sum() * math.nan, {}, "not finite"),
+    "flat": (None, lambda m: m(X).sum() * 0, {}, "zero"),
+    "no batches": (None, lambda m, batch=None: m(X).sum(), {"batches": []}, "no more batch"),
+    "an iterator": (None, lambda m, batch=None: m(X).sum(), {"batches": iter([X, X])}, "no more batch"),
+    "no steps": (None, lambda m: m(X).sum(), {"steps": 0}, "`steps` is 0"),
+    "no rate": (None, lambda m: m(X).sum(), {"lr": -1.0}, "`lr` is -1.0"),
+    "inputs of no layer": (None, lambda m: m(X[0]).sum(), {}, "pass a batch"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_an_adapter_that_cannot_start_is_as_before(kind):
+    prepare, loss, options, words = BAD[kind]
+    model, _ = task(budget=0.3)
+    if prepare is not None:
+        model = prepare(model) or model
+    before = snapshot(model)
+    config = vars(model).get("peft_config") or getattr(model, "peft_config", None)
+    pattern = copy.deepcopy(config["default"].rank_pattern) if config else None
+
+    with pytest.raises(ValueError, match=words):
+        start_from_training(model, lambda *batch: loss(model), **options)
+
+    assert_same(model, before)
+    if config:
+        assert config["default"].rank_pattern == pattern and config["default"].init_weights is True
