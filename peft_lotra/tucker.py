@@ -475,19 +475,3 @@ def full_shape(tensor: Any) -> tuple[int, ...]:
     """
     out, in_features, basis, *kernel = tensor.shape
     return (out, in_features, basis + tensor.has_residual, *kernel)
-
-
-def default_ranks(shape: Sequence[int]) -> tuple[int, ...]:
-    """The largest ranks up to 4 of a tensor of this shape that take fewer numbers than it has.
-
-    The rank of the basis is lowered first, then those of the kernel, the inputs and the outputs; each is at least 1.
-
-    Example:
-        >>> [default_ranks(shape) for shape in ((16, 16, 9), (5, 2, 9), (1, 5, 9))]
-        [(4, 4, 4), (4, 2, 4), (1, 4, 1)]
-    """
-    ranks = [min(4, size) for size in shape]
-    for mode in (mode for mode in (2, 3, 1, 0) if mode < len(shape)):
-        while ranks[mode] > 1 and count_parameters(ranks, shape) >= math.prod(shape):
-            ranks[mode] -= 1
-    return tuple(ranks)

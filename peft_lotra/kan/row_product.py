@@ -183,7 +183,7 @@ class RowProduct(NamedTuple):
     has_residual: bool
 
     def of_functions(self, functions: Tensor, rows: slice | None = None) -> Tensor:
-        """Compute the product (R, O) of the functions (R, K, I); at some rows, whole groups, if it stays in factors."""
+        """Compute the product (R, O) of functions (R, K, I); of some rows, whole groups, where it stays in factors."""
         packed, groups, form = self.updates
         if self._is_sum():
             factors = [factor[groups.index] for factor in self._factors(functions)]

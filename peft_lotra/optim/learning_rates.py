@@ -23,6 +23,7 @@ from ..tuner.layer import LoTRALayer
 Policy = Literal["width", "uniform"] | Mapping[str, float]
 
 REFERENCE_WIDTH, REFERENCE_RANK = 16, 4  # up to which policy "width" is policy "uniform"
+_RATE_OF_SHAPES = 0.3  # of components with a full out mode, which are best at a third of the lr of others
 
 
 def component_multipliers(
@@ -52,7 +53,11 @@ def component_multipliers(
         return {}
     # a side narrower than the reference keeps lr
     multipliers = {side: math.sqrt(REFERENCE_WIDTH / max(n, REFERENCE_WIDTH)) for side, n in widths.items()}
-    if from_gradient:
+    if ranks and ranks[0] == widths["factor_out"]:
+        # without factor_out, the core is the component that starts at zero
+        multipliers["core"] = _RATE_OF_SHAPES * math.sqrt(REFERENCE_WIDTH / max(ranks[1], REFERENCE_WIDTH))
+        multipliers["factor_basis"] = _RATE_OF_SHAPES
+    elif from_gradient:
         multipliers["factor_out"] *= 0.5
         multipliers["core"] = 0.1
     elif ranks:
@@ -102,14 +107,16 @@ def create_lotra_optimizer(
 ) -> Optimizer:
     """Create an optimizer with a learning rate for each component of the LoTRA adapters.
 
-    With policy "width", a layer of n_in inputs and n_out outputs trains by Adam and the like at lr times
+    With policy "width", a layer of n_in inputs and n_out outputs trains by Adam and the like at lr times the entries
+    of this table, where s(n) = sqrt(16 / max(n, 16)):
 
-    | component                   | random start, HOSVD                      | start from the gradient       |
-    |-----------------------------|------------------------------------------|-------------------------------|
-    | core                        | 16 / max(r2 r3, 16)                      | 0.1                           |
-    | factor_basis, factor_kernel | 1                                        | 1                             |
-    | factor_out                  | 4 / max(r1, 4) sqrt(16 / max(n_out, 16)) | 0.5 sqrt(16 / max(n_out, 16)) |
-    | factor_in                   | sqrt(16 / max(n_in, 16))                 | sqrt(16 / max(n_in, 16))      |
+    | component     | random start, HOSVD      | start from the gradient | any start, full out mode |
+    |---------------|--------------------------|-------------------------|--------------------------|
+    | core          | 16 / max(r2 r3, 16)      | 0.1                     | 0.3 s(r2)                |
+    | factor_out    | 4 / max(r1, 4) s(n_out)  | 0.5 s(n_out)            | -                        |
+    | factor_in     | s(n_in)                  | s(n_in)                 | s(n_in)                  |
+    | factor_basis  | 1                        | 1                       | 0.3                      |
+    | factor_kernel | 1                        | 1                       | 1                        |
 
     An lr that is good at one width and rank is then good at the others. After [`start_from_training`], each component
     trains at lr times the root mean square of its present entries instead, so that all change by the same share. Slim

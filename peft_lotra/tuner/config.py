@@ -27,7 +27,6 @@ from ..tucker import (
     check_ranks,
     component_shapes,
     count_parameters,
-    default_ranks,
     full_shape,
 )
 
@@ -105,8 +104,8 @@ class LoTRAConfig(PeftConfig):
             The ranks (out, in, basis) of the update, or (out, in, basis, kernel), of which the last counts for
             convolutional layers alone. A single rank counts for all modes. Three ranks leave the kernel full. A rank
             above the size of its mode is capped. A full mode, `"full"` or a rank that equals the size, has no factor:
-            `("full", "full", 1)` is a matrix (out, in) times one learned shape of the functions. `None` takes for each
-            layer the largest ranks up to 4 that have fewer parameters than its coefficients.
+            `("full", "full", 1)`, which `None` stands for, is a matrix (out, in) times one learned shape of the
+            functions. On Slim layers, `None` stands for 4.
         budget (`Optional[float]`):
             In place of `r`, the number of parameters as a share of the coefficients of all adapted layers, above 0 and
             up to 1. All layers get the ranks `("full", "full", k)`, k learned shapes with a full matrix each, or where
@@ -284,7 +283,9 @@ class LoTRAConfig(PeftConfig):
         """The shapes of the components of a layer, whose name may decide its ranks: the shape of the core."""
         shape = full_shape(tensor) if self.adapt_residual else tensor.shape
         ranks = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
-        return component_shapes(cap_ranks(default_ranks(shape) if ranks is None else ranks, shape), shape)
+        if ranks is None:
+            ranks = 4 if tensor.family in ("slim", "slim-kan") else ("full", "full", 1)
+        return component_shapes(cap_ranks(ranks, shape), shape)
 
     def spend_budget(self, tensors: Mapping[str, CoefficientTensor]) -> None:
         """Write the ranks that `budget` allows into `rank_pattern`, by size, for the layers that it does not name.
