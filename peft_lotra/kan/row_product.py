@@ -182,15 +182,13 @@ class RowProduct(NamedTuple):
     scale: Tensor | None
     has_residual: bool
 
-    def of_functions(self, functions: Tensor, rows: slice | None = None) -> Tensor:
-        """Compute the product (R, O) of functions (R, K, I); of some rows, whole groups, where it stays in factors."""
+    def of_functions(self, functions: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Compute the product (R, O) of the functions (R, K, I); at some rows, if the groups have one row each."""
         packed, groups, form = self.updates
-        if self._is_sum():
+        if groups.size > 1:
             factors = [factor[groups.index] for factor in self._factors(functions)]
             return _of_groups(functions.flatten(1), _weights(self.matrix, self._full_scale(), *factors))
-        size = groups.size
-        index = groups.index if rows is None else groups.index[rows.start // size : rows.stop // size]
-        chosen = packed.index_select(0, index.to(packed.device)).to(functions)
+        chosen = packed.index_select(0, groups.index[rows].to(packed.device)).to(functions)
         update = self._low_rank(functions, *form.unpack(chosen))
         return update if self.matrix is None else torch.addmm(update, functions.flatten(1), self.matrix)
 
@@ -198,40 +196,35 @@ class RowProduct(NamedTuple):
         """Compute the product (N, O) of the B-splines at x (N, I), and of the factors (N, I) of the residual branch.
 
         The splines are evaluated once for all updates, in blocks that fit the cache; by plain operations where a
-        gradient is needed for updates that stay in factors, or of the layer.
+        gradient is needed for rows by themselves, or of the layer.
         """
-        size, is_sum, of_layer = self.updates.groups.size, self._is_sum(), (self.matrix, self.scale)
-        tensors = of_layer if is_sum else (x, residual, self.updates.packed, *of_layer)
+        size, of_layer = self.updates.groups.size, (self.matrix, self.scale)
+        tensors = of_layer if size > 1 else (x, residual, self.updates.packed, *of_layer)
         needs_gradient = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
         if needs_gradient or needs_plain_operations(x, grid.low, grid.high, self.matrix, residual):
             return self.of_functions(_plain_functions(x, grid, residual))
-        if is_sum:
+        if size > 1:
             fixed = grid, self.updates.groups, self.matrix, self._full_scale()
             return _GroupProduct.apply(*fixed, x, residual, *self._factors(x))
-        functions, result = _Functions(x, grid, residual, size), x.new_empty(len(x), self.updates.form.shape[0])
+        functions, result = _Functions(x, grid, residual, 1), x.new_empty(len(x), self.updates.form.shape[0])
         for rows in functions.blocks:
             result[rows] = self.of_functions(functions.at(rows).unflatten(1, (-1, x.shape[1])), rows)
         return result
 
-    def _is_sum(self) -> bool:
-        """Whether the update of each group is added to W; else it stays in factors, also for outputs without one."""
-        _, groups, form = self.updates
-        is_full_out, is_full_in, *_ = [rank == "full" for rank in form.form]
-        is_thin = is_full_out and 2 * form.ranks()[2] <= form.shape[0] and (is_full_in or self.scale is None)
-        return groups.size > 1 and not is_thin
-
     def _factors(self, like: Tensor) -> list[Tensor]:
-        """(M, K I, ro) and (M, ro, O), whose product is each update; for full outputs the update alone."""
+        """One or two factors of each update (M, ...), see `_weights`."""
         packed, _, form = self.updates
         core, factor_out, factor_in, factor_basis = form.unpack(packed.to(like))
         edges = core.permute(0, 3, 2, 1)  # (M, rb, ri, ro)
+        if factor_out is None and factor_in is None:
+            return [edges] if factor_basis is None else [factor_basis, edges]
         if factor_basis is not None:
             edges = torch.bmm(factor_basis, edges.flatten(2)).unflatten(2, edges.shape[2:])
         if factor_in is not None:
             of_inputs = torch.bmm(factor_in, edges.transpose(1, 2).flatten(2))  # (M, I, K ro)
             edges = of_inputs.unflatten(2, (-1, core.shape[1])).transpose(1, 2)  # (M, K, I, ro)
-        factors = [edges.flatten(1, 2)]
-        return factors if factor_out is None else [*factors, factor_out.transpose(1, 2)]
+        edges = edges.flatten(1, 2)
+        return [edges] if factor_out is None else [edges, factor_out.transpose(1, 2)]
 
     def _full_scale(self) -> Tensor | None:
         """The factor of each coefficient (K I, O)."""
@@ -242,43 +235,40 @@ class RowProduct(NamedTuple):
         return torch.cat([full, torch.ones_like(full[: self.scale.shape[1]])]) if self.has_residual else full
 
     def _low_rank(self, functions: Tensor, core: Tensor, factor_out: Any, factor_in: Any, factor_basis: Any) -> Tensor:
-        """The part (R, O) of the updates whose components (C, ...) are given, one for each group."""
-        scale = self.scale
-        if scale is None:
-            edges = self._edges(functions, core, factor_in, factor_basis)
+        """The part (R, O) of the updates whose components (R, ...) are given."""
+        if self.scale is None:
+            edges = _edges(functions, core, factor_in, factor_basis)
             return edges if factor_out is None else _dot(edges.unsqueeze(2), factor_out.mT, 1)
-        functions, residual = functions.split([functions.shape[1] - self.has_residual, int(self.has_residual)], 1)
-        splines = functions.shape[1]
+        # a scale of each edge is no product: the sum over the inputs comes last
+        splines = functions.shape[1] - self.has_residual
+        functions, residual = functions[:, :splines], functions[:, -1:]
         if factor_basis is None:
-            core, of_residual = core[..., :splines], core[..., splines:]
-        elif self.has_residual:
-            of_residual = _dot(core, factor_basis[:, splines:].unsqueeze(1), 3).unsqueeze(3)
-            factor_basis = factor_basis[:, :splines]
-        if factor_out is None and factor_in is None:
-            total = self._edges(functions, core * scale.unsqueeze(2), None, factor_basis)
+            core, mixed = core[..., :splines], core[..., -1:]
         else:
-            # a scale of each edge is no product: the sum over the inputs comes last
-            of_basis = functions if factor_basis is None else factor_basis.mT @ functions  # (R, rb, I)
+            functions = factor_basis[:, :splines].mT @ functions  # (R, rb, I)
+            mixed = _dot(core, factor_basis[:, -1:].unsqueeze(1), 3).unsqueeze(3)
+        if factor_out is None and factor_in is None:
+            sums = _edges(functions, core * self.scale.unsqueeze(2), None, None)
+        else:
             of_inputs = core.mT if factor_in is None else _dot(core.unsqueeze(4), factor_in.mT[:, None, :, None], 2)
-            edges = _dot(of_inputs, of_basis.unsqueeze(1), 2)  # (R, ro, I)
+            edges = _dot(of_inputs, functions.unsqueeze(1), 2)  # (R, ro, I)
             if factor_out is None:
-                total = (edges * scale).sum(2)
+                sums = (edges * self.scale).sum(2)
             else:
-                total = (edges.flatten(0, 1) @ scale.t()).unflatten(0, edges.shape[:2])  # (R, ro, O)
+                sums = (edges.flatten(0, 1) @ self.scale.t()).view_as(factor_out.mT)  # (R, ro, O)
         if self.has_residual:
-            edges = self._edges(residual, of_residual, factor_in, None)
-            total = total + (edges if factor_out is None else edges.unsqueeze(2))
-        return total if factor_out is None else _dot(total, factor_out.mT, 1)
+            edges = _edges(residual, mixed, factor_in, None)
+            sums = sums + (edges if factor_out is None else edges.unsqueeze(2))
+        return sums if factor_out is None else _dot(sums, factor_out.mT, 1)
 
-    def _edges(self, functions: Tensor, core: Tensor, factor_in: Any, factor_basis: Any) -> Tensor:
-        """The products (R, ro) of updates with full outputs, without a scale."""
-        size = self.updates.groups.size
-        contracted = functions.unflatten(0, (-1, size))  # (C, G, K, I)
-        if factor_basis is not None:
-            contracted = factor_basis.mT.unsqueeze(1) @ contracted  # (C, G, rb, I)
-        if factor_in is not None:
-            contracted = torch.bmm(contracted.flatten(1, 2), factor_in).unflatten(1, (size, -1))  # (C, G, rb, ri)
-        return torch.bmm(contracted.flatten(2), core.permute(0, 3, 2, 1).flatten(1, 2)).flatten(0, 1)
+
+def _edges(functions: Tensor, core: Tensor, factor_in: Tensor | None, factor_basis: Tensor | None) -> Tensor:
+    """The products (R, ro) of functions (R, K, I) with updates without factor_out."""
+    if factor_basis is not None:
+        functions = factor_basis.mT @ functions  # (R, rb, I)
+    if factor_in is not None:
+        functions = torch.bmm(functions, factor_in)  # (R, rb, ri)
+    return torch.bmm(functions.flatten(1).unsqueeze(1), core.permute(0, 3, 2, 1).flatten(1, 2)).squeeze(1)
 
 
 def _dot(first: Tensor, second: Tensor, dim: int) -> Tensor:
@@ -328,10 +318,17 @@ def _of_groups(functions: Tensor, weights: Tensor) -> Tensor:
 
 
 def _weights(matrix: Tensor | None, scale: Tensor | None, first: Tensor, *second: Tensor) -> Tensor:
-    """The matrix (K I, O) plus the update of each group, first (C, K I, ro) times second (C, ro, O), scaled."""
-    if second and matrix is not None and scale is None:
-        return torch.baddbmm(matrix, first, *second)
-    update = torch.bmm(first, *second) if second else first
+    """The matrix (K I, O) plus the scaled update of each group, (C, K I, O).
+
+    The update is (C, K I, ro) times (C, ro, O); where outputs and inputs are full, (C, K, rb) times (C, rb, I, O); or
+    the first one alone.
+    """
+    shape = first.shape[0], -1, (first, *second)[-1].shape[-1]
+    others = [factor.flatten(2) for factor in second]
+    if others and matrix is not None and scale is None:
+        add = torch.addcmul if first.shape[2] == 1 else torch.baddbmm  # an outer product takes less time
+        return add(matrix.view(first.shape[1], -1), first, *others).view(shape)
+    update = (torch.bmm(first, *others) if others else first).reshape(shape)
     if matrix is None:
         return update
     return matrix + update if scale is None else torch.addcmul(matrix, update, scale)
@@ -344,7 +341,7 @@ class _GroupProduct(torch.autograd.Function):
     def forward(ctx, grid, groups, matrix, scale, x, residual, *factors):
         ctx.save_for_backward(matrix, scale, x, residual, *factors)
         ctx.grid, ctx.groups = grid, groups
-        functions, result = _Functions(x, grid, residual, groups.size), x.new_empty(len(x), factors[-1].shape[2])
+        functions, result = _Functions(x, grid, residual, groups.size), x.new_empty(len(x), factors[-1].shape[-1])
         for rows in functions.blocks:
             index = groups.index[rows.start // groups.size : rows.stop // groups.size]
             weights = _weights(matrix, scale, *(factor.index_select(0, index) for factor in factors))
@@ -383,9 +380,10 @@ class _GroupProduct(torch.autograd.Function):
             grad_weights = torch.bmm(functions.at(rows, *gradients).unflatten(0, (len(index), -1)).mT, grad_y)
             if scale is not None:
                 grad_weights *= scale
-            if second:
-                grad_factors[1].index_add_(0, index, torch.bmm(first.mT, grad_weights))
-                grad_weights = torch.bmm(grad_weights, second[0].mT)
-            grad_factors[0].index_add_(0, index, grad_weights)
+            for factor in second:
+                grad_weights = grad_weights.view(*first.shape[:2], -1)
+                grad_factors[1].index_add_(0, index, torch.bmm(first.mT, grad_weights).view_as(factor))
+                grad_weights = torch.bmm(grad_weights, factor.flatten(2).mT)
+            grad_factors[0].index_add_(0, index, grad_weights.view_as(first))
             del grad_weights  # the largest tensor, whose memory the next block takes
         return None, None, None, None, grad_x, grad_residual if needed[1] else None, *grad_factors
