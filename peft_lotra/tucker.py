@@ -232,6 +232,8 @@ def reconstruct(core: Tensor, *factors: Tensor | None) -> Tensor:
     exactly.
     """
     tensor = core
+    if all(factor is None for factor in factors):
+        return core.clone()  # what is made of a parameter does not change with it
     for factor in reversed(factors):  # each takes the last mode, and puts it first
         sizes = tensor.shape[:-1]
         tensor = tensor.movedim(-1, 0)

@@ -59,10 +59,11 @@ def _at_random(components: Tucker, draw_out: bool) -> None:
 
     factor_in, factor_basis and factor_kernel get orthogonal columns, of norm 1, sqrt(basis) and 1: a projected basis
     function then has the size of a basis function for any width and kernel. The core is normal with variance
-    1 / (ri rb [rk]), which keeps that size, and factor_out with variance 1 / ro.
+    1 / (ri rb [rk]), which keeps that size, and factor_out with variance 1 / ro. The core takes the norm of a
+    factor_basis that is absent.
     """
     core, factor_out, *inner = components
-    core.normal_(std=1 / math.sqrt(math.prod(core.shape[1:])))
+    core.normal_(std=_size_of_core(components))
     gains = (1.0, math.sqrt(components.shape[2]), 1.0)
     for factor, gain in zip(inner, gains, strict=False):
         if factor is None:
@@ -96,8 +97,15 @@ def _from_gradient(components: Tucker, zero: str, gradient: Tensor) -> None:
         core.copy_(projected * (math.sqrt(len(core)) / projected.norm().clamp(min=1e-30)))
         return
     rows = torch.linalg.svd(projected.double().flatten(1), full_matrices=False).Vh  # no more than ri rb [rk]
-    core.normal_(std=1 / math.sqrt(math.prod(core.shape[1:])))  # rows above these stay random
-    core.flatten(1)[: len(rows)] = rows.to(core)
+    size = _size_of_core(components)
+    core.normal_(std=size)  # rows above these stay random
+    core.flatten(1)[: len(rows)] = rows.to(core) * (size * math.sqrt(rows.shape[1]))
+
+
+def _size_of_core(components: Tucker) -> float:
+    """Return the standard deviation of a core whose rows have the norm 1, or sqrt(basis) without factor_basis."""
+    size = 1.0 if components.factor_basis is not None else components.shape[2]
+    return math.sqrt(size / math.prod(components.ranks[1:]))
 
 
 def _from_base(components: Tucker, coefficients: Tensor) -> None:

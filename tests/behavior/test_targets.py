@@ -64,7 +64,9 @@ def test_targets(config, expected, again):
     found = layers(model.base_model.model)
     assert [name for name, layer in found.items() if "other" in layer.lotra_r] == expected
     assert torch.allclose(model.eval()(X), before)
-    assert sum(p.requires_grad for n, p in model.named_parameters() if "lotra_" in n) == 4 * len(expected)
+    components = [layer.get_components("other") for layer in found.values() if "other" in layer.lotra_r]
+    trained = sum(p.requires_grad for n, p in model.named_parameters() if "lotra_" in n)
+    assert trained == sum(len(tensor._asdict()) for tensor in components)
 
 
 REFUSED = {

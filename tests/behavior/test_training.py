@@ -58,7 +58,7 @@ def gradients(run):
 
 def test_gradient_checkpointing_and_autocast():
     expected = gradients(lambda model: model(X))
-    assert len(expected) == 8 and same(gradients(lambda model: checkpoint(model, X, use_reentrant=False)), expected)
+    assert len(expected) == 7 and same(gradients(lambda model: checkpoint(model, X, use_reentrant=False)), expected)
     with torch.autocast("cpu", torch.bfloat16):
         rough = gradients(lambda model: model(X))
     assert all(apart(rough[name], gradient) < 0.3 for name, gradient in expected.items())
