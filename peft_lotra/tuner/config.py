@@ -260,11 +260,14 @@ class LoTRAConfig(PeftConfig):
         absent = [name for name in self.train or () if name in full]
         if absent and not self.rank_pattern:
             raise ValueError(f"`train` names {absent}, but `r={self.r}` has no such factors: train the core instead.")
-        if self.rank_dropout and ("factor_out" in full or self.budget is not None):
-            raise ValueError(
-                "`rank_dropout` drops components of the out mode, and a full mode, as a `budget` may choose it, has "
-                "none: pass `module_dropout`."
-            )
+        chosen = [self.r, *self.rank_pattern.values()]
+        for ranks in chosen if self.rank_dropout else ():
+            is_default = ranks is None and (self.budget is not None or not self.rank_pattern)
+            if is_default or (ranks[0] if isinstance(ranks, tuple) else ranks) == "full":
+                raise ValueError(
+                    f"`rank_dropout` drops components of the out mode, but r={self.r}, rank_pattern="
+                    f"{self.rank_pattern} leave it full, without components. Pass `module_dropout`, or other ranks."
+                )
 
     def _check_targets(self) -> None:
         """Raise a ValueError for indices of layers that PEFT would ignore."""

@@ -96,7 +96,7 @@ def add_weighted_adapter(
         rank_pattern={pattern_key(name): total.form for name, total in components.items()},
         target_modules=exact_targets(components, model.model),
         adapt_residual=any(configs[adapter].adapt_residual for adapter in adapters),
-        rank_dropout=first.rank_dropout,
+        rank_dropout=first.rank_dropout if all("full" != total.form[0] for total in components.values()) else 0.0,
         module_dropout=first.module_dropout,
         train=first.train if is_trained_alike else None,
     )
