@@ -54,10 +54,9 @@ class PackedTucker(NamedTuple):
 
     def with_room_for(self, tensor: Tucker) -> PackedTucker:
         """How tensors of this form are packed together with another one."""
-        form = []
-        for rank, other, *sizes in zip(self.form, tensor.form, self.ranks(), tensor.ranks, strict=True):
-            # a rank of 0 is that of no tensors
-            form.append("full" if other == "full" and rank in ("full", 0) else max(sizes))
+        pairs = zip(self.form, tensor.form, map(max, self.ranks(), tensor.ranks), strict=True)
+        # a rank of 0 is that of no tensors
+        form = ["full" if other == "full" and rank in ("full", 0) else larger for rank, other, larger in pairs]
         return self._replace(form=tuple(form))
 
     def width(self) -> int:
@@ -237,38 +236,37 @@ class RowProduct(NamedTuple):
     def _low_rank(self, functions: Tensor, core: Tensor, factor_out: Any, factor_in: Any, factor_basis: Any) -> Tensor:
         """The part (R, O) of the updates whose components (R, ...) are given."""
         if self.scale is None:
-            edges = _edges(functions, core, factor_in, factor_basis)
-            return edges if factor_out is None else _dot(edges.unsqueeze(2), factor_out.mT, 1)
-        # a scale of each edge is no product: the sum over the inputs comes last
-        splines = functions.shape[1] - self.has_residual
-        functions, residual = functions[:, :splines], functions[:, -1:]
-        if factor_basis is None:
-            core, mixed = core[..., :splines], core[..., -1:]
+            sums = _edges(functions, core, factor_in, factor_basis)
         else:
-            functions = factor_basis[:, :splines].mT @ functions  # (R, rb, I)
-            mixed = _dot(core, factor_basis[:, -1:].unsqueeze(1), 3).unsqueeze(3)
-        if factor_out is None and factor_in is None:
-            sums = _edges(functions, core * self.scale.unsqueeze(2), None, None)
-        else:
-            of_inputs = core.mT if factor_in is None else _dot(core.unsqueeze(4), factor_in.mT[:, None, :, None], 2)
-            edges = _dot(of_inputs, functions.unsqueeze(1), 2)  # (R, ro, I)
-            if factor_out is None:
-                sums = (edges * self.scale).sum(2)
+            # a scale of each edge is no product: the sum over the inputs comes last
+            splines = functions.shape[1] - self.has_residual
+            functions, residual = functions[:, :splines], functions[:, -1:]
+            if factor_basis is None:
+                core, mixed = core[..., :splines], core[..., -1:]
             else:
+                functions = factor_basis[:, :splines].mT @ functions  # (R, rb, I)
+                mixed = _dot(core, factor_basis[:, -1:].unsqueeze(1), 3).unsqueeze(3)
+            if factor_in is None:
+                of_inputs = core.mT  # (R, ro, rb, I)
+            else:
+                of_inputs = _dot(core.unsqueeze(4), factor_in.mT[:, None, :, None], 2)
+            if factor_out is None:
+                sums = _edges(functions, of_inputs.mT * self.scale.unsqueeze(2), None, None)
+            else:
+                edges = _dot(of_inputs, functions.unsqueeze(1), 2)  # (R, ro, I)
                 sums = (edges.flatten(0, 1) @ self.scale.t()).view_as(factor_out.mT)  # (R, ro, O)
-        if self.has_residual:
-            edges = _edges(residual, mixed, factor_in, None)
-            sums = sums + (edges if factor_out is None else edges.unsqueeze(2))
-        return sums if factor_out is None else _dot(sums, factor_out.mT, 1)
+            if self.has_residual:
+                sums = sums + _edges(residual, mixed, factor_in, None)
+        return sums.squeeze(2) if factor_out is None else _dot(sums, factor_out.mT, 1)
 
 
 def _edges(functions: Tensor, core: Tensor, factor_in: Tensor | None, factor_basis: Tensor | None) -> Tensor:
-    """The products (R, ro) of functions (R, K, I) with updates without factor_out."""
+    """The products (R, ro, 1) of functions (R, K, I) with updates without factor_out."""
     if factor_basis is not None:
         functions = factor_basis.mT @ functions  # (R, rb, I)
     if factor_in is not None:
         functions = torch.bmm(functions, factor_in)  # (R, rb, ri)
-    return torch.bmm(functions.flatten(1).unsqueeze(1), core.permute(0, 3, 2, 1).flatten(1, 2)).squeeze(1)
+    return torch.bmm(functions.flatten(1).unsqueeze(1), core.permute(0, 3, 2, 1).flatten(1, 2)).mT
 
 
 def _dot(first: Tensor, second: Tensor, dim: int) -> Tensor:

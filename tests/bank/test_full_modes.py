@@ -125,7 +125,8 @@ def test_rows_of_a_peft_model(kind):
 def test_full_modes_have_no_columns():
     bank, alone = filled(KAN([3, 5, 3, 1]), ["shape"])
 
-    assert bank.snapshot.packed.shape[1] == sum(tensor.numel() for tensor in get_peft_model_state_dict(alone["shape"]).values())
+    tensors = get_peft_model_state_dict(alone["shape"]).values()
+    assert bank.snapshot.packed.shape[1] == sum(tensor.numel() for tensor in tensors)
 
 
 @pytest.mark.parametrize("forms", list(itertools.permutations(["shape", "factors", "splines"])), ids=", ".join)
@@ -188,10 +189,11 @@ def error(model, x, y, **rows):
 
 
 def trained(base, forms):
-    """A bank whose adapters have full modes beside factors of ranks above 4, which have lower rates, and each alone."""
+    """A bank with full modes beside factors of ranks above 4, whose rates are lower, and each adapter alone."""
     bank, alone = AdapterBank(base), {}
+    configs = {**FORMS, "wide": {"r": (7, 5, 4)}, "dense": {"r": "full"}}
     for name in forms:
-        config = LoTRAConfig(**{**FORMS, "wide": {"r": (7, 5, 4)}}[name])
+        config = LoTRAConfig(**configs[name])
         alone[name] = get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False).eval()
         bank.add(name, alone[name], check_base="ignore")
     return bank, alone
