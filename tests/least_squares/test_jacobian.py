@@ -104,11 +104,19 @@ MODELS = {
     "two adapters": lambda: two_adapters(network()),
     "one of two": lambda: one_of_two_trained(network()),
     "core alone": lambda: adapt(network(), r=(2, 3, 4), train=["core"], init_weights="hosvd"),
-    "factor_out alone": lambda: adapt(network(), r=(2, 3, 4), train=["factor_out"]),
+    "factor_out alone": lambda: adapt(network(), r=(1, 3, 4), train=["factor_out"]),
+    "one shape": lambda: adapt(network(), r=("full", "full", 1), alpha=1.7),
+    "one shape, splines only": lambda: adapt(network(), r=("full", "full", 1), adapt_residual=False),
+    "full inputs": lambda: adapt(network(), r=(1, "full", 2)),
+    "full basis": lambda: adapt(network(), r=(1, 1, "full")),
+    "full outputs": lambda: adapt(network(), r=("full", 1, 2)),
+    "dense update": lambda: adapt(network(), r="full"),
     "frozen norm": lambda: adapt(network(norm="layer")),
     "slim": lambda: SlimKAN([2, 5, 4, 3], ranks=(3, 2, 3), dtype=torch.float64),
     "slim and dense": lambda: SlimKAN([2, 5, 2], ranks=[None, (2, 2, 2)], dtype=torch.float64),
+    "slim with full modes": lambda: SlimKAN([2, 5, 2], ranks=("full", "full", 2), dtype=torch.float64),
     "wide": lambda: adapt(KAN([2, 80, 80, 1], dtype=torch.float64), r=2),  # contracts its factors
+    "wide with full modes": lambda: adapt(KAN([2, 80, 80, 1], dtype=torch.float64), r=("full", "full", 1)),
 }
 
 
