@@ -12,8 +12,7 @@
 A network that reads scikit-learn's digits 0 to 4 learns to read 5 to 9; one that predicts the progression of diabetes
 for the younger half of the patients learns that of the older half. Compared are LoTRA from a random start and from
 the gradient (`start_from_gradient`), the last layer alone, the spline weights without the residual ones, full
-fine-tuning, and of the MLP full fine-tuning and LoRA. "Ranks of the gradient" are those that `suggest_ranks` finds in
-its spectrum, for a tenth of the parameters.
+fine-tuning, and of the MLP full fine-tuning and LoRA. The "budget of 10 %" is `LoTRAConfig(budget=0.1)`.
 
 With --rivals, also: one that reads all digits learns MNIST, one that tells malignant breast cancers of smooth texture
 learns those of rough texture, one that predicts the next character of scikit-learn's descriptions of data learns its
@@ -62,7 +61,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from peft_lotra import LoTRAConfig, create_lotra_optimizer, gradient_spectrum, start_from_gradient, suggest_ranks
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, start_from_gradient
 from peft_lotra.kan import KAN
 
 
@@ -240,10 +239,7 @@ Adam = partial(torch.optim.Adam, fused=True)
 
 
 def lotra(r: int | tuple[int, ...] | None, start: str, base: nn.Module, split: Split, lr: float) -> Trained:
-    config = LoTRAConfig(r=r)
-    if r is None:  # for a tenth of the parameters
-        gradient = gradient_spectrum(base, None, lambda: split.first_loss(base).backward())
-        config = LoTRAConfig(rank_pattern=suggest_ranks(gradient, budget=count(base) // 10))
+    config = LoTRAConfig(budget=0.1) if r is None else LoTRAConfig(r=r)
     if start == "hosvd":
         config = LoTRAConfig(r=r, init_weights="hosvd", train=["core"])
     model = get_peft_model(base, config)
@@ -353,7 +349,7 @@ METHODS: dict[str, tuple[Callable, Method, tuple[float, ...]]] = {
     "LoTRA, gradient start, r=4": (KAN, partial(lotra, 4, "gradient"), RATES),
     "LoTRA, random start, r=(8, 8, 4)": (KAN, partial(lotra, (8, 8, 4), "random"), RATES),
     **{f"LoTRA, gradient start, r={r}": (KAN, partial(lotra, r, "gradient"), RATES) for r in CHOICES},
-    "LoTRA, gradient start, ranks of the gradient": (KAN, partial(lotra, None, "gradient"), RATES),
+    "LoTRA, gradient start, budget of 10 %": (KAN, partial(lotra, None, "gradient"), RATES),
     "LoTRA, core of the HOSVD, r=(14, 14, 6)": (KAN, partial(lotra, (14, 14, 6), "hosvd"), RATES),
     "LoRA of slices": (KAN, partial(delta, slices), RATES),
     "LoKr": (KAN, partial(delta, lokr), RATES),
@@ -367,9 +363,9 @@ METHODS: dict[str, tuple[Callable, Method, tuple[float, ...]]] = {
 OF_CHOICE = ["LoTRA, gradient start, r=4", *(f"LoTRA, gradient start, r={r}" for r in CHOICES)]
 FIRST = [  # which few_labels.json has
     *("KAN, full fine-tuning", "KAN, spline weights", "KAN, last layer", "LoTRA, random start, r=4", *OF_CHOICE),
-    *("LoTRA, gradient start, ranks of the gradient", "MLP, full fine-tuning", "MLP, LoRA, r=3"),
+    *("LoTRA, gradient start, budget of 10 %", "MLP, full fine-tuning", "MLP, LoRA, r=3"),
 ]
-ONLY_FIRST = ("KAN, spline weights", "LoTRA, gradient start, ranks of the gradient")
+ONLY_FIRST = ("KAN, spline weights", "LoTRA, gradient start, budget of 10 %")
 RIVALS = [name for name in METHODS if name not in (*ONLY_FIRST, *OF_CHOICE[2:])]
 
 
