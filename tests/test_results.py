@@ -110,7 +110,7 @@ def few_labels() -> Values:
 
     names = (
         *("KAN, full fine-tuning", "KAN, spline weights", "KAN, last layer", "LoTRA, random start, r=4"),
-        *(f"LoTRA, gradient start, {r}" for r in ("r=4", "r=(8, 8, 4)", "ranks of the gradient")),
+        *(f"LoTRA, gradient start, {r}" for r in ("r=4", "r=(8, 8, 4)", "budget of 10 %")),
         *("MLP, full fine-tuning", "MLP, LoRA, r=3"),
     )
     rows = [[max(part[n]["parameters"] for part in results), *(chosen(part[n]) for part in results)] for n in names]

@@ -11,7 +11,7 @@ A network of three convolutional KAN layers (radial basis functions, laid out as
 is trained on images, and adapted with a few hundred labels to the same kind of images rotated by 90 degrees and
 inverted. The methods:
 
-* LoTRA, a core and four factors (out, in, basis, kernel) for each layer, with ranks by `suggest_ranks`;
+* LoTRA, a core and factors (out, in, basis) for each layer, with ranks by `LoTRAConfig(budget=)`;
 * LoRA of PEFT on `base_conv` and `spline_conv`, which are ordinary `nn.Conv2d`;
 * dense deltas: the weights of whole basis functions, those with the largest gradient, as many as fit;
 * full fine-tuning, and the head alone.
@@ -48,10 +48,9 @@ from tqdm import tqdm
 from peft_lotra import (
     LoTRAConfig,
     create_lotra_optimizer,
-    gradient_spectrum,
+    model_summary,
     register_kan_layer,
     start_from_gradient,
-    suggest_ranks,
 )
 
 
@@ -253,13 +252,9 @@ def adapt(job: Job) -> Outcome:
     base, ranks, policy = copy.deepcopy(task.base), "", {}
     model: nn.Module = base
     if method == "LoTRA":
-
-        def step() -> None:
-            F.cross_entropy(base(task.after.x), task.after.y).backward()
-
-        pattern = suggest_ranks(gradient_spectrum(base, None, step), budget=budget)
-        ranks = " ".join(str(r).replace(" ", "") for r in pattern.values())
-        model = get_peft_model(base, LoTRAConfig(r=4, rank_pattern=pattern))
+        coefficients = sum(parameter.numel() for parameter in base.layers.parameters() if parameter.requires_grad)
+        model = get_peft_model(base, LoTRAConfig(budget=budget / coefficients))
+        ranks = " ".join(str(row.ranks).replace(" ", "") for row in model_summary(model))
         if setting["start"] == "gradient":
             start_from_gradient(model, lambda: F.cross_entropy(model(task.after.x), task.after.y))
         policy = POLICIES[setting["start"]]
