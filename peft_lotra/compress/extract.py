@@ -108,8 +108,8 @@ def extract_lotra(
         >>> tuned = copy.deepcopy(base)
         >>> tuned.layers[0].spline_weight.data[2] += 0.1  # one of five outputs
         >>> model = extract_lotra(base, tuned, energy=0.99)
-        >>> model.extraction_report.ranks
-        {'layers.0': (1, 1, 1)}
+        >>> model.extraction_report.ranks  # the full basis needs no factor
+        {'layers.0': (1, 1, 9)}
     """
     check_one_given(r=r if rank_pattern is None else rank_pattern, energy=energy, budget=budget)
     check_module(base, "base")
