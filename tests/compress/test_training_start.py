@@ -159,6 +159,19 @@ def test_alpha_and_dropout_do_not_change_where_an_adapter_starts(alpha):
     torch.testing.assert_close(other.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_trained_or_disabled_adapter_starts_from_the_base():
+    model, x = task(r=(3, 3, 2))
+    start_from_training(model, lambda: loss_of(model, x))
+    trained, _ = task(r=(3, 3, 2))
+    for layer in layers(trained).values():
+        layer.set_components("default", layer.get_components("default").map(torch.ones_like))
+
+    with trained.disable_adapter():
+        start_from_training(trained, lambda: loss_of(trained, x))
+
+    torch.testing.assert_close(trained(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_without_the_residual_branch_its_weights_have_no_update():
     model, x = task(r="full", adapt_residual=False)
 
