@@ -79,10 +79,10 @@ def output(model):
 
 def test_inspect(run, made):
     out = run("inspect {}/adapter").stdout
-    assert "layers.0" in out and "(4, 2, 9)" in out and "(2, 2, 2)" in out and "78 parameters" in out
+    assert "layers.0" in out and "(4, 2, 9)" in out and "(2, full, 2)" in out and "74 parameters" in out
     info = json.loads(run("inspect {}/adapter --subfolder second --json").stdout)
     assert info["base_class"] == "KANModel" and info["dtype"] == ["float32"] and info["finite"]
-    assert [layer["ranks"] for layer in info["layers"]] == [[1, 2, 3], [1, 2, 3]]
+    assert [layer["ranks"] for layer in info["layers"]] == [[1, "full", 3], [1, 2, 3]]
     model = PeftModel.from_pretrained(KANModel.from_pretrained(made / "base"), made / "adapter/second")
     layer = info["layers"][0]
     delta = model.get_base_model().get_submodule(layer["name"]).get_delta_weight("default")

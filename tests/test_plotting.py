@@ -64,10 +64,10 @@ def test_functions_are_drawn_over_the_grid():
 
 
 def test_which_edges_are_drawn():
-    model = adapt(base("own"))
+    model = adapt(base("own"), r=(2, 2, 4))
     layer = model.base_model.model.kan
     with torch.no_grad():
-        layer.lotra_factor_in["default"].copy_(torch.tensor([[0.1] * 3, [3.0] * 3, [1.0] * 3]))
+        layer.lotra_factor_in["default"].copy_(torch.tensor([[0.1] * 2, [3.0] * 2, [1.0] * 2]))
     for name in ("kan", "base_model.model.kan"):  # as PEFT writes it
         titles = [axis.get_title() for axis in plot_edge_functions(model, name, 2, title="{0} {1}".format).axes]
         assert [title.split()[1] for title in titles] == ["1", "2"]

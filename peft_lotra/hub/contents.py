@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from ..modules.calls import PREFIX
 from ..modules.folders import naming_damage
 from ..modules.report import Report, TextTable
-from ..tucker import COMPONENTS, Rank, read_components
+from ..tucker import COMPONENTS, Rank, form_text, read_components
 
 
 class AdapterRow(NamedTuple):
@@ -99,6 +99,8 @@ class AdapterContents(Report):
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return form_text(value)
     return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

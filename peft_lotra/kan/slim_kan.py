@@ -231,7 +231,7 @@ class SlimKAN(LayerStack):
         >>> from peft_lotra.kan import SlimKAN
         >>> model = SlimKAN([64, 64, 10], ranks=(20, 20, 2))
         >>> sum(part.numel() for part in model.parameters())  # of a KAN 42,624
-        5176
+        5076
     """
 
     def __init__(

@@ -31,9 +31,9 @@ def test_rows(tmp_path):
     assert list(rows) == [*(f"kan.layers.{number}" for number in range(11)), "head"]
     for name, alpha in (("kan.layers.0", 2.0), ("kan.layers.1", 0.5)):
         row, delta = rows[name], base.get_submodule(name).get_delta_weight("default")
-        assert row[:5] == (name, "peft-lotra", tuple(delta.shape), (1, 2, 3), alpha)
+        assert row[:5] == (name, "peft-lotra", tuple(delta.shape), (1, "full", 3), alpha)
         assert row.norm == pytest.approx(delta.norm().item(), rel=1e-5)
-        assert row.parameters == 6 + row.shape[0] + 2 * row.shape[1] + 3 * row.shape[2]
+        assert row.parameters == 6 + row.shape[0] + 3 * row.shape[2]  # the two inputs have no factor
     assert rows["head"] == ("head", "saved copy", None, None, None, None, 4)
 
 
@@ -54,7 +54,7 @@ def test_what_is_printed(folder):
     assert contents.dtype == ["float32"] and contents.finite and contents.bytes == 4 * contents.parameters
     title, first, _, total = str(contents).splitlines()
     assert title.split()[:2] == ["layer", "kind"] and first.split()[:2] == ["layers.0", "peft-lotra"]
-    assert "(4, 2, 9)" in first and total == "69 parameters, 0.3 kB of float32"
+    assert "(4, 2, 9)" in first and "(2, full, 2)" in first and total == "64 parameters, 0.3 kB of float32"
     broken = {name: tensor * float("nan") for name, tensor in tensors.items()}
     assert "NaN or infinite" in str(AdapterContents.of("mine", config, broken))
 

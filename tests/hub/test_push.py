@@ -139,7 +139,7 @@ def test_the_card(found):
     assert card.data.library_name == "peft" and card.data.base_model == "user/kan"
     assert {"base_model:adapter:user/kan", "digits", "kan", "lotra", "peft-plugin"} <= set(card.data.tags)
     assert card.data.eval_results[0].metric_value == 0.9
-    assert re.search(r"\n\S*layers.0 +peft-lotra +\(8, 3, 9\) +\(2, 3, 4\) +1 ", card.text)
+    assert re.search(r"\n\S*layers.0 +peft-lotra +\(8, 3, 9\) +\(2, full, 4\) +1 ", card.text)
     assert 'revision="v2"' in found["v2"]
 
 
