@@ -45,7 +45,8 @@ class AdapterBank:
 
     where the functions f_k and the part of A are computed once, and that of D_n from the components of each row.
     Layers whose kind has no `basis` (pykan, convolutions) run once for each adapter in the batch. Lower ranks are
-    filled with zeros, which is exact. Adapters that save modules are not taken.
+    filled with zeros, and a full mode has no factor, or the identity where other adapters have one, which is exact.
+    Adapters that save modules are not taken.
 
     Args:
         base (`nn.Module`): The model that the adapters are for. It is not changed.
@@ -216,7 +217,8 @@ class AdapterBank:
 
         Returns:
             The numbers of all adapters as a parameter (room, width), whose gradient is sparse, with the rows of the
-            adapters in the batch; and which of the numbers are trained (room, width): not zeros that fill lower ranks.
+            adapters in the batch; and which of the numbers are trained (room, width): not those that fill lower
+            ranks and full modes.
 
         Raises:
             ValueError: A name is unknown, or the bank is empty, of half precision, or trained already.

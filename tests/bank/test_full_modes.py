@@ -175,6 +175,20 @@ def test_replaced_removed_and_compacted():
     check(bank, {"shape": alone["dense"], "factors": alone["factors"]})
 
 
+@pytest.mark.parametrize("name", FORMS)
+def test_a_state_dict_says_the_form(name):
+    """Its ranks and sizes: with the residual branch or without."""
+    bank, alone = filled(net(), [name])
+    before, _ = bank.snapshot.updates_of(name)
+
+    bank.add(name, get_peft_model_state_dict(alone[name]), alpha=FORMS[name].get("alpha", 1.0), replace=True)
+
+    check(bank, alone)
+    after, _ = bank.snapshot.updates_of(name)
+    for layer, update in before.items():
+        assert after[layer].tensor.form == update.tensor.form and after[layer].tensor.shape == update.tensor.shape
+
+
 def test_a_state_dict_that_lacks_a_factor_is_refused():
     bank, alone = filled(net(), ["shape"])
     tensors = get_peft_model_state_dict(alone["shape"])
