@@ -25,6 +25,7 @@ if find_spec("peft"):
     from .hub.push import push_to_hub
     from .optim.learning_rates import create_lotra_optimizer
     from .parametric import ParametricAdapter
+    from .selection.fit import fit_adapter
     from .tuner import jets  # noqa: F401  (teaches `jet` what PEFT puts around KANs)
     from .tuner.check import check_kan_layer
     from .tuner.config import LoTRAConfig
@@ -52,6 +53,7 @@ __all__ = [
     "create_lotra_optimizer",
     "extract_lotra",
     "find_kan_layers",
+    "fit_adapter",
     "hotswap_adapter",
     "model_summary",
     "push_to_hub",

@@ -50,7 +50,7 @@ def plot_spectra(spectrum: Spectrum, figure: Figure | SubFigure | None = None) -
     """
     changed = {name: layer for name, layer in spectrum.layers.items() if layer.norm > 0}
     modes = max((len(layer.shape) for layer in changed.values()), default=3)
-    figure = _new_figure((3 * modes, 3)) if figure is None else figure
+    figure = new_figure((3 * modes, 3)) if figure is None else figure
     axes = figure.subplots(1, modes, sharey=True)
     for mode, axis in enumerate(axes):
         for name, layer in changed.items():
@@ -121,7 +121,7 @@ def plot_edge_functions(
     x = x.flatten().to(before)
     columns = min(len(edges), 3)
     rows = -(-len(edges) // columns)
-    figure = _new_figure((3 * columns, 2.3 * rows)) if figure is None else figure
+    figure = new_figure((3 * columns, 2.3 * rows)) if figure is None else figure
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, (o, i) in zip(axes, edges, strict=False):
         for coefficients, style in curves:
@@ -236,7 +236,7 @@ def plot_network_change(
     """
     most = check_count(most, "most")
     changes = edge_changes(model).share
-    figure = _new_figure((1.5 + 2.2 * len(changes), 4)) if figure is None else figure
+    figure = new_figure((1.5 + 2.2 * len(changes), 4)) if figure is None else figure
     axis = figure.subplots()
     top = max(float(change.max()) for change in changes.values()) or 1.0
     from matplotlib.collections import LineCollection  # beside Figure, which is there
@@ -295,7 +295,7 @@ def plot_history(
     terms = list(zip(*(step.losses for step in history), strict=False))
     if names and len(names) != len(terms):
         raise ValueError(f"`names` are {list(names)}, but the history has {len(terms)} terms.")
-    figure = _new_figure((7, 3)) if figure is None else figure
+    figure = new_figure((7, 3)) if figure is None else figure
     left, right = figure.subplots(1, 2)
     steps = range(1, len(history) + 1)
     left.plot(steps, [step.loss for step in history], color="black", label="loss")
@@ -351,7 +351,7 @@ def _functions_of(
     return functions
 
 
-def _new_figure(size: tuple[float, float]) -> Figure:
+def new_figure(size: tuple[float, float]) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

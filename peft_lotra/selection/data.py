@@ -1,0 +1,72 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The rows of a new task, and the folds that hold them out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+
+def read_rows(data: Any) -> tuple[Tensor, Tensor]:
+    """Return the inputs and the targets of all rows, of a pair of tensors, a Dataset or a DataLoader.
+
+    Raises:
+        ValueError: `data` is something else, has no rows, different numbers of both, or values that are not finite.
+    """
+    if not isinstance(data, (tuple, list)):
+        loader = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=256)
+        data = [torch.cat(tensors) for tensors in zip(*loader, strict=True)]
+    if len(data) != 2 or len(data[0]) != len(data[1]) or len(data[0]) == 0:
+        raise ValueError("`data` must have inputs and targets, the same number of both, and at least one.")
+    x, y = data
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise ValueError("`data` has NaN or infinite values. Remove these rows.")
+    return x, y
+
+
+def has_classes(y: Tensor) -> bool:
+    """Return whether targets are classes, one integer for each row."""
+    return y.dim() == 1 and not y.is_floating_point()
+
+
+def assign_folds(y: Tensor, folds: int, groups: Sequence[Any] | Tensor | None, blocked: bool) -> Tensor:
+    """Return the fold (n,) that holds out each row; -1 for a row that is the only one of its class.
+
+    Raises:
+        ValueError: There are not enough rows or groups, or a fold would train without a class.
+    """
+    count = len(y)
+    classes = y.tolist() if has_classes(y) else [0] * count
+    order = torch.randperm(count).tolist()
+    fold = torch.full((count,), -1)
+    if blocked:
+        fold = torch.arange(count) * folds // count
+    elif groups is not None:
+        labels = groups.tolist() if isinstance(groups, Tensor) else list(groups)
+        if len(labels) != count:
+            raise ValueError(f"`groups` has {len(labels)} entries, but `data` has {count} rows.")
+        numbers = {label: number for number, label in enumerate(dict.fromkeys(labels[row] for row in order))}
+        fold = torch.tensor([numbers[label] % folds for label in labels])
+    else:
+        frequency = Counter(classes)
+        rows = [row for row in order if frequency[classes[row]] > 1]
+        rows.sort(key=classes.__getitem__)
+        fold[rows] = torch.arange(len(rows)) % folds  # each class is spread over the folds
+    for number in range(folds):
+        training = (fold != number).nonzero().flatten().tolist()
+        if len(training) == count:
+            raise ValueError(f"`folds` is {folds}, but `data` has too few rows or groups. Pass fewer folds.")
+        missing = set(classes) - {classes[row] for row in training}
+        if missing:
+            raise ValueError(
+                f"A fold would train without the classes {sorted(missing)[:3]}. Pass fewer folds, or other `groups`, "
+                "or leave out `blocked`."
+            )
+    return fold

@@ -1,0 +1,187 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""An adapter whose form, ranks and learning rate are chosen by data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from ..bank.bank import AdapterBank
+from ..compress.updates import check_without_adapters
+from ..modules.calls import PREFIX, evaluating_without_trace, unwrap
+from ..modules.checks import check_count, check_function
+from ..tuner.gradients import compute_losses
+from ..tuner.layer import LoTRALayer, lotra_layers
+from .data import assign_folds, read_rows
+from .report import AdapterFit, Chosen, advise
+from .starts import FULL_MATRICES, Size, adapt, choose_forms, file_size, make_references, start_adapter, stored_size
+from .training import CHUNK, Fit, Task
+
+
+_NO_ADAPTATION = "no adaptation"
+_HEADER_ROOM = 100  # bytes for longer numbers in the header of a file, by layer
+_MANY_COEFFICIENTS, _MANY_ROWS = 1_000_000, 20_000  # above which one tenth of the rows is held out
+
+
+def fit_adapter(
+    base: nn.Module,
+    data: tuple[Tensor, Tensor] | Dataset | DataLoader,
+    loss: Callable[[Any, Tensor], Tensor],
+    *,
+    budget: float = 0.12,
+    max_bytes: int | None = None,
+    steps: int = 300,
+    folds: int = 5,
+    groups: Sequence[Any] | Tensor | None = None,
+    blocked: bool = False,
+    ensemble: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+) -> AdapterFit:
+    r"""Adapts a base to a new task: form, ranks and learning rate are chosen by data, and compared with rivals.
+
+    1. The rows are divided into folds. Each fold trains on the other rows, and its own rows measure the loss.
+    2. Adapters within the budget are trained for all folds at once, at the rates 3e-3, 1e-2 and 3e-2:
+       full matrices times one shape for each layer (see `budget` in [`LoTRAConfig`]), which start by
+       [`start_from_gradient`]; and ranks chosen by the data, which start by [`start_from_training`].
+    3. The references are trained in the same way: a linear model of the inputs, the last layer alone, all parameters
+       (full fine-tuning), and all parameters from scratch. The base as it is counts too.
+    4. The adapter with the least mean loss on held-out rows is trained again, on all rows. If the base is better than
+       all of them, `model` has an update of zero.
+    5. `advice` names the model to use: the smallest one whose loss is within one standard error of the least.
+
+    Losses of classes (one integer for each row) are measured after the outputs are divided by a temperature, the best
+    one for all held-out rows. Bases with more than a million coefficients, and more than 20,000 rows, hold out one
+    tenth instead.
+
+    Like `get_peft_model`, the function adapts `base` in place. After an error `base` is unchanged.
+
+    Args:
+        base: The trained network, without adapters. It returns a tensor with one entry for each row.
+        data: The labeled rows of the new task: inputs and targets as tensors, or a Dataset or a DataLoader of such
+            pairs.
+        loss: The loss of outputs and targets, a mean over the rows, such as `torch.nn.functional.cross_entropy`.
+        budget: The number of parameters of the adapter, as a share of the coefficients of the KAN layers.
+        max_bytes: The size of adapter_model.safetensors, at most.
+        steps: The number of training steps, of up to 128 rows each.
+        folds: The number of folds, at least 2. A class is spread over the folds; the only row of a class is never
+            held out.
+        groups: A label for each row. Rows with the same label are held out together.
+        blocked: Whether a fold is a block of successive rows, as it should be for time series.
+        ensemble: Whether to return a bank of the adapters of all folds too. The mean of their outputs is more accurate
+            than the model.
+        seed: The seed of the random numbers. The state of the global generators is kept.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        An [`AdapterFit`] with `model`, `advice`, `reason`, `scores` and `chosen`, which prints as a table.
+
+    Raises:
+        ValueError: Before training: there are no rows, fewer rows or groups than folds, a fold without a class, or
+            values that are not finite; the loss is no scalar; the budget is above 1, or it or `max_bytes` is below
+            what ranks of 1 take; `base` has adapters.
+
+    Example:
+        >>> from peft_lotra import fit_adapter
+        >>> from peft_lotra.kan import KAN
+        >>> x = torch.rand(40, 2)
+        >>> y, mse = x.prod(dim=1, keepdim=True), torch.nn.functional.mse_loss
+        >>> report = fit_adapter(
+        ...     KAN([2, 4, 1]), (x, y), mse, budget=0.3, steps=5, folds=2, progress=False
+        ... )
+        >>> sorted(report.scores)
+        ['adapter', 'base', 'full', 'last layer', 'linear', 'scratch']
+        >>> report.advice in report.scores
+        True
+    """
+    begin = time.perf_counter()
+    original = unwrap(base)
+    check_without_adapters(original, "base")
+    check_function(loss, "loss", 2)
+    check_count(steps, "steps")
+    check_count(folds, "folds", 2)
+    device = next(original.parameters()).device
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        tqdm(desc="fit_adapter", unit="step", disable=not progress) as bar,
+    ):
+        torch.manual_seed(seed)
+        x, y = (tensor.to(device) for tensor in read_rows(data))
+        torch.manual_seed(seed)  # a loader draws numbers too
+        network = _copy_checked(original, x[:CHUNK], y[:CHUNK], loss)
+        smallest = adapt(deepcopy(network), r=1)
+        layers = [layer for _, layer in lotra_layers(smallest)]
+        coefficients = sum(layer.get_base_weight().numel() for layer in layers)
+        if max_bytes is not None:
+            budget = min(budget, _limit_parameters(max_bytes, file_size(smallest), layers) / coefficients)
+        is_large = coefficients > _MANY_COEFFICIENTS or len(x) > _MANY_ROWS
+        fold = assign_folds(y, 10 if is_large else folds, groups, blocked)
+        if is_large:
+            fold = torch.where(fold == 9, 0, -1)
+
+        task = Task(x, y, loss, fold, steps, bar)
+        forms = choose_forms(network, task, budget)
+        references = make_references(network, task)
+        bar.total = steps * (len(references) + len(forms) + 1)
+        fits = {name: task.compare(start) for name, start in references.items()}
+        fits["base"] = Fit(0.0, {}, task.losses_before_training(references["full"]))
+        adapters = {_NO_ADAPTATION: fits["base"]}
+        for name, form in forms.items():
+            adapters[name] = task.compare(start_adapter(network, task, form, task.rows))
+        best = min(adapters, key=lambda name: adapters[name].losses.mean())
+        rate, by_fold, _ = fits["adapter"] = adapters[best]
+        config: dict[str, Any] = {"r": 1}
+        values = {}
+        if best in forms:
+            config = {"rank_pattern": forms[best].ranks}
+            every_row = [torch.arange(len(x))]
+            values = task.train(start_adapter(network, task, forms[best], every_row), [rate], every_row)
+
+        bank = None
+        if ensemble and best in forms:
+            bank = AdapterBank(network)
+            for number in range(len(task.rows)):
+                state = {f"{PREFIX}{name}".removesuffix(".default"): value[number] for name, value in by_fold.items()}
+                bank.add(f"fold {number}", state)
+        # the base changes from here
+        model = adapt(original, **config)
+        for name, value in values.items():
+            original.get_parameter(name).data.copy_(value[0, 0])
+        ranks = {name: layer.get_components("default").form for name, layer in lotra_layers(original)}
+        sizes = {name: stored_size(start) for name, start in references.items()}
+        sizes |= {"base": Size(0, 0), "adapter": file_size(model)}
+    notes = []
+    if FULL_MATRICES not in forms:
+        notes.append(f"{FULL_MATRICES} exceed the budget: {best} was taken instead")
+    choice = advise({name: fit.losses for name, fit in fits.items()}, sizes)
+    return AdapterFit(model, bank, Chosen(best, ranks, rate), *choice, sizes, notes, time.perf_counter() - begin)
+
+
+def _copy_checked(network: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Any, Tensor], Tensor]) -> nn.Module:
+    """Return a copy; raise a ValueError unless it returns a tensor by rows, and the loss one value with a gradient."""
+    with evaluating_without_trace(network):
+        outputs = network(x)
+        network = deepcopy(network)  # what a network keeps of a pass with gradients could not be copied
+    if not isinstance(outputs, Tensor) or outputs.shape[:1] != x.shape[:1]:
+        raise ValueError(f"`base` must return a tensor with one entry for each row, not a {type(outputs).__name__}.")
+    outputs.requires_grad_()
+    list(compute_losses(lambda: loss(outputs, y), None))
+    return network
+
+
+def _limit_parameters(max_bytes: int, smallest: Size, layers: Sequence[LoTRALayer]) -> int:
+    """Return how many parameters an adapter may have in a file, given the size of the smallest adapter."""
+    needed = smallest.bytes + _HEADER_ROOM * len(layers)
+    if max_bytes < needed:
+        raise ValueError(f"`max_bytes` is {max_bytes}, but ranks of 1 already take {needed} bytes.")
+    itemsize = layers[0].get_components("default").core.itemsize
+    return smallest.parameters + (max_bytes - needed) // itemsize

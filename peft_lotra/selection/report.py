@@ -1,0 +1,128 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What `fit_adapter` returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from peft import PeftModel
+from torch import Tensor
+
+from ..bank.bank import AdapterBank
+from ..modules.report import Report, TextTable
+from ..plotting import new_figure
+from ..tucker import Rank
+from .starts import Size
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+_SUBJECTS = {
+    "base": "The base as it is",
+    "linear": "A linear model",
+    "adapter": "The adapter",
+    "last layer": "The last layer alone",
+    "full": "Full fine-tuning",
+    "scratch": "The same network from scratch",
+}
+
+
+class Chosen(NamedTuple):
+    """The form of an adapter, its ranks by layer, and the learning rate."""
+
+    form: str
+    ranks: dict[str, tuple[Rank, ...]]
+    rate: float
+
+
+@dataclass(eq=False)
+class AdapterFit(Report):
+    """The adapter that `fit_adapter` chose, and the references it was compared with; prints as a table.
+
+    Attributes:
+        model: The adapted base, as `get_peft_model` makes it.
+        bank: With `ensemble`, an [`AdapterBank`] of the adapters of the folds; None if no adaptation was best.
+        chosen: The form, the ranks by layer, and the learning rate.
+        advice: The model to use: "base", "linear", "adapter", "last layer", "full" or "scratch".
+        reason: Why, in one sentence.
+        scores: By the same names, the mean loss of the rows that the folds held out.
+        errors: The standard errors of the differences between the scores and the least one.
+        sizes: The parameters and bytes that are stored for the task.
+        notes: Further remarks.
+        seconds: How long it took.
+    """
+
+    model: PeftModel
+    bank: AdapterBank | None
+    chosen: Chosen
+    advice: str
+    reason: str
+    scores: dict[str, float]
+    errors: dict[str, float]
+    sizes: dict[str, Size]
+    notes: list[str]
+    seconds: float
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters of the adapter."""
+        return self.sizes["adapter"].parameters
+
+    @property
+    def bytes(self) -> int:
+        """The size of adapter_model.safetensors."""
+        return self.sizes["adapter"].bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report in plain values, without the models."""
+        values = super().as_dict()
+        del values["model"], values["bank"]
+        return values
+
+    def _table(self) -> TextTable:
+        rows = []
+        for name, score in self.scores.items():
+            parameters, size = self.sizes[name]
+            rows.append([name, f"{score:.4g}", f"{parameters:,}", f"{size / 1000:.1f}"])
+        form = f"adapter: {self.chosen.form}, rate {self.chosen.rate:g}, chosen in {self.seconds:.1f} s"
+        notes = [form, *self.notes, f"advice: {self.advice}. {self.reason}"]
+        return TextTable(["", ">out-of-fold loss", ">parameters", ">kB"], rows, notes)
+
+    def plot(self) -> Figure:
+        """Draw the scores with their standard errors; needs matplotlib."""
+        figure = new_figure((5, 3))
+        axis = figure.subplots()
+        colors = ["tab:green" if name == self.advice else "0.6" for name in self.scores]
+        axis.barh(list(self.scores), list(self.scores.values()), xerr=list(self.errors.values()), color=colors)
+        axis.set(xlabel="loss of held-out rows", title=f"advice: {self.advice}")
+        return figure
+
+
+def advise(losses: dict[str, Tensor], sizes: dict[str, Size]) -> tuple[str, str, dict[str, float], dict[str, float]]:
+    """Name the smallest model whose loss is within one standard error of the least.
+
+    The error is of the mean difference between the losses (rows,) of two models.
+
+    Returns:
+        The name, one sentence why, and the scores and errors by name, smallest model first.
+    """
+    names = sorted(losses, key=lambda name: sizes[name].bytes)
+    scores = {name: losses[name].mean().item() for name in names}
+    least = losses[min(scores, key=scores.__getitem__)]
+    errors = {name: (losses[name] - least).std().item() / len(least) ** 0.5 for name in names}
+    advice = next(name for name in names if scores[name] - least.mean().item() <= errors[name])
+
+    subject = f"{_SUBJECTS[advice]} ({sizes[advice].bytes / 1000:.1f} kB)"
+    change = (scores[advice] - scores["adapter"]) / abs(scores["adapter"] or 1.0)
+    if advice == "adapter":
+        reason = f"{subject} is within one standard error of the least loss, and nothing smaller is."
+    elif sizes[advice].bytes < sizes["adapter"].bytes:
+        reason = f"{subject} is smaller than the adapter, at {change:+.0%} loss."
+    else:
+        reason = f"{subject} has {-change:.0%} less loss than the adapter: take it if size does not count."
+    return advice, reason, scores, errors

@@ -1,0 +1,156 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The starts that `fit_adapter` compares: forms of adapters, and references without adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from copy import deepcopy
+from typing import Any, NamedTuple, cast
+
+import safetensors.torch
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import Tensor, nn
+
+from ..compress.data_weights import recorded_calls
+from ..compress.training_start import start_from_training
+from ..layers.registry import walk_kan_layers
+from ..modules.calls import set_mode, unwrap
+from ..tuner.config import LoTRAConfig
+from ..tuner.gradients import start_from_gradient
+from .training import BATCH, Start, Task, Tensors
+
+
+FULL_MATRICES, LOW_RANK = "full matrices", "low rank"
+
+
+class Form(NamedTuple):
+    """The ranks of an adapter, a `rank_pattern`, and the function that starts it."""
+
+    ranks: dict[str, Any]
+    begin: Callable[..., None]
+
+
+class Size(NamedTuple):
+    """The parameters that are stored for a task, and their bytes."""
+
+    parameters: int
+    bytes: int
+
+
+def adapt(base: nn.Module, **config: Any) -> PeftModel:
+    """Adapt the KAN layers of a base, in place."""
+    return cast(PeftModel, get_peft_model(base, LoTRAConfig(**config)))
+
+
+def file_size(model: PeftModel) -> Size:
+    """Return the size of the file in which PEFT saves the adapter."""
+    tensors = get_peft_model_state_dict(model)
+    file = safetensors.torch.save(tensors, {"format": "pt"})
+    return Size(sum(tensor.numel() for tensor in tensors.values()), len(file))
+
+
+def choose_forms(base: nn.Module, task: Task, budget: float) -> dict[str, Form]:
+    """Return the forms within a budget by name: full matrices if they fit, and ranks chosen by all rows."""
+    model = adapt(deepcopy(base), budget=budget)
+    configs: Any = model.peft_config
+    by_size = configs["default"].rank_pattern
+    forms = {}
+    if all(ranks[:2] == ("full", "full") for ranks in by_size.values()):
+        forms[FULL_MATRICES] = Form(by_size, start_from_gradient)
+    every_row = torch.arange(len(task.x))
+    start_from_training(model, lambda rows: task.loss(model(task.x[rows]), task.y[rows]), every_row.split(BATCH))
+    forms[LOW_RANK] = Form(configs["default"].rank_pattern, start_from_training)
+    return forms
+
+
+def start_adapter(base: nn.Module, task: Task, form: Form, rows: Sequence[Tensor]) -> Start:
+    """Start an adapter on the rows of each fold."""
+    model = adapt(deepcopy(base), rank_pattern=form.ranks)
+    network = unwrap(model)
+    values = []
+    for of_fold in rows:
+        form.begin(model, lambda batch: task.loss(model(task.x[batch]), task.y[batch]), of_fold.split(BATCH))
+        values.append(trained_values(network))
+    return Start(network.requires_grad_(False), values, relative=form.begin is start_from_training)
+
+
+def trained_values(network: nn.Module) -> Tensors:
+    """Return copies of the parameters that require a gradient; of all, if none does."""
+    parameters = dict(network.named_parameters())
+    trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    return {name: parameters[name].detach().clone() for name in trained or parameters}
+
+
+@torch.no_grad()
+def make_references(base: nn.Module, task: Task) -> dict[str, Start]:
+    """Return what an adapter is compared with, by name."""
+    network = deepcopy(base)
+    set_mode(network, False)
+    values = trained_values(network)
+    network.requires_grad_(False)
+    outputs = network(task.x[:2])
+    fresh = _draw_anew(network)
+    trained = {
+        "last layer": _find_last_layer(network, task.x[:2]),
+        "full": values,
+        "scratch": {name: fresh[name] for name in values},
+    }
+    references = {name: Start(network, [of_start] * len(task.rows)) for name, of_start in trained.items()}
+    if task.x.is_floating_point():
+        references["linear"] = _start_linear(task, outputs)
+    return references
+
+
+def _find_last_layer(network: nn.Module, x: Tensor) -> Tensors:
+    """Return the parameters of the last KAN layer, or other module with parameters, that a forward pass calls."""
+    layers = {name: layer for name, layer, _ in walk_kan_layers(network)}
+    inside = tuple(f"{name}." for name in layers)
+    for name, module in network.named_modules():
+        if module._parameters and not name.startswith(inside):
+            layers[name] = module
+    calls = []
+    with recorded_calls(layers, lambda name, x, y: calls.append(name)):
+        network(x)
+    last = calls[-1]
+    return {f"{last}.{name}": parameter for name, parameter in layers[last].named_parameters()}
+
+
+def _draw_anew(network: nn.Module) -> Tensors:
+    """Return new parameters: by `reset_parameters`, or in a random order where a module has no such method."""
+    fresh = deepcopy(network)
+    for parameter in fresh.parameters():
+        order = torch.randperm(parameter.numel())
+        parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    module: Any
+    for module in fresh.modules():
+        with suppress(Exception):  # no such method, or one that cannot be called so
+            module.reset_parameters()
+    return dict(fresh.named_parameters())
+
+
+def _start_linear(task: Task, outputs: Tensor) -> Start:
+    """Start a linear model at zero, of inputs that are standardized by the rows of each fold, and clipped."""
+    width = task.x[0].numel()
+    last = nn.Flatten(0) if outputs.dim() == 1 else nn.Unflatten(1, outputs.shape[1:])
+    linear = nn.Linear(width, outputs[0].numel())
+    # what was rarely active in the training rows may be far outside of them
+    standardize = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(width, affine=False), nn.Hardtanh(-3, 3))
+    network = nn.Sequential(*standardize, linear, last).to(outputs)
+    network.requires_grad_(False)
+    zeros = {name: torch.zeros_like(parameter) for name, parameter in network.named_parameters()}
+    values = []
+    for rows in task.rows:
+        variance, mean = torch.var_mean(task.x[rows].flatten(1), 0)
+        variance[variance < 1e-12] = 1
+        values.append({**zeros, "1.running_mean": mean, "1.running_var": variance})
+    return Start(network, values)
+
+
+def stored_size(start: Start) -> Size:
+    """Return the size of what a start trains."""
+    parameters = [start.values[0][name] for name, _ in start.network.named_parameters() if name in start.values[0]]
+    return Size(sum(value.numel() for value in parameters), sum(value.nbytes for value in parameters))

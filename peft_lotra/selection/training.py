@@ -1,0 +1,168 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Training of a network for all folds and learning rates at once, and its losses on the rows that folds hold out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from ..modules.calls import freeze_norms, set_mode
+from .data import has_classes
+
+
+RATES = (3e-3, 1e-2, 3e-2)
+BATCH = 128  # rows of a training step
+CHUNK = 1024  # rows that are evaluated at once
+
+Tensors = dict[str, Tensor]  # by name
+
+
+class Start(NamedTuple):
+    """A network, and the values from which tensors are trained, for each fold.
+
+    Buffers among the tensors are not trained. With `relative`, the rate of a tensor is multiplied by its root mean
+    square.
+    """
+
+    network: nn.Module
+    values: list[Tensors]
+    relative: bool = False
+
+
+class Fit(NamedTuple):
+    """The best rate, the values (folds, ...) trained at it, and the loss (rows,) of each held-out row."""
+
+    rate: float
+    values: Tensors
+    losses: Tensor
+
+
+def mapped(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Map `function(values, *rows)` over values (folds, rates, ...) and rows (folds, ...), all entries at once.
+
+    What `vmap` cannot run is evaluated entry by entry.
+    """
+
+    def by_rate(values: Tensors, *rows: Tensor) -> Tensor:
+        in_dims = (0, *[None] * len(rows))  # the rates of a fold share its rows
+        return vmap(function, in_dims, randomness="different")(values, *rows)
+
+    def in_turn(values: Tensors, *rows: Tensor) -> Tensor:
+        folds, rates = next(iter(values.values())).shape[:2]
+        results = []
+        for fold in range(folds):
+            for rate in range(rates):
+                entry = {name: value[fold, rate] for name, value in values.items()}
+                results.append(function(entry, *(of_fold[fold] for of_fold in rows)))
+        return torch.stack(results).unflatten(0, (folds, rates))
+
+    run = vmap(by_rate, randomness="different")
+
+    def run_all(values: Tensors, *rows: Tensor) -> Tensor:
+        nonlocal run
+        try:
+            return run(values, *rows)
+        except Exception:  # an error of the function itself is raised again
+            run = in_turn
+            return run(values, *rows)
+
+    return run_all
+
+
+class Task(NamedTuple):
+    """The rows of a new task, their loss, the fold that holds out each row or -1, and how to train."""
+
+    x: Tensor
+    y: Tensor
+    loss: Callable[[Any, Tensor], Tensor]
+    fold: Tensor
+    steps: int
+    bar: Any
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """The rows on which each fold trains."""
+        return [(self.fold != fold).nonzero().flatten() for fold in range(int(self.fold.max()) + 1)]
+
+    def train(self, start: Start, rates: Sequence[float], rows: Sequence[Tensor]) -> Tensors:
+        """Train by Adam on batches of the rows of each fold, at rates that fall to zero along a cosine.
+
+        Returns:
+            The trained values (folds, rates, ...).
+        """
+        network = start.network
+        set_mode(network, True)
+        freeze_norms(network)
+        buffers = dict(network.named_buffers())
+        origins, units, moves = {}, {}, {}
+        for name, value in start.values[0].items():
+            origins[name] = origin = torch.stack([values[name] for values in start.values]).unsqueeze(1)
+            sizes = origin.flatten(1).square().mean(1).sqrt() if start.relative else value.new_ones(1)
+            units[name] = torch.outer(sizes, value.new_tensor(rates)).view(-1, len(rates), *[1] * value.dim())
+            moves[name] = value.new_zeros(len(rows), len(rates), *value.shape).requires_grad_(name not in buffers)
+
+        def moved() -> Tensors:
+            return {name: origin + units[name] * moves[name] for name, origin in origins.items()}
+
+        losses_of = mapped(lambda values, x, y: self.loss(functional_call(network, values, (x,)), y))
+        # the steps of Adam do not depend on the scale of a gradient: at rate 1, each value moves at its own rate
+        optimizer = torch.optim.Adam([move for move in moves.values() if move.requires_grad], lr=1.0, eps=1e-10)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        size = min(BATCH, *map(len, rows))
+        for _ in range(self.steps):
+            batch = torch.stack([of_fold[torch.randperm(len(of_fold))[:size]] for of_fold in rows])
+            optimizer.zero_grad()
+            losses_of(moved(), self.x[batch], self.y[batch]).sum().backward()
+            optimizer.step()
+            scheduler.step()
+            self.bar.update()
+        with torch.no_grad():
+            return moved()
+
+    def compare(self, start: Start) -> Fit:
+        """Train at all rates in all folds, and return the fit with the least mean loss of held-out rows."""
+        values = self.train(start, RATES, self.rows)
+        losses = self.held_out_losses(start.network, values)
+        best = min(range(len(RATES)), key=lambda index: losses[index].mean())
+        return Fit(RATES[best], {name: value[:, best] for name, value in values.items()}, losses[best])
+
+    def losses_before_training(self, start: Start) -> Tensor:
+        """Compute the loss of each held-out row."""
+        values = {name: value.expand(len(self.rows), 1, *value.shape) for name, value in start.values[0].items()}
+        return self.held_out_losses(start.network, values)[0]
+
+    @torch.no_grad()
+    def held_out_losses(self, network: nn.Module, values: Tensors) -> list[Tensor]:
+        """Compute the loss of each held-out row by the values (folds, rates, ...) of its fold, for each rate.
+
+        The outputs for classes are divided by the best temperature of all rows.
+        """
+        set_mode(network, False)
+        outputs_of = mapped(lambda values, x: functional_call(network, values, (x,)))
+        rows = (self.fold >= 0).nonzero().flatten()
+        chunks = []
+        for chunk in rows.split(CHUNK):
+            x = self.x[chunk]
+            outputs = outputs_of(values, x.expand(len(self.rows), *x.shape))
+            chunks.append(outputs[self.fold[chunk], :, torch.arange(len(chunk))])
+        y = self.y[rows]
+        losses = []
+        for outputs in torch.cat(chunks).unbind(1):
+            if has_classes(y) and outputs.dim() == 2:
+                outputs = outputs * self._find_scale(outputs, y)
+            by_row = [self.loss(outputs[row : row + 1], y[row : row + 1]) for row in range(len(y))]
+            losses.append(torch.stack(by_row).nan_to_num(math.inf))
+        return losses
+
+    def _find_scale(self, outputs: Tensor, y: Tensor) -> float:
+        """Return the factor, an inverse temperature, of the outputs with the least loss."""
+        result: Any = minimize_scalar(lambda log: self.loss(outputs * math.exp(log), y).item(), bounds=(-3, 3))
+        return math.exp(result.x)

@@ -1,0 +1,329 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""`fit_adapter`: the choice that it makes, its comparison with references, and what it leaves alone."""
+
+import copy
+import json
+
+import pytest
+import torch
+from foreign import make_foreign
+from helpers import lotra_layers
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils.data import DataLoader, TensorDataset
+
+from peft_lotra import LoTRAConfig, fit_adapter, start_from_training
+from peft_lotra.kan import KAN
+from peft_lotra.selection import fit
+from peft_lotra.selection.data import assign_folds
+
+
+NAMES = {"base", "linear", "last layer", "adapter", "full", "scratch"}
+
+
+def make_base(*widths: int, **kwargs) -> KAN:
+    torch.manual_seed(0)
+    return KAN(widths or [3, 8, 2], dtype=torch.float64, **kwargs)
+
+
+def make_rows(count: int = 30, inputs: int = 3) -> Tensor:
+    return torch.rand(count, inputs, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def quick_fit(base: nn.Module, data, loss=mse_loss, **kwargs):
+    """Fit in a few steps, without a progress bar."""
+    return fit_adapter(base, data, loss, **{"steps": 4, "folds": 2, "budget": 0.3, "progress": False, **kwargs})
+
+
+def shifted(base: nn.Module, x: Tensor) -> Tensor:
+    """Targets near the outputs of the base."""
+    return base(x).detach() + 0.3 * x[:, :1] ** 2
+
+
+# --- the report ---
+
+
+def test_the_adapted_base_is_saved_with_its_ranks_and_loaded_from_its_file(tmp_path):
+    base, x = make_base(), make_rows()
+    other = copy.deepcopy(base)
+
+    report = quick_fit(base, (x, shifted(base, x)))
+    report.model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(other, tmp_path)
+
+    torch.testing.assert_close(loaded(x), report.model.eval()(x))
+    ranks = {name: layer.get_components("default").form for name, layer in lotra_layers(other).items()}
+    assert list(ranks.values()) == list(report.chosen.ranks.values())
+    assert report.bytes == (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert report.parameters == report.model.get_nb_trainable_parameters()[0]
+
+
+def test_the_report_has_all_references_and_prints_and_draws_them():
+    base, x = make_base(), make_rows()
+
+    report = quick_fit(base, (x, shifted(base, x)))
+
+    assert report.scores.keys() == report.errors.keys() == report.sizes.keys() == NAMES
+    assert report.advice in NAMES
+    lines = str(report).splitlines()
+    assert {line.split("  ")[0] for line in lines[1:7]} == NAMES
+    assert json.loads(json.dumps(report.as_dict()))["scores"] == report.scores
+    assert len(report.plot().axes[0].patches) == len(NAMES)
+
+
+def test_a_seed_makes_the_result_and_the_global_generator_stays():
+    base, x = make_base(), make_rows()
+    y = shifted(base, x)
+    state = torch.random.get_rng_state()
+
+    first, second, third = (quick_fit(copy.deepcopy(base), (x, y), seed=seed) for seed in (1, 1, 2))
+
+    assert first.scores == second.scores != third.scores
+    torch.testing.assert_close(first.model(x), second.model(x), rtol=0, atol=0)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# --- the choice ---
+
+
+def test_the_chosen_adapter_is_trained_on_all_rows_by_adam():
+    """As a loop over `torch.optim.Adam` trains it, each component at rate times its size, along a cosine."""
+    base, x = make_base(), make_rows()
+    y = shifted(base, x)
+    original = copy.deepcopy(base)
+
+    report = quick_fit(base, (x, y))
+    model = get_peft_model(original, LoTRAConfig(rank_pattern=report.chosen.ranks))
+    start_from_training(model, lambda: mse_loss(model(x), y))
+    groups = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            size = parameter.detach().square().mean().sqrt().item()
+            groups.append({"params": [parameter], "lr": report.chosen.rate * size})
+    optimizer = torch.optim.Adam(groups)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+    for _ in range(4):
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        optimizer.step()
+        scheduler.step()
+
+    assert report.chosen.form == "low rank"
+    torch.testing.assert_close(report.model(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_no_adaptation_is_chosen_where_the_base_is_right():
+    base, x = make_base(), make_rows()
+    y = base(x).detach()
+
+    report = quick_fit(base, (x, y + 0.01 * make_rows(inputs=2)), ensemble=True)
+
+    assert (report.advice, report.chosen.form, report.bank) == ("base", "no adaptation", None)
+    torch.testing.assert_close(report.model(x), y, rtol=0, atol=0)
+
+
+def test_a_linear_model_is_advised_where_the_base_does_not_help():
+    x = make_rows(40)
+    y = x @ torch.tensor([[1.0, 3.0], [-2.0, 1.0], [0.5, 2.0]], dtype=torch.float64)
+
+    report = quick_fit(make_base(), (x, y), steps=100)
+
+    assert report.advice == "linear"
+    assert "linear" in report.reason
+
+
+def test_the_saved_file_stays_below_max_bytes(tmp_path):
+    base, x = make_base(3, 16, 2), make_rows()
+
+    report = quick_fit(base, (x, shifted(base, x)), max_bytes=2500)
+    report.model.save_pretrained(tmp_path)
+
+    assert report.chosen.form != "no adaptation"
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size <= 2500
+
+
+def test_an_ensemble_is_a_bank_of_the_adapters_of_all_folds():
+    base, x = make_base(), make_rows()
+
+    report = quick_fit(base, (x, shifted(base, x)), ensemble=True)
+    model = report.bank.attach()
+    outputs = torch.stack([model(x, adapter_names=[name] * len(x)) for name in report.bank.names])
+
+    assert report.bank.names == ["fold 0", "fold 1"]
+    assert not torch.allclose(outputs[0], outputs[1])
+    torch.testing.assert_close(outputs.mean(0), report.model(x), rtol=0.1, atol=0.1)
+
+
+def test_a_wide_task_holds_out_one_tenth(monkeypatch):
+    monkeypatch.setattr(fit, "_MANY_ROWS", 25)
+    base, x = make_base(), make_rows()
+
+    report = quick_fit(base, (x, shifted(base, x)), ensemble=True)
+
+    assert report.bank.names == ["fold 0"]
+
+
+# --- networks and data ---
+
+
+class Printing(nn.Module):
+    """A network that `vmap` cannot run."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        float(x.sum())
+        return self.network(x)
+
+
+def test_networks_that_vmap_cannot_run_are_trained_fold_by_fold():
+    """To the same scores."""
+    base, x = make_base(), make_rows()
+    y = shifted(base, x)
+
+    plain = quick_fit(copy.deepcopy(base), (x, y))
+    printing = quick_fit(Printing(base), (x, y))
+
+    assert printing.scores == pytest.approx(plain.scores, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["efficient-kan", "fast-kan", "cheby-kan", "pykan", "hard"])
+def test_networks_of_other_libraries_are_adapted(name):
+    """Also after a pass with gradients, of which pykan keeps tensors."""
+    base, x = make_foreign(name), make_rows(inputs=2).abs()
+    y = base(x).detach() + x[:, :1]
+
+    report = quick_fit(base, (x, y), budget=0.4)
+
+    assert report.scores.keys() == NAMES
+    assert all(torch.isfinite(torch.tensor(list(report.scores.values()))))
+
+
+def test_the_report_says_that_full_matrices_exceed_the_budget():
+    base, x = make_base(3, 16, 2), make_rows()
+
+    report = quick_fit(base, (x, shifted(base, x)), budget=0.11)
+
+    assert report.chosen.form == "low rank"
+    assert "full matrices" in str(report)
+
+
+def test_datasets_and_loaders_give_the_result_of_their_tensors():
+    base, x = make_base(), make_rows()
+    y = shifted(base, x)
+    rows = TensorDataset(x, y)
+
+    scores = [quick_fit(copy.deepcopy(base), data).scores for data in ((x, y), rows, DataLoader(rows, batch_size=7))]
+
+    assert scores[0] == scores[1] == scores[2]
+
+
+@pytest.mark.parametrize("widths, shape", [((1, 4, 1), (30, 1)), ((3, 8, 1), (30,))])
+def test_single_inputs_and_outputs_are_taken(widths, shape):
+    base, x = make_base(*widths), make_rows(inputs=widths[0])
+    network = nn.Sequential(base, nn.Flatten(0)) if len(shape) == 1 else base
+
+    report = quick_fit(network, (x, shifted(base, x).view(shape)), budget=0.5)
+
+    assert report.model(x).shape == shape
+
+
+def test_running_statistics_stay_and_dropout_is_drawn():
+    base = nn.Sequential(make_base(norm="batch"), nn.Dropout(0.5))
+    x = make_rows()
+    before = copy.deepcopy(base[0].layers[1].state_dict())
+
+    report = quick_fit(base, (x, x[:, :2] ** 2))
+
+    assert report.chosen.form != "no adaptation"
+    torch.testing.assert_close(dict(base[0].layers[1].state_dict()), dict(before), rtol=0, atol=0)
+
+
+# --- folds ---
+
+
+def test_folds_are_of_equal_size_and_each_has_its_share_of_a_class():
+    y = torch.tensor([0] * 10 + [1] * 5 + [2])
+
+    fold = assign_folds(y, 5, None, False)
+
+    assert fold[:10].bincount().tolist() == [2] * 5
+    assert fold[10:15].bincount().tolist() == [1] * 5
+    assert fold[15] == -1
+
+
+def test_the_rows_of_a_group_and_of_a_block_are_held_out_together():
+    y = torch.zeros(12, 1)
+    groups = list("abcdefabcdef")
+
+    by_group, by_block = assign_folds(y, 3, groups, False), assign_folds(y, 3, None, True)
+
+    assert torch.equal(by_group[:6], by_group[6:])
+    assert by_group.bincount().tolist() == [4, 4, 4]
+    assert by_block.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+# --- what is refused ---
+
+
+CLASSES = torch.arange(30) % 2
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"data": (make_rows()[:0], CLASSES[:0])}, "at least one"),
+        ({"data": (make_rows(), CLASSES[:20])}, "same number"),
+        ({"data": (make_rows() * torch.nan, CLASSES)}, "NaN"),
+        ({"data": (make_rows()[:1], CLASSES[:1])}, "fewer folds"),
+        ({"folds": 31}, "fewer folds"),
+        ({"folds": 1}, "folds"),
+        ({"groups": [0, 1] * 10}, "20 entries"),
+        ({"groups": [0, 1] * 15, "folds": 2}, "without the classes"),
+        ({"data": (make_rows(), CLASSES.sort().values), "blocked": True, "folds": 2}, "without the classes"),
+        ({"loss": lambda outputs, y: cross_entropy(outputs, y, reduction="none")}, "one value"),
+        ({"budget": 1.5}, "budget"),
+        ({"budget": 0.01}, "ranks of 1"),
+        ({"max_bytes": 500}, "ranks of 1"),
+    ],
+)
+def test_bad_input_is_refused_before_training(change, message):
+    base = make_base()
+    arguments = {"data": (make_rows(), CLASSES), "loss": cross_entropy, **change}
+
+    with pytest.raises(ValueError, match=message):
+        quick_fit(base, **arguments)
+
+    assert not lotra_layers(base)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_the_base_is_unchanged_after_an_interruption(error):
+    base, x = make_base(), make_rows()
+    before = copy.deepcopy(base.state_dict())
+    calls = []
+
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        calls.append(0)
+        if len(calls) > 200:
+            raise error
+        return mse_loss(outputs, y)
+
+    with pytest.raises(error):
+        quick_fit(base, (x, shifted(base, x)), loss)
+
+    assert not lotra_layers(base)
+    torch.testing.assert_close(dict(base.state_dict()), dict(before), rtol=0, atol=0)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in base.parameters())
+
+
+def test_a_base_with_adapters_is_refused():
+    x = make_rows()
+
+    with pytest.raises(ValueError, match="has adapters"):
+        quick_fit(get_peft_model(make_base(), LoTRAConfig(r=1)), (x, x[:, :2]))
