@@ -113,7 +113,8 @@ class LayerFormula(NamedTuple):
         input, whose products are with (O, I r).
         """
         coefficients: Any = self.coefficients
-        residual, basis = self.residual, self.basis
+        residual: Any = self.residual
+        basis = self.basis
         out, in_features, count = coefficients.shape
         lefts, rights, shaped = [], [], []
         for gain, (core, left, *factors) in self.updates:
@@ -126,20 +127,15 @@ class LayerFormula(NamedTuple):
                 rights.append(right)
                 continue
             factor_in, functions = factors
-            matrix = expand_inputs(scaled, factor_in, None)
-            if functions is None:
-                of_splines, of_residual = matrix.split([count, matrix.shape[2] - count], dim=-1)
-                coefficients = coefficients + of_splines
-                if residual is not None and matrix.shape[2] > count:
-                    residual = residual + of_residual.squeeze(-1)
-            elif self.scale is None and _SHAPES_FROM * count < out * (count - 3 * functions.shape[1]):
-                shaped.append((matrix.flatten(1), functions))
-            else:
-                matrix = matrix.flatten(0, 1)
-                summed = torch.addmm(coefficients.flatten(0, 1), matrix, functions[:count].t())
-                coefficients = summed.view(coefficients.shape)
-                if residual is not None and len(functions) > count:
-                    residual = torch.addmv(residual.flatten(), matrix, functions[count]).view(residual.shape)
+            rank = count if functions is None else functions.shape[1]
+            if self.scale is None and _SHAPES_FROM * count < out * (count - 3 * rank):
+                shaped.append((expand_inputs(scaled, factor_in, None).flatten(1), functions))
+                continue
+            right = expand_inputs(scaled, *factors)
+            of_splines, of_residual = right.split([count, right.shape[2] - count], dim=-1)
+            coefficients = coefficients + of_splines
+            if right.shape[2] > count:
+                residual = residual + of_residual.squeeze(-1)
         thin = None
         right_of_residual: Any = None
         if lefts:
