@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tucker import Rank, Tucker, Update, cap_ranks
+from ..tucker import Rank, Tucker, Update
 from .basis import UniformGrid, bspline_basis
 from .memory import blocks, workspace
 from .product import Evaluator, block_sizes, is_plain_backward, needs_plain_operations, plain_gradients
@@ -42,7 +42,7 @@ class PackedTucker(NamedTuple):
     # no properties: compiled code does not know them of tuples
     def ranks(self) -> tuple[int, ...]:
         """The ranks, the size of the mode for full modes."""
-        return cap_ranks(self.form, self.shape)
+        return tuple([size if rank == "full" else rank for size, rank in zip(self.shape, self.form, strict=True)])
 
     def component_shapes(self) -> list[tuple[int, ...]]:
         """The shapes of core, factor_out, factor_in and factor_basis, then that of factor_kernel if there is one.
@@ -70,7 +70,7 @@ class PackedTucker(NamedTuple):
         core = parts[0].unflatten(1, shapes[0][::-1]).permute(0, *range(len(self.shape), 0, -1))
         sides = [parts[side].unflatten(1, shapes[side][::-1]).transpose(1, 2) for side in (1, 2)]
         factors = [*sides, *[part.unflatten(1, shape) for part, shape in zip(parts[3:], shapes[3:], strict=True)]]
-        return [core, *[factor if factor.shape[2] else None for factor in factors]]
+        return [core, *[factor if shape[1] else None for factor, shape in zip(factors, shapes[1:], strict=True)]]
 
     def pack(self, updates: Sequence[Update | None], like: Tensor) -> Tensor:
         """The matrix (len(updates), width) of these updates, None for zero, in the dtype of `like`.
