@@ -56,13 +56,16 @@ from study_tools import files, together
 from study_tools.pictures import BLUE, GRAY, RED
 from study_tools.tasks import digits_to_mnist
 from torch import Tensor, nn
-from torch.func import jvp
+from torch.func import functional_call, jvp
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from peft_lotra import LoTRAConfig, create_lotra_optimizer, start_from_gradient
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, fit_adapter, start_from_gradient
 from peft_lotra.kan import KAN
+from peft_lotra.selection.data import assign_folds
+from peft_lotra.selection.starts import choose_forms, make_references, start_adapter
+from peft_lotra.selection.training import Start, Task
 
 
 sys.path.append(str(Path(__file__).parent / "pde"))
@@ -441,6 +444,142 @@ def run_all(todo: list[Run], tasks: dict, found: dict[str, dict], steps: int, sa
         bar.update(len(settings))
 
 
+@torch.no_grad()
+def scores_of(split: Split, start: Start, values: dict[str, Tensor]) -> tuple[list[float], float]:
+    """The test scores of networks with values (networks, ...), and that of the mean of their outputs."""
+    network = start.network.eval()
+    count = len(next(iter(values.values())))
+    entries = [{name: value[entry] for name, value in values.items()} for entry in range(count)]
+    calls = [partial(lambda entry, x: functional_call(network, entry, (x,)), entry) for entry in entries]
+    average = split.score(lambda x: torch.stack([call(x) for call in calls]).mean(0), "test")
+    return [split.score(call, "test") for call in calls], average
+
+
+def choose(split: Split, base: nn.Module, mlp: nn.Module, seed: int, blocked: bool, steps: int) -> dict:
+    """What `fit_adapter` chooses, and the test scores of what it compares, alone and as the mean of five folds."""
+    adapted = copy.deepcopy(base)
+    options = {"blocked": blocked, "steps": steps, "ensemble": True, "seed": seed, "progress": False}
+    report = fit_adapter(adapted, split.labeled, split.loss, **options)
+    x, y = split.labeled
+    torch.manual_seed(seed)
+    task = Task(x, y, split.loss, assign_folds(y, 5, None, blocked), steps, tqdm(disable=True))
+    every_row = [torch.arange(len(x))]
+
+    base_score = split.score(base, "test")
+    single, averaged = {"base": base_score}, {"base": base_score}
+    references = make_references(base, task)
+    references["MLP"] = Start(mlp, [dict(mlp.named_parameters())] * 5)
+    rates = {**report.rates, "MLP": task.compare(references["MLP"]).rate}
+    for name, start in references.items():
+        of_all = task.train(start._replace(values=start.values[:1]), [rates[name]], every_row)
+        (single[name],), _ = scores_of(split, start, squeeze(of_all))
+        averaged[name] = scores_of(split, start, squeeze(task.train(start, [rates[name]], task.rows)))[1]
+    single["adapter"] = split.score(report.model, "test")
+    averaged["adapter"] = single["adapter"]
+    if report.bank is not None:
+        model = report.bank.attach(copy.deepcopy(base))
+        members = lambda x: torch.stack([model(x, adapter_names=[name] * len(x)) for name in report.bank.names])  # noqa: E731
+        averaged["adapter"] = split.score(lambda x: members(x).mean(0), "test")
+
+    hindsight = {"no adaptation": base_score}
+    for form_name, form in choose_forms(base, task, 0.12).items():
+        start = start_adapter(base, task, form, every_row)
+        scores, _ = scores_of(split, start, squeeze(task.train(start, RATES[:3], every_row)))
+        hindsight |= {f"{form_name}, {rate:g}": score for rate, score in zip(RATES, scores, strict=False)}
+    start = references["full"]._replace(values=references["full"].values[:1])
+    full_scores, _ = scores_of(split, start, squeeze(task.train(start, RATES, every_row)))
+    return {
+        "advice": report.advice,
+        "form": report.chosen.form,
+        "rates": rates,
+        "bytes": report.bytes,
+        "parameters": report.parameters,
+        "share": report.parameters / count(base),
+        "seconds": report.seconds,
+        "losses": report.scores,
+        "single": single,
+        "averaged": averaged,
+        "hindsight": hindsight,
+        "full": dict(zip(map(str, RATES), full_scores, strict=True)),
+    }
+
+
+def squeeze(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Values (folds, rates, ...) of one fold, or of one rate, as (networks, ...)."""
+    return {name: value.flatten(0, 1) for name, value in values.items()}
+
+
+def paired(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """The mean difference over the seeds, and its standard error."""
+    differences = np.subtract(first, second)
+    return float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences)))
+
+
+def best_of(runs: list[dict[str, float]]) -> str:
+    """The name with the best mean over the seeds."""
+    return max(runs[0], key=lambda name: np.mean([run.get(name, -np.inf) for run in runs]))
+
+
+def chosen_as_text(found: dict[str, dict]) -> str:
+    """The tables of `choose_all` in Markdown."""
+    names = ("adapter", "base", "linear", "last layer", "full", "scratch", "MLP")
+    known = names[:-1]
+    tables = {
+        "single": "The model that is trained on all labels, its rate chosen by out-of-fold loss",
+        "averaged": "The mean of the outputs of five folds",
+    }
+    lines = []
+    for kind, title in tables.items():
+        lines += [
+            f"### {title}",
+            "",
+            f"| | seeds | {' | '.join(names)} | adapter - full |",
+            "|---|--:" + "|--:" * 8 + "|",
+        ]
+        for pair, by_seed in found.items():
+            runs = [run[kind] for run in by_seed.values()]
+            cells = [f"{np.mean([run[name] for run in runs]):.1f}" for name in names]
+            change, error = paired([run["adapter"] for run in runs], [run["full"] for run in runs])
+            lines.append(f"| {pair} | {len(runs)} | {' | '.join(cells)} | {change:+.1f} ± {error:.1f} |")
+        lines.append("")
+    lines += [
+        "### Against the best rates, forms and models in hindsight, by the mean of the test scores",
+        "",
+        "| | adapter - full at its best rate | regret of form and rate | advised | regret of the advice | share | s |",
+        "|---|--:|--:|---|--:|--:|--:|",
+    ]
+    for pair, by_seed in found.items():
+        runs = list(by_seed.values())
+        adapter = [run["single"]["adapter"] for run in runs]
+        regrets = []
+        for part, score in (("full", adapter), ("hindsight", adapter)):
+            best = best_of([run[part] for run in runs])
+            regrets.append(paired(score, [run[part][best] for run in runs]))
+        best = best_of([{name: run["single"][name] for name in known} for run in runs])
+        advised = [run["single"][run["advice"]] for run in runs]
+        regrets.append(paired(advised, [run["single"][best] for run in runs]))
+        full, form, advice = [f"{change:+.1f} ± {error:.1f}" for change, error in regrets]
+        counts = {name: sum(run["advice"] == name for run in runs) for name in known}
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+        share, seconds = (np.median([run[name] for run in runs]) for name in ("share", "seconds"))
+        lines.append(f"| {pair} | {full} | {form} | {listed} | {advice} ({best}) | {share:.1%} | {seconds:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def choose_all(tasks: dict, seeds: Sequence[int], path: Path, steps: int) -> None:
+    """Adds what `fit_adapter` chooses for each pair of task and labels to a file, seed by seed."""
+    found = files.read(path).get("results", {})
+    todo = [(seed, task, labels) for seed in seeds for task, (_, numbers) in tasks.items() for labels in numbers]
+    for seed, task, labels in tqdm(todo, unit="run", ncols=100):
+        cell = found.setdefault(f"{task}, {labels} labels", {})
+        if str(seed) in cell:
+            continue
+        split = tasks[task][0](seed, labels)
+        base, mlp = (make_bases(make, {seed: split}, steps)[seed] for make in (KAN, make_mlp))
+        cell[str(seed)] = choose(split, base, mlp, seed, task == "one more household", steps)
+        files.write(path, {"steps": steps, "results": found})
+
+
 def is_done(found: dict[str, dict], run: Run) -> bool:
     task, labels, method, seed, lr = run
     rates = found.get(f"{task}, {labels} labels", {}).get(method, {}).get("rates", {})
@@ -537,14 +676,23 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=5, help="how many runs are averaged (default: 5)")
     parser.add_argument("--rivals", action="store_true", help="more tasks and methods")
+    parser.add_argument("--chosen", action="store_true", help="what fit_adapter chooses on the tasks of --rivals")
     parser.add_argument("--data-dir", type=Path, help="folder with 10,000 images of MNIST, for one more task")
     args = parser.parse_args()
     seeds, steps, most = (1, 5, 1) if args.quick else (args.seeds, 300, 4)
     # the rivals come first, then what else is in the tables
-    tasks, methods = (TASKS, [RIVALS, OF_CHOICE[2:]]) if args.rivals else (dict(list(TASKS.items())[:2]), [FIRST])
-    if args.rivals and args.data_dir is not None:
+    is_long = args.rivals or args.chosen
+    tasks, methods = (dict(TASKS), [RIVALS, OF_CHOICE[2:]]) if is_long else (dict(list(TASKS.items())[:2]), [FIRST])
+    if is_long and args.data_dir is not None:
         tasks = {**TASKS, "digits to MNIST": (partial(mnist, args.data_dir), (20, 50, 200, 1000))}
 
+    if args.chosen:
+        del tasks["Burgers, viscosity 0.1 to 0.05"]  # its residual is no loss of outputs and targets
+        path = args.output / f"chosen{'_quick' if args.quick else ''}.json"
+        if not args.redraw:
+            choose_all(tasks, range(seeds), path, steps)
+        files.write_page(path, chosen_as_text(files.read(path)["results"]))
+        return
     first = args.output / f"few_labels{'_quick' if args.quick else ''}.json"
     path = first.with_stem(first.stem.replace("few_labels", "rivals")) if args.rivals else first
     known = files.read(path, args.quick, args.redraw) or files.read(first, args.quick)

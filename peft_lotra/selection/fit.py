@@ -163,7 +163,9 @@ def fit_adapter(
     if FULL_MATRICES not in forms:
         notes.append(f"{FULL_MATRICES} exceed the budget: {best} was taken instead")
     choice = advise({name: fit.losses for name, fit in fits.items()}, sizes)
-    return AdapterFit(model, bank, Chosen(best, ranks, rate), *choice, sizes, notes, time.perf_counter() - begin)
+    rates = {name: fit.rate for name, fit in fits.items() if fit.rate}
+    seconds = time.perf_counter() - begin
+    return AdapterFit(model, bank, Chosen(best, ranks, rate), *choice, rates, sizes, notes, seconds)
 
 
 def _copy_checked(network: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Any, Tensor], Tensor]) -> nn.Module:

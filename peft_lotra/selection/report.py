@@ -52,6 +52,7 @@ class AdapterFit(Report):
         reason: Why, in one sentence.
         scores: By the same names, the mean loss of the rows that the folds held out.
         errors: The standard errors of the differences between the scores and the least one.
+        rates: The learning rates with these losses.
         sizes: The parameters and bytes that are stored for the task.
         notes: Further remarks.
         seconds: How long it took.
@@ -64,6 +65,7 @@ class AdapterFit(Report):
     reason: str
     scores: dict[str, float]
     errors: dict[str, float]
+    rates: dict[str, float]
     sizes: dict[str, Size]
     notes: list[str]
     seconds: float
