@@ -33,7 +33,6 @@ from .kan import modeling_kan  # noqa: F401  (registers KANModel with AutoModel)
 from .layers.registry import find_kan_layers
 from .modules.report import printable
 from .parametric.storage import FILE, read_family
-from .tucker import Ranks
 
 
 app = typer.Typer(
@@ -51,7 +50,7 @@ main = app  # the entry point
 _FILES = [f"*{name}" for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, FILE)]
 
 
-def _ranks(text: str) -> Ranks:
+def _ranks(text: str) -> Any:
     ranks = tuple(mode if mode == "full" else int(mode) for mode in text.split(","))
     return ranks[0] if len(ranks) == 1 else ranks
 

@@ -113,8 +113,7 @@ class LayerFormula(NamedTuple):
         input, whose products are with (O, I r).
         """
         coefficients: Any = self.coefficients
-        residual: Any = self.residual
-        basis = self.basis
+        residual, basis = self.residual, self.basis
         out, in_features, count = coefficients.shape
         lefts, rights, shaped = [], [], []
         for gain, (core, left, *factors) in self.updates:
@@ -134,7 +133,7 @@ class LayerFormula(NamedTuple):
             right = expand_inputs(scaled, *factors)
             of_splines, of_residual = right.split([count, right.shape[2] - count], dim=-1)
             coefficients = coefficients + of_splines
-            if right.shape[2] > count:
+            if residual is not None and right.shape[2] > count:
                 residual = residual + of_residual.squeeze(-1)
         thin = None
         right_of_residual: Any = None
