@@ -35,7 +35,6 @@ import numpy as np
 import safetensors.torch
 import torch
 from few_labels import KAN, Split, chosen, count
-from matplotlib.ticker import NullFormatter
 from study_tools import files, together
 from study_tools.pictures import BLUE, GREEN, RED, SKY
 from torch import Tensor, nn
@@ -162,17 +161,16 @@ class Point(NamedTuple):  # medians of the bytes, and of the scores of all seeds
 
 
 def points(rows: dict[str, Any]) -> tuple[list[Point], list[Point]]:
-    """All points of a task, and those on the front: with higher scores than all of fewer bytes."""
-    measured = []
+    """All points of a task, and those on the front: better than no update, and than all points of fewer bytes."""
+    measured, best, highest = [], [], np.median([*rows["base"].values()])
     for method in (method for method in BITS if rows.get(method)):
         row = rows[method]["rates"][chosen(rows[method])]
         for bits, of_seeds in row["test"].items():
             size, scores = np.median([*row["bytes"][bits].values()]), [*of_seeds.values()]
             measured.append(Point(method, int(bits), float(size), float(np.median(scores)), scores))
-    best: list[Point] = []
     for point in sorted(measured, key=lambda point: (point.size, -point.score)):
-        if not best or point.score > best[-1].score:
-            best.append(point)
+        if point.score > highest:
+            best, highest = [*best, point], point.score
     return measured, best
 
 
@@ -202,22 +200,24 @@ def draw(results: dict[str, dict], path: Path) -> None:
     styles.append(("(full, full, 1): 32 to 8 bits", GREEN, "^", [ONE_SHAPE], BITS[ONE_SHAPE]))
     for axis, (task, rows) in zip(axes.flat, results.items(), strict=False):
         (measured, best), base = points(rows), np.median([*rows["base"].values()])
-        scores, last = [point.score for point in best], max(point.size for point in measured)
-        sizes, band = [point.size for point in best] + [last], {"color": "#F0E442", "lw": 7, "zorder": 0}
-        axis.step(sizes, [*scores, scores[-1]], where="post", label="the best for its bytes", **band)
+        sizes, scores = (sorted(point[place] for point in measured) for place in (2, 3))
+        steps = [(sizes[0], math.nan), *((point.size, point.score) for point in best)]  # from the left to the right
+        x, y = zip(*steps, (sizes[-1], steps[-1][1]), strict=True)
+        axis.step(x, y, where="post", color="#F0E442", lw=7, zorder=0, label="the best for its bytes")
         for label, color, marker, methods, bits in styles:
             line = [point for point in measured if point.method in methods and point.bits in bits]
             places = [(point.size, point.score) for point in line]
-            axis.plot(*zip(*places, strict=True), color=color, marker=marker, label=label, ms=4.5, lw=1.2)
+            axis.semilogx(*zip(*places, strict=True), color=color, marker=marker, label=label, ms=4.5, lw=1.2)
             for point, place in zip(line, places, strict=True) if color == RED else ():
                 axis.annotate(point.bits, place, (0, -13), textcoords="offset points", ha="center", color=RED)
-        low, high = min(*scores, base), scores[-1]
-        room = 0.12 * (high - low)
+        room = 0.12 * (scores[-1] - scores[0])
         axis.axhline(base, color="gray", ls=":", lw=1.2, label="no update")
-        axis.set(xscale="log", title=f"{task.split(',')[0]}, {TASKS[task]} labels", ylim=(low - 2 * room, high + room))
-        axis.xaxis.set_minor_formatter(NullFormatter())
+        title = f"{task.split(',')[0]}, {TASKS[task]} labels\nno update: {base:.3g}"
+        axis.set_xticks([1e3, 3e3, 1e4, 3e4, 1e5], ["1 kB", "3", "10", "30", "100 kB"])
+        axis.set_xticks([], minor=True)
+        y_range = scores[0] - 2 * room, scores[-1] + room
+        axis.set(title=title, xlim=(0.8 * sizes[0], 1.3 * sizes[-1]), ylim=y_range, xlabel="size of the file")
         axis.set_ylabel("digits of the solution" if task.startswith("Burgers") else few_labels.unit_of(task))
-        axis.set_xlabel("bytes of the file")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=9, frameon=False)
     figure.suptitle("How good is an update of so many bytes?")
     figure.tight_layout(rect=(0, 0.13, 1, 1))
