@@ -128,7 +128,7 @@ def run_task(task: str, seeds: int, steps: int, rates: int, rows: dict[str, Any]
     for method in tqdm(BITS, task, ncols=100):
         if method in rows:
             continue
-        runs = [(seed, lr) for lr in few_labels.RATES[: 5 if method == FULL else 3][-rates:] for seed in splits]
+        runs = [(seed, lr) for lr in few_labels.RATES[: 5 if method == FULL else 4][-rates:] for seed in splits]
         try:
             trained = [prepare(method, bases[seed], warm[seed], splits[seed], lr) for seed, lr in runs]
         except ValueError:  # one rank of each layer needs more parameters

@@ -80,6 +80,48 @@ def test_the_ranks_of_the_rivals(tmp_path):
     study.draw_ranks(results, tmp_path / "a.png")
 
 
+def test_updates_by_bytes(tmp_path):
+    study, page = importlib.import_module("bytes"), (ROOT / "docs" / "when.md").read_text(encoding="utf-8")
+    results = load("bytes")["results"]
+    measured = {
+        (task.split()[0], point.method, point.bits): point
+        for task, rows in results.items()
+        for point in study.points(rows)[0]
+    }
+
+    def told(task: str, method: str, bits: int, digits: int = 1) -> tuple[str, str]:
+        point = measured[task, method, bits]
+        return f"{point.score:.{digits}f}", f"{point.size / 1000:.1f}"
+
+    digits, rounded, coarse = (told("digits", *key) for key in (("LoTRA, 5%", 16), (study.FULL, 3), (study.FULL, 2)))
+    household, text, text_full = (
+        told("one", "LoTRA, 5%", 16),
+        told("characters", "LoTRA, 30%", 8),
+        told("characters", study.FULL, 2),
+    )
+    pde = [
+        told("Burgers,", *key, 2) for key in (("LoTRA, 20%", 16), (study.FULL, 4), (study.FULL, 8), (study.FULL, 32))
+    ]
+    for sentence in (
+        f"{digits[0]} % in {digits[1]} kB (5 % of",
+        f"{rounded[0]} % in {rounded[1]} kB (3 bits) and {coarse[0]} in {coarse[1]} (2 bits)",
+        f"{household[0]} % of the variance in {household[1]} kB",
+        f"by full fine-tuning {told('one', study.FULL, 32)[0]}",
+        f"above {text_full[1]} kB: there a full update of 2 bits has {text_full[0]} %",
+        f"LoTRA at 30 % in 8 bits {text[0]} in {text[1]} kB",
+        f"{pde[0][0]} digits in {pde[0][1]} kB (20 %, float16), and a full update {pde[1][0]} in {pde[1][1]} kB",
+        f"{pde[2][0]} in {pde[2][1]} (8 bits)",
+        f"All of {pde[3][0]} digits needs the full update in 32 bits, {pde[3][1]} kB",
+    ):
+        assert sentence in " ".join(page.split())
+
+    for task, method, _ in measured:
+        if method != study.FULL:
+            medians = [measured[task, method, bits].score for bits in (32, 16, 8)]
+            assert abs(medians[1] - medians[0]) < 0.1 and abs(medians[2] - medians[0]) < 0.45
+    study.draw(results, tmp_path / "a.png")
+
+
 def test_the_rates_by_rank():
     study, page = importlib.import_module("learning_rates"), (ROOT / "docs" / "method.md").read_text()
     rows = with_infinity(load("learning_rates_ranks")["rows"])
