@@ -96,8 +96,8 @@ def test_updates_by_bytes(tmp_path):
     digits, rounded, coarse = (told("digits", *key) for key in (("LoTRA, 5%", 16), (study.FULL, 3), (study.FULL, 2)))
     household, text, text_full = (
         told("one", "LoTRA, 5%", 16),
-        told("characters", "LoTRA, 30%", 8),
-        told("characters", study.FULL, 2),
+        told("characters,", "LoTRA, 30%", 8),
+        told("characters,", study.FULL, 2),
     )
     pde = [
         told("Burgers,", *key, 2) for key in (("LoTRA, 20%", 16), (study.FULL, 4), (study.FULL, 8), (study.FULL, 32))
