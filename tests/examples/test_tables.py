@@ -100,7 +100,7 @@ def test_updates_by_bytes(tmp_path):
         told("characters,", study.FULL, 2),
     )
     pde = [
-        told("Burgers,", *key, 2) for key in (("LoTRA, 20%", 16), (study.FULL, 4), (study.FULL, 8), (study.FULL, 32))
+        told("Burgers,", *key, 2) for key in (("LoTRA, 30%", 16), (study.FULL, 4), (study.FULL, 8), (study.FULL, 32))
     ]
     for sentence in (
         f"{digits[0]} % in {digits[1]} kB (5 % of",
@@ -109,9 +109,9 @@ def test_updates_by_bytes(tmp_path):
         f"by full fine-tuning {told('one', study.FULL, 32)[0]}",
         f"above {text_full[1]} kB: there a full update of 2 bits has {text_full[0]} %",
         f"LoTRA at 30 % in 8 bits {text[0]} in {text[1]} kB",
-        f"{pde[0][0]} digits in {pde[0][1]} kB (20 %, float16), and a full update {pde[1][0]} in {pde[1][1]} kB",
-        f"{pde[2][0]} in {pde[2][1]} (8 bits)",
-        f"All of {pde[3][0]} digits needs the full update in 32 bits, {pde[3][1]} kB",
+        f"LoTRA has {pde[0][0]} digits in {pde[0][1]} kB (30 %, float16)",
+        f"a full update {pde[1][0]} in {pde[1][1]} kB (4 bits) and {pde[2][0]} in {pde[2][1]} (8 bits)",
+        f"In 32 bits, {pde[3][1]} kB, it has {pde[3][0]}",
     ):
         assert sentence in " ".join(page.split())
 
