@@ -52,7 +52,7 @@ def start_from_training(
     closest to this update in the outputs of the layers, weighted by J^T J of the model's outputs, for the inputs that
     `loss` passes to the network in the first pass over the batches. Where `loss` does not call the network
     itself (`jet`, `torch.func`), they are closest in the coefficients. With a `budget` in the configuration, the ranks
-    are chosen anew too, for as many parameters as the adapter has.
+    are chosen anew too.
 
     **The adapted model does not equal its base afterwards.** The base itself is unchanged. Call it before the
     optimizer is made: the components may be new parameters. [`create_lotra_optimizer`] then trains each component at
@@ -105,7 +105,7 @@ def start_from_training(
     if config.budget is None:
         ranks = {name: components.ranks for name, components in present.items()}
     else:
-        budget = sum(components.numel() for components in present.values())
+        budget = int(config.budget * sum(core.numel() for core in cores.values()) + 1e-6)
     started = decompose_updates(updates, weights, ranks=ranks, budget=budget)
 
     config.init_weights = "training"
