@@ -165,7 +165,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             former = getattr(self._modules[name], adapter_name, None)
             if value is not None:
                 requires_grad = (core if former is None else former).requires_grad
-                self._modules[name][adapter_name] = nn.Parameter(value.detach(), requires_grad=requires_grad)
+                # products of other strides have other last digits: a file would not restore the outputs
+                value = value.detach().contiguous()
+                self._modules[name][adapter_name] = nn.Parameter(value, requires_grad=requires_grad)
             elif former is not None:
                 del self._modules[name][adapter_name]
         self.lotra_r[adapter_name] = components.ranks
