@@ -55,11 +55,14 @@ def test_a_full_mode_has_no_parameter(ranks):
 
 @pytest.mark.parametrize("ranks", [("full", "full", 1), ("full", 8, 4), (8, "full", "full"), "full"])
 def test_a_layer_with_full_modes_keeps_the_variance(ranks):
-    x, variances = torch.rand(2000, 40) * 2 - 1, []
+    x, variances, of_splines = torch.rand(2000, 40) * 2 - 1, [], []
     for _ in range(20):
-        variances.append(SlimKANLinear(40, 30, ranks)(x).square().mean())
+        layer = SlimKANLinear(40, 30, ranks)
+        variances.append(layer(x).square().mean())
+        of_splines.append((layer(x) - F.silu(x) @ layer.base_weight.T).square().mean())
 
     assert 0.8 < torch.stack(variances).mean() / x.square().mean() < 1.25
+    assert 0.02 < torch.stack(of_splines).mean() / torch.stack(variances).mean() < 0.1  # a twentieth
 
 
 def test_compiles_once_for_all_batch_sizes_of_an_order():
