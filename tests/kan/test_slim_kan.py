@@ -62,7 +62,8 @@ def test_a_layer_with_full_modes_keeps_the_variance(ranks):
         of_splines.append((layer(x) - F.silu(x) @ layer.base_weight.T).square().mean())
 
     assert 0.8 < torch.stack(variances).mean() / x.square().mean() < 1.25
-    assert 0.02 < torch.stack(of_splines).mean() / torch.stack(variances).mean() < 0.1  # a twentieth
+    if layer.factor_basis is None:  # with one shape for all edges, its share is random
+        assert 0.02 < torch.stack(of_splines).mean() / torch.stack(variances).mean() < 0.1
 
 
 def test_compiles_once_for_all_batch_sizes_of_an_order():
