@@ -105,81 +105,97 @@ class LayerFormula(NamedTuple):
         return torch.cat([total[:, :-1] * self.scale.unsqueeze(1), total[:, -1:]], 1)
 
     def output(self, x: Tensor) -> Tensor:
-        """Return y (..., O) for x (..., I).
+        """Return y (..., O) for x (..., I)."""
+        coefficients, residual, factored, shapes = self._add_updates()
+        out, in_features, _ = coefficients.shape
+        # the last digits of a batched product depend on what requires a gradient
+        rows = x if x.dim() == 2 else x.reshape(-1, in_features)
+        z = rows if self.norm is None else self.norm(rows)
+        basis = self.basis
+        thin = None if factored is None else factored[:2]
+        functions: Any = None
+        if isinstance(basis, UniformGrid):
+            y = spline_product(z, *basis, coefficients, thin)
+        else:
+            assert basis is not None
+            functions = basis.derivatives(z, 0)[0]
+            y = plain_product(functions, coefficients, *(thin or (None, None)))
+        activated: Any = None if residual is None else self.activation(rows)
+        for core, weights in shapes:
+            y = torch.addmm(y, self._evaluate_shapes(z, functions, activated, weights).flatten(1), core.flatten(1).t())
+        if residual is not None:
+            # in the backward pass, `addmm` computes no gradient of a frozen weight
+            y = torch.addmm(y, activated, residual.t())
+            if factored is not None:
+                left, _, right_of_residual = factored
+                y = torch.addmm(y, F.linear(activated, right_of_residual), left.t())
+        if self.bias is not None:
+            y = y + self.bias
+        # a view would cost compiled code a tenth of a step
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], out)
 
-        The updates stay in factors where two thin products cost less than a sum with the coefficients. They do if
-        2 R (I K + O) < O I K, the multiplications of a backward pass for each row. R is the sum of the output ranks.
-        An update with a full out mode is added to the coefficients, or in wide layers evaluated as r functions of each
-        input, whose products are with (O, I r).
+    def _evaluate_shapes(self, z: Tensor, functions: Tensor, activated: Tensor | None, weights: Tensor) -> Tensor:
+        """Return r functions of each input (N, I, r), with weights (K, r) or (K + 1, r), of normalized inputs z."""
+        basis: Any = self.basis
+        if isinstance(basis, UniformGrid):
+            count = basis.num_basis
+            # the inputs are points of one grid
+            points = ((z - basis.low) * basis.per_unit).reshape(-1, 1)
+            ends = points.new_zeros(1), points.new_full((1,), basis.grid_size)
+            values = spline_product(points, *ends, *basis[2:], weights[:count].t().unsqueeze(1)).view(*z.shape, -1)
+        else:
+            count = functions.shape[-1]
+            values = functions @ weights[:count]
+        if activated is None or len(weights) == count:
+            return values
+        return values + activated.unsqueeze(-1) * weights[count]
+
+    def _add_updates(self) -> tuple[Tensor, Any, tuple[Tensor, Tensor, Any] | None, list[tuple[Tensor, Tensor]]]:
+        """Add the updates to the coefficients and the residual weights, but those that cost less by themselves.
+
+        Updates with factor_out stay in factors where two thin products cost less than a sum with the coefficients.
+        They do if 2 R (I K + O) < O I K, the multiplications of a backward pass for each row. R is the sum of the
+        output ranks. In wide layers, updates with a full out mode are evaluated as r functions of each input.
+
+        Returns:
+            scale (A + updates); R + updates; of updates in factors left (O, R), right (R, I, K) and right (R, I) of
+            the residual branch, or None; and of updates as functions the cores (O, I, r) and weights (K + 1, r).
         """
         coefficients: Any = self.coefficients
-        residual, basis = self.residual, self.basis
+        residual = self.residual
         out, in_features, count = coefficients.shape
-        lefts, rights, shaped = [], [], []
-        for gain, (core, left, *factors) in self.updates:
+        lefts, rights, shapes = [], [], []
+        for gain, (core, left, factor_in, weights) in self.updates:
             scaled = core if isinstance(gain, float) and gain == 1.0 else gain * core
+            rank = count if weights is None else weights.shape[1]
+            if left is None and self.scale is None and _SHAPES_FROM * count < out * (count - 3 * rank):
+                shapes.append((expand_inputs(scaled, factor_in, None), weights))
+                continue
+            right = expand_inputs(scaled, factor_in, weights)
             if left is not None:
-                right = expand_inputs(scaled, *factors)
                 if residual is not None and right.shape[-1] == count:
                     right = F.pad(right, (0, 1))
                 lefts.append(left)
                 rights.append(right)
                 continue
-            factor_in, functions = factors
-            rank = count if functions is None else functions.shape[1]
-            if self.scale is None and _SHAPES_FROM * count < out * (count - 3 * rank):
-                shaped.append((expand_inputs(scaled, factor_in, None).flatten(1), functions))
-                continue
-            right = expand_inputs(scaled, *factors)
             of_splines, of_residual = right.split([count, right.shape[2] - count], dim=-1)
             coefficients = coefficients + of_splines
             if residual is not None and right.shape[2] > count:
                 residual = residual + of_residual.squeeze(-1)
-        thin = None
-        right_of_residual: Any = None
+        factored = None
         if lefts:
             left = lefts[0] if len(lefts) == 1 else torch.cat(lefts, 1)
             right = rights[0] if len(rights) == 1 else torch.cat(rights)
+            right_of_residual: Any = None
             if residual is not None:
                 right, last = right.split([count, 1], dim=-1)
                 right_of_residual = last.squeeze(-1)
             if self.scale is None and 2 * len(right) * (in_features * count + out) < out * in_features * count:
-                thin = left, right
+                factored = left, right, right_of_residual
             else:
                 coefficients = torch.addmm(coefficients.flatten(1), left, right.flatten(1)).view(coefficients.shape)
                 if residual is not None:
                     residual = torch.addmm(residual, left, right_of_residual)
         if self.scale is not None:
             coefficients = coefficients * self.scale.unsqueeze(-1)
-
-        # the last digits of a batched product depend on what requires a gradient
-        rows = x if x.dim() == 2 else x.reshape(-1, in_features)
-        z = rows if self.norm is None else self.norm(rows)
-        if isinstance(basis, UniformGrid):
-            y = spline_product(z, *basis, coefficients, thin)
-        else:
-            assert basis is not None
-            values = basis.derivatives(z, 0)[0]
-            y = plain_product(values, coefficients, *(thin or (None, None)))
-        for matrix, weights in shaped:
-            if isinstance(basis, UniformGrid):
-                # the inputs are points of one grid
-                points = ((z - basis.low) * basis.per_unit).reshape(-1, 1)
-                ends = points.new_zeros(1), points.new_full((1,), basis.grid_size)
-                shapes = spline_product(points, *ends, *basis[2:], weights[:count].t().unsqueeze(1))
-            else:
-                shapes = values @ weights[:count]
-            shapes = shapes.view(*z.shape, -1)
-            if residual is not None and len(weights) > count:
-                shapes = shapes + self.activation(rows).unsqueeze(-1) * weights[count]
-            y = torch.addmm(y, shapes.flatten(1), matrix.t())
-        if residual is not None:
-            values = self.activation(rows)
-            # in the backward pass, `addmm` computes no gradient of a frozen weight
-            y = torch.addmm(y, values, residual.t())
-            if thin is not None:
-                y = torch.addmm(y, F.linear(values, right_of_residual), thin[0].t())
-        if self.bias is not None:
-            y = y + self.bias
-        # a view would cost compiled code a tenth of a step
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], out)
+        return coefficients, residual, factored, shapes

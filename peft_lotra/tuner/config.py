@@ -266,7 +266,7 @@ class LoTRAConfig(PeftConfig):
             if is_default or (ranks[0] if isinstance(ranks, tuple) else ranks) == "full":
                 raise ValueError(
                     f"`rank_dropout` drops components of the out mode, but r={self.r}, rank_pattern="
-                    f"{self.rank_pattern} leave it full, without components. Pass `module_dropout`, or other ranks."
+                    f"{self.rank_pattern} leave it full, without components: pass `module_dropout`, or other ranks."
                 )
 
     def _check_targets(self) -> None:
