@@ -87,8 +87,8 @@ def test_a_line_for_each_adapter_of_each_layer():
         ("tail.layers.1", "peft-lotra", None),
     ]
     first, _, second, _, bare = summary
-    assert first.shape == (5, 3, 8) and first.has_residual and first.ranks == (2, 3, 4) and first.scale == 1.0
-    assert first.parameters == 2 * 3 * 4 + 5 * 2 + 3 * 3 + 9 * 4 == first.trainable
+    assert first.shape == (5, 3, 8) and first.has_residual and first.ranks == (2, "full", 4) and first.scale == 1.0
+    assert first.parameters == 2 * 3 * 4 + 5 * 2 + 9 * 4 == first.trainable
     assert first.kilobytes == first.parameters * 4 / 1000
     assert (first.active, second.active, second.trainable, second.scale) == (True, False, 0, 0.5)
     assert (bare.ranks, bare.parameters, bare.scale, bare.active, bare.merged) == (None, 0, None, False, False)
@@ -118,11 +118,11 @@ def test_the_state_follows_the_model():
 
 def test_table_and_json():
     summary = model_summary(adapt(nested()))
-    for expected in ("tail.layers.1", "cheby-kan", "(4, 5, 5)", "(2, 3, 4)", "default", "active", "+1: the"):
+    for expected in ("tail.layers.1", "cheby-kan", "(4, 5, 5)", "(2, full, 4)", "default", "active", "+1: the"):
         assert expected in str(summary)
     assert f"{summary.trainable_parameters:,} of {summary.all_parameters:,} parameters trainable" in str(summary)
     values = json.loads(json.dumps(summary.as_dict()))
-    assert values["layers"][0]["ranks"] == [2, 3, 4] and values["all_parameters"] == summary.all_parameters
+    assert values["layers"][0]["ranks"] == [2, "full", 4] and values["all_parameters"] == summary.all_parameters
 
 
 def test_other_models():

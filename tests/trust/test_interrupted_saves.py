@@ -109,7 +109,7 @@ class Exports:
 
     @staticmethod
     def load(folder: Path) -> int:
-        return max(Adapters.load(folder))
+        return int(LoTRAConfig.from_pretrained(str(folder)).r[0])
 
 
 KINDS = {
