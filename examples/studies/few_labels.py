@@ -462,7 +462,9 @@ def choose(split: Split, base: nn.Module, mlp: nn.Module, seed: int, blocked: bo
     report = fit_adapter(adapted, split.labeled, split.loss, **options)
     x, y = split.labeled
     torch.manual_seed(seed)
-    task = Task(x, y, split.loss, assign_folds(y, 5, None, blocked), steps, tqdm(disable=True))
+    are_classes = y.dim() == 1 and not y.is_floating_point()
+    fold = assign_folds(y, 5, None, blocked, are_classes)
+    task = Task(x, y, split.loss, fold, are_classes, steps, tqdm(disable=True))
     every_row = [torch.arange(len(x))]
 
     base_score = split.score(base, "test")

@@ -23,37 +23,32 @@ def read_rows(data: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(data, (tuple, list)):
         loader = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=256)
         data = [torch.cat(tensors) for tensors in zip(*loader, strict=True)]
-    if len(data) != 2 or len(data[0]) != len(data[1]) or len(data[0]) == 0:
-        raise ValueError("`data` must have inputs and targets, the same number of both, and at least one.")
+    are_tensors = all(isinstance(tensor, Tensor) for tensor in data)
+    if not are_tensors or len(data) != 2 or len(data[0]) != len(data[1]) or len(data[0]) == 0:
+        raise ValueError("`data` must have inputs and targets as tensors, the same number of both, and at least one.")
     x, y = data
     if not (x.isfinite().all() and y.isfinite().all()):
         raise ValueError("`data` has NaN or infinite values. Remove these rows.")
     return x, y
 
 
-def has_classes(y: Tensor) -> bool:
-    """Return whether targets are classes, one integer for each row."""
-    return y.dim() == 1 and not y.is_floating_point()
-
-
-def assign_folds(y: Tensor, folds: int, groups: Sequence[Any] | Tensor | None, blocked: bool) -> Tensor:
+def assign_folds(y: Tensor, folds: int, groups: Sequence[Any] | None, blocked: bool, are_classes: bool) -> Tensor:
     """Return the fold (n,) that holds out each row; -1 for a row that is the only one of its class.
 
     Raises:
         ValueError: There are not enough rows or groups, or a fold would train without a class.
     """
     count = len(y)
-    classes = y.tolist() if has_classes(y) else [0] * count
+    classes = y.tolist() if are_classes else [0] * count
     order = torch.randperm(count).tolist()
     fold = torch.full((count,), -1)
     if blocked:
         fold = torch.arange(count) * folds // count
     elif groups is not None:
-        labels = groups.tolist() if isinstance(groups, Tensor) else list(groups)
-        if len(labels) != count:
-            raise ValueError(f"`groups` has {len(labels)} entries, but `data` has {count} rows.")
-        numbers = {label: number for number, label in enumerate(dict.fromkeys(labels[row] for row in order))}
-        fold = torch.tensor([numbers[label] % folds for label in labels])
+        if len(groups) != count:
+            raise ValueError(f"`groups` has {len(groups)} entries, but `data` has {count} rows.")
+        numbers = {label: number for number, label in enumerate(dict.fromkeys(groups[row] for row in order))}
+        fold = torch.tensor([numbers[label] % folds for label in groups])
     else:
         frequency = Counter(classes)
         rows = [row for row in order if frequency[classes[row]] > 1]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
@@ -59,8 +60,9 @@ def fit_adapter(
        all of them, `model` has an update of zero.
     5. `advice` names the model to use: the smallest one whose loss is within one standard error of the least.
 
-    Losses of classes (one integer for each row) are measured after the outputs are divided by a temperature, the best
-    one for all held-out rows. Bases with more than a million coefficients, and more than 20,000 rows, hold out one
+    Classes are integers, one for each row, whose loss does not change if all outputs rise alike, such as
+    `cross_entropy`. Their losses are measured after the outputs are divided by a temperature, the best one for all
+    held-out rows. Bases with more than a million coefficients, and more than 20,000 rows, hold out one
     tenth instead.
 
     Like `get_peft_model`, the function adapts `base` in place. After an error `base` is unchanged.
@@ -69,7 +71,8 @@ def fit_adapter(
         base: The trained network, without adapters. It returns a tensor with one entry for each row.
         data: The labeled rows of the new task: inputs and targets as tensors, or a Dataset or a DataLoader of such
             pairs.
-        loss: The loss of outputs and targets, a mean over the rows, such as `torch.nn.functional.cross_entropy`.
+        loss: The loss of outputs and targets, a mean over the rows, such as `torch.nn.functional.cross_entropy`. The
+            scores are means of the losses of single rows, in which weights of classes have no effect.
         budget: The number of parameters of the adapter, as a share of the coefficients of the KAN layers.
         max_bytes: The size of adapter_model.safetensors, at most.
         steps: The number of training steps, of up to 128 rows each.
@@ -87,7 +90,8 @@ def fit_adapter(
 
     Raises:
         ValueError: Before training: there are no rows, fewer rows or groups than folds, a fold without a class, or
-            values that are not finite; the loss is no scalar; the budget is above 1, or it or `max_bytes` is below
+            values that are not finite; the loss is no scalar, not finite for a single row, or does not take all
+            outputs (it needs probabilities, or their logarithms); the budget is above 1, or it or `max_bytes` is below
             what ranks of 1 take; `base` has adapters.
 
     Example:
@@ -117,23 +121,29 @@ def fit_adapter(
         torch.manual_seed(seed)
         x, y = (tensor.to(device) for tensor in read_rows(data))
         torch.manual_seed(seed)  # a loader draws numbers too
-        network = _copy_checked(original, x[:CHUNK], y[:CHUNK], loss)
+        network, are_classes = _copy_checked(original, x[:CHUNK], y[:CHUNK], loss)
         smallest = adapt(deepcopy(network), r=1)
         layers = [layer for _, layer in lotra_layers(smallest)]
         coefficients = sum(layer.get_base_weight().numel() for layer in layers)
         if max_bytes is not None:
             budget = min(budget, _limit_parameters(max_bytes, file_size(smallest), layers) / coefficients)
+        if groups is not None:
+            groups = groups.tolist() if isinstance(groups, Tensor) else list(groups)
         is_large = coefficients > _MANY_COEFFICIENTS or len(x) > _MANY_ROWS
-        fold = assign_folds(y, 10 if is_large else folds, groups, blocked)
         if is_large:
-            fold = torch.where(fold == 9, 0, -1)
+            folds = min(10, len(x) // 2, 10 if groups is None else len(set(groups)))
+        fold = assign_folds(y, folds, groups, blocked, are_classes)
+        if is_large:
+            fold = torch.where(fold == folds - 1, 0, -1)
 
-        task = Task(x, y, loss, fold, steps, bar)
+        task = Task(x, y, loss, fold, are_classes, steps, bar)
         forms = choose_forms(network, task, budget)
         references = make_references(network, task)
         bar.total = steps * (len(references) + len(forms) + 1)
-        fits = {name: task.compare(start) for name, start in references.items()}
-        fits["base"] = Fit(0.0, {}, task.losses_before_training(references["full"]))
+        fits = {"base": Fit(0.0, {}, task.losses_before_training(references["full"]))}
+        if not fits["base"].losses.isfinite().all():
+            raise ValueError("`loss` of single rows is not finite. It must be a mean over rows: remove those without.")
+        fits |= {name: task.compare(start) for name, start in references.items()}
         adapters = {_NO_ADAPTATION: fits["base"]}
         for name, form in forms.items():
             adapters[name] = task.compare(start_adapter(network, task, form, task.rows))
@@ -168,22 +178,52 @@ def fit_adapter(
     return AdapterFit(model, bank, Chosen(best, ranks, rate), *choice, rates, sizes, notes, seconds)
 
 
-def _copy_checked(network: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Any, Tensor], Tensor]) -> nn.Module:
-    """Return a copy; raise a ValueError unless it returns a tensor by rows, and the loss one value with a gradient."""
+def _copy_checked(
+    network: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Any, Tensor], Tensor]
+) -> tuple[nn.Module, bool]:
+    """Return a copy, and whether targets are classes.
+
+    Raises:
+        ValueError: The network returns no tensor by rows, or the loss cannot train all models.
+    """
     with evaluating_without_trace(network):
         outputs = network(x)
         network = deepcopy(network)  # what a network keeps of a pass with gradients could not be copied
     if not isinstance(outputs, Tensor) or outputs.shape[:1] != x.shape[:1]:
         raise ValueError(f"`base` must return a tensor with one entry for each row, not a {type(outputs).__name__}.")
     outputs.requires_grad_()
-    list(compute_losses(lambda: loss(outputs, y), None))
-    return network
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Using a target size")
+        try:
+            (value,) = compute_losses(lambda: loss(outputs, y), None)
+        except UserWarning as error:
+            raise ValueError(
+                f"`loss` broadcasts outputs {tuple(outputs.shape)} and targets {tuple(y.shape)}."
+            ) from error
+
+    with torch.no_grad():
+        try:
+            raised = loss(outputs + 1, y)
+        except Exception as error:
+            raise ValueError(
+                "`loss` does not take all outputs. Let `base` return logits, without a sigmoid."
+            ) from error
+        is_invariant = torch.isclose(raised, value, rtol=1e-3, atol=1e-3).item()
+        width = outputs.shape[1] if outputs.dim() > 1 else 1
+        is_normalized = width > 1 and outputs.logsumexp(1).abs().max() < 1e-2
+    if is_normalized and not is_invariant and raised < value:
+        raise ValueError(
+            "`base` returns logarithms of probabilities, and a linear model does not. Pass `cross_entropy` instead of "
+            "`nll_loss`: for such outputs they are equal."
+        )
+    are_integers = y.dim() == 1 and not y.is_floating_point()
+    return network, bool(is_invariant and are_integers and y.max() < width)
 
 
 def _limit_parameters(max_bytes: int, smallest: Size, layers: Sequence[LoTRALayer]) -> int:
     """Return how many parameters an adapter may have in a file, given the size of the smallest adapter."""
     needed = smallest.bytes + _HEADER_ROOM * len(layers)
     if max_bytes < needed:
-        raise ValueError(f"`max_bytes` is {max_bytes}, but ranks of 1 already take {needed} bytes.")
+        raise ValueError(f"`max_bytes` is {max_bytes}, but ranks of 1 and the header may take {needed} bytes.")
     itemsize = layers[0].get_components("default").core.itemsize
     return smallest.parameters + (max_bytes - needed) // itemsize

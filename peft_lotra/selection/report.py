@@ -53,7 +53,7 @@ class AdapterFit(Report):
         scores: By the same names, the mean loss of the rows that the folds held out.
         errors: The standard errors of the differences between the scores and the least one.
         rates: The learning rates with these losses.
-        sizes: The parameters and bytes that are stored for the task.
+        sizes: The parameters that are stored for the task, and the bytes of their safetensors file.
         notes: Further remarks.
         seconds: How long it took.
     """

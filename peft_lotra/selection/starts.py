@@ -35,7 +35,7 @@ class Form(NamedTuple):
 
 
 class Size(NamedTuple):
-    """The parameters that are stored for a task, and their bytes."""
+    """The parameters that are stored for a task, and the bytes of their file."""
 
     parameters: int
     bytes: int
@@ -48,8 +48,12 @@ def adapt(base: nn.Module, **config: Any) -> PeftModel:
 
 def file_size(model: PeftModel) -> Size:
     """Return the size of the file in which PEFT saves the adapter."""
-    tensors = get_peft_model_state_dict(model)
-    file = safetensors.torch.save(tensors, {"format": "pt"})
+    return _measure(get_peft_model_state_dict(model))
+
+
+def _measure(tensors: Tensors) -> Size:
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    file = safetensors.torch.save(contiguous, {"format": "pt"})
     return Size(sum(tensor.numel() for tensor in tensors.values()), len(file))
 
 
@@ -144,13 +148,13 @@ def _start_linear(task: Task, outputs: Tensor) -> Start:
     zeros = {name: torch.zeros_like(parameter) for name, parameter in network.named_parameters()}
     values = []
     for rows in task.rows:
-        variance, mean = torch.var_mean(task.x[rows].flatten(1), 0)
+        variance, mean = torch.var_mean(task.x[rows].flatten(1), 0, correction=int(len(rows) > 1))
         variance[variance < 1e-12] = 1
         values.append({**zeros, "1.running_mean": mean, "1.running_var": variance})
     return Start(network, values)
 
 
 def stored_size(start: Start) -> Size:
-    """Return the size of what a start trains."""
-    parameters = [start.values[0][name] for name, _ in start.network.named_parameters() if name in start.values[0]]
-    return Size(sum(value.numel() for value in parameters), sum(value.nbytes for value in parameters))
+    """Return the size of a file of what a start trains."""
+    trained = dict(start.network.named_parameters())
+    return _measure({name: value for name, value in start.values[0].items() if name in trained})

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from ..modules.calls import freeze_norms, set_mode
-from .data import has_classes
 
 
 RATES = (3e-3, 1e-2, 3e-2)
@@ -78,12 +77,13 @@ def mapped(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Task(NamedTuple):
-    """The rows of a new task, their loss, the fold that holds out each row or -1, and how to train."""
+    """The rows of a new task, their loss, the fold that holds out each row or -1, their kind, and how to train."""
 
     x: Tensor
     y: Tensor
     loss: Callable[[Any, Tensor], Tensor]
     fold: Tensor
+    are_classes: bool
     steps: int
     bar: Any
 
@@ -156,10 +156,10 @@ class Task(NamedTuple):
         y = self.y[rows]
         losses = []
         for outputs in torch.cat(chunks).unbind(1):
-            if has_classes(y) and outputs.dim() == 2:
+            if self.are_classes and outputs.dim() == 2:
                 outputs = outputs * self._find_scale(outputs, y)
             by_row = [self.loss(outputs[row : row + 1], y[row : row + 1]) for row in range(len(y))]
-            losses.append(torch.stack(by_row).nan_to_num(math.inf))
+            losses.append(torch.stack(by_row).nan_to_num(math.inf, math.inf))
         return losses
 
     def _find_scale(self, outputs: Tensor, y: Tensor) -> float:

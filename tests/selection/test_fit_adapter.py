@@ -7,12 +7,13 @@ import copy
 import json
 
 import pytest
+import safetensors.torch
 import torch
 from foreign import make_foreign
 from helpers import lotra_layers
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import binary_cross_entropy, cross_entropy, mse_loss, nll_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from peft_lotra import LoTRAConfig, fit_adapter, start_from_training
@@ -166,6 +167,38 @@ def test_a_wide_task_holds_out_one_tenth(monkeypatch):
     assert report.bank.names == ["fold 0"]
 
 
+@pytest.mark.parametrize("rows, groups", [(12, None), (30, [0, 1, 2] * 10)])
+def test_a_wide_task_of_few_rows_or_groups_holds_out_two_rows_or_one_group(monkeypatch, rows, groups):
+    monkeypatch.setattr(fit, "_MANY_ROWS", 5)
+    base, x = make_base(), make_rows(rows)
+
+    report = quick_fit(base, (x, shifted(base, x)), groups=groups)
+
+    assert report.advice in NAMES
+
+
+def test_integers_that_are_no_classes_are_held_out_and_measured_as_they_are():
+    """Each of them once, so that classes would not be held out."""
+    base, x = make_base(3, 8, 1), make_rows()
+    y = torch.arange(30)
+
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        return mse_loss(outputs[:, 0], y.double())
+
+    expected = loss(base(x), y).item()
+
+    assert quick_fit(base, (x, y), loss).scores["base"] == pytest.approx(expected)
+
+
+def test_sizes_are_of_files(tmp_path):
+    base, x = make_base(), make_rows()
+    safetensors.torch.save_file(dict(base.named_parameters()), tmp_path / "base.safetensors", {"format": "pt"})
+
+    report = quick_fit(base, (x, shifted(base, x)))
+
+    assert report.sizes["full"].bytes == (tmp_path / "base.safetensors").stat().st_size
+
+
 # --- networks and data ---
 
 
@@ -250,7 +283,7 @@ def test_running_statistics_stay_and_dropout_is_drawn():
 def test_folds_are_of_equal_size_and_each_has_its_share_of_a_class():
     y = torch.tensor([0] * 10 + [1] * 5 + [2])
 
-    fold = assign_folds(y, 5, None, False)
+    fold = assign_folds(y, 5, None, False, are_classes=True)
 
     assert fold[:10].bincount().tolist() == [2] * 5
     assert fold[10:15].bincount().tolist() == [1] * 5
@@ -261,7 +294,8 @@ def test_the_rows_of_a_group_and_of_a_block_are_held_out_together():
     y = torch.zeros(12, 1)
     groups = list("abcdefabcdef")
 
-    by_group, by_block = assign_folds(y, 3, groups, False), assign_folds(y, 3, None, True)
+    by_group = assign_folds(y, 3, groups, blocked=False, are_classes=False)
+    by_block = assign_folds(y, 3, None, blocked=True, are_classes=False)
 
     assert torch.equal(by_group[:6], by_group[6:])
     assert by_group.bincount().tolist() == [4, 4, 4]
@@ -287,6 +321,8 @@ CLASSES = torch.arange(30) % 2
         ({"groups": [0, 1] * 15, "folds": 2}, "without the classes"),
         ({"data": (make_rows(), CLASSES.sort().values), "blocked": True, "folds": 2}, "without the classes"),
         ({"loss": lambda outputs, y: cross_entropy(outputs, y, reduction="none")}, "one value"),
+        ({"data": (make_rows().numpy(), CLASSES)}, "as tensors"),
+        ({"data": (make_rows(), CLASSES * 1.0), "loss": lambda o, y: mse_loss(o[:, :1], y)}, "broadcasts"),
         ({"budget": 1.5}, "budget"),
         ({"budget": 0.01}, "ranks of 1"),
         ({"max_bytes": 500}, "ranks of 1"),
@@ -300,6 +336,20 @@ def test_bad_input_is_refused_before_training(change, message):
         quick_fit(base, **arguments)
 
     assert not lotra_layers(base)
+
+
+def test_losses_of_probabilities_are_refused_since_a_linear_model_has_none():
+    x = make_rows()
+
+    with pytest.raises(ValueError, match="cross_entropy"):
+        quick_fit(nn.Sequential(make_base(), nn.LogSoftmax(1)), (x, CLASSES), nll_loss)
+    with pytest.raises(ValueError, match="logits"):
+        quick_fit(nn.Sequential(make_base(), nn.Sigmoid()), (x, x[:, :2].abs()), binary_cross_entropy)
+
+
+def test_rows_without_a_loss_are_refused():
+    with pytest.raises(ValueError, match="single rows"):
+        quick_fit(make_base(), (make_rows(), torch.where(torch.arange(30) % 10 == 7, -100, CLASSES)), cross_entropy)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
