@@ -235,14 +235,18 @@ def _check_inputs(inputs: Any) -> None:
 
 
 def model_outputs(model: nn.Module, inputs: Inputs) -> torch.Tensor:
-    """Return the output of the model in evaluation mode; of a tuple or a dict (`ModelOutput`) the first entry."""
+    """Return the output of the model in evaluation mode.
+
+    Of a tuple or a dict (`ModelOutput`) it is the first entry, or the one after a loss.
+    """
     with modes_kept(model):
         model.eval()
         args, kwargs = _arguments(inputs)
         result = inputs(model) if callable(inputs) else model(*args, **kwargs)
     first = result
     while isinstance(first, (tuple, list, Mapping)) and first:
-        first = next(iter(first.values())) if isinstance(first, Mapping) else first[0]
+        entries = list(first.values()) if isinstance(first, Mapping) else first
+        first = next((entry for entry in entries if getattr(entry, "shape", None) != ()), entries[0])
     if not isinstance(first, torch.Tensor) or not first.is_floating_point():
         raise TypeError(
             "With `inputs`, the model must return a floating point tensor, or a tuple or dict that begins with one, "

@@ -16,7 +16,7 @@ from torch import nn
 from ..kan.basis import in_transform
 from ..modules.calls import unwrap
 from ..modules.checks import check_count, check_function, check_number
-from ..tucker import Tucker
+from ..tucker import Tucker, form_text
 from ..tuner.config import LoTRAConfig, pattern_key
 from ..tuner.gradients import (
     DENSE,
@@ -69,10 +69,10 @@ def start_from_training(
 
     Raises:
         TypeError: `loss` is no function.
-        ValueError: There is no active adapter, or more than one; adapters are merged; the model is wrapped for
-            training in parallel; components that a budget would replace have gradients, so that an optimizer may hold
-            them; there are no batches; the loss does not depend on the coefficients, or becomes infinite. The adapter
-            is as before then.
+        ValueError: There is no active adapter, or more than one; adapters are merged; an alpha is 0; `train` leaves
+            nothing to train with the chosen ranks; the model is wrapped for training in parallel; components that a
+            budget would replace have gradients, so that an optimizer may hold them; there are no batches; the loss
+            does not depend on the coefficients, or becomes infinite. The adapter is as before then.
         RuntimeError: The grid is not the one that the adapter was made on.
 
     Example:
@@ -91,6 +91,9 @@ def start_from_training(
     adapter, config, layers = find_active_adapter(network)
     present = {name: layer.get_components(adapter) for name, layer in layers.items()}
     _check_replaceable(model, present, config)
+    zeros = [name for name, layer in layers.items() if not layer.lotra_alpha[adapter]]
+    if zeros:
+        raise ValueError(f"`{zeros[0]}` has the alpha 0, by which no components could equal an update.")
 
     with dense_updates(model, layers, config) as cores:
         calls = _train(network, cores, loss, batches, steps, lr)
@@ -108,15 +111,26 @@ def start_from_training(
         budget = int(config.budget * sum(core.numel() for core in cores.values()) + 1e-6)
     started = decompose_updates(updates, weights, ranks=ranks, budget=budget)
 
+    frozen = {name: config.frozen_and_zero(tensor._asdict())[0] for name, tensor in started.items()}
+    for name, tensor in started.items():
+        if len(frozen[name]) == len(tensor._asdict()):
+            raise ValueError(
+                f"`train={config.train}` leaves nothing to train in `{name}`, which gets the ranks "
+                f"{form_text(tensor.form)}. Train the core too, or pass another budget."
+            )
     config.init_weights = "training"
     chosen = {}
     for name, layer in layers.items():
+        is_trained = any(component.requires_grad for component in present[name]._asdict().values())
         components = started[name].map(lambda component, core=present[name].core: component.to(core))
         components = components._replace(core=components.core / layer.lotra_alpha[adapter])
         if config.budget is None:
             layer.set_components(adapter, components)
         else:
             layer.replace_components(adapter, components)
+            layer.frozen_peft_weight_names[adapter] = tuple(f"lotra_{component}" for component in frozen[name])
+            for component, parameter in layer.get_components(adapter)._asdict().items():
+                parameter.requires_grad_(is_trained and component not in frozen[name])
             chosen[pattern_key(layer.lotra_name)] = components.form
     config.rank_pattern = {**chosen, **config.rank_pattern, **chosen}
     replace_config(network, adapter, config)

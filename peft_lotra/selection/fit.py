@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..bank.bank import AdapterBank
+from ..compress.training_start import start_from_training
 from ..compress.updates import check_without_adapters
 from ..modules.calls import PREFIX, evaluating_without_trace, unwrap
 from ..modules.checks import check_count, check_function
@@ -115,6 +116,8 @@ def fit_adapter(
     check_count(folds, "folds", 2)
     device = next(original.parameters()).device
     with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         tqdm(desc="fit_adapter", unit="step", disable=not progress) as bar,
     ):
@@ -166,6 +169,10 @@ def fit_adapter(
         model = adapt(original, **config)
         for name, value in values.items():
             original.get_parameter(name).data.copy_(value[0, 0])
+        if best in forms:  # `create_lotra_optimizer` goes on at the rates of this start
+            is_from_training = forms[best].begin is start_from_training
+            configs: Any = model.peft_config
+            configs["default"].init_weights = "training" if is_from_training else "gradient"
         ranks = {name: layer.get_components("default").form for name, layer in lotra_layers(original)}
         sizes = {name: stored_size(start) for name, start in references.items()}
         sizes |= {"base": Size(0, 0), "adapter": file_size(model)}

@@ -302,11 +302,12 @@ class LoTRAConfig(PeftConfig):
         for name, tensor in tensors.items():
             shapes[name] = full_shape(tensor) if self.adapt_residual else tensor.shape
         total = sum(map(prod, shapes.values()))
-        parameters = 0
+        least = total
         for r in _forms_by_size(shapes.values()):
             self.r = r
             ranks = {name: self.component_shapes(name, tensor)["core"] for name, tensor in tensors.items()}
             parameters = sum(count_parameters(ranks[name], shape) for name, shape in shapes.items())
+            least = min(least, parameters)
             if parameters <= self.budget * total + 1e-6:
                 chosen = {pattern_key(name): r for name in tensors}
                 # of several keys that match, the first holds
@@ -314,8 +315,8 @@ class LoTRAConfig(PeftConfig):
                 self.r = None
                 return
         raise ValueError(
-            f"`budget` is {self.budget}, but ranks of 1 already take {parameters} of the {total} coefficients. Pass "
-            f"at least {ceil(1e4 * parameters / total) / 1e4}."
+            f"`budget` is {self.budget}, but the smallest ranks already take {least} of the {total} coefficients. "
+            f"Pass at least {ceil(1e4 * least / total) / 1e4}."
         )
 
     def frozen_and_zero(self, components: Iterable[str]) -> tuple[tuple[str, ...], str]:

@@ -145,8 +145,16 @@ def test_a_budget_below_one_rank_says_what_suffices_and_changes_nothing(adds_sec
         (lambda config: model.add_adapter("second", config)) if adds_second else (lambda c: get_peft_model(model, c))
     )
 
-    with pytest.raises(ValueError, match="ranks of 1 already take 153 of the 19872 coefficients.*at least 0.0077"):
+    with pytest.raises(ValueError, match="smallest ranks already take 153 of the 19872 coefficients.*at least 0.0077"):
         adapt(LoTRAConfig(budget=0.005))
 
     assert [name for name, _ in model.named_modules()] == before
     adapt(LoTRAConfig(budget=0.0077))
+
+
+def test_the_least_budget_of_a_tiny_layer_is_that_of_its_dense_update():
+    """Since factors of rank 1 would have more parameters."""
+    with pytest.raises(ValueError, match="take 9 of the 9 coefficients.*at least 1.0"):
+        get_peft_model(KAN([1, 1]), LoTRAConfig(budget=0.9))
+
+    assert get_peft_model(KAN([1, 1]), LoTRAConfig(budget=1.0)).get_nb_trainable_parameters()[0] == 9

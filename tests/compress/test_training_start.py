@@ -261,3 +261,46 @@ def test_an_adapter_that_cannot_start_is_as_before(kind):
     assert_same(model, before)
     if config:
         assert config["default"].rank_pattern == pattern and config["default"].init_weights is True
+
+
+def trained_in(model):
+    return {name.split("lotra_")[1] for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_components_that_are_not_trained_stay_so_when_a_budget_replaces_them():
+    """Also components that the adapter had not."""
+    model, x = task(widths=(3, 20, 3), budget=0.2, train=["core"])
+
+    start_from_training(model, lambda: loss_of(model, x), steps=5)
+
+    assert any("factor_in.default" in name for name, _ in model.named_parameters())
+    assert trained_in(model) == {"core.default"}
+    model.set_adapter("default")
+    assert trained_in(model) == {"core.default"}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [({"alpha": 0.0}, "alpha 0"), ({"budget": 0.9, "train": ["factor_basis"]}, "nothing to train")],
+)
+def test_a_start_without_a_scale_or_trained_components_is_refused(options, message):
+    model, x = task(**options)
+    before = snapshot(model)
+
+    with pytest.raises(ValueError, match=message):
+        start_from_training(model, lambda: loss_of(model, x), steps=5)
+
+    assert_same(model, before)
+
+
+def test_the_outputs_after_a_loss_weigh_the_update():
+    """As models of transformers return them, for labels."""
+    model, x = task(r=2)
+    labeled = copy.deepcopy(model)
+    labeled.get_base_model().register_forward_hook(lambda module, args, y: {"loss": y.new_tensor(1.0), "logits": y})
+
+    start_from_training(model, lambda: loss_of(model, x), steps=5)
+    start_from_training(labeled, lambda: loss_of(lambda x: labeled(x)["logits"], x), steps=5)
+
+    with torch.no_grad():
+        torch.testing.assert_close(labeled(x)["logits"], model(x))

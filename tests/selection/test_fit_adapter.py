@@ -87,6 +87,28 @@ def test_a_seed_makes_the_result_and_the_global_generator_stays():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_gradients_that_are_switched_off_do_not_matter(context):
+    base, x = make_base(), make_rows()
+    y = shifted(base, x)
+    expected = quick_fit(copy.deepcopy(base), (x, y)).scores
+
+    with context():
+        report = quick_fit(base, (x, y))
+
+    assert report.scores == expected
+
+
+def test_the_configuration_says_how_the_adapter_started():
+    """Which decides at which rates an optimizer goes on."""
+    base, x = make_base(), make_rows()
+
+    report = quick_fit(base, (x, shifted(base, x)))
+
+    start = {"low rank": "training", "full matrices": "gradient"}[report.chosen.form]
+    assert report.model.peft_config["default"].init_weights == start
+
+
 # --- the choice ---
 
 
@@ -324,7 +346,7 @@ CLASSES = torch.arange(30) % 2
         ({"data": (make_rows().numpy(), CLASSES)}, "as tensors"),
         ({"data": (make_rows(), CLASSES * 1.0), "loss": lambda o, y: mse_loss(o[:, :1], y)}, "broadcasts"),
         ({"budget": 1.5}, "budget"),
-        ({"budget": 0.01}, "ranks of 1"),
+        ({"budget": 0.01}, "smallest ranks"),
         ({"max_bytes": 500}, "ranks of 1"),
     ],
 )
