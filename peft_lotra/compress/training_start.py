@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
@@ -70,8 +71,8 @@ def start_from_training(
     Raises:
         TypeError: `loss` is no function.
         ValueError: There is no active adapter, or more than one; adapters are merged; an alpha is 0; `train` leaves
-            nothing to train with the chosen ranks; the model is wrapped for training in parallel; components that a
-            budget would replace have gradients, so that an optimizer may hold them; there are no batches; the loss
+            nothing to train with the chosen ranks; the model is wrapped for training in parallel; an optimizer
+            holds components that a budget would replace; there are no batches; the loss
             does not depend on the coefficients, or becomes infinite. The adapter is as before then.
         RuntimeError: The grid is not the one that the adapter was made on.
 
@@ -137,7 +138,7 @@ def start_from_training(
 
 
 def _check_replaceable(model: nn.Module, components: Mapping[str, Tucker], config: LoTRAConfig) -> None:
-    """Raise a ValueError for models that are wrapped for training in parallel, or components that were trained."""
+    """Raise a ValueError for models wrapped for training in parallel, or components that an optimizer holds."""
     for module in model.modules():
         wrappers = _WRAPPERS & {cls.__name__ for cls in type(module).__mro__}
         if wrappers:
@@ -145,12 +146,19 @@ def _check_replaceable(model: nn.Module, components: Mapping[str, Tucker], confi
                 f"The model is wrapped by {wrappers.pop()}, which holds the components that the start would replace. "
                 "Call `start_from_training` in each process with the same batches, before the model is wrapped."
             )
+    if config.budget is None:
+        return
+    held = set()
+    gc.collect()  # of optimizers that were deleted
+    for optimizer in gc.get_objects():
+        if issubclass(type(optimizer), torch.optim.Optimizer):  # `isinstance` would ask proxies for their class
+            for group in optimizer.param_groups:
+                held |= set(group["params"])
     for name, tensors in components.items():
-        has_gradients = any(tensor.grad is not None for tensor in tensors._asdict().values())
-        if has_gradients and config.budget is not None:
+        if held & set(tensors._asdict().values()):
             raise ValueError(
-                f"The components of `{name}` have gradients, and a `budget` replaces them: an optimizer that holds "
-                "them would train them in vain. Start before the optimizer is made, or call `model.zero_grad()` first."
+                f"An optimizer holds the components of `{name}`, which a `budget` replaces: it would train them in "
+                "vain. Call `start_from_training` before the optimizer is made, or delete the optimizer."
             )
 
 

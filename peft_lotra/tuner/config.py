@@ -237,7 +237,8 @@ class LoTRAConfig(PeftConfig):
             if not trained or not trained <= set(Tucker._fields):
                 raise ValueError(f"`train` must have some of {Tucker._fields}, got {self.train!r:.200}.")
             self.train = [name for name in Tucker._fields if name in trained]
-        self._check_full_modes()
+        if not self.is_from_file:  # a mode may have become full since, by a hotswap or on another grid
+            self._check_full_modes()
         # No fields, so neither saved nor compared. PEFT writes the names that it finds into `target_modules`, and the
         # object may serve another model.
         self.targets_all_kan = self.target_modules in (None, ALL_KAN)

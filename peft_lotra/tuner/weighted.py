@@ -89,6 +89,8 @@ def add_weighted_adapter(
 
     first = configs[adapters[0]]
     is_trained_alike = all(configs[adapter].train == first.train for adapter in adapters)
+    # the sum has no factors of modes that become full
+    is_trainable = all(total._asdict().keys() & set(first.train or total._fields) for total in components.values())
     configs[adapter_name] = LoTRAConfig(
         task_type=first.task_type,
         base_model_name_or_path=first.base_model_name_or_path,
@@ -98,7 +100,7 @@ def add_weighted_adapter(
         adapt_residual=any(configs[adapter].adapt_residual for adapter in adapters),
         rank_dropout=first.rank_dropout if all("full" != total.form[0] for total in components.values()) else 0.0,
         module_dropout=first.module_dropout,
-        train=first.train if is_trained_alike else None,
+        train=first.train if is_trained_alike and is_trainable else None,
     )
     try:
         model.inject_adapter(model.model, adapter_name)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from behaving import KINDS, X, adapted, add, apart, layers, net
 from helpers import assert_same, nested, relative, snapshot
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 
 from peft_lotra import LoTRAConfig
+from peft_lotra.kan import KAN
 
 
 @pytest.fixture
@@ -179,3 +180,14 @@ def test_errors_change_nothing(args, message):
         model.add_weighted_adapter(*args)
     assert_same(model, before)
     assert model.peft_config == configs
+
+
+def test_a_sum_without_the_trained_factors_trains_all_components():
+    """Since ranks that add up to the size of a mode leave it full."""
+    model = get_peft_model(KAN([3, 6, 5]), LoTRAConfig(r=3, train=["factor_out"], init_weights=False))
+    model.add_adapter("second", LoTRAConfig(r=3, train=["factor_out"], init_weights=False))
+
+    errors = model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "both")
+
+    assert max(errors.values()) < 1e-6
+    assert model.peft_config["both"].train is None
