@@ -22,7 +22,10 @@ def read_rows(data: Any) -> tuple[Tensor, Tensor]:
     """
     if not isinstance(data, (tuple, list)):
         loader = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=256)
-        data = [torch.cat(tensors) for tensors in zip(*loader, strict=True)]
+        try:
+            data = [torch.cat(tensors) for tensors in zip(*loader, strict=True)]
+        except TypeError as error:
+            raise ValueError("`data` must have pairs of tensors, inputs and targets, as its entries.") from error
     are_tensors = all(isinstance(tensor, Tensor) for tensor in data)
     if not are_tensors or len(data) != 2 or len(data[0]) != len(data[1]) or len(data[0]) == 0:
         raise ValueError("`data` must have inputs and targets as tensors, the same number of both, and at least one.")

@@ -100,6 +100,7 @@ def add_weighted_adapter(
         adapt_residual=any(configs[adapter].adapt_residual for adapter in adapters),
         rank_dropout=first.rank_dropout if all("full" != total.form[0] for total in components.values()) else 0.0,
         module_dropout=first.module_dropout,
+        storage=first.storage,
         train=first.train if is_trained_alike and is_trainable else None,
     )
     try:
