@@ -59,7 +59,7 @@ def assign_folds(y: Tensor, folds: int, groups: Sequence[Any] | None, blocked: b
         fold[rows] = torch.arange(len(rows)) % folds  # each class is spread over the folds
     for number in range(folds):
         training = (fold != number).nonzero().flatten().tolist()
-        if len(training) == count:
+        if len(training) in (0, count):
             raise ValueError(f"`folds` is {folds}, but `data` has too few rows or groups. Pass fewer folds.")
         missing = set(classes) - {classes[row] for row in training}
         if missing:

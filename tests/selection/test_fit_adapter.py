@@ -338,6 +338,7 @@ CLASSES = torch.arange(30) % 2
         ({"data": (make_rows() * torch.nan, CLASSES)}, "NaN"),
         ({"data": (make_rows()[:1], CLASSES[:1])}, "fewer folds"),
         ({"folds": 31}, "fewer folds"),
+        ({"groups": "a" * 30}, "too few rows or groups"),
         ({"folds": 1}, "folds"),
         ({"groups": [0, 1] * 10}, "20 entries"),
         ({"groups": [0, 1] * 15, "folds": 2}, "without the classes"),
