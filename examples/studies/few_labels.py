@@ -6,6 +6,7 @@
     python examples/studies/few_labels.py  # 15 minutes on one core, no network; goes on where it was stopped
     python examples/studies/few_labels.py --rivals  # more tasks and methods; an hour and a half
     python examples/studies/few_labels.py --rivals --data-dir PATH/TO/mnist  # one more task: digits to MNIST at 8x8
+    python examples/studies/few_labels.py --chosen  # what `fit_adapter` chooses on these tasks, an hour
     python examples/studies/few_labels.py --quick  # a few seconds, for CI: says nothing
     python examples/studies/few_labels.py --redraw  # the table and the picture from few_labels.json
 

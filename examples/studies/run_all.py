@@ -27,6 +27,7 @@ from study_tools import files, machine
 STUDIES: list[tuple[str, list[str], list[str] | None]] = [
     ("few_labels.py", [], None),
     ("few_labels.py", ["--rivals"], ["--rivals"]),
+    ("few_labels.py", ["--chosen"], ["--chosen"]),
     ("bytes.py", [], []),
     ("many_series.py", [], []),
     ("fifty_tasks.py", [], []),
