@@ -115,8 +115,7 @@ class Tucker(tuple):
         if not missing:
             return self
         if self.factor_basis is None:
-            after = [0, 0] * (self.core.dim() - 3)
-            return self._replace(core=pad(self.core, [*after, 0, missing]))
+            return self._replace(core=_pad_mode(self.core, missing, 2))
         return self._replace(factor_basis=pad(self.factor_basis, (0, 0, 0, missing)))
 
     def sliced(self, functions: slice) -> Tucker:
@@ -147,8 +146,7 @@ class Tucker(tuple):
                 factors[mode] = None
             else:
                 missing = rank - factor.shape[1]
-                after = [0, 0] * (core.dim() - 1 - mode)
-                core = pad(core, [*after, 0, missing])
+                core = _pad_mode(core, missing, mode)
                 factors[mode] = pad(factor, (0, missing))
         return Tucker(core, *factors)
 
@@ -213,6 +211,12 @@ class Update(NamedTuple):
         """The update (out, in, basis), or (out, in, basis + 1) with the residual branch as the last slice; with a
         kernel as the fourth mode where the layer has one."""
         return self.tensor.dense(self.scale)
+
+
+def _pad_mode(tensor: Tensor, missing: int, mode: int) -> Tensor:
+    """Append so many zeros to a mode of a tensor."""
+    later = [0, 0] * (tensor.dim() - 1 - mode)
+    return pad(tensor, [*later, 0, missing])
 
 
 def multiply_mode(tensor: Tensor, factor: Tensor | None, mode: int) -> Tensor:

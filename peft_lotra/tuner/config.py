@@ -26,7 +26,6 @@ from ..tucker import (
     cap_ranks,
     check_ranks,
     component_shapes,
-    count_parameters,
     full_shape,
 )
 
@@ -283,9 +282,13 @@ class LoTRAConfig(PeftConfig):
         """The `alpha` of a layer of this name."""
         return float(self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), name), self.alpha))
 
+    def adapted_shape(self, tensor: CoefficientTensor) -> tuple[int, ...]:
+        """The shape of the update of a layer, with the residual branch if it is adapted."""
+        return full_shape(tensor) if self.adapt_residual else tensor.shape
+
     def component_shapes(self, name: str, tensor: CoefficientTensor) -> dict[str, tuple[int, ...]]:
         """The shapes of the components of a layer, whose name may decide its ranks: the shape of the core."""
-        shape = full_shape(tensor) if self.adapt_residual else tensor.shape
+        shape = self.adapted_shape(tensor)
         ranks = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
         if ranks is None:
             ranks = 4 if tensor.family in ("slim", "slim-kan") else ("full", "full", 1)
@@ -299,15 +302,13 @@ class LoTRAConfig(PeftConfig):
         """
         if self.budget is None or self.is_from_file:
             return
-        shapes = {}
-        for name, tensor in tensors.items():
-            shapes[name] = full_shape(tensor) if self.adapt_residual else tensor.shape
-        total = sum(map(prod, shapes.values()))
+        shapes = list(map(self.adapted_shape, tensors.values()))
+        total = sum(map(prod, shapes))
         least = total
-        for r in _forms_by_size(shapes.values()):
+        for r in _forms_by_size(shapes):
             self.r = r
-            ranks = {name: self.component_shapes(name, tensor)["core"] for name, tensor in tensors.items()}
-            parameters = sum(count_parameters(ranks[name], shape) for name, shape in shapes.items())
+            of_layers = [self.component_shapes(name, tensor) for name, tensor in tensors.items()]
+            parameters = sum(sum(map(prod, of_layer.values())) for of_layer in of_layers)
             least = min(least, parameters)
             if parameters <= self.budget * total + 1e-6:
                 chosen = {pattern_key(name): r for name in tensors}

@@ -20,7 +20,7 @@ from ..layers.describe import NOT_LINEAR, UNUSED, compare, describe
 from ..layers.description import KANLayerSpec, is_built_in
 from ..layers.registry import get_recorded_spec, unrecognized_modules, walk_kan_layers
 from ..layers.slim import SlimLayer
-from ..tucker import Tucker, full_shape
+from ..tucker import Tucker
 from .config import LoTRAConfig
 from .initialization import check_start
 from .layer import LoTRALayer, Target, check_stored, check_unmerged, lotra_layers
@@ -210,7 +210,7 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, T
                     "updates to it. Give each its own copy, or leave one out by `exclude_modules`."
                 )
     if not config.is_from_file:
-        for name, target in targets.items():
+        for name, target in targets.items() if config.train else ():
             shapes = config.component_shapes(name, target.tensor)
             # the dense layers of a network of convolutions have no kernel mode
             trained = set(config.train or ()).intersection(Tucker._fields[: 1 + len(shapes["core"])])
@@ -250,7 +250,7 @@ def warn_of_large_adapters(config: LoTRAConfig, targets: Mapping[str, Target]) -
     for name, target in targets.items():
         shapes = config.component_shapes(name, target.tensor)
         size = sum(map(prod, shapes.values()))
-        dense = prod(full_shape(target.tensor) if config.adapt_residual else target.tensor.shape)
+        dense = prod(config.adapted_shape(target.tensor))
         if size > dense:
             large.append(f"{name} (ranks {shapes['core']}: {size} instead of {dense})")
     if large:
