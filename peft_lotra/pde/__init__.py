@@ -8,7 +8,8 @@ from .boxes import box_points, side_points
 from .constraints import BoxDistance, HardConstraint
 from .continuation import ContinuationStep, continuation
 from .features import BoxFeatures
-from .solver import Phase, Solution, solve
+from .solution import Phase, Solution
+from .solver import solve
 
 
 __all__ = [

@@ -1,0 +1,55 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What is checked before the training, and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..kan.layer import SplineLayer
+from .constraints import HardConstraint
+
+
+OUTSIDE = 0.01  # the share of activations outside of a grid that is worth a warning
+
+
+@torch.no_grad()
+def check_model(model: HardConstraint, x: Tensor, sides: Sequence[Tensor], has_terms: bool) -> None:
+    """Raise a `ValueError` unless the network takes the box's coordinates, and `distance` is zero on a side."""
+    try:
+        model.kan(x[:2])
+    except Exception as error:
+        inputs = f"{x.shape[1]} coordinates scaled to [-1, 1], of which a periodic one gives two inputs"
+        raise ValueError(f"`network` fails on {inputs}: {error}") from error
+    model(x[:2])  # checks the shapes of distance and lift
+    size, *on_sides = (model.part("distance", points, model.kan(points)).abs().amax(0) for points in (x, *sides))
+    if not has_terms and not any((value <= 1e-6 * size).any() for value in on_sides):
+        raise ValueError(
+            "`distance` is zero on no side of the box: take `BoxDistance`, or give `terms` for conditions."
+        )
+
+
+@torch.no_grad()
+def layer_inputs(model: nn.Module, x: Tensor, layer: nn.Module) -> Tensor:
+    """Return the inputs of a layer of the model."""
+    inputs: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    model(x)
+    handle.remove()
+    return inputs[0]
+
+
+def outside_grids(model: nn.Module, x: Tensor) -> Iterator[tuple[str, float]]:
+    """Yield the layers with activations outside of their grids, and the share of these."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, SplineLayer):
+            low, high = layer.grid_bounds.unbind(-1)
+            slack = 1e-6 * (high - low)
+            z = layer_inputs(model, x, layer)
+            share = ((z < low - slack) | (z > high + slack)).double().mean().item()
+            if share > OUTSIDE:
+                yield name, share

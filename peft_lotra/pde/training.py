@@ -1,0 +1,190 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The training of a solution: points, steps, knots, and when a phase ends."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kan.knots import KnotMap
+from ..kan.network import LayerStack
+from ..kan.refinement import refine_grid
+from ..least_squares.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
+from ..least_squares.problem import check_residuals, check_terms
+from .adaptive import ResidualSampler, gradient_weights, knot_density
+from .budget import Budget
+from .checks import layer_inputs
+from .continuation import continuation
+from .features import BoxFeatures
+from .networks import first_module
+from .solution import Phase, Solution
+
+
+PATIENCE = 15  # steps without a new minimum of the residual that is held out
+LARGEST_START_DAMPING = 1e3  # with new points
+STAGES = 6  # parameters of a continuation
+CONTINUED = 0.6  # the share of the budget after which the continuation ends
+COARSE = 0.8  # the share of the budget after which grids get finer
+SOLVED = 1e-4  # of the first residual's square: where a stage of a continuation ends
+FAILED = 1e-3  # of the first residual's square: where a stage of a continuation is undone
+MOST_FAILURES = 3  # stages that are undone
+FINE_POINTS = 2.5  # times as many points on finer grids
+SLOPE = 0.1  # of `gradient_weights`, for a solution of unit size on [-1, 1]
+
+
+@dataclass
+class Training:
+    """The state of `solve`, and its steps.
+
+    Attributes:
+        result: The solution; its model is trained, and steps and phases are added to it.
+        equation: The residual of the equation.
+        terms: The terms of the caller.
+        held: The points that are held out, (n, I).
+        sampler: Draws the points of each step.
+        budget: The steps or seconds that all phases share.
+        parameter: Of the equation in the present phase; NaN without continuation.
+    """
+
+    result: Solution
+    equation: Callable[..., Tensor]
+    terms: list[Any]
+    held: Tensor
+    sampler: ResidualSampler
+    budget: Budget
+    parameter: float = math.nan
+
+    def __post_init__(self) -> None:
+        self.model, self.history, self.phases = self.result.model, self.result.history, self.result.phases
+        self.optimizer = LevenbergMarquardt(self.model, floor=1e-6, memory=2**32)
+        self.kan: Any = first_module(self.model, LayerStack)  # None if there is none
+        self.features: BoxFeatures | None = first_module(self.model, BoxFeatures)
+        self.differentiates = False  # whether the residual needs points that require a gradient
+        self.is_over = False  # whether one more step is too much for the phase
+
+    def continue_from(self, start: float, stop: float) -> None:
+        """Solve the equation at parameters from `start` on, each from the solution of the one before."""
+        first = self.result.first_residual**2
+
+        def stage(parameter: float) -> float:
+            until = min(CONTINUED * (len(self.phases) + 1) / STAGES, COARSE)
+            least = self.fit("continuation", parameter, until, SOLVED * first)
+            failures = sum(phase.held > FAILED * first for phase in self.phases)
+            if self.is_over or len(self.phases) == 1 or failures > MOST_FAILURES:
+                return 0.0  # neither the first stage nor one that is out of time can be tried again
+            return least / first
+
+        continuation(self.model, stage, start, stop, target=FAILED, prepare=self.move_knots, steps=STAGES - 1)
+
+    def finish(self, parameter: float, refine: bool) -> None:
+        """Train until the budget is used up, the last fifth of it on finer grids if the network has some."""
+        kan = self.kan if refine else None
+        self.fit("coarse", parameter, 1.0 if kan is None else COARSE)
+        if kan is not None and self.budget.spent() < 1:
+            is_finer = self.regrid(2, samples=layer_inputs(self.model, self.held, kan))
+            if is_finer:
+                self.sampler.count = round(FINE_POINTS * self.sampler.count)
+            self.fit("fine" if is_finer else "coarse", parameter, 1.0)
+
+    def norm(self, parameter: float) -> float:
+        """Return the root mean square of the residual at the held-out points.
+
+        Raises:
+            ValueError: A term is not finite there, or malformed.
+        """
+        self.parameter = parameter
+        try:
+            problem, residuals = self.optimizer.evaluate_held(self.held_terms())
+        except RuntimeError:  # of `torch.autograd.grad`
+            self.differentiates = True
+            problem, residuals = self.optimizer.evaluate_held(self.held_terms())
+        if message := problem.find_not_finite(residuals):
+            raise ValueError(f"The {message}")
+        return math.sqrt(problem.losses(residuals)[0])
+
+    def held_terms(self) -> list[Any]:
+        """Return the equation at the held-out points, and the terms of the caller."""
+        points = self.held.requires_grad_(self.differentiates)
+        return check_terms([(self.residual, (points, torch.ones_like(points[:, :1]))), *self.terms])
+
+    def residual(self, model: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+        """Evaluate the equation: one function in all phases, so that Levenberg-Marquardt tries it once."""
+        arguments = (x,) if math.isnan(self.parameter) else (x, self.parameter)
+        return weight * check_residuals(self.equation(model, *arguments), "`residual`", len(x))
+
+    @torch.no_grad()
+    def weights(self, x: Tensor) -> Tensor:
+        """See `gradient_weights`, for slopes across half of the box, and u of unit size."""
+        size = self.model(x).square().mean().sqrt().clamp(min=1e-12).item()
+        return gradient_weights(self.model, x, SLOPE / size, (self.sampler.high - self.sampler.low).diag() / 2)
+
+    def fit(self, name: str, parameter: float, until: float, target: float = 0.0) -> float:
+        """Take steps until a share of the budget is used up, the residual is at the target, or does not fall any more.
+
+        Returns:
+            The least mean square of the residual at the held-out points. The model has the parameters of this step.
+        """
+        optimizer = self.optimizer
+        start, before = time.monotonic(), len(self.history)
+        self.parameter = parameter
+        if name == "continuation":  # another equation
+            optimizer.forget()
+            optimizer.damping = min(1e-2, 100 * optimizer.damping)
+        is_linear = self.features is not None and not self.features.waves.any()
+        knots = first_module(self.model, KnotMap) if is_linear else None  # of the box's coordinates
+
+        def weighted(x: Tensor) -> Tensor:
+            weights = self.weights(x)
+            return self.residual(self.model, x.requires_grad_(self.differentiates), weights)
+
+        def draw(number: int) -> list[Any]:
+            optimizer.damping = min(optimizer.damping, LARGEST_START_DAMPING)
+            x = self.sampler.draw(weighted, knots).requires_grad_(self.differentiates)
+            return [(self.residual, (x, self.weights(x))), *self.terms]
+
+        def stop(number: int, record: LevenbergMarquardtStep) -> bool:
+            self.history.append(record)
+            self.budget.count_step(name, record)
+            self.is_over = not self.budget.allows_step(until)
+            return self.is_over or record.held_loss <= target
+
+        held = self.held_terms()
+        for _ in range(3):  # a step that is refused may not be on other points
+            optimizer.fit(draw, 10**9, held=held, patience=PATIENCE, callback=stop, progress=False)
+            if self.history[-1].accepted or self.is_over:
+                break
+        records = self.history[before:]
+        last, least = records[-1], min(record.held_loss for record in records)
+        reason = "budget" if self.is_over else "stalled" if last.accepted else "refused"
+        reason = "solved" if least <= target else reason
+        seconds = time.monotonic() - start
+        self.phases.append(Phase(name, parameter, len(records), seconds, last.loss, least, reason))
+        return least
+
+    def move_knots(self, parameter: float) -> None:
+        """Move the knots of the first layer to where the solution bends, once there is one."""
+        if self.phases and self.features is not None and self.kan is not None:
+            density = torch.ones(self.features.out_features, 64, dtype=torch.float64)
+            of_coordinates = knot_density(self.model, self.sampler.low.tolist(), self.sampler.high.tolist())
+            for j, i in enumerate(self.features.sources.tolist()):
+                if i not in self.features.periodic:
+                    density[j] = of_coordinates[i]
+            self.regrid(1, density=density, tolerance=math.inf)
+
+    def regrid(self, factor: int, **options: Any) -> bool:
+        """Change the grids if they can be changed."""
+        size = max(getattr(layer, "grid_size", 0) for layer in self.kan.layers)
+        try:
+            refine_grid(self.kan, factor * size, **options)
+        except (TypeError, ValueError) as error:  # adapters, Slim layers
+            self.result.notes[:] = [f"The grids stay as they are: {error}"]
+            return False
+        return True
