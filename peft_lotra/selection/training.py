@@ -50,28 +50,26 @@ def mapped(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     What `vmap` cannot run is evaluated entry by entry.
     """
 
-    def by_rate(values: Tensors, *rows: Tensor) -> Tensor:
-        in_dims = (0, *[None] * len(rows))  # the rates of a fold share its rows
-        return vmap(function, in_dims, randomness="different")(values, *rows)
-
     def in_turn(values: Tensors, *rows: Tensor) -> Tensor:
-        folds, rates = next(iter(values.values())).shape[:2]
         results = []
-        for fold in range(folds):
-            for rate in range(rates):
-                entry = {name: value[fold, rate] for name, value in values.items()}
-                results.append(function(entry, *(of_fold[fold] for of_fold in rows)))
-        return torch.stack(results).unflatten(0, (folds, rates))
+        for entry, arguments in enumerate(zip(*rows, strict=True)):
+            results.append(function({name: value[entry] for name, value in values.items()}, *arguments))
+        return torch.stack(results)
 
-    run = vmap(by_rate, randomness="different")
+    run = vmap(function, randomness="different")
 
     def run_all(values: Tensors, *rows: Tensor) -> Tensor:
         nonlocal run
+        sizes = next(iter(values.values())).shape[:2]
+        values = {name: value.flatten(0, 1) for name, value in values.items()}
+        # not by a second `vmap` over the rates: `mse_loss` fails in it
+        repeated = [of_fold.repeat_interleave(sizes[1], 0) for of_fold in rows]
         try:
-            return run(values, *rows)
+            results = run(values, *repeated)
         except Exception:  # an error of the function itself is raised again
             run = in_turn
-            return run(values, *rows)
+            results = run(values, *repeated)
+        return results.unflatten(0, sizes)
 
     return run_all
 
