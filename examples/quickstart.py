@@ -410,7 +410,7 @@ def draw(runs: list[dict], means: dict, images, path: Path) -> None:
     plot_edge_functions(
         lotra,
         "layers.0",
-        title=lambda o, i: f"pixel ({i // 8}, {i % 8}) to unit {o}",
+        inputs=[f"pixel ({i // 8}, {i % 8})" for i in range(64)],
         figure=right,
     )
     right.suptitle(

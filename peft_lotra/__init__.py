@@ -25,6 +25,7 @@ if find_spec("peft"):
     from .hub.push import push_to_hub
     from .optim.learning_rates import create_lotra_optimizer
     from .parametric import ParametricAdapter
+    from .plotting.parts import what_changed
     from .selection.fit import fit_adapter
     from .tuner import jets  # noqa: F401  (teaches `jet` what PEFT puts around KANs)
     from .tuner.check import check_kan_layer
@@ -65,6 +66,7 @@ __all__ = [
     "start_from_training",
     "to_dense",
     "update_spectrum",
+    "what_changed",
     "write_model_card",
 ]
 

@@ -29,6 +29,7 @@ from peft_lotra import (
     find_kan_layers,
     model_summary,
     start_from_gradient,
+    what_changed,
 )
 from peft_lotra.kan import KAN
 from peft_lotra.plotting import (
@@ -89,22 +90,28 @@ print("loss on the new task:", train(model, optimizer, a=1.4))
 model_summary(model)
 
 # %% [markdown]
-# The edge functions that changed most, before and after:
+# The edge functions whose change has the largest effect, before and after. The marks at the bottom are the inputs:
 
 # %%
-plot_edge_functions(model, "layers.0")
+plot_edge_functions(model, "layers.0", x=x, inputs=["a", "b"])
 
 # %% [markdown]
-# And the network as a whole, each edge in the color of how much it changed:
+# The network as a whole, each edge in the color of what its change adds to the output:
 
 # %%
-plot_network_change(model)
+plot_network_change(model, x, inputs=["a", "b"], outputs=["u", "v"])
 
 # %% [markdown]
-# The same as numbers; `edge_changes(model).share["layers.0"]` has those of all edges, `(out, in)`:
+# The same as a list, the largest effect first:
 
 # %%
-edge_changes(model)
+edge_changes(model, x)
+
+# %% [markdown]
+# How much of the change is a shift, a linear function, or a sum of functions of one input:
+
+# %%
+what_changed(model, x, names=["a", "b"])
 
 # %% [markdown]
 # ## Save, load, merge

@@ -16,7 +16,7 @@ import torch
 from kan import KAN, create_dataset
 from peft import get_peft_model
 
-from peft_lotra import LoTRAConfig
+from peft_lotra import LoTRAConfig, what_changed
 from peft_lotra.plotting import (
     edge_changes,
     plot_edge_functions,
@@ -58,23 +58,30 @@ print("new data, adapted:", model.evaluate(new)["test_loss"])
 # %% [markdown]
 # ## What changed
 #
-# For each input of the first layer, the edge function that changed most, before and after:
+# For each input of the first layer, the edge function whose change has the largest effect, before and after. The
+# functions are drawn where there are data, which the marks at the bottom show:
 
 # %%
-edges = plot_edge_functions(model, "act_fun.0")
+x = new["train_input"]
+edges = plot_edge_functions(model, "act_fun.0", x=x, inputs=["a", "b"])
 edges.savefig("edges.png")
 edges
 
 # %% [markdown]
-# Each edge in the color of how much its coefficients changed, as a share of them; input and unit 0 are on top. A shift
-# by a constant counts, and an edge that was almost zero changes by much: look at its function, above. The same as
-# numbers:
+# Each edge in the color of what its change adds to the output of the network, and the same as a list. A change by a
+# constant is told apart: it is the *shift*.
 
 # %%
-network = plot_network_change(model)
+network = plot_network_change(model, x, inputs=["a", "b"], outputs=["y"])
 network.savefig("network.png")
-print(edge_changes(model))
+print(edge_changes(model, x))
 network
+
+# %% [markdown]
+# How much of the change of the outputs is a shift, a linear function, or a sum of functions of one input:
+
+# %%
+what_changed(model, x, names=["a", "b"])
 
 # %% [markdown]
 # ## Further: what is adapted

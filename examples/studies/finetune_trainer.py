@@ -262,7 +262,7 @@ def draw(runs: list[dict], args) -> None:
     folder = args.output / "seed0"
     model = PeftModel.from_pretrained(KANModel.from_pretrained(folder / "base" / "best"), folder / "LoTRA" / "best")
     names = [name for name in load_diabetes().feature_names if name != "sex"]
-    plot_edge_functions(model, "kan.layers.0", title=lambda o, i: f"{names[i]} to unit {o}", figure=right)
+    plot_edge_functions(model, "kan.layers.0", inputs=names, figure=right)
     right.suptitle("The edge functions that the adapter changed most")
     figure.savefig(args.output / "finetune_trainer.png", dpi=110)
 

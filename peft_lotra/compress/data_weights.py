@@ -65,7 +65,7 @@ class DataWeights:
     ) -> None:
         location = spec.locate(layer)
         out, *shape = full_shape(location) if residual else location.shape
-        values = _functions_at(layer, spec, location, x.reshape(-1, shape[0]))
+        values = functions_at(layer, spec, location, x.reshape(-1, shape[0]))
         self.values = values[..., : shape[1]].double()
         by_mode = [self.values.movedim(mode + 1, -1).flatten(0, -2) for mode in range(len(shape))]
         self.roots = [_square_root(rows.T @ rows, _RIDGE) for rows in by_mode]
@@ -114,7 +114,7 @@ class DataWeights:
         return self.values.flatten(1) @ tensor.flatten(1).T
 
 
-def _functions_at(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, x: torch.Tensor) -> torch.Tensor:
+def functions_at(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, x: torch.Tensor) -> torch.Tensor:
     """Return the functions (samples, in, basis) that the coefficients of a layer multiply at x (samples, in)."""
     if reader := find_formula(layer, spec, tensor):
         return reader.read(layer).functions(x)
@@ -159,15 +159,39 @@ def gather_weights(
         ValueError: The inputs are not finite, or all the same, or none reaches one of the layers.
         TypeError: The model returns no tensor.
     """
-    if not callable(inputs):
-        _check_inputs(inputs)
     targets = {}
     for name in names:
         target = locate_target(name, model.get_submodule(name))
         if len(target.tensor.shape) == 3 and is_linear(*target):
             targets[name] = target
-    received: dict[str, list[torch.Tensor]] = {name: [] for name in targets}
-    returned: dict[str, list[torch.Tensor]] = {name: [] for name in targets}
+    result, received, returned = run_recorded(model, {name: target.layer for name, target in targets.items()}, inputs)
+    metrics: dict[str, Any] = {}
+    for name, gradient in probe_derivatives(result, returned):
+        metrics[name] = metrics.get(name, 0) + gradient.T @ gradient
+    metrics = {name: metric for name, metric in metrics.items() if metric.isfinite().all() and metric.any()}
+    weights = {}
+    for name, (layer, spec, tensor) in targets.items():
+        x = received[name]
+        warn_of_far_inputs(name, spec.read_grid(layer), tensor.shape, x)
+        weights[name] = DataWeights(layer, spec, x, metrics.get(name), residual)
+    return weights
+
+
+def run_recorded(
+    model: nn.Module, layers: Mapping[str, nn.Module], inputs: Inputs
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, list[torch.Tensor]]]:
+    """Run a model in evaluation mode, and record the calls of layers.
+
+    Returns:
+        The output of the model, and by layer the inputs (rows, in) and the outputs of the calls, with their graph.
+
+    Raises:
+        ValueError: The inputs are not finite or all the same, do not reach one of the layers, or not as a batch.
+    """
+    if not callable(inputs):
+        _check_inputs(inputs)
+    received: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    returned: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
 
     def record(name: str, x: torch.Tensor, y: Any) -> None:
         if x.dim() < 2:
@@ -176,40 +200,36 @@ def gather_weights(
         y = first_output(y)
         returned[name].append(y if y.requires_grad else y.requires_grad_())  # the model may be frozen
 
-    with recorded_calls({name: target.layer for name, target in targets.items()}, record), torch.enable_grad():
+    with recorded_calls(layers, record), torch.enable_grad():
         result = model_outputs(model, inputs)
     if missed := [name for name, xs in received.items() if not xs]:
         raise ValueError(
             f"None of `inputs` reaches {missed}: the forward pass does not call these layers, or calls the layers of "
             "another model in their place (a function that holds them is not copied with a model)."
         )
-    metrics = _metrics(result, returned)
-    weights = {}
-    for name, (layer, spec, tensor) in targets.items():
-        x = torch.cat(received[name])
-        warn_of_far_inputs(name, spec.read_grid(layer), tensor.shape[1], x)
-        weights[name] = DataWeights(layer, spec, x, metrics.get(name), residual)
-    return weights
+    return result, {name: torch.cat(xs) for name, xs in received.items()}, returned
 
 
-def _metrics(result: torch.Tensor, returned: Mapping[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Estimate the sums of J^T J by layer, (out, out), where J are the derivatives of the result in its outputs.
+def probe_derivatives(
+    result: torch.Tensor, returned: Mapping[str, list[torch.Tensor]], probes: int = _PROBES
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield derivatives s^T J (rows, out) of the result in the outputs of each layer, for random signs s.
 
-    s^T J has the second moment J^T J for random signs s. Layers without derivatives are left out.
+    Their second moment is J^T J, the sum over all entries of the result. Layers without derivatives are left out.
     """
-    metrics: dict[str, torch.Tensor] = {}
     if not result.requires_grad or not any(returned.values()):
-        return metrics
+        return
     names, outputs = zip(*((name, y) for name, ys in returned.items() for y in ys), strict=True)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(_PROBES):
+    for _ in range(probes):
         signs = torch.randint(0, 2, result.shape, generator=generator, device="cpu").to(result) * 2 - 1
         gradients = torch.autograd.grad(result, outputs, signs, retain_graph=True, allow_unused=True)
-        for name, gradient in zip(names, gradients, strict=True):
-            if gradient is not None:
-                gradient = gradient.flatten(0, -2).double()
-                metrics[name] = metrics.get(name, 0) + gradient.T @ gradient
-    return {name: metric for name, metric in metrics.items() if metric.isfinite().all() and metric.any()}
+        by_layer: dict[str, list[torch.Tensor]] = {}
+        for name, y, gradient in zip(names, outputs, gradients, strict=True):
+            gradient = torch.zeros_like(y) if gradient is None else gradient
+            by_layer.setdefault(name, []).append(gradient.flatten(0, -2).double())
+        for name, parts in by_layer.items():
+            yield name, torch.cat(parts)
 
 
 def _arguments(inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..bank.bank import AdapterBank
 from ..modules.report import Report, TextTable
-from ..plotting import new_figure
+from ..plotting.pictures import new_figure
 from ..tucker import Rank
 from .starts import Size
 

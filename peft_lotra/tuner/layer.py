@@ -319,7 +319,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         """
         if args and not self._has_seen_inputs:
             self._has_seen_inputs = True
-            warn_of_far_inputs(self.lotra_name, self.lotra_grid, self.in_features, args[0])
+            warn_of_far_inputs(self.lotra_name, self.lotra_grid, self.lotra_tensor.shape, args[0])
         grid = self.lotra_spec.read_grid(self.get_base_layer())
         # comparing contents would wait for an accelerator
         state = tuple(
@@ -585,19 +585,24 @@ def further_names(model: nn.Module) -> dict[str, str]:
     return {name: first[layer] for name, layer in layers if first.setdefault(layer, name) != name}
 
 
-def grid_ends(grid: Grid, in_features: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Both ends (in,) of the grid of each input; None if it is no tensor by input."""
-    by_input = (
-        it for it in grid.values() if isinstance(it, torch.Tensor) and it.dim() == 2 and len(it) == in_features
-    )
-    first = next(by_input, None)
-    return None if first is None else first.detach().aminmax(dim=1)
+def grid_ends(grid: Grid, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return both ends (in,) of the grid of each input of a layer (out, in, basis); None if it is no tensor by input.
+
+    The knots of B-splines beyond the grid are left out.
+    """
+    _, in_features, num_basis = shape[:3]
+    for knots in grid.values():
+        if isinstance(knots, torch.Tensor) and knots.dim() == 2 and len(knots) == in_features:
+            knots = knots.detach().sort(dim=1).values
+            beyond = max(0, knots.shape[1] - num_basis - 1)  # the order of the splines
+            return knots[:, beyond], knots[:, -1 - beyond]
+    return None
 
 
-def warn_of_far_inputs(name: str, grid: Grid, in_features: int, x: Any) -> None:
-    """Warn if most inputs of a layer lie further from its grid than it is long."""
-    ends = grid_ends(grid, in_features)
-    if ends is None or not isinstance(x, torch.Tensor) or x.shape[-1:] != (in_features,) or x.is_meta:
+def warn_of_far_inputs(name: str, grid: Grid, shape: Sequence[int], x: Any) -> None:
+    """Warn if most inputs of a layer (out, in, basis) lie further from its grid than it is long."""
+    ends = grid_ends(grid, shape)
+    if ends is None or not isinstance(x, torch.Tensor) or x.shape[-1:] != (shape[1],) or x.is_meta:
         return
     low, high = ends
     if ((x.detach() - (low + high) / 2).abs() > 1.5 * (high - low)).double().mean() > 0.5:

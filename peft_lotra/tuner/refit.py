@@ -155,7 +155,7 @@ def _refit(name: str, layer: LoTRALayer, adapter: str, x: torch.Tensor) -> tuple
     old = components.dense()
     samples = x.detach().reshape(-1, layer.in_features)
     grid = layer.lotra_spec.read_grid(layer.get_base_layer())
-    low, high = grid_ends(grid, layer.in_features) or samples.aminmax(dim=0)
+    low, high = grid_ends(grid, layer.lotra_tensor.shape) or samples.aminmax(dim=0)
     points, weight = spread_points(samples, low.to(samples), high.to(samples), 4 * layer.lotra_tensor.shape[-1])
     weight = weight.double().cpu()
     old_basis, new_basis = (_basis(name, layer, grid, points) for grid in (layer.lotra_grid, {}))

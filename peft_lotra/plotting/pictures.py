@@ -1,37 +1,34 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pictures of spectra, edge functions, changes of a network and trainings; they need matplotlib.
-
-The numbers behind the picture of a network, `edge_changes`, do not.
-"""
+"""Pictures of spectra, edge functions, changes of a network and trainings; they need matplotlib."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .compress.data_weights import first_output
-from .compress.spectra import Spectrum
-from .compress.updates import edge_scales
-from .layers.coefficients import CoefficientTensor
-from .layers.registry import find_layer
-from .layers.slim import call_with_coefficients
-from .least_squares.levenberg_marquardt import LevenbergMarquardtStep
-from .modules.calls import unwrap
-from .modules.checks import check_count
-from .modules.report import Report, TextTable
-from .tuner.layer import LoTRALayer, Target, grid_ends, lotra_layers
-from .tuner.targets import locate_target
+from ..compress.data_weights import Inputs, first_output, run_recorded
+from ..compress.spectra import Spectrum
+from ..layers.coefficients import CoefficientTensor
+from ..layers.registry import Grid, find_layer
+from ..layers.slim import call_with_coefficients
+from ..least_squares.levenberg_marquardt import LevenbergMarquardtStep
+from ..modules.checks import check_count
+from ..tuner.layer import LoTRALayer, grid_ends
+from ..tuner.targets import locate_target
+from .edges import layer_changes, measure_layer
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
+
+
+MARKS = 300  # values of an input that are marked
 
 
 def plot_spectra(spectrum: Spectrum, figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
@@ -71,32 +68,35 @@ def plot_edge_functions(
     model: nn.Module,
     layer_name: str,
     edges: int | Sequence[tuple[int, int]] = 6,
-    x: torch.Tensor | None = None,
-    title: Callable[[int, int], str] = "unit {0}, input {1}".format,
+    x: Inputs | None = None,
+    inputs: Sequence[str] | None = None,
+    outputs: Sequence[str] | None = None,
     figure: Figure | SubFigure | None = None,
 ) -> Figure | SubFigure:
     """Draws functions on edges of a KAN layer, of the base and with the active adapters; returns the figure.
 
-    A layer of any kind is evaluated, with the coefficients of all other inputs at zero.
+    The color of an adapted function says how much its change adds to the output of the layer, as a share of that of
+    the largest change. A layer of any kind is evaluated, with the coefficients of all other inputs at zero.
 
     Args:
         model: The model, adapted or not; it stays unchanged.
         layer_name: The name of the layer, as `find_kan_layers` or PEFT gives it.
-        edges: Pairs (output, input); or the number of edges, one for each input: those whose coefficients the adapters
-            changed most, or with the largest coefficients without adapters.
-        x: (points,), where to evaluate; by default 101 points over the grids of these inputs, or from -1 to 1.
-        title: `title(output, input)` is written above the picture of an edge.
+        edges: Pairs (output, input); or the number of edges, one for each input: those whose change adds most to the
+            output of the layer, or with the largest coefficients without adapters.
+        x: Inputs of the model, as for `edge_changes`. The functions are drawn over the range of what reaches the
+            layer, with a mark at each value; by default over its grids, or from -1 to 1.
+        inputs, outputs: The names of the layer's inputs and outputs.
         figure: Where to draw; a new one by default.
 
     Raises:
-        ValueError: There is no such KAN layer or edge, the layer is a convolution, or it normalizes its inputs
-            together.
+        ValueError: There is no such KAN layer or edge, the layer is a convolution, it normalizes its inputs
+            together, or there are not as many names.
         ImportError: Matplotlib is not installed.
 
     Example:
         >>> from peft_lotra.kan import KAN
         >>> kan = KAN([3, 5, 4])
-        >>> figure = plot_edge_functions(kan, "layers.0", edges=[(0, 1), (4, 2)])
+        >>> figure = plot_edge_functions(kan, "layers.0", edges=[(0, 1), (4, 2)], inputs=["x", "y", "z"])
     """
     module = find_layer(model, layer_name)
     layer, spec, tensor = locate_target(layer_name, module)
@@ -105,126 +105,99 @@ def plot_edge_functions(
             f"`{layer_name}` is a convolution, whose edges have a function for each position of the kernel. "
             "`plot_spectra` draws such layers."
         )
-    before = change = tensor.read(layer)
-    curves = [(before, {"label": "base", "color": "0.5", "ls": "--"})]
-    if isinstance(module, LoTRALayer) and module.applied_updates():
+    before = after = tensor.read(layer)
+    count_out, count_in = before.shape[:2]
+    inputs = _names("inputs", inputs, count_in, "input {}")
+    outputs = _names("outputs", outputs, count_out, "unit {}")
+    z = None
+    if x is not None:
+        _, received, _ = run_recorded(model, {layer_name: module}, x)
+        z = received[layer_name]
+    sizes = before.float().norm(dim=2)
+    is_adapted = isinstance(module, LoTRALayer) and bool(module.applied_updates())
+    if isinstance(module, LoTRALayer) and is_adapted:
         after = module.effective_coefficients()
-        change = after - before
-        curves.append((after, {"label": "adapted", "color": "tab:green"}))
-    edges = _choose_edges(edges, change.float().square().sum(-1))
-    if x is None:
-        low, high = -1.0, 1.0
-        if (ends := grid_ends(spec.read_grid(layer), before.shape[1])) is not None:
-            drawn = [i for _, i in edges]
-            low, high = ends[0][drawn].min().item(), ends[1][drawn].max().item()
-        x = torch.linspace(low, high, 101, device="cpu")
-    x = x.flatten().to(before)
+        sizes = measure_layer(layer_name, module, z).layer_effect
+    low, high = _range_of(spec.read_grid(layer), tensor.shape, z)
+    edges = _choose_edges(edges, sizes)
     columns = min(len(edges), 3)
     rows = -(-len(edges) // columns)
-    figure = new_figure((3 * columns, 2.3 * rows)) if figure is None else figure
+    figure = new_figure((3 * columns, 2.3 * rows + 0.3 * is_adapted)) if figure is None else figure
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, (o, i) in zip(axes, edges, strict=False):
+        points = torch.linspace(low[i].item(), high[i].item(), 101).to(before)
+        curves = [(before, {"label": "base", "color": "0.5", "ls": "--"})]
+        if is_adapted:
+            color = _color_of(sizes[o, i] / sizes.max().clamp(min=1e-30))
+            curves.append((after, {"label": "adapted, darker for a larger effect", "color": color}))
         for coefficients, style in curves:
-            y = _functions_of(layer, tensor, coefficients, i, x)[:, o]
-            axis.plot(x.float().cpu(), y.float().cpu(), **style)
-        axis.set_title(title(o, i), fontsize=9)
+            y = _functions_of(layer, tensor, coefficients, i, points)[:, o]
+            axis.plot(points.float().cpu(), y.float().cpu(), **style)
+        if z is not None:
+            marks = z[:MARKS, i].float().cpu()
+            axis.plot(marks, torch.zeros_like(marks), "|", color="0.3", transform=axis.get_xaxis_transform())
+        axis.set_title(f"{inputs[i]} to {outputs[o]}", fontsize=9)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
     for axis in axes[len(edges) :]:
         axis.remove()
-    figure.supxlabel("input", fontsize=8)
+    figure.supxlabel("input of the edge", fontsize=8)
     figure.supylabel("edge function", fontsize=8)
-    if len(curves) == 2:
-        axes[0].legend(fontsize=8)
+    if is_adapted:
+        lines, labels = axes[0].get_legend_handles_labels()
+        figure.legend(lines, labels, loc="outside upper center", ncols=2, fontsize=8)
     return figure
 
 
-@dataclass(eq=False)
-class EdgeChanges(Report):
-    """The result of `edge_changes`; prints as a table of the ten edges that changed most.
-
-    Attributes:
-        change: |A' - A| of each edge, a tensor (out, in) on the CPU by the name of the layer.
-        share: |A' - A| / |A|, laid out in the same way.
-    """
-
-    change: dict[str, torch.Tensor]
-    share: dict[str, torch.Tensor]
-
-    def _table(self) -> TextTable:
-        edges = [(name, *divmod(n, it.shape[1])) for name, it in self.share.items() for n in range(it.numel())]
-        shares, places = torch.cat([share.flatten() for share in self.share.values()]).topk(min(10, len(edges)))
-        rows = []
-        for share, place in zip(shares.tolist(), places.tolist(), strict=True):
-            name, o, i = edges[place]
-            rows.append([name, str(o), str(i), f"{self.change[name][o, i]:.3g}", f"{share:.1%}"])
-        cut = [f"the {len(rows)} of {len(edges):,} edges that changed most"] * (len(rows) < len(edges))
-        return TextTable(["layer", ">output", ">input", ">change (norm)", ">share of the norm before"], rows, cut)
+def _names(argument: str, names: Sequence[str] | None, count: int, pattern: str) -> list[str]:
+    """Return the names of units, by default made from their numbers."""
+    if names is None:
+        return [pattern.format(number) for number in range(count)]
+    if isinstance(names, str) or len(names) != count:
+        raise ValueError(f"`{argument}` is {names!r:.100}, but must be {count} names.")
+    return list(names)
 
 
-@torch.no_grad()
-def edge_changes(model: nn.Module) -> EdgeChanges:
-    """How much the active adapters changed each edge, |A' - A| and |A' - A| / |A|: what `plot_network_change` draws.
+def _range_of(grid: Grid, shape: Sequence[int], z: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the ends (in,) of what reaches a layer, or of its grid."""
+    ends = grid_ends(grid, shape) if z is None else z.aminmax(dim=0)
+    if ends is None:
+        return -torch.ones(shape[1]), torch.ones(shape[1])
+    low, high = ends
+    return low, torch.where(high > low, high, low + 1e-6)  # a unit may be constant
 
-    A are the edge's coefficients before, A[o, i, :] with the residual branch, and A' those with all active adapters,
-    multiplied by what the kind of layer multiplies them by (pykan's `scale_sp`).
-    For an edge that was almost zero, a thousandth of the layer's mean |A| takes the place of its |A|.
 
-    Args:
-        model: The adapted model; it stays unchanged.
+def _color_of(share: torch.Tensor) -> Any:
+    """Return the color of a share from 0 to 1."""
+    from matplotlib import colormaps
 
-    Returns:
-        `change` and `share`, tensors (out, in) by layer, of the layers with an active adapter: merged and disabled
-            adapters do not count, and convolutions have no such edges.
-
-    Raises:
-        ValueError: The model has no KAN layer with an active adapter, or all of them are convolutions.
-
-    Example:
-        >>> from peft import get_peft_model
-        >>> from peft_lotra import LoTRAConfig
-        >>> from peft_lotra.kan import KAN
-        >>> config = LoTRAConfig(r=2, init_weights=False)
-        >>> changes = edge_changes(get_peft_model(KAN([2, 5, 3]), config))
-        >>> {name: tuple(share.shape) for name, share in changes.share.items()}
-        {'layers.0': (5, 2), 'layers.1': (3, 5)}
-    """
-    changes = EdgeChanges({}, {})
-    for name, layer in lotra_layers(unwrap(model)):
-        if layer.applied_updates() and len(layer.lotra_tensor.shape) == 3:
-            before = layer.get_base_weight()
-            before = before.to(torch.promote_types(before.dtype, torch.float32))
-            scale = edge_scales(Target(layer.get_base_layer(), layer.lotra_spec, layer.lotra_tensor), before)
-            factors = 1.0 if scale is None else scale
-            change = (layer.effective_coefficients(before.dtype) - before).mul(factors).norm(dim=-1)
-            size = before.mul(factors).norm(dim=-1)
-            changes.change[name] = change.cpu()
-            changes.share[name] = (change / size.clamp_min(1e-3 * size.mean() + 1e-12)).cpu()
-    if not changes.share:
-        raise ValueError(
-            "The model has no dense KAN layer with an active adapter. Adapters that are merged (`unmerge_adapter`), "
-            "disabled (`enable_adapter_layers`) or not active (`set_adapter`) do not count, nor do convolutions."
-        )
-    return changes
+    return colormaps["viridis_r"](0.15 + 0.85 * share.item())  # the palest colors are hard to see
 
 
 @torch.no_grad()
 def plot_network_change(
-    model: nn.Module, most: int = 400, figure: Figure | SubFigure | None = None
+    model: nn.Module,
+    x: Inputs | None = None,
+    most: int = 400,
+    inputs: Sequence[str] | None = None,
+    outputs: Sequence[str] | None = None,
+    figure: Figure | SubFigure | None = None,
 ) -> Figure | SubFigure:
-    """Draws a network as a diagram: each edge in the color of how much the active adapters changed it.
+    """Draws a network as a diagram: each edge in the color of what its change adds to the outputs of the network.
 
-    A column of units for the inputs of each KAN layer, and one for the outputs of the last. The change of an edge is
+    A column of units for the inputs of each KAN layer, and one for the outputs of the last. The color of an edge is
     its `share`, as `edge_changes` computes it. Layers that do not follow each other (other sizes) have columns of
-    their own. Of many edges those that changed most are drawn.
+    their own. Of many edges those with the largest effects are drawn.
 
     Args:
         model: The adapted model; it stays unchanged.
+        x: Inputs of the model, as for `edge_changes`.
         most: The number of edges that are drawn in each layer, at most.
+        inputs, outputs: The names of the units in the first and the last column.
         figure: Where to draw; a new one by default.
 
     Raises:
-        ValueError: As `edge_changes`; or `most` is no integer of at least 1.
+        ValueError: As `edge_changes`; `most` is no integer of at least 1, or there are not as many names.
         ImportError: Matplotlib is not installed.
 
     Example:
@@ -232,35 +205,46 @@ def plot_network_change(
         >>> from peft_lotra import LoTRAConfig
         >>> from peft_lotra.kan import KAN
         >>> config = LoTRAConfig(r=2, init_weights=False)
-        >>> figure = plot_network_change(get_peft_model(KAN([2, 5, 3]), config))
+        >>> model = get_peft_model(KAN([2, 5, 3]), config)
+        >>> figure = plot_network_change(model, torch.rand(100, 2), inputs=["x", "t"])
     """
     most = check_count(most, "most")
-    changes = edge_changes(model).share
-    figure = new_figure((1.5 + 2.2 * len(changes), 4)) if figure is None else figure
+    layers = {name: layer.effect.square() for name, layer in layer_changes(model, x).items()}
+    total = sum(effect.sum().item() for effect in layers.values()) or 1.0
+    shares = {name: effect / total for name, effect in layers.items()}
+    first, *_, last = [*shares.values(), *shares.values()]
+    ends = [
+        _names("inputs", inputs, first.shape[1], "{}") if inputs else [],
+        _names("outputs", outputs, last.shape[0], "{}") if outputs else [],
+    ]
+    figure = new_figure((1.5 + 2.2 * len(shares), 4)) if figure is None else figure
     axis = figure.subplots()
-    top = max(float(change.max()) for change in changes.values()) or 1.0
+    top = max(float(share.max()) for share in shares.values()) or 1.0
     from matplotlib.collections import LineCollection  # beside Figure, which is there
 
     place, units = 0.0, None
-    for name, change in changes.items():
-        outputs, inputs = change.shape
-        if units not in (None, inputs):  # does not follow the layer before
+    for name, share in shares.items():
+        count_out, count_in = share.shape
+        if units not in (None, count_in):  # does not follow the layer before
             place += 0.6
-        left, right = _heights(inputs), _heights(outputs)
-        order = change.flatten().argsort()[-most:]  # the largest above the others
-        segments = [[(place, left[int(e) % inputs]), (place + 1, right[int(e) // inputs])] for e in order]
+        left, right = _heights(count_in), _heights(count_out)
+        order = share.flatten().argsort()[-most:]  # the largest above the others
+        segments = [[(place, left[int(e) % count_in]), (place + 1, right[int(e) // count_in])] for e in order]
         lines = LineCollection(segments, cmap="viridis_r", linewidths=1.4)
-        lines.set_array(change.flatten()[order].numpy())
+        lines.set_array(share.flatten()[order].numpy())
         lines.set_clim(0, top)
         axis.add_collection(lines)
-        for x, heights in ((place, left), (place + 1, right)):
-            axis.plot([x] * len(heights), heights, "o", color="0.25", markersize=4, zorder=3)
-        cut = f", {len(order)} of {change.numel()} edges" if len(order) < change.numel() else ""
-        axis.text(place + 0.5, 1.06, f"{name}\n{inputs} to {outputs}{cut}", ha="center", va="bottom", fontsize=8)
-        place, units = place + 1, outputs
+        for column, heights in ((place, left), (place + 1, right)):
+            axis.plot([column] * len(heights), heights, "o", color="0.25", markersize=4, zorder=3)
+        cut = f", {len(order)} of {share.numel()} edges" if len(order) < share.numel() else ""
+        axis.text(place + 0.5, 1.06, f"{name}\n{count_in} to {count_out}{cut}", ha="center", va="bottom", fontsize=8)
+        place, units = place + 1, count_out
+    for names, column, side in zip(ends, (-0.05, place + 0.05), ("right", "left"), strict=True):
+        for text, height in zip(names, _heights(len(names)) if names else [], strict=True):
+            axis.text(column, height, text, ha=side, va="center", fontsize=8)
     axis.set(xlim=(-0.1, place + 0.1), ylim=(-0.05, 1.05))
     axis.set_axis_off()
-    figure.colorbar(axis.collections[-1], ax=axis, label="change of an edge, as a share of its size")
+    figure.colorbar(axis.collections[-1], ax=axis, label="share of the change", format="{x:.0%}")
     return figure
 
 

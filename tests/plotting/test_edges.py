@@ -1,0 +1,139 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers import adapt, assert_same, base, nested, snapshot
+from stand_ins import FAMILIES
+
+from peft_lotra import LoTRAConfig
+from peft_lotra.kan import KAN
+from peft_lotra.plotting import edge_changes
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("fast-kan", "faster-kan")])
+def test_an_edge_counts_as_what_its_change_adds_to_the_output(family):
+    """These two normalize their inputs together, so that none can be moved alone."""
+    model = adapt(base(family))
+    x = torch.rand(200, 3) * 1.6 - 0.8
+    state = snapshot(model)
+
+    changes = edge_changes(model, x)
+
+    assert_same(model, state)
+    for edge in changes:
+        alone = torch.full_like(x, 0.3)
+        alone[:, edge.input] = x[:, edge.input]
+        with torch.no_grad():
+            moved = model(alone)[:, edge.output]
+            with model.disable_adapter():
+                moved = moved - model(alone)[:, edge.output]
+        assert edge.layer_effect == pytest.approx(moved.std(correction=0).item(), abs=1e-4, rel=1e-3)
+
+
+def test_the_effect_on_the_network_is_a_derivative():
+    model = adapt(KAN([2, 4, 1]).double(), r=("full", "full", "full")).double()
+    x = torch.rand(300, 2, dtype=torch.float64)
+    edge = next(edge for edge in edge_changes(model, x) if edge.layer == "layers.0")
+    change = model.base_model.model.layers[0].get_delta_weight("default")[edge.output, edge.input].detach()
+    change[:-1] -= edge.shift  # splines sum to one
+
+    merged = model.merge_and_unload()
+    layer = merged.layers[0]
+
+    def outputs(step: float) -> torch.Tensor:
+        parameters = {name: p.detach().clone() for name, p in merged.named_parameters()}
+        parameters["layers.0.spline_weight"][edge.output, edge.input] += step * change[:-1]
+        parameters["layers.0.base_weight"][edge.output, edge.input] += step * change[-1]
+        return torch.func.functional_call(merged, parameters, (x,))
+
+    assert len(change) == layer.spline_weight.shape[2] + 1
+    derivative = (outputs(1e-4) - outputs(-1e-4)) / 2e-4
+    assert edge.effect == pytest.approx(derivative.square().mean().sqrt().item(), rel=1e-4)
+
+
+def test_an_edge_that_was_zero_does_not_lead():
+    model = KAN([2, 3, 1])
+    with torch.no_grad():
+        model.layers[0].spline_weight[1, 0] = 0
+        model.layers[0].base_weight[1, 0] = 0
+    adapted = adapt(model, r=("full", "full", "full"), random=False)
+    with torch.no_grad():
+        core = adapted.base_model.model.layers[0].lotra_core["default"]
+        core[1, 0] = torch.linspace(0, 1e-3, core.shape[2])  # of a thousandth, on an edge of zero
+        core[2, 1] = torch.linspace(0, 0.5, core.shape[2])
+
+    changes = edge_changes(adapted, torch.rand(100, 2))
+
+    assert (changes[0].output, changes[0].input) == (2, 1)
+    assert changes[0].share > 0.99
+
+
+def test_a_constant_change_is_a_shift_without_effect():
+    adapted = adapt(KAN([2, 1]), r=("full", "full", "full"), random=False)
+    with torch.no_grad():
+        adapted.base_model.model.layers[0].lotra_core["default"][0, 1, :-1] = 0.5  # splines sum to one
+
+    changes = {edge.input: edge for edge in edge_changes(adapted)}
+
+    assert changes[1].shift == pytest.approx(0.5, abs=1e-5)
+    assert changes[1].effect == pytest.approx(0, abs=1e-6)
+
+
+def test_only_adapters_in_force_count():
+    model = adapt(nested(), adapter_name="first", target_modules=["body.0", "body.1"])
+    model.add_adapter("second", LoTRAConfig(r=2, target_modules=["body.1", "tail.layers.0"], init_weights=False))
+
+    x = torch.rand(20, 3)
+
+    def layers() -> set[str]:
+        return {edge.layer for edge in edge_changes(model, x)}
+
+    assert layers() == {"body.0", "body.1"}
+    model.set_adapter("second")
+    assert layers() == {"body.1", "tail.layers.0"}
+    model.base_model.set_adapter(["first", "second"])
+    assert layers() == {"body.0", "body.1", "tail.layers.0"}
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="`unmerge_adapter`"):
+        edge_changes(model, x)
+    model.unmerge_adapter()
+    with model.disable_adapter(), pytest.raises(ValueError, match="`enable_adapter_layers`"):
+        edge_changes(model, x)
+
+
+def test_the_list_is_sorted_and_prints_its_first_ten():
+    changes = edge_changes(adapt(KAN([4, 8, 3]), r=2))
+
+    effects = [edge.effect for edge in changes]
+    assert effects == sorted(effects, reverse=True)
+    assert sum(edge.share for edge in changes) == pytest.approx(1)
+    title, *rows, note = str(changes).splitlines()
+    assert title.split()[:4] == ["layer", "output", "input", "effect"]
+    assert rows[0].split()[:3] == [changes[0].layer, str(changes[0].output), str(changes[0].input)]
+    assert note == "the 10 of 56 edges with the largest effect"
+    assert json.loads(json.dumps(changes.as_dict()))[0]["share"] == changes[0].share
+
+
+def test_a_network_of_other_inputs_asks_for_them():
+    model = adapt(torch.nn.Sequential(torch.nn.Linear(7, 3), KAN([3, 2])), target_modules=["1.layers.0"])
+
+    with pytest.raises(ValueError, match="pass `inputs`"):
+        edge_changes(model)
+
+
+def test_wrong_inputs_are_named():
+    model = adapt(KAN([3, 4, 1]))
+    before = snapshot(model)
+
+    with pytest.raises(ValueError, match="these `inputs`. The input has shape"):
+        edge_changes(model, torch.rand(10, 2))
+    with pytest.raises(ValueError, match="NaN"):
+        edge_changes(model, torch.full((10, 3), torch.nan))
+    with pytest.warns(UserWarning, match="far outside of its grid"):
+        edge_changes(model, torch.rand(10, 3) + 50)
+    assert_same(model, before)
