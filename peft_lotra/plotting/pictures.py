@@ -138,6 +138,7 @@ def plot_edge_functions(
             axis.plot(marks, torch.zeros_like(marks), "|", color="0.3", transform=axis.get_xaxis_transform())
         axis.set_title(f"{inputs[i]} to {outputs[o]}", fontsize=9)
         axis.tick_params(labelsize=8)
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.25)
     for axis in axes[len(edges) :]:
         axis.remove()
