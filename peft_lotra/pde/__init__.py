@@ -4,10 +4,12 @@
 """Building blocks for solving PDEs by KANs: exact conditions, points, weights, knots, and continuation."""
 
 from .adaptive import ResidualSampler, gradient_weights, knot_density
+from .boundary import neumann, robin
 from .boxes import box_points, side_points
 from .constraints import BoxDistance, HardConstraint
 from .continuation import ContinuationStep, continuation
 from .features import BoxFeatures
+from .regions import Region, disk, polygon
 from .solution import Phase, Solution
 from .solver import solve
 
@@ -18,12 +20,17 @@ __all__ = [
     "ContinuationStep",
     "HardConstraint",
     "Phase",
+    "Region",
     "ResidualSampler",
     "Solution",
     "box_points",
     "continuation",
+    "disk",
     "gradient_weights",
     "knot_density",
+    "neumann",
+    "polygon",
+    "robin",
     "side_points",
     "solve",
 ]

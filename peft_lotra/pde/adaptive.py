@@ -17,7 +17,7 @@ from ..kan.knots import KnotMap
 from ..least_squares.problem import check_residuals
 from ..modules.calls import check_module
 from ..modules.checks import check_count, check_function, check_number
-from .boxes import box_points, check_box
+from .boxes import Inside, box_points, check_box, draw_inside
 
 
 _ALONG = 4  # points in each cell of a coordinate
@@ -35,10 +35,12 @@ class ResidualSampler:
         count: The number of points.
         share: The share of the points that follow the residual, 0 to 1.
         pool: Candidates for each point.
+        inside: Takes points (n, I) to (n,) bool: the points are in a part of the box.
         seed: Each draw changes it.
 
     Raises:
-        ValueError: An argument is out of range, or the residual is not finite or has a wrong shape.
+        ValueError: An argument is out of range, or the residual is not finite or has a wrong shape. `inside` is true
+            hardly anywhere, or returns something else.
 
     Source: C. Wu et al., "A comprehensive study of non-adaptive and residual-based adaptive sampling for
     physics-informed neural networks", arXiv 2207.10289.
@@ -61,11 +63,13 @@ class ResidualSampler:
         *,
         share: float = 0.3,
         pool: int = 4,
+        inside: Inside | None = None,
         seed: int = 0,
     ) -> None:
         self.low, self.high = check_box(low, high)
         self.count, self.pool, self.seed = check_count(count, "count"), check_count(pool, "pool"), seed
         self.share = check_number(share, "share", "[0, 1]")
+        self.inside = inside
 
     @torch.inference_mode(False)
     def draw(self, residual: Callable[[Tensor], Tensor], knots: KnotMap | None = None) -> Tensor:
@@ -97,11 +101,16 @@ class ResidualSampler:
     def _spread(self, count: int, seed: int, knots: KnotMap | None) -> Tensor:
         if not count:
             return self.low.new_empty(0, len(self.low))
-        share = SobolEngine(len(self.low), scramble=True, seed=seed).draw(count, dtype=torch.float64)
-        if knots is not None:
-            low, high = knots.low.double(), knots.high.double()
-            share[1::2] = (knots.inverse(torch.lerp(low, high, share[1::2])) - low) / (high - low)
-        return torch.lerp(self.low, self.high, share)
+        engine = SobolEngine(len(self.low), scramble=True, seed=seed)
+
+        def draw(number: int) -> Tensor:
+            share = engine.draw(number, dtype=torch.float64)
+            if knots is not None:
+                low, high = knots.low.double(), knots.high.double()
+                share[1::2] = (knots.inverse(torch.lerp(low, high, share[1::2])) - low) / (high - low)
+            return torch.lerp(self.low, self.high, share)
+
+        return draw_inside(draw, count, self.inside)
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,10 @@ from ..modules.checks import check_count
 
 
 Side = tuple[int, str]  # the index of a coordinate, and "low" or "high"
+Inside = Callable[[Tensor], Any]  # points (n, I) to (n,) bool
+SMALLEST_SHARE = 1e-4  # of a box that is inside: fewer points are not worth their search
+CANDIDATES = 2**16  # by which the share is estimated
+BISECTIONS = 50  # to rounding
 
 
 def check_box(low: Sequence[float], high: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -44,16 +49,74 @@ def check_sides(sides: Iterable[Side] | None, of_box: list[Side], argument: str 
     return sides
 
 
-def box_points(low: Sequence[float], high: Sequence[float], count: int, *, seed: int = 0) -> Tensor:
+def contains(inside: Inside, x: Tensor) -> Tensor:
+    """Return which points are inside, (n,) bool; raise a `ValueError` if `inside` returns anything else."""
+    with torch.no_grad():
+        mask = torch.as_tensor(inside(x))  # of shapely, an array
+    if mask.shape != x.shape[:-1] or mask.dtype != torch.bool:
+        raise ValueError(
+            f"`inside` returns {mask.dtype} of shape {tuple(mask.shape)} for x of shape {tuple(x.shape)}, but must "
+            "return one bool for each point, (n,)."
+        )
+    return mask.to(x.device)
+
+
+def draw_inside(draw: Callable[[int], Tensor], count: int, inside: Inside | None) -> Tensor:
+    """Return `count` of the points that `draw` takes from a box, the first ones inside.
+
+    Raises:
+        ValueError: Hardly any point is inside.
+    """
+    if inside is None:
+        return draw(count)
+    chosen: list[Tensor] = []
+    drawn = left = 0
+    while left < count:
+        candidates = draw(max(count, 1024))
+        drawn += len(candidates)
+        chosen.append(candidates[contains(inside, candidates)])
+        left += len(chosen[-1])
+        if drawn >= CANDIDATES and left < SMALLEST_SHARE * drawn:
+            raise ValueError(
+                f"`inside` is true at {left} of {drawn} points of the box. Give a box that just holds the region."
+            )
+    return torch.cat(chosen)[:count]
+
+
+def edge_points(inside: Inside, low: Sequence[float], high: Sequence[float], count: int = 1000) -> Tensor:
+    """Return points on the boundary of a part of a box, by bisection between points inside and outside.
+
+    Raises:
+        ValueError: Hardly any point is inside, or all are.
+    """
+    within = box_points(low, high, count, inside=inside)
+    x = box_points(low, high, CANDIDATES)
+    beyond = x[~contains(inside, x)]
+    if not len(beyond):
+        raise ValueError(f"`inside` is true at all of {len(x)} points of the box: leave it out, or look at its units.")
+    beyond = beyond[torch.arange(count) % len(beyond)]
+    for _ in range(BISECTIONS):
+        middle = (within + beyond) / 2
+        is_within = contains(inside, middle).unsqueeze(1)
+        within = torch.where(is_within, middle, within)
+        beyond = torch.where(is_within, beyond, middle)
+    return within
+
+
+def box_points(
+    low: Sequence[float], high: Sequence[float], count: int, *, inside: Inside | None = None, seed: int = 0
+) -> Tensor:
     """Points spread evenly over a box (scrambled Sobol points), float64 (count, I).
 
     Args:
         low, high: The ends of the box, I numbers each.
         count: The number of points.
+        inside: Takes points (n, I) to (n,) bool: the points are in a part of the box.
         seed: The same seed gives the same points.
 
     Raises:
-        ValueError: The box is empty, or `count` is below 1.
+        ValueError: The box is empty, or `count` is below 1. `inside` is true hardly anywhere, or returns
+            something else.
 
     Example:
         >>> from peft_lotra.pde import box_points
@@ -62,7 +125,11 @@ def box_points(low: Sequence[float], high: Sequence[float], count: int, *, seed:
     """
     low_end, high_end = check_box(low, high)
     engine = SobolEngine(len(low_end), scramble=True, seed=check_count(seed, "seed", low=0))
-    return torch.lerp(low_end, high_end, engine.draw(check_count(count, "count"), dtype=torch.float64))
+
+    def draw(number: int) -> Tensor:
+        return torch.lerp(low_end, high_end, engine.draw(number, dtype=torch.float64))
+
+    return draw_inside(draw, check_count(count, "count"), inside)
 
 
 def side_points(

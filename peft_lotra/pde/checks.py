@@ -29,7 +29,8 @@ def check_model(model: HardConstraint, x: Tensor, sides: Sequence[Tensor], has_t
     size, *on_sides = (model.part("distance", points, model.kan(points)).abs().amax(0) for points in (x, *sides))
     if not has_terms and not any((value <= 1e-6 * size).any() for value in on_sides):
         raise ValueError(
-            "`distance` is zero on no side of the box: take `BoxDistance`, or give `terms` for conditions."
+            "`distance` is zero on no side of the box, or not on all of the boundary of `inside`. Take `BoxDistance` "
+            "or the `distance` of a region, or give `terms` for conditions."
         )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..least_squares.levenberg_marquardt import LevenbergMarquardtStep
 from ..modules.report import Report, TextTable
+from .boxes import Inside, contains
 from .constraints import HardConstraint
 
 
@@ -46,6 +47,7 @@ class Solution(Report):
     Attributes:
         model: The `HardConstraint` network: x (..., I) in the coordinates of the box to u (..., O), float64.
         low, high: The ends of the box, (I,).
+        inside: The part of the box where the equation holds; None for all of it.
         first_residual, residual: The root mean square of the residual at points that are never trained, before the
             training and after it.
         history: The record of each step.
@@ -56,6 +58,7 @@ class Solution(Report):
     model: HardConstraint
     low: Tensor
     high: Tensor
+    inside: Inside | None = None
     first_residual: float = math.nan
     residual: float = math.nan
     history: list[LevenbergMarquardtStep] = field(default_factory=list)
@@ -63,9 +66,9 @@ class Solution(Report):
     notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report in plain values, without the model."""
+        """Return the report in plain values, without the model and `inside`."""
         values = super().as_dict()
-        del values["model"]
+        del values["model"], values["inside"]
         return values
 
     def _table(self) -> TextTable:
@@ -82,6 +85,8 @@ class Solution(Report):
     def plot(self, count: int = 101) -> Any:
         """Draw the first output over the first two coordinates, the others in the middle of the box, or over a line.
 
+        Points that are not inside stay blank.
+
         Needs matplotlib; `peft_lotra.plotting.plot_history(result.history)` draws the steps.
         """
         import matplotlib.pyplot as plt
@@ -92,6 +97,8 @@ class Solution(Report):
         x = ((self.low + self.high) / 2).repeat(count ** len(lines), 1)
         x[:, : len(lines)] = torch.cartesian_prod(*lines).view(-1, len(lines))
         u = self.model(x)[:, 0].detach()
+        if self.inside is not None:
+            u[~contains(self.inside, x)] = math.nan
         if len(lines) == 1:
             axis.plot(*lines, u)
             axis.set(xlabel="coordinate 0", ylabel="u")

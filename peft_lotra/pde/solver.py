@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..modules.checks import check_count, check_function, check_number
 from .adaptive import ResidualSampler
-from .boxes import box_points, check_box, side_points
+from .boxes import Inside, box_points, check_box, edge_points, side_points
 from .budget import Budget
 from .checks import check_model, outside_grids
 from .constraints import HardConstraint, Part
@@ -39,6 +39,7 @@ def solve(
     outputs: int = 1,
     periodic: Collection[int] = (),
     terms: Sequence[Any] = (),
+    inside: Inside | None = None,
     continuation: tuple[float, float] | None = None,
     network: nn.Module | None = None,
     seconds: float = 60.0,
@@ -67,7 +68,9 @@ def solve(
         outputs: The number of unknown functions.
         periodic: The indices of periodic coordinates.
         terms: Other residual terms, (function, rows) or (function, rows, weight) as for `LevenbergMarquardt`: data, or
-            conditions that are not exact.
+            conditions that are not exact, by `neumann` and `robin` too.
+        inside: Takes points (n, I) to (n,) bool: the equation holds in this part of the box (`disk(...).inside`).
+            `distance` must be zero on its boundary unless there are `terms`.
         continuation: The first and the last parameter of the equation.
         network: A KAN (`KAN([I, 8, 8, outputs], 8, 5, norm="tanh")`, for adapters of all layers), an MLP or another
             one, (n, I) to (n, outputs). It is trained in place and becomes float64. The box is scaled to [-1, 1] in
@@ -84,9 +87,9 @@ def solve(
 
     Raises:
         TypeError: An argument is of the wrong kind.
-        ValueError: The box is empty; `distance` is zero on no side of it and there are no `terms`; the network takes
-            other inputs; residuals are not finite, of a wrong shape, or depend on other rows; a number is out of
-            range. Nothing is trained then.
+        ValueError: The box is empty; `distance` is zero on no side of it, or not on the boundary of `inside`, and
+            there are no `terms`; `inside` is true nowhere, or everywhere; the network takes other inputs; residuals are not
+            finite, of a wrong shape, or depend on other rows; a number is out of range. Nothing is trained then.
 
     Warns:
         UserWarning: Activations leave the grids of a network's KAN layers.
@@ -112,15 +115,20 @@ def solve(
     if steps is not None:
         check_count(steps, "steps", low=1 if continuation is None else STAGES + 1)
     check_number(seconds, "seconds", "(0, inf)")
-    points = box_points(low, high, HELD_POINTS, seed=seed)
+    if inside is None:
+        sides = side_points(low, high, 50)[0].split(50)
+    else:
+        check_function(inside, "inside", 1)
+        sides = [edge_points(inside, low, high)]
+    points = box_points(low, high, HELD_POINTS, inside=inside, seed=seed)
     terms = list(terms)
     network = prepare_network(network, low_end, high_end, check_count(outputs, "outputs"), periodic, seed)
     model = HardConstraint(network, distance, lift).double()
-    sides, _ = side_points(low, high, 50)
-    check_model(model, points, sides.split(50), bool(terms))
+    check_model(model, points, sides, bool(terms))
 
-    result = Solution(model, low_end, high_end)
-    sampler = ResidualSampler(low, high, POINTS if len(low_end) > 1 else POINTS // 2, seed=1000 * seed)
+    result = Solution(model, low_end, high_end, inside)
+    count = POINTS if len(low_end) > 1 else POINTS // 2
+    sampler = ResidualSampler(low, high, count, inside=inside, seed=1000 * seed)
     with Budget(seconds, steps, progress) as budget:
         training = Training(result, residual, terms, points, sampler, budget)
         result.first_residual = training.norm(start)
