@@ -19,7 +19,7 @@ Values = Callable[[Tensor], Tensor] | Tensor | float
 Term = tuple[Callable[..., Tensor], tuple[Tensor, ...], float]
 
 
-def neumann(points: Tensor, normals: Tensor, values: Values = 0.0, *, weight: float = 1000.0) -> Term:
+def neumann(points: Tensor, normals: Tensor, values: Values = 0.0, *, weight: float = 100.0) -> Term:
     """Return the condition u_n = values on the normal derivative, see `robin` with a = 0 and b = 1.
 
     Example:
@@ -32,7 +32,7 @@ def neumann(points: Tensor, normals: Tensor, values: Values = 0.0, *, weight: fl
 
 
 def robin(
-    points: Tensor, normals: Tensor, a: Values, b: Values, values: Values = 0.0, *, weight: float = 1000.0
+    points: Tensor, normals: Tensor, a: Values, b: Values, values: Values = 0.0, *, weight: float = 100.0
 ) -> Term:
     """Return the condition a u + b u_n = values as an entry of `terms`, u_n = sum_i n_i du / dx_i.
 

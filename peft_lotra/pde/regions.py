@@ -48,15 +48,16 @@ class Edges(NamedTuple):
         """Return some of the edges."""
         return Edges(*(column[index] for column in self))
 
-    def is_closed(self) -> Tensor:
-        """Return which edges are full circles, (E,) bool."""
-        return self.curvature.abs() * self.length > 2 * math.pi - SLACK
+    def reversed(self) -> Edges:
+        """Return the edges from their ends to their starts."""
+        return Edges(self.points(self.length), -self.directions(self.length), -self.curvature, self.length)
 
     def discs(self) -> tuple[Tensor, Tensor]:
         """Return the middle of each edge and the distance to its ends: no point of the edge is further away."""
         middle = self.points(self.length / 2)
         reach = (self.points(self.length) - middle).abs()
-        return middle, torch.where(self.is_closed(), FAR * reach, reach)
+        is_circle = self.curvature.abs() * self.length > 2 * math.pi - SLACK
+        return middle, torch.where(is_circle, FAR * reach, reach)
 
     def cut(self, others: Edges) -> Edges:
         """Return the edges in pieces that end where they meet others."""
@@ -79,15 +80,24 @@ class Edges(NamedTuple):
 
         middle, reach = (part.repeat(2) for part in others.discs())
         is_met = (s >= 0) & (s <= length) & ((column.points(s) - middle).abs() < (1 + SLACK) * reach)
-        s = torch.where(is_met, s, length)
-        # a full circle is cut first where it meets another edge
-        shift = torch.where(column.is_closed(), s.amin(1, keepdim=True), 0.0)
-        stops = torch.cat([torch.zeros_like(length), torch.where(is_met, s - shift, length), length], 1).sort(1).values
+        stops = torch.cat([torch.zeros_like(length), torch.where(is_met, s, length), length], 1).sort(1).values
         low, high = stops[:, :-1], stops[:, 1:]
-        pieces = Edges(
-            column.points(low + shift), column.directions(low + shift), curvature.expand_as(low), high - low
-        )
+        pieces = Edges(column.points(low), column.directions(low), curvature.expand_as(low), high - low)
         return pieces.select(high - low > SLACK * length)
+
+    def joined(self, size: float) -> Edges:
+        """Return the edges, those in one that follow each other on the same line or circle."""
+        edges = self
+        while True:
+            gaps = (edges.points(edges.length).unsqueeze(1) - edges.start).abs() / size
+            turns = (edges.directions(edges.length).unsqueeze(1) - edges.direction).abs()
+            bends = (edges.curvature.unsqueeze(1) - edges.curvature).abs() * size
+            pairs = (gaps + turns + bends < SLACK).fill_diagonal_(False).nonzero()
+            if not len(pairs):
+                return edges
+            first, second = pairs[0]
+            edges.length[first] += edges.length[second]
+            edges = edges.select(torch.arange(len(edges.length)) != second)
 
 
 class Region:
@@ -114,15 +124,15 @@ class Region:
         left, right = (inside(torch.view_as_real(side)) for side in (middle + to_side, middle - to_side))
         is_repeated = ((middle.unsqueeze(1) - middle).abs() < SLACK * size).tril(-1).any(1)
         is_edge = (left != right) & ~is_repeated & (edges.length > SLACK * size)
-        edges, inward = edges.select(is_edge), torch.where(left, 1j, -1j)[is_edge]
-        if not len(edges.length):
+        if not is_edge.any():
             raise ValueError("The region has no edges: it is empty, or `select` takes none.")
+        forward, backward = edges.select(is_edge & left), edges.select(is_edge & right).reversed()
+        edges = Edges(*map(torch.cat, zip(forward, backward, strict=True))).joined(size)
 
-        self._inside, self._edges, self._inward, self._size = inside, edges, inward, size
-        # in units of the size
+        self._inside, self._edges, self._size = inside, edges, size
         middle, reach = edges.discs()
-        vectors = (edges.start / size, inward * edges.direction, middle / size)
-        self._frame = [*map(torch.view_as_real, vectors), inward.imag * edges.curvature * size, reach / size]
+        vectors = (edges.start / size, 1j * edges.direction, middle / size)
+        self._frame = [*map(torch.view_as_real, vectors), edges.curvature * size, reach / size]  # in units of the size
 
     def __or__(self, other: Region) -> Region:
         return self._combine(other, lambda one, two: one | two)
@@ -167,8 +177,8 @@ class Region:
 
             phi_i = sqrt(f^2 + (sqrt(t^2 + f^4) - t)^2 / 4),    1 / phi = sum_i 1 / phi_i
 
-        is zero on the edges with a slope of 1, and smooth and positive elsewhere, also outside. Its second derivatives
-        grow as one over the distance from a vertex.
+        is zero on the edges, to rounding, with a slope of 1, and smooth and positive elsewhere, also outside. Its
+        second derivatives grow as one over the distance from a vertex.
 
         Source: V. L. Rvachev and T. I. Sheiko, "R-functions in boundary value problems in mechanics" (1995);
         N. Sukumar and A. Srivastava, arXiv 2104.08426.
@@ -178,24 +188,16 @@ class Region:
         q = x - start
         f = (q * normal).sum(-1) - curvature / 2 * q.square().sum(-1)
         t = (reach.square() - (x - middle).square().sum(-1)) / (2 * reach)
-        f4 = f.square().square()
-
-        # two forms, each where it does not cancel; the derivative of |f| is 1 on the edge in spite of rounding
-        is_near = t > 0
-        above = torch.where(is_near, t, 1.0)
-        ratio = f**3 / (2 * (above + (above.square() + f4).sqrt()))
+        # never zero, where the slope of |f| would be
         rounding = 100 * torch.finfo(x.dtype).eps
-        near = torch.where(f < -rounding, -f, f) * (1 + ratio.square()).sqrt()
-        below = torch.where(is_near, -1.0, t)
-        beyond = (f.square() + ((below.square() + f4).sqrt() - below).square() / 4).sqrt()
-        distance = torch.where(is_near, near, beyond)
-
+        f = f + rounding * (f.abs() < rounding)
+        trimmed = ((t.square() + f**4).sqrt() - t) / 2
+        distance = (f.square() + trimmed.square()).sqrt()
         while distance.shape[-1] > 1:
             one, other = distance[..., ::2], distance[..., 1::2]
-            rest = one[..., other.shape[-1] :]
-            one = one[..., : other.shape[-1]]
-            joint = one * other / (one + other).clamp(min=torch.finfo(x.dtype).tiny)
-            distance = torch.cat([joint, rest], -1)
+            count = other.shape[-1]
+            joint = one[..., :count] * other / (one[..., :count] + other)
+            distance = torch.cat([joint, one[..., count:]], -1)
         return self._size * distance
 
     def boundary(self, count: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -216,8 +218,7 @@ class Region:
         index = torch.searchsorted(ends, s).clamp(max=len(ends) - 1)
         s = s - (ends - edges.length)[index]
         edges = edges.select(index)
-        normals = -self._inward[index] * edges.directions(s)
-        return torch.view_as_real(edges.points(s)), torch.view_as_real(normals)
+        return torch.view_as_real(edges.points(s)), torch.view_as_real(-1j * edges.directions(s))
 
 
 def polygon(vertices: Sequence[Sequence[float]] | Tensor) -> Region:
@@ -245,8 +246,6 @@ def polygon(vertices: Sequence[Sequence[float]] | Tensor) -> Region:
     start = torch.view_as_complex(corners)
     if len(corners) < 3 or len(corners.unique(dim=0)) < len(corners):
         raise ValueError(f"`vertices` has {len(corners)} points, but must have at least three, each once.")
-    # without vertices on straight lines
-    start = start[((start - start.roll(1)).conj() * (start.roll(-1) - start)).angle().abs() > SLACK]
     sides = start.roll(-1) - start
     length = sides.abs()
     edges = Edges(start, sides / length, torch.zeros_like(length), length)

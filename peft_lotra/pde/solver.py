@@ -88,8 +88,9 @@ def solve(
     Raises:
         TypeError: An argument is of the wrong kind.
         ValueError: The box is empty; `distance` is zero on no side of it, or not on the boundary of `inside`, and
-            there are no `terms`; `inside` is true nowhere, or everywhere; the network takes other inputs; residuals are not
-            finite, of a wrong shape, or depend on other rows; a number is out of range. Nothing is trained then.
+            there are no `terms`; `inside` is true nowhere, or everywhere; the network takes other inputs; residuals
+            are not finite, of a wrong shape, or depend on other rows; a number is out of range. Nothing is trained
+            then.
 
     Warns:
         UserWarning: Activations leave the grids of a network's KAN layers.

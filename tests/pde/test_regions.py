@@ -1,0 +1,407 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peft_lotra.kan import KAN, jet
+from peft_lotra.pde import (
+    BoxDistance,
+    Region,
+    ResidualSampler,
+    box_points,
+    disk,
+    neumann,
+    polygon,
+    robin,
+    side_points,
+    solve,
+)
+
+
+SQUARE = (-1.0, -1.0), (1.0, 1.0)
+L_CORNERS = [(-1, -1), (0, -1), (0, 0), (1, 0), (1, 1), (-1, 1)]
+
+
+def rectangle(low: tuple[float, float], high: tuple[float, float]) -> Region:
+    return polygon([low, (high[0], low[1]), high, (low[0], high[1])])
+
+
+REGIONS = {
+    "triangle": lambda: polygon([(-1, -1), (1, -0.5), (0, 1)]),
+    "L-shape": lambda: polygon(L_CORNERS),
+    "disk": lambda: disk((0.1, -0.2), 0.7),
+    "union": lambda: disk((-0.4, 0), 0.5) | polygon([(-0.2, -0.3), (1, -0.3), (1, 0.3), (-0.2, 0.3)]),
+    "intersection": lambda: disk((-0.3, 0), 0.7) & disk((0.3, 0), 0.6),
+    "difference": lambda: polygon(L_CORNERS) - disk((0, 0), 0.4),
+    "a hole": lambda: polygon(L_CORNERS) - disk((-0.5, 0.5), 0.3),
+    "edges that coincide": lambda: rectangle((-1, 0), (1, 1)) | rectangle((-1, -1), (0, 1)),
+    "a circle that is cut where it starts": lambda: disk((0, 0), 0.5) - rectangle((0, 0), (1, 1)),
+}
+
+
+def within(region: Region, count: int = 200) -> Tensor:
+    return box_points(*SQUARE, count, inside=region.inside)
+
+
+def slopes(region: Region, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(region.distance(x).sum(), x)[0]
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_distance_is_zero_on_the_boundary_with_slope_one_and_positive_inside(name):
+    region = REGIONS[name]()
+    points, normals = region.boundary(300)
+
+    distance = region.distance(points)
+
+    torch.testing.assert_close(distance, torch.zeros_like(distance), rtol=0, atol=1e-12)
+    torch.testing.assert_close(slopes(region, points), -normals, rtol=0, atol=1e-6)
+    assert (region.distance(within(region)) > 0).all()
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_second_derivatives_inside_are_finite_and_equal_by_forward_and_reverse_mode(name):
+    region = REGIONS[name]()
+    x = within(region, 50)
+
+    def along(x: Tensor, direction: Tensor) -> Tensor:
+        return torch.func.jvp(region.distance, (x,), (direction.expand_as(x),))[1]
+
+    hessian = torch.func.vmap(torch.func.jacrev(torch.func.jacrev(lambda point: region.distance(point)[0])))(x)
+
+    for i, direction in enumerate(torch.eye(2, dtype=torch.float64)):
+        _, second = torch.func.jvp(lambda x, v=direction: along(x, v), (x,), (direction.expand_as(x),))
+        assert second.isfinite().all()
+        torch.testing.assert_close(second[:, 0], hessian[:, i, i])
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_normals_point_out_of_the_region(name):
+    region = REGIONS[name]()
+
+    points, normals = region.boundary(200, seed=3)
+
+    assert points.dtype == normals.dtype == torch.float64
+    torch.testing.assert_close(normals.norm(dim=1), torch.ones(200, dtype=torch.float64))
+    assert region.inside(points - 1e-6 * normals).all() and not region.inside(points + 1e-6 * normals).any()
+
+
+def test_boundaries_have_the_lengths_of_what_bounds_the_region():
+    """Pieces inside of the other shape do not count, and are not points of the boundary."""
+    quarter = 2 * math.pi * 0.4 / 4
+    expected = {"L-shape": 8.0, "difference": 8 - 2 * 0.4 + 3 * quarter, "a hole": 8 + 2 * math.pi * 0.3}
+    for name, length in expected.items():
+        region = REGIONS[name]()
+        points, _ = region.boundary(4000)
+        # points that are spread evenly: their number on the left side, of length 2, tells the length of all
+        on_left = (points[:, 0] < -1 + 1e-9).double().mean().item()
+        assert 2 / on_left == pytest.approx(length, rel=1e-2)
+
+
+def shapely_pairs():
+    shapely = pytest.importorskip("shapely")
+    one = [(0, 0), (3, 0), (3, 2), (1, 2.5), (0, 1)]
+    other = [(1, -1), (2, -1), (2.2, 3), (0.9, 3)]
+    return (polygon(one), polygon(other)), (shapely.Polygon(one), shapely.Polygon(other)), shapely
+
+
+@pytest.mark.parametrize("operator", ["__or__", "__and__", "__sub__"])
+def test_polygons_are_combined_as_by_shapely(operator):
+    (one, other), shapes, shapely = shapely_pairs()
+    region = getattr(one, operator)(other)
+    shape = getattr(shapes[0], operator)(shapes[1])
+    x = box_points((-1, -2), (4, 4), 2000)
+
+    inside = region.inside(x)
+    points, _ = region.boundary(300)
+
+    assert torch.equal(inside, torch.as_tensor(shapely.contains_xy(shape, *x.T.numpy())))
+    assert shapely.distance(shape.boundary, shapely.points(points.numpy())).max() < 1e-12
+
+
+def test_orientation_closed_lists_and_vertices_on_edges_make_no_difference():
+    x = within(polygon(L_CORNERS))
+    expected = polygon(L_CORNERS).distance(x)
+    others = [L_CORNERS[::-1], [*L_CORNERS, L_CORNERS[0]], [*L_CORNERS, (-1, 0.3)], torch.tensor(L_CORNERS)]
+
+    for vertices in others:
+        torch.testing.assert_close(polygon(vertices).distance(x), expected)
+
+
+@pytest.mark.parametrize("name", ["edges that coincide", "edges that touch", "a difference", "an intersection"])
+def test_the_same_shape_has_the_same_distance(name):
+    square = rectangle(*SQUARE)
+    region = {
+        "edges that coincide": REGIONS["edges that coincide"],
+        "edges that touch": lambda: rectangle((-1, 0), (1, 1)) | rectangle((-1, -1), (0, 0)),
+        "a difference": lambda: square - rectangle((0, -2), (2, 0)),
+        "an intersection": lambda: square & polygon([(-2, 2), (-2, -2), (0, -2), (0, 0), (2, 0), (2, 2)]),
+    }[name]()
+    x = within(region)
+
+    torch.testing.assert_close(region.distance(x), polygon(L_CORNERS).distance(x), rtol=0.05, atol=0)
+
+
+def test_shapes_that_share_edges_have_none_inside_of_their_union():
+    union = rectangle((-1, 0), (1, 1)) | rectangle((-1, -1), (0, 0))
+    x = torch.tensor([[-0.5, 0.0], [-0.5, 1e-9]], dtype=torch.float64)
+
+    assert (union.distance(x) > 0.1).all()
+    assert torch.equal(union.inside(within(union)), polygon(L_CORNERS).inside(within(union)))
+
+
+def test_a_selected_edge_is_the_only_one():
+    floor = polygon(L_CORNERS).select(lambda x: x[:, 1] == -1)
+
+    points, normals = floor.boundary(20)
+
+    assert (points[:, 1] == -1).all() and (normals[:, 1] == -1).all()
+    assert floor.distance(points).abs().max() < 1e-12
+    assert floor.distance(polygon(L_CORNERS).boundary(100)[0]).gt(0.01).double().mean() > 0.7
+
+
+def test_single_precision_and_further_coordinates():
+    region = REGIONS["a hole"]()
+    x = within(region)
+    longer = torch.cat([x, torch.rand(200, 1, dtype=torch.float64)], 1)
+
+    assert region.inside(longer).all() and torch.equal(region.distance(longer), region.distance(x))
+    single = region.distance(x.float())
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), region.distance(x), rtol=1e-3, atol=1e-5)
+
+
+WRONG_REGIONS = {
+    r"at least three": lambda: polygon([(0, 0), (1, 1), (0, 0)]),
+    r"has 4 points.* each once": lambda: polygon([(0, 0), (1, 0), (1, 0), (0, 1)]),
+    "cross or touch": lambda: polygon([(0, 0), (1, 1), (1, 0), (0, 1)]),
+    "cross or touch. Give": lambda: polygon([(0, 0), (2, 0), (2, 1), (1, 0), (0, 1)]),
+    "no edges": lambda: polygon([(0, 0), (1, 1), (2, 2)]),
+    r"must be finite numbers \(n, 2\)": lambda: polygon([(0, 0, 0), (1, 0, 0), (0, 1, 0)]),
+    r"`vertices` is \[\(0, 0\), \(1, nan\)": lambda: polygon([(0, 0), (1, math.nan), (0, 1)]),
+    "`vertices` is 'abc'": lambda: polygon("abc"),
+    "`vertices` is None": lambda: polygon(None),
+    r"`center` is \(0, 0, 0\)": lambda: disk((0, 0, 0), 1),
+    "`radius` is 0": lambda: disk((0, 0), 0),
+    "`radius` is nan": lambda: disk((0, 0), math.nan),
+    "it is empty": lambda: disk((0, 0), 1) & disk((5, 0), 1),
+    "`count` is 0": lambda: disk((0, 0), 1).boundary(0),
+    "at least two coordinates": lambda: disk((0, 0), 1).distance(torch.rand(3, 1)),
+}
+
+
+@pytest.mark.parametrize("message", WRONG_REGIONS)
+def test_wrong_shapes_are_named(message):
+    with pytest.raises(ValueError, match=message):
+        WRONG_REGIONS[message]()
+
+
+# Points
+
+
+def test_points_are_inside_and_spread_evenly():
+    region = REGIONS["L-shape"]()
+
+    x = box_points(*SQUARE, 600, inside=region.inside, seed=2)
+
+    assert x.shape == (600, 2) and region.inside(x).all()
+    quarters = [((x[:, 0] > 0) == right).logical_and((x[:, 1] > 0) == up).double().mean() for right, up in QUARTERS]
+    torch.testing.assert_close(torch.stack(quarters), torch.full((3,), 1 / 3, dtype=torch.float64), rtol=0, atol=0.03)
+
+
+QUARTERS = [(False, False), (False, True), (True, True)]
+
+
+def test_points_that_follow_the_residual_are_inside():
+    region = REGIONS["a hole"]()
+    sampler = ResidualSampler(*SQUARE, 300, share=0.5, inside=region.inside)
+
+    for _ in range(2):
+        assert region.inside(sampler.draw(lambda x: torch.exp(-50 * x[:, :1] ** 2))).all()
+
+
+def test_a_thin_region_has_points():
+    thin = disk((0.3, 0.1), 0.03)  # 7e-4 of the box
+
+    assert thin.inside(box_points(*SQUARE, 1500, inside=thin.inside)).all()
+
+
+def test_a_region_that_is_hardly_in_the_box_needs_another_box():
+    with pytest.raises(ValueError, match="Give a box that just holds the region"):
+        box_points(*SQUARE, 10, inside=disk((0, 0), 0.005).inside)
+
+
+# solve
+
+
+def poisson(model: nn.Module, x: Tensor) -> Tensor:
+    return jet(model, x, collapse=True)[2] + 1
+
+
+def solved(region: Region, residual=poisson, low=SQUARE[0], high=SQUARE[1], **options):
+    torch.manual_seed(0)
+    options = {"distance": region.distance, "inside": region.inside, "steps": 12, "progress": False} | options
+    network = nn.Sequential(nn.Linear(len(low), 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 1))
+    return solve(residual, low, high, network=network, **options)
+
+
+def error(result, exact) -> float:
+    x = box_points(result.low.tolist(), result.high.tolist(), 500, inside=result.inside, seed=5)
+    return ((result.model(x) - exact(x)).norm() / exact(x).norm()).item()
+
+
+def test_poisson_on_a_disk():
+    region = disk((0.2, 0), 0.5)
+
+    result = solved(region)
+
+    assert error(result, lambda x: (0.25 - ((x - torch.tensor([0.2, 0.0])) ** 2).sum(1, keepdim=True)) / 4) < 1e-3
+
+
+def test_poisson_on_a_ring_with_a_hole_of_fixed_value():
+    outer, inner = disk((0, 0), 1), disk((0, 0), 0.5)
+    ring = outer - inner
+
+    result = solved(ring, lambda model, x: jet(model, x, collapse=True)[2], lift=boundary_values, steps=25)
+
+    assert error(result, lambda x: x.norm(dim=1, keepdim=True).log() / math.log(0.5)) < 1e-2
+
+
+def boundary_values(x: Tensor) -> Tensor:
+    """1 on the inner circle, 0 on the outer one."""
+    return (1 - (x[..., :2] ** 2).sum(-1, keepdim=True)) / 0.75
+
+
+def test_poisson_on_a_union():
+    """A rectangle of two, and a solution that is zero on its edges."""
+    region = rectangle((-1, -0.5), (0, 0.5)) | rectangle((-0.2, -0.5), (1, 0.5))
+
+    def exact(x: Tensor) -> Tensor:
+        return torch.cos(math.pi * x[:, :1] / 2) * torch.cos(math.pi * x[:, 1:])
+
+    def equation(model: nn.Module, x: Tensor) -> Tensor:
+        return jet(model, x, collapse=True)[2] + 1.25 * math.pi**2 * exact(x)
+
+    result = solved(region, equation)
+
+    assert error(result, exact) < 1e-2
+
+
+def test_heat_on_a_disk():
+    """Points (x, y, t), and the source of u = exp(-t) (1 - r^2)."""
+    region = disk((0, 0), 1)
+
+    def start(x: Tensor) -> Tensor:
+        return 1 - (x[..., :2] ** 2).sum(-1, keepdim=True)
+
+    def heat(model: nn.Module, x: Tensor) -> Tensor:
+        _, (_, _, u_t), laplacian = jet(model, x, collapse=(1.0, 1.0, 0.0))
+        return u_t - laplacian - torch.exp(-x[:, 2:]) * (4 - start(x))
+
+    distance = lambda x: region.distance(x) * x[..., 2:]  # noqa: E731
+    result = solved(region, heat, (-1, -1, 0), (1, 1, 1), distance=distance, lift=start)
+
+    assert error(result, lambda x: torch.exp(-x[:, 2:]) * start(x)) < 1e-2
+
+
+def test_neumann_and_robin_conditions():
+    """u = x^2 + y on a square: slopes on the right side and on top, a u + b u_n on the left side."""
+    distance = BoxDistance(*SQUARE, sides=[(1, "low")])
+
+    def exact(x: Tensor) -> Tensor:
+        return x[..., :1] ** 2 + x[..., 1:]
+
+    terms = [
+        neumann(*side_points(*SQUARE, 40, sides=[(0, "high")]), 2.0),
+        neumann(*side_points(*SQUARE, 40, sides=[(1, "high")]), lambda x: torch.ones(len(x))),
+        robin(*side_points(*SQUARE, 40, sides=[(0, "low")]), 2.0, 3.0, lambda x: 2 * exact(x) + 6),
+    ]
+
+    def equation(model: nn.Module, x: Tensor) -> Tensor:
+        return jet(model, x, collapse=True)[2] - 2
+
+    result = solve(
+        *(equation, *SQUARE),
+        distance=distance,
+        lift=lambda x: x[..., :1] ** 2 - 1,
+        terms=terms,
+        network=KAN([2, 5, 1], 4, 4, norm="tanh"),
+        steps=10,
+        progress=False,
+    )
+
+    x = box_points(*SQUARE, 200)
+    assert (result.model(x) - exact(x)).abs().max() < 1e-2
+
+
+def test_a_term_of_robin_has_the_formula():
+    class Field(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x[:, :1] ** 2, x[:, :1] * x[:, 1:]], 1)
+
+    points, normals = disk((0, 0), 2).boundary(7)
+    values = torch.rand(7, 2, dtype=torch.float64)
+
+    function, rows, weight = robin(points, normals, torch.arange(7), lambda x: x[:, 0], values, weight=3)
+
+    x, y, n = points[:, 0], points[:, 1], normals
+    slope = torch.stack([2 * x * n[:, 0], y * n[:, 0] + x * n[:, 1]], 1)
+    u = torch.stack([x**2, x * y], 1)
+    expected = torch.arange(7).unsqueeze(1) * u + x.unsqueeze(1) * slope - values
+    torch.testing.assert_close(function(Field(), *rows), expected)
+    assert weight == 3
+
+
+def test_the_picture_is_blank_outside():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("agg")
+    region = disk((0, 0), 0.5)
+    result = solved(region, steps=1)
+
+    values = result.plot(21).axes[0].collections[0].get_array()
+
+    assert torch.as_tensor(values.mask).sum() == (~region.inside(torch.cartesian_prod(*[GRID] * 2))).sum()
+    assert "inside" not in result.as_dict()
+    plt.close("all")
+
+
+GRID = torch.linspace(-1, 1, 21, dtype=torch.float64)
+
+
+def boundary_term():
+    points, normals = disk((0, 0), 0.5).boundary(5)
+    return points, normals
+
+
+WRONG = {
+    "true at all of 65536 points": lambda: solved(disk((0, 0), 0.5), inside=lambda x: x[:, 0] < 2),
+    "`inside` is true at 0 of": lambda: solved(disk((0, 0), 0.5), inside=lambda x: x[:, 0] > 2),
+    r"torch.bool of shape \(.*, 1\)": lambda: solved(disk((0, 0), 0.5), inside=lambda x: x[:, :1] > 0),
+    "torch.float64 of shape": lambda: solved(disk((0, 0), 0.5), inside=lambda x: x[:, 0]),
+    "`inside` is 3": lambda: solved(disk((0, 0), 0.5), inside=3),
+    "not on all of the boundary of `inside`": lambda: solved(disk((0, 0), 0.5), distance=BoxDistance(*SQUARE)),
+    "boundary of `inside`. Take": lambda: solved(
+        disk((0, 0), 0.9) - disk((0, 0), 0.3), distance=disk((0, 0), 0.9).distance
+    ),
+    r"shapes \(5, 2\) and \(4, 2\)": lambda: neumann(boundary_term()[0], boundary_term()[1][:4]),
+    r"shapes \(5, 2\) and \(5,\)": lambda: neumann(boundary_term()[0], boundary_term()[1][:, 0]),
+    r"shapes \(5, 2\) and \(\)": lambda: neumann(boundary_term()[0], None),
+    "must have length 1, but one has 2": lambda: neumann(boundary_term()[0], 2 * boundary_term()[1]),
+    r"`values` has shape \(3, 1\)": lambda: neumann(*boundary_term(), torch.ones(3)),
+    r"`values` has shape \(5, 1\).*finite": lambda: neumann(*boundary_term(), math.nan),
+    r"`a` has shape \(2, 1\)": lambda: robin(*boundary_term(), [1, 2], 1.0),
+    "`weight` is 0": lambda: neumann(*boundary_term(), weight=0),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arguments_are_named_before_work_begins(message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        WRONG[message]()
