@@ -41,6 +41,7 @@ STUDIES: list[tuple[str, list[str], list[str] | None]] = [
     ("pde/transfer.py", [], ["--family", "burgers"]),
     ("pde/moving_targets.py", [], []),
     ("pde/ten.py", [], None),
+    ("pde/shapes.py", [], []),
     ("scoreboard.py", ["--seeds", "1", "2", "3", "4", "5"], []),
 ]
 CACHED = ("initialization.py", "pde/transfer.py", "pde/moving_targets.py")

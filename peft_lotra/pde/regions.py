@@ -44,7 +44,7 @@ class Edges(NamedTuple):
         """Return the unit tangents p'(s)."""
         return self.direction * torch.exp(1j * self.curvature * s)
 
-    def select(self, index: Tensor) -> Edges:
+    def select(self, index: Any) -> Edges:
         """Return some of the edges."""
         return Edges(*(column[index] for column in self))
 

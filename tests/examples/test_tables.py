@@ -42,11 +42,18 @@ def test_scoreboard():
 
 
 @pytest.mark.parametrize(
-    ("study", "part"), [("ten", lambda found: found), ("forgetting", lambda found: found["results"])]
+    ("study", "part"),
+    [
+        ("ten", lambda found: found),
+        ("shapes", lambda found: found),
+        ("forgetting", lambda found: found["results"]),
+    ],
 )
 def test_tables_of_pdes(study, part):
     text = (RESULTS / "pde" / f"{study}.md").read_text(encoding="utf-8")
     assert importlib.import_module(study).markdown(part(load(f"pde/{study}"))) == text
+    if study == "shapes":
+        assert text.partition("\n\n")[2].rstrip() in (ROOT / "docs" / "pde.md").read_text(encoding="utf-8")
     if study == "ten":
         page = (ROOT / "docs" / "pde.md").read_text(encoding="utf-8")
         times, wins = re.search(r"^KAN: ([\d.]+) times .* better on (\d+) of them", text, re.MULTILINE).groups()

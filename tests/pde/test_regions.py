@@ -311,6 +311,29 @@ def test_heat_on_a_disk():
     assert error(result, lambda x: torch.exp(-x[:, 2:]) * start(x)) < 1e-2
 
 
+class Corner(nn.Module):
+    """c r^(2/3) sin(2 theta / 3), zero on all edges of the L-shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coefficient = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        right, up = x[..., :1], x[..., 1:2]
+        theta = torch.atan2(-right - up, up - right) + 3 * math.pi / 4
+        singular = (right**2 + up**2) ** (1 / 3) * torch.sin(2 * theta / 3)
+        return self.coefficient * singular * (1 - right**2) * (1 - up**2)
+
+
+def test_the_coefficient_of_a_corner_in_the_lift_is_trained():
+    """0.4019 for -lap u = 1 on the L-shape: examples/studies/pde/shapes.py."""
+    corner = Corner()
+
+    solved(polygon(L_CORNERS), lift=corner, steps=20)
+
+    assert corner.coefficient.item() == pytest.approx(0.4019, abs=0.01)
+
+
 def test_neumann_and_robin_conditions():
     """u = x^2 + y on a square: slopes on the right side and on top, a u + b u_n on the left side."""
     distance = BoxDistance(*SQUARE, sides=[(1, "low")])

@@ -193,7 +193,7 @@ def markdown(record: dict) -> str:
         f"Medians (worst) over {len(next(iter(record['results'].values())))} seeds of `solve` within "
         f"{record['recipe']['seconds']:g} CPU s. The reference of the L-shape has an error below "
         f"{record['reference_error']:.0e}, and c = {record['intensity']:.5f}.\n",
-        "| problem | relative L2 error | largest error / largest u | CPU s | c |",
+        "| shape | relative L2 error | largest error / largest u | CPU s | c |",
         "|---|--:|--:|--:|--:|",
     ]
     for name, runs in record["results"].items():
