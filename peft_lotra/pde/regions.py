@@ -15,9 +15,9 @@ from torch import Tensor
 from ..modules.checks import check_count, check_number
 
 
-SLACK = 1e-6  # relative to the size of a region: points that are closer are one
-STEP = 1e-7  # relative to the size: from an edge to both of its sides
-FAR = 1e3  # relative to the size: the end of an edge that has none
+SLACK = 1e-6  # relative to a length: points that are closer are one
+STEP = 1e-7  # relative to the length of an edge: from its middle to both sides
+FAR = 1e3  # relative to the diameter of a circle: where its ends are
 
 
 class Edges(NamedTuple):
@@ -85,9 +85,10 @@ class Edges(NamedTuple):
         pieces = Edges(column.points(low), column.directions(low), curvature.expand_as(low), high - low)
         return pieces.select(high - low > SLACK * length)
 
-    def joined(self, size: float) -> Edges:
+    def joined(self) -> Edges:
         """Return the edges, those in one that follow each other on the same line or circle."""
         edges = self
+        size = self.length.max()
         while True:
             gaps = (edges.points(edges.length).unsqueeze(1) - edges.start).abs() / size
             turns = (edges.directions(edges.length).unsqueeze(1) - edges.direction).abs()
@@ -112,27 +113,30 @@ class Region:
         inside: Takes points (n, 2) to (n,) bool.
         edges: Candidates for the edges: those with the region on one side only are taken, each once.
 
+    Attributes:
+        size: Half of the larger one of width and height, the radius of a disk: the unit of `distance`.
+
     Raises:
         ValueError: The region has no edges. In all methods: x has fewer than two coordinates.
     """
 
     def __init__(self, inside: Callable[[Tensor], Tensor], edges: Edges) -> None:
         middle, _ = edges.discs()
-        corners = torch.view_as_real(torch.cat([edges.start, middle]))
-        size = (corners.amax(0) - corners.amin(0)).max().item()
-        to_side = 1j * STEP * size * edges.directions(edges.length / 2)
-        left, right = (inside(torch.view_as_real(side)) for side in (middle + to_side, middle - to_side))
-        is_repeated = ((middle.unsqueeze(1) - middle).abs() < SLACK * size).tril(-1).any(1)
-        is_edge = (left != right) & ~is_repeated & (edges.length > SLACK * size)
+        to_left = 1j * STEP * edges.length * edges.directions(edges.length / 2)
+        left, right = (inside(torch.view_as_real(side)) for side in (middle + to_left, middle - to_left))
+        is_repeated = ((middle.unsqueeze(1) - middle).abs() < SLACK * edges.length).tril(-1).any(1)
+        is_edge = (left != right) & ~is_repeated
         if not is_edge.any():
             raise ValueError("The region has no edges: it is empty, or `select` takes none.")
         forward, backward = edges.select(is_edge & left), edges.select(is_edge & right).reversed()
-        edges = Edges(*map(torch.cat, zip(forward, backward, strict=True))).joined(size)
+        edges = Edges(*map(torch.cat, zip(forward, backward, strict=True))).joined()
 
-        self._inside, self._edges, self._size = inside, edges, size
         middle, reach = edges.discs()
+        corners = torch.view_as_real(torch.cat([edges.start, middle]))
+        self.size = size = (corners.amax(0) - corners.amin(0)).max().item() / 2
+        self._inside, self._edges = inside, edges
         vectors = (edges.start / size, 1j * edges.direction, middle / size)
-        self._frame = [*map(torch.view_as_real, vectors), edges.curvature * size, reach / size]  # in units of the size
+        self._frame = [*map(torch.view_as_real, vectors), edges.curvature * size, reach / size]
 
     def __or__(self, other: Region) -> Region:
         return self._combine(other, lambda one, two: one | two)
@@ -170,21 +174,21 @@ class Region:
         return self._inside(_plane(x))
 
     def distance(self, x: Tensor) -> Tensor:
-        r"""Return the normalized distance from the edges, x (..., I) to (..., 1), for `HardConstraint` and `solve`.
+        r"""Return the distance from the edges in units of `size`, x (..., I) to (..., 1), for `HardConstraint`.
 
         With f zero on the line or circle of an edge, t zero on the circle around its middle through its ends, and
         slopes of 1 there,
 
             phi_i = sqrt(f^2 + (sqrt(t^2 + f^4) - t)^2 / 4),    1 / phi = sum_i 1 / phi_i
 
-        is zero on the edges, to rounding, with a slope of 1, and smooth and positive elsewhere, also outside. Its
-        second derivatives grow as one over the distance from a vertex.
+        is zero on the edges, to rounding, with a slope of 1 (it is normalized to first order), and smooth and positive
+        elsewhere, also outside. Its second derivatives grow as one over the distance from a vertex.
 
         Source: V. L. Rvachev and T. I. Sheiko, "R-functions in boundary value problems in mechanics" (1995);
         N. Sukumar and A. Srivastava, arXiv 2104.08426.
         """
         start, normal, middle, curvature, reach = (column.to(x) for column in self._frame)
-        x = _plane(x).unsqueeze(-2) / self._size
+        x = _plane(x).unsqueeze(-2) / self.size
         q = x - start
         f = (q * normal).sum(-1) - curvature / 2 * q.square().sum(-1)
         t = (reach.square() - (x - middle).square().sum(-1)) / (2 * reach)
@@ -198,7 +202,7 @@ class Region:
             count = other.shape[-1]
             joint = one[..., :count] * other / (one[..., :count] + other)
             distance = torch.cat([joint, one[..., count:]], -1)
-        return self._size * distance
+        return distance
 
     def boundary(self, count: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Return points that are spread evenly by length over the edges, and outward unit normals.
