@@ -247,18 +247,18 @@ def main() -> None:
     reference = {"reference_error": l_shape_reference()[1], "intensity": intensity()}
     record = Record(stem.with_suffix(".json"), {"recipe": {"seconds": seconds}, **reference, "results": {}})
     console = Console(width=110)
-    solutions = {}
     for seed in args.seeds[:1] if args.quick or args.redraw else args.seeds:
+        solutions = {}
         for name in RUNS:
-            is_there = record.has(seed, "results", name)
-            if not is_there or args.redraw:
+            is_new = not record.has(seed, "results", name)
+            if is_new or args.redraw:
                 solutions[name], report = run(name, seed, seconds)
                 console.print(f"{name}, seed {seed}: error {report['error']:.1e}, {report['seconds']:.0f} CPU s")
-            if not is_there:
+            if is_new:
                 record.add(report, "results", name)
+        if len(solutions) == len(RUNS) and seed == args.seeds[0]:
+            draw(solutions, stem.with_suffix(".png"))
     stem.with_suffix(".md").write_text(markdown(record.read()))
-    if len(solutions) == len(RUNS):
-        draw(solutions, stem.with_suffix(".png"))
     console.print(f"written: {stem}.json, .md and .png")
 
 
