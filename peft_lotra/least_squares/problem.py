@@ -54,7 +54,8 @@ class Intercepted(ExactNorms):
     """Keeps the graphs of derivatives that a residual function takes, which lead to the parameters.
 
     Attributes:
-        is_needed: Whether the function called something that must be intercepted.
+        is_needed: Whether the function called something that must be intercepted. Calls with `create_graph=True` need
+            nothing, and operations are then spared the way through Python.
     """
 
     is_needed = False
@@ -65,9 +66,11 @@ class Intercepted(ExactNorms):
                 "`backward` in a residual function returns no derivatives. Replace `u.sum().backward()` and `x.grad` "
                 "by `(u_x,) = torch.autograd.grad(u.sum(), x)`, or all of it by `u, du, d2u = jet(model, x)`."
             )
-        if func is torch.autograd.grad:
-            kwargs = {**(kwargs or {}), "create_graph": True}
-        self.is_needed |= func in (torch.autograd.grad, F.layer_norm, torch.layer_norm)
+        kwargs = kwargs or {}
+        if func is torch.autograd.grad and not kwargs.get("create_graph"):
+            kwargs = {**kwargs, "create_graph": True}
+            self.is_needed = True
+        self.is_needed |= func in (F.layer_norm, torch.layer_norm)
         return super().__torch_function__(func, types, args, kwargs)
 
 

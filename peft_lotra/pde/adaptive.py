@@ -139,7 +139,7 @@ def gradient_weights(model: nn.Module, x: Tensor, scale: float = 0.1, directions
         torch.Size([10, 1])
     """
     scale = check_number(scale, "scale", "[0, inf)")
-    slopes = jet(model, x, directions)[1].unsqueeze(-1).flatten(2)  # of a model that returns (n,), too
+    slopes = jet(model, x, directions, order=1)[1].unsqueeze(-1).flatten(2)  # of a model that returns (n,), too
     return 1 / (1 + scale * slopes.square().sum((0, 2)).sqrt().unsqueeze(1))
 
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..derivatives.api import jet, jet_by_transforms
-from ..derivatives.chain_rule import Jet, multiply
-from ..derivatives.stages import Entry, register, stages_of
+from ..derivatives.chain_rule import Jet, multiply, row_counts
+from ..derivatives.stages import Entry, composed_jet, register, stages_of
 from ..kan.basis import in_transform
 from ..modules.calls import check_module, is_tracing
 from ..modules.checks import check_number
 from .boxes import Side, check_box, check_sides, sides_of_box
+from .point_cache import call_on_points
 
 
 Part = Callable[[Tensor], Tensor] | float
@@ -84,7 +85,13 @@ class HardConstraint(nn.Module):
     def part(self, name: str, x: Tensor, like: Tensor) -> Tensor:
         """The values of "distance" or "lift", beside those of the network."""
         part = getattr(self, name)
-        return _check_shape(name, part(x), like) if callable(part) else like.new_tensor(part)
+        if not callable(part):
+            return like.new_tensor(part)
+        return _check_shape(name, call_on_points(part, _value, x)[0], like)
+
+
+def _value(part: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
+    return [part(x)]
 
 
 def _check_shape(name: str, value: Any, like: Tensor) -> Tensor:
@@ -100,25 +107,26 @@ def _check_shape(name: str, value: Any, like: Tensor) -> Tensor:
 
 def _jet(model: HardConstraint, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
     """Compute the jet of lift + distance * network, along each direction, or in the weighted sum."""
-    if isinstance(model.distance, BoxDistance):
-        model.distance.check(x)
-
-    def jet_of(module: Any) -> Jet:
-        return list(jet(module, x, directions, order=order, collapse=False if weights is None else weights))
 
     def jet_of_part(name: str) -> Jet:
         part = getattr(model, name)
         if not callable(part):
             return [torch.full_like(n[0], part), *map(torch.zeros_like, n[1:])]
-        closed = isinstance(part, HardConstraint) or (isinstance(part, nn.Module) and stages_of(part))
-        derivatives = jet_of(part) if closed else jet_by_transforms(part, x, directions, order, weights)
+        derivatives = call_on_points(part, _jet_of, x, directions, order, weights)
         _check_shape(name, derivatives[0], n[0])
         return derivatives
 
-    n = jet_of(model.kan)
+    n = list(jet(model.kan, x, directions, order=order, collapse=False if weights is None else weights))
     d, lift = jet_of_part("distance"), jet_of_part("lift")
     found = [*map(torch.add, lift, multiply(n, d, order, weights))]
     return found if weights is None else [*found[:-1], found[-1][0]]
+
+
+def _jet_of(part: Any, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
+    """Compute the jet of a network, or of a function: in closed form if there is one."""
+    if isinstance(part, nn.Module) and (composed_jet(part) or stages_of(part)):
+        return list(jet(part, x, directions, order=order, collapse=False if weights is None else weights))
+    return jet_by_transforms(part, x, directions, order, weights)
 
 
 register(HardConstraint, Entry(jet=_jet))
@@ -187,9 +195,30 @@ class BoxDistance(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) to (..., 1)."""
         self.check(x)
-        share = (x - self.low.to(x)) / (self.high - self.low).to(x)
         distance = torch.full_like(x[..., :1], self.scale)
-        for i, end in self.sides:
-            s = share[..., i : i + 1] if end == "low" else 1 - share[..., i : i + 1]
-            distance = distance * (s.square() if (i, end) in self.twice else s)
+        for i, end in (*self.sides, *self.twice):
+            distance = distance * self.share(x, i, end)
         return distance
+
+    def share(self, x: Tensor, i: int, end: str) -> Tensor:
+        """Return the distance s from a side, (..., 1), as a share of the box's width."""
+        share = (x[..., i : i + 1] - self.low[i].to(x)) / (self.high[i] - self.low[i]).to(x)
+        return share if end == "low" else 1 - share
+
+
+def _jet_of_box(box: BoxDistance, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
+    """Compute the jet of a product of factors that are linear along each direction."""
+    box.check(x)
+    value = torch.full_like(x[..., :1], box.scale)
+    slopes = directions / (box.high - box.low).to(x)
+    counts = row_counts([value, slopes], order, weights)
+    product = [value, *(x.new_zeros(count, *value.shape) for count in counts[1:])]
+
+    for i, end in (*box.sides, *box.twice):
+        slope = slopes[:, i].view(-1, *[1] * x.dim())
+        factor = [box.share(x, i, end), slope if end == "low" else -slope]
+        product = multiply(product, [*factor, *map(torch.zeros_like, product[2:])], order, weights)
+    return product if weights is None else [*product[:-1], product[-1][0]]
+
+
+register(BoxDistance, Entry(jet=_jet_of_box))

@@ -28,7 +28,7 @@ class Phase(NamedTuple):
         loss: The last loss, the weighted mean square of the residual at the points.
         held: The least mean square of the residual at the points that are held out.
         reason: "solved" (the next parameter can come), "budget", "stalled" (the residual that is held out has
-            stopped to fall) or "refused" (no step lowers the loss).
+            stopped to fall), "refused" (no step lowers the loss) or "callback" (it returned True).
     """
 
     name: str

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..least_squares.levenberg_marquardt import LevenbergMarquardtStep
 from ..modules.checks import check_count, check_function, check_number
 from .adaptive import ResidualSampler
 from .boxes import Inside, box_points, check_box, edge_points, side_points
@@ -47,6 +48,7 @@ def solve(
     refine: bool = True,
     seed: int = 0,
     progress: bool = True,
+    callback: Callable[[Solution, LevenbergMarquardtStep], Any] | None = None,
 ) -> Solution:
     r"""Solves a PDE on a box: finds a network u = lift + distance network whose residual is small everywhere.
 
@@ -81,6 +83,8 @@ def solve(
             are undone.
         seed: Of the network and the points.
         progress: Whether to show a bar.
+        callback: Called after each step with the solution so far and the record of the step, the last one of
+            `solution.history`. It may save or plot the solution. The training ends if it returns True.
 
     Returns:
         The solution; `result.model(x)` evaluates it.
@@ -116,6 +120,8 @@ def solve(
     if steps is not None:
         check_count(steps, "steps", low=1 if continuation is None else STAGES + 1)
     check_number(seconds, "seconds", "(0, inf)")
+    if callback is not None:
+        check_function(callback, "callback", 2)
     if inside is None:
         sides = side_points(low, high, 50)[0].split(50)
     else:
@@ -131,7 +137,7 @@ def solve(
     count = POINTS if len(low_end) > 1 else POINTS // 2
     sampler = ResidualSampler(low, high, count, inside=inside, seed=1000 * seed)
     with Budget(seconds, steps, progress) as budget:
-        training = Training(result, residual, terms, points, sampler, budget)
+        training = Training(result, residual, terms, points, sampler, budget, callback)
         result.first_residual = training.norm(start)
         if continuation is not None:
             training.continue_from(start, stop)

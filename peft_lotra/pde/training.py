@@ -22,9 +22,11 @@ from ..least_squares.problem import check_residuals, check_terms
 from .adaptive import ResidualSampler, gradient_weights, knot_density
 from .budget import Budget
 from .checks import layer_inputs
+from .constraints import HardConstraint
 from .continuation import continuation
 from .features import BoxFeatures
 from .networks import first_module
+from .point_cache import PointCache, functions_of_points, using_cache
 from .solution import Phase, Solution
 
 
@@ -51,6 +53,7 @@ class Training:
         held: The points that are held out, (n, I).
         sampler: Draws the points of each step.
         budget: The steps or seconds that all phases share.
+        callback: Called with the solution and the record of each step; the training ends if it returns True.
         parameter: Of the equation in the present phase; NaN without continuation.
     """
 
@@ -60,6 +63,7 @@ class Training:
     held: Tensor
     sampler: ResidualSampler
     budget: Budget
+    callback: Callable[[Solution, LevenbergMarquardtStep], Any] | None = None
     parameter: float = math.nan
 
     def __post_init__(self) -> None:
@@ -69,6 +73,10 @@ class Training:
         self.features: BoxFeatures | None = first_module(self.model, BoxFeatures)
         self.differentiates = False  # whether the residual needs points that require a gradient
         self.is_over = False  # whether one more step is too much for the phase
+        self.is_stopped = False  # whether the callback ended the training
+        constraints = [module for module in self.model.modules() if isinstance(module, HardConstraint)]
+        parts = [part for module in constraints for part in (module.distance, module.lift) if callable(part)]
+        self.cache = PointCache(functions_of_points(self.model, parts, self.held))
 
     def continue_from(self, start: float, stop: float) -> None:
         """Solve the equation at parameters from `start` on, each from the solution of the one before."""
@@ -88,7 +96,7 @@ class Training:
         """Train until the budget is used up, the last fifth of it on finer grids if the network has some."""
         kan = self.kan if refine else None
         self.fit("coarse", parameter, 1.0 if kan is None else COARSE)
-        if kan is not None and self.budget.spent() < 1:
+        if kan is not None and self.budget.spent() < 1 and not self.is_stopped:
             is_finer = self.regrid(2, samples=layer_inputs(self.model, self.held, kan))
             if is_finer:
                 self.sampler.count = round(FINE_POINTS * self.sampler.count)
@@ -132,6 +140,8 @@ class Training:
         Returns:
             The least mean square of the residual at the held-out points. The model has the parameters of this step.
         """
+        if self.is_stopped:
+            return 0.0
         optimizer = self.optimizer
         start, before = time.monotonic(), len(self.history)
         self.parameter = parameter
@@ -151,20 +161,24 @@ class Training:
             return [(self.residual, (x, self.weights(x))), *self.terms]
 
         def stop(number: int, record: LevenbergMarquardtStep) -> bool:
+            self.cache.clear()
             self.history.append(record)
             self.budget.count_step(name, record)
-            self.is_over = not self.budget.allows_step(until)
+            self.is_stopped = self.callback is not None and self.callback(self.result, record) is True
+            self.is_over = self.is_stopped or not self.budget.allows_step(until)
             return self.is_over or record.held_loss <= target
 
         held = self.held_terms()
         for _ in range(3):  # a step that is refused may not be on other points
-            optimizer.fit(draw, 10**9, held=held, patience=PATIENCE, callback=stop, progress=False)
+            with using_cache(self.cache):
+                optimizer.fit(draw, 10**9, held=held, patience=PATIENCE, callback=stop, progress=False)
             if self.history[-1].accepted or self.is_over:
                 break
         records = self.history[before:]
         last, least = records[-1], min(record.held_loss for record in records)
         reason = "budget" if self.is_over else "stalled" if last.accepted else "refused"
         reason = "solved" if least <= target else reason
+        reason = "callback" if self.is_stopped else reason
         seconds = time.monotonic() - start
         self.phases.append(Phase(name, parameter, len(records), seconds, last.loss, least, reason))
         return least

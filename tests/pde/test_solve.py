@@ -185,6 +185,28 @@ def test_the_budget():
     assert [phase.reason for phase in result.phases] == ["budget"]
 
 
+def test_a_callback_sees_each_step_and_ends_the_training():
+    seen = []
+
+    def callback(solution, record) -> bool:
+        seen.append((len(solution.history), record is solution.history[-1], record.loss))
+        return len(seen) == 3
+
+    result = solved(
+        decay,
+        (0.0, 0.0),
+        (1.0, 1.0),
+        distance=BoxDistance((0.0, 0.0), (1.0, 1.0)),
+        continuation=(0.5, 1.0),
+        steps=20,
+        callback=callback,
+    )
+
+    assert [(number, is_last) for number, is_last, _ in seen] == [(1, True), (2, True), (3, True)]
+    assert len(result.history) == 3
+    assert result.phases[-1].reason == "callback"
+
+
 def test_the_report_and_the_picture():
     plt = pytest.importorskip("matplotlib.pyplot")
     plt.switch_backend("agg")
@@ -262,6 +284,7 @@ WRONG = {
     "returns torch.complex128": lambda: solved(distance=lambda x: 1j * line(x)),
     "`periodic` has True": lambda: solved(low=(0.0, 0.0), high=(1.0, 1.0), periodic=[True, False]),
     "`steps` is": lambda: solved(decay, continuation=(1.0, 2.0), steps=3),
+    "`callback` is called with 2": lambda: solved(callback=lambda: None),
     "`seconds` is": lambda: solve(poisson, [0], [1], distance=line, seconds=0),
     "`periodic` has 1": lambda: solved(periodic=[1]),
     "own `BoxFeatures` have": lambda: solved(network=nn.Sequential(BoxFeatures([0], [10]), mlp()), periodic=[0]),
