@@ -18,15 +18,27 @@ OUTSIDE = 0.01  # the share of activations outside of a grid that is worth a war
 
 
 @torch.no_grad()
-def check_model(model: HardConstraint, x: Tensor, sides: Sequence[Tensor], has_terms: bool) -> None:
-    """Raise a `ValueError` unless the network takes the box's coordinates, and `distance` is zero on a side."""
+def check_model(
+    model: HardConstraint, x: Tensor, sides: Sequence[Tensor], has_terms: bool, outputs: int | None
+) -> None:
+    """Raise a `ValueError` if the network does not take the coordinates of the box, or `distance` cannot be right.
+
+    It must be zero on a side, if there are no terms, and not everywhere. The network must have this number of outputs.
+    """
     try:
-        model.kan(x[:2])
+        values = model.kan(x[:2])
     except Exception as error:
         inputs = f"{x.shape[1]} coordinates scaled to [-1, 1], of which a periodic one gives two inputs"
         raise ValueError(f"`network` fails on {inputs}: {error}") from error
+    count = getattr(values, "logits", values).shape[-1]
+    if outputs not in (None, count):
+        raise ValueError(f"`outputs` is {outputs}, but `network` returns {count} columns. Leave `outputs` out.")
     model(x[:2])  # checks the shapes of distance and lift
     size, *on_sides = (model.part("distance", points, model.kan(points)).abs().amax(0) for points in (x, *sides))
+    if not size.any():
+        raise ValueError(
+            "`distance` is zero everywhere, so the solution is `lift`. Without exact conditions, pass 1.0."
+        )
     if not has_terms and not any((value <= 1e-6 * size).any() for value in on_sides):
         raise ValueError(
             "`distance` is zero on no side of the box, or not on all of the boundary of `inside`. Take `BoxDistance` "

@@ -18,7 +18,7 @@ from ..kan.basis import in_transform
 from ..modules.calls import check_module, is_tracing
 from ..modules.checks import check_number
 from .boxes import Side, check_box, check_sides, sides_of_box
-from .point_cache import call_on_points
+from .point_cache import compute_once
 
 
 Part = Callable[[Tensor], Tensor] | float
@@ -85,13 +85,7 @@ class HardConstraint(nn.Module):
     def part(self, name: str, x: Tensor, like: Tensor) -> Tensor:
         """The values of "distance" or "lift", beside those of the network."""
         part = getattr(self, name)
-        if not callable(part):
-            return like.new_tensor(part)
-        return _check_shape(name, call_on_points(part, _value, x)[0], like)
-
-
-def _value(part: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
-    return [part(x)]
+        return _check_shape(name, part(x), like) if callable(part) else like.new_tensor(part)
 
 
 def _check_shape(name: str, value: Any, like: Tensor) -> Tensor:
@@ -112,7 +106,7 @@ def _jet(model: HardConstraint, x: Tensor, directions: Tensor, order: int, weigh
         part = getattr(model, name)
         if not callable(part):
             return [torch.full_like(n[0], part), *map(torch.zeros_like, n[1:])]
-        derivatives = call_on_points(part, _jet_of, x, directions, order, weights)
+        derivatives = compute_once(jet_of_function, part, x, directions, order, weights)
         _check_shape(name, derivatives[0], n[0])
         return derivatives
 
@@ -122,7 +116,7 @@ def _jet(model: HardConstraint, x: Tensor, directions: Tensor, order: int, weigh
     return found if weights is None else [*found[:-1], found[-1][0]]
 
 
-def _jet_of(part: Any, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
+def jet_of_function(part: Any, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
     """Compute the jet of a network, or of a function: in closed form if there is one."""
     if isinstance(part, nn.Module) and (composed_jet(part) or stages_of(part)):
         return list(jet(part, x, directions, order=order, collapse=False if weights is None else weights))
@@ -196,14 +190,18 @@ class BoxDistance(nn.Module):
         """x (..., I) to (..., 1)."""
         self.check(x)
         distance = torch.full_like(x[..., :1], self.scale)
-        for i, end in (*self.sides, *self.twice):
-            distance = distance * self.share(x, i, end)
+        for s in self.shares(x):
+            distance = distance * s
         return distance
 
-    def share(self, x: Tensor, i: int, end: str) -> Tensor:
-        """Return the distance s from a side, (..., 1), as a share of the box's width."""
-        share = (x[..., i : i + 1] - self.low[i].to(x)) / (self.high[i] - self.low[i]).to(x)
-        return share if end == "low" else 1 - share
+    def shares(self, x: Tensor) -> list[Tensor]:
+        """Return the distances s from the sides, (..., 1) each, and again from those in `twice`."""
+        from_low = (x - self.low.to(x)) / (self.high - self.low).to(x)
+        shares = []
+        for i, end in (*self.sides, *self.twice):
+            s = from_low[..., i : i + 1]
+            shares.append(s if end == "low" else 1 - s)
+        return shares
 
 
 def _jet_of_box(box: BoxDistance, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
@@ -214,10 +212,10 @@ def _jet_of_box(box: BoxDistance, x: Tensor, directions: Tensor, order: int, wei
     counts = row_counts([value, slopes], order, weights)
     product = [value, *(x.new_zeros(count, *value.shape) for count in counts[1:])]
 
-    for i, end in (*box.sides, *box.twice):
+    for (i, end), share in zip((*box.sides, *box.twice), box.shares(x), strict=True):
         slope = slopes[:, i].view(-1, *[1] * x.dim())
-        factor = [box.share(x, i, end), slope if end == "low" else -slope]
-        product = multiply(product, [*factor, *map(torch.zeros_like, product[2:])], order, weights)
+        factor = [share, slope if end == "low" else -slope, *map(torch.zeros_like, product[2:])]
+        product = multiply(product, factor, order, weights)
     return product if weights is None else [*product[:-1], product[-1][0]]
 
 

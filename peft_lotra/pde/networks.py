@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from ..kan.layer import KANLinear, SplineLayer
 from ..kan.network import pairs
 from ..least_squares.problem import check_trainable
-from ..modules.calls import check_module
+from ..modules.calls import check_module, unwrap
+from .constraints import HardConstraint
 from .features import BoxFeatures
 
 
@@ -25,7 +27,7 @@ SMALLEST_GRID = 3
 
 
 def prepare_network(
-    network: nn.Module | None, low: Tensor, high: Tensor, outputs: int, periodic: Collection[int], seed: int
+    network: nn.Module | None, low: Tensor, high: Tensor, outputs: int | None, periodic: Collection[int], seed: int
 ) -> nn.Module:
     """Return the network of the box's coordinates."""
     features = BoxFeatures(low.tolist(), high.tolist(), periodic)
@@ -35,10 +37,14 @@ def prepare_network(
             torch.manual_seed(seed)
             layers: list[nn.Module] = [features]
             layers += [KANLinear(features.out_features, WIDTHS[0], grid_size, SPLINE_ORDER)]
-            for pair in pairs([*WIDTHS, outputs]):
+            for pair in pairs([*WIDTHS, outputs or 1]):
                 layers += [nn.Tanh(), nn.Linear(*pair)]
         return nn.Sequential(*layers)
     check_module(network, "network")
+    if isinstance(network, HardConstraint):  # of a solution, which stays as it is
+        network = copy.deepcopy(network.kan)
+    elif isinstance(unwrap(network), HardConstraint):
+        raise ValueError("`network` wraps a solution with its conditions. Wrap `result.model.kan` alone.")
     check_trainable(network)
     present = first_module(network, BoxFeatures)
     if present is not None:

@@ -20,6 +20,7 @@ from .boxes import Inside, box_points, check_box, edge_points, side_points
 from .budget import Budget
 from .checks import check_model, outside_grids
 from .constraints import HardConstraint, Part
+from .diagnostics import describe_outcome, find_doubts
 from .networks import prepare_network
 from .solution import Solution
 from .training import STAGES, Training
@@ -37,7 +38,7 @@ def solve(
     *,
     distance: Part,
     lift: Part = 0.0,
-    outputs: int = 1,
+    outputs: int | None = None,
     periodic: Collection[int] = (),
     terms: Sequence[Any] = (),
     inside: Inside | None = None,
@@ -67,7 +68,7 @@ def solve(
             residuals (n,) or (n, m), row by row, usually by `jet(model, x)`, or by `torch.autograd.grad`.
         low, high: The ends of the box, I numbers each.
         distance, lift: The exact conditions, see `HardConstraint`; `BoxDistance` is a distance for sides of the box.
-        outputs: The number of unknown functions.
+        outputs: The number of unknown functions: by default that of `network`, or 1.
         periodic: The indices of periodic coordinates.
         terms: Other residual terms, (function, rows) or (function, rows, weight) as for `LevenbergMarquardt`: data, or
             conditions that are not exact, by `neumann` and `robin` too.
@@ -75,8 +76,9 @@ def solve(
             `distance` must be zero on its boundary unless there are `terms`.
         continuation: The first and the last parameter of the equation.
         network: A KAN (`KAN([I, 8, 8, outputs], 8, 5, norm="tanh")`, for adapters of all layers), an MLP or another
-            one, (n, I) to (n, outputs). It is trained in place and becomes float64. The box is scaled to [-1, 1] in
-            front of it unless it has `BoxFeatures` or its grids are the box.
+            one, (n, I) to (n, outputs). It is trained in place and becomes float64; the model of a `Solution` is
+            copied instead. The box is scaled to [-1, 1] in front of it unless it has `BoxFeatures` or its grids are
+            the box.
         seconds: The time to take. No step is begun that, as long as the last one, would end later.
         steps: The number of steps to take instead: the same result on a busy machine.
         refine: Whether the grids of a `KAN` get finer at the end. Steps there that do not lower the held-out residual
@@ -91,13 +93,15 @@ def solve(
 
     Raises:
         TypeError: An argument is of the wrong kind.
-        ValueError: The box is empty; `distance` is zero on no side of it, or not on the boundary of `inside`, and
-            there are no `terms`; `inside` is true nowhere, or everywhere; the network takes other inputs; residuals
-            are not finite, of a wrong shape, or depend on other rows; a number is out of range. Nothing is trained
-            then.
+        ValueError: The box is empty; `distance` is zero everywhere, or not on a side of the box, or on the boundary of
+            `inside`, and there are no `terms`; `inside` is true nowhere, or everywhere; the network has other inputs,
+            or other `outputs`; residuals are not finite, of a wrong shape, or depend on other rows; a number is out
+            of range. Nothing is trained then.
 
     Warns:
-        UserWarning: Activations leave the grids of a network's KAN layers.
+        UserWarning: The solution may be wrong. `distance`, `lift` or `network` has a kink or a jump, or is not
+            periodic as `periodic` says. A residual depends on a tensor that is not trained. The training stalled, or the time
+            ended, far from a solution. Activations leave the grids of KAN layers.
 
     Source: docs/pde.md says what it is made of, and what it reaches.
 
@@ -129,9 +133,11 @@ def solve(
         sides = [edge_points(inside, low, high)]
     points = box_points(low, high, HELD_POINTS, inside=inside, seed=seed)
     terms = list(terms)
-    network = prepare_network(network, low_end, high_end, check_count(outputs, "outputs"), periodic, seed)
+    if outputs is not None:
+        check_count(outputs, "outputs")
+    network = prepare_network(network, low_end, high_end, outputs, periodic, seed)
     model = HardConstraint(network, distance, lift).double()
-    check_model(model, points, sides, bool(terms))
+    check_model(model, points, sides, bool(terms), outputs)
 
     result = Solution(model, low_end, high_end, inside)
     count = POINTS if len(low_end) > 1 else POINTS // 2
@@ -139,11 +145,20 @@ def solve(
     with Budget(seconds, steps, progress) as budget:
         training = Training(result, residual, terms, points, sampler, budget, callback)
         result.first_residual = training.norm(start)
+        for doubt in find_doubts(model, low_end, high_end, training.held_terms()):
+            warnings.warn(doubt, stacklevel=3)
+            result.notes.append(doubt)
         if continuation is not None:
             training.continue_from(start, stop)
         training.finish(stop, refine)
         result.residual = training.norm(stop)
 
+    outcome = describe_outcome(result)
+    if outcome:
+        result.notes.append(outcome)
+    # who gives few `steps` wants no more
+    if outcome and (steps is None or result.phases[-1].reason != "budget"):
+        warnings.warn(outcome, stacklevel=3)
     for name, share in outside_grids(model, points):
         note = f"{share:.0%} of the inputs of `{name}` are outside of its grid, where its splines are zero."
         warnings.warn(f"{note} Bound them by `KAN(norm='tanh')`, or give a wider `grid_range`.", stacklevel=3)

@@ -22,11 +22,11 @@ from ..least_squares.problem import check_residuals, check_terms
 from .adaptive import ResidualSampler, gradient_weights, knot_density
 from .budget import Budget
 from .checks import layer_inputs
-from .constraints import HardConstraint
 from .continuation import continuation
+from .diagnostics import list_functions
 from .features import BoxFeatures
 from .networks import first_module
-from .point_cache import PointCache, functions_of_points, using_cache
+from .point_cache import PointCache, current_cache
 from .solution import Phase, Solution
 
 
@@ -74,9 +74,8 @@ class Training:
         self.differentiates = False  # whether the residual needs points that require a gradient
         self.is_over = False  # whether one more step is too much for the phase
         self.is_stopped = False  # whether the callback ended the training
-        constraints = [module for module in self.model.modules() if isinstance(module, HardConstraint)]
-        parts = [part for module in constraints for part in (module.distance, module.lift) if callable(part)]
-        self.cache = PointCache(functions_of_points(self.model, parts, self.held))
+        functions = [function for _, function in list_functions(self.model)]
+        self.cache = PointCache(self.model, functions, self.held)
 
     def continue_from(self, start: float, stop: float) -> None:
         """Solve the equation at parameters from `start` on, each from the solution of the one before."""
@@ -170,8 +169,12 @@ class Training:
 
         held = self.held_terms()
         for _ in range(3):  # a step that is refused may not be on other points
-            with using_cache(self.cache):
+            token = current_cache.set(self.cache)
+            try:
                 optimizer.fit(draw, 10**9, held=held, patience=PATIENCE, callback=stop, progress=False)
+            finally:
+                current_cache.reset(token)
+                self.cache.clear()
             if self.history[-1].accepted or self.is_over:
                 break
         records = self.history[before:]
@@ -185,7 +188,7 @@ class Training:
 
     def move_knots(self, parameter: float) -> None:
         """Move the knots of the first layer to where the solution bends, once there is one."""
-        if self.phases and self.features is not None and self.kan is not None:
+        if self.phases and self.features is not None and self.kan is not None and not self.is_stopped:
             density = torch.ones(self.features.out_features, 64, dtype=torch.float64)
             of_coordinates = knot_density(self.model, self.sampler.low.tolist(), self.sampler.high.tolist())
             for j, i in enumerate(self.features.sources.tolist()):
@@ -199,6 +202,8 @@ class Training:
         try:
             refine_grid(self.kan, factor * size, **options)
         except (TypeError, ValueError) as error:  # adapters, Slim layers
-            self.result.notes[:] = [f"The grids stay as they are: {error}"]
+            note = f"The grids stay as they are: {error}"
+            if note not in self.result.notes:
+                self.result.notes.append(note)
             return False
         return True

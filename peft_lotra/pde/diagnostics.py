@@ -1,0 +1,160 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What makes a solution wrong though its residual is small, and what to try if the residual is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..least_squares.problem import TRIAL_ROWS, Intercepted
+from .boxes import box_points
+from .constraints import HardConstraint, jet_of_function
+from .features import BoxFeatures
+from .networks import first_module
+from .solution import Solution
+
+
+LINES = 32  # along each coordinate; half of them are near the edges of the box
+NEAR = 1e-6  # how far from them, as a share of the box
+INTERVALS = 1024  # of a line
+HALVINGS = 5  # of intervals, around the largest fourth difference
+ROUGH = 1.5  # the order at which fourth differences fall: 4 for smooth functions, 1 at a kink, 0 at a jump
+KINK = 0.01  # the least change of slope, as a share of the largest value across the box
+JUMP = 0.05  # the least jump near an edge, where distances may have corners
+
+PERIODIC = 1e-5  # of the largest value, or slope
+
+SMALL = 0.02  # of the first residual: nearly all solutions with more had errors from 1e-2 to 10
+
+
+def list_functions(model: nn.Module) -> list[tuple[str, Any]]:
+    """Return the functions that are the distances and lifts of a model, with the names of their arguments."""
+    functions: list[tuple[str, Any]] = []
+    for module in model.modules():
+        if isinstance(module, HardConstraint):
+            functions += [("distance", module.distance), ("lift", module.lift)]
+    return [(name, function) for name, function in functions if callable(function)]
+
+
+def find_doubts(model: Any, low: Tensor, high: Tensor, terms: Sequence[Any]) -> list[str]:
+    """Return messages on what makes solutions wrong: kinks and jumps, missing periodicity, untrained tensors.
+
+    Args:
+        model: The `HardConstraint`.
+        low, high: The ends of the box, (I,).
+        terms: The equation and the terms of the caller, (function, rows, weight).
+    """
+    features = first_module(model, BoxFeatures)
+    functions = list_functions(model)
+    doubts = []
+    for name, function in [*functions, ("network", model.kan)]:
+        kinks = (find_kink(function, low, high, i) for i in range(len(low)))
+        point = next((point for point in kinks if point is not None), None)
+        if point is not None:
+            place = ", ".join(f"{number:.4g}" for number in point.tolist())
+            doubts.append(
+                f"`{name}` has a kink or a jump near ({place}), which the residual between the points does not see. "
+                f"The solution is likely wrong: give a smooth `{name}`, without ReLU, `abs` or `where`."
+            )
+    for name, function in functions:
+        doubts += [
+            f"`{name}` is not periodic in coordinate {i}, which `periodic` names. Give one with the same values and "
+            "slopes at both ends."
+            for i in (features.periodic if features else ())
+            if not is_periodic(function, low, high, i)
+        ]
+    doubts += [
+        f"{name} depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient, but is not trained. "
+        "To estimate it, pass its start by `unknowns`. If it is constant, call `requires_grad_(False)`."
+        for name, leaf in _find_untrained(model, terms)
+    ]
+    return doubts
+
+
+@torch.no_grad()
+def find_kink(function: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, i: int) -> Tensor | None:
+    """Return a point (I,) where a function has a kink or a jump along coordinate i; None if it is smooth.
+
+    Fourth differences are followed to smaller and smaller intervals, around the largest one of each line.
+    """
+    count = len(low)
+    lines = box_points([0.0] * count, [1.0] * count, LINES)
+    lines[LINES // 2 :] = lines[LINES // 2 :].round().clamp(NEAR, 1 - NEAR)
+    centers = torch.full((LINES, 1), 0.5, dtype=torch.float64)
+    reach, step, scale = INTERVALS // 2, 1 / INTERVALS, 0.0
+    sizes = []
+    for _ in range(HALVINGS + 1):
+        offsets = step * torch.arange(-reach, reach + 1, dtype=torch.float64)
+        x = lines.repeat_interleave(len(offsets), 0)
+        x[:, i] = (centers + offsets).clamp(0, 1).flatten()
+        values = function(torch.lerp(low, high, x)).view(LINES, len(offsets), -1)
+        scale = max(scale, values.nan_to_num(0, 0, 0).abs().max().item())
+        size, place = values.diff(4, dim=1).nan_to_num(0, 0, 0).abs().amax(2).max(1)
+        sizes.append(size)
+        reach, smallest, step = 4, step, step / 2
+        centers = (centers + offsets[place + 2].unsqueeze(1)).clamp(reach * step, 1 - reach * step)
+
+    least = torch.full((LINES,), KINK * smallest * scale, dtype=torch.float64)
+    least[LINES // 2 :] = JUMP * scale
+    # not from the first size on, whose place may have been another
+    is_rough = sizes[1] < 2 ** (ROUGH * (HALVINGS - 1)) * sizes[-1]
+    rough = (is_rough & (sizes[-1] > least)).nonzero().flatten()
+    if not len(rough):
+        return None
+    point = lines[rough[0]].clone()
+    point[i] = centers[rough[0]]
+    return torch.lerp(low, high, point)
+
+
+@torch.no_grad()
+def is_periodic(function: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, i: int) -> bool:
+    """Return whether values and slopes along coordinate i are equal at the two ends."""
+    first, last, inside = (box_points(low.tolist(), high.tolist(), 50) for _ in range(3))
+    first[:, i], last[:, i] = low[i], high[i]
+    direction = torch.eye(len(low), dtype=torch.float64)[i : i + 1]
+    for values in jet_of_function(function, torch.cat([first, last, inside]), direction, 1, None):
+        one, other, _ = values.chunk(3, dim=-2)
+        if (one - other).abs().max() > PERIODIC * values.abs().max():
+            return False
+    return True
+
+
+def _find_untrained(model: nn.Module, terms: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the leaves of the graphs of residuals that are neither points nor parameters of the model."""
+    seen: set[Any] = set(map(id, model.parameters()))
+    for number, (function, rows, _) in enumerate(terms):
+        name = f"Term {number - 1} of `terms`" if number else "`residual`, `lift` or `distance`"
+        copies = []
+        for row in rows:
+            copy = row.detach()[torch.arange(TRIAL_ROWS) % len(row)]
+            copies.append((copy.double() if copy.is_floating_point() else copy).requires_grad_(row.requires_grad))
+        with torch.enable_grad(), Intercepted():
+            nodes = [function(model, *copies).grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+            leaf = getattr(node, "variable", None)  # of the nodes that accumulate gradients
+            if leaf is not None and id(leaf) not in seen and TRIAL_ROWS not in leaf.shape:
+                seen.add(id(leaf))
+                yield name, leaf
+
+
+def describe_outcome(result: Solution) -> str:
+    """Return what to try if the training ended with a residual that is not small; empty if it is."""
+    reason = result.phases[-1].reason
+    ratio = result.residual / result.first_residual
+    if ratio <= SMALL or reason == "callback":
+        return ""
+    end = "The budget ended" if reason == "budget" else "The training stalled"
+    return (
+        f"{end} at {ratio:.1g} of the first residual, and the solution may be wrong. Try `continuation=` from an "
+        "easier equation, another `network=`, or more `seconds`."
+    )

@@ -1,0 +1,265 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What makes a solution wrong though its residual is small is told, and nothing else is."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from peft_lotra import LoTRAConfig
+from peft_lotra.kan import KAN, jet
+from peft_lotra.pde import BoxDistance, BoxFeatures, solve
+
+
+UNIT = (0.0, 0.0), (1.0, 1.0)
+
+
+def poisson(model: nn.Module, x: Tensor) -> Tensor:
+    return jet(model, x, collapse=True)[2] + 1
+
+
+def run(residual=poisson, low=(0.0, 0.0), high=(1.0, 1.0), **options):
+    """Take one step with a small network."""
+    torch.manual_seed(0)
+    count = len(low) + len(options.get("periodic", ()))
+    defaults = {
+        "distance": BoxDistance(low, high),
+        "network": nn.Sequential(nn.Linear(count, 6), nn.Tanh(), nn.Linear(6, 1)),
+        "steps": 1,
+        "progress": False,
+    }
+    return solve(residual, low, high, **(defaults | options))
+
+
+ROUGH = {
+    "relu": lambda x: torch.relu(x[..., :1] - 0.3337),
+    "abs along the other coordinate": lambda x: (x[..., 1:] - 0.71).abs(),
+    "weak beside something large": lambda x: 10 * torch.sin(9 * x[..., :1]) + 0.3 * (x[..., :1] - 0.6).abs(),
+    "a step": lambda x: (x[..., :1] > 0.4).to(x),
+    "the larger coordinate": lambda x: x.amax(-1, keepdim=True),
+    "a lid at its side alone": lambda x: (x[..., 1:] == 1).to(x),
+    "a lid that jumps at the corner": lambda x: (
+        x[..., 1:] * x[..., :1] * (1 - x[..., :1]) / (x[..., :1] * (1 - x[..., :1]) + 1 - x[..., 1:])
+    ),
+    "the distance from a circle": lambda x: ((x - 0.5).norm(dim=-1, keepdim=True) - 0.2).abs(),
+}
+
+
+@pytest.mark.parametrize("name", ROUGH)
+def test_a_lift_with_a_kink_or_a_jump_warns(name):
+    with pytest.warns(UserWarning, match=r"`lift` has a kink or a jump near \("):
+        result = run(lift=ROUGH[name])
+
+    assert "kink" in result.notes[0]
+
+
+def test_a_distance_with_a_kink_warns():
+    box = BoxDistance(*UNIT)
+
+    with pytest.warns(UserWarning, match="`distance` has a kink or a jump"):
+        run(distance=lambda x: ROUGH["the distance from a circle"](x) * box(x))
+
+
+SMOOTH = {
+    "many waves": lambda x: torch.sin(50 * math.pi * x[..., :1]),
+    "a thin layer": lambda x: torch.tanh((x[..., :1] - 0.3) / 3e-3),
+    "rounded to float32": lambda x: torch.sin(3 * x[..., :1].float()).to(x),
+    "small changes of a large number": lambda x: 1e6 + torch.sin(3 * x[..., 1:]),
+    "a regularized lid": lambda x: x[..., 1:] * (1 - (2 * x[..., :1] - 1) ** 16),
+    "an R-function with a corner": lambda x: x.sum(-1, keepdim=True) - 1 + (x - 0.5).norm(dim=-1, keepdim=True),
+    "a constant": lambda x: 0 * x[..., :1] + 3,
+}
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_a_smooth_lift_does_not_warn(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(lift=SMOOTH[name])
+
+
+APERIODIC = {
+    "values": lambda x: x[..., :1],
+    "slopes": lambda x: (x[..., :1] - 0.5) ** 2,
+}
+
+
+@pytest.mark.parametrize("word", APERIODIC)
+@pytest.mark.parametrize("argument", ["lift", "distance"])
+@pytest.mark.parametrize("features", [False, True])
+def test_a_function_that_is_not_periodic_warns(word, argument, features):
+    function = APERIODIC[word] if argument == "lift" else lambda x: x[..., 1:] * APERIODIC[word](x)
+    options = {"distance": lambda x: x[..., 1:], "periodic": [0], argument: function}
+    if features:
+        options["network"] = nn.Sequential(
+            BoxFeatures(*UNIT, periodic=[0]), nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)
+        )
+        options["periodic"] = []
+
+    with pytest.warns(UserWarning, match=f"`{argument}` is not periodic in coordinate 0"):
+        run(**options)
+
+
+def test_a_periodic_lift_does_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(distance=lambda x: x[..., 1:], periodic=[0], lift=lambda x: torch.sin(2 * math.pi * x[..., :1]))
+
+
+def by_autograd(rate: Tensor):
+    def residual(model: nn.Module, x: Tensor) -> Tensor:
+        x.requires_grad_(True)
+        (slopes,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(slopes[:, 0].sum(), x)
+        return second[:, :1] + rate
+
+    return residual
+
+
+def data(rate: Tensor):
+    return lambda model, x: model(x) - rate
+
+
+UNTRAINED = {
+    "`residual`, `lift` or `distance` depends": lambda rate: {"residual": lambda model, x: poisson(model, x) - rate},
+    "`residual`, .* depends on a": lambda rate: {"residual": by_autograd(rate)},
+    "Term 1 of `terms` depends": lambda rate: {
+        "terms": [(data(torch.ones(1)), torch.rand(5, 2)), (data(rate), torch.rand(5, 2))]
+    },
+    "`lift` or `distance` depends": lambda rate: {"lift": lambda x: rate * x[..., :1] ** 2},
+    "`distance` depends": lambda rate: {"distance": lambda x: rate * BoxDistance(*UNIT)(x)},
+}
+
+
+@pytest.mark.parametrize("message", UNTRAINED)
+def test_a_parameter_that_is_not_trained_warns(message):
+    rate = nn.Parameter(torch.tensor(2.0))
+
+    with pytest.warns(UserWarning, match=rf"{message}.* shape \(\) .*`unknowns`") as records:
+        run(**UNTRAINED[message](rate))
+
+    assert sum("unknowns" in str(record.message) for record in records) == 1
+
+
+class Extension(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.size * torch.sin(x[..., :1])
+
+
+def test_what_is_trained_or_constant_does_not_warn():
+    """Parameters of a lift are trained, and points that a residual marks are no parameters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(by_autograd(torch.tensor(2.0)), lift=Extension())
+
+
+def oscillator(model: nn.Module, x: Tensor) -> Tensor:
+    """u'' = -(20 pi)^2 u, without a force: a minimum at once."""
+    return jet(model, x)[2][0] + (200 * math.pi) ** 2 * torch.sin(200 * math.pi * x)
+
+
+def test_a_training_that_stalls_far_from_a_solution_warns():
+    with pytest.warns(UserWarning, match=r"stalled at .* of the first residual.*`continuation=`.*`network=`"):
+        result = run(oscillator, [0.0], [1.0], steps=200)
+
+    assert "stalled" in result.notes[-1]
+
+
+def test_a_training_that_is_out_of_time_far_from_a_solution_warns():
+    with pytest.warns(UserWarning, match="The budget ended at .* or more `seconds`"):
+        run(steps=None, seconds=1e-6)
+
+
+def test_a_number_of_steps_is_noted_alone():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = run()
+
+    assert "The budget ended" in str(result)
+
+
+def test_a_solution_is_continued_from_a_copy():
+    first = run(steps=3)
+    before = {name: value.clone() for name, value in first.model.state_dict().items()}
+
+    second = run(network=first.model, steps=3)
+
+    torch.testing.assert_close(first.model.state_dict(), before, rtol=0, atol=0)
+    assert second.first_residual == pytest.approx(first.residual)
+    assert second.model.state_dict().keys() == before.keys()  # the conditions are there once
+
+
+def test_adapters_around_the_conditions_are_refused():
+    first = run(network=KAN([2, 4, 1], norm="tanh"))
+    adapter = get_peft_model(first.model, LoTRAConfig(r=2))
+
+    with pytest.raises(ValueError, match=r"`network` wraps a solution.*`result.model.kan`"):
+        run(network=adapter)
+
+
+class Clamped(nn.Module):
+    """Piecewise linear without a module of torch that says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(2, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.inner(x).clamp(-0.5, 0.5))
+
+
+PIECEWISE_LINEAR = {
+    "ReLU": lambda: nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1)),
+    "LeakyReLU": lambda: nn.Sequential(nn.Linear(2, 8), nn.LeakyReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)),
+    "behind periodic features": lambda: nn.Sequential(
+        BoxFeatures(*UNIT, periodic=[0]), nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1)
+    ),
+    "a class of one's own": Clamped,
+    "splines of degree 1": lambda: KAN([2, 4, 1], 5, 1),
+}
+
+
+@pytest.mark.parametrize("name", PIECEWISE_LINEAR)
+@pytest.mark.filterwarnings("ignore:.*no closed form", "ignore:Splines of degree 1")
+def test_a_network_with_kinks_warns(name):
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="`network` has a kink or a jump.*without ReLU"):
+        run(network=PIECEWISE_LINEAR[name](), distance=lambda x: x[..., 1:], refine=False)
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.SiLU, nn.GELU, nn.ELU, nn.Softplus])
+def test_a_smooth_network_does_not_warn(activation):
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(network=nn.Sequential(nn.Linear(2, 8), activation(), nn.Linear(8, 8), activation(), nn.Linear(8, 1)))
+
+
+WRONG = {
+    "`outputs` is 2, but `network` returns 1 columns": {"outputs": 2},
+    "`distance` is zero everywhere": {"distance": 0.0},
+    "`distance` is zero everywhere, ": {"distance": lambda x: 0 * x[..., :1]},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arguments_are_refused(message):
+    with pytest.raises(ValueError, match=message):
+        run(**WRONG[message])
+
+
+def test_the_outputs_of_a_network_need_not_be_repeated():
+    network = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 2))
+
+    assert run(network=network).model(torch.rand(3, 2).double()).shape == (3, 2)
