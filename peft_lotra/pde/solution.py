@@ -6,16 +6,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..least_squares.levenberg_marquardt import LevenbergMarquardtStep
+from ..modules.checks import check_path
+from ..modules.folders import naming_damage
 from ..modules.report import Report, TextTable
-from .boxes import Inside, contains
+from .boxes import Inside, box_points, check_box, contains
 from .constraints import HardConstraint
+from .features import BoxFeatures
+from .networks import first_module, prepare_network
+from .saving import FILE, POINTS, build_model, read_file, save_model
 
 
 class Phase(NamedTuple):
@@ -82,6 +89,84 @@ class Solution(Report):
         )
         return TextTable(columns, rows, [note, *self.notes])
 
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write the solution into `solution.safetensors`: the tensors, and all else as JSON in its header.
+
+        Numbers, `BoxDistance` and networks of modules of `torch.nn` and `peft_lotra.kan` are saved by value. Pass
+        other functions and networks, such as adapted ones, to `load` again.
+
+        Args:
+            folder: It is made if there is none; its other files stay, and an error changes nothing.
+
+        Raises:
+            ValueError: `folder` is a file.
+            TypeError: `folder` is no path.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from peft_lotra.kan import jet
+            >>> from peft_lotra.pde import BoxDistance, Solution, solve
+            >>> box = BoxDistance([0], [10])
+            >>> def poisson(model, x):
+            ...     return jet(model, x)[2][0] + 1
+            >>> result = solve(poisson, [0], [10], distance=box, steps=1, progress=False)
+            >>> folder = tempfile.mkdtemp()
+            >>> result.save(folder)
+            >>> loaded = Solution.load(folder)
+            >>> x = torch.rand(5, 1).double()
+            >>> torch.equal(loaded.model(x), result.model(x))
+            True
+        """
+        features = first_module(self.model, BoxFeatures)
+        periodic = [] if features is None else features.periodic
+        points = box_points(self.low.tolist(), self.high.tolist(), POINTS)
+        mask = None if self.inside is None else contains(self.inside, points).tolist()
+        save_model(folder, self.model, points, {**self.as_dict(), "periodic": periodic, "inside": mask})
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike,
+        *,
+        distance: Callable[[Tensor], Tensor] | None = None,
+        lift: Callable[[Tensor], Tensor] | None = None,
+        inside: Inside | None = None,
+        network: nn.Module | None = None,
+    ) -> Solution:
+        """Read a solution that `save` wrote. No code of the folder is executed.
+
+        Args:
+            folder: The folder.
+            distance, lift, inside: The functions of `solve`, if the folder does not hold them.
+            network: The `network` of `solve`, if the folder does not hold it. It is filled in place, with its
+                adapters, and becomes float64. Give it the grids of the saved one by `refine_grid`.
+
+        Returns:
+            The solution, in evaluation mode.
+
+        Raises:
+            ValueError: The folder holds no solution, or a damaged one. An argument is missing, or it has other
+                tensors, or other values at points of the box, than when the solution was saved.
+        """
+        check_path(folder, "folder")
+        record, tensors = read_file(folder)
+        with naming_damage(os.path.join(folder, FILE)):
+            values = _nan_for_none({entry.name: record[entry.name] for entry in fields(cls)})
+            low, high = values["low"], values["high"] = check_box(values["low"], values["high"])
+            values["history"] = [_restore(LevenbergMarquardtStep, step) for step in values["history"]]
+            values["phases"] = [_restore(Phase, phase) for phase in values["phases"]]
+        points = box_points(low.tolist(), high.tolist(), POINTS)
+        values["inside"] = inside
+        mask = None if inside is None else contains(inside, points).tolist()
+        if mask != record["inside"]:
+            raise ValueError("`inside` is not that of the saved solution. Pass the one that `solve` got, if any.")
+        if network is not None:
+            network = prepare_network(network, low, high, None, record["periodic"], 0)
+        arguments = {"distance": distance, "lift": lift, "network": network}
+        replacements = {name: value for name, value in arguments.items() if value is not None}
+        values["model"] = build_model(record["model"], tensors, points, replacements)
+        return cls(**values)
+
     def plot(self, count: int = 101) -> Any:
         """Draw the first output over the first two coordinates, the others in the middle of the box, or over a line.
 
@@ -106,3 +191,14 @@ class Solution(Report):
             figure.colorbar(axis.pcolormesh(*lines, u.view(count, count).T, cmap="RdBu_r"))
             axis.set(title="u", xlabel="coordinate 0", ylabel="coordinate 1")
         return figure
+
+
+def _restore(cls: Any, record: dict[str, Any]) -> Any:
+    """Return a record from its plain values."""
+    values = _nan_for_none(record)
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _nan_for_none(record: dict[str, Any]) -> dict[str, Any]:
+    """Return plain values with NaN, which JSON does not have."""
+    return {name: math.nan if value is None else value for name, value in record.items()}
