@@ -100,8 +100,8 @@ def solve(
 
     Warns:
         UserWarning: The solution may be wrong. `distance`, `lift` or `network` has a kink or a jump, or is not
-            periodic as `periodic` says. A residual depends on a tensor that is not trained. The training stalled, or the time
-            ended, far from a solution. Activations leave the grids of KAN layers.
+            periodic as `periodic` says. A residual depends on a tensor that is not trained. The training stalled, or
+            the time ended, far from a solution. Activations leave the grids of KAN layers.
 
     Source: docs/pde.md says what it is made of, and what it reaches.
 
