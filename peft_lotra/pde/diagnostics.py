@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..least_squares.problem import TRIAL_ROWS, Intercepted
-from .boxes import box_points
+from .boxes import Inside, box_points, contains
 from .constraints import HardConstraint, jet_of_function
 from .features import BoxFeatures
 from .networks import first_module
@@ -41,19 +42,20 @@ def list_functions(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, function) for name, function in functions if callable(function)]
 
 
-def find_doubts(model: Any, low: Tensor, high: Tensor, terms: Sequence[Any]) -> list[str]:
+def find_doubts(model: Any, low: Tensor, high: Tensor, inside: Inside | None, terms: Sequence[Any]) -> list[str]:
     """Return messages on what makes solutions wrong: kinks and jumps, missing periodicity, untrained tensors.
 
     Args:
         model: The `HardConstraint`.
         low, high: The ends of the box, (I,).
+        inside: The part of the box where the equation holds.
         terms: The equation and the terms of the caller, (function, rows, weight).
     """
     features = first_module(model, BoxFeatures)
     functions = list_functions(model)
     doubts = []
     for name, function in [*functions, ("network", model.kan)]:
-        kinks = (find_kink(function, low, high, i) for i in range(len(low)))
+        kinks = (find_kink(function, low, high, inside, i) for i in range(len(low)))
         point = next((point for point in kinks if point is not None), None)
         if point is not None:
             place = ", ".join(f"{number:.4g}" for number in point.tolist())
@@ -77,8 +79,10 @@ def find_doubts(model: Any, low: Tensor, high: Tensor, terms: Sequence[Any]) -> 
 
 
 @torch.no_grad()
-def find_kink(function: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, i: int) -> Tensor | None:
-    """Return a point (I,) where a function has a kink or a jump along coordinate i; None if it is smooth.
+def find_kink(
+    function: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, inside: Inside | None, i: int
+) -> Tensor | None:
+    """Return a point (I,) inside where a function has a kink or a jump along coordinate i; None if it is smooth.
 
     Fourth differences are followed to smaller and smaller intervals, around the largest one of each line.
     """
@@ -92,7 +96,11 @@ def find_kink(function: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, i
         offsets = step * torch.arange(-reach, reach + 1, dtype=torch.float64)
         x = lines.repeat_interleave(len(offsets), 0)
         x[:, i] = (centers + offsets).clamp(0, 1).flatten()
-        values = function(torch.lerp(low, high, x)).view(LINES, len(offsets), -1)
+        x = torch.lerp(low, high, x)
+        values = function(x)
+        if inside is not None:
+            values = values.where(contains(inside, x).unsqueeze(1), math.nan)
+        values = values.view(LINES, len(offsets), -1)
         scale = max(scale, values.nan_to_num(0, 0, 0).abs().max().item())
         size, place = values.diff(4, dim=1).nan_to_num(0, 0, 0).abs().amax(2).max(1)
         sizes.append(size)

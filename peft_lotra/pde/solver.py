@@ -145,7 +145,7 @@ def solve(
     with Budget(seconds, steps, progress) as budget:
         training = Training(result, residual, terms, points, sampler, budget, callback)
         result.first_residual = training.norm(start)
-        for doubt in find_doubts(model, low_end, high_end, training.held_terms()):
+        for doubt in find_doubts(model, low_end, high_end, inside, training.held_terms()):
             warnings.warn(doubt, stacklevel=3)
             result.notes.append(doubt)
         if continuation is not None:

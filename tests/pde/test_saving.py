@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peft_lotra import LoTRAConfig
 from peft_lotra.kan import KAN, SlimKAN, jet
-from peft_lotra.pde import BoxDistance, Solution, solve
+from peft_lotra.pde import BoxDistance, Solution, disk, solve
 
 
 BOX = (0.0, 0.0), (2.0, 1.0)
@@ -255,3 +255,21 @@ def test_wrong_folders_are_named(tmp_path):
         solved().save(tmp_path / "file")
     with pytest.raises(TypeError, match="`folder` is None"):
         Solution.load(None)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_shape_is_given_again(tmp_path):
+    hole = disk((1.0, 0.5), 0.2)
+
+    def inside(x: Tensor) -> Tensor:
+        return ~hole.inside(x)
+
+    result = solved(inside=inside, distance=hole.distance)
+    result.save(tmp_path)
+
+    loaded = Solution.load(tmp_path, distance=hole.distance, inside=inside)
+
+    x = torch.tensor([[0.2, 0.2]], dtype=torch.float64)
+    torch.testing.assert_close(loaded.model(x), result.model(x), rtol=0, atol=0)
+    for wrong in (None, hole.inside):
+        with pytest.raises(ValueError, match="`inside` is not that of the saved solution"):
+            Solution.load(tmp_path, distance=hole.distance, inside=wrong)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peft_lotra import LoTRAConfig
 from peft_lotra.kan import KAN, jet
-from peft_lotra.pde import BoxDistance, BoxFeatures, solve
+from peft_lotra.pde import BoxDistance, BoxFeatures, disk, polygon, solve
 
 
 UNIT = (0.0, 0.0), (1.0, 1.0)
@@ -263,3 +263,18 @@ def test_the_outputs_of_a_network_need_not_be_repeated():
     network = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 2))
 
     assert run(network=network).model(torch.rand(3, 2).double()).shape == (3, 2)
+
+
+def test_kinks_outside_of_the_shape_do_not_count():
+    hole = disk((0.5, 0.5), 0.3)
+    shape = polygon([(0, 0), (1, 0), (1, 1), (0, 1)]) - hole
+    conditions = {"distance": shape.distance, "inside": shape.inside}
+
+    def lift(x: Tensor) -> Tensor:
+        return (hole.inside(x) & (x[..., 0] > 0.5)).to(x).unsqueeze(-1)  # a jump in the hole
+
+    with pytest.warns(UserWarning, match="`lift` has a kink"):
+        run(**conditions, lift=lambda x: torch.relu(x[..., :1] - 0.15))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(**conditions, lift=lift)
