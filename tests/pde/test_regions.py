@@ -237,6 +237,10 @@ def test_points_that_follow_the_residual_are_inside():
         assert region.inside(sampler.draw(lambda x: torch.exp(-50 * x[:, :1] ** 2))).all()
 
 
+def test_inside_may_return_an_array():
+    assert (box_points(*SQUARE, 50, inside=lambda x: x[:, 0].numpy() > 0.5)[:, 0] > 0.5).all()
+
+
 def test_a_thin_region_has_points():
     thin = disk((0.3, 0.1), 0.03)  # 7e-4 of the box
 

@@ -227,8 +227,11 @@ def draw(results: dict[str, Solution], path: Path) -> None:
         exact = waves(x)[:, 0] if name.startswith("Helmholtz") else torch.from_numpy(l_shape_reference()[0](x.numpy()))
         error = (u - exact).abs()
         u[is_blank] = error[is_blank] = math.nan
-        for axis, values, title in ((above, u, name.split(",")[0]), (below, error.log10(), "log10 of the error")):
-            mesh = axis.pcolormesh(line, line, values.view(201, 201).T, cmap="viridis", rasterized=True)
+        for axis, values, title, limit in (
+            (above, u, name.split(",")[0], None),
+            (below, error.log10(), "log10 of the error", -8),
+        ):
+            mesh = axis.pcolormesh(line, line, values.view(201, 201).T, cmap="viridis", vmin=limit, rasterized=True)
             figure.colorbar(mesh)
             axis.set(title=title, xlabel="x", ylabel="y", aspect="equal")
             axis.grid(False)
