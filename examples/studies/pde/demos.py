@@ -32,6 +32,7 @@ from numpy.polynomial import chebyshev
 from problems.records import Record
 from rich.console import Console
 from scipy.integrate import solve_ivp
+from shapes import l_shape_reference
 from torch import Tensor
 
 from peft_lotra.kan import jet
@@ -48,7 +49,9 @@ def ode_system(solve) -> Solution:
         y, (dy,), _ = jet(model, t)
         return dy - y.flip(1) * torch.tensor([1, -1])
 
-    return solve(equation, [0], [10], outputs=2, distance=lambda t: t, lift=lambda t: torch.cat([0 * t, 1 + 0 * t], -1))
+    return solve(
+        equation, [0], [10], outputs=2, distance=lambda t: t, lift=lambda t: torch.cat([0 * t, 1 + 0 * t], -1)
+    )
 
 
 def second_order(solve) -> Solution:
@@ -95,12 +98,27 @@ def poisson_robin(solve) -> Solution:  # u'(1) = u(1)
     return solve(equation, [-1], [1], distance=lambda x: x + 1, terms=[(robin, end, 100.0)])
 
 
-def l_shape(solve) -> Solution:
-    def equation(model, x):
-        return jet(model, x, collapse=True)[2] + 1
+def l_shape(solve) -> Solution:  # with the singular function of the corner
+    shape = polygon([(-1, -1), (0, -1), (0, 0), (1, 0), (1, 1), (-1, 1)])
 
-    shape = polygon([(-1, -1), (1, -1), (1, 0), (0, 0), (0, 1), (-1, 1)])
-    return solve(equation, (-1, -1), (1, 1), inside=shape.inside, distance=shape.distance)
+    def equation(model, x):
+        return shape.distance(x) * (jet(model, x, collapse=True)[2] + 1)
+
+    def corner(x):
+        right, up = x[..., :1], x[..., 1:]
+        angle = torch.atan2(-right - up, up - right) + 3 * PI / 4
+        others = (1 - right**2) * (1 - up**2)
+        return (right**2 + up**2) ** (1 / 3) * torch.sin(2 / 3 * angle) * others
+
+    class Lift(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.coefficient = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return self.coefficient * corner(x)
+
+    return solve(equation, (-1, -1), (1, 1), inside=shape.inside, distance=shape.distance, lift=Lift())
 
 
 def beam(solve) -> Solution:
@@ -404,7 +422,7 @@ def square(x: Tensor) -> Tensor:
     return (x + 1) ** 2
 
 
-L_SHAPE = polygon([(-1, -1), (1, -1), (1, 0), (0, 0), (0, 1), (-1, 1)])
+L_SHAPE = polygon([(-1, -1), (0, -1), (0, 0), (1, 0), (1, 1), (-1, 1)])
 HOLE = disk((0, 0), 0.25)
 LORENZ = {"sigma": 10.0, "rho": 28.0, "beta": 8 / 3}
 
@@ -420,7 +438,13 @@ DEMOS = {
     "Poisson": Demo(poisson, sine, (-1,), (1,)),
     "Poisson, Neumann": Demo(poisson_neumann, square, (-1,), (1,)),
     "Poisson, Robin": Demo(poisson_robin, square, (-1,), (1,)),
-    "Poisson, L-shape": Demo(l_shape, None, (-1, -1), (1, 1), inside=L_SHAPE.inside),
+    "Poisson, L-shape": Demo(
+        l_shape,
+        lambda x: torch.tensor(l_shape_reference()[0](x.numpy())).view(-1, 1),
+        (-1, -1),
+        (1, 1),
+        inside=L_SHAPE.inside,
+    ),
     "Euler's beam": Demo(beam, lambda x: -(x**4) / 24 + x**3 / 6 - x**2 / 4, (0,), (1,)),
     "Laplace on a disk": Demo(laplace_disk, lambda x: x[:, :1] * torch.cos(x[:, 1:]), (0, 0), (1, 2 * PI)),
     "Helmholtz": Demo(helmholtz, product_of_sines(4 * PI), (0, 0), (1, 1)),
@@ -442,8 +466,9 @@ DEMOS = {
     "Schroedinger": Demo(schroedinger, schroedinger_exact, (-5, 0), (5, PI / 2)),
     "wave, speed 10": Demo(
         wave,
-        lambda x: sine(x) * torch.cos(10 * PI * x[:, 1:])
-        + torch.sin(2 * PI * x[:, :1]) * torch.cos(20 * PI * x[:, 1:]),
+        lambda x: (
+            sine(x) * torch.cos(10 * PI * x[:, 1:]) + torch.sin(2 * PI * x[:, :1]) * torch.cos(20 * PI * x[:, 1:])
+        ),
         (0, 0),
         (1, 1),
     ),

@@ -119,7 +119,9 @@ def lorenz(constants: list):
     observed = np.linspace(0, 3, 25)
     values = solve_ivp(right, (0, 3), start, "DOP853", rtol=1e-12, atol=1e-12, t_eval=observed).y.T
     # a lambda with a second argument would get auxiliary variables
-    conditions = [dde.icbc.IC(times, partial(_constant, value), at_start, component=i) for i, value in enumerate(start)]
+    conditions = [
+        dde.icbc.IC(times, partial(_constant, value), at_start, component=i) for i, value in enumerate(start)
+    ]
     conditions += [dde.icbc.PointSetBC(observed[:, None], values[:, i : i + 1], component=i) for i in range(3)]
     data = dde.data.PDE(times, equation, conditions, num_domain=400, num_boundary=2, anchors=observed[:, None])
     return data, [1, 40, 40, 40, 3], "tanh"
