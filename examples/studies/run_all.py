@@ -42,6 +42,7 @@ STUDIES: list[tuple[str, list[str], list[str] | None]] = [
     ("pde/moving_targets.py", [], []),
     ("pde/ten.py", [], None),
     ("pde/shapes.py", [], []),
+    ("pde/stalls.py", [], None),
     ("scoreboard.py", ["--seeds", "1", "2", "3", "4", "5"], []),
 ]
 CACHED = ("initialization.py", "pde/transfer.py", "pde/moving_targets.py")

@@ -12,6 +12,7 @@ from .features import BoxFeatures
 from .regions import Region, disk, polygon
 from .solution import Phase, Solution
 from .solver import solve
+from .windows import Windows
 
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Region",
     "ResidualSampler",
     "Solution",
+    "Windows",
     "box_points",
     "continuation",
     "disk",

@@ -16,6 +16,7 @@ class Budget:
 
     Attributes:
         steps_taken: The number of steps that were counted.
+        is_stopped: Whether the caller has ended the training.
     """
 
     def __init__(self, seconds: float, steps: int | None, progress: bool) -> None:
@@ -24,6 +25,7 @@ class Budget:
         self.is_timed = steps is None
         self.size = seconds if steps is None else steps
         self.steps_taken = 0
+        self.is_stopped = False
         self.last_step = 0.0  # the share that the last step took
         self._start = time.monotonic()
         self._spent = 0.0  # after the last step
@@ -52,4 +54,4 @@ class Budget:
 
     def allows_step(self, until: float) -> bool:
         """Return whether one more step, as long as the last one, ends before a share of the budget is used up."""
-        return self._spent + self.last_step <= until + 1e-9
+        return not self.is_stopped and self._spent + self.last_step <= until + 1e-9

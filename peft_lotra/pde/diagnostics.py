@@ -164,5 +164,5 @@ def describe_outcome(result: Solution) -> str:
     end = "The budget ended" if reason == "budget" else "The training stalled"
     return (
         f"{end} at {ratio:.1g} of the first residual, and the solution may be wrong. Try `continuation=` from an "
-        "easier equation, another `network=`, or more `seconds`."
+        "easier equation, `windows=` in time, `frequencies=`, another `network=`, or more `seconds`."
     )

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from ..kan.input_map import InputMap
+from ..modules.checks import as_number
 from .boxes import check_box
 
+
+Frequencies = float | Sequence[float | Sequence[float]]  # periods across the box: for all coordinates, or for each
 
 # cos(pi (turns s + phase / 2)) for s in [0, 1], by (turns, phase): integers, which are exact in every dtype
 _COSINE, _SINE, _EVEN, _LINEAR = (2, 0), (2, -1), (1, 2), (0, 0)
@@ -24,7 +27,8 @@ class BoxFeatures(InputMap):
 
         2 s - 1                        for a coordinate with s in [0, 1] across the box,
         cos(2 pi s), sin(2 pi s)       for a periodic one: the network and all derivatives are periodic,
-        -cos(pi s)                     for one with Neumann conditions: the network's derivative is 0 at both ends.
+        -cos(pi s)                     for one with Neumann conditions: the network's derivative is 0 at both ends,
+        cos(2 pi k s), sin(2 pi k s)   besides, for each of its `frequencies` k, for solutions that oscillate.
 
     `jet` and `LevenbergMarquardt` know the layer in closed form.
 
@@ -32,12 +36,14 @@ class BoxFeatures(InputMap):
         low, high: The ends of the box, I numbers each.
         periodic: The indices of periodic coordinates.
         neumann: The indices of coordinates with Neumann conditions.
+        frequencies: Periods across the box, multiples of 1/2 (of 1 for periodic coordinates): a number for all
+            coordinates, or a number or a list of them for each, 0 or [] for none.
 
     Attributes:
-        out_features: The number of features, I + len(periodic).
+        out_features: The number of features, I + len(periodic), and two for each frequency.
 
     Raises:
-        ValueError: The box is empty, or an index is out of range or in both lists.
+        ValueError: The box is empty, an index is out of range or in both lists, or a frequency cannot be used.
 
     Source: S. Dong and N. Ni, "A method for representing periodic functions and enforcing exactly periodic boundary
     conditions with deep neural networks", arXiv 2007.07442.
@@ -63,6 +69,7 @@ class BoxFeatures(InputMap):
         high: Sequence[float],
         periodic: Collection[int] = (),
         neumann: Collection[int] = (),
+        frequencies: Frequencies = (),
     ) -> None:
         low_end, high_end = check_box(low, high)
         count = len(low_end)
@@ -72,13 +79,20 @@ class BoxFeatures(InputMap):
         if both := set(periodic) & set(neumann):
             raise ValueError(f"Coordinate {min(both)} is both `periodic` and `neumann`, which exclude each other.")
         sources, waves = [], []
+        by_coordinate = check_frequencies(frequencies, count)
         for i in range(count):
             of_coordinate = [_COSINE, _SINE] if i in periodic else [_EVEN if i in neumann else _LINEAR]
+            for frequency in by_coordinate[i]:
+                turns = round(2 * frequency)
+                if i in periodic and turns % 2 or i in neumann:
+                    raise ValueError(f"`frequencies` has {frequency} for coordinate {i}, and breaks its condition.")
+                of_coordinate += [(turns, 0), (turns, -1)]
             sources += [i] * len(of_coordinate)
             waves += of_coordinate
         super().__init__(count, sources)
         self.out_features = len(sources)
         self.periodic, self.neumann = sorted(set(periodic)), sorted(set(neumann))
+        self.frequencies = by_coordinate
         self.register_buffer("low", low_end)
         self.register_buffer("high", high_end)
         self.register_buffer("waves", torch.tensor(waves), persistent=False)
@@ -97,4 +111,22 @@ class BoxFeatures(InputMap):
         return outputs
 
     def extra_repr(self) -> str:
-        return f"low={self.low.tolist()}, high={self.high.tolist()}, periodic={self.periodic}, neumann={self.neumann}"
+        box = f"low={self.low.tolist()}, high={self.high.tolist()}, periodic={self.periodic}, neumann={self.neumann}"
+        return f"{box}, frequencies={self.frequencies}" if any(self.frequencies) else box
+
+
+def check_frequencies(frequencies: Frequencies, count: int) -> list[list[float]]:
+    """Return the frequencies of each of `count` coordinates; raise a `ValueError` for one that cannot be used."""
+    if isinstance(frequencies, (int, float)):
+        frequencies = [frequencies] * count
+    by_coordinate: list[list[float]] = []
+    for entry in frequencies or [()] * count:
+        values = [entry] if isinstance(entry, (int, float)) else entry
+        by_coordinate.append([value for value in values if value != 0])
+    wrong = [value for values in by_coordinate for value in values if not as_number(value) > 0 or 2 * value % 1]
+    if wrong or len(by_coordinate) != count:
+        raise ValueError(
+            f"`frequencies` is {frequencies}, but must be multiples of 1/2 above 0: one for all {count} "
+            "coordinates, or a number or a list for each."
+        )
+    return by_coordinate

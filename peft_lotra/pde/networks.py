@@ -17,29 +17,50 @@ from ..kan.network import pairs
 from ..least_squares.problem import check_trainable
 from ..modules.calls import check_module, unwrap
 from .constraints import HardConstraint
-from .features import BoxFeatures
+from .features import BoxFeatures, Frequencies
 
 
 WIDTHS = (16, 20, 20)  # of a new network: a layer of splines, then tanh layers
+TANH_WIDTHS = (25, 25, 25)  # of a new network of tanh layers alone
 SPLINE_ORDER = 5
+SMALL_WIDTHS = (12, 16)  # of a network for a window in time, or with frequencies, which needs fewer units
 GRID_SIZES = {1: 8, 2: 8, 3: 5}  # by the dimension of the box
 SMALLEST_GRID = 3
 
 
+def new_network(
+    features: BoxFeatures, outputs: int, seed: int, first: str = "splines", is_small: bool = False
+) -> nn.Module:
+    """Return a network of tanh layers behind features, whose first layer is one of "splines" or "tanh" too."""
+    widths = WIDTHS if first == "splines" else TANH_WIDTHS
+    if is_small or any(features.frequencies):
+        widths = SMALL_WIDTHS
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = [features]
+        if first == "splines":
+            grid_size = GRID_SIZES.get(len(features.low), SMALLEST_GRID)
+            layers += [KANLinear(features.out_features, widths[0], grid_size, SPLINE_ORDER)]
+        else:
+            layers += [nn.Linear(features.out_features, widths[0])]
+        for pair in pairs([*widths, outputs]):
+            layers += [nn.Tanh(), nn.Linear(*pair)]
+    return nn.Sequential(*layers)
+
+
 def prepare_network(
-    network: nn.Module | None, low: Tensor, high: Tensor, outputs: int | None, periodic: Collection[int], seed: int
+    network: nn.Module | None,
+    low: Tensor,
+    high: Tensor,
+    outputs: int | None,
+    periodic: Collection[int],
+    seed: int,
+    frequencies: Frequencies = (),
 ) -> nn.Module:
     """Return the network of the box's coordinates."""
-    features = BoxFeatures(low.tolist(), high.tolist(), periodic)
+    features = BoxFeatures(low.tolist(), high.tolist(), periodic, frequencies=frequencies)
     if network is None:
-        grid_size = GRID_SIZES.get(len(low), SMALLEST_GRID)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            layers: list[nn.Module] = [features]
-            layers += [KANLinear(features.out_features, WIDTHS[0], grid_size, SPLINE_ORDER)]
-            for pair in pairs([*WIDTHS, outputs or 1]):
-                layers += [nn.Tanh(), nn.Linear(*pair)]
-        return nn.Sequential(*layers)
+        return new_network(features, outputs or 1, seed)
     check_module(network, "network")
     if isinstance(network, HardConstraint):  # of a solution, which stays as it is
         network = copy.deepcopy(network.kan)

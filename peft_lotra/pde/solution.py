@@ -29,13 +29,15 @@ class Phase(NamedTuple):
     """A part of the training of `solve`.
 
     Attributes:
-        name: "continuation", "coarse" or "fine".
+        name: "continuation", "start" (one of several, see `solve`), "coarse" or "fine".
         parameter: That of the equation; NaN without continuation.
         steps, seconds: How long it took.
         loss: The last loss, the weighted mean square of the residual at the points.
         held: The least mean square of the residual at the points that are held out.
         reason: "solved" (the next parameter can come), "budget", "stalled" (the residual that is held out has
             stopped to fall), "refused" (no step lowers the loss) or "callback" (it returned True).
+        network: The first layer of the network that `solve` tried, "splines" or "tanh", and the window in time; empty
+            for a network of the caller.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Phase(NamedTuple):
     loss: float
     held: float
     reason: str
+    network: str = ""
 
 
 @dataclass
@@ -79,9 +82,9 @@ class Solution(Report):
         return values
 
     def _table(self) -> TextTable:
-        columns = ["phase", ">parameter", ">steps", ">seconds", ">loss", ">held out", "ended by"]
+        columns = ["phase", ">parameter", ">steps", ">seconds", ">loss", ">held out", "ended by", "network"]
         form = "{:s} {:.3g} {:d} {:.1f} {:.1e} {:.1e}"
-        rows = [[*form.format(*phase[:-1]).replace("nan", "-").split(), phase.reason] for phase in self.phases]
+        rows = [[*form.format(*phase[:6]).replace("nan", "-").split(), *phase[6:]] for phase in self.phases]
         count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         note = (
             f"{count:,} parameters. Residual between the points (root mean square): {self.residual:.1e}, "

@@ -15,19 +15,16 @@ from torch import Tensor, nn
 
 from ..least_squares.levenberg_marquardt import LevenbergMarquardtStep
 from ..modules.checks import check_count, check_function, check_number
-from .adaptive import ResidualSampler
 from .boxes import Inside, box_points, check_box, edge_points, side_points
 from .budget import Budget
 from .checks import check_model, outside_grids
 from .constraints import HardConstraint, Part
 from .diagnostics import describe_outcome, find_doubts
+from .features import BoxFeatures, Frequencies
 from .networks import prepare_network
+from .race import HELD_POINTS, KINDS, Starts
 from .solution import Solution
-from .training import STAGES, Training
-
-
-POINTS = 1500  # of a step; half of them on a line
-HELD_POINTS = 1000  # that are never trained
+from .training import STAGES
 
 
 @torch.inference_mode(False)
@@ -44,6 +41,8 @@ def solve(
     inside: Inside | None = None,
     continuation: tuple[float, float] | None = None,
     network: nn.Module | None = None,
+    windows: int | None = None,
+    frequencies: Frequencies = (),
     seconds: float = 60.0,
     steps: int | None = None,
     refine: bool = True,
@@ -58,7 +57,11 @@ def solve(
     less where u is steep. A continuation goes from an easy parameter to the wanted one in six steps of equal ratio, or
     of equal length if zero is between them; a step that ends in a poor minimum is undone, and a quarter of it taken.
     Each phase ends by its share of the budget, or when the residual at points that are never trained has stopped to
-    fall, and keeps the parameters with the least one.
+    fall, and keeps the parameters with the least one. After a stall, steps have twice as many points.
+
+    Without `network`, `windows` and `continuation`, two networks race: this one, and tanh layers alone. Each gets a
+    tenth of the budget, and the one with the lower held-out residual goes on. If both fail, eight windows in time are
+    tried. A network that stalls with a large residual is followed by new starts.
 
     If a `KAN` is given, its knots move to where the solution bends before each step of a continuation, and its grids
     are twice as fine for the last fifth of the budget.
@@ -79,6 +82,10 @@ def solve(
             one, (n, I) to (n, outputs). It is trained in place and becomes float64; the model of a `Solution` is
             copied instead. The box is scaled to [-1, 1] in front of it unless it has `BoxFeatures` or its grids are
             the box.
+        windows: The number of windows in time, each with a new network that continues the one before, see `Windows`.
+            The time is the last coordinate at whose low side alone `distance` is zero. The first tensor of each term
+            must be points (n, I).
+        frequencies: Periods across the box, for features of new networks, as for `BoxFeatures`.
         seconds: The time to take. No step is begun that, as long as the last one, would end later.
         steps: The number of steps to take instead: the same result on a busy machine.
         refine: Whether the grids of a `KAN` get finer at the end. Steps there that do not lower the held-out residual
@@ -89,7 +96,7 @@ def solve(
             `solution.history`. It may save or plot the solution. The training ends if it returns True.
 
     Returns:
-        The solution; `result.model(x)` evaluates it.
+        The solution; `result.model(x)` evaluates it, and `result.phases` name the network of each phase.
 
     Raises:
         TypeError: An argument is of the wrong kind.
@@ -121,8 +128,11 @@ def solve(
     if continuation is not None:
         start, stop = (check_number(end, "continuation", "(-inf, inf)") for end in continuation)
     check_function(residual, "residual", 2 if continuation is None else 3)
+    if windows is not None and network is not None:
+        raise ValueError("`windows` needs new networks, but `network` is given. Leave one of them out.")
+    count = check_count(1 if windows is None else windows, "windows")
     if steps is not None:
-        check_count(steps, "steps", low=1 if continuation is None else STAGES + 1)
+        check_count(steps, "steps", low=count * (1 if continuation is None else STAGES + 1))
     check_number(seconds, "seconds", "(0, inf)")
     if callback is not None:
         check_function(callback, "callback", 2)
@@ -135,22 +145,31 @@ def solve(
     terms = list(terms)
     if outputs is not None:
         check_count(outputs, "outputs")
-    network = prepare_network(network, low_end, high_end, outputs, periodic, seed)
+    is_new = network is None
+    network = prepare_network(network, low_end, high_end, outputs, periodic, seed, frequencies)
     model = HardConstraint(network, distance, lift).double()
     check_model(model, points, sides, bool(terms), outputs)
 
     result = Solution(model, low_end, high_end, inside)
-    count = POINTS if len(low_end) > 1 else POINTS // 2
-    sampler = ResidualSampler(low, high, count, inside=inside, seed=1000 * seed)
     with Budget(seconds, steps, progress) as budget:
-        training = Training(result, residual, terms, points, sampler, budget, callback)
+        features = BoxFeatures(low, high, periodic, frequencies=frequencies)
+        starts = Starts(result, residual, list(terms), distance, lift, outputs or 1, seed, features, budget, callback)
+        training = starts.new_training(model, KINDS[0] if is_new else "")
         result.first_residual = training.norm(start)
+        starts.differentiates = training.differentiates
         for doubt in find_doubts(model, low_end, high_end, inside, training.held_terms()):
             warnings.warn(doubt, stacklevel=3)
             result.notes.append(doubt)
-        if continuation is not None:
+        if windows is not None:
+            training = starts.fit_windows(count, KINDS[0], path=(start, stop)) or training
+        elif continuation is not None:
             training.continue_from(start, stop)
-        training.finish(stop, refine)
+            training.finish(stop, refine)
+        elif is_new:
+            training = starts.race(training)
+        else:
+            training.finish(stop, refine)
+        result.model = training.model
         result.residual = training.norm(stop)
 
     outcome = describe_outcome(result)
@@ -159,7 +178,8 @@ def solve(
     # who gives few `steps` wants no more
     if outcome and (steps is None or result.phases[-1].reason != "budget"):
         warnings.warn(outcome, stacklevel=3)
-    for name, share in outside_grids(model, points):
+    # features are on the grids of new networks
+    for name, share in () if is_new else outside_grids(model, points):
         note = f"{share:.0%} of the inputs of `{name}` are outside of its grid, where its splines are zero."
         warnings.warn(f"{note} Bound them by `KAN(norm='tanh')`, or give a wider `grid_range`.", stacklevel=3)
         result.notes.append(note)

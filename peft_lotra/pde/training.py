@@ -30,7 +30,10 @@ from .point_cache import PointCache, current_cache
 from .solution import Phase, Solution
 
 
-PATIENCE = 15  # steps without a new minimum of the residual that is held out
+PATIENCE = 15  # steps without a new minimum of the residual that is held out, at least
+UNSOLVED_PATIENCE = 50  # the same while that residual is large, where it often rises before it falls
+STALLED = 0.1  # the share of the budget without a new minimum, at least
+MOST_POINTS = 4  # times as many points as at first, where fewer have stalled
 LARGEST_START_DAMPING = 1e3  # with new points
 STAGES = 6  # parameters of a continuation
 CONTINUED = 0.6  # the share of the budget after which the continuation ends
@@ -55,6 +58,7 @@ class Training:
         budget: The steps or seconds that all phases share.
         callback: Called with the solution and the record of each step; the training ends if it returns True.
         parameter: Of the equation in the present phase; NaN without continuation.
+        network: The name of the network, for the report.
     """
 
     result: Solution
@@ -65,41 +69,68 @@ class Training:
     budget: Budget
     callback: Callable[[Solution, LevenbergMarquardtStep], Any] | None = None
     parameter: float = math.nan
+    network: str = ""
 
     def __post_init__(self) -> None:
         self.model, self.history, self.phases = self.result.model, self.result.history, self.result.phases
         self.optimizer = LevenbergMarquardt(self.model, floor=1e-6, memory=2**32)
+        self.first_count = self.sampler.count
+        self.share = 0.0, 1.0  # of the budget: where this training begins, and ends
         self.kan: Any = first_module(self.model, LayerStack)  # None if there is none
         self.features: BoxFeatures | None = first_module(self.model, BoxFeatures)
         self.differentiates = False  # whether the residual needs points that require a gradient
         self.is_over = False  # whether one more step is too much for the phase
-        self.is_stopped = False  # whether the callback ended the training
         functions = [function for _, function in list_functions(self.model)]
         self.cache = PointCache(self.model, functions, self.held)
 
     def continue_from(self, start: float, stop: float) -> None:
         """Solve the equation at parameters from `start` on, each from the solution of the one before."""
-        first = self.result.first_residual**2
+        first, before = self.result.first_residual**2, len(self.phases)
 
         def stage(parameter: float) -> float:
-            until = min(CONTINUED * (len(self.phases) + 1) / STAGES, COARSE)
+            until = min(CONTINUED * (len(self.phases) - before + 1) / STAGES, COARSE)
             least = self.fit("continuation", parameter, until, SOLVED * first)
-            failures = sum(phase.held > FAILED * first for phase in self.phases)
-            if self.is_over or len(self.phases) == 1 or failures > MOST_FAILURES:
+            stages = self.phases[before:]
+            failures = sum(phase.held > FAILED * first for phase in stages)
+            if self.is_over or len(stages) == 1 or failures > MOST_FAILURES:
                 return 0.0  # neither the first stage nor one that is out of time can be tried again
             return least / first
 
         continuation(self.model, stage, start, stop, target=FAILED, prepare=self.move_knots, steps=STAGES - 1)
 
-    def finish(self, parameter: float, refine: bool) -> None:
-        """Train until the budget is used up, the last fifth of it on finer grids if the network has some."""
+    def finish(self, parameter: float, refine: bool) -> float:
+        """Train until the budget is used up, the last fifth of it on finer grids if the network has some.
+
+        Returns:
+            As `fit`.
+        """
         kan = self.kan if refine else None
-        self.fit("coarse", parameter, 1.0 if kan is None else COARSE)
-        if kan is not None and self.budget.spent() < 1 and not self.is_stopped:
+        least = self.fit_on("coarse", parameter, 1.0 if kan is None else COARSE)
+        if kan is not None and self.budget.spent() < 1:
             is_finer = self.regrid(2, samples=layer_inputs(self.model, self.held, kan))
             if is_finer:
                 self.sampler.count = round(FINE_POINTS * self.sampler.count)
-            self.fit("fine" if is_finer else "coarse", parameter, 1.0)
+            least = self.fit_on("fine" if is_finer else "coarse", parameter, 1.0)
+        return least
+
+    def fit_on(self, name: str, parameter: float, until: float) -> float:
+        """As `fit`, on twice as many points after each stall."""
+        least = self.fit(name, parameter, until)
+        while self.is_stalled and self.add_points():
+            least = min(least, self.fit(name, parameter, until))
+        return least
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the last phase has ended before its share of the budget, without a solution."""
+        return self.phases[-1].reason in ("stalled", "refused")
+
+    def add_points(self) -> bool:
+        """Double the points of a step, unless there are `MOST_POINTS` times as many."""
+        is_possible = self.sampler.count < MOST_POINTS * self.first_count
+        if is_possible:
+            self.sampler.count *= 2
+        return is_possible
 
     def norm(self, parameter: float) -> float:
         """Return the root mean square of the residual at the held-out points.
@@ -139,9 +170,11 @@ class Training:
         Returns:
             The least mean square of the residual at the held-out points. The model has the parameters of this step.
         """
-        if self.is_stopped:
-            return 0.0
+        if self.budget.is_stopped:
+            return math.inf
         optimizer = self.optimizer
+        begin, end = self.share
+        until = begin + until * (end - begin)
         start, before = time.monotonic(), len(self.history)
         self.parameter = parameter
         if name == "continuation":  # another equation
@@ -159,36 +192,52 @@ class Training:
             x = self.sampler.draw(weighted, knots).requires_grad_(self.differentiates)
             return [(self.residual, (x, self.weights(x))), *self.terms]
 
+        least, at_least = math.inf, (before, self.budget.spent())  # the step and the budget of the least held loss
+
         def stop(number: int, record: LevenbergMarquardtStep) -> bool:
+            nonlocal least, at_least
             self.cache.clear()
+            if name == "start":
+                problem, residuals = optimizer.evaluate_held(held)
+                record = record._replace(held_losses=problem.losses(residuals))
             self.history.append(record)
             self.budget.count_step(name, record)
-            self.is_stopped = self.callback is not None and self.callback(self.result, record) is True
-            self.is_over = self.is_stopped or not self.budget.allows_step(until)
-            return self.is_over or record.held_loss <= target
+            if self.callback is not None and self.callback(self.result, record) is True:
+                self.budget.is_stopped = True
+            self.is_over = not self.budget.allows_step(until)
+            spent = self.budget.spent()
+            if record.held_loss < least:
+                least, at_least = record.held_loss, (len(self.history), spent)
+            # a continuation can go back, and does not wait
+            is_solved = name == "continuation" or least <= FAILED * self.result.first_residual**2
+            is_late = name == "continuation" or spent - at_least[1] >= STALLED * (end - begin)
+            is_stalled = is_late and len(self.history) - at_least[0] >= (PATIENCE if is_solved else UNSOLVED_PATIENCE)
+            return self.is_over or is_stalled or record.held_loss <= target
 
         held = self.held_terms()
         for _ in range(3):  # a step that is refused may not be on other points
+            # a start goes on from its last step, and not from the best one
+            restored = [] if name == "start" else held
             token = current_cache.set(self.cache)
             try:
-                optimizer.fit(draw, 10**9, held=held, patience=PATIENCE, callback=stop, progress=False)
+                optimizer.fit(draw, 10**9, held=restored, patience=10**9, callback=stop, progress=False)
             finally:
                 current_cache.reset(token)
                 self.cache.clear()
             if self.history[-1].accepted or self.is_over:
                 break
         records = self.history[before:]
-        last, least = records[-1], min(record.held_loss for record in records)
+        last = records[-1]
         reason = "budget" if self.is_over else "stalled" if last.accepted else "refused"
         reason = "solved" if least <= target else reason
-        reason = "callback" if self.is_stopped else reason
+        reason = "callback" if self.budget.is_stopped else reason
         seconds = time.monotonic() - start
-        self.phases.append(Phase(name, parameter, len(records), seconds, last.loss, least, reason))
+        self.phases.append(Phase(name, parameter, len(records), seconds, last.loss, least, reason, self.network))
         return least
 
     def move_knots(self, parameter: float) -> None:
         """Move the knots of the first layer to where the solution bends, once there is one."""
-        if self.phases and self.features is not None and self.kan is not None and not self.is_stopped:
+        if self.phases and self.features is not None and self.kan is not None and not self.budget.is_stopped:
             density = torch.ones(self.features.out_features, 64, dtype=torch.float64)
             of_coordinates = knot_density(self.model, self.sampler.low.tolist(), self.sampler.high.tolist())
             for j, i in enumerate(self.features.sources.tolist()):

@@ -1,0 +1,138 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Where `peft_lotra.pde.solve` stalled, and six equations beside a tanh MLP by the same call and CPU seconds.
+
+python examples/studies/pde/stalls.py                            # all runs of 60 CPU s
+python examples/studies/pde/stalls.py --problems wave --seeds 1
+python examples/studies/pde/stalls.py --methods options          # with `windows=` or `frequencies=`
+python examples/studies/pde/stalls.py --quick                    # tiny, to see it run
+
+Four problems oscillate or have a thin layer, and stalled by the defaults of `solve` until commit 5704805, whose errors
+are the method "before" (run with that version in PYTHONPATH). The six equations were named before they were run.
+Runs that are in stalls.json are not repeated.
+"""
+
+from __future__ import annotations
+
+from problems import command_line  # isort: split
+
+
+import statistics
+import time
+from unittest.mock import patch
+
+import torch
+from problems.oscillations import SIX, STALLED, Case
+from problems.records import Record
+from rich.console import Console
+from torch import nn
+
+from peft_lotra.pde import solve
+
+
+torch.set_num_threads(1)
+
+ALL = STALLED | SIX
+METHODS = {"before": "before", "solve": "defaults", "options": "with options", "mlp": "MLP"}
+WIDTH = 25  # of the three layers of an MLP
+
+
+def run(case: Case, method: str, seed: int, seconds: float) -> dict:
+    """The error of one call."""
+    network = None
+    if method == "mlp":
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = [nn.Linear(len(case.low), WIDTH), nn.Tanh()]
+        for _ in range(2):
+            layers += [nn.Linear(WIDTH, WIDTH), nn.Tanh()]
+        network = nn.Sequential(*layers, nn.Linear(WIDTH, case.outputs))
+    clock = time.process_time()
+    with patch("time.monotonic", time.process_time):  # seconds of a busy machine are not the same for all runs
+        result = solve(
+            case.residual,
+            case.low,
+            case.high,
+            distance=case.distance,
+            lift=case.lift,
+            outputs=case.outputs,
+            network=network,
+            seconds=seconds,
+            seed=seed,
+            progress=False,
+            **(case.options if method == "options" else {}),
+        )
+    return {
+        "seed": seed,
+        "error": case.error(result.model),
+        "residual": result.residual,
+        "seconds": time.process_time() - clock,
+        "steps": len(result.history),
+        "parameters": sum(parameter.numel() for parameter in result.model.parameters()),
+        "phases": [[phase.name, phase.steps, phase.held, phase.reason, *phase[7:]] for phase in result.phases],
+    }
+
+
+def markdown(record: dict) -> str:
+    """Median errors, the networks that won, and the ratio to the MLP on the six equations."""
+    results = record["results"]
+    lines = []
+    both = [name for name in SIX if {"solve", "mlp"} <= results.get(name, {}).keys()]
+    if both:
+        ratios = {name: _error(results[name]["solve"]) / _error(results[name]["mlp"]) for name in both}
+        mean, worst = statistics.geometric_mean(ratios.values()), max(ratios, key=ratios.__getitem__)
+        lines.append(
+            f"{mean:.2g} times the error of the MLP in the geometric mean of {len(both)} equations, at most "
+            f"{ratios[worst]:.2g} times ({ALL[worst].title})."
+        )
+    lines += [
+        f"Relative L2 errors by `solve` after {record['recipe']['seconds']:g} CPU s on a busy machine, medians of the "
+        "seeds.\n",
+        f"| problem | {' | '.join(METHODS.values())} | by defaults | seeds |",
+        f"|---|{'--:|' * len(METHODS)}---|--:|",
+    ]
+    for name, case in ALL.items():
+        runs = results.get(name, {})
+        if runs:
+            cells = [f"{_error(runs[method]):.1e}" if method in runs else "" for method in METHODS]
+            winners = sorted({run["phases"][-1][-1] for run in runs.get("solve", [])})
+            seeds = ", ".join(str(len(runs.get(method, []))) for method in METHODS)
+            lines.append(f"| {case.title} | {' | '.join(cells)} | {', '.join(winners)} | {seeds} |")
+    return "\n".join(lines) + "\n"
+
+
+def _error(runs: list[dict]) -> float:
+    return statistics.median(run["error"] for run in runs)
+
+
+def main() -> None:
+    parser = command_line.Parser(
+        __doc__,
+        takes="half an hour a seed on one core",
+        writes="stalls.json, stalls.md",
+        folder=command_line.RESULTS / "pde",
+        quick="three seconds a run: to see it run",
+    )
+    parser.add_argument("--problems", nargs="+", choices=list(ALL), default=list(ALL))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[1:])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--seconds", type=float, default=60.0, help="of each run")
+    args = parser.parse_args()
+    seconds = 3.0 if args.quick else args.seconds
+    stem = args.output / ("stalls_quick" if args.quick else "stalls")
+    record = Record(stem.with_suffix(".json"), {"recipe": {"seconds": seconds}, "results": {}})
+    console = Console(width=110)
+    for seed in args.seeds[:1] if args.quick else args.seeds:
+        for name in args.problems[:1] if args.quick else args.problems:
+            for method in args.methods:
+                is_asked = ALL[name].options if method == "options" else name in SIX or method != "mlp"
+                if is_asked and not record.has(seed, "results", name, method):
+                    found = run(ALL[name], method, seed, seconds)
+                    record.add(found, "results", name, method)
+                    console.print(f"{name}, seed {seed}, {method}: error {found['error']:.2e}, {found['steps']} steps")
+    stem.with_suffix(".md").write_text(markdown(record.read()))
+    console.print(f"written: {stem}.json and .md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Several starts of `solve`: networks that race for the budget, and windows in time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..least_squares.levenberg_marquardt import LevenbergMarquardtStep
+from .adaptive import ResidualSampler
+from .boxes import box_points, side_points
+from .budget import Budget
+from .constraints import HardConstraint, Part
+from .features import BoxFeatures
+from .networks import new_network
+from .solution import Solution
+from .training import FAILED, Training
+from .windows import Windows
+
+
+POINTS = 1500  # of a step; half of them on a line
+HELD_POINTS = 1000  # that are never trained
+KINDS: tuple[str, ...] = ("splines", "tanh")  # the first layer of the networks that race
+SHARE = 0.1  # of the budget, for each start
+FEWEST_STEPS = 8  # of a start, for a race
+WINDOWS = 8  # in time, where the whole box fails
+PROMISING = 0.1  # times the residual on the whole box: where the first window shows that windows help
+
+
+@dataclass
+class Starts:
+    """What all starts of a `solve` share, and how the best of them is found.
+
+    Attributes:
+        result: The solution, with the model of the first start; steps and phases of all starts are added to it.
+        equation, terms, distance, lift, outputs, seed: As for `solve`.
+        features: The features of the whole box.
+        budget: The steps or seconds that all starts share.
+        callback: As for `solve`.
+        differentiates: Whether the residual needs points that require a gradient.
+    """
+
+    result: Solution
+    equation: Callable[..., Tensor]
+    terms: list[Any]
+    distance: Part
+    lift: Part
+    outputs: int
+    seed: int
+    features: BoxFeatures
+    budget: Budget
+    callback: Callable[[Solution, LevenbergMarquardtStep], Any] | None
+    differentiates: bool = False
+
+    def new_training(self, model: HardConstraint, network: str = "", ends: Tensor | None = None) -> Training:
+        """Prepare the training of a model on the box, or on a smaller one with other ends (2, I)."""
+        result = self.result
+        if model is not result.model:
+            result = replace(result, model=model)  # with the same lists of steps, phases and notes
+        low, high = [self.result.low, self.result.high] if ends is None else ends
+        box = low.tolist(), high.tolist()
+        inside = result.inside
+        points = box_points(*box, HELD_POINTS, inside=inside, seed=self.seed)
+        count = POINTS if len(low) > 1 else POINTS // 2
+        sampler = ResidualSampler(*box, count, inside=inside, seed=1000 * self.seed)
+        terms = self.terms
+        if ends is not None:
+            terms = [rows_in_box(term, low, high) for term in terms]
+            terms = [term for term in terms if len(term[1][0])]
+        training = Training(result, self.equation, terms, points, sampler, self.budget, self.callback)
+        training.network, training.differentiates = network, self.differentiates
+        return training
+
+    def race(self, first: Training) -> Training:
+        """Train several networks for a share of the budget each, and the best one of them on.
+
+        Where that one stalls, there are more points for a small residual, and for a large one new starts.
+        """
+        unsolved = FAILED * self.result.first_residual**2
+        best, least = first, first.fit("start", math.nan, SHARE)
+        if self.budget.allows_step(1.0) and len(self.result.history) < FEWEST_STEPS:
+            first.finish(math.nan, refine=False)
+            return first
+        for number in itertools.count():
+            for kind in KINDS:
+                if not self.budget.allows_step(1.0):
+                    break
+                if number == 0 and kind == first.network:
+                    continue
+                network = new_network(self.features, self.outputs, self.seed + 1000 * number, kind)
+                start = self.new_training(HardConstraint(network, self.distance, self.lift).double(), kind)
+                held = start.fit("start", math.nan, min(1.0, self.budget.spent() + SHARE))
+                if held < least:
+                    best, least = start, held
+            if number == 0 and least > unsolved and not self.terms and self.find_time()[0] is not None:
+                windows = self.fit_windows(WINDOWS, best.network, target=PROMISING * least)
+                if windows is not None and windows.norm(math.nan) ** 2 < least:
+                    return windows
+            if not self.budget.allows_step(1.0):
+                return best
+            least = min(least, best.fit("coarse", math.nan, 1.0))
+            while best.is_stalled and least <= unsolved and best.add_points():
+                least = min(least, best.fit("coarse", math.nan, 1.0))
+            if not best.is_stalled or least <= unsolved:
+                return best
+        return best
+
+    def fit_windows(
+        self, count: int, kind: str, target: float = math.inf, path: tuple[float, float] = (math.nan, math.nan)
+    ) -> Training | None:
+        """Train networks in windows in time, one after another; None if the first one misses the target."""
+        time, smoothness = self.find_time()
+        if time is None:
+            raise ValueError("`windows` needs a time coordinate: one at whose low side alone `distance` is zero.")
+        low, high = self.result.low, self.result.high
+        edges = torch.linspace(low[time].item(), high[time].item(), count + 1, dtype=torch.float64)
+        frequencies = [[] if i == time else values for i, values in enumerate(self.features.frequencies)]
+        boxes, networks = [], []
+        for k in range(count):
+            box = torch.stack([low, high])
+            box[:, time] = edges[k : k + 2]
+            ends = box.tolist()
+            features = BoxFeatures(ends[0], ends[1], self.features.periodic, frequencies=frequencies)
+            boxes.append(box)
+            networks.append(new_network(features, self.outputs, self.seed + k, kind, is_small=True))
+        windows = Windows(networks, edges.tolist(), time, smoothness)
+        model = HardConstraint(windows, self.distance, self.lift).double()
+        for k, box in enumerate(boxes):
+            windows.activate(k)
+            if k:
+                continue_network(networks[k - 1], networks[k])
+            training = self.new_training(model, f"{kind} in window {k}", box)
+            spent = self.budget.spent()
+            training.share = spent, spent + (1 - spent) / (count - k)
+            if not math.isnan(path[0]):
+                training.continue_from(*path)
+            least = training.finish(path[1], refine=False)
+            if k == 0 and least > target:
+                return None
+        windows.activate(None)
+        return self.new_training(model)
+
+    def find_time(self) -> tuple[int | None, int]:
+        """Return the time coordinate, and whether 1 or 2 conditions hold at its start.
+
+        It is the last coordinate at whose low side, and not at its high side, a distance is zero: in proportion to
+        the time, or to its square.
+        """
+        low, high = self.result.low.tolist(), self.result.high.tolist()
+        model = self.result.model
+        for i in reversed(range(len(low))):
+            sizes = []
+            for share in (0.0, 1e-4, 2e-4, 1.0):
+                points, _ = side_points(low, high, 50, [(i, "low")])
+                points[:, i] = low[i] + share * (high[i] - low[i])
+                sizes.append(model.part("distance", points, model.kan(points)).detach().abs().amax(0))
+            start, near, farther, end = sizes
+            is_prescribed = (start <= 1e-9 * end) & (end > 0)
+            if is_prescribed.any():
+                return i, 1 if (farther < 3 * near)[is_prescribed].any() else 2
+        return None, 1
+
+
+@torch.no_grad()
+def continue_network(before: nn.Module, network: nn.Module) -> None:
+    """Start a network behind its features with the hidden layers of another one, and an output of zero."""
+    _, *layers, output = network.children()
+    _, *layers_before, _ = before.children()
+    for layer, other in zip(layers, layers_before, strict=True):
+        layer.load_state_dict(other.state_dict())
+    for parameter in output.parameters():
+        parameter.zero_()
+
+
+def rows_in_box(term: Any, low: Tensor, high: Tensor) -> Any:
+    """Return a term with the rows whose points, its first tensor (n, I), are in the box."""
+    function, rows, *weight = term
+    rows = tuple(rows) if isinstance(rows, Sequence) else (rows,)
+    if rows[0].dim() != 2 or rows[0].shape[1] != len(low):
+        raise ValueError(
+            f"The first tensor of a term has shape {tuple(rows[0].shape)}, but with `windows` it must be points "
+            f"(n, {len(low)}) of the box, each for one window."
+        )
+    slack = 1e-9 * (high - low)
+    inside = ((rows[0] >= low - slack) & (rows[0] <= high + slack)).all(1)
+    return (function, tuple(row[inside] for row in rows), *weight)

@@ -1,0 +1,160 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peft_lotra.kan import jet
+from peft_lotra.pde import BoxDistance, BoxFeatures, Windows, race, solve, training
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Few points and narrow networks, and a race of few steps."""
+    monkeypatch.setattr(race, "POINTS", 200)
+    monkeypatch.setattr(race, "FEWEST_STEPS", 2)
+    monkeypatch.setattr("peft_lotra.pde.networks.SMALL_WIDTHS", (4, 5))
+    monkeypatch.setattr("peft_lotra.pde.networks.WIDTHS", (4, 5))
+    monkeypatch.setattr("peft_lotra.pde.networks.TANH_WIDTHS", (6, 6))
+
+
+def poisson(model: nn.Module, x: Tensor) -> Tensor:
+    return jet(model, x)[2][0] + 1
+
+
+def fast(model: nn.Module, x: Tensor) -> Tensor:
+    return jet(model, x)[2][0] / 20 - torch.sin(40 * math.pi * x)
+
+
+def growth(model: nn.Module, x: Tensor) -> Tensor:
+    return jet(model, x, order=1)[1][0] - model(x)
+
+
+def solved(residual=poisson, *, high=1.0, distance=None, steps=30, **options):
+    distance = distance or BoxDistance([0], [high])
+    return solve(residual, [0], [high], distance=distance, steps=steps, progress=False, **options)
+
+
+def test_networks_race_for_a_tenth_of_the_budget_each_and_the_best_goes_on():
+    result = solved()
+
+    starts = [phase for phase in result.phases if phase.name == "start"]
+    best = min(starts, key=lambda phase: phase.held)
+    assert [(phase.network, phase.steps) for phase in starts] == [("splines", 3), ("tanh", 3)]
+    assert result.phases[2].name == "coarse" and result.phases[2].network == best.network
+    assert len(result.history) == 30
+    assert best.network in str(result)
+
+
+def by_autograd(model: nn.Module, x: Tensor) -> Tensor:
+    (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    return torch.autograd.grad(slope.sum(), x, create_graph=True)[0] + 1
+
+
+def test_a_residual_by_autograd_races_as_one_by_jet():
+    result, expected = solved(by_autograd, steps=20), solved(steps=20)
+
+    assert [phase.network for phase in result.phases] == [phase.network for phase in expected.phases]
+    assert result.phases[1].held == pytest.approx(expected.phases[1].held, rel=0.05)
+
+
+def test_the_winner_has_the_least_residual_of_all_phases():
+    result = solved(steps=40)
+
+    assert result.residual**2 <= min(phase.held for phase in result.phases) * 1.001
+
+
+def test_a_race_is_the_same_each_time():
+    first, second = (solved(steps=20).residual for _ in range(2))
+
+    assert first == pytest.approx(second, rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"network": nn.Linear(1, 1)}, {"steps": 12}])
+def test_a_network_of_the_caller_or_a_small_budget_has_no_race(options, monkeypatch):
+    monkeypatch.setattr(race, "FEWEST_STEPS", 8)
+
+    result = solved(**options)
+
+    assert len({phase.network for phase in result.phases}) == 1
+
+
+def test_a_stall_with_a_large_residual_starts_anew(monkeypatch):
+    monkeypatch.setattr(training, "UNSOLVED_PATIENCE", 1)
+    monkeypatch.setattr(training, "STALLED", 0.0)
+
+    # no solution: u = 0 at both ends, and a residual that no network makes small
+    result = solved(lambda model, x: model(x) ** 2 + 1, steps=40)
+
+    starts = [phase for phase in result.phases if phase.name == "start"]
+    assert len(starts) > 2 and result.phases[2].reason in ("stalled", "refused")
+    assert len(result.history) == 40
+
+
+def test_a_stall_with_a_small_residual_goes_on_with_more_points(monkeypatch):
+    counts = []
+    monkeypatch.setattr(training, "PATIENCE", 1)
+    monkeypatch.setattr(training, "STALLED", 0.0)
+    draw = training.ResidualSampler.draw
+    monkeypatch.setattr(
+        training.ResidualSampler, "draw", lambda self, *args: counts.append(self.count) or draw(self, *args)
+    )
+
+    solved(steps=60)
+
+    assert sorted(set(counts)) in ([100, 200], [100, 200, 400])
+
+
+def test_windows_are_tried_where_the_whole_box_fails(monkeypatch):
+    monkeypatch.setattr(race, "FAILED", 0.0)
+    monkeypatch.setattr(race, "PROMISING", math.inf)
+    monkeypatch.setattr(race, "WINDOWS", 2)
+
+    result = solved(growth, distance=lambda x: x, lift=torch.ones_like, steps=30)
+
+    names = [phase.network for phase in result.phases]
+    assert any(name.endswith("in window 1") for name in names)
+    assert isinstance(result.model.kan, Windows) == (names[-1].endswith("in window 1"))
+
+
+def test_frequencies_are_features_of_the_network():
+    result = solved(fast, frequencies=20, steps=20)
+
+    (features,) = [module for module in result.model.modules() if isinstance(module, BoxFeatures)]
+    assert features.frequencies == [[20]]
+    assert features.out_features == 3
+
+
+def test_features_with_frequencies_have_their_derivatives():
+    features = BoxFeatures((0, 0), (2, 1), periodic=[1], frequencies=[[0.5, 3], 2])
+    network = nn.Sequential(features, nn.Linear(features.out_features, 1)).double()
+    x = torch.rand(5, 2, dtype=torch.float64)
+
+    _, (slope, _), (second, _) = jet(network, x)
+
+    z = x.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(network(z).sum(), z, create_graph=True)
+    (curvature,) = torch.autograd.grad(gradient[:, 0].sum(), z)
+    torch.testing.assert_close(slope, gradient[:, :1])
+    torch.testing.assert_close(second, curvature[:, :1])
+    torch.testing.assert_close(features(x)[:, 2], torch.sin(math.pi * x[:, 0] / 2))
+    ends = torch.tensor([[0.3, 0.0], [0.3, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(features(ends)[0], features(ends)[1])
+
+
+@pytest.mark.parametrize("frequencies", [-1, 0.3, [1, 2], math.nan, [[1, -2]]])
+def test_frequencies_that_cannot_be_used_are_refused(frequencies):
+    with pytest.raises(ValueError, match="`frequencies` is"):
+        solved(frequencies=frequencies)
+
+
+def test_a_frequency_that_breaks_a_condition_is_refused():
+    with pytest.raises(ValueError, match="breaks its condition"):
+        BoxFeatures([0], [1], periodic=[0], frequencies=0.5)
+    with pytest.raises(ValueError, match="breaks its condition"):
+        BoxFeatures([0], [1], neumann=[0], frequencies=1)

@@ -1,0 +1,185 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peft_lotra.derivatives.torch_fallback import jet_by_transforms
+from peft_lotra.kan import KAN, jet
+from peft_lotra.pde import BoxDistance, HardConstraint, Windows, race, solve
+
+
+ENDS = [0.0, 0.3, 0.6, 1.0]
+
+
+def tanh_network() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 2))
+
+
+def spline_network() -> nn.Module:
+    return KAN([2, 3, 2], 4, 5)
+
+
+def new_windows(smoothness: int, network=tanh_network) -> Windows:
+    torch.manual_seed(0)
+    return Windows([network() for _ in range(3)], ENDS, time=1, smoothness=smoothness).double()
+
+
+def at_ends(step: float) -> Tensor:
+    return torch.tensor([[0.2, 0.3 + step], [0.7, 0.6 + step]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("smoothness", [1, 2])
+def test_the_value_and_the_prescribed_derivatives_are_continuous(smoothness):
+    windows = new_windows(smoothness)
+
+    before, after = (jet(windows, at_ends(step)) for step in (-1e-9, 1e-9))
+
+    torch.testing.assert_close(before[0], after[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(before[1][0], after[1][0], rtol=0, atol=1e-6)  # along the other coordinate
+    jump = (before[1][1] - after[1][1]).abs().max()
+    assert (jump < 1e-6) == (smoothness == 2)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("network", [tanh_network, spline_network])
+@pytest.mark.parametrize("smoothness", [1, 2])
+def test_the_jet_is_the_one_by_transforms(smoothness, network, order):
+    windows = new_windows(smoothness, network)
+    x, directions = torch.rand(7, 2, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    weights = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    collapse = False if order == 1 else weights
+
+    values = jet(windows, x, directions, order=order, collapse=collapse)
+
+    by_transforms = jet_by_transforms(lambda z: windows(z), x, directions, order, None if order == 1 else weights)
+    torch.testing.assert_close(list(values), list(by_transforms), rtol=1e-9, atol=1e-8)
+
+
+def test_the_active_window_is_the_one_that_rows_with_its_times_take():
+    windows = new_windows(2)
+    x = torch.tensor([[0.4, 0.7], [0.1, 0.9]], dtype=torch.float64)
+    expected = jet(windows, x)
+
+    windows.activate(2)
+
+    torch.testing.assert_close(jet(windows, x), expected)
+    torch.testing.assert_close(jet(windows, x), expected)  # from memory
+    trained = {name.split(".")[1] for name, p in windows.named_parameters() if p.requires_grad}
+    assert trained == {"2"}
+
+
+def test_windows_keep_exact_conditions():
+    distance = BoxDistance((0, 0), (1, 1), [(0, "low"), (0, "high"), (1, "low")])
+    model = HardConstraint(new_windows(1), distance, lambda x: x[..., :1]).double()
+    walls = torch.tensor([[0.0, 0.2], [1.0, 0.5], [0.0, 0.8], [1.0, 1.0]], dtype=torch.float64)
+
+    torch.testing.assert_close(model(walls), walls[:, :1].expand(4, 2))
+
+
+def test_windows_are_saved_and_loaded():
+    windows, x = new_windows(2), torch.rand(5, 2, dtype=torch.float64)
+    file = io.BytesIO()
+
+    torch.save(windows.state_dict(), file)
+    file.seek(0)
+    other = copy.deepcopy(windows)
+    nn.init.zeros_(other.get_parameter("networks.1.0.weight"))
+    other.load_state_dict(torch.load(file))
+
+    torch.testing.assert_close(other(x), windows(x))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Few points and narrow networks."""
+    monkeypatch.setattr(race, "POINTS", 200)
+    monkeypatch.setattr("peft_lotra.pde.networks.SMALL_WIDTHS", (4, 6))
+
+
+def oscillation(model: nn.Module, x: Tensor) -> Tensor:  # u'' = -u
+    u, _, (second,) = jet(model, x)
+    return second + u
+
+
+def test_solve_continues_an_oscillation_from_window_to_window():
+    options = {"distance": lambda x: x**2, "lift": torch.ones_like}
+
+    result = solve(oscillation, [0], [4 * math.pi], windows=4, steps=60, progress=False, **options)
+
+    x = torch.linspace(0, 4 * math.pi, 50, dtype=torch.float64).unsqueeze(1)
+    torch.testing.assert_close(result.model(x), torch.cos(x), rtol=0, atol=1e-2)
+    assert [phase.network for phase in result.phases][-1] == "splines in window 3"
+    assert isinstance(result.model.kan, Windows) and result.model.kan.smoothness == 2
+
+
+def test_a_residual_by_autograd_is_solved_in_windows():
+    def by_autograd(model: nn.Module, x: Tensor) -> Tensor:
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return torch.autograd.grad(slope.sum(), x, create_graph=True)[0] + model(x)
+
+    options = {"distance": lambda x: x**2, "lift": torch.ones_like, "windows": 2, "steps": 6, "progress": False}
+
+    result, expected = (solve(residual, [0], [3], **options) for residual in (by_autograd, oscillation))
+
+    assert result.history[-1].loss == pytest.approx(expected.history[-1].loss, rel=0.05)
+
+
+def test_rows_may_have_more_dimensions():
+    windows, x = new_windows(2), torch.rand(2, 3, 2, dtype=torch.float64)
+
+    torch.testing.assert_close(windows(x).flatten(0, 1), windows(x.flatten(0, 1)))
+
+
+def test_terms_count_in_the_window_of_their_points():
+    points = torch.tensor([[0.5], [2.5]], dtype=torch.float64)
+
+    result = solve(
+        lambda model, x: jet(model, x)[2][0],  # a line, whose slope is data
+        [0],
+        [3],
+        distance=lambda x: x,
+        terms=[(lambda model, x, y: model(x) - y, (points, 2 * points))],
+        windows=2,
+        steps=30,
+        progress=False,
+    )
+
+    torch.testing.assert_close(result.model(points), 2 * points, rtol=0, atol=1e-2)
+
+
+WRONG = {
+    "increasing times": lambda: Windows([tanh_network()], [1.0, 0.0]),
+    "`smoothness` is 3": lambda: Windows([tanh_network()], [0.0, 1.0], smoothness=3),
+    "must be a network": lambda: Windows([jet], [0.0, 1.0]),
+    "needs a time coordinate": lambda: solve(
+        oscillation, [0], [1], distance=BoxDistance([0], [1]), windows=2, progress=False
+    ),
+    "`windows` is 0": lambda: solve(oscillation, [0], [1], distance=lambda x: x, windows=0, progress=False),
+    "`steps` is 2": lambda: solve(oscillation, [0], [1], distance=lambda x: x, windows=4, steps=2, progress=False),
+    "`network` is given": lambda: solve(
+        oscillation, [0], [1], distance=lambda x: x, windows=2, network=nn.Linear(1, 1), progress=False
+    ),
+    "it must be points": lambda: solve(
+        oscillation,
+        [0],
+        [1],
+        distance=lambda x: x,
+        windows=2,
+        terms=[(lambda model, y: y, torch.ones(3))],
+        progress=False,
+    ),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_windows_that_cannot_be_used_are_refused(message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        WRONG[message]()
