@@ -107,7 +107,7 @@ def row_gradients(
     """Return the derivatives (n m, P) of a function's values (n, m) for n = `rows`, in the first rows of `out`.
 
     The value of a row must depend on that row only. None if the values depend on the parameters (leaves, P numbers)
-    by anything but the recorded layers of KANs.
+    by anything but the recorded layers of KANs, and parameters of no dimension.
     """
     with torch.enable_grad(), recording(Recorder(parameters, rows)) as recorder:
         values = function()
@@ -115,10 +115,12 @@ def row_gradients(
     outputs = [part for layer in recorder.layers for part in layer.outputs]
     if not outputs or not values.requires_grad or m > MOST_COLUMNS:
         return None
+    tensors = [parameter for parameter in parameters if parameter.dim()]
+    scalars = [parameter for parameter in parameters if not parameter.dim()]
     columns = []
     for column in values.unbind(1):
         gradients = torch.autograd.grad(
-            column, [*outputs, *parameters], torch.ones_like(column), retain_graph=True, allow_unused=True
+            column, [*outputs, *tensors], torch.ones_like(column), retain_graph=True, allow_unused=True
         )
         if any(gradient is not None for gradient in gradients[len(outputs) :]):
             return None
@@ -127,7 +129,7 @@ def row_gradients(
     if out is None:
         out = parameters[0].new_empty(rows * m, sum(sizes))
     blocks = out[: rows * m].zero_().unflatten(0, (rows, m)).split(sizes, dim=-1)
-    sums = {id(p): block.unflatten(-1, p.shape) for p, block in zip(parameters, blocks, strict=True)}
+    sums = {id(p): block.view(rows, m, *p.shape) for p, block in zip(parameters, blocks, strict=True)}
     for layer in recorder.layers:
         of_layer = []
         for gradients in columns:
@@ -137,7 +139,28 @@ def row_gradients(
                 of_layer.append(gradient if gradient.dim() == 3 else gradient.unsqueeze(0))
         joined = torch.cat(of_layer).unflatten(0, (m, -1)).permute(2, 0, 1, 3)
         _add_layer(sums, layer, joined)
+    for index, column in enumerate(values.unbind(1)):
+        for scalar, derivatives in zip(scalars, _scalar_derivatives(column, scalars), strict=True):
+            sums[id(scalar)][:, index] = derivatives
     return out[: rows * m]
+
+
+def _scalar_derivatives(column: Tensor, scalars: Sequence[Tensor]) -> list[Tensor]:
+    """Return the derivatives of n values in each scalar, (n,).
+
+    The sum of the derivatives is linear in the weights of the values, and its gradient in them has each one.
+    """
+    if not scalars:
+        return []
+    weights = torch.ones_like(column, requires_grad=True)
+    sums = torch.autograd.grad(column, scalars, weights, create_graph=True, allow_unused=True)
+    derivatives = []
+    for total in sums:
+        gradient = None
+        if total is not None and total.requires_grad:
+            (gradient,) = torch.autograd.grad(total, weights, retain_graph=True, allow_unused=True)
+        derivatives.append(torch.zeros_like(column) if gradient is None else gradient)
+    return derivatives
 
 
 def _add(sums: ByTensor, parameter: Tensor | None, gradient: Tensor) -> None:

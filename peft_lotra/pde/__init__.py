@@ -12,6 +12,7 @@ from .features import BoxFeatures
 from .regions import Region, disk, polygon
 from .solution import Phase, Solution
 from .solver import solve
+from .unknowns import Estimate
 from .windows import Windows
 
 
@@ -19,6 +20,7 @@ __all__ = [
     "BoxDistance",
     "BoxFeatures",
     "ContinuationStep",
+    "Estimate",
     "HardConstraint",
     "Phase",
     "Region",

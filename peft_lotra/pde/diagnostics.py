@@ -46,7 +46,7 @@ def find_doubts(model: Any, low: Tensor, high: Tensor, inside: Inside | None, te
     """Return messages on what makes solutions wrong: kinks and jumps, missing periodicity, untrained tensors.
 
     Args:
-        model: The `HardConstraint`.
+        model: The `HardConstraint`, or a module of it and unknown constants.
         low, high: The ends of the box, (I,).
         inside: The part of the box where the equation holds.
         terms: The equation and the terms of the caller, (function, rows, weight).
@@ -54,7 +54,7 @@ def find_doubts(model: Any, low: Tensor, high: Tensor, inside: Inside | None, te
     features = first_module(model, BoxFeatures)
     functions = list_functions(model)
     doubts = []
-    for name, function in [*functions, ("network", model.kan)]:
+    for name, function in [*functions, ("network", first_module(model, HardConstraint).kan)]:
         kinks = (find_kink(function, low, high, inside, i) for i in range(len(low)))
         point = next((point for point in kinks if point is not None), None)
         if point is not None:

@@ -60,8 +60,13 @@ class Starts:
     callback: Callable[[Solution, LevenbergMarquardtStep], Any] | None
     differentiates: bool = False
 
-    def new_training(self, model: HardConstraint, network: str = "", ends: Tensor | None = None) -> Training:
-        """Prepare the training of a model on the box, or on a smaller one with other ends (2, I)."""
+    def new_training(
+        self, model: HardConstraint, network: str = "", ends: Tensor | None = None, **options: Any
+    ) -> Training:
+        """Prepare the training of a model on the box, or on a smaller one with other ends (2, I).
+
+        `options` are those of `Training`.
+        """
         result = self.result
         if model is not result.model:
             result = replace(result, model=model)  # with the same lists of steps, phases and notes
@@ -75,7 +80,7 @@ class Starts:
         if ends is not None:
             terms = [rows_in_box(term, low, high) for term in terms]
             terms = [term for term in terms if len(term[1][0])]
-        training = Training(result, self.equation, terms, points, sampler, self.budget, self.callback)
+        training = Training(result, self.equation, terms, points, sampler, self.budget, self.callback, **options)
         training.network, training.differentiates = network, self.differentiates
         return training
 

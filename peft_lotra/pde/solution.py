@@ -23,6 +23,7 @@ from .constraints import HardConstraint
 from .features import BoxFeatures
 from .networks import first_module, prepare_network
 from .saving import FILE, POINTS, build_model, read_file, save_model
+from .unknowns import Estimate
 
 
 class Phase(NamedTuple):
@@ -63,6 +64,7 @@ class Solution(Report):
         history: The record of each step.
         phases: The parts of the training.
         notes: What was noticed: activations outside of grids, grids that were not refined.
+        unknowns: The estimates of unknown constants, by name.
     """
 
     model: HardConstraint
@@ -74,6 +76,7 @@ class Solution(Report):
     history: list[LevenbergMarquardtStep] = field(default_factory=list)
     phases: list[Phase] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unknowns: dict[str, Estimate] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report in plain values, without the model and `inside`."""
@@ -83,14 +86,17 @@ class Solution(Report):
 
     def _table(self) -> TextTable:
         columns = ["phase", ">parameter", ">steps", ">seconds", ">loss", ">held out", "ended by", "network"]
-        form = "{:s} {:.3g} {:d} {:.1f} {:.1e} {:.1e}"
-        rows = [[*form.format(*phase[:6]).replace("nan", "-").split(), *phase[6:]] for phase in self.phases]
+        form = "{:.3g} {:d} {:.1f} {:.1e} {:.1e}"
+        rows = []
+        for name, *numbers, reason, network in self.phases:
+            rows.append([name, *form.format(*numbers).replace("nan", "-").split(), reason, network])
         count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         note = (
             f"{count:,} parameters. Residual between the points (root mean square): {self.residual:.1e}, "
             f"{self.first_residual:.1e} at the start."
         )
-        return TextTable(columns, rows, [note, *self.notes])
+        constants = [f"{name} = {of.value:.6g} +- {of.error:.2g}" for name, of in self.unknowns.items()]
+        return TextTable(columns, rows, [*constants, note, *self.notes])
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the solution into `solution.safetensors`: the tensors, and all else as JSON in its header.
@@ -158,6 +164,7 @@ class Solution(Report):
             low, high = values["low"], values["high"] = check_box(values["low"], values["high"])
             values["history"] = [_restore(LevenbergMarquardtStep, step) for step in values["history"]]
             values["phases"] = [_restore(Phase, phase) for phase in values["phases"]]
+            values["unknowns"] = {name: _restore(Estimate, of) for name, of in values["unknowns"].items()}
         points = box_points(low.tolist(), high.tolist(), POINTS)
         values["inside"] = inside
         mask = None if inside is None else contains(inside, points).tolist()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,11 @@ from .constraints import HardConstraint, Part
 from .diagnostics import describe_outcome, find_doubts
 from .features import BoxFeatures, Frequencies
 from .networks import prepare_network
+from .noise import check_effects, estimate
 from .race import HELD_POINTS, KINDS, Starts
 from .solution import Solution
 from .training import STAGES
+from .unknowns import Interval, NetworkWithConstants
 
 
 @torch.inference_mode(False)
@@ -40,6 +42,8 @@ def solve(
     terms: Sequence[Any] = (),
     inside: Inside | None = None,
     continuation: tuple[float, float] | None = None,
+    unknowns: Mapping[str, float] | None = None,
+    bounds: Mapping[str, Interval] | None = None,
     network: nn.Module | None = None,
     windows: int | None = None,
     frequencies: Frequencies = (),
@@ -78,6 +82,10 @@ def solve(
         inside: Takes points (n, I) to (n,) bool: the equation holds in this part of the box (`disk(...).inside`).
             `distance` must be zero on its boundary unless there are `terms`.
         continuation: The first and the last parameter of the equation.
+        unknowns: Constants of the equation to be trained with the network, and their starts. The equation and the
+            functions of `terms` get those that they name as keyword arguments behind the others, with `**kwargs` all:
+            float64 tensors of shape (). Terms without a weight are data: they weigh much at first, and less later.
+        bounds: (low, high) of some of these constants, None for an open end.
         network: A KAN (`KAN([I, 8, 8, outputs], 8, 5, norm="tanh")`, for adapters of all layers), an MLP or another
             one, (n, I) to (n, outputs). It is trained in place and becomes float64; the model of a `Solution` is
             copied instead. The box is scaled to [-1, 1] in front of it unless it has `BoxFeatures` or its grids are
@@ -96,14 +104,16 @@ def solve(
             `solution.history`. It may save or plot the solution. The training ends if it returns True.
 
     Returns:
-        The solution; `result.model(x)` evaluates it, and `result.phases` name the network of each phase.
+        The solution; `result.model(x)` evaluates it, `result.unknowns` has the estimates of constants,
+        and `result.phases` name the network of each phase.
 
     Raises:
         TypeError: An argument is of the wrong kind.
         ValueError: The box is empty; `distance` is zero everywhere, or not on a side of the box, or on the boundary of
             `inside`, and there are no `terms`; `inside` is true nowhere, or everywhere; the network has other inputs,
             or other `outputs`; residuals are not finite, of a wrong shape, or depend on other rows; a number is out
-            of range. Nothing is trained then.
+            of range; no function takes a constant, it starts outside of its bounds, or has no effect. Nothing is
+            trained then.
 
     Warns:
         UserWarning: The solution may be wrong. `distance`, `lift` or `network` has a kink or a jump, or is not
@@ -127,10 +137,13 @@ def solve(
     start = stop = math.nan
     if continuation is not None:
         start, stop = (check_number(end, "continuation", "(-inf, inf)") for end in continuation)
-    check_function(residual, "residual", 2 if continuation is None else 3)
+    positional = 2 if continuation is None else 3
+    check_function(residual, "residual", None if unknowns else positional)
     if windows is not None and network is not None:
         raise ValueError("`windows` needs new networks, but `network` is given. Leave one of them out.")
     count = check_count(1 if windows is None else windows, "windows")
+    if windows is not None and unknowns:
+        raise ValueError("`windows` cannot share `unknowns`. Leave one of them out.")
     if steps is not None:
         check_count(steps, "steps", low=count * (1 if continuation is None else STAGES + 1))
     check_number(seconds, "seconds", "(0, inf)")
@@ -150,27 +163,38 @@ def solve(
     model = HardConstraint(network, distance, lift).double()
     check_model(model, points, sides, bool(terms), outputs)
 
+    constants, data = None, []
+    if unknowns or bounds:
+        constants = NetworkWithConstants(model, unknowns or {}, bounds or {})
+        residual, terms, data = constants.bind(residual, positional, terms)
     result = Solution(model, low_end, high_end, inside)
     with Budget(seconds, steps, progress) as budget:
         features = BoxFeatures(low, high, periodic, frequencies=frequencies)
-        starts = Starts(result, residual, list(terms), distance, lift, outputs or 1, seed, features, budget, callback)
-        training = starts.new_training(model, KINDS[0] if is_new else "")
+        starts = Starts(result, residual, terms, distance, lift, outputs or 1, seed, features, budget, callback)
+        training = starts.new_training(model, KINDS[0] if is_new else "", constants=constants, data=data)
         result.first_residual = training.norm(start)
         starts.differentiates = training.differentiates
-        for doubt in find_doubts(model, low_end, high_end, inside, training.held_terms()):
+        for doubt in find_doubts(training.trained, low_end, high_end, inside, training.held_terms()):
             warnings.warn(doubt, stacklevel=3)
             result.notes.append(doubt)
+        if constants is not None:
+            check_effects(training)
         if windows is not None:
             training = starts.fit_windows(count, KINDS[0], path=(start, stop)) or training
         elif continuation is not None:
             training.continue_from(start, stop)
             training.finish(stop, refine)
-        elif is_new:
+        elif is_new and constants is None:
             training = starts.race(training)
         else:
             training.finish(stop, refine)
         result.model = training.model
         result.residual = training.norm(stop)
+        if constants is not None:
+            result.unknowns, doubts = estimate(training)
+            result.notes += doubts
+            for doubt in doubts:
+                warnings.warn(doubt, stacklevel=3)
 
     outcome = describe_outcome(result)
     if outcome:

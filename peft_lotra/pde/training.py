@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +27,10 @@ from .continuation import continuation
 from .diagnostics import list_functions
 from .features import BoxFeatures
 from .networks import first_module
+from .noise import fit_in_stages
 from .point_cache import PointCache, current_cache
 from .solution import Phase, Solution
+from .unknowns import NetworkWithConstants
 
 
 PATIENCE = 15  # steps without a new minimum of the residual that is held out, at least
@@ -57,6 +60,8 @@ class Training:
         sampler: Draws the points of each step.
         budget: The steps or seconds that all phases share.
         callback: Called with the solution and the record of each step; the training ends if it returns True.
+        constants: The model with unknown constants, with which functions are then called in its place.
+        data: The functions of terms whose weights follow from their noise, see `fit_in_stages`.
         parameter: Of the equation in the present phase; NaN without continuation.
         network: The name of the network, for the report.
     """
@@ -68,12 +73,15 @@ class Training:
     sampler: ResidualSampler
     budget: Budget
     callback: Callable[[Solution, LevenbergMarquardtStep], Any] | None = None
+    constants: NetworkWithConstants | None = None
+    data: Collection[Callable] = ()
     parameter: float = math.nan
     network: str = ""
 
     def __post_init__(self) -> None:
         self.model, self.history, self.phases = self.result.model, self.result.history, self.result.phases
-        self.optimizer = LevenbergMarquardt(self.model, floor=1e-6, memory=2**32)
+        self.trained: nn.Module = self.model if self.constants is None else self.constants
+        self.optimizer = LevenbergMarquardt(self.trained, floor=1e-6, memory=2**32)
         self.first_count = self.sampler.count
         self.share = 0.0, 1.0  # of the budget: where this training begins, and ends
         self.kan: Any = first_module(self.model, LayerStack)  # None if there is none
@@ -96,7 +104,7 @@ class Training:
                 return 0.0  # neither the first stage nor one that is out of time can be tried again
             return least / first
 
-        continuation(self.model, stage, start, stop, target=FAILED, prepare=self.move_knots, steps=STAGES - 1)
+        continuation(self.trained, stage, start, stop, target=FAILED, prepare=self.move_knots, steps=STAGES - 1)
 
     def finish(self, parameter: float, refine: bool) -> float:
         """Train until the budget is used up, the last fifth of it on finer grids if the network has some.
@@ -105,12 +113,13 @@ class Training:
             As `fit`.
         """
         kan = self.kan if refine else None
-        least = self.fit_on("coarse", parameter, 1.0 if kan is None else COARSE)
+        fit = partial(fit_in_stages, self) if self.data else self.fit_on
+        least = fit("coarse", parameter, 1.0 if kan is None else COARSE)
         if kan is not None and self.budget.spent() < 1:
             is_finer = self.regrid(2, samples=layer_inputs(self.model, self.held, kan))
             if is_finer:
                 self.sampler.count = round(FINE_POINTS * self.sampler.count)
-            least = self.fit_on("fine" if is_finer else "coarse", parameter, 1.0)
+            least = fit("fine" if is_finer else "coarse", parameter, 1.0)
         return least
 
     def fit_on(self, name: str, parameter: float, until: float) -> float:
@@ -185,7 +194,7 @@ class Training:
 
         def weighted(x: Tensor) -> Tensor:
             weights = self.weights(x)
-            return self.residual(self.model, x.requires_grad_(self.differentiates), weights)
+            return self.residual(self.trained, x.requires_grad_(self.differentiates), weights)
 
         def draw(number: int) -> list[Any]:
             optimizer.damping = min(optimizer.damping, LARGEST_START_DAMPING)

@@ -1,0 +1,233 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Unknown constants by `solve(unknowns=)`: three inverse problems of DeepXDE's demos, exact data and data with noise.
+
+python examples/studies/pde/unknowns.py             # 3 exact runs, and 20 draws of noise for each problem
+python examples/studies/pde/unknowns.py --exact     # the exact runs alone
+python examples/studies/pde/unknowns.py --quick     # tiny, to see it run
+
+Lorenz' equations (three constants from 25 observations), diffusion (one from 10) and a reaction with diffusion (two
+from 100). Noise is 1 % of the root mean square of each function. Budgets are CPU seconds on one thread, which include
+the errors. Runs that are in unknowns.json are not repeated.
+"""
+
+from __future__ import annotations
+
+from problems import command_line  # isort: split
+
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from problems.records import Record
+from rich.console import Console
+from scipy.integrate import solve_ivp
+from scipy.interpolate import BarycentricInterpolator
+from torch import Tensor, nn
+
+from peft_lotra.kan import jet
+from peft_lotra.pde import BoxDistance, Solution, solve
+
+
+torch.set_num_threads(1)
+
+NOISE = 0.01
+Data = tuple[Tensor, Tensor]  # points, and values there
+
+
+def observed(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The misfit of observations."""
+    return model(x) - y
+
+
+def lorenz_data() -> Data:
+    def rates(t: float, u: np.ndarray) -> list[float]:
+        return [10 * (u[1] - u[0]), u[0] * (28 - u[2]) - u[1], u[0] * u[1] - 8 / 3 * u[2]]
+
+    times = np.linspace(0, 3, 26)[1:]
+    path = solve_ivp(rates, (0, 3), [-8, 7, 27], "DOP853", times, rtol=1e-12, atol=1e-12).y.T
+    return torch.tensor(times).unsqueeze(1), torch.tensor(path)
+
+
+def solve_lorenz(data: Data, **options: Any) -> Solution:
+    def lorenz(model, t, sigma, rho, beta):
+        u, (du,), _ = jet(model, t)
+        x, y, z = u.unbind(1)
+        return du - torch.stack([sigma * (y - x), x * (rho - z) - y, x * y - beta * z], 1)
+
+    start = torch.tensor([-8.0, 7.0, 27.0], dtype=torch.float64)
+    conditions = {"distance": lambda t: t, "lift": lambda t: start.expand(*t.shape[:-1], 3), "outputs": 3}
+    unknowns = {"sigma": 1.0, "rho": 1.0, "beta": 1.0}
+    return solve(lorenz, [0], [3], **conditions, terms=[(observed, data)], unknowns=unknowns, **options)
+
+
+def diffusion_data() -> Data:
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64)[1:-1]
+    return torch.stack([x, torch.ones_like(x)], 1), math.exp(-1) * torch.sin(math.pi * x).unsqueeze(1)
+
+
+def solve_diffusion(data: Data, **options: Any) -> Solution:
+    def diffusion(model, x, C):
+        _, (_, u_t), u_xx = jet(model, x, collapse=(1.0, 0.0))
+        return u_t - C * u_xx + torch.exp(-x[:, 1:]) * torch.sin(math.pi * x[:, :1]) * (1 - math.pi**2)
+
+    box = (-1, 0), (1, 1)
+    distance = BoxDistance(*box, sides=[(0, "low"), (0, "high"), (1, "low")])
+    conditions = {"distance": distance, "lift": lambda x: torch.sin(math.pi * x[..., :1])}
+    return solve(diffusion, *box, **conditions, terms=[(observed, data)], unknowns={"C": 2.0}, **options)
+
+
+def reaction_data(nodes: int = 64) -> Data:
+    """The method of lines by Chebyshev polynomials."""
+    j = np.arange(nodes + 1)
+    z = np.cos(np.pi * j / nodes)
+    signs = np.r_[2, np.ones(nodes - 1), 2] * (-1.0) ** j
+    slopes = np.outer(signs, 1 / signs) / (z[:, None] - z + np.eye(nodes + 1))
+    slopes -= np.diag(slopes.sum(1))
+    second = (2 * slopes @ (2 * slopes))[1:-1]
+
+    def ends(inner: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.zeros_like(inner[:1]), inner, np.ones_like(inner[:1])])
+
+    def rates(t: float, u: np.ndarray) -> np.ndarray:
+        a, b = map(ends, np.split(u, 2))
+        rate = 0.1 * (a * b**2)[1:-1]
+        return np.r_[2e-3 * second @ a - rate, 2e-3 * second @ b - 2 * rate]
+
+    times, places = np.linspace(1, 10, 10), np.linspace(0.05, 0.95, 10)
+    start = np.exp(-10 * (z[1:-1] + 1))
+    path = solve_ivp(rates, (0, 10), np.r_[start, start], "BDF", times, rtol=1e-11, atol=1e-13).y
+    a, b = (BarycentricInterpolator((z + 1) / 2, ends(inner))(places) for inner in np.split(path, 2))
+    points = np.stack(np.meshgrid(places, times, indexing="ij"), -1).reshape(-1, 2)
+    return torch.tensor(points), torch.tensor(np.stack([a.ravel(), b.ravel()], 1))
+
+
+def solve_reaction(data: Data, **options: Any) -> Solution:
+    def reaction(model, x, D, k):
+        u, (_, u_t), u_xx = jet(model, x, collapse=(1.0, 0.0))
+        rate = k * u[:, 0] * u[:, 1] ** 2
+        return u_t - D * u_xx + torch.stack([rate, 2 * rate], 1)
+
+    # e^-20 at (1, 0), which the boundary value 0 contradicts, is left out
+    box = (0, 0), (1, 10)
+    distance = BoxDistance(*box, sides=[(0, "low"), (0, "high"), (1, "low")])
+    lift = lambda x: torch.exp(-20 * x[..., :1]) - x[..., :1] * math.exp(-20)  # noqa: E731
+    terms, unknowns, bounds = [(observed, data)], {"D": 1e-3, "k": 0.05}, {"D": (0, None), "k": (0, None)}
+    options |= {"distance": distance, "lift": lift, "outputs": 2}
+    return solve(reaction, *box, terms=terms, unknowns=unknowns, bounds=bounds, **options)
+
+
+@dataclass
+class Problem:
+    """An inverse problem.
+
+    Attributes:
+        seconds: The CPU seconds of a run with exact data, and of a draw of noise.
+    """
+
+    title: str
+    constants: dict[str, float]
+    data: Callable[[], Data]
+    solve: Callable[..., Solution]
+    seconds: tuple[float, float]
+
+
+PROBLEMS = {
+    "lorenz": Problem("Lorenz", {"sigma": 10.0, "rho": 28.0, "beta": 8 / 3}, lorenz_data, solve_lorenz, (50.0, 30.0)),
+    "diffusion": Problem("diffusion", {"C": 1.0}, diffusion_data, solve_diffusion, (20.0, 12.0)),
+    "reaction": Problem("reaction", {"D": 2e-3, "k": 0.1}, reaction_data, solve_reaction, (60.0, 20.0)),
+}
+
+
+def run(problem: Problem, seed: int, noise: float, seconds: float) -> dict:
+    """Solve one problem, and return the estimates."""
+    points, values = problem.data()
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randn(values.shape, generator=generator, dtype=torch.float64)
+    values = values + noise * values.square().mean(0).sqrt() * draws
+    clock = time.process_time()
+    with patch("time.monotonic", time.process_time):  # seconds of a busy machine are not the same for all runs
+        result = problem.solve((points, values), seconds=seconds, seed=seed, progress=False)
+    return {
+        "seed": seed,
+        "estimates": {name: list(estimate) for name, estimate in result.unknowns.items()},
+        "residual": result.residual,
+        "seconds": time.process_time() - clock,
+        "steps": len(result.history),
+    }
+
+
+def markdown(record: dict) -> str:
+    """The relative errors by exact data, and the coverage by noise."""
+    lines = [
+        "Relative errors by exact data, and by noise of 1 % the median standard error and how many of the draws have "
+        "the truth in value +- 1.96 error.\n",
+        "| problem | constant | truth | error, exact data | CPU s | standard error, % | covered | draws | CPU s |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    covered = total = 0
+    for name, problem in PROBLEMS.items():
+        exact, noisy = (record["results"].get(name, {}).get(kind, []) for kind in ("exact", "noise"))
+        for constant, truth in problem.constants.items():
+            errors = [abs(run["estimates"][constant][0] / truth - 1) for run in exact]
+            pairs = [run["estimates"][constant] for run in noisy]
+            inside = sum(abs(value - truth) <= 1.96 * error for value, error in pairs)
+            covered, total = covered + inside, total + len(pairs)
+            cells = [problem.title, constant, f"{truth:.4g}"]
+            cells += (
+                [f"{max(errors):.1e}", f"{statistics.median(r['seconds'] for r in exact):.0f}"] if exact else ["", ""]
+            )
+            if noisy:
+                share = statistics.median(100 * error / truth for _, error in pairs)
+                seconds = statistics.median(r["seconds"] for r in noisy)
+                cells += [f"{share:.2g}", str(inside), str(len(pairs)), f"{seconds:.0f}"]
+            else:
+                cells += [""] * 4
+            lines.append(f"| {' | '.join(cells)} |")
+    if total:
+        lines.append(f"\nOf all {total} intervals, {100 * covered / total:.0f} % have the truth.")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = command_line.Parser(
+        __doc__,
+        takes="25 minutes on one core",
+        writes="unknowns.json, unknowns.md",
+        folder=command_line.RESULTS / "pde",
+        quick="two seconds a run: to see it run",
+    )
+    parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
+    parser.add_argument("--draws", type=int, default=20)
+    parser.add_argument("--exact", action="store_true", help="exact data alone")
+    args = parser.parse_args()
+    stem = args.output / ("unknowns_quick" if args.quick else "unknowns")
+    settings = {name: problem.seconds for name, problem in PROBLEMS.items()}
+    record = Record(stem.with_suffix(".json"), {"recipe": {"noise": NOISE, "seconds": settings}, "results": {}})
+    console = Console(width=110)
+    runs = [("exact", 100)]
+    if not args.exact:
+        runs += [("noise", 101 + draw) for draw in range(1 if args.quick else args.draws)]
+    for kind, seed in runs:
+        for name in args.problems:
+            problem = PROBLEMS[name]
+            if record.has(seed, "results", name, kind):
+                continue
+            seconds = 2.0 if args.quick else problem.seconds[kind == "noise"]
+            result = run(problem, seed, NOISE if kind == "noise" else 0.0, seconds)
+            record.add(result, "results", name, kind)
+            console.print(f"{name}, {kind}, seed {seed}: {result['estimates']}")
+    stem.with_suffix(".md").write_text(markdown(record.read()))
+    console.print(f"written: {stem}.json and .md")
+
+
+if __name__ == "__main__":
+    main()

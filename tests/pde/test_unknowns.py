@@ -1,0 +1,200 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peft_lotra.kan import jet
+from peft_lotra.pde import Estimate, Solution, solve
+
+
+RATE = 1.5
+TIMES = torch.linspace(0.1, 2, 20, dtype=torch.float64).unsqueeze(1)
+DECAYED = torch.exp(-RATE * TIMES)
+
+
+def decay(model: nn.Module, x: Tensor, rate: Tensor) -> Tensor:  # u' = -rate u, u(0) = 1
+    u, (du,), _ = jet(model, x)
+    return du + rate * u
+
+
+def observed(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return model(x) - y
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(1, 10), nn.Tanh(), nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 1))
+
+
+def solved(equation=decay, *, unknowns=None, terms=None, values=DECAYED, steps=30, **options) -> Solution:
+    options = {"network": small(), "distance": lambda x: x, "lift": 1.0, "progress": False} | options
+    unknowns = {"rate": 1.0} if unknowns is None else unknowns
+    terms = [(observed, (TIMES, values))] if terms is None else terms
+    return solve(equation, [0], [2], terms=terms, unknowns=unknowns, steps=steps, **options)
+
+
+def test_a_constant_is_estimated_from_exact_data():
+    result = solved(steps=50)
+
+    assert result.unknowns["rate"].value == pytest.approx(RATE, rel=1e-4)
+    assert 0 < result.unknowns["rate"].error < 1e-3
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_error_by_noise_is_the_error_of_nonlinear_regression(seed):
+    noise = 0.02 * torch.randn(len(TIMES), 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    values = DECAYED + noise
+    rate = torch.tensor(RATE, dtype=torch.float64)
+    for _ in range(10):  # Gauss-Newton with the exact solution
+        effects = -TIMES * torch.exp(-rate * TIMES)
+        rate = rate + ((values - torch.exp(-rate * TIMES)) * effects).sum() / effects.square().sum()
+    variance = (values - torch.exp(-rate * TIMES)).square().sum() / (len(TIMES) - 1)
+    error = (variance / effects.square().sum()).sqrt().item()
+
+    estimate = solved(values=values).unknowns["rate"]
+
+    assert estimate.error == pytest.approx(error, rel=0.1)
+    assert abs(estimate.value - rate.item()) < 0.1 * error
+
+
+@pytest.mark.parametrize("bounds", [(0, None), (None, 5), (0.5, 3.0), (None, None)])
+def test_bounds_change_neither_the_estimate_nor_its_error(bounds):
+    values = DECAYED + 0.02 * torch.sin(40 * TIMES)
+    expected = solved(values=values).unknowns["rate"]
+
+    estimate = solved(values=values, bounds={"rate": bounds}).unknowns["rate"]
+
+    assert estimate == pytest.approx(expected, rel=0.02)
+
+
+def test_a_constant_stays_between_its_bounds():
+    seen = []
+
+    def equation(model: nn.Module, x: Tensor, rate: Tensor) -> Tensor:
+        seen.append(rate.detach().clone())
+        return decay(model, x, rate)
+
+    estimate = solved(equation, bounds={"rate": (0.5, 1.2)}).unknowns["rate"]
+
+    numbers = torch.stack([rate for rate in seen if not torch._C._functorch.is_functorch_wrapped_tensor(rate)])
+    assert 0.5 <= numbers.min() and numbers.max() <= 1.2
+    assert estimate.value == pytest.approx(1.2, abs=0.1)
+
+
+def test_a_constant_that_the_data_do_not_determine_has_a_huge_error():
+    def two(model: nn.Module, x: Tensor, rate: Tensor, other: Tensor) -> Tensor:
+        return decay(model, x, rate + other)  # their sum alone is determined
+
+    result = solved(two, unknowns={"rate": 1.0, "other": 0.0}, values=DECAYED + 0.02 * torch.sin(40 * TIMES))
+
+    first, second = result.unknowns.values()
+    assert first.value + second.value == pytest.approx(RATE, rel=0.02)
+    assert min(first.error, second.error) > 100
+
+
+def test_without_data_the_error_is_huge():
+    result = solved(terms=[], steps=10)
+
+    assert result.unknowns["rate"].error > 1e6
+
+
+def test_functions_of_terms_get_the_constants_that_they_name():
+    gain = 3.0
+
+    def measured(model: nn.Module, x: Tensor, y: Tensor, *, gain: Tensor) -> Tensor:
+        return gain * model(x) - y
+
+    terms = [(observed, (TIMES, DECAYED)), (measured, (TIMES, gain * DECAYED))]
+    result = solved(unknowns={"rate": 1.0, "gain": 1.0}, terms=terms)
+
+    assert result.unknowns["rate"].value == pytest.approx(RATE, rel=1e-3)
+    assert result.unknowns["gain"].value == pytest.approx(gain, rel=1e-3)
+
+
+def test_a_function_with_any_keyword_argument_gets_all_constants():
+    names = set()
+
+    def anything(model: nn.Module, x: Tensor, **constants: Tensor) -> Tensor:
+        names.update(constants)
+        assert all(constant.shape == () and constant.dtype == torch.float64 for constant in constants.values())
+        return decay(model, x, constants["rate"] + constants["other"])
+
+    solved(anything, unknowns={"rate": 1.0, "other": 0.1}, steps=2)
+
+    assert names == {"rate", "other"}
+
+
+def test_residuals_by_autograd_have_constants():
+    def by_autograd(model: nn.Module, x: Tensor, rate: Tensor) -> Tensor:
+        u = model(x)
+        (du,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        return du + rate * u
+
+    assert solved(by_autograd).unknowns["rate"].value == pytest.approx(RATE, rel=1e-3)
+
+
+def test_continuation_gives_the_parameter_before_the_constants():
+    def forced(model: nn.Module, x: Tensor, force: float, rate: Tensor) -> Tensor:
+        return decay(model, x, rate) - force
+
+    result = solved(forced, continuation=(0.5, 0.0), steps=40)
+
+    assert result.unknowns["rate"].value == pytest.approx(RATE, rel=1e-3)
+
+
+def test_under_inference_mode_and_with_the_same_seed_the_estimate_is_the_same():
+    expected = solved(steps=6, network=None, seed=3).unknowns["rate"]
+
+    with torch.inference_mode():
+        estimate = solved(steps=6, network=None, seed=3).unknowns["rate"]
+
+    assert estimate == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_earlier_network_goes_on():
+    result = solved()
+
+    again = solved(unknowns={"rate": result.unknowns["rate"].value}, network=result.model.kan, steps=5)
+
+    assert again.first_residual < 1e-2
+    assert again.unknowns["rate"].value == pytest.approx(RATE, rel=1e-4)
+
+
+def test_the_report_has_the_constants():
+    result = solved(steps=3)
+
+    assert isinstance(result.unknowns["rate"], Estimate)
+    assert "rate = " in str(result) and " +- " in str(result)
+    assert set(json.loads(json.dumps(result.as_dict()))["unknowns"]["rate"]) == {"value", "error"}
+
+
+def cut_off(model: nn.Module, x: Tensor, rate: Tensor) -> Tensor:
+    return decay(model, x, rate.detach())
+
+
+WRONG = {
+    "`unknowns` is \\['rate'\\]": lambda: solved(unknowns=["rate"]),
+    "`bounds` has 'D', but `unknowns` has 'rate'": lambda: solved(bounds={"D": (0, None)}),
+    "`unknowns` has 'other', but neither": lambda: solved(unknowns={"rate": 1.0, "other": 1.0}),
+    "missing a required argument: 'rate'": lambda: solved(unknowns={"other": 1.0}),
+    "starts 'rate' at 1, but `bounds` has \\(2, inf\\)": lambda: solved(bounds={"rate": (2, None)}),
+    "starts 'rate' at 1, but `bounds` has \\(-inf, 1\\)": lambda: solved(bounds={"rate": (None, 1)}),
+    "low < high": lambda: solved(bounds={"rate": (2, 0)}),
+    "`bounds` has 3 for 'rate'": lambda: solved(bounds={"rate": 3}),
+    "`unknowns\\['rate'\\]` is nan": lambda: solved(unknowns={"rate": math.nan}),
+    "`unknowns\\['rate'\\]` is None": lambda: solved(unknowns={"rate": None}),
+    "`unknowns` has 'rate', but no residual depends on it": lambda: solved(cut_off),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_constants_are_named_before_the_training(message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        WRONG[message]()
