@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +14,10 @@ from torch import Tensor
 from ..least_squares.normal_equations import LinearModel
 from ..least_squares.problem import LeastSquares
 from .boxes import box_points
+from .training import Training
 from .unknowns import Estimate
 
 
-if TYPE_CHECKING:
-    from .training import Training
-
-FIRST_WEIGHT = 10.0  # of the data, as a multiple of the equation's mean square over theirs
-FIXED, HEAVY = 0.15, 0.7  # shares of the budget after which constants are trained, and data are light
-FALL = 0.01  # the factor of the weights then
 DAMPING = 1e-12  # of the normal equations for errors
 PASSES = 2  # the variance of the noise depends on the leverages, and they on the variance
 LEAST_FREEDOM = 0.5  # of a column of data
@@ -43,54 +38,6 @@ def check_effects(training: Training) -> None:
             )
 
 
-def fit_in_stages(training: Training, name: str, parameter: float, until: float) -> float:
-    """Solve the equation at the first constants, then train the constants too: with heavy data, and with light ones.
-
-    From a random network, constants would follow whatever it is. With heavy data the network cannot stay away from
-    them. With light data the equation holds as if there were no noise.
-    """
-    if any(function.scale is None for function in training.data):
-        _set_first_weights(training, parameter)
-        if training.budget.allows_step(FIXED * until):
-            _fit_equation(training, parameter, FIXED * until)
-        if training.budget.allows_step(HEAVY * until):
-            training.fit_on("heavy data", parameter, HEAVY * until)
-        for function in training.data:
-            function.scale = function.scale * math.sqrt(FALL)
-        training.optimizer.forget()
-    return training.fit_on(name, parameter, until)
-
-
-def _fit_equation(training: Training, parameter: float, until: float) -> None:
-    """Train the network alone, without terms."""
-    module: Any = training.constants
-    terms, training.terms = training.terms, []
-    module.constants.requires_grad_(False)
-    training.fit("fixed constants", parameter, until)
-    module.constants.requires_grad_(True)
-    training.terms = terms
-    training.optimizer.forget()
-
-
-def _set_first_weights(training: Training, parameter: float) -> None:
-    """Give each column of data the mean square of the equation's residual, times `FIRST_WEIGHT`."""
-    of_equation = _losses(training, parameter)[0]
-    problem, residuals = training.optimizer.evaluate_held(training.held_terms())
-    parts = residuals.split([len(term.rows[0]) * term.columns for term in problem.terms])
-    for term, part in zip(problem.terms, parts, strict=True):
-        if term.function in training.data:
-            mean_squares = (part / term.scale).view(-1, term.columns).square().mean(0)
-            weights = (FIRST_WEIGHT * of_equation / mean_squares).clamp(1e-12, 1e12)
-            term.function.scale = weights.sqrt()  # pyright: ignore[reportFunctionMemberAccess]
-
-
-def _losses(training: Training, parameter: float) -> tuple[float, ...]:
-    """Return the losses of the equation and the terms, at the points that are held out."""
-    training.parameter = parameter
-    problem, residuals = training.optimizer.evaluate_held(training.held_terms())
-    return problem.losses(residuals)
-
-
 def estimate(training: Training) -> tuple[dict[str, Estimate], list[str]]:
     """Return the constants, corrected by the data, with their standard errors, and what has not converged.
 
@@ -106,7 +53,7 @@ def estimate(training: Training) -> tuple[dict[str, Estimate], list[str]]:
     module: Any = training.constants
     count = len(module.names)
     weights = [function.scale for function, *_ in training.terms]
-    of_equation = _losses(training, training.parameter)[0]
+    of_equation = training.held_losses(training.parameter)[0]
     for function, *_ in training.terms:
         function.scale = None
     problem = _problem_with_plain_data(training, of_equation)

@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,10 +26,9 @@ from .continuation import continuation
 from .diagnostics import list_functions
 from .features import BoxFeatures
 from .networks import first_module
-from .noise import fit_in_stages
 from .point_cache import PointCache, current_cache
 from .solution import Phase, Solution
-from .unknowns import NetworkWithConstants
+from .unknowns import BoundFunction, NetworkWithConstants
 
 
 PATIENCE = 15  # steps without a new minimum of the residual that is held out, at least
@@ -45,6 +43,9 @@ SOLVED = 1e-4  # of the first residual's square: where a stage of a continuation
 FAILED = 1e-3  # of the first residual's square: where a stage of a continuation is undone
 MOST_FAILURES = 3  # stages that are undone
 FINE_POINTS = 2.5  # times as many points on finer grids
+FIRST_WEIGHT = 10.0  # of data, as a multiple of the equation's mean square over theirs
+FIXED, HEAVY = 0.15, 0.7  # shares of the budget after which constants are trained, and data are light
+LIGHT = 0.01  # the factor of the weights then
 SLOPE = 0.1  # of `gradient_weights`, for a solution of unit size on [-1, 1]
 
 
@@ -61,7 +62,7 @@ class Training:
         budget: The steps or seconds that all phases share.
         callback: Called with the solution and the record of each step; the training ends if it returns True.
         constants: The model with unknown constants, with which functions are then called in its place.
-        data: The functions of terms whose weights follow from their noise, see `fit_in_stages`.
+        data: The functions of terms whose weights follow from their noise, see `fit_with_data`.
         parameter: Of the equation in the present phase; NaN without continuation.
         network: The name of the network, for the report.
     """
@@ -74,7 +75,7 @@ class Training:
     budget: Budget
     callback: Callable[[Solution, LevenbergMarquardtStep], Any] | None = None
     constants: NetworkWithConstants | None = None
-    data: Collection[Callable] = ()
+    data: Collection[BoundFunction] = ()
     parameter: float = math.nan
     network: str = ""
 
@@ -113,7 +114,7 @@ class Training:
             As `fit`.
         """
         kan = self.kan if refine else None
-        fit = partial(fit_in_stages, self) if self.data else self.fit_on
+        fit = self.fit_with_data if self.data else self.fit_on
         least = fit("coarse", parameter, 1.0 if kan is None else COARSE)
         if kan is not None and self.budget.spent() < 1:
             is_finer = self.regrid(2, samples=layer_inputs(self.model, self.held, kan))
@@ -128,6 +129,50 @@ class Training:
         while self.is_stalled and self.add_points():
             least = min(least, self.fit(name, parameter, until))
         return least
+
+    def fit_with_data(self, name: str, parameter: float, until: float) -> float:
+        """As `fit_on`: the equation at the first constants, then constants with heavy data, then with light ones.
+
+        From a random network, constants would follow whatever it is. With heavy data the network cannot stay away from
+        them. With light data the equation holds as if there were no noise.
+        """
+        if any(function.scale is None for function in self.data):
+            self._set_weights(parameter)
+            if self.budget.allows_step(FIXED * until):
+                self._fit_equation(parameter, FIXED * until)
+            if self.budget.allows_step(HEAVY * until):
+                self.fit_on("heavy data", parameter, HEAVY * until)
+            for function in self.data:
+                function.scale = LIGHT**0.5 * function.scale
+            self.optimizer.forget()
+        return self.fit_on(name, parameter, until)
+
+    def _set_weights(self, parameter: float) -> None:
+        """Give each column of data the mean square of the equation's residual, times `FIRST_WEIGHT`."""
+        of_equation = self.held_losses(parameter)[0]
+        problem, residuals = self.optimizer.evaluate_held(self.held_terms())
+        parts = residuals.split([len(term.rows[0]) * term.columns for term in problem.terms])
+        for term, part in zip(problem.terms, parts, strict=True):
+            if term.function in self.data:
+                mean_squares = (part / term.scale).view(-1, term.columns).square().mean(0)
+                weights = (FIRST_WEIGHT * of_equation / mean_squares).clamp(1e-12, 1e12)
+                term.function.scale = weights.sqrt()  # pyright: ignore[reportFunctionMemberAccess]
+
+    def _fit_equation(self, parameter: float, until: float) -> None:
+        """Train the network alone, without terms."""
+        module: Any = self.constants
+        terms, self.terms = self.terms, []
+        module.constants.requires_grad_(False)
+        self.fit("fixed constants", parameter, until)
+        module.constants.requires_grad_(True)
+        self.terms = terms
+        self.optimizer.forget()
+
+    def held_losses(self, parameter: float) -> tuple[float, ...]:
+        """Return the losses of the equation at the held-out points, and of the terms."""
+        self.parameter = parameter
+        problem, residuals = self.optimizer.evaluate_held(self.held_terms())
+        return problem.losses(residuals)
 
     @property
     def is_stalled(self) -> bool:
