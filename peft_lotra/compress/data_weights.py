@@ -177,6 +177,7 @@ def gather_weights(
     return weights
 
 
+@torch.inference_mode(False)
 def run_recorded(
     model: nn.Module, layers: Mapping[str, nn.Module], inputs: Inputs
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, list[torch.Tensor]]]:
@@ -190,6 +191,8 @@ def run_recorded(
     """
     if not callable(inputs):
         _check_inputs(inputs)
+    if isinstance(inputs, torch.Tensor) and inputs.is_inference():
+        inputs = inputs.clone()
     received: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     returned: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
 

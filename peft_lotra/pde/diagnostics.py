@@ -18,6 +18,7 @@ from .constraints import HardConstraint, jet_of_function
 from .features import BoxFeatures
 from .networks import first_module
 from .solution import Solution
+from .windows import Windows
 
 
 LINES = 32  # along each coordinate; half of them are near the edges of the box
@@ -54,7 +55,9 @@ def find_doubts(model: Any, low: Tensor, high: Tensor, inside: Inside | None, te
     features = first_module(model, BoxFeatures)
     functions = list_functions(model)
     doubts = []
-    for name, function in [*functions, ("network", first_module(model, HardConstraint).kan)]:
+    network = first_module(model, HardConstraint).kan
+    smooth = functions if first_module(network, Windows) else [*functions, ("network", network)]
+    for name, function in smooth:
         kinks = (find_kink(function, low, high, inside, i) for i in range(len(low)))
         point = next((point for point in kinks if point is not None), None)
         if point is not None:
@@ -155,14 +158,18 @@ def _find_untrained(model: nn.Module, terms: Sequence[Any]) -> Iterator[tuple[st
                 yield name, leaf
 
 
-def describe_outcome(result: Solution) -> str:
-    """Return what to try if the training ended with a residual that is not small; empty if it is."""
+def describe_outcome(result: Solution, scale: float) -> str:
+    """Return what to try if the training ended with a residual that is not small; empty if it is.
+
+    `scale` is the residual of a network that was not trained.
+    """
     reason = result.phases[-1].reason
-    ratio = result.residual / result.first_residual
+    ratio = result.residual / scale
     if ratio <= SMALL or reason == "callback":
         return ""
     end = "The budget ended" if reason == "budget" else "The training stalled"
     return (
-        f"{end} at {ratio:.1g} of the first residual, and the solution may be wrong. Try `continuation=` from an "
-        "easier equation, `windows=` in time, `frequencies=`, another `network=`, or more `seconds`."
+        f"{end} at {ratio:.1g} of the residual of an untrained network, and the solution may be wrong. Try "
+        "`continuation=` from an easier equation, `windows=` in time, `frequencies=`, another `network=`, or more "
+        "`seconds`."
     )

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from .unknowns import Estimate
 DAMPING = 1e-12  # of the normal equations for errors
 PASSES = 2  # the variance of the noise depends on the leverages, and they on the variance
 LEAST_FREEDOM = 0.5  # of a column of data
+LEAST_MOVE = 1e-3  # as a share, which needs no word
 MOST_ERRORS, MOST_MOVE = 3.0, 0.3  # by which constants are corrected: in errors, and as a share
 LEAST_EFFECT = 1e-14  # of a combination of constants: the square, as a share of the largest
 
@@ -56,9 +59,9 @@ def estimate(training: Training) -> tuple[dict[str, Estimate], list[str]]:
     of_equation = training.held_losses(training.parameter)[0]
     for function, *_ in training.terms:
         function.scale = None
-    problem = _problem_with_plain_data(training, of_equation)
+    problem, conditions = _problem_with_plain_data(training, of_equation)
     residuals = problem.residuals(problem.start)
-    collocation, *data = problem.terms
+    data = problem.terms[conditions:]
     jacobian = torch.cat(
         [residuals.new_empty(0, problem.num_parameters), *(problem.jacobian(t, t.rows) for t in data)]
     )
@@ -66,7 +69,7 @@ def estimate(training: Training) -> tuple[dict[str, Estimate], list[str]]:
         function.scale = weight
     noise = _number_columns(data)
     of_points, of_data = residuals.tensor_split([len(residuals) - len(jacobian)])
-    problem.terms = [collocation]
+    problem.terms = problem.terms[:conditions]
     linear = LinearModel(problem, of_points, DAMPING, in_parameter_space=True)
     of_collocation = linear.matrix
 
@@ -80,6 +83,9 @@ def estimate(training: Training) -> tuple[dict[str, Estimate], list[str]]:
         scaled = jacobian / scales.unsqueeze(1)
         linear.matrix = of_collocation + scaled.T @ scaled
         solution = _solve(linear, torch.cat([units, scaled.T], 1))
+        if solution is None:
+            unknown = {name: Estimate(value.item(), math.inf) for name, value in module.values().items()}
+            return unknown, ["The errors of `unknowns` are not known: derivatives of a residual are not finite."]
         leverages = (scaled * solution[:, count:].T).sum(1)
         moves = solution[:, :count] @ torch.linalg.pinv(solution[-count:, :count])
         shift, errors = _regress(scaled @ moves, of_data / scales)
@@ -88,8 +94,11 @@ def estimate(training: Training) -> tuple[dict[str, Estimate], list[str]]:
     for name, constant, change, error in zip(module.names, module.constants, shift, errors, strict=True):
         value, slope = constant().item(), constant.slope()
         move, error = -slope * change.item(), abs(slope * error.item())
-        if abs(move) <= min(MOST_ERRORS * error, MOST_MOVE * abs(value)):
+        is_small = abs(move) <= LEAST_MOVE * abs(value)
+        if is_small or abs(move) <= min(MOST_ERRORS * error, MOST_MOVE * abs(value)):
             value = min(max(value + move, constant.low), constant.high)
+        elif not constant.low < value + move < constant.high:
+            doubts.append(f"{name!r} of `unknowns` ends at its bound. Give wider `bounds`.")
         elif MOST_ERRORS * error < abs(move):
             doubts.append(
                 f"{name!r} of `unknowns` has not converged: the data would move it by {move:.2g}, which is more than "
@@ -99,17 +108,26 @@ def estimate(training: Training) -> tuple[dict[str, Estimate], list[str]]:
     return estimates, doubts
 
 
-def _problem_with_plain_data(training: Training, of_equation: float) -> LeastSquares:
-    """Return a problem with rows of the equation over their scale, twice as many as parameters, and plain data."""
+def _problem_with_plain_data(training: Training, of_equation: float) -> tuple[LeastSquares, int]:
+    """Return a problem with rows of the equation over their scale, twice as many as parameters, and plain data.
+
+    Terms with a weight are conditions, as the equation is, if there are terms without one. The equation and the
+    conditions are first; their number is returned too.
+    """
     low, high = training.sampler.low.tolist(), training.sampler.high.tolist()
     columns = training.optimizer.evaluate_held(training.held_terms())[0].terms[0].columns
     size = sum(parameter.numel() for parameter in training.optimizer.model.parameters())
-    points = box_points(low, high, 2 * size // columns + 1, seed=training.sampler.seed)
+    count = 2 * size // columns + 1
+    points = box_points(low, high, count, inside=training.sampler.inside, seed=training.sampler.seed)
     points.requires_grad_(training.differentiates)
     weight = len(points) * columns / max(of_equation, 1e-300)
     terms: list[Any] = [(training.residual, (points, torch.ones_like(points[:, :1])), weight)]
-    terms += [(function, rows, len(rows[0])) for function, rows, _ in training.terms]
-    return training.optimizer.evaluate_held(terms)[0]
+    are_data = [not training.data or function in training.data for function, *_ in training.terms]
+    conditions = list(itertools.compress(training.terms, map(operator.not_, are_data)))
+    terms += [(function, rows, weight * of_term) for function, rows, of_term in conditions]
+    data = itertools.compress(training.terms, are_data)
+    terms += [(function, rows, len(rows[0])) for function, rows, _ in data]
+    return training.optimizer.evaluate_held(terms)[0], 1 + len(conditions)
 
 
 def _number_columns(terms: list[Any]) -> Tensor:
@@ -121,12 +139,15 @@ def _number_columns(terms: list[Any]) -> Tensor:
     return torch.cat(numbers)
 
 
-def _solve(linear: LinearModel, columns: Tensor) -> Tensor:
-    """Solve the normal equations with as little damping as rounding allows."""
+def _solve(linear: LinearModel, columns: Tensor) -> Tensor | None:
+    """Solve the normal equations with as little damping as rounding allows; None if no damping does."""
     damping = DAMPING
-    while (solution := linear.inverse(damping, columns)) is None:
+    while damping < 1:
+        solution = linear.inverse(damping, columns)
+        if solution is not None:
+            return solution
         damping *= 10
-    return solution
+    return None
 
 
 def _regress(effects: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:

@@ -105,6 +105,8 @@ class Starts:
                 held = start.fit("start", math.nan, min(1.0, self.budget.spent() + SHARE))
                 if held < least:
                     best, least = start, held
+            if not self.budget.allows_step(1.0):
+                return best
             if number == 0 and least > unsolved and not self.terms and self.find_time()[0] is not None:
                 windows = self.fit_windows(WINDOWS, best.network, target=PROMISING * least)
                 if windows is not None and windows.norm(math.nan) ** 2 < least:
@@ -138,19 +140,21 @@ class Starts:
             networks.append(new_network(features, self.outputs, self.seed + k, kind, is_small=True))
         windows = Windows(networks, edges.tolist(), time, smoothness)
         model = HardConstraint(windows, self.distance, self.lift).double()
-        for k, box in enumerate(boxes):
-            windows.activate(k)
-            if k:
-                continue_network(networks[k - 1], networks[k])
-            training = self.new_training(model, f"{kind} in window {k}", box)
-            spent = self.budget.spent()
-            training.share = spent, spent + (1 - spent) / (count - k)
-            if not math.isnan(path[0]):
-                training.continue_from(*path)
-            least = training.finish(path[1], refine=False)
-            if k == 0 and least > target:
-                return None
-        windows.activate(None)
+        try:
+            for k, box in enumerate(boxes):
+                windows.activate(k)
+                if k:
+                    continue_network(networks[k - 1], networks[k])
+                training = self.new_training(model, f"{kind} in window {k}", box)
+                spent = self.budget.spent()
+                training.share = spent, spent + (1 - spent) / (count - k)
+                if not math.isnan(path[0]):
+                    training.continue_from(*path)
+                least = training.finish(path[1], refine=False)
+                if k == 0 and least > target:
+                    return None
+        finally:  # an interrupted model, too, has all windows
+            windows.activate(None)
         return self.new_training(model)
 
     def find_time(self) -> tuple[int | None, int]:

@@ -21,12 +21,13 @@ from .checks import check_model, outside_grids
 from .constraints import HardConstraint, Part
 from .diagnostics import describe_outcome, find_doubts
 from .features import BoxFeatures, Frequencies
-from .networks import prepare_network
+from .networks import first_module, new_network, prepare_network
 from .noise import check_effects, estimate
 from .race import HELD_POINTS, KINDS, Starts
 from .solution import Solution
 from .training import STAGES
 from .unknowns import Interval, NetworkWithConstants
+from .windows import Windows
 
 
 @torch.inference_mode(False)
@@ -196,14 +197,19 @@ def solve(
             for doubt in doubts:
                 warnings.warn(doubt, stacklevel=3)
 
-    outcome = describe_outcome(result)
+        scale = result.first_residual
+        if not is_new and constants is None:  # `network` may be a solution already
+            untrained = new_network(features, outputs or 1, seed)
+            scale = starts.new_training(HardConstraint(untrained, distance, lift).double()).norm(stop)
+
+    outcome = describe_outcome(result, scale)
     if outcome:
         result.notes.append(outcome)
     # who gives few `steps` wants no more
     if outcome and (steps is None or result.phases[-1].reason != "budget"):
         warnings.warn(outcome, stacklevel=3)
     # features are on the grids of new networks
-    for name, share in () if is_new else outside_grids(model, points):
+    for name, share in () if is_new or first_module(model, Windows) else outside_grids(model, points):
         note = f"{share:.0%} of the inputs of `{name}` are outside of its grid, where its splines are zero."
         warnings.warn(f"{note} Bound them by `KAN(norm='tanh')`, or give a wider `grid_range`.", stacklevel=3)
         result.notes.append(note)

@@ -29,6 +29,7 @@ from .networks import first_module
 from .point_cache import PointCache, current_cache
 from .solution import Phase, Solution
 from .unknowns import BoundFunction, NetworkWithConstants
+from .windows import Windows
 
 
 PATIENCE = 15  # steps without a new minimum of the residual that is held out, at least
@@ -256,8 +257,8 @@ class Training:
                 record = record._replace(held_losses=problem.losses(residuals))
             self.history.append(record)
             self.budget.count_step(name, record)
-            if self.callback is not None and self.callback(self.result, record) is True:
-                self.budget.is_stopped = True
+            if self.callback is not None:
+                self._call_back(record)
             self.is_over = not self.budget.allows_step(until)
             spent = self.budget.spent()
             if record.held_loss < least:
@@ -288,6 +289,17 @@ class Training:
         seconds = time.monotonic() - start
         self.phases.append(Phase(name, parameter, len(records), seconds, last.loss, least, reason, self.network))
         return least
+
+    def _call_back(self, record: LevenbergMarquardtStep) -> None:
+        """Show the solution, with all of its windows, to the caller, who may end the training."""
+        windows: Windows | None = first_module(self.model, Windows)
+        active = None if windows is None else windows.active
+        if windows is not None:
+            windows.activate(None)
+        if self.callback(self.result, record) is True:  # pyright: ignore[reportOptionalCall]
+            self.budget.is_stopped = True
+        if windows is not None:
+            windows.activate(active)
 
     def move_knots(self, parameter: float) -> None:
         """Move the knots of the first layer to where the solution bends, once there is one."""

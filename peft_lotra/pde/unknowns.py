@@ -52,7 +52,7 @@ class Estimate(NamedTuple):
 class Constant(nn.Module):
     """A trained number inside of an interval. With the start s and a trained z, it is
 
-        z                                           without ends,
+        s + |s| z, or z from s = 0                  without ends,
         low + (s - low) (sqrt(z^2 + 1) - 1)         with a lower end, and alike with an upper one,
         (low + high) / 2 + (high - low) / 2 sin(z)  with both.
 
@@ -69,13 +69,13 @@ class Constant(nn.Module):
         if self.is_bounded == (True, True):
             z = math.asin((2 * start - low - high) / (high - low))
         if self.is_bounded == (False, False):
-            z = start
+            z = 0.0
         self.z = nn.Parameter(torch.tensor(z, dtype=torch.float64, device="cpu"))
 
     def forward(self) -> Tensor:
         """Return the number, of shape ()."""
         if self.is_bounded == (False, False):
-            return self.z.view(())
+            return self.start + (abs(self.start) or 1.0) * self.z
         if self.is_bounded == (True, True):
             return (self.low + self.high) / 2 + (self.high - self.low) / 2 * self.z.sin()
         end = self.low if self.is_bounded[0] else self.high

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from ..compress.data_weights import model_outputs
 from ..kan.basis import bspline_basis
-from ..modules.calls import evaluating_without_trace, unwrap
+from ..modules.calls import evaluating_without_trace
 from ..modules.report import Report, TextTable
-from ..tuner.layer import lotra_layers
 
 
 INTERVALS = (2, 5, 10, 20)  # of the splines of an input; the data choose
@@ -28,6 +27,7 @@ PAIR_INTERVALS, PAIR_ORDER = 2, 2  # of the splines whose products are functions
 ROWS = 4000  # that are looked at, at most
 MOST_TERMS = 700
 MOST_PAIRS = 2500
+FEW_ROWS = 3  # for each term
 SMALL = 0.01  # the share of a change that is not worth a name
 
 
@@ -87,15 +87,15 @@ def what_changed(
 
     The change is that of the outputs by the active adapters, f(x) - base(x); or with `targets`, what the data ask
     for, y - base(x). Least squares fit it by a constant, by a linear function, and by a sum over inputs i of splines
-    s_i(x_i). Each part is what a fit explains beyond the one before, with the mean square of the residuals corrected
-    for the number of terms. The data choose the number of intervals of the splines.
+    s_i(x_i), with knots where the data are. Each part is what a fit explains beyond the one before, with the mean
+    square of the residuals corrected for the number of terms. The data choose the number of intervals of the splines.
 
     What the additive part explains can be written into edges that lead from the inputs to the outputs. The rest
     needs another unit, or a product; noise in the targets is a part of it.
 
     Args:
         model: The adapted model; with `targets` also one without adapters. It stays unchanged.
-        inputs: Inputs of the model, (rows, in), more than three times as many rows as columns. Up to 4,000 rows are
+        inputs: Inputs of the model, (rows, in), more than six times as many rows as columns. Up to 4,000 rows are
             used.
         targets: The targets (rows, out).
         names: The names of the inputs.
@@ -115,7 +115,7 @@ def what_changed(
         (1.0, 'a', 'b')
     """
     x, names = _check_inputs(inputs, names)
-    if targets is None and not any(layer.applied_updates() for _, layer in lotra_layers(unwrap(model))):
+    if targets is None and not any(map(_is_adapted, model.modules())):
         raise ValueError(
             "Nothing is adapted: the model has no active adapter that is not merged. Pass `targets` to see what data "
             "ask for."
@@ -129,6 +129,14 @@ def what_changed(
     return _divide(after - before, x[chosen], names)
 
 
+def _is_adapted(layer: Any) -> bool:
+    """Return whether a layer has an active adapter."""
+    if not isinstance(layer, BaseTunerLayer) or layer.merged or layer.disable_adapters:
+        return False
+    present = [getattr(layer, kind, {}) for kind in layer.adapter_layer_names]
+    return any(name in of_kind for name in layer.active_adapters for of_kind in present)
+
+
 def _check_inputs(inputs: Any, names: Sequence[str] | None) -> tuple[Tensor, list[str]]:
     """Return the inputs in float64 on the CPU, and the names of the columns."""
     if not isinstance(inputs, Tensor) or inputs.dim() != 2 or not inputs.is_floating_point():
@@ -138,7 +146,7 @@ def _check_inputs(inputs: Any, names: Sequence[str] | None) -> tuple[Tensor, lis
     rows, width = x.shape
     if not x.isfinite().all():
         raise ValueError("`inputs` has NaN or infinite values.")
-    terms = 1 + 3 * width
+    terms = 2 * (1 + 3 * width)
     if rows <= terms:
         raise ValueError(
             f"`inputs` has {rows} rows, but a sum of functions of {width} inputs needs more than {terms}."
@@ -167,8 +175,12 @@ def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
 
 @contextmanager
 def _without_adapters(model: nn.Module) -> Iterator[None]:
-    """Disable all adapters of a model. Unlike `disable_adapter` of PEFT, it keeps what requires a gradient."""
-    layers = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    """Disable the adapters of a model that are not merged.
+
+    Unlike `disable_adapter` of PEFT, it keeps what requires a gradient.
+    """
+    layers: Any = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    layers = [layer for layer in layers if not getattr(layer, "merged", False)]  # PEFT would unmerge them
     before = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:
@@ -189,6 +201,8 @@ def _divide(change: Tensor, x: Tensor, names: list[str]) -> ChangeParts:
     if total == 0:
         return ChangeParts(0.0, 0.0, 0.0, 0.0, 0.0, [], ["The outputs did not change on these inputs."])
 
+    if not varies.any():
+        raise ValueError("All columns of `inputs` are constant. Pass inputs that differ.")
     low, high, x = low[varies], high[varies], x[:, varies]
     names = [name for name, moves in zip(names, varies.tolist(), strict=True) if moves]
     one = torch.ones(rows, 1, dtype=x.dtype)
@@ -196,7 +210,8 @@ def _divide(change: Tensor, x: Tensor, names: list[str]) -> ChangeParts:
     linear_fit = _Fit(torch.cat([one, (x - low) / (high - low)], 1), change)
     most = min(rows / 2, MOST_TERMS)
     allowed = [intervals for intervals in INTERVALS if x.shape[1] * (intervals + 2) < most] or [1]
-    splines = [_Fit(_spline_terms(x, low, high, intervals), change) for intervals in allowed]
+    ranks = _rank(x)
+    splines = [_Fit(torch.cat([_spline_terms(ranks, count), x], 1), change) for count in allowed]
     additive = min(splines, key=lambda fit: fit.variance)
     left = [total]
     for fit in (constant_fit, linear_fit, additive):
@@ -204,12 +219,16 @@ def _divide(change: Tensor, x: Tensor, names: list[str]) -> ChangeParts:
     constant, linear, of_splines = ((before - after) / total for before, after in pairwise(left))
     rest = left[-1] / total
     pairs = []
+    if rows < FEW_ROWS * len(additive.basis.T):
+        notes.append(f"{rows} rows are few for {len(additive.basis.T)} terms: the shares are rough")
     if rest >= SMALL:
+        if additive is splines[-1]:
+            notes.append("the finest splines were taken: the rest may have fast oscillations")
         count = len(names) * (len(names) - 1) // 2
         if count > MOST_PAIRS:
             notes.append(f"{count:,} pairs of inputs are too many to look at")
         else:
-            pairs = _find_pairs(additive, x, low, high, names, total, rest)
+            pairs = _find_pairs(additive, ranks, names, total, rest)
     return ChangeParts(constant, linear, of_splines, rest, total**0.5, pairs, notes)
 
 
@@ -233,23 +252,29 @@ class _Fit:
         self.variance = squares / (freedom * values.shape[1]) if freedom > 0 else float("inf")
 
 
-def _spline_terms(x: Tensor, low: Tensor, high: Tensor, intervals: int, order: int = 3) -> Tensor:
+def _rank(x: Tensor) -> Tensor:
+    """Return the share of the rows below each entry of a column, which spreads long tails evenly."""
+    columns = x.T.contiguous()
+    ordered = columns.sort(dim=1).values
+    ends = [torch.searchsorted(ordered, columns, right=right) for right in (False, True)]
+    return (ends[0] + ends[1]).T.double() / (2 * len(x))
+
+
+def _spline_terms(ranks: Tensor, intervals: int, order: int = 3) -> Tensor:
     """Return one, and the splines of each input without the last one, which the others and one give."""
-    splines = bspline_basis(x, low, high, intervals, order)[:, :, :-1]
-    return torch.cat([torch.ones_like(x[:, :1]), splines.flatten(1)], 1)
+    splines = bspline_basis(ranks, 0.0, 1.0, intervals, order)[:, :, :-1]
+    return torch.cat([torch.ones_like(ranks[:, :1]), splines.flatten(1)], 1)
 
 
-def _find_pairs(
-    additive: _Fit, x: Tensor, low: Tensor, high: Tensor, names: list[str], total: float, rest: float
-) -> list[Pair]:
+def _find_pairs(additive: _Fit, ranks: Tensor, names: list[str], total: float, rest: float) -> list[Pair]:
     """Return the pairs of inputs that explain at least a tenth of the rest, the largest first."""
-    splines = bspline_basis(x, low, high, PAIR_INTERVALS, PAIR_ORDER)[:, :, :-1]
+    splines = bspline_basis(ranks, 0.0, 1.0, PAIR_INTERVALS, PAIR_ORDER)[:, :, :-1]
     pairs = []
     for i, j in combinations(range(len(names)), 2):
         products = (splines[:, i, :, None] * splines[:, j, None, :]).flatten(1)
         beyond = products - additive.basis @ (additive.basis.T @ products)
         fit = _Fit(beyond, additive.residual)
-        freedom = len(x) - additive.basis.shape[1] - fit.basis.shape[1]
+        freedom = len(ranks) - additive.basis.shape[1] - fit.basis.shape[1]
         if freedom > 0:
             variance = fit.residual.square().sum().item() / (freedom * fit.residual.shape[1])
             share = rest - variance / total

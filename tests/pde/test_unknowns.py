@@ -198,3 +198,37 @@ WRONG = {
 def test_wrong_constants_are_named_before_the_training(message):
     with pytest.raises((TypeError, ValueError), match=message):
         WRONG[message]()
+
+
+def test_a_condition_with_a_weight_is_no_datum():
+    condition = (observed, (torch.zeros(1, 1).double(), torch.ones(1, 1).double()), 100.0)
+    noise = 0.02 * torch.randn(len(TIMES), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    data = (observed, (TIMES, DECAYED + noise))
+
+    soft = solved(distance=1.0, lift=0.0, terms=[condition, data]).unknowns["rate"]
+    exact = solved(terms=[data]).unknowns["rate"]
+
+    assert soft.value == pytest.approx(exact.value, abs=exact.error / 2)
+    assert soft.error == pytest.approx(exact.error, rel=0.2)
+
+
+def test_the_errors_are_those_of_the_shape():
+    def equation(model: nn.Module, x: Tensor, rate: Tensor) -> Tensor:
+        return decay(model, x, rate) * (2 - x).sqrt()  # NaN beyond 2
+
+    result = solve(
+        equation,
+        [0],
+        [3],
+        distance=lambda x: x,
+        lift=1.0,
+        inside=lambda x: x[:, 0] < 1.9,
+        terms=[(observed, (TIMES[:15], DECAYED[:15]))],
+        unknowns={"rate": 1.0},
+        network=small(),
+        steps=30,
+        progress=False,
+    )
+
+    assert result.unknowns["rate"].value == pytest.approx(RATE, rel=1e-2)
+    assert math.isfinite(result.unknowns["rate"].error)

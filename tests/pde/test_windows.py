@@ -183,3 +183,20 @@ WRONG = {
 def test_windows_that_cannot_be_used_are_refused(message):
     with pytest.raises((TypeError, ValueError), match=message):
         WRONG[message]()
+
+
+def test_a_callback_sees_all_windows():
+    def equation(model: nn.Module, x: Tensor) -> Tensor:
+        u, (du,), _ = jet(model, x)
+        return du + u
+
+    x = torch.tensor([[0.1]], dtype=torch.float64)
+    values = []
+
+    def callback(solution, record):
+        values.append(solution.model(x).detach())
+
+    options = {"distance": lambda x: x, "lift": 1.0, "windows": 3, "steps": 30, "progress": False}
+    result = solve(equation, [0], [1], callback=callback, **options)
+
+    torch.testing.assert_close(values[-1], result.model(x), rtol=1e-6, atol=1e-8)

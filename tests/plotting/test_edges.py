@@ -137,3 +137,14 @@ def test_wrong_inputs_are_named():
     with pytest.warns(UserWarning, match="far outside of its grid"):
         edge_changes(model, torch.rand(10, 3) + 50)
     assert_same(model, before)
+
+
+def test_under_inference_mode_the_changes_are_the_same():
+    model = adapt(KAN([2, 4, 1]))
+    x = torch.rand(50, 2)
+    expected = edge_changes(model, x)
+
+    with torch.inference_mode():
+        changes = edge_changes(model, x.clone())
+
+    assert changes == expected

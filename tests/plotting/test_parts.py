@@ -98,7 +98,7 @@ def test_no_change_is_said():
             lambda: what_changed(adapt(KAN([2, 1])), inputs(3).float()),
             r"cannot be run on `inputs` of shape \(1000, 3\)",
         ),
-        (lambda: what_changed(adapt(KAN([2, 1])), inputs(2, 7).float()), "7 rows.*needs more than 7"),
+        (lambda: what_changed(adapt(KAN([2, 1])), inputs(2, 7).float()), "7 rows.*needs more than 14"),
         (lambda: what_changed(adapt(KAN([2, 1])), inputs(2).float() * torch.nan), "NaN"),
         (lambda: what_changed(adapt(KAN([2, 1])), [[1.0, 2.0]]), "`inputs` is list"),
         (lambda: what_changed(adapt(KAN([2, 1])), inputs(2).float(), names=["a"]), "`names` has 1 entries"),
@@ -109,3 +109,22 @@ def test_no_change_is_said():
 def test_wrong_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_long_tails_are_functions_of_one_input_too():
+    x = torch.exp(torch.randn(1000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+
+    report = what_changed(Zero(), x, targets=torch.sin(x[:, :1]))
+
+    assert report.rest < 0.02
+
+
+def test_merged_adapters_stay_merged():
+    model = adapt(KAN([2, 5, 1]))
+    x = inputs(2).float()
+    model.merge_adapter()
+    expected = model(x)
+
+    what_changed(model, x, targets=expected + x[:, :1])
+
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
