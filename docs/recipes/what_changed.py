@@ -37,7 +37,7 @@ sine, square = torch.sin(torch.pi * x[:, :1]), x[:, 1:] ** 2
 kan = KAN([2, 5, 1])
 train(kan, x, sine + square)
 y = 1.3 * sine + square + 0.4 * x[:, :1] * x[:, 1:]
-change = (y - kan(x)).detach()
+change = (y - kan(x)).detach().numpy()[:, 0]
 
 model = get_peft_model(kan, LoTRAConfig(r=(5, 2, 4)))
 train(model, x, y)
@@ -47,8 +47,14 @@ edge_changes(model, x)
 # %% [markdown]
 # ## A change of the output
 #
-# It is `y - base(x)`: no adapter is needed. We fit terms $a\,g(x_i)$, at most one
-# for each input, products of two inputs, and a constant. All functions $g$:
+# It is `y - base(x)`: no adapter is needed. We fit terms $a\,g(x_i)$ of a library,
+# at most one for each input, products of two inputs, and a constant. For each
+# $g$, b and c are tried on a grid, and the best two points are refined. All that
+# is linear is solved for inside of this fit (variable projection): a, and at first
+# polynomials of the other inputs, which give way to functions. BIC chooses; but
+# it sees no misfit below 1 %, and a constant costs twice the usual price: the
+# error of the base is no noise. Terms below 1 % of the change are cut. A formula
+# is refused above a misfit of 5 %, or if polynomials fit 1.5 % that it leaves.
 
 # %%
 X, B, C = sympy.symbols("x b c")
@@ -74,17 +80,6 @@ class Formula(NamedTuple):
         return f"no formula: {self.reason}" if self.reason else shown
 
 
-# %% [markdown]
-# For each function, b and c are tried on a grid, and the best two points are
-# refined. All that is linear is solved for inside of this fit (variable
-# projection): a, the constant, and at first polynomials of the other inputs,
-# which give way to functions. BIC chooses; but it sees no misfit below 1 %, and a
-# constant costs twice the usual price: the error of the base is no noise. A term
-# below 1 % of the change is cut. A formula is refused if its misfit is above
-# 5 %, or if polynomials fit 1.5 % that it leaves.
-
-
-# %%
 def remover(columns):
     """Return a function that removes from values what columns fit."""
     vectors, sizes, _ = np.linalg.svd(np.column_stack([*columns]), False)
@@ -106,8 +101,7 @@ def fit_function(g, x, change, slope, remove):
 
     if g == X:
         return np.sum(residual(()) ** 2), {}
-    half = np.ptp(x) / 2
-    axes = {B: RATES / half, C: x.min() + half + SHIFTS * half}
+    axes = {B: 2 * RATES / np.ptp(x), C: x.min() + np.ptp(x) * (SHIFTS + 1) / 2}
     points = np.array([*product(*(axes[symbol] for symbol in SYMBOLS[g]))])
     columns = column(points.T, x[:, None], slope[:, None])
     gains = (change @ columns) ** 2 / (np.sum(columns**2, 0) + 1e-12)
@@ -165,28 +159,31 @@ def find_formula(x, change, slope=1.0):
     return Formula(expression, terms, misfit, reason)
 
 
-print(find_formula(x.numpy(), change.numpy()[:, 0]))
+print(find_formula(x.numpy(), change))
 
 # %% [markdown]
 # ## A change inside of the network
 #
 # Sensor $x_2$ drifts: $y = h(u(x) + d(x_2))$. At the output, that is no formula.
-# An adapter of the first layer learns $u + d$. Then Gauss-Newton steps fit the
-# formula through $h$: what is left is about $h'\,(f - d)$.
+# An adapter of the first layer learns $u + d$, roughly. Then Gauss-Newton steps
+# fit a formula $f$ through $h$: what is left of $y$ is about $h'\,(f - d)$.
+# The hidden unit has its own scale: compare $d$ with the term of $x_2$ in $u$.
 
 
 # %%
-def find_inside(x, y, u, hidden, h):
-    """Find f of y = h(u + f(x)), where an adapter has moved u to hidden."""
-    valid = ((hidden > u.min()) & (hidden < u.max()))[:, 0]  # where h is known
-    x, y, u, hidden = x[valid], y[valid], u[valid], hidden[valid]
+def find_inside(kan, x, y):
+    """Find d of y = h(u(x) + d(x)), for a KAN of two layers h(u(x))."""
+    low, high = kan(x).detach().quantile(torch.tensor([0.005, 0.995]))
+    valid = ((y > low) & (y < high))[:, 0]  # elsewhere h is not known
+    x, y, u = x[valid], y[valid], kan.layers[0](x[valid]).detach()
+    config = LoTRAConfig(r=(1, 2, 2), target_modules=["layers.0"])
+    train(get_peft_model(kan, config), x, y)
+    hidden, h = kan.layers[0](x).detach(), kan.layers[1]
     for _ in range(2):
         z = hidden.clone().requires_grad_()
         (slope,) = torch.autograd.grad(h(z).sum(), z)
         change = slope * (hidden - u) + y - h(hidden).detach()
-        formula = find_formula(
-            x.numpy(), change.numpy()[:, 0], slope.numpy()[:, 0]
-        )
+        formula = find_formula(x.numpy(), *change.T.numpy(), *slope.T.numpy())
         f = sympy.lambdify(sympy.symbols(f"x:{len(x.T)}"), formula.expression)
         hidden = u + f(*x.T[:, :, None].numpy())
     return formula
@@ -197,12 +194,8 @@ u = (torch.sin(2 * x[:, :1]) + x[:, 1:2] ** 2 + x[:, 2:]) / 2
 kan = KAN([3, 1, 1], grid_size=24, grid_range=(-3, 3))  # room for u + d
 train(kan, x, torch.exp(u))
 y = torch.exp(u + 0.2 * torch.tanh(3 * x[:, 2:]))
-change = (y - kan(x)).detach()
-print("at the output:", find_formula(x.numpy(), change.numpy()[:, 0]))
-
-u = kan.layers[0](x).detach()
-config = LoTRAConfig(r=(1, 2, 2), target_modules=["layers.0"])
-train(get_peft_model(kan, config), x, y)
-hidden = kan.layers[0](x).detach()
-print("u:", find_formula(x.numpy(), u.numpy()[:, 0]))
-print("d:", find_inside(x, y, u, hidden, kan.layers[1]))
+print(
+    "at the output:", find_formula(x.numpy(), *(y - kan(x)).detach().T.numpy())
+)
+print("u:", find_formula(x.numpy(), *kan.layers[0](x).detach().T.numpy()))
+print("d:", find_inside(kan, x, y))
