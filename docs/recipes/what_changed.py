@@ -38,7 +38,6 @@ kan = KAN([2, 5, 1])
 train(kan, x, sine + square)
 y = 1.3 * sine + square + 0.4 * x[:, :1] * x[:, 1:]
 change = (y - kan(x)).detach().numpy()[:, 0]
-
 model = get_peft_model(kan, LoTRAConfig(r=(5, 2, 4)))
 train(model, x, y)
 print(what_changed(model, x))
@@ -51,10 +50,10 @@ edge_changes(model, x)
 # at most one for each input, products of two inputs, and a constant. For each
 # $g$, b and c are tried on a grid, and the best two points are refined. All that
 # is linear is solved for inside of this fit (variable projection): a, and at first
-# polynomials of the other inputs, which give way to functions. BIC chooses; but
-# it sees no misfit below 1 %, and a constant costs twice the usual price: the
-# error of the base is no noise. Terms below 1 % of the change are cut. A formula
-# is refused above a misfit of 5 %, or if polynomials fit 1.5 % that it leaves.
+# polynomials of the other inputs, which give way to functions. BIC chooses; it
+# sees no misfit below 1 %, and a constant costs twice the usual price: the error
+# of the base is no noise. Terms below 1 % of the change are cut. A formula is
+# refused above a misfit of 5 %, or if polynomials fit 1.5 % that it leaves.
 
 # %%
 X, B, C = sympy.symbols("x b c")
@@ -70,7 +69,7 @@ SMALL, LACK, MISFIT = 0.01, 0.015, 0.05  # shares of the change
 
 class Formula(NamedTuple):
     expression: sympy.Expr
-    terms: list  # (variable, a, g, {b, c}), after the constant
+    terms: list  # (variable, a, (g, {b, c})); no term where g is 0
     misfit: float  # root mean square, as a share of the change
     reason: str  # why it is refused, or empty
 
@@ -105,8 +104,13 @@ def fit_function(g, x, change, slope, remove):
     points = np.array([*product(*(axes[symbol] for symbol in SYMBOLS[g]))])
     columns = column(points.T, x[:, None], slope[:, None])
     gains = (change @ columns) ** 2 / (np.sum(columns**2, 0) + 1e-12)
-    starts = points[np.argsort(-gains)[:2]]
-    fits = [least_squares(residual, v, max_nfev=30) for v in starts]
+    starts, ends = (
+        points[np.argsort(-gains)[:2]],
+        (points.min(0), points.max(0)),
+    )
+    fits = [
+        least_squares(residual, v, bounds=ends, max_nfev=30) for v in starts
+    ]
     best = min(fits, key=lambda fit: fit.cost)
     return 2 * best.cost, dict(zip(SYMBOLS[g], best.x, strict=True))
 
@@ -146,12 +150,10 @@ def find_formula(x, change, slope=1.0):
         fits[variable] = slope * sympy.lambdify(X, g.subs(constants))(z)
     matrix = np.column_stack([*fits.values()])
     factors = np.linalg.lstsq(matrix, change)[0]
-    expression, terms = sympy.Float(factors[0]), []
-    for a, variable in zip(factors[1:], columns, strict=True):
-        g, constants = chosen[variable]
-        if g != 0:
-            terms.append((variable, a, g, constants))
-            expression += a * g.subs({**constants, X: variable})
+    terms = [*zip(columns, factors[1:], chosen.values(), strict=True)]
+    expression = sympy.Float(factors[0])
+    for variable, a, (g, constants) in terms:
+        expression += a * g.subs({**constants, X: variable})
     misfit = np.std(change - matrix @ factors) / size
     lack = misfit**2 > smooth**2 + LACK**2
     reason = f"polynomials fit to {smooth:.1%}" if lack else ""
@@ -182,7 +184,8 @@ def find_inside(kan, x, y):
     for _ in range(2):
         z = hidden.clone().requires_grad_()
         (slope,) = torch.autograd.grad(h(z).sum(), z)
-        change = slope * (hidden - u) + y - h(hidden).detach()
+        slope *= (hidden > u.min()) & (hidden < u.max())
+        change = slope * (hidden - u) + (y - h(hidden).detach()) * (slope != 0)
         formula = find_formula(x.numpy(), *change.T.numpy(), *slope.T.numpy())
         f = sympy.lambdify(sympy.symbols(f"x:{len(x.T)}"), formula.expression)
         hidden = u + f(*x.T[:, :, None].numpy())

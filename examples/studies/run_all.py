@@ -37,6 +37,7 @@ STUDIES: list[tuple[str, list[str], list[str] | None]] = [
     ("low_rank_evidence.py", [], []),
     ("expressiveness.py", [], []),
     ("slim_functions.py", [], []),
+    ("formulas.py", [], []),
     ("slim_images.py", [], []),
     ("pde/transfer.py", [], ["--family", "burgers"]),
     ("pde/moving_targets.py", [], []),

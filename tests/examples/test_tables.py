@@ -62,7 +62,7 @@ def test_tables_of_pdes(study, part):
         assert f"a KAN has {times} times the error of an MLP" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["bytes", "many_series", "fifty_tasks", "few_labels", "rivals"])
+@pytest.mark.parametrize("name", ["bytes", "many_series", "fifty_tasks", "few_labels", "rivals", "formulas"])
 def test_many_tasks(name):
     record = load(name)
     study = importlib.import_module("few_labels" if name == "rivals" else name)

