@@ -19,7 +19,7 @@ from scipy.optimize import least_squares
 from peft_lotra import LoTRAConfig, what_changed
 from peft_lotra.kan import KAN
 from peft_lotra.least_squares import LevenbergMarquardt
-from peft_lotra.plotting import edge_changes
+from peft_lotra.plotting import edge_changes, plot_network_change
 
 
 torch.manual_seed(0)
@@ -41,7 +41,8 @@ change = (y - kan(x)).detach().numpy()[:, 0]
 model = get_peft_model(kan, LoTRAConfig(r=(5, 2, 4)))
 train(model, x, y)
 print(what_changed(model, x))
-edge_changes(model, x)
+print(edge_changes(model, x))
+plot_network_change(model, x, inputs=["$x_0$", "$x_1$"], outputs=["y"])
 
 # %% [markdown]
 # ## A change of the output
@@ -104,13 +105,8 @@ def fit_function(g, x, change, slope, remove):
     points = np.array([*product(*(axes[symbol] for symbol in SYMBOLS[g]))])
     columns = column(points.T, x[:, None], slope[:, None])
     gains = (change @ columns) ** 2 / (np.sum(columns**2, 0) + 1e-12)
-    starts, ends = (
-        points[np.argsort(-gains)[:2]],
-        (points.min(0), points.max(0)),
-    )
-    fits = [
-        least_squares(residual, v, bounds=ends, max_nfev=30) for v in starts
-    ]
+    top, ends = points[np.argsort(-gains)[:2]], (points.min(0), points.max(0))
+    fits = [least_squares(residual, p, bounds=ends, max_nfev=30) for p in top]
     best = min(fits, key=lambda fit: fit.cost)
     return 2 * best.cost, dict(zip(SYMBOLS[g], best.x, strict=True))
 
@@ -170,13 +166,15 @@ print(find_formula(x.numpy(), change))
 # An adapter of the first layer learns $u + d$, roughly. Then Gauss-Newton steps
 # fit a formula $f$ through $h$: what is left of $y$ is about $h'\,(f - d)$.
 # The hidden unit has its own scale: compare $d$ with the term of $x_2$ in $u$.
+# [A study](../../examples/studies/results/formulas.md): 100 of 100 planted changes
+# are named at the output, 60 of 60 inside, and 0 of 54 that are none.
 
 
 # %%
 def find_inside(kan, x, y):
     """Find d of y = h(u(x) + d(x)), for a KAN of two layers h(u(x))."""
     low, high = kan(x).detach().quantile(torch.tensor([0.005, 0.995]))
-    valid = ((y > low) & (y < high))[:, 0]  # elsewhere h is not known
+    valid = ((y > low) & (y < high))[:, 0]  # the base returns such y
     x, y, u = x[valid], y[valid], kan.layers[0](x[valid]).detach()
     config = LoTRAConfig(r=(1, 2, 2), target_modules=["layers.0"])
     train(get_peft_model(kan, config), x, y)
@@ -184,11 +182,11 @@ def find_inside(kan, x, y):
     for _ in range(2):
         z = hidden.clone().requires_grad_()
         (slope,) = torch.autograd.grad(h(z).sum(), z)
-        slope *= (hidden > u.min()) & (hidden < u.max())
+        slope *= (hidden > u.min()) & (hidden < u.max())  # h is known here
         change = slope * (hidden - u) + (y - h(hidden).detach()) * (slope != 0)
         formula = find_formula(x.numpy(), *change.T.numpy(), *slope.T.numpy())
         f = sympy.lambdify(sympy.symbols(f"x:{len(x.T)}"), formula.expression)
-        hidden = u + f(*x.T[:, :, None].numpy())
+        hidden = u + torch.as_tensor(f(*x.T[:, :, None].numpy()))
     return formula
 
 
@@ -197,8 +195,6 @@ u = (torch.sin(2 * x[:, :1]) + x[:, 1:2] ** 2 + x[:, 2:]) / 2
 kan = KAN([3, 1, 1], grid_size=24, grid_range=(-3, 3))  # room for u + d
 train(kan, x, torch.exp(u))
 y = torch.exp(u + 0.2 * torch.tanh(3 * x[:, 2:]))
-print(
-    "at the output:", find_formula(x.numpy(), *(y - kan(x)).detach().T.numpy())
-)
+print("output:", find_formula(x.numpy(), *(y - kan(x)).detach().T.numpy()))
 print("u:", find_formula(x.numpy(), *kan.layers[0](x).detach().T.numpy()))
 print("d:", find_inside(kan, x, y))
