@@ -1,9 +1,8 @@
 # %% [markdown]
 # # What changed, as a formula
 #
-# Which edges change when a network is adapted to new data, which inputs act
-# together, and is there a formula? Needs `pip install -e ".[examples]" sympy`.
-# Here the new data have 30 % more of a sine, and a product:
+# Which edges change with new data, which inputs act together, is there a formula?
+# Needs `pip install -e ".[examples]" sympy`. Here a sine grows, beside a product:
 
 # %%
 from itertools import combinations, product
@@ -143,7 +142,8 @@ def find_formula(x, change, slope=1.0):
         library = LIBRARY if variable.is_Symbol else LIBRARY[:1]
         g, constants = choose(library, z, remove(change) / size, slope, remove)
         chosen[variable] = g, constants
-        fits[variable] = slope * sympy.lambdify(X, g.subs(constants))(z)
+        function = sympy.lambdify([X, *constants], g)
+        fits[variable] = slope * function(z, *constants.values())
     matrix = np.column_stack([*fits.values()])
     factors = np.linalg.lstsq(matrix, change)[0]
     terms = [*zip(columns, factors[1:], chosen.values(), strict=True)]
