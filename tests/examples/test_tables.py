@@ -70,6 +70,22 @@ def test_many_tasks(name):
     assert table == (RESULTS / f"{name}.md").read_text(encoding="utf-8")
 
 
+def test_the_page_of_formulas_has_the_counts():
+    cases = load("formulas")["cases"]
+    verdicts = {part: [row["verdict"] for row in rows] for part, rows in cases.items()}
+    output, inside = (verdicts[part] for part in ("at the output", "inside"))
+    others = verdicts["at the output, no formula"] + verdicts["inside, no formula"]
+    page = (ROOT / "docs" / "recipes" / "what_changed.py").read_text(encoding="utf-8").replace("\n# ", " ")
+
+    told = f"{output.count('right')} of {len(output)} planted changes are named at the output, "
+    told += (
+        f"{inside.count('right')} of {len(inside)} inside, and {others.count('wrong')} of {len(others)} that are none"
+    )
+
+    assert told in page
+    assert "wrong" not in output + inside
+
+
 def test_the_ranks_of_the_rivals(tmp_path):
     study, page = importlib.import_module("few_labels"), (ROOT / "docs" / "when.md").read_text(encoding="utf-8")
     results = load("rivals")["results"]
