@@ -23,7 +23,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TABLE = re.compile(r"^\|(.*)\|\n\|[ :|-]*-:[ :|-]*\|\n((?:\|.*\n)+)", re.MULTILINE)
 # those are written by studies, and compared as a whole in tests/examples/test_tables.py
 WRITTEN = {
-    *("pde.md: problem", "pde.md: shape", "scoreboard.md: published"),
+    *("pde.md: problem", "pde.md: shape", "pde.md: demo", "scoreboard.md: published"),
     *(f"benchmarks.md: {header}" for header in ("size", "n", "frozen base")),
 }
 

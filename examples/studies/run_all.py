@@ -43,6 +43,8 @@ STUDIES: list[tuple[str, list[str], list[str] | None]] = [
     ("pde/moving_targets.py", [], []),
     ("pde/ten.py", [], None),
     ("pde/shapes.py", [], []),
+    ("pde/demos.py", [], []),
+    ("pde/unknowns.py", [], []),
     ("pde/stalls.py", [], None),
     ("scoreboard.py", ["--seeds", "1", "2", "3", "4", "5"], []),
 ]
