@@ -18,8 +18,9 @@ from ..layers.coefficients import CoefficientTensor
 from ..layers.registry import Grid, find_layer
 from ..layers.slim import call_with_coefficients
 from ..least_squares.levenberg_marquardt import LevenbergMarquardtStep
+from ..modules.calls import unwrap
 from ..modules.checks import check_count
-from ..tuner.layer import LoTRALayer, grid_ends
+from ..tuner.layer import LoTRALayer, grid_ends, lotra_layers
 from ..tuner.targets import locate_target
 from .edges import layer_changes, measure_layer
 
@@ -75,14 +76,15 @@ def plot_edge_functions(
 ) -> Figure | SubFigure:
     """Draws functions on edges of a KAN layer, of the base and with the active adapters; returns the figure.
 
-    The color of an adapted function says how much its change adds to the output of the layer, as a share of that of
-    the largest change. A layer of any kind is evaluated, with the coefficients of all other inputs at zero.
+    The color of an adapted function says how much its change adds to the output of the network, or without `x` of the
+    layer, as a share of that of the largest change. A layer of any kind is evaluated, with the coefficients of all
+    other inputs at zero.
 
     Args:
         model: The model, adapted or not; it stays unchanged.
         layer_name: The name of the layer, as `find_kan_layers` or PEFT gives it.
-        edges: Pairs (output, input); or the number of edges, one for each input: those whose change adds most to the
-            output of the layer, or with the largest coefficients without adapters.
+        edges: Pairs (output, input); or the number of edges, one for each input: those with the largest effect,
+            see `edge_changes`, or with the largest coefficients without adapters.
         x: Inputs of the model, as for `edge_changes`. The functions are drawn over the range of what reaches the
             layer, with a mark at each value; by default over its grids, or from -1 to 1.
         inputs, outputs: The names of the layer's inputs and outputs.
@@ -109,15 +111,19 @@ def plot_edge_functions(
     count_out, count_in = before.shape[:2]
     inputs = _names("inputs", inputs, count_in, "input {}")
     outputs = _names("outputs", outputs, count_out, "unit {}")
-    z = None
-    if x is not None:
-        _, received, _ = run_recorded(model, {layer_name: module}, x)
-        z = received[layer_name]
     sizes = before.float().norm(dim=2)
     is_adapted = isinstance(module, LoTRALayer) and bool(module.applied_updates())
+    z = None
     if isinstance(module, LoTRALayer) and is_adapted:
         after = module.effective_coefficients()
-        sizes = measure_layer(layer_name, module, z).layer_effect
+        change = measure_layer(layer_name, module)
+        if x is not None:
+            names = {adapted: name for name, adapted in lotra_layers(unwrap(model))}
+            change = layer_changes(model, x).get(names[module], change)
+            z = change.inputs
+        sizes = change.layer_effect if x is None else change.effect
+    elif x is not None:
+        z = run_recorded(model, {layer_name: module}, x)[1][layer_name]
     low, high = _range_of(spec.read_grid(layer), tensor.shape, z)
     edges = _choose_edges(edges, sizes)
     columns = min(len(edges), 3)
