@@ -23,6 +23,7 @@ from .unknowns import Estimate
 DAMPING = 1e-12  # of the normal equations for errors
 PASSES = 2  # the variance of the noise depends on the leverages, and they on the variance
 LEAST_FREEDOM = 0.5  # of a column of data
+MOST_UNSURE = 1e3  # errors of a constant, as multiples of it
 LEAST_MOVE = 1e-3  # as a share, which needs no word
 MOST_ERRORS, MOST_MOVE = 3.0, 0.3  # by which constants are corrected: in errors, and as a share
 LEAST_EFFECT = 1e-14  # of a combination of constants: the square, as a share of the largest
@@ -94,6 +95,8 @@ def estimate(training: Training) -> tuple[dict[str, Estimate], list[str]]:
     for name, constant, change, error in zip(module.names, module.constants, shift, errors, strict=True):
         value, slope = constant().item(), constant.slope()
         move, error = -slope * change.item(), abs(slope * error.item())
+        if error > MOST_UNSURE * (abs(value) or 1.0):
+            doubts.append(f"The error of {name!r} in `unknowns` is not known: the data do not tell it. Give more.")
         is_small = abs(move) <= LEAST_MOVE * abs(value)
         if is_small or abs(move) <= min(MOST_ERRORS * error, MOST_MOVE * abs(value)):
             value = min(max(value + move, constant.low), constant.high)

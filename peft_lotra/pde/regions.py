@@ -307,4 +307,4 @@ def _plane(x: Tensor) -> Tensor:
         raise ValueError(
             f"x has shape {tuple(x.shape)}, but regions need at least two coordinates in the last dimension."
         )
-    return x[..., :2]
+    return x[..., :2] if x.is_floating_point() else x[..., :2].double()

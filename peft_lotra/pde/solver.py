@@ -138,10 +138,16 @@ def solve(
     start = stop = math.nan
     if continuation is not None:
         start, stop = (check_number(end, "continuation", "(-inf, inf)") for end in continuation)
+    if bounds and not unknowns:
+        raise ValueError("`bounds` needs `unknowns`, the constants that it keeps in intervals.")
     positional = 2 if continuation is None else 3
     check_function(residual, "residual", None if unknowns else positional)
     if windows is not None and network is not None:
         raise ValueError("`windows` needs new networks, but `network` is given. Leave one of them out.")
+    if frequencies != () and network is not None:
+        raise ValueError(
+            "`frequencies` are features of new networks, but `network` is given. Put `BoxFeatures` in front of it."
+        )
     count = check_count(1 if windows is None else windows, "windows")
     if windows is not None and unknowns:
         raise ValueError("`windows` cannot share `unknowns`. Leave one of them out.")
@@ -165,7 +171,7 @@ def solve(
     check_model(model, points, sides, bool(terms), outputs)
 
     constants, data = None, []
-    if unknowns or bounds:
+    if unknowns:
         constants = NetworkWithConstants(model, unknowns or {}, bounds or {})
         residual, terms, data = constants.bind(residual, positional, terms)
     result = Solution(model, low_end, high_end, inside)

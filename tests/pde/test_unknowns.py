@@ -92,7 +92,9 @@ def test_a_constant_that_the_data_do_not_determine_has_a_huge_error():
     def two(model: nn.Module, x: Tensor, rate: Tensor, other: Tensor) -> Tensor:
         return decay(model, x, rate + other)  # their sum alone is determined
 
-    result = solved(two, unknowns={"rate": 1.0, "other": 0.0}, values=DECAYED + 0.02 * torch.sin(40 * TIMES))
+    values = DECAYED + 0.02 * torch.sin(40 * TIMES)
+    with pytest.warns(UserWarning, match="`unknowns` is not known: the data do not tell it"):
+        result = solved(two, unknowns={"rate": 1.0, "other": 0.0}, values=values)
 
     first, second = result.unknowns.values()
     assert first.value + second.value == pytest.approx(RATE, rel=0.02)
@@ -180,6 +182,7 @@ def cut_off(model: nn.Module, x: Tensor, rate: Tensor) -> Tensor:
 
 
 WRONG = {
+    "`bounds` needs `unknowns`": lambda: solved(unknowns={}, bounds={"rate": (0, 2)}),
     "`unknowns` is \\['rate'\\]": lambda: solved(unknowns=["rate"]),
     "`bounds` has 'D', but `unknowns` has 'rate'": lambda: solved(bounds={"D": (0, None)}),
     "`unknowns` has 'other', but neither": lambda: solved(unknowns={"rate": 1.0, "other": 1.0}),
