@@ -147,7 +147,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=text)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--output", type=Path, default=Path("output"))
+    folder = Path(__file__).parent / "output"
+    parser.add_argument("--output", type=Path, default=folder)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
 
