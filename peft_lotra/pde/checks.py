@@ -20,10 +20,12 @@ OUTSIDE = 0.01  # the share of activations outside of a grid that is worth a war
 @torch.no_grad()
 def check_model(
     model: HardConstraint, x: Tensor, sides: Sequence[Tensor], has_terms: bool, outputs: int | None
-) -> None:
-    """Raise a `ValueError` if the network does not take the coordinates of the box, or `distance` cannot be right.
+) -> int:
+    """Return the number of outputs.
 
-    It must be zero on a side, if there are no terms, and not everywhere. The network must have this number of outputs.
+    Raises:
+        ValueError: The network does not take the coordinates of the box, or has another number of outputs. `distance`
+            is zero everywhere, or on no side while there are no terms.
     """
     try:
         values = model.kan(x[:2])
@@ -44,6 +46,7 @@ def check_model(
             "`distance` is zero on no side of the box, or not on all of the boundary of `inside`. Take `BoxDistance` "
             "or the `distance` of a region, or give `terms` for conditions."
         )
+    return count
 
 
 @torch.no_grad()

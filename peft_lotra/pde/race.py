@@ -84,6 +84,11 @@ class Starts:
         training.network, training.differentiates = network, self.differentiates
         return training
 
+    def new_model(self, kind: str, seed: int) -> HardConstraint:
+        """Return a new network with the conditions."""
+        network = new_network(self.features, self.outputs, seed, kind)
+        return HardConstraint(network, self.distance, self.lift).double()
+
     def race(self, first: Training) -> Training:
         """Train several networks for a share of the budget each, and the best one of them on.
 
@@ -100,8 +105,7 @@ class Starts:
                     break
                 if number == 0 and kind == first.network:
                     continue
-                network = new_network(self.features, self.outputs, self.seed + 1000 * number, kind)
-                start = self.new_training(HardConstraint(network, self.distance, self.lift).double(), kind)
+                start = self.new_training(self.new_model(kind, self.seed + 1000 * number), kind)
                 held = start.fit("start", math.nan, min(1.0, self.budget.spent() + SHARE))
                 if held < least:
                     best, least = start, held

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .checks import check_model, outside_grids
 from .constraints import HardConstraint, Part
 from .diagnostics import describe_outcome, find_doubts
 from .features import BoxFeatures, Frequencies
-from .networks import first_module, new_network, prepare_network
+from .networks import first_module, prepare_network
 from .noise import check_effects, estimate
 from .race import HELD_POINTS, KINDS, Starts
 from .solution import Solution
@@ -168,16 +169,16 @@ def solve(
     is_new = network is None
     network = prepare_network(network, low_end, high_end, outputs, periodic, seed, frequencies)
     model = HardConstraint(network, distance, lift).double()
-    check_model(model, points, sides, bool(terms), outputs)
+    outputs = check_model(model, points, sides, bool(terms), outputs)
 
     constants, data = None, []
     if unknowns:
-        constants = NetworkWithConstants(model, unknowns or {}, bounds or {})
+        constants = NetworkWithConstants(model, unknowns, bounds or {})
         residual, terms, data = constants.bind(residual, positional, terms)
     result = Solution(model, low_end, high_end, inside)
     with Budget(seconds, steps, progress) as budget:
         features = BoxFeatures(low, high, periodic, frequencies=frequencies)
-        starts = Starts(result, residual, terms, distance, lift, outputs or 1, seed, features, budget, callback)
+        starts = Starts(result, residual, terms, distance, lift, outputs, seed, features, budget, callback)
         training = starts.new_training(model, KINDS[0] if is_new else "", constants=constants, data=data)
         result.first_residual = training.norm(start)
         starts.differentiates = training.differentiates
@@ -205,8 +206,8 @@ def solve(
 
         scale = result.first_residual
         if not is_new and constants is None:  # `network` may be a solution already
-            untrained = new_network(features, outputs or 1, seed)
-            scale = starts.new_training(HardConstraint(untrained, distance, lift).double()).norm(stop)
+            with suppress(Exception):  # an equation may take this network alone, and its solution must not be lost
+                scale = starts.new_training(starts.new_model(KINDS[0], seed)).norm(stop)
 
     outcome = describe_outcome(result, scale)
     if outcome:

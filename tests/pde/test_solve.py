@@ -296,3 +296,17 @@ WRONG = {
 def test_wrong_arguments_change_nothing(message):
     with pytest.raises((TypeError, ValueError), match=message):
         WRONG[message]()
+
+
+def test_a_network_of_two_outputs_is_trained_without_their_number():
+    def equations(model: nn.Module, x: Tensor) -> Tensor:
+        second = jet(model, x)[2][0]
+        first, other = second.split(1, 1)
+        return torch.cat([first + 1, other - 1], 1)
+
+    network = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 2))
+
+    result = solved(equations, network=network, steps=10)
+
+    assert result.residual < result.first_residual
+    assert result.model(torch.zeros(1, 1, dtype=torch.float64)).shape == (1, 2)
