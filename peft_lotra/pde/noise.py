@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import operator
 from typing import Any
 
 import torch
@@ -32,7 +30,7 @@ LEAST_EFFECT = 1e-14  # of a combination of constants: the square, as a share of
 def check_effects(training: Training) -> None:
     """Raise a `ValueError` if a constant has no effect on the residuals."""
     module: Any = training.constants
-    problem, residuals = training.optimizer.evaluate_held(training.held_terms())
+    problem, residuals = training.evaluate_held()
     gradient = problem.pull_back(torch.ones_like(residuals).cumsum(0).cos())
     for name, derivative in zip(module.names, gradient[-len(module.names) :].tolist(), strict=True):
         if derivative == 0:
@@ -57,10 +55,11 @@ def estimate(training: Training) -> tuple[dict[str, Estimate], list[str]]:
     module: Any = training.constants
     count = len(module.names)
     weights = [function.scale for function, *_ in training.terms]
-    of_equation = training.held_losses(training.parameter)[0]
+    held, held_residuals = training.evaluate_held()
+    of_equation, *_ = held.losses(held_residuals)
     for function, *_ in training.terms:
         function.scale = None
-    problem, conditions = _problem_with_plain_data(training, of_equation)
+    problem, conditions = _problem_with_plain_data(training, held.terms[0].columns, of_equation)
     residuals = problem.residuals(problem.start)
     data = problem.terms[conditions:]
     jacobian = torch.cat(
@@ -111,24 +110,22 @@ def estimate(training: Training) -> tuple[dict[str, Estimate], list[str]]:
     return estimates, doubts
 
 
-def _problem_with_plain_data(training: Training, of_equation: float) -> tuple[LeastSquares, int]:
+def _problem_with_plain_data(training: Training, columns: int, of_equation: float) -> tuple[LeastSquares, int]:
     """Return a problem with rows of the equation over their scale, twice as many as parameters, and plain data.
 
     Terms with a weight are conditions, as the equation is, if there are terms without one. The equation and the
     conditions are first; their number is returned too.
     """
     low, high = training.sampler.low.tolist(), training.sampler.high.tolist()
-    columns = training.optimizer.evaluate_held(training.held_terms())[0].terms[0].columns
     size = sum(parameter.numel() for parameter in training.optimizer.model.parameters())
     count = 2 * size // columns + 1
     points = box_points(low, high, count, inside=training.sampler.inside, seed=training.sampler.seed)
     points.requires_grad_(training.differentiates)
     weight = len(points) * columns / max(of_equation, 1e-300)
     terms: list[Any] = [(training.residual, (points, torch.ones_like(points[:, :1])), weight)]
-    are_data = [not training.data or function in training.data for function, *_ in training.terms]
-    conditions = list(itertools.compress(training.terms, map(operator.not_, are_data)))
+    conditions = [term for term in training.terms if training.data and term[0] not in training.data]
+    data = [term for term in training.terms if not training.data or term[0] in training.data]
     terms += [(function, rows, weight * of_term) for function, rows, of_term in conditions]
-    data = itertools.compress(training.terms, are_data)
     terms += [(function, rows, len(rows[0])) for function, rows, _ in data]
     return training.optimizer.evaluate_held(terms)[0], 1 + len(conditions)
 

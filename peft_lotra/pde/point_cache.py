@@ -41,15 +41,21 @@ current_cache: ContextVar[PointCache | None] = ContextVar("current_cache", defau
 
 def compute_once(compute: Callable[..., Jet], function: Any, x: Tensor, *others: Any) -> Jet:
     """Return `compute(function, x, *others)`, from the present cache if it keeps jets of the function."""
-    cache = None if is_tracing() or in_transform() or x.requires_grad else current_cache.get()
+    cache = current_cache.get() if can_keep(x) else None
     if cache is None or all(function is not kept for kept in cache.functions):
         return compute(function, x, *others)
-    key = id(function), *map(_key, (x, *others))
+    key = id(function), *map(key_of, (x, *others))
     if key not in cache:
         cache[key] = [part.detach() for part in compute(function, x, *others)]
     return cache[key]
 
 
-def _key(value: Any) -> Hashable:
+def can_keep(x: Tensor) -> bool:
+    """Return whether what is computed at these points has no graph, and may be kept."""
+    return not (is_tracing() or in_transform() or x.requires_grad)
+
+
+def key_of(value: Any) -> Hashable:
+    """Return a key that equal tensors, and equal values, share."""
     is_tensor = isinstance(value, Tensor)
     return (value.dtype, value.shape, value.cpu().numpy().tobytes()) if is_tensor else value

@@ -18,7 +18,7 @@ from ..kan.knots import KnotMap
 from ..kan.network import LayerStack
 from ..kan.refinement import refine_grid
 from ..least_squares.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
-from ..least_squares.problem import check_residuals, check_terms
+from ..least_squares.problem import LeastSquares, check_residuals, check_terms
 from .adaptive import ResidualSampler, gradient_weights, knot_density
 from .budget import Budget
 from .checks import layer_inputs
@@ -150,8 +150,9 @@ class Training:
 
     def _set_weights(self, parameter: float) -> None:
         """Give each column of data the mean square of the equation's residual, times `FIRST_WEIGHT`."""
-        of_equation = self.held_losses(parameter)[0]
-        problem, residuals = self.optimizer.evaluate_held(self.held_terms())
+        self.parameter = parameter
+        problem, residuals = self.evaluate_held()
+        of_equation = problem.losses(residuals)[0]
         parts = residuals.split([len(term.rows[0]) * term.columns for term in problem.terms])
         for term, part in zip(problem.terms, parts, strict=True):
             if term.function in self.data:
@@ -168,12 +169,6 @@ class Training:
         module.constants.requires_grad_(True)
         self.terms = terms
         self.optimizer.forget()
-
-    def held_losses(self, parameter: float) -> tuple[float, ...]:
-        """Return the losses of the equation at the held-out points, and of the terms."""
-        self.parameter = parameter
-        problem, residuals = self.optimizer.evaluate_held(self.held_terms())
-        return problem.losses(residuals)
 
     @property
     def is_stalled(self) -> bool:
@@ -195,13 +190,17 @@ class Training:
         """
         self.parameter = parameter
         try:
-            problem, residuals = self.optimizer.evaluate_held(self.held_terms())
+            problem, residuals = self.evaluate_held()
         except RuntimeError:  # of `torch.autograd.grad`
             self.differentiates = True
-            problem, residuals = self.optimizer.evaluate_held(self.held_terms())
+            problem, residuals = self.evaluate_held()
         if message := problem.find_not_finite(residuals):
             raise ValueError(f"The {message}")
         return math.sqrt(problem.losses(residuals)[0])
+
+    def evaluate_held(self) -> tuple[LeastSquares, Tensor]:
+        """Return the least-squares problem of the held-out points and the terms, and its residuals."""
+        return self.optimizer.evaluate_held(self.held_terms())
 
     def held_terms(self) -> list[Any]:
         """Return the equation at the held-out points, and the terms of the caller."""

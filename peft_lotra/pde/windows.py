@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..derivatives.api import jet
 from ..derivatives.chain_rule import Jet, multiply
 from ..derivatives.stages import Entry, register
-from ..kan.basis import in_transform
-from ..modules.calls import check_module, is_tracing
+from ..modules.calls import check_module
+from .point_cache import can_keep, key_of
 
 
 # By the number of conditions at the start: coefficients of polynomials in s, powers ascending. They carry the value
@@ -117,10 +117,9 @@ class Windows(nn.Module):
 
     def _start_once(self, k: int, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> list[Jet]:
         """As `_start`, from memory where the active window was evaluated at the same points."""
-        if self.active is None or x.requires_grad or in_transform() or is_tracing():
+        if self.active is None or not can_keep(x):
             return self._start(k, x, directions, order, weights)
-        tensors = [tensor for tensor in (x, directions, weights) if tensor is not None]
-        key = order, *((tensor.shape, tensor.cpu().numpy().tobytes()) for tensor in tensors)
+        key = tuple(map(key_of, (x, directions, order, weights)))
         if key not in self._starts:
             if len(self._starts) == MOST_STARTS:
                 self._starts.pop(next(iter(self._starts)))

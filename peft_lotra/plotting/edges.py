@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..compress.data_weights import Inputs, functions_at, probe_derivatives, run_recorded
 from ..compress.updates import edge_scales
 from ..layers.describe import is_linear
+from ..layers.registry import Grid
 from ..modules.calls import unwrap
 from ..modules.report import Report, TextTable
 from ..tuner.layer import LoTRALayer, Target, grid_ends, lotra_layers, warn_of_far_inputs
@@ -152,9 +153,14 @@ def _grid_points(layer: LoTRALayer) -> Tensor:
     """Return points spread evenly over the grid of a layer, (ROWS, in); over [-1, 1] if it has none."""
     _, width, _ = layer.lotra_tensor.shape
     points = torch.quasirandom.SobolEngine(width, scramble=True, seed=0).draw(ROWS)
-    ends = grid_ends(layer.lotra_spec.read_grid(layer.get_base_layer()), layer.lotra_tensor.shape)
-    low, high = (-torch.ones(width), torch.ones(width)) if ends is None else ends
+    low, high = grid_range(layer.lotra_spec.read_grid(layer.get_base_layer()), layer.lotra_tensor.shape)
     return torch.lerp(low.to(points), high.to(points), points).to(layer.get_base_weight())
+
+
+def grid_range(grid: Grid, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return both ends (in,) of the grid of each input of a layer (out, in, basis), -1 and 1 if it has none."""
+    ends = grid_ends(grid, shape)
+    return (-torch.ones(shape[1]), torch.ones(shape[1])) if ends is None else ends
 
 
 @torch.no_grad()

@@ -20,9 +20,9 @@ from ..layers.slim import call_with_coefficients
 from ..least_squares.levenberg_marquardt import LevenbergMarquardtStep
 from ..modules.calls import unwrap
 from ..modules.checks import check_count
-from ..tuner.layer import LoTRALayer, grid_ends, lotra_layers
+from ..tuner.layer import LoTRALayer, lotra_layers
 from ..tuner.targets import locate_target
-from .edges import layer_changes, measure_layer
+from .edges import grid_range, layer_changes, measure_layer
 
 
 if TYPE_CHECKING:
@@ -167,10 +167,7 @@ def _names(argument: str, names: Sequence[str] | None, count: int, pattern: str)
 
 def _range_of(grid: Grid, shape: Sequence[int], z: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the ends (in,) of what reaches a layer, or of its grid."""
-    ends = grid_ends(grid, shape) if z is None else z.aminmax(dim=0)
-    if ends is None:
-        return -torch.ones(shape[1]), torch.ones(shape[1])
-    low, high = ends
+    low, high = grid_range(grid, shape) if z is None else z.aminmax(dim=0)
     return low, torch.where(high > low, high, low + 1e-6)  # a unit may be constant
 
 
