@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The linear model of a least-squares problem, and its damped solutions by the normal equations."""
+"""The linear model of a least-squares problem, and its damped steps by the normal equations."""
 
 from __future__ import annotations
 
@@ -15,15 +15,24 @@ from .problem import LeastSquares
 
 
 class LinearModel:
-    """The linear model r + J step around the parameters, in the smaller space of P parameters or M residuals.
+    """The linear model r + J step around the parameters of a problem.
+
+    Its matrix is J^T J (P, P) of the P parameters. If there are fewer residuals, and J fits into the memory, it is
+    J S^-1 J^T (M, M) of the M residuals.
+
+    Args:
+        problem: The problem.
+        residuals: Its residuals r at the parameters of the model, (M,).
+        floor: The lower bound of S, as a share of its largest entry.
+        past: J^T J and J^T r of former residuals, which are added.
+        in_parameter_space: Whether the matrix must be J^T J.
 
     Attributes:
-        jacobian: J, (M, P); None in the space of parameters if it takes more than half of the memory.
-        matrix: J^T J, (P, P), or J S^-1 J^T, (M, M).
-        scaling: S, (P,), the diagonal of J^T J, at least `floor` times its largest entry.
+        jacobian: J, (M, P). None if it takes more than half of the memory.
+        matrix: J^T J or J S^-1 J^T.
+        scaling: S, (P,), the diagonal of J^T J, bounded from below.
         gradient: J^T r, (P,).
-        past: J^T J and J^T r of former residuals, at the parameters; `matrix` and `gradient` include them.
-        error: Why there is no solution; empty if there is one.
+        error: Why there is no step. Empty if there is one.
 
     Raises:
         ValueError: The matrix does not fit into the memory of the problem.
@@ -38,92 +47,99 @@ class LinearModel:
         in_parameter_space: bool = False,
     ) -> None:
         self.problem = problem
-        self.past = past
         self.residuals = residuals
-        in_parameter_space = in_parameter_space or problem.shards.group is not None  # where matrices can be summed
-        rows, count = len(residuals), problem.num_parameters
-        bytes_of_jacobian = 2 * 8 * rows * count  # and of a scaled copy
-        needed = math.inf
-        if rows < count and not in_parameter_space:
-            needed = bytes_of_matrices(rows) + bytes_of_jacobian
-        self.in_residual_space = needed <= problem.memory
-        self.jacobian: Any = None
-        if bytes_of_jacobian <= problem.memory:
-            self.jacobian = residuals.new_empty(rows, count)
-        problem.shards.run(self._accumulate, rows if self.in_residual_space else count, needed)
+        self.past = past
+        size = self._choose_space(in_parameter_space)
+        self.matrix = residuals.new_zeros(size, size)
+        self.gradient = torch.zeros_like(problem.start)
+        self._accumulate()
+
         if self.in_residual_space:
             squares = self.jacobian.norm(dim=0).square()
         else:
-            for total, before in zip((self.matrix, self.gradient), past or (0.0, 0.0), strict=True):
-                problem.shards.sum(total)
-                total += before
+            problem.shards.sum(self.matrix)
+            problem.shards.sum(self.gradient)
+            if past is not None:
+                self.matrix += past[0]
+                self.gradient += past[1]
             squares = self.matrix.diagonal()
         # parameters without any effect get the bound, and are not moved
         self.scaling = squares.clamp(min=max(floor * squares.max().item(), 1e-300))
         if self.in_residual_space:
             _add_gram(self.matrix, (self.jacobian / self.scaling.sqrt()).T)
-        finite = self.matrix.isfinite().all() and self.gradient.isfinite().all()
-        self.error = "" if finite else "the Jacobian has NaN or infinite entries. The parameters are unchanged."
+
+        self.error = ""
         if not self.gradient.any():
             self.error = "the gradient is zero: no parameter has an effect on the residuals."
+        elif not (self.matrix.isfinite().all() and self.gradient.isfinite().all()):
+            self.error = "the Jacobian has NaN or infinite entries. The parameters are unchanged."
 
-    def _accumulate(self, size: int, in_residuals: float) -> None:
-        """Compute J where it is kept, J^T r, and in the space of parameters J^T J.
+    def _choose_space(self, in_parameter_space: bool) -> int:
+        """Choose the space of the matrix, and whether J is kept; return the size of the matrix."""
+        problem = self.problem
+        rows, count = len(self.residuals), problem.num_parameters
+        bytes_of_jacobian = 2 * 8 * rows * count  # and of a scaled copy
+        self.jacobian: Any = None
+        if bytes_of_jacobian <= problem.memory:
+            self.jacobian = self.residuals.new_empty(rows, count)
 
-        The space of residuals takes `in_residuals` bytes.
-        """
-        problem, residuals = self.problem, self.residuals
-        needed = min(bytes_of_matrices(size), in_residuals)
+        needed = bytes_of_matrices(count)
+        self.in_residual_space = False
+        # processes can only sum matrices of the parameters
+        if rows < count and not in_parameter_space and problem.shards.group is None:
+            needed_by_residuals = bytes_of_matrices(rows) + bytes_of_jacobian
+            self.in_residual_space = needed_by_residuals <= problem.memory
+            needed = min(needed, needed_by_residuals)
         if needed > problem.memory:
             raise ValueError(
-                f"{problem.num_parameters} trainable parameters and {len(residuals)} residuals need "
-                f"{needed / 2**20:.0f} MiB, but `memory` is {problem.memory / 2**20:.0f} MiB. Give more, train fewer "
-                "parameters (an adapter), or use fewer rows."
+                f"{count} trainable parameters and {rows} residuals need {needed / 2**20:.0f} MiB, but `memory` is "
+                f"{problem.memory / 2**20:.0f} MiB. Give more, train fewer parameters (an adapter), or use fewer rows."
             )
-        self.gradient = torch.zeros_like(problem.start)
-        self.matrix = residuals.new_zeros(size, size)
+        return rows if self.in_residual_space else count
+
+    def _accumulate(self) -> None:
+        """Add J^T r, and in the space of parameters J^T J, chunk by chunk."""
         first = 0
-        for chunk in problem.chunks():
-            part = problem.jacobian(*chunk, out=None if self.jacobian is None else self.jacobian[first:])
-            self.gradient.addmv_(part.T, residuals[first : first + len(part)])
+        for term, rows in self.problem.chunks():
+            out = None if self.jacobian is None else self.jacobian[first:]
+            jacobian = self.problem.jacobian(term, rows, out)
+            last = first + len(jacobian)
+            self.gradient.addmv_(jacobian.T, self.residuals[first:last])
             if not self.in_residual_space:
-                _add_gram(self.matrix, part)
-            first += len(part)
+                _add_gram(self.matrix, jacobian)
+            first = last
 
     def inverse(self, damping: float, columns: Tensor) -> Tensor | None:
-        """Solve the damped system for columns; return None if the matrix is singular to rounding.
+        """Compute (J^T J + damping S)^-1 columns, (P, n), or in the space of residuals (J S^-1 J^T + damping)^-1
+        columns, (M, n).
 
-        It is (J^T J + damping S)^-1 columns, (P, n), or in the space of residuals (J S^-1 J^T + damping)^-1 columns,
-        (M, n).
+        Returns:
+            None if the matrix is singular to rounding.
         """
         diagonal = self.matrix.diagonal()  # damped in place, and restored: a copy of the matrix would cost as much
         undamped = diagonal.clone()
         diagonal += damping if self.in_residual_space else damping * self.scaling
-        triangle, failed = torch.linalg.cholesky_ex(self.matrix)
+        triangle, info = torch.linalg.cholesky_ex(self.matrix)
         diagonal.copy_(undamped)
-        if failed:
+        if info:
             return None
         half = torch.linalg.solve_triangular(triangle, columns, upper=False)  # `cholesky_solve` would copy L
         return torch.linalg.solve_triangular(triangle.mT, half, upper=True)
 
     def solve(self, damping: float) -> Tensor | None:
-        """Return the step -(J^T J + damping S)^-1 J^T r, (P,); None if the matrix is singular to rounding."""
+        """Return the step -(J^T J + damping S)^-1 J^T r, (P,). None if the matrix is singular to rounding."""
         right = self.residuals if self.in_residual_space else self.gradient
         solution = self.inverse(damping, right.unsqueeze(1))
-        # NaN, and no early return: all processes take part in the sums and the broadcast
-        step = torch.full_like(right, math.nan) if solution is None else -solution.squeeze(1)
-        if self.in_residual_space:
-            step = self._transposed(step) / self.scaling
+        if solution is None:
+            step = torch.full_like(self.gradient, math.nan)
+        elif self.in_residual_space:
+            # S^-1 J^T (J S^-1 J^T + damping)^-1 r is the same step
+            step = -(self.jacobian.T @ solution.squeeze(1)) / self.scaling
         else:
-            step = self.problem.shards.of_first(step)
+            step = -solution.squeeze(1)
+        # the last digits depend on the machine
+        step = self.problem.shards.broadcast(step)
         return step if step.isfinite().all() else None
-
-    def _transposed(self, vector: Tensor) -> Tensor:
-        """Return J^T vector."""
-        shards = self.problem.shards
-        if self.jacobian is not None:
-            return shards.sum(self.jacobian.T @ vector)
-        return shards.sum(shards.run(self.problem.pull_back, vector))
 
     def predicted_decrease(self, damping: float, step: Tensor) -> float:
         """Return |r|^2 - |r + J step|^2 for the step of this damping, where (J^T J + damping S) step = -J^T r."""
@@ -137,11 +153,12 @@ class LinearModel:
         return (step @ (matrix @ step) + 2 * (gradient @ step)).item()
 
     def after(self, step: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
-        """Return J^T J and J^T r of all residuals after a step: these ones, and the former ones by their linear model.
-
-        This instance is not used afterwards.
-        """
-        gradient = self._transposed(residuals)
+        """Return J^T J and J^T r after a step to these residuals. Former residuals follow their linear model."""
+        if self.jacobian is None:
+            gradient = self.problem.pull_back(residuals)
+        else:
+            gradient = self.jacobian.T @ residuals
+        self.problem.shards.sum(gradient)
         if self.past is not None:
             gradient += self.past[1] + self.past[0] @ step
         return self.matrix, gradient
@@ -153,10 +170,14 @@ def bytes_of_matrices(size: int) -> int:
 
 
 def _add_gram(gram: Tensor, matrix: Tensor) -> None:
-    """Add matrix^T matrix, of (n, p), to (p, p), in six strips, which leave out most of what the symmetry repeats."""
+    """Add matrix^T matrix, of (n, p), to (p, p).
+
+    Six strips leave out most of the products that the symmetry repeats.
+    """
     size = matrix.shape[1]
     width = max(1, -(-size // 6))
     for first in range(0, size, width):
-        strip = matrix[:, first : first + width].T @ matrix[:, first:]
-        gram[first : first + width, first:] += strip
-        gram[first + width :, first : first + width] += strip[:, width:].T
+        last = first + width
+        strip = matrix[:, first:last].T @ matrix[:, first:]
+        gram[first:last, first:] += strip
+        gram[last:, first:last] += strip[:, width:].T

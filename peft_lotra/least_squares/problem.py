@@ -1,14 +1,14 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Sums of squared residuals of a model: their values, and their Jacobian by rows."""
+"""A sum of squared residuals as a function of the trainable parameters, and the Jacobian of the residuals."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,53 +19,73 @@ from torch._functorch.eager_transforms import enable_inplace_requires_grad
 
 from ..derivatives.torch_fallback import ExactNorms
 from ..modules.calls import call_with_parameters
-from ..modules.checks import as_number
 from .jacobian import row_gradients
 from .shards import Shards
 
 
 CHUNK = 2**27  # bytes of a chunk of rows: enough for a small overhead, and no more, since fresh memory is slow
 
-# Rows of a trial by layers: from 65 on KAN layers have a backward pass by hand, and a prime tells tensors with rows.
+# Rows of a trial. From 65 rows on, KAN layers use their own backward pass. The prime tells which tensors have rows.
 TRIAL_ROWS = 67
 
 Term = tuple[Callable[..., Tensor], Sequence[Tensor], float]
 
 
 @dataclass
+class Trial:
+    """How a residual function is evaluated, as its first evaluation showed.
+
+    Attributes:
+        function: The function, kept so that no later function gets its `id`.
+        intercepted: Whether calls must run under `Intercepted`.
+        columns: The number of residuals of a row.
+        row_bytes: The memory of one row.
+        by_layers: Whether `row_gradients` computes the Jacobian, and not `torch.func.vmap`.
+    """
+
+    function: Callable[..., Tensor] | None = None
+    intercepted: bool = False
+    columns: int = 0
+    row_bytes: int = 1
+    by_layers: bool = False
+
+
+Trials = dict[tuple, Trial]
+
+
+@dataclass
 class PreparedTerm:
-    """A term with its rows in float64, and how it is evaluated, which is found out when its function is first seen."""
+    """A term with its rows in float64.
+
+    Attributes:
+        requires_grad: Whether each tensor of `rows` requires a gradient.
+        scale: The factor of the residuals, sqrt(weight / number of rows in all processes).
+    """
 
     name: str
-    function: Callable[..., Tensor]  # kept here so that no other function gets its `id`
+    function: Callable[..., Tensor]
     rows: tuple[Tensor, ...]
-    marked: list[bool]  # which of these tensors require a gradient
-    scale: float  # of the residuals; the weight, until all processes have told their numbers of rows
-    intercepted: bool = False  # whether calls run under `Intercepted`
-    columns: int = 0  # the number of residuals of a row
-    row_bytes: int = 1  # the memory of one row
-    by_layers: bool = False  # whether the Jacobian comes from `row_gradients`, and not from `torch.func.vmap`
+    requires_grad: list[bool]
+    scale: float
+    trial: Trial = field(default_factory=Trial)
 
-
-Known = dict[tuple, PreparedTerm]  # by the function, and the shapes of rows and parameters
+    @property
+    def columns(self) -> int:
+        """The number of residuals of a row."""
+        return self.trial.columns
 
 
 class Intercepted(ExactNorms):
-    """Keeps the graphs of derivatives that a residual function takes, which lead to the parameters.
+    """Keeps the graphs of derivatives that a residual function computes, which lead to the parameters.
 
     Attributes:
-        is_needed: Whether the function called something that must be intercepted. Calls with `create_graph=True` need
-            nothing, and operations are then spared the way through Python.
+        is_needed: Whether the function called something that must be intercepted. Other functions run without this
+            mode, which costs a call of Python for each operation.
     """
 
     is_needed = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.backward:
-            raise ValueError(
-                "`backward` in a residual function returns no derivatives. Replace `u.sum().backward()` and `x.grad` "
-                "by `(u_x,) = torch.autograd.grad(u.sum(), x)`, or all of it by `u, du, d2u = jet(model, x)`."
-            )
         kwargs = kwargs or {}
         if func is torch.autograd.grad and not kwargs.get("create_graph"):
             kwargs = {**kwargs, "create_graph": True}
@@ -74,33 +94,23 @@ class Intercepted(ExactNorms):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def check_terms(terms: Iterable[Any], least: int = 1) -> list[Term]:
+def check_terms(terms: Iterable[Any]) -> list[Term]:
     """Return residual terms with their rows as a tuple, and a weight.
 
     Raises:
-        ValueError: A term is malformed, or has fewer rows than `least`.
+        ValueError: A term is malformed, or there is none.
     """
     checked: list[Term] = []
-    if not isinstance(terms, Iterable):
-        raise TypeError(f"`terms` is {terms!r:.100}, but must be a list of residual terms.")
     for index, term in enumerate(terms):
-        if not isinstance(term, Sequence) or len(term) not in (2, 3) or not callable(term[0]):
-            raise ValueError(
-                f"Residual term {index} is {type(term).__name__}, but must be (function, rows), or with a weight "
-                "behind: (function, rows, weight). `terms` is a list of these."
-            )
-        function, rows, weight, *_ = (*term, 1.0)
-        name = name_term(index, function)
+        function, rows, weight = (*term, 1.0)[:3]
         rows = tuple(rows) if isinstance(rows, Sequence) else (rows,)
-        if not rows or not all(isinstance(row, Tensor) and row.dim() and not row.is_meta for row in rows):
-            raise ValueError(f"The rows of {name} must be tensors with values, at least one.")
-        lengths = [len(row) for row in rows]
-        if len(set(lengths)) > 1 or lengths[0] < least:
+        lengths = [len(row) if isinstance(row, Tensor) and row.dim() else math.nan for row in rows]
+        if not callable(function) or len(set(lengths)) != 1 or math.isnan(lengths[0]) or not weight > 0:
             raise ValueError(
-                f"The rows of {name} have lengths {lengths}, but must be equally many{', at least one' * least}."
+                f"A residual term must be (function, rows) or (function, rows, weight), with tensors of one length as "
+                f"rows and a weight above 0. But {name_term(index, function)} has rows of lengths {lengths} and the "
+                f"weight {weight!r:.100}."
             )
-        if not as_number(weight) > 0:
-            raise ValueError(f"The weight of {name} is {weight!r:.100}, but must be above 0.")
         checked.append((function, rows, float(weight)))
     if not checked:
         raise ValueError("There are no residual terms.")
@@ -108,24 +118,32 @@ def check_terms(terms: Iterable[Any], least: int = 1) -> list[Term]:
 
 
 def name_term(index: int, function: Callable) -> str:
-    """The name of a term in messages."""
+    """Return the name of a term in messages."""
     return f"residual term {index} ({getattr(function, '__name__', type(function).__name__)})"
 
 
 def check_residuals(values: Any, name: str, count: int) -> Tensor:
-    """Return the residuals of rows as (count, m) in float64; a `ValueError` if they are malformed."""
+    """Return the residuals of `count` rows as (count, m) in float64.
+
+    Raises:
+        ValueError: The values are no floating point tensor (count,) or (count, ...), or empty.
+    """
     is_tensor = isinstance(values, Tensor)
     if not is_tensor or not values.is_floating_point() or values.shape[:1] != (count,) or not values.numel():
-        given = f"{values.dtype} of shape {tuple(values.shape)}" if is_tensor else type(values).__name__
+        returned = f"{values.dtype} of shape {tuple(values.shape)}" if is_tensor else type(values).__name__
         raise ValueError(
-            f"The {name} returns {given} for {count} rows, but must return floating point numbers of shape "
+            f"The {name} returns {returned} for {count} rows, but must return floating point numbers of shape "
             f"({count},) or ({count}, m): the residuals of each row, without a mean over rows."
         )
     return values.reshape(count, -1).double()
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that require a gradient, by name; raise a `ValueError` if there are none."""
+    """Return the parameters that require a gradient, by name.
+
+    Raises:
+        ValueError: No parameter requires a gradient.
+    """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError(
@@ -148,15 +166,29 @@ def in_double(model: nn.Module) -> dict[str, Tensor]:
 
 
 class LeastSquares:
-    """The residuals as a function of the flat vector of the trainable parameters, in float64.
+    """The residuals r as a function of the vector of the trainable parameters, in float64.
 
-    Each residual is multiplied by sqrt(weight / rows) of its term, so that the loss is the sum of their squares. Only
-    `write` changes the model. Terms that are `known` from the step before are spared another trial. Rows, residuals
-    and Jacobians are those of this process, losses those of all `shards`.
+    Each residual is multiplied by sqrt(weight / rows) of its term, so that the loss is |r|^2. Only `write` changes the
+    model. Rows, residuals and Jacobians are those of this process. Losses are sums over all `shards`.
+
+    Args:
+        model: The model.
+        terms: Residual terms from `check_terms`.
+        memory: Bytes for chunks of rows.
+        trials: The `trials` of a former problem, which are not repeated.
+        shards: The processes that share the rows.
+
+    Attributes:
+        start: The parameters of the model, (P,).
+        terms: The prepared terms.
+        trials: The trials of these terms.
+
+    Raises:
+        ValueError: A term has no rows, or is random, or its rows depend on each other.
     """
 
     def __init__(
-        self, model: nn.Module, terms: list[Term], memory: int, known: Known, shards: Shards | None = None
+        self, model: nn.Module, terms: list[Term], memory: int, trials: Trials, shards: Shards | None = None
     ) -> None:
         self.model = model
         self.memory = memory
@@ -166,34 +198,36 @@ class LeastSquares:
         self.sizes = [parameter.numel() for parameter in self.trainable.values()]
         self.start = torch.cat([parameter.detach().double().flatten() for parameter in self.trainable.values()])
         self.num_parameters = len(self.start)
-        self.terms: list[PreparedTerm] = []
-        self.known: Known = {}
-        for index, (function, rows, weight) in enumerate(terms):
-            marked = [row.requires_grad for row in rows]
-            rows = tuple(row.detach().double() if row.is_floating_point() else row for row in rows)
-            self.terms.append(PreparedTerm(name_term(index, function), function, rows, marked, weight))
-        sizes = [(term.name, term.scale, len(term.rows[0])) for term in self.terms]
-        self.shards.run(self._prepare, self.shards.count_rows(sizes, self.start), known)
+        self.trials: Trials = {}
+        self.terms = self._prepare(terms)
+        for term in self.terms:
+            if len(term.rows[0]):
+                key = self._key(term)
+                term.trial = self.trials.get(key) or trials.get(key) or self._try(term)
+                self.trials[key] = term.trial
 
-    def _prepare(self, counts: list[int], known: Known) -> None:
-        """Scale the terms by their numbers of rows, and try those that are not known."""
-        setting = [(name, parameter.shape) for name, parameter in self.trainable.items()]
-        setting += [module.training for module in self.model.modules()]
-        for term, count in zip(self.terms, counts, strict=True):
-            term.scale = math.sqrt(term.scale / count)
-            if not len(term.rows[0]):
-                continue
-            # bound methods are new at each access
-            function = term.function if isinstance(term.function, Hashable) else id(term.function)
-            key = function, *setting, *((row.shape[1:], row.dtype) for row in term.rows)
-            before = self.known.get(key) or known.get(key)
-            if before is None:
-                self._check(term)
-                self._measure(term)
-            else:
-                term.intercepted, term.columns = before.intercepted, before.columns
-                term.row_bytes, term.by_layers = before.row_bytes, before.by_layers
-            self.known[key] = term
+    def _prepare(self, terms: list[Term]) -> list[PreparedTerm]:
+        """Convert the rows to float64, and count them in all processes."""
+        lengths = torch.tensor([len(rows[0]) for _, rows, _ in terms], device=self.start.device)
+        counts = self.shards.sum(lengths).tolist()
+        prepared = []
+        for index, (function, rows, weight) in enumerate(terms):
+            name = name_term(index, function)
+            if counts[index] == 0:
+                raise ValueError(f"The {name} has no rows.")
+            requires_grad = [row.requires_grad for row in rows]
+            rows = tuple(row.detach().double() if row.is_floating_point() else row for row in rows)
+            prepared.append(PreparedTerm(name, function, rows, requires_grad, math.sqrt(weight / counts[index])))
+        return prepared
+
+    def _key(self, term: PreparedTerm) -> tuple:
+        """Return what a trial depends on: the function, the trainable parameters, the modes, the kinds of rows."""
+        # bound methods are new at each access, but equal
+        function = term.function if isinstance(term.function, Hashable) else id(term.function)
+        shapes = [(name, parameter.shape) for name, parameter in self.trainable.items()]
+        modes = [module.training for module in self.model.modules()]
+        rows = [(row.shape[1:], row.dtype) for row in term.rows]
+        return function, *shapes, *modes, *rows
 
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
         parameters = zip(self.trainable.items(), flat.split(self.sizes), strict=True)
@@ -213,100 +247,104 @@ class LeastSquares:
         for name, values in self._named(flat).items():
             self.trainable[name].copy_(values)
 
-    def _call(self, term: PreparedTerm, rows: Sequence[Tensor], named: dict[str, Tensor]) -> Tensor:
-        """Return the scaled residuals (n, m) of n rows, with these tensors for the trainable parameters."""
-        with torch.enable_grad(), Intercepted() if term.intercepted else nullcontext():
-            # copies, which the function may mark, and write into
-            copies = tuple(row.detach().clone().requires_grad_(m) for row, m in zip(rows, term.marked, strict=True))
+    def _call(self, term: PreparedTerm, rows: Sequence[Tensor], tensors: dict[str, Tensor]) -> Tensor:
+        """Return the scaled residuals (n, m) of n rows, with tensors in place of parameters."""
+        with torch.enable_grad(), Intercepted() if term.trial.intercepted else nullcontext():
+            # copies, since the function may write into its rows
+            marked = zip(rows, term.requires_grad, strict=True)
+            copies = tuple(row.detach().clone().requires_grad_(is_marked) for row, is_marked in marked)
             evaluate = partial(term.function, self.model)
-            values = call_with_parameters(self.model, {**self.fixed, **named}, evaluate, copies, {})
+            values = call_with_parameters(self.model, {**self.fixed, **tensors}, evaluate, copies, {})
         return term.scale * check_residuals(values, term.name, len(rows[0]))
+
+    # How a function is evaluated
+
+    def _try(self, term: PreparedTerm) -> Trial:
+        """Evaluate a term on a few rows: check that rows are independent, and choose how to differentiate it."""
+        term.trial = Trial(term.function)
+        self._check(term)
+        self._measure(term)
+        return term.trial
 
     @torch.no_grad()
     def _check(self, term: PreparedTerm) -> None:
-        """Raise a `ValueError` unless the residuals of a row depend on that row alone.
-
-        They must not be random, and their number must not depend on the number of rows.
-        """
+        """Raise a `ValueError` if the residuals are random, or a row depends on other rows."""
         # copies, since batch normalization writes into them
-        buffers = {name: it.clone() for name, it in self.model.named_buffers() if name not in self.fixed}
-        named = {**buffers, **self._named(self.start)}
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers() if name not in self.fixed}
+        tensors = {**buffers, **self._named(self.start)}
 
-        def evaluate(*places: int) -> Tensor:
-            return self._call(term, [row[list(places)] for row in term.rows], named).detach()
+        def evaluate(*indices: int) -> Tensor:
+            rows = [row[list(indices)] for row in term.rows]
+            return self._call(term, rows, tensors).detach()
 
-        def differ(values: Tensor, others: Tensor) -> bool:
+        def differ(values: Tensor, expected: Tensor) -> bool:
             tolerance = 1e-7 * values.nan_to_num(0, 0, 0).abs().max().item() + 1e-10
-            return values.shape != others.shape or not torch.allclose(values, others, 1e-7, tolerance, equal_nan=True)
+            is_same_shape = values.shape == expected.shape
+            return not is_same_shape or not torch.allclose(values, expected, 1e-7, tolerance, equal_nan=True)
 
         with Intercepted() as mode:
-            pair = evaluate(0, -1)
-        term.intercepted = mode.is_needed
-        # module dropout often draws the same twice
-        if any(differ(pair, evaluate(0, -1)) for _ in range(3)):
+            residuals = evaluate(0, -1)
+        term.trial.intercepted = mode.is_needed
+
+        # dropout often draws the same twice
+        if any(differ(residuals, evaluate(0, -1)) for _ in range(3)):
             raise ValueError(
-                f"The {term.name} is random, so that two evaluations differ. Draw before the step and pass the draws "
-                "as rows, and turn dropout off by `model.eval()`."
+                f"The {term.name} is random. Draw before the step and pass the draws as rows. Turn dropout off by "
+                "`model.eval()`."
             )
-        # (n, n) of two rows has two columns, of one row one
-        if pair.shape[1] % 2 == 0 and evaluate(0).shape[1] != pair.shape[1]:
-            n = len(term.rows[0])
+        if differ(residuals, evaluate(0, -1, 0)[:2]):
             raise ValueError(
-                f"The {term.name} returns {(n, pair.shape[1] * n // 2)} for {n} rows, but must return ({n},) or "
-                f"({n}, m) with a fixed m. Shapes ({n},) and ({n}, 1) make such a square: squeeze one of them."
-            )
-        if differ(pair[:1], evaluate(0, 0)[:1]):
-            raise ValueError(
-                f"The {term.name} returns residuals of a row that depend on other rows. Give all that a residual "
-                "needs in its row, and put batch normalization into evaluation mode by `model.eval()`."
+                f"The {term.name} returns residuals of a row that depend on other rows. Pass all that a residual "
+                "needs in its row, and put batch normalization into evaluation mode by `model.eval()`. Shapes (n,) "
+                "and (n, 1) subtract to (n, n): squeeze one of them."
             )
 
     def _measure(self, term: PreparedTerm) -> None:
-        """Find the memory of a row, and whether `row_gradients` computes the Jacobian."""
+        """Find the number of columns, the memory of a row, and whether `row_gradients` computes the Jacobian."""
+        trial = term.trial
         leaves = self._leaves()
-        rows = [row[torch.arange(TRIAL_ROWS, device=row.device) % len(row)] for row in term.rows]
-        sizes: list[int] = []
+        indices = [index % len(term.rows[0]) for index in range(TRIAL_ROWS)]
+        rows = [row[indices] for row in term.rows]
+        saved_bytes: list[int] = []
 
         def pack(tensor: Tensor) -> Tensor:
-            sizes.append(tensor.numel() * tensor.element_size())
-            return tensor.detach()  # the tensor itself would hold the graph that holds it
+            saved_bytes.append(tensor.nbytes)
+            return tensor.detach()  # the tensor would hold the graph that holds it
 
         def evaluate() -> Tensor:
-            """Return the residuals, and put the bytes of each tensor saved for the backward pass into `sizes`."""
-            sizes.clear()
+            """Return the residuals, and set the number of columns and the memory of a row."""
+            saved_bytes.clear()
             try:
                 with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                    return self._call(term, rows, leaves)
-            except RuntimeError as error:
-                if "saved tensor hooks" not in str(error):  # transforms of torch.func do not take them
-                    raise
-                return self._call(term, rows, leaves)
+                    residuals = self._call(term, rows, leaves)
+            except RuntimeError:  # transforms of `torch.func` refuse the hooks
+                residuals = self._call(term, rows, leaves)
+            trial.columns = residuals.shape[1]
+            # tensors of parameters are left out
+            bytes_of_rows = sum(size for size in saved_bytes if size % TRIAL_ROWS == 0)
+            bytes_of_gradients = 2 * trial.columns * self.num_parameters * 8
+            trial.row_bytes = 3 * bytes_of_rows // TRIAL_ROWS + bytes_of_gradients
+            return residuals
 
-        def row_bytes() -> int:
-            """Return the bytes that a row saves, without the parameters, and those of its gradients."""
-            of_rows = sum(size for size in sizes if size % TRIAL_ROWS == 0)
-            return 3 * of_rows // TRIAL_ROWS + 2 * term.columns * self.num_parameters * 8
-
-        term.columns = evaluate().shape[1]
-        term.row_bytes = row_bytes()
-        if TRIAL_ROWS * term.row_bytes > self.memory:
-            return
-        with suppress(RuntimeError):  # of a function that writes into the output of a layer, which is a leaf here
+        evaluate()
+        row_bytes = trial.row_bytes
+        with suppress(RuntimeError):  # the function writes into the output of a layer, which is a leaf here
             jacobian = row_gradients(evaluate, list(leaves.values()), TRIAL_ROWS)
-            if jacobian is None:
-                return
-            # a function that reorders its rows on the way is not differentiated row by row
-            weights = jacobian.new_ones(len(jacobian)).cumsum(0).cos()
-            expected = self._pull_back(term, rows, weights)
-            error = jacobian.T @ weights - expected
-            if error.abs().max() <= 1e-6 * expected.abs().max():  # not if one is NaN
-                term.by_layers = True
-                term.row_bytes = row_bytes()
+            if jacobian is not None:
+                # a function that reorders its rows is not differentiated row by row
+                weights = jacobian.new_ones(len(jacobian)).cumsum(0).cos()
+                expected = self._pull_back(term, rows, weights)
+                error = jacobian.T @ weights - expected
+                trial.by_layers = bool(error.abs().max() <= 1e-6 * expected.abs().max())  # False for NaN
+        if not trial.by_layers:
+            trial.row_bytes = row_bytes
+
+    # Residuals
 
     def chunks(self) -> Iterator[tuple[PreparedTerm, list[Tensor]]]:
         """Yield each term with its rows, in chunks of as many rows as fit."""
         for term in self.terms:
-            size = max(1, min(self.memory // 2, CHUNK) // term.row_bytes)
+            size = max(1, min(self.memory // 2, CHUNK) // term.trial.row_bytes)
             for first in range(0, len(term.rows[0]), size):
                 yield term, [row[first : first + size] for row in term.rows]
 
@@ -319,65 +357,64 @@ class LeastSquares:
             residuals.append(self._call(term, rows, named).detach().flatten())
         return torch.cat(residuals)
 
-    def find_not_finite(self, residuals: Tensor) -> str:
-        """Return a message that names the terms whose residuals are NaN or infinite; empty if there are none."""
-        words = []
-        for term, of_term in zip(self.terms, self._split(residuals), strict=True):
-            wrong = ~of_term.isfinite()
-            if wrong.any():
-                row = int(wrong.nonzero()[0]) // term.columns
-                values = ", ".join(str([round(v, 6) for v in rows[row].flatten()[:8].tolist()]) for rows in term.rows)
-                words.append(f"{int(wrong.sum())} of {len(wrong)} in {term.name}, first in row {row}: {values}")
-        if not words:
-            return ""
-        return f"residuals are NaN or infinite: {'; '.join(words)}. The parameters are unchanged."
-
     def _split(self, residuals: Tensor) -> Sequence[Tensor]:
         """Return the residuals of each term."""
         return residuals.split([len(term.rows[0]) * term.columns for term in self.terms])
 
     def losses(self, residuals: Tensor) -> tuple[float, ...]:
-        """Return the part of the loss of each term."""
-        squares = [of_term.square().sum() for of_term in self._split(residuals)]
+        """Return the sum of squares of each term, in all processes."""
+        squares = [residuals_of_term.square().sum() for residuals_of_term in self._split(residuals)]
         return tuple(self.shards.sum(torch.stack(squares)).tolist())
 
-    def jacobian(self, term: PreparedTerm, rows: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-        """Return the derivatives of the residuals of some rows, (n m, P), in the first rows of `out` if it is given.
+    def find_not_finite(self, residuals: Tensor) -> str:
+        """Return a message that names the terms whose residuals are NaN or infinite; empty without any."""
+        names = []
+        for term, residuals_of_term in zip(self.terms, self._split(residuals), strict=True):
+            indices = (~residuals_of_term.isfinite()).nonzero()
+            if len(indices):
+                row = int(indices[0]) // term.columns
+                first = term.rows[0][row].tolist()
+                names.append(f"{len(indices)} of {len(residuals_of_term)} in {term.name}, first in row {row}: {first}")
+        if not names:
+            return ""
+        return f"residuals are NaN or infinite: {'; '.join(names)}. The parameters are unchanged."
 
-        They come from `row_gradients` if only KAN layers depend on the parameters, from `torch.func.vmap` otherwise.
+    # Derivatives
+
+    def jacobian(self, term: PreparedTerm, rows: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+        """Return the derivatives of the residuals of some rows, (n m, P), in the first rows of `out` if it is passed.
+
+        `row_gradients` computes them if only KAN layers depend on the parameters, else `torch.func.vmap`.
         """
-        if term.by_layers:
+        if term.trial.by_layers:
             leaves = self._leaves()
             evaluate = partial(self._call, term, rows, leaves)
             jacobian = row_gradients(evaluate, list(leaves.values()), len(rows[0]), out)
             if jacobian is not None:
                 return jacobian
-        jacobian = self._jacobian_by_rows(term, rows)
+        jacobian = self._jacobian_by_vmap(term, rows)
         return jacobian if out is None else out[: len(jacobian)].copy_(jacobian)
 
-    def _jacobian_by_rows(self, term: PreparedTerm, rows: Sequence[Tensor]) -> Tensor:
-        def of_one_row(flat: Tensor, *row: Tensor) -> Tensor:
+    def _jacobian_by_vmap(self, term: PreparedTerm, rows: Sequence[Tensor]) -> Tensor:
+        def differentiate_row(flat: Tensor, *row: Tensor) -> Tensor:
             batch = [tensor.unsqueeze(0) for tensor in row]
             values, pull, *_ = torch.func.vjp(lambda p: self._call(term, batch, self._named(p))[0], flat)
-            return torch.stack([pull(unit)[0] for unit in torch.eye(len(values), device=values.device).to(values)])
+            units = torch.eye(len(values), device=values.device).to(values)
+            return torch.stack([pull(unit)[0] for unit in units])
 
-        try:
-            with enable_inplace_requires_grad(True):  # for functions that call `x.requires_grad_()`
-                of_rows = torch.func.vmap(of_one_row, (None, *[0] * len(rows)), randomness="different")
-                return of_rows(self.start, *rows).flatten(0, 1)
-        except RuntimeError as error:
-            raise ValueError(
-                f"The {term.name} cannot be evaluated row by row, as it must for a model that is no chain of KAN "
-                f"layers: {error} Replace `if` of tensors by `torch.where`, and `.item()` by the tensor."
-            ) from error
+        in_dims = (None, *[0] * len(rows))
+        differentiate_rows = torch.func.vmap(differentiate_row, in_dims, randomness="different")
+        with enable_inplace_requires_grad(True):  # for functions that call `x.requires_grad_()`
+            return differentiate_rows(self.start, *rows).flatten(0, 1)
 
     def pull_back(self, vector: Tensor) -> Tensor:
         """Return J^T vector, (M,) to (P,), by one backward pass."""
         total = torch.zeros_like(self.start)
-        chunks = list(self.chunks())
-        parts = vector.split([len(rows[0]) * term.columns for term, rows in chunks])
-        for chunk, part in zip(chunks, parts, strict=True):
-            total += self._pull_back(*chunk, part)
+        first = 0
+        for term, rows in self.chunks():
+            last = first + len(rows[0]) * term.columns
+            total += self._pull_back(term, rows, vector[first:last])
+            first = last
         return total
 
     def _pull_back(self, term: PreparedTerm, rows: Sequence[Tensor], vector: Tensor) -> Tensor:

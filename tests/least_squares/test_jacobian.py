@@ -36,8 +36,8 @@ def check(model: nn.Module, function: Callable, *rows: Tensor, by_layers: bool =
     squares = problem(model, [(function, rows or (points(),))])
     for term, part in squares.chunks():
         found = squares.jacobian(term, part)
-        assert term.by_layers is by_layers
-        term.by_layers = False
+        assert term.trial.by_layers is by_layers
+        term.trial.by_layers = False
         expected = squares.jacobian(term, part)
         assert found.shape == expected.shape and expected.any()
         assert relative(found, expected) < 1e-12

