@@ -163,9 +163,10 @@ class Tucker(tuple):
 
     @torch.no_grad()
     def balanced(self) -> Tucker:
-        """Return the same tensor with columns of norm sqrt(out), 1, sqrt(basis) and 1, given factors of orthonormal columns.
+        """Return the same tensor with columns of norm sqrt(out), 1, sqrt(basis) and 1.
 
-        Random starts of adapters have these norms too. The learning rates suit them.
+        The factors must have orthonormal columns. Random starts of adapters have these norms too, and the learning
+        rates suit them.
         """
         core, *factors = self
         gains = (math.sqrt(self.shape[0]), 1.0, math.sqrt(self.shape[2]), 1.0)
@@ -206,7 +207,7 @@ class Update(NamedTuple):
     tensor: Tucker
 
     def dense(self) -> Tensor:
-        """Return the update (out, in, basis [, kernel]). The residual branch, if adapted, is the last slice of the basis."""
+        """Return the update (out, in, basis [, kernel]). An adapted residual branch is the last slice of the basis."""
         return self.tensor.dense(self.scale)
 
 

@@ -3,8 +3,8 @@
 
 """Basis functions of one input with their derivatives: splines of any knots, Gaussians, polynomials, harmonics.
 
-Each returns the values and the derivatives up to the order `highest`, in a list. For z of any shape (...),
-a derivative is (..., K), a view of memory in which the K functions come first.
+Each function returns a list of the values and the derivatives up to the order `highest`. For z of any shape (...),
+each is (..., K), a view of memory in which the K functions come first.
 """
 
 from __future__ import annotations
@@ -23,179 +23,179 @@ from .torch_fallback import elementwise_derivatives
 
 
 def num_functions(basis: Basis) -> int:
-    """The number of functions of a basis; those of a uniform grid include silu, as the last one."""
+    """Return the number of functions of a basis. A uniform grid has silu too, as the last one."""
     return basis.num_basis + 1 if isinstance(basis, UniformGrid) else basis.size
 
 
 def evaluate_functions(basis: FunctionBasis, z: Tensor, highest: int) -> list[Tensor]:
     """Return the functions at z (I, N) and their derivatives up to the order `highest`, each (K, I, N)."""
     x = z.T
-    values = basis.derivatives(x, highest)
-    missing = highest + 1 - len(values)
-    if missing > 0:
-        last = len(values) - 1
-        values = [*values[:-1], *elementwise_derivatives(lambda x: basis.derivatives(x, last)[last], x, missing)]
-    return [part.permute(2, 1, 0) for part in values]
+    functions = basis.derivatives(x, highest)
+    last = len(functions) - 1
+    if last < highest:
+        missing = elementwise_derivatives(lambda x: basis.derivatives(x, last)[last], x, highest - last)
+        functions = [*functions[:-1], *missing]
+    return [function.permute(2, 1, 0) for function in functions]
 
 
-def tensors_of(basis: Basis) -> list[Tensor]:
-    """The tensors that the functions depend on besides the inputs, for `save_for_backward`, which notices changes."""
-    tensors = (basis.low, basis.high) if isinstance(basis, UniformGrid) else basis.tensors
-    return [tensor for tensor in tensors if not tensor.is_inference()]  # which cannot be saved
+def tensors_of(basis: Basis) -> tuple[Tensor, ...]:
+    """Return the tensors that the functions depend on, for `save_for_backward`, which notices changes."""
+    return (basis.low, basis.high) if isinstance(basis, UniformGrid) else basis.tensors
 
 
 class FunctionFeatures:
-    """The K functions of a basis, and derivatives of them, for inputs z (I, N) in blocks of rows.
+    """The K functions of a basis and their derivatives, for inputs z (I, N) in blocks of points.
 
     Attributes:
         shape: (K, I).
-        scale: The unit of the inputs in which functions are differentiated, its inverse (I, 1); None for 1.
-        rows: How many rows are evaluated at a time.
+        scale: The unit of the inputs in which functions are differentiated, its inverse (I, 1). None for 1.
+        block_size: How many points are evaluated at a time.
+        functions: The functions of the present block of `blocks`, (K, I, R), by order of the derivative.
     """
 
     scale: Tensor | None = None
 
     def __init__(self, basis: Any, z: Tensor) -> None:
-        self.basis, self.shape = basis, (num_functions(basis), len(z))
-        block = JET_BLOCK if z.device.type == "cpu" else OFF_CPU
-        self.rows = max(128, block // max(1, math.prod(self.shape)))
+        self.basis = basis
+        self.shape = (num_functions(basis), len(z))
+        self.functions: dict[int, Tensor] = {}
+        size = JET_BLOCK if z.device.type == "cpu" else OFF_CPU
+        self.block_size = max(128, size // max(1, math.prod(self.shape)))
 
     def evaluate(self, z: Tensor, orders: Sequence[int]) -> list[Tensor]:
-        """The derivatives of these orders at z (I, rows), each (K, I, rows)."""
+        """Return the derivatives of these orders at z (I, R), each (K, I, R)."""
         with torch.no_grad():
-            found = evaluate_functions(self.basis, z, max(orders))
-        return [found[d].contiguous() for d in orders]
+            functions = evaluate_functions(self.basis, z, max(orders))
+        return [functions[order].contiguous() for order in orders]
 
-    def functions(self, orders: Sequence[int], found: Sequence[Tensor]) -> DenseFunctions:
-        """The functions of a block, from the results of `evaluate`."""
-        return DenseFunctions(dict(zip(orders, found, strict=False)))
+    def blocks(self, z: Tensor, orders: Sequence[int], kept: Sequence[Tensor] = ()) -> Iterator[slice]:
+        """Yield blocks of the points z (I, N), of about the same size, whose functions are then in `functions`.
 
-    def parts(
-        self, z: Tensor, orders: Sequence[int], kept: Sequence[Tensor]
-    ) -> Iterator[tuple[slice, DenseFunctions]]:
-        """The functions for blocks of the rows of z (I, N), of about the same size, from what `evaluate` gave for all
-        rows and these orders, if that was kept."""
-        rows = z.shape[1]
-        count = max(1, -(-rows // self.rows))
-        for block in blocks(0, rows, max(1, -(-rows // count))):
-            yield block, self.functions(orders, kept or self.evaluate(z[:, block], orders))
+        Args:
+            z: The points.
+            orders: The orders of the derivatives.
+            kept: The result of `evaluate` for all points, if it is known.
+        """
+        count = z.shape[1]
+        num_blocks = max(1, -(-count // self.block_size))
+        for block in blocks(0, count, max(1, -(-count // num_blocks))):
+            self.load(orders, kept or self.evaluate(z[:, block], orders))
+            yield block
 
-
-class DenseFunctions:
-    """All functions for a block of rows, by order of the derivative (K, I, R); see `LocalSplines`."""
-
-    def __init__(self, functions: dict[int, Tensor]) -> None:
-        self.functions = functions
-        self.like = functions[0]
+    def load(self, orders: Sequence[int], values: Sequence[Tensor]) -> None:
+        """Make the results of `evaluate` the present block."""
+        self.functions = dict(zip(orders, values, strict=False))
 
     def memory(self, name: str, count: int) -> Tensor:
-        """For `count` tensors of the shape of the functions."""
-        return workspace(name, self.like, count, *self.like.shape)
+        """Return memory for `count` tensors of the shape of the functions."""
+        return workspace(name, self.functions[0], count, *self.functions[0].shape)
 
     def matrices(self, rows: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Tensors (K, I, R) as matrices (K I, R), each with its number."""
+        """Yield tensors (K, I, R) as matrices (K I, R), each with its number."""
         yield from enumerate(row.flatten(0, 1) for row in rows)
 
-    def towards(self, transposed: Tensor, gradients: Sequence[Tensor]) -> Tensor:
-        """The products of (K I, O) and (O, R): (S, K, I, R)."""
-        found = self.memory("towards", len(gradients))
-        for one, gradient in zip(found, gradients, strict=True):
-            torch.mm(transposed, gradient, out=one.flatten(0, 1))
-        return found
+    def pull_back(self, transposed: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+        """Return the products of (K I, O) and each gradient (O, R), (S, K, I, R)."""
+        products = self.memory("pull_back", len(gradients))
+        for product, gradient in zip(products, gradients, strict=True):
+            torch.mm(transposed, gradient, out=product.flatten(0, 1))
+        return products
 
 
 def spline_derivatives(
     knots: Tensor, order: int, z: Tensor, highest: int, closed: Tensor | None = None
 ) -> list[Tensor]:
-    """The M - 1 - order B-splines of degree `order` on knots (I, M), for z (N, I), by the Cox-de Boor recursion.
+    """Evaluate the M - 1 - order B-splines of degree `order` on knots (I, M), by the Cox-de Boor recursion.
 
-    The derivatives are differences of the splines of lower degree. Terms of knots that coincide are zero. `closed`
-    (I,) names for each input the interval that includes its right end.
+    Args:
+        knots: Terms of knots that coincide are zero.
+        order: The degree.
+        z: The points, (N, I).
+        highest: The highest order of the derivatives.
+        closed: For each input the interval that includes its right end, (I,).
     """
-    x, knots = z.T.unsqueeze(0), knots.T.contiguous().unsqueeze(-1)  # (1, I, N), (M, I, 1)
-    inside = (knots[:-1] <= x) & (x < knots[1:])
+    x = z.T  # (I, N)
+    knots = knots.T.contiguous().unsqueeze(-1)  # (M, I, 1)
+    is_inside = (knots[:-1] <= x) & (x < knots[1:])
     if closed is not None:
-        here = torch.arange(len(inside), device=z.device)[:, None, None] == closed[:, None]
-        inside = inside | (here & (x == knots[1:]))
-    basis = inside.to(z.dtype)
-    by_degree = [basis]
+        interval = torch.arange(len(is_inside), device=z.device)[:, None, None]
+        is_inside = is_inside | ((interval == closed[:, None]) & (x == knots[1:]))
+    derivatives = [is_inside.to(z.dtype)]
     for p in range(1, order + 1):
         span = knots[p:] - knots[:-p]
-        ramp = (x - knots[:-p]) * _inverse(span)
-        rest = torch.where(span == 0, torch.zeros_like(span), torch.ones_like(span))
-        basis = ramp[:-1] * basis[:-1] + (rest - ramp)[1:] * basis[1:]
-        by_degree.append(basis)
-    found = []
-    for d in range(min(highest, order) + 1):
-        part = by_degree[order - d]
-        for p in range(order - d + 1, order + 1):
-            scaled = part * (p * _inverse(knots[p:] - knots[:-p]))
-            part = scaled[:-1] - scaled[1:]
-        found.append(part)
-    found += [torch.zeros_like(basis)] * (highest - order)
-    return [part.permute(2, 1, 0) for part in found]
-
-
-def _inverse(span: Tensor) -> Tensor:
-    return torch.where(span == 0, torch.zeros_like(span), 1 / torch.where(span == 0, torch.ones_like(span), span))
+        inverse = span.masked_fill(span == 0, math.inf).reciprocal()
+        rising = (x - knots[:-p]) * inverse
+        falling = (knots[p:] - x) * inverse
+        splines = rising[:-1] * derivatives[0][:-1] + falling[1:] * derivatives[0][1:]
+        # the derivatives are differences of splines of lower degree
+        needed = max(0, highest - (order - p))
+        slopes = [derivative * (p * inverse) for derivative in derivatives[:needed]]
+        derivatives = [splines, *(slope[:-1] - slope[1:] for slope in slopes)]
+    derivatives += [torch.zeros_like(derivatives[0])] * (highest - order)
+    return [derivative.permute(2, 1, 0) for derivative in derivatives]
 
 
 def gaussian_derivatives(centers: Tensor, width: Any, z: Tensor, highest: int) -> list[Tensor]:
-    """exp(-((z - c) / width)^2) for centers c (K,)."""
-    half, rate = _offsets(z / 2, centers / 2), 2 / (width * width)
+    """Evaluate exp(-((z - c) / width)^2) for centers c (K,)."""
+    half = _offsets(z / 2, centers / 2)
+    rate = 2 / (width * width)
     slope = half * (-2 * rate)  # of the exponent
-    value = (half * slope).exp_()
-    found = [value]
-    if highest >= 1:
-        found.append(slope * value)
-    for d in range(2, highest + 1):
-        part, factor = slope * found[-1], (d - 1) * rate
-        is_learned = isinstance(factor, Tensor)
-        found.append(part.sub_(found[-2] * factor) if is_learned else part.sub_(found[-2], alpha=factor))
-    return _functions_last(found)
+    derivatives = [(half * slope).exp_()]
+    for n in range(highest):
+        derivative = slope * derivatives[n]
+        if n > 0:
+            derivative = derivative - derivatives[n - 1] * (n * rate)
+        derivatives.append(derivative)
+    return _functions_last(derivatives)
 
 
 def bump_derivatives(centers: Tensor, z: Tensor, highest: int) -> list[Tensor]:
-    """1 - tanh(z - c)^2 for centers c (K,)."""
-    found = logistic_derivatives(torch.tanh(_offsets(z, centers)), highest + 1, of_tanh=True)  # bumps are its slopes
-    return _functions_last(found[1:])
+    """Evaluate 1 - tanh(z - c)^2, the slope of tanh, for centers c (K,)."""
+    derivatives = logistic_derivatives(torch.tanh(_offsets(z, centers)), highest + 1, of_tanh=True)
+    return _functions_last(derivatives[1:])
 
 
 def chebyshev_derivatives(degree: int, z: Tensor, highest: int) -> list[Tensor]:
-    """The Chebyshev polynomials T_0 ... T_degree of tanh(z)."""
-    u = torch.tanh(z)
-    of_u = logistic_derivatives(u, highest, of_tanh=True)
-    zeros = torch.zeros_like(u)
-    rows = [[torch.ones_like(u) if d == 0 else zeros] for d in range(highest + 1)]
+    """Evaluate the Chebyshev polynomials T_0 ... T_degree of u = tanh(z)."""
+    u = logistic_derivatives(torch.tanh(z), highest, of_tanh=True)
+    zeros = torch.zeros_like(z)
+    derivatives = [[zeros] for _ in range(highest + 1)]
+    derivatives[0] = [torch.ones_like(z)]
     for n in range(1, degree + 1):
-        for d in range(highest + 1):  # T_n = 2 u T_{n-1} - T_{n-2}, differentiated d times
-            value = zeros if n == 1 else -rows[d][n - 2]
+        # T_n = 2 u T_{n-1} - T_{n-2}, and T_1 = u, differentiated d times
+        factor = 1 if n == 1 else 2
+        for d in range(highest + 1):
+            polynomial = zeros if n == 1 else -derivatives[d][n - 2]
             for e in range(d + 1):
-                value = torch.addcmul(value, of_u[e], rows[d - e][n - 1], value=min(n, 2) * math.comb(d, e))
-            rows[d].append(value)
-    return _functions_last([_functions_first(row) for row in rows])
+                binomial = math.comb(d, e)
+                polynomial = torch.addcmul(polynomial, u[e], derivatives[d - e][n - 1], value=factor * binomial)
+            derivatives[d].append(polynomial)
+    return _functions_last([_functions_first(polynomials) for polynomials in derivatives])
 
 
 def harmonic_derivatives(count: int, z: Tensor, highest: int) -> list[Tensor]:
-    """cos(k z) for k = 1 ... count, and then sin(k z)."""
+    """Evaluate cos(k z) for k = 1 ... count, and then sin(k z)."""
     k = torch.arange(1, count + 1, dtype=z.dtype, device=z.device).view(-1, *[1] * z.dim())
-    cosine, sine = torch.cos(k * z), torch.sin(k * z)
+    cosine = torch.cos(k * z)
+    sine = torch.sin(k * z)
     cycle = [(cosine, sine), (-sine, cosine), (-cosine, -sine), (sine, -cosine)]
-    return _functions_last(
-        [_functions_first([*(k**d * cycle[d % 4][0]), *(k**d * cycle[d % 4][1])]) for d in range(highest + 1)]
-    )
+    derivatives = []
+    for d in range(highest + 1):
+        cosines, sines = cycle[d % 4]
+        derivatives.append(_functions_first([*(k**d * cosines), *(k**d * sines)]))
+    return _functions_last(derivatives)
 
 
 def _offsets(z: Tensor, centers: Tensor) -> Tensor:
     return z - centers.view(-1, *[1] * z.dim())
 
 
-def _functions_first(parts: Sequence[Tensor]) -> Tensor:
-    """The values of functions, each of the shape of z, as one tensor that has the order of z in memory."""
-    if parts[0].dim() == 2 and not parts[0].is_contiguous():
-        return torch.stack([part.mT for part in parts]).mT
-    return torch.stack(list(parts))
+def _functions_first(functions: Sequence[Tensor]) -> Tensor:
+    """Stack functions of the shape of z, in the order of z in memory."""
+    if functions[0].dim() == 2 and not functions[0].is_contiguous():
+        return torch.stack([function.mT for function in functions]).mT
+    return torch.stack(list(functions))
 
 
-def _functions_last(parts: Sequence[Tensor]) -> list[Tensor]:
-    return [part.movedim(0, -1) for part in parts]
+def _functions_last(derivatives: Sequence[Tensor]) -> list[Tensor]:
+    return [derivative.movedim(0, -1) for derivative in derivatives]

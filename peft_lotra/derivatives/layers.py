@@ -4,7 +4,7 @@
 """One KAN layer applied to a jet: a value with its derivatives along some directions.
 
 The N points are inputs of the layer. At each of them the jet has S jet rows, one for the value and one for each
-derivative along each direction: the factors (K + 1, I) of the coefficients in that part of the output.
+derivative along each direction: the factors (K + 1, I) of the coefficients in that row of the output.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from torch import Tensor
 
 from ..kan.basis import UniformGrid, bspline_basis, cardinal_spline, in_transform, silu_derivatives
 from ..kan.formula import Basis, FunctionBasis, LayerFormula
-from ..modules.calls import is_tracing
 from ..tucker import Update
 from .bases import evaluate_functions, num_functions, tensors_of
 from .chain_rule import Jet, compose, row_counts
-from .layer_jet import JetRows, LayerJet, by_hand_pays, make_features
+from .layer_jet import JetRows, LayerJet, make_features, use_layer_jet
 from .norms import through_norm
 
 
@@ -39,50 +38,49 @@ def evaluate_layer(formula: LayerFormula, jet: Jet, order: int, weights: Tensor 
     z = jet[0]
     if formula.basis is None:
         matrix: Any = formula.residual
-        slopes = [part.expand(len(part), *z.shape) @ matrix.mT for part in jet[1:]]
+        slopes = [derivative.expand(-1, *z.shape) @ matrix.mT for derivative in jet[1:]]
         return [F.linear(z, matrix, formula.bias), *slopes]
 
-    # adapters may be in float32 beside a base in half precision
-    updates = [Update(gain, tensor.map(partial(Tensor.to, dtype=z.dtype))) for gain, tensor in formula.updates]
-    # in transforms, a gradient of the size of the coefficients for each row is avoided
-    stays_factored = in_transform() and formula.scale is None
+    # adapters may be in float32 and the base in half precision
+    updates = [Update(scale, tensor.map(partial(Tensor.to, dtype=z.dtype))) for scale, tensor in formula.updates]
+    factored: list[Update] = []
+    if in_transform() and formula.scale is None:
+        # no gradient of the size of the coefficients for each row
+        updates, factored = factored, updates
     coefficients = None
-    if formula.coefficients is not None or not stays_factored:
-        coefficients = formula._replace(updates=() if stays_factored else tuple(updates)).joined()
+    if formula.coefficients is not None or updates:
+        coefficients = formula._replace(updates=tuple(updates)).joined()
     start = 0
     total: Any = None
-    for basis, norm in _terms(formula):
-        functions = slice(start, start + num_functions(basis))
-        matrix = None if coefficients is None else coefficients[:, functions]
-        factored = []
-        if stays_factored:
-            factored = [update._replace(tensor=update.tensor.sliced(functions)) for update in updates]
-        inputs = jet if norm is None else through_norm(norm, jet, order, weights)
-        term = _through(basis, matrix, factored, inputs, order, weights)
+    for basis, inputs in _terms(formula, jet, order, weights):
+        stop = start + num_functions(basis)
+        matrix = None if coefficients is None else coefficients[:, start:stop]
+        sliced = [Update(scale, tensor.sliced(slice(start, stop))) for scale, tensor in factored]
+        term = _evaluate_term(basis, matrix, sliced, inputs, order, weights)
         total = term if total is None else [first + second for first, second in zip(total, term, strict=True)]
-        start = functions.stop
+        start = stop
     if formula.bias is not None:
         total[0] = total[0] + formula.bias
     return total
 
 
-def _terms(formula: LayerFormula) -> list[tuple[Basis, Any]]:
-    """Return the bases of a layer in the order of `LayerFormula.joined`, each with the norm of its inputs.
+def _terms(formula: LayerFormula, jet: Jet, order: int, weights: Tensor | None) -> list[tuple[Basis, Jet]]:
+    """Return the bases of a layer in the order of `LayerFormula.joined`, each with the jet of its inputs.
 
     In the terms, the functions of a uniform grid are the B-splines and silu.
     """
-    basis, activation = formula.basis, formula.activation
-    assert basis is not None
-    is_silu = activation is F.silu
+    basis: Any = formula.basis
+    activation = formula.activation
+    normalized = jet if formula.norm is None else through_norm(formula.norm, jet, order, weights)
+    has_silu = activation is F.silu
     if isinstance(basis, UniformGrid):
-        if is_silu or formula.residual is None:
-            return [(basis, formula.norm)]
-        grid = basis
-        basis = FunctionBasis(grid.num_basis, partial(_spline_functions, grid), (grid.low, grid.high))
-    terms: list[tuple[Basis, Any]] = [(basis, formula.norm)]
+        if has_silu or formula.residual is None:
+            return [(basis, normalized)]
+        basis = FunctionBasis(basis.num_basis, partial(_spline_functions, basis), (basis.low, basis.high))
+    terms: list[tuple[Basis, Jet]] = [(basis, normalized)]
     if formula.residual is not None:
-        functions = _silu_functions if is_silu else lambda z, highest: [activation(z).unsqueeze(-1)]
-        terms.append((FunctionBasis(1, functions, basis.tensors), None))
+        functions = _silu_functions if has_silu else lambda z, highest: [activation(z).unsqueeze(-1)]
+        terms.append((FunctionBasis(1, functions, basis.tensors), jet))
     return terms
 
 
@@ -94,7 +92,7 @@ def _silu_functions(z: Tensor, highest: int) -> list[Tensor]:
     return [values.unsqueeze(-1) for values in silu_derivatives(z, highest)]
 
 
-def _through(
+def _evaluate_term(
     basis: Basis,
     coefficients: Tensor | None,
     factored: Sequence[Update],
@@ -102,102 +100,108 @@ def _through(
     order: int,
     weights: Tensor | None,
 ) -> Jet:
-    """`evaluate_layer` for coefficients (O, K, I), functions first, and updates that are added in factored form."""
-    by_hand = by_hand_pays(jet, order, weights, coefficients)
-    z, *derivatives = [part.mT for part in jet]  # all operations run along the points
+    """Evaluate a term for coefficients (O, K, I), functions first, and updates that are added in factored form."""
+    plain = partial(_evaluate_plainly, basis, factored, order, weights)
     matrix = None if coefficients is None else coefficients.flatten(1)
-    plain = partial(_by_plain_operations, basis, factored, order, weights)
+    transposed = _transpose(jet)  # all operations run along the points
     # the weights of the directions, and the tensors that functions depend on, must be constants
-    if by_hand and not any(it is not None and it.requires_grad for it in (weights, *tensors_of(basis))):
-        derivatives = [part.expand(len(part), *z.shape) for part in derivatives]
-        y = LayerJet.apply(basis, order, weights, plain, matrix, z, *derivatives)
+    is_constant = not any(tensor.requires_grad for tensor in tensors_of(basis))
+    if weights is not None and weights.requires_grad:
+        is_constant = False
+    if is_constant and use_layer_jet(jet, order, weights, coefficients):
+        outputs = LayerJet.apply(basis, order, weights, plain, matrix, *transposed)
     else:
-        y = plain(matrix, z, *derivatives)
-    return [part.mT for part in y]
+        outputs = plain(matrix, *transposed)
+    return [output.mT for output in outputs]
 
 
-def _by_plain_operations(
+def _transpose(jet: Jet) -> Jet:
+    """Return z (I, N) and its derivatives, each (D, I, N)."""
+    z = jet[0]
+    return [z.T, *(derivative.expand(-1, *z.shape).mT for derivative in jet[1:])]
+
+
+def _evaluate_plainly(
     basis: Basis, factored: Sequence[Update], order: int, weights: Tensor | None, matrix: Tensor | None, *jet: Tensor
 ) -> Jet:
-    """As `LayerJet` by operations that autograd differentiates; `matrix` may be None, and updates are added."""
+    """Do the same as `LayerJet` by operations that autograd differentiates, and add updates. `matrix` may be None."""
     rows = _jet_rows(basis, jet, order, weights)
-    if is_tracing() and matrix is not None and not factored:
-        # a product for each, so that the rows need not be written into one tensor, and what is not used is left out
-        product = lambda row: matrix @ row.flatten(0, 1)  # noqa: E731
-        if len(matrix) <= 3:  # a sum that the compiler forms together with the rows
-            each = matrix.unflatten(1, rows[0].shape[:2]).unsqueeze(-1)
-            product = lambda row: torch.stack([(one * row).sum((0, 1)) for one in each])  # noqa: E731
-        return [product(rows[0]), *(torch.stack([product(row) for row in part]) for part in rows[1:])]
-    joined = _joined(rows)
-    y: Any = 0 if matrix is None else matrix @ joined.flatten(1, 2)
-    y = sum((_contract(joined, update) for update in factored), y)
+    y: Any = 0 if matrix is None else matrix @ rows.flatten(1, 2)
+    for update in factored:
+        y = y + _contract(rows, update)
     value, *derivatives = y.split(row_counts(jet, order, weights))
     return [value.squeeze(0), *derivatives]
 
 
-def _jet_rows(basis: Basis, jet: Sequence[Tensor], order: int, weights: Tensor | None) -> Jet:
-    """The jet rows, for z (I, N) and its derivatives (D, I, N): (K + 1, I, N), and (D, K + 1, I, N) for each order."""
-    z, *derivatives = jet
-    return compose(_functions(basis, z, order), [part.unsqueeze(1) for part in derivatives], order, weights)
-
-
-def _joined(rows: Jet) -> Tensor:
-    """All jet rows (S, K + 1, I, N)."""
-    return torch.cat([rows[0].unsqueeze(0), *rows[1:]])
+def _jet_rows(basis: Basis, jet: Sequence[Tensor], order: int, weights: Tensor | None) -> Tensor:
+    """Return the jet rows (S, K + 1, I, N), for z (I, N) and its derivatives (D, I, N)."""
+    derivatives = [derivative.unsqueeze(1) for derivative in jet[1:]]
+    value, *rows = compose(_functions(basis, jet[0], order), derivatives, order, weights)
+    return torch.cat([value.unsqueeze(0), *rows])
 
 
 def _functions(basis: Basis, z: Tensor, highest: int) -> list[Tensor]:
-    """The functions of a basis at z (I, N), (K, I, N), and derivatives of them; those of a uniform grid are the
-    B-splines, and silu as the last one."""
+    """Return the functions of a basis at z (I, N), (K, I, N), and their derivatives.
+
+    The functions of a uniform grid are the B-splines, and silu as the last one.
+    """
     if not isinstance(basis, UniformGrid):
         return evaluate_functions(basis, z, highest)
     per_unit = basis.per_unit.unsqueeze(-1)
     centers = torch.arange(basis.num_basis, dtype=z.dtype, device=z.device) - (basis.spline_order - 1) / 2
     offset = (z - basis.low.unsqueeze(-1)) * per_unit - centers[:, None, None]
-    found = []
-    for d, silu in enumerate(silu_derivatives(z, highest)):
-        splines = cardinal_spline(offset, basis.spline_order, d)
-        found.append(torch.cat([splines * per_unit**d if d else splines, silu.unsqueeze(0)]))
-    return found
+    functions = []
+    for order, silu in enumerate(silu_derivatives(z, highest)):
+        splines = cardinal_spline(offset, basis.spline_order, order)
+        if order > 0:
+            splines = splines * per_unit**order
+        functions.append(torch.cat([splines, silu.unsqueeze(0)]))
+    return functions
 
 
 @torch.no_grad()
 def jet_rows(formula: LayerFormula, jet: Jet, order: int, weights: Tensor | None) -> Tensor:
     """Return the jet rows (N, S, K, I) of a layer in `evaluate_layer`, with its arguments, for the points z (N, I).
 
-    K counts all functions, that of the residual branch included.
+    K counts all functions, including the activation of the residual branch. An `nn.Linear` has one function, the
+    identity.
 
-    Derivatives that jump at the knots must come from the same operations there as in the jet, which depend on the
-    number of points: pass all points of the jet.
+    Derivatives that jump at the knots must come from the same operations as in the jet, which depend on the number of
+    points: pass all points of the jet.
     """
+    if formula.basis is None:
+        z, *derivatives = jet
+        rows = torch.cat([z.unsqueeze(0), *(derivative.expand(-1, *z.shape) for derivative in derivatives)])
+        return rows.transpose(0, 1).unsqueeze(2)
     rows = []
-    for basis, norm in _terms(formula):
-        inputs = jet if norm is None else through_norm(norm, jet, order, weights)
+    for basis, inputs in _terms(formula, jet, order, weights):
         rows.append(_rows_of_basis(basis, inputs, order, weights))
     return rows[0] if len(rows) == 1 else torch.cat(rows, 2)
 
 
 def _rows_of_basis(basis: Basis, jet: Jet, order: int, weights: Tensor | None) -> Tensor:
-    z, *derivatives = jet
-    transposed = [z.T, *(part.expand(len(part), *z.shape).mT for part in derivatives)]
-    if not by_hand_pays(jet, order, weights):
-        return _joined(_jet_rows(basis, transposed, order, weights)).permute(3, 0, 1, 2)
-    features, counts = make_features(basis, transposed[0]), row_counts(jet, order, weights)
-    rows = z.new_empty(len(z), sum(counts), *features.shape)
-    of_jet = JetRows(features.scale, transposed, order, weights, counts)
-    for part, found in features.parts(transposed[0], of_jet.orders(False), ()):
-        for number, matrix in found.matrices(of_jet.rows(found, part)):
-            rows[part, number].flatten(1).copy_(matrix.T)
+    transposed = _transpose(jet)
+    if not use_layer_jet(jet, order, weights):
+        return _jet_rows(basis, transposed, order, weights).permute(3, 0, 1, 2)
+    features = make_features(basis, transposed[0])
+    counts = row_counts(jet, order, weights)
+    rows = jet[0].new_empty(len(jet[0]), sum(counts), *features.shape)
+    factors = JetRows(features.scale, transposed, order, weights, counts)
+    for block in features.blocks(transposed[0], range(order + 1)):
+        for number, matrix in features.matrices(factors.rows(features, block)):
+            rows[block, number].flatten(1).copy_(matrix.T)
     return rows
 
 
 def _contract(rows: Tensor, update: Update) -> Tensor:
-    """Jet rows (S, K + 1, I, N) times the update, (S, O, N), so that no gradient of a factor is larger than it."""
+    """Multiply jet rows (S, K + 1, I, N) by an update, (S, O, N), without a gradient larger than a factor."""
     core, factor_out, factor_in, factor_basis = update.tensor
-    t = rows[:, : update.tensor.shape[2]]
+    product = rows[:, : update.tensor.shape[2]]
     if factor_basis is not None:
-        t = (factor_basis.T @ t.flatten(2)).unflatten(2, rows.shape[2:])  # (S, rb, I, N)
+        product = (factor_basis.T @ product.flatten(2)).unflatten(2, rows.shape[2:])  # (S, rb, I, N)
     if factor_in is not None:
-        t = factor_in.T @ t  # (S, rb, ri, N)
-    products = core.transpose(1, 2).flatten(1) @ t.flatten(1, 2)  # (S, ro, N)
-    return update.scale * products if factor_out is None else (update.scale * factor_out) @ products
+        product = factor_in.T @ product  # (S, rb, ri, N)
+    product = core.transpose(1, 2).flatten(1) @ product.flatten(1, 2)  # (S, ro, N)
+    if factor_out is not None:
+        product = factor_out @ product
+    return update.scale * product

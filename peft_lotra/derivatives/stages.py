@@ -22,10 +22,10 @@ from ..kan.network import LayerStack, is_norm
 from ..kan.slim_kan import SlimKANLinear
 from ..modules.calls import is_tracing
 from ..tucker import Update
-from .norms import NormLayer, norm_size
+from .norms import NORMS
 
 
-# modules that map each number by itself
+# Modules that map each number separately.
 ACTIVATIONS = (nn.Identity, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, nn.Softplus, nn.ELU, nn.Mish)
 
 
@@ -45,8 +45,8 @@ class Stage(NamedTuple):
         """The size I of the last dimension of the inputs. None for any size."""
         if self.formula is not None and self.formula.coefficients is not None:
             return self.formula.coefficients.shape[1]
-        if isinstance(self.module, NormLayer):
-            return norm_size(self.module)
+        if isinstance(self.module, nn.LayerNorm):
+            return self.module.normalized_shape[0]
         return getattr(self.module, "in_features", None)
 
 
@@ -72,82 +72,93 @@ _elementwise: WeakSet[nn.Module] = WeakSet()
 
 
 def register(cls: type[nn.Module], entry: Entry) -> None:
-    """Teaches `jet` a class of modules, and the classes derived from it that are not registered themselves. The entry
-    of `nn.Module` is that of all other classes."""
+    """Teach `jet` a class of modules, and the derived classes that are not registered.
+
+    The entry of `nn.Module` is for all other classes.
+    """
     _entries[cls] = entry
 
 
 def entry_of(cls: type) -> Entry:
-    """The entry of a class, or of the nearest class that it is derived from."""
-    for known in cls.__mro__:
-        if known in _entries:
-            return _entries[known]
+    """Return the entry of the class, or of the nearest base class that is registered."""
+    for base in cls.__mro__:
+        if base in _entries:
+            return _entries[base]
     return Entry()
 
 
 def is_known(model: nn.Module) -> bool:
-    """True if the class of the model, or one that it is derived from, is registered."""
+    """Return whether the class of the model, or a base class, is registered."""
     return any(cls in _entries for cls in type(model).__mro__ if cls is not nn.Module)
 
 
-def _inside(model: nn.Module) -> tuple[nn.Module, Entry]:
-    """The model inside of wrappers that return what it returns, and its entry; an empty one at forward hooks."""
+def _unwrap(model: nn.Module) -> tuple[nn.Module, Entry]:
+    """Return the model inside of wrappers that return its outputs, and its entry, which is empty if it has hooks."""
     while not _is_changed(model):
-        inner = entry_of(type(model)).inner
-        found = getattr(model, "_orig_mod", None) if inner is None else inner(model)  # of `torch.compile`
-        if not isinstance(found, nn.Module):
-            return model, entry_of(type(model))
-        model = found
+        entry = entry_of(type(model))
+        inner = getattr(model, "_orig_mod", None)  # of `torch.compile`
+        if entry.inner is not None:
+            inner = entry.inner(model)
+        if not isinstance(inner, nn.Module):
+            return model, entry
+        model = inner
     return model, Entry()
 
 
 def stages_of(model: nn.Module) -> list[Stage] | None:
-    """The stages that the model is the composition of; None if it has forward hooks, or is not known to be a chain."""
-    model, entry = _inside(model)
+    """Return the stages of a model that is their composition. None if it has forward hooks, or is no such model."""
+    model, entry = _unwrap(model)
     return None if entry.stages is None else entry.stages(model)
 
 
 def composed_jet(model: nn.Module) -> Callable[[Tensor, Tensor, int, Tensor | None], Any] | None:
-    """The `jet` that the model inside of wrappers is registered with, as a function of the other arguments."""
-    model, entry = _inside(model)
+    """Return the `jet` that the model is registered with, as a function of the other arguments."""
+    model, entry = _unwrap(model)
     return None if entry.jet is None else partial(entry.jet, model)
 
 
 def join_stages(modules: Iterable[nn.Module]) -> list[Stage] | None:
-    """The stages of modules that run one after the other; None if those of one are not known, or there are none."""
-    found = [[Stage(module)] if _is_elementwise(module) else stages_of(module) for module in modules]
-    return None if None in found else [stage for stages in found for stage in stages or ()] or None
+    """Return the stages of modules that run one after the other. None without modules, or if one is unknown."""
+    joined: list[Stage] = []
+    for module in modules:
+        stages = [Stage(module)] if _is_elementwise(module) else stages_of(module)
+        if stages is None:
+            return None
+        joined += stages
+    return joined or None
 
 
 def _is_elementwise(module: nn.Module) -> bool:
-    """True for a module of one's own that has no state and maps each number by itself, such as a sine."""
-    state = module._parameters or module._buffers or module._modules or _is_changed(module)
-    if state or type(module).__module__.startswith("torch."):
+    """Return whether a module of the user has no state and maps each number separately, such as a sine."""
+    has_state = module._parameters or module._buffers or module._modules
+    if has_state or _is_changed(module) or type(module).__module__.startswith("torch."):
         return False
     if module not in _elementwise and not is_tracing() and not in_transform():
         z = torch.tensor([-1.7, 0.3, 2.1, -0.4, 1.1])
         try:
-            y, others = module(z), (module(z.flip(0).unsqueeze(-1)).flip(0).squeeze(-1), module(z[:1]))
-        except Exception:  # of foreign code, which may take other shapes only
+            outputs = module(z)
+            separate = [module(number.view(1, 1)).view(1) for number in z]
+        except Exception:  # the module may need another shape
             return False
-        if y.shape == z.shape and all(torch.allclose(y[: len(other)], other) for other in others):
+        if outputs.shape == z.shape and torch.allclose(outputs, torch.cat(separate)):
             _elementwise.add(module)
     return module in _elementwise
 
 
 def _is_changed(model: nn.Module) -> bool:
-    """Whether a module has forward hooks, or a `forward` of its own beside that of its class."""
+    """Return whether a module has forward hooks, or a `forward` that is not defined by its class."""
     return bool(model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model))
 
 
 def _linear(module: nn.Linear) -> list[Stage] | None:
+    # a subclass may do more, and a Slim layer or a parametrization computes the weight
     if type(module) is not nn.Linear or "weight" not in module._parameters:
-        return None  # a subclass, or one whose weight something else computes (a Slim layer, a parametrization)
+        return None
     return [Stage(module, LayerFormula(None, None, module.weight, bias=module.bias))]
 
 
 def _register_exact(cls: type[nn.Module], stages: Callable[[Any], list[Stage] | None]) -> None:
-    """As `register`, for modules that have the `forward` of the class itself."""
+    """Register a class, but not the derived classes with another `forward`."""
     register(cls, Entry(lambda module: stages(module) if type(module).forward is cls.forward else None))
 
 
@@ -163,7 +174,5 @@ for cls in (InputMap, *ACTIVATIONS):
     _register_exact(cls, lambda module: [Stage(module)])
 register(KANModel, Entry(inner=lambda model: model.kan if type(model).forward is KANModel.forward else None))
 register(nn.Linear, Entry(_linear))
-for cls in (nn.LayerNorm, nn.BatchNorm1d):
+for cls in NORMS:
     register(cls, Entry(lambda module: [Stage(module)] if is_norm(module) else None))
-for cls in (nn.DataParallel, nn.parallel.DistributedDataParallel):
-    register(cls, Entry(inner=lambda wrapper: wrapper.module))

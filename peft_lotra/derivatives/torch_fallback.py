@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import vjp
 from torch.overrides import TorchFunctionMode
 
-from ..kan.basis import in_transform, logistic_derivatives, silu_derivatives, times_argument
+from ..kan.basis import in_transform, logistic_derivatives, silu_derivatives
 from ..modules.calls import attributes_kept, is_tracing
 from .chain_rule import Jet
 
@@ -26,36 +25,32 @@ Tensors = tuple[Tensor, ...]  # at least one
 def jet_by_transforms(
     model: Callable[[Tensor], Any], x: Tensor, directions: Tensor, order: int, weights: Tensor | None
 ) -> Jet:
-    """
-    As `jet`, for a module or a function that maps each row by itself, whatever it consists of.
+    """Compute the jet of a module or a function that maps each row separately.
 
-    All derivatives are taken in reverse mode, which is right for every operation that can be differentiated, and
-    for custom functions (forward mode in forward mode is not). Gradients are recorded meanwhile, since some backward
-    passes can be differentiated only then; if none is wanted, parameters enter as constants.
+    All derivatives are computed in reverse mode, which is right for every operation that can be differentiated, and
+    for custom functions (forward mode in forward mode is not). Gradients are always recorded, since some backward
+    passes can be differentiated only then.
     """
     records_gradients = torch.is_grad_enabled()  # `inference_mode(False)` enables it
     if is_tracing():
         with torch.enable_grad():
-            parts = _differentiate(model, x, directions, order, weights)
+            jet = _differentiate(model, x, directions, order, weights)
     else:
         # compiled code, such as flashkan's basis, has no second derivatives, and is run as it was written
         eager = torch.compiler.set_stance("force_eager")
         with torch.inference_mode(False), torch.enable_grad(), attributes_kept(model), eager:
-            weights = None if weights is None else _recordable(weights)
-            parts = _differentiate(model, _recordable(x), _recordable(directions), order, weights)
-    return parts if records_gradients else [part.detach() for part in parts]
-
-
-def _recordable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of one that was made in inference mode, which no graph can hold."""
-    return tensor.clone() if not in_transform() and tensor.is_inference() else tensor
+            # a graph cannot hold tensors of the inference mode
+            x, directions = x + 0, directions + 0
+            weights = None if weights is None else weights + 0
+            jet = _differentiate(model, x, directions, order, weights)
+    return jet if records_gradients else [derivative.detach() for derivative in jet]
 
 
 def pull_back(function: Callable[[Tensor], Tensors], x: Tensor) -> tuple[Tensors, Callable[[Tensor], Tensor]]:
-    """The values of a function, and the map of a gradient in the first of them to one in x.
+    """Return the values of a function, and the map from a gradient in the first of them to a gradient in x.
 
-    `torch.func.vjp` where transforms are at work, or a compiler; outside of them autograd, under which hooks of saved
-    tensors and all custom functions run.
+    Under transforms or a compiler, it is `torch.func.vjp`. Else it is autograd, under which hooks of saved tensors and
+    all custom functions run.
     """
     if in_transform() or is_tracing():
 
@@ -65,6 +60,7 @@ def pull_back(function: Callable[[Tensor], Tensors], x: Tensor) -> tuple[Tensors
 
         _, pull, values = vjp(first_and_all, x, has_aux=True)  # pyright: ignore[reportAssignmentType] (by `has_aux`)
         return values, lambda gradient: pull(gradient)[0]
+
     x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
     values = function(x)
 
@@ -81,28 +77,28 @@ def _differentiate(
 ) -> Jet:
     shape = torch.Size()  # of an output row
 
-    def rows(point: Tensor) -> Tensors:
-        """The outputs, (...), (..., O) or (..., *S) for inputs (..., I), as (..., O)."""
+    def evaluate(point: Tensor) -> Tensors:
+        """Return the outputs, (...), (..., O) or (..., *S) for inputs (..., I), as (..., O)."""
         nonlocal shape
         with ExactNorms():
             output = model(point)
         output = getattr(output, "logits", output)
         if isinstance(output, tuple):  # a layer of pykan
             output = output[0]
-        lead = point.shape[:-1]
-        if not isinstance(output, Tensor) or output.shape[: len(lead)] != lead:
-            given = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        batch = point.shape[:-1]
+        if not isinstance(output, Tensor) or output.shape[: len(batch)] != batch:
+            returned = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
-                f"The model returns {given} for `x` of shape {tuple(point.shape)}, but must return (..., O) for "
+                f"The model returns {returned} for `x` of shape {tuple(point.shape)}, but must return (..., O) for "
                 "(..., I): a row of outputs for each row of inputs."
             )
-        shape = output.shape[len(lead) :]
-        return (output.reshape(*lead, shape.numel()),)
+        shape = output.shape[len(batch) :]
+        return (output.reshape(*batch, shape.numel()),)
 
     jets = []
-    # one gradient serves all directions, but those of slopes do not: up to order 2 that pays
+    # one gradient of the value serves all directions, but of each slope only its own: up to order 2 that pays
     for group in [directions] if order <= 2 else directions.split(1):
-        function = rows
+        function = evaluate
         for n in range(order):
             function = _slopes(function, group, of_value=n == 0)
         jets.append(function(x)[::-1])
@@ -110,67 +106,61 @@ def _differentiate(
     jet = [value[0], *map(torch.cat, derivatives)]
     if weights is not None:
         jet[-1] = torch.tensordot(weights, jet[-1], 1)
-    return [part.reshape(*part.shape[:-1], *shape) for part in jet]
+    return [derivative.reshape(*derivative.shape[:-1], *shape) for derivative in jet]
 
 
 def _slopes(function: Callable[[Tensor], Tensors], directions: Tensor, of_value: bool) -> Callable[[Tensor], Tensors]:
-    """The function that returns one more derivative, (D, ..., O), in front of what a function returns, highest first.
+    """Return a function that puts one more derivative, (D, ..., O), in front of the values of a function.
 
-    That function is `of_value` (..., O) alone, whose gradient serves all directions.
+    Args:
+        function: Returns the value and its derivatives, highest first.
+        directions: (D, I).
+        of_value: Whether the function returns only the value (..., O), whose gradient serves all directions.
     """
 
     def slopes(point: Tensor) -> Tensors:
         values, pull = pull_back(function, point)
-        y, count = values[0], len(directions)
+        y = values[0]
+        count = len(directions)
         if y.shape[-1] > 1:
             # the map of a gradient in y to one in x is linear: this is its transpose
             _, push = pull_back(lambda gradient: (pull(gradient),), torch.zeros_like(y))
-            parts = [push(v.expand_as(point)) for v in directions]
-            return torch.stack(parts if of_value else [part[d] for d, part in enumerate(parts)]), *values
-        # of one output the gradient itself costs less
+            pushed = [push(direction.expand_as(point)) for direction in directions]
+            if not of_value:
+                pushed = [derivatives[d] for d, derivatives in enumerate(pushed)]
+            return torch.stack(pushed), *values
+        # of one output the gradient costs less
         if of_value:
             gradients = [pull(torch.ones_like(y))] * count
         else:
-            one_hot = torch.eye(count, dtype=y.dtype, device=y.device).view(count, count, *[1] * (y.dim() - 1))
-            gradients = [pull(one.expand_as(y)) for one in one_hot]
-        return torch.stack([g @ v for g, v in zip(gradients, directions, strict=True)]).unsqueeze(-1), *values
+            units = torch.eye(count, dtype=y.dtype, device=y.device).view(count, count, *[1] * (y.dim() - 1))
+            gradients = [pull(unit.expand_as(y)) for unit in units]
+        derivatives = [gradient @ direction for gradient, direction in zip(gradients, directions, strict=True)]
+        return torch.stack(derivatives).unsqueeze(-1), *values
 
     return slopes
 
 
 def activation_derivatives(module: nn.Module, z: Tensor, highest: int) -> Sequence[Tensor]:
-    """A module that maps each number by itself, with derivatives up to an order, in closed form for the usual ones."""
-    kind: Any = type(module)
-    if kind is nn.Tanh:
+    """Return the values of an activation and its derivatives up to an order, in closed form for the usual ones."""
+    if type(module) is nn.Tanh:
         return logistic_derivatives(torch.tanh(z), highest, of_tanh=True)
-    if kind is nn.SiLU:
+    if type(module) is nn.SiLU:
         return silu_derivatives(z, highest)
-    if kind is nn.Sigmoid:
+    if type(module) is nn.Sigmoid:
         return logistic_derivatives(torch.sigmoid(z), highest)
-    if kind is nn.Softplus:
-        beta, threshold = cast(Any, module).beta, cast(Any, module).threshold
-        slopes = logistic_derivatives(torch.sigmoid(beta * z), highest)
-        linear = beta * z > threshold  # where torch leaves the logarithm out
-        found = [(beta**d * slope).masked_fill(linear, float(d == 0)) for d, slope in enumerate(slopes)]
-        return [module(z), *found[:highest]]
-    if kind is nn.GELU and module.approximate == "none":
-        shares = [(1 + torch.erf(z / math.sqrt(2))) / 2, torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)]
-        for n in range(highest - 1):  # the normal density has f' = -z f
-            shares.append(-z * shares[-1] - (n * shares[-2] if n else 0.0))
-        return times_argument(z, shares[: highest + 1])
     return elementwise_derivatives(module, z, highest)
 
 
 def elementwise_derivatives(function: Callable[[Tensor], Tensor], z: Tensor, highest: int) -> list[Tensor]:
-    """A function that maps each number by itself, to one or several, and its derivatives up to an order."""
-    of_rows = lambda point: function(point.squeeze(-1))  # noqa: E731
-    value, *others = jet_by_transforms(of_rows, z.unsqueeze(-1), z.new_ones(1, 1), highest, None)
-    return [value, *(part.squeeze(0) for part in others)]
+    """Return a function of each number, with one or several values, and its derivatives up to an order."""
+    evaluate = lambda point: function(point.squeeze(-1))  # noqa: E731
+    value, *derivatives = jet_by_transforms(evaluate, z.unsqueeze(-1), z.new_ones(1, 1), highest, None)
+    return [value, *(derivative.squeeze(0) for derivative in derivatives)]
 
 
 class ExactNorms(TorchFunctionMode):
-    """
-    Evaluates layer normalization by operations whose derivatives of any order are right.
+    """Evaluates layer normalization by operations whose derivatives of any order are right.
 
     In torch 2.13, the fused one is wrong in second derivatives by forward mode in forward mode, and by any mode in
     third derivatives, which are the gradients of a second-order residual.
@@ -184,6 +174,8 @@ class ExactNorms(TorchFunctionMode):
 def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):  # as torch names them
     axes = tuple(range(-len(normalized_shape), 0))
     centered = input - input.mean(axes, keepdim=True)
-    y = centered * torch.rsqrt(centered.square().mean(axes, keepdim=True) + eps)
-    y = y if weight is None else y * weight
+    variance = centered.square().mean(axes, keepdim=True)
+    y = centered * torch.rsqrt(variance + eps)
+    if weight is not None:
+        y = y * weight
     return y if bias is None else y + bias

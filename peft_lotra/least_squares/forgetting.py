@@ -57,7 +57,7 @@ class Forgetting:
         self._slope = -1.0  # the mean slope of the log loss
 
     def start_step(self, factor: float | str, problem: LeastSquares, terms: list[Term], num_residuals: int) -> None:
-        """Set `counts` and `keeps`, and drop the former residuals if they do not count, or the parameters are not theirs."""
+        """Set `counts` and `keeps`. Drop former residuals that do not count, or are at other parameters."""
         if isinstance(factor, str):
             is_first = not self._terms
             self.counts = self._are_rows_drawn(problem, terms, num_residuals)

@@ -198,18 +198,14 @@ def _add_layer(blocks: Blocks, record: LayerRecord, g: Tensor) -> None:
     """Add the gradients in a layer's tensors, from the gradients g (n, m, S, O) in its outputs."""
     formula = record.formula
     coefficients = formula.coefficients
-    if formula.basis is None:
-        z, *derivatives = record.inputs[0]
-        phi = torch.cat([z.unsqueeze(0), *(derivative.expand(-1, *z.shape) for derivative in derivatives)])
-        _add(blocks, formula.residual, g.mT.flatten(1, 2) @ phi.transpose(0, 1))
-        _add(blocks, formula.bias, g[:, :, 0])
-        return
-    phi = jet_rows(formula, *record.inputs)
-    if coefficients is not None and (id(coefficients) in blocks or id(formula.residual) in blocks):
+    phi = jet_rows(formula, *record.inputs)  # (n, S, K + 1, I)
+    _add(blocks, formula.bias, g[:, :, 0])
+    if id(coefficients) in blocks or id(formula.residual) in blocks:
         dense = g.mT.flatten(1, 2) @ phi.flatten(2)
         dense = dense.view(*g.shape[:2], -1, *phi.shape[2:])  # (n, m, O, K + 1, I)
-        _add(blocks, coefficients, dense[..., : coefficients.shape[2], :].mT)
         _add(blocks, formula.residual, dense[..., -1, :])
+        if coefficients is not None:
+            _add(blocks, coefficients, dense[..., : coefficients.shape[2], :].mT)
     for update in formula.updates:
         if any(id(component) in blocks for component in update.tensor):
             _add_tucker(blocks, phi, update, g)
