@@ -169,11 +169,13 @@ class Tucker(tuple):
         rates suit them.
         """
         core, *factors = self
-        gains = (math.sqrt(self.shape[0]), 1.0, math.sqrt(self.shape[2]), 1.0)
+        norms = [1.0] * len(factors)
+        norms[0] = math.sqrt(self.shape[0])
+        norms[2] = math.sqrt(self.shape[2])
         for mode, factor in enumerate(self.factors):
             if factor is not None:
-                core = core / gains[mode]
-                factors[mode] = factor * gains[mode]
+                core = core / norms[mode]
+                factors[mode] = factor * norms[mode]
         return Tucker(core, *factors)
 
     def truncated(self, r: Ranks) -> Tucker:
@@ -326,8 +328,11 @@ def hosvd(tensor: Tensor) -> tuple[Tucker, tuple[Tensor, ...]]:
         rank = min(size, tensor.numel() // size)
         factors.append(_leading_vectors(tensor, mode, rank))
     core = project(tensor, factors)
-    singular_values = tuple(core.movedim(mode, 0).flatten(1).norm(dim=1) for mode in range(core.dim()))
-    return Tucker(core, *factors), singular_values
+    singular_values = []
+    for mode in range(core.dim()):
+        slices = core.movedim(mode, 0)
+        singular_values.append(slices.flatten(1).norm(dim=1))
+    return Tucker(core, *factors), tuple(singular_values)
 
 
 @torch.no_grad()
@@ -409,7 +414,8 @@ def tucker_scaled(
 
 def relative_energy(tensor: Tensor, whole: Tensor) -> Tensor:
     """Return the squared norm of a tensor as a share of the squared norm of the whole. 0 if both are zero."""
-    return tensor.square().sum() / whole.square().sum().clamp(min=1e-300)
+    energy = whole.square().sum().clamp(min=1e-300)
+    return tensor.square().sum() / energy
 
 
 def check_ranks(r: Any, name: str = "r", kernel: bool = True) -> Ranks:
@@ -451,8 +457,11 @@ def cap_ranks(r: Ranks, shape: Sequence[int]) -> tuple[int, ...]:
         (4, 4, 3)
     """
     ranks = r if isinstance(r, tuple) else (r,) * len(shape)
-    ranks = (*ranks, *shape[len(ranks) :])[: len(shape)]
-    return tuple(size if rank == "full" else min(rank, size) for rank, size in zip(ranks, shape, strict=True))
+    capped = list(shape)
+    for mode, rank in enumerate(ranks[: len(shape)]):
+        if rank != "full":
+            capped[mode] = min(rank, shape[mode])
+    return tuple(capped)
 
 
 def component_shapes(ranks: Sequence[int], shape: Sequence[int]) -> dict[str, tuple[int, ...]]:

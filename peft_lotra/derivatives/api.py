@@ -98,7 +98,13 @@ def jet(
     return tuple(_compute(model, x, directions, order, weights))  # `torch.func.vmap` has tuples of `out_dims`
 
 
-def _compute(model: nn.Module, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
+def _compute(
+    model: nn.Module,
+    x: Tensor,
+    directions: Tensor,
+    order: int,
+    weights: Tensor | None,
+) -> Jet:
     composed = composed_jet(model)
     if composed is not None:
         return composed(x, directions, order, weights)
@@ -120,20 +126,21 @@ def _compute(model: nn.Module, x: Tensor, directions: Tensor, order: int, weight
         raise ValueError(f"`x` has shape {tuple(x.shape)}, but its last dimension must be {size}.")
     through = partial(through_stages, stages, order)
     hook = current_hook()
+    batch = x.shape[:-1]
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     result = None if hook is None else hook.jet(through, rows, directions, weights)
     if result is None:
         result = through(evaluate_layer, rows, directions, weights)
     if x.dim() == 2:
         return result
-    return [rows.reshape(*rows.shape[:-2], *x.shape[:-1], rows.shape[-1]) for rows in result]
+    return [derivative.unflatten(-2, batch) if batch else derivative.squeeze(-2) for derivative in result]
 
 
 def _check_directions(x: Tensor, directions: Tensor | None) -> Tensor:
     """Return the directions (D, I) in the space of inputs x (..., I), by default its axes."""
     if directions is None:
         return torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    if directions.dim() != 2 or directions.shape[1] != x.shape[-1] or len(directions) == 0:
+    if directions.dim() != 2 or directions.shape[1] != x.shape[-1] or not len(directions):
         raise ValueError(
             f"`directions` has shape {tuple(directions.shape)}, but must be (D, {x.shape[-1]}): one direction in the "
             "space of inputs in each row, at least one."
@@ -181,7 +188,12 @@ def through_stages(
     return jet if weights is None else [*jet[:-1], jet[-1][0]]
 
 
-def _through_functions(module: nn.Module, jet: Jet, order: int, weights: Tensor | None) -> Jet:
+def _through_functions(
+    module: nn.Module,
+    jet: Jet,
+    order: int,
+    weights: Tensor | None,
+) -> Jet:
     """Compute the jet of an activation or an `InputMap`. Each output is a function of one input."""
     if isinstance(module, InputMap):
         jet = [module.select(derivative) for derivative in jet]
@@ -232,7 +244,8 @@ def divergence(model: nn.Module, x: Tensor, dims: int | None = None) -> Tensor:
         >>> tuple(divergence(KAN([3, 5, 3]), torch.rand(100, 3)).shape)
         (100, 1)
     """
-    return _slopes(model, x, dims).diagonal(dim1=0, dim2=-1).sum(-1, keepdim=True)
+    diagonal = _slopes(model, x, dims).diagonal(dim1=0, dim2=-1)
+    return diagonal.sum(-1, keepdim=True)
 
 
 def curl(model: nn.Module, x: Tensor, dims: int | None = None) -> Tensor:
@@ -256,8 +269,10 @@ def curl(model: nn.Module, x: Tensor, dims: int | None = None) -> Tensor:
     du = _slopes(model, x, dims)
     if len(du) not in (2, 3):
         raise ValueError(f"The curl needs 2 or 3 coordinates, but there are {len(du)}: give `dims`.")
-    pairs = [(0, 1)] if len(du) == 2 else [(1, 2), (2, 0), (0, 1)]
-    return torch.stack([du[i, ..., j] - du[j, ..., i] for i, j in pairs], -1)
+    components = [du[0, ..., 1] - du[1, ..., 0]]
+    if len(du) == 3:
+        components = [du[1, ..., 2] - du[2, ..., 1], du[2, ..., 0] - du[0, ..., 2], *components]
+    return torch.stack(components, -1)
 
 
 def _slopes(model: nn.Module, x: Tensor, dims: int | None) -> Tensor:
@@ -273,7 +288,11 @@ def _slopes(model: nn.Module, x: Tensor, dims: int | None) -> Tensor:
     return du[..., :n]
 
 
-def hessian(model: nn.Module, x: Tensor, directions: Tensor | None = None) -> tuple[Tensor, ...]:
+def hessian(
+    model: nn.Module,
+    x: Tensor,
+    directions: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """Compute all second derivatives, by polarization: 2 u_vw = D^2_{v+w} u - D^2_v u - D^2_w u.
 
     Args:
@@ -295,9 +314,11 @@ def hessian(model: nn.Module, x: Tensor, directions: Tensor | None = None) -> tu
     directions = _check_directions(x, directions)
     count = len(directions)
     first, second = torch.tril_indices(count, count, -1, device=x.device)
-    u, du, d2u = jet(model, x, torch.cat([directions, directions[first] + directions[second]]))
+    sums = directions[first] + directions[second]
+    u, du, d2u = jet(model, x, torch.cat([directions, sums]))
     mixed = (d2u[count:] - d2u[first] - d2u[second]) / 2
     # the index of each entry of the matrix, with the mixed derivatives last
     index = torch.arange(count, device=x.device).diag()
-    index[first, second] = index[second, first] = torch.arange(count, len(d2u), device=x.device)
+    index[first, second] = torch.arange(count, len(d2u), device=x.device)
+    index[second, first] = index[first, second]
     return u, du[:count], torch.cat([d2u[:count], mixed])[index]

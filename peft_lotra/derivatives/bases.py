@@ -68,7 +68,12 @@ class FunctionFeatures:
             functions = evaluate_functions(self.basis, z, max(orders))
         return [functions[order].contiguous() for order in orders]
 
-    def blocks(self, z: Tensor, orders: Sequence[int], kept: Sequence[Tensor] = ()) -> Iterator[slice]:
+    def blocks(
+        self,
+        z: Tensor,
+        orders: Sequence[int],
+        kept: Sequence[Tensor] = (),
+    ) -> Iterator[slice]:
         """Yield blocks of the points z (I, N), of about the same size, whose functions are then in `functions`.
 
         Args:
@@ -126,7 +131,8 @@ def spline_derivatives(
         inverse = span.masked_fill(span == 0, math.inf).reciprocal()
         rising = (x - knots[:-p]) * inverse
         falling = (knots[p:] - x) * inverse
-        splines = rising[:-1] * derivatives[0][:-1] + falling[1:] * derivatives[0][1:]
+        lower = derivatives[0]
+        splines = rising[:-1] * lower[:-1] + falling[1:] * lower[1:]
         # the derivatives are differences of splines of lower degree
         needed = max(0, highest - (order - p))
         slopes = [derivative * (p * inverse) for derivative in derivatives[:needed]]
@@ -135,7 +141,12 @@ def spline_derivatives(
     return [derivative.permute(2, 1, 0) for derivative in derivatives]
 
 
-def gaussian_derivatives(centers: Tensor, width: Any, z: Tensor, highest: int) -> list[Tensor]:
+def gaussian_derivatives(
+    centers: Tensor,
+    width: Any,
+    z: Tensor,
+    highest: int,
+) -> list[Tensor]:
     """Evaluate exp(-((z - c) / width)^2) for centers c (K,)."""
     half = _offsets(z / 2, centers / 2)
     rate = 2 / (width * width)
@@ -167,22 +178,22 @@ def chebyshev_derivatives(degree: int, z: Tensor, highest: int) -> list[Tensor]:
         for d in range(highest + 1):
             polynomial = zeros if n == 1 else -derivatives[d][n - 2]
             for e in range(d + 1):
-                binomial = math.comb(d, e)
-                polynomial = torch.addcmul(polynomial, u[e], derivatives[d - e][n - 1], value=factor * binomial)
+                lower = derivatives[d - e][n - 1]
+                polynomial = torch.addcmul(polynomial, u[e], lower, value=factor * math.comb(d, e))
             derivatives[d].append(polynomial)
     return _functions_last([_functions_first(polynomials) for polynomials in derivatives])
 
 
 def harmonic_derivatives(count: int, z: Tensor, highest: int) -> list[Tensor]:
     """Evaluate cos(k z) for k = 1 ... count, and then sin(k z)."""
-    k = torch.arange(1, count + 1, dtype=z.dtype, device=z.device).view(-1, *[1] * z.dim())
+    k = torch.arange(1, count + 1, dtype=z.dtype, device=z.device)
+    k = k.view(-1, *[1] * z.dim())
     cosine = torch.cos(k * z)
     sine = torch.sin(k * z)
-    cycle = [(cosine, sine), (-sine, cosine), (-cosine, -sine), (sine, -cosine)]
     derivatives = []
-    for d in range(highest + 1):
-        cosines, sines = cycle[d % 4]
-        derivatives.append(_functions_first([*(k**d * cosines), *(k**d * sines)]))
+    for _ in range(highest + 1):
+        derivatives.append(_functions_first([*cosine, *sine]))
+        cosine, sine = -k * sine, k * cosine
     return _functions_last(derivatives)
 
 

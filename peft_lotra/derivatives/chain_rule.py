@@ -20,7 +20,11 @@ Jet = list[Tensor]
 Polynomials = dict[tuple[int, int], Tensor]  # (D, ...), by n and j, without those that are zero
 
 
-def row_counts(jet: Sequence[Tensor], order: int, weights: Tensor | None) -> list[int]:
+def row_counts(
+    jet: Sequence[Tensor],
+    order: int,
+    weights: Tensor | None,
+) -> list[int]:
     """Return the number of directions of each derivative up to an order, starting with 1 for the value."""
     if order == 0:
         return [1]
@@ -52,7 +56,8 @@ def bell_polynomials(
             pairs = []
             for i, derivative in enumerate(derivatives[: n - j + 1], 1):
                 if (n - i, j - 1) in factors:
-                    pairs.append((derivative, times(factors[n - i, j - 1], math.comb(n - 1, i - 1))))
+                    factor = factors[n - i, j - 1]
+                    pairs.append((derivative, times(factor, math.comb(n - 1, i - 1))))
             if pairs:
                 bells[n, j] = _sum_over_directions(pairs) if is_sum else sum_of_products(pairs)
         if weights is not None:
@@ -62,12 +67,18 @@ def bell_polynomials(
     return bells, weighted
 
 
-def compose(functions: Sequence[Tensor], derivatives: Sequence[Tensor], order: int, weights: Tensor | None) -> Jet:
+def compose(
+    functions: Sequence[Tensor],
+    derivatives: Sequence[Tensor],
+    order: int,
+    weights: Tensor | None,
+) -> Jet:
     """Compute the jet of f(z), from f, f', ... at z."""
     bells, _ = bell_polynomials(derivatives, order, weights)
     jet = [functions[0]]
     for n in range(1, order + 1):
-        jet.append(sum_of_products((functions[j], bell) for (m, j), bell in bells.items() if m == n))
+        pairs = [(functions[j], bells[n, j]) for j in range(1, n + 1) if (n, j) in bells]
+        jet.append(sum_of_products(pairs))
     return jet
 
 
@@ -79,7 +90,10 @@ def multiply(left: Jet, right: Jet, order: int, weights: Tensor | None) -> Jet:
     product = [left[0] * right[0]]
     for n in range(1, order + 1):
         total = torch.addcmul(left[0] * right[n], left[n], right[0])
-        pairs = [(left[k], times(right[n - k], math.comb(n, k))) for k in range(1, n)]
+        pairs = []
+        for k in range(1, n):
+            factor = times(right[n - k], math.comb(n, k))
+            pairs.append((left[k], factor))
         if pairs and weights is not None and n == order:
             pairs = [(first, _weigh(second, weights)) for first, second in pairs]
             total = total + sum_of_products(pairs).sum(0, keepdim=True)

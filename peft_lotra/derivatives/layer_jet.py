@@ -69,7 +69,8 @@ class LayerJet(torch.autograd.Function):
         jet = saved[: ctx.stops[0]]
         kept = saved[slice(*ctx.stops)]
         if is_plain_backward(*grads):
-            return *[None] * 4, *plain_gradients(ctx.plain, [matrix, *jet], ctx.needs_input_grad[4:], grads)
+            needed = ctx.needs_input_grad[4:]
+            return *[None] * 4, *plain_gradients(ctx.plain, [matrix, *jet], needed, grads)
 
         # each row of a gradient that is not None
         counts = []
@@ -103,7 +104,12 @@ class LayerJet(torch.autograd.Function):
         return *[None] * 4, matrix_gradient, *(jet_gradients or [None] * len(jet))
 
 
-def use_layer_jet(jet: Sequence[Tensor], order: int, weights: Tensor | None, *constants: Tensor | None) -> bool:
+def use_layer_jet(
+    jet: Sequence[Tensor],
+    order: int,
+    weights: Tensor | None,
+    *constants: Tensor | None,
+) -> bool:
     """Return whether to use `LayerJet`: for many jet rows, outside of transforms and compilation."""
     rows = len(jet[0]) * sum(row_counts(jet, order, weights))
     return rows > PLAIN_UP_TO and not needs_plain_operations(*jet, weights, *constants)
@@ -124,7 +130,12 @@ class JetRows:
     """
 
     def __init__(
-        self, scale: Tensor | None, jet: Sequence[Tensor], order: int, weights: Tensor | None, counts: list[int]
+        self,
+        scale: Tensor | None,
+        jet: Sequence[Tensor],
+        order: int,
+        weights: Tensor | None,
+        counts: list[int],
     ) -> None:
         derivatives = jet[1:] if scale is None else [derivative * scale for derivative in jet[1:]]
         self.bells, self.weighted = bell_polynomials(derivatives, order, weights)
@@ -135,7 +146,9 @@ class JetRows:
         """Return the rows for a block of points, each of the shape of the functions."""
         functions = features.functions
         memory = features.memory("rows", sum(self.counts[1:]))
-        rows_of_order = (functions[0], *memory.split(self.counts[1:])) if self.order else ()
+        rows_of_order: Sequence[Tensor] = ()
+        if self.order:
+            rows_of_order = (functions[0], *memory.split(self.counts[1:]))
         last = 0
         for (n, j), bell in self.bells.items():
             if self.counts[n] == 0:
@@ -177,15 +190,24 @@ class JetRows:
                 else:
                     self._add(jet_gradients, gradient, n, j, block)
 
-    def _add(self, jet_gradients: Jet, gradient: Tensor, n: int, j: int, block: slice) -> None:
+    def _add(
+        self,
+        jet_gradients: Jet,
+        gradient: Tensor,
+        n: int,
+        j: int,
+        block: slice,
+    ) -> None:
         """Add the gradients of f^(j) B_nj in z, and of f^(j+1) B_n,j+1 in the derivatives."""
         if (n, j) in self.bells:
-            for left, right in zip(gradient.unbind(), self.bells[n, j][..., block].unbind(), strict=True):
+            bell = self.bells[n, j][..., block]
+            for left, right in zip(gradient.unbind(), bell.unbind(), strict=True):
                 jet_gradients[0].addcmul_(left, right)
         factors = self.weighted if n == self.order else self.bells
         for i in range(1, min(n - j + 1, len(jet_gradients))):
             if (n - i, j) in factors:
-                jet_gradients[i].addcmul_(gradient, factors[n - i, j][..., block], value=comb(n, i))
+                factor = factors[n - i, j][..., block]
+                jet_gradients[i].addcmul_(gradient, factor, value=comb(n, i))
 
 
 def _sum_over_functions(row_gradients: Tensor, functions: Tensor) -> Tensor:

@@ -42,7 +42,8 @@ def evaluate_layer(formula: LayerFormula, jet: Jet, order: int, weights: Tensor 
         return [F.linear(z, matrix, formula.bias), *slopes]
 
     # adapters may be in float32 and the base in half precision
-    updates = [Update(scale, tensor.map(partial(Tensor.to, dtype=z.dtype))) for scale, tensor in formula.updates]
+    convert = partial(Tensor.to, dtype=z.dtype)
+    updates = [Update(scale, tensor.map(convert)) for scale, tensor in formula.updates]
     factored: list[Update] = []
     if in_transform() and formula.scale is None:
         # no gradient of the size of the coefficients for each row
@@ -57,14 +58,19 @@ def evaluate_layer(formula: LayerFormula, jet: Jet, order: int, weights: Tensor 
         matrix = None if coefficients is None else coefficients[:, start:stop]
         sliced = [Update(scale, tensor.sliced(slice(start, stop))) for scale, tensor in factored]
         term = _evaluate_term(basis, matrix, sliced, inputs, order, weights)
-        total = term if total is None else [first + second for first, second in zip(total, term, strict=True)]
+        total = term if total is None else list(map(torch.add, total, term))
         start = stop
     if formula.bias is not None:
         total[0] = total[0] + formula.bias
     return total
 
 
-def _terms(formula: LayerFormula, jet: Jet, order: int, weights: Tensor | None) -> list[tuple[Basis, Jet]]:
+def _terms(
+    formula: LayerFormula,
+    jet: Jet,
+    order: int,
+    weights: Tensor | None,
+) -> list[tuple[Basis, Jet]]:
     """Return the bases of a layer in the order of `LayerFormula.joined`, each with the jet of its inputs.
 
     In the terms, the functions of a uniform grid are the B-splines and silu.
@@ -122,7 +128,12 @@ def _transpose(jet: Jet) -> Jet:
 
 
 def _evaluate_plainly(
-    basis: Basis, factored: Sequence[Update], order: int, weights: Tensor | None, matrix: Tensor | None, *jet: Tensor
+    basis: Basis,
+    factored: Sequence[Update],
+    order: int,
+    weights: Tensor | None,
+    matrix: Tensor | None,
+    *jet: Tensor,
 ) -> Jet:
     """Do the same as `LayerJet` by operations that autograd differentiates, and add updates. `matrix` may be None."""
     rows = _jet_rows(basis, jet, order, weights)
@@ -133,7 +144,12 @@ def _evaluate_plainly(
     return [value.squeeze(0), *derivatives]
 
 
-def _jet_rows(basis: Basis, jet: Sequence[Tensor], order: int, weights: Tensor | None) -> Tensor:
+def _jet_rows(
+    basis: Basis,
+    jet: Sequence[Tensor],
+    order: int,
+    weights: Tensor | None,
+) -> Tensor:
     """Return the jet rows (S, K + 1, I, N), for z (I, N) and its derivatives (D, I, N)."""
     derivatives = [derivative.unsqueeze(1) for derivative in jet[1:]]
     value, *rows = compose(_functions(basis, jet[0], order), derivatives, order, weights)
@@ -148,7 +164,8 @@ def _functions(basis: Basis, z: Tensor, highest: int) -> list[Tensor]:
     if not isinstance(basis, UniformGrid):
         return evaluate_functions(basis, z, highest)
     per_unit = basis.per_unit.unsqueeze(-1)
-    centers = torch.arange(basis.num_basis, dtype=z.dtype, device=z.device) - (basis.spline_order - 1) / 2
+    centers = torch.arange(basis.num_basis, dtype=z.dtype, device=z.device)
+    centers = centers - (basis.spline_order - 1) / 2
     offset = (z - basis.low.unsqueeze(-1)) * per_unit - centers[:, None, None]
     functions = []
     for order, silu in enumerate(silu_derivatives(z, highest)):
@@ -170,9 +187,9 @@ def jet_rows(formula: LayerFormula, jet: Jet, order: int, weights: Tensor | None
     points: pass all points of the jet.
     """
     if formula.basis is None:
-        z, *derivatives = jet
-        rows = torch.cat([z.unsqueeze(0), *(derivative.expand(-1, *z.shape) for derivative in derivatives)])
-        return rows.transpose(0, 1).unsqueeze(2)
+        value, *derivatives = _transpose(jet)
+        rows = torch.cat([value.unsqueeze(0), *derivatives])
+        return rows.permute(2, 0, 1).unsqueeze(2)
     rows = []
     for basis, inputs in _terms(formula, jet, order, weights):
         rows.append(_rows_of_basis(basis, inputs, order, weights))

@@ -27,7 +27,12 @@ def check_rows_apart(model: nn.Module) -> None:
             )
 
 
-def through_norm(norm: Any, jet: Jet, order: int, weights: Tensor | None) -> Jet:
+def through_norm(
+    norm: Any,
+    jet: Jet,
+    order: int,
+    weights: Tensor | None,
+) -> Jet:
     """Return the jet of the outputs of a normalization, with arguments as for `evaluate_layer`.
 
     Batch normalization in evaluation mode is affine. Layer normalization is the product of m = z - mean(z) and
@@ -50,7 +55,8 @@ def _normalize(eps: float, jet: Jet, order: int, weights: Tensor | None) -> Jet:
     """Return the jet of layer normalization without scale and shift, for z (N, I) and its derivatives (D, N, I)."""
     zeros = [jet[0].new_zeros(1, 1, 1)] * (order + 1 - len(jet))
     m = [derivative - derivative.mean(-1, keepdim=True) for derivative in [*jet, *zeros]]
-    v, *derivatives = [square.mean(-1, keepdim=True) for square in multiply(m, m, order, weights)]
+    squares = multiply(m, m, order, weights)
+    v, *derivatives = [square.mean(-1, keepdim=True) for square in squares]
     v = v + eps
     powers = [torch.rsqrt(v)]
     for n in range(order):

@@ -54,10 +54,11 @@ class SplineFeatures(FunctionFeatures):
             torch.mm(pieces[order], powers.flatten(1), out=value[:-1].flatten(1))
             torch.div(silu[order], self.scale**order, out=value[-1])
 
-        first = start.nan_to_num_().long().add_(self.margin).mul_(z.numel()).flatten()
-        first += torch.arange(z.numel(), device=z.device)
-        following = z.numel() * torch.arange(degree + 1, device=z.device).unsqueeze(-1)
-        return [*values, (first + following).flatten()]
+        count = z.numel()
+        first = start.nan_to_num_().long().add_(self.margin).mul_(count)
+        first = first.flatten().add_(torch.arange(count, device=z.device))
+        steps = count * torch.arange(degree + 1, device=z.device)
+        return [*values, (first + steps.unsqueeze(-1)).flatten()]
 
     def load(self, orders: Sequence[int], values: Sequence[Tensor]) -> None:
         """Make the results of `evaluate` the present block."""
@@ -86,10 +87,11 @@ class SplineFeatures(FunctionFeatures):
         dense, functions = self._dense()
         dense[: self.margin].zero_()
         dense[self.margin + len(functions) :].zero_()
+        flat = dense.view(-1)
         for product, gradient in zip(products, gradients, strict=True):
             torch.mm(transposed, gradient, out=functions.flatten(0, 1))
             silu = functions[-1]
             product[-1].copy_(silu)
             silu.zero_()
-            torch.index_select(dense.view(-1), 0, self.indices, out=product[:-1].view(-1))
+            torch.index_select(flat, 0, self.indices, out=product[:-1].view(-1))
         return products

@@ -26,7 +26,16 @@ from .norms import NORMS
 
 
 # Modules that map each number separately.
-ACTIVATIONS = (nn.Identity, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, nn.Softplus, nn.ELU, nn.Mish)
+ACTIVATIONS = (
+    nn.Identity,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.SiLU,
+    nn.GELU,
+    nn.Softplus,
+    nn.ELU,
+    nn.Mish,
+)
 
 
 class Stage(NamedTuple):
@@ -163,7 +172,8 @@ def _register_exact(cls: type[nn.Module], stages: Callable[[Any], list[Stage] | 
 
 
 def _slim_kan_linear(layer: SlimKANLinear) -> list[Stage]:
-    return [Stage(layer, LayerFormula(layer.grid, None, updates=(Update(1.0, layer.components),)))]
+    updates = (Update(1.0, layer.components),)
+    return [Stage(layer, LayerFormula(layer.grid, None, updates=updates))]
 
 
 _register_exact(KANLinear, lambda layer: [Stage(layer, layer.formula)])

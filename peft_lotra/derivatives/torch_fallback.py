@@ -23,7 +23,11 @@ Tensors = tuple[Tensor, ...]  # at least one
 
 
 def jet_by_transforms(
-    model: Callable[[Tensor], Any], x: Tensor, directions: Tensor, order: int, weights: Tensor | None
+    model: Callable[[Tensor], Any],
+    x: Tensor,
+    directions: Tensor,
+    order: int,
+    weights: Tensor | None,
 ) -> Jet:
     """Compute the jet of a module or a function that maps each row separately.
 
@@ -73,7 +77,11 @@ def pull_back(function: Callable[[Tensor], Tensors], x: Tensor) -> tuple[Tensors
 
 
 def _differentiate(
-    model: Callable[[Tensor], Any], x: Tensor, directions: Tensor, order: int, weights: Tensor | None
+    model: Callable[[Tensor], Any],
+    x: Tensor,
+    directions: Tensor,
+    order: int,
+    weights: Tensor | None,
 ) -> Jet:
     shape = torch.Size()  # of an output row
 
@@ -109,7 +117,11 @@ def _differentiate(
     return [derivative.reshape(*derivative.shape[:-1], *shape) for derivative in jet]
 
 
-def _slopes(function: Callable[[Tensor], Tensors], directions: Tensor, of_value: bool) -> Callable[[Tensor], Tensors]:
+def _slopes(
+    function: Callable[[Tensor], Tensors],
+    directions: Tensor,
+    of_value: bool,
+) -> Callable[[Tensor], Tensors]:
     """Return a function that puts one more derivative, (D, ..., O), in front of the values of a function.
 
     Args:
@@ -133,7 +145,8 @@ def _slopes(function: Callable[[Tensor], Tensors], directions: Tensor, of_value:
         if of_value:
             gradients = [pull(torch.ones_like(y))] * count
         else:
-            units = torch.eye(count, dtype=y.dtype, device=y.device).view(count, count, *[1] * (y.dim() - 1))
+            units = torch.eye(count, dtype=y.dtype, device=y.device)
+            units = units.view(count, count, *[1] * (y.dim() - 1))
             gradients = [pull(unit.expand_as(y)) for unit in units]
         derivatives = [gradient @ direction for gradient, direction in zip(gradients, directions, strict=True)]
         return torch.stack(derivatives).unsqueeze(-1), *values
@@ -152,10 +165,15 @@ def activation_derivatives(module: nn.Module, z: Tensor, highest: int) -> Sequen
     return elementwise_derivatives(module, z, highest)
 
 
-def elementwise_derivatives(function: Callable[[Tensor], Tensor], z: Tensor, highest: int) -> list[Tensor]:
+def elementwise_derivatives(
+    function: Callable[[Tensor], Tensor],
+    z: Tensor,
+    highest: int,
+) -> list[Tensor]:
     """Return a function of each number, with one or several values, and its derivatives up to an order."""
     evaluate = lambda point: function(point.squeeze(-1))  # noqa: E731
-    value, *derivatives = jet_by_transforms(evaluate, z.unsqueeze(-1), z.new_ones(1, 1), highest, None)
+    direction = z.new_ones(1, 1)
+    value, *derivatives = jet_by_transforms(evaluate, z.unsqueeze(-1), direction, highest, None)
     return [value, *(derivative.squeeze(0) for derivative in derivatives)]
 
 
@@ -171,7 +189,14 @@ class ExactNorms(TorchFunctionMode):
         return exact(*args, **(kwargs or {}))
 
 
-def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):  # as torch names them
+def _layer_norm(
+    input,
+    normalized_shape,
+    weight=None,
+    bias=None,
+    eps=1e-5,
+    cudnn_enable=True,
+):  # as torch names them
     axes = tuple(range(-len(normalized_shape), 0))
     centered = input - input.mean(axes, keepdim=True)
     variance = centered.square().mean(axes, keepdim=True)

@@ -56,7 +56,13 @@ class Forgetting:
         self._span = 1.0  # steps that count
         self._slope = -1.0  # the mean slope of the log loss
 
-    def start_step(self, factor: float | str, problem: LeastSquares, terms: list[Term], num_residuals: int) -> None:
+    def start_step(
+        self,
+        factor: float | str,
+        problem: LeastSquares,
+        terms: list[Term],
+        num_residuals: int,
+    ) -> None:
         """Set `counts` and `keeps`. Drop former residuals that do not count, or are at other parameters."""
         if isinstance(factor, str):
             is_first = not self._terms
@@ -71,18 +77,26 @@ class Forgetting:
     def _are_rows_drawn(self, problem: LeastSquares, terms: list[Term], num_residuals: int) -> bool:
         """Return whether the terms are those of the last step with other rows, at least half as many as parameters."""
         last_terms = self._terms
-        self._terms = [(function, weight, [row.clone() for row in rows]) for function, rows, weight in terms]
-        is_same = [term[:2] for term in last_terms] == [term[:2] for term in self._terms]
+        self._terms = []
+        for function, rows, weight in terms:
+            self._terms.append((function, weight, [row.clone() for row in rows]))
+        is_same = len(last_terms) == len(self._terms)
         is_drawn = False
         for last, term in zip(last_terms, self._terms, strict=False):
+            is_same &= last[:2] == term[:2]
             is_drawn |= not all(map(torch.equal, last[2], term[2]))
 
-        are_same, are_drawn, counts = zip(*problem.shards.gather((is_same, is_drawn, num_residuals)), strict=True)
+        processes = problem.shards.gather((is_same, is_drawn, num_residuals))
+        are_same, are_drawn, counts = zip(*processes, strict=True)
         size = problem.num_parameters
         is_possible = size <= 2 * sum(counts) and bytes_of_matrices(size) <= problem.memory
         return is_possible and all(are_same) and any(are_drawn)
 
-    def discounted(self, factor: float | str, loss: float) -> tuple[Tensor, Tensor] | None:
+    def discounted(
+        self,
+        factor: float | str,
+        loss: float,
+    ) -> tuple[Tensor, Tensor] | None:
         """Return the former J^T J and J^T r times the forgetting factor.
 
         By "auto" it is 1 - 1 / span, with a span in steps: times 1.25 where the new rows have 1.5 times the loss of

@@ -61,7 +61,13 @@ class Recorder:
         self.layers: list[LayerRecord] = []
         self._parameters = {id(parameter) for parameter in parameters}
 
-    def jet(self, through: Callable[..., Jet], x: Tensor, directions: Tensor, weights: Tensor | None) -> Jet | None:
+    def jet(
+        self,
+        through: Callable[..., Jet],
+        x: Tensor,
+        directions: Tensor,
+        weights: Tensor | None,
+    ) -> Jet | None:
         """Compute a jet, see `recording`."""
         if not self._can_record(x, directions, weights):
             return None
@@ -112,7 +118,10 @@ def _detach(tensor: Tensor | None) -> Tensor | None:
 
 
 def row_gradients(
-    function: Callable[[], Tensor], parameters: Sequence[Tensor], rows: int, out: Tensor | None = None
+    function: Callable[[], Tensor],
+    parameters: Sequence[Tensor],
+    rows: int,
+    out: Tensor | None = None,
 ) -> Tensor | None:
     """Return the derivatives (n m, P) of a function's values (n, m) for n = `rows`, in the first rows of `out`.
 
@@ -148,8 +157,9 @@ def row_gradients(
     if out is None:
         out = parameters[0].new_empty(rows * m, sum(sizes))
     jacobian = out[: rows * m].zero_()
-    columns = jacobian.unflatten(0, (rows, m)).split(sizes, dim=-1)
-    blocks = {id(p): block.view(rows, m, *p.shape) for p, block in zip(parameters, columns, strict=True)}
+    blocks: Blocks = {}
+    for parameter, block in zip(parameters, jacobian.split(sizes, dim=-1), strict=True):
+        blocks[id(parameter)] = block.view(rows, m, *parameter.shape)
     first = 0
     for layer in recorder.layers:
         last = first + len(layer.outputs)
@@ -158,8 +168,8 @@ def row_gradients(
             for output, gradient in zip(layer.outputs, gradients[first:last], strict=True):
                 gradient = torch.zeros_like(output) if gradient is None else gradient
                 layer_gradients.append(gradient.view(-1, *output.shape[-2:]))
-        g = torch.cat(layer_gradients).unflatten(0, (m, -1)).permute(2, 0, 1, 3)
-        _add_layer(blocks, layer, g)
+        g = torch.cat(layer_gradients).unflatten(0, (m, -1))
+        _add_layer(blocks, layer, g.permute(2, 0, 1, 3))
         first = last
     for index, column in enumerate(values.unbind(1)):
         for scalar, derivatives in zip(scalars, _scalar_derivatives(column, scalars), strict=True):
@@ -235,14 +245,16 @@ def _add_tucker(blocks: Blocks, phi: Tensor, update: Update, g: Tensor) -> None:
     def product(left: Tensor, right: Tensor) -> Tensor:
         """Return sum_x left[x, i] right[m, x, j], (n, m, i, j), for left (n, S, X / S, i) and right (n, m, S, ...)."""
         left = left.flatten(1, 2)
-        right = right.reshape(n, m, left.shape[1], -1).transpose(1, 2).flatten(2)
-        return (left.mT @ right).unflatten(2, (m, -1)).transpose(1, 2)
+        right = right.reshape(n, m, left.shape[1], -1).transpose(1, 2)
+        sums = left.mT @ right.flatten(2)
+        return sums.unflatten(2, (m, -1)).transpose(1, 2)
 
     # gradients that nothing asks for are not computed
     if id(core) in blocks:
         _add(blocks, core, f.mT.flatten(1, 2) @ t)
     if id(factor_out) in blocks:
-        _add(blocks, factor_out, g.mT.flatten(1, 2) @ (scale * t @ core.flatten(1).T))
+        contracted = scale * t @ core.flatten(1).T
+        _add(blocks, factor_out, g.mT.flatten(1, 2) @ contracted)
     if id(factor_in) in blocks:
         expanded = expand_inputs(core, None, factor_basis)
         _add(blocks, factor_in, product(phi, f @ expanded.mT.flatten(1)))

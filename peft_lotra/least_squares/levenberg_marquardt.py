@@ -216,7 +216,13 @@ class LevenbergMarquardt:
         warnings.warn(f"Step refused: {error}", RuntimeWarning, stacklevel=4)
         return LevenbergMarquardtStep(sum(losses), self.damping, False, reason=error, losses=losses)
 
-    def _attempt(self, problem: LeastSquares, linear: LinearModel, damping: float, loss: float) -> _Candidate | None:
+    def _attempt(
+        self,
+        problem: LeastSquares,
+        linear: LinearModel,
+        damping: float,
+        loss: float,
+    ) -> _Candidate | None:
         """Solve the damped system, and evaluate the parameters that its solution leads to.
 
         Returns:

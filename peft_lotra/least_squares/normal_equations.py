@@ -64,15 +64,17 @@ class LinearModel:
                 self.gradient += past[1]
             squares = self.matrix.diagonal()
         # parameters without any effect get the bound, and are not moved
-        self.scaling = squares.clamp(min=max(floor * squares.max().item(), 1e-300))
+        lowest = floor * squares.max().item()
+        self.scaling = squares.clamp(min=max(lowest, 1e-300))
         if self.in_residual_space:
             _add_gram(self.matrix, (self.jacobian / self.scaling.sqrt()).T)
 
         self.error = ""
-        if not self.gradient.any():
-            self.error = "the gradient is zero: no parameter has an effect on the residuals."
-        elif not (self.matrix.isfinite().all() and self.gradient.isfinite().all()):
+        is_finite = self.matrix.isfinite().all() and self.gradient.isfinite().all()
+        if not is_finite:
             self.error = "the Jacobian has NaN or infinite entries. The parameters are unchanged."
+        elif not self.gradient.any():
+            self.error = "the gradient is zero: no parameter has an effect on the residuals."
 
     def _choose_space(self, in_parameter_space: bool) -> int:
         """Choose the space of the matrix, and whether J is kept; return the size of the matrix."""

@@ -104,8 +104,9 @@ def check_terms(terms: Iterable[Any]) -> list[Term]:
     for index, term in enumerate(terms):
         function, rows, weight = (*term, 1.0)[:3]
         rows = tuple(rows) if isinstance(rows, Sequence) else (rows,)
-        lengths = [len(row) if isinstance(row, Tensor) and row.dim() else math.nan for row in rows]
-        if not callable(function) or len(set(lengths)) != 1 or math.isnan(lengths[0]) or not weight > 0:
+        lengths = [len(row) if isinstance(row, Tensor) and row.dim() else None for row in rows]
+        has_rows = len(set(lengths)) == 1 and lengths[0] is not None
+        if not (callable(function) and has_rows and weight > 0):
             raise ValueError(
                 f"A residual term must be (function, rows) or (function, rows, weight), with tensors of one length as "
                 f"rows and a weight above 0. But {name_term(index, function)} has rows of lengths {lengths} and the "
@@ -129,7 +130,8 @@ def check_residuals(values: Any, name: str, count: int) -> Tensor:
         ValueError: The values are no floating point tensor (count,) or (count, ...), or empty.
     """
     is_tensor = isinstance(values, Tensor)
-    if not is_tensor or not values.is_floating_point() or values.shape[:1] != (count,) or not values.numel():
+    has_shape = is_tensor and values.shape[:1] == (count,) and values.numel() > 0
+    if not (has_shape and values.is_floating_point()):
         returned = f"{values.dtype} of shape {tuple(values.shape)}" if is_tensor else type(values).__name__
         raise ValueError(
             f"The {name} returns {returned} for {count} rows, but must return floating point numbers of shape "
@@ -161,8 +163,11 @@ def check_trainable(model: nn.Module) -> None:
 
 def in_double(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers of lower precision, in float64."""
-    state = (*model.named_parameters(), *model.named_buffers())
-    return {name: t.detach().double() for name, t in state if t.is_floating_point() and t.dtype != torch.float64}
+    converted = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and tensor.dtype != torch.float64:
+            converted[name] = tensor.detach().double()
+    return converted
 
 
 class LeastSquares:
@@ -188,15 +193,21 @@ class LeastSquares:
     """
 
     def __init__(
-        self, model: nn.Module, terms: list[Term], memory: int, trials: Trials, shards: Shards | None = None
+        self,
+        model: nn.Module,
+        terms: list[Term],
+        memory: int,
+        trials: Trials,
+        shards: Shards | None = None,
     ) -> None:
         self.model = model
         self.memory = memory
         self.shards = shards or Shards()
         self.trainable = trainable_parameters(model)
         self.fixed = in_double(model)  # the trainable ones are always replaced
-        self.sizes = [parameter.numel() for parameter in self.trainable.values()]
-        self.start = torch.cat([parameter.detach().double().flatten() for parameter in self.trainable.values()])
+        parameters = [parameter.detach().double().flatten() for parameter in self.trainable.values()]
+        self.sizes = list(map(len, parameters))
+        self.start = torch.cat(parameters)
         self.num_parameters = len(self.start)
         self.trials: Trials = {}
         self.terms = self._prepare(terms)
@@ -208,8 +219,8 @@ class LeastSquares:
 
     def _prepare(self, terms: list[Term]) -> list[PreparedTerm]:
         """Convert the rows to float64, and count them in all processes."""
-        lengths = torch.tensor([len(rows[0]) for _, rows, _ in terms], device=self.start.device)
-        counts = self.shards.sum(lengths).tolist()
+        lengths = [len(rows[0]) for _, rows, _ in terms]
+        counts = self.shards.sum(torch.tensor(lengths, device=self.start.device)).tolist()
         prepared = []
         for index, (function, rows, weight) in enumerate(terms):
             name = name_term(index, function)
@@ -234,12 +245,17 @@ class LeastSquares:
         return {name: values.view_as(parameter) for (name, parameter), values in parameters}
 
     def _leaves(self) -> dict[str, Tensor]:
-        return {name: values.detach().requires_grad_() for name, values in self._named(self.start).items()}
+        leaves = {}
+        for name, values in self._named(self.start).items():
+            leaves[name] = values.detach().requires_grad_()
+        return leaves
 
     def round(self, flat: Tensor) -> Tensor:
         """Return the values as the parameters store them, with fewer digits in a float32 model."""
-        named = self._named(flat)
-        return torch.cat([named[name].to(p.dtype).double().flatten() for name, p in self.trainable.items()])
+        rounded = []
+        for name, values in self._named(flat).items():
+            rounded.append(values.to(self.trainable[name].dtype).double().flatten())
+        return torch.cat(rounded)
 
     @torch.no_grad()
     def write(self, flat: Tensor) -> None:
@@ -247,7 +263,12 @@ class LeastSquares:
         for name, values in self._named(flat).items():
             self.trainable[name].copy_(values)
 
-    def _call(self, term: PreparedTerm, rows: Sequence[Tensor], tensors: dict[str, Tensor]) -> Tensor:
+    def _call(
+        self,
+        term: PreparedTerm,
+        rows: Sequence[Tensor],
+        tensors: dict[str, Tensor],
+    ) -> Tensor:
         """Return the scaled residuals (n, m) of n rows, with tensors in place of parameters."""
         with torch.enable_grad(), Intercepted() if term.trial.intercepted else nullcontext():
             # copies, since the function may write into its rows
@@ -270,17 +291,18 @@ class LeastSquares:
     def _check(self, term: PreparedTerm) -> None:
         """Raise a `ValueError` if the residuals are random, or a row depends on other rows."""
         # copies, since batch normalization writes into them
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers() if name not in self.fixed}
-        tensors = {**buffers, **self._named(self.start)}
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        tensors = {**buffers, **self.fixed, **self._named(self.start)}
 
         def evaluate(*indices: int) -> Tensor:
             rows = [row[list(indices)] for row in term.rows]
             return self._call(term, rows, tensors).detach()
 
         def differ(values: Tensor, expected: Tensor) -> bool:
-            tolerance = 1e-7 * values.nan_to_num(0, 0, 0).abs().max().item() + 1e-10
-            is_same_shape = values.shape == expected.shape
-            return not is_same_shape or not torch.allclose(values, expected, 1e-7, tolerance, equal_nan=True)
+            if values.shape != expected.shape:
+                return True
+            largest = values.nan_to_num(0, 0, 0).abs().max().item()
+            return not torch.allclose(values, expected, 1e-7, 1e-7 * largest + 1e-10, equal_nan=True)
 
         with Intercepted() as mode:
             residuals = evaluate(0, -1)
@@ -381,7 +403,12 @@ class LeastSquares:
 
     # Derivatives
 
-    def jacobian(self, term: PreparedTerm, rows: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    def jacobian(
+        self,
+        term: PreparedTerm,
+        rows: Sequence[Tensor],
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Return the derivatives of the residuals of some rows, (n m, P), in the first rows of `out` if it is passed.
 
         `row_gradients` computes them if only KAN layers depend on the parameters, else `torch.func.vmap`.
@@ -398,7 +425,8 @@ class LeastSquares:
     def _jacobian_by_vmap(self, term: PreparedTerm, rows: Sequence[Tensor]) -> Tensor:
         def differentiate_row(flat: Tensor, *row: Tensor) -> Tensor:
             batch = [tensor.unsqueeze(0) for tensor in row]
-            values, pull, *_ = torch.func.vjp(lambda p: self._call(term, batch, self._named(p))[0], flat)
+            evaluate = lambda flat: self._call(term, batch, self._named(flat))[0]  # noqa: E731
+            values, pull, *_ = torch.func.vjp(evaluate, flat)
             units = torch.eye(len(values), device=values.device).to(values)
             return torch.stack([pull(unit)[0] for unit in units])
 

@@ -35,7 +35,7 @@ def laplacian_and_value(model: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "term, message",
     [
-        ((torch.zeros(2, 2), fit), "residual term 0 .Tensor. has rows of lengths .nan."),
+        ((torch.zeros(2, 2), fit), "residual term 0 .Tensor. has rows of lengths .None."),
         ((fit, []), r"residual term 0 \(fit\) has rows of lengths \[\]"),
         ((fit, (torch.zeros(2, 2), torch.zeros(3, 1))), r"has rows of lengths \[2, 3\]"),
         ((fit, (torch.zeros(0, 2),)), "residual term 0 .fit. has no rows"),
