@@ -57,28 +57,18 @@ def test_shards_end_where_one_process_does(ranks, kind):
 
 
 @pytest.mark.slow
-def test_a_shard_may_have_no_rows(ranks):
+@pytest.mark.parametrize("case", ["nothing here", "another start"])
+def test_a_shard_may_have_no_rows_or_other_parameters(ranks, case):
+    """The parameters of the first process count."""
     for found in ranks:
         for name, alone in found["alone"]["plain"].items():
-            np.testing.assert_allclose(found["nothing here"][name], alone, rtol=1e-10, atol=1e-10)
+            np.testing.assert_allclose(found[case][name], alone, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case, messages",
-    [
-        ("other terms", ["ValueError: The terms "] * 2),
-        ("other weights", ["ValueError: The terms "] * 2),
-        ("other parameters", ["ValueError: The trainable parameters of process 1 differ"] * 2),
-        ("no rows at all", ["ValueError: The residual term 1 (fit) has no rows in any process"] * 2),
-        (
-            "one fails",
-            ["RuntimeError: Process 1 of the group failed: ZeroDivisionError: on this", "ZeroDivisionError"],
-        ),
-        ("one fails later", ["RuntimeError: Process 1 of the group failed", "ZeroDivisionError: at step 1"]),
-        ("one is not finite", ["residuals are NaN or infinite"] * 2),
-    ],
-)
-def test_what_is_wrong_in_one_process_ends_all(ranks, case, messages):
-    for found, message in zip(ranks, messages, strict=True):
-        assert found["wrong"][case].startswith(message)
+def test_what_is_wrong_in_one_process_ends_all(ranks):
+    errors = [found["wrong"] for found in ranks]
+
+    assert all(error["no rows at all"] == "ValueError: The residual term 1 (fit) has no rows." for error in errors)
+    assert errors[0]["one is not finite"].endswith("residuals of another process are.")
+    assert errors[1]["one is not finite"].startswith("residuals are NaN or infinite: 27 of")

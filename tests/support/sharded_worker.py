@@ -44,9 +44,9 @@ def model(seed: int = 0) -> KAN:
 KINDS: dict[str, dict[str, Any]] = {"plain": {}, "forgetting": {"forgetting": 0.5}, "chunks": {"memory": 2**21}}
 
 
-def run(kind: str, shard: Shard, group: Any) -> dict:
+def run(kind: str, shard: Shard, group: Any, seed: int = 0) -> dict:
     """Four steps, with rows that are held out."""
-    kan = model()
+    kan = model(seed)
     optimizer = LevenbergMarquardt(kan, floor=1e-6, group=group, **KINDS[kind])
     records = optimizer.fit(parts(shard), 4, held=parts(shard), progress=False)
     return {
@@ -64,38 +64,20 @@ def fails_with(function: Callable[[], Any]) -> str:
     return "nothing"
 
 
-def broken(kan: nn.Module, x: Tensor) -> Tensor:
-    raise ZeroDivisionError("on this shard")
-
-
 def wrong(rank: int, shard: Shard) -> dict[str, str]:
     """The errors of what processes may do wrong; none of them may hang."""
     group, (first, second) = dist.group.WORLD, parts(shard)
 
-    def step(kan: nn.Module, given: list[tuple]) -> Any:
-        return LevenbergMarquardt(kan, group=group).step(given)
+    def step(given: list[tuple]) -> Any:
+        return LevenbergMarquardt(model(), group=group).step(given)
 
     def nan(kan: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return kan(x) - y / (0.0 if rank else 1.0)
 
-    def fails_later(number: int) -> list[tuple]:
-        if rank and number:
-            raise ZeroDivisionError("at step 1")
-        return [first, second]
-
     none = (second[0], tuple(row[:0] for row in second[1]))
-    one_broken = (second[0] if rank == 0 else broken, second[1][:1] if rank else second[1])
-    one_broken[0].__name__ = "fit"
     return {
-        "other terms": fails_with(lambda: step(model(), [first, second][: 1 + rank])),
-        "other weights": fails_with(lambda: step(model(), [(*second[:2], 1.0 + rank)])),
-        "other parameters": fails_with(lambda: step(model(rank), [first, second])),
-        "no rows at all": fails_with(lambda: step(model(), [first, none])),
-        "one fails": fails_with(lambda: step(model(), [one_broken])),
-        "one fails later": fails_with(
-            lambda: LevenbergMarquardt(model(), group=group).fit(fails_later, 3, progress=False)
-        ),
-        "one is not finite": step(model(), [(nan, second[1])]).reason,
+        "no rows at all": fails_with(lambda: step([first, none])),
+        "one is not finite": step([(nan, second[1])]).reason,
     }
 
 
@@ -105,6 +87,7 @@ def results(rank: int, world: int) -> dict[str, Any]:
         "alone": {kind: run(kind, everything, None) for kind in KINDS},
         "sharded": {kind: run(kind, mine, group) for kind in KINDS},
         "nothing here": run("plain", (lambda row: row[:0]) if rank else everything, group),
+        "another start": run("plain", mine, group, seed=rank),
         "wrong": wrong(rank, mine),
     }
 
