@@ -69,7 +69,7 @@ def jet(
     Raises:
         ValueError: `x`, `directions`, `collapse` or the outputs have a wrong shape, `order` is out of range, or batch
             normalization in training mode makes each row depend on the others.
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, or `x` no floating point tensor.
 
     Source: A. Griewank and A. Walther, "Evaluating Derivatives" (2008), chapter 13; collapsed Taylor mode, arXiv
     2505.13644.
@@ -83,6 +83,8 @@ def jet(
         >>> u, (u_x, u_t), _, u_xxx = jet(KAN([2, 5, 1]), torch.rand(100, 2), order=3, collapse=(1, 0))
     """
     check_module(model)
+    if not x.is_floating_point():
+        raise TypeError(f"`x` is a tensor of {x.dtype}, but must be floating point.")
     if check_count(order, "order") > HIGHEST_ORDER:
         raise ValueError(f"`order` is {order}, but must be 1 to {HIGHEST_ORDER}: nest `torch.func.jvp` for more.")
     directions = _check_directions(x, directions)
@@ -156,14 +158,15 @@ def _warn_of_low_degree(modules: Iterable[nn.Module], order: int) -> None:
                 (order, degree),
                 f"Splines of degree {degree} have no derivative of order {order}: it is zero between the knots, and a "
                 f"residual does not see its jumps there. Make the layers with `spline_order={order + 1}`.",
+                stacklevel=5,
             )
 
 
-def _warn(key: Any, message: str) -> None:
+def _warn(key: Any, message: str, stacklevel: int = 4) -> None:
     """Warn once for each key."""
     if not is_tracing() and key not in _warned:
         _warned.add(key)
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=stacklevel)
 
 
 def through_stages(

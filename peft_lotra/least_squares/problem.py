@@ -189,7 +189,8 @@ class LeastSquares:
         trials: The trials of these terms.
 
     Raises:
-        ValueError: A term has no rows, or is random, or its rows depend on each other.
+        ValueError: A term has no rows, or is random, or its rows depend on each other, or the processes have
+            different terms.
     """
 
     def __init__(
@@ -219,16 +220,18 @@ class LeastSquares:
 
     def _prepare(self, terms: list[Term]) -> list[PreparedTerm]:
         """Convert the rows to float64, and count them in all processes."""
+        weights = [(name_term(index, function), weight) for index, (function, _, weight) in enumerate(terms)]
+        if any(weights_of_process != weights for weights_of_process in self.shards.gather(weights)):
+            raise ValueError(f"The processes have different residual terms or weights. This one has {weights}.")
         lengths = [len(rows[0]) for _, rows, _ in terms]
         counts = self.shards.sum(torch.tensor(lengths, device=self.start.device)).tolist()
         prepared = []
-        for index, (function, rows, weight) in enumerate(terms):
-            name = name_term(index, function)
-            if counts[index] == 0:
+        for (name, weight), (function, rows, _), count in zip(weights, terms, counts, strict=True):
+            if count == 0:
                 raise ValueError(f"The {name} has no rows.")
             requires_grad = [row.requires_grad for row in rows]
             rows = tuple(row.detach().double() if row.is_floating_point() else row for row in rows)
-            prepared.append(PreparedTerm(name, function, rows, requires_grad, math.sqrt(weight / counts[index])))
+            prepared.append(PreparedTerm(name, function, rows, requires_grad, math.sqrt(weight / count)))
         return prepared
 
     def _key(self, term: PreparedTerm) -> tuple:

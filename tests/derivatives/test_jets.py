@@ -327,6 +327,7 @@ def test_directions_of_a_wrong_shape(shape):
     [
         (lambda: jet(network(), points(40, 2)), ValueError, r"shape \(40, 2\), but its last dimension must be 3"),
         (lambda: jet(MODELS["normalized inputs"](), points(40, 2)), ValueError, "last dimension must be 3"),
+        (lambda: jet(network(), torch.zeros(2, 3, dtype=torch.int64)), TypeError, "torch.int64"),
         (lambda: jet(network(), points(), collapse=(1.0, 0.0)), ValueError, "has 2 weights for 3 directions"),
         (lambda: jet(network(), points(), order=1, collapse=True), ValueError, "for 3 directions and order 1"),
         (lambda: jet(network(norm="batch"), points()), ValueError, r"`layers.1` is a BatchNorm .*model.eval\(\)"),

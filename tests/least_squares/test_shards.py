@@ -69,6 +69,10 @@ def test_a_shard_may_have_no_rows_or_other_parameters(ranks, case):
 def test_what_is_wrong_in_one_process_ends_all(ranks):
     errors = [found["wrong"] for found in ranks]
 
+    for case in ("other terms", "other weights"):
+        assert all(
+            error[case].startswith("ValueError: The processes have different residual terms") for error in errors
+        )
     assert all(error["no rows at all"] == "ValueError: The residual term 1 (fit) has no rows." for error in errors)
     assert errors[0]["one is not finite"].endswith("residuals of another process are.")
     assert errors[1]["one is not finite"].startswith("residuals are NaN or infinite: 27 of")

@@ -76,6 +76,8 @@ def wrong(rank: int, shard: Shard) -> dict[str, str]:
 
     none = (second[0], tuple(row[:0] for row in second[1]))
     return {
+        "other terms": fails_with(lambda: step([first, second][: 1 + rank])),
+        "other weights": fails_with(lambda: step([(*second[:2], 1.0 + rank)])),
         "no rows at all": fails_with(lambda: step([first, none])),
         "one is not finite": step([(nan, second[1])]).reason,
     }
