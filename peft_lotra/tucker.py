@@ -250,12 +250,13 @@ def reconstruct(core: Tensor, *factors: Tensor | None) -> Tensor:
 
 def expand_inputs(core: Tensor, factor_in: Tensor | None, *factors: Tensor | None) -> Tensor:
     """Return core x2 factor_in x3 factor_basis [x4 factor_kernel], (ro, in, basis [, kernel])."""
+    factor_basis = factors[0]
     if len(factors) > 1:
         return reconstruct(core, None, factor_in, *factors)
     # half the operations of `reconstruct`, which counts in small layers
     if factor_in is not None:
         core = torch.bmm(factor_in.expand(len(core), -1, -1), core)
-    return core if factors[0] is None else core @ factors[0].T
+    return core if factor_basis is None else core @ factor_basis.T
 
 
 def direct_sum(tensors: Sequence[Tucker]) -> Tucker:
@@ -425,7 +426,7 @@ def check_ranks(r: Any, name: str = "r", kernel: bool = True) -> Ranks:
         ValueError: It is no rank, and not three ranks, or with a `kernel` four.
     """
     is_sequence = isinstance(r, (tuple, list))
-    ranks = tuple(r) if is_sequence else (r,)
+    ranks: tuple[Any, ...] = tuple(r) if is_sequence else (r,)
     counts = (3, 3 + kernel) if is_sequence else (1,)
     if len(ranks) not in counts or not all(map(_is_rank, ranks)):
         four = ", or four with the kernel of convolutions" * kernel

@@ -190,8 +190,7 @@ def _scalar_derivatives(column: Tensor, scalars: Sequence[Tensor]) -> list[Tenso
     for total in sums:
         derivative = torch.zeros_like(column)
         if total.requires_grad:
-            options = {"retain_graph": True, "materialize_grads": True}
-            (derivative,) = torch.autograd.grad(total, weights, **options)
+            (derivative,) = torch.autograd.grad(total, weights, retain_graph=True, materialize_grads=True)
         derivatives.append(derivative)
     return derivatives
 

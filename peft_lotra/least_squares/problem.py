@@ -102,7 +102,7 @@ def check_terms(terms: Iterable[Any]) -> list[Term]:
     """
     checked: list[Term] = []
     for index, term in enumerate(terms):
-        function, rows, weight = (*term, 1.0)[:3]
+        function, rows, weight, *_ = (*term, 1.0)
         rows = tuple(rows) if isinstance(rows, Sequence) else (rows,)
         lengths = [len(row) if isinstance(row, Tensor) and row.dim() else None for row in rows]
         has_rows = len(set(lengths)) == 1 and lengths[0] is not None
