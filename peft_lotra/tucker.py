@@ -231,10 +231,9 @@ def multiply_mode(tensor: Tensor, factor: Tensor | None, mode: int) -> Tensor:
 def reconstruct(core: Tensor, *factors: Tensor | None) -> Tensor:
     """Return the dense tensor of a core and a factor for each of its modes. All components are differentiable.
 
-    The last modes are expanded first and the output mode last, so that the largest intermediate is (ro, in, basis
-    [, kernel]). All products are of matrices. The result of a batched `torch.matmul` differs in its last digits
-    between tensors that require a gradient and tensors that do not, but a loaded adapter must equal the trained one
-    exactly.
+    The last modes are expanded first and the output mode last. The largest intermediate is (ro, in, basis [, kernel]).
+    All products are of matrices. The result of a batched `torch.matmul` differs in its last digits between tensors
+    that require a gradient and tensors that do not, but a loaded adapter must equal the trained one exactly.
     """
     if all(factor is None for factor in factors):
         return core.clone()  # the dense tensor does not change with the parameter
@@ -448,8 +447,7 @@ def cap_ranks(r: Ranks, shape: Sequence[int]) -> tuple[int, ...]:
     """Return the rank of each mode in the shape (out, in, basis [, kernel]), none above the size of the mode.
 
     A single rank is for all modes, and "full" is the size of a mode. Three ranks leave the kernel full, since it is
-    small. The fourth rank counts only if there is a kernel, so that one `r` serves a network of convolutions and dense
-    layers.
+    small. The fourth rank counts only if there is a kernel: one `r` serves a network of convolutions and dense layers.
 
     Example:
         >>> cap_ranks(4, (16, 8, 5, 9)), cap_ranks(("full", 4, 1), (16, 8, 5, 9))

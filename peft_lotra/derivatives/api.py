@@ -53,7 +53,7 @@ def jet(
     the description. Any other module is differentiated by transforms, with a warning for each class.
 
     Args:
-        model: Maps (..., I) to (..., O), each row by itself.
+        model: Maps (..., I) to (..., O), each row separately.
         x: Points, shape (..., I), usually (N, I).
         directions: The D directions v, shape (D, I), of any length; by default the I coordinate axes. Derivatives are
             in the parameter t.

@@ -72,19 +72,19 @@ class FunctionFeatures:
         self,
         z: Tensor,
         orders: Sequence[int],
-        kept: Sequence[Tensor] = (),
+        evaluated: Sequence[Tensor] = (),
     ) -> Iterator[slice]:
         """Yield blocks of the points z (I, N), of about the same size, whose functions are then in `functions`.
 
         Args:
             z: The points.
             orders: The orders of the derivatives.
-            kept: The result of `evaluate` for all points, if it is known.
+            evaluated: The result of `evaluate` for all points, if it is known.
         """
         count = z.shape[1]
         num_blocks = max(1, -(-count // self.block_size))
         for block in blocks(0, count, max(1, -(-count // num_blocks))):
-            self.load(orders, kept or self.evaluate(z[:, block], orders))
+            self.load(orders, evaluated or self.evaluate(z[:, block], orders))
             yield block
 
     def load(self, orders: Sequence[int], values: Sequence[Tensor]) -> None:

@@ -42,8 +42,8 @@ def bell_polynomials(
         (f o z)^(n) = sum_j f^(j) B_nj,   B_n1 = z^(n),   B_nj = sum_i binom(n-1, i-1) z^(i) B_{n-i,j-1}.
 
     Returns:
-        The polynomials, and the same times the weights. With weights, those of the highest order are sums over the
-        directions.
+        The polynomials, and the same times the weights. With weights, the polynomials of the highest order are sums
+        over the directions.
     """
     bells: Polynomials = {}
     weighted = bells if weights is None else {}

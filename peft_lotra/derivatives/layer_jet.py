@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The jet of a dense KAN layer, as one operation with a backward pass of its own."""
+"""The jet of a dense KAN layer, as one operation with its own backward pass."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class LayerJet(torch.autograd.Function):
     """Maps the coefficients as a matrix (O, (K + 1) I), and a jet, z (I, N) and its derivatives (D or 1, I, N), to the
     jet of y, see `evaluate_layer`.
 
-    The functions of the basis are evaluated in blocks of points that fit the cache. If there is one block, it is kept
-    for the backward pass. Otherwise the functions are evaluated again.
+    The functions of the basis are evaluated in blocks of points that fit the cache. The functions of a single block
+    are saved for the backward pass. Otherwise they are evaluated again.
 
     Args of `apply`:
         basis, order, weights: As for `evaluate_layer`.
@@ -44,30 +44,30 @@ class LayerJet(torch.autograd.Function):
         features = make_features(basis, z)
         jet_rows = JetRows(features.scale, jet, order, weights, row_counts(jet, order, weights))
         ctx.orders = range(order + 1 + any(ctx.needs_input_grad[5:]))
-        kept = []
+        evaluated = []
         if any(ctx.needs_input_grad) and z.shape[1] <= features.block_size:
-            kept = features.evaluate(z, ctx.orders)
+            evaluated = features.evaluate(z, ctx.orders)
 
-        value = z.new_empty(len(matrix), z.shape[1])  # no view, so that it may be changed in place
+        value = z.new_empty(len(matrix), z.shape[1])  # no view, since views cannot be changed in place
         derivatives = [z.new_empty(count, *value.shape) for count in jet_rows.counts[1:]]
         outputs = [value]
         for derivative in derivatives:
             outputs += derivative.unbind()
-        for block in features.blocks(z, ctx.orders if kept else range(order + 1), kept):
+        for block in features.blocks(z, ctx.orders if evaluated else range(order + 1), evaluated):
             for number, row in features.matrices(jet_rows.rows(features, block)):
                 torch.mm(matrix, row, out=outputs[number][:, block])
 
-        ctx.save_for_backward(matrix, weights, *jet, *kept, *tensors_of(basis))
+        ctx.save_for_backward(matrix, weights, *jet, *evaluated, *tensors_of(basis))
         ctx.set_materialize_grads(False)
         ctx.order, ctx.plain, ctx.make_features = order, plain, partial(make_features, basis)
-        ctx.stops = (len(jet), len(jet) + len(kept))
+        ctx.stops = (len(jet), len(jet) + len(evaluated))
         return value, *derivatives
 
     @staticmethod
     def backward(ctx, *grads):
         matrix, weights, *saved = ctx.saved_tensors
         jet = saved[: ctx.stops[0]]
-        kept = saved[slice(*ctx.stops)]
+        evaluated = saved[slice(*ctx.stops)]
         if is_plain_backward(*grads):
             needed = ctx.needs_input_grad[4:]
             return *[None] * 4, *plain_gradients(ctx.plain, [matrix, *jet], needed, grads)
@@ -88,7 +88,7 @@ class LayerJet(torch.autograd.Function):
             jet_gradients = [torch.zeros_like(derivative) for derivative in jet]
         # transposed, since this product takes less time
         matrix_gradient = torch.zeros_like(matrix.t()) if ctx.needs_input_grad[4] else None
-        for block in features.blocks(jet[0], ctx.orders, kept):
+        for block in features.blocks(jet[0], ctx.orders, evaluated):
             of_block = [gradient[:, block] for gradient in gradients]
             if matrix_gradient is not None:
                 for number, row in features.matrices(jet_rows.rows(features, block)):

@@ -21,9 +21,8 @@ def check_rows_apart(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):
             raise ValueError(
-                f"`{name}` is a {type(module).__name__} that normalizes by the statistics of the batch, so that a row "
-                "of the output has no derivatives of its own. Put the model into evaluation mode (`model.eval()`), or "
-                "use layer normalization."
+                f"`{name}` is a {type(module).__name__} that normalizes by the statistics of the batch. Its outputs "
+                "depend on all rows. Put the model into evaluation mode (`model.eval()`), or use layer normalization."
             )
 
 

@@ -39,7 +39,7 @@ class Past(NamedTuple):
 
 
 class Forgetting:
-    """Decides whether former residuals count, and by which factor.
+    """Decides whether former residuals count, and computes their factor.
 
     Attributes:
         past: The former residuals. None without any.
@@ -75,7 +75,7 @@ class Forgetting:
             self.past = None
 
     def _are_rows_drawn(self, problem: LeastSquares, terms: list[Term], num_residuals: int) -> bool:
-        """Return whether the terms are those of the last step with other rows, at least half as many as parameters."""
+        """Return whether the terms of the last step have other rows now, at least half as many as parameters."""
         last_terms = self._terms
         self._terms = []
         for function, rows, weight in terms:
@@ -87,16 +87,12 @@ class Forgetting:
             is_drawn |= not all(map(torch.equal, last[2], term[2]))
 
         processes = problem.shards.gather((is_same, is_drawn, num_residuals))
-        are_same, are_drawn, counts = zip(*processes, strict=True)
+        are_same, are_drawn, sizes = zip(*processes, strict=True)
         size = problem.num_parameters
-        is_possible = size <= 2 * sum(counts) and bytes_of_matrices(size) <= problem.memory
+        is_possible = size <= 2 * sum(sizes) and bytes_of_matrices(size) <= problem.memory
         return is_possible and all(are_same) and any(are_drawn)
 
-    def discounted(
-        self,
-        factor: float | str,
-        loss: float,
-    ) -> tuple[Tensor, Tensor] | None:
+    def discounted(self, factor: float | str, loss: float) -> tuple[Tensor, Tensor] | None:
         """Return the former J^T J and J^T r times the forgetting factor.
 
         By "auto" it is 1 - 1 / span, with a span in steps: times 1.25 where the new rows have 1.5 times the loss of

@@ -42,7 +42,7 @@ class LayerRecord(NamedTuple):
     Attributes:
         formula: The formula of the layer, with its tensors in float64.
         inputs: The other arguments of `evaluate_layer`.
-        outputs: Its result. The graph of the next layers starts here.
+        outputs: Its result, where the graph of the next layers starts.
     """
 
     formula: LayerFormula

@@ -91,8 +91,8 @@ class LevenbergMarquardt:
         forgetting: The factor, from 0 to below 1, by which residuals of former steps count less after each step
             (recursive least squares). It is for rows that are drawn again before each step. "auto" chooses a larger
             factor where steps fit only their own rows, and a smaller one where the loss falls fast. It chooses 0 if
-            the rows are those of the last step, or less than half as many as the parameters, or a function or weight
-            changes. The former residuals need a matrix of the size of J^T J.
+            the rows do not change, or are less than half as many as the parameters, or a function or weight changes.
+            The former residuals need a matrix of the size of J^T J.
         memory: Bytes for matrices and chunks of rows.
         group: A process group of `torch.distributed`, e.g. `torch.distributed.group.WORLD`. Each process has its own
             rows of the same terms. J^T J, J^T r and losses are summed over the processes. All start from the
@@ -182,37 +182,42 @@ class LevenbergMarquardt:
         if not math.isfinite(loss):
             error = problem.find_not_finite(residuals) or "the loss is infinite, or residuals of another process are."
             return self._refuse(error, losses)
+
         past = former.discounted(self.forgetting, loss)
         linear = LinearModel(problem, residuals, self.floor, past, in_parameter_space=former.counts)
         if linear.error:
             return self._refuse(linear.error, losses)
 
+        # raise the damping until a step decreases the loss
         damping = self.damping
         growth = 2.0
         attempts = 0
-        while damping <= LARGEST_DAMPING:
+        while True:
+            if damping > LARGEST_DAMPING:
+                reason = (
+                    f"No damping up to {LARGEST_DAMPING:g} makes the loss fall below {loss:.6g}: the parameters are "
+                    "at a minimum to rounding, or the normal equations are singular."
+                )
+                return LevenbergMarquardtStep(loss, self.damping, False, attempts, reason=reason, losses=losses)
             attempts += 1
             candidate = self._attempt(problem, linear, damping, loss)
             if candidate is not None:
-                damping *= damping_factor(candidate.agreement, raised=attempts > 1)
-                self.damping = max(damping, SMALLEST_WITH_PAST if former.counts else SMALLEST_DAMPING)
-                new_loss = sum(candidate.losses)
-                if former.keeps and not linear.in_residual_space:
-                    sums = linear.after(candidate.change, candidate.residuals)
-                    former.past = Past(*sums, candidate.parameters, (loss, new_loss), candidate.agreement)
-                problem.write(candidate.parameters)
-                share = 1 - new_loss / loss
-                return LevenbergMarquardtStep(new_loss, self.damping, True, attempts, share, losses=candidate.losses)
+                break
             damping *= growth
             growth *= 2
-        reason = (
-            f"No damping up to {LARGEST_DAMPING:g} makes the loss fall below {loss:.6g}: the parameters are at a "
-            "minimum to rounding, or the normal equations are singular."
-        )
-        return LevenbergMarquardtStep(loss, self.damping, False, attempts, reason=reason, losses=losses)
+
+        damping *= damping_factor(candidate.agreement, raised=attempts > 1)
+        self.damping = max(damping, SMALLEST_WITH_PAST if former.counts else SMALLEST_DAMPING)
+        new_loss = sum(candidate.losses)
+        if former.keeps and not linear.in_residual_space:
+            sums = linear.after(candidate.change, candidate.residuals)
+            former.past = Past(*sums, candidate.parameters, (loss, new_loss), candidate.agreement)
+        problem.write(candidate.parameters)
+        decrease = 1 - new_loss / loss
+        return LevenbergMarquardtStep(new_loss, self.damping, True, attempts, decrease, losses=candidate.losses)
 
     def _refuse(self, error: str, losses: tuple[float, ...]) -> LevenbergMarquardtStep:
-        """Warn of residuals or derivatives without a step."""
+        """Warn that there is no step, and return its record. The damping stays."""
         warnings.warn(f"Step refused: {error}", RuntimeWarning, stacklevel=4)
         return LevenbergMarquardtStep(sum(losses), self.damping, False, reason=error, losses=losses)
 
@@ -324,7 +329,7 @@ def damping_factor(agreement: float, raised: bool) -> float:
 
     Args:
         agreement: The decrease of the loss, as a multiple of the predicted one.
-        raised: Whether the damping was raised in this step, so that less damping has just failed.
+        raised: Whether the damping was raised in this step: less damping has just failed.
     """
     if agreement > 0.75:
         return 0.5 if raised else 0.1

@@ -36,7 +36,7 @@ class Trial:
     """How a residual function is evaluated, as its first evaluation showed.
 
     Attributes:
-        function: The function, kept so that no later function gets its `id`.
+        function: The function. While it exists, no other function has its `id`.
         intercepted: Whether calls must run under `Intercepted`.
         columns: The number of residuals of a row.
         row_bytes: The memory of one row.
@@ -174,7 +174,7 @@ class LeastSquares:
     """The residuals r as a function of the vector of the trainable parameters, in float64.
 
     Each residual is multiplied by sqrt(weight / rows) of its term, so that the loss is |r|^2. Only `write` changes the
-    model. Rows, residuals and Jacobians are those of this process. Losses are sums over all `shards`.
+    model. Rows, residuals and Jacobians belong to this process. Losses are sums over all `shards`.
 
     Args:
         model: The model.
@@ -353,7 +353,7 @@ class LeastSquares:
 
         evaluate()
         row_bytes = trial.row_bytes
-        with suppress(RuntimeError):  # the function writes into the output of a layer, which is a leaf here
+        with suppress(RuntimeError):  # the function writes into the output of a layer, which is a leaf
             jacobian = row_gradients(evaluate, list(leaves.values()), TRIAL_ROWS)
             if jacobian is not None:
                 # a function that reorders its rows is not differentiated row by row
