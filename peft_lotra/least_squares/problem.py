@@ -398,8 +398,10 @@ class LeastSquares:
             indices = (~residuals_of_term.isfinite()).nonzero()
             if len(indices):
                 row = int(indices[0]) // term.columns
-                first = term.rows[0][row].tolist()
-                names.append(f"{len(indices)} of {len(residuals_of_term)} in {term.name}, first in row {row}: {first}")
+                values = ", ".join(str(rows[row].tolist()) for rows in term.rows)
+                names.append(
+                    f"{len(indices)} of {len(residuals_of_term)} in {term.name}, first in row {row}: {values}"
+                )
         if not names:
             return ""
         return f"residuals are NaN or infinite: {'; '.join(names)}. The parameters are unchanged."

@@ -52,7 +52,7 @@ TERMS = {
     "other rows": (centered, small, "row"),
     "neighbors": (neighbors, small, "row"),
     "other rows in any model": (centered, lambda: other(nn.Tanh()), "row"),
-    "broadcasting": (broadcast, small, "(200, 200)"),
+    "broadcasting": (broadcast, small, "squeeze"),
     "a term that draws": (noisy, small, "random"),
     "rank dropout": (plain, lambda: adapt(nn.Sequential(small()), rank_dropout=0.5).train(), "dropout"),
     "module dropout": (plain, lambda: adapt(nn.Sequential(small()), module_dropout=0.5).train(), "dropout"),
