@@ -106,8 +106,7 @@ def check_terms(terms: Iterable[Any]) -> list[Term]:
         rows = tuple(rows) if isinstance(rows, Sequence) else (rows,)
         lengths = [len(row) if isinstance(row, Tensor) and row.dim() else None for row in rows]
         has_rows = len(set(lengths)) == 1 and lengths[0] is not None
-        is_valid = callable(function) and has_rows and weight > 0
-        if not is_valid:
+        if not (isinstance(function, Callable) and has_rows and weight > 0):
             raise ValueError(
                 f"A residual term must be (function, rows) or (function, rows, weight), with tensors of one length as "
                 f"rows and a weight above 0. But {name_term(index, function)} has rows of lengths {lengths} and the "
