@@ -52,7 +52,10 @@ class SplineFeatures(FunctionFeatures):
         values = z.new_empty(len(orders), degree + 2, *z.shape)
         for order, value in zip(orders, values, strict=True):
             torch.mm(pieces[order], powers.flatten(1), out=value[:-1].flatten(1))
-            torch.div(silu[order], self.scale**order, out=value[-1])
+            if order == 0:
+                value[-1].copy_(silu[0])
+            else:
+                torch.div(silu[order], self.scale**order, out=value[-1])
 
         count = z.numel()
         first = start.nan_to_num_().long().add_(self.margin).mul_(count)
