@@ -1,287 +1,269 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Weights of coefficients by data: the basis functions at a layer's inputs, and how much each of its outputs counts.
+"""Weights of coefficients by data: the basis functions at the inputs of a layer, and how much each output counts.
 
-`slim` and `extract_lotra` use them if they are given `inputs`, `start_from_training` takes those of the loss.
+A change D (out, in basis) of the coefficients changes the outputs of the model by about ||Phi D^T M^(1/2)||. Phi
+(samples, in basis) are the basis functions, and M is the sum of J^T J, with J the derivatives of the model's outputs
+in the outputs of the layer, as in the Gauss-Newton matrix.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from ..layers.coefficients import CoefficientTensor
 from ..layers.describe import is_linear
 from ..layers.formula import find_formula
-from ..layers.registry import KANLayerSpec
 from ..layers.slim import call_with_coefficients
-from ..modules.calls import call_with_parameters, modes_kept
+from ..modules.calls import call_with_parameters, modes_kept, set_mode
 from ..tucker import Tucker, full_shape, project, tucker
-from ..tuner.layer import warn_of_far_inputs
+from ..tuner.layer import Target, warn_of_far_inputs
 from ..tuner.targets import locate_target
 
 
 # a tensor, positional arguments, named ones, or a function that runs the model and returns its output
-Inputs = torch.Tensor | tuple | list | Mapping[str, Any] | Callable[[nn.Module], Any]
+Inputs = Tensor | tuple | list | Mapping[str, Any] | Callable[[nn.Module], Any]
 
 # The weight of a direction without samples, as a share of the mean over all directions.
-_RIDGE = 1e-3  # of the basis functions
-_RIDGE_OUT = 1e-2  # of the outputs of a layer
+RIDGE = 1e-3  # of the basis functions
+OUTPUT_RIDGE = 1e-2  # of the outputs of a layer
 
-_PROBES = 16  # random directions of the model's outputs whose gradients reach the layers
+PROBES = 16  # random directions of the model's outputs whose gradients reach the layers
+TINY = 1e-300  # in place of a norm of zero
 
 
 class DataWeights:
-    """The basis functions of one layer at its inputs x, and the weights of its outputs.
+    """Basis functions of a layer at samples of its inputs, and weights of its outputs.
 
-    Args:
-        layer: The layer, linear in its coefficients.
-        spec: The description of its kind.
-        x: The inputs (..., in).
-        metric: (out, out), the sum of J^T J over the samples, where J are the derivatives of the model's outputs with
-            respect to the layer's; by default all outputs of the layer count alike.
-        residual: Whether the residual branch counts.
+    Attributes:
+        values: The basis functions (samples, in, basis), in float64.
+        roots: The square roots of the second moments of the values, (in, in) and (basis, basis).
+        output_root: The square root (out, out) of the metric.
     """
 
-    values: torch.Tensor  # (samples, in, basis), with the residual function last, in float64
-    roots: list[torch.Tensor]  # for in and basis, square roots of the second moments of the values
-    root_out: torch.Tensor  # (out, out), the square root of the metric
+    def __init__(self, values: Tensor, metric: Tensor) -> None:
+        self.values = values
+        self.roots = []
+        for mode in (1, 2):
+            rows = values.movedim(mode, -1).flatten(0, -2)
+            self.roots.append(_square_root(rows.T @ rows, RIDGE))
+        self.output_root = _square_root(metric, OUTPUT_RIDGE)
 
-    @torch.no_grad()
-    def __init__(
-        self,
-        layer: nn.Module,
-        spec: KANLayerSpec,
-        x: torch.Tensor,
-        metric: torch.Tensor | None = None,
-        residual: bool = True,
-    ) -> None:
-        location = spec.locate(layer)
-        out, *shape = full_shape(location) if residual else location.shape
-        values = functions_at(layer, spec, location, x.reshape(-1, shape[0]))
-        self.values = values[..., : shape[1]].double()
-        by_mode = [self.values.movedim(mode + 1, -1).flatten(0, -2) for mode in range(len(shape))]
-        self.roots = [_square_root(rows.T @ rows, _RIDGE) for rows in by_mode]
-        self.root_out = torch.eye(out, device="cpu").to(self.values)
-        if metric is not None:
-            self.root_out = _square_root(metric.to(self.values), _RIDGE_OUT)
-
-    def weigh(self, tensor: torch.Tensor) -> torch.Tensor:
+    def weigh(self, tensor: Tensor) -> Tensor:
         """Multiply a tensor (out, in, basis) by the roots of its modes.
 
-        The squared norm estimates the change of the model's outputs by this change of coefficients, summed over the
-        samples, up to a factor of all layers: each of the roots has the energy of all values.
+        The squared norm estimates how much this change of coefficients changes the outputs of the model. All layers
+        have a factor in common.
         """
-        weighted = Tucker(tensor, self.root_out, *self.roots).dense()
-        return weighted / (len(self.values) ** 0.5 * self.values.norm()).clamp(min=1e-300)
+        weighted = Tucker(tensor, self.output_root, *self.roots).dense()
+        # each of both roots has the norm of the values
+        norm = len(self.values) ** 0.5 * self.values.norm()
+        return weighted / norm.clamp(min=TINY)
 
-    def fit(self, tensor: torch.Tensor, ranks: tuple[int, ...]) -> Tucker:
+    def fit(self, tensor: Tensor, ranks: tuple[int, ...]) -> Tucker:
         """Find a Tucker tensor, with orthonormal factors, that comes close to the layer's outputs by `tensor`.
 
-        All factors but factor_out are those of the weighted tensor. The core and factor_out are the best ones beside
-        these, by reduced rank regression in the metric of the outputs. Full modes have no factor.
+        factor_in and factor_basis are the factors of the weighted tensor. Given these, the core and factor_out are
+        optimal: reduced rank regression in the metric of the outputs. Full modes have no factor.
         """
         _, _, *weighted = tucker(self.weigh(tensor), ranks)
-        factors: list[torch.Tensor | None] = [None]
+        factors: list[Tensor | None] = [None]
         for root, factor in zip(self.roots, weighted, strict=True):
-            factors.append(None if factor is None else torch.linalg.qr(torch.linalg.solve(root, factor)).Q)
-        z = project(self.values, factors).flatten(1)
-        # As if each basis function had been seen a little on its own: there may be more of them than samples.
+            if factor is not None:
+                factor = torch.linalg.qr(torch.linalg.solve(root, factor)).Q
+            factors.append(factor)
+        features = project(self.values, factors).flatten(1)
+
+        # there may be more features than samples: the ridge draws their weights to the projected tensor
+        gram = features.T @ features
+        ridge = RIDGE * gram.diagonal().mean().clamp(min=TINY)
         start = project(tensor, factors).flatten(1).T
-        gram = z.T @ z
-        ridge = torch.eye(len(gram), device="cpu").to(gram) * _RIDGE * gram.diagonal().mean().clamp(min=1e-200)
-        weights = torch.linalg.solve(gram + ridge, z.T @ self.outputs(tensor) + ridge @ start)  # (ri rb, out)
-        if ranks[0] < len(self.root_out):
-            weights = weights @ self.root_out  # symmetric
-            leading = torch.linalg.svd(z @ weights, full_matrices=len(z) < ranks[0]).Vh[: ranks[0]].T
+        right_side = features.T @ self.outputs(tensor) + ridge * start
+        gram.diagonal().add_(ridge)
+        weights = torch.linalg.solve(gram, right_side)  # (ri rb, out)
+
+        if ranks[0] < len(self.output_root):
+            weights = weights @ self.output_root
+            spectrum = torch.linalg.svd(features @ weights, full_matrices=len(features) < ranks[0])
+            leading = spectrum.Vh[: ranks[0]].T
             weights = weights @ leading
-            factors[0] = torch.linalg.solve(self.root_out, leading)
+            factors[0] = torch.linalg.solve(self.output_root, leading)
         return Tucker(weights.T.reshape(-1, *ranks[1:]), *factors).orthogonal()
 
-    def measure(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Compute the layer's outputs (samples, out) in the metric of the model's outputs."""
-        return self.outputs(tensor) @ self.root_out
-
-    def outputs(self, tensor: torch.Tensor) -> torch.Tensor:
+    def outputs(self, tensor: Tensor) -> Tensor:
         """Compute the layer's outputs (samples, out) with these coefficients, without its bias."""
         return self.values.flatten(1) @ tensor.flatten(1).T
 
+    def measure(self, tensor: Tensor) -> Tensor:
+        """Compute the layer's outputs (samples, out) in the metric of the model's outputs."""
+        return self.outputs(tensor) @ self.output_root
 
-def functions_at(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, x: torch.Tensor) -> torch.Tensor:
-    """Return the functions (samples, in, basis) that the coefficients of a layer multiply at x (samples, in)."""
+
+def _square_root(moments: Tensor, ridge: float) -> Tensor:
+    """Compute the symmetric square root of second moments, with a share of their mean added in every direction."""
+    values, vectors = torch.linalg.eigh(moments)
+    values = values.clamp(min=0)
+    values = values + ridge * values.mean().clamp(min=TINY)
+    return vectors * values.sqrt() @ vectors.T
+
+
+def gather_weights(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> dict[str, DataWeights]:
+    """Compute the data weights of the layers that `sample_layers` samples, by name.
+
+    Args:
+        model: The model.
+        tensors: The tensors (out, in, basis) to weigh, by layer; their basis may end before the residual branch.
+        inputs: Samples of the model's input.
+    """
+    modules = {name: model.get_submodule(name) for name in tensors}
+    weights = {}
+    for name, (_, functions, moments) in sample_layers(model, modules, inputs, _second_moments, PROBES).items():
+        out, _, basis = tensors[name].shape
+        values = functions[..., :basis].double()
+        metric = torch.eye(out, device="cpu").to(values)
+        if moments is not None and moments.isfinite().all() and moments.any():
+            metric = moments
+        weights[name] = DataWeights(values, metric)
+    return weights
+
+
+def _second_moments(derivative: Tensor) -> Tensor:
+    derivative = derivative.double()
+    return derivative.T @ derivative
+
+
+class LayerSamples(NamedTuple):
+    """What reaches a layer in a call of a model.
+
+    Attributes:
+        inputs: The inputs (rows, in) of the layer.
+        functions: The functions (rows, in, basis) that its coefficients multiply, see `functions_at`.
+        moments: A moment of the derivatives of the model's output in the outputs of the layer, see `sample_layers`;
+            None without a graph.
+    """
+
+    inputs: Tensor
+    functions: Tensor
+    moments: Tensor | None
+
+
+@torch.inference_mode(False)
+def sample_layers(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    inputs: Inputs,
+    moment: Callable[[Tensor], Tensor],
+    probes: int,
+) -> dict[str, LayerSamples]:
+    """Run a model in evaluation mode, and sample its layers, adapted or not, by name.
+
+    Convolutions are left out, and layers whose output is not linear in their coefficients.
+
+    Args:
+        model: The model.
+        modules: The layers.
+        inputs: Samples of the model's input.
+        moment: A quadratic function of s^T J (rows, out), with J the derivatives of all entries of the model's output
+            and s random signs. The moment is its sum over the probes; it estimates a mean over all entries.
+        probes: The number of draws of s.
+
+    Raises:
+        ValueError: A value that reaches a layer is not finite, no value reaches it, or one sample without a batch.
+        TypeError: The model returns no tensor.
+    """
+    targets = {}
+    for name, module in modules.items():
+        target = locate_target(name, module)
+        if len(target.tensor.shape) == 3 and is_linear(*target):
+            targets[name] = target
+    received: dict[str, list[Tensor]] = {name: [] for name in targets}
+    calls: list[tuple[str, Tensor]] = []  # the outputs of the layers
+
+    def record(name: str, x: Tensor, y: Any) -> None:
+        if x.dim() < 2:
+            raise ValueError(f"`inputs` reach `{name}` as one sample of shape {tuple(x.shape)}: pass a batch.")
+        if not x.isfinite().all():
+            raise ValueError(f"`inputs` lead to NaN or infinite values at `{name}`.")
+        received[name].append(x.detach().flatten(0, -2))
+        calls.append((name, first_output(y).requires_grad_()))  # the model may be frozen
+
+    if isinstance(inputs, Tensor) and inputs.is_inference():
+        inputs = inputs.clone()
+    with recorded_calls({name: modules[name] for name in targets}, record), torch.enable_grad():
+        output = model_outputs(model, inputs)
+    moments: dict[str, Tensor] = {}
+    if calls and output.requires_grad:
+        for name, derivative in _probe(output, calls, probes):
+            value = moment(derivative)
+            moments[name] = moments[name] + value if name in moments else value
+    samples = {}
+    for name, target in targets.items():
+        if not received[name]:
+            raise ValueError(
+                f"None of `inputs` reaches `{name}`: the forward pass does not call this layer, or calls the layer of "
+                "another model in its place (a function that holds it is not copied with a model)."
+            )
+        x = torch.cat(received[name])
+        warn_of_far_inputs(name, target.spec.read_grid(target.layer), target.tensor.shape, x)
+        samples[name] = LayerSamples(x, functions_at(target, x), moments.get(name))
+    return samples
+
+
+def _probe(output: Tensor, calls: Sequence[tuple[str, Tensor]], probes: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield s^T J (rows, out) for each layer and probe, see `sample_layers`, given the outputs of the calls."""
+    outputs = [y for _, y in calls]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(probes):
+        signs = torch.randint(0, 2, output.shape, generator=generator, device="cpu").to(output) * 2 - 1
+        signs = signs / (probes * output.numel()) ** 0.5
+        gradients = torch.autograd.grad(
+            output, outputs, signs, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        rows: dict[str, list[Tensor]] = {}
+        for (name, _), gradient in zip(calls, gradients, strict=True):
+            rows.setdefault(name, []).append(gradient.flatten(0, -2))
+        for name, of_layer in rows.items():
+            yield name, torch.cat(of_layer)
+
+
+@torch.no_grad()
+def functions_at(target: Target, x: Tensor) -> Tensor:
+    """Return the functions (samples, in, basis) that the coefficients of a layer multiply at x (samples, in).
+
+    The function of the residual branch is the last one. Scales of the edges are not contained.
+    """
+    layer, spec, tensor = target
     if reader := find_formula(layer, spec, tensor):
         return reader.read(layer).functions(x)
     out, *shape = full_shape(tensor)
     scale = spec.find_edge_scale(layer)
+    scales = {} if scale is None else {scale: torch.ones_like(getattr(layer, scale))}
 
-    def run(matrix: torch.Tensor) -> torch.Tensor:
-        coefficients = matrix.view(out, *shape)
-        if scale is None:
-            y = call_with_coefficients(layer, tensor, coefficients, x)
-        else:
-            parameters = {**tensor.split(coefficients), scale: torch.ones_like(getattr(layer, scale))}
-            y = call_with_parameters(layer, parameters, layer, (x,), {})
-        return first_output(y).flatten(0, -2)
+    def run(matrix: Tensor) -> Tensor:
+        arguments = (layer, tensor, matrix.view(out, *shape), x)
+        return first_output(call_with_parameters(layer, scales, call_with_coefficients, arguments, {})).flatten(0, -2)
 
     # A layer is linear in its coefficients: unit tensors give the functions, one for each output at a time.
-    columns = []
     zeros = tensor.get_parameter(layer).new_zeros(out, math.prod(shape))
-    constant = run(zeros)
+    bias = run(zeros)
+    columns = []
     for start in range(0, zeros.shape[1], out):
         unit = zeros.clone()
-        unit[:, start : start + out].fill_diagonal_(1)
-        columns.append((run(unit) - constant)[:, : zeros.shape[1] - start])
+        diagonal = unit[:, start : start + out].fill_diagonal_(1)
+        columns.append((run(unit) - bias)[:, : diagonal.shape[1]])
     return torch.cat(columns, dim=1).unflatten(1, shape)
 
 
-def _square_root(moments: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Compute the symmetric square root of second moments, with a share of their mean added in every direction."""
-    values, vectors = torch.linalg.eigh(moments)
-    values = values.clamp(min=0) + ridge * values.clamp(min=0).mean().clamp(min=1e-300)
-    return vectors * values.sqrt() @ vectors.T
-
-
-def gather_weights(
-    model: nn.Module, names: Iterable[str], inputs: Inputs, residual: bool = True
-) -> dict[str, DataWeights]:
-    """Compute the data weights of layers of a model without adapters, by name; with or without the residual branch.
-
-    Layers whose output is not linear in their coefficients have none, nor have convolutions.
-
-    Raises:
-        ValueError: The inputs are not finite, or all the same, or none reaches one of the layers.
-        TypeError: The model returns no tensor.
-    """
-    targets = {}
-    for name in names:
-        target = locate_target(name, model.get_submodule(name))
-        if len(target.tensor.shape) == 3 and is_linear(*target):
-            targets[name] = target
-    result, received, returned = run_recorded(model, {name: target.layer for name, target in targets.items()}, inputs)
-    metrics: dict[str, Any] = {}
-    for name, gradient in probe_derivatives(result, returned):
-        metrics[name] = metrics.get(name, 0) + gradient.T @ gradient
-    metrics = {name: metric for name, metric in metrics.items() if metric.isfinite().all() and metric.any()}
-    weights = {}
-    for name, (layer, spec, tensor) in targets.items():
-        x = received[name]
-        warn_of_far_inputs(name, spec.read_grid(layer), tensor.shape, x)
-        weights[name] = DataWeights(layer, spec, x, metrics.get(name), residual)
-    return weights
-
-
-@torch.inference_mode(False)
-def run_recorded(
-    model: nn.Module, layers: Mapping[str, nn.Module], inputs: Inputs
-) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, list[torch.Tensor]]]:
-    """Run a model in evaluation mode, and record the calls of layers.
-
-    Returns:
-        The output of the model, and by layer the inputs (rows, in) and the outputs of the calls, with their graph.
-
-    Raises:
-        ValueError: The inputs are not finite or all the same, do not reach one of the layers, or not as a batch.
-    """
-    if not callable(inputs):
-        _check_inputs(inputs)
-    if isinstance(inputs, torch.Tensor) and inputs.is_inference():
-        inputs = inputs.clone()
-    received: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
-    returned: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
-
-    def record(name: str, x: torch.Tensor, y: Any) -> None:
-        if x.dim() < 2:
-            raise ValueError(f"`inputs` reach `{name}` as one sample of shape {tuple(x.shape)}: pass a batch.")
-        received[name].append(x.detach().flatten(0, -2))
-        y = first_output(y)
-        returned[name].append(y if y.requires_grad else y.requires_grad_())  # the model may be frozen
-
-    with recorded_calls(layers, record), torch.enable_grad():
-        result = model_outputs(model, inputs)
-    if missed := [name for name, xs in received.items() if not xs]:
-        raise ValueError(
-            f"None of `inputs` reaches {missed}: the forward pass does not call these layers, or calls the layers of "
-            "another model in their place (a function that holds them is not copied with a model)."
-        )
-    return result, {name: torch.cat(xs) for name, xs in received.items()}, returned
-
-
-def probe_derivatives(
-    result: torch.Tensor, returned: Mapping[str, list[torch.Tensor]], probes: int = _PROBES
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield derivatives s^T J (rows, out) of the result in the outputs of each layer, for random signs s.
-
-    Their second moment is J^T J, the sum over all entries of the result. Layers without derivatives are left out.
-    """
-    if not result.requires_grad or not any(returned.values()):
-        return
-    names, outputs = zip(*((name, y) for name, ys in returned.items() for y in ys), strict=True)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(probes):
-        signs = torch.randint(0, 2, result.shape, generator=generator, device="cpu").to(result) * 2 - 1
-        gradients = torch.autograd.grad(result, outputs, signs, retain_graph=True, allow_unused=True)
-        by_layer: dict[str, list[torch.Tensor]] = {}
-        for name, y, gradient in zip(names, outputs, gradients, strict=True):
-            gradient = torch.zeros_like(y) if gradient is None else gradient
-            by_layer.setdefault(name, []).append(gradient.flatten(0, -2).double())
-        for name, parts in by_layer.items():
-            yield name, torch.cat(parts)
-
-
-def _arguments(inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """Return the positional and the named arguments of a call of the model."""
-    if isinstance(inputs, Mapping):
-        return (), inputs
-    return (inputs if isinstance(inputs, (tuple, list)) else (inputs,)), {}
-
-
-def _check_inputs(inputs: Any) -> None:
-    """Raise a ValueError for inputs that are not finite, or all the same."""
-    args, kwargs = _arguments(inputs)
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-    if not all(tensor.isfinite().all() for tensor in tensors):
-        raise ValueError("`inputs` have NaN or infinite values.")
-    samples = [tensor.flatten(0, -2) if tensor.dim() > 1 else tensor for tensor in tensors]
-    if not any((rows != rows[:1]).any() for rows in samples):
-        shapes = [tuple(tensor.shape) for tensor in tensors]
-        raise ValueError(
-            f"`inputs` must be samples that differ: a tensor, a tuple of arguments, a dict of named ones, or a "
-            f"function that runs the model. Got {type(inputs).__name__} with tensors of shapes {shapes}."
-        )
-
-
-def model_outputs(model: nn.Module, inputs: Inputs) -> torch.Tensor:
-    """Return the output of the model in evaluation mode.
-
-    Of a tuple or a dict (`ModelOutput`) it is the first entry, or the one after a loss.
-    """
-    with modes_kept(model):
-        model.eval()
-        args, kwargs = _arguments(inputs)
-        result = inputs(model) if callable(inputs) else model(*args, **kwargs)
-    first = result
-    while isinstance(first, (tuple, list, Mapping)) and first:
-        entries = list(first.values()) if isinstance(first, Mapping) else first
-        first = next((entry for entry in entries if getattr(entry, "shape", None) != ()), entries[0])
-    if not isinstance(first, torch.Tensor) or not first.is_floating_point():
-        raise TypeError(
-            "With `inputs`, the model must return a floating point tensor, or a tuple or dict that begins with one, "
-            f"but it returned {type(result).__name__}. Pass a function that runs the model and returns such a tensor."
-        )
-    return first.unsqueeze(-1) if first.dim() == 1 else first
-
-
 @contextmanager
-def recorded_calls(
-    layers: Mapping[str, nn.Module], record: Callable[[str, torch.Tensor, Any], None]
-) -> Iterator[None]:
+def recorded_calls(layers: Mapping[str, nn.Module], record: Callable[[str, Tensor, Any], None]) -> Iterator[None]:
     """Call `record(name, x, y)` with the first argument and the output of each call of a layer.
 
     Unlike a hook, it also sees calls of `layer.forward`, as Convolutional-KANs makes them.
@@ -292,29 +274,38 @@ def recorded_calls(
         record(name, [*args, *kwargs.values()][0], y)
         return y
 
-    before = [(vars(layer), vars(layer).get("forward")) for layer in layers.values()]
-    try:
+    with ExitStack() as stack:
         for name, layer in layers.items():
-            vars(layer)["forward"] = partial(run, name, layer.forward)
+            attributes = vars(layer)
+            if "forward" in attributes:
+                stack.callback(attributes.update, forward=attributes["forward"])
+            else:
+                stack.callback(attributes.pop, "forward")
+            attributes["forward"] = partial(run, name, layer.forward)
         yield
-    finally:
-        for attributes, forward in before:
-            attributes.pop("forward") if forward is None else attributes.update(forward=forward)
 
 
-def error_table(
-    errors: Mapping[str, float], ranks: Mapping[str, tuple[int, ...]], output_errors: Mapping[str, float]
-) -> tuple[list[str], list[list[str]]]:
-    """Return the columns and rows of a report by layer: ranks, error, and with data the error of the outputs."""
-    columns = ["layer", "ranks", ">error of the coefficients"]
-    rows = [[name, str(ranks[name]), f"{error:.2%}"] for name, error in errors.items()]
-    if output_errors:
-        columns.append(">error of the outputs")
-        for row in rows:
-            row.append(f"{output_errors[row[0]]:.2%}" if row[0] in output_errors else "-")
-    return columns, rows
+def model_outputs(model: nn.Module, inputs: Inputs) -> Tensor:
+    """Return the output (..., out) of the model in evaluation mode."""
+    with modes_kept(model):
+        set_mode(model, False)
+        if callable(inputs):
+            result = inputs(model)
+        elif isinstance(inputs, Mapping):
+            result = model(**inputs)
+        elif isinstance(inputs, (tuple, list)):
+            result = model(*inputs)
+        else:
+            result = model(inputs)
+    return first_output(result)
 
 
-def first_output(y: Any) -> torch.Tensor:
-    """Return the output of a layer; pykan's layers return (y, preacts, postacts, postspline)."""
-    return y[0] if isinstance(y, tuple) else y
+def first_output(result: Any) -> Tensor:
+    """Return the first tensor (..., out) of nested tuples and dicts; it skips a loss, which has no dimensions."""
+    for value in tree_leaves(result):
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0:
+            return value.unsqueeze(-1) if value.dim() == 1 else value
+    raise TypeError(
+        "The model must return a floating point tensor, or a tuple or dict that contains one, but it returned "
+        f"{type(result).__name__}. Pass a function that runs the model and returns such a tensor."
+    )

@@ -18,13 +18,16 @@ from torch import nn
 from ..layers.registry import find_kan_layers, same_grid
 from ..modules.calls import check_module
 from ..modules.report import Report, TextTable
-from ..tucker import Ranks, Tucker, cap_ranks, relative_energy, tucker, tucker_scaled
+from ..tucker import Ranks, Tucker, relative_energy, tucker, tucker_scaled
 from ..tuner.config import LoTRAConfig, pattern_key
 from ..tuner.layer import lotra_layers
 from ..tuner.targets import exact_targets, locate_target
-from .data_weights import DataWeights, Inputs, error_table, gather_weights
+from .data_weights import DataWeights, Inputs, gather_weights
 from .spectra import check_one_given, choose_ranks, ranks_by_layer, weighted_spectra
-from .updates import CoefficientUpdate, check_without_adapters, coefficient_updates, merged
+from .updates import CoefficientUpdate, check_without_adapters, coefficient_updates, error_table, merged
+
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # which PEFT cannot wrap
 
 
 @dataclass(eq=False)
@@ -37,8 +40,8 @@ class ExtractionReport(Report):
         parameters: The number of parameters of the adapter, without `modules_to_save`.
         modules_to_save: The modules that changed and are no KAN layers.
         not_saved: The parameters and buffers that changed and that no adapter can hold.
-        output_errors: With `inputs`, ||change of the layer's outputs - that by the adapter|| / ||change||, by layer;
-            layers whose output is not linear in their coefficients have none.
+        output_errors: With `inputs`, by layer, ||change of the outputs - change by the adapter|| / ||change||; layers
+            whose output is not linear in their coefficients have none.
     """
 
     errors: dict[str, float]
@@ -98,8 +101,8 @@ def extract_lotra(
     Raises:
         ValueError: Not one of `r`, `energy`, `budget` and `rank_pattern` is given, or one that cannot be; the models
             have different architectures or grids, the same coefficients, or coefficients that are not finite; `base`
-            has adapters; `inputs` are not finite or all the same, or reach no layer.
-        TypeError: A model is no module; or, with `inputs`, it returns no tensor, tuple or dict that begins with one.
+            has adapters; `inputs` are not finite, or do not reach a layer.
+        TypeError: A model is no module; or, with `inputs`, it returns no tensor, nor a tuple or dict with one.
 
     Example:
         >>> import copy
@@ -115,31 +118,37 @@ def extract_lotra(
     check_module(base, "base")
     check_without_adapters(base, "base")
     tuned = merged(tuned)
-    modules_to_save, not_saved = _compare(base, tuned)
+    modules_to_save, not_saved = _find_other_changes(base, tuned)
     updates = coefficient_updates(base, tuned, scaled=inputs is not None)
     updates = {name: update for name, update in updates.items() if update.tensor.any()}
     if not updates:
         raise ValueError("The KAN layers have the same coefficients in both models: there is nothing to extract.")
-    weights = {} if inputs is None else gather_weights(tuned, updates, inputs)
-    ranks = None
+    tensors = {name: update.tensor for name, update in updates.items()}
+    weights = {} if inputs is None else gather_weights(tuned, tensors, inputs)
     if energy is None and budget is None:
-        by_layer = ranks_by_layer(updates, rank_pattern or {}, r)
-        if missing := updates.keys() - by_layer.keys():
+        ranks = ranks_by_layer(tensors, rank_pattern or {}, r)
+        if missing := tensors.keys() - ranks.keys():
             raise ValueError(f"`rank_pattern` has no ranks for {sorted(missing)}, and `r` is not given.")
-        ranks = {name: cap_ranks(by_layer[name], update.tensor.shape) for name, update in updates.items()}
-    components = decompose_updates(updates, weights, ranks=ranks, energy=energy, budget=budget)
+    else:
+        ranks = choose_ranks(weighted_spectra(tensors, weights), energy, budget)
+    components = decompose_updates(updates, weights, ranks)
 
     model = _attach(base, tuned, components, modules_to_save, adapter_name)
-    parameters = sum(part.numel() for part in components.values())
-    ranks = {name: part.ranks for name, part in components.items()}
-    report = ExtractionReport({}, ranks, parameters, modules_to_save, not_saved)
+    report = ExtractionReport(
+        errors={},
+        ranks={name: tensor.ranks for name, tensor in components.items()},
+        parameters=sum(tensor.numel() for tensor in components.values()),
+        modules_to_save=modules_to_save,
+        not_saved=not_saved,
+    )
     with torch.no_grad():
         for name, layer in lotra_layers(base):
-            change, missed = updates[name].tensor, updates[name].missed(layer.get_delta_weight(adapter_name))
-            report.errors[name] = relative_energy(missed, change).sqrt().item()
+            update = tensors[name]
+            error = updates[name].missed(layer.get_delta_weight(adapter_name))
+            report.errors[name] = relative_energy(error, update).sqrt().item()
             if name in weights:
-                change, missed = map(weights[name].outputs, (change, missed))
-                report.output_errors[name] = relative_energy(missed, change).sqrt().item()
+                outputs = weights[name].outputs
+                report.output_errors[name] = relative_energy(outputs(error), outputs(update)).sqrt().item()
     model.__dict__["extraction_report"] = report
     if not_saved:
         warnings.warn(
@@ -153,31 +162,18 @@ def extract_lotra(
 def decompose_updates(
     updates: Mapping[str, CoefficientUpdate],
     weights: Mapping[str, DataWeights],
-    *,
-    ranks: Mapping[str, tuple[int, ...]] | None = None,
-    energy: float | None = None,
-    budget: int | None = None,
+    ranks: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Tucker]:
-    """Compute by layer the components that come closest to the updates, or to the outputs by them.
-
-    Args:
-        updates: The updates of the layers to adapt.
-        weights: What `gather_weights` returns for the tuned model; empty without data.
-        ranks: By layer;
-        energy: or the share of the energy to keep in each layer;
-        budget: or the number of parameters of all components.
-    """
-    if ranks is None:
-        spectra = weighted_spectra({name: update.tensor for name, update in updates.items()}, weights)
-        ranks = choose_ranks(spectra, energy, budget)
+    """Compute the components of each layer that come closest to its update; with weights, in its outputs."""
     components = {}
     for name, (tensor, scale) in updates.items():
-        metric = weights.get(name)
+        of_layer = weights.get(name)
         if scale is not None:
-            measure = None if metric is None else metric.measure
-            fitted = tucker_scaled(tensor, scale, ranks[name], measure)
+            fitted = tucker_scaled(tensor, scale, ranks[name], of_layer and of_layer.measure)
+        elif of_layer is not None:
+            fitted = of_layer.fit(tensor, ranks[name])
         else:
-            fitted = tucker(tensor, ranks[name]) if metric is None else metric.fit(tensor, ranks[name])
+            fitted = tucker(tensor, ranks[name])
         components[name] = fitted.balanced()
     return components
 
@@ -189,7 +185,7 @@ def _attach(
     """Adapt the base with these components, and with copies of modules of the tuned model."""
     config = LoTRAConfig(
         target_modules=exact_targets(components, base),
-        rank_pattern={pattern_key(name): part.form for name, part in components.items()},
+        rank_pattern={pattern_key(name): tensor.form for name, tensor in components.items()},
         modules_to_save=modules_to_save or None,
     )
     model = cast(PeftModel, get_peft_model(base, config, adapter_name=adapter_name))
@@ -201,18 +197,18 @@ def _attach(
     return model
 
 
-def _compare(base: nn.Module, tuned: nn.Module) -> tuple[list[str], list[str]]:
-    """Return the other modules that changed and can be saved, and the tensors that changed and cannot be saved."""
+def _find_other_changes(base: nn.Module, tuned: nn.Module) -> tuple[list[str], list[str]]:
+    """Return the modules that changed and can be copied, and the tensors that changed and that no adapter can hold.
+
+    Raises:
+        ValueError: The models have different architectures or grids.
+    """
     before, after = base.state_dict(), tuned.state_dict()
     for name in [*before, *after]:
-        first, second = (tuple(state[name].shape) if name in state else "absent" for state in (before, after))
-        if first != second:
-            raise ValueError(
-                f"The models have different architectures. Their first difference is `{name}`: {first} in the base "
-                f"model, {second} in the tuned one."
-            )
+        if name not in before or name not in after or before[name].shape != after[name].shape:
+            raise ValueError(f"The models have different architectures: `{name}` is not the same in both.")
+    changed = [name for name, value in before.items() if not torch.equal(value, after[name].to(value))]
     layers = [layer.name for layer in find_kan_layers(base)]
-    explained = set()
     for name in layers:
         layer, spec, tensor = locate_target(name, base.get_submodule(name))
         if not same_grid(spec.read_grid(layer), spec.read_grid(tuned.get_submodule(name))):
@@ -222,27 +218,23 @@ def _compare(base: nn.Module, tuned: nn.Module) -> tuple[list[str], list[str]]:
                 "first, and fine-tune from there."
             )
         # the scales of the edges are part of the update, and the components of a Slim layer are its coefficients
-        parts = [*tensor.parameters, *(spec.edge_scale or ())[:1], *getattr(layer, "components", Tucker)._fields]
-        explained |= {f"{name}.{part}".lstrip(".") for part in parts}
-    # modules that are a part of a KAN layer, or contain one
-    related = set()
+        parameters = [*tensor.parameters, *(spec.edge_scale or ())[:1], *getattr(layer, "components", Tucker)._fields]
+        names = {f"{name}.{parameter}".lstrip(".") for parameter in parameters}
+        changed = [tensor_name for tensor_name in changed if tensor_name not in names]
+
+    # PEFT copies all modules whose names end with a name: not those that contain a KAN layer, or are inside of one
+    related = []
     for name, _ in base.named_modules(remove_duplicate=False):
         if any(f"{layer}.".startswith(f"{name}.") or name.startswith(f"{layer}.") for layer in layers):
-            related.add(name)
-    modules, not_saved = dict.fromkeys([]), []
-    for name, value in before.items():
-        if name in explained or torch.equal(value, after[name].to(value)):
-            continue
+            related.append(name)
+    modules: dict[str, None] = {}
+    not_saved = []
+    for name in changed:
         owner = name.rpartition(".")[0]
-        containers = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # PEFT cannot wrap these
-        # PEFT copies all modules whose names end with this one
-        if (
-            not owner
-            or any(module.endswith(owner) for module in related)
-            or isinstance(base.get_submodule(owner), containers)
-        ):
+        is_related = not owner or any(module.endswith(owner) for module in related)
+        if is_related or isinstance(base.get_submodule(owner), _CONTAINERS):
             not_saved.append(name)
         else:
             modules[owner] = None
-    inside = tuple(f"{owner}." for owner in modules)
-    return [owner for owner in modules if not owner.startswith(inside)], not_saved
+    inside = tuple(f"{name}." for name in modules)
+    return [name for name in modules if not name.startswith(inside)], not_saved

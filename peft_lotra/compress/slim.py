@@ -15,23 +15,24 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..kan.layer import KANLinear
-from ..kan.slim_kan import SlimKANLinear, filled, warn_capped
+from ..kan.slim_kan import SlimKANLinear, filled
 from ..layers.registry import find_kan_layers, known_kinds
 from ..layers.slim import SlimLayer
 from ..modules.calls import places, share_hooks, unwrap
-from ..modules.checks import check_number
 from ..modules.report import Report, TextTable
-from ..tucker import Ranks, cap_ranks, count_parameters, relative_energy, tucker
+from ..tucker import Ranks, Tucker, count_parameters, relative_energy
 from ..tuner.targets import locate_target
-from .data_weights import Inputs, error_table, gather_weights, model_outputs
+from .data_weights import Inputs, gather_weights, model_outputs
+from .extract import decompose_updates
 from .spectra import LayerSpectrum, check_one_given, choose_ranks, ranks_by_layer, weighted_spectra
-from .updates import check_without_adapters, read_coefficients
+from .updates import CoefficientUpdate, check_without_adapters, error_table, read_coefficients
 
 
-_BISECTIONS = 8  # for the smallest budget up to 2 %, if the dense tensors are up to 300 times ranks 1
+BISECTIONS = 8  # for the smallest budget up to 2 %, if the dense tensors are up to 300 times ranks 1
 
 
 @dataclass(eq=False)
@@ -89,17 +90,16 @@ def slim(
 
     Args:
         model: A network with KAN layers, or one layer, without adapters; it stays unchanged if not `inplace`.
-        ranks: (ro, ri, rb) for each layer, capped by the sizes of its modes with a warning, "full" for a mode without
-            a factor; or by layer, as in the `rank_pattern` of [`LoTRAConfig`], others being left dense;
+        ranks: (ro, ri, rb) for each layer, capped by the sizes of its modes, "full" for a mode without a factor; or by
+            layer, as in the `rank_pattern` of [`LoTRAConfig`]: other layers stay dense;
         energy: Or the share of the squared norm to keep, above 0 and up to 1: of each layer's coefficients, or with
             `inputs` of the deviations of the model's outputs from their mean;
         budget: Or the number of parameters for the coefficients of all layers together.
         inputs: Samples of the model's input, a thousand or so: a tensor, a tuple of arguments, a dict of named ones,
             or a function of the model that runs it and returns its output. The basis functions of all layers at these
             samples are kept in memory in float64.
-        inplace: Whether the layers of the model itself are exchanged, instead of those of a copy. A model that keeps
-            functions which call its layers (`self.mlp = lambda x: ...`) cannot be copied. After an error the model is
-            as it was.
+        inplace: Whether to exchange the layers of the model, and not of a copy. A model that keeps functions which
+            call its layers (`self.mlp = lambda x: ...`) cannot be copied. After an error the model is as it was.
 
     Returns:
         The model, or a copy of it, of the same class, with Slim layers, a [`SlimReport`] as `slim_report`, and
@@ -109,9 +109,9 @@ def slim(
     Raises:
         ValueError: Not one of `ranks`, `energy` and `budget` is given, or one that cannot be; the model has adapters
             (merge them first), no KAN layer, convolutions, or coefficients that are not finite; a copy would keep
-            functions which call its layers; no input reaches a layer; or `inputs` are not finite or all the same.
-        TypeError: `model` is no module; or, with `inputs`, it returns no tensor, nor a tuple or dict that begins with
-            one.
+            functions which call its layers; no input reaches a layer; `inputs` are not finite, or all have the same
+            output.
+        TypeError: `model` is no module; or, with `inputs`, it returns no tensor, nor a tuple or dict with one.
 
     Example:
         >>> from peft_lotra.kan import KAN
@@ -121,20 +121,19 @@ def slim(
         >>> dense = small.to_dense()
     """
     check_one_given(ranks=ranks, energy=energy, budget=budget)
-    if energy is not None:
-        check_number(energy, "energy", "(0, 1]")
     model = unwrap(model)
     check_without_adapters(model, "model")
     compression = _Compression(model if inplace else _copy(model), inputs)
     if ranks is not None:
-        chosen = _resolve_ranks(compression.tensors, ranks)
+        chosen = compression.named_ranks(ranks)
     elif energy is not None and inputs is not None:
         chosen = compression.ranks_for(energy)
     else:
         chosen = choose_ranks(compression.spectra, energy, budget)
     layers, report = compression.compress(chosen)
-    if grown := [name for name in report.dense if name in chosen]:
-        hint = " Pass `inputs`: on data there is mostly less to keep." if inputs is None and energy is not None else ""
+    grown = [name for name in report.dense if name in chosen]
+    if grown:
+        hint = "" if inputs is not None or energy is None else " Pass `inputs`: on data there is mostly less to keep."
         warnings.warn(
             f"Left dense, since their factors would take more parameters: {', '.join(grown)}.{hint}", stacklevel=2
         )
@@ -151,7 +150,7 @@ def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
 
     Args:
         model: A model with Slim layers, without adapters.
-        inplace: Whether to exchange the layers of the model itself, instead of those of a copy.
+        inplace: Whether to exchange the layers of the model, and not of a copy.
 
     Returns:
         The model with dense layers.
@@ -178,30 +177,23 @@ def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
     return model
 
 
-def _resolve_ranks(
-    tensors: Mapping[str, torch.Tensor], ranks: Ranks | Mapping[str, Ranks]
-) -> dict[str, tuple[int, ...]]:
-    """Return the ranks of each layer; a layer that a mapping does not name is left out."""
-    pattern, default = (ranks, None) if isinstance(ranks, Mapping) else ({}, ranks)
-    by_layer = ranks_by_layer(tensors, pattern, default, "ranks")
-    if not by_layer:
-        raise ValueError(f"`ranks` names none of the KAN layers {list(tensors)}: {list(pattern)}.")
-    capped = {name: cap_ranks(r, tensors[name].shape) for name, r in by_layer.items()}
-    warn_capped({name: (r, tuple(tensors[name].shape), capped[name]) for name, r in by_layer.items()})
-    return capped
-
-
 class _Compression:
-    """A model, by layer its coefficients times the scales of the edges (out, in, basis [+ 1]), and with `inputs` the
-    data weights of each."""
+    """The compression of a model by several ranks, which are compared.
+
+    Attributes:
+        model: The model, whose layers are exchanged.
+        layers: The dense layers, by name.
+        tensors: Their coefficients times the scales of the edges, (out, in, basis [+ 1]).
+        weights: With `inputs`, the data weights of each layer.
+    """
 
     def __init__(self, model: nn.Module, inputs: Inputs | None) -> None:
         self.model, self.inputs = model, inputs
         self.layers: dict[str, nn.Module] = {}
-        self.tensors: dict[str, torch.Tensor] = {}
-        for found in find_kan_layers(model):
-            name, layer = found.name, model.get_submodule(found.name)
-            if len(found.shape) > 3:
+        self.tensors: dict[str, Tensor] = {}
+        for name, _, shape, *_ in find_kan_layers(model):
+            layer = model.get_submodule(name)
+            if len(shape) > 3:
                 raise ValueError(f"`{name}` is a convolution: compress the part of the model without them.")
             if not isinstance(layer, (SlimKANLinear, SlimLayer)):
                 self.layers[name] = layer
@@ -212,79 +204,96 @@ class _Compression:
                 "No KAN layer that could be compressed was found in the model. The known kinds of layers are "
                 f"{', '.join(known_kinds())}; describe another one with `peft_lotra.register_kan_layer`."
             )
-        self.weights = {} if inputs is None else gather_weights(model, self.layers, inputs)
+        self.weights = {}
         if inputs is not None:
+            self.weights = gather_weights(model, self.tensors, inputs)
             with torch.no_grad():
-                self.outputs = model_outputs(model, inputs)
+                self.outputs = model_outputs(model, inputs).double()
+            if relative_energy(self.outputs - self.outputs.mean(0), self.outputs) < 1e-12:
+                raise ValueError("The output is the same for all `inputs`: pass samples that differ.")
 
     @cached_property
     def spectra(self) -> dict[str, LayerSpectrum]:
         return weighted_spectra(self.tensors, self.weights)
+
+    def named_ranks(self, ranks: Ranks | Mapping[str, Ranks]) -> dict[str, tuple[int, ...]]:
+        """Return the ranks of each layer; a layer that a mapping does not name is left out."""
+        pattern, default = (ranks, None) if isinstance(ranks, Mapping) else ({}, ranks)
+        by_layer = ranks_by_layer(self.tensors, pattern, default, "ranks")
+        if not by_layer:
+            raise ValueError(f"`ranks` names none of the KAN layers {list(self.tensors)}: {list(pattern)}.")
+        return by_layer
 
     def ranks_for(self, energy: float) -> dict[str, tuple[int, ...]]:
         """Find the ranks for the smallest budget that keeps this share of the model's outputs, by bisection."""
         best = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}  # leaves all layers dense
         low = sum(1 + sum(shape) for shape in best.values())
         high = sum(map(math.prod, best.values()))
-        for _ in range(_BISECTIONS if low < high else 0):  # of the smallest layers no ranks save anything
+        if low >= high:  # no ranks save parameters in the smallest layers
+            return best
+        largest_error = math.sqrt(1 - energy) + 1e-8  # rounding, for an energy of 1
+        for _ in range(BISECTIONS):
             middle = round(math.sqrt(low * high))
-            chosen = choose_ranks(self.spectra, budget=middle)
-            _, report = self.compress(chosen)
-            if (report.model_error or 0.0) <= math.sqrt(1 - energy) + 1e-8:  # rounding, for an energy of 1
-                high, best = middle, chosen
-            else:
+            ranks = choose_ranks(self.spectra, budget=middle)
+            _, report = self.compress(ranks)
+            if report.model_error is not None and report.model_error > largest_error:
                 low = middle
+            else:
+                high, best = middle, ranks
         return best
 
+    @torch.no_grad()
     def compress(self, ranks: Mapping[str, tuple[int, ...]]) -> tuple[dict[nn.Module, nn.Module], SlimReport]:
         """Return Slim layers by the dense ones that they replace, where they save parameters, and their report."""
-        size = before = sum(tensor.numel() for tensor in self.tensors.values())
-        report = SlimReport({}, {}, [], (before, before))
-        exchanged: dict[nn.Module, nn.Module] = {}
+        size = sum(tensor.numel() for tensor in self.tensors.values())
+        report = SlimReport({}, {}, [], (size, size))
+        updates = {}
         for name, tensor in self.tensors.items():
-            if name not in ranks or count_parameters(ranks[name], tensor.shape) >= tensor.numel():
+            if name in ranks and count_parameters(ranks[name], tensor.shape) < tensor.numel():
+                updates[name] = CoefficientUpdate(tensor)
+            else:
                 report.dense.append(name)
-                continue
-            weights = self.weights.get(name)
-            fitted = tucker(tensor, ranks[name]) if weights is None else weights.fit(tensor, ranks[name])
-            layer, spec, _ = locate_target(name, self.layers[name])
-            if isinstance(layer, KANLinear) and type(layer).forward is KANLinear.forward:
-                slim_layer = filled(layer, fitted.balanced()._asdict())
-                share_hooks(layer, slim_layer)
-            else:  # a SlimLayer takes the parameters out of a layer: here out of a copy that shares them
-                shared = copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})
-                slim_layer = SlimLayer(shared, spec, fitted.balanced())
-            exchanged[layer] = slim_layer
-            with torch.no_grad():
-                stored = slim_layer.components.map(torch.Tensor.double).dense()
+        slim_layers: dict[nn.Module, nn.Module] = {}
+        for name, components in decompose_updates(updates, self.weights, ranks).items():
+            layer, tensor = self.layers[name], self.tensors[name]
+            slim_layer = slim_layers[layer] = _make_slim(name, layer, components)
+            stored = slim_layer.components.map(Tensor.double).dense()
             report.ranks[name] = ranks[name]
             report.errors[name] = relative_energy(tensor - stored, tensor).sqrt().item()
-            if weights is not None:
-                report.output_errors[name] = _relative_error(weights.outputs(tensor), weights.outputs(stored))
-            size += fitted.numel() - tensor.numel()
-        report.parameters = before, size
+            if name in self.weights:
+                outputs = self.weights[name].outputs
+                report.output_errors[name] = _relative_error(outputs(tensor), outputs(stored))
+            before, after = report.parameters
+            report.parameters = before, after + components.numel() - tensor.numel()
         if self.inputs is not None:
-            report.model_error = _relative_error(self.outputs, self._outputs_with(exchanged, self.inputs))
-        return exchanged, report
-
-    @torch.no_grad()
-    def _outputs_with(self, exchanged: Mapping[nn.Module, nn.Module], inputs: Inputs) -> torch.Tensor:
-        """Return the outputs of the model with these layers, which are taken out again."""
-        model = _exchange(self.model, exchanged)
-        try:
-            return model_outputs(model, inputs)
-        finally:
-            _exchange(self.model, {new: old for old, new in exchanged.items()})
+            model = _exchange(self.model, slim_layers)
+            try:
+                report.model_error = _relative_error(self.outputs, model_outputs(model, self.inputs))
+            finally:
+                _exchange(self.model, {slim_layer: layer for layer, slim_layer in slim_layers.items()})
+        return slim_layers, report
 
 
-def _relative_error(y: torch.Tensor, other: torch.Tensor) -> float:
+@torch.inference_mode(False)
+def _make_slim(name: str, layer: nn.Module, components: Tucker) -> Any:
+    """Return a Slim layer with these components; the dense layer stays unchanged."""
+    if isinstance(layer, KANLinear) and type(layer).forward is KANLinear.forward:
+        slim_layer = filled(layer, components._asdict())
+        share_hooks(layer, slim_layer)
+        return slim_layer
+    # a SlimLayer takes the parameters out of a layer: here out of a copy that shares them
+    shared = copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})
+    return SlimLayer(shared, locate_target(name, layer).spec, components)
+
+
+def _relative_error(y: Tensor, other: Tensor) -> float:
     """Compute ||y - other|| / ||y - mean(y)|| of outputs (..., out); a large mean would hide any error."""
     y, other = y.double().flatten(0, -2), other.double().flatten(0, -2)
     return relative_energy(y - other, y - y.mean(0)).sqrt().item()
 
 
 def _exchange(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Replace layers in all their places, and return the model; if the model is such a layer, what replaces it."""
+    """Replace layers everywhere in the model, and return it; if the model is such a layer, what replaces it."""
     for parent, name, module in places(model):
         parent._modules[name] = layers.get(module, module)
     return layers.get(model, model)
@@ -293,22 +302,14 @@ def _exchange(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> nn.Mod
 def _copy(model: nn.Module) -> nn.Module:
     """Copy a model deeply, also one that keeps activations of its last pass (pykan), which deepcopy refuses."""
     memo: dict[int, Any] = {}
-
-    def visit(value: Any) -> None:
-        if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+    for value in tree_leaves([vars(module) for module in model.modules()]):
+        if isinstance(value, Tensor) and value.grad_fn is not None:
             memo[id(value)] = value.detach().clone()
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                visit(item)
         elif isinstance(value, FunctionType) and any(map(_has_kan_layers, value.__closure__ or ())):
             raise ValueError(
                 "The model keeps a function that holds KAN layers (`self.mlp = lambda x: ...`): a copy of the model "
                 "would go on calling the original layers. Pass `inplace=True`, or make the function a method."
             )
-
-    for module in model.modules():
-        for value in vars(module).values():
-            visit(value)
     return copy.deepcopy(model, memo)
 
 

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Which ranks an update needs: the spectra of fine-tuning updates, and the ranks for an energy or a budget.
+"""Spectra of fine-tuning updates, and the ranks for an energy or a budget.
 
 The spectrum of a tensor is the singular values of its unfoldings, one for each mode. The energy that the truncated
 HOSVD keeps, a share of the squared norm, is the sum of squares over the leading block of the HOSVD's core, with the
@@ -12,18 +12,19 @@ Source: L. De Lathauwer et al., "A Multilinear Singular Value Decomposition", SI
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 
-from ..modules.checks import as_number, check_number
+from ..modules.checks import check_number
 from ..modules.report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, check_ranks, hosvd
-from .data_weights import DataWeights
+from .data_weights import TINY, DataWeights
 from .updates import coefficient_updates
 
 
@@ -41,21 +42,22 @@ class LayerSpectrum:
 
     shape: tuple[int, ...]
     norm: float
-    singular_values: tuple[torch.Tensor, ...] = field(repr=False)
-    energies: torch.Tensor = field(repr=False)
+    singular_values: tuple[Tensor, ...] = field(repr=False)
+    energies: Tensor = field(repr=False)
 
     def energy(self, r: Ranks) -> float:
         """Return the share of the energy, 0 to 1, that the truncated HOSVD of ranks `r` keeps."""
-        return self.energies[tuple(rank - 1 for rank in cap_ranks(check_ranks(r), self.energies.shape))].item()
+        ranks = cap_ranks(check_ranks(r), self.shape)
+        return self.energies[tuple(rank - 1 for rank in ranks)].item()
 
-    def costs(self) -> torch.Tensor:
+    def costs(self) -> Tensor:
         """Return the number of parameters of an adapter, for all ranks; laid out as `energies`."""
-        core, factors = torch.ones_like(self.energies, dtype=torch.int64), 0
-        for mode, size in enumerate(self.shape):
-            ranks = torch.arange(1, size + 1, device=core.device).view(-1, *[1] * (len(self.shape) - mode - 1))
-            core *= ranks
-            factors = factors + torch.where(ranks < size, ranks * size, 0)  # a full mode has no factor
-        return core + factors
+        modes = [torch.arange(1, size + 1, device=self.energies.device) for size in self.shape]
+        ranks = torch.meshgrid(modes, indexing="ij")
+        costs = math.prod(ranks)
+        for of_mode, size in zip(ranks, self.shape, strict=True):
+            costs = costs + torch.where(of_mode < size, of_mode * size, 0)  # a full mode has no factor
+        return costs
 
 
 @dataclass(eq=False)
@@ -70,20 +72,19 @@ class Spectrum(Report):
 
     def energy(self, r: Ranks) -> float:
         """Return the share of the energy of all layers that ranks keep together."""
-        total = kept = 0.0
+        total = retained = 0.0
         for layer in self.layers.values():
             total += layer.norm**2
-            kept += layer.norm**2 * layer.energy(r)
-        return kept / total if total else 1.0
+            retained += layer.norm**2 * layer.energy(r)
+        return retained / total if total else 1.0
 
     def _table(self) -> TextTable:
-        triples = ((1, 1, 1), (4, 4, 4), (8, 8, 4))
-        columns = ["layer", ">out x in x basis", ">norm", *(f">kept by {r}" for r in triples), ">ranks that keep 95 %"]
+        columns = ["layer", ">out x in x basis", ">norm", ">kept by (4, 4, 4)", ">ranks that keep 95 %"]
         rows = []
         for name, layer in self.layers.items():
-            shares = [f"{100 * layer.energy(r):.1f} %" for r in triples]
             sizes = " x ".join(map(str, layer.shape))
-            rows.append([name, sizes, f"{layer.norm:.3g}", *shares, str(cheapest(layer, 0.95))])
+            share = layer.energy((4, 4, 4))
+            rows.append([name, sizes, f"{layer.norm:.3g}", f"{share:.1%}", str(cheapest(layer, 0.95))])
         return TextTable(columns, rows, ["kept: the share of the squared norm"])
 
 
@@ -112,31 +113,7 @@ def update_spectrum(base: nn.Module, tuned: nn.Module) -> Spectrum:
     return Spectrum({name: spectrum_of(update.tensor) for name, update in coefficient_updates(base, tuned).items()})
 
 
-def check_one_given(**options: Any) -> None:
-    """Raise a ValueError unless one of these options is given, and the others are None."""
-    if list(options.values()).count(None) != len(options) - 1:
-        raise ValueError(f"Pass one of {', '.join(options)}; got {options}.")
-
-
-def choose_ranks(
-    layers: Mapping[str, LayerSpectrum], energy: float | None = None, budget: int | None = None
-) -> dict[str, tuple[int, ...]]:
-    """Return the ranks of each layer for an energy or for a budget."""
-    if energy is None:
-        return _allocate(layers, budget)
-    check_number(energy, "energy", "(0, 1]")
-    return {name: cheapest(layer, energy) for name, layer in layers.items()}
-
-
-def ranks_by_layer(
-    names: Iterable[str], pattern: Mapping[str, Ranks], default: Ranks | None, argument: str = "r"
-) -> dict[str, Ranks]:
-    """Return the ranks of layers by a pattern, as in [`LoTRAConfig`], or else the default; none without both."""
-    ranks = {name: pattern.get(get_pattern_key(list(pattern), name), default) for name in names}
-    return {name: check_ranks(r, argument) for name, r in ranks.items() if r is not None}
-
-
-def spectrum_of(tensor: torch.Tensor) -> LayerSpectrum:
+def spectrum_of(tensor: Tensor) -> LayerSpectrum:
     """Compute the spectrum of a tensor (out, in, basis [, kernel])."""
     decomposition, singular_values = hosvd(tensor)
     squares = decomposition.core.square()
@@ -151,21 +128,49 @@ def spectrum_of(tensor: torch.Tensor) -> LayerSpectrum:
     return LayerSpectrum(tuple(tensor.shape), tensor.double().norm().item(), singular_values, energies)
 
 
-def weighted_spectra(
-    tensors: Mapping[str, torch.Tensor], weights: Mapping[str, DataWeights]
-) -> dict[str, LayerSpectrum]:
-    """Compute the spectra of tensors (out, in, basis [, kernel]) by layer, weighted by data where there is any.
+def weighted_spectra(tensors: Mapping[str, Tensor], weights: Mapping[str, DataWeights]) -> dict[str, LayerSpectrum]:
+    """Compute the spectra of tensors (out, in, basis [, kernel]) by layer, weighted by data if there are weights.
 
-    In the metric of the model's outputs, energies of layers compare. If a layer has none, all layers count alike.
+    In the metric of the model's outputs, energies of layers compare. If a layer has no weights, all layers count
+    alike.
     """
     spectra = {}
     for name, tensor in tensors.items():
         if name in weights:
             tensor = weights[name].weigh(tensor)
         if 0 < len(weights) < len(tensors):
-            tensor = tensor / tensor.norm().clamp(min=1e-300)
+            tensor = tensor / tensor.norm().clamp(min=TINY)
         spectra[name] = spectrum_of(tensor)
     return spectra
+
+
+def check_one_given(**options: Any) -> None:
+    """Raise a ValueError unless one of these options is given, and the others are None; or for a wrong energy."""
+    if list(options.values()).count(None) != len(options) - 1:
+        raise ValueError(f"Pass one of {', '.join(options)}; got {options}.")
+    if options["energy"] is not None:
+        check_number(options["energy"], "energy", "(0, 1]")
+
+
+def ranks_by_layer(
+    tensors: Mapping[str, Tensor], pattern: Mapping[str, Ranks], default: Ranks | None, argument: str = "r"
+) -> dict[str, tuple[int, ...]]:
+    """Return the ranks of layers by a pattern, as in [`LoTRAConfig`], or else the default; none without both."""
+    ranks = {}
+    for name, tensor in tensors.items():
+        r = pattern.get(get_pattern_key(list(pattern), name), default)
+        if r is not None:
+            ranks[name] = cap_ranks(check_ranks(r, argument), tensor.shape)
+    return ranks
+
+
+def choose_ranks(
+    layers: Mapping[str, LayerSpectrum], energy: float | None = None, budget: int | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Return the ranks of each layer for an energy or for a budget."""
+    if energy is None:
+        return _allocate(layers, budget or 0)
+    return {name: cheapest(layer, energy) for name, layer in layers.items()}
 
 
 def cheapest(layer: LayerSpectrum, energy: float) -> tuple[int, ...]:
@@ -175,43 +180,42 @@ def cheapest(layer: LayerSpectrum, energy: float) -> tuple[int, ...]:
     return _ranks_at(layer, costs.argmin())
 
 
-def _allocate(layers: Mapping[str, LayerSpectrum], budget: int | None) -> dict[str, tuple[int, ...]]:
+def _allocate(layers: Mapping[str, LayerSpectrum], budget: int) -> dict[str, tuple[int, ...]]:
     """Find the ranks that keep the most energy for at most `budget` parameters in all.
 
     Each greedy step raises the ranks of the layer that gains the most energy per parameter. The result is optimal
     until the first step above the budget, since the steps follow concave hulls.
     """
+    # the first entry of a frontier is the choice so far
     frontiers = {name: _frontier(layer) for name, layer in layers.items()}
-    at = dict.fromkeys(frontiers, 0)
+    left = budget - sum(int(costs[0]) for costs, _, _ in frontiers.values())
+    if left < 0:
+        raise ValueError(
+            f"`budget` is {budget}, but ranks of 1 in {len(layers)} layers take {budget - left} parameters."
+        )
     while True:
-        spent = sum(int(costs[at[name]]) for name, (costs, _, _) in frontiers.items())
-        left = as_number(budget) - spent
-        if not left >= 0:
-            raise ValueError(
-                f"`budget` is {budget!r}, but ranks of 1 in each of the {len(layers)} layers take {spent} parameters "
-                "already."
-            )
-        best = (0.0, "", 0)
+        best_rate, best_name, best_index = 0.0, "", 0
         for name, (costs, energies, _) in frontiers.items():
-            now, following = at[name], at[name] + 1
-            price = costs[following:] - costs[now]
-            rate = torch.where(price <= left, (energies[following:] - energies[now]) / price, 0)
-            if len(rate):
-                best = max(best, (rate.max().item(), name, following + int(rate.argmax())))
-        gain, name, index = best
-        if gain == 0:
-            return {name: _ranks_at(layers[name], frontiers[name][2][index]) for name, index in at.items()}
-        at[name] = index
+            prices = costs - costs[0]
+            rates = (energies - energies[0]) / prices.clamp(min=1)
+            rate, index = torch.where(prices <= left, rates, 0).max(0)
+            if rate > best_rate:
+                best_rate, best_name, best_index = rate.item(), name, int(index)
+        if best_rate == 0:
+            return {name: _ranks_at(layers[name], indices[0]) for name, (_, _, indices) in frontiers.items()}
+        costs = frontiers[best_name][0]
+        left -= int(costs[best_index] - costs[0])
+        frontiers[best_name] = [column[best_index:] for column in frontiers[best_name]]
 
 
-def _frontier(layer: LayerSpectrum) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return parameters, energy and flat index of all ranks that keep more energy than any cheaper one."""
+def _frontier(layer: LayerSpectrum) -> list[Tensor]:
+    """Return parameters, energy and flat index of all ranks that keep more energy than any cheaper ones."""
     costs, order = layer.costs().flatten().sort(stable=True)
     energies = layer.energies.flatten()[order]
-    before = torch.cat([energies.new_tensor([-1.0]), energies.cummax(0).values[:-1]])
-    better = energies > before + 1e-12
-    return costs[better], layer.norm**2 * energies[better], order[better]
+    gains = energies.cummax(0).values.diff(prepend=energies.new_tensor([-1.0]))
+    is_better = gains > 1e-12
+    return [costs[is_better], layer.norm**2 * energies[is_better], order[is_better]]
 
 
-def _ranks_at(layer: LayerSpectrum, flat_index: torch.Tensor) -> tuple[int, ...]:
-    return tuple(int(index) + 1 for index in torch.unravel_index(flat_index, layer.energies.shape))
+def _ranks_at(layer: LayerSpectrum, flat_index: Tensor) -> tuple[int, ...]:
+    return tuple(int(index) + 1 for index in torch.unravel_index(flat_index, layer.shape))

@@ -28,13 +28,14 @@ from ..tuner.gradients import (
     replace_config,
 )
 from ..tuner.layer import LoTRALayer
-from .data_weights import DataWeights, gather_weights, model_outputs
+from .data_weights import DataWeights, first_output, gather_weights
 from .extract import decompose_updates
+from .spectra import choose_ranks, weighted_spectra
 from .updates import CoefficientUpdate, edge_scales
 
 
-_ROWS = 1000  # that weigh the update
-_WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+ROWS = 1000  # that weigh the update
+WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of the network
 
@@ -47,13 +48,13 @@ def start_from_training(
     steps: int = 60,
     lr: float = 1e-2,
 ) -> None:
-    """Starts the active adapter anew, with what a few steps of full fine-tuning change.
+    """Start the active adapter from what a few steps of full fine-tuning change.
 
     Adam moves all coefficients of the adapted layers, from the base. The adapter becomes the Tucker tensors that come
     closest to this update in the outputs of the layers, weighted by J^T J of the model's outputs, for the inputs that
-    `loss` passes to the network in the first pass over the batches. Where `loss` does not call the network
-    itself (`jet`, `torch.func`), they are closest in the coefficients. With a `budget` in the configuration, the ranks
-    are chosen anew too.
+    `loss` passes to the network in the first pass over the batches. If `loss` calls the network through `jet` or
+    `torch.func`, they are closest in the coefficients. With a `budget` in the configuration, the ranks are chosen
+    again.
 
     **The adapted model does not equal its base afterwards.** The base itself is unchanged. Call it before the
     optimizer is made: the components may be new parameters. [`create_lotra_optimizer`] then trains each component at
@@ -90,57 +91,61 @@ def start_from_training(
     check_number(lr, "lr", "(0, inf)")
     network = unwrap(model)
     adapter, config, layers = find_active_adapter(network)
-    present = {name: layer.get_components(adapter) for name, layer in layers.items()}
-    _check_replaceable(model, present, config)
-    zeros = [name for name, layer in layers.items() if not layer.lotra_alpha[adapter]]
-    if zeros:
-        raise ValueError(f"`{zeros[0]}` has the alpha 0, by which no components could equal an update.")
+    components = {name: layer.get_components(adapter) for name, layer in layers.items()}
+    _check_replaceable(model, components, config)
+    for name, layer in layers.items():
+        if not layer.lotra_alpha[adapter]:
+            raise ValueError(f"`{name}` has the alpha 0, by which no components could equal an update.")
 
     with dense_updates(model, layers, config) as cores:
         calls = _train(network, cores, loss, batches, steps, lr)
         check_changes("update", {name: None if core.grad is None else core for name, core in cores.items()})
-        weights = _weigh(network, layers, calls, config.adapt_residual)
+        weights = _weigh(network, layers, cores, calls)
         updates = {}
         for name, layer in layers.items():
-            tensor = cores[name].detach().double()
-            scale = edge_scales(layer.base_before_merge(), tensor) if name in weights else None
+            tensor, scale = cores[name].detach().double(), None
+            if name in weights:
+                scale = edge_scales(layer.base_before_merge(), tensor)
             updates[name] = CoefficientUpdate(tensor if scale is None else scale * tensor, scale)
-    ranks = budget = None
     if config.budget is None:
-        ranks = {name: components.ranks for name, components in present.items()}
+        ranks = {name: tensor.ranks for name, tensor in components.items()}
     else:
-        budget = int(config.budget * sum(core.numel() for core in cores.values()) + 1e-6)
-    started = decompose_updates(updates, weights, ranks=ranks, budget=budget)
+        tensors = {name: update.tensor for name, update in updates.items()}
+        budget = int(config.budget * sum(tensor.numel() for tensor in tensors.values()) + 1e-6)
+        ranks = choose_ranks(weighted_spectra(tensors, weights), budget=budget)
+    started = decompose_updates(updates, weights, ranks)
 
-    frozen = {name: config.frozen_and_zero(tensor._asdict())[0] for name, tensor in started.items()}
+    frozen = {}
     for name, tensor in started.items():
+        frozen[name], _ = config.frozen_and_zero(tensor._asdict())
         if len(frozen[name]) == len(tensor._asdict()):
             raise ValueError(
                 f"`train={config.train}` leaves nothing to train in `{name}`, which gets the ranks "
                 f"{form_text(tensor.form)}. Train the core too, or pass another budget."
             )
     config.init_weights = "training"
-    chosen = {}
+    pattern = {}
     for name, layer in layers.items():
-        is_trained = any(component.requires_grad for component in present[name]._asdict().values())
-        components = started[name].map(lambda component, core=present[name].core: component.to(core))
-        components = components._replace(core=components.core / layer.lotra_alpha[adapter])
+        former = components[name]
+        tensor = started[name].map(lambda component, core=former.core: component.to(core))
+        tensor = tensor._replace(core=tensor.core / layer.lotra_alpha[adapter])
         if config.budget is None:
-            layer.set_components(adapter, components)
-        else:
-            layer.replace_components(adapter, components)
-            layer.frozen_peft_weight_names[adapter] = tuple(f"lotra_{component}" for component in frozen[name])
-            for component, parameter in layer.get_components(adapter)._asdict().items():
-                parameter.requires_grad_(is_trained and component not in frozen[name])
-            chosen[pattern_key(layer.lotra_name)] = components.form
-    config.rank_pattern = {**chosen, **config.rank_pattern, **chosen}
+            layer.set_components(adapter, tensor)
+            continue
+        is_trained = any(component.requires_grad for component in former._asdict().values())
+        layer.replace_components(adapter, tensor)
+        layer.frozen_peft_weight_names[adapter] = tuple(f"lotra_{component}" for component in frozen[name])
+        for component, parameter in layer.get_components(adapter)._asdict().items():
+            parameter.requires_grad_(is_trained and component not in frozen[name])
+        pattern[pattern_key(layer.lotra_name)] = tensor.form
+    config.rank_pattern = pattern or config.rank_pattern
     replace_config(network, adapter, config)
 
 
 def _check_replaceable(model: nn.Module, components: Mapping[str, Tucker], config: LoTRAConfig) -> None:
     """Raise a ValueError for models wrapped for training in parallel, or components that an optimizer holds."""
     for module in model.modules():
-        wrappers = _WRAPPERS & {cls.__name__ for cls in type(module).__mro__}
+        wrappers = WRAPPERS & {cls.__name__ for cls in type(module).__mro__}
         if wrappers:
             raise ValueError(
                 f"The model is wrapped by {wrappers.pop()}, which holds the components that the start would replace. "
@@ -148,14 +153,14 @@ def _check_replaceable(model: nn.Module, components: Mapping[str, Tucker], confi
             )
     if config.budget is None:
         return
-    held = set()
+    optimized = set()
     gc.collect()  # of optimizers that were deleted
     for optimizer in gc.get_objects():
         if issubclass(type(optimizer), torch.optim.Optimizer):  # `isinstance` would ask proxies for their class
             for group in optimizer.param_groups:
-                held |= set(group["params"])
-    for name, tensors in components.items():
-        if held & set(tensors._asdict().values()):
+                optimized.update(group["params"])
+    for name, tensor in components.items():
+        if not optimized.isdisjoint(tensor._asdict().values()):
             raise ValueError(
                 f"An optimizer holds the components of `{name}`, which a `budget` replaces: it would train them in "
                 "vain. Call `start_from_training` before the optimizer is made, or delete the optimizer."
@@ -178,23 +183,23 @@ def _train(
             calls.append((args, kwargs))
 
     optimizer = torch.optim.Adam(cores.values(), lr=lr)
-    taken = 0
+    left = steps
     with network.register_forward_pre_hook(record, with_kwargs=True) as handle:
-        while taken < steps:
-            before = taken
-            for value in islice(compute_losses(loss, batches), steps - taken):
+        while left > 0:
+            before = left
+            for value in islice(compute_losses(loss, batches), left):
                 optimizer.zero_grad()
                 value.backward()
                 optimizer.step()
-                taken += 1
+                left -= 1
             handle.remove()
-            if taken == before:
+            if left == before:
                 raise ValueError("`batches` has no more batch: pass a list or a loader, to be passed over repeatedly.")
     return calls
 
 
 def _weigh(
-    network: nn.Module, layers: Mapping[str, LoTRALayer], calls: Sequence[Call], residual: bool
+    network: nn.Module, layers: Mapping[str, LoTRALayer], cores: Mapping[str, torch.Tensor], calls: Sequence[Call]
 ) -> dict[str, DataWeights]:
     """Compute the data weights of the layers with their dense updates; none without calls of the network."""
     if not calls:
@@ -203,13 +208,12 @@ def _weigh(
     def run(network: nn.Module) -> torch.Tensor:
         outputs: list[torch.Tensor] = []
         for args, kwargs in calls:
-            if sum(map(len, outputs)) < _ROWS:
-                y = model_outputs(network, lambda module, call=(args, kwargs): module(*call[0], **call[1]))
-                outputs.append(y.flatten(0, -2))
+            if sum(map(len, outputs)) < ROWS:
+                outputs.append(first_output(network(*args, **kwargs)).flatten(0, -2))
         return torch.cat(outputs)
 
     with ExitStack() as stack:
         for layer in layers.values():
             layer.merge(adapter_names=[DENSE])
             stack.callback(layer.unmerge)
-        return gather_weights(network, layers, run, residual)
+        return gather_weights(network, cores, run)

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers.registry import find_kan_layers
 from ..modules.calls import read_at_rest, unwrap
@@ -23,16 +24,18 @@ from ..tuner.targets import locate_target
 class CoefficientUpdate(NamedTuple):
     """The change of the coefficients (out, in, basis [+ 1] [, kernel]) of one layer by fine-tuning, in float64.
 
-    With a `scale`, that of the base layer's edges, it is the change of coefficient times scale.
+    With a `scale`, the scales of the base layer's edges, it is the change of coefficient times scale.
     """
 
-    tensor: torch.Tensor
-    scale: torch.Tensor | None = None
+    tensor: Tensor
+    scale: Tensor | None = None
 
-    def missed(self, delta: torch.Tensor) -> torch.Tensor:
-        """Return the update minus that by a change `delta` of the base model's coefficients."""
+    def missed(self, delta: Tensor) -> Tensor:
+        """Return the update minus what a change `delta` of the base model's coefficients gives."""
         delta = delta.to(self.tensor)
-        return self.tensor - (delta if self.scale is None else self.scale * delta)
+        if self.scale is not None:
+            delta = self.scale * delta
+        return self.tensor - delta
 
 
 def check_without_adapters(model: nn.Module, argument: str) -> None:
@@ -42,7 +45,7 @@ def check_without_adapters(model: nn.Module, argument: str) -> None:
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """Return the network inside of wrappers, of a PEFT model a copy with its active adapters merged."""
+    """Return the network inside of wrappers; of a PEFT model, a copy with its active adapters merged."""
     return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else unwrap(model)
 
 
@@ -67,18 +70,19 @@ def coefficient_updates(base: nn.Module, tuned: nn.Module, scaled: bool = False)
         before, scale = read_coefficients(name, base.get_submodule(name))
         after, new_scale = read_coefficients(name, tuned.get_submodule(name))
         after = after.to(before)
-        updates[name] = CoefficientUpdate(after - before)
+        update = CoefficientUpdate(after - before)
         if scale is not None and new_scale is not None:
             new_scale = new_scale.to(before)
             if scaled or not torch.equal(scale, new_scale):
-                updates[name] = CoefficientUpdate(new_scale * after - scale * before, scale)
+                update = CoefficientUpdate(new_scale * after - scale * before, scale)
+        updates[name] = update
     return updates
 
 
-def read_coefficients(name: str, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+def read_coefficients(name: str, module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Read coefficients, with active adapters, and scales of the edges, (out, in, basis [+ 1] [, kernel]), in float64.
 
-    The scales are `None` for a layer without them, and 1 for the residual branch. Raise a ValueError for values that
+    The scales are None for a layer without them, and 1 for the residual branch. Raise a ValueError for values that
     are not finite.
     """
     with read_at_rest(module):
@@ -93,7 +97,7 @@ def read_coefficients(name: str, module: nn.Module) -> tuple[torch.Tensor, torch
     return coefficients, scale
 
 
-def edge_scales(target: Target, coefficients: torch.Tensor) -> torch.Tensor | None:
+def edge_scales(target: Target, coefficients: Tensor) -> Tensor | None:
     """Return the factors of a layer's coefficients, laid out like them, 1 for the residual branch; None without."""
     layer, spec, tensor = target
     scale = spec.read_edge_scale(layer, tensor)
@@ -102,3 +106,14 @@ def edge_scales(target: Target, coefficients: torch.Tensor) -> torch.Tensor | No
     full = torch.ones_like(coefficients)
     full[:, :, : tensor.shape[2]] = scale.to(coefficients)
     return full
+
+
+def error_table(
+    errors: Mapping[str, float], ranks: Mapping[str, tuple[int, ...]], output_errors: Mapping[str, float]
+) -> tuple[list[str], list[list[str]]]:
+    """Return the columns and rows of a report by layer: ranks, error, and error of the outputs if it is known."""
+    rows = []
+    for name, error in errors.items():
+        of_outputs = f"{output_errors[name]:.2%}" if name in output_errors else "-"
+        rows.append([name, str(ranks[name]), f"{error:.2%}", of_outputs])
+    return ["layer", "ranks", ">error of the coefficients", ">error of the outputs"], rows

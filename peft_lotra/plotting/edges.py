@@ -5,24 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..compress.data_weights import Inputs, functions_at, probe_derivatives, run_recorded
-from ..compress.updates import edge_scales
+from ..compress.data_weights import Inputs, functions_at, record_model
+from ..compress.updates import read_coefficients
 from ..layers.describe import is_linear
-from ..layers.registry import Grid
 from ..modules.calls import unwrap
 from ..modules.report import Report, TextTable
-from ..tuner.layer import LoTRALayer, Target, grid_ends, lotra_layers, warn_of_far_inputs
+from ..tuner.layer import LoTRALayer, Target, lotra_layers, warn_of_far_inputs
 
 
 ROWS = 1000  # inputs that are looked at, at most
-PROBES = 8  # directions of the outputs whose derivatives are taken, at most
-CHUNK = 2**24  # values of edge functions that are computed at once
+PROBES = 2  # random directions of the outputs whose derivatives are taken; all rows average over them
 
 
 class EdgeChange(NamedTuple):
@@ -53,45 +50,43 @@ class EdgeChanges(Report, list[EdgeChange]):
     def _table(self) -> TextTable:
         columns = ["layer", ">output", ">input", ">effect", ">share", ">in the layer", ">shift"]
         rows = []
-        for edge in self[:10]:
-            numbers = [f"{edge.effect:.3g}", f"{edge.share:.1%}", f"{edge.layer_effect:.3g}", f"{edge.shift:+.3g}"]
-            rows.append([edge.layer, str(edge.output), str(edge.input), *numbers])
-        notes = [f"the {len(rows)} of {len(self):,} edges with the largest effect"] if len(rows) < len(self) else []
+        for layer, output, index, effect, share, layer_effect, shift in self[:10]:
+            numbers = [f"{effect:.3g}", f"{share:.1%}", f"{layer_effect:.3g}", f"{shift:+.3g}"]
+            rows.append([layer, str(output), str(index), *numbers])
+        notes = [f"the 10 of {len(self):,} edges with the largest effect"] if len(self) > 10 else []
         return TextTable(columns, rows, notes)
 
 
 class LayerChange(NamedTuple):
-    """The effects and the shifts of all edges of a layer, (out, in), and the inputs of the layer, (rows, in)."""
+    """The effects and the shifts of all edges of a layer, (out, in)."""
 
     effect: Tensor
     layer_effect: Tensor
     shift: Tensor
-    inputs: Tensor
 
 
-def edge_changes(model: nn.Module, inputs: Inputs | None = None) -> EdgeChanges:
-    r"""Measures how much the active adapters changed each edge, by the effect on the outputs of the network.
+def edge_changes(model: nn.Module, inputs: Inputs) -> EdgeChanges:
+    r"""Measure how much the active adapters changed each edge, by the effect on the outputs of the network.
 
     The change of the function on the edge from unit i to unit o of a layer, d(z) = (A' - A)[o, i, :] . phi(z), is
     evaluated at the units z_i that the inputs reach. Its effect is
 
         effect^2 = mean over rows and outputs p of (df_p/dy_o (d(z_i) - mean d))^2,
 
-    where y are the outputs of the layer and f those of the network. An edge whose function was almost zero leads the
-    list only if its change matters.
+    where y are the outputs of the layer and f the outputs of the network. An edge whose function was almost zero
+    leads the list only if its change matters.
 
     Args:
         model: The adapted model. It stays unchanged.
-        inputs: Inputs of the network (rows, in), of which up to 1,000 are used, or what a call of it takes: a tuple, a
-            dict, or a function that runs the model. By default 1,000 points spread evenly over the grid of the first
-            adapted layer.
+        inputs: Inputs of the network (rows, in), of which up to 1,000 are used; or what a call of it takes: a tuple, a
+            dict, or a function that runs the model.
 
     Returns:
         The edges of all dense KAN layers with an active adapter, the largest effect first. Merged and disabled
         adapters do not count.
 
     Raises:
-        ValueError: No dense KAN layer has an active adapter, or the model cannot be run on these inputs.
+        ValueError: No dense KAN layer has an active adapter, or a value that reaches a layer is not finite.
 
     Warns:
         UserWarning: Most inputs of a layer lie far outside of its grid.
@@ -106,86 +101,74 @@ def edge_changes(model: nn.Module, inputs: Inputs | None = None) -> EdgeChanges:
         (25, 1.0)
     """
     layers = layer_changes(model, inputs)
-    total = sum(layer.effect.square().sum().item() for layer in layers.values()) or 1.0
-    changes = EdgeChanges()
-    for name, layer in layers.items():
-        columns = [values.flatten().tolist() for values in layer[:3]]
-        for place, (effect, layer_effect, shift) in enumerate(zip(*columns, strict=True)):
-            output, index = divmod(place, layer.effect.shape[1])
-            share = effect**2 / total
-            changes.append(EdgeChange(name, output, index, effect, share, layer_effect, shift))
-    changes.sort(key=lambda edge: -edge.effect)
-    return changes
+    total = sum(change.effect.square().sum().item() for change in layers.values()) or 1.0
+    edges = EdgeChanges()
+    for name, change in layers.items():
+        outputs, width = change.effect.shape
+        columns = (values.flatten().tolist() for values in change)
+        ends = ((output, index) for output in range(outputs) for index in range(width))
+        for (output, index), effect, layer_effect, shift in zip(ends, *columns, strict=True):
+            edges.append(EdgeChange(name, output, index, effect, effect**2 / total, layer_effect, shift))
+    edges.sort(key=lambda edge: -edge.effect)
+    return edges
 
 
-def layer_changes(model: nn.Module, inputs: Inputs | None = None) -> dict[str, LayerChange]:
+@torch.no_grad()
+def layer_changes(model: nn.Module, inputs: Inputs) -> dict[str, LayerChange]:
     """Compute the changes of all edges by layer, see `edge_changes`."""
-    layers = dict(_adapted_layers(model))
+    targets: dict[str, Target] = {}
+    layers: dict[str, LoTRALayer] = {}
+    for name, layer in lotra_layers(unwrap(model)):
+        target = Target(layer.get_base_layer(), layer.lotra_spec, layer.lotra_tensor)
+        if layer.applied_updates() and len(target.tensor.shape) == 3 and is_linear(*target):
+            targets[name], layers[name] = target, layer
     if not layers:
         raise ValueError(
             "The model has no dense KAN layer with an active adapter. Adapters that are merged (`unmerge_adapter`), "
             "disabled (`enable_adapter_layers`) or not active (`set_adapter`) do not count, nor do convolutions."
         )
-    x = _grid_points(next(iter(layers.values()))) if inputs is None else inputs
-    if isinstance(x, Tensor) and len(x) > ROWS:
-        x = x[torch.linspace(0, len(x) - 1, ROWS).long()]
-    try:
-        result, received, returned = run_recorded(model, layers, x)
-    except (RuntimeError, IndexError, ValueError) as error:
-        kind = "points on the grid of its first layer: pass `inputs`" if inputs is None else "these `inputs`"
-        raise ValueError(f"The model cannot be run on {kind}. {error}") from error
-    squares = {name: x.new_zeros(len(x), 1).double() for name, x in received.items()}
-    probes = min(PROBES, result.shape[-1])
-    for name, derivative in probe_derivatives(result, returned, probes):
-        squares[name] = squares[name] + derivative.square() * len(derivative) / (probes * result.numel())
-    return {name: measure_layer(name, layer, received[name], squares[name]) for name, layer in layers.items()}
+    if isinstance(inputs, Tensor) and len(inputs) > ROWS:
+        inputs = inputs[torch.linspace(0, len(inputs) - 1, ROWS).long()]
+    recording = record_model(model, layers, inputs)
+    probes = min(PROBES, recording.output.shape[-1])
+    squares: dict[str, Any] = {}  # of the derivatives, (rows, out)
+    for name, derivative in recording.derivatives(probes):
+        squares[name] = squares.get(name, 0) + derivative.square() / (probes * recording.output.numel())
+
+    changes = {}
+    for name, target in targets.items():
+        x = recording.inputs[name]
+        warn_of_far_inputs(name, target.spec.read_grid(target.layer), target.tensor.shape, x)
+        before, after = edge_coefficients(name, layers[name], target)
+        functions = functions_at(target, x)
+        changes[name] = measure_change(functions, after - before, squares.get(name))
+    return changes
 
 
-def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoTRALayer]]:
-    """Yield the dense layers with an active adapter, and their names."""
-    for name, layer in lotra_layers(unwrap(model)):
-        target = Target(layer.get_base_layer(), layer.lotra_spec, layer.lotra_tensor)
-        if layer.applied_updates() and len(target.tensor.shape) == 3 and is_linear(*target):
-            yield name, layer
+def edge_coefficients(name: str, module: nn.Module, target: Target) -> tuple[Tensor, Tensor]:
+    """Return the coefficients (out, in, basis) of the base and with active adapters, times the scales of the edges."""
+    before, scale = read_coefficients(name, target.layer)
+    after, _ = read_coefficients(name, module)
+    return (before, after) if scale is None else (before * scale, after * scale)
 
 
-def _grid_points(layer: LoTRALayer) -> Tensor:
-    """Return points spread evenly over the grid of a layer, (ROWS, in); over [-1, 1] if it has none."""
-    _, width, _ = layer.lotra_tensor.shape
-    points = torch.quasirandom.SobolEngine(width, scramble=True, seed=0).draw(ROWS)
-    low, high = grid_range(layer.lotra_spec.read_grid(layer.get_base_layer()), layer.lotra_tensor.shape)
-    return torch.lerp(low.to(points), high.to(points), points).to(layer.get_base_weight())
+def measure_change(functions: Tensor, change: Tensor, squares: Tensor | None = None) -> LayerChange:
+    """Compute the effects of a change (out, in, basis) of the coefficients.
 
-
-def grid_range(grid: Grid, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return both ends (in,) of the grid of each input of a layer (out, in, basis), -1 and 1 if it has none."""
-    ends = grid_ends(grid, shape)
-    return (-torch.ones(shape[1]), torch.ones(shape[1])) if ends is None else ends
-
-
-@torch.no_grad()
-def measure_layer(name: str, layer: LoTRALayer, z: Tensor | None = None, squares: Tensor | None = None) -> LayerChange:
-    """Compute the change of a layer whose inputs are z, (rows, in); by default points on its grid.
-
-    `squares` (rows, out) are the mean squares of the derivatives of the outputs of the network.
+    Args:
+        functions: The basis functions (rows, in, basis) at the inputs of the layer.
+        change: The change of the coefficients.
+        squares: The squared derivatives (rows, out) of the outputs of the network, divided by their number.
     """
-    base, spec, tensor = layer.get_base_layer(), layer.lotra_spec, layer.lotra_tensor
-    z = _grid_points(layer) if z is None else z
-    squares = z.new_ones(len(z), 1) if squares is None else squares
-    warn_of_far_inputs(name, spec.read_grid(base), tensor.shape, z)
-    before = layer.get_base_weight().double()
-    change = layer.effective_coefficients(torch.float64) - before
-    scale = edge_scales(Target(base, spec, tensor), before)
-    if scale is not None:
-        change *= scale
-    functions = functions_at(base, spec, tensor, z).double()[..., : change.shape[2]]
-    shift = torch.einsum("ik,oik->oi", functions.mean(0), change)
-    effect = torch.zeros_like(shift)
-    layer_effect = torch.zeros_like(shift)
-    size = max(1, CHUNK // shift.numel())
-    for values, weights in zip(functions.split(size), squares.double().split(size), strict=True):
-        moved = (torch.einsum("nik,oik->noi", values, change) - shift).square()
-        effect += (weights.unsqueeze(2) * moved).sum(0)
-        layer_effect += moved.sum(0)
-    effect, layer_effect = (total.div(len(z)).sqrt().cpu() for total in (effect, layer_effect))
-    return LayerChange(effect, layer_effect, shift.cpu(), z.cpu())
+    change = change.to(functions)
+    mean = functions.mean(0)
+    weights = torch.zeros_like(functions[:, 0, :1]) if squares is None else squares.to(functions)
+    weights = weights.T.contiguous()
+    effects, variances = [], []
+    # input by input: all values at once would not fit into the cache
+    for values, coefficients in zip((functions - mean).unbind(1), change.unbind(1), strict=True):
+        moved = (coefficients @ values.T).square()  # (out, rows)
+        effects.append((moved * weights).sum(1))
+        variances.append(moved.mean(1))
+    shift = torch.einsum("ik,oik->oi", mean, change)
+    return LayerChange(torch.stack(effects, 1).sqrt().cpu(), torch.stack(variances, 1).sqrt().cpu(), shift.cpu())

@@ -94,7 +94,7 @@ def test_pictures_and_summaries():
     model = get_peft_model(base, LoTRAConfig(r=(2, 1, 2, 3)))
     for look in (edge_changes, plot_network_change):
         with pytest.raises(ValueError, match="nor do convolutions"):
-            look(model)
+            look(model, images())
     summary = model_summary(model)
     assert summary[0].shape == (6, 2, 4, 9) and summary[0].ranks == (2, 1, 2, 3)
     assert "(6, 2, 4+1, 9)" in str(summary)

@@ -169,8 +169,8 @@ def move_grid(model):
 @pytest.mark.parametrize(
     "tuned, kwargs, message",
     [
-        (lambda: KAN([3, 6, 4]), {}, r"`layers\.0\.spline_weight`: \(5, 3, 8\) in the base.*\(6, 3, 8\) in the tuned"),
-        (lambda: KAN([3, 5, 4, 4]), {}, r"`layers\.2\.spline_weight`: absent in the base"),
+        (lambda: KAN([3, 6, 4]), {}, r"`layers\.0\.spline_weight` is not the same in both"),
+        (lambda: KAN([3, 5, 4, 4]), {}, r"`layers\.2\.spline_weight` is not the same"),
         (lambda: KAN([3, 5, 4], grid_size=6, spline_order=2), {}, r"grid of `layers\.0` differs"),
         (lambda: broken(set_nan), {}, r"coefficients of `layers\.1` are not finite"),
         (lambda: broken(move_grid), {}, r"grid of `layers\.1` differs.*update_grid"),
@@ -179,7 +179,7 @@ def move_grid(model):
         (lambda: broken(lambda _: None), {"r": None}, "Pass one of"),
         (lambda: broken(lambda _: None), {"r": 0}, "positive integer"),
         (lambda: broken(lambda _: None), {"rank_pattern": {"layers.0": 2}}, r"no ranks for \['layers\.1'\]"),
-        (lambda: broken(lambda model: model.add_module("head", nn.Linear(2, 2))), {}, "`head.weight`: absent in"),
+        (lambda: broken(lambda model: model.add_module("head", nn.Linear(2, 2))), {}, "`head.weight` is not the same"),
     ],
 )  # fmt: skip
 def test_errors_leave_the_base_as_it_was(tuned, kwargs, message):
@@ -252,7 +252,7 @@ def test_with_inputs_ranks_are_chosen_by_the_outputs():
     )
     assert weighted.parameters <= 200 and weighted.ranks != plain.ranks
     assert f"{weighted.output_errors['layers.1']:.2%}" in str(weighted)
-    assert not plain.output_errors and "outputs" not in str(plain)
+    assert not plain.output_errors
 
 
 # the coefficients of a Slim layer are no parameters that could be exchanged

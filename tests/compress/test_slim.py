@@ -119,7 +119,7 @@ def test_inputs_reach_each_layer_in_evaluation_mode():
     for name, tensor in small.state_dict().items():
         assert name not in before or torch.equal(tensor, before[name]), name
     model.unused = KAN([3, 2])
-    with pytest.raises(ValueError, match=r"None of `inputs` reaches \['unused\.layers\.0'\]"):
+    with pytest.raises(ValueError, match=r"None of `inputs` reaches `unused\.layers\.0`"):
         slim(model, (2, 2, 2), inputs=torch.randn(5, 20))
 
 
@@ -155,12 +155,10 @@ def test_forms_of_inputs(given):
 @pytest.mark.parametrize(
     "given, message",
     [
-        ("text", "samples that differ.*Got str"),
-        ([], "Got list"),
-        ((torch.ones(3, 2), torch.ones(3, 1)), r"Got tuple with tensors of shapes \[\(3, 2\), \(3, 1\)\]"),
-        ({"x": X, "t": X / 0}, "NaN or infinite"),
-        (X[:0], r"shapes \[\(0, 6\)\]"),
-        (X[:1], r"shapes \[\(1, 6\)\]"),
+        (torch.ones(3, 6), "pass samples that differ"),
+        ({"x": X / 0}, "NaN or infinite"),
+        (X[:0], "pass samples that differ"),
+        (X[:1], "pass samples that differ"),
         (X[0], "`layers.0` as one sample"),
         (lambda: X, "takes 0 positional arguments but 1 was given"),
         (lambda model: 3, "must return a floating point tensor.* it returned int"),
@@ -198,14 +196,13 @@ def test_energy_budget_and_ranks_by_layer():
     assert small.slim_report.dense == ["layers.1"] and "layers.1 stays dense" in str(small.slim_report)
 
 
-def test_warnings_of_layers_left_dense_and_of_capped_ranks():
+def test_warnings_of_layers_left_dense():
     with pytest.warns(UserWarning, match=r"Left dense, .*: layers\.1\."):
         small = slim(KAN([20, 16, 1]), [8, 8, 8])
     assert small.slim_report.dense == ["layers.1"] and list(small.slim_report.errors) == ["layers.0"]
     with pytest.warns(UserWarning, match="Left dense, .* Pass `inputs`"):
         assert slim(KAN([20, 16, 8]), energy=0.99).slim_report.parameters == (4032, 4032)
-    with pytest.warns(UserWarning, match=r"capped. layers\.0: \(3, 4, 50\) for \(16, 20, 9\), made \(3, 4, 9\)"):
-        slim(KAN([20, 16]), (3, 4, 50))
+    assert slim(KAN([20, 16]), (3, 4, 50)).slim_report.ranks == {"layers.0": (3, 4, 9)}
 
 
 @pytest.mark.parametrize("inplace", [False, True])
