@@ -5,17 +5,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..compress.data_weights import Inputs, functions_at, record_model
+from ..compress.data_weights import Inputs, sample_layers
 from ..compress.updates import read_coefficients
-from ..layers.describe import is_linear
 from ..modules.calls import unwrap
 from ..modules.report import Report, TextTable
-from ..tuner.layer import LoTRALayer, Target, lotra_layers, warn_of_far_inputs
+from ..tuner.layer import lotra_layers
+from ..tuner.targets import locate_target
 
 
 ROWS = 1000  # inputs that are looked at, at most
@@ -116,38 +116,24 @@ def edge_changes(model: nn.Module, inputs: Inputs) -> EdgeChanges:
 @torch.no_grad()
 def layer_changes(model: nn.Module, inputs: Inputs) -> dict[str, LayerChange]:
     """Compute the changes of all edges by layer, see `edge_changes`."""
-    targets: dict[str, Target] = {}
-    layers: dict[str, LoTRALayer] = {}
-    for name, layer in lotra_layers(unwrap(model)):
-        target = Target(layer.get_base_layer(), layer.lotra_spec, layer.lotra_tensor)
-        if layer.applied_updates() and len(target.tensor.shape) == 3 and is_linear(*target):
-            targets[name], layers[name] = target, layer
-    if not layers:
+    layers = {name: layer for name, layer in lotra_layers(unwrap(model)) if layer.applied_updates()}
+    if isinstance(inputs, Tensor) and len(inputs) > ROWS:
+        inputs = inputs[torch.linspace(0, len(inputs) - 1, ROWS).long()]
+    changes = {}
+    for name, (_, functions, squares) in sample_layers(model, layers, inputs, torch.square, PROBES).items():
+        before, after = edge_coefficients(name, layers[name])
+        changes[name] = measure_change(functions, after - before, squares)
+    if not changes:
         raise ValueError(
             "The model has no dense KAN layer with an active adapter. Adapters that are merged (`unmerge_adapter`), "
             "disabled (`enable_adapter_layers`) or not active (`set_adapter`) do not count, nor do convolutions."
         )
-    if isinstance(inputs, Tensor) and len(inputs) > ROWS:
-        inputs = inputs[torch.linspace(0, len(inputs) - 1, ROWS).long()]
-    recording = record_model(model, layers, inputs)
-    probes = min(PROBES, recording.output.shape[-1])
-    squares: dict[str, Any] = {}  # of the derivatives, (rows, out)
-    for name, derivative in recording.derivatives(probes):
-        squares[name] = squares.get(name, 0) + derivative.square() / (probes * recording.output.numel())
-
-    changes = {}
-    for name, target in targets.items():
-        x = recording.inputs[name]
-        warn_of_far_inputs(name, target.spec.read_grid(target.layer), target.tensor.shape, x)
-        before, after = edge_coefficients(name, layers[name], target)
-        functions = functions_at(target, x)
-        changes[name] = measure_change(functions, after - before, squares.get(name))
     return changes
 
 
-def edge_coefficients(name: str, module: nn.Module, target: Target) -> tuple[Tensor, Tensor]:
+def edge_coefficients(name: str, module: nn.Module) -> tuple[Tensor, Tensor]:
     """Return the coefficients (out, in, basis) of the base and with active adapters, times the scales of the edges."""
-    before, scale = read_coefficients(name, target.layer)
+    before, scale = read_coefficients(name, locate_target(name, module).layer)
     after, _ = read_coefficients(name, module)
     return (before, after) if scale is None else (before * scale, after * scale)
 
@@ -162,8 +148,7 @@ def measure_change(functions: Tensor, change: Tensor, squares: Tensor | None = N
     """
     change = change.to(functions)
     mean = functions.mean(0)
-    weights = torch.zeros_like(functions[:, 0, :1]) if squares is None else squares.to(functions)
-    weights = weights.T.contiguous()
+    weights = functions.new_zeros(1, len(functions)) if squares is None else squares.T.contiguous()  # (out, rows)
     effects, variances = [], []
     # input by input: all values at once would not fit into the cache
     for values, coefficients in zip((functions - mean).unbind(1), change.unbind(1), strict=True):

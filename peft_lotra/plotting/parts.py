@@ -127,8 +127,9 @@ def what_changed(
                 module._disable_adapters = True
         before = model_outputs(model, inputs)
     x = inputs.double().cpu()
-    before = before.double().cpu().reshape(len(x), -1)
-    change = after.double().cpu().reshape(before.shape) - before
+    if after.shape != before.shape:
+        raise ValueError(f"`targets` has shape {tuple(after.shape)}, but the outputs have {tuple(before.shape)}.")
+    change = (after.double() - before.double()).cpu().reshape(len(x), -1)
     if not x.isfinite().all() or not change.isfinite().all():
         raise ValueError("`inputs` or the change of the outputs have NaN or infinite values.")
     return _divide(change, x, names or [f"input {index}" for index in range(width)])
@@ -141,27 +142,22 @@ def _divide(change: Tensor, x: Tensor, names: Sequence[str]) -> ChangeParts:
         note = "The outputs did not change on these inputs. Merged and disabled adapters do not count."
         return ChangeParts(0.0, 0.0, 0.0, 0.0, 0.0, [], [note])
 
-    low, high = x.aminmax(dim=0)
-    varying = (high > low).nonzero().flatten().tolist()
-    notes = [f"{name} is constant" for index, name in enumerate(names) if index not in varying]
-    names = [names[index] for index in varying]
-    low, high, x = low[varying], high[varying], x[:, varying]
-
     rows, width = x.shape
+    low, high = x.aminmax(dim=0)
+    notes = [f"{name} is constant" for name, extent in zip(names, high - low, strict=True) if extent == 0]
     one = torch.ones(rows, 1, dtype=x.dtype)
-    constant_fit = _Fit(one, change)
-    linear_fit = _Fit(torch.cat([one, (x - low) / (high - low)], 1), change)
+    linear_terms = torch.cat([one, (x - low) / (high - low).clamp(min=1e-300)], 1)
     ranks = _rank(x)
     spline_fits = []
     for intervals in INTERVALS:
         if not spline_fits or width * (intervals + 2) < min(rows / 2, MOST_TERMS):
-            terms = [one, _splines(ranks, intervals, 3).flatten(1), x]
-            spline_fits.append(_Fit(torch.cat(terms, 1), change))
+            splines = _splines(ranks, intervals, 3).flatten(1)
+            spline_fits.append(_Fit(torch.cat([linear_terms, splines], 1), change))
     additive_fit = min(spline_fits, key=lambda fit: fit.variance)
 
     # the correction may exceed what a term explains
-    after_constant = min(total, constant_fit.variance)
-    after_linear = min(after_constant, linear_fit.variance)
+    after_constant = min(total, _Fit(one, change).variance)
+    after_linear = min(after_constant, _Fit(linear_terms, change).variance)
     after_additive = min(after_linear, additive_fit.variance)
     rest = after_additive / total
     count = additive_fit.basis.shape[1]

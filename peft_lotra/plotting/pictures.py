@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..compress.data_weights import Inputs, functions_at, record_model
+from ..compress.data_weights import Inputs, functions_at, sample_layers
 from ..compress.spectra import Spectrum
 from ..layers.describe import is_linear
 from ..layers.registry import find_layer, short_name
@@ -110,9 +110,11 @@ def plot_edge_functions(
             f"`{layer_name}` is a convolution, or not linear in its coefficients: it has no functions of one input. "
             "`plot_spectra` draws such layers."
         )
-    z = None if x is None else record_model(model, {layer_name: module}, x).inputs[layer_name]
+    z = None
+    if x is not None:
+        z = sample_layers(model, {layer_name: module}, x, torch.square, probes=0)[layer_name].inputs
     points, functions = _sample_functions(target, z)
-    before, after = edge_coefficients(layer_name, module, target)
+    before, after = edge_coefficients(layer_name, module)
     is_adapted = isinstance(module, LoTRALayer) and bool(module.applied_updates())
     if is_adapted and x is not None:
         effect = layer_changes(model, x)[layer_name].effect
@@ -127,27 +129,28 @@ def plot_edge_functions(
     figure = figure or new_figure((3 * columns, 2.3 * rows + 0.3 * is_adapted))
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, (output, index) in zip(axes, edges, strict=False):
-        at = points[:, index].cpu()
-        base_curve, adapted_curve = (functions[:, index] @ tensor[output, index] for tensor in (before, after))
-        axis.plot(at, base_curve.cpu(), label="base", color="0.5", ls="--")
-        if is_adapted:
-            color = _color_of(effect[output, index] / effect.max().clamp(min=1e-30))
-            axis.plot(at, adapted_curve.cpu(), label="adapted, darker for a larger effect", color=color)
-        if z is not None:
-            marks = z[:MARKS, index].float().cpu()
-            axis.plot(marks, torch.zeros_like(marks), "|", color="0.3", transform=axis.get_xaxis_transform())
         name = f"input {index}" if inputs is None else inputs[index]
         axis.set_title(f"{name} to unit {output}", fontsize=9)
         axis.tick_params(labelsize=8)
         axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.25)
+        curves = functions[:, index] @ torch.stack([before[output, index], after[output, index]], 1)
+        base_curve, adapted_curve = curves.T.cpu()
+        at = points[:, index].cpu()
+        axis.plot(at, base_curve, label="base", color="0.5", ls="--")
+        if is_adapted:
+            color = _color_of(effect[output, index] / effect.max().clamp(min=1e-30))
+            axis.plot(at, adapted_curve, label="adapted, darker for a larger effect", color=color)
+        if z is not None:
+            marks = z[:MARKS, index].float().cpu()
+            bottom = axis.get_xaxis_transform()
+            axis.plot(marks, torch.zeros_like(marks), "|", color="0.3", alpha=0.3, transform=bottom)
     for axis in axes[len(edges) :]:
         axis.remove()
     figure.supxlabel("input of the edge", fontsize=8)
     figure.supylabel("edge function", fontsize=8)
     if is_adapted:
-        lines, labels = axes[0].get_legend_handles_labels()
-        figure.legend(lines, labels, loc="outside upper center", ncols=2, fontsize=8)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
     return figure
 
 
@@ -160,16 +163,16 @@ def _sample_functions(target: Target, z: torch.Tensor | None) -> tuple[torch.Ten
     layer, spec, tensor = target
     ends = grid_ends(spec.read_grid(layer), tensor.shape) if z is None else z.aminmax(dim=0)
     low, high = ends or (-torch.ones(tensor.shape[1]), torch.ones(tensor.shape[1]))
-    high = torch.where(high > low, high, low + 1e-6)  # a unit may be constant
+    high = high.clamp(min=low + 1e-6)  # a unit may be constant
     share = torch.linspace(0, 1, POINTS, device=low.device).unsqueeze(1)
-    points = (low + share * (high - low)).to(tensor.get_parameter(layer))
+    points = torch.lerp(low, high, share.to(low)).to(tensor.get_parameter(layer))
     functions = functions_at(target, points)
 
-    reversed_points = points.clone()
-    reversed_points[:, ::2] = points[:, ::2].flip(0)
-    expected = functions.clone()
-    expected[:, ::2] = functions[:, ::2].flip(0)
-    if not torch.allclose(functions_at(target, reversed_points), expected, rtol=1e-3, atol=1e-5):
+    mixed = points.clone()
+    mixed[:, ::2] = points[:, ::2].flip(0)
+    others = functions_at(target, mixed)
+    others[:, ::2] = others[:, ::2].flip(0)
+    if not torch.allclose(functions, others, rtol=1e-3, atol=1e-5):
         raise ValueError(
             f"This {tensor.family} layer has no functions of one input to draw: it normalizes its inputs together."
         )
@@ -214,38 +217,40 @@ def plot_network_change(
     """
     squares = {name: change.effect.square() for name, change in layer_changes(model, x).items()}
     total = sum(effect.sum().item() for effect in squares.values()) or 1.0
+    top = max(effect.max().item() for effect in squares.values()) / total or 1.0
     figure = new_figure((1.5 + 2.2 * len(squares), 4))
-    axis = figure.subplots()
     from matplotlib.collections import LineCollection  # matplotlib is installed, if there is a figure
+    from matplotlib.ticker import PercentFormatter
 
-    column, units = 0.0, None
-    top = max(float(effect.max()) for effect in squares.values()) / total
-    for name, effect in squares.items():
+    axis = figure.subplots()
+    column, names, units = 0.0, inputs, None
+    for layer, effect in squares.items():
         count_out, count_in = effect.shape
         if units not in (None, count_in):  # does not follow the layer before
             column += 0.6
         left, right = _heights(count_in), _heights(count_out)
         order = effect.flatten().argsort()[-MOST_EDGES:]  # the largest above the others
-        segments = []
-        for edge in order.tolist():
-            output, index = divmod(edge, count_in)
-            segments.append([(column, left[index]), (column + 1, right[output])])
-        lines = LineCollection(segments, cmap="viridis_r", linewidths=1.4)
-        lines.set_array(effect.flatten()[order].numpy() / total)
-        lines.set_clim(0, top or 1.0)
+        shares = effect.flatten()[order] / total
+        segments = [
+            ((column, left[edge % count_in]), (column + 1, right[edge // count_in])) for edge in order.tolist()
+        ]
+        widths = 0.5 + 2.5 * shares / top
+        lines = LineCollection(segments, array=shares.numpy(), clim=(0, top), cmap="viridis_r", linewidths=widths)
         axis.add_collection(lines)
-        axis.plot([column] * count_in, left, "o", color="0.25", markersize=4, zorder=3)
-        axis.plot([column + 1] * count_out, right, "o", color="0.25", markersize=4, zorder=3)
-        cut = f", {len(order)} of {effect.numel()} edges" if len(order) < effect.numel() else ""
-        axis.text(column + 0.5, 1.06, f"{name}\n{count_in} to {count_out}{cut}", ha="center", va="bottom", fontsize=8)
-        column, units = column + 1, count_out
-    for names, at, side in ((inputs, -0.05, "right"), (outputs, column + 0.05, "left")):
-        for name, height in zip(names, _heights(len(names)), strict=True):
-            axis.text(at, height, name, ha=side, va="center", fontsize=8)
+        axis.plot([column] * count_in + [column + 1] * count_out, left + right, "o", color="0.25", markersize=4)
+        axis.text(column + 0.5, 1.06, f"{layer}\n{count_in} to {count_out}", ha="center", va="bottom")
+        _write_names(axis, column - 0.05, names, left, "right")
+        column, names, units = column + 1, (), count_out
+    _write_names(axis, column + 0.05, outputs, right, "left")
     axis.set(xlim=(-0.1, column + 0.1), ylim=(-0.05, 1.05))
     axis.set_axis_off()
-    figure.colorbar(axis.collections[-1], ax=axis, label="share of the change", format="{x:.0%}")
+    figure.colorbar(lines, ax=axis, label="share of the change", format=PercentFormatter(1.0))
     return figure
+
+
+def _write_names(axis: Any, column: float, names: Sequence[str], heights: Sequence[float], side: str) -> None:
+    for name, height in zip(names, heights, strict=bool(names)):
+        axis.text(column, height, name, ha=side, va="center")
 
 
 def _heights(units: int) -> list[float]:
@@ -253,7 +258,7 @@ def _heights(units: int) -> list[float]:
     return [0.5] if units == 1 else torch.linspace(1, 0, units, device="cpu").tolist()
 
 
-def plot_history(history: Sequence[LevenbergMarquardtStep], names: Sequence[str] | None = None) -> Figure:
+def plot_history(history: Sequence[LevenbergMarquardtStep], names: Sequence[str] = ()) -> Figure:
     """Draw the history of `LevenbergMarquardt.fit`: the loss, its terms, and the damping, step by step.
 
     Args:
@@ -277,18 +282,14 @@ def plot_history(history: Sequence[LevenbergMarquardtStep], names: Sequence[str]
     left, right = figure.subplots(1, 2)
     steps = range(1, len(history) + 1)
     left.plot(steps, [step.loss for step in history], color="black", label="loss")
-    terms = list(zip(*(step.losses for step in history), strict=False))
+    terms = list(zip(*(step.losses for step in history), strict=True))
     if len(terms) > 1:
-        for index, values in enumerate(terms):
-            name = f"term {index}" if names is None else names[index]
-            left.plot(steps, values, ("--", ":", "-.")[index % 3], label=name)
+        for index, losses in enumerate(terms):
+            name = names[index] if names else f"term {index}"
+            left.plot(steps, losses, ("--", ":", "-.")[index % 3], label=name)
     held_out = [step.held_loss for step in history]
     if not all(map(math.isnan, held_out)):
         left.plot(steps, held_out, color="tab:red", marker=".", label="held out")
-    refused = [index for index, step in enumerate(history) if not step.accepted]
-    if refused:
-        losses = [history[index].loss for index in refused]
-        left.plot([index + 1 for index in refused], losses, "x", color="tab:red", label="step refused")
     left.set(title="The loss", xlabel="step", ylabel="weighted mean square", yscale="log")
     left.legend(fontsize=8)
     right.plot(steps, [step.damping for step in history], color="0.4")

@@ -85,25 +85,26 @@ def test_constant_and_binary_columns_are_taken():
     assert "b is constant" in str(report)
 
 
-def test_no_change_is_said():
-    assert "did not change" in str(what_changed(adapt(KAN([2, 1]), random=False), inputs(2).float()))
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: adapt(KAN([2, 1]), random=False),
+        lambda: KAN([2, 1]),
+        lambda: adapt(KAN([2, 1])).merge_and_unload(),
+    ],
+)
+def test_no_change_is_said(model):
+    assert "did not change" in str(what_changed(model(), inputs(2).float()))
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: what_changed(KAN([2, 1]), inputs(2).float()), "Nothing is adapted"),
-        (lambda: what_changed(adapt(KAN([2, 1])).merge_and_unload(), inputs(2).float()), "Nothing is adapted"),
-        (
-            lambda: what_changed(adapt(KAN([2, 1])), inputs(3).float()),
-            r"cannot be run on `inputs` of shape \(1000, 3\)",
-        ),
+        (lambda: what_changed(adapt(KAN([2, 1])), inputs(3).float()), r"The input has shape \(1000, 3\)"),
         (lambda: what_changed(adapt(KAN([2, 1])), inputs(2, 7).float()), "7 rows.*needs more than 14"),
         (lambda: what_changed(adapt(KAN([2, 1])), inputs(2).float() * torch.nan), "NaN"),
-        (lambda: what_changed(adapt(KAN([2, 1])), [[1.0, 2.0]]), "`inputs` is list"),
-        (lambda: what_changed(adapt(KAN([2, 1])), inputs(2).float(), names=["a"]), "`names` has 1 entries"),
-        (lambda: what_changed(KAN([2, 1]), inputs(2).float(), inputs(1, 5)), "1000 rows, one for each input"),
-        (lambda: what_changed(KAN([2, 1]), inputs(2).float(), inputs(2)), "2 columns, but the model returns 1"),
+        (lambda: what_changed(adapt(KAN([2, 1])), inputs(2).float(), names=["a"]), "longer"),
+        (lambda: what_changed(KAN([2, 1]), inputs(2).float(), inputs(2)), "`targets` has shape"),
     ],
 )
 def test_wrong_arguments_are_named(call, message):

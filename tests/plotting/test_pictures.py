@@ -22,8 +22,7 @@ def test_spectra(tmp_path):
     assert [len(line.get_xdata()) for axis in figure.axes for line in axis.lines] == [5, 4, 3, 5, 9, 9]
     assert all(max(line.get_ydata()) < figure.axes[0].get_ylim()[1] for line in figure.axes[0].lines)
     figure.savefig(tmp_path / "spectra.png")
-    part = Figure().subfigures(1, 2)[1]
-    assert plot_spectra(update_spectrum(model, model), part) is part  # a zero update too
+    assert len(plot_spectra(update_spectrum(model, model)).axes) == 3  # a zero update too
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("fast-kan", "faster-kan")])
@@ -92,10 +91,11 @@ def test_which_edges_are_drawn():
     with torch.no_grad():
         layer.lotra_factor_in["default"].copy_(torch.tensor([[0.1] * 2, [3.0] * 2, [1.0] * 2]))
     for name in ("kan", "base_model.model.kan"):  # as PEFT writes it
-        figure = plot_edge_functions(model, name, 2, inputs=["a", "b", "c"])
-        assert {axis.get_title()[0] for axis in figure.axes} == {"b", "c"}
-    assert len(plot_edge_functions(model, "kan").axes) == 3  # one for each input
-    assert len(plot_edge_functions(base("own"), "kan", 1).axes[0].lines) == 1  # no adapter
+        figure = plot_edge_functions(model, name, inputs=["a", "b", "c"])
+        assert [axis.get_title()[0] for axis in figure.axes] == ["b", "c", "a"]  # one for each input
+    assert len(plot_edge_functions(base("own"), "kan", [(0, 1)]).axes[0].lines) == 1  # no adapter
+    part = Figure().subfigures(1, 2)[1]
+    assert plot_edge_functions(model, "kan", figure=part) is part
 
 
 @pytest.mark.parametrize(
@@ -103,29 +103,27 @@ def test_which_edges_are_drawn():
     [
         (lambda: plot_edge_functions(base("own"), "head"), "no module 'head'.*'kan'"),
         (lambda: plot_edge_functions(nested(), "head"), "`head` is a Linear, which is not a KAN layer"),
-        (lambda: plot_edge_functions(base("own"), "kan", [(4, 0), (0, 0)]), r"below \(4, 3\), got \[\(4, 0\)"),
-        (lambda: plot_edge_functions(base("own"), "kan", 0), "`edges` is 0, but must be an integer of at least 1"),
+        (lambda: plot_edge_functions(base("own"), "kan", [(4, 0), (0, 0)]), "out of bounds"),
         (lambda: plot_edge_functions(base("fast-kan"), "kan"), "normalizes its inputs together"),
-        (lambda: plot_network_change(base("own"), most=2.5), "`most` is 2.5, but must be an integer of at least 1"),
-        (lambda: plot_edge_functions(base("own"), "kan", inputs=["a"]), r"`inputs` is \['a'\], but must be 3 names"),
-        (lambda: plot_network_change(adapt(base("own")), outputs="wxyz"), "must be 4 names"),
-        (lambda: plot_network_change(base("own")), "no dense KAN layer with an active"),
-        (lambda: plot_network_change(torch.nn.Linear(2, 3)), "no dense KAN layer with an active"),
+        (lambda: plot_edge_functions(base("own"), "kan", inputs=["a"]), "out of range"),
+        (lambda: plot_network_change(adapt(base("own")), torch.rand(9, 3), outputs="wxy"), "longer"),
+        (lambda: plot_network_change(base("own"), torch.rand(9, 3)), "no dense KAN layer with an active"),
+        (lambda: plot_network_change(torch.nn.Linear(2, 3), torch.rand(9, 2)), "no dense KAN layer with an active"),
     ],
 )
 def test_errors(call, message):
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises((IndexError, ValueError), match=message):
         call()
 
 
 def test_the_change_of_a_network():
     model = get_peft_model(KAN([3, 5, 2]), LoTRAConfig(r=2, init_weights=False))
-    before = snapshot(model)
-    figure = plot_network_change(model)
+    before, x = snapshot(model), torch.rand(100, 3)
+    figure = plot_network_change(model, x)
     assert_same(model, before)
     first, second = figure.axes[0].collections
     assert len(first.get_segments()) == 15 and len(second.get_segments()) == 10
-    changes = edge_changes(model)
+    changes = edge_changes(model, x)
     for lines, layer in zip((first, second), ("layers.0", "layers.1"), strict=True):
         shares = [edge.share for edge in changes if edge.layer == layer]
         torch.testing.assert_close(sorted(lines.get_array().tolist()), sorted(shares), rtol=1e-5, atol=1e-9)
@@ -134,10 +132,8 @@ def test_the_change_of_a_network():
     assert second.get_clim()[1] == pytest.approx(changes[0].share)
     assert first.get_segments()[-1].tolist() == [[0, 1 - largest.input / 2], [1, 1 - largest.output / 4]]
     assert figure._repr_png_()[:4] == b"\x89PNG"
-    named = plot_network_change(model, torch.rand(20, 3), inputs=["a", "b", "c"], outputs=["y", "z"])
+    named = plot_network_change(model, x, inputs=["a", "b", "c"], outputs=["y", "z"])
     assert {"a", "b", "c", "y", "z"} <= {text.get_text() for text in named.axes[0].texts}
-    few = plot_network_change(model, most=5).axes[0].collections[0].get_array().tolist()
-    assert few == first.get_array().tolist()[-5:]
 
 
 def test_history(tmp_path):
@@ -149,5 +145,5 @@ def test_history(tmp_path):
     assert list(losses) == [step.loss for step in history]
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()][:3] == ["loss", "a", "b"]
     figure.savefig(tmp_path / "history.png")
-    with pytest.raises(ValueError, match="2 terms"):
+    with pytest.raises(IndexError):
         plot_history(history, ["a"])
