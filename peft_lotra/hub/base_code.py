@@ -15,10 +15,8 @@ from typing import Any
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 
-from ..kan import KAN, KANLinear
 
-
-_CLASS = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+CLASS = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
 def hub_id(name: str | None) -> str | None:
@@ -42,20 +40,11 @@ def source_of_base(config: Mapping[str, Any], base: nn.Module | None, model: str
     module, name = mapping.get("parent_library"), mapping.get("base_model_class")
     if base is not None:
         module, name = type(base).__module__, type(base).__name__
-    if not _CLASS.fullmatch(f"{module}.{name}"):  # a file may contain any text, which must not become code
+    if not CLASS.fullmatch(f"{module}.{name}"):  # a file may contain any text, which must not become code
         module, name = "torch.nn", "Module"
+    base_class = f"{module}.{name}"
     cls = getattr(sys.modules.get(str(module)), str(name), None)  # None: not imported here
-    code = f"base = ...  # a {module}.{name}, with the weights that the adapter was trained on"
     if model and (cls is None or hasattr(cls, "from_pretrained")):
         revision = f", revision={json.dumps(config['revision'])}" if config.get("revision") else ""
-        code = f'from {module} import {name}\n\nbase = {name}.from_pretrained("{model}"{revision})'
-    elif type(base) is KAN:
-        layers: list[Any] = [getattr(layer, "base_layer", layer) for layer in base.layers]
-        are_plain = all(type(layer) is KANLinear for layer in layers)  # neither norms nor Slim layers
-        grid = "grid_size={0.grid_size}, spline_order={0.spline_order}, grid_range={0.grid_range}"
-        grids = {grid.format(layer) for layer in layers if are_plain}
-        if len(grids) == 1:
-            widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
-            code = f"from peft_lotra.kan import KAN\n\nbase = KAN({widths}, {grids.pop()})"
-            code += "\n# now load into `base` the weights that the adapter was trained on"
-    return f"{module}.{name}", code
+        return base_class, f'from {module} import {name}\n\nbase = {name}.from_pretrained("{model}"{revision})'
+    return base_class, f"base = ...  # a {base_class}, with the weights that the adapter was trained on"

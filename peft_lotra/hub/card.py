@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,11 @@ from .contents import AdapterContents, adapter_folders, read_adapter
 
 
 README = "README.md"
-_TEMPLATES = Path(__file__).parent  # beside this file: card.md, bank.md of a bank, family.md of a family
-# our part of a card lies between two comments
-_START = "<!-- From here on written by peft_lotra, which replaces this part. -->"
-_END = "<!-- The part that peft_lotra wrote ends here. -->"
-_SECTION = re.compile(f"{re.escape(_START)}.*?{re.escape(_END)}", re.DOTALL)
-_BY_TOOLS = re.compile(r"|### Framework versions|- PEFT \S+|.*has been automatically generated\.")
+TEMPLATES = Path(__file__).parent  # card.md, bank.md of a bank, family.md of a family
+# our section of a card lies between two comments
+START = "<!-- From here on written by peft_lotra, which replaces this part. -->"
+END = "<!-- The part that peft_lotra wrote ends here. -->"
+SECTION = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
 
 
 def write_model_card(
@@ -41,15 +40,14 @@ def write_model_card(
     revision: str | None = None,
     base_model: str | None = None,
     base_code: str | None = None,
-    tags: Iterable[str] = (),
-    metrics: Mapping[str, float] | Iterable[EvalResult] | None = None,
+    metrics: Mapping[str, float] | None = None,
     license: str | None = None,
 ) -> None:
     """Write the model card of saved LoTRA adapters, README.md, into their folder.
 
     The card says how to build the base and load the adapter, and lists the layers of the first adapter. It replaces an
     earlier card by this function, and PEFT's template; other text in README.md stays. A later `save_pretrained` keeps
-    `base_model`, `base_code`, `tags`, `metrics` and `license`, which are in the front matter.
+    `base_model`, `base_code`, `metrics` and `license`, which are in the front matter.
 
     Args:
         model: The model, from which the code of the base is made; None if it is not in memory.
@@ -58,9 +56,8 @@ def write_model_card(
         revision: The branch of `repo_id`, if it is not the main one.
         base_model: The base model on the Hub, by default the one that the base was loaded from.
         base_code: Python code that assigns the base to the variable `base`, if `from_pretrained` cannot load it. By
-            default that of the existing card, else the code that makes a `peft_lotra.kan.KAN` of the same shape.
-        tags: Tags besides "lotra", "kan" and "peft-plugin".
-        metrics: Results for the model-index: values by name, or complete results. By default the existing ones stay.
+            default the code of the existing card.
+        metrics: Results for the model-index, by name. By default the existing ones stay.
         license: The identifier of the adapter's license, such as "apache-2.0". By default that of the existing card.
 
     Raises:
@@ -86,34 +83,31 @@ def write_model_card(
     if base_model is not None:
         validate_repo_id(base_model)
     compile(base_code or "", "base_code", "exec")
-    results = list(metrics or ())
-    if isinstance(metrics, Mapping):
-        results = []
-        for name, value in metrics.items():
-            value = check_number(value, f"metrics[{name!r}]", "(-inf, inf)")
-            results.append(EvalResult("other", "unknown", "Unknown", str(name), value))
-
     folders = adapter_folders(folder)
-    first, *others = folders
+    first, *further = folders
     config, tensors = read_adapter(folders[first])
-    card, title = load_card(Path(folder, README)), (repo_id or "LoTRA adapter").rpartition("/")[2]
+    path = Path(folder, README)
+    card, title = load_card(path), (repo_id or "LoTRA adapter").rpartition("/")[2]
     data = card.data
     # PEFT writes paths of local folders there too, which the Hub refuses
     source = base_model or hub_id(config.get("base_model_name_or_path")) or hub_id(data.base_model)
     data.base_model, data.license = source, license or data.license
-    tags = [*(data.tags or []), *([tags] if isinstance(tags, str) else tags)]
-    data.tags = [tag for tag in tags if not tag.startswith("base_model:adapter:")]
+    data.tags = [tag for tag in data.tags or [] if not tag.startswith("base_model:adapter:")]
     if source:
         data.tags.append(f"base_model:adapter:{source}")
     if base_code or base_model:
         data.base_code = base_code
+    results = []
+    for name, value in (metrics or {}).items():
+        value = check_number(value, f"metrics[{name!r}]", "(-inf, inf)")
+        results.append(EvalResult("other", "unknown", "Unknown", name, value))
     if results:
         data.model_name, data.eval_results = title, results
 
     base_class, code = source_of_base(config, model and model.get_base_model(), source)
     save_section(
         card,
-        Path(folder, README),
+        path,
         "card.md",
         title=title,
         base_class=base_class,
@@ -121,34 +115,34 @@ def write_model_card(
         repo_id=repo_id or ".",
         revision=revision,
         subfolder=first,
-        others=others,
+        others=further,
         contents=AdapterContents.of(title, config, tensors),
         peft=__version__,
     )
 
 
 def save_section(card: Any, path: Path, template: str, title: str, **fields: Any) -> None:
-    """Write a card with our part, made from a template.
-
-    It replaces our part of before. A text by a person stays, with our part below it.
+    """Write a card with our section, made from a template; it replaces our earlier section, and PEFT's template.
 
     Args:
         card: The card that exists, see `load_card`, with the front matter to write.
         path: The file to write.
         template: The name of the template.
-        title: The title of a card without a text.
+        title: The title of a card without a text by a person.
         fields: The fields of the template.
     """
     card.data.library_name = "peft"
     card.data.tags = sorted({*(card.data.tags or []), "kan", "lotra", "peft-plugin"})
     fields = {**card.data.to_dict(), **fields, "card_data": card.data.to_yaml()}
-    made = ModelCard(_template(template).render(fields))  # an error if the front matter cannot be read again
-    section = f"{_START}\n\n{made.text.strip()}\n\n{_END}"
+    made = ModelCard(_read_template(template).render(fields))  # an error if the front matter cannot be read again
 
-    if _SECTION.search(card.text):
-        text = _SECTION.sub(lambda _: section, card.text)
-    elif is_generated(card.text):
-        text = f"# {title}\n\n{section}"
+    body = made.text.strip()
+    if is_generated(card.text):
+        card.text = ""
+        body = f"# {title}\n\n{body}"
+    section = f"{START}\n\n{body}\n\n{END}"
+    if SECTION.search(card.text):
+        text = SECTION.sub(lambda _: section, card.text)
     else:
         text = f"{card.text.strip()}\n\n{section}"
     card.text = f"\n{text.strip()}\n"
@@ -156,22 +150,23 @@ def save_section(card: Any, path: Path, template: str, title: str, **fields: Any
 
 
 @cache  # compiling takes a third of the time of a small save
-def _template(name: str) -> Template:
-    """Read a template."""
-    return Template((_TEMPLATES / name).read_text(encoding="utf-8"))
+def _read_template(name: str) -> Template:
+    return Template((TEMPLATES / name).read_text(encoding="utf-8"))
 
 
 def write_card(folder: str | os.PathLike) -> None:
-    """Write the card of a saved adapter in place of PEFT's template or of an earlier card.
+    """Write the card of a saved adapter over PEFT's template or an earlier card; a README.md by a person stays.
 
-    PEFT puts adapters that are not named "default" into subfolders, and one template above them. A README.md by a
-    person stays. A card that cannot be written is a warning.
+    PEFT puts adapters that are not named "default" into subfolders, and one template above them. A card that cannot be
+    written is a warning.
     """
-    place = Path(folder) if Path(folder, README).is_file() else Path(folder).absolute().parent
+    if not Path(folder, README).is_file():
+        folder = Path(folder).absolute().parent
+    path = Path(folder, README)
     try:
-        text = load_card(place / README).text
-        if _SECTION.search(text) or text.strip() and is_generated(text):
-            write_model_card(None, place)
+        text = load_card(path).text
+        if SECTION.search(text) or (text.strip() and is_generated(text)):
+            write_model_card(None, folder)
     except Exception as error:  # no reason for a save to fail
         warnings.warn(f"The adapter is saved, its model card is not written: {error}", stacklevel=2)
 
@@ -182,16 +177,16 @@ def load_card(path: Path) -> Any:
 
 
 def is_generated(text: str) -> bool:
-    """Return whether a card has no text by a person: it is PEFT's template, or our part below a title."""
-    outside = _SECTION.sub("", text)
-    lines = [line.strip() for line in outside.splitlines() if outside == text or not line.startswith("# ")]
-    return all(line in _peft_lines() or _BY_TOOLS.fullmatch(line) for line in lines)
+    """Return whether a card has no text by a person: all of it is PEFT's template, or our section."""
+    lines = [line.strip() for line in SECTION.sub("", text).splitlines()]
+    return all(line in _template_lines() or line.startswith("- PEFT ") for line in lines)
 
 
 @cache
-def _peft_lines() -> set[str]:
-    """Return the lines of PEFT's template, which is that of huggingface_hub."""
-    return {line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines()}
+def _template_lines() -> set[str]:
+    """Return the lines of PEFT's template, which is the template of huggingface_hub."""
+    lines = ModelCard.from_template(ModelCardData()).text.splitlines()
+    return {"", "### Framework versions", *map(str.strip, lines)}
 
 
 def write_bank_card(

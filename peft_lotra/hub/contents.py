@@ -27,32 +27,18 @@ from ..tucker import COMPONENTS, Rank, form_text, read_components
 class AdapterRow(NamedTuple):
     """The contents of an adapter for one layer of the base model.
 
-    `shape` and `ranks` are those of the update, (out, in, basis), where the residual branch is the last slice of the
+    `shape` and `ranks` describe the update, (out, in, basis), where the residual branch is the last slice of the
     basis; `norm` is its Frobenius norm times `alpha`. `parameters` is the number of stored values. A module of
     `modules_to_save`, of the kind "saved copy", has no update.
     """
 
     name: str
     kind: str
-    shape: tuple[int, ...] | None
-    ranks: tuple[Rank, ...] | None
-    alpha: float | None
-    norm: float | None
-    parameters: int
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any], name: str, parts: Mapping[str, torch.Tensor]) -> AdapterRow:
-        """Make the row of a layer, from the configuration of the adapter and the tensors of the layer by component."""
-        parameters = sum(tensor.numel() for tensor in parts.values())
-        if COMPONENTS[0] not in parts:
-            return cls(name, "saved copy", None, None, None, None, parameters)
-        update = read_components(parts).map(torch.Tensor.double)
-        patterns = dict(config.get("alpha_pattern") or {})
-        alpha = float(patterns.get(get_pattern_key(list(patterns), name), config.get("alpha", 1.0)))
-        kind = (config.get("base_layers") or {}).get(name, {}).get("family", "unknown")
-        # once the factors are orthonormal, the norm of the core is that of the whole tensor
-        norm = abs(alpha) * update.orthogonal().core.norm().item()
-        return cls(name, kind, update.shape, update.form, alpha, norm, parameters)
+    shape: tuple[int, ...] | None = None
+    ranks: tuple[Rank, ...] | None = None
+    alpha: float | None = None
+    norm: float | None = None
+    parameters: int = 0
 
 
 @dataclass(eq=False)
@@ -73,16 +59,26 @@ class AdapterContents(Report):
         """Make the contents of an adapter, from its configuration and its tensors."""
         layers: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
-            name, _, part = key.removeprefix(PREFIX).rpartition(".")
-            layers.setdefault(name, {})[part] = tensor
-        rows = [AdapterRow.of(config, name, parts) for name, parts in layers.items()]
-        # layers.2 before layers.10
-        rows.sort(key=lambda row: (row.ranks is None, re.sub(r"\d+", lambda n: n[0].zfill(9), row.name)))
-        mapping = config.get("auto_mapping") or {}
+            name, _, component = key.removeprefix(PREFIX).rpartition(".")
+            layers.setdefault(name, {})[component] = tensor
+        rows = []
+        for name, components in layers.items():
+            parameters = sum(tensor.numel() for tensor in components.values())
+            if COMPONENTS[0] not in components:
+                rows.append(AdapterRow(name, "saved copy", parameters=parameters))
+                continue
+            patterns = config["alpha_pattern"]
+            alpha = float(patterns.get(get_pattern_key(list(patterns), name), config["alpha"]))
+            kind = config["base_layers"].get(name, {}).get("family", "unknown")
+            update = read_components(components).map(torch.Tensor.double)
+            # once the factors are orthonormal, the norm of the core is the norm of the whole tensor
+            norm = abs(alpha) * update.orthogonal().core.norm().item()
+            rows.append(AdapterRow(name, kind, update.shape, update.form, alpha, norm, parameters))
+        rows.sort(key=_sort_key)
         return cls(
             adapter=adapter,
-            base_model=config.get("base_model_name_or_path"),
-            base_class=mapping.get("base_model_class"),
+            base_model=config["base_model_name_or_path"],
+            base_class=(config["auto_mapping"] or {}).get("base_model_class"),
             dtype=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
             parameters=sum(row.parameters for row in rows),
             bytes=sum(tensor.nbytes for tensor in tensors.values()),
@@ -91,17 +87,20 @@ class AdapterContents(Report):
         )
 
     def _table(self) -> TextTable:
-        rows = [[_text(value) for value in row] for row in self.layers]
+        rows = []
+        for name, kind, shape, ranks, alpha, norm, parameters in self.layers:
+            scale = ["", ""] if alpha is None else [f"{alpha:.3g}", f"{norm:.3g}"]
+            rows.append([name, kind, form_text(shape), form_text(ranks), *scale, str(parameters)])
         notes = [f"{self.parameters:,} parameters, {self.bytes / 1000:.1f} kB of {' and '.join(self.dtype)}"]
-        notes += [] if self.finite else ["The adapter is broken: it has values that are NaN or infinite."]
+        if not self.finite:
+            notes.append("The adapter is broken: it has values that are NaN or infinite.")
         columns = ["layer", "kind", "update (out, in, basis)", "ranks", ">alpha", ">norm", ">parameters"]
         return TextTable(columns, rows, notes)
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, tuple):
-        return form_text(value)
-    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+def _sort_key(row: AdapterRow) -> tuple[bool, str]:
+    """Sort saved copies to the end, and layers.2 before layers.10."""
+    return row.ranks is None, re.sub(r"\d+", lambda number: number[0].zfill(9), row.name)
 
 
 def read_adapter(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -129,11 +128,13 @@ def adapter_folders(folder: str | os.PathLike) -> dict[str, Path]:
     Raises:
         ValueError: There is none.
     """
-    found = {"default": Path(folder)} if Path(folder, CONFIG_NAME).is_file() else {}
+    folders = {}
+    if Path(folder, CONFIG_NAME).is_file():
+        folders["default"] = Path(folder)
     for path in sorted(Path(folder).glob(f"*/{CONFIG_NAME}")):
         # not the checkpoints of transformers.Trainer, nor adapters of other methods
         if not re.match(r"checkpoint-\d+$|\.", path.parent.name) and '"LOTRA"' in path.read_text(encoding="utf-8"):
-            found[path.parent.name] = path.parent
-    if not found:
+            folders[path.parent.name] = path.parent
+    if not folders:
         raise ValueError(f"{folder} is no adapter: it has no {CONFIG_NAME}. Save the adapter there first.")
-    return found
+    return folders

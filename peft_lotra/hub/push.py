@@ -32,7 +32,7 @@ def push_to_hub(
     selected_adapters: list[str] | None = None,
     **card: Any,
 ) -> CommitInfo:
-    """Pushes the adapters of a model to the Hugging Face Hub, with a model card that says how to load them.
+    """Push the adapters of a model to the Hugging Face Hub, with a model card that says how to load them.
 
     The base model is not pushed. Text that a person wrote in the README.md of the repository is kept. Adapters of
     other names in the repository stay, but the card lists those that are pushed.
@@ -47,13 +47,12 @@ def push_to_hub(
         create_pr: Whether to open a pull request instead of committing.
         selected_adapters: The names of the adapters to push, by default all. "default" goes to the root of the
             repository, each other adapter to a subfolder of its name.
-        card: `base_model`, `base_code`, `tags`, `metrics` and `license`, as in `write_model_card`.
+        card: `base_model`, `base_code`, `metrics` and `license`, as in `write_model_card`.
 
     Returns:
         The commit, or the pull request.
 
     Raises:
-        TypeError: `model` is no PeftModel.
         ValueError: There is no LoTRA adapter, an argument is invalid, or the repository is public despite `private`.
         HfHubHTTPError: The Hub refuses the push.
 
@@ -62,9 +61,6 @@ def push_to_hub(
         push_to_hub(model, "user/kan-rotated", base_model="user/kan", metrics={"accuracy": 0.853})
         ```
     """
-    if not isinstance(model, PeftModel):
-        given = type(model).__name__
-        raise TypeError(f"`model` is a {given}, expected a PeftModel. A saved adapter: `hf upload USER/NAME FOLDER`.")
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder, selected_adapters=selected_adapters)
         for path in adapter_folders(folder).values():
@@ -74,18 +70,20 @@ def push_to_hub(
             (path / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         repo_id = fetch_card(folder, repo_id, revision, token)
         write_model_card(model, folder, repo_id=repo_id, revision=None if create_pr else revision, **card)
-        commit: Any = {"revision": revision, "create_pr": create_pr}
-        return upload(folder, repo_id, commit_message, private=private, token=token, **commit)
+        return upload(
+            folder, repo_id, commit_message, private=private, token=token, revision=revision, create_pr=create_pr
+        )
 
 
 def fetch_card(folder: str, repo_id: str, revision: str | None = None, token: str | None = None) -> str:
-    """Copies the card of a repository into a folder, if there is one, and returns the repository's whole name."""
+    """Copy the card of a repository into a folder, if there is one, and return the repository's whole name."""
     api = HfApi(token=token)
     if "/" not in repo_id:
         repo_id = f"{api.whoami()['name']}/{repo_id}"
-    branch = revision if revision and api.revision_exists(repo_id, revision) else None
-    if api.file_exists(repo_id, README, revision=branch):
-        shutil.copyfile(api.hf_hub_download(repo_id, README, revision=branch), Path(folder, README))
+    if revision and not api.revision_exists(repo_id, revision):
+        revision = None
+    if api.file_exists(repo_id, README, revision=revision):
+        shutil.copyfile(api.hf_hub_download(repo_id, README, revision=revision), Path(folder, README))
     return repo_id
 
 
@@ -95,20 +93,22 @@ def upload(
     commit_message: str,
     *,
     private: bool | None = None,
+    revision: str | None = None,
     token: str | None = None,
-    **commit: Any,
+    create_pr: bool = False,
 ) -> CommitInfo:
-    """Uploads the card, the configurations and the safetensors of a folder, see `push_to_hub`.
-
-    Args:
-        folder, repo_id, commit_message, private, token: As for `push_to_hub`.
-        commit: `revision` and `create_pr`.
-    """
+    """Upload the card, the configurations and the safetensors of a folder, with the arguments of `push_to_hub`."""
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.model_info(repo_id).private:
         raise ValueError(f"`private=True`, but {repo_id} exists and is public. Make it private first.")
-    if commit.get("revision"):
-        api.create_branch(repo_id, branch=commit["revision"], exist_ok=True)
-    files: Any = {"folder_path": folder, "allow_patterns": [README, f"*{CONFIG_NAME}", "*.safetensors"]}
-    return api.upload_folder(repo_id=repo_id, commit_message=commit_message, **files, **commit)
+    if revision:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        allow_patterns=[README, f"*{CONFIG_NAME}", "*.safetensors"],
+        commit_message=commit_message,
+        revision=revision,
+        create_pr=create_pr,
+    )
