@@ -106,7 +106,13 @@ def inspect(adapter: Adapter, as_json: Json = False) -> None:
 
 
 @_command
-def merge(base: Model, adapter: Adapter, out: Out, factory: Factory = None, as_json: Json = False) -> None:
+def merge(
+    base: Model,
+    adapter: Adapter,
+    out: Out,
+    factory: Factory = None,
+    as_json: Json = False,
+) -> None:
     """Merge an adapter into its base model.
 
     Saves the merged model, which has the class of BASE and no trace of the adapter.
@@ -127,7 +133,12 @@ def merge(base: Model, adapter: Adapter, out: Out, factory: Factory = None, as_j
 
 @_command
 def extract(
-    base: Model, tuned: Model, out: Out, energy: Energy, factory: Factory = None, as_json: Json = False
+    base: Model,
+    tuned: Model,
+    out: Out,
+    energy: Energy,
+    factory: Factory = None,
+    as_json: Json = False,
 ) -> None:
     """Make an adapter from a model before (BASE) and after (TUNED) full fine-tuning."""
     model = extract_lotra(_load_model(base, factory), _load_model(tuned, factory), energy=energy)

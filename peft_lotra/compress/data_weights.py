@@ -96,7 +96,8 @@ class DataWeights:
             leading = spectrum.Vh[: ranks[0]].T
             weights = weights @ leading
             factors[0] = torch.linalg.solve(self.output_root, leading)
-        return Tucker(weights.T.reshape(-1, *ranks[1:]), *factors).orthogonal()
+        core = weights.T.reshape(-1, *ranks[1:])
+        return Tucker(core, *factors).orthogonal()
 
     def outputs(self, tensor: Tensor) -> Tensor:
         """Compute the layer's outputs (samples, out) with these coefficients, without its bias."""
@@ -115,7 +116,11 @@ def _square_root(moments: Tensor, ridge: float) -> Tensor:
     return vectors * values.sqrt() @ vectors.T
 
 
-def gather_weights(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> dict[str, DataWeights]:
+def gather_weights(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    inputs: Inputs,
+) -> dict[str, DataWeights]:
     """Compute the data weights of the layers that `sample_layers` samples, by name.
 
     Args:
@@ -125,7 +130,8 @@ def gather_weights(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inpu
     """
     modules = {name: model.get_submodule(name) for name in tensors}
     weights = {}
-    for name, (_, functions, moments) in sample_layers(model, modules, inputs, _second_moments, PROBES).items():
+    samples = sample_layers(model, modules, inputs, _second_moments, PROBES)
+    for name, (_, functions, moments) in samples.items():
         out, _, basis = tensors[name].shape
         values = functions[..., :basis].double()
         metric = torch.eye(out, device="cpu").to(values)
@@ -172,7 +178,7 @@ def sample_layers(
         modules: The layers.
         inputs: Samples of the model's input.
         moment: A quadratic function of s^T J (rows, out), with J the derivatives of all entries of the model's output
-            and s random signs. The moment is its sum over the probes; it estimates a mean over all entries.
+            and s random signs. Its mean over the draws of s, divided by the number of entries, is the moment.
         probes: The number of draws of s.
 
     Raises:
@@ -199,11 +205,10 @@ def sample_layers(
         inputs = inputs.clone()
     with recorded_calls({name: modules[name] for name in targets}, record), torch.enable_grad():
         output = model_outputs(model, inputs)
-    moments: dict[str, Tensor] = {}
+    moments: dict[str, Any] = {}
     if calls and output.requires_grad:
         for name, derivative in _probe(output, calls, probes):
-            value = moment(derivative)
-            moments[name] = moments[name] + value if name in moments else value
+            moments[name] = moments.get(name, 0) + moment(derivative) / (probes * output.numel())
     samples = {}
     for name, target in targets.items():
         if not received[name]:
@@ -217,15 +222,24 @@ def sample_layers(
     return samples
 
 
-def _probe(output: Tensor, calls: Sequence[tuple[str, Tensor]], probes: int) -> Iterator[tuple[str, Tensor]]:
+def _probe(
+    output: Tensor,
+    calls: Sequence[tuple[str, Tensor]],
+    probes: int,
+) -> Iterator[tuple[str, Tensor]]:
     """Yield s^T J (rows, out) for each layer and probe, see `sample_layers`, given the outputs of the calls."""
     outputs = [y for _, y in calls]
     generator = torch.Generator().manual_seed(0)
     for _ in range(probes):
-        signs = torch.randint(0, 2, output.shape, generator=generator, device="cpu").to(output) * 2 - 1
-        signs = signs / (probes * output.numel()) ** 0.5
+        bits = torch.randint(0, 2, output.shape, generator=generator, device="cpu")
+        signs = bits.to(output) * 2 - 1
         gradients = torch.autograd.grad(
-            output, outputs, signs, retain_graph=True, allow_unused=True, materialize_grads=True
+            output,
+            outputs,
+            signs,
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
         )
         rows: dict[str, list[Tensor]] = {}
         for (name, _), gradient in zip(calls, gradients, strict=True):
@@ -249,7 +263,8 @@ def functions_at(target: Target, x: Tensor) -> Tensor:
 
     def run(matrix: Tensor) -> Tensor:
         arguments = (layer, tensor, matrix.view(out, *shape), x)
-        return first_output(call_with_parameters(layer, scales, call_with_coefficients, arguments, {})).flatten(0, -2)
+        y = call_with_parameters(layer, scales, call_with_coefficients, arguments, {})
+        return first_output(y).flatten(0, -2)
 
     # A layer is linear in its coefficients: unit tensors give the functions, one for each output at a time.
     zeros = tensor.get_parameter(layer).new_zeros(out, math.prod(shape))
@@ -263,15 +278,19 @@ def functions_at(target: Target, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def recorded_calls(layers: Mapping[str, nn.Module], record: Callable[[str, Tensor, Any], None]) -> Iterator[None]:
+def recorded_calls(
+    layers: Mapping[str, nn.Module],
+    record: Callable[[str, Tensor, Any], None],
+) -> Iterator[None]:
     """Call `record(name, x, y)` with the first argument and the output of each call of a layer.
 
     Unlike a hook, it also sees calls of `layer.forward`, as Convolutional-KANs makes them.
     """
 
-    def run(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run(name: str, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         y = forward(*args, **kwargs)
-        record(name, [*args, *kwargs.values()][0], y)
+        x, *_ = (*args, *kwargs.values())
+        record(name, x, y)
         return y
 
     with ExitStack() as stack:

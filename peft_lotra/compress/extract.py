@@ -17,6 +17,7 @@ from torch import nn
 
 from ..layers.registry import find_kan_layers, same_grid
 from ..modules.calls import check_module
+from ..modules.checks import list_first
 from ..modules.report import Report, TextTable
 from ..tucker import Ranks, Tucker, relative_energy, tucker, tucker_scaled
 from ..tuner.config import LoTRAConfig, pattern_key
@@ -24,7 +25,7 @@ from ..tuner.layer import lotra_layers
 from ..tuner.targets import exact_targets, locate_target
 from .data_weights import DataWeights, Inputs, gather_weights
 from .spectra import check_one_given, choose_ranks, ranks_by_layer, weighted_spectra
-from .updates import CoefficientUpdate, check_without_adapters, coefficient_updates, error_table, merged
+from .updates import CoefficientUpdate, LayerRanks, check_without_adapters, coefficient_updates, error_table, merged
 
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # which PEFT cannot wrap
@@ -45,7 +46,7 @@ class ExtractionReport(Report):
     """
 
     errors: dict[str, float]
-    ranks: dict[str, tuple[int, ...]]
+    ranks: LayerRanks
     parameters: int
     modules_to_save: list[str]
     not_saved: list[str]
@@ -147,8 +148,9 @@ def extract_lotra(
             error = updates[name].missed(layer.get_delta_weight(adapter_name))
             report.errors[name] = relative_energy(error, update).sqrt().item()
             if name in weights:
-                outputs = weights[name].outputs
-                report.output_errors[name] = relative_energy(outputs(error), outputs(update)).sqrt().item()
+                update = weights[name].outputs(update)
+                error = weights[name].outputs(error)
+                report.output_errors[name] = relative_energy(error, update).sqrt().item()
     model.__dict__["extraction_report"] = report
     if not_saved:
         warnings.warn(
@@ -162,7 +164,7 @@ def extract_lotra(
 def decompose_updates(
     updates: Mapping[str, CoefficientUpdate],
     weights: Mapping[str, DataWeights],
-    ranks: Mapping[str, tuple[int, ...]],
+    ranks: LayerRanks,
 ) -> dict[str, Tucker]:
     """Compute the components of each layer that come closest to its update; with weights, in its outputs."""
     components = {}
@@ -180,7 +182,11 @@ def decompose_updates(
 
 @torch.no_grad()
 def _attach(
-    base: nn.Module, tuned: nn.Module, components: dict[str, Tucker], modules_to_save: list[str], adapter_name: str
+    base: nn.Module,
+    tuned: nn.Module,
+    components: dict[str, Tucker],
+    modules_to_save: list[str],
+    adapter_name: str,
 ) -> PeftModel:
     """Adapt the base with these components, and with copies of modules of the tuned model."""
     config = LoTRAConfig(
@@ -203,11 +209,13 @@ def _find_other_changes(base: nn.Module, tuned: nn.Module) -> tuple[list[str], l
     Raises:
         ValueError: The models have different architectures or grids.
     """
-    before, after = base.state_dict(), tuned.state_dict()
-    for name in [*before, *after]:
-        if name not in before or name not in after or before[name].shape != after[name].shape:
-            raise ValueError(f"The models have different architectures: `{name}` is not the same in both.")
-    changed = [name for name, value in before.items() if not torch.equal(value, after[name].to(value))]
+    base_state, tuned_state = base.state_dict(), tuned.state_dict()
+    base_shapes = {name: value.shape for name, value in base_state.items()}
+    tuned_shapes = {name: value.shape for name, value in tuned_state.items()}
+    different = {name for name, _ in base_shapes.items() ^ tuned_shapes.items()}
+    if different:
+        raise ValueError(f"The models have different architectures. They differ in {list_first(sorted(different))}.")
+    changed = {name for name, value in base_state.items() if not torch.equal(value, tuned_state[name].to(value))}
     layers = [layer.name for layer in find_kan_layers(base)]
     for name in layers:
         layer, spec, tensor = locate_target(name, base.get_submodule(name))
@@ -218,9 +226,9 @@ def _find_other_changes(base: nn.Module, tuned: nn.Module) -> tuple[list[str], l
                 "first, and fine-tune from there."
             )
         # the scales of the edges are part of the update, and the components of a Slim layer are its coefficients
-        parameters = [*tensor.parameters, *(spec.edge_scale or ())[:1], *getattr(layer, "components", Tucker)._fields]
-        names = {f"{name}.{parameter}".lstrip(".") for parameter in parameters}
-        changed = [tensor_name for tensor_name in changed if tensor_name not in names]
+        components = getattr(layer, "components", Tucker)._fields
+        for parameter in (*tensor.parameters, *(spec.edge_scale or ())[:1], *components):
+            changed.discard(f"{name}.{parameter}".lstrip("."))
 
     # PEFT copies all modules whose names end with a name: not those that contain a KAN layer, or are inside of one
     related = []
@@ -229,7 +237,7 @@ def _find_other_changes(base: nn.Module, tuned: nn.Module) -> tuple[list[str], l
             related.append(name)
     modules: dict[str, None] = {}
     not_saved = []
-    for name in changed:
+    for name in [name for name in base_state if name in changed]:
         owner = name.rpartition(".")[0]
         is_related = not owner or any(module.endswith(owner) for module in related)
         if is_related or isinstance(base.get_submodule(owner), _CONTAINERS):

@@ -29,10 +29,12 @@ from ..tuner.targets import locate_target
 from .data_weights import Inputs, gather_weights, model_outputs
 from .extract import decompose_updates
 from .spectra import LayerSpectrum, check_one_given, choose_ranks, ranks_by_layer, weighted_spectra
-from .updates import CoefficientUpdate, check_without_adapters, error_table, read_coefficients
+from .updates import CoefficientUpdate, LayerRanks, check_without_adapters, error_table, read_coefficients
 
 
 BISECTIONS = 8  # for the smallest budget up to 2 %, if the dense tensors are up to 300 times ranks 1
+
+LayerMap = dict[nn.Module, nn.Module]  # layers, and what replaces them
 
 
 @dataclass(eq=False)
@@ -49,16 +51,16 @@ class SlimReport(Report):
     """
 
     errors: dict[str, float]
-    ranks: dict[str, tuple[int, ...]]
+    ranks: LayerRanks
     dense: list[str]
     parameters: tuple[int, int]
     output_errors: dict[str, float] = field(default_factory=dict)
     model_error: float | None = None
 
     def _table(self) -> TextTable:
-        before, after = self.parameters
+        dense_size, size = self.parameters
         notes = [f"{name} stays dense: no ranks given, or no fewer parameters by them" for name in self.dense]
-        notes.append(f"coefficients: {before:,} before, {after:,} now ({before / after:.1f} times fewer)")
+        notes.append(f"coefficients: {dense_size:,} before, {size:,} now ({dense_size / size:.1f} times fewer)")
         if self.model_error is not None:
             notes.append(f"error of the model's outputs: {self.model_error:.2%} of their deviations from the mean")
         return TextTable(*error_table(self.errors, self.ranks, self.output_errors), notes)
@@ -166,7 +168,7 @@ def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
     model = unwrap(model)
     check_without_adapters(model, "model")
     model = model if inplace else _copy(model)
-    dense: dict[nn.Module, nn.Module] = {}
+    dense: LayerMap = {}
     for module in model.modules():
         if isinstance(module, (SlimKANLinear, SlimLayer)):
             dense[module] = module.to_dense()
@@ -216,7 +218,7 @@ class _Compression:
     def spectra(self) -> dict[str, LayerSpectrum]:
         return weighted_spectra(self.tensors, self.weights)
 
-    def named_ranks(self, ranks: Ranks | Mapping[str, Ranks]) -> dict[str, tuple[int, ...]]:
+    def named_ranks(self, ranks: Ranks | Mapping[str, Ranks]) -> LayerRanks:
         """Return the ranks of each layer; a layer that a mapping does not name is left out."""
         pattern, default = (ranks, None) if isinstance(ranks, Mapping) else ({}, ranks)
         by_layer = ranks_by_layer(self.tensors, pattern, default, "ranks")
@@ -224,7 +226,7 @@ class _Compression:
             raise ValueError(f"`ranks` names none of the KAN layers {list(self.tensors)}: {list(pattern)}.")
         return by_layer
 
-    def ranks_for(self, energy: float) -> dict[str, tuple[int, ...]]:
+    def ranks_for(self, energy: float) -> LayerRanks:
         """Find the ranks for the smallest budget that keeps this share of the model's outputs, by bisection."""
         best = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}  # leaves all layers dense
         low = sum(1 + sum(shape) for shape in best.values())
@@ -243,9 +245,9 @@ class _Compression:
         return best
 
     @torch.no_grad()
-    def compress(self, ranks: Mapping[str, tuple[int, ...]]) -> tuple[dict[nn.Module, nn.Module], SlimReport]:
+    def compress(self, ranks: LayerRanks) -> tuple[LayerMap, SlimReport]:
         """Return Slim layers by the dense ones that they replace, where they save parameters, and their report."""
-        size = sum(tensor.numel() for tensor in self.tensors.values())
+        dense_size = size = sum(tensor.numel() for tensor in self.tensors.values())
         report = SlimReport({}, {}, [], (size, size))
         updates = {}
         for name, tensor in self.tensors.items():
@@ -253,7 +255,7 @@ class _Compression:
                 updates[name] = CoefficientUpdate(tensor)
             else:
                 report.dense.append(name)
-        slim_layers: dict[nn.Module, nn.Module] = {}
+        slim_layers: LayerMap = {}
         for name, components in decompose_updates(updates, self.weights, ranks).items():
             layer, tensor = self.layers[name], self.tensors[name]
             slim_layer = slim_layers[layer] = _make_slim(name, layer, components)
@@ -263,8 +265,8 @@ class _Compression:
             if name in self.weights:
                 outputs = self.weights[name].outputs
                 report.output_errors[name] = _relative_error(outputs(tensor), outputs(stored))
-            before, after = report.parameters
-            report.parameters = before, after + components.numel() - tensor.numel()
+            size += components.numel() - tensor.numel()
+        report.parameters = dense_size, size
         if self.inputs is not None:
             model = _exchange(self.model, slim_layers)
             try:
@@ -274,7 +276,6 @@ class _Compression:
         return slim_layers, report
 
 
-@torch.inference_mode(False)
 def _make_slim(name: str, layer: nn.Module, components: Tucker) -> Any:
     """Return a Slim layer with these components; the dense layer stays unchanged."""
     if isinstance(layer, KANLinear) and type(layer).forward is KANLinear.forward:
@@ -286,13 +287,14 @@ def _make_slim(name: str, layer: nn.Module, components: Tucker) -> Any:
     return SlimLayer(shared, locate_target(name, layer).spec, components)
 
 
-def _relative_error(y: Tensor, other: Tensor) -> float:
-    """Compute ||y - other|| / ||y - mean(y)|| of outputs (..., out); a large mean would hide any error."""
-    y, other = y.double().flatten(0, -2), other.double().flatten(0, -2)
-    return relative_energy(y - other, y - y.mean(0)).sqrt().item()
+def _relative_error(y: Tensor, approximation: Tensor) -> float:
+    """Compute ||y - approximation|| / ||y - mean(y)|| of outputs (..., out); a large mean would hide any error."""
+    y = y.double().flatten(0, -2)
+    error = approximation.double().flatten(0, -2) - y
+    return relative_energy(error, y - y.mean(0)).sqrt().item()
 
 
-def _exchange(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> nn.Module:
+def _exchange(model: nn.Module, layers: LayerMap) -> nn.Module:
     """Replace layers everywhere in the model, and return it; if the model is such a layer, what replaces it."""
     for parent, name, module in places(model):
         parent._modules[name] = layers.get(module, module)

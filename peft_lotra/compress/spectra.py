@@ -12,7 +12,6 @@ Source: L. De Lathauwer et al., "A Multilinear Singular Value Decomposition", SI
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +24,7 @@ from ..modules.checks import check_number
 from ..modules.report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, check_ranks, hosvd
 from .data_weights import TINY, DataWeights
-from .updates import coefficient_updates
+from .updates import LayerRanks, coefficient_updates
 
 
 @dataclass(eq=False)
@@ -52,11 +51,12 @@ class LayerSpectrum:
 
     def costs(self) -> Tensor:
         """Return the number of parameters of an adapter, for all ranks; laid out as `energies`."""
-        modes = [torch.arange(1, size + 1, device=self.energies.device) for size in self.shape]
+        device = self.energies.device
+        modes = [torch.arange(1, size + 1, device=device) for size in self.shape]
         ranks = torch.meshgrid(modes, indexing="ij")
-        costs = math.prod(ranks)
+        costs = torch.stack(ranks).prod(0)
         for of_mode, size in zip(ranks, self.shape, strict=True):
-            costs = costs + torch.where(of_mode < size, of_mode * size, 0)  # a full mode has no factor
+            costs += torch.where(of_mode < size, of_mode * size, 0)  # a full mode has no factor
         return costs
 
 
@@ -110,7 +110,8 @@ def update_spectrum(base: nn.Module, tuned: nn.Module) -> Spectrum:
         >>> update_spectrum(base, tuned).layers["layers.0"].energy(1) > 0.999
         True
     """
-    return Spectrum({name: spectrum_of(update.tensor) for name, update in coefficient_updates(base, tuned).items()})
+    updates = coefficient_updates(base, tuned)
+    return Spectrum({name: spectrum_of(update.tensor) for name, update in updates.items()})
 
 
 def spectrum_of(tensor: Tensor) -> LayerSpectrum:
@@ -123,12 +124,17 @@ def spectrum_of(tensor: Tensor) -> LayerSpectrum:
     energies = squares / total if total > 0 else torch.ones_like(squares)
     # ranks above the product of the others keep no more energy, but a full mode costs less
     for mode, size in enumerate(tensor.shape):
-        ranks = torch.arange(size, device=energies.device).clamp(max=energies.shape[mode] - 1)
-        energies = energies.index_select(mode, ranks)
-    return LayerSpectrum(tuple(tensor.shape), tensor.double().norm().item(), singular_values, energies)
+        last = energies.narrow(mode, energies.shape[mode] - 1, 1)
+        missing = size - energies.shape[mode]
+        energies = torch.cat([energies, *[last] * missing], mode)
+    norm = tensor.double().norm().item()
+    return LayerSpectrum(tuple(tensor.shape), norm, singular_values, energies)
 
 
-def weighted_spectra(tensors: Mapping[str, Tensor], weights: Mapping[str, DataWeights]) -> dict[str, LayerSpectrum]:
+def weighted_spectra(
+    tensors: Mapping[str, Tensor],
+    weights: Mapping[str, DataWeights],
+) -> dict[str, LayerSpectrum]:
     """Compute the spectra of tensors (out, in, basis [, kernel]) by layer, weighted by data if there are weights.
 
     In the metric of the model's outputs, energies of layers compare. If a layer has no weights, all layers count
@@ -153,8 +159,11 @@ def check_one_given(**options: Any) -> None:
 
 
 def ranks_by_layer(
-    tensors: Mapping[str, Tensor], pattern: Mapping[str, Ranks], default: Ranks | None, argument: str = "r"
-) -> dict[str, tuple[int, ...]]:
+    tensors: Mapping[str, Tensor],
+    pattern: Mapping[str, Ranks],
+    default: Ranks | None,
+    argument: str = "r",
+) -> LayerRanks:
     """Return the ranks of layers by a pattern, as in [`LoTRAConfig`], or else the default; none without both."""
     ranks = {}
     for name, tensor in tensors.items():
@@ -166,7 +175,7 @@ def ranks_by_layer(
 
 def choose_ranks(
     layers: Mapping[str, LayerSpectrum], energy: float | None = None, budget: int | None = None
-) -> dict[str, tuple[int, ...]]:
+) -> LayerRanks:
     """Return the ranks of each layer for an energy or for a budget."""
     if energy is None:
         return _allocate(layers, budget or 0)
@@ -180,7 +189,7 @@ def cheapest(layer: LayerSpectrum, energy: float) -> tuple[int, ...]:
     return _ranks_at(layer, costs.argmin())
 
 
-def _allocate(layers: Mapping[str, LayerSpectrum], budget: int) -> dict[str, tuple[int, ...]]:
+def _allocate(layers: Mapping[str, LayerSpectrum], budget: int) -> LayerRanks:
     """Find the ranks that keep the most energy for at most `budget` parameters in all.
 
     Each greedy step raises the ranks of the layer that gains the most energy per parameter. The result is optimal
@@ -202,10 +211,14 @@ def _allocate(layers: Mapping[str, LayerSpectrum], budget: int) -> dict[str, tup
             if rate > best_rate:
                 best_rate, best_name, best_index = rate.item(), name, int(index)
         if best_rate == 0:
-            return {name: _ranks_at(layers[name], indices[0]) for name, (_, _, indices) in frontiers.items()}
+            break
         costs = frontiers[best_name][0]
         left -= int(costs[best_index] - costs[0])
         frontiers[best_name] = [column[best_index:] for column in frontiers[best_name]]
+    ranks = {}
+    for name, (_, _, indices) in frontiers.items():
+        ranks[name] = _ranks_at(layers[name], indices[0])
+    return ranks
 
 
 def _frontier(layer: LayerSpectrum) -> list[Tensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import islice
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ from .updates import CoefficientUpdate, edge_scales
 ROWS = 1000  # that weigh the update
 WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of the network
+Call = tuple[tuple, dict[str, Any]]  # arguments of the network
 
 
 @torch.inference_mode(False)  # parameters made in that mode could not be trained
@@ -99,7 +98,8 @@ def start_from_training(
 
     with dense_updates(model, layers, config) as cores:
         calls = _train(network, cores, loss, batches, steps, lr)
-        check_changes("update", {name: None if core.grad is None else core for name, core in cores.items()})
+        reached = {name: core if core.grad is not None else None for name, core in cores.items()}
+        check_changes("update", reached)
         weights = _weigh(network, layers, cores, calls)
         updates = {}
         for name, layer in layers.items():
@@ -111,7 +111,8 @@ def start_from_training(
         ranks = {name: tensor.ranks for name, tensor in components.items()}
     else:
         tensors = {name: update.tensor for name, update in updates.items()}
-        budget = int(config.budget * sum(tensor.numel() for tensor in tensors.values()) + 1e-6)
+        size = sum(tensor.numel() for tensor in tensors.values())
+        budget = int(config.budget * size + 1e-6)
         ranks = choose_ranks(weighted_spectra(tensors, weights), budget=budget)
     started = decompose_updates(updates, weights, ranks)
 
@@ -178,28 +179,32 @@ def _train(
     """Train the dense updates, and return the calls of the network in the first pass over the batches."""
     calls: list[Call] = []
 
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not in_transform():
             calls.append((args, kwargs))
 
     optimizer = torch.optim.Adam(cores.values(), lr=lr)
-    left = steps
+    losses = compute_losses(loss, batches)
     with network.register_forward_pre_hook(record, with_kwargs=True) as handle:
-        while left > 0:
-            before = left
-            for value in islice(compute_losses(loss, batches), left):
-                optimizer.zero_grad()
-                value.backward()
-                optimizer.step()
-                left -= 1
-            handle.remove()
-            if left == before:
+        for _ in range(steps):
+            value = next(losses, None)
+            if value is None:  # the next pass over the batches
+                handle.remove()
+                losses = compute_losses(loss, batches)
+                value = next(losses, None)
+            if value is None:
                 raise ValueError("`batches` has no more batch: pass a list or a loader, to be passed over repeatedly.")
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
     return calls
 
 
 def _weigh(
-    network: nn.Module, layers: Mapping[str, LoTRALayer], cores: Mapping[str, torch.Tensor], calls: Sequence[Call]
+    network: nn.Module,
+    layers: Mapping[str, LoTRALayer],
+    cores: Mapping[str, torch.Tensor],
+    calls: Sequence[Call],
 ) -> dict[str, DataWeights]:
     """Compute the data weights of the layers with their dense updates; none without calls of the network."""
     if not calls:

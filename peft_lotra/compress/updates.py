@@ -21,6 +21,9 @@ from ..tuner.layer import LoTRALayer, Target
 from ..tuner.targets import locate_target
 
 
+LayerRanks = dict[str, tuple[int, ...]]  # the ranks of each mode, by layer
+
+
 class CoefficientUpdate(NamedTuple):
     """The change of the coefficients (out, in, basis [+ 1] [, kernel]) of one layer by fine-tuning, in float64.
 
@@ -50,7 +53,11 @@ def merged(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def coefficient_updates(base: nn.Module, tuned: nn.Module, scaled: bool = False) -> dict[str, CoefficientUpdate]:
+def coefficient_updates(
+    base: nn.Module,
+    tuned: nn.Module,
+    scaled: bool = False,
+) -> dict[str, CoefficientUpdate]:
     """Compute the updates of all KAN layers, by name; raise a ValueError as `update_spectrum`.
 
     With `scaled`, updates of edges with scales are of coefficient times scale even if no scale changed.
@@ -67,14 +74,14 @@ def coefficient_updates(base: nn.Module, tuned: nn.Module, scaled: bool = False)
         raise ValueError("No KAN layer was found in the models, see `find_kan_layers` and `register_kan_layer`.")
     updates = {}
     for name, *_ in layers:
-        before, scale = read_coefficients(name, base.get_submodule(name))
-        after, new_scale = read_coefficients(name, tuned.get_submodule(name))
-        after = after.to(before)
-        update = CoefficientUpdate(after - before)
+        coefficients, scale = read_coefficients(name, base.get_submodule(name))
+        tuned_coefficients, new_scale = read_coefficients(name, tuned.get_submodule(name))
+        tuned_coefficients = tuned_coefficients.to(coefficients)
+        update = CoefficientUpdate(tuned_coefficients - coefficients)
         if scale is not None and new_scale is not None:
-            new_scale = new_scale.to(before)
+            new_scale = new_scale.to(coefficients)
             if scaled or not torch.equal(scale, new_scale):
-                update = CoefficientUpdate(new_scale * after - scale * before, scale)
+                update = CoefficientUpdate(new_scale * tuned_coefficients - scale * coefficients, scale)
         updates[name] = update
     return updates
 
@@ -109,7 +116,7 @@ def edge_scales(target: Target, coefficients: Tensor) -> Tensor | None:
 
 
 def error_table(
-    errors: Mapping[str, float], ranks: Mapping[str, tuple[int, ...]], output_errors: Mapping[str, float]
+    errors: Mapping[str, float], ranks: LayerRanks, output_errors: Mapping[str, float]
 ) -> tuple[list[str], list[list[str]]]:
     """Return the columns and rows of a report by layer: ranks, error, and error of the outputs if it is known."""
     rows = []

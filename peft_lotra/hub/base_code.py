@@ -28,7 +28,11 @@ def hub_id(name: str | None) -> str | None:
     return None if Path(str(name)).exists() else name
 
 
-def source_of_base(config: Mapping[str, Any], base: nn.Module | None, model: str | None) -> tuple[str, str]:
+def source_of_base(
+    config: Mapping[str, Any],
+    base: nn.Module | None,
+    model: str | None,
+) -> tuple[str, str]:
     """Return the class of a base as "module.name", "torch.nn.Module" if unknown, and the code that builds it.
 
     Args:

@@ -121,7 +121,13 @@ def write_model_card(
     )
 
 
-def save_section(card: Any, path: Path, template: str, title: str, **fields: Any) -> None:
+def save_section(
+    card: Any,
+    path: Path,
+    template: str,
+    title: str,
+    **fields: Any,
+) -> None:
     """Write a card with our section, made from a template; it replaces our earlier section, and PEFT's template.
 
     Args:
@@ -132,7 +138,8 @@ def save_section(card: Any, path: Path, template: str, title: str, **fields: Any
         fields: The fields of the template.
     """
     card.data.library_name = "peft"
-    card.data.tags = sorted({*(card.data.tags or []), "kan", "lotra", "peft-plugin"})
+    tags = card.data.tags or []
+    card.data.tags = sorted({*tags, "kan", "lotra", "peft-plugin"})
     fields = {**card.data.to_dict(), **fields, "card_data": card.data.to_yaml()}
     made = ModelCard(_read_template(template).render(fields))  # an error if the front matter cannot be read again
 
@@ -190,7 +197,12 @@ def _template_lines() -> set[str]:
 
 
 def write_bank_card(
-    folder: str, repo_id: str, names: list[str], base: nn.Module, base_model: str | None, base_code: str | None
+    folder: str,
+    repo_id: str,
+    names: list[str],
+    base: nn.Module,
+    base_model: str | None,
+    base_code: str | None,
 ) -> None:
     """Write the model card of a bank, README.md, with a table of its first adapters; text by a person stays."""
     path = Path(folder, README)

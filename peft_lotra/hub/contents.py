@@ -55,7 +55,12 @@ class AdapterContents(Report):
     layers: list[AdapterRow]  # and then the modules of `modules_to_save`
 
     @classmethod
-    def of(cls, adapter: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> AdapterContents:
+    def of(
+        cls,
+        adapter: str,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, torch.Tensor],
+    ) -> AdapterContents:
         """Make the contents of an adapter, from its configuration and its tensors."""
         layers: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
@@ -75,14 +80,16 @@ class AdapterContents(Report):
             norm = abs(alpha) * update.orthogonal().core.norm().item()
             rows.append(AdapterRow(name, kind, update.shape, update.form, alpha, norm, parameters))
         rows.sort(key=_sort_key)
+        dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
+        broken = [key for key, tensor in tensors.items() if not tensor.float().isfinite().all()]
         return cls(
             adapter=adapter,
             base_model=config["base_model_name_or_path"],
             base_class=(config["auto_mapping"] or {}).get("base_model_class"),
-            dtype=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
+            dtype=sorted(dtypes),
             parameters=sum(row.parameters for row in rows),
             bytes=sum(tensor.nbytes for tensor in tensors.values()),
-            finite=all(tensor.float().isfinite().all().item() for tensor in tensors.values()),
+            finite=not broken,
             layers=rows,
         )
 
@@ -90,7 +97,8 @@ class AdapterContents(Report):
         rows = []
         for name, kind, shape, ranks, alpha, norm, parameters in self.layers:
             scale = ["", ""] if alpha is None else [f"{alpha:.3g}", f"{norm:.3g}"]
-            rows.append([name, kind, form_text(shape), form_text(ranks), *scale, str(parameters)])
+            forms = [form_text(shape), form_text(ranks)]
+            rows.append([name, kind, *forms, *scale, str(parameters)])
         notes = [f"{self.parameters:,} parameters, {self.bytes / 1000:.1f} kB of {' and '.join(self.dtype)}"]
         if not self.finite:
             notes.append("The adapter is broken: it has values that are NaN or infinite.")
@@ -100,10 +108,13 @@ class AdapterContents(Report):
 
 def _sort_key(row: AdapterRow) -> tuple[bool, str]:
     """Sort saved copies to the end, and layers.2 before layers.10."""
-    return row.ranks is None, re.sub(r"\d+", lambda number: number[0].zfill(9), row.name)
+    name = re.sub(r"\d+", lambda number: number[0].zfill(9), row.name)
+    return row.ranks is None, name
 
 
-def read_adapter(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def read_adapter(
+    folder: str | os.PathLike,
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Read the configuration and the tensors of a saved adapter, from JSON and safetensors only.
 
     Raises:

@@ -67,7 +67,8 @@ def push_to_hub(
             config = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
             # no path of this machine
             config["base_model_name_or_path"] = card.get("base_model") or hub_id(config["base_model_name_or_path"])
-            (path / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+            text = json.dumps(config, indent=2, sort_keys=True)
+            (path / CONFIG_NAME).write_text(text, encoding="utf-8")
         repo_id = fetch_card(folder, repo_id, revision, token)
         write_model_card(model, folder, repo_id=repo_id, revision=None if create_pr else revision, **card)
         return upload(
@@ -75,7 +76,12 @@ def push_to_hub(
         )
 
 
-def fetch_card(folder: str, repo_id: str, revision: str | None = None, token: str | None = None) -> str:
+def fetch_card(
+    folder: str,
+    repo_id: str,
+    revision: str | None = None,
+    token: str | None = None,
+) -> str:
     """Copy the card of a repository into a folder, if there is one, and return the repository's whole name."""
     api = HfApi(token=token)
     if "/" not in repo_id:

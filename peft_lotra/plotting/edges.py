@@ -101,7 +101,7 @@ def edge_changes(model: nn.Module, inputs: Inputs) -> EdgeChanges:
         (25, 1.0)
     """
     layers = layer_changes(model, inputs)
-    total = sum(change.effect.square().sum().item() for change in layers.values()) or 1.0
+    total = sum(float(change.effect.square().sum()) for change in layers.values()) or 1.0
     edges = EdgeChanges()
     for name, change in layers.items():
         outputs, width = change.effect.shape
@@ -120,9 +120,10 @@ def layer_changes(model: nn.Module, inputs: Inputs) -> dict[str, LayerChange]:
     if isinstance(inputs, Tensor) and len(inputs) > ROWS:
         inputs = inputs[torch.linspace(0, len(inputs) - 1, ROWS).long()]
     changes = {}
-    for name, (_, functions, squares) in sample_layers(model, layers, inputs, torch.square, PROBES).items():
-        before, after = edge_coefficients(name, layers[name])
-        changes[name] = measure_change(functions, after - before, squares)
+    samples = sample_layers(model, layers, inputs, torch.square, PROBES)
+    for name, (_, functions, squares) in samples.items():
+        base, adapted = edge_coefficients(name, layers[name])
+        changes[name] = measure_change(functions, adapted - base, squares)
     if not changes:
         raise ValueError(
             "The model has no dense KAN layer with an active adapter. Adapters that are merged (`unmerge_adapter`), "
@@ -133,9 +134,9 @@ def layer_changes(model: nn.Module, inputs: Inputs) -> dict[str, LayerChange]:
 
 def edge_coefficients(name: str, module: nn.Module) -> tuple[Tensor, Tensor]:
     """Return the coefficients (out, in, basis) of the base and with active adapters, times the scales of the edges."""
-    before, scale = read_coefficients(name, locate_target(name, module).layer)
-    after, _ = read_coefficients(name, module)
-    return (before, after) if scale is None else (before * scale, after * scale)
+    base, scale = read_coefficients(name, locate_target(name, module).layer)
+    adapted, _ = read_coefficients(name, module)
+    return (base, adapted) if scale is None else (base * scale, adapted * scale)
 
 
 def measure_change(functions: Tensor, change: Tensor, squares: Tensor | None = None) -> LayerChange:
@@ -151,9 +152,12 @@ def measure_change(functions: Tensor, change: Tensor, squares: Tensor | None = N
     weights = functions.new_zeros(1, len(functions)) if squares is None else squares.T.contiguous()  # (out, rows)
     effects, variances = [], []
     # input by input: all values at once would not fit into the cache
-    for values, coefficients in zip((functions - mean).unbind(1), change.unbind(1), strict=True):
+    centered = functions - mean
+    for values, coefficients in zip(centered.unbind(1), change.unbind(1), strict=True):
         moved = (coefficients @ values.T).square()  # (out, rows)
         effects.append((moved * weights).sum(1))
         variances.append(moved.mean(1))
+    effect = torch.stack(effects, 1).sqrt()
+    layer_effect = torch.stack(variances, 1).sqrt()
     shift = torch.einsum("ik,oik->oi", mean, change)
-    return LayerChange(torch.stack(effects, 1).sqrt().cpu(), torch.stack(variances, 1).sqrt().cpu(), shift.cpu())
+    return LayerChange(effect.cpu(), layer_effect.cpu(), shift.cpu())

@@ -77,7 +77,10 @@ class ChangeParts(Report):
 
 @torch.no_grad()
 def what_changed(
-    model: nn.Module, inputs: Tensor, targets: Tensor | None = None, names: Sequence[str] | None = None
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor | None = None,
+    names: Sequence[str] | None = None,
 ) -> ChangeParts:
     r"""Divide the change of a network into a constant, a linear, an additive part, and a rest.
 
@@ -117,7 +120,7 @@ def what_changed(
         )
     chosen = torch.linspace(0, rows - 1, min(ROWS, rows)).long()
     inputs = inputs[chosen]
-    after = model_outputs(model, inputs) if targets is None else targets[chosen]
+    outputs = model_outputs(model, inputs) if targets is None else targets[chosen]
     with ExitStack() as stack:
         # unlike `disable_adapter` of PEFT, it keeps what requires a gradient, and merged adapters
         for module in model.modules():
@@ -125,13 +128,15 @@ def what_changed(
             if is_wrapper and not getattr(module, "merged", False):
                 stack.callback(setattr, module, "_disable_adapters", module._disable_adapters)
                 module._disable_adapters = True
-        before = model_outputs(model, inputs)
+        base_outputs = model_outputs(model, inputs)
     x = inputs.double().cpu()
-    if after.shape != before.shape:
-        raise ValueError(f"`targets` has shape {tuple(after.shape)}, but the outputs have {tuple(before.shape)}.")
-    change = (after.double() - before.double()).cpu().reshape(len(x), -1)
+    if outputs.shape != base_outputs.shape:
+        shape = tuple(base_outputs.shape)
+        raise ValueError(f"`targets` has shape {tuple(outputs.shape)}, but the outputs have {shape}.")
+    change = outputs.double().cpu() - base_outputs.double().cpu()
     if not x.isfinite().all() or not change.isfinite().all():
         raise ValueError("`inputs` or the change of the outputs have NaN or infinite values.")
+    change = change.reshape(len(x), -1)
     return _divide(change, x, names or [f"input {index}" for index in range(width)])
 
 
@@ -146,7 +151,8 @@ def _divide(change: Tensor, x: Tensor, names: Sequence[str]) -> ChangeParts:
     low, high = x.aminmax(dim=0)
     notes = [f"{name} is constant" for name, extent in zip(names, high - low, strict=True) if extent == 0]
     one = torch.ones(rows, 1, dtype=x.dtype)
-    linear_terms = torch.cat([one, (x - low) / (high - low).clamp(min=1e-300)], 1)
+    scaled = (x - low) / (high - low).clamp(min=1e-300)
+    linear_terms = torch.cat([one, scaled], 1)
     ranks = _rank(x)
     spline_fits = []
     for intervals in INTERVALS:
@@ -159,23 +165,23 @@ def _divide(change: Tensor, x: Tensor, names: Sequence[str]) -> ChangeParts:
     after_constant = min(total, _Fit(one, change).variance)
     after_linear = min(after_constant, _Fit(linear_terms, change).variance)
     after_additive = min(after_linear, additive_fit.variance)
-    rest = after_additive / total
+    unexplained = after_additive / total
     count = additive_fit.basis.shape[1]
     if rows < FEW_ROWS * count:
         notes.append(f"{rows} rows are few for {count} terms: the shares are rough")
     pairs = []
-    if rest >= SMALL:
+    if unexplained >= SMALL:
         if additive_fit is spline_fits[-1]:
             notes.append("the finest splines were taken: the rest may have fast oscillations")
         if width * (width - 1) // 2 > MOST_PAIRS:
             notes.append(f"{width} inputs have too many pairs to look at")
         else:
-            pairs = _find_pairs(additive_fit, ranks, names, total, rest)
+            pairs = _find_pairs(additive_fit, ranks, names, total, unexplained)
     return ChangeParts(
         constant=(total - after_constant) / total,
         linear=(after_constant - after_linear) / total,
         additive=(after_linear - after_additive) / total,
-        rest=rest,
+        rest=unexplained,
         size=total**0.5,
         pairs=pairs,
         notes=notes,
@@ -216,15 +222,21 @@ def _splines(ranks: Tensor, intervals: int, order: int) -> Tensor:
     return bspline_basis(ranks, 0.0, 1.0, intervals, order)[:, :, :-1]
 
 
-def _find_pairs(additive: _Fit, ranks: Tensor, names: Sequence[str], total: float, rest: float) -> list[Pair]:
+def _find_pairs(
+    additive: _Fit,
+    ranks: Tensor,
+    names: Sequence[str],
+    total: float,
+    unexplained: float,
+) -> list[Pair]:
     """Return the pairs of inputs that explain at least a tenth of the rest, the largest first."""
     splines = _splines(ranks, PAIR_INTERVALS, PAIR_ORDER)
     pairs = []
     for i, j in combinations(range(len(names)), 2):
-        products = (splines[:, i, :, None] * splines[:, j, None, :]).flatten(1)
+        products = torch.einsum("na,nb->nab", splines[:, i], splines[:, j]).flatten(1)
         beyond = products - additive.basis @ (additive.basis.T @ products)
         fit = _Fit(beyond, additive.residual, additive.basis.shape[1])
-        share = rest - fit.variance / total
-        if share > max(0.1 * rest, SMALL):
+        share = unexplained - fit.variance / total
+        if share > max(0.1 * unexplained, SMALL):
             pairs.append(Pair(names[i], names[j], share))
     return sorted(pairs, key=lambda pair: -pair.share)

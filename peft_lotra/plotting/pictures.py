@@ -11,7 +11,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..compress.data_weights import Inputs, functions_at, sample_layers
 from ..compress.spectra import Spectrum
@@ -51,15 +51,16 @@ def plot_spectra(spectrum: Spectrum) -> Figure:
     modes = max((len(layer.shape) for layer in changed.values()), default=3)
     figure = new_figure((3 * modes, 3))
     axes = figure.subplots(1, modes, sharey=True)
-    for mode, axis in enumerate(axes):
-        for name, layer in changed.items():
-            if mode < len(layer.shape):  # dense layers have no kernel
-                values = (layer.singular_values[mode] / layer.norm).cpu()
-                axis.plot(range(1, len(values) + 1), values, marker=".", label=name or "layer")
-        axis.set(title=f"{MODES[mode]} mode", xlabel="index", yscale="log")
+    for name, layer in changed.items():
+        for axis, values in zip(axes, layer.singular_values, strict=False):  # dense layers have no kernel
+            shares = (values / layer.norm).cpu()
+            axis.plot(range(1, len(shares) + 1), shares, marker=".", label=name or "layer")
+    for axis, mode in zip(axes, MODES, strict=False):
+        axis.set(title=f"{mode} mode", xlabel="index", yscale="log")
         axis.grid(alpha=0.25)
     # values that are zero to rounding would press all others together
-    axes[0].set(ylim=(max(axes[0].get_ylim()[0], 1e-4), 1.2), ylabel="singular value / norm")
+    bottom, _ = axes[0].get_ylim()
+    axes[0].set(ylim=(max(bottom, 1e-4), 1.2), ylabel="singular value / norm")
     if changed:
         axes[2].legend(fontsize=8)  # all layers have this mode
     return figure
@@ -112,14 +113,15 @@ def plot_edge_functions(
         )
     z = None
     if x is not None:
-        z = sample_layers(model, {layer_name: module}, x, torch.square, probes=0)[layer_name].inputs
+        samples = sample_layers(model, {layer_name: module}, x, torch.square, probes=0)
+        z = samples[layer_name].inputs
     points, functions = _sample_functions(target, z)
-    before, after = edge_coefficients(layer_name, module)
+    base, adapted = edge_coefficients(layer_name, module)
     is_adapted = isinstance(module, LoTRALayer) and bool(module.applied_updates())
     if is_adapted and x is not None:
         effect = layer_changes(model, x)[layer_name].effect
     else:
-        effect = measure_change(functions, after - before if is_adapted else before).layer_effect
+        effect = measure_change(functions, adapted - base if is_adapted else base).layer_effect
     if edges is None:
         largest = effect.amax(0).argsort(descending=True)[:6].tolist()
         edges = [(int(effect[:, index].argmax()), index) for index in largest]
@@ -134,13 +136,13 @@ def plot_edge_functions(
         axis.tick_params(labelsize=8)
         axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.25)
-        curves = functions[:, index] @ torch.stack([before[output, index], after[output, index]], 1)
-        base_curve, adapted_curve = curves.T.cpu()
         at = points[:, index].cpu()
-        axis.plot(at, base_curve, label="base", color="0.5", ls="--")
+        curve = functions[:, index] @ base[output, index]
+        axis.plot(at, curve.cpu(), label="base", color="0.5", ls="--")
         if is_adapted:
+            curve = functions[:, index] @ adapted[output, index]
             color = _color_of(effect[output, index] / effect.max().clamp(min=1e-30))
-            axis.plot(at, adapted_curve, label="adapted, darker for a larger effect", color=color)
+            axis.plot(at, curve.cpu(), label="adapted, darker for a larger effect", color=color)
         if z is not None:
             marks = z[:MARKS, index].float().cpu()
             bottom = axis.get_xaxis_transform()
@@ -154,32 +156,38 @@ def plot_edge_functions(
     return figure
 
 
-def _sample_functions(target: Target, z: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _sample_functions(target: Target, z: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return points (rows, in) over the range of what reaches a layer, or of its grid, and its functions there.
 
     Raises:
         ValueError: The functions of one input depend on the others.
     """
     layer, spec, tensor = target
-    ends = grid_ends(spec.read_grid(layer), tensor.shape) if z is None else z.aminmax(dim=0)
-    low, high = ends or (-torch.ones(tensor.shape[1]), torch.ones(tensor.shape[1]))
+    ends = grid_ends(spec.read_grid(layer), tensor.shape)
+    if z is not None:
+        ends = z.aminmax(dim=0)
+    elif ends is None:
+        ones = torch.ones(tensor.shape[1])
+        ends = -ones, ones
+    low, high = ends
     high = high.clamp(min=low + 1e-6)  # a unit may be constant
     share = torch.linspace(0, 1, POINTS, device=low.device).unsqueeze(1)
-    points = torch.lerp(low, high, share.to(low)).to(tensor.get_parameter(layer))
+    points = torch.lerp(low, high, share.to(low))
+    points = points.to(tensor.get_parameter(layer))
     functions = functions_at(target, points)
 
     mixed = points.clone()
     mixed[:, ::2] = points[:, ::2].flip(0)
-    others = functions_at(target, mixed)
-    others[:, ::2] = others[:, ::2].flip(0)
-    if not torch.allclose(functions, others, rtol=1e-3, atol=1e-5):
+    mixed_functions = functions_at(target, mixed)
+    mixed_functions[:, ::2] = mixed_functions[:, ::2].flip(0)
+    if not torch.allclose(functions, mixed_functions, rtol=1e-3, atol=1e-5):
         raise ValueError(
             f"This {tensor.family} layer has no functions of one input to draw: it normalizes its inputs together."
         )
     return points.float(), functions.double()
 
 
-def _color_of(share: torch.Tensor) -> Any:
+def _color_of(share: Tensor) -> Any:
     """Return the color of a share from 0 to 1."""
     from matplotlib import colormaps
 
@@ -187,7 +195,10 @@ def _color_of(share: torch.Tensor) -> Any:
 
 
 def plot_network_change(
-    model: nn.Module, x: Inputs, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
+    model: nn.Module,
+    x: Inputs,
+    inputs: Sequence[str] = (),
+    outputs: Sequence[str] = (),
 ) -> Figure:
     """Draw a network as a diagram: each edge in the color of what its change adds to the outputs of the network.
 
@@ -215,7 +226,8 @@ def plot_network_change(
         >>> model = get_peft_model(KAN([2, 5, 3]), config)
         >>> figure = plot_network_change(model, torch.rand(100, 2), inputs=["x", "t"])
     """
-    squares = {name: change.effect.square() for name, change in layer_changes(model, x).items()}
+    changes = layer_changes(model, x)
+    squares = {name: change.effect.square() for name, change in changes.items()}
     total = sum(effect.sum().item() for effect in squares.values()) or 1.0
     top = max(effect.max().item() for effect in squares.values()) / total or 1.0
     figure = new_figure((1.5 + 2.2 * len(squares), 4))
@@ -231,13 +243,17 @@ def plot_network_change(
         left, right = _heights(count_in), _heights(count_out)
         order = effect.flatten().argsort()[-MOST_EDGES:]  # the largest above the others
         shares = effect.flatten()[order] / total
-        segments = [
-            ((column, left[edge % count_in]), (column + 1, right[edge // count_in])) for edge in order.tolist()
-        ]
+        segments = []
+        for edge in order.tolist():
+            output, index = divmod(edge, count_in)
+            segments.append([(column, left[index]), (column + 1, right[output])])
         widths = 0.5 + 2.5 * shares / top
-        lines = LineCollection(segments, array=shares.numpy(), clim=(0, top), cmap="viridis_r", linewidths=widths)
+        lines = LineCollection(segments, cmap="viridis_r", linewidths=widths)
+        lines.set_array(shares.numpy())
+        lines.set_clim(0, top)
         axis.add_collection(lines)
-        axis.plot([column] * count_in + [column + 1] * count_out, left + right, "o", color="0.25", markersize=4)
+        for units_at, heights in ((column, left), (column + 1, right)):
+            axis.plot([units_at] * len(heights), heights, "o", color="0.25", markersize=4, zorder=3)
         axis.text(column + 0.5, 1.06, f"{layer}\n{count_in} to {count_out}", ha="center", va="bottom")
         _write_names(axis, column - 0.05, names, left, "right")
         column, names, units = column + 1, (), count_out
@@ -248,14 +264,22 @@ def plot_network_change(
     return figure
 
 
-def _write_names(axis: Any, column: float, names: Sequence[str], heights: Sequence[float], side: str) -> None:
+def _write_names(
+    axis: Any,
+    column: float,
+    names: Sequence[str],
+    heights: Sequence[float],
+    side: str,
+) -> None:
     for name, height in zip(names, heights, strict=bool(names)):
         axis.text(column, height, name, ha=side, va="center")
 
 
 def _heights(units: int) -> list[float]:
     """Return the heights of the units of a column, from 1 down to 0."""
-    return [0.5] if units == 1 else torch.linspace(1, 0, units, device="cpu").tolist()
+    if units == 1:
+        return [0.5]
+    return torch.linspace(1, 0, units, device="cpu").tolist()
 
 
 def plot_history(history: Sequence[LevenbergMarquardtStep], names: Sequence[str] = ()) -> Figure:

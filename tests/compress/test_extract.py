@@ -169,8 +169,8 @@ def move_grid(model):
 @pytest.mark.parametrize(
     "tuned, kwargs, message",
     [
-        (lambda: KAN([3, 6, 4]), {}, r"`layers\.0\.spline_weight` is not the same in both"),
-        (lambda: KAN([3, 5, 4, 4]), {}, r"`layers\.2\.spline_weight` is not the same"),
+        (lambda: KAN([3, 6, 4]), {}, r"differ in .*layers\.0\.spline_weight"),
+        (lambda: KAN([3, 5, 4, 4]), {}, r"differ in .*layers\.2\.spline_weight"),
         (lambda: KAN([3, 5, 4], grid_size=6, spline_order=2), {}, r"grid of `layers\.0` differs"),
         (lambda: broken(set_nan), {}, r"coefficients of `layers\.1` are not finite"),
         (lambda: broken(move_grid), {}, r"grid of `layers\.1` differs.*update_grid"),
@@ -179,7 +179,7 @@ def move_grid(model):
         (lambda: broken(lambda _: None), {"r": None}, "Pass one of"),
         (lambda: broken(lambda _: None), {"r": 0}, "positive integer"),
         (lambda: broken(lambda _: None), {"rank_pattern": {"layers.0": 2}}, r"no ranks for \['layers\.1'\]"),
-        (lambda: broken(lambda model: model.add_module("head", nn.Linear(2, 2))), {}, "`head.weight` is not the same"),
+        (lambda: broken(lambda model: model.add_module("head", nn.Linear(2, 2))), {}, "differ in .*head.weight"),
     ],
 )  # fmt: skip
 def test_errors_leave_the_base_as_it_was(tuned, kwargs, message):
