@@ -25,6 +25,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
+from ._version import __version__
 from .compress.extract import extract_lotra
 from .hub.contents import AdapterContents, adapter_folders, read_adapter
 from .kan import modeling_kan  # noqa: F401  (registers KANModel with AutoModel)
@@ -45,6 +46,8 @@ app = typer.Typer(
 main = app  # the entry point
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of ADAPTER on the Hub.")]
+Subfolder = Annotated[str | None, typer.Option(help="Name of the adapter, if it is not `default`: its subfolder.")]
 Energy = Annotated[float, typer.Option(help="Share of the squared norm to keep in each layer, 0 to 1.")]
 Factory = Annotated[str | None, typer.Option(help="MODULE:CALLABLE that builds the network of a state dict.")]
 Adapter = Annotated[str, typer.Argument(help="A folder that `save_pretrained` wrote, or USER/REPO on the Hub.")]
@@ -53,8 +56,17 @@ Network = Annotated[str, typer.Argument(help="MODULE:CALLABLE that builds a netw
 Out = Annotated[str, typer.Argument(help="The folder to write. It must not exist, or be empty.")]
 
 
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        print(__version__)
+        raise typer.Exit()
+
+
+Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")]
+
+
 @app.callback()
-def _silence() -> None:
+def _start(version: Version = False) -> None:
     # no progress bars and no log messages of the libraries
     disable_progress_bars()
     logging.disable_progress_bar()
@@ -98,9 +110,9 @@ def find(model: Network, as_json: Json = False) -> None:
 
 
 @_command
-def inspect(adapter: Adapter, as_json: Json = False) -> None:
+def inspect(adapter: Adapter, revision: Revision = None, subfolder: Subfolder = None, as_json: Json = False) -> None:
     """Show the layers, ranks, sizes and norms of an adapter."""
-    contents = AdapterContents.of(adapter, *read_adapter(_find_adapter(adapter)))
+    contents = AdapterContents.of(adapter, *read_adapter(_find_adapter(adapter, revision, subfolder)))
     base = contents.base_model or f"a {contents.base_class or 'model'}"
     _print(contents.as_dict(), f"LoTRA adapter {adapter}, for {base}\n\n{contents}", as_json)
 
@@ -110,6 +122,8 @@ def merge(
     base: Model,
     adapter: Adapter,
     out: Out,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
     factory: Factory = None,
     as_json: Json = False,
 ) -> None:
@@ -117,7 +131,7 @@ def merge(
 
     Saves the merged model, which has the class of BASE and no trace of the adapter.
     """
-    folder = _find_adapter(adapter)
+    folder = _find_adapter(adapter, revision, subfolder)
     contents = AdapterContents.of(adapter, *read_adapter(folder))
     model: Any = PeftModel.from_pretrained(_load_model(base, factory), str(folder))
     merged = model.merge_and_unload(safe_merge=True)
@@ -147,24 +161,26 @@ def extract(
     _print({"out": out, **report.as_dict()}, f"{report}\nadapter saved in {out}", as_json)
 
 
-def _fetch(source: str, files: list[str]) -> Path:
+def _fetch(source: str, files: list[str], revision: str | None = None) -> Path:
     """Return the file or folder; for a repository, a folder with these files."""
     if Path(source).exists():
         return Path(source)
     try:
-        return Path(snapshot_download(source, allow_patterns=files))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=files))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"There is no file or folder {source}, and no repository of that name could be read from the Hub. {error}"
         ) from error
 
 
-def _find_adapter(source: str) -> Path:
-    """Return the folder of the adapter `default`, or of the only adapter."""
-    folders = adapter_folders(_fetch(source, [f"*{CONFIG_NAME}", f"*{SAFETENSORS_WEIGHTS_NAME}"]))
-    if "default" not in folders and len(folders) > 1:
-        raise ValueError(f"{source} has the adapters {', '.join(folders)}: pass the folder of one of them.")
-    return next(iter(folders.values()))
+def _find_adapter(source: str, revision: str | None, subfolder: str | None) -> Path:
+    """Return the folder of an adapter: by default of `default`, or of the only one."""
+    files = [f"*{CONFIG_NAME}", f"*{SAFETENSORS_WEIGHTS_NAME}"]
+    folders = adapter_folders(_fetch(source, files, revision))
+    name = subfolder or "default"
+    if name not in folders and (subfolder or len(folders) > 1):
+        raise ValueError(f"{source} has the adapters {', '.join(folders)}: choose one by --subfolder.")
+    return folders.get(name) or next(iter(folders.values()))
 
 
 def _load_model(source: str, factory: str | None = None) -> nn.Module:

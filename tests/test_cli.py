@@ -16,6 +16,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, load_model, save_file, save_model
 from typer.testing import CliRunner
 
+import peft_lotra
 from peft_lotra import LoTRAConfig, cli
 from peft_lotra.kan import KAN, KANConfig, KANModel
 
@@ -76,7 +77,7 @@ def output(model):
 def test_inspect(run, made):
     out = run("inspect {}/adapter").stdout
     assert "layers.0" in out and "(4, 2, 9)" in out and "(2, full, 2)" in out and "74 parameters" in out
-    info = json.loads(run("inspect {}/adapter/second --json").stdout)
+    info = json.loads(run("inspect {}/adapter --subfolder second --json").stdout)
     assert info["base_class"] == "KANModel" and info["dtype"] == ["float32"] and info["finite"]
     assert [layer["ranks"] for layer in info["layers"]] == [[1, "full", 3], [1, 2, 3]]
     model = PeftModel.from_pretrained(KANModel.from_pretrained(made / "base"), made / "adapter/second")
@@ -149,6 +150,7 @@ ERRORS = {
     "find {}": "{} is no transformers model: it has no config.json",
     "inspect .": "is no adapter: it has no adapter_config.json",
     "merge {}/adapter {}/adapter out": "config.json",
+    "inspect {}/adapter --subfolder third": "has the adapters default, second: choose one by --subfolder",
     "merge {}/other {}/adapter out": "The adapter is for another base",
     "merge {}/base {}/nan out": "not finite",
     "merge {}/base {}/adapter {}/tuned": "exists already",
@@ -180,3 +182,7 @@ def test_as_a_program(made):
         result.stderr
         == f"error: {made / 'base'} is no adapter: it has no adapter_config.json. Save the adapter there first.\n"
     )
+
+
+def test_the_version_is_printed():
+    assert CliRunner().invoke(cli.app, ["--version"]).stdout.strip() == peft_lotra.__version__

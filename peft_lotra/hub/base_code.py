@@ -15,6 +15,8 @@ from typing import Any
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 
+from ..kan import KAN, KANLinear
+
 
 CLASS = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
@@ -51,4 +53,21 @@ def source_of_base(
     if model and (cls is None or hasattr(cls, "from_pretrained")):
         revision = f", revision={json.dumps(config['revision'])}" if config.get("revision") else ""
         return base_class, f'from {module} import {name}\n\nbase = {name}.from_pretrained("{model}"{revision})'
-    return base_class, f"base = ...  # a {base_class}, with the weights that the adapter was trained on"
+    constructor = _constructor_of_kan(base) if type(base) is KAN else None
+    if constructor is None:
+        return base_class, f"base = ...  # a {base_class}, with the weights that the adapter was trained on"
+    code = f"from peft_lotra.kan import KAN\n\nbase = {constructor}\n"
+    return base_class, f"{code}# now load into `base` the weights that the adapter was trained on"
+
+
+def _constructor_of_kan(kan: KAN) -> str | None:
+    """Return the call that builds a KAN of the same shape; None if its layers are not plain, or have several grids."""
+    layers: list[Any] = [getattr(layer, "base_layer", layer) for layer in kan.layers]
+    if any(type(layer) is not KANLinear for layer in layers):  # norms, or Slim layers
+        return None
+    grids = {(layer.grid_size, layer.spline_order, layer.grid_range) for layer in layers}
+    if len(grids) > 1:
+        return None
+    size, order, interval = grids.pop()
+    widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
+    return f"KAN({widths}, grid_size={size}, spline_order={order}, grid_range={interval})"

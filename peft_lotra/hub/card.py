@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ def write_model_card(
     revision: str | None = None,
     base_model: str | None = None,
     base_code: str | None = None,
+    tags: Iterable[str] = (),
     metrics: Mapping[str, float] | None = None,
     license: str | None = None,
 ) -> None:
@@ -47,7 +48,7 @@ def write_model_card(
 
     The card says how to build the base and load the adapter, and lists the layers of the first adapter. It replaces an
     earlier card by this function, and PEFT's template; other text in README.md stays. A later `save_pretrained` keeps
-    `base_model`, `base_code`, `metrics` and `license`, which are in the front matter.
+    `base_model`, `base_code`, `tags`, `metrics` and `license`, which are in the front matter.
 
     Args:
         model: The model, from which the code of the base is made; None if it is not in memory.
@@ -56,7 +57,8 @@ def write_model_card(
         revision: The branch of `repo_id`, if it is not the main one.
         base_model: The base model on the Hub, by default the one that the base was loaded from.
         base_code: Python code that assigns the base to the variable `base`, if `from_pretrained` cannot load it. By
-            default the code of the existing card.
+            default the code of the existing card, else the code that builds a `peft_lotra.kan.KAN` of the same shape.
+        tags: Tags besides "lotra", "kan" and "peft-plugin".
         metrics: Results for the model-index, by name. By default the existing ones stay.
         license: The identifier of the adapter's license, such as "apache-2.0". By default that of the existing card.
 
@@ -92,7 +94,8 @@ def write_model_card(
     # PEFT writes paths of local folders there too, which the Hub refuses
     source = base_model or hub_id(config.get("base_model_name_or_path")) or hub_id(data.base_model)
     data.base_model, data.license = source, license or data.license
-    data.tags = [tag for tag in data.tags or [] if not tag.startswith("base_model:adapter:")]
+    tags = [*(data.tags or []), *([tags] if isinstance(tags, str) else tags)]
+    data.tags = [tag for tag in tags if not tag.startswith("base_model:adapter:")]
     if source:
         data.tags.append(f"base_model:adapter:{source}")
     if base_code or base_model:

@@ -15,7 +15,7 @@ from peft import get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 from peft_lotra import LoTRAConfig, write_model_card
-from peft_lotra.kan import KAN, KANConfig, KANModel
+from peft_lotra.kan import KAN, KANConfig, KANLinear, KANModel
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def code_of(base, folder, adapter_config=None, from_files=False, **kwargs) -> st
 
 
 def test_the_snippet_runs_in_the_folder(model, readme, monkeypatch):
-    write_model_card(model, readme.parent, base_code="from peft_lotra.kan import KAN\n\nbase = KAN([2, 3, 1])")
+    write_model_card(model, readme.parent)
     monkeypatch.chdir(readme.parent)
     namespace = {}
     exec(code_in(readme.parent), namespace)
@@ -79,10 +79,10 @@ def test_a_save_leaves_the_card_of_a_person_alone(model, tmp_path):
     with open(tmp_path / "README.md", "a") as file:
         file.write("\nAfter.\n")
     model.save_pretrained(tmp_path)
-    write_model_card(model, tmp_path)
+    write_model_card(model, tmp_path, tags="scans")
     found = (tmp_path / "README.md").read_text()
     assert found.index("# Mine") < found.index("## Use it") < found.index("After.") and found.count("## Use it") == 1
-    assert ModelCard(found).data.license == "mit"
+    assert ModelCard(found).data.license == "mit" and "scans" in ModelCard(found).data.tags
 
 
 def test_front_matter_that_exists_is_kept(model, readme):
@@ -106,7 +106,20 @@ def test_the_code_of_the_user_stays(model, readme):
     assert "mine()" not in code_in(readme.parent)
 
 
-@pytest.mark.parametrize("base", [KAN([2, 3, 1]), nn.Sequential(KAN([2, 1]))])
+def test_code_that_makes_a_kan(tmp_path):
+    base = KAN([2, 3, 1], grid_size=4, spline_order=2, grid_range=(0.0, 2.0))
+    namespace, bounds = {}, base.layers[0].grid_bounds
+    exec(code_of(base, tmp_path).split("\nmodel =")[0], namespace)
+    assert torch.equal(namespace["base"].layers[0].grid_bounds, bounds)
+    assert namespace["base"](torch.rand(4, 2)).shape == (4, 1)
+    assert "base = KAN([2, 1]" in code_of(KAN([2, 1]), tmp_path, base_model="ann/kan")  # has no `from_pretrained`
+
+
+UNEQUAL_GRIDS = KAN([2, 3, 1], grid_size=4)
+UNEQUAL_GRIDS.layers[1] = KANLinear(3, 1, grid_size=7)
+
+
+@pytest.mark.parametrize("base", [KAN([2, 3, 1], norm="layer"), nn.Sequential(KAN([2, 1])), UNEQUAL_GRIDS])
 def test_code_of_other_bases(tmp_path, base):
     assert "base = ...  # a " in code_of(base, tmp_path, base_model="ann/kan")  # they have no `from_pretrained`
 

@@ -67,7 +67,7 @@ back["several"] = comes_back(second, "user/several", subfolder="other")
 
 KANModel(KANConfig(widths=(3, 8, 2))).push_to_hub("user/kan")
 public = on_base()
-push_to_hub(public, "user/public", metrics={"r2": 0.9}, commit_message="first")
+push_to_hub(public, "user/public", metrics={"r2": 0.9}, tags=["digits"], commit_message="first")
 push_to_hub(on_base(), "user/public", revision="v2")
 found = {"back": back, "public": snippet_runs(public, "user/public"), "card": text("user/public")}
 found["v2"] = text("user/public", revision="v2")
@@ -112,7 +112,7 @@ def command(*args):
     return result.exit_code, result.stdout, result.stderr
 
 found["inspect"] = command("inspect", "user/public", "--json")
-found["merge"] = command("merge", "user/kan", "user/public", "merged")
+found["merge"] = command("merge", "user/kan", "user/public", "merged", "--revision", "v2")
 found["missing"], found["kan"] = command("inspect", "user/nothing"), command("inspect", "user/kan")
 print(json.dumps(found))
 """
@@ -136,7 +136,7 @@ def test_the_code_of_the_card_loads_the_adapter(found, name):
 def test_the_card(found):
     card = ModelCard(found["card"])
     assert card.data.library_name == "peft" and card.data.base_model == "user/kan"
-    assert {"base_model:adapter:user/kan", "kan", "lotra", "peft-plugin"} <= set(card.data.tags)
+    assert {"base_model:adapter:user/kan", "digits", "kan", "lotra", "peft-plugin"} <= set(card.data.tags)
     assert card.data.eval_results[0].metric_value == 0.9
     assert re.search(r"\n\S*layers.0 +peft-lotra +\(8, 3, 9\) +\(2, full, 4\) +1 ", card.text)
     assert 'revision="v2"' in found["v2"]
