@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn.functional import embedding
 
 from ..hub.card import README, write_bank_card
 from ..hub.push import fetch_card, upload
-from ..kan.row_product import PackedTucker, RowGroups, group_rows
+from ..kan.row_product import PackedTucker, group_rows
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.slim import SlimLayer
 from ..modules.calls import LayerLock, places, unwrap
@@ -76,22 +77,21 @@ class AdapterBank:
             raise ValueError(f"`dtype` is {dtype}, but must be a floating type.")
         self.base = unwrap(base)
         check_unmerged(self.base)
-        targets = find_targets(LoTRAConfig(), self.base)
-        self.record = {name: record_layer(LoTRALayer(*target, name)) for name, target in targets.items()}
+        self.record = {}
         layers = {}
-        for name, target in targets.items():
+        for name, target in find_targets(LoTRAConfig(), self.base).items():
+            self.record[name] = record_layer(LoTRALayer(*target, name))
             shape = full_shape(target.tensor)
             layers[name] = PackedTucker(shape, (0,) * len(shape))
-        stored = target.tensor.get_parameter(target.layer)
-        packed = torch.zeros(1, 0, dtype=dtype or torch.promote_types(stored.dtype, torch.float32), device="cpu")
-        form_of = torch.zeros(1, dtype=torch.int32, device="cpu")
-        # read once by whoever needs several parts of it, and replaced as a whole, under the lock
-        self.snapshot = Snapshot.of_rows(packed, layers, [Form({})], form_of, [BASE])
+            dtype = dtype or torch.promote_types(target.tensor.get_parameter(target.layer).dtype, torch.float32)
+        packed = torch.zeros(1, 0, dtype=dtype, device="cpu")
+        # read once by whoever needs several of its fields, and replaced as a whole, under the lock
+        self.snapshot = Snapshot.of_rows(packed, layers, [Form({})], {BASE: 0})
         self.traced_pass: BankPass | None = None  # the pass that a compiler traces
         self._lock = LayerLock()
         self._agreeing_records: list[Any] = []  # records of bases that agreed with this one
-        self._before: list[tuple[nn.Module, str, Any]] = []  # attributes before it was attached; None: new ones
-        self._left_out_of: str | None = None  # the folder or repository of which some adapters were loaded
+        self._replaced: list[tuple[nn.Module, str, Any]] = []  # attributes before `attach`; None for new ones
+        self._loaded_from: str | None = None  # the folder or repository of which some adapters were loaded
 
     @classmethod
     def from_folders(
@@ -101,14 +101,17 @@ class AdapterBank:
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> AdapterBank:
-        """A bank of saved adapters: `folders` by the names of the adapters, or paths whose last parts are the names.
+        """Return a bank of saved adapters.
 
-        `kwargs` are those of `add`.
+        Args:
+            base (`nn.Module`): The model that the adapters are for.
+            folders (`dict` or `list`): Folders by the names of the adapters, or folders whose names are these names.
+            dtype (`torch.dtype`, *optional*): As for a new bank.
+            kwargs: Arguments of `add`.
         """
         bank = cls(base, dtype)
-        paths = folders.values() if isinstance(folders, Mapping) else folders
-        for name, path in zip(folders, paths, strict=True):
-            name = name if isinstance(folders, Mapping) else os.path.basename(os.path.normpath(path))
+        pairs = folders.items() if isinstance(folders, Mapping) else [(Path(path).name, path) for path in folders]
+        for name, path in pairs:
             bank.add(name, path, **kwargs)
         return bank
 
@@ -117,13 +120,13 @@ class AdapterBank:
     @property
     def names(self) -> list[str]:
         """The names of the adapters, in the order in which they were added."""
-        return list(self.snapshot.ids)[1:]
+        return list(self.snapshot.entries)[1:]
 
     def __len__(self) -> int:
-        return len(self.snapshot.ids) - 1
+        return len(self.snapshot.entries) - 1
 
     def __contains__(self, name: object) -> bool:
-        return name != BASE and name in self.snapshot.ids
+        return name != BASE and name in self.snapshot.entries
 
     def __repr__(self) -> str:
         packed = self.snapshot.packed
@@ -164,20 +167,20 @@ class AdapterBank:
         Raises:
             ValueError: The name is known, or the adapter is of another base, grid or kind of layer, or damaged.
         """
-        if not isinstance(name, str) or not name or name == BASE:
+        if name == BASE or not isinstance(name, str):
             raise ValueError(f"The name of an adapter must be a string other than '__base__', got {name!r:.100}.")
         try:
             if isinstance(adapter, AdapterBank):
                 if adapter.base is not self.base:
                     raise ValueError("the other bank has another base. Load it by `AdapterBank.load(base, folder)`.")
-                updates, from_gradient = adapter.snapshot.updates_of(name)
+                updates, start = adapter.snapshot.updates_of(name)
             else:
                 records = self._agreeing_records
-                updates, from_gradient = read_adapter(adapter, self.base, adapter_name, alpha, check_base, records)
+                updates, start = read_adapter(adapter, self.base, adapter_name, alpha, check_base, records)
             with self._change() as snapshot:
-                if name in snapshot.ids and not replace:
+                if name in self and not replace:
                     raise ValueError("the bank has an adapter of this name already. Pass `replace=True`.")
-                self.snapshot = snapshot.with_adapter(name, updates, from_gradient)
+                self.snapshot = snapshot.with_adapter(name, updates, start)
         except (ValueError, TypeError, OSError) as error:
             raise ValueError(f"The adapter {name!r} was not added: {error}") from error
 
@@ -226,14 +229,14 @@ class AdapterBank:
         with self._change() as snapshot:
             snapshot = snapshot.rebuild()  # a matrix of its own, since passes that have begun read the former one
             rows = snapshot.rows_of(self.names if names is None else names)
-            if snapshot.packed.dtype.itemsize < 4 or not len(rows) or 0 in rows:
-                raise ValueError("Only adapters of float32 or float64 are trained: load the bank with such a `dtype`.")
-            trained = torch.zeros(len(snapshot.packed), dtype=torch.bool, device=rows.device)
-            trained[rows] = True
             packed = nn.Parameter(snapshot.packed)
+            if packed.itemsize < 4 or not len(rows) or 0 in rows:
+                raise ValueError("Only adapters of float32 or float64 are trained: load the bank with such a `dtype`.")
+            trained = torch.zeros(len(packed), dtype=torch.bool, device=rows.device)
+            trained[rows] = True
+            is_component = snapshot.fill_components(lambda form, layer: {}).bool()
             self.snapshot = snapshot._replace(packed=packed, trained=trained)
-            is_component = snapshot.pack_by_component(lambda form, layer: {}).bool()
-            return packed, is_component[snapshot.form_of] & trained.unsqueeze(1)
+            return packed, is_component & trained.unsqueeze(1)
 
     def stop_training(self) -> None:
         """End what `start_training` began; the adapters stay as they are trained."""
@@ -249,16 +252,14 @@ class AdapterBank:
             ids (`torch.Tensor`): The id of the adapter of each row, (rows,).
 
         Raises:
-            ValueError: An id belongs to no adapter, or the shapes differ.
+            ValueError: An id belongs to no adapter.
         """
         snapshot = self.snapshot
-        rows = snapshot.rows_of(ids)
-        if errors.shape != rows.shape:
-            raise ValueError(f"`errors` must have one entry for each of {len(ids)} rows, got {tuple(errors.shape)}.")
+        snapshot.rows_of(ids)  # refuses unknown ids
         room = len(snapshot.row_of) - 1
-        place = ids.to(errors.device, torch.int64) + 1  # those of the base come first, and are left out
-        sums = errors.new_zeros(room).index_add(0, place, errors)
-        return (sums / place.bincount(minlength=room))[1:]
+        index = ids.to(errors.device, torch.int64) + 1  # the base comes first, and is left out
+        sums = errors.new_zeros(room).index_add(0, index, errors)
+        return (sums / index.bincount(minlength=room))[1:]
 
     # --- files ---
 
@@ -276,14 +277,12 @@ class AdapterBank:
         self._check_whole(os.path.realpath(folder))
         with replacing_files(folder) as stage:
             snapshot = self.snapshot  # not earlier: another thread may have saved a later one while this one waited
-            skip = list(skip)
-            snapshot.ids_of(skip)  # refuses unknown names
-            names = [name for name in snapshot.ids if name == BASE or name not in skip]
-            write_bank(stage, snapshot, names, self.record)
+            skipped = set(skip)
+            write_bank(stage, snapshot, [name for name in snapshot.entries if name not in skipped], self.record)
 
     def _check_whole(self, target: str) -> None:
         """Raise a ValueError if the target has adapters that `load(names=...)` left out."""
-        if self._left_out_of == target:
+        if self._loaded_from == target:
             raise ValueError(
                 f"The bank holds only some adapters of {target}, and the others would be lost. Save it elsewhere, or "
                 "load the whole bank and add these to it: `whole.add(name, bank, replace=True)`."
@@ -324,10 +323,10 @@ class AdapterBank:
         snapshot = read_bank(folder, bank.base, check_base, mapped, skip_damaged, names, revision)
         if dtype is not None and not mapped:
             snapshot = snapshot._replace(packed=snapshot.packed.to(dtype))
-            check_finite(snapshot.packed, snapshot.ids, "Load the bank in another `dtype`.")
+            check_finite(snapshot.packed, snapshot.entries, "Load the bank in another `dtype`.")
         bank.snapshot = snapshot
         if names is not None:
-            bank._left_out_of = os.path.realpath(folder) if os.path.isdir(folder) else folder
+            bank._loaded_from = os.path.realpath(folder) if os.path.isdir(folder) else folder
         return bank
 
     def push_to_hub(
@@ -347,23 +346,21 @@ class AdapterBank:
             ValueError: The bank is empty, or the repository is public despite `private`, or see `save`.
         """
         snapshot = self.snapshot
-        _, *names = snapshot.ids
-        if not names:
+        names = list(snapshot.entries)
+        if len(names) == 1:
             raise ValueError("The bank is empty: add adapters before it is pushed.")
         with TemporaryDirectory() as folder:
             repo_id = fetch_card(folder, repo_id, kwargs.get("revision"), kwargs.get("token"))
             self._check_whole(repo_id)
-            write_bank(folder, snapshot, list(snapshot.ids), self.record)
-            write_bank_card(folder, repo_id, names, self.base, base_model, base_code)
-            return upload(folder, repo_id, f"Upload {len(names)} LoTRA adapters", **kwargs)
+            write_bank(folder, snapshot, names, self.record)
+            write_bank_card(folder, repo_id, names[1:], self.base, base_model, base_code)
+            return upload(folder, repo_id, f"Upload {len(names) - 1} LoTRA adapters", **kwargs)
 
     def export(self, name: str, folder: str | os.PathLike) -> None:
         """Write one adapter as a folder that `PeftModel.from_pretrained` loads; its alpha is in the cores."""
-        if name not in self:
-            raise ValueError(f"The bank has no adapter {name!r} to export.")
-        updates, from_gradient = self.snapshot.updates_of(name)
+        updates, start = self.snapshot.updates_of(name)
         with replacing_files(folder, README) as stage:
-            write_updates(stage, updates, from_gradient, self.record, self.base)
+            write_updates(stage, updates, start, self.record, self.base)
 
     # --- serving ---
 
@@ -385,36 +382,35 @@ class AdapterBank:
             ValueError: The bank is attached, the model has merged adapters, or it is another base.
         """
         network = unwrap(self.base if model is None else model)
-        if self._before:
+        if self._replaced:
             raise ValueError("The bank is attached to a model: call `detach()` first.")
         check_unmerged(network)
         targets, names = match_layers(self.record, network, "error")
         if any("lotra_bank" in vars(module) for module in network.modules()):
             raise ValueError("The model has another bank: call its `detach()` first.")
-        self._before = [(module, "training", module.training) for module in network.modules()]
-        replacements: dict[Any, BankLayer] = {}
+        self._replaced = [(module, "training", module.training) for module in network.modules()]
+        bank_layers: dict[Any, BankLayer] = {}
         for name, name_in_model in names.items():
-            layer = bank_layer = network.get_submodule(name_in_model)
-            target = targets[name_in_model]
-            cls = SlimBankLayer if isinstance(target.layer, (SlimKANLinear, SlimLayer)) else BankLayer
+            layer = network.get_submodule(name_in_model)
             if isinstance(layer, LoTRALayer):  # which stays where it is, for PEFT
-                self._before += [(layer, key, vars(layer).get(key)) for key in ("forward", "lotra_bank")]
+                self._replaced += [(layer, key, vars(layer).get(key)) for key in ("forward", "lotra_bank")]
                 vars(layer)["forward"] = partial(run_in_bank, layer, layer.forward)
             else:
-                bank_layer = replacements[layer] = cls(*target, name)
-                bank_layer.training = layer.training
-            vars(bank_layer).update(lotra_bank=self, lotra_bank_name=name)
+                cls = SlimBankLayer if isinstance(layer, (SlimKANLinear, SlimLayer)) else BankLayer
+                bank_layers[layer] = cls(*targets[name_in_model], name)
+                bank_layers[layer].training = layer.training
+            vars(bank_layers.get(layer, layer)).update(lotra_bank=self, lotra_bank_name=name)
         for parent, name, child in places(network):
-            if child in replacements:
-                self._before.append((parent, name, child))
-                parent._modules[name] = replacements[child]
+            if child in bank_layers:
+                self._replaced.append((parent, name, child))
+                parent._modules[name] = bank_layers[child]
         return BankModel(network, self)
 
     def detach(self) -> None:
         """Take the bank out of the model that it is attached to, which is as before, also in its modes."""
-        for module, name, value in self._before:
+        for module, name, value in self._replaced:
             delattr(module, name) if value is None else setattr(module, name, value)
-        self._before = []
+        self._replaced = []
 
     @contextmanager
     def rows(self, rows: Sequence[str] | Sequence[int] | Tensor | None) -> Iterator[None]:
@@ -429,21 +425,20 @@ class AdapterBank:
             yield
 
     def _pass_of(self, adapters: Sequence[str] | Sequence[int] | Tensor | None) -> BankPass:
-        """Return the pass of rows with these adapters; of None, the one that is set, else a pass of the base."""
+        """Return the pass of rows with these adapters; without them the pass that is set, or a pass of the base."""
         snapshot = self.snapshot
         is_training = snapshot.trained is not None and torch.is_grad_enabled()
-        current = ROWS.get()
-        if adapters is None and current is not None and current.bank is self:
-            return current
-        if adapters is None and not is_training:
-            return BankPass(self, snapshot, None, set())
-        rows = snapshot.rows_of([BASE] if adapters is None else adapters)
-        distinct, groups = group_rows(rows)
+        if adapters is None:
+            current = ROWS.get()
+            if current is not None and current.bank is self:
+                return current
+            if not is_training:
+                return BankPass(self, {}, set())
+            adapters = [BASE]  # which is not in training
+        distinct, groups = group_rows(snapshot.rows_of(adapters))
         if is_training:
             snapshot.check_trained(distinct)
-            snapshot = snapshot._replace(packed=embedding(distinct, snapshot.packed, sparse=True))
-        elif groups.size > 1 or snapshot.added is not None:
-            snapshot = snapshot._replace(packed=snapshot.gather(distinct))
+            packed = embedding(distinct, snapshot.packed, sparse=True)
         else:
-            groups = RowGroups(rows)
-        return BankPass(self, snapshot, groups, set())
+            packed = snapshot.gather(distinct)
+        return BankPass(self, snapshot.updates_of_samples(packed, groups), set())

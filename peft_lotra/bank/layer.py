@@ -18,7 +18,7 @@ from ..tucker import Tucker, Update
 from ..tuner.by_row import MixedBatch, PassVariable, check_batch, run_mixed_batch
 from ..tuner.layer import LoTRALayer
 from ..tuner.slim import SlimLoTRALayer
-from .snapshot import NO_ROW, Snapshot
+from .snapshot import NO_ROW
 
 
 class BankPass(NamedTuple):
@@ -26,14 +26,12 @@ class BankPass(NamedTuple):
 
     Attributes:
         bank: The bank, an object of any type, whose layers they are for.
-        snapshot: The adapters of the bank when the pass began; its matrix may hold those of the batch alone.
-        groups: The samples of the batch, by the rows of this matrix; None in a pass of the base.
+        updates: The updates of the samples, by layer; none in a pass of the base.
         row_counts: See `ForwardPass`.
     """
 
     bank: Any
-    snapshot: Snapshot
-    groups: RowGroups | None
+    updates: dict[str, RowUpdates]
     row_counts: set[int]
 
 
@@ -51,32 +49,35 @@ def run_in_bank(layer: Any, forward: Callable, *args: Any, **kwargs: Any) -> Any
     In passes of the bank, samples have its adapters. Other passes take `forward`.
     """
     is_traced = is_tracing()
-    traced = layer.lotra_bank.traced_pass  # not None inside of a compiled `BankModel`
-    current = traced if is_traced and traced is not None else _current_pass()  # pyright: ignore[reportCallIssue]
-    if traced is not None and not is_traced and current is None:
-        raise RuntimeError("A compiled bank must be one graph: pass `fullgraph=True` to find the break.")
-    if current is None or current.bank is not layer.lotra_bank:
+    bank, name = layer.lotra_bank, layer.lotra_bank_name
+    current = bank.traced_pass  # not None inside of a compiled `BankModel`
+    if not is_traced or current is None:
+        is_compiled = current is not None
+        current = _current_pass()  # pyright: ignore[reportCallIssue]
+        if is_compiled and current is None:
+            raise RuntimeError("A compiled bank must be one graph: pass `fullgraph=True` to find the break.")
+    if current is None or current.bank is not bank:
         return forward(*args, **kwargs)
-    groups, name = current.groups, layer.lotra_bank_name
-    if groups is None or not current.snapshot.layers[name].width():
+    if name not in current.updates:
         return layer._run((), None, args, kwargs)
     if not is_traced:
         layer.check_grid(args)
-    form, packed = current.snapshot.layers[name], current.snapshot.columns()[name]
+    updates = current.updates[name]
+    packed, groups, form = updates
 
     def run(row: int, args: tuple, kwargs: dict[str, Any]) -> Any:
         stored = layer.lotra_tensor.get_parameter(layer._modules["base_layer"])
-        components = Tucker(*form.unpack(packed[row : row + 1])).map(lambda component: component[0].to(stored))
-        return layer._call_base([Update(1.0, components)], args, kwargs)
+        components = Tucker(*form.unpack(packed[row : row + 1]))
+        update = Update(1.0, components.map(lambda component: component[0].to(stored)))
+        return layer._call_base([update], args, kwargs)
 
     read_rows = lambda: groups.of_rows().tolist()  # noqa: E731
-    find_updates = lambda: RowUpdates(packed, groups, form)  # noqa: E731
-    batch = MixedBatch(groups.batch(), current.row_counts, read_rows, find_updates, run)
+    batch = MixedBatch(groups.batch(), current.row_counts, read_rows, lambda: updates, run)
     return run_mixed_batch(layer, batch, args, kwargs)
 
 
 class BankLayer(LoTRALayer):
-    """A KAN layer whose samples have the adapters of a bank; without them it is its base layer."""
+    """A KAN layer whose samples have the adapters of a bank, and otherwise its base layer."""
 
     lotra_bank: Any  # set by the bank, with its name of the layer
     lotra_bank_name: str
@@ -122,36 +123,37 @@ class BankModel(nn.Module):
         if adapter_names is not None and ids is not None:
             raise ValueError("`adapter_names` and `ids` name the adapter of each row: pass one of them.")
         bank = self.bank
-        if not is_tracing():
-            adapters = ids if adapter_names is None else adapter_names
-            with bank.rows(adapters):
-                if adapters is not None:
-                    check_batch(ROWS.get().groups.batch(), args, kwargs)
-                outputs = self.model(*args, **kwargs)
-                ROWS.keep(outputs)
-            return outputs
+        if is_tracing():
+            if adapter_names is not None:
+                raise ValueError("A compiled model takes `ids`, not `adapter_names`: pass `ids=bank.ids(names)`.")
+            bank.traced_pass = self._trace_pass(ids, args, kwargs)
+            try:
+                return self.model(*args, **kwargs)
+            finally:
+                bank.traced_pass = None
 
-        if adapter_names is not None:
-            raise ValueError("A compiled model takes `ids`, not `adapter_names`: pass `ids=bank.ids(names)`.")
-        snapshot = bank.snapshot
-        if snapshot.added is not None:
+        adapters = ids if adapter_names is None else adapter_names
+        with bank.rows(adapters):
+            if adapters is not None:
+                check_batch(len(adapters), args, kwargs)
+            outputs = self.model(*args, **kwargs)
+            ROWS.keep(outputs)
+        return outputs
+
+    def _trace_pass(self, ids: torch.Tensor | None, args: tuple, kwargs: dict[str, Any]) -> BankPass:
+        """Return the pass of a graph, whose ids are an input."""
+        snapshot = self.bank.snapshot
+        if snapshot.mapped is not None:
             raise ValueError("A compiled model takes no mapped bank: call `bank.compact()`, which reads all of it.")
-        if snapshot.packed.requires_grad and torch.is_grad_enabled():
-            raise ValueError("Adapters are not trained by a compiled model: call the model that is not compiled.")
-        groups = None
-        if ids is not None:
-            check_batch(ids.shape[0], args, kwargs)
-            rows = snapshot.find_rows(ids)
-            is_known = (rows != NO_ROW).all()
-            torch._assert_async(is_known, "An id belongs to no adapter.")  # pyright: ignore[reportPrivateImportUsage]
-            if torch.compiler.is_exporting():
-                # ONNX would broadcast a single id, but it stacks only tensors of one length
-                inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.dim() > 1]
-                samples = next((t for t in inputs if t.shape[0] == ids.shape[0]), rows)
-                rows = torch.stack([rows, samples.reshape(samples.shape[0], -1)[:, 0].to(rows)])[0]
-            groups = RowGroups(rows)
-        bank.traced_pass = BankPass(bank, snapshot, groups, set())
-        try:
-            return self.model(*args, **kwargs)
-        finally:
-            bank.traced_pass = None
+        if ids is None:
+            return BankPass(self.bank, {}, set())
+        check_batch(ids.shape[0], args, kwargs)
+        rows = snapshot.find_rows(ids)
+        is_known = (rows != NO_ROW).all()
+        torch._assert_async(is_known, "An id belongs to no adapter.")  # pyright: ignore[reportPrivateImportUsage]
+        if torch.compiler.is_exporting():
+            # ONNX would broadcast a single id, but it stacks only tensors of one length
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            samples = [x.flatten(1)[:, 0].to(rows) for x in tensors if x.dim() > 1 and x.shape[0] == ids.shape[0]]
+            rows = torch.stack([rows, *samples])[0]
+        return BankPass(self.bank, snapshot.updates_of_samples(snapshot.packed, RowGroups(rows)), set())

@@ -47,8 +47,8 @@ def read_adapter(
     alpha: float,
     check_base: str | None,
     agreeing: list[Any],
-) -> tuple[dict[str, Update], bool]:
-    """Return the updates of an adapter, by layer, and whether it started from the gradient.
+) -> tuple[dict[str, Update], bool | str]:
+    """Return the updates of an adapter, by layer, and how its training started.
 
     Records of bases that agreed with this one are in `agreeing`, and not compared again.
 
@@ -56,37 +56,19 @@ def read_adapter(
         ValueError: The adapter is none of LoTRA, does not fit the base, or has values that are not finite.
     """
     record = None
-    tensors, updates = {}, {}
+    updates, targets, tensors = {}, {}, {}
     if isinstance(adapter, (str, os.PathLike)):
         config: Any = LoTRAConfig.from_pretrained(str(adapter), check_base=check_base)
         if not isinstance(config, LoTRAConfig):
             raise ValueError("it is no LoTRA adapter.")
         record = config.base_layers
-        config.check_base = "ignore" if record in agreeing else config.check_base
+        if record in agreeing:
+            config.check_base = "ignore"
         targets = find_targets(config, base)
         tensors = read_checked(config, base, targets)
-    elif isinstance(adapter, Mapping):
-        check_state_dict(adapter)
-        targets = find_targets(LoTRAConfig(), base)
-        targets = {name: target for name, target in targets.items() if f"{PREFIX}{name}.lotra_core" in adapter}
-        config, tensors = LoTRAConfig(alpha=alpha, adapt_residual=False), adapter
-        for name, target in targets.items():
-            ranks = adapter[f"{PREFIX}{name}.lotra_core"].shape
-            factor = adapter.get(f"{PREFIX}{name}.lotra_factor_basis")
-            size = ranks[2:3] if factor is None else factor.shape[:1]
-            config.rank_pattern[pattern_key(name)] = tuple(ranks)
-            config.adapt_residual |= size > target.tensor.shape[2:3]
-        check_tensors(tensors, config, base, targets)
     elif isinstance(adapter, LoTRAConfig):
-        config, targets = copy(adapter), find_targets(adapter, base)
-        config.spend_budget({name: target.tensor for name, target in targets.items()})
-        if config.rank_dropout or config.module_dropout or config.train is not None:
-            raise ValueError("a bank has no dropout, and trains all components.")
-        check_targets(config, base, targets)
-        for name, target in targets.items():
-            layer = LoTRALayer(*target, name)
-            layer.update_layer("new", config)
-            updates[name] = layer.update_of("new")
+        config = copy(adapter)
+        updates = _start(config, base)
     elif isinstance(adapter, PeftModel):
         chosen: Any = adapter_name or adapter.active_adapter
         config = adapter.peft_config.get(chosen)
@@ -94,16 +76,51 @@ def read_adapter(
         if not layers:
             raise ValueError(f"the model has no LoTRA layers with an adapter {chosen!r}.")
         record = {name: record_layer(layer) for name, layer in layers.items()}
-        targets, names = match_layers(record, base, "ignore" if record in agreeing else check_base)
+        _, names = match_layers(record, base, "ignore" if record in agreeing else check_base)
         updates = {names[name]: layer.update_of(chosen) for name, layer in layers.items()}
+    elif isinstance(adapter, Mapping):
+        config, tensors = LoTRAConfig(alpha=alpha, adapt_residual=False), adapter
+        targets = _match_state_dict(adapter, config, base)
     else:
         raise TypeError(f"it must be a PeftModel, a folder, a state dict or a LoTRAConfig, not a {type(adapter)}.")
+    for name in targets:
+        updates[name] = Update(config.alpha_of(name), read_components(tensors, f"{PREFIX}{name}."))
     if config.modules_to_save:
         raise ValueError("it saves modules, which a bank does not hold.")
-    for name in targets if tensors else ():
-        updates[name] = Update(config.alpha_of(name), read_components(tensors, f"{PREFIX}{name}."))
     if not updates:
         raise ValueError("it adapts no KAN layer of the base.")
     if record is not None and record not in agreeing:
         agreeing.append(record)
-    return updates, config.init_weights == "gradient"
+    return updates, config.init_weights
+
+
+def _match_state_dict(tensors: Mapping[str, Tensor], config: LoTRAConfig, base: nn.Module) -> dict[str, Target]:
+    """Return the layers that a state dict adapts; its shapes determine the ranks and the residual branch."""
+    check_state_dict(tensors)
+    targets = {}
+    for name, target in find_targets(LoTRAConfig(), base).items():
+        prefix = f"{PREFIX}{name}.lotra_"
+        if f"{prefix}core" in tensors:
+            targets[name] = target
+            ranks = tensors[f"{prefix}core"].shape
+            factor = tensors.get(f"{prefix}factor_basis")
+            size = ranks[2:3] if factor is None else factor.shape[:1]
+            config.rank_pattern[pattern_key(name)] = tuple(ranks)
+            config.adapt_residual |= size > target.tensor.shape[2:3]
+    check_tensors(tensors, config, base, targets)
+    return targets
+
+
+def _start(config: LoTRAConfig, base: nn.Module) -> dict[str, Update]:
+    """Return the updates of a new adapter."""
+    targets = find_targets(config, base)
+    config.spend_budget({name: target.tensor for name, target in targets.items()})
+    if config.rank_dropout or config.module_dropout or config.train is not None:
+        raise ValueError("a bank has no dropout, and trains all components.")
+    check_targets(config, base, targets)
+    updates = {}
+    for name, target in targets.items():
+        layer = LoTRALayer(*target, name)
+        layer.update_layer("new", config)
+        updates[name] = layer.update_of("new")
+    return updates

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
+import numpy as np
 from huggingface_hub import hf_hub_download, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from safetensors import safe_open
@@ -41,21 +41,18 @@ def write_bank(folder: str, snapshot: Snapshot, names: Sequence[str], record: di
     Raises:
         ValueError: An adapter has values that are not finite, or is damaged in the mapped file.
     """
-    rows = snapshot.rows_of(names)
-    packed = snapshot.gather_checked(rows).detach().cpu().contiguous()
+    packed = snapshot.gather_checked(snapshot.rows_of(names)).detach().cpu().contiguous()
     check_finite(packed, names, "Remove them, or leave them out by `skip=`.")
-
     table = {
         "format": _FORMAT,
-        "adapters": dict(zip(names, snapshot.form_of[rows.cpu()].tolist(), strict=True)),
+        "adapters": {name: snapshot.entries[name].form for name in names},
         "checksums": [zlib.crc32(content) for content in bytes_of(packed)],
         "layers": snapshot.layers,
         "forms": snapshot.forms,
         "base_layers": record,
     }
     text = json.dumps(table)
-    metadata = {_TABLE: text, _CHECKSUM: _checksum(text)}
-    save_file({_TENSOR: packed}, os.path.join(folder, FILE_NAME), metadata)
+    save_file({_TENSOR: packed}, os.path.join(folder, FILE_NAME), {_TABLE: text, _CHECKSUM: _checksum(text)})
 
 
 def _checksum(text: str) -> str:
@@ -79,7 +76,7 @@ def read_bank(
     """
     names = names and check_names(names)
     path = os.path.join(folder, FILE_NAME)
-    read_file = _open_file
+    open_file = _open_file
     if not os.path.isfile(path):
         repo_id = None if os.path.isdir(folder) else hub_id(folder)
         if repo_id is None:
@@ -88,57 +85,59 @@ def read_bank(
             path = hf_hub_download(repo_id, FILE_NAME, revision=revision)
         else:
             path = hf_hub_url(repo_id, FILE_NAME, revision=revision)
-            read_file = _open_remote
+            open_file = _open_remote
 
     with naming_damage(path):
-        metadata, gather = read_file(path)
+        metadata, read_rows = open_file(path)
         table = json.loads(metadata[_TABLE])
         is_newer = table["format"] > _FORMAT
         if not is_newer and metadata[_CHECKSUM] != _checksum(metadata[_TABLE]):
             raise ValueError("its table was altered")
-        saved_names = list(table["adapters"])
     if is_newer:
         raise ValueError(f"A newer version of peft-lotra wrote {path} (format {table['format']}). Upgrade peft-lotra.")
 
-    places = slice(None)
+    form_of = table["adapters"]
+    rows = slice(None)
     if names is not None:
-        unknown = [name for name in names if name not in table["adapters"]]
+        unknown = [repr(name) for name in names if name not in form_of]
         if unknown:
-            raise ValueError(f"The bank has no adapter {list_first(map(repr, unknown))}.")
-        place_of = {name: place for place, name in enumerate(saved_names)}
-        saved_names = list(dict.fromkeys([BASE, *names]))
-        places = [place_of[name] for name in saved_names]
+            raise ValueError(f"The bank has no adapter {list_first(unknown)}.")
+        row_of = {name: row for row, name in enumerate(form_of)}
+        form_of = {name: form_of[name] for name in [BASE, *names]}
+        rows = [row_of[name] for name in form_of]
     _, layer_names = match_layers(table["base_layers"], base, check_base)
     with naming_damage(path):
-        packed = gather(places)
-        layers = _as_layers(table["layers"], layer_names)
-        forms = [Form(_as_layers(of_form, layer_names), from_gradient) for of_form, from_gradient in table["forms"]]
-        form_of = torch.tensor([table["adapters"][name] for name in saved_names], dtype=torch.int32, device="cpu")
-        checksums = torch.tensor(table["checksums"], device="cpu")[places]
-        if packed.shape != (len(form_of), sum([layer.width() for layer in layers.values()])) or packed[0].any():
+        packed = read_rows(rows)
+        layers = _read_layers(table["layers"], layer_names)
+        forms = [Form(_read_layers(of_form, layer_names), start) for of_form, start in table["forms"]]
+        checksums = np.array(table["checksums"])[rows].tolist()
+        width = sum(layer.width() for layer in layers.values())
+        if packed.shape != (len(form_of), width) or packed[0].any():
             raise ValueError("its table does not fit its tensor")
-    snapshot = Snapshot.of_rows(packed, layers, forms, form_of, saved_names)
     if mapped:
-        return snapshot._replace(added=packed[:0].clone(), checksums=checksums.tolist())
+        snapshot = Snapshot.of_rows(packed, layers, forms, form_of)
+        return snapshot._replace(packed=packed[:0].clone(), mapped=packed, checksums=checksums)
 
     # a copy: otherwise all of the file stays mapped, and changes with it
-    snapshot = snapshot._replace(packed=packed.clone())
-    rows = zip(saved_names, bytes_of(snapshot.packed), checksums.tolist(), strict=True)
-    damaged = [name for name, content, checksum in rows if zlib.crc32(content) != checksum]
-    if damaged:
+    packed = packed.clone()
+    is_intact = [
+        zlib.crc32(content) == checksum for content, checksum in zip(bytes_of(packed), checksums, strict=True)
+    ]
+    if not all(is_intact):
+        damaged = [name for name, intact in zip(form_of, is_intact, strict=True) if not intact]
         message = f"{path} has damaged adapters: {list_first(map(repr, damaged))}."
         if not skip_damaged:
             raise ValueError(f"{message} `skip_damaged=True` loads the others.")
         warnings.warn(f"{message} They are left out.", stacklevel=3)
-    for name in damaged:
-        snapshot = snapshot.without_adapter(name)
-    return snapshot
+        packed = packed[is_intact]
+        form_of = {name: form for name, form in form_of.items() if name not in damaged}
+    return Snapshot.of_rows(packed, layers, forms, form_of)
 
 
 def _open_file(path: str) -> tuple[dict[str, str], Callable[[Any], Tensor]]:
-    """Return the metadata of a file, and a function of places that returns these rows of its matrix, mapped."""
+    """Return the metadata of a file, and a function that returns rows of its matrix, mapped."""
     file = safe_open(path, "pt")
-    return file.metadata(), lambda places: file.get_tensor(_TENSOR)[places]
+    return file.metadata(), lambda rows: file.get_tensor(_TENSOR)[rows]
 
 
 def _open_remote(url: str) -> tuple[dict[str, str], Callable[[Any], Tensor]]:
@@ -146,18 +145,19 @@ def _open_remote(url: str) -> tuple[dict[str, str], Callable[[Any], Tensor]]:
     start = 8 + int.from_bytes(_download(url, 0, 8), "little")
     header = json.loads(_download(url, 8, start))
 
-    def gather(places: list[int]) -> Tensor:
+    def read_rows(rows: list[int]) -> Tensor:
         entry = header[_TENSOR]
-        rows, width = entry["shape"]
+        count, width = entry["shape"]
         first, last = entry["data_offsets"]
-        size = (last - first) // rows
-        starts = [start + first + place * size for place in places]
-        content = b"".join([_download(url, place, place + size) for place in starts])
-        part = {**entry, "shape": [len(places), width], "data_offsets": [0, len(content)]}
-        text = json.dumps({_TENSOR: part}).encode()
+        size = (last - first) // count
+        starts = [start + first + row * size for row in rows]
+        content = b"".join([_download(url, begin, begin + size) for begin in starts])
+        # a file with these rows
+        entry = {**entry, "shape": [len(rows), width], "data_offsets": [0, len(content)]}
+        text = json.dumps({_TENSOR: entry}).encode()
         return load(len(text).to_bytes(8, "little") + text + content)[_TENSOR]
 
-    return header["__metadata__"], gather
+    return header["__metadata__"], read_rows
 
 
 def _download(url: str, start: int, end: int) -> bytes:
@@ -171,6 +171,6 @@ def _download(url: str, start: int, end: int) -> bytes:
     return response.content
 
 
-def _as_layers(table: dict[str, Any], names: dict[str, str]) -> dict[str, PackedTucker]:
+def _read_layers(table: dict[str, Any], names: dict[str, str]) -> dict[str, PackedTucker]:
     """Return the layers of a table by their names in the base; JSON has made lists of their tuples."""
     return {names[name]: PackedTucker(*map(tuple, layer)) for name, layer in table.items()}

@@ -24,16 +24,23 @@ from ..modules.checks import check_number
 from .learning_rates import Policy, component_multipliers
 
 
+MEMORY = 2**26  # about the bytes of a Levenberg-Marquardt step: so many adapters are solved at once
+
+
 class _BankOptimizer(Optimizer):
     """Trains the adapters of a bank, and keeps the best values of each."""
 
     def __init__(self, bank: AdapterBank, names: Sequence[str] | None, defaults: dict[str, Any]) -> None:
         self.bank = bank
-        self.packed, self._entries = bank.start_training(names)
-        self._is_active = self._entries.any(1)
-        # by id, the row after the last one where there is none; adapters come and go only after the training
+        self.packed, self._is_component = bank.start_training(names)
+        self._is_active = self._is_component.any(1)
+        # by id, the row after the last one without an adapter; adapters come and go only after the training
         self._row_of = bank.snapshot.row_of[1:-1].clamp(max=len(self.packed))
         super().__init__([self.packed], defaults)
+        state = self.state[self.packed]
+        state["best"] = self.packed.detach().clone()
+        state["least"] = self.packed.new_full((len(self.packed),), torch.inf)
+        state["waited"] = torch.zeros_like(state["least"])
 
     def _by_id(self, values: Tensor, default: float) -> Tensor:
         """Return values (capacity,) of the rows of the matrix by the id of the adapter, (room,)."""
@@ -49,18 +56,16 @@ class _BankOptimizer(Optimizer):
             patience (`int`, *optional*): An adapter without a new least loss in so many calls is trained no more.
 
         Returns:
-            `torch.Tensor`: Whether each adapter is still trained, (room,), by number.
+            `torch.Tensor`: Whether each adapter is still trained, (room,), by id.
         """
         packed, state = self.packed, self.state[self.packed]
-        if "best" not in state:
-            state["best"] = packed.detach().clone()
-            state["least"] = packed.new_full((len(packed),), torch.inf)
-            state["waited"] = torch.zeros_like(state["least"])
         by_row = packed.new_full((len(packed) + 1,), torch.nan)
         by_row[self._row_of[: len(losses)]] = losses.to(packed)
         losses = by_row[:-1]
+
         is_less = self._is_active & (losses < state["least"])
-        state["best"][is_less], state["least"][is_less] = packed[is_less], losses[is_less]
+        state["best"][is_less] = packed[is_less]
+        state["least"][is_less] = losses[is_less]
         state["waited"] = torch.where(is_less, 0, state["waited"] + ~losses.isnan())
         if patience is not None:
             self._is_active &= state["waited"] < patience
@@ -68,9 +73,9 @@ class _BankOptimizer(Optimizer):
 
     def finish(self) -> None:
         """Give the adapters their best values, if `keep_best` kept them, and end the training of the bank."""
-        if "best" in (state := self.state[self.packed]):
-            is_kept = state["least"] < torch.inf
-            self.packed.data[is_kept] = state["best"][is_kept]
+        state = self.state[self.packed]
+        is_kept = state["least"] < torch.inf
+        self.packed.data[is_kept] = state["best"][is_kept]
         self.bank.stop_training()
 
 
@@ -132,39 +137,45 @@ class BankAdamW(_BankOptimizer):
         check_number(lr, "lr", "(0, inf)")
         for beta in betas:
             check_number(beta, "betas", "[0, 1)")
+        component_multipliers(policy, {})  # refuses a wrong policy before the training starts
+        super().__init__(bank, names, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
         def multipliers_of(form: Form, layer: PackedTucker) -> Mapping[str, float]:
             widths = {"factor_out": layer.shape[0], "factor_in": layer.shape[1]}
-            return component_multipliers(policy, widths, layer.ranks(), form.from_gradient)
+            return component_multipliers(policy, widths, layer.ranks(), form.start == "gradient")
 
         # zero for entries that fill up, which so keep their values
-        multipliers = bank.snapshot.pack_by_component(multipliers_of)
-        super().__init__(bank, names, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self._multipliers = multipliers[bank.snapshot.form_of].to(self.packed)
+        self._multipliers = bank.snapshot.fill_components(multipliers_of)
+        state = self.state[self.packed]
+        state["step"] = self.packed.new_zeros(len(self.packed), 1)
+        state["exp_avg"] = torch.zeros_like(self.packed)
+        state["exp_avg_sq"] = torch.zeros_like(self.packed)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Change the adapters that have rows in the batch, but those that `keep_best` has stopped."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        (group,), packed = self.param_groups, self.packed
+        packed = self.packed
         if packed.grad is None:
             return loss
-        gradient, state = packed.grad.coalesce(), self.state[packed]
-        if "step" not in state:
-            state["step"] = packed.new_zeros(len(packed), 1)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(packed), torch.zeros_like(packed)
-        is_active = self._is_active[gradient.indices()[0]]
-        rows = gradient.indices()[0][is_active]
-        values = gradient.values()[is_active] * self._entries[rows]
-        (beta1, beta2), lr = group["betas"], group["lr"] * self._multipliers[rows]
+        (group,), state = self.param_groups, self.state[packed]
+        gradient = packed.grad.coalesce()
+        rows = gradient.indices()[0]
+        is_active = self._is_active[rows]
+        rows, values = rows[is_active], gradient.values()[is_active]
+
+        beta1, beta2 = group["betas"]
         step = state["step"][rows] + 1
         average = state["exp_avg"][rows].lerp_(values, 1 - beta1)
         square = state["exp_avg_sq"][rows].mul_(beta2).addcmul_(values, values, value=1 - beta2)
-        size = (square.sqrt() / (1 - beta2**step).sqrt()).add_(group["eps"])
+        state["step"][rows] = step
+        state["exp_avg"][rows] = average
+        state["exp_avg_sq"][rows] = square
+
+        lr = group["lr"] * self._multipliers[rows]
+        deviation = (square.sqrt() / (1 - beta2**step).sqrt()).add_(group["eps"])
         decayed = packed[rows] * (1 - group["weight_decay"] * lr)
-        packed[rows] = decayed - lr / (1 - beta1**step) * average / size
-        for name, value in (("step", step), ("exp_avg", average), ("exp_avg_sq", square)):
-            state[name][rows] = value
+        packed[rows] = decayed - lr / (1 - beta1**step) * average / deviation
         return loss
 
 
@@ -200,8 +211,6 @@ class BankLevenbergMarquardt(_BankOptimizer):
         damping (`float`): The damping that the first step tries.
         names (`list[str]`, *optional*): The adapters to train, by default all. Rows of others are an error.
         floor (`float`): The lower bound of S_a, as a share of its largest entry.
-        memory (`int`): About the bytes that a step may take: so many adapters are solved at once. All rows of an
-            adapter are.
 
     Raises:
         TypeError: `model` has no bank.
@@ -233,16 +242,15 @@ class BankLevenbergMarquardt(_BankOptimizer):
         names: Sequence[str] | None = None,
         *,
         floor: float = 1e-3,
-        memory: int = 2**26,
     ) -> None:
         if not isinstance(model, BankModel):
             raise TypeError(f"`model` is a {type(model).__name__}, but must be what `bank.attach()` returns.")
         check_number(damping, "damping", "(0, inf)")
         check_number(floor, "floor", "(0, 1]")
-        super().__init__(model.bank, names, {"damping": damping, "floor": floor, "memory": memory})
+        super().__init__(model.bank, names, {"damping": damping, "floor": floor})
         self.model = model
-        state = self.state[self.packed]
-        state["damping"] = torch.full((len(self.packed),), damping, dtype=torch.float64, device=self.packed.device)
+        dampings = torch.full((len(self.packed),), damping, dtype=torch.float64, device=self.packed.device)
+        self.state[self.packed]["damping"] = dampings
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -260,32 +268,42 @@ class BankLevenbergMarquardt(_BankOptimizer):
         Raises:
             ValueError: A term is malformed, or has rows of an adapter that is not in training.
         """
-        snapshot, with_ids, checked = self.bank.snapshot, [], []
-        if snapshot.trained is None:
-            raise ValueError("`finish()` has ended the training. Make another optimizer.")
-        for function, rows, ids, *weight in terms:
-            rows = rows if isinstance(rows, Sequence) else (rows,)
-            with_ids.append((function, (ids, *rows), *weight))
-        for function, (ids, *rows), weight in check_terms(with_ids):
-            index = snapshot.rows_of(ids)
-            snapshot.check_trained(index)
-            checked.append((function, rows, index, weight))
-        counts = sum(index.bincount(minlength=len(self.packed)) for _, _, index, _ in checked) * self._is_active
-        order = counts.argsort(descending=True)[: int((counts > 0).sum())]
+        terms = self._check(terms)
+        counts = torch.zeros_like(self._is_active, dtype=torch.int64)
+        for *_, index, _ in terms:
+            counts += index.bincount(minlength=len(counts))
+        counts *= self._is_active
+        order = counts.argsort(descending=True)[: counts.count_nonzero()]
+
         losses = torch.full_like(counts, torch.nan, dtype=torch.float64)
-        accepted, first, width = torch.zeros_like(self._is_active), 0, self.packed.shape[1]
-        while first < len(order):
-            rows = int(counts[order[first]])
-            size = self.defaults["memory"] // (8 * width * (16 * rows + min(rows, width)))
-            adapters = order[first : first + max(1, size)]
-            losses[adapters], accepted[adapters] = self._step_of(adapters, checked)
-            first += len(adapters)
+        accepted = torch.zeros_like(self._is_active)
+        width = self.packed.shape[1]
+        while len(order):
+            rows = int(counts[order[0]])
+            size = max(1, MEMORY // (8 * width * (16 * rows + min(rows, width))))
+            adapters, order = order[:size], order[size:]
+            losses[adapters], accepted[adapters] = self._step_of(adapters, terms)
         damping = self._by_id(self.state[self.packed]["damping"], self.defaults["damping"])
         return BankStep(self._by_id(losses, torch.nan), self._by_id(accepted, False), damping)
 
+    def _check(self, terms: Iterable[Any]) -> list[tuple[str, Callable, list[Tensor], Tensor, float]]:
+        """Return the name, the function, the rows, the rows of their adapters in the matrix, and the weight of terms."""
+        snapshot = self.bank.snapshot
+        with_ids = []
+        for function, rows, ids, *weight in terms:
+            rows = rows if isinstance(rows, Sequence) else (rows,)
+            with_ids.append((function, (ids, *rows), *weight))
+        checked = []
+        for number, (function, (ids, *rows), weight) in enumerate(check_terms(with_ids)):
+            index = snapshot.rows_of(ids)
+            snapshot.check_trained(index)
+            checked.append((name_term(number, function), function, rows, index, weight))
+        return checked
+
     def _step_of(self, adapters: Tensor, terms: list[Any]) -> tuple[Tensor, Tensor]:
         """Return the losses of some adapters after a step, and whether it was accepted."""
-        start, dampings = self.packed[adapters].double(), self.state[self.packed]["damping"]
+        packed, dampings = self.packed, self.state[self.packed]["damping"]
+        start = packed[adapters].double()
         residuals, jacobian = self._evaluate(adapters, terms, start, differentiates=True)
         loss, squares = residuals.square().sum(1), jacobian.square().sum(1)
         least = self.defaults["floor"] * squares.amax(1, keepdim=True)
@@ -295,79 +313,90 @@ class BankLevenbergMarquardt(_BankOptimizer):
         gradient = (jacobian.mT @ residuals.unsqueeze(2)).squeeze(2)
         is_dual = jacobian.shape[1] < jacobian.shape[2]
         matrix = jacobian @ jacobian.mT if is_dual else jacobian.mT @ jacobian
+        right = residuals if is_dual else gradient
         identity = torch.eye(matrix.shape[1], device=matrix.device).to(matrix)
 
-        damping, factor, accepted = dampings[adapters], 2.0, torch.zeros_like(loss, dtype=torch.bool)
-        left = (loss.isfinite() & squares.isfinite().all(1) & gradient.any(1)).nonzero().squeeze(1)
-        while len(left):
-            triangle, failed = torch.linalg.cholesky_ex(matrix[left] + damping[left, None, None] * identity)
-            step = -torch.cholesky_solve((residuals if is_dual else gradient)[left].unsqueeze(2), triangle)
-            step = (jacobian[left].mT @ step if is_dual else step).squeeze(2)
+        damping, factor = dampings[adapters], 2.0
+        accepted = torch.zeros_like(loss, dtype=torch.bool)
+        is_solvable = loss.isfinite() & squares.isfinite().all(1) & gradient.any(1)
+        pending = is_solvable.nonzero().squeeze(1)
+        while len(pending):
+            triangle, failed = torch.linalg.cholesky_ex(matrix[pending] + damping[pending, None, None] * identity)
+            step = -torch.cholesky_solve(right[pending].unsqueeze(2), triangle)
+            if is_dual:
+                step = jacobian[pending].mT @ step
+            step = step.squeeze(2)
             step[failed > 0] = torch.nan
-            candidate = (start[left] + step / lengths[left]).to(self.packed.dtype)
-            (new_residuals,) = self._evaluate(adapters[left], terms, candidate.double(), differentiates=False)
-            decrease = loss[left] - new_residuals.square().sum(1)
+            candidate = (start[pending] + step / lengths[pending]).to(packed.dtype)
+            (new_residuals,) = self._evaluate(adapters[pending], terms, candidate.double(), differentiates=False)
+            decrease = loss[pending] - new_residuals.square().sum(1)
             is_less = decrease > 0  # not if one is NaN
-            predicted = (damping[left].unsqueeze(1) * step.square() - gradient[left] * step).sum(1)
+            predicted = (damping[pending].unsqueeze(1) * step.square() - gradient[pending] * step).sum(1)
             agreement = (decrease / predicted)[is_less].tolist()
             factors = [damping_factor(ratio, raised=factor > 2) for ratio in agreement]
 
-            done, left = left[is_less], left[~is_less]
-            self.packed[adapters[done]] = candidate[is_less]
+            done, pending = pending[is_less], pending[~is_less]
+            packed[adapters[done]] = candidate[is_less]
             dampings[adapters[done]] = (damping[done] * damping.new_tensor(factors)).clamp(min=SMALLEST_DAMPING)
-            loss[done], accepted[done] = loss[done] - decrease[is_less], True
-            damping[left] *= factor
-            left, factor = left[damping[left] <= LARGEST_DAMPING], 2 * factor
+            loss[done] -= decrease[is_less]
+            accepted[done] = True
+            damping[pending] *= factor
+            factor *= 2
+            pending = pending[damping[pending] <= LARGEST_DAMPING]
         return loss, accepted
 
     @torch.enable_grad()
     def _evaluate(self, adapters: Tensor, terms: list[Any], values: Tensor, differentiates: bool) -> list[Tensor]:
         """Compute the residuals (adapters, M) of adapters with these values (adapters, width).
 
-        They are zero where an adapter has fewer rows. Their Jacobian (adapters, M, width) follows if it is asked for.
+        They are zero where an adapter has fewer rows. Their Jacobian (adapters, M, width) follows on demand.
         """
-        results: list[list[Tensor]] = [[], []]
-        place = torch.full_like(self._is_active, -1, dtype=torch.int64)
-        place[adapters] = torch.arange(len(adapters), device=place.device)
-        for number, (function, rows, index, weight) in enumerate(terms):
-            owner, order = place[index].sort(stable=True)
-            owner, order = owner[owner >= 0], order[owner >= 0]
-            if not len(owner):
+        slot_of = torch.full_like(self._is_active, -1, dtype=torch.int64)
+        slot_of[adapters] = torch.arange(len(adapters), device=slot_of.device)
+        all_residuals, jacobian = [], []
+        for name, function, rows, index, weight in terms:
+            slots, order = slot_of[index].sort(stable=True)
+            slots, order = slots[slots >= 0], order[slots >= 0]
+            if not len(slots):
                 continue
-            counts = owner.bincount(minlength=len(adapters))
-            numbers = torch.arange(len(owner), device=owner.device)
-            slots = owner, numbers - (counts.cumsum(0) - counts)[owner]
-            if differentiates:  # a copy of the adapter for each row: one backward pass has the gradients of all rows
-                packed, groups = values[owner].requires_grad_(), RowGroups(numbers)
+            counts = slots.bincount(minlength=len(adapters))
+            numbers = torch.arange(len(slots), device=slots.device)
+            entries = slots, numbers - (counts.cumsum(0) - counts)[slots]
+            if differentiates:
+                # a copy of the adapter for each row: one backward pass has the gradients of all rows
+                packed, groups = values[slots].requires_grad_(), RowGroups(numbers)
             else:
-                distinct, groups = group_rows(owner)
+                distinct, groups = group_rows(slots)
                 packed = values[distinct]
-            sorted_rows = [row[order.to(row.device)] for row in rows]
-            residuals = self._call(name_term(number, function), function, sorted_rows, packed, groups)
-            residuals = residuals * (weight / counts[owner].double()).sqrt().unsqueeze(1)
-            parts = [residuals]
+            rows = [row[order.to(row.device)] for row in rows]
+            residuals = self._call(name, function, rows, packed, groups)
+            residuals = residuals * (weight / counts[slots].double()).sqrt().unsqueeze(1)
+            all_residuals.append(_pad(residuals, entries, counts))
             if differentiates:
                 columns = [torch.autograd.grad(column.sum(), packed, retain_graph=True)[0] for column in residuals.T]
-                parts.append(torch.stack(columns, 1) * self._entries[adapters[owner]].unsqueeze(1))
-            for of_terms, part in zip(results, parts, strict=False):
-                padded = part.new_zeros(len(adapters), int(counts.max()), *part.shape[1:])
-                of_terms.append(padded.index_put(slots, part.detach()).flatten(1, 2))
-        return [torch.cat(of_terms, 1) for of_terms in results if of_terms]
+                derivatives = torch.stack(columns, 1) * self._is_component[adapters[slots]].unsqueeze(1)
+                jacobian.append(_pad(derivatives, entries, counts))
+        return [torch.cat(blocks, 1) for blocks in (all_residuals, jacobian) if blocks]
 
     def _call(self, name: str, function: Any, rows: list[Tensor], packed: Tensor, groups: RowGroups) -> Tensor:
         """Compute the values (n, m) of a residual function for n rows, whose adapters are rows of `packed`."""
         args = tuple(row.double() if row.is_floating_point() else row for row in rows)
-        current = BankPass(self.bank, self.bank.snapshot._replace(packed=packed), groups, set())
+        current = BankPass(self.bank, self.bank.snapshot.updates_of_samples(packed, groups), set())
         with ROWS.set(current), Intercepted():
             values = call_with_parameters(self.model, in_double(self.model), partial(function, self.model), args, {})
         count = len(rows[0])
         values = check_residuals(values, name, count)
         if values.shape == (count, count) and count > 1:
             first = RowGroups(groups.of_rows()[:1])
-            if self._call(name, function, [row[:1] for row in rows], packed, first).shape[1] != count:
+            of_first = self._call(name, function, [row[:1] for row in rows], packed, first)
+            if of_first.shape[1] != count:
                 raise ValueError(
                     f"The {name} returns ({count}, {count}): values (n, 1) minus data (n,) are all pairs; squeeze one."
                 )
-        if packed.requires_grad and not values.requires_grad:
-            raise ValueError(f"The {name} does not depend on the adapters: is the bank attached to its model?")
         return values.to(packed)
+
+
+def _pad(values: Tensor, entries: tuple[Tensor, Tensor], counts: Tensor) -> Tensor:
+    """Put values (n, m, ...) of rows at the entries (adapter, row) of zeros, and return (adapters, M, ...)."""
+    padded = values.new_zeros(len(counts), int(counts.max()), *values.shape[1:])
+    return padded.index_put(entries, values.detach()).flatten(1, 2)

@@ -235,14 +235,14 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> 
 
 
 def write_updates(
-    folder: str, updates: dict[str, Update], from_gradient: bool, record: dict[str, Any], base: nn.Module
+    folder: str, updates: dict[str, Update], start: bool | str, record: dict[str, Any], base: nn.Module
 ) -> None:
     """Write an adapter into a folder as `PeftModel.save_pretrained` does; `alpha` is in the cores.
 
     Args:
         folder: The folder, which exists.
         updates: The updates of the adapter, by layer.
-        from_gradient: Whether it started from the gradient.
+        start: How its training started, as `init_weights` of a configuration names it.
         record: The record of the base.
         base: The base.
     """
@@ -263,7 +263,7 @@ def write_updates(
         rank_pattern={pattern_key(name): of_layer for name, of_layer in ranks.items()},
         target_modules=exact_targets(updates, base),
         adapt_residual=adapt_residual,
-        init_weights="gradient" if from_gradient else True,
+        init_weights=start,
         storage={torch.float16: "float16", torch.bfloat16: "bfloat16"}.get(dtype),  # pyright: ignore[reportArgumentType]
         base_layers={name: record[name] for name in updates},
         inference_mode=True,

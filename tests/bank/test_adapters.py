@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from behaving import X, adapted, apart, net, python
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -178,6 +178,23 @@ def test_exported_for_peft(tmp_path):
         bank.export("nobody", tmp_path / "x")
 
 
+@pytest.mark.parametrize("start", ["gradient", "training", True, False])
+def test_an_exported_adapter_says_how_it_started(tmp_path, start):
+    """Also after the file of a bank, and after another bank: an optimizer takes its rates from it."""
+    model = get_peft_model(net(), LoTRAConfig(r=2))
+    model.peft_config["default"].init_weights = start
+    bank = AdapterBank(net())
+    bank.add("a", model)
+    bank.save(tmp_path / "bank")
+    bank = AdapterBank.load(bank.base, tmp_path / "bank")
+    copied = AdapterBank(bank.base)
+    copied.add("a", bank)
+
+    for source in (bank, copied):
+        source.export("a", tmp_path / "a")
+        assert LoTRAConfig.from_pretrained(str(tmp_path / "a")).init_weights == start
+
+
 def opened(folder):
     """The file of a bank, its matrix and its table."""
     file = folder / "adapter_bank.safetensors"
@@ -200,6 +217,9 @@ def test_a_damaged_adapter_is_named(tmp_path):
         AdapterBank.load(net(), tmp_path)
     with pytest.warns(UserWarning, match="'customer 2'"):
         bank = AdapterBank.load(net(), tmp_path, skip_damaged=True)
+    assert bank.names == ["customer 0", "splines"]
+    with pytest.warns(UserWarning, match="'customer 2'"):
+        bank = AdapterBank.load(net(), tmp_path, skip_damaged=True, dtype=torch.float64)
     assert bank.names == ["customer 0", "splines"]
 
 
@@ -424,7 +444,9 @@ base = KAN([4, 32, 1])
 state = get_peft_model_state_dict(get_peft_model(KAN([4, 32, 1]), LoTRAConfig(r=8)))
 bank = AdapterBank(base)
 bank.add("a", state)
-bank.snapshot = bank.snapshot._replace(ids={"__base__": -1, **{f"a{n}": 0 for n in range(30_000)}})
+entry = bank.snapshot.entries["a"]
+entries = {"__base__": bank.snapshot.entries["__base__"], **{f"a{n}": entry for n in range(30_000)}}
+bank.snapshot = bank.snapshot._replace(entries=entries)
 bank.save("bank")
 size = 30_001 * bank.snapshot.packed.shape[1] * 4
 del bank
@@ -456,10 +478,7 @@ def test_what_a_bank_refuses(tmp_path):
         (lambda: AdapterBank(net()).push_to_hub("user/bank"), "empty"),
         (lambda: AdapterBank(torch.nn.Linear(2, 2)), "KAN"),
         (lambda: AdapterBank(model), "merged"),
-        *(
-            (lambda name=name: AdapterBank(net()).add(name, LoTRAConfig()), "name of an")
-            for name in ("", "__base__", 3)
-        ),
+        *((lambda name=name: AdapterBank(net()).add(name, LoTRAConfig()), "name of an") for name in ("__base__", 3)),
     ):
         with pytest.raises(ValueError, match=word):
             call()

@@ -150,7 +150,8 @@ def test_files_and_growing_keep_the_forms(tmp_path, forms, mapped):
 
     check(bank, alone)
     check(other, alone)
-    assert torch.equal(loaded.snapshot.packed, bank.snapshot.gather(bank.snapshot.rows_of(list(bank.snapshot.ids))))
+    stored = [one.snapshot.gather(one.snapshot.rows_of(list(one.snapshot.entries))) for one in (loaded, bank)]
+    assert torch.equal(*stored)
     for name, model in alone.items():
         former, _ = bank.snapshot.updates_of(name)
         for copied in (loaded, other):

@@ -174,7 +174,7 @@ def test_derivatives_of_derivatives():
 
     packed, entries = bank.start_training()
     (found,) = torch.autograd.grad(loss(lambda x: model(x, adapter_names=names)).sum(), packed)
-    layers = bank.snapshot._replace(packed=found.to_dense() * entries).columns()
+    layers = bank.snapshot.columns(found.to_dense() * entries)
     for name, own in alone.items():
         rows, place = torch.tensor([other == name for other in names]), int(bank.ids([name])) + 1
         parts = [p for p in own.parameters() if p.requires_grad]
@@ -216,7 +216,6 @@ def test_what_training_refuses():
         (lambda: bank.remove("a"), "in training"),
         (bank.compact, "in training"),
         (lambda: BankAdamW(bank), "in training"),
-        (lambda: bank.mean_by_adapter(torch.ones(8, 1), bank.ids(["a"] * 8)), "`errors`"),
         (lambda: bank.mean_by_adapter(torch.ones(8), torch.full((8,), 7)), "7"),
         (lambda: BankAdamW(AdapterBank(KAN([3, 4, 2]), torch.bfloat16)), "float32"),
     ):
@@ -313,14 +312,15 @@ def check_steps(model, alone, terms, names, steps, tolerance, **options):
 
 
 @pytest.mark.parametrize(("kind", "memory"), [("own", 1), *((kind, 2**26) for kind in BASES if kind != "fast-kan")])
-def test_each_as_alone_by_least_squares(kind, memory):
+def test_each_as_alone_by_least_squares(kind, memory, monkeypatch):
     """With more rows than numbers and with fewer, two terms, and adapters one by one or all at once."""
+    monkeypatch.setattr("peft_lotra.optim.bank.MEMORY", memory)
     torch.manual_seed(0)
     bases = {**BASES, "own": lambda: KAN([3, 7, 1]), "slim": lambda: SlimKAN([3, 5, 1], ranks=(1, 2, 3))}
     bank, model, alone = prepared(bases[kind]().double(), init_weights=False)
     x, y, names = drawn((90, 9, 40) if kind != "pykan" else (9, 2, 4))
     terms = [(error, (x, y), 1.0), (size, (x[: len(x) - 3],), 0.01)]
-    check_steps(model, alone, terms, names, 4, 1e-5, memory=memory)
+    check_steps(model, alone, terms, names, 4, 1e-5)
     check_alike(model, alone, 1e-5)
 
 
@@ -386,7 +386,6 @@ def test_what_least_squares_refuse():
         ([(error, (x, y), torch.zeros_like(ids) + bank.ids(["c"]))], "'c'"),
         ([(error, (x, y), ids, -1.0)], "weight"),
         ([(lambda model, x: model(x).mean(), x, ids)], r"\(8,\)"),
-        ([(lambda model, x: x, x, ids)], "depend"),
         ([(lambda model, x, y: model(x) - y, (x, y), ids)], "all pairs"),
         ([], "no residual terms"),
     ):
@@ -412,7 +411,7 @@ def test_steps_after_the_end_do_not_change_the_bank():
 
     with torch.no_grad():
         optimizer.packed.add_(1)
-    with pytest.raises(ValueError, match="ended the training"):
+    with pytest.raises(ValueError, match="not in training"):
         optimizer.step([(error, (x, y), bank.ids(names))])
 
     torch.testing.assert_close(bank.snapshot.packed, before, rtol=0, atol=0)
