@@ -287,7 +287,7 @@ class BankLevenbergMarquardt(_BankOptimizer):
         return BankStep(self._by_id(losses, torch.nan), self._by_id(accepted, False), damping)
 
     def _check(self, terms: Iterable[Any]) -> list[tuple[str, Callable, list[Tensor], Tensor, float]]:
-        """Return the name, the function, the rows, the rows of their adapters in the matrix, and the weight of terms."""
+        """Return name, function, rows, rows of their adapters in the matrix, and weight of each term."""
         snapshot = self.bank.snapshot
         with_ids = []
         for function, rows, ids, *weight in terms:

@@ -37,7 +37,7 @@ from .calibration import Calibration, minimize
 from .estimate import ErrorEstimates
 from .fitting import Fitting
 from .interpolation import FamilyReport, Member, MemberSpace, Point, ranges_of
-from .members import Problem, argument, named, read, residuals_of, take_steps, write
+from .members import OfModel, Problem, TermsOf, argument, named, read, residuals_of, take_steps, write
 from .storage import FILE, load_family, save_family, write_card
 
 
@@ -69,29 +69,29 @@ class Prediction:
             estimate = family._estimates.at(family._copy(self._vector), self._point, around)
             if not math.isnan(estimate):
                 return estimate
-        return self._with(family._problem.indicator, self._point)
+        return self._call(family._problem.indicator, self._point)
 
     @property
     def residual(self) -> float:
         """Computed at each access."""
         terms = self._family._problem.terms(self._point)
-        return self._with(residuals_of, terms).norm().item() if terms else math.nan
+        return self._call(residuals_of, terms).norm().item() if terms else math.nan
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The solution's values: the outputs of the base with the predicted adapter, or of `solution_of`."""
-        return self.apply(lambda model: model(*args, **kwargs))
+        """Return the solution's values: the outputs of the base with the predicted adapter, or of `solution_of`."""
+        return self.apply(lambda solution: solution(*args, **kwargs))
 
     def apply(self, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(solution, *args)` with the predicted adapter in the network, for instance `jet` or a residual."""
+        """Return `function(solution, *args)` with the predicted adapter, for instance of `jet` or a residual."""
         problem = self._family._problem
-        return self._with(lambda model: function(problem.solution(model, self._point), *args))
+        return self._call(lambda model: function(problem.solution(model, self._point), *args))
 
-    def _with(self, function: Callable[..., Any], *args: Any) -> Any:
-        family, model = self._family, self._family.model
+    def _call(self, function: Callable[..., Any], *args: Any) -> Any:
+        family = self._family
         values = named(family._trainable, self._vector)
         # the tensors of the shared model are exchanged meanwhile: one thread at a time
         with family._lock:
-            return call_with_parameters(model, values, partial(function, model), args, {})
+            return call_with_parameters(family.model, values, partial(function, family.model), args, {})
 
     def __repr__(self) -> str:
         return f"Prediction({self.parameter}{', extrapolated' * self.extrapolated})"
@@ -146,19 +146,19 @@ class ParametricAdapter:
     def __init__(
         self,
         base: nn.Module,
-        terms_of: Callable[[Any], Iterable] | None = None,
+        terms_of: TermsOf | None = None,
         ranks: Ranks = 12,
         *,
-        solution_of: Callable[[nn.Module, Any], Any] | None = None,
-        loss_of: Callable[[nn.Module, Any], Any] | None = None,
-        held_terms_of: Callable[[Any], Iterable] | None = None,
-        values_of: Callable[[nn.Module, Any], Tensor] | None = None,
+        solution_of: OfModel | None = None,
+        loss_of: OfModel | None = None,
+        held_terms_of: TermsOf | None = None,
+        values_of: OfModel | None = None,
         log: bool | Sequence[bool] = False,
         config: LoTRAConfig | None = None,
     ) -> None:
         check_module(base, "base")
         check_without_adapters(base, "base")
-        config = copy.deepcopy(config) if config is not None else LoTRAConfig(r=ranks)
+        config = copy.deepcopy(config or LoTRAConfig(r=ranks))
         if config.train is None and config.init_weights is True:
             config = replace(config, train=["core"], init_weights="hosvd")
         if len(config.train or ()) != 1 or config.modules_to_save:
@@ -173,7 +173,9 @@ class ParametricAdapter:
 
     def _set(self, model: PeftModel, log: bool | Sequence[bool], problem: Problem) -> None:
         problem.check_functions()
-        self.model, self._problem, self._lock = model.eval(), problem, LayerLock()
+        self.model = model.eval()
+        self._problem = problem
+        self._lock = LayerLock()
         # taken once, since the model has other tensors while another thread predicts
         self._trainable = trainable_parameters(model)
         self._space = MemberSpace(len(read(self._trainable)), log)
@@ -208,7 +210,7 @@ class ParametricAdapter:
         *,
         between: tuple[Parameter, Parameter] | None = None,
         tolerance: float | None = None,
-        train: Callable[[nn.Module, Any], Any] | None = None,
+        train: OfModel | None = None,
         max_steps: int = 40,
         max_members: int = 64,
         executor: Executor | None = None,
@@ -250,25 +252,26 @@ class ParametricAdapter:
         points = list(dict.fromkeys(map(space.point, chosen)))
         if not points or (between is not None and len(points) != 2):
             raise ValueError(f"{chosen!r:.100} must be at least one parameter, or `between` (lowest, highest), two.")
+        dim = len(points[0])
+        check_count(max_steps, "max_steps")
+        check_count(max_members, "max_members", low=1 if between is None else 2**dim)  # the corners of the range
         if tolerance is not None:
-            tolerance = check_number(tolerance, "tolerance", "(0, inf)")
-        terms_of, loss_of = self._problem.terms_of, self._problem.loss_of
-        if (train is None) == (terms_of is None) or (terms_of is None and loss_of is None and between is not None):
-            raise ValueError("Give `terms_of` to the constructor, or `train`; `between` and `train` need `loss_of`.")
-        if between is not None:
-            max_members = check_count(max_members, "max_members", low=2 ** len(points[0]))  # the corners of the range
-        problem = replace(self._problem, train=train, max_steps=check_count(max_steps, "max_steps"))
+            check_number(tolerance, "tolerance", "(0, inf)")
+        problem = replace(self._problem, train=train)
         problem.check_functions()
-        self._problem = problem
+        has_terms, has_loss = problem.terms_of is not None, problem.loss_of is not None
+        if has_terms == (train is not None) or not (has_terms or has_loss or between is None):
+            raise ValueError("Give `terms_of` to the constructor, or `train`; `between` and `train` need `loss_of`.")
+
         space.spread(points)
         bar = tqdm(unit="member", desc="ParametricAdapter", disable=not progress)
-        fitting = Fitting(self._copy(np.zeros(self.size)), problem, space, executor, bar)
+        fitting = Fitting(self._copy(np.zeros(self.size)), problem, space, max_steps, executor, bar)
         try:
             with torch.inference_mode(False), torch.enable_grad():
                 if between is None:
                     fitting.walk(points)
                 else:
-                    fitting.search(len(points[0]), tolerance, max_members)
+                    fitting.search(dim, tolerance, max_members)
         finally:
             self._space = space  # as a whole, since other threads predict meanwhile
         return fitting.report()
@@ -333,8 +336,8 @@ class ParametricAdapter:
             >>> family = ParametricAdapter(base, terms_of)
             >>> report = family.fit([2.0, 2.5, 3.0, 3.5], progress=False)
             >>> u = torch.sin(2.7 * x) + 0.01 * torch.randn(50, 1)
-            >>> found = family.calibrate(lambda model: model(x) - u)
-            >>> abs(found.parameter - 2.7) < 0.05
+            >>> calibration = family.calibrate(lambda model: model(x) - u)
+            >>> abs(calibration.parameter - 2.7) < 0.05
             True
         """
         self._members()
@@ -378,12 +381,12 @@ class ParametricAdapter:
         cls,
         base: nn.Module,
         folder: str | os.PathLike,
-        terms_of: Callable[[Any], Iterable] | None = None,
+        terms_of: TermsOf | None = None,
         *,
-        solution_of: Callable[[nn.Module, Any], Any] | None = None,
-        loss_of: Callable[[nn.Module, Any], Any] | None = None,
-        held_terms_of: Callable[[Any], Iterable] | None = None,
-        values_of: Callable[[nn.Module, Any], Tensor] | None = None,
+        solution_of: OfModel | None = None,
+        loss_of: OfModel | None = None,
+        held_terms_of: TermsOf | None = None,
+        values_of: OfModel | None = None,
         check_base: str = "error",
         **hub_kwargs: Any,
     ) -> ParametricAdapter:

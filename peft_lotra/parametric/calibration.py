@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from scipy.optimize import least_squares
+from scipy.special import fdtrc
 
 from .interpolation import MemberSpace, Point, text_of
 
@@ -60,23 +61,27 @@ def minimize(
     Raises:
         ValueError: The residuals are malformed or random, or the data do not determine the parameter.
     """
-    from scipy.optimize import least_squares  # slow to import
-
     dim = space.places.shape[1]
     low, high = space.places.amin(0), space.places.amax(0)
 
     def evaluate(shifted: np.ndarray) -> np.ndarray:
         place = torch.from_numpy(shifted - SHIFT).unsqueeze(0)
         (point,), (vector,) = space.points_at(place), space.vectors_at(place)
-        return _checked(residuals_at(point, vector), dim).numpy()
+        residuals = residuals_at(point, vector)
+        count = len(residuals)
+        if count > 1 and residuals.shape == (count, count):
+            raise ValueError(
+                f"`residuals` returns ({count}, {count}): values (n, 1) minus data (n,) are all pairs; reshape one."
+            )
+        return residuals.detach().double().cpu().flatten().numpy()
 
     def residuals_of(shifted: np.ndarray) -> np.ndarray:
         values = evaluate(shifted)[is_present]
-        missing = int(np.isnan(values).sum())
-        if missing:
+        wrong = values.size - int(np.isfinite(values).sum())
+        if wrong:
             raise ValueError(
-                f"`residuals` returns NaN for {missing} of {len(values)} values. If these data are missing, pass "
-                "`ignore_missing=True`."
+                f"`residuals` returns NaN or infinite numbers for {wrong} of {values.size} values. If NaN stand for "
+                "missing data, pass `ignore_missing=True`."
             )
         return values
 
@@ -87,41 +92,37 @@ def minimize(
     is_present = ~(np.isnan(first) & ignore_missing)
     if is_present.sum() <= dim:
         raise ValueError(f"`residuals` has {is_present.sum()} values without NaN, but must have more than {dim}.")
-    at_starts = np.stack([residuals_of(place) for place in starts])
+    at_starts = np.stack([residuals_of(start) for start in starts])
     start = starts[np.linalg.norm(at_starts, axis=1).argmin()]
     bounds = low.numpy() + SHIFT, high.maximum(low + WIDTH).numpy() + SHIFT
     solution = least_squares(residuals_of, start, bounds=bounds, diff_step=WIDTH, xtol=CONVERGED, ftol=1e-6)
+
     place, residuals, slopes = map(torch.from_numpy, (solution.x - SHIFT, solution.fun, solution.jac))
-    noise = residuals.norm().item() / math.sqrt(len(residuals) - dim)
     (point,) = space.points_at(place.unsqueeze(0))
-    scale = space.extent * torch.where(space.log, torch.tensor(point, dtype=torch.float64, device="cpu"), 1.0)
+    noise = residuals.norm().item() / math.sqrt(len(residuals) - dim)
     _, values, directions = torch.linalg.svd(slopes, full_matrices=False)
     covariance = noise**2 * (directions.T / values**2) @ directions
     ahead = place - torch.linalg.pinv(slopes, rtol=1e-8) @ residuals
-    outside = torch.maximum(low - ahead, ahead - high) > BEYOND * covariance.diagonal().sqrt()
-    if outside.any():
+    is_outside = torch.maximum(low - ahead, ahead - high) > BEYOND * covariance.diagonal().sqrt()
+    is_at_end = (place - low < WIDTH) | (high - place < WIDTH)
+    if is_outside.any() or is_misfit(solution.fun, at_starts, dim, bool(is_at_end.any())):
         raise ValueError(
-            f"The data ask for a parameter outside of the fitted members: the best one inside, {text_of(point)}, is "
-            "at their end. Fit the family farther."
+            "The data ask for a parameter outside of the fitted members, or for another family: the best one inside, "
+            f"{text_of(point)}, is at their end, or fits no better than a constant. Fit the family farther."
         )
+    scale = space.extent * torch.where(space.log, torch.tensor(point, dtype=torch.float64, device="cpu"), 1.0)
     if not values[-1] > max(SINGULAR * values[0], noise / FLAT):
         weak = (directions[-1] * scale).tolist()
         raise ValueError(
             f"The data do not determine the parameter: near {text_of(point)} the residuals hardly change along the "
             f"direction ({text_of(weak)}). Give data that do, or a family of fewer parameters."
         )
-    is_at_end = bool(((place - low < WIDTH) | (high - place < WIDTH)).any())
-    if is_misfit(solution.fun, at_starts, dim, is_at_end):
-        raise ValueError(
-            "The data ask for a parameter outside of the fitted members, or for another family: the best one inside, "
-            f"{text_of(point)}, fits them no better than a constant."
-        )
     return point, (scale.unsqueeze(1) * covariance * scale).numpy(), noise
 
 
 def check_equal(residuals: np.ndarray, again: np.ndarray) -> None:
     """Raise a `ValueError` if two evaluations of the same model differ by more than rounding."""
-    tolerance = REPEATED * np.nanmax(np.abs(residuals), initial=0.0)
+    tolerance = REPEATED * np.abs(residuals[np.isfinite(residuals)]).max(initial=0.0)
     if residuals.shape != again.shape or not np.allclose(residuals, again, 0.0, tolerance, equal_nan=True):
         raise ValueError(
             "`residuals` returns different values for the same model: noise, dropout, or a batch that it draws. Draw "
@@ -135,8 +136,6 @@ def is_misfit(residuals: np.ndarray, of_members: np.ndarray, dim: int, is_at_end
     They are a misfit if they are large, compared with the changes between members, and either the best parameter is at
     an end of the range, or a combination of members fits better than noise of this size lets it by chance (F-test).
     """
-    from scipy.special import fdtrc
-
     changes = of_members - residuals
     squares = residuals @ residuals
     largest = np.square(changes).sum(1).max()
@@ -152,20 +151,7 @@ def is_misfit(residuals: np.ndarray, of_members: np.ndarray, dim: int, is_at_end
     if rank <= dim:
         return False
     explained = np.square(directions[:rank] @ residuals).sum()
-    degrees, others = rank - dim, len(residuals) - rank
-    ratio = (explained / degrees) / (max(squares - explained, 1e-300) / others)
-    return bool(fdtrc(degrees, others, ratio) < CHANCE)
-
-
-def _checked(residuals: Any, dim: int) -> Tensor:
-    """Return the residuals (n,) in float64; a ValueError if they are malformed."""
-    is_tensor = isinstance(residuals, Tensor)
-    if not is_tensor or not residuals.is_floating_point() or residuals.numel() <= dim:
-        kind = f"{residuals.dtype} of shape {tuple(residuals.shape)}" if is_tensor else f"a {type(residuals).__name__}"
-        raise ValueError(f"`residuals` returns {kind}, but must return a tensor with more than {dim} real numbers.")
-    if residuals.dim() == 2 and (n := len(residuals)) == residuals.shape[1]:
-        raise ValueError(f"`residuals` returns ({n}, {n}): values (n, 1) minus data (n,) are all pairs; reshape one.")
-    infinite = int(residuals.isinf().sum())
-    if infinite:
-        raise ValueError(f"`residuals` returns infinite numbers, {infinite} of {residuals.numel()}.")
-    return residuals.detach().double().cpu().flatten()
+    unexplained = max(squares - explained, 1e-300)
+    degrees = rank - dim, len(residuals) - rank
+    ratio = (explained / degrees[0]) / (unexplained / degrees[1])
+    return bool(fdtrc(*degrees, ratio) < CHANCE)

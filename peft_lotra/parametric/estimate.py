@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,7 +22,7 @@ from .interpolation import Member, Point
 from .members import Problem, argument, residuals_of, write
 
 
-# With less damping the step fits single points, with more it does not reach the error: docs/notes/log.md.
+# With less damping the step fits single points, with more it does not reach the error.
 ESTIMATE_DAMPING = 1e-8
 MEMORY = 2**30  # bytes of a Jacobian and its matrix; a larger network is stepped in a member's coordinates
 VALUES = 128  # values, or random combinations of more, that an error is the norm of
@@ -46,39 +46,43 @@ class ErrorEstimates:
     """
 
     problem: Problem
-    _changes: dict[tuple[Point, bytes], Tensor | None] = field(default_factory=dict)  # of the members
+    _changes: dict[tuple, Tensor | None] = field(default_factory=dict)  # of the members
+    _held: dict[Point, Collection[int]] = field(default_factory=dict)  # the terms that are held out at members
 
     def at(self, model: PeftModel, point: Point, around: Sequence[tuple[Member, float]]) -> float:
         """Estimate the error of a model, which is written to, by the members around its parameter and their weights.
 
         NaN if the rows of the terms are no inputs of the model.
         """
-        changes = []
+        total = 0.0
         with torch.inference_mode(False), torch.enable_grad():
-            terms = [*self.problem.terms(point), *self.problem.held_terms(model, point)]
-            residuals = residuals_of(model, terms)
+            held = self.problem.held_terms(model, point)
             for member, _ in around:
-                key = (member.parameter, member.vector.tobytes())
+                if member.parameter not in self._held:
+                    self._held[member.parameter] = list(self.problem.held_terms(model, member.parameter))
+                # data may be smooth at one parameter, and not at another
+                held = {number: term for number, term in held.items() if number in self._held[member.parameter]}
+            residuals = residuals_of(model, [*self.problem.terms(point), *held.values()])
+            for member, weight in around:
+                key = (member.parameter, member.vector.tobytes(), *held)
                 if key not in self._changes:
                     write(model, member.vector)
-                    self._changes[key] = self._change(model, member.parameter)
-                changes.append(self._changes[key])
-        if any(change is None for change in changes):
-            return math.nan
-        errors = [(residuals @ change).norm().item() for change in changes]
-        return sum(weight * error for error, (_, weight) in zip(errors, around, strict=True))
+                    self._changes[key] = self._change(model, member.parameter, held)
+                change = self._changes[key]
+                total += math.nan if change is None else weight * (residuals @ change).norm().item()
+        return total
 
-    def _change(self, model: PeftModel, point: Point) -> Tensor | None:
+    def _change(self, model: PeftModel, point: Point, numbers: Collection[int]) -> Tensor | None:
         """Compute the linear map (M, values) from residuals to the relative change of the values by the step.
 
         None if the inputs of the network are not known, or the step does not exist.
         """
         held = self.problem.held_terms(model, point)
-        terms = [*self.problem.terms(point), *held]
+        terms = [*self.problem.terms(point), *(held[number] for number in numbers)]
         residuals = residuals_of(model, terms)
         network = copy.deepcopy(model).merge_and_unload().requires_grad_()
         count = sum(parameter.numel() for parameter in network.parameters())
-        if not held and len(residuals) < count and not self._changes:  # told once
+        if not numbers and len(residuals) < count and not self._changes:  # told once
             warnings.warn(
                 f"Indicators of this family may miss most of the error: a network of {count} parameters can fit each "
                 f"of its {len(residuals)} residuals, and nothing is known between their points. Give `held_terms_of`, "
@@ -95,8 +99,8 @@ class ErrorEstimates:
         leaves = list(trainable_parameters(network).values())
         gradients = []
         for value in values:
-            parts = torch.autograd.grad(value, leaves, retain_graph=True, materialize_grads=True)
-            gradients.append(torch.cat([part.flatten() for part in parts]))
+            of_value = torch.autograd.grad(value, leaves, retain_graph=True, materialize_grads=True)
+            gradients.append(torch.cat([gradient.flatten() for gradient in of_value]))
         problem = LeastSquares(network, terms, MEMORY, {})
         linear = LinearModel(problem, residuals, 1.0, in_parameter_space=True)
         steps = linear.inverse(ESTIMATE_DAMPING, torch.stack(gradients, dim=1))

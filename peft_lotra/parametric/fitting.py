@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +35,7 @@ class Fitting:
         model: The model whose trainable parameters are the coordinates of a member. It is written to.
         problem: The functions that members are fitted to.
         space: The members.
+        max_steps: The most steps of a member.
         executor: The executor that fits them; None for this process.
         bar: The progress bar.
         new: The members that were added.
@@ -46,6 +47,7 @@ class Fitting:
     model: nn.Module
     problem: Problem
     space: MemberSpace
+    max_steps: int
     executor: Executor | None
     bar: Any
     new: dict[Point, Member] = field(default_factory=dict)
@@ -70,8 +72,8 @@ class Fitting:
         """Return the index of the point where the base itself has the least loss; of equal ones, the middle one."""
         losses = np.array([self._indicator(point, np.zeros(self.space.size)) for point in pending])
         losses[np.isnan(losses)] = math.inf
-        middle = len(pending) // 2
-        return min(range(len(pending)), key=lambda index: (losses[index], abs(index - middle)))
+        from_middle = abs(np.arange(len(pending)) - len(pending) // 2)
+        return int(np.lexsort([from_middle, losses])[0])
 
     def _indicator(self, point: Point, vector: np.ndarray) -> float:
         """Return the indicator of a prediction, NaN where a function of the user fails."""
@@ -82,18 +84,18 @@ class Fitting:
             self.failed[argument(point)] = f"{type(error).__name__}: {error}"
             return math.nan
 
-    def _start(self, point: Point) -> np.ndarray:
-        """Return the prediction at a point; outside of the members, the nearest one if its indicator is smaller."""
-        space = self.space
-        predicted = space.vector_at(point)
-        if not space.members or (space.is_inside(point) and self.problem.train is None):
-            return predicted
-        closest = space.nearest(point)[0].vector
-        return predicted if self._indicator(point, predicted) < self._indicator(point, closest) else closest
-
     def _fit(self, points: Sequence[Point]) -> None:
-        """Fit members from the predictions there."""
-        self._run({point: ([point], self._start(point), self.problem.max_steps) for point in points})
+        """Fit members from the predictions there; outside of the members, from the nearest if that is better."""
+        space = self.space
+        jobs: dict[Point, Job] = {}
+        for point in points:
+            start = space.vector_at(point)
+            if space.members and (self.problem.train is not None or not space.is_inside(point)):
+                closest = space.members[space.nearest(point)[0]].vector
+                if not self._indicator(point, start) < self._indicator(point, closest):
+                    start = closest
+            jobs[point] = [point], start, self.max_steps
+        self._run(jobs)
 
     def _run(self, jobs: Mapping[Point, Job]) -> None:
         """Add the members of jobs, unless there are better ones."""
@@ -109,33 +111,28 @@ class Fitting:
                 self.new[point] = result
         self.space.add(self.new.values())
 
-    def _with_best_neighbors(self) -> Iterable[tuple[Member, Member]]:
-        """Pair each new member with the one of least indicator among the nearest, two with one parameter."""
-        if len(self.space.members) > 2:
-            for member in self.new.values():
-                neighbors = self.space.nearest(member.parameter)[1:]
-                yield member, min(neighbors, key=lambda other: other.indicator)
+    def _find_bad(self) -> Iterator[tuple[Member, Member]]:
+        """Yield new members that are far worse than a neighbor, with the best neighbor."""
+        members = self.space.members
+        if len(members) < 3:
+            return
+        for member in self.new.values():
+            neighbors = [members[index] for index in self.space.nearest(member.parameter)[1:]]
+            best = min(neighbors, key=lambda neighbor: neighbor.indicator)
+            if member.indicator > FAR * best.indicator:
+                yield member, best
 
     def _fit_again(self) -> None:
-        """Fit bad members once more.
-
-        One that is far worse than a neighbor starts from that neighbor, with more steps and in smaller strides. One
-        that is worse than the prediction of the others in its place starts from that prediction.
-        """
+        """Fit bad members once more, from the best neighbor, with more steps and in smaller strides."""
         space = self.space
         jobs: dict[Point, Job] = {}
-        for member, best in self._with_best_neighbors():
+        for member, best in self._find_bad():
             point = member.parameter
-            if point in self.refitted or self.problem.train is not None:
-                continue
-            predicted = space.vector_at(point, without=point)
-            if member.indicator > FAR * best.indicator:
+            if point not in self.refitted and self.problem.train is None:
                 start, end = space.places_of([best.parameter, point])
                 shares = torch.linspace(0, 1, STRIDES + 1, dtype=torch.float64, device="cpu")[1:-1, None]
                 path = [*space.points_at(torch.lerp(start, end, shares)), point]
-                jobs[point] = path, best.vector, 2 * self.problem.max_steps
-            elif self._indicator(point, predicted) < member.indicator:
-                jobs[point] = [point], predicted, self.problem.max_steps
+                jobs[point] = path, best.vector, 2 * self.max_steps
         self.refitted |= jobs.keys()
         self._run(jobs)
 
@@ -171,11 +168,10 @@ class Fitting:
     def report(self) -> FamilyReport:
         """Return the members that were added; a RuntimeError if the family has none."""
         self.bar.close()
-        for member, best in self._with_best_neighbors():
+        for member, best in self._find_bad():
             share = member.indicator / max(best.indicator, 1e-300)
-            if share > FAR:
-                text = f"the residual stays at {member.indicator:.2g}, {share:.0f} times that of a neighbor"
-                self.failed[argument(member.parameter)] = f"{text}: fit members nearby, or take higher `ranks`"
+            text = f"the residual stays at {member.indicator:.2g}, {share:.0f} times that of a neighbor"
+            self.failed[argument(member.parameter)] = f"{text}: fit members nearby, or take higher `ranks`"
         if self.failed:
             lines = "\n  ".join(f"{parameter}: {error}" for parameter, error in self.failed.items())
             message = f"{len(self.failed)} parameters failed:\n  {lines}"
@@ -199,9 +195,10 @@ def next_wave(pending: Tensor, members: Tensor, start: int) -> list[int]:
     wave: list[int] = []
     # the farthest first, none nearer to another than the limit
     for index in distances.round(decimals=9).argsort(descending=True, stable=True).tolist():
-        apart = all((pending[index] - pending[other]).norm() >= limit * (1 - 1e-6) for other in wave)
-        if distances[index] <= limit and apart:
-            wave.append(index)
+        if distances[index] <= limit:
+            gaps = (pending[wave] - pending[index]).norm(dim=1)
+            if (gaps >= limit * (1 - 1e-6)).all():
+                wave.append(index)
     return wave
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,14 +26,14 @@ SHARED = 1 / 8  # of the points: a coordinate that so many have is a side of the
 SMOOTH = 0.02  # the largest relative error of smooth data, where half of them is interpolated from the other half
 
 
-def held_out_terms(terms: Sequence[Term], network: Callable) -> list[Term]:
-    """Return terms at rows in the gaps, where the fit has not made their residuals small.
+def held_out_terms(terms: Sequence[Term], network: Callable) -> dict[int, Term]:
+    """Return terms, by their index, at rows in the gaps, where the fit has not made their residuals small.
 
     A term is left out if it has few rows, or if a tensor beside its inputs, such as a right-hand side, is no smooth
     function of them: its values in the gaps are not known.
     """
-    held_out = []
-    for function, rows, weight in terms:
+    held_out = {}
+    for number, (function, rows, weight) in enumerate(terms):
         rows = [row[:: math.ceil(len(row) / MOST)] for row in rows]
         inputs, indices = inputs_of(rows, network)
         if inputs is None or len(inputs) < FEWEST:
@@ -41,7 +41,7 @@ def held_out_terms(terms: Sequence[Term], network: Callable) -> list[Term]:
         gaps = _find_gaps(inputs.cpu().numpy().tobytes(), inputs.shape[1])
         between = [gaps.line(row) if index in indices else gaps.data(row) for index, row in enumerate(rows)]
         if len(gaps.first) and all(row is not None for row in between):
-            held_out.append((function, tuple(between), weight))
+            held_out[number] = function, tuple(between), weight
     return held_out
 
 
@@ -92,28 +92,25 @@ class _Gaps:
         longest = near.values.where(is_empty, 0.0).topk(ROWS)
         self.first, rank = longest.values.nonzero(as_tuple=True)
         self.second = near.indices.gather(1, longest.indices)[self.first, rank]
-        self._points = scaled[self._is_first]
-        self._places = self.line(scaled)
+        distinct = scaled[self._is_first]
+        self._weights = weights_at(distinct, self.line(scaled))
+        self._weights_of_half = weights_at(distinct[::2], distinct[1::2])
 
     def line(self, row: Tensor) -> Tensor:
         """Return values (n, ...) that are linear in the inputs, in the gaps (m, ...)."""
         return torch.lerp(row[self.first], row[self.second], SHARE)
 
-    @cached_property
-    def _weights(self) -> tuple[Tensor, Tensor]:
-        return weights_at(self._points, self._places), weights_at(self._points[::2], self._points[1::2])
-
     def data(self, row: Tensor) -> Tensor | None:
         """Interpolate values (n, ...) to the gaps, (m, ...); None if half of them does not tell the other half."""
         if _is_constant(row):
             return row[self.first]
-        values = row[self._is_first].double().cpu().reshape(len(self._points), -1)
-        weights, weights_of_half = self._weights
-        other_half = values[1::2]
-        error = weights_of_half.T @ values[::2] - other_half
-        if not error.norm() <= SMOOTH * (other_half - other_half.mean(0)).norm():
+        values = row[self._is_first].double().cpu()
+        values = values.reshape(len(values), -1)
+        half = values[1::2]
+        error = self._weights_of_half.T @ values[::2] - half
+        if not error.norm() <= SMOOTH * (half - half.mean(0)).norm():
             return None
-        return (weights.T @ values).to(row).view(-1, *row.shape[1:])
+        return (self._weights.T @ values).to(row).view(-1, *row.shape[1:])
 
 
 # by the points: a fit asks for the same ones at each parameter

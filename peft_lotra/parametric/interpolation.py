@@ -8,10 +8,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 
 from ..modules.checks import as_number
@@ -19,7 +21,8 @@ from ..modules.report import Report, TextTable
 
 
 Point = tuple[float, ...]
-_INSIDE = 1e-9  # of the extent of the members: rounding at the ends of the range
+
+pairwise_distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 class Member(NamedTuple):
@@ -28,7 +31,7 @@ class Member(NamedTuple):
     parameter: Point
     vector: np.ndarray  # (P,), the trained parameters of the adapter, in float64
     predicted: float  # the indicator of the prediction at its parameter before the fit
-    indicator: float  # that of the member
+    indicator: float  # the indicator of the member
     steps: int
     seconds: float
 
@@ -40,6 +43,7 @@ class FamilyReport(Report, list[Member]):
         failed: Errors by parameter: of functions of yours, where there is no member, and of members that did not
             converge.
         largest: In a range, the largest indicator of a prediction, as a share of its bound; NaN otherwise.
+        coordinates: The number of coordinates of a member.
     """
 
     def __init__(self, members: Iterable[Member], failed: Mapping[Any, str], largest: float, coordinates: int) -> None:
@@ -60,8 +64,10 @@ class FamilyReport(Report, list[Member]):
         return TextTable(["parameter", ">predicted", ">fitted", ">steps", ">s"], rows, notes)
 
     def as_dict(self) -> dict[str, Any]:
-        """The table in plain values, for JSON, without the coordinates of the members; None for NaN."""
-        rows = [{n: None if v != v else v for n, v in m._asdict().items() if n != "vector"} for m in self]
+        """Return the table in plain values, for JSON, without the coordinates of the members; None for NaN."""
+        rows: Any = super().as_dict()
+        for row in rows:
+            del row["vector"]
         failed = {str(parameter): error for parameter, error in self.failed.items()}
         largest = None if math.isnan(self.largest) else self.largest
         return {"members": rows, "failed": failed, "largest": largest, "coordinates": self.coordinates}
@@ -87,30 +93,30 @@ class MemberSpace:
     """
 
     def __init__(self, size: int, log: bool | Sequence[bool]) -> None:
-        self.size, self.log = size, torch.tensor(log, dtype=torch.bool, device="cpu")
+        self.size = size
+        self.log = torch.tensor(log, dtype=torch.bool, device="cpu")
         self.members: list[Member] = []
         self.places = torch.empty(0, 1, device="cpu")  # of the members
         self._low = self.extent = torch.zeros(1, device="cpu")
 
     def point(self, parameter: Any) -> Point:
-        """Return the parameter as a tuple, of as many numbers as those of the members."""
+        """Return the parameter as a tuple, with as many numbers as the members have."""
         point = tuple(map(as_number, np.ravel(parameter).tolist()))
         dim = len(point)
         if self.log.dim():
             dim = len(self.log)
         elif self.members:
             dim = self.places.shape[1]
-        if len(point) != dim or not np.isfinite(point).all():
+        if len(point) != dim or not self._raw([point]).isfinite().all():
             numbers = "a finite number" if dim == 1 else f"{dim} finite numbers"
-            raise ValueError(f"A parameter is {parameter!r:.100}, but must be {numbers}.")
-        if not self._raw([point]).isfinite().all():
-            raise ValueError(f"A parameter is {parameter!r}, but must be above 0: the family is in its logarithm.")
+            raise ValueError(f"A parameter is {parameter!r:.100}, but must be {numbers}, above 0 with `log=True`.")
         return point
 
     def spread(self, points: Sequence[Point]) -> None:
         """Set the range of parameters to that of these points and the members."""
         raw = self._raw([*points, *(member.parameter for member in self.members)])
-        self._low, self.extent = raw.amin(0), raw.amax(0) - raw.amin(0)
+        self._low = raw.amin(0)
+        self.extent = raw.amax(0) - self._low
         self.add(())
 
     def add(self, members: Iterable[Member]) -> None:
@@ -138,36 +144,33 @@ class MemberSpace:
         """Return whether a parameter lies in the convex hull of the members."""
         return is_inside(self.places, self.places_of([point])[0])
 
-    def nearest(self, point: Point) -> list[Member]:
-        """Return the nearest members, as many as determine a quadratic polynomial, in order of their distance."""
-        return [self.members[index] for index in nearest(self.places, self.places_of([point])[0])]
+    def nearest(self, point: Point) -> list[int]:
+        """Return the indices of the nearest members, as many as determine a quadratic polynomial, in order."""
+        distances = (self.places - self.places_of([point])).norm(dim=1)
+        count = math.comb(self.places.shape[1] + 2, 2)
+        return distances.argsort(stable=True)[:count].tolist()
 
     def around(self, point: Point) -> list[tuple[Member, float]]:
         """Return the members around a parameter, with weights by their distances; in one dimension those of a line.
 
         A member is around if no other is in the ball whose diameter leads to it from the parameter.
         """
-        at = self.places_of([point])[0]
-        distances = (self.places - at).norm(dim=1)
-        is_around = empty_radii(self.places, at, self.places) >= 0.499 * distances
-        used = [index for index in distances.argsort(stable=True).tolist() if is_around[index]][: len(at) + 1]
+        place = self.places_of([point])[0]
+        distances = (self.places - place).norm(dim=1)
+        is_around = empty_radii(self.places, place, self.places) >= 0.499 * distances
+        order = distances.where(is_around, math.inf).argsort(stable=True)
+        used = order[: min(len(place) + 1, int(is_around.sum()))].tolist()
 
         weights = 1 / distances[used].clamp(min=1e-12)
         shares = (weights / weights.sum()).tolist()
         return [(self.members[index], share) for index, share in zip(used, shares, strict=True)]
 
-    def vector_at(self, point: Point, without: Point | None = None) -> np.ndarray:
-        """Interpolate the coordinates (P,); outside of the members, extrapolate them from the nearest.
-
-        The member at `without` is left out.
-        """
-        used = [index for index, member in enumerate(self.members) if member.parameter != without]
-        if not used:
+    def vector_at(self, point: Point) -> np.ndarray:
+        """Interpolate the coordinates (P,); outside of the members, extrapolate them from the nearest."""
+        if not self.members:
             return np.zeros(self.size)
-        at = self.places_of([point])
-        if not is_inside(self.places[used], at[0]):
-            used = [used[index] for index in nearest(self.places[used], at[0])]
-        return self.vectors_at(at, used)[0]
+        used = slice(None) if self.is_inside(point) else self.nearest(point)
+        return self.vectors_at(self.places_of([point]), used)[0]
 
     def vectors_at(self, places: Tensor, used: Any = slice(None)) -> np.ndarray:
         """Interpolate the coordinates (n, P) at places (n, dim) from the members of some indices, by default all."""
@@ -185,23 +188,20 @@ def weights_at(points: Tensor, places: Tensor) -> Tensor:
     count = len(points)
     for degree in (2, 1, 0):
         tail = _monomials(points, degree)
-        if tail.shape[1] <= count and torch.linalg.matrix_rank(tail, rtol=1e-8) == tail.shape[1]:
+        number = tail.shape[1]
+        if number <= count and torch.linalg.matrix_rank(tail, rtol=1e-8) == number:
             break
     power = 2 * degree + 1
-    size = count + tail.shape[1]
-    matrix = points.new_zeros(size, size)
-    matrix[:count, :count] = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist") ** power
-    matrix[:count, count:], matrix[count:, :count] = tail, tail.T
-    distances = torch.cdist(points, places, compute_mode="donot_use_mm_for_euclid_dist")
-    right = torch.cat([distances**power, _monomials(places, degree).T])
+    splines = pairwise_distances(points, points) ** power
+    matrix = torch.cat([torch.cat([splines, tail], 1), torch.cat([tail.T, tail.new_zeros(number, number)], 1)])
+    right = torch.cat([pairwise_distances(points, places) ** power, _monomials(places, degree).T])
     return torch.linalg.solve(matrix, right)[:count]
 
 
 def _monomials(points: Tensor, degree: int) -> Tensor:
     """Compute the monomials of at most this degree, (n, number)."""
-    dim = points.shape[1]
-    exponents = [e for e in itertools.product(range(degree + 1), repeat=dim) if sum(e) <= degree]
-    return torch.stack([(points ** points.new_tensor(e)).prod(dim=1) for e in exponents], dim=1)
+    exponents = itertools.product(range(degree + 1), repeat=points.shape[1])
+    return torch.stack([(points ** points.new_tensor(e)).prod(1) for e in exponents if sum(e) <= degree], dim=1)
 
 
 def empty_radii(first: Tensor, second: Tensor, points: Tensor) -> Tensor:
@@ -211,23 +211,12 @@ def empty_radii(first: Tensor, second: Tensor, points: Tensor) -> Tensor:
 
     Source: K. R. Gabriel and R. R. Sokal, "A new statistical approach to geographic variation analysis", 1969.
     """
-    middles = torch.lerp(first, second, 0.5)
-    return torch.cdist(middles, points, compute_mode="donot_use_mm_for_euclid_dist").amin(-1)
+    return pairwise_distances(torch.lerp(first, second, 0.5), points).amin(-1)
 
 
-def nearest(points: Tensor, at: Tensor) -> list[int]:
-    """Return the nearest points, as many as determine a quadratic polynomial, in order of their distance."""
-    most = math.comb(points.shape[1] + 2, 2)
-    return (points - at).norm(dim=1).argsort(stable=True)[:most].tolist()
-
-
-def is_inside(points: Tensor, at: Tensor) -> bool:
+def is_inside(points: Tensor, place: Tensor) -> bool:
     """Return whether a place (dim,) lies in the convex hull of points (m, dim)."""
-    if points.shape[1] == 1:
-        return bool(points.min() - _INSIDE <= at[0] <= points.max() + _INSIDE)
-    from scipy.optimize import nnls  # slow to import
-
     # a convex combination: non-negative weights whose sum is 1
     matrix = torch.cat([points, torch.ones_like(points[:, :1])], dim=1).T.numpy()
-    _, missed = nnls(matrix, torch.cat([at, at.new_ones(1)]).numpy())
-    return bool(missed <= 1e-7)
+    _, distance = nnls(matrix, np.append(place.numpy(), 1.0))
+    return distance <= 1e-7

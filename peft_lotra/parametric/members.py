@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 
 from ..least_squares.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
 from ..least_squares.problem import Term, check_residuals, check_terms, in_double, name_term, trainable_parameters
@@ -27,27 +28,29 @@ from .interpolation import Member, Point
 
 
 # The damping of all steps, as a share of the largest diagonal entry of J^T J. Directions in which the residuals hardly
-# change are not moved by it, so that members stay comparable: docs/notes/log.md.
+# change are not moved by it, so that members stay comparable.
 MEMBER_DAMPING = 1e-6
 WINDOW, SLOW = 4, 0.7  # a fit ends when so many steps left more than this share of the loss
+
+TermsOf = Callable[[Any], Iterable]  # a function of the parameter
+OfModel = Callable[[nn.Module, Any], Any]  # a function of a network, or a solution, and the parameter
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The functions of the user that members are fitted to, see `ParametricAdapter`, and the most steps of a fit."""
+    """The functions of the user that members are fitted to, see `ParametricAdapter`."""
 
-    terms_of: Callable[[Any], Iterable] | None = None
-    held_terms_of: Callable[[Any], Iterable] | None = None
-    solution_of: Callable[[nn.Module, Any], Any] | None = None
-    loss_of: Callable[[nn.Module, Any], Any] | None = None
-    values_of: Callable[[nn.Module, Any], Tensor] | None = None
-    train: Callable[[nn.Module, Any], Any] | None = None
-    max_steps: int = 40
+    terms_of: TermsOf | None = None
+    held_terms_of: TermsOf | None = None
+    solution_of: OfModel | None = None
+    loss_of: OfModel | None = None
+    values_of: OfModel | None = None
+    train: OfModel | None = None
 
     def check_functions(self) -> None:
         """Raise a `TypeError` unless these are functions, which take the arguments that they will get."""
         for name, function in vars(self).items():
-            if name != "max_steps" and function is not None:
+            if function is not None:
                 check_function(function, name, 1 if name.endswith("terms_of") else 2)
 
     def solution(self, model: nn.Module, parameter: Point) -> Any:
@@ -58,10 +61,10 @@ class Problem:
         """Return the terms of the fit, as functions of the network; none without `terms_of`."""
         return [] if self.terms_of is None else self._of_networks(self.terms_of, parameter)
 
-    def held_terms(self, model: nn.Module, parameter: Point) -> list[Term]:
-        """Return terms at points to which no member is fitted, by default between those of the fit."""
+    def held_terms(self, model: nn.Module, parameter: Point) -> dict[int, Term]:
+        """Return terms, by number, at points to which no member is fitted, by default between those of the fit."""
         if self.held_terms_of is not None:
-            return self._of_networks(self.held_terms_of, parameter)
+            return dict(enumerate(self._of_networks(self.held_terms_of, parameter)))
         solution, dtype = self.solution(model, parameter), next(model.parameters()).dtype
         return held_out_terms(self.terms(parameter), lambda x: solution(x.to(dtype)))
 
@@ -80,23 +83,24 @@ class Problem:
 
         The fit starts from the coordinates `start` and follows a path of parameters to that of the member, the last.
         """
-        began, steps, parameter = time.perf_counter(), 0, path[-1]
+        start_time, steps, parameter = time.perf_counter(), 0, path[-1]
         model = copy.deepcopy(model)  # other threads fit other members
         write(model, start)
         predicted = self.indicator(model, parameter)
-        if self.train is not None:
+        if self.train is None:
+            for point in path:
+                held = self.held_terms(model, point).values()
+                steps += take_steps(model, self.terms(point), max_steps, held)
+        else:
             trained = copy.deepcopy(model)  # `train` may also change modes and tensors that all members share
             coordinates = trainable_parameters(trained)
             self.train(trained, argument(parameter))
             write(model, read(coordinates))
-        else:
-            for point in path:
-                steps += take_steps(model, self.terms(point), max_steps, self.held_terms(model, point))
         vector, indicator = read(trainable_parameters(model)), self.indicator(model, parameter)
         has_loss = self.terms_of is not None or self.loss_of is not None
         if not np.isfinite(vector).all() or (has_loss and not math.isfinite(indicator)):
             raise ValueError(f"The fitted member has NaN or infinite coordinates or residuals: {indicator}.")
-        return Member(parameter, vector, predicted, indicator, steps, time.perf_counter() - began)
+        return Member(parameter, vector, predicted, indicator, steps, time.perf_counter() - start_time)
 
     def indicator(self, model: nn.Module, parameter: Point) -> float:
         """Return the loss of `loss_of`, or else the root of the loss at held-out points; NaN without terms.
@@ -106,7 +110,7 @@ class Problem:
         if self.loss_of is not None:
             with torch.no_grad():
                 return float(self.loss_of(self.solution(model, parameter), argument(parameter)))
-        terms = self.held_terms(model, parameter) or self.terms(parameter)
+        terms = self.held_terms(model, parameter).values() or self.terms(parameter)
         return residuals_of(model, terms).norm().item() if terms else math.nan
 
 
@@ -117,7 +121,7 @@ def argument(point: Point) -> float | Point:
 
 def read(parameters: Mapping[str, Tensor]) -> np.ndarray:
     """Return the coordinates (P,) of a model in its trainable parameters, in float64."""
-    return torch.cat([parameter.detach().double().cpu().flatten() for parameter in parameters.values()]).numpy()
+    return parameters_to_vector(parameters.values()).detach().double().cpu().numpy()
 
 
 @torch.no_grad()
@@ -138,7 +142,8 @@ def named(parameters: Mapping[str, Tensor], vector: np.ndarray) -> dict[str, Ten
 @torch.no_grad()
 def residuals_of(model: nn.Module, terms: Iterable[Term]) -> Tensor:
     """Compute the residuals (M,) of terms in float64, whose sum of squares is the loss of `LevenbergMarquardt`."""
-    exact, residuals = in_double(model), []
+    exact = in_double(model)
+    residuals = []
     for index, (function, rows, weight) in enumerate(terms):
         rows = tuple(row.double() if row.is_floating_point() else row for row in rows)
         values = call_with_parameters(model, exact, partial(function, model), rows, {})
@@ -147,13 +152,14 @@ def residuals_of(model: nn.Module, terms: Iterable[Term]) -> Tensor:
     return torch.cat(residuals)
 
 
-def take_steps(model: nn.Module, terms: Sequence[Term], most: int, held: Sequence[Term] = (), least: int = 0) -> int:
+def take_steps(model: nn.Module, terms: Sequence[Term], most: int, held: Iterable[Term] = (), least: int = 0) -> int:
     """Take Levenberg-Marquardt steps while the loss falls fast, that of `held` if there are such terms.
 
     Returns:
         The number of steps, from `least` to `most`.
     """
-    optimizer, losses = LevenbergMarquardt(model, MEMBER_DAMPING, floor=1.0), []
+    optimizer = LevenbergMarquardt(model, MEMBER_DAMPING, floor=1.0)
+    losses = []
 
     def is_done(number: int, record: LevenbergMarquardtStep) -> bool:
         optimizer.damping = max(optimizer.damping, MEMBER_DAMPING)
@@ -171,5 +177,5 @@ def attempt(model: nn.Module, problem: Problem, job: Job) -> Member | str:
     try:
         return problem.fit(model, *job)
     except Exception as error:  # as text, since errors of users need not be picklable
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{type(error).__name__}: {error} (line {place.lineno} of {place.filename})"
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{type(error).__name__}: {error} (line {frame.lineno} of {frame.filename})"

@@ -116,7 +116,7 @@ def test_logarithmic_parameters(base):
     for one in (family, plain):
         one.fit([2.0, 2.8, 4.0], progress=False)
     assert problems.error(family.predict(2.4), 2.4) != problems.error(plain.predict(2.4), 2.4)
-    with pytest.raises(ValueError, match="must be above 0"):
+    with pytest.raises(ValueError, match="above 0 with `log=True`"):
         family.predict(-1.0)
     with pytest.raises(ValueError, match="2 finite numbers"):
         make(base, log=[True, False]).fit([2.0], progress=False)

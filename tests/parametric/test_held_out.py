@@ -22,8 +22,8 @@ def residual(model, *rows):
 
 def points(*rows, width):
     found = held_out_terms([(residual, rows, 3.0)], nn.Linear(width, 1).double())
-    assert all(function is residual and weight == 3.0 for function, _, weight in found)
-    return [rows for _, rows, _ in found]
+    assert all(function is residual and weight == 3.0 for function, _, weight in found.values())
+    return [rows for _, rows, _ in found.values()]
 
 
 def test_between_neighbors_on_a_line():
@@ -77,7 +77,7 @@ def test_where_no_points_are_known(rows, width):
 
 def test_other_points_have_others_between():
     for rows in (LINE, LINE.clone(), LINE[:-1]):
-        ((_, (x,), _),) = held_out_terms([(residual, (rows,), 1.0)], nn.Linear(1, 1).double())
+        ((_, (x,), _),) = held_out_terms([(residual, (rows,), 1.0)], nn.Linear(1, 1).double()).values()
         assert len(x) == 2 * len(rows) - 2
     many = torch.linspace(-1, 1, 3000, dtype=torch.float64).unsqueeze(1)
     ((x, c),) = points(many, torch.full_like(many, 0.5), width=1)

@@ -171,3 +171,21 @@ def test_blind_indicators_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert told.predict(2.6).indicator > 0
+
+
+def test_data_that_are_smooth_at_some_parameters_alone():
+    """At 3 the data change too fast to be interpolated between the points, at 1 they do not."""
+
+    def fitted(model, x, data):
+        return model(x) - data
+
+    plane = torch.rand(150, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 2 - 1
+
+    def terms_of(c):
+        return [(fitted, (plane, torch.sin(c * plane[:, :1]) * torch.cos(2 * plane[:, 1:])))]
+
+    torch.manual_seed(0)
+    family = ParametricAdapter(KAN([2, 5, 1], 5, dtype=torch.float64), terms_of, ranks=4)
+    family.fit([1.0, 1.5, 2.0, 2.5, 3.0], max_steps=5, progress=False)
+
+    assert all(0 < family.predict(c).indicator < 10 for c in np.linspace(1.05, 2.95, 8))
