@@ -37,22 +37,22 @@ from .storage import read_bank, write_bank
 
 class AdapterBank:
     r"""
-    The LoTRA adapters of one base, thousands of them, side by side as rows of one matrix.
+    Store thousands of LoTRA adapters of one base as the rows of one matrix, and serve them in one batch.
 
-    A batch whose rows have different adapters takes one evaluation of the base: an adapted layer computes
+    A batch whose rows have different adapters takes one evaluation of the base. An adapted layer computes
 
         y[n, o] = sum_{i,k} (A[o, i, k] + D_n[o, i, k]) f_k(x[n, i]),  D_n = core x1 factor_out x2 factor_in x3
         factor_basis, the update of the adapter of row n,
 
-    where the functions f_k and the part of A are computed once, and that of D_n from the components of each row.
-    Layers whose kind has no `basis` (pykan, convolutions) run once for each adapter in the batch. Lower ranks are
-    filled with zeros, and a full mode has no factor, or the identity where other adapters have one, which is exact.
-    Adapters that save modules are not taken.
+    The functions f_k and the product with A are computed once, the product with D_n from the components of each row.
+    Layers whose kind has no `basis` (pykan, convolutions) run once for each adapter in the batch. Zeros fill lower
+    ranks. A full mode has no factor, or the identity where other adapters have one. Both are exact. Adapters that
+    save modules are refused.
 
     Args:
         base (`nn.Module`): The model that the adapters are for. It is not changed.
         dtype (`torch.dtype`, *optional*): The dtype in which adapters are stored, e.g. `torch.bfloat16`; by default
-            that of the base, but at least float32.
+            the dtype of the base, but at least float32.
 
     Raises:
         ValueError: The base has no KAN layers, or merged adapters.
@@ -72,9 +72,11 @@ class AdapterBank:
         (torch.Size([2, 1]), ['anna'])
     """
 
-    def __init__(self, base: nn.Module, dtype: torch.dtype | None = None) -> None:
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"`dtype` is {dtype}, but must be a floating type.")
+    def __init__(
+        self,
+        base: nn.Module,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.base = unwrap(base)
         check_unmerged(self.base)
         self.record = {}
@@ -91,7 +93,7 @@ class AdapterBank:
         self._lock = LayerLock()
         self._agreeing_records: list[Any] = []  # records of bases that agreed with this one
         self._replaced: list[tuple[nn.Module, str, Any]] = []  # attributes before `attach`; None for new ones
-        self._loaded_from: str | None = None  # the folder or repository of which some adapters were loaded
+        self._loaded_from: str | None = None  # a folder or repository, if only some of its adapters were loaded
 
     @classmethod
     def from_folders(
@@ -110,7 +112,8 @@ class AdapterBank:
             kwargs: Arguments of `add`.
         """
         bank = cls(base, dtype)
-        pairs = folders.items() if isinstance(folders, Mapping) else [(Path(path).name, path) for path in folders]
+        has_names = isinstance(folders, Mapping)
+        pairs = folders.items() if has_names else [(Path(path).name, path) for path in folders]
         for name, path in pairs:
             bank.add(name, path, **kwargs)
         return bank
@@ -127,10 +130,6 @@ class AdapterBank:
 
     def __contains__(self, name: object) -> bool:
         return name != BASE and name in self.snapshot.entries
-
-    def __repr__(self) -> str:
-        packed = self.snapshot.packed
-        return f"AdapterBank({len(self)} adapters of {packed.shape[1]} parameters, {packed.dtype}, {packed.device})"
 
     def ids(self, names: Sequence[str]) -> Tensor:
         """Return the ids of adapters, (n,) int64, on the device of the bank; -1 for `"__base__"`.
@@ -167,8 +166,8 @@ class AdapterBank:
         Raises:
             ValueError: The name is known, or the adapter is of another base, grid or kind of layer, or damaged.
         """
-        if name == BASE or not isinstance(name, str):
-            raise ValueError(f"The name of an adapter must be a string other than '__base__', got {name!r:.100}.")
+        if name == BASE:
+            raise ValueError("'__base__' stands for the base: give the adapter another name.")
         try:
             if isinstance(adapter, AdapterBank):
                 if adapter.base is not self.base:
@@ -188,7 +187,7 @@ class AdapterBank:
     def _change(self) -> Iterator[Snapshot]:
         """Yield the adapters while no other thread changes them."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            if self.snapshot.trained is not None:
+            if self.snapshot.packed.requires_grad:
                 raise ValueError("Adapters of the bank are in training: call `finish()` of their optimizer first.")
             yield self.snapshot
 
@@ -205,22 +204,26 @@ class AdapterBank:
             self.snapshot = snapshot.rebuild()
 
     def to(self, device: torch.device | str) -> AdapterBank:
-        """Move the adapters to a device; those of each row are taken to that of the layer in each pass."""
+        """Move the adapters to a device. A pass moves the adapters of its rows to the device of each layer."""
         with self._change() as snapshot:
             snapshot = snapshot.rebuild()
-            self.snapshot = snapshot._replace(packed=snapshot.packed.to(device), row_of=snapshot.row_of.to(device))
+            packed, row_of = snapshot.packed.to(device), snapshot.row_of.to(device)
+            self.snapshot = snapshot._replace(packed=packed, row_of=row_of)
         return self
 
     # --- training ---
 
-    def start_training(self, names: Sequence[str] | None = None) -> tuple[nn.Parameter, Tensor]:
+    def start_training(
+        self,
+        names: Sequence[str] | None = None,
+    ) -> tuple[nn.Parameter, Tensor]:
         """Make adapters trainable, by default all; `peft_lotra.optim.BankAdamW` trains them.
 
-        From then on all rows of passes with gradients must have one of them, and the bank takes and loses none.
+        From then on the bank takes and loses no adapters, until `stop_training`.
 
         Returns:
-            The numbers of all adapters as a parameter (room, width), whose gradient is sparse, with the rows of the
-            adapters in the batch; and which of the numbers are trained (room, width): not those that fill lower
+            The components of all adapters as a parameter (room, width). Its gradient is sparse, with the rows of the
+            adapters in the batch. And a mask (room, width) of the trained entries, without the entries that fill lower
             ranks and full modes.
 
         Raises:
@@ -235,17 +238,17 @@ class AdapterBank:
             trained = torch.zeros(len(packed), dtype=torch.bool, device=rows.device)
             trained[rows] = True
             is_component = snapshot.fill_components(lambda form, layer: {}).bool()
-            self.snapshot = snapshot._replace(packed=packed, trained=trained)
+            self.snapshot = snapshot._replace(packed=packed)
             return packed, is_component & trained.unsqueeze(1)
 
     def stop_training(self) -> None:
         """End what `start_training` began; the adapters stay as they are trained."""
         with self._lock, torch.inference_mode(False):
             # a copy, since the optimizer still has the parameter
-            self.snapshot = self.snapshot._replace(packed=self.snapshot.packed.detach().clone(), trained=None)
+            self.snapshot = self.snapshot._replace(packed=self.snapshot.packed.detach().clone())
 
     def mean_by_adapter(self, errors: Tensor, ids: Tensor) -> Tensor:
-        """Return the mean error of each adapter, (room,), at its id; NaN where it has no rows.
+        """Return the mean error of each adapter, (room,), at its id; NaN without rows.
 
         Args:
             errors (`torch.Tensor`): The error of each row, (rows,).
@@ -263,7 +266,11 @@ class AdapterBank:
 
     # --- files ---
 
-    def save(self, folder: str | os.PathLike, skip: Sequence[str] = ()) -> None:
+    def save(
+        self,
+        folder: str | os.PathLike,
+        skip: Sequence[str] = (),
+    ) -> None:
         """Write all adapters into one file, adapter_bank.safetensors, with a table of their names.
 
         Args:
@@ -271,8 +278,8 @@ class AdapterBank:
             skip (`list[str]`): Adapters that are left out, for instance because they are not finite.
 
         Raises:
-            ValueError: An adapter has NaN or infinity, or is damaged in a mapped file; or the bank holds only some
-                adapters of this folder, so that the others would be lost. The folder is as it was.
+            ValueError: An adapter has NaN or infinity, or is damaged in a mapped file. Or the bank holds only some
+                adapters of this folder, and the others would be lost. The folder stays as it was.
         """
         self._check_whole(os.path.realpath(folder))
         with replacing_files(folder) as stage:
@@ -305,7 +312,7 @@ class AdapterBank:
         Args:
             base (`nn.Module`): The model that the adapters are for.
             folder (`str`): The folder, or the repository on the Hub.
-            dtype (`torch.dtype`, *optional*): As of a new bank; by default, and if `mapped`, that of the file.
+            dtype (`torch.dtype`, *optional*): As for a new bank; by default, and if `mapped`, the dtype of the file.
             mapped (`bool`): Whether adapters stay in the file until they are used, for banks larger than memory: the
                 operating system keeps those that were used last. They are not checked. Those that are added later are
                 in memory; `compact`, `to`, training, and an adapter of larger ranks read all of them.
@@ -330,7 +337,12 @@ class AdapterBank:
         return bank
 
     def push_to_hub(
-        self, repo_id: str, *, base_model: str | None = None, base_code: str | None = None, **kwargs: Any
+        self,
+        repo_id: str,
+        *,
+        base_model: str | None = None,
+        base_code: str | None = None,
+        **kwargs: Any,
     ) -> CommitInfo:
         """Push the bank to the Hugging Face Hub: one file, and a card with a table of the adapters.
 
@@ -343,12 +355,10 @@ class AdapterBank:
             kwargs: `private`, `revision`, `token` and `create_pr`, as in `peft_lotra.push_to_hub`.
 
         Raises:
-            ValueError: The bank is empty, or the repository is public despite `private`, or see `save`.
+            ValueError: The repository is public despite `private`, or see `save`.
         """
         snapshot = self.snapshot
         names = list(snapshot.entries)
-        if len(names) == 1:
-            raise ValueError("The bank is empty: add adapters before it is pushed.")
         with TemporaryDirectory() as folder:
             repo_id = fetch_card(folder, repo_id, kwargs.get("revision"), kwargs.get("token"))
             self._check_whole(repo_id)
@@ -368,7 +378,7 @@ class AdapterBank:
         """Put the bank into a model, by default its base, until `detach`.
 
         The KAN layers of the model get another module around them. A PeftModel goes on as before in calls of its own;
-        its adapters take no part in those of the model that is returned. In passes with adapters, parameters of KAN
+        its adapters take no part in calls of the returned model. In passes with adapters, parameters of KAN
         layers get no gradients.
 
         Args:
@@ -382,18 +392,17 @@ class AdapterBank:
             ValueError: The bank is attached, the model has merged adapters, or it is another base.
         """
         network = unwrap(self.base if model is None else model)
-        if self._replaced:
-            raise ValueError("The bank is attached to a model: call `detach()` first.")
         check_unmerged(network)
         targets, names = match_layers(self.record, network, "error")
-        if any("lotra_bank" in vars(module) for module in network.modules()):
-            raise ValueError("The model has another bank: call its `detach()` first.")
+        if self._replaced or any("lotra_bank" in vars(module) for module in network.modules()):
+            raise ValueError("The bank, or another bank of the model, is attached: call its `detach()` first.")
         self._replaced = [(module, "training", module.training) for module in network.modules()]
         bank_layers: dict[Any, BankLayer] = {}
         for name, name_in_model in names.items():
             layer = network.get_submodule(name_in_model)
-            if isinstance(layer, LoTRALayer):  # which stays where it is, for PEFT
-                self._replaced += [(layer, key, vars(layer).get(key)) for key in ("forward", "lotra_bank")]
+            if isinstance(layer, LoTRALayer):  # PEFT goes on to find it
+                for key in ("forward", "lotra_bank"):
+                    self._replaced.append((layer, key, vars(layer).get(key)))
                 vars(layer)["forward"] = partial(run_in_bank, layer, layer.forward)
             else:
                 cls = SlimBankLayer if isinstance(layer, (SlimKANLinear, SlimLayer)) else BankLayer
@@ -413,7 +422,10 @@ class AdapterBank:
         self._replaced = []
 
     @contextmanager
-    def rows(self, rows: Sequence[str] | Sequence[int] | Tensor | None) -> Iterator[None]:
+    def rows(
+        self,
+        rows: Sequence[str] | Sequence[int] | Tensor | None,
+    ) -> Iterator[None]:
         """Give the rows that adapted layers get these adapters, names or ids; None for none.
 
         For models that change the order of rows on their way, and for calls of a part of a model.
@@ -424,20 +436,18 @@ class AdapterBank:
         with ROWS.set(self._pass_of(rows)):
             yield
 
-    def _pass_of(self, adapters: Sequence[str] | Sequence[int] | Tensor | None) -> BankPass:
+    def _pass_of(
+        self,
+        adapters: Sequence[str] | Sequence[int] | Tensor | None,
+    ) -> BankPass:
         """Return the pass of rows with these adapters; without them the pass that is set, or a pass of the base."""
-        snapshot = self.snapshot
-        is_training = snapshot.trained is not None and torch.is_grad_enabled()
         if adapters is None:
             current = ROWS.get()
-            if current is not None and current.bank is self:
-                return current
-            if not is_training:
-                return BankPass(self, {}, set())
-            adapters = [BASE]  # which is not in training
+            is_own = current is not None and current.bank is self
+            return current if is_own else BankPass(self, {}, set())
+        snapshot = self.snapshot
         distinct, groups = group_rows(snapshot.rows_of(adapters))
-        if is_training:
-            snapshot.check_trained(distinct)
+        if snapshot.packed.requires_grad and torch.is_grad_enabled():
             packed = embedding(distinct, snapshot.packed, sparse=True)
         else:
             packed = snapshot.gather(distinct)

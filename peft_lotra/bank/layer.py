@@ -43,7 +43,12 @@ def _current_pass() -> BankPass | None:
     return ROWS.get()
 
 
-def run_in_bank(layer: Any, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+def run_in_bank(
+    layer: Any,
+    forward: Callable,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """Run a `LoTRALayer` of a network that serves a bank.
 
     In passes of the bank, samples have its adapters. Other passes take `forward`.
@@ -109,7 +114,13 @@ class BankModel(nn.Module):
         self.model = model
         self.bank = bank
 
-    def forward(self, *args: Any, adapter_names: Any = None, ids: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        *args: Any,
+        adapter_names: Any = None,
+        ids: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """Return the output of the model.
 
         Args:
@@ -120,8 +131,6 @@ class BankModel(nn.Module):
             ValueError: A name is unknown, an id belongs to no adapter, or there is not one for each row.
             RuntimeError: The same of an id in a compiled or exported model.
         """
-        if adapter_names is not None and ids is not None:
-            raise ValueError("`adapter_names` and `ids` name the adapter of each row: pass one of them.")
         bank = self.bank
         if is_tracing():
             if adapter_names is not None:
@@ -140,7 +149,12 @@ class BankModel(nn.Module):
             ROWS.keep(outputs)
         return outputs
 
-    def _trace_pass(self, ids: torch.Tensor | None, args: tuple, kwargs: dict[str, Any]) -> BankPass:
+    def _trace_pass(
+        self,
+        ids: torch.Tensor | None,
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> BankPass:
         """Return the pass of a graph, whose ids are an input."""
         snapshot = self.bank.snapshot
         if snapshot.mapped is not None:
@@ -153,7 +167,9 @@ class BankModel(nn.Module):
         torch._assert_async(is_known, "An id belongs to no adapter.")  # pyright: ignore[reportPrivateImportUsage]
         if torch.compiler.is_exporting():
             # ONNX would broadcast a single id, but it stacks only tensors of one length
-            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-            samples = [x.flatten(1)[:, 0].to(rows) for x in tensors if x.dim() > 1 and x.shape[0] == ids.shape[0]]
-            rows = torch.stack([rows, *samples])[0]
+            columns = [rows]
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, torch.Tensor) and leaf.dim() > 1 and leaf.shape[0] == ids.shape[0]:
+                    columns.append(leaf.flatten(1)[:, 0].to(rows))
+            rows = torch.stack(columns)[0]
         return BankPass(self.bank, snapshot.updates_of_samples(snapshot.packed, RowGroups(rows)), set())

@@ -73,8 +73,6 @@ def read_adapter(
         chosen: Any = adapter_name or adapter.active_adapter
         config = adapter.peft_config.get(chosen)
         layers = dict(lotra_layers(adapter.get_base_model(), chosen))
-        if not layers:
-            raise ValueError(f"the model has no LoTRA layers with an adapter {chosen!r}.")
         record = {name: record_layer(layer) for name, layer in layers.items()}
         _, names = match_layers(record, base, "ignore" if record in agreeing else check_base)
         updates = {names[name]: layer.update_of(chosen) for name, layer in layers.items()}
@@ -94,7 +92,11 @@ def read_adapter(
     return updates, config.init_weights
 
 
-def _match_state_dict(tensors: Mapping[str, Tensor], config: LoTRAConfig, base: nn.Module) -> dict[str, Target]:
+def _match_state_dict(
+    tensors: Mapping[str, Tensor],
+    config: LoTRAConfig,
+    base: nn.Module,
+) -> dict[str, Target]:
     """Return the layers that a state dict adapts; its shapes determine the ranks and the residual branch."""
     check_state_dict(tensors)
     targets = {}

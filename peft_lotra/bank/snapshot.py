@@ -21,7 +21,7 @@ from ..tuner.by_row import check_names
 
 
 BASE = "__base__"
-# The row of an id that belongs to no adapter: no matrix has so many rows, so that reading it is an error everywhere.
+# The row of an id that belongs to no adapter. No matrix has so many rows, and reading it is an error everywhere.
 NO_ROW = torch.iinfo(torch.int32).max
 
 
@@ -57,7 +57,7 @@ class Snapshot(NamedTuple):
 
     Attributes:
         packed: (capacity, width). A row holds the components of one adapter in all layers. Row 0, of zeros, is the
-            base. The rows of a mapped file come before these rows.
+            base. The rows of a mapped file come before these rows. A parameter during a training.
         layers: How the components of each layer of the base are packed, in the order of the columns.
         forms: The forms of the adapters.
         entries: The base and the adapters, by name.
@@ -66,7 +66,6 @@ class Snapshot(NamedTuple):
         next_id: The first id that was never given.
         mapped: (rows, width), the matrix of a mapped file.
         checksums: The CRC-32 of each row of a mapped file when it was saved.
-        trained: (capacity,), which rows are in training; None without training.
     """
 
     packed: Tensor
@@ -78,31 +77,41 @@ class Snapshot(NamedTuple):
     next_id: int
     mapped: Tensor | None = None
     checksums: Sequence[int] = ()
-    trained: Tensor | None = None
 
     @classmethod
     def of_rows(
-        cls, packed: Tensor, layers: dict[str, PackedTucker], forms: Iterable[Form], form_of: Mapping[str, int]
+        cls,
+        packed: Tensor,
+        layers: dict[str, PackedTucker],
+        forms: Iterable[Form],
+        form_of: Mapping[str, int],
     ) -> Snapshot:
         """Return the adapters whose forms are given by name, the base first, one for each row of a matrix."""
-        entries = {name: Entry(row - 1, form) for row, (name, form) in enumerate(form_of.items())}
+        entries = {}
+        for name, form in form_of.items():
+            entries[name] = Entry(len(entries) - 1, form)
         count = len(entries)
         row_of = torch.tensor([*range(count), NO_ROW], device=packed.device)
         return cls(packed, layers, tuple(forms), entries, row_of, count, count - 1)
 
     def columns(self, packed: Tensor) -> dict[str, Tensor]:
-        """Split rows (n, width) into those of each layer, views (n, width of the layer)."""
+        """Split rows (n, width) by layer, into views (n, width of the layer)."""
         widths = [layer.width() for layer in self.layers.values()]
         return dict(zip(self.layers, packed.split(widths, dim=1), strict=True))
 
     def updates_of_samples(self, packed: Tensor, groups: RowGroups) -> dict[str, RowUpdates]:
         """Return the updates of samples, by layer, whose groups refer to these rows (n, width)."""
-        columns = self.columns(packed)
-        return {name: RowUpdates(columns[name], groups, form) for name, form in self.layers.items() if form.width()}
+        updates = {}
+        for name, columns in self.columns(packed).items():
+            if columns.shape[1]:
+                updates[name] = RowUpdates(columns, groups, self.layers[name])
+        return updates
 
     def pack(self, updates: Mapping[str, Update]) -> Tensor:
         """Return the row (width,) of an adapter, zero in the layers that it does not adapt."""
-        columns = [layer.pack([updates.get(name)], self.packed) for name, layer in self.layers.items()]
+        columns = []
+        for name, layer in self.layers.items():
+            columns.append(layer.pack([updates.get(name)], self.packed))
         return torch.cat(columns, dim=1)[0]
 
     # --- reading ---
@@ -137,18 +146,13 @@ class Snapshot(NamedTuple):
             raise ValueError(f"No adapter has the id {first}. `bank.ids(names)` returns the ids.")
         return rows
 
-    def check_trained(self, rows: Tensor) -> None:
-        """Raise a ValueError that names the adapters of these rows that are not in training."""
-        idle = (rows if self.trained is None else rows[~self.trained[rows]]).tolist()
-        if idle:
-            raise ValueError(
-                f"Rows have adapters that are not in training: {self._list_names(idle)}. Leave them out, or call "
-                "the model under `torch.no_grad()`."
-            )
-
     def _list_names(self, rows: list[int]) -> str:
         """Return the names of the adapters in these rows, as text."""
-        return list_first(repr(name) for name, entry in self.entries.items() if self.row_of[entry.id + 1] in rows)
+        names = []
+        for name, entry in self.entries.items():
+            if self.row_of[entry.id + 1] in rows:
+                names.append(repr(name))
+        return list_first(names)
 
     def gather(self, rows: Tensor) -> Tensor:
         """Return the components in these rows, (n, width)."""
@@ -161,7 +165,7 @@ class Snapshot(NamedTuple):
         return gathered
 
     def gather_checked(self, rows: Tensor) -> Tensor:
-        """Return the components in these rows, and compare those of a mapped file with their checksums.
+        """Return the components in these rows; rows of a mapped file are compared with their checksums.
 
         Raises:
             ValueError: A row is not what was saved; the message names the adapters.
@@ -178,7 +182,10 @@ class Snapshot(NamedTuple):
             raise ValueError(f"The mapped file has damaged adapters: {names}. Remove them from the bank.")
         return gathered
 
-    def updates_of(self, name: str) -> tuple[dict[str, Update], bool | str]:
+    def updates_of(
+        self,
+        name: str,
+    ) -> tuple[dict[str, Update], bool | str]:
         """Return the updates of an adapter, by layer, and how its training started.
 
         Raises:
@@ -198,7 +205,10 @@ class Snapshot(NamedTuple):
             updates[layer] = Update(1.0, Tucker(*components))
         return updates, start
 
-    def fill_components(self, values_of: Callable[[Form, PackedTucker], Mapping[str, float]]) -> Tensor:
+    def fill_components(
+        self,
+        values_of: Callable[[Form, PackedTucker], Mapping[str, float]],
+    ) -> Tensor:
         """Return a matrix like `packed`, of a bank that is not mapped, with one value in each component.
 
         Entries that fill up lower ranks are zero.
@@ -217,14 +227,20 @@ class Snapshot(NamedTuple):
                 updates[name] = Update(1.0, Tucker(*components))
             rows_of_forms.append(self.pack(updates))
 
-        ids, forms = torch.tensor(list(self.entries.values()), device=self.row_of.device).T
+        entries = torch.tensor(list(self.entries.values()))
+        ids, forms = entries.to(self.row_of.device).T
         filled = torch.zeros_like(self.packed)
         filled[self.row_of[ids + 1]] = torch.stack(rows_of_forms)[forms]
         return filled
 
     # --- changing ---
 
-    def with_adapter(self, name: str, updates: Mapping[str, Update], start: bool | str) -> Snapshot:
+    def with_adapter(
+        self,
+        name: str,
+        updates: Mapping[str, Update],
+        start: bool | str,
+    ) -> Snapshot:
         """Add an adapter, or replace the one of this name.
 
         Raises:
@@ -240,9 +256,12 @@ class Snapshot(NamedTuple):
         # no adapter of an earlier snapshot has this row
         snapshot.packed[row - mapped_rows] = packed
 
-        layers = {layer: PackedTucker(update.tensor.shape, update.tensor.form) for layer, update in updates.items()}
-        form = Form(layers, start)
-        forms = snapshot.forms if form in snapshot.forms else (*snapshot.forms, form)
+        form = Form({}, start)
+        for layer, (_, tensor) in updates.items():
+            form.layers[layer] = PackedTucker(tensor.shape, tensor.form)
+        forms = snapshot.forms
+        if form not in forms:
+            forms = (*forms, form)
         entry = Entry(snapshot.next_id, forms.index(form))
         room = len(snapshot.row_of)
         is_full = entry.id + 2 == room
@@ -271,7 +290,7 @@ class Snapshot(NamedTuple):
         rows = self.row_of[is_moved]
         packed = self.gather_checked(rows)
         if has_room:
-            # a power of two, so that few graphs are compiled, and half as many rows again, so that few are moved
+            # a power of two compiles few graphs, and half as many rows again moves few adapters
             capacity = max(4, 1 << (3 * len(rows) // 2).bit_length())
             packed = F.pad(packed, (0, 0, 0, capacity - len(rows)))
         next_row = start + len(rows)
@@ -289,8 +308,9 @@ class Snapshot(NamedTuple):
             return self
         narrow = self.rebuild()
         width = sum(layer.width() for layer in layers.values())
-        wide = narrow._replace(packed=narrow.packed.new_zeros(len(narrow.packed), width), layers=layers)
-        columns = wide.columns(wide.packed)
+        packed = narrow.packed.new_zeros(len(narrow.packed), width)
+        wide = narrow._replace(packed=packed, layers=layers)
+        columns = wide.columns(packed)
         for name, narrow_columns in narrow.columns(narrow.packed).items():
             components = layers[name].unpack(columns[name])
             narrow_components = self.layers[name].unpack(narrow_columns)
@@ -309,7 +329,7 @@ def _block(shape: Sequence[int]) -> tuple[slice, ...]:
 
 
 def bytes_of(packed: Tensor) -> np.ndarray:
-    """Return the bytes of each row, of which a file has the CRC-32."""
+    """Return the bytes of each row, for its CRC-32."""
     return packed.view(torch.uint8).numpy()
 
 

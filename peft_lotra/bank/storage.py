@@ -35,7 +35,12 @@ _TABLE = "adapter_bank"
 _CHECKSUM = "adapter_bank_crc32"
 
 
-def write_bank(folder: str, snapshot: Snapshot, names: Sequence[str], record: dict[str, Any]) -> None:
+def write_bank(
+    folder: str,
+    snapshot: Snapshot,
+    names: Sequence[str],
+    record: dict[str, Any],
+) -> None:
     """Write the base and adapters of these names into the file of a folder, with the record of their base.
 
     Raises:
@@ -52,7 +57,8 @@ def write_bank(folder: str, snapshot: Snapshot, names: Sequence[str], record: di
         "base_layers": record,
     }
     text = json.dumps(table)
-    save_file({_TENSOR: packed}, os.path.join(folder, FILE_NAME), {_TABLE: text, _CHECKSUM: _checksum(text)})
+    metadata = {_TABLE: text, _CHECKSUM: _checksum(text)}
+    save_file({_TENSOR: packed}, os.path.join(folder, FILE_NAME), metadata)
 
 
 def _checksum(text: str) -> str:
@@ -111,37 +117,39 @@ def read_bank(
         layers = _read_layers(table["layers"], layer_names)
         forms = [Form(_read_layers(of_form, layer_names), start) for of_form, start in table["forms"]]
         checksums = np.array(table["checksums"])[rows].tolist()
-        width = sum(layer.width() for layer in layers.values())
-        if packed.shape != (len(form_of), width) or packed[0].any():
-            raise ValueError("its table does not fit its tensor")
     if mapped:
         snapshot = Snapshot.of_rows(packed, layers, forms, form_of)
         return snapshot._replace(packed=packed[:0].clone(), mapped=packed, checksums=checksums)
 
     # a copy: otherwise all of the file stays mapped, and changes with it
     packed = packed.clone()
-    is_intact = [
-        zlib.crc32(content) == checksum for content, checksum in zip(bytes_of(packed), checksums, strict=True)
-    ]
-    if not all(is_intact):
+    packed[0] = 0  # the base, whatever the file has
+    checksums_now = [zlib.crc32(content) for content in bytes_of(packed)]
+    if checksums_now != checksums:
+        is_intact = np.equal(checksums_now, checksums)
         damaged = [name for name, intact in zip(form_of, is_intact, strict=True) if not intact]
         message = f"{path} has damaged adapters: {list_first(map(repr, damaged))}."
         if not skip_damaged:
             raise ValueError(f"{message} `skip_damaged=True` loads the others.")
         warnings.warn(f"{message} They are left out.", stacklevel=3)
         packed = packed[is_intact]
-        form_of = {name: form for name, form in form_of.items() if name not in damaged}
+        for name in damaged:
+            del form_of[name]
     return Snapshot.of_rows(packed, layers, forms, form_of)
 
 
-def _open_file(path: str) -> tuple[dict[str, str], Callable[[Any], Tensor]]:
+def _open_file(
+    path: str,
+) -> tuple[dict[str, str], Callable[[Any], Tensor]]:
     """Return the metadata of a file, and a function that returns rows of its matrix, mapped."""
     file = safe_open(path, "pt")
     return file.metadata(), lambda rows: file.get_tensor(_TENSOR)[rows]
 
 
-def _open_remote(url: str) -> tuple[dict[str, str], Callable[[Any], Tensor]]:
-    """Do the same with a file on the Hub, of which nothing else is downloaded."""
+def _open_remote(
+    url: str,
+) -> tuple[dict[str, str], Callable[[Any], Tensor]]:
+    """Do the same with a file on the Hub, and download nothing else of it."""
     start = 8 + int.from_bytes(_download(url, 0, 8), "little")
     header = json.loads(_download(url, 8, start))
 
@@ -153,7 +161,7 @@ def _open_remote(url: str) -> tuple[dict[str, str], Callable[[Any], Tensor]]:
         starts = [start + first + row * size for row in rows]
         content = b"".join([_download(url, begin, begin + size) for begin in starts])
         # a file with these rows
-        entry = {**entry, "shape": [len(rows), width], "data_offsets": [0, len(content)]}
+        entry = entry | {"shape": [len(rows), width], "data_offsets": [0, len(content)]}
         text = json.dumps({_TENSOR: entry}).encode()
         return load(len(text).to_bytes(8, "little") + text + content)[_TENSOR]
 
@@ -165,12 +173,15 @@ def _download(url: str, start: int, end: int) -> bytes:
     headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
     try:
         response = get_session().get(url, headers=headers)
-    except Exception as error:  # of httpx, where it is no OSError: the file would be called damaged
+    except Exception as error:  # an error of httpx is no OSError, and the file would be called damaged
         raise ConnectionError(f"{url} cannot be downloaded: {error}") from error
     hf_raise_for_status(response)
     return response.content
 
 
-def _read_layers(table: dict[str, Any], names: dict[str, str]) -> dict[str, PackedTucker]:
+def _read_layers(
+    table: dict[str, Any],
+    names: dict[str, str],
+) -> dict[str, PackedTucker]:
     """Return the layers of a table by their names in the base; JSON has made lists of their tuples."""
     return {names[name]: PackedTucker(*map(tuple, layer)) for name, layer in table.items()}

@@ -18,7 +18,7 @@ from ..bank.layer import ROWS, BankModel, BankPass
 from ..bank.snapshot import Form
 from ..kan.row_product import PackedTucker, RowGroups, group_rows
 from ..least_squares.levenberg_marquardt import LARGEST_DAMPING, SMALLEST_DAMPING, damping_factor
-from ..least_squares.problem import Intercepted, check_residuals, check_terms, in_double, name_term
+from ..least_squares.problem import Intercepted, Term, check_residuals, check_terms, in_double, name_term
 from ..modules.calls import call_with_parameters
 from ..modules.checks import check_number
 from .learning_rates import Policy, component_multipliers
@@ -30,16 +30,22 @@ MEMORY = 2**26  # about the bytes of a Levenberg-Marquardt step: so many adapter
 class _BankOptimizer(Optimizer):
     """Trains the adapters of a bank, and keeps the best values of each."""
 
-    def __init__(self, bank: AdapterBank, names: Sequence[str] | None, defaults: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        bank: AdapterBank,
+        names: Sequence[str] | None,
+        defaults: dict[str, Any],
+    ) -> None:
         self.bank = bank
         self.packed, self._is_component = bank.start_training(names)
         self._is_active = self._is_component.any(1)
         # by id, the row after the last one without an adapter; adapters come and go only after the training
-        self._row_of = bank.snapshot.row_of[1:-1].clamp(max=len(self.packed))
+        capacity = len(self.packed)
+        self._row_of = bank.snapshot.row_of[1:-1].clamp(max=capacity)
         super().__init__([self.packed], defaults)
         state = self.state[self.packed]
         state["best"] = self.packed.detach().clone()
-        state["least"] = self.packed.new_full((len(self.packed),), torch.inf)
+        state["least"] = self.packed.new_full((capacity,), torch.inf)
         state["waited"] = torch.zeros_like(state["least"])
 
     def _by_id(self, values: Tensor, default: float) -> Tensor:
@@ -81,23 +87,23 @@ class _BankOptimizer(Optimizer):
 
 class BankAdamW(_BankOptimizer):
     r"""
-    AdamW for the adapters of a bank, each by itself: a step changes those that have rows in the batch.
+    Train the adapters of a bank by AdamW, each separately: a step changes adapters that have rows in the batch.
 
     The others keep their values, moments and numbers of steps. If the loss is the sum of the mean errors of the
-    adapters, each is trained as it would be alone on its rows by `create_lotra_optimizer(model, torch.optim.AdamW)`.
-    An `alpha` of the configuration is in the cores, whose steps are those of `alpha=1`.
+    adapters, each is trained as `create_lotra_optimizer(model, torch.optim.AdamW)` would train it on its rows.
+    An `alpha` of the configuration is in the cores, which take the steps of `alpha=1`.
 
     Args:
         bank (`AdapterBank`): The bank, attached or not.
         lr (`float`): The learning rate that the rates of the components are multiples of.
-        names (`list[str]`, *optional*): The adapters to train, by default all. Rows of others are an error.
+        names (`list[str]`, *optional*): The adapters to train, by default all. Rows of others change nothing.
         policy: As in `create_lotra_optimizer`, also for adapters that started from the gradient; a multiplier of 0
             leaves a component as it is. Adapters that started from training, and state dicts, which say nothing of
             their start, have the rates of a random one.
         betas, eps, weight_decay: As in `torch.optim.AdamW`.
 
     Raises:
-        ValueError: A name is unknown, a number is out of range, or the bank cannot be trained, see
+        ValueError: A name or `policy` is unknown, or the bank cannot be trained, see
             `AdapterBank.start_training`.
 
     Source: I. Loshchilov and F. Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
@@ -134,11 +140,8 @@ class BankAdamW(_BankOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ) -> None:
-        check_number(lr, "lr", "(0, inf)")
-        for beta in betas:
-            check_number(beta, "betas", "[0, 1)")
         component_multipliers(policy, {})  # refuses a wrong policy before the training starts
-        super().__init__(bank, names, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(bank, names, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
         def multipliers_of(form: Form, layer: PackedTucker) -> Mapping[str, float]:
             widths = {"factor_out": layer.shape[0], "factor_in": layer.shape[1]}
@@ -167,15 +170,16 @@ class BankAdamW(_BankOptimizer):
         beta1, beta2 = group["betas"]
         step = state["step"][rows] + 1
         average = state["exp_avg"][rows].lerp_(values, 1 - beta1)
-        square = state["exp_avg_sq"][rows].mul_(beta2).addcmul_(values, values, value=1 - beta2)
+        square = state["exp_avg_sq"][rows].lerp_(values.square(), 1 - beta2)
         state["step"][rows] = step
         state["exp_avg"][rows] = average
         state["exp_avg_sq"][rows] = square
 
         lr = group["lr"] * self._multipliers[rows]
-        deviation = (square.sqrt() / (1 - beta2**step).sqrt()).add_(group["eps"])
+        deviation = square.sqrt() / (1 - beta2**step).sqrt()
+        update = average / (1 - beta1**step) / (deviation + group["eps"])
         decayed = packed[rows] * (1 - group["weight_decay"] * lr)
-        packed[rows] = decayed - lr / (1 - beta1**step) * average / deviation
+        packed[rows] = decayed - lr * update
         return loss
 
 
@@ -195,7 +199,7 @@ class BankStep(NamedTuple):
 
 class BankLevenbergMarquardt(_BankOptimizer):
     r"""
-    Levenberg-Marquardt for the adapters of a bank, each by itself: a step solves the normal equations of all at once.
+    Train the adapters of a bank by Levenberg-Marquardt, each separately: a step solves all normal equations at once.
 
     Adapter a has the loss sum_t weight_t mean_n |r_t(row_n)|^2 over its own rows. With its residuals r_a, each times
     sqrt(weight_t / rows), and their Jacobian J_a in its components, a step solves
@@ -203,18 +207,18 @@ class BankLevenbergMarquardt(_BankOptimizer):
         (J_a^T J_a + damping_a S_a) step_a = -J_a^T r_a,
 
     S_a the diagonal of J_a^T J_a, bounded from below, for many adapters by one batched Cholesky factorization; in the
-    space of residuals where they are fewer. Damping and acceptance are those of `LevenbergMarquardt` on each adapter
-    alone without `forgetting`. Everything is in float64. Adapters without rows keep values and damping.
+    space of residuals where they are fewer. Damping and acceptance are as in `LevenbergMarquardt` on a single adapter
+    without `forgetting`. Everything is in float64. Adapters without rows keep values and damping.
 
     Args:
         model: The model with the bank, as `AdapterBank.attach` returns it.
         damping (`float`): The damping that the first step tries.
-        names (`list[str]`, *optional*): The adapters to train, by default all. Rows of others are an error.
+        names (`list[str]`, *optional*): The adapters to train, by default all. Rows of others change nothing.
         floor (`float`): The lower bound of S_a, as a share of its largest entry.
 
     Raises:
         TypeError: `model` has no bank.
-        ValueError: A name is unknown, a number is out of range, or the bank cannot be trained, see
+        ValueError: A name is unknown, `damping` is not above 0, or the bank cannot be trained, see
             `AdapterBank.start_training`.
 
     Example:
@@ -246,11 +250,10 @@ class BankLevenbergMarquardt(_BankOptimizer):
         if not isinstance(model, BankModel):
             raise TypeError(f"`model` is a {type(model).__name__}, but must be what `bank.attach()` returns.")
         check_number(damping, "damping", "(0, inf)")
-        check_number(floor, "floor", "(0, 1]")
         super().__init__(model.bank, names, {"damping": damping, "floor": floor})
         self.model = model
-        dampings = torch.full((len(self.packed),), damping, dtype=torch.float64, device=self.packed.device)
-        self.state[self.packed]["damping"] = dampings
+        dampings = torch.full_like(self.packed[:, 0], damping, dtype=torch.float64)
+        self.state[self.packed]["damping"] = dampings.detach()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -259,85 +262,89 @@ class BankLevenbergMarquardt(_BankOptimizer):
 
         Args:
             terms: Residual terms (function, rows, ids) or (function, rows, ids, weight), as for
-                `LevenbergMarquardt.step`, with the number of the adapter of each row, (n,) int64. `function(model,
+                `LevenbergMarquardt.step`, with the id of the adapter of each row, (n,) int64. `function(model,
                 *rows)` is called with any rows; `model(x)` needs no `ids=` there.
 
         Returns:
             The record. An adapter whose residuals are not finite, or whose loss no damping makes fall, is unchanged.
 
         Raises:
-            ValueError: A term is malformed, or has rows of an adapter that is not in training.
+            ValueError: A term is malformed, or `finish` has ended the training.
         """
-        terms = self._check(terms)
+        snapshot = self.bank.snapshot
+        if snapshot.packed is not self.packed:
+            raise ValueError("`finish()` has ended the training. Make another optimizer.")
+        with_rows = []
+        for function, rows, ids, *weight in terms:
+            rows = rows if isinstance(rows, Sequence) else (rows,)
+            with_rows.append((function, (snapshot.rows_of(ids), *rows), *weight))
+        checked = check_terms(with_rows)
+
         counts = torch.zeros_like(self._is_active, dtype=torch.int64)
-        for *_, index, _ in terms:
+        for _, (index, *_), _ in checked:
             counts += index.bincount(minlength=len(counts))
         counts *= self._is_active
-        order = counts.argsort(descending=True)[: counts.count_nonzero()]
-
+        pending = counts.argsort(descending=True)[: counts.count_nonzero()]
         losses = torch.full_like(counts, torch.nan, dtype=torch.float64)
         accepted = torch.zeros_like(self._is_active)
         width = self.packed.shape[1]
-        while len(order):
-            rows = int(counts[order[0]])
-            size = max(1, MEMORY // (8 * width * (16 * rows + min(rows, width))))
-            adapters, order = order[:size], order[size:]
-            losses[adapters], accepted[adapters] = self._step_of(adapters, terms)
+        while len(pending):
+            rows = int(counts[pending[0]])
+            bytes_of_adapter = 8 * width * (16 * rows + min(rows, width))
+            size = max(1, MEMORY // bytes_of_adapter)
+            adapters, pending = pending[:size], pending[size:]
+            losses[adapters], accepted[adapters] = self._step_of(adapters, checked)
         damping = self._by_id(self.state[self.packed]["damping"], self.defaults["damping"])
         return BankStep(self._by_id(losses, torch.nan), self._by_id(accepted, False), damping)
 
-    def _check(self, terms: Iterable[Any]) -> list[tuple[str, Callable, list[Tensor], Tensor, float]]:
-        """Return name, function, rows, rows of their adapters in the matrix, and weight of each term."""
-        snapshot = self.bank.snapshot
-        with_ids = []
-        for function, rows, ids, *weight in terms:
-            rows = rows if isinstance(rows, Sequence) else (rows,)
-            with_ids.append((function, (ids, *rows), *weight))
-        checked = []
-        for number, (function, (ids, *rows), weight) in enumerate(check_terms(with_ids)):
-            index = snapshot.rows_of(ids)
-            snapshot.check_trained(index)
-            checked.append((name_term(number, function), function, rows, index, weight))
-        return checked
-
-    def _step_of(self, adapters: Tensor, terms: list[Any]) -> tuple[Tensor, Tensor]:
+    def _step_of(
+        self,
+        adapters: Tensor,
+        terms: list[Term],
+    ) -> tuple[Tensor, Tensor]:
         """Return the losses of some adapters after a step, and whether it was accepted."""
-        packed, dampings = self.packed, self.state[self.packed]["damping"]
+        packed = self.packed
         start = packed[adapters].double()
         residuals, jacobian = self._evaluate(adapters, terms, start, differentiates=True)
-        loss, squares = residuals.square().sum(1), jacobian.square().sum(1)
+        loss = residuals.square().sum(1)
+        squares = jacobian.square().sum(1)
         least = self.defaults["floor"] * squares.amax(1, keepdim=True)
         lengths = squares.maximum(least).clamp(min=1e-300).sqrt()
         # in coordinates whose damping is the identity: sqrt(S) step
         jacobian /= lengths.unsqueeze(1)
         gradient = (jacobian.mT @ residuals.unsqueeze(2)).squeeze(2)
         is_dual = jacobian.shape[1] < jacobian.shape[2]
-        matrix = jacobian @ jacobian.mT if is_dual else jacobian.mT @ jacobian
-        right = residuals if is_dual else gradient
+        right, matrix = (residuals, jacobian @ jacobian.mT) if is_dual else (gradient, jacobian.mT @ jacobian)
         identity = torch.eye(matrix.shape[1], device=matrix.device).to(matrix)
 
-        damping, factor = dampings[adapters], 2.0
+        dampings = self.state[packed]["damping"]
+        damping = dampings[adapters]
+        factor = 2.0
         accepted = torch.zeros_like(loss, dtype=torch.bool)
         is_solvable = loss.isfinite() & squares.isfinite().all(1) & gradient.any(1)
         pending = is_solvable.nonzero().squeeze(1)
         while len(pending):
-            triangle, failed = torch.linalg.cholesky_ex(matrix[pending] + damping[pending, None, None] * identity)
+            damped = matrix[pending] + damping[pending, None, None] * identity
+            triangle, failed = torch.linalg.cholesky_ex(damped)
             step = -torch.cholesky_solve(right[pending].unsqueeze(2), triangle)
             if is_dual:
                 step = jacobian[pending].mT @ step
             step = step.squeeze(2)
             step[failed > 0] = torch.nan
+
             candidate = (start[pending] + step / lengths[pending]).to(packed.dtype)
             (new_residuals,) = self._evaluate(adapters[pending], terms, candidate.double(), differentiates=False)
             decrease = loss[pending] - new_residuals.square().sum(1)
             is_less = decrease > 0  # not if one is NaN
-            predicted = (damping[pending].unsqueeze(1) * step.square() - gradient[pending] * step).sum(1)
+            curvature = damping[pending].unsqueeze(1) * step
+            predicted = (step * (curvature - gradient[pending])).sum(1)
             agreement = (decrease / predicted)[is_less].tolist()
             factors = [damping_factor(ratio, raised=factor > 2) for ratio in agreement]
 
             done, pending = pending[is_less], pending[~is_less]
             packed[adapters[done]] = candidate[is_less]
-            dampings[adapters[done]] = (damping[done] * damping.new_tensor(factors)).clamp(min=SMALLEST_DAMPING)
+            lowered = damping[done] * damping.new_tensor(factors)
+            dampings[adapters[done]] = lowered.clamp(min=SMALLEST_DAMPING)
             loss[done] -= decrease[is_less]
             accepted[done] = True
             damping[pending] *= factor
@@ -346,7 +353,13 @@ class BankLevenbergMarquardt(_BankOptimizer):
         return loss, accepted
 
     @torch.enable_grad()
-    def _evaluate(self, adapters: Tensor, terms: list[Any], values: Tensor, differentiates: bool) -> list[Tensor]:
+    def _evaluate(
+        self,
+        adapters: Tensor,
+        terms: list[Term],
+        values: Tensor,
+        differentiates: bool,
+    ) -> list[Tensor]:
         """Compute the residuals (adapters, M) of adapters with these values (adapters, width).
 
         They are zero where an adapter has fewer rows. Their Jacobian (adapters, M, width) follows on demand.
@@ -354,14 +367,16 @@ class BankLevenbergMarquardt(_BankOptimizer):
         slot_of = torch.full_like(self._is_active, -1, dtype=torch.int64)
         slot_of[adapters] = torch.arange(len(adapters), device=slot_of.device)
         all_residuals, jacobian = [], []
-        for name, function, rows, index, weight in terms:
+        for number, (function, (index, *rows), weight) in enumerate(terms):
             slots, order = slot_of[index].sort(stable=True)
-            slots, order = slots[slots >= 0], order[slots >= 0]
+            is_chosen = slots >= 0
+            slots, order = slots[is_chosen], order[is_chosen]
             if not len(slots):
                 continue
             counts = slots.bincount(minlength=len(adapters))
+            starts = counts.cumsum(0) - counts
             numbers = torch.arange(len(slots), device=slots.device)
-            entries = slots, numbers - (counts.cumsum(0) - counts)[slots]
+            entries = slots, numbers - starts[slots]
             if differentiates:
                 # a copy of the adapter for each row: one backward pass has the gradients of all rows
                 packed, groups = values[slots].requires_grad_(), RowGroups(numbers)
@@ -369,21 +384,32 @@ class BankLevenbergMarquardt(_BankOptimizer):
                 distinct, groups = group_rows(slots)
                 packed = values[distinct]
             rows = [row[order.to(row.device)] for row in rows]
-            residuals = self._call(name, function, rows, packed, groups)
+            residuals = self._call(name_term(number, function), function, rows, packed, groups)
             residuals = residuals * (weight / counts[slots].double()).sqrt().unsqueeze(1)
             all_residuals.append(_pad(residuals, entries, counts))
             if differentiates:
-                columns = [torch.autograd.grad(column.sum(), packed, retain_graph=True)[0] for column in residuals.T]
-                derivatives = torch.stack(columns, 1) * self._is_component[adapters[slots]].unsqueeze(1)
-                jacobian.append(_pad(derivatives, entries, counts))
+                is_component = self._is_component[adapters[slots]]
+                derivatives = []
+                for column in residuals.T:
+                    (gradient,) = torch.autograd.grad(column.sum(), packed, retain_graph=True)
+                    derivatives.append(gradient * is_component)
+                jacobian.append(_pad(torch.stack(derivatives, 1), entries, counts))
         return [torch.cat(blocks, 1) for blocks in (all_residuals, jacobian) if blocks]
 
-    def _call(self, name: str, function: Any, rows: list[Tensor], packed: Tensor, groups: RowGroups) -> Tensor:
+    def _call(
+        self,
+        name: str,
+        function: Any,
+        rows: list[Tensor],
+        packed: Tensor,
+        groups: RowGroups,
+    ) -> Tensor:
         """Compute the values (n, m) of a residual function for n rows, whose adapters are rows of `packed`."""
+        model = self.model
         args = tuple(row.double() if row.is_floating_point() else row for row in rows)
         current = BankPass(self.bank, self.bank.snapshot.updates_of_samples(packed, groups), set())
         with ROWS.set(current), Intercepted():
-            values = call_with_parameters(self.model, in_double(self.model), partial(function, self.model), args, {})
+            values = call_with_parameters(model, in_double(model), partial(function, model), args, {})
         count = len(rows[0])
         values = check_residuals(values, name, count)
         if values.shape == (count, count) and count > 1:
@@ -398,5 +424,6 @@ class BankLevenbergMarquardt(_BankOptimizer):
 
 def _pad(values: Tensor, entries: tuple[Tensor, Tensor], counts: Tensor) -> Tensor:
     """Put values (n, m, ...) of rows at the entries (adapter, row) of zeros, and return (adapters, M, ...)."""
-    padded = values.new_zeros(len(counts), int(counts.max()), *values.shape[1:])
+    most = int(counts.max())
+    padded = values.new_zeros(len(counts), most, *values.shape[1:])
     return padded.index_put(entries, values.detach()).flatten(1, 2)

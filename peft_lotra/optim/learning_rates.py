@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A learning rate for each component of a LoTRA adapter, so that one rate serves networks of any width."""
+"""A learning rate for each component of a LoTRA adapter: one rate then serves networks of any width."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ def component_multipliers(
         ValueError: `policy` is unknown, or has a component or a multiplier that cannot be.
     """
     if isinstance(policy, Mapping):
-        for component, multiplier in policy.items():
-            if component not in Tucker._fields or not as_number(multiplier) >= 0:
-                raise ValueError(
-                    f"`policy` has the multiplier {multiplier!r:.100} for {component!r}, but needs numbers of at "
-                    f"least 0, and the components are {Tucker._fields}."
-                )
-        return policy
-    if policy not in ("width", "uniform"):
+        are_positive = [as_number(multiplier) >= 0 for multiplier in policy.values()]
+        is_valid = all(are_positive) and policy.keys() <= set(Tucker._fields)
+    else:
+        is_valid = policy in ("width", "uniform")
+    if not is_valid:
         raise ValueError(
-            f'`policy` is {policy!r:.100}, but must be "width", "uniform", or multipliers of some of {Tucker._fields}.'
+            f'`policy` is {policy!r:.100}, but must be "width", "uniform", or multipliers of at least 0 for some of '
+            f"{Tucker._fields}."
         )
-    if policy == "uniform":
-        return {}
-    # a side narrower than the reference keeps lr
-    multipliers = {side: math.sqrt(REFERENCE_WIDTH / max(n, REFERENCE_WIDTH)) for side, n in widths.items()}
+    if policy != "width":
+        return {} if policy == "uniform" else policy
+    multipliers = {}
+    for side, width in widths.items():
+        # a side narrower than the reference keeps lr
+        multipliers[side] = math.sqrt(REFERENCE_WIDTH / max(width, REFERENCE_WIDTH))
     if ranks and ranks[0] == widths["factor_out"]:
         # without factor_out, the core is the component that starts at zero
         multipliers["core"] = _RATE_OF_SHAPES * math.sqrt(REFERENCE_WIDTH / max(ranks[1], REFERENCE_WIDTH))
@@ -66,17 +66,22 @@ def component_multipliers(
     return multipliers
 
 
-def _find_starts(network: nn.Module) -> dict[tuple[nn.Module, str], Any]:
+def _find_starts(
+    network: nn.Module,
+) -> dict[tuple[nn.Module, str], Any]:
     """Return how adapters started, by layer and name."""
-    return {
-        (layer, adapter): getattr(config, "init_weights", None)
-        for owner in network.modules()
-        for adapter, config in vars(owner).get("peft_config", {}).items()
-        for layer in owner.modules()
-    }
+    starts = {}
+    for owner in network.modules():
+        for adapter, config in vars(owner).get("peft_config", {}).items():
+            for layer in owner.modules():
+                starts[layer, adapter] = getattr(config, "init_weights", None)
+    return starts
 
 
-def _trained_components(model: nn.Module, policy: Policy) -> Iterator[tuple[str, float, Tensor]]:
+def _trained_components(
+    model: nn.Module,
+    policy: Policy,
+) -> Iterator[tuple[str, float, Tensor]]:
     """Yield the group, the multiplier and the parameter of each component that requires a gradient."""
     network = unwrap(model)
     starts = _find_starts(network)
@@ -94,16 +99,24 @@ def _trained_components(model: nn.Module, policy: Policy) -> Iterator[tuple[str,
             start = starts.get((layer, adapter))
             multipliers = component_multipliers(policy, widths, ranks, start == "gradient")
             if start == "training" and policy == "width":
-                sizes = parameters.map(lambda parameter: parameter.detach().double().square().mean().sqrt())
-                multipliers = {component: size.item() for component, size in sizes._asdict().items()}
+                multipliers = parameters.map(_root_mean_square)._asdict()
             for component, parameter in parameters._asdict().items():
                 if parameter.requires_grad:
                     group = f"{component}/{widths[component]}" if component in widths else component
                     yield group, float(multipliers.get(component, 1.0)), parameter
 
 
+def _root_mean_square(tensor: Tensor) -> Any:
+    return tensor.detach().double().square().mean().sqrt().item()
+
+
 def create_lotra_optimizer(
-    model: nn.Module, optimizer_cls: Callable[..., Optimizer], *, lr: float, policy: Policy = "width", **kwargs: Any
+    model: nn.Module,
+    optimizer_cls: Callable[..., Optimizer],
+    *,
+    lr: float,
+    policy: Policy = "width",
+    **kwargs: Any,
 ) -> Optimizer:
     """Create an optimizer with a learning rate for each component of the LoTRA adapters.
 
@@ -119,7 +132,7 @@ def create_lotra_optimizer(
     | factor_kernel | 1                        | 1                       | 1                        |
 
     An lr that is good at one width and rank is then good at the others. After [`start_from_training`], each component
-    trains at lr times the root mean square of its present entries instead, so that all change by the same share. Slim
+    trains at lr times the root mean square of its present entries instead: all change by the same share. Slim
     layers have the rates of rank 4. SGD trains all at lr: no rule that was tried beats it.
     Parameters that are no LoTRA component (`modules_to_save`, biases) train at lr. docs/method.md derives the table.
 
@@ -135,7 +148,7 @@ def create_lotra_optimizer(
     Returns:
         One group per component and width, with the key "name" ("core", "factor_in/64"), and a last group "other" for
         trainable parameters that are no component. Schedulers that scale the rates keep their ratios. Give one that
-        sets rates itself `OneCycleLR(max_lr=[group["lr"] for group in optimizer.param_groups])`.
+        sets the rates `OneCycleLR(max_lr=[group["lr"] for group in optimizer.param_groups])`.
 
     Raises:
         ValueError: `lr` is not a finite number above 0, `policy` is unknown, or no LoTRA component of the model can
@@ -162,8 +175,8 @@ def create_lotra_optimizer(
     groups: dict[tuple[str, float], dict[str, Any]] = {}
     components = set()
     for name, multiplier, parameter in _trained_components(model, policy):
-        group = groups.setdefault((name, multiplier), {"name": name, "params": [], "lr": lr * multiplier})
-        group["params"].append(parameter)
+        group = {"name": name, "params": [], "lr": lr * multiplier}
+        groups.setdefault((name, multiplier), group)["params"].append(parameter)
         components.add(parameter)
     if not groups:
         raise ValueError(
@@ -171,7 +184,7 @@ def create_lotra_optimizer(
             "`get_peft_model(model, LoTRAConfig(...))`, load the adapter with `is_trainable=True`, or activate it by "
             "`model.set_adapter(name)`."
         )
-    others = [p for p in model.parameters() if p.requires_grad and p not in components]
-    if others:
-        groups["other", 1.0] = {"name": "other", "params": others, "lr": lr}
+    other_parameters = [p for p in model.parameters() if p.requires_grad and p not in components]
+    if other_parameters:
+        groups["other", 1.0] = {"name": "other", "params": other_parameters, "lr": lr}
     return optimizer_cls(list(groups.values()), lr=lr, **kwargs)

@@ -28,8 +28,8 @@ from ..compress.updates import check_without_adapters
 from ..hub.card import README
 from ..hub.push import fetch_card, upload
 from ..least_squares.problem import trainable_parameters
-from ..modules.calls import LayerLock, call_with_parameters, check_module
-from ..modules.checks import check_count, check_function, check_number
+from ..modules.calls import LayerLock, call_with_parameters
+from ..modules.checks import check_count
 from ..modules.folders import replacing_files
 from ..tucker import Ranks
 from ..tuner.config import LoTRAConfig
@@ -55,7 +55,13 @@ class Prediction:
         extrapolated: Whether the parameter lies outside of the fitted members.
     """
 
-    def __init__(self, family: ParametricAdapter, point: Point, vector: np.ndarray, extrapolated: bool) -> None:
+    def __init__(
+        self,
+        family: ParametricAdapter,
+        point: Point,
+        vector: np.ndarray,
+        extrapolated: bool,
+    ) -> None:
         self.parameter = argument(point)
         self.extrapolated = extrapolated
         self._family, self._point, self._vector = family, point, vector
@@ -111,17 +117,16 @@ class ParametricAdapter:
         ranks: The ranks of the cores, as `r` of `LoTRAConfig`.
         solution_of: `solution_of(network, c)` returns the solution that all other functions get as `model`, by default
             the network: for instance `HardConstraint(network, distance, lift)`, where both may depend on c.
-        loss_of: `loss_of(model, c)` returns the indicator, instead of the estimate: any loss where there are no terms.
+        loss_of: `loss_of(model, c)` returns the indicator instead of the estimate: any loss, if there are no terms.
         held_terms_of: The same terms at held-out points, where errors show that fitted points hide. By default they
             lie between the points of the fit, and smooth data in rows are interpolated; terms with other data have
             none.
         values_of: `values_of(model, c)` returns the values whose error is estimated, by default the solution at rows
             of the first term.
         log: Whether the family is smooth in the logarithm of the parameter; one flag, or one for each parameter.
-        config: A `LoTRAConfig` for all else (`target_modules`, ...). It trains one component alone.
+        config: A `LoTRAConfig` for all else (`target_modules`, ...). It trains a single component.
 
     Raises:
-        TypeError: `base` is no `nn.Module`, or an argument that must be a function is none.
         ValueError: The model has no KAN layer, or `config` trains several components, whose updates do not add up.
 
     Source: J. S. Hesthaven, G. Rozza and B. Stamm, "Certified Reduced Basis Methods for Parametrized Partial
@@ -156,7 +161,6 @@ class ParametricAdapter:
         log: bool | Sequence[bool] = False,
         config: LoTRAConfig | None = None,
     ) -> None:
-        check_module(base, "base")
         check_without_adapters(base, "base")
         config = copy.deepcopy(config or LoTRAConfig(r=ranks))
         if config.train is None and config.init_weights is True:
@@ -164,15 +168,19 @@ class ParametricAdapter:
         if len(config.train or ()) != 1 or config.modules_to_save:
             raise ValueError(
                 f"`config` trains {config.train or 'all components'} and saves {config.modules_to_save or 'no'} "
-                "modules, but a family interpolates one component alone. Leave `train` and `modules_to_save` out."
+                "modules, but a family interpolates a single component. Leave `train` and `modules_to_save` out."
             )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Adapters have more parameters")  # which are shared by many members
             model = cast(PeftModel, get_peft_model(copy.deepcopy(base), config))
         self._set(model, log, Problem(terms_of, held_terms_of, solution_of, loss_of, values_of))
 
-    def _set(self, model: PeftModel, log: bool | Sequence[bool], problem: Problem) -> None:
-        problem.check_functions()
+    def _set(
+        self,
+        model: PeftModel,
+        log: bool | Sequence[bool],
+        problem: Problem,
+    ) -> None:
         self.model = model.eval()
         self._problem = problem
         self._lock = LayerLock()
@@ -218,8 +226,8 @@ class ParametricAdapter:
     ) -> FamilyReport:
         """Fits members at given parameters, or in a range where the predictions are worst.
 
-        The first member is that at which the base itself has the least loss. Others start from the extrapolation of
-        their neighbors, outward in strides, and from the interpolation where there are members on all sides. A member
+        The first member is fitted where the base has the least loss. Others start from the extrapolation of their
+        neighbors, outward in strides, and from the interpolation between members. A member
         takes Levenberg-Marquardt steps while its held-out residual falls. One that is far worse than a neighbor is
         fitted again, in smaller strides. In a range, a grid comes first, and then the parameters of finer grids with
         the largest residuals.
@@ -238,10 +246,9 @@ class ParametricAdapter:
 
         Returns:
             A table of the members. In `failed`, and in a warning, are the parameters at which a function of yours
-            failed, which have no member, and those of members whose residual stays ten times a neighbor's.
+            failed, which have no member, and the parameters of members whose residual stays ten times a neighbor's.
 
         Raises:
-            TypeError: A function takes other arguments.
             ValueError: The arguments contradict each other, or there are neither terms nor `train`.
             RuntimeError: No fit succeeded, or the workers of `executor` died.
         """
@@ -250,22 +257,20 @@ class ParametricAdapter:
         space = copy.copy(self._space)
         chosen = cast(Iterable[Parameter], parameters if between is None else between)
         points = list(dict.fromkeys(map(space.point, chosen)))
-        if not points or (between is not None and len(points) != 2):
-            raise ValueError(f"{chosen!r:.100} must be at least one parameter, or `between` (lowest, highest), two.")
+        if not points:
+            raise ValueError("`parameters` is empty, but must have at least one parameter.")
         dim = len(points[0])
-        check_count(max_steps, "max_steps")
-        check_count(max_members, "max_members", low=1 if between is None else 2**dim)  # the corners of the range
-        if tolerance is not None:
-            check_number(tolerance, "tolerance", "(0, inf)")
+        if between is not None:
+            check_count(max_members, "max_members", low=2**dim)  # the corners of the range
         problem = replace(self._problem, train=train)
-        problem.check_functions()
         has_terms, has_loss = problem.terms_of is not None, problem.loss_of is not None
         if has_terms == (train is not None) or not (has_terms or has_loss or between is None):
             raise ValueError("Give `terms_of` to the constructor, or `train`; `between` and `train` need `loss_of`.")
 
         space.spread(points)
         bar = tqdm(unit="member", desc="ParametricAdapter", disable=not progress)
-        fitting = Fitting(self._copy(np.zeros(self.size)), problem, space, max_steps, executor, bar)
+        model = self._copy(np.zeros(self.size))
+        fitting = Fitting(model, problem, space, max_steps, executor, bar)
         try:
             with torch.inference_mode(False), torch.enable_grad():
                 if between is None:
@@ -300,7 +305,13 @@ class ParametricAdapter:
             )
         return Prediction(self, point, space.vector_at(point), extrapolated)
 
-    def refine(self, parameter: Parameter, steps: int = 1, *, force: bool = False) -> Prediction:
+    def refine(
+        self,
+        parameter: Parameter,
+        steps: int = 1,
+        *,
+        force: bool = False,
+    ) -> Prediction:
         """The prediction after one or more Levenberg-Marquardt steps, which are not kept.
 
         Raises:
@@ -312,8 +323,13 @@ class ParametricAdapter:
             take_steps(model, self._problem.terms(prediction._point), steps, least=steps)
         return Prediction(self, prediction._point, read(trainable_parameters(model)), prediction.extrapolated)
 
-    def calibrate(self, residuals: Callable[[Any], Tensor], *, ignore_missing: bool = False) -> Calibration:
-        """The parameter in the range for which the predictions fit data best, with its standard error.
+    def calibrate(
+        self,
+        residuals: Callable[[Any], Tensor],
+        *,
+        ignore_missing: bool = False,
+    ) -> Calibration:
+        """Find the parameter in the range whose prediction fits data best, with its standard error.
 
         Args:
             residuals: `residuals(model)` returns the differences (n,) or (n, m) from data with independent errors of
@@ -341,7 +357,6 @@ class ParametricAdapter:
             True
         """
         self._members()
-        check_function(residuals, "residuals", 1)
 
         def residuals_at(point: Point, vector: np.ndarray) -> Any:
             return Prediction(self, point, vector, extrapolated=False).apply(residuals)
@@ -350,12 +365,21 @@ class ParametricAdapter:
         error = argument(tuple(np.sqrt(covariance.diagonal()).tolist()))
         return Calibration(argument(point), error, covariance, noise, self.predict(point))
 
-    def as_adapter(self, parameter: Parameter, *, steps: int = 0, force: bool = False) -> PeftModel:
+    def as_adapter(
+        self,
+        parameter: Parameter,
+        *,
+        steps: int = 0,
+        force: bool = False,
+    ) -> PeftModel:
         """A PEFT model of its own, with the predicted adapter, refined by `steps` steps: to save, merge or serve.
 
         It is the network, without `solution_of`.
         """
-        prediction = self.refine(parameter, steps, force=force) if steps else self.predict(parameter, force=force)
+        if steps:
+            prediction = self.refine(parameter, steps, force=force)
+        else:
+            prediction = self.predict(parameter, force=force)
         return self._copy(prediction._vector)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:

@@ -18,14 +18,14 @@ from scipy.special import fdtrc
 from .interpolation import MemberSpace, Point, text_of
 
 
-STARTS = 8  # members at most, of which the best one is the first guess
+STARTS = 8  # members at most, the best one is the first guess
 CONVERGED = 1e-5  # of the range, by the last step
 WIDTH = 1e-3  # of differences, as a share of the range
-SHIFT = 1.0  # of places from [0, 1], since scipy's differences are relative to the coordinates
+SHIFT = 1.0  # of positions from [0, 1], since scipy's differences are relative to the coordinates
 SINGULAR = 3e-3  # a direction whose effect is a smaller share of the largest is lost in the errors of the members
 FLAT = 0.5  # the standard error along a direction, as a share of the range, from which data say nothing
 BEYOND = 1.0  # standard error outside of the range is left to noise
-REPEATED = 1e-5  # of the residuals: two evaluations of the same model differ by rounding alone
+REPEATED = 1e-5  # of the residuals: two evaluations of the same model differ by rounding only
 # Squared residuals that may be a misfit, as a share of the largest change between members: anywhere, and at an end
 POOR, POOR_AT_END = 0.5, 3.0
 CHANCE = 1e-3  # of noise that looks like a misfit
@@ -61,12 +61,12 @@ def minimize(
     Raises:
         ValueError: The residuals are malformed or random, or the data do not determine the parameter.
     """
-    dim = space.places.shape[1]
-    low, high = space.places.amin(0), space.places.amax(0)
+    dim = space.positions.shape[1]
+    low, high = space.positions.amin(0), space.positions.amax(0)
 
     def evaluate(shifted: np.ndarray) -> np.ndarray:
-        place = torch.from_numpy(shifted - SHIFT).unsqueeze(0)
-        (point,), (vector,) = space.points_at(place), space.vectors_at(place)
+        position = torch.from_numpy(shifted - SHIFT).unsqueeze(0)
+        (point,), (vector,) = space.points_at(position), space.vectors_at(position)
         residuals = residuals_at(point, vector)
         count = len(residuals)
         if count > 1 and residuals.shape == (count, count):
@@ -85,8 +85,8 @@ def minimize(
             )
         return values
 
-    stride = math.ceil(len(space.places) / STARTS)
-    starts = space.places[::stride].numpy() + SHIFT
+    stride = math.ceil(len(space.positions) / STARTS)
+    starts = space.positions[::stride].numpy() + SHIFT
     first = evaluate(starts[0])
     check_equal(first, evaluate(starts[0]))
     is_present = ~(np.isnan(first) & ignore_missing)
@@ -97,20 +97,23 @@ def minimize(
     bounds = low.numpy() + SHIFT, high.maximum(low + WIDTH).numpy() + SHIFT
     solution = least_squares(residuals_of, start, bounds=bounds, diff_step=WIDTH, xtol=CONVERGED, ftol=1e-6)
 
-    place, residuals, slopes = map(torch.from_numpy, (solution.x - SHIFT, solution.fun, solution.jac))
-    (point,) = space.points_at(place.unsqueeze(0))
+    position = torch.from_numpy(solution.x - SHIFT)
+    residuals = torch.from_numpy(solution.fun)
+    slopes = torch.from_numpy(solution.jac)
+    (point,) = space.points_at(position.unsqueeze(0))
     noise = residuals.norm().item() / math.sqrt(len(residuals) - dim)
     _, values, directions = torch.linalg.svd(slopes, full_matrices=False)
     covariance = noise**2 * (directions.T / values**2) @ directions
-    ahead = place - torch.linalg.pinv(slopes, rtol=1e-8) @ residuals
+    ahead = position - torch.linalg.pinv(slopes, rtol=1e-8) @ residuals
     is_outside = torch.maximum(low - ahead, ahead - high) > BEYOND * covariance.diagonal().sqrt()
-    is_at_end = (place - low < WIDTH) | (high - place < WIDTH)
-    if is_outside.any() or is_misfit(solution.fun, at_starts, dim, bool(is_at_end.any())):
+    is_at_end = bool(((position - low < WIDTH) | (high - position < WIDTH)).any())
+    if is_outside.any() or is_misfit(solution.fun, at_starts, dim, is_at_end):
         raise ValueError(
             "The data ask for a parameter outside of the fitted members, or for another family: the best one inside, "
             f"{text_of(point)}, is at their end, or fits no better than a constant. Fit the family farther."
         )
-    scale = space.extent * torch.where(space.log, torch.tensor(point, dtype=torch.float64, device="cpu"), 1.0)
+    parameters = torch.tensor(point, dtype=torch.float64, device="cpu")
+    scale = space.extent * torch.where(space.log, parameters, 1.0)
     if not values[-1] > max(SINGULAR * values[0], noise / FLAT):
         weak = (directions[-1] * scale).tolist()
         raise ValueError(
@@ -122,16 +125,22 @@ def minimize(
 
 def check_equal(residuals: np.ndarray, again: np.ndarray) -> None:
     """Raise a `ValueError` if two evaluations of the same model differ by more than rounding."""
-    tolerance = REPEATED * np.abs(residuals[np.isfinite(residuals)]).max(initial=0.0)
-    if residuals.shape != again.shape or not np.allclose(residuals, again, 0.0, tolerance, equal_nan=True):
+    largest = np.abs(residuals[np.isfinite(residuals)]).max(initial=0.0)
+    is_equal = residuals.shape == again.shape and np.allclose(residuals, again, 0.0, REPEATED * largest, True)
+    if not is_equal:
         raise ValueError(
             "`residuals` returns different values for the same model: noise, dropout, or a batch that it draws. Draw "
             "once, outside of the function."
         )
 
 
-def is_misfit(residuals: np.ndarray, of_members: np.ndarray, dim: int, is_at_end: bool) -> bool:
-    """Return whether the least residuals (n,) are no noise, by those of members (m, n).
+def is_misfit(
+    residuals: np.ndarray,
+    of_members: np.ndarray,
+    dim: int,
+    is_at_end: bool,
+) -> bool:
+    """Return whether the least residuals (n,) are no noise, compared with the residuals of members (m, n).
 
     They are a misfit if they are large, compared with the changes between members, and either the best parameter is at
     an end of the range, or a combination of members fits better than noise of this size lets it by chance (F-test).
@@ -147,7 +156,8 @@ def is_misfit(residuals: np.ndarray, of_members: np.ndarray, dim: int, is_at_end
         return True
 
     _, sizes, directions = np.linalg.svd(changes, full_matrices=False)
-    rank = min(int((sizes > SINGULAR * sizes[0]).sum()), len(residuals) // 3)
+    rank = int((sizes > SINGULAR * sizes[0]).sum())
+    rank = min(rank, len(residuals) // 3)
     if rank <= dim:
         return False
     explained = np.square(directions[:rank] @ residuals).sum()

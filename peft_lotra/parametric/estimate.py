@@ -32,13 +32,13 @@ VALUES = 128  # values, or random combinations of more, that an error is the nor
 class ErrorEstimates:
     """The relative errors of predictions, estimated by ||V (J^T J + damping)^-1 J^T r|| / ||values||.
 
-    r are the residuals of a prediction, J their Jacobian in all parameters of the network, of which a member trains
-    few, V that of the values whose error counts. J and V are those of a member, computed once, so that an estimate
-    costs an evaluation of the residuals. Estimates by the members around are averaged: by the nearest member alone,
-    they jump by a third where another becomes the nearest.
+    r are the residuals of a prediction. J is their Jacobian in all parameters of the network, and V the Jacobian of
+    the values whose error counts. Both are computed once for each member, and an estimate then costs one evaluation
+    of the residuals. Estimates by the nearest members are averaged. With a single member they would jump by a third
+    where another one becomes the nearest.
 
     Attributes:
-        problem: The terms of the fit, those that are held out, and the values whose error counts, by default the
+        problem: The terms of the fit, those that are held_out out, and the values whose error counts, by default the
             outputs at some of the rows of the first term.
 
     Source: R. Becker and R. Rannacher, "An optimal control approach to a posteriori error estimation", Acta Numerica
@@ -47,38 +47,49 @@ class ErrorEstimates:
 
     problem: Problem
     _changes: dict[tuple, Tensor | None] = field(default_factory=dict)  # of the members
-    _held: dict[Point, Collection[int]] = field(default_factory=dict)  # the terms that are held out at members
+    _held_out: dict[Point, Collection[int]] = field(default_factory=dict)  # the terms that are held out at members
 
-    def at(self, model: PeftModel, point: Point, around: Sequence[tuple[Member, float]]) -> float:
+    def at(
+        self,
+        model: PeftModel,
+        point: Point,
+        around: Sequence[tuple[Member, float]],
+    ) -> float:
         """Estimate the error of a model, which is written to, by the members around its parameter and their weights.
 
         NaN if the rows of the terms are no inputs of the model.
         """
         total = 0.0
         with torch.inference_mode(False), torch.enable_grad():
-            held = self.problem.held_terms(model, point)
+            held_out = self.problem.held_terms(model, point)
             for member, _ in around:
-                if member.parameter not in self._held:
-                    self._held[member.parameter] = list(self.problem.held_terms(model, member.parameter))
+                if member.parameter not in self._held_out:
+                    self._held_out[member.parameter] = list(self.problem.held_terms(model, member.parameter))
                 # data may be smooth at one parameter, and not at another
-                held = {number: term for number, term in held.items() if number in self._held[member.parameter]}
-            residuals = residuals_of(model, [*self.problem.terms(point), *held.values()])
+                numbers = self._held_out[member.parameter]
+                held_out = {number: held_out[number] for number in held_out if number in numbers}
+            residuals = residuals_of(model, [*self.problem.terms(point), *held_out.values()])
             for member, weight in around:
-                key = (member.parameter, member.vector.tobytes(), *held)
+                key = (member.parameter, member.vector.tobytes(), *held_out)
                 if key not in self._changes:
                     write(model, member.vector)
-                    self._changes[key] = self._change(model, member.parameter, held)
+                    self._changes[key] = self._change(model, member.parameter, held_out)
                 change = self._changes[key]
                 total += math.nan if change is None else weight * (residuals @ change).norm().item()
         return total
 
-    def _change(self, model: PeftModel, point: Point, numbers: Collection[int]) -> Tensor | None:
+    def _change(
+        self,
+        model: PeftModel,
+        point: Point,
+        numbers: Collection[int],
+    ) -> Tensor | None:
         """Compute the linear map (M, values) from residuals to the relative change of the values by the step.
 
         None if the inputs of the network are not known, or the step does not exist.
         """
-        held = self.problem.held_terms(model, point)
-        terms = [*self.problem.terms(point), *(held[number] for number in numbers)]
+        held_out = self.problem.held_terms(model, point)
+        terms = [*self.problem.terms(point), *(held_out[number] for number in numbers)]
         residuals = residuals_of(model, terms)
         network = copy.deepcopy(model).merge_and_unload().requires_grad_()
         count = sum(parameter.numel() for parameter in network.parameters())
@@ -108,7 +119,12 @@ class ErrorEstimates:
             return None
         return linear.jacobian @ steps / values.detach().norm()
 
-    def _values(self, network: nn.Module, point: Point, terms: list[Term]) -> Tensor | None:
+    def _values(
+        self,
+        network: nn.Module,
+        point: Point,
+        terms: list[Term],
+    ) -> Tensor | None:
         """Return the values whose error counts, or random combinations of them; None if they are not known."""
         solution = self.problem.solution(network, point)
         if self.problem.values_of is not None:

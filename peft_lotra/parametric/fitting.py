@@ -64,13 +64,14 @@ class Fitting:
             if not pending:
                 break
             start = 0 if space.members else self._first(pending)
-            wave = next_wave(space.places_of(pending), space.places, start)
+            wave = next_wave(space.positions_of(pending), space.positions, start)
             self._fit([pending[index] for index in wave])
         self._fit_again()
 
     def _first(self, pending: list[Point]) -> int:
-        """Return the index of the point where the base itself has the least loss; of equal ones, the middle one."""
-        losses = np.array([self._indicator(point, np.zeros(self.space.size)) for point in pending])
+        """Return the index of the point with the least loss of the base; of equal ones, the middle one."""
+        base = np.zeros(self.space.size)
+        losses = np.array([self._indicator(point, base) for point in pending])
         losses[np.isnan(losses)] = math.inf
         from_middle = abs(np.arange(len(pending)) - len(pending) // 2)
         return int(np.lexsort([from_middle, losses])[0])
@@ -99,10 +100,10 @@ class Fitting:
 
     def _run(self, jobs: Mapping[Point, Job]) -> None:
         """Add the members of jobs, unless there are better ones."""
-        jobs = {point: job for point, job in jobs.items() if argument(point) not in self.failed}
+        points = [point for point in jobs if argument(point) not in self.failed]
         fit_all = map if self.executor is None else self.executor.map
-        results = fit_all(partial(attempt, self.model, self.problem), jobs.values())
-        for point, result in zip(jobs, results, strict=True):
+        results = fit_all(partial(attempt, self.model, self.problem), [jobs[point] for point in points])
+        for point, result in zip(points, results, strict=True):
             if isinstance(result, str):
                 self.failed[argument(point)] = result
                 continue
@@ -129,35 +130,37 @@ class Fitting:
         for member, best in self._find_bad():
             point = member.parameter
             if point not in self.refitted and self.problem.train is None:
-                start, end = space.places_of([best.parameter, point])
-                shares = torch.linspace(0, 1, STRIDES + 1, dtype=torch.float64, device="cpu")[1:-1, None]
-                path = [*space.points_at(torch.lerp(start, end, shares)), point]
-                jobs[point] = path, best.vector, 2 * self.max_steps
+                start, end = space.positions_of([best.parameter, point])
+                strides = grid(1, STRIDES)[1:]
+                path = space.points_at(torch.lerp(start, end, strides))
+                jobs[point] = [*path[:-1], point], best.vector, 2 * self.max_steps
         self.refitted |= jobs.keys()
         self._run(jobs)
 
     def search(self, dim: int, tolerance: float | None, most: int) -> None:
-        """Fit members on a grid of the range, and then those of finer and finer grids where predictions are bad."""
+        """Fit members on a grid of the range, and then on finer and finer grids where predictions are bad."""
         space = self.space
         level = {1: 3, 2: 1}.get(dim, 0)
         while (2**level + 1) ** dim > most:
             level -= 1
-        self.walk(space.points_at(grid(dim, level)))
+        self.walk(space.points_at(grid(dim, 2**level)))
         while space.members:
             level += 1
-            places = grid(dim, level)
-            distances = torch.cdist(places, space.places)
+            positions = grid(dim, 2**level)
+            distances = torch.cdist(positions, space.positions)
             is_new = distances.amin(1) > 1e-9
-            points = space.points_at(places[is_new])
-            near = distances[is_new].topk(min(2, len(space.members)), largest=False).indices.numpy()
+            near = distances[is_new].argsort(stable=True)[:, :2].numpy()
             fitted = np.array([member.indicator for member in space.members])
             bounds = tolerance or GAIN * fitted[near].max(1)
 
-            shares = np.array([self._indicator(point, space.vector_at(point)) for point in points]) / bounds
+            points = space.points_at(positions[is_new])
+            indicators = [self._indicator(point, space.vector_at(point)) for point in points]
+            shares = np.array(indicators) / bounds
             shares[np.isnan(shares)] = math.inf
             shares[[argument(point) in self.failed for point in points]] = 0.0
             self.largest = float(shares.max())
-            worst = (-shares).argsort(kind="stable")[: max(most - len(space.members), 0)]
+            room = max(most - len(space.members), 0)
+            worst = np.argsort(-shares, kind="stable")[:room]
             chosen = [points[index] for index in worst if shares[index] > 1]
             self._fit(chosen)
             self._fit_again()
@@ -170,7 +173,7 @@ class Fitting:
         self.bar.close()
         for member, best in self._find_bad():
             share = member.indicator / max(best.indicator, 1e-300)
-            text = f"the residual stays at {member.indicator:.2g}, {share:.0f} times that of a neighbor"
+            text = f"the residual stays at {member.indicator:.2g}, {share:.0f} times a neighbor's"
             self.failed[argument(member.parameter)] = f"{text}: fit members nearby, or take higher `ranks`"
         if self.failed:
             lines = "\n  ".join(f"{parameter}: {error}" for parameter, error in self.failed.items())
@@ -182,9 +185,9 @@ class Fitting:
 
 
 def next_wave(pending: Tensor, members: Tensor, start: int) -> list[int]:
-    """Return the indices of the `pending` places (n, dim) that are fitted together next.
+    """Return the indices of the `pending` positions (n, dim) that are fitted together next.
 
-    The walk leads outward from `start` in strides. The places between members then follow in one wave.
+    The walk leads outward from `start` in strides. The positions between members then follow in one wave.
     """
     if not len(members):
         return [start]
@@ -194,7 +197,8 @@ def next_wave(pending: Tensor, members: Tensor, start: int) -> list[int]:
     limit = max(STRIDE, distances.min().item()) * (1 + 1e-9)
     wave: list[int] = []
     # the farthest first, none nearer to another than the limit
-    for index in distances.round(decimals=9).argsort(descending=True, stable=True).tolist():
+    order = distances.round(decimals=9).argsort(descending=True, stable=True)
+    for index in order.tolist():
         if distances[index] <= limit:
             gaps = (pending[wave] - pending[index]).norm(dim=1)
             if (gaps >= limit * (1 - 1e-6)).all():
@@ -202,7 +206,7 @@ def next_wave(pending: Tensor, members: Tensor, start: int) -> list[int]:
     return wave
 
 
-def grid(dim: int, level: int) -> Tensor:
-    """Return the places (n, dim) of a grid of the unit cube with 2^level intervals along each side."""
-    line = torch.linspace(0, 1, 2**level + 1, dtype=torch.float64, device="cpu")
+def grid(dim: int, intervals: int) -> Tensor:
+    """Return the positions (n, dim) of a grid of the unit cube with so many intervals along each side."""
+    line = torch.linspace(0, 1, intervals + 1, dtype=torch.float64, device="cpu")
     return torch.cartesian_prod(*[line] * dim).reshape(-1, dim)

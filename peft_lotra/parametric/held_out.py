@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Held-out points of residual terms: rows in the gaps between those of the fit."""
+"""Held-out points of residual terms: rows in the gaps between the rows of the fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..least_squares.problem import Term
-from .interpolation import empty_radii, weights_at
+from .interpolation import pairwise_distances, weights_at
 
 
 FEWEST = 16  # points; between fewer, as between the two ends of an interval, the gaps are wide
@@ -29,8 +29,8 @@ SMOOTH = 0.02  # the largest relative error of smooth data, where half of them i
 def held_out_terms(terms: Sequence[Term], network: Callable) -> dict[int, Term]:
     """Return terms, by their index, at rows in the gaps, where the fit has not made their residuals small.
 
-    A term is left out if it has few rows, or if a tensor beside its inputs, such as a right-hand side, is no smooth
-    function of them: its values in the gaps are not known.
+    A term is left out if it has few rows. It is also left out if another tensor, such as a right-hand side, is no
+    smooth function of the inputs: its values in the gaps are not known.
     """
     held_out = {}
     for number, (function, rows, weight) in enumerate(terms):
@@ -39,14 +39,19 @@ def held_out_terms(terms: Sequence[Term], network: Callable) -> dict[int, Term]:
         if inputs is None or len(inputs) < FEWEST:
             continue
         gaps = _find_gaps(inputs.cpu().numpy().tobytes(), inputs.shape[1])
-        between = [gaps.line(row) if index in indices else gaps.data(row) for index, row in enumerate(rows)]
+        between = []
+        for index, row in enumerate(rows):
+            between.append(gaps.line(row) if index in indices else gaps.data(row))
         if len(gaps.first) and all(row is not None for row in between):
             held_out[number] = function, tuple(between), weight
     return held_out
 
 
 @torch.no_grad()
-def inputs_of(rows: Sequence[Tensor], network: Callable) -> tuple[Tensor | None, list[int]]:
+def inputs_of(
+    rows: Sequence[Tensor],
+    network: Callable,
+) -> tuple[Tensor | None, list[int]]:
     """Return the inputs (n, I) of the network in the rows of a term, in float64, and the indices of their tensors.
 
     They are the first tensors that change from row to row, as many as the network takes; None if there are none.
@@ -73,6 +78,8 @@ class _Gaps:
     """Pairs of near points without another in between, in one dimension the neighbors, and data between them.
 
     If many points share a coordinate, a pair has the same one.
+
+    Source: K. R. Gabriel and R. R. Sokal, "A new statistical approach to geographic variation analysis", 1969.
     """
 
     def __init__(self, content: bytes, width: int) -> None:
@@ -88,7 +95,9 @@ class _Gaps:
         distances[(is_shared.unsqueeze(1) & ~is_equal).any(2)] = math.inf
 
         near = distances.topk(NEAR, largest=False)
-        is_empty = empty_radii(scaled.unsqueeze(1), scaled[near.indices], scaled) > 0.499 * near.values
+        # neighbors in the Gabriel graph: the ball between them is empty
+        middles = torch.lerp(scaled.unsqueeze(1), scaled[near.indices], 0.5)
+        is_empty = pairwise_distances(middles, scaled).amin(-1) > 0.499 * near.values
         longest = near.values.where(is_empty, 0.0).topk(ROWS)
         self.first, rank = longest.values.nonzero(as_tuple=True)
         self.second = near.indices.gather(1, longest.indices)[self.first, rank]
@@ -110,7 +119,8 @@ class _Gaps:
         error = self._weights_of_half.T @ values[::2] - half
         if not error.norm() <= SMOOTH * (half - half.mean(0)).norm():
             return None
-        return (self._weights.T @ values).to(row).view(-1, *row.shape[1:])
+        interpolated = self._weights.T @ values
+        return interpolated.to(row).view(-1, *row.shape[1:])
 
 
 # by the points: a fit asks for the same ones at each parameter

@@ -40,13 +40,18 @@ class FamilyReport(Report, list[Member]):
     """The members that a fit added, or that a file holds, a list that prints as a table.
 
     Attributes:
-        failed: Errors by parameter: of functions of yours, where there is no member, and of members that did not
-            converge.
+        failed: Errors by parameter: of your functions, which leave no member, and of members that did not converge.
         largest: In a range, the largest indicator of a prediction, as a share of its bound; NaN otherwise.
         coordinates: The number of coordinates of a member.
     """
 
-    def __init__(self, members: Iterable[Member], failed: Mapping[Any, str], largest: float, coordinates: int) -> None:
+    def __init__(
+        self,
+        members: Iterable[Member],
+        failed: Mapping[Any, str],
+        largest: float,
+        coordinates: int,
+    ) -> None:
         super().__init__(sorted(members, key=lambda member: member.parameter))
         self.failed = dict(failed)
         self.largest = largest
@@ -56,7 +61,8 @@ class FamilyReport(Report, list[Member]):
         rows = []
         for member in self:
             numbers = f"{member.predicted:.2e} {member.indicator:.2e} {member.steps} {member.seconds:.2f}"
-            rows.append([text_of(member.parameter), *numbers.replace("nan", "-").split()])
+            cells = numbers.replace("nan", "-").split()
+            rows.append([text_of(member.parameter), *cells])
         notes = [f"{len(self)} members of {self.coordinates:,} coordinates"]
         if not math.isnan(self.largest):
             notes.append(f"largest indicator in the range: {self.largest:.2g} of its bound")
@@ -85,7 +91,7 @@ def ranges_of(points: Sequence[Point]) -> list[str]:
 class MemberSpace:
     """The members of a family, whose coordinates are interpolated.
 
-    Places are parameters, or their logarithms, scaled to [0, 1] by their range.
+    Positions are parameters, or their logarithms, scaled to [0, 1] by their range.
 
     Args:
         size: The number of coordinates of a member.
@@ -96,7 +102,7 @@ class MemberSpace:
         self.size = size
         self.log = torch.tensor(log, dtype=torch.bool, device="cpu")
         self.members: list[Member] = []
-        self.places = torch.empty(0, 1, device="cpu")  # of the members
+        self.positions = torch.empty(0, 1, device="cpu")  # of the members
         self._low = self.extent = torch.zeros(1, device="cpu")
 
     def point(self, parameter: Any) -> Point:
@@ -106,79 +112,75 @@ class MemberSpace:
         if self.log.dim():
             dim = len(self.log)
         elif self.members:
-            dim = self.places.shape[1]
+            dim = self.positions.shape[1]
         if len(point) != dim or not self._raw([point]).isfinite().all():
             numbers = "a finite number" if dim == 1 else f"{dim} finite numbers"
             raise ValueError(f"A parameter is {parameter!r:.100}, but must be {numbers}, above 0 with `log=True`.")
         return point
 
     def spread(self, points: Sequence[Point]) -> None:
-        """Set the range of parameters to that of these points and the members."""
+        """Set the range of parameters to the range of these points and the members."""
         raw = self._raw([*points, *(member.parameter for member in self.members)])
         self._low = raw.amin(0)
         self.extent = raw.amax(0) - self._low
         self.add(())
 
     def add(self, members: Iterable[Member]) -> None:
-        """Add members, which replace those of the same parameters."""
+        """Add members, which replace members of the same parameters."""
         merged = {member.parameter: member for member in [*self.members, *members]}
         self.members = [merged[point] for point in sorted(merged)]
         if self.members:
-            self.places = self.places_of(sorted(merged))
+            self.positions = self.positions_of(sorted(merged))
             self._vectors = np.stack([member.vector for member in self.members])
 
     def _raw(self, points: Sequence[Point]) -> Tensor:
         values = torch.tensor(points, dtype=torch.float64, device="cpu")
         return torch.where(self.log, values.log(), values)
 
-    def places_of(self, points: Sequence[Point]) -> Tensor:
-        """Return the places (n, dim) of parameters."""
-        return (self._raw(points) - self._low) / self.extent.where(self.extent > 0, 1.0)
+    def positions_of(self, points: Sequence[Point]) -> Tensor:
+        """Return the positions (n, dim) of parameters."""
+        extent = self.extent.where(self.extent > 0, 1.0)
+        return (self._raw(points) - self._low) / extent
 
-    def points_at(self, places: Tensor) -> list[Point]:
-        """Return the parameters at places (n, dim)."""
-        raw = self._low + places * self.extent
-        return [tuple(row) for row in torch.where(self.log, raw.exp(), raw).tolist()]
+    def points_at(self, positions: Tensor) -> list[Point]:
+        """Return the parameters at positions (n, dim)."""
+        raw = self._low + positions * self.extent
+        points = torch.where(self.log, raw.exp(), raw)
+        return [tuple(point) for point in points.tolist()]
 
     def is_inside(self, point: Point) -> bool:
         """Return whether a parameter lies in the convex hull of the members."""
-        return is_inside(self.places, self.places_of([point])[0])
+        return is_inside(self.positions, self.positions_of([point])[0])
 
     def nearest(self, point: Point) -> list[int]:
         """Return the indices of the nearest members, as many as determine a quadratic polynomial, in order."""
-        distances = (self.places - self.places_of([point])).norm(dim=1)
-        count = math.comb(self.places.shape[1] + 2, 2)
+        distances = (self.positions - self.positions_of([point])).norm(dim=1)
+        count = math.comb(self.positions.shape[1] + 2, 2)
         return distances.argsort(stable=True)[:count].tolist()
 
     def around(self, point: Point) -> list[tuple[Member, float]]:
-        """Return the members around a parameter, with weights by their distances; in one dimension those of a line.
-
-        A member is around if no other is in the ball whose diameter leads to it from the parameter.
-        """
-        place = self.places_of([point])[0]
-        distances = (self.places - place).norm(dim=1)
-        is_around = empty_radii(self.places, place, self.places) >= 0.499 * distances
-        order = distances.where(is_around, math.inf).argsort(stable=True)
-        used = order[: min(len(place) + 1, int(is_around.sum()))].tolist()
-
-        weights = 1 / distances[used].clamp(min=1e-12)
-        shares = (weights / weights.sum()).tolist()
-        return [(self.members[index], share) for index, share in zip(used, shares, strict=True)]
+        """Return the nearest members, one more than there are parameters, with weights by their distances."""
+        position = self.positions_of([point])
+        used = self.nearest(point)[: position.numel() + 1]
+        distances = (self.positions[used] - position).norm(dim=1)
+        weights = 1 / distances.clamp(min=1e-12)
+        weights = (weights / weights.sum()).tolist()
+        return [(self.members[index], weight) for index, weight in zip(used, weights, strict=True)]
 
     def vector_at(self, point: Point) -> np.ndarray:
         """Interpolate the coordinates (P,); outside of the members, extrapolate them from the nearest."""
         if not self.members:
             return np.zeros(self.size)
         used = slice(None) if self.is_inside(point) else self.nearest(point)
-        return self.vectors_at(self.places_of([point]), used)[0]
+        return self.vectors_at(self.positions_of([point]), used)[0]
 
-    def vectors_at(self, places: Tensor, used: Any = slice(None)) -> np.ndarray:
-        """Interpolate the coordinates (n, P) at places (n, dim) from the members of some indices, by default all."""
-        return weights_at(self.places[used], places).numpy().T @ self._vectors[used]
+    def vectors_at(self, positions: Tensor, used: Any = slice(None)) -> np.ndarray:
+        """Interpolate the coordinates (n, P) at positions (n, dim) from the members of some indices, or from all."""
+        return weights_at(self.positions[used], positions).numpy().T @ self._vectors[used]
 
 
-def weights_at(points: Tensor, places: Tensor) -> Tensor:
-    """Compute the weights (m, n) of values at m points (m, dim) in their interpolation at n places (n, dim).
+def weights_at(points: Tensor, positions: Tensor) -> Tensor:
+    """Compute the weights (m, n) of values at m points (m, dim) in their interpolation at n positions (n, dim).
 
     A polyharmonic spline with the polynomial of highest degree, up to 2, that the points determine: in one dimension a
     natural quintic spline. Polynomials of that degree are reproduced, also outside of the points.
@@ -192,31 +194,28 @@ def weights_at(points: Tensor, places: Tensor) -> Tensor:
         if number <= count and torch.linalg.matrix_rank(tail, rtol=1e-8) == number:
             break
     power = 2 * degree + 1
-    splines = pairwise_distances(points, points) ** power
-    matrix = torch.cat([torch.cat([splines, tail], 1), torch.cat([tail.T, tail.new_zeros(number, number)], 1)])
-    right = torch.cat([pairwise_distances(points, places) ** power, _monomials(places, degree).T])
+    matrix = points.new_zeros(count + number, count + number)
+    matrix[:count, :count] = pairwise_distances(points, points) ** power
+    matrix[:count, count:] = tail
+    matrix[count:, :count] = tail.T
+    splines = pairwise_distances(points, positions) ** power
+    right = torch.cat([splines, _monomials(positions, degree).T])
     return torch.linalg.solve(matrix, right)[:count]
 
 
 def _monomials(points: Tensor, degree: int) -> Tensor:
     """Compute the monomials of at most this degree, (n, number)."""
-    exponents = itertools.product(range(degree + 1), repeat=points.shape[1])
-    return torch.stack([(points ** points.new_tensor(e)).prod(1) for e in exponents if sum(e) <= degree], dim=1)
+    monomials = []
+    for exponents in itertools.product(range(degree + 1), repeat=points.shape[1]):
+        if sum(exponents) <= degree:
+            powers = points ** points.new_tensor(exponents)
+            monomials.append(powers.prod(1))
+    return torch.stack(monomials, dim=1)
 
 
-def empty_radii(first: Tensor, second: Tensor, points: Tensor) -> Tensor:
-    """Compute how far the nearest point is from the middle between first and second places (..., dim).
-
-    If that is half of their distance, the ball between them is empty: they are neighbors in the Gabriel graph.
-
-    Source: K. R. Gabriel and R. R. Sokal, "A new statistical approach to geographic variation analysis", 1969.
-    """
-    return pairwise_distances(torch.lerp(first, second, 0.5), points).amin(-1)
-
-
-def is_inside(points: Tensor, place: Tensor) -> bool:
-    """Return whether a place (dim,) lies in the convex hull of points (m, dim)."""
+def is_inside(points: Tensor, position: Tensor) -> bool:
+    """Return whether a position (dim,) lies in the convex hull of points (m, dim)."""
     # a convex combination: non-negative weights whose sum is 1
-    matrix = torch.cat([points, torch.ones_like(points[:, :1])], dim=1).T.numpy()
-    _, distance = nnls(matrix, np.append(place.numpy(), 1.0))
+    matrix = np.column_stack([points.numpy(), np.ones(len(points))]).T
+    _, distance = nnls(matrix, np.append(position.numpy(), 1.0))
     return distance <= 1e-7

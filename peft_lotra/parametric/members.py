@@ -22,13 +22,12 @@ from torch.nn.utils import parameters_to_vector
 from ..least_squares.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
 from ..least_squares.problem import Term, check_residuals, check_terms, in_double, name_term, trainable_parameters
 from ..modules.calls import call_with_parameters
-from ..modules.checks import check_function
 from .held_out import held_out_terms
 from .interpolation import Member, Point
 
 
-# The damping of all steps, as a share of the largest diagonal entry of J^T J. Directions in which the residuals hardly
-# change are not moved by it, so that members stay comparable.
+# The damping of all steps, as a share of the largest diagonal entry of J^T J. It stops directions in which the
+# residuals hardly change, and members stay comparable.
 MEMBER_DAMPING = 1e-6
 WINDOW, SLOW = 4, 0.7  # a fit ends when so many steps left more than this share of the loss
 
@@ -47,14 +46,8 @@ class Problem:
     values_of: OfModel | None = None
     train: OfModel | None = None
 
-    def check_functions(self) -> None:
-        """Raise a `TypeError` unless these are functions, which take the arguments that they will get."""
-        for name, function in vars(self).items():
-            if function is not None:
-                check_function(function, name, 1 if name.endswith("terms_of") else 2)
-
     def solution(self, model: nn.Module, parameter: Point) -> Any:
-        """Return the solution of a network at a parameter, by default the network itself."""
+        """Return the solution of a network at a parameter, by default the network."""
         return model if self.solution_of is None else self.solution_of(model, argument(parameter))
 
     def terms(self, parameter: Point) -> list[Term]:
@@ -62,13 +55,17 @@ class Problem:
         return [] if self.terms_of is None else self._of_networks(self.terms_of, parameter)
 
     def held_terms(self, model: nn.Module, parameter: Point) -> dict[int, Term]:
-        """Return terms, by number, at points to which no member is fitted, by default between those of the fit."""
+        """Return terms, by number, at points that no member is fitted to, by default between the points of the fit."""
         if self.held_terms_of is not None:
             return dict(enumerate(self._of_networks(self.held_terms_of, parameter)))
         solution, dtype = self.solution(model, parameter), next(model.parameters()).dtype
         return held_out_terms(self.terms(parameter), lambda x: solution(x.to(dtype)))
 
-    def _of_networks(self, terms_of: Callable[[Any], Iterable], parameter: Point) -> list[Term]:
+    def _of_networks(
+        self,
+        terms_of: Callable[[Any], Iterable],
+        parameter: Point,
+    ) -> list[Term]:
         terms = check_terms(terms_of(argument(parameter)))
         if self.solution_of is None:
             return terms
@@ -78,10 +75,16 @@ class Problem:
 
         return [(of_network(function), rows, weight) for function, rows, weight in terms]
 
-    def fit(self, model: nn.Module, path: Sequence[Point], start: np.ndarray, max_steps: int) -> Member:
+    def fit(
+        self,
+        model: nn.Module,
+        path: Sequence[Point],
+        start: np.ndarray,
+        max_steps: int,
+    ) -> Member:
         """Fit the trainable parameters of a copy of the model.
 
-        The fit starts from the coordinates `start` and follows a path of parameters to that of the member, the last.
+        The fit starts from the coordinates `start` and follows a path of parameters. The last one is the member's.
         """
         start_time, steps, parameter = time.perf_counter(), 0, path[-1]
         model = copy.deepcopy(model)  # other threads fit other members
@@ -89,8 +92,8 @@ class Problem:
         predicted = self.indicator(model, parameter)
         if self.train is None:
             for point in path:
-                held = self.held_terms(model, point).values()
-                steps += take_steps(model, self.terms(point), max_steps, held)
+                held_out = self.held_terms(model, point).values()
+                steps += take_steps(model, self.terms(point), max_steps, held_out)
         else:
             trained = copy.deepcopy(model)  # `train` may also change modes and tensors that all members share
             coordinates = trainable_parameters(trained)
@@ -105,7 +108,7 @@ class Problem:
     def indicator(self, model: nn.Module, parameter: Point) -> float:
         """Return the loss of `loss_of`, or else the root of the loss at held-out points; NaN without terms.
 
-        Without held-out points, those of the fit count.
+        Without held-out points, the points of the fit count.
         """
         if self.loss_of is not None:
             with torch.no_grad():
@@ -132,9 +135,13 @@ def write(model: nn.Module, vector: np.ndarray) -> None:
         parameters[name].copy_(value)
 
 
-def named(parameters: Mapping[str, Tensor], vector: np.ndarray) -> dict[str, Tensor]:
+def named(
+    parameters: Mapping[str, Tensor],
+    vector: np.ndarray,
+) -> dict[str, Tensor]:
     """Split coordinates (P,) into tensors that replace these parameters."""
-    values = torch.from_numpy(vector).split([parameter.numel() for parameter in parameters.values()])
+    sizes = [parameter.numel() for parameter in parameters.values()]
+    values = torch.from_numpy(vector).split(sizes)
     pairs = zip(parameters.items(), values, strict=True)
     return {name: value.view_as(parameter).to(parameter) for (name, parameter), value in pairs}
 
@@ -152,8 +159,14 @@ def residuals_of(model: nn.Module, terms: Iterable[Term]) -> Tensor:
     return torch.cat(residuals)
 
 
-def take_steps(model: nn.Module, terms: Sequence[Term], most: int, held: Iterable[Term] = (), least: int = 0) -> int:
-    """Take Levenberg-Marquardt steps while the loss falls fast, that of `held` if there are such terms.
+def take_steps(
+    model: nn.Module,
+    terms: Sequence[Term],
+    most: int,
+    held_out: Iterable[Term] = (),
+    least: int = 0,
+) -> int:
+    """Take Levenberg-Marquardt steps while the loss falls fast, the loss of `held_out` if there are such terms.
 
     Returns:
         The number of steps, from `least` to `most`.
@@ -163,10 +176,10 @@ def take_steps(model: nn.Module, terms: Sequence[Term], most: int, held: Iterabl
 
     def is_done(number: int, record: LevenbergMarquardtStep) -> bool:
         optimizer.damping = max(optimizer.damping, MEMBER_DAMPING)
-        losses.append(record.held_loss if held else record.loss)
+        losses.append(record.held_loss if held_out else record.loss)
         return number >= max(WINDOW, least) and losses[-1] > SLOW * losses[-1 - WINDOW]
 
-    return len(optimizer.fit(terms, most, held=held, callback=is_done, progress=False))
+    return len(optimizer.fit(terms, most, held=held_out, callback=is_done, progress=False))
 
 
 Job = tuple[Sequence[Point], np.ndarray, int]  # the arguments of `Problem.fit`

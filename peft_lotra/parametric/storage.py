@@ -86,14 +86,19 @@ def read_family(path: Path) -> SavedFamily:
             points = tensors.pop("parameters").tolist()
             vectors = tensors.pop("members").double().numpy()
             indicators = tensors.pop("indicators").tolist()
-            rows = zip(map(tuple, points), vectors, indicators, strict=True)
-            members = [Member(point, vector, math.nan, indicator, 0, math.nan) for point, vector, indicator in rows]
+            members = []
+            for point, vector, indicator in zip(points, vectors, indicators, strict=True):
+                members.append(Member(tuple(point), vector, math.nan, indicator, 0, math.nan))
             report = FamilyReport(members, {}, math.nan, vectors.shape[1])
             return SavedFamily(report, family["log"], family["config"], tensors)
     raise ValueError(f"{path} was written by a newer version of peft-lotra: upgrade peft-lotra to read it.")
 
 
-def load_family(base: nn.Module, path: Path, check_base: str) -> tuple[PeftModel, SavedFamily]:
+def load_family(
+    base: nn.Module,
+    path: Path,
+    check_base: str,
+) -> tuple[PeftModel, SavedFamily]:
     """Read the file of a family, and give the base its adapter; a ValueError if it is on another base or grid."""
     family = read_family(path)
     with TemporaryDirectory() as folder:
@@ -111,7 +116,14 @@ def write_card(path: Path, members: Sequence[Member]) -> None:
         card = load_card(path)
         card.data.tags = [*(card.data.tags or []), "parametric"]
         points = [member.parameter for member in members]
-        fields = {"members": members, "ranges": ranges_of(points), "example": argument(points[len(points) // 2])}
-        save_section(card, path, "family.md", title="A family of LoTRA adapters", **fields)
+        save_section(
+            card,
+            path,
+            "family.md",
+            title="A family of LoTRA adapters",
+            members=members,
+            ranges=ranges_of(points),
+            example=argument(points[len(points) // 2]),
+        )
     except Exception as error:  # no reason for a save to fail
         warnings.warn(f"The family is saved, its model card is not written: {error}", stacklevel=3)

@@ -417,18 +417,16 @@ def test_some_adapters_are_not_saved_over_all(tmp_path):
     assert AdapterBank.load(net(), tmp_path / "elsewhere").names == ["ben"]
 
 
-@pytest.mark.parametrize("what", ["cut", "no table", "a name too many", "not there", "another base"])
+@pytest.mark.parametrize("what", ["cut", "no table", "not there", "another base"])
 def test_a_file_that_is_no_bank(tmp_path, what):
     filled(tmp_path)
-    file, packed, table = opened(tmp_path)
+    file, packed, _ = opened(tmp_path)
     if what == "cut":
         file.write_bytes(file.read_bytes()[:-100])
     elif what == "not there":
         file.unlink()
-    elif what != "another base":
-        table["adapters"]["more"] = table["adapters"]["splines"]
-        metadata = metadata_of(table) if what == "a name too many" else None
-        save_file({"adapters": packed}, file, metadata=metadata)
+    elif what == "no table":
+        save_file({"adapters": packed}, file)
     with pytest.raises(ValueError, match="damaged|There is no|parameters of"):
         AdapterBank.load(net(seed=8) if what == "another base" else net(), tmp_path)
 
@@ -469,16 +467,14 @@ def test_what_a_bank_refuses(tmp_path):
     model.merge_adapter()
     for call, word in (
         (lambda: AdapterBank.from_folders(net(), [tmp_path / "anna/last", tmp_path / "ben/last"]), "name already"),
-        (lambda: AdapterBank(net(), torch.int32), "floating type"),
         (
             lambda: AdapterBank(net()).save(tmp_path) or AdapterBank.load(net(), tmp_path, names=["d"]),
             "no adapter 'd'",
         ),
         (lambda: AdapterBank.load(net(), tmp_path / "nothing", names=["c"]), "There is no"),
-        (lambda: AdapterBank(net()).push_to_hub("user/bank"), "empty"),
         (lambda: AdapterBank(torch.nn.Linear(2, 2)), "KAN"),
         (lambda: AdapterBank(model), "merged"),
-        *((lambda name=name: AdapterBank(net()).add(name, LoTRAConfig()), "name of an") for name in ("__base__", 3)),
+        (lambda: AdapterBank(net()).add("__base__", LoTRAConfig()), "stands for the base"),
     ):
         with pytest.raises(ValueError, match=word):
             call()

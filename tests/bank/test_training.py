@@ -202,8 +202,7 @@ def test_the_best_values_and_early_stopping():
 
 def test_what_training_refuses():
     bank, model, _ = prepared(KAN([3, 4, 2]))
-    refused = {"nobody": {"names": ["nobody"]}, "lr": {"lr": 0.0}, "core": {"policy": {"core": -1}}}
-    for word, options in {**refused, "betas": {"betas": (0.9, 1.5)}}.items():
+    for word, options in {"nobody": {"names": ["nobody"]}, "core": {"policy": {"core": -1}}}.items():
         with pytest.raises(ValueError, match=word):
             BankAdamW(bank, **{"lr": 1e-2, **options})
     bank.add("d", LoTRAConfig(r=1))  # nothing is in training
@@ -211,7 +210,7 @@ def test_what_training_refuses():
     with torch.no_grad():
         model(X[:2], adapter_names=["c", "__base__"])
     for call, word in (
-        *((lambda rows=rows: model(X[:2], adapter_names=["a", rows]), rows) for rows in ("__base__", "c", "nobody")),
+        (lambda: model(X[:2], adapter_names=["a", "nobody"]), "nobody"),
         (lambda: bank.add("e", LoTRAConfig(r=1)), "in training"),
         (lambda: bank.remove("a"), "in training"),
         (bank.compact, "in training"),
@@ -226,6 +225,24 @@ def test_what_training_refuses():
     for config, word in zip(wrong, ("dropout", "all components", "KAN layer"), strict=True):
         with pytest.raises(ValueError, match=word):
             bank.add("e", LoTRAConfig(**config))
+
+
+@pytest.mark.parametrize("make", [lambda bank, model: BankAdamW(bank, lr=0.1, names=["a"]), None], ids=["AdamW", "LM"])
+def test_rows_of_adapters_that_are_not_trained_change_nothing(make):
+    bank, model, _ = prepared(KAN([3, 4, 1]), init_weights=False)
+    names = ["a", "b", "__base__", "c"] * 2
+    optimizer = BankLevenbergMarquardt(model, names=["a"]) if make is None else make(bank, model)
+    before = bank.snapshot.packed.detach().clone()
+
+    if make is None:
+        optimizer.step([(lambda model, x: model(x) - 1, X, bank.ids(names))])
+    else:
+        (model(X, adapter_names=names) - 1).square().sum().backward()
+        optimizer.step()
+    optimizer.finish()
+
+    is_changed = (bank.snapshot.packed != before).any(1)
+    assert is_changed.tolist() == [False, True, False, False]
 
 
 def test_resumed_from_a_state_dict():
@@ -371,9 +388,8 @@ def test_a_minimum_is_kept():
 
 def test_what_least_squares_refuse():
     bank, model, _ = prepared(KAN([3, 5, 1]))
-    for name, value in (("damping", 0.0), ("floor", 2.0)):
-        with pytest.raises(ValueError, match=f"`{name}` is {value}"):
-            BankLevenbergMarquardt(model, **{name: value})
+    with pytest.raises(ValueError, match="`damping` is 0.0"):
+        BankLevenbergMarquardt(model, damping=0.0)
     with pytest.raises(TypeError, match="attach"):
         BankLevenbergMarquardt(bank)
     optimizer = BankLevenbergMarquardt(model, names=["a", "b"])
@@ -383,7 +399,6 @@ def test_what_least_squares_refuse():
         ([(error, (x, y))], "not enough values"),
         ([(error, (x, y), ids[:3])], "lengths"),
         ([(error, (x, y), ids + 7)], "id 7"),
-        ([(error, (x, y), torch.zeros_like(ids) + bank.ids(["c"]))], "'c'"),
         ([(error, (x, y), ids, -1.0)], "weight"),
         ([(lambda model, x: model(x).mean(), x, ids)], r"\(8,\)"),
         ([(lambda model, x, y: model(x) - y, (x, y), ids)], "all pairs"),
@@ -411,7 +426,7 @@ def test_steps_after_the_end_do_not_change_the_bank():
 
     with torch.no_grad():
         optimizer.packed.add_(1)
-    with pytest.raises(ValueError, match="not in training"):
+    with pytest.raises(ValueError, match="ended the training"):
         optimizer.step([(error, (x, y), bank.ids(names))])
 
     torch.testing.assert_close(bank.snapshot.packed, before, rtol=0, atol=0)

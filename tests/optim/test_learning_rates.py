@@ -115,9 +115,9 @@ def test_every_trainable_parameter_is_in_one_group_and_no_other_one():
         ({"lr": "0.1"}, "`lr` is '0.1'"),
         ({"policy": "wide"}, '`policy` is .*"width", "uniform".*factor_basis'),
         ({"policy": ["core"]}, "`policy` is"),
-        ({"policy": {"core": 1, "factor_up": 2}}, "'factor_up', .* the components are .*'factor_basis'"),
-        ({"policy": {"core": -1}}, "multiplier -1 for 'core'"),
-        ({"policy": {"core": "1"}}, "multiplier '1' for 'core'"),
+        ({"policy": {"core": 1, "factor_up": 2}}, "'factor_up': 2}, but must be .*'factor_basis'"),
+        ({"policy": {"core": -1}}, "{'core': -1}, but must be .* multipliers of at least 0"),
+        ({"policy": {"core": "1"}}, "{'core': '1'}, but must be .* multipliers of at least 0"),
     ],
 )
 def test_wrong_arguments(arguments, message):

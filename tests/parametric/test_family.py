@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import pickle
 
@@ -126,7 +125,6 @@ def test_logarithmic_parameters(base):
     "arguments, message",
     [
         ({}, "Give either `parameters`"),
-        ({"between": (1.0, 2.0, 3.0)}, "lowest, highest"),
         ({"between": ((1.0, 1.0), (2.0, 2.0)), "max_members": 3}, "`max_members` is 3, .* at least 4"),
         ({"parameters": []}, "at least one parameter"),
         ({"parameters": [float("nan")]}, "must be a finite number"),
@@ -134,9 +132,6 @@ def test_logarithmic_parameters(base):
         ({"parameters": ["2.9", "3.0"]}, "parameter is '2.9', but must be"),
         ({"parameters": [1j]}, "parameter is 1j, but must be"),
         ({"between": ("a", "b")}, "parameter is 'a', but must be"),
-        ({"parameters": [3.0], "tolerance": float("nan")}, "`tolerance` is nan"),
-        ({"between": (2.9, 3.1), "tolerance": -1.0}, "`tolerance` is -1.0"),
-        ({"between": (2.9, 3.1), "tolerance": "1"}, "`tolerance` is '1'"),
         ({"parameters": [1.0], "train": problems.train_by_adam}, "Give `terms_of` to the constructor, or `train`"),
     ],
 )
@@ -154,37 +149,19 @@ def test_one_number_is_no_list_of_parameters(base, arguments):
 
 
 FUNCTIONS = {
-    "terms_of": (lambda: [], lambda c: None),
-    "held_terms_of": (lambda c, d: [], lambda c: None),
-    "solution_of": (lambda network: network, lambda network, c: None),
-    "loss_of": (lambda network: 0.0, lambda network, c: None),
+    "terms_of": lambda c: None,
+    "held_terms_of": lambda c: None,
+    "solution_of": lambda network, c: None,
+    "loss_of": lambda network, c: None,
 }
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions_of_other_arguments_or_without_a_result_are_refused(base, name):
-    other_arguments, without_result = FUNCTIONS[name]
-    with pytest.raises(TypeError, match=f"`{name}` is called with"):
-        ParametricAdapter(base, **{"terms_of": problems.terms_of, name: other_arguments})
-
-    family = ParametricAdapter(base, **{"terms_of": problems.terms_of, name: without_result})
+def test_functions_without_a_result_are_refused(base, name):
+    family = ParametricAdapter(base, **{"terms_of": problems.terms_of, name: FUNCTIONS[name]})
     with pytest.raises(RuntimeError, match="2.9: TypeError: .*None"):
         family.fit([2.9, 3.0], progress=False)
     assert family.parameters == []
-
-
-def test_a_function_that_a_decorator_gives_an_argument_is_called(base):
-    def with_points(function):
-        return functools.wraps(function)(lambda c: function(problems.POINTS, c))
-
-    @with_points
-    def terms_of(points, c):
-        return problems.terms_of(c)
-
-    family = ParametricAdapter(base, terms_of, ranks=4)
-    family.fit([3.0], max_steps=2, progress=False)
-
-    assert family.parameters == [3.0]
 
 
 @pytest.mark.parametrize("result", [None, 1j, 1], ids=["None", "complex", "integer"])
@@ -204,13 +181,8 @@ def test_predictions_at_what_is_no_number_are_refused(family):
 
 
 def test_wrong_arguments_of_the_constructor(base):
-    with pytest.raises(TypeError, match="`base`"):
-        ParametricAdapter(problems.terms_of, problems.terms_of)
-    for name in ("terms_of", "held_terms_of"):
-        with pytest.raises(TypeError, match=f"`{name}` is"):
-            ParametricAdapter(base, **{name: problems.terms_of(1.0)})
     for config in (LoTRAConfig(train=["core", "factor_in"]), LoTRAConfig(modules_to_save=["head"])):
-        with pytest.raises(ValueError, match="one component alone"):
+        with pytest.raises(ValueError, match="a single component"):
             make(base, config=config)
     adapted = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2))
     for model in (adapted, adapted.base_model.model):
