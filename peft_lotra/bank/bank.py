@@ -131,6 +131,10 @@ class AdapterBank:
     def __contains__(self, name: object) -> bool:
         return name != BASE and name in self.snapshot.entries
 
+    def __repr__(self) -> str:
+        packed = self.snapshot.packed
+        return f"AdapterBank({len(self)} adapters of {packed.shape[1]} parameters, {packed.dtype}, {packed.device})"
+
     def ids(self, names: Sequence[str]) -> Tensor:
         """Return the ids of adapters, (n,) int64, on the device of the bank; -1 for `"__base__"`.
 
@@ -146,7 +150,6 @@ class AdapterBank:
         name: str,
         adapter: Adapter | AdapterBank,
         *,
-        adapter_name: str | None = None,
         alpha: float = 1.0,
         replace: bool = False,
         check_base: str | None = "error",
@@ -155,10 +158,13 @@ class AdapterBank:
 
         Args:
             name (`str`): Its name in the bank.
-            adapter: A folder or a repository that `save_pretrained` wrote, a PeftModel, a state dict as
-                `get_peft_model_state_dict` returns it, another bank of the same base, whose adapter of this name is
-                copied, or the `LoTRAConfig` of a new one, which starts as `get_peft_model` starts it.
-            adapter_name (`str`, *optional*): Which adapter of a PeftModel; by default the active one.
+            adapter: One of the following.
+
+                * A folder or a repository that `save_pretrained` wrote.
+                * A PeftModel, whose active adapter is added.
+                * A state dict as `get_peft_model_state_dict` returns it.
+                * Another bank of the same base, whose adapter of this name is copied.
+                * The `LoTRAConfig` of a new adapter, which starts as `get_peft_model` starts it.
             alpha (`float`): Scale of the update. Only for state dicts, which do not store it.
             replace (`bool`): Whether an adapter of this name may be replaced. Passes that have begun go on with it.
             check_base (`str`, *optional*): As in `LoTRAConfig`. A state dict says nothing of its base.
@@ -175,7 +181,7 @@ class AdapterBank:
                 updates, start = adapter.snapshot.updates_of(name)
             else:
                 records = self._agreeing_records
-                updates, start = read_adapter(adapter, self.base, adapter_name, alpha, check_base, records)
+                updates, start = read_adapter(adapter, self.base, alpha, check_base, records)
             with self._change() as snapshot:
                 if name in self and not replace:
                     raise ValueError("the bank has an adapter of this name already. Pass `replace=True`.")

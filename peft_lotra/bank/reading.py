@@ -43,7 +43,6 @@ def match_layers(
 def read_adapter(
     adapter: Adapter,
     base: nn.Module,
-    adapter_name: str | None,
     alpha: float,
     check_base: str | None,
     agreeing: list[Any],
@@ -70,12 +69,12 @@ def read_adapter(
         config = copy(adapter)
         updates = _start(config, base)
     elif isinstance(adapter, PeftModel):
-        chosen: Any = adapter_name or adapter.active_adapter
-        config = adapter.peft_config.get(chosen)
-        layers = dict(lotra_layers(adapter.get_base_model(), chosen))
+        active: Any = adapter.active_adapter
+        config = adapter.peft_config[active]
+        layers = dict(lotra_layers(adapter.get_base_model(), active))
         record = {name: record_layer(layer) for name, layer in layers.items()}
         _, names = match_layers(record, base, "ignore" if record in agreeing else check_base)
-        updates = {names[name]: layer.update_of(chosen) for name, layer in layers.items()}
+        updates = {names[name]: layer.update_of(active) for name, layer in layers.items()}
     elif isinstance(adapter, Mapping):
         config, tensors = LoTRAConfig(alpha=alpha, adapt_residual=False), adapter
         targets = _match_state_dict(adapter, config, base)

@@ -24,6 +24,7 @@ from ..modules.checks import check_number
 from .learning_rates import Policy, component_multipliers
 
 
+BETA1, BETA2 = 0.9, 0.999  # of AdamW
 MEMORY = 2**26  # about the bytes of a Levenberg-Marquardt step: so many adapters are solved at once
 
 
@@ -100,7 +101,7 @@ class BankAdamW(_BankOptimizer):
         policy: As in `create_lotra_optimizer`, also for adapters that started from the gradient; a multiplier of 0
             leaves a component as it is. Adapters that started from training, and state dicts, which say nothing of
             their start, have the rates of a random one.
-        betas, eps, weight_decay: As in `torch.optim.AdamW`.
+        weight_decay: As in `torch.optim.AdamW`.
 
     Raises:
         ValueError: A name or `policy` is unknown, or the bank cannot be trained, see
@@ -136,12 +137,10 @@ class BankAdamW(_BankOptimizer):
         names: Sequence[str] | None = None,
         *,
         policy: Policy = "width",
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ) -> None:
         component_multipliers(policy, {})  # refuses a wrong policy before the training starts
-        super().__init__(bank, names, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        super().__init__(bank, names, {"lr": lr, "weight_decay": weight_decay})
 
         def multipliers_of(form: Form, layer: PackedTucker) -> Mapping[str, float]:
             widths = {"factor_out": layer.shape[0], "factor_in": layer.shape[1]}
@@ -167,17 +166,16 @@ class BankAdamW(_BankOptimizer):
         is_active = self._is_active[rows]
         rows, values = rows[is_active], gradient.values()[is_active]
 
-        beta1, beta2 = group["betas"]
         step = state["step"][rows] + 1
-        average = state["exp_avg"][rows].lerp_(values, 1 - beta1)
-        square = state["exp_avg_sq"][rows].lerp_(values.square(), 1 - beta2)
+        average = state["exp_avg"][rows].lerp_(values, 1 - BETA1)
+        square = state["exp_avg_sq"][rows].lerp_(values.square(), 1 - BETA2)
         state["step"][rows] = step
         state["exp_avg"][rows] = average
         state["exp_avg_sq"][rows] = square
 
         lr = group["lr"] * self._multipliers[rows]
-        deviation = square.sqrt() / (1 - beta2**step).sqrt()
-        update = average / (1 - beta1**step) / (deviation + group["eps"])
+        deviation = square.sqrt() / (1 - BETA2**step).sqrt()
+        update = average / (1 - BETA1**step) / (deviation + 1e-8)
         decayed = packed[rows] * (1 - group["weight_decay"] * lr)
         packed[rows] = decayed - lr * update
         return loss

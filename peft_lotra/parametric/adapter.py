@@ -124,10 +124,10 @@ class ParametricAdapter:
         values_of: `values_of(model, c)` returns the values whose error is estimated, by default the solution at rows
             of the first term.
         log: Whether the family is smooth in the logarithm of the parameter; one flag, or one for each parameter.
-        config: A `LoTRAConfig` for all else (`target_modules`, ...). It trains a single component.
+        config: Further arguments of `LoTRAConfig`, such as `target_modules`.
 
     Raises:
-        ValueError: The model has no KAN layer, or `config` trains several components, whose updates do not add up.
+        ValueError: The model has no KAN layer.
 
     Source: J. S. Hesthaven, G. Rozza and B. Stamm, "Certified Reduced Basis Methods for Parametrized Partial
     Differential Equations", 2016, for snapshots that are chosen by residuals.
@@ -159,20 +159,13 @@ class ParametricAdapter:
         held_terms_of: TermsOf | None = None,
         values_of: OfModel | None = None,
         log: bool | Sequence[bool] = False,
-        config: LoTRAConfig | None = None,
+        **config: Any,
     ) -> None:
         check_without_adapters(base, "base")
-        config = copy.deepcopy(config or LoTRAConfig(r=ranks))
-        if config.train is None and config.init_weights is True:
-            config = replace(config, train=["core"], init_weights="hosvd")
-        if len(config.train or ()) != 1 or config.modules_to_save:
-            raise ValueError(
-                f"`config` trains {config.train or 'all components'} and saves {config.modules_to_save or 'no'} "
-                "modules, but a family interpolates a single component. Leave `train` and `modules_to_save` out."
-            )
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Adapters have more parameters")  # which are shared by many members
-            model = cast(PeftModel, get_peft_model(copy.deepcopy(base), config))
+            warnings.filterwarnings("ignore", "Adapters have more parameters")  # many members share them
+            lotra_config = LoTRAConfig(r=ranks, train=["core"], init_weights="hosvd", **config)
+            model = cast(PeftModel, get_peft_model(copy.deepcopy(base), lotra_config))
         self._set(model, log, Problem(terms_of, held_terms_of, solution_of, loss_of, values_of))
 
     def _set(
@@ -319,8 +312,9 @@ class ParametricAdapter:
         """
         prediction = self.predict(parameter, force=force)
         model = self._copy(prediction._vector)
-        with torch.inference_mode(False), torch.enable_grad():
-            take_steps(model, self._problem.terms(prediction._point), steps, least=steps)
+        if steps:
+            with torch.inference_mode(False), torch.enable_grad():
+                take_steps(model, self._problem.terms(prediction._point), steps, least=steps)
         return Prediction(self, prediction._point, read(trainable_parameters(model)), prediction.extrapolated)
 
     def calibrate(
@@ -376,11 +370,7 @@ class ParametricAdapter:
 
         It is the network, without `solution_of`.
         """
-        if steps:
-            prediction = self.refine(parameter, steps, force=force)
-        else:
-            prediction = self.predict(parameter, force=force)
-        return self._copy(prediction._vector)
+        return self._copy(self.refine(parameter, steps, force=force)._vector)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Saves the family as one file, the shared factors and the members, with a model card.

@@ -214,8 +214,7 @@ def test_a_bank_in_half_precision_writes_files_that_say_so(tmp_path, storage):
 
 
 def test_a_family_keeps_its_members(tmp_path):
-    config = LoTRAConfig(r=2, storage="float16")
-    family = ParametricAdapter(net().kan, config=config)
+    family = ParametricAdapter(net().kan, ranks=2, storage="float16")
     family.fit([1.0, 2.0], train=lambda model, c: train(model, X, c), progress=False)
     family.save_pretrained(tmp_path)
 
