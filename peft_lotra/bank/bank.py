@@ -31,7 +31,7 @@ from ..tuner.saving import write_updates
 from ..tuner.targets import find_targets
 from .layer import ROWS, BankLayer, BankModel, BankPass, SlimBankLayer, run_in_bank
 from .reading import Adapter, match_layers, read_adapter
-from .snapshot import BASE, Form, Snapshot, check_finite
+from .snapshot import BASE, Form, Snapshot, check_finite, check_known
 from .storage import read_bank, write_bank
 
 
@@ -200,8 +200,7 @@ class AdapterBank:
     def remove(self, name: str) -> None:
         """Remove an adapter. Passes that have begun go on with it."""
         with self._change() as snapshot:
-            if name not in self:
-                raise ValueError(f"The bank has no adapter {name!r} to remove.")
+            check_known([name], self.names)
             self.snapshot = snapshot.without_adapter(name)
 
     def compact(self) -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -120,11 +120,11 @@ class Snapshot(NamedTuple):
         """Return the ids of adapters (n,), -1 for `"__base__"`; raise a ValueError if a name is unknown."""
         names = check_names(names)
         try:
-            ids = np.array([self.entries[name].id for name in names], np.int64)
+            ids = [self.entries[name].id for name in names]
         except KeyError:
-            unknown = [repr(name) for name in dict.fromkeys(names) if name not in self.entries]
-            raise ValueError(f"The bank has no adapter {list_first(unknown)}.") from None
-        return torch.from_numpy(ids).to(self.row_of.device)
+            check_known(names, self.entries)
+            raise
+        return torch.from_numpy(np.array(ids, np.int64)).to(self.row_of.device)
 
     def find_rows(self, ids: Tensor) -> Tensor:
         """Return the row of each id (n,), `NO_ROW` where an id belongs to no adapter."""
@@ -146,14 +146,6 @@ class Snapshot(NamedTuple):
             raise ValueError(f"No adapter has the id {first}. `bank.ids(names)` returns the ids.")
         return rows
 
-    def _list_names(self, rows: list[int]) -> str:
-        """Return the names of the adapters in these rows, as text."""
-        names = []
-        for name, entry in self.entries.items():
-            if self.row_of[entry.id + 1] in rows:
-                names.append(repr(name))
-        return list_first(names)
-
     def gather(self, rows: Tensor) -> Tensor:
         """Return the components in these rows, (n, width)."""
         if self.mapped is None:
@@ -164,22 +156,24 @@ class Snapshot(NamedTuple):
         gathered[is_added] = self.packed[rows[is_added] - count]
         return gathered
 
-    def gather_checked(self, rows: Tensor) -> Tensor:
-        """Return the components in these rows; rows of a mapped file are compared with their checksums.
+    def gather_checked(self, names: Sequence[str]) -> Tensor:
+        """Return the components of adapters (n, width), and compare rows of a mapped file with their checksums.
 
         Raises:
-            ValueError: A row is not what was saved; the message names the adapters.
+            ValueError: A name is unknown, or a row is not what was saved; the message names the adapters.
         """
+        rows = self.rows_of(names)
         gathered = self.gather(rows)
         if self.mapped is None:
             return gathered
         damaged = []
-        for row, content in zip(rows.tolist(), bytes_of(gathered), strict=True):
+        for name, row, content in zip(names, rows.tolist(), bytes_of(gathered), strict=True):
             if row < len(self.checksums) and zlib.crc32(content) != self.checksums[row]:
-                damaged.append(row)
+                damaged.append(repr(name))
         if damaged:
-            names = self._list_names(damaged)
-            raise ValueError(f"The mapped file has damaged adapters: {names}. Remove them from the bank.")
+            raise ValueError(
+                f"The mapped file has damaged adapters: {list_first(damaged)}. Remove them from the bank."
+            )
         return gathered
 
     def updates_of(
@@ -191,7 +185,7 @@ class Snapshot(NamedTuple):
         Raises:
             ValueError: The name is unknown, or the adapter is not finite, or damaged in a mapped file.
         """
-        packed = self.gather_checked(self.rows_of([name])).detach()
+        packed = self.gather_checked([name]).detach()
         check_finite(packed, [name], "Train it again.")
         columns = self.columns(packed)
         layers, start = self.forms[self.entries[name].form]
@@ -286,16 +280,16 @@ class Snapshot(NamedTuple):
             start: 0, or the number of rows of a mapped file, which then stays mapped.
             has_room: Whether unused rows follow.
         """
-        is_moved = (self.row_of >= start) & (self.row_of < NO_ROW)
-        rows = self.row_of[is_moved]
-        packed = self.gather_checked(rows)
+        row_of = self.row_of.tolist()
+        names = [name for name, entry in self.entries.items() if row_of[entry.id + 1] >= start]
+        packed = self.gather_checked(names)
         if has_room:
             # a power of two compiles few graphs, and half as many rows again moves few adapters
-            capacity = max(4, 1 << (3 * len(rows) // 2).bit_length())
-            packed = F.pad(packed, (0, 0, 0, capacity - len(rows)))
-        next_row = start + len(rows)
+            capacity = max(4, 1 << (3 * len(names) // 2).bit_length())
+            packed = F.pad(packed, (0, 0, 0, capacity - len(names)))
+        next_row = start + len(names)
         row_of = self.row_of.clone()
-        row_of[is_moved] = torch.arange(start, next_row, device=row_of.device)
+        row_of[self.ids_of(names) + 1] = torch.arange(start, next_row, device=row_of.device)
         snapshot = self._replace(packed=packed, row_of=row_of, next_row=next_row)
         return snapshot if start else snapshot._replace(mapped=None, checksums=())
 
@@ -321,6 +315,13 @@ class Snapshot(NamedTuple):
                     # full modes get the identity as factor, but in the row of the base
                     component[1:] = torch.eye(*component.shape[1:]).to(component)
         return wide
+
+
+def check_known(names: Iterable[str], entries: Collection[str]) -> None:
+    """Raise a ValueError that lists the names that a bank does not have."""
+    unknown = [repr(name) for name in dict.fromkeys(names) if name not in entries]
+    if unknown:
+        raise ValueError(f"The bank has no adapter {list_first(unknown)}.")
 
 
 def _block(shape: Sequence[int]) -> tuple[slice, ...]:

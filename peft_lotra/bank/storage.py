@@ -25,7 +25,7 @@ from ..modules.checks import list_first
 from ..modules.folders import naming_damage
 from ..tuner.by_row import check_names
 from .reading import match_layers
-from .snapshot import BASE, Form, Snapshot, bytes_of, check_finite
+from .snapshot import BASE, Form, Snapshot, bytes_of, check_finite, check_known
 
 
 FILE_NAME = "adapter_bank.safetensors"
@@ -46,7 +46,7 @@ def write_bank(
     Raises:
         ValueError: An adapter has values that are not finite, or is damaged in the mapped file.
     """
-    packed = snapshot.gather_checked(snapshot.rows_of(names)).detach().cpu().contiguous()
+    packed = snapshot.gather_checked(names).detach().cpu().contiguous()
     check_finite(packed, names, "Remove them, or leave them out by `skip=`.")
     table = {
         "format": _FORMAT,
@@ -105,9 +105,7 @@ def read_bank(
     form_of = table["adapters"]
     rows = slice(None)
     if names is not None:
-        unknown = [repr(name) for name in names if name not in form_of]
-        if unknown:
-            raise ValueError(f"The bank has no adapter {list_first(unknown)}.")
+        check_known(names, form_of)
         row_of = {name: row for row, name in enumerate(form_of)}
         form_of = {name: form_of[name] for name in [BASE, *names]}
         rows = [row_of[name] for name in form_of]
