@@ -448,8 +448,9 @@ class AdapterBank:
         """Return the pass of rows with these adapters; without them the pass that is set, or a pass of the base."""
         if adapters is None:
             current = ROWS.get()
-            is_own = current is not None and current.bank is self
-            return current if is_own else BankPass(self, {}, set())
+            if current is not None and current.bank is self:
+                return current
+            return BankPass(self, {}, set())
         snapshot = self.snapshot
         distinct, groups = group_rows(snapshot.rows_of(adapters))
         if snapshot.packed.requires_grad and torch.is_grad_enabled():

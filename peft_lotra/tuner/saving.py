@@ -263,7 +263,7 @@ def write_updates(
         rank_pattern={pattern_key(name): of_layer for name, of_layer in ranks.items()},
         target_modules=exact_targets(updates, base),
         adapt_residual=adapt_residual,
-        init_weights=start,
+        init_weights=start,  # pyright: ignore[reportArgumentType]
         storage={torch.float16: "float16", torch.bfloat16: "bfloat16"}.get(dtype),  # pyright: ignore[reportArgumentType]
         base_layers={name: record[name] for name in updates},
         inference_mode=True,
