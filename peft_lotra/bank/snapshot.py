@@ -203,9 +203,9 @@ class Snapshot(NamedTuple):
         self,
         values_of: Callable[[Form, PackedTucker], Mapping[str, float]],
     ) -> Tensor:
-        """Return a matrix like `packed`, of a bank that is not mapped, with one value in each component.
+        """Return a matrix like `packed` with one value in each component, and zero where lower ranks are filled up.
 
-        Entries that fill up lower ranks are zero.
+        The bank must not be mapped.
 
         Args:
             values_of: Returns the values of the components of a layer by name, 1 for others.
@@ -221,8 +221,8 @@ class Snapshot(NamedTuple):
                 updates[name] = Update(1.0, Tucker(*components))
             rows_of_forms.append(self.pack(updates))
 
-        entries = torch.tensor(list(self.entries.values()))
-        ids, forms = entries.to(self.row_of.device).T
+        entries = list(self.entries.values())
+        ids, forms = torch.tensor(entries, device=self.row_of.device).T
         filled = torch.zeros_like(self.packed)
         filled[self.row_of[ids + 1]] = torch.stack(rows_of_forms)[forms]
         return filled
