@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..kan.layer import KANLinear
-from ..kan.slim_kan import SlimKANLinear, filled
+from ..kan.slim_kan import SlimKANLinear, copy_with_parameters
 from ..layers.registry import find_kan_layers, known_kinds
 from ..layers.slim import SlimLayer
 from ..modules.calls import places, share_hooks, unwrap
@@ -279,7 +279,7 @@ class _Compression:
 def _make_slim(name: str, layer: nn.Module, components: Tucker) -> Any:
     """Return a Slim layer with these components; the dense layer stays unchanged."""
     if isinstance(layer, KANLinear) and type(layer).forward is KANLinear.forward:
-        slim_layer = filled(layer, components._asdict())
+        slim_layer = copy_with_parameters(layer, components._asdict())
         share_hooks(layer, slim_layer)
         return slim_layer
     # a SlimLayer takes the parameters out of a layer: here out of a copy that shares them

@@ -198,7 +198,7 @@ def _allocate(layers: Mapping[str, LayerSpectrum], budget: int) -> LayerRanks:
     # the first entry of a frontier is the choice so far
     frontiers = {name: _frontier(layer) for name, layer in layers.items()}
     left = budget - sum(int(costs[0]) for costs, _, _ in frontiers.values())
-    if left < 0:
+    if not left >= 0:  # or NaN
         raise ValueError(
             f"`budget` is {budget}, but ranks of 1 in {len(layers)} layers take {budget - left} parameters."
         )

@@ -83,6 +83,8 @@ def jet(
         >>> u, (u_x, u_t), _, u_xxx = jet(KAN([2, 5, 1]), torch.rand(100, 2), order=3, collapse=(1, 0))
     """
     check_module(model)
+    if not isinstance(x, Tensor) or not x.dim():
+        raise ValueError(f"`x` is {x!r:.100}, but must be a tensor with coordinates in its last dimension.")
     if not x.is_floating_point():
         raise TypeError(f"`x` is a tensor of {x.dtype}, but must be floating point.")
     if check_count(order, "order") > HIGHEST_ORDER:

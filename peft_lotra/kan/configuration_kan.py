@@ -79,4 +79,5 @@ class KANConfig(PretrainedConfig):
 
 
 def _as_tuples(ranks):
+    """Return lists, also nested ones, as tuples."""
     return tuple(map(_as_tuples, ranks)) if isinstance(ranks, (list, tuple)) else ranks

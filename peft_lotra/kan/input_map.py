@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Layers without trained parameters, each of whose outputs is a function of one input with known derivatives."""
+"""Layers without trained parameters, whose outputs are functions of one input each, with known derivatives."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .basis import check_input, logistic_derivatives
 
 
 class InputMap(nn.Module):
-    """The base of maps that a chain of KAN layers may contain: output j is a function of the input `sources[j]` alone.
+    """A layer in a chain of KAN layers whose output j is a function of the input `sources[j]` only.
 
-    A subclass gives `evaluate`; `forward` and the jet come from it.
+    A subclass defines `evaluate`, which `forward` and jets call.
 
     Args:
-        in_features: The number I of inputs.
-        sources: For each of the J outputs the index of its input.
+        in_features: Number I of inputs.
+        sources: The index of the input of each of the J outputs.
     """
 
     sources: Tensor
@@ -32,21 +32,21 @@ class InputMap(nn.Module):
         self.register_buffer("sources", torch.as_tensor(sources, dtype=torch.long), persistent=False)
 
     def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
-        """The outputs (..., J) and their derivatives up to an order, each in its own input z (..., J)."""
+        """Return the outputs (..., J) and their derivatives up to an order with respect to their inputs z (..., J)."""
         raise NotImplementedError
 
     def select(self, x: Tensor) -> Tensor:
-        """The input of each output, (..., I) to (..., J); raises as `KANLinear.forward`."""
+        """Return the input (..., J) of each output for x (..., I). Raise as `KANLinear.forward`."""
         check_input(x, self.in_features, self)
         return x[..., self.sources]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Inputs (..., I) to outputs (..., J)."""
+        """Compute the outputs (..., J) for inputs (..., I)."""
         return self.evaluate(self.select(x), 0)[0]
 
 
 class TanhBound(InputMap):
-    r"""A layer between KAN layers that keeps activations inside of the next layer's grid:
+    r"""Keep activations inside the next layer's grid:
 
         y = middle + half tanh((z - middle) / half),   middle and half width of (low, high).
 
@@ -77,8 +77,9 @@ class TanhBound(InputMap):
     def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
         """See `InputMap`."""
         middle, half = (self.low + self.high) / 2, (self.high - self.low) / 2
-        value, *slopes = logistic_derivatives(torch.tanh((z - middle) / half), highest, of_tanh=True)
-        return [middle + half * value, *(slope / half**d for d, slope in enumerate(slopes))]
+        derivatives = logistic_derivatives(torch.tanh((z - middle) / half), highest, of_tanh=True)
+        scaled = [derivative * half ** (1 - d) for d, derivative in enumerate(derivatives)]
+        return [middle + scaled[0], *scaled[1:]]
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, low={self.low:g}, high={self.high:g}"

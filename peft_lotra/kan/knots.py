@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .basis import spline_pieces
@@ -16,15 +17,12 @@ _DEGREE = 4  # of the map: its derivatives up to the third are continuous
 
 
 class KnotMap(InputMap):
-    r"""
-    A layer before a KAN layer that maps each interval [low, high] to itself, so that the uniform grid of the KAN layer
-    has knots where the layer's inputs need them:
+    r"""Map each interval [low, high] to itself, so that the next layer's uniform grid has knots where it needs them:
 
         phi(x) = sum_k c_k B_k(x),   c increasing,
 
     a spline of degree 4, whose slope follows the density: twice the density means half the distance of knots. Outside
-    of the interval the map goes on along its tangent. Everything that is fast on uniform grids (values, jets,
-    Jacobians by layers) stays so, which it would not on a basis of any knots.
+    of the interval the map goes on along its tangent. Values, jets and Jacobians stay as fast as on uniform grids.
 
     `refine_grid` puts maps in front of layers and keeps the function. A state dict holds the map's pieces, but the
     network that loads it must have the map: save the whole module (`torch.save`), or call `refine_grid` with a density
@@ -54,8 +52,9 @@ class KnotMap(InputMap):
     pieces: Tensor  # (I, cells, 5): the polynomials in the share of the cell, powers ascending
 
     def __init__(self, low: Tensor, high: Tensor, density: Tensor) -> None:
-        is_shaped = density.dim() == 2 and low.shape == high.shape == density.shape[:1] and density.numel()
-        if not (is_shaped and (low < high).all() and density.isfinite().all() and (density > 0).all()):
+        is_valid = low.dim() == 1 and low.shape == high.shape == density.shape[:-1]
+        is_valid = is_valid and density.numel() > 0 and bool((low < high).all())
+        if not is_valid or not density.isfinite().all() or not (density > 0).all():
             raise ValueError(
                 f"`low` {tuple(low.shape)}, `high` {tuple(high.shape)} and `density` {tuple(density.shape)} must be "
                 "(I,), (I,) and (I, C), each `low` below its `high`, and `density` finite and above zero."
@@ -63,44 +62,57 @@ class KnotMap(InputMap):
         super().__init__(len(low), range(len(low)))
         self.register_buffer("low", low.detach().clone())
         self.register_buffer("high", high.detach().clone())
+
         # Four cells for each of the density, so that the mean over four that follows is local.
-        steps = density.double().repeat_interleave(_DEGREE, 1).unfold(1, _DEGREE, 1).mean(-1)
+        cells = density.double().repeat_interleave(_DEGREE, 1)
+        steps = cells.unfold(1, _DEGREE, 1).mean(-1)
         # The slope is a spline of degree 3, constant at the ends, where the tangent goes on.
-        first, last = (steps[:, end, None].expand(-1, _DEGREE - 1) for end in (0, -1))
-        steps = torch.cat([torch.zeros_like(first[:, :1]), first, steps, last], 1)
-        pieces = steps.cumsum(1).unfold(1, _DEGREE + 1, 1) @ spline_pieces(_DEGREE, steps.dtype, steps.device)[0]
-        start, end = pieces[:, 0, 0], pieces[:, -1].sum(-1)
-        pieces *= ((high - low).double() / (end - start))[:, None, None]
-        pieces[..., 0] += low.double()[:, None] - pieces[:, :1, 0]
+        padded = F.pad(steps, (_DEGREE - 1, _DEGREE - 1), mode="replicate")
+        coefficients = F.pad(padded, (1, 0)).cumsum(1)
+        polynomials = spline_pieces(_DEGREE, steps.dtype, steps.device)[0]
+        pieces = coefficients.unfold(1, _DEGREE + 1, 1) @ polynomials
+        start = pieces[:, 0, 0]
+        end = pieces[:, -1].sum(-1)
+        scale = (high - low).double() / (end - start)
+        pieces *= scale[:, None, None]
+        shift = low.double() - pieces[:, 0, 0]
+        pieces[..., 0] += shift[:, None]
         self.register_buffer("pieces", pieces.to(low))
 
     def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
         """See `InputMap`."""
-        cells = self.pieces.shape[1]
+        num_cells = self.pieces.shape[1]
         low, high = self.low.to(z), self.high.to(z)
         inside = torch.clamp(z, low, high)
-        per_unit = cells / (high - low)
+        per_unit = num_cells / (high - low)
         position = (inside - low) * per_unit
-        cell = position.detach().nan_to_num().long().clamp(0, cells - 1)
-        t = position - cell
+        cell = position.detach().nan_to_num().long().clamp(0, num_cells - 1)
+        fraction = position - cell
         columns = torch.arange(len(low), device=z.device).expand_as(cell)
+        coefficients = self.pieces.to(z)[columns, cell]
+
+        # the polynomial and its derivatives by Horner's rule, from the highest power on
         derivatives = [torch.zeros_like(z)] * (max(highest, 1) + 1)
-        for coefficient in self.pieces.to(z)[columns, cell].flip(-1).unbind(-1):  # Horner
-            lower = [coefficient, *(d * derivative for d, derivative in enumerate(derivatives, 1))]
-            derivatives = [derivative * t + addend for derivative, addend in zip(derivatives, lower, strict=False)]
+        for coefficient in coefficients.flip(-1).unbind(-1):
+            for d in range(len(derivatives) - 1, 0, -1):
+                derivatives[d] = derivatives[d] * fraction + d * derivatives[d - 1]
+            derivatives[0] = derivatives[0] * fraction + coefficient
         value, slope, *higher = [derivative * per_unit**d for d, derivative in enumerate(derivatives)]
         tangent = value + slope * (z - inside)
-        return [tangent, slope, *(derivative * (inside == z) for derivative in higher)][: highest + 1]
+        is_inside = inside == z
+        return [tangent, slope, *(derivative * is_inside for derivative in higher)][: highest + 1]
 
     @torch.no_grad()
     def inverse(self, s: Tensor) -> Tensor:
-        """The points that the map takes to s (..., I), by bisection; s must lie in the intervals."""
-        below, above = (end.to(s).expand_as(s) for end in (self.low, self.high))
+        """Return the points that the map takes to s (..., I) in the intervals, by bisection."""
+        low = self.low.to(s).expand_as(s)
+        high = self.high.to(s).expand_as(s)
         for _ in range(60):
-            middle = (below + above) / 2
-            high = self(middle) > s
-            below, above = torch.where(high, below, middle), torch.where(high, middle, above)
-        return (below + above) / 2
+            middle = (low + high) / 2
+            is_above = self(middle) > s
+            low = torch.where(is_above, low, middle)
+            high = torch.where(is_above, middle, high)
+        return (low + high) / 2
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, cells={self.pieces.shape[1] // _DEGREE}"

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 
 import torch
-from einops import einsum, rearrange
-from torch import nn
+from einops import einsum
+from torch import Tensor, nn
 
 from ..modules.checks import as_number, check_count
 from .basis import UniformGrid, bspline_basis, change_of_basis, check_grid, check_input, moments, spread_points
@@ -21,30 +21,29 @@ SPLINE_VARIANCE_SHARE = 0.1
 
 
 class SplineLayer(nn.Module):
-    """Sizes and grids of a KAN layer, dense or Slim. Arguments as for `KANLinear`."""
+    """The sizes and grids of a KAN layer, dense or Slim. Arguments as for `KANLinear`."""
 
-    grid_bounds: torch.Tensor
-    spline_weight: torch.Tensor
-    base_weight: torch.Tensor
+    grid_bounds: Tensor
+    spline_weight: Tensor
+    base_weight: Tensor
 
     def __init__(
         self, in_features: int, out_features: int, grid_size: int, spline_order: int, grid_range, device, dtype
     ) -> None:
         check_grid(grid_size, spline_order)
-        in_features, out_features = check_count(in_features, "in_features"), check_count(out_features, "out_features")
         low, high = grid_range
         if not as_number(low) < as_number(high):
             raise ValueError(f"`grid_range` is {grid_range!r}, but must be two finite numbers, the lower one first.")
         super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
+        self.in_features = check_count(in_features, "in_features")
+        self.out_features = check_count(out_features, "out_features")
         self.grid_size = grid_size
         self.spline_order = spline_order
         self.grid_range: tuple[float, float] = (low, high)
         self.register_buffer("grid_bounds", torch.empty(in_features, 2, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
-        """Resets the grids to `grid_range`."""
+        """Reset the grids to `grid_range`."""
         self.grid_bounds.copy_(torch.tensor(self.grid_range, dtype=torch.float64, device="cpu"))
 
     @property
@@ -52,7 +51,7 @@ class SplineLayer(nn.Module):
         """The grids, as the buffer `grid_bounds` holds them."""
         return UniformGrid.between(self.grid_bounds, self.grid_size, self.spline_order)
 
-    def basis(self, x: torch.Tensor) -> torch.Tensor:
+    def basis(self, x: Tensor) -> Tensor:
         """The basis functions at `x`: (..., I) to (..., I, grid_size + spline_order), see `bspline_basis`."""
         check_input(x, self.in_features, self)
         return bspline_basis(x, *self.grid)
@@ -116,7 +115,7 @@ class KANLinear(SplineLayer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws the weights anew, normal ones that keep the variance of activations, and sets grids on `grid_range`.
+        """Draw normal weights that keep the variance of activations, and reset the grids to `grid_range`.
 
         For inputs x that are normal with the mean and the variance v of the uniform law on `grid_range`, the weights
         of the two branches have the variances s v / (I sum_k E[B_k(x)^2]) and (1-s) v / (I E[silu(x)^2]). Then
@@ -125,20 +124,23 @@ class KANLinear(SplineLayer):
         Source: the basis-agnostic Glorot-like rule of arXiv 2510.23501, on the forward pass.
         """
         super().reset_parameters()
-        # Plain numbers, so that a layer on the meta device needs no special case.
-        variance, of_functions = moments(self.grid_range, self.grid_size, self.spline_order)
-        *of_splines, of_silu = of_functions.diagonal().tolist()
-        variance = variance / self.in_features
-        nn.init.normal_(self.spline_weight, std=math.sqrt(SPLINE_VARIANCE_SHARE * variance / sum(of_splines)))
-        nn.init.normal_(self.base_weight, std=math.sqrt((1 - SPLINE_VARIANCE_SHARE) * variance / of_silu))
+        variance, products = moments(self.grid_range, self.grid_size, self.spline_order)
+        # Python numbers, so that a layer on the meta device needs no special case
+        *spline_squares, silu_square = products.diagonal().tolist()
+        spline_variance = SPLINE_VARIANCE_SHARE * variance / (self.in_features * sum(spline_squares))
+        silu_variance = (1 - SPLINE_VARIANCE_SHARE) * variance / (self.in_features * silu_square)
+        nn.init.normal_(self.spline_weight, std=math.sqrt(spline_variance))
+        nn.init.normal_(self.base_weight, std=math.sqrt(silu_variance))
 
     @property
     def formula(self) -> LayerFormula:
-        """The formula of the layer, with its present parameters."""
+        """The formula of the layer with its current parameters."""
         return LayerFormula(self.grid, self.spline_weight, self.base_weight)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Args:
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the outputs.
+
+        Args:
             x: Inputs, shape (..., I), of the dtype of the weights.
 
         Returns:
@@ -152,8 +154,8 @@ class KANLinear(SplineLayer):
         return self.formula.output(x)
 
     @torch.no_grad()
-    def update_grid(self, x: torch.Tensor, margin: float = 0.01) -> None:
-        """Moves each input's grid to the range of the samples, and refits the splines so that the function is kept.
+    def update_grid(self, x: Tensor, margin: float = 0.01) -> None:
+        """Move each input's grid to the range of the samples, and refit the splines so that the function is kept.
 
         The new coefficients are the least-squares fit, in float64, of the old splines on the samples and, with a
         hundredth of their weight, on points spread over the new range. The fit is exact where the old splines lie in
@@ -166,23 +168,30 @@ class KANLinear(SplineLayer):
         Raises:
             ValueError: Wrong shape, no samples, or values that are not finite. The layer is as before then.
         """
-        if x.shape[-1:] != (self.in_features,) or x.numel() == 0 or not x.isfinite().all():
+        is_empty = x.shape[-1:] != (self.in_features,) or x.numel() == 0
+        if is_empty or not x.isfinite().all():
             raise ValueError(
                 f"The samples have shape {tuple(x.shape)}, but must be (..., {self.in_features}), not empty, and "
                 "finite. Remove those with NaN or infinite values."
             )
-        samples = rearrange(x, "... i -> (...) i").double()
+        samples = x.reshape(-1, self.in_features).double()
         low, high = samples.aminmax(dim=0)
         pad = margin * (high - low)
-        bounds = torch.stack([low - pad, high + pad], dim=-1).to(self.grid_bounds.dtype)
+        ends = torch.stack([low - pad, high + pad], dim=-1)
+        bounds = ends.to(self.grid_bounds.dtype)
         # An interval must be wider than the spacing of the numbers there, or the basis is noise.
-        resolution = torch.finfo(bounds.dtype).eps * bounds.double().abs().amax(-1, keepdim=True)
-        bounds = torch.where(bounds.double().diff() > self.grid_size * resolution, bounds, self.grid_bounds)
-        # The fit is made for the bounds as they are stored.
-        old, new = (UniformGrid.between(ends.double(), *self.grid[2:]) for ends in (self.grid_bounds, bounds))
-        points, weight = spread_points(samples, new.low, new.high, 4 * new.num_basis)
+        largest = bounds.double().abs().amax(-1, keepdim=True)
+        spacing = torch.finfo(bounds.dtype).eps * largest
+        is_wide = bounds.double().diff() > self.grid_size * spacing
+        bounds = torch.where(is_wide, bounds, self.grid_bounds)
+
+        # The fit is for the bounds as they are stored.
+        old_grid = UniformGrid.between(self.grid_bounds.double(), self.grid_size, self.spline_order)
+        new_grid = UniformGrid.between(bounds.double(), self.grid_size, self.spline_order)
+        points, weight = spread_points(samples, new_grid.low, new_grid.high, 4 * new_grid.num_basis)
         # Each old basis function in terms of the new ones: the cost does not depend on the number of outputs.
-        transfer = change_of_basis(weight * bspline_basis(points, *new), weight * bspline_basis(points, *old))
+        old_basis, new_basis = bspline_basis(points, *old_grid), bspline_basis(points, *new_grid)
+        transfer = change_of_basis(weight * new_basis, weight * old_basis)
         refitted = einsum(transfer, self.spline_weight.double(), "i new old, o i old -> o i new")
         self.grid_bounds.copy_(bounds)
         self.spline_weight.copy_(refitted)

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Sizes of blocks of work, and memory that threads reuse between calls."""
+"""Sizes of blocks of rows, and memory that threads reuse between calls."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import math
 import threading
 
 import torch
+from torch import Tensor
 
 
-# Sizes are in numbers. New memory costs as much as several passes over it, so operations go through blocks of rows and
-# write into the same memory for each. To measure a size again, halve and double it here and run the script that its
-# line names on an idle machine (`layers` is `examples/studies/benchmarks/run.py --only layers`).
+# Sizes count entries of tensors. New memory costs as much as several passes over it, so operations go through blocks
+# of rows and write into the same memory for each. To measure a size again, halve and double it here and run the script
+# that its line names on an idle machine (`layers` is `examples/studies/benchmarks/run.py --only layers`).
 
-# Of the basis (rows x inputs x basis functions) evaluated at a time: fits the second-level cache. `layers`
+# Of the basis (rows x inputs x basis functions) evaluated at a time: fits the cache. `layers`
 EVALUATED = 2**18
 # Fewest rows of the basis that enter a matrix product at a time: fewer cost it much of its speed. `layers`
 MULTIPLIED_ROWS = 512
@@ -27,28 +28,30 @@ OFF_CPU = 2**26
 KEPT = 2**22
 
 
-_kept = threading.local()
+_memories = threading.local()
 
 # glibc gives freed memory beyond twice the largest block that was freed (of 32 MiB at most) back to the system, and
 # each page of it costs again when it is next written to. A block of nearly that size, never written to, ends that.
 torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
 
-def workspace(name: str, like: torch.Tensor, *shape: int) -> torch.Tensor:
-    """Uninitialized memory with the dtype and device of `like`. On the CPU, up to `KEPT` numbers of it are reused from
-    the thread's last call of that name."""
+def workspace(name: str, like: Tensor, *shape: int) -> Tensor:
+    """Return uninitialized memory with the dtype and device of `like`.
+
+    On the CPU, up to `KEPT` entries are reused from the thread's last call of that name.
+    """
     count = math.prod(shape)
     if like.device.type != "cpu" or count > KEPT:
         return like.new_empty(shape)
-    kept = getattr(_kept, name, None)
-    if kept is None or kept.dtype != like.dtype or kept.numel() < count:
+    memory = getattr(_memories, name, None)
+    if memory is None or memory.dtype != like.dtype or memory.numel() < count:
         with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
-            kept = like.new_empty(count)
-        if type(kept) is torch.Tensor:  # not what a dispatch mode, such as that of fake tensors, puts in its place
-            setattr(_kept, name, kept)
-    return kept[:count].view(shape)
+            memory = like.new_empty(count)
+        if type(memory) is Tensor:  # not a tensor of a dispatch mode, such as a fake tensor
+            setattr(_memories, name, memory)
+    return memory[:count].view(shape)
 
 
 def blocks(start: int, stop: int, step: int) -> list[slice]:
-    """Slices of `step` rows from `start` to `stop`."""
+    """Return slices of `step` rows from `start` to `stop`."""
     return [slice(row, min(row + step, stop)) for row in range(start, stop, step)]

@@ -10,6 +10,7 @@ from typing import get_args
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.generic import can_return_tuple
@@ -59,16 +60,18 @@ class KANModel(PreTrainedModel):
     def _init_weights(self, module: torch.nn.Module) -> None:
         if not isinstance(module, SplineLayer):
             return
-        # transformers calls this when a tensor of the module was missing from a checkpoint, and marks the others.
-        tensors = chain(module.parameters(recurse=False), module.buffers(recurse=False))
-        loaded = [(tensor, tensor.clone()) for tensor in tensors if getattr(tensor, "_is_hf_initialized", False)]
+        # transformers calls this when a tensor of the module was missing from a checkpoint, and marks the others
+        values = {}
+        for tensor in chain(module.parameters(recurse=False), module.buffers(recurse=False)):
+            if getattr(tensor, "_is_hf_initialized", False):
+                values[tensor] = tensor.clone()
         module.reset_parameters()
-        for tensor, value in loaded:
+        for tensor, value in values.items():
             tensor.copy_(value)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As transformers', with the tensors moved to memory of their own."""
+        """Load as transformers does, and move the tensors to memory of their own."""
         # matrix products choose their instructions by the address, which the file would decide
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -77,8 +80,11 @@ class KANModel(PreTrainedModel):
         return loaded
 
     def save_pretrained(self, *args, **kwargs) -> None:
-        """As transformers', after an update of `config.ranks` and `config.grid_size`, which `slim`, `to_dense` and
-        `refine_grid` change; a `ValueError` if the configuration cannot tell the grids."""
+        """Save as transformers does, after an update of `config.ranks` and `config.grid_size`.
+
+        `slim`, `to_dense` and `refine_grid` change these. Raise a `ValueError` if a configuration cannot
+        hold the grids.
+        """
         layers = [layer for layer in self.kan.layers if isinstance(layer, SplineLayer)]
         sizes = {layer.grid_size for layer in layers}
         if len(sizes) > 1 or any(isinstance(layer, KnotMap) for layer in self.kan.layers):
@@ -86,14 +92,15 @@ class KANModel(PreTrainedModel):
                 f"A KANConfig has one `grid_size` and no KnotMap, but the grids of the layers have {sorted(sizes)} "
                 "intervals, or a KnotMap is before one. Save the module by `torch.save`."
             )
-        self.config.grid_size = sizes.pop() if sizes else self.config.grid_size
+        if sizes:
+            self.config.grid_size = sizes.pop()
         ranks = tuple(layer.ranks if isinstance(layer, SlimKANLinear) else None for layer in layers)
         self.config.ranks = ranks if any(ranks) else None
         super().save_pretrained(*args, **kwargs)
 
     @can_return_tuple  # for `return_dict=False`, here or in the configuration
-    def forward(self, inputs: torch.Tensor, labels: torch.Tensor | None = None) -> SequenceClassifierOutput:
-        """Evaluates the network, and with `labels` the loss.
+    def forward(self, inputs: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
+        """Evaluate the network, and with `labels` the loss.
 
         Args:
             inputs: Shape (..., widths[0]), of the model's dtype.
@@ -115,22 +122,23 @@ class KANModel(PreTrainedModel):
         loss = None if labels is None else self._loss(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)  # pyright: ignore[reportArgumentType] (its stub)
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         kind = self.config.problem_type
         if kind is None and self.config.num_labels == 1:
             kind = "regression"
+        elif kind is None and labels.dtype == torch.bool:
+            kind = "multi_label_classification"
         elif kind is None and not labels.is_floating_point():
-            is_several = labels.dtype == torch.bool
-            kind = "multi_label_classification" if is_several else "single_label_classification"
+            kind = "single_label_classification"
         if kind not in get_args(ProblemType):
             raise ValueError(
                 f"`config.problem_type` is {kind!r}, and labels of {labels.dtype} for several outputs do not tell it. "
                 f"Set it to one of {get_args(ProblemType)}."
             )
-        expected = logits.shape[:-1] if kind == "single_label_classification" else logits.shape
         if kind == "regression" and labels.shape + (1,) == logits.shape:
             labels = labels.unsqueeze(-1)
         # a wrong shape would broadcast to a loss that looks right
+        expected = logits.shape[:-1] if kind == "single_label_classification" else logits.shape
         if labels.shape != expected:
             raise ValueError(
                 f"The labels have shape {tuple(labels.shape)}, but {kind} expects {tuple(expected)} here."

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..modules.checks import check_count
 from .input_map import TanhBound
@@ -29,10 +29,11 @@ class LayerStack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Inputs (..., widths[0]) to outputs (..., widths[-1]); raises as `KANLinear.forward`."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the outputs (..., widths[-1]) for inputs (..., widths[0]). Raise as `KANLinear.forward`."""
         hook = current_hook()
-        if hook is not None and (y := hook.value(self, x)) is not None:
+        y = None if hook is None else hook.value(self, x)
+        if y is not None:
             return y
         for layer in self.layers:
             x = layer(x)
@@ -74,14 +75,13 @@ class KAN(LayerStack):
         device=None,
         dtype=None,
     ) -> None:
-        layers = [
-            KANLinear(n_in, n_out, grid_size, spline_order, grid_range, device, dtype) for n_in, n_out in pairs(widths)
-        ]
+        arguments = (grid_size, spline_order, grid_range, device, dtype)
+        layers = [KANLinear(n_in, n_out, *arguments) for n_in, n_out in pairs(widths)]
         super().__init__(with_norms(layers, norm, device, dtype))
 
     @torch.no_grad()
-    def update_grid(self, x: torch.Tensor, margin: float = 0.01) -> None:
-        """Moves the grids of all layers to the samples that reach them, first layer first, and keeps the function.
+    def update_grid(self, x: Tensor, margin: float = 0.01) -> None:
+        """Move the grids of all layers to the samples that reach them, first layer first, and keeps the function.
 
         Args:
             x: Samples of the network's input, shape (..., widths[0]).
@@ -101,12 +101,13 @@ class KAN(LayerStack):
 class BatchNorm(nn.BatchNorm1d):
     """`nn.BatchNorm1d` of the last dimension, whatever the leading ones."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.reshape(-1, x.shape[-1])).view_as(x)
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        return super().forward(rows).view_as(x)
 
 
 def pairs(widths: Sequence[int]) -> list[tuple[int, int]]:
-    """(in, out) of each layer; raises a `ValueError` unless `widths` are at least two positive integers."""
+    """Return (in, out) of each layer; raise a `ValueError` unless `widths` are at least two positive integers."""
     try:
         sizes = [check_count(width, "widths") for width in widths]
     except (TypeError, ValueError):
@@ -120,29 +121,28 @@ def pairs(widths: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def with_norms(layers: Sequence[Any], norm: Norm, device=None, dtype=None) -> list[nn.Module]:
-    """The layers, with a normalization after each but the last; raises a `ValueError` for a `norm` that is unknown."""
+    """Put a normalization after each layer but the last; raise a `ValueError` for an unknown `norm`."""
     if norm not in (None, "batch", "layer", "tanh"):
         raise ValueError(f"`norm` is {norm!r}, but must be None, 'batch', 'layer' or 'tanh'.")
-    if norm is None:
-        return list(layers)
-    modules = []
+    modules: list[nn.Module] = []
     for layer in layers:
+        modules.append(layer)
         low, high = layer.grid_range
         if norm == "tanh":
-            between = TanhBound(layer.out_features, low, high)
-        else:
-            kind = BatchNorm if norm == "batch" else nn.LayerNorm
-            between = kind(layer.out_features, device=device, dtype=dtype)
-            nn.init.constant_(between.weight, (high - low) / math.sqrt(12))
-            nn.init.constant_(between.bias, (low + high) / 2)
-        modules += [layer, between]
-    return modules[:-1]
+            modules.append(TanhBound(layer.out_features, low, high))
+        elif norm is not None:
+            cls = BatchNorm if norm == "batch" else nn.LayerNorm
+            module = cls(layer.out_features, device=device, dtype=dtype)
+            nn.init.constant_(module.weight, (high - low) / math.sqrt(12))
+            nn.init.constant_(module.bias, (low + high) / 2)
+            modules.append(module)
+    return modules if norm is None else modules[:-1]
 
 
 def is_norm(module: nn.Module) -> bool:
-    """True if the module normalizes the last dimension of each row, whatever the other rows are."""
+    """Return whether a module normalizes the last dimension of each row independently of the other rows."""
     if type(module) is nn.LayerNorm:
         return len(module.normalized_shape) == 1
-    if not isinstance(module, nn.BatchNorm1d) or type(module) not in (BatchNorm, nn.BatchNorm1d):
-        return False
-    return not module.training and module.track_running_stats
+    if type(module) in (BatchNorm, nn.BatchNorm1d):
+        return not module.training and bool(module.track_running_stats)
+    return False

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A hook that networks call when they are evaluated, by which an optimizer records their layers."""
+"""A hook that evaluated networks call, so that an optimizer can record their layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _H = TypeVar("_H")
 
 @contextmanager
 def recording(hook: _H) -> Iterator[_H]:
-    """Installs a hook in this thread; the previous one is back afterwards.
+    """Install a hook in this thread, and restore the previous one afterwards.
 
     Its methods compute outputs in place of a network, or return None to let the network run:
 
@@ -35,5 +35,5 @@ def recording(hook: _H) -> Iterator[_H]:
 
 
 def current_hook() -> Any:
-    """The hook of this thread; None in compiled graphs."""
+    """Return the hook of this thread; None in compiled graphs."""
     return None if is_tracing() else _current.get()

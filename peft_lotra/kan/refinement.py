@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Other grids for a network that keep its function: finer ones, and knots where it is steep."""
+"""Refine the grids of a network and keep its function: finer grids, and knots where the function is steep."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .input_map import InputMap
 from .knots import KnotMap
 from .layer import KANLinear, SplineLayer
 from .network import LayerStack, is_norm
-from .slim_kan import SlimKANLinear, filled
+from .slim_kan import SlimKANLinear, copy_with_parameters
 
 
 _POINTS = 8  # for each interval of the finer grid, on which functions are fitted
@@ -48,20 +48,20 @@ def refine_grid(
     density: Tensor | None = None,
     tolerance: float = 1e-2,
 ) -> RefinementReport:
-    r"""Gives the layers of a network grids of another size and keeps its function.
+    r"""Give the layers of a network grids of another size, and keep its function.
 
     Without samples, the ends of the grids stay. If `grid_size` is a multiple of the old one, the old splines lie in
-    the span of the new ones, and the function is kept to rounding on the grids; otherwise it is the least-squares fit.
-    Beyond the ends of a grid the splines fade out within `spline_order` intervals, which get shorter: if activations
-    leave the grids, give samples, or move the grids first, by `KAN.update_grid`.
+    the span of the new ones, and the function is kept to rounding on the grids; otherwise by least squares. Beyond the
+    ends of a grid the splines fade out within `spline_order` intervals, which get shorter. If activations leave the
+    grids, give samples, or move the grids first, by `KAN.update_grid`.
 
     With samples, the knots stay and new ones are inserted between them. A grid that activations leave is extended by
     whole intervals, at most the `spline_order` on which splines are not zero. The function is then kept to rounding at
     the samples, and the grids of layers differ in size.
 
-    Adapters are carried over exactly, all of them and at any rank, if `grid_size` is a multiple of the old one, and
-    without density. The matrix T that expresses the old splines by the new ones is then the same for all inputs, and
-    factor_basis becomes T factor_basis; T multiplies the core where there is none.
+    Adapters are refined exactly, at any rank, if `grid_size` is a multiple of the old one, and without density. The
+    matrix T that expresses the old splines by the new ones is then the same for all inputs. factor_basis becomes
+    T factor_basis, or T multiplies the core if the basis mode is full.
 
     The parameters are replaced by new ones: make optimizers afterwards. `LevenbergMarquardt` needs nothing.
 
@@ -99,24 +99,21 @@ def refine_grid(
             f"`kan` is {type(kan).__name__}, but must be a KAN or a SlimKAN: give the network inside of a wrapper, "
             "such as `model.kan`."
         )
-    splines = _check_layers(kan, grid_size)
-    first, before = next(iter(splines.values())), kan.layers[0]
-    old_map = new_map = before if isinstance(before, KnotMap) and kan.layers[1] is first else None
-    adapted = [name for name, layer in splines.items() if layer is not kan.layers.get_submodule(name)]
+    splines = _find_spline_layers(kan, grid_size)
+    first = next(iter(splines.values()))
+    has_adapters = any(layer is not kan.layers.get_submodule(name) for name, layer in splines.items())
     sizes = [layer.grid_size for layer in splines.values()]
     is_nested = density is None and not any(grid_size % size for size in sizes)
-    if not is_nested and (adapted or samples is not None):
+    if not is_nested and (has_adapters or samples is not None):
         raise ValueError(
-            f"{'Adapters' if adapted else '`samples`'} need a `grid_size` that is a multiple of the old ones, "
-            f"{sizes}, and no `density`. Adapters can be merged first, by "
-            "`merge_and_unload()`, and grids moved, by `update_grid`."
+            f"Adapters and `samples` need a `grid_size` that is a multiple of the old ones, {sizes}, and no "
+            "`density`. Merge adapters first, by `merge_and_unload()`, or move grids by `update_grid`."
         )
-    if samples is not None and not (
-        samples.shape == (len(samples), first.in_features) and len(samples) and samples.isfinite().all()
-    ):
-        raise ValueError(
-            f"`samples` have shape {tuple(samples.shape)}, but must be (N, {first.in_features}), N >= 1, and finite."
-        )
+    if samples is not None and not (len(samples) and samples.isfinite().all()):
+        raise ValueError(f"`samples` {tuple(samples.shape)} must not be empty, and finite.")
+
+    leading: Any = kan.layers[0]
+    old_map = new_map = leading if isinstance(leading, KnotMap) else None
     if density is not None:
         if first is not kan.layers[0 if old_map is None else 1] or isinstance(first, SlimKANLinear):
             raise ValueError("`density` needs a dense KAN layer as the first, but for a KnotMap; see `to_dense()`.")
@@ -124,99 +121,111 @@ def refine_grid(
         new_map = KnotMap(low, high, density.to(low))
 
     layers: list[nn.Module] = [] if new_map is None else [new_map]
-    errors, carried = {}, []
+    errors = {}
+    refined_adapters = []
     for name, layer in kan.layers.named_children():
         base = splines.get(name)
         if base is not None:
             bounds, size = base.grid_bounds, grid_size
             if samples is not None:
-                bounds, size = _extended(base, samples, grid_size)
+                bounds, size = _extend_grid(base, samples, grid_size)
             maps = (old_map, new_map) if base is first else (None, None)
-            new, transfer, errors[name] = _refitted(base, size, bounds, *maps)
+            refined, transfer, errors[name] = _refine_layer(base, size, bounds, *maps)
             if not errors[name] <= tolerance:
                 raise ValueError(
-                    f"`layers.{name}` cannot be kept: on a grid of {size} intervals its functions change by "
-                    f"{errors[name]:.1e} of their size, more than `tolerance` ({tolerance:g}). Its old grid has "
-                    f"{base.grid_size}: take a larger `grid_size`."
+                    f"`layers.{name}` changes by {errors[name]:.1e} of its size on a grid of {size} intervals, more "
+                    f"than `tolerance` ({tolerance:g}). Its old grid has {base.grid_size}: take a larger `grid_size`."
                 )
-            if layer is not base:
-                carried.append((layer, new, transfer))
-            layers.append(new if layer is base else layer)
+            if layer is base:
+                layers.append(refined)
+            else:
+                refined_adapters.append((layer, refined, transfer))
+                layers.append(layer)
         elif layer is not old_map:
             layers.append(layer)
-        samples = None if samples is None else layer(samples)
-    for layer, new, transfer in carried:
-        layer.carry_to(new, transfer)
+        if samples is not None:
+            samples = layer(samples)
+
+    for layer, refined, transfer in refined_adapters:
+        layer.carry_to(refined, transfer)
     kan.layers = nn.ModuleList(layers)
     return RefinementReport(errors)
 
 
-def _check_layers(kan: LayerStack, grid_size: int) -> dict[str, SplineLayer]:
-    """Return the KAN layers without adapters by name; refuse a layer of which the new one would lose a part."""
+def _find_spline_layers(kan: LayerStack, grid_size: int) -> dict[str, SplineLayer]:
+    """Return the KAN layers without adapters by name; raise a ValueError for a layer that cannot be refined."""
     parameters = {KANLinear: {"spline_weight", "base_weight"}, SlimKANLinear: {"core"}}
     splines = {}
     for name, layer in kan.layers.named_children():
-        layer: Any = getattr(layer, "unadapted", layer)  # where its adapters can be carried over
-        if parameters.get(type(layer)) == dict(layer.named_parameters()).keys() - set(Tucker._fields[1:]):
+        layer: Any = getattr(layer, "unadapted", layer)  # if its adapters can be refined too
+        names = dict(layer.named_parameters()).keys() - set(Tucker._fields[1:])
+        if parameters.get(type(layer)) == names:
             check_grid(grid_size, layer.spline_order)
             splines[name] = layer
         elif not (isinstance(layer, InputMap) or is_norm(layer)):
             raise ValueError(
                 f"`layers.{name}`, {type(layer).__name__}, cannot be refined. Unmerge its adapters, put batch "
-                "normalization into evaluation mode, and remove what a KAN layer has of its own: weight "
-                "normalization, pruning, a subclass."
+                "normalization into evaluation mode, and remove weight normalization or pruning."
             )
     return splines
 
 
-def _extended(layer: SplineLayer, z: Tensor, grid_size: int) -> tuple[Tensor, int]:
-    """Ends (I, 2) of the grids with as many more intervals on each side as cover the activations z, and their size."""
+def _extend_grid(layer: SplineLayer, z: Tensor, grid_size: int) -> tuple[Tensor, int]:
+    """Extend the grids by the intervals that cover the activations z; return their ends (I, 2) and their size."""
     low, high = layer.grid_bounds.unbind(-1)
     width = (high - low) / layer.grid_size
-    beyond = ((part / width).amax().ceil() for part in (low - z.amin(0), z.amax(0) - high))
-    before, behind = (int(count.clamp(0, layer.spline_order)) for count in beyond)
-    ends = torch.stack([low - before * width, high + behind * width], -1)
-    return ends, grid_size // layer.grid_size * (layer.grid_size + before + behind)
+    counts = []
+    for distance in (low - z.amin(0), z.amax(0) - high):
+        intervals = (distance / width).amax().ceil()
+        counts.append(int(intervals.clamp(0, layer.spline_order)))
+    ends = torch.stack([low - counts[0] * width, high + counts[1] * width], -1)
+    return ends, grid_size // layer.grid_size * (layer.grid_size + sum(counts))
 
 
-def _refitted(
+def _refine_layer(
     layer: SplineLayer, grid_size: int, bounds: Tensor, old_map: KnotMap | None, new_map: KnotMap | None
 ) -> tuple[SplineLayer, Tensor, float]:
-    """The layer on another grid, its basis in terms of the old one, (K', K), which is that of the first input alone,
-    and the largest change of its functions there, as a share of the largest value."""
+    """Fit a layer on another grid.
+
+    Returns:
+        The new layer; its basis in terms of the old one (K', K), for the first input; and the largest change of an
+        edge's function on the new grid, as a share of the largest value.
+    """
     order = layer.spline_order
     new_grid = UniformGrid.between(bounds.double(), grid_size, order)
     old_grid = UniformGrid.between(layer.grid_bounds.double(), layer.grid_size, order)
     count = _POINTS * max(grid_size, layer.grid_size) + 1
-    share = torch.linspace(0, 1, count, dtype=torch.float64, device=bounds.device)
-    new_points = old_points = torch.lerp(new_grid.low, new_grid.high, share[:, None])
+    fractions = torch.linspace(0, 1, count, dtype=torch.float64, device=bounds.device)
+    new_points = old_points = torch.lerp(new_grid.low, new_grid.high, fractions[:, None])
     if old_map is not new_map:
         x = new_points if new_map is None else new_map.inverse(new_points)
         old_points = x if old_map is None else old_map(x)
     new_basis, old_basis = bspline_basis(new_points, *new_grid), bspline_basis(old_points, *old_grid)
-    new_silu, old_silu = F.silu(new_points).unsqueeze(-1), F.silu(old_points).unsqueeze(-1)
-    # the residual branch moves with the map too, and the splines make up for that
+    new_silu = F.silu(new_points).unsqueeze(-1)
+    old_silu = F.silu(old_points).unsqueeze(-1)
+    # the map also moves the residual branch, for which the splines make up
     transfer = change_of_basis(new_basis, torch.cat([old_basis, old_silu - new_silu], -1))  # (I, K', K + 1)
 
     if isinstance(layer, SlimKANLinear):
-        of_silu = transfer.new_zeros(1, transfer.shape[2])
-        of_silu[:, -1] = 1
-        components = layer.components.on_basis(torch.cat([transfer[0], of_silu]))
-        new = filled(layer, components._asdict(), grid_size)
+        silu_row = transfer.new_zeros(1, transfer.shape[2])
+        silu_row[:, -1] = 1
+        parameters = layer.components.on_basis(torch.cat([transfer[0], silu_row]))._asdict()
     else:
-        weight = einsum(transfer, _coefficients(layer), "i new old, o i old -> o i new")
-        new = filled(layer, {"spline_weight": weight, "base_weight": layer.base_weight}, grid_size)
-    new.grid_bounds.copy_(bounds)
-    for name, parameter in new.named_parameters():
+        weight = einsum(transfer, _all_coefficients(layer), "i new old, o i old -> o i new")
+        parameters = {"spline_weight": weight, "base_weight": layer.base_weight}
+    refined = copy_with_parameters(layer, parameters, grid_size)
+    refined.grid_bounds.copy_(bounds)
+    for name, parameter in refined.named_parameters():
         parameter.requires_grad_(layer.get_parameter(name).requires_grad)
-    share_hooks(layer, new)
+    share_hooks(layer, refined)
 
-    before = einsum(_coefficients(layer), torch.cat([old_basis, old_silu], -1), "o i k, n i k -> o i n")
-    after = einsum(_coefficients(new), torch.cat([new_basis, new_silu], -1), "o i k, n i k -> o i n")
-    size = before.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-    return new, transfer[0, :, :-1], ((after - before).abs().max() / size).item()
+    old_values = einsum(_all_coefficients(layer), torch.cat([old_basis, old_silu], -1), "o i k, n i k -> o i n")
+    new_values = einsum(_all_coefficients(refined), torch.cat([new_basis, new_silu], -1), "o i k, n i k -> o i n")
+    largest = old_values.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    error = (new_values - old_values).abs().max() / largest
+    return refined, transfer[0, :, :-1], error.item()
 
 
-def _coefficients(layer: SplineLayer) -> Tensor:
-    """The coefficients of the splines and of silu, (O, I, K + 1)."""
+def _all_coefficients(layer: SplineLayer) -> Tensor:
+    """Return the coefficients of the splines and of silu, (O, I, K + 1)."""
     return torch.cat([layer.spline_weight, layer.base_weight.unsqueeze(-1)], -1).double()

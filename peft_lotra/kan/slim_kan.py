@@ -9,12 +9,11 @@ import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from torch import nn
+from torch import Tensor, nn
 
 from ..modules.calls import is_tracing
 from ..tucker import Ranks, Tucker, cap_ranks, check_ranks, component_shapes, expand_inputs
@@ -24,7 +23,7 @@ from .network import KAN, LayerStack, Norm, pairs, with_norms
 from .product import spline_product
 
 
-# Share of the variance of a new layer's output that comes from its splines, half of that of a dense layer, and the
+# The share of the splines in the variance of a new output, half of a dense layer's, and the
 # gains of the columns of factor_in and factor_basis; see `SlimKANLinear.reset_parameters`.
 SLIM_VARIANCE_SHARE = 0.05
 GAIN_IN = 0.3
@@ -90,16 +89,15 @@ class SlimKANLinear(SplineLayer):
         shape = (out_features, in_features, self.grid.num_basis + 1)
         capped = cap_ranks(ranks, shape)
         warn_capped({f"SlimKANLinear({in_features}, {out_features})": (ranks, shape, capped)})
-        shapes = component_shapes(capped, shape)
         for name in Tucker._fields[:4]:
-            sizes = shapes.get(name)
-            parameter = None if sizes is None else nn.Parameter(torch.empty(sizes, device=device, dtype=dtype))
-            self.register_parameter(name, parameter)
+            self.register_parameter(name, None)
+        for name, sizes in component_shapes(capped, shape).items():
+            setattr(self, name, nn.Parameter(torch.empty(sizes, device=device, dtype=dtype)))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Makes the layer a new one: grids on `grid_range`, and components that keep the variance of the activations.
+        """Reset the grids to `grid_range`, and draw components that keep the variance of the activations.
 
         The factors factor_out and factor_in get orthogonal columns of norm sqrt(O) and `GAIN_IN`. The rows of
         factor_basis are normal, and scaled so that the mean square of the functions f_c is `GAIN_BASIS` squared, of
@@ -113,24 +111,28 @@ class SlimKANLinear(SplineLayer):
         super().reset_parameters()
         if self.core.is_meta:
             return
-        variance, of_functions = moments(self.grid_range, self.grid_size, self.spline_order)
-        *of_splines, of_silu = of_functions.diagonal()
-        variances = [SLIM_VARIANCE_SHARE / sum(of_splines)] * len(of_splines) + [(1 - SLIM_VARIANCE_SHARE) / of_silu]
-        scales = of_functions.new_tensor(variances).sqrt()
+        variance, products = moments(self.grid_range, self.grid_size, self.spline_order)
+        squares = products.diagonal()
+        variances = torch.full_like(squares, SLIM_VARIANCE_SHARE) / squares[:-1].sum()
+        variances[-1] = (1 - SLIM_VARIANCE_SHARE) / squares[-1]
+        scales = variances.sqrt()
         if self.factor_basis is not None:
             noise = torch.randn(self.factor_basis.shape, dtype=torch.float64, device="cpu")
             factor_basis = GAIN_BASIS * scales.unsqueeze(1) * noise
             self.factor_basis.copy_(factor_basis)
-            of_functions = factor_basis.T @ of_functions @ factor_basis
-        variance = self.out_features * variance
-        for factor, gain in ((self.factor_out, math.sqrt(self.out_features)), (self.factor_in, GAIN_IN)):
+            products = factor_basis.T @ products @ factor_basis
+        core_variance = self.out_features * variance
+        gains = (math.sqrt(self.out_features), GAIN_IN)
+        for factor, gain in zip((self.factor_out, self.factor_in), gains, strict=True):
             if factor is not None:
                 factor.copy_(_orthogonal(factor) * gain)
-                variance = variance / gain**2
-        core = _orthogonal(self.core.flatten(1)).double().view(self.core.shape)
+                core_variance = core_variance / gain**2
+        core = _orthogonal(self.core.flatten(1)).view(self.core.shape)
+        core = core.double().cpu()
         if self.factor_basis is None:
-            core = core * scales.to(core.device)
-        self.core.copy_(core * (variance / (core * (core @ of_functions.to(core.device))).sum()).sqrt())
+            core = core * scales
+        size = (core * (core @ products)).sum()
+        self.core.copy_(core * (core_variance / size).sqrt())
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -143,69 +145,75 @@ class SlimKANLinear(SplineLayer):
         return Tucker(self.core, self.factor_out, self.factor_in, self.factor_basis)
 
     @property
-    def spline_weight(self) -> torch.Tensor:
-        """The coefficient tensor (O, I, K) of the equivalent dense layer, built anew; differentiable."""
+    def spline_weight(self) -> Tensor:
+        """The coefficient tensor (O, I, K) of the equivalent dense layer, computed on each access; differentiable."""
         return self.components.sliced(slice(-1)).dense()
 
     @property
-    def base_weight(self) -> torch.Tensor:
-        """The residual weights (O, I) of the equivalent dense layer, built anew; differentiable."""
+    def base_weight(self) -> Tensor:
+        """The residual weights (O, I) of the equivalent dense layer, computed on each access; differentiable."""
         return self.components.sliced(slice(-1, None)).dense().squeeze(-1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Inputs (..., I) to outputs (..., O); raises as `KANLinear.forward`."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the outputs (..., O) for inputs (..., I). Raise as `KANLinear.forward`."""
         check_input(x, self.in_features, self, self.core.dtype)
         rows = x.reshape(-1, self.in_features)
         components = self.components
         core, factor_out, factor_in, factor_basis = components
         if is_tracing() or factor_in is None or len(rows) >= _EXPAND_FROM:  # a graph is for any number of rows
             splines, _, *factors = components.sliced(slice(-1))
-            z = spline_product(rows, *self.grid, expand_inputs(splines, *factors))
-            last, _, *factors = components.sliced(slice(-1, None))
-            z = z + F.linear(F.silu(rows), expand_inputs(last, *factors).squeeze(-1))
+            y = spline_product(rows, *self.grid, expand_inputs(splines, *factors))
+            residual, _, *factors = components.sliced(slice(-1, None))
+            residual_weight = expand_inputs(residual, *factors).squeeze(-1)
+            y = y + F.linear(F.silu(rows), residual_weight)
         else:
-            z = rearrange(self._functions(rows), "n i k -> (n k) i") @ factor_in
+            functions = self._functions(rows).mT @ factor_in  # (N, K + 1, ri)
             matrix = expand_inputs(core, None, factor_basis)  # (ro, ri, K + 1)
-            z = rearrange(z, "(n k) r -> n (k r)", k=matrix.shape[2]) @ matrix.transpose(1, 2).flatten(1).T
-        y = z if factor_out is None else z @ factor_out.T
+            y = functions.flatten(1) @ matrix.mT.flatten(1).T
+        if factor_out is not None:
+            y = y @ factor_out.T
         return y.view(*x.shape[:-1], self.out_features)
 
-    def forward_with(self, delta: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The output with a dense tensor (O, I, K + 1) added to the coefficients."""
+    def forward_with(self, delta: Tensor, x: Tensor) -> Tensor:
+        """Compute the output with a dense tensor (O, I, K + 1) added to the coefficients."""
         y = self._functions(x).flatten(-2) @ delta.flatten(1).T
         return SlimKANLinear.forward(self, x) + y
 
-    def _functions(self, x: torch.Tensor) -> torch.Tensor:
-        """The basis functions and silu at x (..., I): (..., I, K + 1)."""
-        return torch.cat([self.basis(x), F.silu(x).unsqueeze(-1)], -1)
+    def _functions(self, x: Tensor) -> Tensor:
+        """Return the basis functions and silu at x (..., I): (..., I, K + 1)."""
+        silu = F.silu(x).unsqueeze(-1)
+        return torch.cat([self.basis(x), silu], -1)
 
     def to_dense(self) -> KANLinear:
-        """The `KANLinear` that computes the same, up to rounding."""
-        return filled(self, {"spline_weight": self.spline_weight, "base_weight": self.base_weight})
+        """Return the `KANLinear` that computes the same, up to rounding."""
+        return copy_with_parameters(self, {"spline_weight": self.spline_weight, "base_weight": self.base_weight})
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ranks={self.ranks}"
 
 
-def filled(like: SplineLayer, parameters: Mapping[str, torch.Tensor], grid_size: int | None = None) -> Any:
-    """A layer with these parameters, by their names a `SlimKANLinear` or a `KANLinear`, and the rest as in `like`."""
-    sizes = (like.in_features, like.out_features)
-    others = (grid_size or like.grid_size, like.spline_order, like.grid_range, "meta")
-    is_slim = "core" in parameters
-    new = SlimKANLinear(*sizes, tuple(parameters["core"].shape), *others) if is_slim else KANLinear(*sizes, *others)
-    new = new.to_empty(device=like.grid_bounds.device).to(like.grid_bounds.dtype)
-    new.requires_grad_(any(parameter.requires_grad for parameter in like.parameters()))
+def copy_with_parameters(layer: SplineLayer, parameters: Mapping[str, Tensor], grid_size: int | None = None) -> Any:
+    """Return a layer like another one, but with these parameters: a `SlimKANLinear` if they have a core."""
+    sizes = (layer.in_features, layer.out_features)
+    grid = (grid_size or layer.grid_size, layer.spline_order, layer.grid_range)
+    if "core" in parameters:
+        new = SlimKANLinear(*sizes, tuple(parameters["core"].shape), *grid, device="meta")
+    else:
+        new = KANLinear(*sizes, *grid, device="meta")
+    new = new.to_empty(device=layer.grid_bounds.device).to(layer.grid_bounds.dtype)
+    new.requires_grad_(any(parameter.requires_grad for parameter in layer.parameters()))
     with torch.no_grad():
-        new.grid_bounds.copy_(like.grid_bounds)
+        new.grid_bounds.copy_(layer.grid_bounds)
         for name, value in parameters.items():
             new.get_parameter(name).copy_(value)
-    return new.train(like.training)
+    return new.train(layer.training)
 
 
-def _orthogonal(like: torch.Tensor) -> torch.Tensor:
-    """A random matrix of this shape and device with orthonormal columns or rows."""
-    # the QR decomposition behind it does not exist in half precision
-    return nn.init.orthogonal_(torch.empty_like(like, dtype=torch.promote_types(like.dtype, torch.float32)))
+def _orthogonal(like: Tensor) -> Tensor:
+    """Return a random matrix of this shape and device with orthonormal columns or rows."""
+    # QR does not exist in half precision
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return nn.init.orthogonal_(torch.empty_like(like, dtype=dtype))
 
 
 class SlimKAN(LayerStack):
@@ -246,41 +254,42 @@ class SlimKAN(LayerStack):
         dtype=None,
     ) -> None:
         sizes = pairs(widths)
-        if isinstance(ranks, (list, tuple)) and any(r is None or isinstance(r, (list, tuple)) for r in ranks):
-            per_layer = cast(Sequence[Any], ranks)
-        else:  # a list of three integers counts for all layers, as a tuple does
-            per_layer = [check_ranks(ranks, "ranks", kernel=False)] * len(sizes)  # pyright: ignore[reportArgumentType]
-        if len(per_layer) != len(sizes):
+        all_ranks: Any = ranks
+        entries = all_ranks if isinstance(ranks, (list, tuple)) else ()
+        if not any(entry is None or isinstance(entry, (list, tuple)) for entry in entries):
+            # one rank, or three integers, for all layers
+            all_ranks = [check_ranks(all_ranks, "ranks", kernel=False)] * len(sizes)
+        if len(all_ranks) != len(sizes):
             raise ValueError(
-                f"`ranks` has {len(per_layer)} entries, but the network has {len(sizes)} layers: give (ro, ri, rb) or "
+                f"`ranks` has {len(all_ranks)} entries, but the network has {len(sizes)} layers: give (ro, ri, rb) or "
                 "None for each of them, or one (ro, ri, rb) for all."
             )
         arguments = (grid_size, spline_order, grid_range, device, dtype)
-        layers = [
-            KANLinear(*size, *arguments) if r is None else SlimKANLinear(*size, r, *arguments)
-            for size, r in zip(sizes, per_layer, strict=True)
-        ]
+        layers = []
+        for size, layer_ranks in zip(sizes, all_ranks, strict=True):
+            if layer_ranks is None:
+                layers.append(KANLinear(*size, *arguments))
+            else:
+                layers.append(SlimKANLinear(*size, layer_ranks, *arguments))
         super().__init__(with_norms(layers, norm, device, dtype))
 
     def to_dense(self) -> KAN:
-        """The `KAN` that computes the same, up to rounding."""
+        """Return the `KAN` that computes the same, up to rounding."""
         kan = KAN([1, 1], device="meta")
-        kan.layers = nn.ModuleList(
-            layer.to_dense() if isinstance(layer, SlimKANLinear) else copy.deepcopy(layer) for layer in self.layers
-        )
+        kan.layers = copy.deepcopy(self.layers)
+        for number, layer in enumerate(self.layers):
+            if isinstance(layer, SlimKANLinear):
+                kan.layers[number] = layer.to_dense()
         return kan.train(self.training)
 
 
 def warn_capped(layers: dict[str, tuple]) -> None:
-    """Warns of layers with lower ranks than asked for; name: (ranks asked for, shape of the tensor, ranks)."""
-    fewer = {}
-    for name, (asked, shape, ranks) in layers.items():
-        modes = asked if isinstance(asked, tuple) else (asked,) * 3
+    """Warn of ranks above the sizes of modes; name of a layer: (ranks in the call, shape of the tensor, ranks)."""
+    capped = []
+    for name, (requested, shape, ranks) in layers.items():
+        modes = requested if isinstance(requested, tuple) else (requested,) * 3
         if any(rank != "full" and rank > size for rank, size in zip(modes, shape, strict=False)):
-            fewer[name] = asked, shape, ranks
-    if fewer:
-        listed = "; ".join(f"{name}: {asked} for {shape}, made {got}" for name, (asked, shape, got) in fewer.items())
-        warnings.warn(
-            "Ranks are larger than the modes (out, in, basis), where more make no difference: capped. " + listed,
-            stacklevel=3,
-        )
+            capped.append(f"{name}: {requested} for {shape}, made {ranks}")
+    if capped:
+        message = "Ranks are larger than the modes (out, in, basis), where more make no difference: capped. "
+        warnings.warn(message + "; ".join(capped), stacklevel=3)

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -32,23 +32,26 @@ def is_tracing() -> bool:
 
 
 def check_module(model: Any, argument: str = "model") -> None:
-    """Raises a TypeError unless a value is a module, not compiled by `torch.jit`."""
-    if not isinstance(model, nn.Module):
-        given = f"the class {model.__name__}" if isinstance(model, type) else f"of type {type(model).__name__}"
-        raise TypeError(f"`{argument}` must be a network, a `torch.nn.Module`, but is {given}.")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(f"`{argument}` was compiled by `torch.jit`, which hides its layers: pass the network itself.")
+    """Raise a TypeError unless a value is a module whose layers are visible."""
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"`{argument}` must be a network, a `torch.nn.Module` not compiled by `torch.jit`, but is {model!r:.100}."
+        )
 
 
 def places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Where the modules inside of a model are, one in several places too: the parent, the name there, the module."""
-    children = [(parent, *child) for parent in model.modules() for child in parent._modules.items()]
-    return [(parent, name, child) for parent, name, child in children if child is not None]
+    """Return the parent, the name and the module for each place where a module is inside a model."""
+    entries = []
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                entries.append((parent, name, child))
+    return entries
 
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Puts each module of the model back into its mode, training or evaluation, at the end."""
+    """Restore the mode of each module, training or evaluation, at the end."""
     modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]  # not frozen ones
     try:
         yield
@@ -68,8 +71,8 @@ def read_at_rest(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def without_autocast(like: torch.Tensor) -> Any:
-    """A context in which an update keeps its digits: by autocast it would have three, beside a parameter's seven."""
+def without_autocast(like: Tensor) -> Any:
+    """Disable autocast, which would round an update to bfloat16 before it is added to a float32 weight."""
     return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
 
 
@@ -80,14 +83,14 @@ def freeze_norms(model: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             continue
         copies = module._modules.get("modules_to_save")
-        if isinstance(copies, nn.ModuleDict):  # which come after the wrapper
+        if isinstance(copies, nn.ModuleDict):  # they come after the wrapper
             saved.update(copies.modules())
         if module.training and module not in saved and module._buffers.get("running_mean") is not None:
             module.training = False
 
 
 def set_mode(module: nn.Module, training: bool) -> None:
-    """Sets the mode of a module and of those inside, as `module.train(training)` does.
+    """Set the mode of a module and of the modules inside it, as `module.train(training)` does.
 
     A method `train` without an argument `mode` is a training loop (pykan of 2024) and is not called.
     """
@@ -100,13 +103,13 @@ def set_mode(module: nn.Module, training: bool) -> None:
         set_mode(child, training)
 
 
-# Attributes of torch, and what an adapted layer knows of its grid and inputs.
-_OF_MODULES = vars(nn.Module()).keys() | {"_grid_state", "_has_seen_inputs"}
+# the attributes of torch, and the state in which an adapted layer watches its grid and inputs
+_MODULE_ATTRIBUTES = vars(nn.Module()).keys() | {"_grid_state", "_has_seen_inputs"}
 
 
 def own_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return the attributes of a module that are not of torch, such as settings and what a forward pass keeps."""
-    return {name: value for name, value in vars(module).items() if name not in _OF_MODULES}
+    """Return the attributes of a module except torch's, such as settings and results of a forward pass."""
+    return {name: value for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES}
 
 
 @contextmanager
@@ -118,20 +121,20 @@ def attributes_kept(model: Callable) -> Iterator[Callable[[], bool]]:
     Yields:
         A function that tells whether an attribute was set.
     """
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    before = [own_attributes(module) for module in modules]
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    saved = {module: own_attributes(module) for module in modules}
 
     def has_set() -> bool:
-        for module, attributes in zip(modules, before, strict=True):
-            present = own_attributes(module)
-            if any(value is not attributes.get(name, present) for name, value in present.items()):
-                return True
+        for module, attributes in saved.items():
+            for name, value in own_attributes(module).items():
+                if name not in attributes or value is not attributes[name]:
+                    return True
         return False
 
     try:
         yield has_set
     finally:
-        for module, attributes in zip(modules, before, strict=True):
+        for module, attributes in saved.items():
             for name in own_attributes(module).keys() - attributes.keys():
                 del vars(module)[name]
             vars(module).update(attributes)
@@ -140,21 +143,18 @@ def attributes_kept(model: Callable) -> Iterator[Callable[[], bool]]:
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Restore the values of buffers, such as running statistics and counters."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    values = {buffer: buffer.clone() for buffer in model.buffers()}
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in before:
+            for buffer, value in values.items():
                 buffer.copy_(value)
 
 
 @contextmanager
 def evaluating_without_trace(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode without gradients; its passes leave no trace, also if they raise.
-
-    Modes, buffers, attributes and random generators are put back.
-    """
+    """Put a model into evaluation mode without gradients, and restore modes, buffers, attributes and generators."""
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     generators = torch.random.fork_rng(list(devices))
     with modes_kept(model), buffers_kept(model), attributes_kept(model), generators, torch.no_grad():
@@ -163,7 +163,7 @@ def evaluating_without_trace(model: nn.Module) -> Iterator[None]:
 
 
 class LayerLock:
-    """A re-entrant lock around temporary parameter swaps; a copied, or unpickled, layer gets a new one."""
+    """A re-entrant lock around temporary swaps of parameters. A copied or unpickled layer gets a new lock."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -179,7 +179,7 @@ class LayerLock:
 
 
 class _Call(nn.Module):
-    """Run a function as a module, so that `functional_call` can exchange the parameters of `layer` around it."""
+    """A function as a module, so that `functional_call` can replace the parameters of `layer` around it."""
 
     def __init__(self, layer: nn.Module, function: Callable):
         super().__init__()
@@ -193,16 +193,17 @@ class _Call(nn.Module):
 class _FixedParameters(dict):
     """Parameters of a module that cannot be assigned to themselves.
 
-    `self.w = nn.Parameter(self.w.to(x.device))` in a `forward` would cut an exchanged `w` off its graph.
+    `self.w = nn.Parameter(self.w.to(x.device))` in a `forward` would detach a replaced `w` from its graph.
     """
 
     def __setitem__(self, name: str, value: Any) -> None:
-        present = self.get(name)
-        if present is None or not isinstance(value, nn.Parameter) or not _is_same(value, present):
+        current = self.get(name)
+        is_self_assignment = isinstance(value, nn.Parameter) and current is not None and _is_same(value, current)
+        if not is_self_assignment:
             super().__setitem__(name, value)
 
 
-def _is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
+def _is_same(first: Tensor, second: Tensor) -> bool:
     try:
         return first is second or first.is_set_to(second)
     except RuntimeError:  # on the meta device, or in `vmap`
@@ -210,26 +211,28 @@ def _is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 @contextmanager
-def _exchangeable(owners: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
+def _replaceable(owners: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
     """Make parameters, by module and name, replaceable: ignore self-assignment, and remove FSDP1's views.
 
     FSDP1 puts views of its flat parameter into `__dict__`, where they hide the parameters.
     """
-    before = [(vars(owner), name, owner._parameters, vars(owner).pop(name, None)) for owner, name in owners]
-    for entries, _, parameters, _ in before:
-        entries["_parameters"] = _FixedParameters(parameters)
+    saved = []
+    for owner, name in owners:
+        attributes = vars(owner)
+        saved.append((attributes, name, owner._parameters, attributes.pop(name, None)))
+        attributes["_parameters"] = _FixedParameters(owner._parameters)
     try:
         yield
     finally:
-        for entries, name, parameters, view in before:
-            parameters.update(entries["_parameters"])  # others may have been assigned
-            entries["_parameters"] = parameters
+        for attributes, name, parameters, view in reversed(saved):
+            parameters.update(attributes["_parameters"])  # a forward pass may have assigned parameters
+            attributes["_parameters"] = parameters
             if view is not None:
-                entries[name] = view
+                attributes[name] = view
 
 
 def call_with_parameters(
-    layer: nn.Module, parameters: dict[str, torch.Tensor], function: Callable, args: tuple, kwargs: dict
+    layer: nn.Module, parameters: dict[str, Tensor], function: Callable, args: tuple, kwargs: dict
 ) -> Any:
     """Call a function while tensors replace parameters of a layer."""
     if not parameters:
@@ -240,14 +243,15 @@ def call_with_parameters(
         owners.append((layer.get_submodule(path), leaf))
     module = layer
     if function is not layer:
-        module, parameters = _Call(layer, function), {f"layer.{name}": value for name, value in parameters.items()}
+        module = _Call(layer, function)
+        parameters = {f"layer.{name}": value for name, value in parameters.items()}
     has_views = any(name in vars(owner) for owner, name in owners)
-    with nullcontext() if is_tracing() and not has_views else _exchangeable(owners):
+    with nullcontext() if is_tracing() and not has_views else _replaceable(owners):
         return torch.func.functional_call(module, parameters, args, kwargs)
 
 
 def attribute_by(call: Callable, layer: nn.Module, name: str, computed: Collection[str]) -> Any:
-    """An attribute of a layer: `call` evaluates `computed` names and properties, and runs methods."""
+    """Return an attribute of a layer. `call` evaluates `computed` names and properties, and runs methods."""
     if name in computed or isinstance(inspect.getattr_static(type(layer), name, None), property):
         return call(getattr, layer, name)
     value = getattr(layer, name)
@@ -270,26 +274,23 @@ def loaded(layer: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module in hooked:
-            vars(module).update({"forward": forwards[module]} if module in forwards else {})
+            if module in forwards:
+                vars(module)["forward"] = forwards[module]
             module._hf_hook.post_forward(module, torch.tensor([], device="cpu"))  # pyright: ignore
 
 
 def runs_more_than_its_class(layer: nn.Module) -> bool:
-    """Return whether a layer has hooks or a `forward` of its own, or one of its children has.
-
-    Formulas do not call the children.
-    """
-    for module in (layer, *layer._modules.values()):
-        if module is None:
-            continue
-        hooks = module._forward_hooks or module._forward_pre_hooks
-        if hooks or module._backward_hooks or module._backward_pre_hooks or "forward" in vars(module):
+    """Return whether a layer or one of its children, which formulas do not call, has hooks or an own `forward`."""
+    for module in (layer, *layer.children()):
+        forward_hooks = module._forward_hooks or module._forward_pre_hooks
+        backward_hooks = module._backward_hooks or module._backward_pre_hooks
+        if forward_hooks or backward_hooks or "forward" in vars(module):
             return True
     return False
 
 
 def share_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Copies the forward and backward hooks of a module to the one that replaces it."""
+    """Copy the forward and backward hooks of a module to its replacement."""
     for kind, hooks in vars(old).items():
         if kind.startswith(("_forward_", "_backward_")) and isinstance(hooks, dict):
             vars(new)[kind].update(hooks)
@@ -298,22 +299,24 @@ def share_hooks(old: nn.Module, new: nn.Module) -> None:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether calls of a module run a graph of `torch.compile`, which ignores later hooks."""
+    """Return whether calls of a module run a graph of `torch.compile`, which ignores later hooks."""
     return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside the wrappers of `torch.compile`, data parallelism and PEFT.
+    """Return the network inside the wrappers of `torch.compile`, data parallelism and PEFT.
 
     Raises:
         TypeError: `model` is no module.
     """
     check_module(model)
-    inner: Any = model
-    if hasattr(inner, "_orig_mod"):  # torch.compile
-        return unwrap(inner._orig_mod)
-    if isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        return unwrap(inner.module)
-    if hasattr(inner, "get_base_model"):  # PeftModel
-        return unwrap(inner.get_base_model())
-    return unwrap(inner.model) if hasattr(inner, "tuner_layer_cls") else model  # a tuner of PEFT, or its mixed model
+    network: Any = model
+    if hasattr(network, "_orig_mod"):  # torch.compile
+        return unwrap(network._orig_mod)
+    if isinstance(network, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return unwrap(network.module)
+    if hasattr(network, "get_base_model"):  # PeftModel
+        return unwrap(network.get_base_model())
+    if hasattr(network, "tuner_layer_cls"):  # a tuner of PEFT, or its mixed model
+        return unwrap(network.model)
+    return network

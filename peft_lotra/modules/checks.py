@@ -15,16 +15,18 @@ from typing import Any
 
 
 def as_number(value: Any) -> float:
-    """A finite number, or a tensor with one, as a float; NaN for anything else, so that every comparison is false."""
+    """Return a finite number, or a tensor with one, as a float; NaN otherwise, so that every comparison is false."""
+    if isinstance(value, (str, bytes)):
+        return math.nan
     try:
-        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+        number = float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # None, a list, 10**400, several numbers in a tensor
         return math.nan
     return number if math.isfinite(number) else math.nan
 
 
 def check_number(value: Any, argument: str, interval: str) -> float:
-    """The value as a float; raises a `ValueError` unless it is finite and in an interval such as "[0, 1)"."""
+    """Return a value as a float; raise a `ValueError` unless it is finite and in an interval such as "[0, 1)"."""
     number = as_number(value)
     low, high = map(float, interval[1:-1].split(","))
     above = number >= low if interval[0] == "[" else number > low
@@ -35,7 +37,7 @@ def check_number(value: Any, argument: str, interval: str) -> float:
 
 
 def check_count(value: Any, argument: str, low: int = 1) -> int:
-    """The value as an int; raises a `ValueError` unless it is an integer, of Python or numpy, of at least `low`."""
+    """Return a value as an int; raise a `ValueError` unless it is an integer of at least `low`, also of numpy."""
     try:
         count = None if isinstance(value, bool) else operator.index(value)
     except (TypeError, RuntimeError):  # RuntimeError: a tensor on the meta device
@@ -52,7 +54,7 @@ def check_function(value: Any, argument: str, count: int | None = None) -> None:
     if count is None:
         return
     with suppress(ValueError):  # compiled functions have no signature
-        # not that of a function inside a decorator, which may add arguments
+        # a decorator may add arguments to those of the function inside
         signature = inspect.signature(value, follow_wrapped=False)
         try:
             signature.bind(*range(count))
@@ -68,6 +70,6 @@ def list_first(words: Iterable[str]) -> str:
 
 
 def check_path(path: Any, argument: str) -> None:
-    """Raises a `TypeError` unless a value is a path or the name of a repository on the Hub."""
+    """Raise a `TypeError` unless a value is a path or the name of a repository on the Hub."""
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"`{argument}` is {path!r:.100}, but must be a path: a string or a `pathlib.Path`.")

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Files of a folder that are replaced together: written beside the old ones, then moved. Files that are damaged."""
+"""Files of a folder that are replaced together: written next to the old ones, then moved. Damaged files."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ except ImportError:  # Windows
     fcntl = None
 
 
-# inside of the folder, so on the same disk; huggingface_hub never uploads what lies in .cache/huggingface
-_PLACE = os.path.join(".cache", "huggingface", "peft_lotra")
-STAGE = os.path.join(_PLACE, "files")  # where files are before they are moved
+# on the same disk as the folder; huggingface_hub does not upload .cache/huggingface
+_WORK_FOLDER = os.path.join(".cache", "huggingface", "peft_lotra")
+STAGE = os.path.join(_WORK_FOLDER, "files")  # complete files before they are moved
 
 
 @contextmanager
 def replacing_files(folder: str | os.PathLike, *copied: str) -> Iterator[str]:
     """Yield an empty folder whose files replace those of `folder` at the end; other files there stay.
 
-    An error changes nothing. A killed process leaves each file old or new, and the next save finishes what it left.
-    Saves into one folder wait for each other. Tensors are moved before configurations, and these before cards: names
-    in falling order.
+    An error changes nothing. After a killed process each file is old or new, and the next save finishes its moves.
+    Saves into one folder wait for each other. Files are moved in descending order of names: tensors, configurations,
+    cards.
 
     Args:
-        folder: The folder, which is made if there is none.
-        copied: Names of files of `folder` that are copied into the yielded one, if they are there.
+        folder: The folder, which is created if it does not exist.
+        copied: Names of files of `folder` to copy into the yielded folder, if they exist.
 
     Raises:
         ValueError: `folder` is a file.
@@ -43,13 +43,14 @@ def replacing_files(folder: str | os.PathLike, *copied: str) -> Iterator[str]:
     check_path(folder, "folder")
     folder = os.fspath(folder)
     if os.path.isfile(folder):
-        raise ValueError(f"`folder` is {folder}, which is a file. Pass a folder, which is made if there is none.")
+        raise ValueError(f"`folder` is {folder}, which is a file. Pass a folder; it need not exist.")
     is_new = not os.path.isdir(folder)
 
     try:
         with _locked(folder):
-            stage, draft = os.path.join(folder, STAGE), os.path.join(folder, _PLACE, "draft")
-            # leftovers of a killed save, since a living one would hold the lock
+            stage = os.path.join(folder, STAGE)
+            draft = os.path.join(folder, _WORK_FOLDER, "draft")
+            # leftovers of a killed save: a running one would hold the lock
             if not _is_outdated(stage, folder):
                 _move_files(stage, folder)
             shutil.rmtree(stage, ignore_errors=True)
@@ -65,22 +66,22 @@ def replacing_files(folder: str | os.PathLike, *copied: str) -> Iterator[str]:
                 shutil.rmtree(draft, ignore_errors=True)
                 raise
 
-            # what is interrupted from here on leaves its stage, where loading looks for a configuration
+            # if the moves are interrupted, loading finds the configuration in the stage
             os.rename(draft, stage)
             _move_files(stage, folder)
             shutil.rmtree(stage, ignore_errors=True)
     except BaseException:
         if is_new:
-            with suppress(OSError):  # it has files, or could not be made
+            with suppress(OSError):  # it has files, or does not exist
                 os.rmdir(folder)
         raise
 
 
 def _flush_files(draft: str) -> None:
     """Write all files to the disk."""
-    for place, _, names in os.walk(draft):
+    for parent, _, names in os.walk(draft):
         for name in names:
-            with open(os.path.join(place, name), "rb+") as file:  # Windows cannot flush a file that is only read
+            with open(os.path.join(parent, name), "rb+") as file:  # Windows cannot flush a file that is only read
                 os.fsync(file.fileno())
 
 
@@ -93,43 +94,48 @@ def _move_files(stage: str, folder: str) -> None:
 
 def _is_outdated(stage: str, folder: str) -> bool:
     """Return whether another program has written one of the files since they were staged."""
-    pairs = [pair for pair in _list_moves(stage, folder) if os.path.exists(pair[1])]
-    return any(os.path.getmtime(target) > os.path.getmtime(source) for source, target in pairs)
+    for source, target in _list_moves(stage, folder):
+        with suppress(FileNotFoundError):
+            if os.path.getmtime(target) > os.path.getmtime(source):
+                return True
+    return False
 
 
 def _list_moves(stage: str, folder: str) -> list[tuple[str, str]]:
-    """Return from where to where each file of the stage is moved."""
+    """Return the source and the target of each file of the stage."""
     moves = []
-    for place, _, names in os.walk(stage):
-        target = os.path.normpath(os.path.join(folder, os.path.relpath(place, stage)))
+    for parent, _, names in os.walk(stage):
+        subfolder = os.path.relpath(parent, stage)
+        target = os.path.normpath(os.path.join(folder, subfolder))
         for name in sorted(names, reverse=True):
-            moves.append((os.path.join(place, name), os.path.join(target, name)))
+            moves.append((os.path.join(parent, name), os.path.join(target, name)))
     return moves
 
 
 @contextmanager
 def _locked(folder: str) -> Iterator[None]:
     """Wait until no other thread or process saves into a folder, and remove the file of the lock at the end."""
-    place = os.path.join(folder, _PLACE)
-    path = os.path.join(place, "lock")
+    work_folder = os.path.join(folder, _WORK_FOLDER)
+    path = os.path.join(work_folder, "lock")
     file = _acquire(path)
     try:
         yield
     finally:
-        # removed before it is released, so that who waits for it can see that it is no longer the lock
+        # removed before the release, so that a save that waits sees that the file is no longer the lock
         with suppress(OSError):  # Windows keeps files that are open
             os.unlink(path)
         file.close()
-        for empty in (place, os.path.dirname(place), os.path.dirname(os.path.dirname(place))):
-            with suppress(OSError):
-                os.rmdir(empty)
+        for _ in range(3):
+            with suppress(OSError):  # not empty
+                os.rmdir(work_folder)
+            work_folder = os.path.dirname(work_folder)
 
 
 def _acquire(path: str) -> IO[bytes]:
-    """Return the open file of a lock once it belongs to this call."""
+    """Wait for a lock, and return its open file."""
     for _ in range(1000):
-        # another save that ends may remove the folder of the lock, or the file that this one waits for; `makedirs`
-        # calls a folder that is removed while it looks at it an existing file
+        # another save may remove the folder or the file meanwhile; if it does so during `makedirs`, that raises
+        # FileExistsError
         with suppress(FileNotFoundError, FileExistsError):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             file = open(path, "wb")
@@ -138,12 +144,12 @@ def _acquire(path: str) -> IO[bytes]:
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                     return file
             file.close()
-    raise FileNotFoundError(f"{path} cannot be made, or is removed again and again.")
+    raise FileNotFoundError(f"{path} cannot be created, or is removed again and again.")
 
 
 def _wait_for(file: IO[bytes]) -> None:
     if fcntl is not None:
-        with suppress(OSError):  # file systems without locks: saves at the same time are then the user's to avoid
+        with suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
         return
     import msvcrt  # noqa: I001

@@ -22,11 +22,14 @@ class TextTable(NamedTuple):
 
 
 def printable(text: str) -> str:
-    """The text with escapes such as \\x1b for control characters, line breaks and marks of direction.
+    """Escape control characters, line breaks and marks of direction, such as \\x1b.
 
-    Text of files goes through here before it is printed: a terminal obeys control characters.
+    A terminal obeys control characters, so text of files is escaped before it is printed.
     """
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    escaped = ""
+    for char in text:
+        escaped += char if char.isprintable() else char.encode("unicode_escape").decode()
+    return escaped
 
 
 class Report(ABC):
@@ -48,18 +51,22 @@ class Report(ABC):
     def _table(self) -> TextTable: ...
 
     def as_dict(self) -> dict[str, Any]:
-        """The report for JSON: numbers, strings, lists and dicts by name, None for NaN and infinity."""
-        return _plain(self)
+        """Return the report for JSON: numbers, strings, lists and dicts by name, None for NaN and infinity."""
+        return _as_plain(self)
 
     def __str__(self) -> str:
         columns, rows, notes = self._table()
         titles = [column.removeprefix(">") for column in columns]
-        lines = [titles, *rows] if rows and any(titles) else rows
-        lines = [list(map(printable, line)) for line in lines]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        align = [str.rjust if column.startswith(">") else str.ljust for column in columns]
-        padded = [[put(cell, n) for put, cell, n in zip(align, line, widths, strict=True)] for line in lines]
-        return "\n".join([*("  ".join(line).rstrip() for line in padded), *map(printable, notes)])
+        cells = [titles, *rows] if rows and any(titles) else rows
+        cells = [[printable(cell) for cell in row] for row in cells]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = []
+        for row in cells:
+            padded = []
+            for cell, width, column in zip(row, widths, columns, strict=True):
+                padded.append(cell.rjust(width) if column.startswith(">") else cell.ljust(width))
+            lines.append("  ".join(padded).rstrip())
+        return "\n".join([*lines, *map(printable, notes)])
 
     def _repr_html_(self) -> str:
         from html import escape  # notebooks only: its table of entities takes a millisecond
@@ -67,17 +74,22 @@ class Report(ABC):
         return f"<pre>{escape(str(self))}</pre>"
 
 
-def _plain(value: Any) -> Any:
+def _as_plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):  # JSON has neither NaN nor infinity
         return None
     if is_dataclass(value) and not isinstance(value, type):
-        return {entry.name: _plain(getattr(value, entry.name)) for entry in fields(value)}
-    if isinstance(value, tuple) and (as_dict := getattr(value, "_asdict", None)):  # a NamedTuple
-        return _plain(as_dict())
+        return {entry.name: _as_plain(getattr(value, entry.name)) for entry in fields(value)}
+    as_dict = getattr(value, "_asdict", None)
+    if as_dict is not None:  # a NamedTuple
+        value = as_dict()
     if isinstance(value, dict):
-        return {key if isinstance(key, str) else ".".join(key): _plain(entry) for key, entry in value.items()}
+        entries = {}
+        for key, entry in value.items():
+            name = key if isinstance(key, str) else ".".join(key)
+            entries[name] = _as_plain(entry)
+        return entries
     if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
+        return [_as_plain(entry) for entry in value]
     return value

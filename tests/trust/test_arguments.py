@@ -61,15 +61,9 @@ def test_dtypes_and_no_rows(name):
 BASE, X = KAN([3, 4, 2]), torch.linspace(-0.9, 0.9, 15).view(5, 3)
 
 
-def residual(model, x):
-    return model(x) - 1
-
-
 CALLS = {
     "budget": lambda: extract_lotra(copy.deepcopy(BASE), KAN([3, 4, 2]), budget=math.nan),
     "not loaded": lambda: slim(KAN([6, 8, 4], device="meta"), 2),
-    "`steps` is": lambda: LevenbergMarquardt(BASE).fit([(residual, X)], 2.5, progress=False),
-    "term": lambda: LevenbergMarquardt(BASE).step(residual),
     "model_name_or_path": lambda: hotswap_adapter(adapt(KAN([3, 2])), None),
     "coefficients": lambda: peft_lotra.register_kan_layer("x", matches=nn.Linear, coefficients=(1, 2)),
 }
