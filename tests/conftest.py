@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from peft_lotra.layers import registry
-from peft_lotra.layers.describe import Description
 
 
 # Workers of pytest-xdist share the cores: with a thread for each core in each of them, they wait for each other.
@@ -36,4 +35,4 @@ def _forget() -> Iterator[None]:
 @pytest.fixture
 def no_inference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the families that are inferred: for what happens to layers of no known family."""
-    monkeypatch.setattr("peft_lotra.layers.describe._find_description", lambda *args: Description(None, "not now"))
+    monkeypatch.setattr("peft_lotra.layers.describe.infer", lambda *args: (None, "not now"))

@@ -257,7 +257,7 @@ def _solve(
             may_share = 0 < position < count
             layout = parse_layout(pattern, groups, len(dict(shapes)[member]), may_share)
             if may_share:
-                layout = layout.beside(layouts[members[0][0]], is_listed="*" in name)
+                layout = layout.share(layouts[members[0][0]], is_list="*" in name)
             layouts[member] = layout
             known[member] = lengths[place : place + 1] if "*" in name else lengths
 

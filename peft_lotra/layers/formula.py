@@ -34,7 +34,7 @@ from ..tucker import Update
 from .coefficients import CoefficientTensor, get_or_none
 from .describe import is_linear
 from .description import Grid, KANLayerSpec
-from .probe import moved, remembered
+from .probe import cached_by_class, perturbed
 from .registry import copy_grid, same_grid
 
 
@@ -203,7 +203,7 @@ def _verify(
     # first with other parameters, which a layer may initialize in place at its first input
     for compare in (_has_right_slopes, _has_right_jets) if for_jets else (_has_right_slopes,):
         question = compare.__name__, is_uniform, is_silu, layer.training
-        if not remembered(layer, question, partial(_at_other_parameters, reader, layer, points, compare)):
+        if not cached_by_class(layer, question, partial(_at_other_parameters, reader, layer, points, compare)):
             return None
 
     # with copies of the buffers, which a layer may update as it runs
@@ -291,7 +291,7 @@ def _at_other_parameters(reader: FormulaReader, layer: nn.Module, points: Tensor
     grid = reader.spec.read_grid(layer)
     buffers = [name for name, value in layer.named_buffers() if value.is_floating_point() and name not in grid]
     parameters = [name for name, _ in layer.named_parameters() if name not in grid]
-    values = moved(moved(values, buffers), parameters, torch.randn)
+    values = perturbed(perturbed(values, buffers), parameters, torch.randn)
 
     def run() -> bool:
         return compare(reader.read(layer), layer, points.to(stored.device), _JET_TOLERANCES[stored.dtype])

@@ -4,30 +4,28 @@
 """Layouts: how a library stores its coefficients, as an einops pattern, and the canonical order (out, in, basis).
 
 A pattern names the axes of the stored parameter. `o` and `i` are the output and input features, or channels, and `...`
-the axes of the kernel of a convolution, which make up a fourth mode. An axis of blocks, each with inputs of its own
-(the groups of a convolution), is named by `groups`; it belongs to the output mode, and `i` counts the inputs of one
-block. Every other name belongs to the basis mode, in the order in which it appears; without one the basis has the
-length one.
+the axes of the kernel of a convolution, which make up a fourth mode. An axis of blocks, each with its own inputs (the
+groups of a convolution), is named by `groups`. It belongs to the output mode, and `i` counts the inputs of one block.
+Every other name belongs to the basis mode, in the order in which it appears. Without one the basis has length one.
 
 Parentheses flatten axes as in einops, and `()` is an axis of length one. As in einx, a `+` inside parentheses
 concatenates two blocks: the coefficients come first, the residual weights second. `(i k):2` is a flattened axis that
 is stored over two dimensions. A part after the first may lack `o`, `i` or the axes of the kernel: it is shared along
-them. Each edge then has the same values, and an update of the parameter is the mean of what the edges would have.
+them. Each edge then has the same values, and an update of the parameter is the mean of the updates of the edges.
 
     "o i k"          efficient-kan    "t o i g"            FourierKAN: the basis mode is (t g)
     "o (i k)"        FastKAN          "o ((i k) + i)"      inkan: coefficients and residual weights packed in one
     "o (k i) ..."    convolutions     "o () (i k):2"       ReLU-KAN: a view of (i k), which splits neither i nor k
-                                      "i k"                its phases, of which all outputs have the same
+                                      "i k"                its phases, which all outputs share
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import accumulate, permutations
 
 import torch
 from einops import EinopsError, reduce, repeat
@@ -45,7 +43,7 @@ class Layout:
         dims: The axis names of each dimension of the coefficients.
         kernel: The axes of the kernel mode.
         groups: The axes of blocks.
-        packed_residual: As `dims`, for residual weights that are packed into the parameter.
+        packed_residual: The axis names of each dimension of residual weights that are packed into the parameter.
         stored_over: The number of stored dimensions of each dimension.
         shared: The axes that the parameter lacks, and is shared along.
     """
@@ -61,115 +59,140 @@ class Layout:
     @cached_property
     def axes(self) -> tuple[str, ...]:
         """All axes, in the order of the pattern."""
-        return tuple(axis for dim in self.dims for axis in dim)
+        return _flatten(self.dims)
 
     @cached_property
     def basis(self) -> tuple[str, ...]:
         """The axes that make up the basis mode."""
-        return tuple(axis for axis in self.axes if axis not in ("o", "i", *self.groups, *self.kernel))
+        others = {"o", "i", *self.groups, *self.kernel}
+        return tuple(axis for axis in self.axes if axis not in others)
 
-    def beside(self, first: Layout, is_listed: bool = False) -> Layout:
-        """This layout beside that of the first parameter: it is shared along the axes that only the first has.
+    def share(self, first: Layout, is_list: bool) -> Layout:
+        """Return this layout of a later part, shared along the axes that only the first part has.
 
-        The members of a list, `is_listed`, are the blocks, and need no axis of blocks.
+        Args:
+            first: The layout of the first part.
+            is_list: Whether the part is a list of parameters. They are the blocks, and need no axis of blocks.
         """
-        groups = self.groups if is_listed else first.groups
+        groups = self.groups if is_list else first.groups
         missing = tuple(axis for axis in (*groups, "o", "i", *first.kernel) if axis not in self.axes)
-        return replace(self, shared=missing, groups=groups, kernel=first.kernel) if missing else self
+        if not missing:
+            return self
+        return replace(self, shared=missing, groups=groups, kernel=first.kernel)
 
     def canonical_shape(self, lengths: Mapping[str, int]) -> tuple[int, ...]:
-        """(out, in, basis) or (out, in, basis, kernel), with a packed residual branch."""
-        modes = [*self.groups, "o"], "i", self.basis, *([self.kernel] if self.kernel else [])
-        out, in_, basis, *kernel = (math.prod([lengths[axis] for axis in mode]) for mode in modes)
-        return (out, in_, basis + (self.packed_residual is not None), *kernel)
+        """Return (out, in, basis) or (out, in, basis, kernel), with a packed residual branch in the basis mode."""
+        out = _multiply((*self.groups, "o"), lengths)
+        basis = _multiply(self.basis, lengths) + (self.packed_residual is not None)
+        kernel = [_multiply(self.kernel, lengths)] if self.kernel else []
+        return (out, lengths["i"], basis, *kernel)
 
-    def axis_lengths(self, shape: Sequence[int], known: Mapping[str, int]) -> dict[str, int]:
-        """The length of every axis, from the shape of the parameter and the lengths that are known.
+    def axis_lengths(self, shape: Sequence[int], given: Mapping[str, int]) -> dict[str, int]:
+        """Return the length of every axis.
 
-        Raises a `ValueError` if the pattern does not fit the shape, or leaves a length open.
+        Args:
+            shape: The stored shape of the parameter.
+            given: The lengths of axes that this shape does not determine.
+
+        Raises:
+            ValueError: The pattern does not fit the shape, or leaves a length open.
         """
-        lengths, counts = dict(known), self.stored_over or (1,) * len(self.dims)
-        sizes = [math.prod(shape[end - count : end]) for count, end in zip(counts, accumulate(counts), strict=True)]
-        if self.packed_residual is not None:
-            packed = self.packed_residual[self._concatenated]
-            sizes[self._concatenated] -= math.prod([lengths.get(axis, 0) for axis in packed])
-        for dim, size in zip(self.dims, sizes, strict=True):
+        lengths = dict(given)
+        problem = ""
+        if len(shape) != sum(self.stored_over):
+            problem = f"it names {sum(self.stored_over)} dimensions"
+        start = 0
+        for position, (dim, count) in enumerate(zip(self.dims, self.stored_over, strict=True)):
+            size = math.prod(shape[start : start + count])
+            start += count
+            if self.packed_residual is not None and position == self._concatenated:
+                residual = self.packed_residual[position]
+                size -= math.prod([lengths.get(axis, 0) for axis in residual])
             unknown = [axis for axis in dim if axis not in lengths]
-            rest = math.prod([lengths[axis] for axis in dim if axis in lengths])
-            length = size // rest if unknown else 1
-            if len(shape) != sum(counts) or len(unknown) > 1 or length < 1 or size != rest * length:
-                given = {axis: known[axis] for axis in self.axes if axis in known}
-                is_long = len(shape) == sum(counts)
-                why = f"{_write([dim])} cannot be {size}" if is_long else f"it names {sum(counts)} dimensions"
-                raise ValueError(
-                    f"Pattern {self.pattern!r} does not fit a parameter of shape {tuple(shape)}, with {given}: "
-                    f"{why}. Correct it, or give lengths of axes by `axes`."
-                )
-            lengths |= dict.fromkeys(unknown, length)
+            if unknown:
+                lengths[unknown[0]] = size // _multiply([axis for axis in dim if axis in lengths], lengths)
+            is_solved = len(unknown) < 2 and size == _multiply(dim, lengths) > 0
+            if not is_solved:
+                problem = problem or f"{_write([dim])} cannot be {size}"
+                break
+        if problem:
+            sizes = {axis: given[axis] for axis in self.axes if axis in given}
+            raise ValueError(
+                f"Pattern {self.pattern!r} does not fit a parameter of shape {tuple(shape)}, with {sizes}: {problem}. "
+                "Correct it, or give lengths of axes by `axes`."
+            )
         return lengths
 
-    def _split(self, parameter: torch.Tensor, lengths: Mapping[str, int]) -> Sequence[torch.Tensor]:
-        """The coefficients and the packed residual weights, if any, each with the dimensions of the pattern."""
-        for position, count in enumerate(self.stored_over):
-            parameter = parameter.flatten(position, position + count - 1) if count > 1 else parameter
-        if self.packed_residual is None:
-            return [parameter]
-        residual = math.prod([lengths[axis] for axis in self.packed_residual[self._concatenated]])
-        dim = self._concatenated
-        return parameter.split([parameter.shape[dim] - residual, residual], dim=dim)
-
     def to_canonical(self, parameter: torch.Tensor, lengths: Mapping[str, int]) -> torch.Tensor:
-        """(stored shape) -> (out, in, basis[, kernel]), with packed residual weights, if any, as the last slice."""
+        """Return a stored parameter as (out, in, basis[, kernel]), with packed residual weights as the last slice."""
         if self._is_canonical:  # einops takes as long as the arithmetic of a small layer
             return parameter if parameter.dim() == 3 else parameter.unsqueeze(2)
-        parts = [
-            repeat(part, f"{stored} -> {canonical}", **{axis: lengths[axis] for axis in axes})
-            for part, (stored, canonical, axes) in zip(self._split(parameter, lengths), self._blocks, strict=True)
-        ]
-        return concatenate(parts, 2)
+        sizes = [_multiply(dim, lengths) for dim in self.dims]
+        blocks = [parameter]
+        if self.packed_residual is not None:
+            position = self._concatenated
+            counts = [sizes[position], _multiply(self.packed_residual[position], lengths)]
+            blocks = parameter.split(counts, position)
+        elif len(self.dims) < parameter.dim():
+            blocks = [parameter.reshape(sizes)]
+        tensors = []
+        for block, (stored, canonical, axes) in zip(blocks, self._expressions, strict=True):
+            tensors.append(repeat(block, f"{stored} -> {canonical}", **{axis: lengths[axis] for axis in axes}))
+        return concatenate(tensors, 2)
 
     def from_canonical(self, tensor: torch.Tensor, lengths: Mapping[str, int], shape: Sequence[int]) -> torch.Tensor:
-        """(out, in, basis[, kernel]) -> the stored shape, the inverse of `to_canonical`; differentiable.
+        """Return (out, in, basis[, kernel]) in the stored shape, the inverse of `to_canonical`. It is differentiable.
 
         Along the axes in `shared` the mean is stored.
         """
         if self._is_canonical:
             return tensor if len(self.dims) == 3 else tensor.squeeze(2)
-        parts = [tensor] if self.packed_residual is None else [tensor[:, :, :-1], tensor[:, :, -1:]]
-        parts = [
-            reduce(part, f"{canonical} -> {stored}", "mean", **{axis: lengths[axis] for axis in axes})
-            for part, (stored, canonical, axes) in zip(parts, self._blocks, strict=True)
-        ]
-        return concatenate(parts, self._concatenated if self.packed_residual else 0).reshape(shape)
+        position = 0
+        blocks = [tensor]
+        if self.packed_residual is not None:
+            position = self._concatenated
+            blocks = [tensor[:, :, :-1], tensor[:, :, -1:]]
+        tensors = []
+        for block, (stored, canonical, axes) in zip(blocks, self._expressions, strict=True):
+            tensors.append(reduce(block, f"{canonical} -> {stored}", "mean", **{axis: lengths[axis] for axis in axes}))
+        return concatenate(tensors, position).reshape(shape)
 
     @cached_property
     def _concatenated(self) -> int:
         """The dimension in which coefficients and residual weights are packed."""
         pairs = zip(self.dims, self.packed_residual or (), strict=True)
-        return next(position for position, (first, second) in enumerate(pairs) if first != second)
+        return [first == second for first, second in pairs].index(False)
 
     @cached_property
     def _is_canonical(self) -> bool:
         """Whether the parameter is stored as "o i k" or "o i"."""
-        return self in (Layout(self.pattern, dims) for dims in ((("o",), ("i",)), (("o",), ("i",), self.dims[-1])))
+        has_more = self.kernel or self.groups or self.packed_residual or self.shared or sum(self.stored_over) > 3
+        return self.dims[:2] == (("o",), ("i",)) and not has_more
 
     @cached_property
-    def _blocks(self) -> list[tuple[str, str, tuple[str, ...]]]:
+    def _expressions(self) -> list[tuple[str, str, tuple[str, ...]]]:
         """The einops expressions of the stored and of the canonical order, and the axes, of each block."""
         out = _write([(*self.groups, "o")])
         kernel = f" ({' '.join(self.kernel)})" if self.kernel else ""
-        blocks = [(self.dims, f"{out} i ({' '.join(self.basis)}){kernel}")]
+        basis = f"({' '.join(self.basis)})"
+        expressions = [(_write(self.dims), f"{out} i {basis}{kernel}", self.axes + self.shared)]
         if self.packed_residual is not None:
-            blocks.append((self.packed_residual, f"{out} i (){kernel}"))
-        return [
-            (_write(dims), canonical, (*(axis for dim in dims for axis in dim), *self.shared))
-            for dims, canonical in blocks
-        ]
+            axes = _flatten(self.packed_residual)
+            expressions.append((_write(self.packed_residual), f"{out} i (){kernel}", axes))
+        return expressions
 
 
 def concatenate(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
-    """`torch.cat`, which would copy a single tensor."""
+    """Return `torch.cat(tensors, dim)`, which would copy a single tensor."""
     return tensors[0] if len(tensors) == 1 else torch.cat([*tensors], dim)
+
+
+def _flatten(dims: Dims) -> tuple[str, ...]:
+    return tuple(axis for dim in dims for axis in dim)
+
+
+def _multiply(axes: Sequence[str], lengths: Mapping[str, int]) -> int:
+    return math.prod([lengths[axis] for axis in axes])
 
 
 def _write(dims: Sequence[tuple[str, ...]]) -> str:
@@ -178,68 +201,54 @@ def _write(dims: Sequence[tuple[str, ...]]) -> str:
 
 @lru_cache(1024)
 def parse_layout(pattern: str, groups: str = "", dimensions: int | None = None, may_share: bool = False) -> Layout:
-    """Parses a pattern.
+    """Parse a pattern.
 
     Args:
         pattern: The pattern of a parameter.
         groups: The axis of blocks, which the pattern may lack.
-        dimensions: The number of dimensions of the parameter, for the number of axes in `...`.
-        may_share: Whether the pattern may lack `o` or `i`, as those of later parts.
+        dimensions: The number of dimensions of the parameter. It gives the number of axes in `...`.
+        may_share: Whether the pattern may lack `o` or `i`, as the patterns of later parts may.
 
     Raises:
-        ValueError: It is malformed, or `o` and `i` do not appear exactly once.
-    """
-    problem = f"Pattern {pattern!r} is not a layout of KAN coefficients: "
-    stored_over = [
-        int(count or 1) for count in re.findall(r"(?:\((?:[^()]|\([^()]*\))*\)|[^\s():]+)(?::(\d))?", pattern)
-    ]
-    count = 2 if dimensions is None else max(dimensions - sum(stored_over) + 1, 0)
-    kernel = [f"kernel{place}" for place in range(count if "..." in pattern else 0)]
-    text = re.sub(r"\):[2-9]", ")", pattern.replace("...", " ".join(kernel)))
-    texts = [text]
-    if plus := re.search(r"\(([^+]*)\+([^+]*)\)", text):
-        inner = (re.sub("[()]", " ", block) for block in plus.groups())
-        texts = [f"{text[: plus.start()]}({block}){text[plus.end() :]}" for block in inner]
-    try:
-        dims, *packed = (tuple(map(tuple, ParsedExpression(text).composition)) for text in texts)
-    except EinopsError as error:
-        raise ValueError(f"{problem}{error}.") from error
-    named = {axis for dim in dims for axis in dim}
-    if not (may_share or {"o", "i"} <= named):
-        raise ValueError(problem + "`o` and `i` must appear once each.")
-    layout = Layout(
-        pattern,
-        dims,
-        tuple(kernel),
-        tuple(axis for axis in groups.split() if axis in named),
-        packed[0] if packed else None,
-        tuple(stored_over) if max(stored_over) > 1 else (),
-    )
-    if packed and (not layout.basis or {axis for dim in packed[0] for axis in dim} != named - set(layout.basis)):
-        raise ValueError(problem + "the second block of a `+` is the residual weights, of axes `o` and `i` alone.")
-    return layout
-
-
-def axis_patterns(
-    shape: Sequence[int], letter: str = "k", sizes: tuple[int | None, int | None] = (None, None)
-) -> Iterator[str]:
-    """The patterns of a parameter of this shape that have each axis on its own.
-
-    Args:
-        shape: The shape of the parameter.
-        letter: The axis of the basis, or of several what their names begin with.
-        sizes: The numbers of outputs and inputs, if they are known: the patterns that fit them come first.
+        ValueError: The pattern is malformed, or `o` and `i` do not appear exactly once.
 
     Example:
-        >>> list(axis_patterns((3, 5, 1), sizes=(5, 3)))[:2]
-        ['i o ()', 'k o i']
+        >>> layout = parse_layout("o (i k)")
+        >>> layout.axis_lengths((4, 15), {"i": 3})
+        {'i': 3, 'o': 4, 'k': 5}
+        >>> layout.to_canonical(torch.zeros(4, 15), {"o": 4, "i": 3, "k": 5}).shape
+        torch.Size([4, 3, 5])
     """
-    places = range(len(shape))
-    pairs = sorted(
-        permutations(places, 2), key=lambda pair: -sum(shape[p] == s for p, s in zip(pair, sizes, strict=True))
-    )
-    for pair in pairs:
-        names = dict(zip(pair, "oi", strict=True))
-        basis = [place for place in places if place not in names and shape[place] > 1]
-        names |= {place: letter if len(basis) == 1 else f"{letter}{place}" for place in basis}
-        yield " ".join(names.get(place, "()") for place in places)
+    problem = f"Pattern {pattern!r} is not a layout of KAN coefficients: "
+    # einops knows neither blocks that are concatenated nor axes that are stored over several dimensions
+    texts = [re.sub(r"\):([2-9])", r" over\1)", pattern.replace("...", "kernel"))]
+    packed = re.search(r"\(([^+]*)\+([^+]*)\)", texts[0])
+    if packed:
+        blocks = [re.sub("[()]", " ", block) for block in packed.groups()]
+        before, after = texts[0][: packed.start()], texts[0][packed.end() :]
+        texts = [f"{before}({block}){after}" for block in blocks]
+    try:
+        parsed = [[tuple(dim) for dim in ParsedExpression(text).composition] for text in texts]
+    except EinopsError as error:
+        raise ValueError(f"{problem}{error}.") from error
+
+    stored_over = [int(dim[-1][-1]) if dim and dim[-1][:-1] == "over" else 1 for dim in parsed[0]]
+    kernel: tuple[str, ...] = ()
+    if ("kernel",) in parsed[0]:
+        count = 2 if dimensions is None else max(dimensions - sum(stored_over) + 1, 0)
+        kernel = tuple(f"kernel{n}" for n in range(count))
+        position = parsed[0].index(("kernel",))
+        stored_over[position : position + 1] = [1] * count
+        for dims in parsed:
+            dims[position : position + 1] = [(axis,) for axis in kernel]
+    dims, *packed_dims = (tuple(tuple(a for a in dim if a[:-1] != "over") for dim in dims) for dims in parsed)
+
+    axes = {*_flatten(dims)}
+    if not (may_share or {"o", "i"} <= axes):
+        raise ValueError(problem + "`o` and `i` must appear once each.")
+    blocks = tuple(axis for axis in groups.split() if axis in axes)
+    residual = packed_dims[0] if packed_dims else None
+    layout = Layout(pattern, dims, kernel, blocks, residual, tuple(stored_over))
+    if residual is not None and (not layout.basis or {*_flatten(residual)} != axes - {*layout.basis}):
+        raise ValueError(problem + "the second block of a `+` is the residual weights, of axes `o` and `i` alone.")
+    return layout

@@ -19,7 +19,8 @@ from torch import nn
 
 from ..modules.calls import PREFIX, evaluating_without_trace, read_at_rest, unwrap
 from ..modules.report import Report, TextTable
-from .describe import UnrecognizedModule, describe, is_other, may_be_kan, suggest_registration
+from .coefficients import named_size
+from .describe import describe
 from .description import (
     BUILT_IN,
     REGISTERED,
@@ -30,6 +31,7 @@ from .description import (
     spec_from_file,
 )
 from .description import Grid as Grid
+from .infer import infer, is_no_layer
 
 
 # Modules that the search for layers does not enter. `tuner.jets` adds PEFT's wrappers, which hold copies of modules.
@@ -144,6 +146,23 @@ class FoundKANLayer(NamedTuple):
     doubts: Mapping[str, str] = {}
 
 
+class UnrecognizedModule(NamedTuple):
+    """A module that may be a KAN layer.
+
+    Attributes:
+        name (`str`): Its name in the model.
+        cls (`str`): The name of its class.
+        reason (`str`): Why it was not recognized.
+        registration (`str`): A call that describes it, to be pasted. It is empty unless the gradients of the layer
+            verify a description.
+    """
+
+    name: str
+    cls: str
+    reason: str
+    registration: str = ""
+
+
 class FoundKANLayers(Report, list[FoundKANLayer]):
     """The KAN layers of a model: a list that prints as a table.
 
@@ -170,8 +189,7 @@ class FoundKANLayers(Report, list[FoundKANLayer]):
         for module in self.unrecognized:
             notes += ["", f"{module.name or 'the model'} ({module.cls}) may be a KAN layer: {module.reason}"]
             if module.registration:
-                state = "verified by gradients" if module.is_verified else "not verified"
-                notes += [f"To adapt it, describe it ({state}):", *module.registration.splitlines()]
+                notes += ["To adapt it, describe it:", *module.registration.splitlines()]
         return TextTable(["layer", "kind", ">coefficients", "parameters"], rows, notes)
 
 
@@ -200,9 +218,8 @@ def find_kan_layers(model: nn.Module, *inputs: Any, **kwargs: Any) -> FoundKANLa
         layers.0  peft-lotra     (4, 2, 8)  spline_weight, base_weight
         layers.1  peft-lotra     (1, 4, 8)  spline_weight, base_weight
     """
-    layers = FoundKANLayers()
-    layers.unrecognized = []
     network = unwrap(model)
+    layers = FoundKANLayers()
     with read_at_rest(network):
         recorded = record_arguments(network, inputs, kwargs) if inputs or kwargs else {}
         recognized: dict[str, nn.Module] = {}
@@ -213,47 +230,72 @@ def find_kan_layers(model: nn.Module, *inputs: Any, **kwargs: Any) -> FoundKANLa
             doubts = {} if is_adapted else describe(layer).doubts
             parameters = tuple(tensor.parameters)
             layers.append(FoundKANLayer(name, spec.family, tensor.shape, tensor.has_residual, parameters, doubts))
-        seen = set()
-        for name, module, reason, registration in _explain_others(network, recognized, recorded):
-            shapes = tuple(value.shape for value in module.parameters())
-            if (type(module), shapes) not in seen:
-                seen.add((type(module), shapes))
-                layers.unrecognized.append(UnrecognizedModule(name, type(module).__name__, reason, *registration))
+        layers.unrecognized = _find_unrecognized(network, recognized, recorded)
     return layers
 
 
-def _explain_others(
+def _find_unrecognized(
     model: nn.Module, recognized: Mapping[str, nn.Module], recorded: Mapping[nn.Module, Any]
-) -> Iterator[tuple[str, nn.Module, str, tuple[str, bool]]]:
-    """Yield modules that may be KAN layers, or have more coefficients with the arguments of a call.
-
-    With the reason why they are not recognized, and what `suggest_registration` returns.
-    """
+) -> list[UnrecognizedModule]:
+    """Return modules that may be KAN layers, or have more coefficients with the arguments of a call."""
+    result: dict[Any, UnrecognizedModule] = {}
     likely = {module for _, module in unrecognized_modules(model, recognized)}
     inside = {inner for name in recognized for inner in list(model.get_submodule(name).modules())[1:]}
     for name, module in model.named_modules():
         args, kwargs = recorded.get(module, ((), {}))
-        if module in inside or is_other(module) or (name in recognized and not (args or kwargs)):
+        if module in inside or is_no_layer(module):
             continue
-        registration = suggest_registration(module, *args, **kwargs)
+        spec = describe(module, *args, **kwargs).spec
         if name not in recognized:
-            if module in likely or registration[1]:
-                yield name, module, describe(module).reason, registration
-            continue
-        spec, spec_of_call = describe(module).spec, describe(module, *args, **kwargs).spec
-        if spec is not None and spec_of_call is not None:
-            parameters, more = ({*each.locate(module).parameters} for each in (spec, spec_of_call))
-            if names := ", ".join(sorted(more - parameters)):
-                reason = f"with the arguments of this call it has more coefficients: {names}."
-                yield name, module, reason, registration
+            reason = describe(module).reason if module in likely or spec is not None else ""
+        else:
+            adapted = describe(module).spec
+            names = () if spec is None or adapted is None else spec.locate(module).parameters
+            more = sorted({*names} - {*adapted.locate(module).parameters}) if names else ()
+            reason = more and f"with the arguments of this call it has more coefficients: {', '.join(more)}."
+        if reason:
+            registration = "" if spec is None else _write_registration(module, spec)
+            shapes = tuple(value.shape for value in module.parameters())
+            entry = UnrecognizedModule(name, type(module).__name__, reason, registration)
+            result.setdefault((type(module), shapes), entry)
+    return [*result.values()]
+
+
+def _write_registration(module: nn.Module, spec: KANLayerSpec) -> str:
+    """Return a call that registers the kind of a module."""
+    name = type(module).__name__
+    attribute, _ = named_size(module, "i")
+    axes = f'lambda m: {{"i": m.{attribute}}}' if attribute else spec.axes
+    fields = {
+        "coefficients": [*spec.parts] if len(spec.parts) > 1 else spec.parts[0],
+        "residual": spec.residual,
+        "grid": spec.grid,
+    }
+    lines = [f'"{name}",', f'matches=lambda m: type(m).__name__ == "{name}",']
+    lines += [f"{field}={value!r},".replace("'", '"') for field, value in fields.items() if value]
+    if spec.axes:
+        lines.append(f"axes={axes},")
+    return "register_kan_layer(\n" + "".join(f"    {line}\n" for line in lines) + ")"
 
 
 def unrecognized_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
     """Return the modules that may be KAN layers: they look like one, or another of their class is one."""
-    known = {id(inner) for name in layers for inner in model.get_submodule(name).modules()}
+    inside = {inner for name in layers for inner in model.get_submodule(name).modules()}
     classes = {type(layer) for layer in layers.values()}
-    others = [(name, module) for name, module in model.named_modules() if id(module) not in known]
-    return [(name, module) for name, module in others if type(module) in classes or may_be_kan(module)]
+    others = [(name, module) for name, module in model.named_modules() if module not in inside]
+    return [(name, module) for name, module in others if type(module) in classes or _may_be_kan(module)]
+
+
+def _may_be_kan(module: nn.Module) -> bool:
+    """Return whether a module of a user's class has parameters of three axes, or named as in a registered kind.
+
+    An axis of length one in front is for a batch, as in position embeddings and class tokens.
+    """
+    if is_no_layer(module):
+        return False
+    names = {name for spec in REGISTERED.values() for name, _ in spec.parts} - {"weight", "scale", "coefficients"}
+    parameters = {name: value for name, value in module._parameters.items() if value is not None}
+    return any(name in names or (value.dim() > 2 and len(value) > 1) for name, value in parameters.items())
 
 
 def record_arguments(

@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from ..layers.coefficients import expand_name
-from ..layers.describe import compare, describe, find_evidence, suggest_registration
+from ..layers.describe import compare
 from ..layers.formula import find_formula, find_obstacle
-from ..layers.probe import Probe, Undecided, Verdict
 from ..modules.calls import check_module, read_at_rest
 from ..modules.report import Report, TextTable
 from .layer import Target
@@ -109,18 +108,13 @@ def check_kan_layer(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None =
 
 
 def _compare(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None) -> KANLayerReport:
-    try:
-        target = locate_target("", layer)
-    except ValueError as error:
-        registration, _ = suggest_registration(layer)
-        if registration:
-            raise ValueError(f"{error} It may be described by\n{registration}") from error
-        raise
+    target = locate_target("", layer)
     layer, spec, tensor = target
     args = x if isinstance(x, tuple) else () if x is None else (x,)
+    description = compare(layer, spec, *args)
     roles = _roles(target)
     sizes = {name: parameter.numel() for name, parameter in layer.named_parameters()}
-    verdict, used, linear = _run(target, list(roles), args)
+    used = None if description.used is None else {name: description.used.get(name, False) for name in roles}
     adapted, fixed = ("coefficients", "residual"), ("grid", "constant")
     counted = [n for n, role in roles.items() if role in adapted or (role not in fixed and (used is None or used[n]))]
     reached = sum(sizes[name] for name in counted if roles[name] in adapted)
@@ -131,30 +125,12 @@ def _compare(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None) -> KANL
         sizes=sizes,
         used=used,
         coverage=reached / max(sum(sizes[name] for name in counted), 1),
-        axes=str(verdict),
-        linear={True: "yes", False: "no", None: "not checked"}[linear],
+        axes=str(description.axes),
+        linear={True: "yes", False: "no", None: "not checked"}[description.is_linear],
         fast_path=_fast_path(target),
-        contradiction=compare(layer, spec, *args).reason,
-        doubts=dict(describe(layer, *args).doubts),
+        contradiction=description.reason,
+        doubts=dict(description.doubts),
     )
-
-
-def _run(
-    target: Target, names: list[str], args: tuple[Any, ...]
-) -> tuple[Verdict, dict[str, bool] | None, bool | None]:
-    """Return whether the axes are as described, which parameters are used, and whether the layer is linear."""
-    layer, spec, tensor = target
-    try:
-        probe = Probe(layer, dict.fromkeys([*tensor.parameters, *names]), spec.read_grid(layer).values(), args)
-        with probe.isolated():
-            evidence, verdict = find_evidence(probe, tensor)
-            if evidence is None:
-                return verdict, None, None
-            gradients = {name: evidence.base[name] for name in names}
-            used = {name: g is not None and bool(g.any()) for name, g in gradients.items()}
-            return verdict, used, evidence.is_linear([*tensor.parameters])
-    except Undecided as reason:
-        return Verdict(reason=str(reason)), None, None
 
 
 def _roles(target: Target) -> dict[str, str]:

@@ -1,0 +1,261 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Finds the description of a KAN layer of no registered kind.
+
+Shapes say what the coefficients A[o,i,k] may be, and gradients decide. Names do not count. Modules with parameters of
+the same shapes are no KAN layers: in a mixture of experts, in attention and in a bilinear map the factor of A[o,i,k]
+depends on other inputs, or is the same function for each k. Embeddings do not depend on the input.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .coefficients import Described, get_or_none
+from .description import KANLayerSpec, matches_nothing, registered_spec
+from .evidence import Evidence, run_at_sizes
+from .probe import CannotProbe, Probe, cached_by_class, isolated
+
+
+KIND = "generic"
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+# Modules that are no KAN layers. Neither are classes that are derived from them.
+_NO_LAYERS = (
+    *(nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention),
+    *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, *NORMS),
+    *(nn.modules.conv._ConvNd, torch.jit.ScriptModule),
+)
+# Libraries whose modules with large parameters are attention, experts and the like.
+_LIBRARIES = {"torch", "torchvision", "transformers", "timm", "diffusers", "peft"}
+_LARGEST = 2**26  # elements of a parameter that is copied to be probed
+_SMALL = 0.125  # factors of the edges up to this share of the coefficients are not adapted
+_MOVES_GRID = "(update|refine|initialize|adapt|move|reset|set)_\\w*(grid|knots)"
+
+Tensors = Mapping[str, Tensor]
+_hypothesis = partial(KANLayerSpec, KIND, matches_nothing)
+
+
+def infer(layer: nn.Module, args: Any = (), kwargs: Any = None) -> tuple[KANLayerSpec | None, str]:
+    """Return the description of a layer by what it computes, or None and the reason in one sentence.
+
+    Args:
+        layer: Any module. A copy of it is run if it has parameters that may be coefficients.
+        args, kwargs: The arguments of a call of it. By default inputs are made up.
+    """
+    if is_no_layer(layer):
+        return None, f"{type(layer).__name__} is a container, a module of a library, or derived from one."
+    candidates = _find_candidates(layer)
+    if not candidates:
+        return None, "it has no matrices of its own, or parts that may be layers of their own."
+    find = partial(_find_spec, layer, candidates, args, kwargs)
+    try:
+        return find() if args or kwargs else cached_by_class(layer, (KIND,), find)
+    except CannotProbe as reason:
+        return None, f"{reason}."
+
+
+def is_no_layer(module: nn.Module) -> bool:
+    """Return whether a module is no KAN layer by its class, or holds the formulas of pykan's networks."""
+    library = type(module).__module__.partition(".")[0]
+    return library in _LIBRARIES or isinstance(module, _NO_LAYERS) or "funs_sympy" in vars(module)
+
+
+def _find_candidates(layer: nn.Module) -> dict[str, Tensor]:
+    """Return the matrices and larger parameters that may be coefficients, by name.
+
+    They are the layer's own, and those of linear layers that it holds, in a list or a `Sequential` too. A module of a
+    user's class may make the functions. There are none if such a module may be a layer of its own, or is larger.
+    """
+    candidates: dict[str, Tensor] = {}
+    size = size_of_functions = 0
+    for path, module in layer.named_modules():
+        parent = layer.get_submodule(path.rpartition(".")[0])
+        is_in_list = path.count(".") == 1 and type(parent) in (nn.Sequential, nn.ModuleList)
+        is_near = "." not in path or is_in_list
+        if path and is_near and registered_spec(module) is not None:
+            return {}
+        matrices = {n: value for n, value in module._parameters.items() if value is not None and value.dim() > 1}
+        elements = sum(value.numel() for value in matrices.values())
+        if module is layer or (is_near and isinstance(module, (nn.Linear, nn.ParameterList))):
+            size += elements
+            candidates |= {f"{path}.{name}".lstrip("."): value for name, value in matrices.items()}
+        elif matrices and "parametrizations" not in path and not isinstance(module, NORMS):
+            is_of_torch = type(module).__module__.startswith("torch.")
+            if is_of_torch or "." in path or any(value.dim() > 2 for value in matrices.values()):
+                return {}
+            size_of_functions += elements
+    if size_of_functions > size:
+        return {}
+    return {name: v for name, v in candidates.items() if v.is_floating_point() and 0 < v.numel() <= _LARGEST}
+
+
+def _find_spec(layer: nn.Module, candidates: Tensors, args: Any, kwargs: Any) -> tuple[KANLayerSpec | None, str]:
+    parameters = {name: value for name, value in layer.named_parameters() if value.is_floating_point()}
+    names = [name for name, value in parameters.items() if value.numel() <= _LARGEST]
+    probe = Probe(layer, names, args, kwargs)
+
+    knots = {name for name, value in parameters.items() if _has_increasing_rows(value)}
+    frozen = {name for name, value in parameters.items() if not value.requires_grad}
+    fixed = knots if len(frozen) == len(parameters) else knots | frozen
+    buffers = [name for name, value in layer.named_buffers() if value.is_floating_point() and "running" not in name]
+    grid = [*buffers, *(name for name in parameters if name in fixed)]
+
+    reason = ""
+    for names in (grid, ()) if grid else ((),):
+        probe.place_inputs(get_or_none(layer, name) for name in names)
+        with isolated(probe.like):
+            for evidence in _run_at_all_sizes(probe):
+                reason = "its output is no sum, over its inputs, of at least two functions of each of them."
+                # a grid is coefficients if nothing else is: of a layer whose functions start as increasing ones
+                for excluded in (fixed, knots, ()):
+                    spec = _find_coefficients(evidence, {n: v for n, v in candidates.items() if n not in excluded})
+                    if spec is not None:
+                        adapted = spec.locate(layer).parameters
+                        grid = tuple(name for name in grid if name not in adapted)
+                        methods = tuple(name for name in dir(type(layer)) if re.match(_MOVES_GRID, name))
+                        return replace(spec, grid=grid, grid_methods=methods if grid else ()), ""
+    return None, reason or f"{probe.error or 'it takes no input of any size that was tried'}."
+
+
+def _has_increasing_rows(value: Tensor) -> bool:
+    """Return whether all rows of a tensor increase, as knots do, and are too many and long to do so by chance."""
+    if value.dim() < 2 or value.shape[-1] < 4:
+        return False
+    steps = value.detach().diff()
+    return steps.numel() >= 8 and bool((steps >= 0).all() and (steps.sum(-1) > 0).all())
+
+
+def candidate_sizes(layer: nn.Module) -> list[int]:
+    """Return numbers that the inputs of a layer may have: lengths of its tensors, and divisors of matrices' lengths."""
+    shapes = [value.shape for value in (*layer.parameters(), *layer.buffers())]
+    for module in layer.modules():
+        shapes += [value.shape for value in vars(module).values() if isinstance(value, Tensor)]
+    sizes = sorted({length for shape in shapes for length in shape} | {2, 3}, reverse=True)
+    flat = {length for value in layer.parameters() if value.dim() == 2 for length in value.shape}
+    for length in sorted(flat, reverse=True):
+        sizes += [size for size in range(length // 2, 1, -1) if length % size == 0]
+    return list(dict.fromkeys(size for size in sizes if size > 1))
+
+
+def _run_at_all_sizes(probe: Probe) -> Iterator[Evidence]:
+    """Yield what the layer gives for inputs of each size that it takes, one input last.
+
+    Many a layer of more inputs takes one by broadcasting, and a layer of one input takes more.
+    """
+    is_broadcast = False
+    for size in candidate_sizes(probe.layer):
+        for evidence in run_at_sizes(probe, size):
+            is_broadcast = True
+            yield evidence
+    linear = [(name, child) for name, child in probe.layer.named_children() if isinstance(child, nn.Linear)]
+    first = [f"{name}.weight" for name, child in linear if child.in_features == 1]
+    for evidence in run_at_sizes(probe, 1):
+        if evidence.is_additive(first):  # a perceptron of one input is such a sum too
+            evidence.is_broadcast = is_broadcast
+            yield evidence
+
+
+def _find_coefficients(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | None:
+    """Describe the coefficients of a layer, its residual branch, and the factors of its edges if they are many."""
+    spec = None
+    parts: tuple[Described, ...] = ()
+    for name, value in sorted(tensors.items(), key=lambda item: item[1].dim() == 2):
+        letter = "kmnpqrst"[len(parts) % 8]
+        for pattern in _patterns(value.shape, evidence, letter):
+            axes = {"i": evidence.size} if value.dim() == 2 else spec and spec.axes
+            extended = _hypothesis((*parts, (name, pattern)), axes=axes)
+            if _fits(evidence, extended) and _is_coefficient(evidence, extended, name, tensors):
+                spec, parts = extended, extended.parts
+                break
+    spec = spec or _find_matrices(evidence, tensors)
+    if spec is None:
+        return None
+    return _add_branches(evidence, spec, tensors)
+
+
+def _patterns(shape: torch.Size, evidence: Evidence, letter: str) -> Iterator[str]:
+    """Yield the layouts of coefficients: each axis by itself, or two of the three in one axis of a matrix."""
+    inputs, outputs = evidence.size, evidence.outputs
+    if len(shape) in (3, 4):  # more axes have too many orders
+        for o, i in permutations(range(len(shape)), 2):
+            if (shape[o], shape[i]) == (outputs, inputs):
+                basis = [axis for axis in range(len(shape)) if axis not in (o, i) and shape[axis] > 1]
+                names = {axis: f"{letter}{axis}" for axis in basis} if len(basis) > 1 else dict.fromkeys(basis, letter)
+                names |= {o: "o", i: "i"}
+                yield " ".join(names.get(axis, "()") for axis in range(len(shape)))
+    for axis in (1, 0) if len(shape) == 2 else ():
+        flat, single = shape[axis], shape[1 - axis]
+        layouts = []
+        if single == outputs and flat % inputs == 0 and flat >= 2 * inputs:
+            layouts += [("o", f"(i {letter})"), ("o", f"({letter} i)")]
+        if flat == inputs * outputs and inputs > 1 and single >= 2:
+            layouts += [(letter, "(i o)"), (letter, "(o i)")]
+        for first, second in layouts:
+            yield f"{first} {second}" if axis else f"{second} {first}"
+
+
+def _fits(evidence: Evidence, spec: KANLayerSpec) -> bool:
+    """Return whether a hypothesis fits the shapes of the parameters, and the gradients of the layer."""
+    try:
+        tensor = spec.locate(evidence.probe.layer)
+        return tensor.shape[2] >= 2 and evidence.is_sum(tensor)
+    except (CannotProbe, ValueError):
+        return False
+
+
+def _is_coefficient(evidence: Evidence, spec: KANLayerSpec, name: str, tensors: Tensors) -> bool:
+    """Return whether a matrix has an axis of outputs.
+
+    For one output, shapes do not tell: centers of functions have the same, and so have functions of each unit, which a
+    linear layer follows. The layer is then not linear in the matrix, or another matrix is a factor of each edge.
+    """
+    if tensors[name].dim() > 2:
+        return True
+    tensor = spec.locate(evidence.probe.layer)
+    if evidence.is_broadcast or not evidence.is_linear_in(name, tensor):
+        return False
+    if evidence.outputs > 1 or any("o" in pattern.split() for _, pattern in spec.parts):
+        return True
+    edges = [n for n, value in tensors.items() if n != name and sorted(value.shape) == [1, evidence.size]]
+    return all(evidence.base[edge] is None or evidence.stays(tensor, edge) for edge in edges)
+
+
+def _find_matrices(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | None:
+    """Describe coefficients in several matrices: one for each function, or scale, shift and weight of wavelets."""
+    used = {name: value for name, value in tensors.items() if evidence.base[name] is not None}
+    for pattern, shape in (("o i", (evidence.outputs, evidence.size)), ("i o", (evidence.size, evidence.outputs))):
+        names = [name for name, value in used.items() if value.shape == shape and re.search(r"^[^.]*$|\.\d", name)]
+        if len(names) > 1:
+            spec = _hypothesis([(name, pattern) for name in names])
+            if _fits(evidence, spec):
+                return spec
+    return None
+
+
+def _add_branches(evidence: Evidence, spec: KANLayerSpec, tensors: Tensors) -> KANLayerSpec:
+    """Add the residual branch, and factors of the edges where they are together a large share of the layer."""
+    names = [name for name, _ in spec.parts]
+    factors: list[Described] = []
+    for name in (name for name, value in tensors.items() if value.dim() == 2 and name not in names):
+        for pattern in ("o i", "i o"):
+            extended = replace(spec, residual=(name, pattern))
+            if not _fits(evidence, extended):
+                continue
+            if spec.residual is None and evidence.is_residual(extended.locate(evidence.probe.layer)):
+                spec = extended
+            else:
+                factors.append((name, pattern))
+            break
+    size = sum(tensors[name].numel() for name in names)
+    if sum(tensors[name].numel() for name, _ in factors) > _SMALL * size:
+        spec = replace(spec, coefficients=(*spec.parts, *factors))
+    return spec
