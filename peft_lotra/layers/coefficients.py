@@ -21,10 +21,7 @@ from .layout import Layout, concatenate
 
 # A parameter, or with `*` the parameters of a list of modules, and the pattern of each.
 Described = tuple[str, str]
-_SIZES = {
-    "o": "out_features out_channels outdim out_dim output_dim output_size out_planes".split(),
-    "i": "in_features in_channels inputdim in_dim input_dim input_size in_planes".split(),
-}
+_INPUT_SIZES = "in_features in_channels inputdim in_dim input_dim input_size in_planes"
 
 
 class Member(NamedTuple):
@@ -60,14 +57,18 @@ class CoefficientTensor:
     @cached_property
     def shape(self) -> tuple[int, ...]:
         """(out, in, basis) or (out, in, basis, kernel), without the residual branch."""
-        out, in_, _, *kernel = self._sizes[0]
-        return (out, in_, sum(size[2] for size in self._sizes) - self.has_residual, *kernel)
+        out, inputs, _, *kernel = self.part_shapes[0]
+        basis = sum(shape[2] for shape in self.part_shapes) - self.has_residual
+        return (out, inputs, basis, *kernel)
 
     @cached_property
-    def _sizes(self) -> list[tuple[int, ...]]:
-        """The canonical shape of each part."""
-        columns = [zip(*(member.shape for member in part), strict=True) for part in self.parts]
-        return [(sum(out), *map(max, rest)) for out, *rest in columns]
+    def part_shapes(self) -> list[tuple[int, ...]]:
+        """The canonical shape of each part: the outputs of its members follow each other."""
+        shapes = []
+        for part in self.parts:
+            out, *others = zip(*(member.shape for member in part), strict=True)
+            shapes.append((sum(out), *map(max, others)))
+        return shapes
 
     @cached_property
     def has_residual(self) -> bool:
@@ -76,96 +77,92 @@ class CoefficientTensor:
 
     @cached_property
     def parameters(self) -> dict[str, Layout]:
-        """The layout of each parameter by name, those of the coefficients first."""
+        """The layout of each parameter by name, the coefficients first."""
         return {member.name: member.layout for part in self.parts for member in part}
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """The names of the parameters of the coefficients, without those of the residual branch."""
+        """The names of the coefficients, without the residual branch."""
         parts = self.parts[:-1] if self.separate_residual else self.parts
         return tuple(member.name for part in parts for member in part)
 
     def get_parameter(self, layer: nn.Module) -> torch.Tensor:
-        """The first parameter of the coefficients, as stored. Under FSDP it is a plain tensor view."""
+        """Return the first parameter of the coefficients, as stored. Under FSDP it is a plain tensor view."""
         return attrgetter(self.names[0])(layer)
 
     def read_parameters(self, layer: nn.Module) -> dict[str, torch.Tensor]:
-        """The adapted parameters, as stored, by name."""
+        """Return the adapted parameters, as stored, by name."""
         return {name: attrgetter(name)(layer) for name in self.parameters}
 
     def read(self, layer: nn.Module) -> torch.Tensor:
-        """The coefficients of the layer as (out, in, basis[, kernel]), with the residual branch as the last slice."""
-        return self.join(list(self.read_parameters(layer).values()))
+        """Return the coefficients as (out, in, basis[, kernel]), with the residual branch as the last slice."""
+        return self.join(self.read_parameters(layer).values())
 
-    def read_parts(
-        self, layer: nn.Module, parameters: Mapping[str, torch.Tensor] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The coefficients (out, in, basis[, kernel]) and the residual weights (out, in[, kernel]), if any.
+    def read_parts(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the coefficients (out, in, basis[, kernel]) and the residual weights (out, in[, kernel]), if any.
 
-        They are views where layouts allow it. `parameters` replace those of the layer.
+        They are views where layouts allow it.
         """
-        given = parameters or {}
-        tensors = self._canonical(given[n] if n in given else attrgetter(n)(layer) for n in self.parameters)
+        tensors = self._to_canonical(attrgetter(name)(layer) for name in self.parameters)
         residual = tensors.pop()[:, :, 0] if self.separate_residual else None
-        tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors, 2)
+        tensor = concatenate(tensors, 2)
         basis = self.shape[2]
         if residual is None and tensor.shape[2] > basis:
             return tensor[:, :, :basis], tensor[:, :, basis]
         return tensor, residual
 
-    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The canonical tensor of parts that are laid out like `parameters`, e.g. of their gradients."""
-        return concatenate(self._canonical(parts), 2)
+    def join(self, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Return the canonical tensor of tensors that are laid out like `parameters`, e.g. of their gradients."""
+        return concatenate(self._to_canonical(tensors), 2)
 
-    def _canonical(self, values: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-        """Each part in the canonical order, of the values of all members."""
-        values = iter(values)
-        return [
-            part[0].layout.to_canonical(next(values), part[0].lengths)
-            if len(part) == 1
-            else torch.cat([_filled(it.layout.to_canonical(next(values), it.lengths), size) for it in part])
-            for part, size in zip(self.parts, self._sizes, strict=True)
-        ]
+    def _to_canonical(self, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """Return each part in the canonical order."""
+        iterator = iter(tensors)
+        result = []
+        for part, shape in zip(self.parts, self.part_shapes, strict=True):
+            members = [member.layout.to_canonical(next(iterator), member.lengths) for member in part]
+            if len(members) > 1:
+                members = [_pad(member, shape) for member in members]
+            result.append(concatenate(members, 0))
+        return result
 
     def split(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The inverse of `read`: the parts of a canonical tensor, each in the layout of its parameter.
+        """Return the parameters of a canonical tensor, each in its stored layout: the inverse of `read`.
 
-        A tensor without the residual slice gives no part for a residual parameter, and zeros where it is packed.
+        A tensor without the residual slice gives no residual parameter, and zeros where it is packed.
         """
-        parts, values = self.parts, {}
+        parts = self.parts
         if tensor.shape[2] == self.shape[2]:
             if self.separate_residual:
                 parts = parts[:-1]
             elif self.has_residual:
                 tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 3) + (0, 1))
+        parameters = {}
         basis = 0
-        for part, size in zip(parts, self._sizes, strict=False):
+        for part, part_shape in zip(parts, self.part_shapes, strict=False):
             out = 0
             for name, layout, lengths, stored, shape in part:
-                own = tensor[out : out + shape[0], : shape[1], basis : basis + shape[2]]
+                block = tensor[out : out + shape[0], : shape[1], basis : basis + shape[2]]
+                parameters[name] = layout.from_canonical(block, lengths, stored)
                 out += shape[0]
-                values[name] = layout.from_canonical(own, lengths, stored)
-            basis += size[2]
-        return values
+            basis += part_shape[2]
+        return parameters
 
 
-def _filled(tensor: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """The tensor with zeros at the end of its inputs and basis functions, up to the size of the part."""
-    missing = 0, size[2] - tensor.shape[2], 0, size[1] - tensor.shape[1]
-    return F.pad(tensor, (0, 0) * (tensor.dim() - 3) + missing) if any(missing) else tensor
+def _pad(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Add zeros at the end of the inputs and basis functions, up to a shape."""
+    missing = (0, shape[2] - tensor.shape[2], 0, shape[1] - tensor.shape[1])
+    return F.pad(tensor, (0, 0) * (tensor.dim() - 3) + missing)
 
 
-def named_size(layer: nn.Module, axis: str) -> tuple[str, int | None]:
-    """The attribute by which a layer names the number of its outputs (`"o"`) or inputs (`"i"`), and that, if any."""
-    for name in _SIZES[axis]:
-        value = getattr(layer, name, None)
-        if isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0:  # of numpy too
-            return name, int(value)
-    return "", None
+def find_input_size(layer: nn.Module) -> str | None:
+    """Return the name of the attribute with the number of inputs."""
+    integers = (name for name in _INPUT_SIZES.split() if isinstance(getattr(layer, name, None), Integral))
+    return next(integers, None)
 
 
 def expand_name(layer: nn.Module, name: str) -> list[str]:
-    """The names of the parameters that a name with `*` stands for; a name without it stands for itself."""
+    """Return the names of the parameters that a name with `*` stands for, or the name without it."""
     before, star, after = name.partition("*")
     if not star:
         return [name]
@@ -179,7 +176,7 @@ def expand_name(layer: nn.Module, name: str) -> list[str]:
 
 
 def get_or_none(layer: nn.Module, name: str, default: Any = None) -> Any:
-    """The attribute of a dotted name, `None` or another default where any part of it is absent."""
+    """Return the attribute of a dotted name, or a default where a module of it is absent."""
     try:
         return attrgetter(name)(layer)
     except AttributeError:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from numbers import Number
@@ -18,7 +18,7 @@ from torch import nn
 
 from ..kan.basis import UniformGrid
 from .coefficients import CoefficientTensor, Described, Member, expand_name, get_or_none
-from .layout import Layout, parse_layout
+from .layout import parse_layout
 
 
 Grid = dict[str, "torch.Tensor | int | float"]
@@ -97,35 +97,30 @@ class KANLayerSpec:
     groups: str = ""
 
     def __post_init__(self) -> None:
-        for entry in ("grid", "grid_methods"):
-            if isinstance(name := getattr(self, entry), str):
-                object.__setattr__(self, entry, (name,))
-        self._check()
+        if not callable(self.matches):
+            raise ValueError(f"`matches` of {self.family!r} is {self.matches!r:.100}. Give a class, or a predicate on modules.")
+        branches = [pair for pair in (self.residual, self.edge_scale) if pair is not None]
+        pairs = [*self.parts, *branches]
+        try:
+            patterns = dict(pairs)
+        except (TypeError, ValueError):
+            patterns = {}
+        if not self.parts or len(patterns) < len(pairs):
+            raise ValueError(
+                f"The coefficients and other parameters of {self.family!r} are {pairs}. Expected a name and its "
+                'pattern, e.g. ("weight", "o i k"), or a list of such pairs, with each name once.'
+            )
+        for position, pattern in enumerate(patterns.values()):
+            parse_layout(pattern, self.groups, may_share=0 < position < len(self.parts))
         if isinstance(self.matches, type):  # a predicate in C: it is called for each module of a model
             object.__setattr__(self, "matches", self.matches.__instancecheck__)
 
     @property
     def parts(self) -> tuple[Described, ...]:
         """Name and pattern of each part of the coefficients."""
-        given: Any = self.coefficients
-        return (tuple(given),) if given and isinstance(given[0], str) else tuple(map(tuple, given))
-
-    def _check(self) -> None:
-        kind = f"of {self.family!r}"
-        if not callable(self.matches):
-            raise ValueError(f"`matches` {kind} is {self.matches!r:.100}. Give a class, or a predicate on a module.")
-        branches = [pair for pair in (self.residual, self.edge_scale) if pair is not None]
-        try:
-            patterns = {name: pattern + "" for name, pattern in (*self.parts, *branches)}
-        except (TypeError, ValueError):
-            patterns = {}
-        if not (self.coefficients and patterns) or len(patterns) < len(self.parts) + len(branches):
-            raise ValueError(
-                f"The coefficients and other parameters {kind} are {[self.coefficients, *branches]}. Expected a name "
-                'and its pattern, e.g. ("weight", "o i k"), or a list of such pairs, with each name once.'
-            )
-        for place, pattern in enumerate(patterns.values()):
-            parse_layout(pattern, self.groups, may_share=0 < place < len(self.parts))
+        coefficients: Any = self.coefficients
+        is_pair = coefficients and isinstance(coefficients[0], str)
+        return tuple(tuple(pair) for pair in ([coefficients] if is_pair else coefficients))
 
     def __reduce_ex__(self, protocol):
         # Predicates may be lambdas, which do not pickle: a description is found again in the registry.
@@ -134,12 +129,12 @@ class KANLayerSpec:
         return get_registered, (self.family,)
 
     def axes_of(self, layer: nn.Module) -> dict[str, int]:
-        """The lengths of axes of a layer that no shape determines, as plain integers."""
+        """Return the lengths of axes of a layer that no shape determines."""
         axes = self.axes(layer) if callable(self.axes) else self.axes or {}
         return {axis: int(length) for axis, length in axes.items()}
 
     def locate(self, layer: nn.Module) -> CoefficientTensor:
-        """Finds the coefficients of a layer.
+        """Find the coefficients of a layer.
 
         Raises:
             ValueError: A parameter is missing, or a pattern does not fit it.
@@ -149,208 +144,210 @@ class KANLayerSpec:
             names = expand_name(layer, self.residual[0])
             if any(get_or_none(layer, name) is not None for name in names):
                 described.append(self.residual)
-        problem = (
-            f"{type(layer).__name__} was recognized as a KAN layer of the kind {self.family!r}, but its parameter "
-        )
-        members = []
-        shapes = {}
-        for name, _ in described:
-            members.append(tuple(expand_name(layer, name)))
-            for member in members[-1]:
-                parameter = get_or_none(layer, member)
-                if not isinstance(parameter, torch.Tensor):
-                    raise ValueError(f"{problem}`{member}` is not as described. There is no such parameter.")
-                shapes[member] = tuple(parameter.shape)
-        axes = tuple(self.axes_of(layer).items())
-        kind = self.family, self.groups, len(self.parts)
         try:
-            return _solve(kind, tuple(map(tuple, described)), tuple(members), tuple(shapes.items()), axes)
+            parts = []
+            for name, pattern in described:
+                shapes = []
+                for member in expand_name(layer, name):
+                    parameter = get_or_none(layer, member)
+                    if not isinstance(parameter, torch.Tensor):
+                        raise ValueError(f"`{member}` is not as described. There is no such parameter.")
+                    shapes.append((member, tuple(parameter.shape)))
+                parts.append((name, pattern, tuple(shapes)))
+            axes = tuple(self.axes_of(layer).items())
+            return _solve(self.family, self.groups, tuple(parts), len(self.parts), axes)
         except ValueError as error:
-            raise ValueError(f"{problem}{error}") from error
+            raise ValueError(
+                f"{type(layer).__name__} was recognized as a KAN layer of the kind {self.family!r}, but its "
+                f"parameter {error}"
+            ) from error
 
     def is_of_this_package(self, layer: nn.Module) -> bool:
-        """Whether the class of a layer comes with its description, which is then not compared with the layer."""
+        """Return whether the class of a layer comes with its description, which is then not compared with it."""
         cls = type(layer)
         is_described = getattr(self.matches, "__self__", None) is cls  # by `__instancecheck__` of the class
         return is_described and cls.__module__.partition(".")[0] == __name__.partition(".")[0]
 
     def read_grid(self, layer: nn.Module) -> Grid:
-        """The state that gives the coefficients of a layer their meaning, by name, without missing entries."""
-        values: dict[str, Any] = {}
+        """Return the state that gives the coefficients their meaning, by name, without missing entries."""
+        grid: dict[str, Any] = {}
         for name in self.grid:
             for member in expand_name(layer, name) if "*" in name else (name,):
-                # each forward pass comes here: no call of `get_or_none` for a plain name
+                # each forward pass comes here: `getattr` is faster for a plain name
                 value: Any = get_or_none(layer, member) if "." in member else getattr(layer, member, None)
-                if isinstance(value, Number):
-                    value = getattr(value, "item", lambda value=value: value)()  # of numpy
+                if isinstance(value, Number) and hasattr(value, "item"):  # of NumPy
+                    value = value.item()  # pyright: ignore[reportAttributeAccessIssue]
                 if value is not None:
-                    values[member] = value
-        return values
+                    grid[member] = value
+        return grid
 
     def check_names(self, layer: nn.Module) -> None:
-        """Raises a `ValueError` if a layer lacks an attribute that `grid` or `grid_methods` names."""
+        """Raise a ValueError if a layer lacks an attribute that `grid` or `grid_methods` names."""
         absent = object()
         for name in (*self.grid, *self.grid_methods):
-            if any(get_or_none(layer, member, absent) is absent for member in expand_name(layer, name) or [name]):
-                raise ValueError(
-                    f"`grid` or `grid_methods` of {self.family!r} names {name!r}, and {type(layer).__name__} has "
-                    "no such attribute. Correct the name, or leave it out."
-                )
+            for member in expand_name(layer, name) or [name]:
+                if get_or_none(layer, member, absent) is absent:
+                    raise ValueError(
+                        f"`grid` or `grid_methods` of {self.family!r} names {name!r}, and {type(layer).__name__} has "
+                        "no such attribute. Correct the name, or leave it out."
+                    )
 
     def find_edge_scale(self, layer: nn.Module) -> str | None:
-        """The name of the parameter that scales the splines of each edge, or `None` if the layer has none."""
-        name, _ = self.edge_scale or ("", "")
+        """Return the name of the parameter that scales the splines of each edge, or None if the layer has none."""
+        name = self.edge_scale[0] if self.edge_scale else ""
         return name if isinstance(get_or_none(layer, name), nn.Parameter) else None
 
     def scale(self, layer: nn.Module) -> torch.Tensor | None:
-        """The scales of the edges (out, in) in the formula of the fast path, or `None` if the layer has none."""
+        """Return the scales of the edges (out, in) in the formula of the layer, or None if it has none."""
         if self.edge_scale is None:
             return None
-        value = get_or_none(layer, self.edge_scale[0])
-        return value.t() if value is not None and self.edge_scale[1] == "i o" else value
+        name, pattern = self.edge_scale
+        scale = get_or_none(layer, name)
+        return scale.t() if scale is not None and pattern == "i o" else scale
 
     def read_edge_scale(self, layer: nn.Module, tensor: CoefficientTensor) -> torch.Tensor | None:
-        """The scales of the edges, (out, in, 1) or (out, in, 1, kernel), or `None` if the layer has none."""
+        """Return the scales of the edges, (out, in, 1) or (out, in, 1, kernel), or None if the layer has none."""
         name, pattern = self.edge_scale or ("", "")
-        if (scale := get_or_none(layer, name)) is None:
+        scale = get_or_none(layer, name)
+        if scale is None:
             return None
-        values = parse_layout(pattern, self.groups, scale.dim()).to_canonical(scale, tensor.parts[0][0].lengths)
+        layout = parse_layout(pattern, self.groups, scale.dim())
+        values = layout.to_canonical(scale, tensor.parts[0][0].lengths)
         return values if values.dim() == len(tensor.shape) else values.unsqueeze(-1)
 
     def describe(self, layer: nn.Module) -> dict[str, Any]:
-        """The entry of a file by which the coefficients are located without the registration: JSON, no functions."""
-        values = {name: self.axes_of(layer) if name == "axes" else getattr(self, name) for name in _IN_FILES}
-        # lists instead of tuples, as a file gives them back
-        return json.loads(json.dumps({name: value for name, value in values.items() if value}))
+        """Return the entry of a file by which the coefficients are found without the registration, as in JSON."""
+        entry = {name: getattr(self, name) for name in _IN_FILES}
+        entry["axes"] = self.axes_of(layer)
+        return json.loads(json.dumps({name: value for name, value in entry.items() if value}))
 
 
 @lru_cache(1024)
 def _solve(
-    kind: tuple[str, str, int],
-    described: tuple[Described, ...],
-    members: tuple[tuple[str, ...], ...],
-    shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    family: str,
+    groups: str,
+    parts: tuple[tuple[str, str, tuple[tuple[str, tuple[int, ...]], ...]], ...],
+    count: int,
     axes: tuple[tuple[str, int], ...],
 ) -> CoefficientTensor:
-    """Find the lengths of all axes; the same for all layers of a kind that have the same shapes.
+    """Find the lengths of all axes. They are the same for all layers of a kind that have the same shapes.
 
     Args:
-        kind: The family, the axes of groups, and the number of parts without the residual branch.
-        described: Name and pattern of each part, and of the residual branch.
-        members: The parameters of each of them.
-        shapes: The shape of each parameter.
+        family: The name of the kind.
+        groups: The axis of blocks.
+        parts: Name and pattern of each part and of the residual branch, with the name and shape of each parameter.
+        count: The number of parts without the residual branch.
         axes: The lengths that no shape determines.
 
     Raises:
         ValueError: A pattern does not fit.
     """
-    family, groups, count = kind
-    counts = {name: len(names) for (name, _), names in zip(described, members, strict=True) if "*" in name}
+    counts = {name: len(members) for name, _, members in parts if "*" in name}
     if 0 in counts.values() or len(set(counts.values())) > 1:
         raise ValueError(f"lists are not as described. Their numbers of members are {counts}.")
 
-    lengths = [dict(axes) for _ in range(max(counts.values(), default=1))]  # of each member of a list
-    layouts: dict[str, Layout] = {}
-    known: dict[str, list[dict[str, int]]] = {}  # the lengths that a parameter shares with others
-    for position, ((name, pattern), names) in enumerate(zip(described, members, strict=True)):
-        for place, member in enumerate(names):
-            may_share = 0 < position < count
-            layout = parse_layout(pattern, groups, len(dict(shapes)[member]), may_share)
-            if may_share:
-                layout = layout.share(layouts[members[0][0]], is_list="*" in name)
-            layouts[member] = layout
-            known[member] = lengths[place : place + 1] if "*" in name else lengths
+    # each member of a list has its own lengths, and a single parameter determines those of all
+    lengths = [dict(axes) for _ in range(max(counts.values(), default=1))]
+    entries = []
+    for position, (name, pattern, members) in enumerate(parts):
+        is_list, is_later = "*" in name, 0 < position < count
+        for n, (member, shape) in enumerate(members):
+            layout = parse_layout(pattern, groups, len(shape), may_share=is_later)
+            if is_later:
+                layout = layout.share(entries[0][2], is_list)
+            entries.append((member, shape, layout, [lengths[n]] if is_list else lengths))
 
-    def count_open(member: str) -> int:
-        return max(sum(axis not in known[member][0] for axis in dim) for dim in layouts[member].dims)
+    def count_unknown(entry: Any) -> int:
+        _, _, layout, targets = entry
+        return max(sum(axis not in targets[0] for axis in dim) for dim in layout.dims)
 
-    for member in sorted(layouts, key=count_open):  # one may settle what another leaves open
+    for member, shape, layout, targets in sorted(entries, key=count_unknown):  # one may determine another's lengths
         try:
-            solved = layouts[member].axis_lengths(dict(shapes)[member], known[member][0])
+            solved = layout.axis_lengths(shape, targets[0])
         except ValueError as error:
             raise ValueError(f"`{member}` is not as described. {error}") from error
-        for axis_lengths in known[member]:
-            axis_lengths.update(solved | axis_lengths)
+        for target in targets:
+            target.update(solved | target)
 
-    def located(member: str) -> Member:
-        layout, axis_lengths = layouts[member], known[member][0]
-        shape = layout.canonical_shape(axis_lengths)
-        return Member(member, layout, axis_lengths, dict(shapes)[member], shape)
-
-    parts = tuple(tuple(map(located, names)) for names in members)
-    tensor = CoefficientTensor(family, parts, len(described) > count)
-    outer = {part[0].name: size[:2] for part, size in zip(parts, tensor._sizes, strict=True)}
+    solved_members = iter(
+        Member(member, layout, targets[0], shape, layout.canonical_shape(targets[0]))
+        for member, shape, layout, targets in entries
+    )
+    solved_parts = tuple(tuple(next(solved_members) for _ in members) for _, _, members in parts)
+    tensor = CoefficientTensor(family, solved_parts, len(parts) > count)
+    outer = {part[0].name: size[:2] for part, size in zip(solved_parts, tensor.part_shapes, strict=True)}
     if len(set(outer.values())) > 1:
         raise ValueError(f"shapes are not as described. Those of (out, in) must be equal, and are {outer}.")
     return tensor
 
 
 def spec_from_file(family: str, description: Mapping[str, Any]) -> KANLayerSpec:
-    """The kind of layer that `KANLayerSpec.describe` wrote into a file. Its `matches` is never true.
+    """Return the kind of layer that `KANLayerSpec.describe` wrote into a file. It matches no module.
 
     Raises:
         ValueError: The description is damaged.
     """
     try:
-        values: Any = {n: tuple(v) if isinstance(v, list) else v for n, v in description.items() if n in _IN_FILES}
-        return KANLayerSpec(family, matches_nothing, **values)
+        fields: Any = {n: tuple(v) if isinstance(v, list) else v for n, v in description.items() if n in _IN_FILES}
+        return KANLayerSpec(family, matches_nothing, **fields)
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"The description of the kind of layer {family!r} in the file is broken: {error}") from error
 
 
 def has(attributes: str, where: Callable[[Any], bool] | None = None) -> Callable[[Any], bool]:
-    """The predicate of the modules that have these attributes, with so many axes where a number follows the name.
+    """Return the predicate of the modules that have these attributes, with so many axes where a number follows.
 
     Args:
-        attributes: Dotted names, that of a parameter or module first, e.g. `"spline_weight:3 grid:2 b_splines"`.
-        where: What else is true of these modules.
+        attributes: Dotted names, a parameter or module first, e.g. `"spline_weight:3 grid:2 b_splines"`.
+        where: A further condition on these modules.
     """
     words = [word.partition(":") for word in attributes.split()]
-    wanted = [(attrgetter(name), int(axes or 0)) for name, _, axes in words]
+    getters = [(attrgetter(name), int(axes or 0)) for name, _, axes in words]
     root = words[0][0].partition(".")[0]
 
-    def matches(module: Any) -> bool:  # or an AttributeError, which says no, and takes ten times as long
-        found = root in module._parameters or root in module._modules or root in vars(module)
-        if not found and not hasattr(type(module), root):
+    def matches(module: Any) -> bool:
+        # an AttributeError, which says no, takes ten times as long
+        is_own = root in module._parameters or root in module._modules or root in vars(module)
+        if not is_own and not hasattr(type(module), root):
             return False
-        values = [(get(module), axes) for get, axes in wanted]
+        values = [(get(module), axes) for get, axes in getters]
         return all(not axes or value.ndim == axes for value, axes in values) and (where is None or where(module))
 
     return matches
 
 
 def matches_nothing(module: nn.Module) -> bool:
-    """The predicate of a kind of layer that is known by a file: the file names its layers."""
+    """The predicate of a kind that a file describes: the file names its layers."""
     return False
 
 
-# All kinds of layers, the last registered last.
+# All kinds of layers, in the order of registration.
 REGISTERED: dict[str, KANLayerSpec] = {}
 
-# Those that come with this package, filled by known.py: files name these kinds without a description.
+# The kinds of this package, filled by known.py. Files name them without a description.
 BUILT_IN: dict[str, KANLayerSpec] = {}
 
 
 def is_built_in(spec: KANLayerSpec) -> bool:
-    """Whether a kind of layer comes with this package."""
+    """Return whether a kind of layer comes with this package."""
     return BUILT_IN.get(spec.family) is spec
 
 
-def registered_spec(module: nn.Module, among: Iterable[KANLayerSpec] | None = None) -> KANLayerSpec | None:
-    """The last registered kind of layer that matches a module; or the first of `among`."""
-    for spec in reversed(REGISTERED.values()) if among is None else among:
-        try:
-            if spec.matches(module):
-                return spec
-        except AttributeError:  # a predicate that reads what this module does not have says no
-            continue
-    return None
+def registered_spec(module: nn.Module) -> KANLayerSpec | None:
+    """Return the last registered kind of layer that matches a module."""
+    return next((spec for spec in reversed(REGISTERED.values()) if fits(spec, module)), None)
+
+
+def fits(spec: KANLayerSpec, module: nn.Module) -> bool:
+    """Return whether a kind matches a module. A predicate that reads what the module does not have says no."""
+    try:
+        return spec.matches(module)
+    except AttributeError:
+        return False
 
 
 def get_registered(family: str) -> KANLayerSpec:
-    """The registered kind of layer of a name; raises a `ValueError` if there is none."""
+    """Return the registered kind of layer of a name."""
     if family not in REGISTERED:
-        raise ValueError(
-            f"The kind of KAN layer {family!r} is not registered. Call `register_kan_layer` for it first."
-        )
+        raise ValueError(f"The kind of KAN layer {family!r} is not registered. Call `register_kan_layer` first.")
     return REGISTERED[family]

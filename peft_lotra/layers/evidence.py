@@ -14,7 +14,7 @@ function of y with respect to A[o,i,k] is d[o] phi_k(x[i]). Two tests follow.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -99,12 +99,14 @@ class Evidence:
             blocks = self.x.movedim(self.channel, -1).unflatten(-1, (-1, count))
             pairs = self._exchanged[count] = []
             for constant, varied in ((slice(half), slice(half, None)), (slice(-half, None), slice(-half))):
-                x = blocks.clone()
+                values = blocks[..., varied]
+                changes = [values.roll(step, -1) for step in range(1, min(values.shape[-1], 3))]
                 if count == 2:  # there is nothing to exchange
-                    x[..., varied] = blocks.mean(-1, keepdim=True)
-                else:
-                    x[..., varied] = blocks[..., varied].roll(1, -1)
-                pairs.append((constant, self.gradients(x.flatten(-2).movedim(-1, self.channel))))
+                    changes = [blocks.mean(-1, keepdim=True)]
+                for change in changes:
+                    x = blocks.clone()
+                    x[..., varied] = change
+                    pairs.append((constant, self.gradients(x.flatten(-2).movedim(-1, self.channel))))
         return self._exchanged[count]
 
     def perturb(self, names: Collection[str]) -> Gradients:

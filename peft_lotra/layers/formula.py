@@ -28,19 +28,18 @@ from ..modules.calls import (
     is_tracing,
     own_attributes,
     runs_more_than_its_class,
-    without_autocast,
 )
 from ..tucker import Update
 from .coefficients import CoefficientTensor, get_or_none
 from .describe import is_linear
 from .description import Grid, KANLayerSpec
-from .probe import cached_by_class, perturbed
+from .probe import GOLDEN_RATIO, cached_by_class, isolated, perturbed
 from .registry import copy_grid, same_grid
 
 
-# How far a formula and its layer may differ in the layer's dtype, as a share of the largest output.
+# Largest difference of a formula and its layer in the layer's dtype, as a share of the largest output.
 _TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
-# How far value, slope and second derivative may differ in float64. Knots in float32 are not exactly uniform.
+# Largest differences of value, slope and second derivative in float64. Knots in float32 are not exactly uniform.
 _JET_TOLERANCES = {torch.float32: (1e-6, 1e-5, 1e-4), torch.float64: (1e-11, 1e-10, 1e-9)}
 # Rows at which they are compared, in blocks of eight: around the grid, far from it, and with inputs that are zero.
 _BLOCK = 8
@@ -83,8 +82,8 @@ class FormulaReader(NamedTuple):
             basis = spec.splines(layer)
         else:
             basis = FunctionBasis(self.tensor.shape[2], partial(_evaluate_basis, spec, layer))
-        bias = None if spec.bias is None else get_or_none(layer, spec.bias)
-        norm = None if spec.normalization is None else get_or_none(layer, spec.normalization)
+        bias = get_or_none(layer, spec.bias or "")
+        norm = get_or_none(layer, spec.normalization or "")
         activation: Any = F.silu
         # compiled code notices when the activation is exchanged, if it is the layer's
         if residual is not None and (not self.is_silu or is_tracing()):
@@ -98,12 +97,13 @@ class FormulaReader(NamedTuple):
         x: Any = args[0] if len(args) == 1 and not kwargs else None
         if not isinstance(x, Tensor) or x.is_nested or x.is_meta or x.layout != torch.strided:
             return False
-        if hasattr(stored, "placements") or torch.is_autocast_enabled(x.device.type):  # a DTensor
+        is_sharded = hasattr(stored, "placements")
+        if is_sharded or torch.is_autocast_enabled(x.device.type) or runs_more_than_its_class(layer):
             return False
         # layers of other libraries may flatten the leading dimensions
-        fits = x.shape[-1:] == self.tensor.shape[1:2] and (x.dim() == 2 or self.is_own)
-        same = x.dtype == stored.dtype and all(update.tensor[0].dtype == x.dtype for update in updates)
-        return fits and same and not runs_more_than_its_class(layer)
+        has_shape = x.shape[-1:] == self.tensor.shape[1:2] and (x.dim() == 2 or self.is_own)
+        has_dtype = x.dtype == stored.dtype and all(update.tensor[0].dtype == x.dtype for update in updates)
+        return has_shape and has_dtype
 
 
 def _evaluate_basis(spec: Any, layer: nn.Module, z: Tensor, highest: int) -> list[Tensor]:
@@ -114,15 +114,18 @@ def _evaluate_basis(spec: Any, layer: nn.Module, z: Tensor, highest: int) -> lis
 
 def state_of(layer: nn.Module) -> State:
     """Return what a forward pass may depend on besides parameters and buffers, in a form that can be compared."""
-    entries = own_attributes(layer).values()
-    settings = [value for value in entries if isinstance(value, _SETTINGS)]
-    others = [
-        (id(value), value._version) for value in entries if isinstance(value, Tensor) and not value.is_inference()
-    ]
-    functions = [id(value) for value in entries if callable(value)]
-    children = [child for child in layer._modules.values() if child is not None]
-    inner = [value for child in children for value in (id(child), *state_of(child))]
-    return layer.training, *settings, *others, *functions, *inner
+    state: list[Any] = [layer.training]
+    for value in own_attributes(layer).values():
+        if isinstance(value, _SETTINGS):
+            state.append(value)
+        elif isinstance(value, Tensor):
+            state.append(id(value) if value.is_inference() else (id(value), value._version))
+        elif callable(value):
+            state.append(id(value))
+    for child in layer._modules.values():
+        if child is not None:
+            state += [id(child), *state_of(child)]
+    return tuple(state)
 
 
 def find_obstacle(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> str | None:
@@ -159,18 +162,17 @@ def find_formula(
     if stored.is_meta or layer in _recorders or runs_more_than_its_class(layer):
         return None
     if spec.is_of_this_package(layer):
-        return FormulaReader(spec, tensor, is_own=True) if find_obstacle(layer, spec, tensor) is None else None
+        return None if find_obstacle(layer, spec, tensor) else FormulaReader(spec, tensor, is_own=True)
     answers = _answers.setdefault(layer, {})
     grid = spec.read_grid(layer)
     state = (id(spec), for_jets, stored.dtype, state_of(layer))
-    verified_on, reader = answers.get(state, ({}, None))
-    if in_transform() or (state in answers and same_grid(verified_on, grid)):
+    verified_grid, reader = answers.get(state, ({}, None))
+    if in_transform() or (state in answers and same_grid(verified_grid, grid)):
         return reader  # in transforms nothing can be compared
 
     reader = None
     if find_obstacle(layer, spec, tensor) is None:
-        generators = torch.random.fork_rng([stored.device] if stored.is_cuda else [])
-        with attributes_kept(layer) as has_set, generators, without_autocast(stored):
+        with attributes_kept(layer) as has_set, isolated(stored), torch.no_grad():
             for is_uniform in (True, False):
                 try:
                     reader = reader or _verify(layer, spec, tensor, is_uniform, for_jets)
@@ -188,6 +190,7 @@ def find_formula(
 def _verify(
     layer: nn.Module, spec: Any, tensor: CoefficientTensor, is_uniform: bool, for_jets: bool
 ) -> FormulaReader | None:
+    """Return the formula if it gives what the layer computes."""
     ends = _grid_ends(layer, spec, tensor, is_uniform)
     if ends is None:
         return None
@@ -197,38 +200,34 @@ def _verify(
     is_silu = not tensor.has_residual or torch.equal(spec.activation(layer, x), F.silu(x))
     reader = FormulaReader(spec, tensor, is_uniform, is_silu)
 
-    def run() -> tuple[Tensor, Any]:
-        return layer(x), dict(layer.named_buffers())
-
     # first with other parameters, which a layer may initialize in place at its first input
     for compare in (_has_right_slopes, _has_right_jets) if for_jets else (_has_right_slopes,):
         question = compare.__name__, is_uniform, is_silu, layer.training
         if not cached_by_class(layer, question, partial(_at_other_parameters, reader, layer, points, compare)):
             return None
 
-    # with copies of the buffers, which a layer may update as it runs
-    before = dict(layer.named_buffers())
-    copies = {name: buffer.clone() for name, buffer in before.items()}
-    expected, after = call_with_parameters(layer, copies, run, (), {})
-    result = reader.read(layer).output(x)
-    if not same_grid(before, after):  # the formula would not update them
-        return None
-    is_right = result.dtype == expected.dtype and _agree(result, expected, _TOLERANCE[stored.dtype])
-    return reader if is_right else None
+    buffers = dict(layer.named_buffers())
+
+    def has_right_values() -> bool:
+        expected, result = layer(x), reader.read(layer).output(x)
+        is_right = result.dtype == expected.dtype and _agree(result, expected, _TOLERANCE[stored.dtype])
+        return is_right and same_grid(buffers, dict(layer.named_buffers()))  # the formula would not update them
+
+    copies = {name: buffer.clone() for name, buffer in buffers.items()}
+    return reader if call_with_parameters(layer, copies, has_right_values, (), {}) else None
 
 
-def _grid_ends(
-    layer: nn.Module, spec: Any, tensor: CoefficientTensor, is_uniform: bool
-) -> tuple[Tensor, Tensor] | None:
+def _grid_ends(layer: nn.Module, spec: Any, tensor: CoefficientTensor, is_uniform: bool) -> tuple[Any, Any] | None:
     """Return both ends of the grid, numbers or (in,); None if the layer has no such basis."""
-    if not is_uniform:
-        values = [v.flatten() for v in spec.read_grid(layer).values() if isinstance(v, Tensor) and v.numel()]
-        grid = torch.cat(values or [torch.tensor([-2.0, 2.0], device="cpu")])
-        return grid.aminmax() if spec.basis or spec.derivatives else None
-    grid = None if spec.splines is None else spec.splines(layer)
-    if not isinstance(grid, UniformGrid) or grid.spline_order not in SPLINE_ORDERS or grid.grid_size < 1:
+    if is_uniform:
+        grid = spec.splines and spec.splines(layer)
+        is_known = isinstance(grid, UniformGrid) and grid.spline_order in SPLINE_ORDERS
+        return (grid.low, grid.high) if is_known and grid.num_basis == tensor.shape[2] else None
+    if not (spec.basis or spec.derivatives):
         return None
-    return (grid.low, grid.high) if grid.num_basis == tensor.shape[2] else None
+    tensors = [value.flatten() for value in spec.read_grid(layer).values() if isinstance(value, Tensor)]
+    grid = torch.cat([tensor for tensor in tensors if tensor.numel()] or [torch.tensor([-2.0, 2.0], device="cpu")])
+    return grid.aminmax()
 
 
 def _points_around(low: Any, high: Any, width: int) -> Tensor:
@@ -244,16 +243,18 @@ def _points_around(low: Any, high: Any, width: int) -> Tensor:
     low, high = (torch.as_tensor(end, dtype=torch.float64, device="cpu").expand(width) for end in (low, high))
     rows = _NEAR + (len(_DISTANCES) + 1) * _BLOCK
     # steps of the golden ratio, so that no input repeats another's points
-    share = torch.arange(rows * width, dtype=torch.float64, device="cpu").mul(0.6180339887498949).frac()
+    share = torch.arange(rows * width, dtype=torch.float64, device="cpu").mul(GOLDEN_RATIO).frac()
     share = share.view(rows, width)
     points = torch.lerp(low, high, 3 * share - 1)
 
-    distances = torch.tensor(_DISTANCES, dtype=torch.float64, device="cpu").repeat_interleave(_BLOCK).unsqueeze(1)
-    signs = torch.tensor([-1.0, 1.0], device="cpu").repeat(len(distances) // 2).unsqueeze(1)
-    far = slice(_NEAR, _NEAR + len(distances))
-    points[far] = (low + high) / 2 + signs * distances * (1 + share[far]) * (high - low).clamp(min=2)
+    far = _NEAR
+    for distance in _DISTANCES:
+        block = slice(far, far + _BLOCK)
+        signs = torch.tensor([-1.0, 1.0], device="cpu").repeat(_BLOCK // 2).unsqueeze(1)
+        points[block] = (low + high) / 2 + signs * distance * (1 + share[block]) * (high - low).clamp(min=2)
+        far = block.stop
 
-    points[far.stop :][share[far.stop :] < 0.5] = 0
+    points[far:][share[far:] < 0.5] = 0
     points[-1] = 0
     return points
 
@@ -282,24 +283,20 @@ def _agree(result: Tensor, expected: Tensor, tolerance: float, floor: float = 0.
 def _at_other_parameters(reader: FormulaReader, layer: nn.Module, points: Tensor, compare: Any) -> bool:
     """Return `compare(formula, layer, x, tolerances)` in float64, at parameters that each have an effect.
 
-    Buffers outside of the grid are moved too: a mask, or a temperature, may be set later.
+    Buffers outside of the grid are perturbed too: a mask, or a temperature, may be set later.
     """
     stored = reader.tensor.get_parameter(layer)
-    named = (*layer.named_parameters(), *layer.named_buffers())
-    copies = {name: value.detach().clone() for name, value in named}
-    values = {name: value.double() if value.is_floating_point() else value for name, value in copies.items()}
     grid = reader.spec.read_grid(layer)
-    buffers = [name for name, value in layer.named_buffers() if value.is_floating_point() and name not in grid]
-    parameters = [name for name, _ in layer.named_parameters() if name not in grid]
-    values = perturbed(perturbed(values, buffers), parameters, torch.randn)
+    parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
+    values = {name: value.detach().clone() for name, value in (parameters | buffers).items()}
+    floating = {name: value.double() for name, value in values.items() if value.is_floating_point()}
+    values |= perturbed(floating, floating.keys() & buffers.keys() - grid.keys())
+    values = perturbed(values, parameters.keys() - grid.keys(), torch.randn)
 
     def run() -> bool:
         return compare(reader.read(layer), layer, points.to(stored.device), _JET_TOLERANCES[stored.dtype])
 
-    # compiled code would be compiled once more, for float64
-    eager = torch.compiler.set_stance("force_eager")
-    with torch.inference_mode(False), torch.no_grad(), eager:
-        return call_with_parameters(layer, values, run, (), {})
+    return call_with_parameters(layer, values, run, (), {})
 
 
 def _has_right_slopes(formula: LayerFormula, layer: nn.Module, x: Tensor, tolerances: Sequence[float]) -> bool:
@@ -311,11 +308,15 @@ def _has_right_slopes(formula: LayerFormula, layer: nn.Module, x: Tensor, tolera
             y = function(point)
             weights = torch.linspace(0.5, 1.5, y.shape[-1], dtype=y.dtype, device=y.device)
             slope = torch.autograd.grad((y * weights).sum(), point)[0]
-        results.append((y.detach(), slope))
-    by_formula, by_layer = results
+        row = x[:1].clone()
+        single = function(row)
+        row[0, 0] = torch.nan
+        results.append((y.detach(), slope, single, function(row).isnan()))
+    (y, slope, single, is_nan), expected = results
     # slopes may be zero to rounding, e.g. behind the norm of a single input
-    floors = [0.0, 1e-3 * float(by_layer[0][:_NEAR].abs().max())]
-    return all(map(_agree, by_formula, by_layer, tolerances, floors)) and _rows_agree(formula, layer, x[0])
+    floor = 1e-3 * float(expected[0][:_NEAR].abs().max())
+    is_right = _agree(y, expected[0], tolerances[0]) and _agree(slope, expected[1], tolerances[1], floor)
+    return is_right and torch.allclose(single, expected[2], rtol=1e-6, atol=1e-6) and torch.equal(is_nan, expected[3])
 
 
 def _has_right_jets(formula: LayerFormula, layer: nn.Module, x: Tensor, tolerances: Sequence[float]) -> bool:
@@ -324,26 +325,17 @@ def _has_right_jets(formula: LayerFormula, layer: nn.Module, x: Tensor, toleranc
     directions = torch.randn(2, x.shape[1], generator=generator, dtype=x.dtype, device="cpu").to(x.device)
     expected = jet_by_transforms(layer, x, directions, 2, None)
     result = evaluate_layer(formula, [x, directions.unsqueeze(1)], 2, None)
-    is_right = all(map(_agree, result, expected, tolerances, [1e-3] * 3))
-    return is_right and _higher_derivatives_agree(formula.basis, x)
+    basis: Any = formula.basis
+    return all(map(_agree, result, expected, tolerances, [1e-3] * 3)) and (
+        isinstance(basis, UniformGrid) or _has_right_higher_derivatives(basis, x)
+    )
 
 
-def _rows_agree(formula: LayerFormula, layer: nn.Module, row: Tensor) -> bool:
-    """Return whether a single row, and a NaN in it, have the same outputs by formula and layer."""
-    rows = row.unsqueeze(0)
-    with_nan = rows.clone()
-    with_nan[0, 0] = torch.nan
-    is_same = torch.allclose(formula.output(rows), layer(rows), rtol=1e-6, atol=1e-6)
-    return is_same and torch.equal(formula.output(with_nan).isnan(), layer(with_nan).isnan())
-
-
-def _higher_derivatives_agree(basis: Any, x: Tensor) -> bool:
-    """Return whether each derivative from the third on, which gradients need, is that of the one before."""
-    if isinstance(basis, UniformGrid):
-        return True
-    of_order = basis.derivatives(x, 5)
-    for order in range(2, len(of_order) - 1):
+def _has_right_higher_derivatives(basis: FunctionBasis, x: Tensor) -> bool:
+    """Compare each derivative from the third on, which gradients need, with the slope of the one before."""
+    derivatives = basis.derivatives(x, 5)
+    for order in range(2, len(derivatives) - 1):
         slope = elementwise_derivatives(lambda z, order=order: basis.derivatives(z, order)[order], x, 1)[1]
-        if not _agree(of_order[order + 1].flatten(1), slope.flatten(1), 1e-9, 1e-3):
+        if not _agree(derivatives[order + 1].flatten(1), slope.flatten(1), 1e-9, 1e-3):
             return False
     return True

@@ -135,7 +135,7 @@ def _has_increasing_rows(value: Tensor) -> bool:
 
 
 def candidate_sizes(layer: nn.Module) -> list[int]:
-    """Return numbers that the inputs of a layer may have: lengths of its tensors, and divisors of matrices' lengths."""
+    """Return the numbers of inputs that a layer may have: lengths of its tensors, and their divisors."""
     shapes = [value.shape for value in (*layer.parameters(), *layer.buffers())]
     for module in layer.modules():
         shapes += [value.shape for value in vars(module).values() if isinstance(value, Tensor)]
@@ -233,7 +233,7 @@ def _find_matrices(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | None:
     """Describe coefficients in several matrices: one for each function, or scale, shift and weight of wavelets."""
     used = {name: value for name, value in tensors.items() if evidence.base[name] is not None}
     for pattern, shape in (("o i", (evidence.outputs, evidence.size)), ("i o", (evidence.size, evidence.outputs))):
-        names = [name for name, value in used.items() if value.shape == shape and re.search(r"^[^.]*$|\.\d", name)]
+        names = [name for name, value in used.items() if value.shape == shape]
         if len(names) > 1:
             spec = _hypothesis([(name, pattern) for name in names])
             if _fits(evidence, spec):

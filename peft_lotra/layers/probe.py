@@ -22,7 +22,7 @@ from ..modules.calls import call_with_parameters, without_autocast
 
 
 _SEED = 16180339  # with the seed of the layer's own initialization, noise and coefficients would be proportional
-_GOLDEN_RATIO = 0.6180339887498949
+GOLDEN_RATIO = 0.6180339887498949
 # The settings of a module that its forward pass may depend on. `Number` includes NumPy's.
 _SETTINGS = (str, FunctionType, BuiltinFunctionType, Number)
 _cache: WeakKeyDictionary[type, dict[Any, Any]] = WeakKeyDictionary()
@@ -140,7 +140,7 @@ class Probe:
     def make_input(self, shape: Sequence[int]) -> Tensor:
         """Return points of this shape in the middle of the grid. None of them is repeated."""
         steps = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64, device="cpu")
-        share = (steps * _GOLDEN_RATIO).frac().view(*shape)
+        share = (steps * GOLDEN_RATIO).frac().view(*shape)
         return (self.low + (self.high - self.low) * (0.25 + 0.5 * share)).to(self.like)
 
     @_reporting_errors()

@@ -19,19 +19,19 @@ from torch import nn
 
 from ..modules.calls import PREFIX, evaluating_without_trace, read_at_rest, unwrap
 from ..modules.report import Report, TextTable
-from .coefficients import named_size
+from .coefficients import find_input_size
 from .describe import describe
 from .description import (
     BUILT_IN,
     REGISTERED,
     KANLayerSpec,
+    fits,
     is_built_in,
     matches_nothing,
-    registered_spec,
     spec_from_file,
 )
 from .description import Grid as Grid
-from .infer import infer, is_no_layer
+from .infer import is_no_layer
 
 
 # Modules that the search for layers does not enter. `tuner.jets` adds PEFT's wrappers, which hold copies of modules.
@@ -108,7 +108,7 @@ def get_recorded_spec(layer: nn.Module, record: Mapping[str, Any] | None) -> KAN
     if description is not None:  # of a layer of no registered kind, as the version read it that wrote the file
         return spec_from_file(name, description)
     if name in REGISTERED:  # a kind that was registered later takes the layer too
-        return registered_spec(layer, [REGISTERED[name]]) or spec
+        return REGISTERED[name] if fits(REGISTERED[name], layer) else spec
     raise ValueError(
         f"The adapter is for KAN layers of the kind {name!r}, which its file does not describe. Call "
         "`peft_lotra.register_kan_layer` for it before the adapter is loaded."
@@ -264,7 +264,7 @@ def _find_unrecognized(
 def _write_registration(module: nn.Module, spec: KANLayerSpec) -> str:
     """Return a call that registers the kind of a module."""
     name = type(module).__name__
-    attribute, _ = named_size(module, "i")
+    attribute = find_input_size(module)
     axes = f'lambda m: {{"i": m.{attribute}}}' if attribute else spec.axes
     fields = {
         "coefficients": [*spec.parts] if len(spec.parts) > 1 else spec.parts[0],

@@ -106,7 +106,7 @@ def test_a_round_trip_is_exact_bit_for_bit(described):
     update = torch.randn_like(tensor.read(layer))
     written = tensor.join(list(tensor.split(update).values()))
     assert torch.equal(written, update.where(tensor.read(layer) != 0, 0))
-    coefficients, own_residual = tensor.read_parts(layer, parts)
+    coefficients, own_residual = tensor.read_parts(layer)
     assert torch.equal(coefficients, tensor.read(layer)[:, :, : shape[2]])
     assert torch.equal(own_residual, tensor.read(layer)[:, :, -1]) if residual else own_residual is None
     assert {*tensor.split(torch.ones(shape))} == {*tensor.names}  # without the residual slice

@@ -85,7 +85,7 @@ def test_a_description_holds_no_functions_and_comes_back():
 
 def test_roles_are_described():
     roles = {"groups": "g", "edge_scale": ("b", "o i"), "network_methods": {"fit": None}, "checkpoint_methods": ("s",)}
-    spec = KANLayerSpec("mine", nn.Module, ("a", "g o i k ..."), grid="width", **roles)  # one name needs no tuple
+    spec = KANLayerSpec("mine", nn.Module, ("a", "g o i k ..."), grid=("width",), **roles)
     read = spec_from_file("mine", spec.describe(nn.Module()))
     assert {name: getattr(read, name) for name in roles} == roles and read.coefficients == spec.coefficients
     assert read.grid == spec.grid == ("width",)
