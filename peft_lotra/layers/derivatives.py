@@ -27,108 +27,107 @@ from .formula import State, find_formula, state_of
 from .registry import get_kan_spec
 
 
+# The kind of a layer and where its coefficients are, or None if it has no formula by its kind.
 Located = tuple[KANLayerSpec, CoefficientTensor]
 _layers: WeakKeyDictionary[nn.Module, tuple[State, Located | None]] = WeakKeyDictionary()
-_networks: WeakKeyDictionary[nn.Module, tuple[State, list[nn.Module] | None]] = WeakKeyDictionary()
+# The stages of a network that is their composition. They are empty for any other network.
+_networks: WeakKeyDictionary[nn.Module, tuple[State, list[nn.Module]]] = WeakKeyDictionary()
 
 
 def find_stages(module: nn.Module) -> list[Stage] | None:
-    """The stages of a layer, or of a network, of another library; `None` if it is no chain of known stages."""
+    """Return the stages of a layer, or of a network, of another library; None if it is no chain of known stages."""
     if is_tracing():
         return None
     if _locate(module):
         formula = formula_of(module)
         return formula and [Stage(module, formula)]
-    return join_stages(_units_in_a_row(module))
+    if not module._modules or in_transform():
+        return None
+    state = _registered_kinds(), *state_of(module)
+    if module not in _networks or _networks[module][0] != state:
+        _networks[module] = state, _trace(module)
+    return join_stages(_networks[module][1])
 
 
 def formula_of(layer: nn.Module) -> LayerFormula | None:
-    """Return the formula of a KAN layer of any library without adapters; `None` if it has none."""
-    target = _locate(layer)
-    reader = target and find_formula(layer, *target, for_jets=True)
+    """Return the formula of a KAN layer of any library without adapters; None if it has none."""
+    located = _locate(layer)
+    reader = located and find_formula(layer, *located, for_jets=True)
     if reader is None:
         return None
+    spec = reader.spec
     formula = reader.read(layer)
-    grid = reader.spec.read_grid(layer)
     basis: Any = formula.basis
     if isinstance(basis, UniformGrid):
         # the closed form has no gradient in the knots
-        is_trained = any(isinstance(value, Tensor) and value.requires_grad for value in grid.values())
+        grid = spec.read_grid(layer).values()
+        is_trained = any(isinstance(value, Tensor) and value.requires_grad for value in grid)
         return None if is_trained else formula
-    norm = f"{reader.spec.normalization}."
-    terms = {*reader.tensor.parameters, reader.spec.bias, *(reader.spec.edge_scale or ())}
-    named = (*layer.named_parameters(), *layer.named_buffers())
-    tensors = [value for name, value in named if name not in terms and not name.startswith(norm)]
+    terms = {*reader.tensor.parameters, spec.bias, *(spec.edge_scale or ())}
+    tensors = []
+    for name, value in (*layer.named_parameters(), *layer.named_buffers()):
+        if name not in terms and not name.startswith(f"{spec.normalization}."):
+            tensors.append(value)
     return formula._replace(basis=basis._replace(tensors=tuple(tensors)))
 
 
+def _registered_kinds() -> State:
+    return tuple(map(id, REGISTERED.values()))
+
+
 def _locate(module: nn.Module) -> Located | None:
-    """Return the kind of a layer and where its coefficients are; `None` if it has no formula by its kind."""
-    registered, target = tuple(map(id, REGISTERED.values())), None
-    if module in _layers and _layers[module][0] == registered:
+    """Return the kind of a layer and where its coefficients are; None if it has no formula by its kind."""
+    kinds = _registered_kinds()
+    if module in _layers and _layers[module][0] == kinds:
         return _layers[module][1]
+    located = None
     spec = get_kan_spec(module)
     if spec is not None and (spec.basis or spec.splines or spec.derivatives):
         try:
-            target = spec, spec.locate(module)
+            located = spec, spec.locate(module)
         except ValueError:  # it is no such layer
             pass
-    _layers[module] = registered, target
-    return target
+    _layers[module] = kinds, located
+    return located
 
 
-# Whether a network is the composition of its layers
-
-
-def _units_in_a_row(network: nn.Module) -> list[nn.Module]:
-    """The stages of a network that is their composition; empty for any other network."""
-    kept, units = _networks.get(network, ((), None))
-    if network._modules and not in_transform():
-        kinds = tuple(map(id, REGISTERED.values()))
-        state = kinds, *state_of(network)
-        if state != kept:
-            units = _trace(network)
-            _networks[network] = state, units
-    return units or []
-
-
-def _units(module: nn.Module) -> Iterator[nn.Module]:
-    """The parts of a network that are stages, outermost first."""
-    for child in module.children():
+def _possible_stages(network: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules inside of a network that are stages, outermost first."""
+    for child in network.children():
         if is_known(child) or is_norm(child) or _locate(child) is not None:
             yield child
         else:
-            yield from _units(child)
+            yield from _possible_stages(child)
 
 
-def _trace(network: nn.Module) -> list[nn.Module] | None:
-    """The parts that run one after the other, each on the output of the one before, itself; `None` otherwise."""
-    units = list(dict.fromkeys(_units(network)))
-    stages = [stage for unit in units for stage in stages_of(unit) or ()]
+def _trace(network: nn.Module) -> list[nn.Module]:
+    """Return the modules that run one after the other, each on the very output of the one before."""
+    modules = list(dict.fromkeys(_possible_stages(network)))
+    stages = [stage for module in modules for stage in stages_of(module) or ()]
+    sizes = [stage.in_features for stage in stages if stage.in_features is not None]
     if not any(stage.formula for stage in stages):
-        return None
-    events: list[tuple[nn.Module, Any, Any]] = []
+        return []
+    calls: list[tuple[nn.Module, Any, Any]] = []
 
     def record(module: nn.Module, args: tuple, output: Any) -> None:
-        events.append((module, args[0] if len(args) == 1 else None, output))
+        calls.append((module, args[0] if len(args) == 1 else None, output))
 
-    width = next(size for stage in stages if (size := stage.in_features) is not None)
     with torch.inference_mode(False), torch.no_grad(), attributes_kept(network), buffers_kept(network):
-        x = torch.rand(3, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
-        last: Any = x.to(next((p for p in network.parameters() if p.is_floating_point()), x))
-        handles = [unit.register_forward_hook(record) for unit in units]
+        x = torch.rand(3, sizes[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
+        value: Any = x.to(next((p for p in network.parameters() if p.is_floating_point()), x))
+        handles = [module.register_forward_hook(record) for module in modules]
         try:
-            events.append((network, network(last), None))
+            calls.append((network, network(value), None))
         except Exception:  # foreign code: another width, or more arguments
-            return None
+            return []
         finally:
             for handle in handles:
                 handle.remove()
-    for _, given, returned in events:
-        if given is not last:
-            return None
-        last = returned
-    return [module for module, *_ in events[:-1]]
+    for _, received, returned in calls:
+        if received is not value:
+            return []
+        value = returned
+    return [module for module, *_ in calls[:-1]]
 
 
 register(nn.Module, Entry(find_stages))

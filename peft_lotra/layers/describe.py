@@ -177,13 +177,12 @@ def _find_doubts(evidence: Evidence, spec: KANLayerSpec, tensor: CoefficientTens
         if name in described or isinstance(module, NORMS):
             continue
         layout = tensor.parameters.get(name)
+        observed = name if layout is not None and not layout.shared else ""
         if gradient is None:
             doubts[name] = UNUSED
-        elif layout is not None and not layout.shared:
-            if not evidence.is_linear_in(name, tensor):
-                doubts[name] = NOT_LINEAR
-        elif not evidence.stays(tensor, name):
-            doubts[name] = FACTOR if evidence.stays(tensor, name, of_edges=True) else NOT_LINEAR
+        elif not evidence.stays(tensor, [name], observed):
+            is_factor = not observed and evidence.stays(tensor, [name], of_edges=True)
+            doubts[name] = FACTOR if is_factor else NOT_LINEAR
         elif gradient.dim() > 1 and layout is None:
             doubts[name] = OTHER
     return doubts

@@ -98,7 +98,7 @@ class KANLayerSpec:
 
     def __post_init__(self) -> None:
         if not callable(self.matches):
-            raise ValueError(f"`matches` of {self.family!r} is {self.matches!r:.100}. Give a class, or a predicate on modules.")
+            raise ValueError(f"`matches` of {self.family!r} is {self.matches!r:.80}. Give a class, or a predicate.")
         branches = [pair for pair in (self.residual, self.edge_scale) if pair is not None]
         pairs = [*self.parts, *branches]
         try:

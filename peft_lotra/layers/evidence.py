@@ -209,28 +209,27 @@ class Evidence:
 
     # What one parameter does
 
-    def stays(self, tensor: CoefficientTensor, name: str, of_edges: bool = False) -> bool:
-        """Return whether a perturbed parameter changes the gradient of coefficients only by a factor for each output.
+    def stays(
+        self, tensor: CoefficientTensor, names: Collection[str], observed: str = "", of_edges: bool = False
+    ) -> bool:
+        """Return whether perturbed parameters change a gradient only by a factor for each output.
 
-        Or, `of_edges`, for each edge and branch: the residual branch may have its own factors.
+        Args:
+            tensor: The coefficients whose gradient is compared.
+            names: The parameters that are perturbed.
+            observed: Compare only the part of the coefficients with this parameter.
+            of_edges: Allow a factor for each edge and branch. The residual branch may have its own factors.
         """
-        before, after = (join(gradients, tensor) for gradients in (self.base, self.perturb([name])))
+        if observed:
+            parts = [part for part in tensor.parts if any(member.name == observed for member in part)]
+            tensor = CoefficientTensor(tensor.family, tuple(parts))
+        before, after = join(self.base, tensor), join(self.perturb(names), tensor)
         if not of_edges:
             return is_parallel(before, after)
         has_branches = tensor.has_residual and len(tensor.shape) == 3
         sizes = [tensor.shape[2], 1] if has_branches else [before.shape[2]]
-        branches = zip(before.flatten(0, 1).split(sizes, 1), after.flatten(0, 1).split(sizes, 1), strict=True)
-        return all(is_parallel(first.unsqueeze(1), second.unsqueeze(1)) for first, second in branches)
-
-    def is_linear_in(self, name: str, tensor: CoefficientTensor) -> bool:
-        """Return whether the layer is linear in one parameter of the coefficients, up to a factor for each output."""
-        parts = tuple(part for part in tensor.parts if any(member.name == name for member in part))
-        return self.stays(CoefficientTensor(tensor.family, parts), name)
-
-    def is_residual(self, tensor: CoefficientTensor) -> bool:
-        """Return whether the last slice of the basis mode is weights that add to the sum of the others."""
-        after = self.perturb(tensor.names)
-        return is_parallel(*(join(gradients, tensor)[:, :, -1:] for gradients in (self.base, after)))
+        edges = [gradient.flatten(0, 1).unsqueeze(1).split(sizes, -1) for gradient in (before, after)]
+        return all(map(is_parallel, *edges))
 
     def is_additive(self, names: Collection[str]) -> bool:
         """Return whether parameters add to the output: if they are perturbed, no other gradient changes."""

@@ -135,15 +135,13 @@ def _has_increasing_rows(value: Tensor) -> bool:
 
 
 def candidate_sizes(layer: nn.Module) -> list[int]:
-    """Return the numbers of inputs that a layer may have: lengths of its tensors, and their divisors."""
+    """Return the numbers of inputs that a layer may have: lengths of its tensors, then their divisors."""
     shapes = [value.shape for value in (*layer.parameters(), *layer.buffers())]
-    for module in layer.modules():
-        shapes += [value.shape for value in vars(module).values() if isinstance(value, Tensor)]
-    sizes = sorted({length for shape in shapes for length in shape} | {2, 3}, reverse=True)
-    flat = {length for value in layer.parameters() if value.dim() == 2 for length in value.shape}
-    for length in sorted(flat, reverse=True):
+    lengths = sorted({2, 3}.union(*shapes), reverse=True)
+    sizes = [length for length in lengths if length > 1]
+    for length in lengths:
         sizes += [size for size in range(length // 2, 1, -1) if length % size == 0]
-    return list(dict.fromkeys(size for size in sizes if size > 1))
+    return list(dict.fromkeys(sizes))
 
 
 def _run_at_all_sizes(probe: Probe) -> Iterator[Evidence]:
@@ -221,12 +219,12 @@ def _is_coefficient(evidence: Evidence, spec: KANLayerSpec, name: str, tensors: 
     if tensors[name].dim() > 2:
         return True
     tensor = spec.locate(evidence.probe.layer)
-    if evidence.is_broadcast or not evidence.is_linear_in(name, tensor):
+    if evidence.is_broadcast or not evidence.stays(tensor, [name], observed=name):
         return False
     if evidence.outputs > 1 or any("o" in pattern.split() for _, pattern in spec.parts):
         return True
     edges = [n for n, value in tensors.items() if n != name and sorted(value.shape) == [1, evidence.size]]
-    return all(evidence.base[edge] is None or evidence.stays(tensor, edge) for edge in edges)
+    return all(evidence.base[edge] is None or evidence.stays(tensor, [edge]) for edge in edges)
 
 
 def _find_matrices(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | None:
@@ -248,13 +246,13 @@ def _add_branches(evidence: Evidence, spec: KANLayerSpec, tensors: Tensors) -> K
     for name in (name for name, value in tensors.items() if value.dim() == 2 and name not in names):
         for pattern in ("o i", "i o"):
             extended = replace(spec, residual=(name, pattern))
-            if not _fits(evidence, extended):
-                continue
-            if spec.residual is None and evidence.is_residual(extended.locate(evidence.probe.layer)):
-                spec = extended
-            else:
-                factors.append((name, pattern))
-            break
+            if _fits(evidence, extended):
+                tensor = extended.locate(evidence.probe.layer)
+                if spec.residual is None and evidence.stays(tensor, names, observed=name):
+                    spec = extended
+                else:
+                    factors.append((name, pattern))
+                break
     size = sum(tensors[name].numel() for name in names)
     if sum(tensors[name].numel() for name, _ in factors) > _SMALL * size:
         spec = replace(spec, coefficients=(*spec.parts, *factors))

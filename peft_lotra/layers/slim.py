@@ -41,12 +41,11 @@ class SlimLayer(nn.Module):
                 value = nn.Parameter(value.to(coefficients).contiguous(), requires_grad=coefficients.requires_grad)
             self.register_parameter(name, value)
         self.scale = spec.find_edge_scale(layer)
-        self.removed: dict[str, tuple[int, ...]] = {}  # the shape of each parameter that is taken out of the layer
-        for name in [*self.tensor.parameters, *([self.scale] if self.scale else [])]:
-            owner, _, attribute = name.rpartition(".")
-            module = layer.get_submodule(owner)
-            self.removed[name] = tuple(module.get_parameter(attribute).shape)
-            module._parameters[attribute] = None
+        # the shapes of the parameters that are taken out of the layer
+        self.removed: dict[str, torch.Size] = {}
+        for name in filter(None, [*self.tensor.parameters, self.scale]):
+            self.removed[name] = layer.get_parameter(name).shape
+            _set_parameter(layer, name, None)
         self.layer = layer
         self.train(layer.training)
 
@@ -56,17 +55,17 @@ class SlimLayer(nn.Module):
 
     @property
     def coefficients(self) -> torch.Tensor:
-        """The coefficient tensor (out, in, basis), without the residual branch, built anew; differentiable."""
+        """The coefficient tensor (out, in, basis), built from the factors without the residual branch."""
         return self.components.sliced(slice(self.tensor.shape[-1])).dense()
 
     @property
     def residual(self) -> torch.Tensor | None:
-        """The residual weights (out, in), built anew, or `None` if the layer has no residual branch."""
+        """The residual weights (out, in), built from the factors, or None without a residual branch."""
         last = self.components.sliced(slice(self.tensor.shape[-1], None))
         return last.dense().squeeze(-1) if last.shape[2] else None
 
     def effective_parameters(self, delta: torch.Tensor | float = 0.0) -> dict[str, torch.Tensor]:
-        """The parameters, as the layer stores them, of the tensor of the factors plus `delta`, of the same shape."""
+        """Return the parameters, as the layer stores them, of the factors' tensor plus `delta` of the same shape."""
         parameters = self.tensor.split((self.components.dense() + delta).contiguous())
         if self.scale is not None:
             parameters[self.scale] = self.core.new_ones(self.removed[self.scale])
@@ -76,19 +75,17 @@ class SlimLayer(nn.Module):
         return self.forward_with(0.0, *args, **kwargs)
 
     def forward_with(self, delta: torch.Tensor | float, *args: Any, **kwargs: Any) -> Any:
-        """The output with a dense tensor added to that of the factors."""
+        """Return the output with a dense tensor added to the factors' tensor."""
         with nullcontext() if is_tracing() else self.lotra_lock:
             return call_with_parameters(self.layer, self.effective_parameters(delta), self.layer, args, kwargs)
 
     def to_dense(self) -> nn.Module:
-        """A layer of the original class that computes the same, up to rounding."""
+        """Return a layer of the original class that computes the same, up to rounding."""
         layer = copy.deepcopy(self.layer)
         with torch.no_grad():
             parameters = self.effective_parameters()
         for name, value in parameters.items():
-            owner, _, attribute = name.rpartition(".")
-            value = nn.Parameter(value.contiguous(), requires_grad=self.core.requires_grad)
-            layer.get_submodule(owner)._parameters[attribute] = value
+            _set_parameter(layer, name, nn.Parameter(value.contiguous(), requires_grad=self.core.requires_grad))
         return layer
 
     def __getattr__(self, name: str) -> Any:
@@ -109,6 +106,11 @@ class SlimLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"kind={self.spec.family}, ranks={self.ranks}"
+
+
+def _set_parameter(layer: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    path, _, attribute = name.rpartition(".")
+    layer.get_submodule(path)._parameters[attribute] = parameter
 
 
 class _SlimSpec(KANLayerSpec):
@@ -132,7 +134,7 @@ def _refuse_grid_method(name: str, *args: Any, **kwargs: Any) -> None:
 
 
 def call_with_coefficients(layer: nn.Module, tensor: CoefficientTensor, coefficients: torch.Tensor, *args: Any) -> Any:
-    """Calls a layer with other coefficients, laid out as `tensor.read` gives them; a Slim one's are a product."""
+    """Call a layer with other coefficients in the canonical order. In a Slim layer they are a product."""
     if isinstance(layer, (SlimKANLinear, SlimLayer)):
         return layer.forward_with(coefficients - tensor.read(layer), *args)
     return call_with_parameters(layer, tensor.split(coefficients), layer, args, {})
