@@ -11,7 +11,7 @@ depends on other inputs, or is the same function for each k. Embeddings do not d
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import permutations
@@ -76,33 +76,32 @@ def _find_candidates(layer: nn.Module) -> dict[str, Tensor]:
     user's class may make the functions. There are none if such a module may be a layer of its own, or is larger.
     """
     candidates: dict[str, Tensor] = {}
-    size = size_of_functions = 0
+    size_of_functions = 0
     for path, module in layer.named_modules():
         parent = layer.get_submodule(path.rpartition(".")[0])
         is_in_list = path.count(".") == 1 and type(parent) in (nn.Sequential, nn.ModuleList)
         is_near = "." not in path or is_in_list
         if path and is_near and registered_spec(module) is not None:
             return {}
-        matrices = {n: value for n, value in module._parameters.items() if value is not None and value.dim() > 1}
-        elements = sum(value.numel() for value in matrices.values())
+        parameters = {n: value for n, value in module._parameters.items() if value is not None and value.numel()}
+        matrices = {name: value for name, value in parameters.items() if value.dim() > 1}
+        if any(value.numel() > _LARGEST for value in parameters.values()):
+            return {}
         if module is layer or (is_near and isinstance(module, (nn.Linear, nn.ParameterList))):
-            size += elements
             candidates |= {f"{path}.{name}".lstrip("."): value for name, value in matrices.items()}
         elif matrices and "parametrizations" not in path and not isinstance(module, NORMS):
             is_of_torch = type(module).__module__.startswith("torch.")
             if is_of_torch or "." in path or any(value.dim() > 2 for value in matrices.values()):
                 return {}
-            size_of_functions += elements
-    if size_of_functions > size:
+            size_of_functions += sum(value.numel() for value in matrices.values())
+    if size_of_functions > sum(value.numel() for value in candidates.values()):
         return {}
-    return {name: v for name, v in candidates.items() if v.is_floating_point() and 0 < v.numel() <= _LARGEST}
+    return {name: value for name, value in candidates.items() if value.is_floating_point()}
 
 
 def _find_spec(layer: nn.Module, candidates: Tensors, args: Any, kwargs: Any) -> tuple[KANLayerSpec | None, str]:
     parameters = {name: value for name, value in layer.named_parameters() if value.is_floating_point()}
-    names = [name for name, value in parameters.items() if value.numel() <= _LARGEST]
-    probe = Probe(layer, names, args, kwargs)
-
+    probe = Probe(layer, parameters, args, kwargs)
     knots = {name for name, value in parameters.items() if _has_increasing_rows(value)}
     frozen = {name for name, value in parameters.items() if not value.requires_grad}
     fixed = knots if len(frozen) == len(parameters) else knots | frozen
@@ -110,19 +109,18 @@ def _find_spec(layer: nn.Module, candidates: Tensors, args: Any, kwargs: Any) ->
     grid = [*buffers, *(name for name in parameters if name in fixed)]
 
     reason = ""
-    for names in (grid, ()) if grid else ((),):
-        probe.place_inputs(get_or_none(layer, name) for name in names)
-        with isolated(probe.like):
-            for evidence in _run_at_all_sizes(probe):
-                reason = "its output is no sum, over its inputs, of at least two functions of each of them."
-                # a grid is coefficients if nothing else is: of a layer whose functions start as increasing ones
-                for excluded in (fixed, knots, ()):
-                    spec = _find_coefficients(evidence, {n: v for n, v in candidates.items() if n not in excluded})
-                    if spec is not None:
-                        adapted = spec.locate(layer).parameters
-                        grid = tuple(name for name in grid if name not in adapted)
-                        methods = tuple(name for name in dir(type(layer)) if re.match(_MOVES_GRID, name))
-                        return replace(spec, grid=grid, grid_methods=methods if grid else ()), ""
+    with isolated(probe.like):
+        for evidence in _run_everywhere(probe, [get_or_none(layer, name) for name in grid]):
+            # a grid is coefficients if nothing else is: of a layer whose functions start as increasing ones
+            for excluded in (fixed, knots, ()):
+                tensors = {name: value for name, value in candidates.items() if name not in excluded}
+                spec = _find_coefficients(evidence, tensors)
+                if spec is not None:
+                    adapted = spec.locate(layer).parameters
+                    grid = tuple(name for name in grid if name not in adapted)
+                    methods = tuple(name for name in dir(type(layer)) if re.match(_MOVES_GRID, name))
+                    return replace(spec, grid=grid, grid_methods=methods if grid else ()), ""
+            reason = "its output is no sum, over its inputs, of at least two functions of each of them."
     return None, reason or f"{probe.error or 'it takes no input of any size that was tried'}."
 
 
@@ -144,22 +142,24 @@ def candidate_sizes(layer: nn.Module) -> list[int]:
     return list(dict.fromkeys(sizes))
 
 
-def _run_at_all_sizes(probe: Probe) -> Iterator[Evidence]:
-    """Yield what the layer gives for inputs of each size that it takes, one input last.
+def _run_everywhere(probe: Probe, grid: Sequence[Tensor]) -> Iterator[Evidence]:
+    """Yield what the layer gives for inputs of each size that it takes, on its grid and around zero.
 
-    Many a layer of more inputs takes one by broadcasting, and a layer of one input takes more.
+    One input comes last: many a layer of more inputs takes one by broadcasting, and a layer of one input takes more.
     """
-    is_broadcast = False
-    for size in candidate_sizes(probe.layer):
-        for evidence in run_at_sizes(probe, size):
-            is_broadcast = True
-            yield evidence
     linear = [(name, child) for name, child in probe.layer.named_children() if isinstance(child, nn.Linear)]
     first = [f"{name}.weight" for name, child in linear if child.in_features == 1]
-    for evidence in run_at_sizes(probe, 1):
-        if evidence.is_additive(first):  # a perceptron of one input is such a sum too
-            evidence.is_broadcast = is_broadcast
-            yield evidence
+    for tensors in (grid, ()) if grid else ((),):
+        probe.place_inputs(tensors)
+        is_broadcast = False
+        for size in candidate_sizes(probe.layer):
+            for evidence in run_at_sizes(probe, size):
+                is_broadcast = True
+                yield evidence
+        for evidence in run_at_sizes(probe, 1):
+            if evidence.is_additive(first):  # a perceptron of one input is such a sum too
+                evidence.is_broadcast = is_broadcast
+                yield evidence
 
 
 def _find_coefficients(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | None:
