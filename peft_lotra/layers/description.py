@@ -341,7 +341,7 @@ def registered_spec(module: nn.Module) -> KANLayerSpec | None:
 def fits(spec: KANLayerSpec, module: nn.Module) -> bool:
     """Return whether a kind matches a module. A predicate that reads what the module does not have says no."""
     try:
-        return spec.matches(module)
+        return bool(spec.matches(module))
     except AttributeError:
         return False
 

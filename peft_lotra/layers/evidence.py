@@ -54,8 +54,8 @@ class Evidence:
     """The gradients of a layer at one input and at changed ones, shared by all comparisons.
 
     Attributes:
-        x: The input: one sample, unless the user gives it.
-        channel: The axis of its features, counted from the end.
+        x: The input with its features in the last axis. It is one sample, unless the user gives it.
+        channel: The axis of the features in the layer's own order, counted from the end.
         size: The number of input features.
         outputs: The number of output features.
         is_broadcast: Whether the layer also takes inputs of other sizes, over which it sums.
@@ -65,7 +65,7 @@ class Evidence:
         self.probe = probe
         self.x = x
         self.channel = channel
-        self.size = x.shape[channel]
+        self.size = x.shape[-1]
         self.outputs = outputs
         self.is_broadcast = False
         self._exchanged: dict[int, list[tuple[slice, Gradients]]] = {}
@@ -73,6 +73,10 @@ class Evidence:
     def gradients(self, x: Tensor | None = None, **options: Any) -> Gradients:
         """Return the gradients at an input, by default at `x`. See `Probe.gradients` for the options."""
         return self.probe.gradients(self.x if x is None else x, self.channel, **options)
+
+    def perturb(self, names: Collection[str]) -> Gradients:
+        """Return the gradients at perturbed parameters."""
+        return self.gradients(parameters=perturbed(self.probe.parameters, names))
 
     @cached_property
     def base(self) -> Gradients:
@@ -95,23 +99,21 @@ class Evidence:
     def exchanged(self, count: int) -> list[tuple[slice, Gradients]]:
         """Return gradients after half of `count` inputs were exchanged, each with the slice of the other half."""
         if count not in self._exchanged:
+            self._exchanged[count] = []
+            blocks = self.x.unflatten(-1, (-1, count))
             half = count // 2
-            blocks = self.x.movedim(self.channel, -1).unflatten(-1, (-1, count))
-            pairs = self._exchanged[count] = []
-            for constant, varied in ((slice(half), slice(half, None)), (slice(-half, None), slice(-half))):
+            for start in (0, count - half):
+                constant = slice(start, start + half)
+                varied = [n for n in range(count) if not start <= n < start + half]
                 values = blocks[..., varied]
-                changes = [values.roll(step, -1) for step in range(1, min(values.shape[-1], 3))]
+                changes = [values.roll(step, -1) for step in (1, 2)[: len(varied) - 1]]
                 if count == 2:  # there is nothing to exchange
                     changes = [blocks.mean(-1, keepdim=True)]
                 for change in changes:
                     x = blocks.clone()
                     x[..., varied] = change
-                    pairs.append((constant, self.gradients(x.flatten(-2).movedim(-1, self.channel))))
+                    self._exchanged[count].append((constant, self.gradients(x.flatten(-2))))
         return self._exchanged[count]
-
-    def perturb(self, names: Collection[str]) -> Gradients:
-        """Return the gradients at perturbed parameters."""
-        return self.gradients(parameters=perturbed(self.probe.parameters, names))
 
     # What a description says
 
@@ -136,13 +138,13 @@ class Evidence:
         gradients = [self.base[name] for name in tensor.parameters]
         if not all(gradient is not None and gradient.any() for gradient in gradients):
             return False
-        of_outputs = self._compare_outputs(tensor)
-        if out > 1 and not of_outputs:
+        has_outputs = self._compare_outputs(tensor)
+        if out > 1 and not has_outputs:
             return False
-        of_inputs = self._compare_inputs(tensor) if inputs > 1 else True
-        if of_inputs is None:
-            of_inputs = inputs == 2 and of_outputs  # a norm of two inputs hides their changes
-        return bool(of_inputs) and self._has_functions(tensor) and self.is_nonlinear
+        has_inputs = self._compare_inputs(tensor) if inputs > 1 else True
+        if has_inputs is None:
+            has_inputs = inputs == 2 and has_outputs  # a norm of two inputs hides their changes
+        return bool(has_inputs) and self._has_functions(tensor) and self.is_nonlinear
 
     def _compare_outputs(self, tensor: CoefficientTensor) -> bool | None:
         if tensor.shape[0] == 1:
@@ -161,7 +163,8 @@ class Evidence:
         for constant, gradients in self.exchanged(tensor.shape[1]):
             exchanged = join(gradients, tensor)
             change = _change(gradient, exchanged, constant)
-            if change.max() > _EFFECT * max(gradient.abs().max(), exchanged.abs().max()):
+            size = torch.maximum(gradient.abs().max(), exchanged.abs().max())
+            if change.max() > _EFFECT * size:
                 result = bool(change[:, constant].max() <= _ROUNDING * change.max())
                 if not result:
                     return False
@@ -171,12 +174,13 @@ class Evidence:
         """Return whether an input has at least two functions: gradients at several inputs have rank two at least."""
         inputs = tensor.shape[1]
         changed = self.scaled if inputs < 4 else [gradients for _, gradients in self.exchanged(inputs)]
-        row = _largest_row(join(self.base, tensor))
-        samples = torch.stack([join(gradients, tensor)[row, :_ROWS] for gradients in (self.base, *changed)], dim=1)
-        if not samples.isfinite().all():
+        samples = [join(gradients, tensor) for gradients in (self.base, *changed)]
+        row = _largest_row(samples[0])
+        matrices = torch.stack([sample[row, :_ROWS] for sample in samples], dim=1)
+        if not matrices.isfinite().all():
             return False
-        singular = torch.linalg.svdvals(samples.double())
-        return bool((singular[:, 1:2] > _EFFECT * _EFFECT * singular.max()).any())
+        singular = torch.linalg.svdvals(matrices.double())
+        return bool((singular[:, 1:2] > _EFFECT**2 * singular.max()).any())
 
     @cached_property
     def is_nonlinear(self) -> bool:
@@ -185,29 +189,29 @@ class Evidence:
         With one row, attention is linear in its values. A normalization of two outputs leaves their signs, which may
         be constant: the parameters are perturbed.
         """
-        parameters = perturbed(self.probe.parameters, self.probe.parameters)
-        *leading, _ = self.x.movedim(self.channel, -1).shape
+        leading = self.x.shape[:-1]
         if math.prod(leading) < 4:
-            leading = [4] if len(leading) == 1 else [2, 2, *[1] * (len(leading) - 2)]
+            leading = (4,) if len(leading) == 1 else (2, 2, *leading[2:])
         rows = self.probe.make_input((math.prod(leading), self.size))
         if self.size > 1:
             rows[2] = rows[0].roll(1)  # a normalization does not make them equal
         rows[1] = (rows[0] + rows[2]) / 2
 
+        parameters = perturbed(self.probe.parameters, self.probe.parameters)
         outputs = []
         for last in (2, 0):  # one row or the other: a norm by the extremes of all rows does not notice
             rows[3] = rows[last]
-            y = self.probe.attempt(rows.view(*leading, -1).movedim(-1, self.channel), parameters)
-            if y is None or y.dim() != self.x.dim() or y.numel() != y.shape[self.channel] * len(rows):
+            y = self.probe.attempt(rows.view(*leading, -1), self.channel, parameters)
+            if y is None or y.shape[:-1] != leading:
                 return False
-            outputs.append(y.movedim(self.channel, -1).flatten(0, -2)[:3])
+            outputs.append(y.flatten(0, -2)[:3])
         first, second = outputs
         rounding = 1e3 * torch.finfo(first.dtype).eps * first.abs().max()
         curvature = (first[0] - 2 * first[1] + first[2]).abs().max()
         is_affine = curvature <= rounding < (first[0] - first[2]).abs().max()
         return bool((first - second).abs().max() <= rounding and not is_affine)
 
-    # What one parameter does
+    # What parameters do
 
     def stays(
         self, tensor: CoefficientTensor, names: Collection[str], observed: str = "", of_edges: bool = False
@@ -228,52 +232,64 @@ class Evidence:
             return is_parallel(before, after)
         has_branches = tensor.has_residual and len(tensor.shape) == 3
         sizes = [tensor.shape[2], 1] if has_branches else [before.shape[2]]
-        edges = [gradient.flatten(0, 1).unsqueeze(1).split(sizes, -1) for gradient in (before, after)]
-        return all(map(is_parallel, *edges))
+        branches = zip(_edges(before).split(sizes, -1), _edges(after).split(sizes, -1), strict=True)
+        return all(is_parallel(first, second) for first, second in branches)
 
     def is_additive(self, names: Collection[str]) -> bool:
         """Return whether parameters add to the output: if they are perturbed, no other gradient changes."""
         after: Any = self.perturb(names) if names else self.base
         for name, gradient in self.base.items():
             if gradient is not None and name not in names:
-                if not (gradient - after[name]).abs().max() <= _ROUNDING * gradient.abs().max():
+                change = (gradient - after[name]).abs().max()
+                if not change <= _ROUNDING * gradient.abs().max():
                     return False
         return True
 
     def is_linear(self, names: Collection[str]) -> bool | None:
         """Return whether the output is an affine function of parameters. None if their gradient says nothing."""
-        x = self.x if self.probe.x is not None else self.probe.make_input((4, *self.x.shape[1:]))
+        x = self.x
+        if self.probe.x is None:
+            x = self.probe.make_input((4, *x.shape[1:]))
         ends = []
         for factor in (-2.0, 2.0):  # so far apart that a ReLU behind the sum is met on both sides
-            gradients = self.gradients(x, parameters=perturbed(self.probe.parameters, names, torch.randn, factor))
-            ends.append(torch.cat([gradients[name].flatten() for name in names if gradients[name] is not None]))
+            parameters = perturbed(self.probe.parameters, names, torch.randn, factor)
+            gradients = self.gradients(x, parameters=parameters)
+            named: Any = [gradients[name] for name in names]
+            ends.append(torch.cat([gradient.flatten() for gradient in named if gradient is not None]))
         first, second = ends
         size = (first.abs() + second.abs()).max()
-        return bool((first - second).abs().max() <= _EFFECT * size) if 0 < size < math.inf else None
+        if not 0 < size < math.inf:
+            return None
+        return bool((first - second).abs().max() <= _EFFECT * size)
 
 
 def run_at_sizes(probe: Probe, size: int, kernel: Sequence[int] = ()) -> Iterator[Evidence]:
     """Yield what the layer gives for inputs of `size` features, or channels of a convolution, if it takes them."""
+    forms: list[tuple[Tensor, int]] = []
     if probe.x is not None:
-        dims = probe.x.dim()
-        forms = [(probe.x.shape, channel) for channel in (-1, 1 - dims) if dims > 1 and probe.x.shape[channel] == size]
+        first = 1 - probe.x.dim()
+        forms = [(probe.x.movedim(channel, -1), channel) for channel in (-1, first) if first < 0]
+        forms = [(x, channel) for x, channel in forms if x.shape[-1] == size]
     elif kernel:
-        forms = [((1, size, *(4 * length + 3 for length in kernel)), -1 - len(kernel))]
-    else:  # samples; tokens; channels of one point
-        forms = [((1, size), -1), ((1, 1, size), -1), ((1, size, 1), -2)]
-    for shape, channel in forms:
-        x = probe.make_input(shape) if probe.x is None else probe.x
-        y = probe.attempt(x)
-        takes_points = channel == -1 or bool(kernel) or probe.attempt(x.repeat(1, 1, 3)) is not None
-        if y is None or not takes_points:
+        lengths = [4 * length + 3 for length in kernel]
+        forms = [(probe.make_input((1, *lengths, size)), -1 - len(kernel))]
+    else:
+        sample, tokens = probe.make_input((1, size)), probe.make_input((1, 1, size))
+        forms = [(sample, -1), (tokens, -1), (tokens, -2)]
+    for x, channel in forms:
+        y = probe.attempt(x, channel)
+        if y is None:
             continue
-        is_row_by_row = y.dim() == x.dim() and x.select(channel, 0).shape == y.select(channel, 0).shape
-        if not (is_row_by_row or (kernel and y.dim() == x.dim())):
-            probe.error = probe.error or f"for an input {tuple(shape)} it returns {tuple(y.shape)}"
+        # in channels, one point must not be taken for one feature
+        if channel == -2 and not kernel and probe.attempt(x.repeat(1, 3, 1), channel) is None:
             continue
-        evidence = Evidence(probe, x, channel, y.shape[channel])
+        if y.dim() != x.dim() or (y.shape[:-1] != x.shape[:-1] and not kernel):
+            shapes = [tuple(value.movedim(-1, channel).shape) for value in (x, y)]
+            probe.error = probe.error or f"for an input {shapes[0]} it returns {shapes[1]}"
+            continue
+        evidence = Evidence(probe, x, channel, y.shape[-1])
         yield evidence
-        if len(shape) == 2 and evidence.is_nonlinear:  # tokens would say the same
+        if x.dim() == 2 and evidence.is_nonlinear:  # tokens would say the same
             return
 
 
@@ -288,11 +304,12 @@ def join(gradients: Gradients, tensor: CoefficientTensor) -> Tensor:
     """Return gradients as one tensor (out, in, rest). They are zero for parameters that all outputs share."""
     like = next(gradient for gradient in gradients.values() if gradient is not None)
     tensors = []
-    for member in (member for part in tensor.parts for member in part):
-        gradient = gradients[member.name]
-        if gradient is None or member.layout.shared:
-            gradient = like.new_zeros(member.stored)
-        tensors.append(gradient)
+    for part in tensor.parts:
+        for member in part:
+            gradient = gradients[member.name]
+            if gradient is None or member.layout.shared:
+                gradient = like.new_zeros(member.stored)
+            tensors.append(gradient)
     return tensor.join(tensors).flatten(2)
 
 
@@ -301,17 +318,25 @@ def _largest_row(gradient: Tensor) -> int:
     return int(gradient.flatten(1).abs().amax(1).argmax())
 
 
+def _edges(gradient: Tensor) -> Tensor:
+    """(out, in, rest) -> (out * in, 1, rest)"""
+    return gradient.flatten(0, 1).unsqueeze(1)
+
+
 def _change(first: Tensor, second: Tensor, fitted: slice) -> Tensor:
     """Return the difference of two gradients (out, in, rest), up to the factor of each output that fits a slice."""
     # the smaller of two rows is a multiple of the larger one: a ReLU may have made it zero
-    sizes = [gradient[:, fitted].flatten(1).norm(dim=1) for gradient in (first, second)]
-    is_smaller = (sizes[0] < sizes[1])[:, None, None]
+    first_size = first[:, fitted].flatten(1).norm(dim=1)
+    second_size = second[:, fitted].flatten(1).norm(dim=1)
+    is_smaller = (first_size < second_size)[:, None, None]
     larger, smaller = torch.where(is_smaller, second, first), torch.where(is_smaller, first, second)
     x, y = larger[:, fitted].flatten(1), smaller[:, fitted].flatten(1)
-    factors = (x * y).sum(1) / (x * x).sum(1).clamp(min=1e-30)
+    squares = (x * x).sum(1).clamp(min=1e-30)
+    factors = (x * y).sum(1) / squares
     return (smaller - factors[:, None, None] * larger).abs()
 
 
 def is_parallel(first: Tensor, second: Tensor) -> bool:
     """Return whether two gradients (out, in, rest) are equal up to a factor for each output."""
-    return bool(_change(first, second, slice(None)).max() <= _ROUNDING * first.abs().max())
+    change = _change(first, second, slice(None))
+    return bool(change.max() <= _ROUNDING * first.abs().max())

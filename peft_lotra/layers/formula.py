@@ -226,8 +226,8 @@ def _grid_ends(layer: nn.Module, spec: Any, tensor: CoefficientTensor, is_unifor
     if not (spec.basis or spec.derivatives):
         return None
     tensors = [value.flatten() for value in spec.read_grid(layer).values() if isinstance(value, Tensor)]
-    grid = torch.cat([tensor for tensor in tensors if tensor.numel()] or [torch.tensor([-2.0, 2.0], device="cpu")])
-    return grid.aminmax()
+    tensors = [tensor for tensor in tensors if tensor.numel()]
+    return torch.cat(tensors).aminmax() if tensors else (-2.0, 2.0)
 
 
 def _points_around(low: Any, high: Any, width: int) -> Tensor:
@@ -251,7 +251,8 @@ def _points_around(low: Any, high: Any, width: int) -> Tensor:
     for distance in _DISTANCES:
         block = slice(far, far + _BLOCK)
         signs = torch.tensor([-1.0, 1.0], device="cpu").repeat(_BLOCK // 2).unsqueeze(1)
-        points[block] = (low + high) / 2 + signs * distance * (1 + share[block]) * (high - low).clamp(min=2)
+        lengths = distance * (1 + share[block])
+        points[block] = (low + high) / 2 + signs * lengths * (high - low).clamp(min=2)
         far = block.stop
 
     points[far:][share[far:] < 0.5] = 0
@@ -273,11 +274,15 @@ def _agree(result: Tensor, expected: Tensor, tolerance: float, floor: float = 0.
     """
     if result.shape != expected.shape:
         return False
-    difference = torch.where(expected.isfinite(), result - expected, 0)
-    tensors = (difference, expected.nan_to_num(0, 0, 0))
-    error, size = (values.movedim(-2, 0).unflatten(0, (-1, _BLOCK)).flatten(1).abs().amax(1) for values in tensors)
+    error = _largest_of_blocks(torch.where(expected.isfinite(), result - expected, 0))
+    size = _largest_of_blocks(expected.nan_to_num(0, 0, 0))
     near = size[: _NEAR // _BLOCK].max().clamp(min=floor)
     return bool((error <= tolerance * size.clamp(min=near)).all())
+
+
+def _largest_of_blocks(values: Tensor) -> Tensor:
+    blocks = values.movedim(-2, 0).unflatten(0, (-1, _BLOCK))
+    return blocks.flatten(1).abs().amax(1)
 
 
 def _at_other_parameters(reader: FormulaReader, layer: nn.Module, points: Tensor, compare: Any) -> bool:
@@ -315,20 +320,21 @@ def _has_right_slopes(formula: LayerFormula, layer: nn.Module, x: Tensor, tolera
     (y, slope, single, is_nan), expected = results
     # slopes may be zero to rounding, e.g. behind the norm of a single input
     floor = 1e-3 * float(expected[0][:_NEAR].abs().max())
-    is_right = _agree(y, expected[0], tolerances[0]) and _agree(slope, expected[1], tolerances[1], floor)
-    return is_right and torch.allclose(single, expected[2], rtol=1e-6, atol=1e-6) and torch.equal(is_nan, expected[3])
+    if not _agree(y, expected[0], tolerances[0]) or not _agree(slope, expected[1], tolerances[1], floor):
+        return False
+    return torch.allclose(single, expected[2], rtol=1e-6, atol=1e-6) and torch.equal(is_nan, expected[3])
 
 
 def _has_right_jets(formula: LayerFormula, layer: nn.Module, x: Tensor, tolerances: Sequence[float]) -> bool:
     """Compare values, slopes and second derivatives, and the higher derivatives of the functions."""
     generator = torch.Generator().manual_seed(0)
-    directions = torch.randn(2, x.shape[1], generator=generator, dtype=x.dtype, device="cpu").to(x.device)
+    directions = torch.randn(2, x.shape[1], generator=generator, device="cpu").to(x)
     expected = jet_by_transforms(layer, x, directions, 2, None)
     result = evaluate_layer(formula, [x, directions.unsqueeze(1)], 2, None)
+    if not all(map(_agree, result, expected, tolerances, [1e-3] * 3)):
+        return False
     basis: Any = formula.basis
-    return all(map(_agree, result, expected, tolerances, [1e-3] * 3)) and (
-        isinstance(basis, UniformGrid) or _has_right_higher_derivatives(basis, x)
-    )
+    return isinstance(basis, UniformGrid) or _has_right_higher_derivatives(basis, x)
 
 
 def _has_right_higher_derivatives(basis: FunctionBasis, x: Tensor) -> bool:

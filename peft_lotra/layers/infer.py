@@ -83,8 +83,8 @@ def _find_candidates(layer: nn.Module) -> dict[str, Tensor]:
         is_near = "." not in path or is_in_list
         if path and is_near and registered_spec(module) is not None:
             return {}
-        parameters = {n: value for n, value in module._parameters.items() if value is not None and value.numel()}
-        matrices = {name: value for name, value in parameters.items() if value.dim() > 1}
+        parameters = {name: value for name, value in module._parameters.items() if value is not None}
+        matrices = {name: value for name, value in parameters.items() if value.dim() > 1 and value.numel()}
         if any(value.numel() > _LARGEST for value in parameters.values()):
             return {}
         if module is layer or (is_near and isinstance(module, (nn.Linear, nn.ParameterList))):
@@ -129,7 +129,9 @@ def _has_increasing_rows(value: Tensor) -> bool:
     if value.dim() < 2 or value.shape[-1] < 4:
         return False
     steps = value.detach().diff()
-    return steps.numel() >= 8 and bool((steps >= 0).all() and (steps.sum(-1) > 0).all())
+    if steps.numel() < 8 or (steps < 0).any():
+        return False
+    return bool((steps.sum(-1) > 0).all())
 
 
 def candidate_sizes(layer: nn.Module) -> list[int]:
@@ -186,10 +188,12 @@ def _patterns(shape: torch.Size, evidence: Evidence, letter: str) -> Iterator[st
     if len(shape) in (3, 4):  # more axes have too many orders
         for o, i in permutations(range(len(shape)), 2):
             if (shape[o], shape[i]) == (outputs, inputs):
-                basis = [axis for axis in range(len(shape)) if axis not in (o, i) and shape[axis] > 1]
-                names = {axis: f"{letter}{axis}" for axis in basis} if len(basis) > 1 else dict.fromkeys(basis, letter)
-                names |= {o: "o", i: "i"}
-                yield " ".join(names.get(axis, "()") for axis in range(len(shape)))
+                names = ["()"] * len(shape)
+                names[o], names[i] = "o", "i"
+                basis = [axis for axis, name in enumerate(names) if name == "()" and shape[axis] > 1]
+                for axis in basis:
+                    names[axis] = letter if len(basis) == 1 else f"{letter}{axis}"
+                yield " ".join(names)
     for axis in (1, 0) if len(shape) == 2 else ():
         flat, single = shape[axis], shape[1 - axis]
         layouts = []
@@ -223,15 +227,17 @@ def _is_coefficient(evidence: Evidence, spec: KANLayerSpec, name: str, tensors: 
         return False
     if evidence.outputs > 1 or any("o" in pattern.split() for _, pattern in spec.parts):
         return True
-    edges = [n for n, value in tensors.items() if n != name and sorted(value.shape) == [1, evidence.size]]
-    return all(evidence.base[edge] is None or evidence.stays(tensor, [edge]) for edge in edges)
+    edges = [edge for edge, value in tensors.items() if sorted(value.shape) == [1, evidence.size]]
+    used = [edge for edge in edges if edge != name and evidence.base[edge] is not None]
+    return all(evidence.stays(tensor, [edge]) for edge in used)
 
 
 def _find_matrices(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | None:
     """Describe coefficients in several matrices: one for each function, or scale, shift and weight of wavelets."""
     used = {name: value for name, value in tensors.items() if evidence.base[name] is not None}
-    for pattern, shape in (("o i", (evidence.outputs, evidence.size)), ("i o", (evidence.size, evidence.outputs))):
-        names = [name for name, value in used.items() if value.shape == shape]
+    shape = (evidence.outputs, evidence.size)
+    for pattern, stored in (("o i", shape), ("i o", shape[::-1])):
+        names = [name for name, value in used.items() if value.shape == stored]
         if len(names) > 1:
             spec = _hypothesis([(name, pattern) for name in names])
             if _fits(evidence, spec):
@@ -242,8 +248,9 @@ def _find_matrices(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | None:
 def _add_branches(evidence: Evidence, spec: KANLayerSpec, tensors: Tensors) -> KANLayerSpec:
     """Add the residual branch, and factors of the edges where they are together a large share of the layer."""
     names = [name for name, _ in spec.parts]
+    matrices = [name for name, value in tensors.items() if value.dim() == 2 and name not in names]
     factors: list[Described] = []
-    for name in (name for name, value in tensors.items() if value.dim() == 2 and name not in names):
+    for name in matrices:
         for pattern in ("o i", "i o"):
             extended = replace(spec, residual=(name, pattern))
             if _fits(evidence, extended):

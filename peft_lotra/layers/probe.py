@@ -130,11 +130,11 @@ class Probe:
         self.x: Tensor | None = args[self._position].detach().to(self.like) if floating else None
 
     def place_inputs(self, grid: Iterable[Any]) -> None:
-        """Make up inputs where all grids and [-1, 1] overlap, or on the first grid if they do not."""
+        """Make up inputs where all grids overlap, or on the first grid. Without a grid they are in [-1, 1]."""
         tensors = [value for value in grid if isinstance(value, Tensor) and value.numel() > 1]
-        ranges = [(value.min().item(), value.max().item()) for value in tensors]
-        low = max([-1.0, *(start for start, _ in ranges)])
-        high = min([1.0, *(end for _, end in ranges)])
+        ranges = [(value.min().item(), value.max().item()) for value in tensors] or [(-1.0, 1.0)]
+        low = max(start for start, _ in ranges)
+        high = min(end for _, end in ranges)
         self.low, self.high = (low, high) if low < high else ranges[0]
 
     def make_input(self, shape: Sequence[int]) -> Tensor:
@@ -144,25 +144,30 @@ class Probe:
         return (self.low + (self.high - self.low) * (0.25 + 0.5 * share)).to(self.like)
 
     @_reporting_errors()
-    def run(self, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Return the first output of the layer for an input."""
-        args = self.args or [x]
-        args = [*args[: self._position], x, *args[self._position + 1 :]]
-        # the layer's own parameters are never used: it may initialize them in place at its first input
-        parameters = dict(parameters or self.parameters)
+    def run(self, x: Tensor, channel: int, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the first output of the layer, with its features in the last axis.
+
+        Args:
+            x: The input, with its features in the last axis.
+            channel: The axis of the features in the layer's own order.
+            parameters: Replace those of the layer.
+        """
+        args = [*self.args] or [x]
+        args[self._position] = x.movedim(-1, channel)
         layer = _copy_module(self.layer, {})
-        y = call_with_parameters(layer, parameters, layer, tuple(args), self.kwargs)
+        # the layer's own parameters are never used: it may initialize them in place at its first input
+        y = call_with_parameters(layer, dict(parameters or self.parameters), layer, tuple(args), self.kwargs)
         if isinstance(y, (tuple, list)) and y:
             y = y[0]
         if not isinstance(y, Tensor) or not y.is_floating_point():
             raise CannotProbe(f"it returns a {type(y).__name__}")
-        return y
+        return y.movedim(channel, -1)
 
-    def attempt(self, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor | None:
-        """Return the output, or None if the layer does not take this input."""
+    def attempt(self, x: Tensor, channel: int, parameters: Mapping[str, Tensor] | None = None) -> Tensor | None:
+        """Return the output as `run` does, or None if the layer does not take this input."""
         try:
             with torch.no_grad():
-                return self.run(x, parameters)
+                return self.run(x, channel, parameters)
         except CannotProbe as reason:
             self.error = self.error or str(reason)
             return None
@@ -173,14 +178,11 @@ class Probe:
     ) -> Gradients:
         """Return the gradient of a weighted sum of the outputs with respect to each parameter.
 
-        Args:
-            x: The input.
-            channel: The axis of the outputs.
-            parameters: Replace those of the layer.
-            seed: Each seed multiplies the weights by other factors, one for each output.
+        Each `seed` multiplies the weights by other factors, one for each output. See `run` for the other arguments.
         """
-        leaves = {name: value.detach().requires_grad_() for name, value in (parameters or self.parameters).items()}
-        y = self.run(x, leaves).movedim(channel, -1)
+        values = parameters or self.parameters
+        leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
+        y = self.run(x, channel, leaves)
         if not y.requires_grad:
             raise CannotProbe("the outputs have no gradient with respect to its parameters")
         generator = torch.Generator().manual_seed(0)
@@ -189,8 +191,8 @@ class Probe:
         weights += weights.sign()
         factors = torch.rand(y.shape[-1], generator=generator.manual_seed(seed), device="cpu") + 0.5
         total = (y * (weights * factors).to(y)).sum()
-        values = torch.autograd.grad(total, [*leaves.values()], allow_unused=True)
-        return dict(zip(leaves, values, strict=True))
+        gradients = torch.autograd.grad(total, [*leaves.values()], allow_unused=True)
+        return dict(zip(leaves, gradients, strict=True))
 
 
 def _copy_parameter(layer: nn.Module, name: str) -> Tensor:

@@ -249,10 +249,12 @@ def _find_unrecognized(
         if name not in recognized:
             reason = describe(module).reason if module in likely or spec is not None else ""
         else:
+            reason = ""
             adapted = describe(module).spec
-            names = () if spec is None or adapted is None else spec.locate(module).parameters
-            more = sorted({*names} - {*adapted.locate(module).parameters}) if names else ()
-            reason = more and f"with the arguments of this call it has more coefficients: {', '.join(more)}."
+            if spec is not None and adapted is not None:
+                more = sorted(spec.locate(module).parameters.keys() - adapted.locate(module).parameters.keys())
+                if more:
+                    reason = f"with the arguments of this call it has more coefficients: {', '.join(more)}."
         if reason:
             registration = "" if spec is None else _write_registration(module, spec)
             shapes = tuple(value.shape for value in module.parameters())
@@ -267,7 +269,7 @@ def _write_registration(module: nn.Module, spec: KANLayerSpec) -> str:
     attribute = find_input_size(module)
     axes = f'lambda m: {{"i": m.{attribute}}}' if attribute else spec.axes
     fields = {
-        "coefficients": [*spec.parts] if len(spec.parts) > 1 else spec.parts[0],
+        "coefficients": spec.parts[0] if len(spec.parts) == 1 else [*spec.parts],
         "residual": spec.residual,
         "grid": spec.grid,
     }
@@ -313,7 +315,7 @@ def record_arguments(
 
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:
-    """Return the module of a name as `find_kan_layers` gives it, or as PEFT writes it ("base_model.model.layers.0")."""
+    """Return the module of a name as `find_kan_layers` gives it, or with PEFT's prefix "base_model.model."."""
     return unwrap(model).get_submodule(short_name(name))
 
 
