@@ -86,18 +86,14 @@ def compare(layer: nn.Module, spec: KANLayerSpec, *args: Any, **kwargs: Any) -> 
 
     A built-in kind must fit. A user's description is taken at its word, unless gradients verify another layout.
     """
-    try:
-        tensor = spec.locate(layer)
-    except ValueError:  # raised again where the coefficients are read
-        return Description(spec)
-    if len(tensor.shape) == 3 and any(len(part) > 1 for part in tensor.parts):
-        return Description(spec, axes=Verdict(reason="the module consists of several layers"), is_linear=False)
-    find = partial(_compare, layer, spec, tensor, args, kwargs)
-    question = "compared", spec.family, *tensor.parameters.values()
+    find = partial(_compare, layer, spec, args, kwargs)
+    question = "compared", spec.family, spec.parts, tuple(spec.residual or ())
     try:
         description = find() if args or kwargs else cached_by_class(layer, question, find)
     except CannotProbe as reason:  # it may have values later
         return Description(spec, axes=Verdict(reason=str(reason)))
+    except ValueError:  # a pattern does not fit: raised again where the coefficients are read
+        return Description(spec)
     return description._replace(spec=spec)  # other fields of a description may have changed
 
 
@@ -106,7 +102,10 @@ def is_linear(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -
     return spec.is_of_this_package(layer) or compare(layer, spec).is_linear is not False
 
 
-def _compare(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, args: Any, kwargs: Any) -> Description:
+def _compare(layer: nn.Module, spec: KANLayerSpec, args: Any, kwargs: Any) -> Description:
+    tensor = spec.locate(layer)
+    if len(tensor.shape) == 3 and any(len(part) > 1 for part in tensor.parts):
+        return Description(spec, axes=Verdict(reason="the module consists of several layers"), is_linear=False)
     floating = [name for name, value in layer.named_parameters() if value.is_floating_point()]
     probe = Probe(layer, dict.fromkeys([*tensor.parameters, *floating]), args, kwargs)
     probe.place_inputs(spec.read_grid(layer).values())

@@ -82,8 +82,8 @@ class FormulaReader(NamedTuple):
             basis = spec.splines(layer)
         else:
             basis = FunctionBasis(self.tensor.shape[2], partial(_evaluate_basis, spec, layer))
-        bias = get_or_none(layer, spec.bias or "")
-        norm = get_or_none(layer, spec.normalization or "")
+        bias = spec.bias and get_or_none(layer, spec.bias)
+        norm = spec.normalization and get_or_none(layer, spec.normalization)
         activation: Any = F.silu
         # compiled code notices when the activation is exchanged, if it is the layer's
         if residual is not None and (not self.is_silu or is_tracing()):
