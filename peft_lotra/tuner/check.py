@@ -86,8 +86,7 @@ def check_kan_layer(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None =
         `KANLayerReport`: It prints as a table, and `as_dict()` has its values.
 
     Raises:
-        ValueError: The layer is of no known kind, or a pattern does not fit. The message has a registration to
-            paste, if there is one.
+        ValueError: The layer is of no known kind, or a pattern does not fit.
         TypeError: `layer` is no module.
 
     Example:
