@@ -316,7 +316,12 @@ def record_arguments(
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:
     """Return the module of a name as `find_kan_layers` gives it, or with PEFT's prefix "base_model.model."."""
-    return unwrap(model).get_submodule(short_name(name))
+    network = unwrap(model)
+    try:
+        return network.get_submodule(short_name(name))
+    except AttributeError:
+        names = ", ".join(repr(layer.name) for layer in find_kan_layers(network)) or "none"
+        raise ValueError(f"The model has no module {name!r}. Its KAN layers: {names}.") from None
 
 
 def short_name(name: str) -> str:
