@@ -1,8 +1,8 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What follows a solution: points where the residual is large, weights that are small where the solution is steep, and
-densities of knots for `peft_lotra.kan.refine_grid` that are high where it bends."""
+"""Adaptation to a solution: more points where the residual is large, smaller weights where the solution is steep, and
+more knots for `peft_lotra.kan.refine_grid` where it bends."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.quasirandom import SobolEngine
 
 from ..derivatives.api import jet
 from ..kan.knots import KnotMap
 from ..least_squares.problem import check_residuals
 from ..modules.calls import check_module
 from ..modules.checks import check_count, check_function, check_number
-from .boxes import Inside, box_points, check_box, draw_inside
+from .boxes import Inside, box_points, check_box, spread_points
 
 
-_ALONG = 4  # points in each cell of a coordinate
-_ACROSS = 32  # points in the other coordinates for each of these
+ALONG = 4  # points in each cell of a coordinate
+ACROSS = 32  # points in the other coordinates for each of these
 
 
 class ResidualSampler:
-    r"""Collocation points that are drawn anew, some of them where the residual is large.
+    r"""Draw collocation points, some of them where the residual is large.
 
-    Of the `count` points, the share `share` is drawn from `pool` times as many candidates with probability
-    proportional to |r|, and the rest is spread evenly over the box.
+    Of the `count` points, the share `share` is drawn from `pool` times as many candidates, with probability
+    proportional to |r|. The others are spread evenly over the box.
 
     Args:
         low, high: The ends of the box, I numbers each.
@@ -67,16 +66,18 @@ class ResidualSampler:
         seed: int = 0,
     ) -> None:
         self.low, self.high = check_box(low, high)
-        self.count, self.pool, self.seed = check_count(count, "count"), check_count(pool, "pool"), seed
+        self.count = check_count(count, "count")
+        self.pool = check_count(pool, "pool")
         self.share = check_number(share, "share", "[0, 1]")
         self.inside = inside
+        self.seed = seed
 
     @torch.inference_mode(False)
     def draw(self, residual: Callable[[Tensor], Tensor], knots: KnotMap | None = None) -> Tensor:
-        """The next points.
+        """Return the next points.
 
         Args:
-            residual: Takes points (n, I) to residuals (n,) or (n, m).
+            residual: Maps points (n, I) to residuals (n,) or (n, m).
             knots: A map of the box's coordinates. Half of the evenly spread points, and of the candidates, are then
                 spread evenly in its outputs, so that they are dense where the knots are.
 
@@ -84,40 +85,37 @@ class ResidualSampler:
             Points (count, I), float64.
         """
         check_function(residual, "residual")
-        followed = round(self.share * self.count)
-        points = self._spread(self.count - followed, self.seed + 1, knots)
-        if followed:
-            candidates = self._spread(self.pool * followed, self.seed + 2, knots)
-            size = check_residuals(residual(candidates), "`residual`", len(candidates)).detach().norm(dim=1)
+        count = round(self.share * self.count)
+        points = self._spread(self.count - count, self.seed + 1, knots)
+        if count:
+            candidates = self._spread(self.pool * count, self.seed + 2, knots)
+            residuals = check_residuals(residual(candidates), "`residual`", len(candidates))
+            size = residuals.detach().norm(dim=1)
             if not size.isfinite().all():
                 raise ValueError(f"`residual` is not finite at {candidates[~size.isfinite()][0].tolist()}.")
-            chance = size / size.max().clamp(min=torch.finfo(size.dtype).tiny)
+            probability = size / size.max().clamp(min=torch.finfo(size.dtype).tiny) + 1e-12
             generator = torch.Generator().manual_seed(self.seed + 2)
-            chosen = torch.multinomial(chance + 1e-12, followed, generator=generator)
-            points = torch.cat([points, candidates.detach()[chosen]])
+            index = torch.multinomial(probability, count, generator=generator)
+            points = torch.cat([points, candidates.detach()[index]])
         self.seed += 2
         return points
 
     def _spread(self, count: int, seed: int, knots: KnotMap | None) -> Tensor:
-        if not count:
-            return self.low.new_empty(0, len(self.low))
-        engine = SobolEngine(len(self.low), scramble=True, seed=seed)
-
-        def draw(number: int) -> Tensor:
-            share = engine.draw(number, dtype=torch.float64)
+        def move(shares: Tensor) -> Tensor:
             if knots is not None:
                 low, high = knots.low.double(), knots.high.double()
-                share[1::2] = (knots.inverse(torch.lerp(low, high, share[1::2])) - low) / (high - low)
-            return torch.lerp(self.low, self.high, share)
+                features = knots.inverse(torch.lerp(low, high, shares[1::2]))
+                shares[1::2] = (features - low) / (high - low)
+            return shares
 
-        return draw_inside(draw, count, self.inside)
+        return spread_points(self.low, self.high, count, self.inside, seed, move)
 
 
 @torch.no_grad()
 def gradient_weights(model: nn.Module, x: Tensor, scale: float = 0.1, directions: Tensor | None = None) -> Tensor:
-    """w = 1 / (1 + scale |grad u|), (n, 1): a shock, whose residual is as large as it is steep, no longer dominates.
+    """Return w = 1 / (1 + scale |grad u|), (n, 1), so that a shock, whose residual is steep, does not dominate.
 
-    A weight multiplies a residual. Evaluate it every few steps and pass it as one more tensor of rows: it is then
+    A weight multiplies a residual. Evaluate it every few steps and pass it as one more tensor of rows, which is
     constant in a step of `LevenbergMarquardt` or of Adam.
 
     Args:
@@ -139,13 +137,15 @@ def gradient_weights(model: nn.Module, x: Tensor, scale: float = 0.1, directions
         torch.Size([10, 1])
     """
     scale = check_number(scale, "scale", "[0, inf)")
-    slopes = jet(model, x, directions, order=1)[1].unsqueeze(-1).flatten(2)  # of a model that returns (n,), too
-    return 1 / (1 + scale * slopes.square().sum((0, 2)).sqrt().unsqueeze(1))
+    _, slopes = jet(model, x, directions, order=1)
+    slopes = slopes.reshape(len(slopes), len(x), -1)  # of a model that returns (n,), too
+    steepness = slopes.square().sum((0, 2)).sqrt()
+    return 1 / (1 + scale * steepness.unsqueeze(1))
 
 
 @torch.no_grad()
 def knot_density(model: nn.Module, low: Sequence[float], high: Sequence[float], cells: int = 64) -> Tensor:
-    r"""The relative number of knots that each cell of each coordinate of a box needs, for `KnotMap`:
+    r"""Return the relative number of knots that each cell of each coordinate of a box needs, for `KnotMap`:
 
         0.4 + 0.6 m / mean(m),   m = (mean of u_ii^2 over the cell and all other coordinates)^(1 / 6).
 
@@ -174,18 +174,21 @@ def knot_density(model: nn.Module, low: Sequence[float], high: Sequence[float], 
     check_module(model)
     low_end, high_end = check_box(low, high)
     cells = check_count(cells, "cells")
-    across = box_points(low, high, _ACROSS)
-    along = (torch.arange(cells * _ALONG, dtype=torch.float64, device="cpu") + 0.5) / (cells * _ALONG)
-    like = next(iter(model.parameters()), low_end)
+    across = box_points(low, high, ACROSS)
+    count = cells * ALONG
+    along = (torch.arange(count, dtype=torch.float64, device="cpu") + 0.5) / count
+    like = next(model.parameters(), low_end)
     densities = []
     for i, direction in enumerate(torch.eye(len(low_end), dtype=torch.float64, device="cpu")):
-        points = across.repeat(len(along), 1)
-        points[:, i] = torch.lerp(low_end[i], high_end[i], along).repeat_interleave(_ACROSS)
-        bends = jet(model, points.to(like), direction.unsqueeze(0).to(like))[2].double()
-        means = bends.square().view(cells, _ALONG * _ACROSS, -1).sum(-1).mean(1)
+        points = across.repeat(count, 1)
+        points[:, i] = torch.lerp(low_end[i], high_end[i], along).repeat_interleave(ACROSS)
+        *_, bends = jet(model, points.to(like), direction.unsqueeze(0).to(like))
+        squares = bends.double().square().view(cells, ALONG * ACROSS, -1)
+        means = squares.sum(-1).mean(1)
         if not means.isfinite().all():
             raise ValueError(f"The second derivatives of the model along coordinate {i} are not finite.")
-        density = means.pow(1 / 6)
-        density = density / density.mean() if density.any() else torch.ones_like(density)
+        density = torch.ones_like(means)
+        if means.any():
+            density = means.pow(1 / 6) / means.pow(1 / 6).mean()
         densities.append(0.4 + 0.6 * density)
     return torch.stack(densities)

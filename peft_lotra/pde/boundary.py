@@ -62,14 +62,13 @@ def robin(
         True
     """
     weight = check_number(weight, "weight", "(0, inf)")
-    is_points = isinstance(points, Tensor) and points.dim() == 2 and len(points) > 0
-    if not is_points or not isinstance(normals, Tensor) or normals.shape != points.shape:
-        shapes = [tuple(getattr(rows, "shape", ())) for rows in (points, normals)]
-        raise ValueError(f"`points` and `normals` have shapes {shapes[0]} and {shapes[1]}, but both must be (n, I).")
+    if normals.shape != points.shape:
+        raise ValueError(f"`points` has shape {tuple(points.shape)}, but `normals` {tuple(normals.shape)}.")
     lengths = normals.norm(dim=1)
     if not ((lengths - 1).abs() < 1e-3).all():
-        raise ValueError(f"`normals` must have length 1, but one has {lengths[(lengths - 1).abs().argmax()]:.4g}.")
-    columns = [_column(name, part, points) for name, part in (("a", a), ("b", b), ("values", values))]
+        raise ValueError(f"`normals` must have length 1, but they have {lengths.min():.4g} to {lengths.max():.4g}.")
+    arguments = {"a": a, "b": b, "values": values}
+    columns = [_column(name, value, points) for name, value in arguments.items()]
     return _residual, (points, normals.to(points), *columns), weight
 
 
@@ -89,9 +88,10 @@ def _column(name: str, values: Any, points: Tensor) -> Tensor:
         column = column.expand(len(points))
     if column.dim() == 1:
         column = column.unsqueeze(1)
-    if column.dim() != 2 or len(column) != len(points) or not column.isfinite().all():
+    is_column = column.dim() == 2 and len(column) == len(points)
+    if not is_column or not column.isfinite().all():
         raise ValueError(
-            f"`{name}` has shape {tuple(column.shape)}, but must be a number, or finite numbers ({len(points)},) or "
+            f"`{name}` has shape {tuple(column.shape)}, but must be finite: a number, ({len(points)},) or "
             f"({len(points)}, outputs)."
         )
     return column

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,16 +24,16 @@ BISECTIONS = 50  # to rounding
 
 def check_box(low: Sequence[float], high: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Return the ends of a box as float64 tensors (I,); raise a `ValueError` if it is empty or not finite."""
-    try:
-        ends = torch.stack([torch.as_tensor(end, dtype=torch.float64, device="cpu").detach() for end in (low, high)])
-    except (TypeError, ValueError, RuntimeError):  # text, None, or different numbers of them
-        ends = torch.empty(0)
-    if ends.dim() != 2 or not ends.numel() or not ((ends[0] < ends[1]) & ends.isfinite()).all():
+    low_end = torch.as_tensor(low, dtype=torch.float64, device="cpu").detach()
+    high_end = torch.as_tensor(high, dtype=torch.float64, device="cpu").detach()
+    is_box = low_end.dim() == 1 and low_end.shape == high_end.shape and len(low_end) > 0
+    width = high_end - low_end if is_box else torch.zeros(1)
+    if not (width > 0).all() or not width.isfinite().all():
         raise ValueError(
             f"`low` is {low} and `high` is {high}, but they must be equally many finite numbers, at least one, and "
             "each `low` below its `high`."
         )
-    return ends[0], ends[1]
+    return low_end, high_end
 
 
 def sides_of_box(count: int) -> list[Side]:
@@ -41,12 +41,14 @@ def sides_of_box(count: int) -> list[Side]:
     return [(i, end) for i in range(count) for end in ("low", "high")]
 
 
-def check_sides(sides: Iterable[Side] | None, of_box: list[Side], argument: str = "sides") -> list[Side]:
+def check_sides(sides: Sequence[Side] | None, of_box: list[Side], argument: str = "sides") -> list[Side]:
     """Return the sides, each once, by default all of them; raise a `ValueError` for one that the box does not have."""
-    sides = list(dict.fromkeys(of_box if sides is None else sides))
-    if wrong := [side for side in sides if side not in of_box]:
-        raise ValueError(f"`{argument}` has {wrong[0]!r:.100}, which is none of {of_box}.")
-    return sides
+    if sides is None:
+        return of_box
+    for side in sides:
+        if side not in of_box:
+            raise ValueError(f"`{argument}` has {side!r:.100}, which is none of {of_box}.")
+    return list(dict.fromkeys(sides))
 
 
 def contains(inside: Inside, x: Tensor) -> Tensor:
@@ -61,26 +63,40 @@ def contains(inside: Inside, x: Tensor) -> Tensor:
     return mask.to(x.device)
 
 
-def draw_inside(draw: Callable[[int], Tensor], count: int, inside: Inside | None) -> Tensor:
-    """Return `count` of the points that `draw` takes from a box, the first ones inside.
+def spread_points(
+    low: Tensor,
+    high: Tensor,
+    count: int,
+    inside: Inside | None,
+    seed: int,
+    move: Callable[[Tensor], Tensor] = lambda shares: shares,
+) -> Tensor:
+    """Return scrambled Sobol points of a box, or of the part of it that is inside.
+
+    Args:
+        low, high: The ends of the box, (I,).
+        count, inside, seed: As for `box_points`.
+        move: Maps the points as shares of the box, (n, I) in [0, 1], to others.
 
     Raises:
         ValueError: Hardly any point is inside.
     """
-    if inside is None:
-        return draw(count)
-    chosen: list[Tensor] = []
-    drawn = left = 0
-    while left < count:
-        candidates = draw(max(count, 1024))
-        drawn += len(candidates)
-        chosen.append(candidates[contains(inside, candidates)])
-        left += len(chosen[-1])
-        if drawn >= CANDIDATES and left < SMALLEST_SHARE * drawn:
+    engine = SobolEngine(len(low), scramble=True, seed=seed)
+    points = low.new_empty(0, len(low))
+    drawn = 0
+    while len(points) < count:
+        number = count if inside is None else max(count, 1024)
+        candidates = torch.lerp(low, high, move(engine.draw(number, dtype=torch.float64)))
+        if inside is not None:
+            candidates = candidates[contains(inside, candidates)]
+        points = torch.cat([points, candidates])
+        drawn += number
+        if drawn >= CANDIDATES and len(points) < SMALLEST_SHARE * drawn:
             raise ValueError(
-                f"`inside` is true at {left} of {drawn} points of the box. Give a box that just holds the region."
+                f"`inside` is true at {len(points)} of {drawn} points of the box. Give a box that just holds the "
+                "shape."
             )
-    return torch.cat(chosen)[:count]
+    return points[:count]
 
 
 def edge_points(inside: Inside, low: Sequence[float], high: Sequence[float], count: int = 1000) -> Tensor:
@@ -89,24 +105,24 @@ def edge_points(inside: Inside, low: Sequence[float], high: Sequence[float], cou
     Raises:
         ValueError: Hardly any point is inside, or all are.
     """
-    within = box_points(low, high, count, inside=inside)
+    interior = box_points(low, high, count, inside=inside)
     x = box_points(low, high, CANDIDATES)
-    beyond = x[~contains(inside, x)]
-    if not len(beyond):
+    exterior = x[~contains(inside, x)]
+    if not len(exterior):
         raise ValueError(f"`inside` is true at all of {len(x)} points of the box: leave it out, or look at its units.")
-    beyond = beyond[torch.arange(count) % len(beyond)]
+    exterior = exterior[torch.arange(count) % len(exterior)]
     for _ in range(BISECTIONS):
-        middle = (within + beyond) / 2
-        is_within = contains(inside, middle).unsqueeze(1)
-        within = torch.where(is_within, middle, within)
-        beyond = torch.where(is_within, beyond, middle)
-    return within
+        middle = (interior + exterior) / 2
+        is_inside = contains(inside, middle).unsqueeze(1)
+        interior = torch.where(is_inside, middle, interior)
+        exterior = torch.where(is_inside, exterior, middle)
+    return interior
 
 
 def box_points(
     low: Sequence[float], high: Sequence[float], count: int, *, inside: Inside | None = None, seed: int = 0
 ) -> Tensor:
-    """Points spread evenly over a box (scrambled Sobol points), float64 (count, I).
+    """Return points that are spread evenly over a box (scrambled Sobol points), float64 (count, I).
 
     Args:
         low, high: The ends of the box, I numbers each.
@@ -124,18 +140,15 @@ def box_points(
         torch.Size([100, 2])
     """
     low_end, high_end = check_box(low, high)
-    engine = SobolEngine(len(low_end), scramble=True, seed=check_count(seed, "seed", low=0))
-
-    def draw(number: int) -> Tensor:
-        return torch.lerp(low_end, high_end, engine.draw(number, dtype=torch.float64))
-
-    return draw_inside(draw, check_count(count, "count"), inside)
+    count = check_count(count, "count")
+    seed = check_count(seed, "seed", low=0)
+    return spread_points(low_end, high_end, count, inside, seed)
 
 
 def side_points(
     low: Sequence[float], high: Sequence[float], count: int, sides: Sequence[Side] | None = None, *, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Points on sides of a box, and the outward normals there, for conditions that are terms of the loss.
+    """Return points on sides of a box, and the outward normals there, for conditions as terms of the loss.
 
     Args:
         low, high, seed: As for `box_points`.
@@ -155,14 +168,15 @@ def side_points(
         >>> points.shape, normals[0].tolist()
         (torch.Size([100, 2]), [-1.0, 0.0])
     """
-    box = check_box(low, high)
+    low_end, high_end = check_box(low, high)
     points, normals = [], []
-    for number, (coordinate, end) in enumerate(check_sides(sides, sides_of_box(len(box[0])))):
-        is_high = end == "high"
+    for number, (i, end) in enumerate(check_sides(sides, sides_of_box(len(low_end)))):
         on_side = box_points(low, high, count, seed=seed + number)
-        on_side[:, coordinate] = box[is_high][coordinate]
         normal = torch.zeros_like(on_side)
-        normal[:, coordinate] = 2.0 * is_high - 1.0
+        if end == "low":
+            on_side[:, i], normal[:, i] = low_end[i], -1.0
+        else:
+            on_side[:, i], normal[:, i] = high_end[i], 1.0
         points.append(on_side)
         normals.append(normal)
     return torch.cat(points), torch.cat(normals)

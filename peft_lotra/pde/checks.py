@@ -24,24 +24,22 @@ def check_model(
     """Return the number of outputs.
 
     Raises:
-        ValueError: The network does not take the coordinates of the box, or has another number of outputs. `distance`
-            is zero everywhere, or on no side while there are no terms.
+        ValueError: The network has another number of outputs. `distance` is zero everywhere, or on no side while there
+            are no terms.
     """
-    try:
-        values = model.kan(x[:2])
-    except Exception as error:
-        inputs = f"{x.shape[1]} coordinates scaled to [-1, 1], of which a periodic one gives two inputs"
-        raise ValueError(f"`network` fails on {inputs}: {error}") from error
-    count = getattr(values, "logits", values).shape[-1]
+    count = model(x[:2]).shape[-1]
     if outputs not in (None, count):
         raise ValueError(f"`outputs` is {outputs}, but `network` returns {count} columns. Leave `outputs` out.")
-    model(x[:2])  # checks the shapes of distance and lift
-    size, *on_sides = (model.part("distance", points, model.kan(points)).abs().amax(0) for points in (x, *sides))
+
+    def largest_distance(points: Tensor) -> Tensor:
+        return model.part("distance", points, model.kan(points)).abs().amax(0)
+
+    size = largest_distance(x)
     if not size.any():
         raise ValueError(
             "`distance` is zero everywhere, so the solution is `lift`. Without exact conditions, pass 1.0."
         )
-    if not has_terms and not any((value <= 1e-6 * size).any() for value in on_sides):
+    if not has_terms and not any((largest_distance(side) <= 1e-6 * size).any() for side in sides):
         raise ValueError(
             "`distance` is zero on no side of the box, or not on all of the boundary of `inside`. Take `BoxDistance` "
             "or the `distance` of a region, or give `terms` for conditions."
@@ -66,6 +64,7 @@ def outside_grids(model: nn.Module, x: Tensor) -> Iterator[tuple[str, float]]:
             low, high = layer.grid_bounds.unbind(-1)
             slack = 1e-6 * (high - low)
             z = layer_inputs(model, x, layer)
-            share = ((z < low - slack) | (z > high + slack)).double().mean().item()
+            is_outside = (z < low - slack) | (z > high + slack)
+            share = is_outside.double().mean().item()
             if share > OUTSIDE:
                 yield name, share

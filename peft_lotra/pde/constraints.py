@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ..kan.basis import in_transform
 from ..modules.calls import check_module, is_tracing
 from ..modules.checks import check_number
 from .boxes import Side, check_box, check_sides, sides_of_box
-from .point_cache import compute_once
+from .point_cache import compute_once, is_constant
 
 
 Part = Callable[[Tensor], Tensor] | float
@@ -74,7 +75,9 @@ class HardConstraint(nn.Module):
         check_module(kan, "kan")
         self.kan = kan
         for name, part in (("distance", distance), ("lift", lift)):
-            setattr(self, name, part if callable(part) else check_number(part, name, "(-inf, inf)"))
+            if not callable(part):
+                part = check_number(part, name, "(-inf, inf)")
+            setattr(self, name, part)
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs (..., I) to outputs (..., O)."""
@@ -83,44 +86,55 @@ class HardConstraint(nn.Module):
         return self.part("lift", x, values) + self.part("distance", x, values) * values
 
     def part(self, name: str, x: Tensor, like: Tensor) -> Tensor:
-        """The values of "distance" or "lift", beside those of the network."""
-        part = getattr(self, name)
-        return _check_shape(name, part(x), like) if callable(part) else like.new_tensor(part)
+        """Return the values of "distance" or "lift", for values (..., O) of the network."""
+        function: Any = getattr(self, name)
+        if not callable(function):
+            return like.new_tensor(function)
+        values: Any = function(x)
+        _check_shape(name, values, like)
+        return values
 
 
-def _check_shape(name: str, value: Any, like: Tensor) -> Tensor:
-    """Return the value, which must broadcast to the network's outputs along the last dimension only."""
-    if getattr(value, "shape", None) not in (like.shape, (*like.shape[:-1], 1)):
-        given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+def _check_shape(name: str, values: Any, like: Tensor) -> None:
+    """Raise a `ValueError` unless values broadcast to the network's outputs along the last dimension only."""
+    shape = getattr(values, "shape", None)
+    if shape not in (like.shape, (*like.shape[:-1], 1)):
+        returned = type(values).__name__ if shape is None else tuple(shape)
         raise ValueError(
-            f"`{name}` returns {given} where the network returns {tuple(like.shape)}. Return the same, or one column: "
-            "x[..., :1] keeps the last dimension, x[..., 0] does not."
+            f"`{name}` returns {returned} where the network returns {tuple(like.shape)}. Return the same, or one "
+            "column: x[..., :1] keeps the last dimension, x[..., 0] does not."
         )
-    return value
 
 
 def _jet(model: HardConstraint, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
     """Compute the jet of lift + distance * network, along each direction, or in the weighted sum."""
+    network = _closed_jet(model.kan, x, directions, order, weights)
 
     def jet_of_part(name: str) -> Jet:
         part = getattr(model, name)
         if not callable(part):
-            return [torch.full_like(n[0], part), *map(torch.zeros_like, n[1:])]
-        derivatives = compute_once(jet_of_function, part, x, directions, order, weights)
-        _check_shape(name, derivatives[0], n[0])
+            return [torch.full_like(network[0], part), *map(torch.zeros_like, network[1:])]
+        compute = partial(compute_once, jet_of_function) if is_constant(part) else jet_of_function
+        derivatives = compute(part, x, directions, order, weights)
+        _check_shape(name, derivatives[0], network[0])
         return derivatives
 
-    n = list(jet(model.kan, x, directions, order=order, collapse=False if weights is None else weights))
-    d, lift = jet_of_part("distance"), jet_of_part("lift")
-    found = [*map(torch.add, lift, multiply(n, d, order, weights))]
-    return found if weights is None else [*found[:-1], found[-1][0]]
+    distance, lift = jet_of_part("distance"), jet_of_part("lift")
+    product = multiply(network, distance, order, weights)
+    if weights is not None:
+        product[-1] = product[-1][0]
+    return [*map(torch.add, lift, product)]
 
 
 def jet_of_function(part: Any, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
     """Compute the jet of a network, or of a function: in closed form if there is one."""
     if isinstance(part, nn.Module) and (composed_jet(part) or stages_of(part)):
-        return list(jet(part, x, directions, order=order, collapse=False if weights is None else weights))
+        return _closed_jet(part, x, directions, order, weights)
     return jet_by_transforms(part, x, directions, order, weights)
+
+
+def _closed_jet(model: nn.Module, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
+    return list(jet(model, x, directions, order=order, collapse=False if weights is None else weights))
 
 
 register(HardConstraint, Entry(jet=_jet))
@@ -137,7 +151,7 @@ class BoxDistance(nn.Module):
     Args:
         low, high: The ends of the box, I numbers each.
         sides: Pairs (coordinate, end) of an index and "low" or "high"; None for all of them.
-        twice: Of these, the sides where the first derivative is prescribed too.
+        twice: The subset of sides where the first derivative is prescribed too.
 
     Raises:
         ValueError: The box is empty, or a side is not one of its sides.
@@ -168,53 +182,57 @@ class BoxDistance(nn.Module):
         self.register_buffer("high", high_end)
         self.sides = check_sides(sides, sides_of_box(len(low_end)))
         self.twice = check_sides(twice, self.sides, "twice")
-        self.scale = 4 ** sum((i, "low") in self.sides and (i, "high") in self.sides for i in range(len(low_end)))
+        pairs = len(self.sides) - len({i for i, _ in self.sides})
+        self.scale = 4**pairs
 
-    def check(self, x: Tensor) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., I) to (..., 1)."""
+        distance = torch.full_like(x[..., :1], self.scale)
+        for share in self.shares(x):
+            distance = distance * share
+        return distance
+
+    def shares(self, x: Tensor) -> list[Tensor]:
+        """Return the distances s from the sides, (..., 1) each, and again from those in `twice`."""
+        self._check(x)
+        from_low = (x - self.low.to(x)) / (self.high - self.low).to(x)
+        shares = []
+        for i, end in (*self.sides, *self.twice):
+            share = from_low[..., i : i + 1]
+            shares.append(share if end == "low" else 1 - share)
+        return shares
+
+    def _check(self, x: Tensor) -> None:
         """Raise a `ValueError` if x is outside of the box, except in transforms and compiled functions."""
         if x.shape[-1:] != self.low.shape:
             raise ValueError(f"x has shape {tuple(x.shape)}, but the box has {len(self.low)} coordinates.")
         if is_tracing() or in_transform() or x.is_meta:
             return
-        rows = x.detach().reshape(-1, len(self.low)).to(self.low)
+        points = x.detach().to(self.low)
         slack = 1e-5 * (self.high - self.low)
-        outside = ((rows < self.low - slack) | (rows > self.high + slack)).nonzero()
+        outside = ((points < self.low - slack) | (points > self.high + slack)).nonzero()
         if len(outside):
-            row, i = outside[0].tolist()
+            *row, i = outside[0].tolist()
+            value = points[(*row, i)].item()
             raise ValueError(
-                f"x is outside of the box of the conditions: coordinate {i} of row {row} is {rows[row, i].item():g}, "
-                f"but the box has {self.low[i].item():g} to {self.high[i].item():g}."
+                f"x is outside of the box: coordinate {i} is {value:g} in row {row}, but the box has "
+                f"{self.low[i].item():g} to {self.high[i].item():g}."
             )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., I) to (..., 1)."""
-        self.check(x)
-        distance = torch.full_like(x[..., :1], self.scale)
-        for s in self.shares(x):
-            distance = distance * s
-        return distance
-
-    def shares(self, x: Tensor) -> list[Tensor]:
-        """Return the distances s from the sides, (..., 1) each, and again from those in `twice`."""
-        from_low = (x - self.low.to(x)) / (self.high - self.low).to(x)
-        shares = []
-        for i, end in (*self.sides, *self.twice):
-            s = from_low[..., i : i + 1]
-            shares.append(s if end == "low" else 1 - s)
-        return shares
 
 
 def _jet_of_box(box: BoxDistance, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
     """Compute the jet of a product of factors that are linear along each direction."""
-    box.check(x)
     value = torch.full_like(x[..., :1], box.scale)
     slopes = directions / (box.high - box.low).to(x)
     counts = row_counts([value, slopes], order, weights)
     product = [value, *(x.new_zeros(count, *value.shape) for count in counts[1:])]
 
-    for (i, end), share in zip((*box.sides, *box.twice), box.shares(x), strict=True):
+    sides = (*box.sides, *box.twice)
+    for (i, end), share in zip(sides, box.shares(x), strict=True):
         slope = slopes[:, i].view(-1, *[1] * x.dim())
-        factor = [share, slope if end == "low" else -slope, *map(torch.zeros_like, product[2:])]
+        if end == "high":
+            slope = -slope
+        factor = [share, slope, *map(torch.zeros_like, product[2:])]
         product = multiply(product, factor, order, weights)
     return product if weights is None else [*product[:-1], product[-1][0]]
 

@@ -91,38 +91,44 @@ def continuation(
     start, stop = check_number(start, "start", "(-inf, inf)"), check_number(stop, "stop", "(-inf, inf)")
 
     def value_at(share: float) -> float:
-        return start * (stop / start) ** share if start * stop > 0 else start + share * (stop - start)
+        if share == 1.0:
+            return stop
+        if start * stop > 0:
+            return start * (stop / start) ** share
+        return start + share * (stop - start)
 
     path: list[ContinuationStep] = []
-    reached, length = -1.0, 1 / steps  # -1: not even the start
-    while reached < 1.0:
-        share = 0.0 if reached < 0 else min(1.0, reached + length)
-        share = 1.0 if 1.0 - share < 1e-9 or start == stop else share
-        value = stop if share == 1.0 else value_at(share)
+    solved, length = -1.0, 1 / steps  # shares of the path; negative before the start is solved
+    while solved < 1.0:
+        share = 0.0 if solved < 0 else solved + length
+        if share > 1.0 - 1e-9 or start == stop:
+            share = 1.0
+        value = value_at(share)
         if prepare is not None:
             prepare(value)
-        before = copy.deepcopy(model.state_dict())
+        state = copy.deepcopy(model.state_dict())
         try:
             loss = _last_loss(solve(value))
         except BaseException:  # Ctrl-C too
-            model.load_state_dict(before)
+            model.load_state_dict(state)
             raise
-        accepted = loss <= target  # not if it is NaN
+
+        accepted = loss <= target  # false for NaN
         path.append(ContinuationStep(value, loss, accepted))
         if accepted:
-            reached, length = share, min(1 / steps, 2 * length)
+            solved, length = share, min(1 / steps, 2 * length)
             continue
-        model.load_state_dict(before)
+        model.load_state_dict(state)
         length /= 4
-        if reached < 0 or length < SHORTEST:
-            solved = f"It is solved at {value_at(reached):g}." if reached >= 0 else "Train longer, or start elsewhere."
-            raise RuntimeError(f"At {value:g} the loss is {loss:.3g}, more than `target` ({target:g}). {solved}")
+        if solved < 0 or length < SHORTEST:
+            advice = "Train longer, or start elsewhere." if solved < 0 else f"It is solved at {value_at(solved):g}."
+            raise RuntimeError(f"At {value:g} the loss is {loss:.3g}, more than `target` ({target:g}). {advice}")
     return path
 
 
 def _last_loss(result: Any) -> float:
-    """Return the loss from what `solve` returned: a number, or the history of `LevenbergMarquardt.fit`."""
+    """Return the loss from the result of `solve`: a number, or the history of `LevenbergMarquardt.fit`."""
     if not isinstance(result, list):
         return float(result)
-    held = [step.held_loss for step in result]
-    return result[-1].loss if math.isnan(held[-1]) else min(held)
+    losses = [step.held_loss for step in result]
+    return result[-1].loss if math.isnan(losses[-1]) else min(losses)

@@ -35,12 +35,12 @@ SMALL = 0.02  # of the first residual: 94 % of solutions with more had errors ab
 
 
 def list_functions(model: nn.Module) -> list[tuple[str, Any]]:
-    """Return the functions that are the distances and lifts of a model, with the names of their arguments."""
-    functions: list[tuple[str, Any]] = []
+    """Return the functions among the distances and lifts of a model, with the names of their arguments."""
+    arguments: list[tuple[str, Any]] = []
     for module in model.modules():
         if isinstance(module, HardConstraint):
-            functions += [("distance", module.distance), ("lift", module.lift)]
-    return [(name, function) for name, function in functions if callable(function)]
+            arguments += [("distance", module.distance), ("lift", module.lift)]
+    return [(name, function) for name, function in arguments if callable(function)]
 
 
 def find_doubts(model: Any, low: Tensor, high: Tensor, inside: Inside | None, terms: Sequence[Any]) -> list[str]:
@@ -52,85 +52,96 @@ def find_doubts(model: Any, low: Tensor, high: Tensor, inside: Inside | None, te
         inside: The part of the box where the equation holds.
         terms: The equation and the terms of the caller, (function, rows, weight).
     """
-    features = first_module(model, BoxFeatures)
-    functions = list_functions(model)
     doubts = []
+    functions = list_functions(model)
+    smooth = list(functions)
     network = first_module(model, HardConstraint).kan
-    smooth = functions if first_module(network, Windows) else [*functions, ("network", network)]
+    if first_module(network, Windows) is None:
+        smooth.append(("network", network))
     for name, function in smooth:
-        kinks = (find_kink(function, low, high, inside, i) for i in range(len(low)))
-        point = next((point for point in kinks if point is not None), None)
+        point = find_kink(function, low, high, inside)
         if point is not None:
-            place = ", ".join(f"{number:.4g}" for number in point.tolist())
+            position = ", ".join(f"{number:.4g}" for number in point.tolist())
             doubts.append(
-                f"`{name}` has a kink or a jump near ({place}), which the residual between the points does not see. "
-                f"The solution is likely wrong: give a smooth `{name}`, without ReLU, `abs` or `where`."
+                f"`{name}` has a kink or a jump near ({position}), which the residual between the points does not "
+                f"see. The solution is likely wrong: give a smooth `{name}`, without ReLU, `abs` or `where`."
             )
+
+    features = first_module(model, BoxFeatures)
+    periodic = [] if features is None else features.periodic
     for name, function in functions:
-        doubts += [
-            f"`{name}` is not periodic in coordinate {i}, which `periodic` names. Give one with the same values and "
-            "slopes at both ends."
-            for i in (features.periodic if features else ())
-            if not is_periodic(function, low, high, i)
-        ]
-    doubts += [
-        f"{name} depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient, but is not trained. "
-        "To estimate it, pass its start by `unknowns`. If it is constant, call `requires_grad_(False)`."
-        for name, leaf in _find_untrained(model, terms)
-    ]
+        for i in periodic:
+            if not is_periodic(function, low, high, i):
+                doubts.append(
+                    f"`{name}` is not periodic in coordinate {i}, which `periodic` names. Give one with the same "
+                    "values and slopes at both ends."
+                )
+
+    for name, leaf in _find_untrained(model, terms):
+        doubts.append(
+            f"{name} depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient, but is not trained. "
+            "To estimate it, pass its start by `unknowns`. If it is constant, call `requires_grad_(False)`."
+        )
     return doubts
 
 
 @torch.no_grad()
-def find_kink(
-    function: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, inside: Inside | None, i: int
-) -> Tensor | None:
-    """Return a point (I,) inside where a function has a kink or a jump along coordinate i; None if it is smooth.
+def find_kink(function: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, inside: Inside | None) -> Tensor | None:
+    """Return a point (I,) inside where a function has a kink or a jump; None if it is smooth.
 
-    Fourth differences are followed to smaller and smaller intervals, around the largest one of each line.
+    Along each coordinate, the largest fourth difference of each line is followed to smaller and smaller intervals.
     """
-    count = len(low)
-    lines = box_points([0.0] * count, [1.0] * count, LINES)
-    lines[LINES // 2 :] = lines[LINES // 2 :].round().clamp(NEAR, 1 - NEAR)
-    centers = torch.full((LINES, 1), 0.5, dtype=torch.float64)
-    reach, step, scale = INTERVALS // 2, 1 / INTERVALS, 0.0
-    sizes = []
-    for _ in range(HALVINGS + 1):
-        offsets = step * torch.arange(-reach, reach + 1, dtype=torch.float64)
-        x = lines.repeat_interleave(len(offsets), 0)
-        x[:, i] = (centers + offsets).clamp(0, 1).flatten()
-        x = torch.lerp(low, high, x)
-        values = function(x)
-        if inside is not None:
-            values = values.where(contains(inside, x).unsqueeze(1), math.nan)
-        values = values.view(LINES, len(offsets), -1)
-        scale = max(scale, values.nan_to_num(0, 0, 0).abs().max().item())
-        size, place = values.diff(4, dim=1).nan_to_num(0, 0, 0).abs().amax(2).max(1)
-        sizes.append(size)
-        reach, smallest, step = 4, step, step / 2
-        centers = (centers + offsets[place + 2].unsqueeze(1)).clamp(reach * step, 1 - reach * step)
+    dimensions = len(low)
+    lines = box_points([0.0] * dimensions, [1.0] * dimensions, LINES)
+    near_edges = slice(LINES // 2, None)
+    lines[near_edges] = lines[near_edges].round().clamp(NEAR, 1 - NEAR)
+    for i in range(dimensions):
+        centers = torch.full((LINES, 1), 0.5, dtype=torch.float64)
+        reach, step = INTERVALS // 2, 1 / INTERVALS
+        scale = 0.0
+        sizes = []
+        for _ in range(HALVINGS + 1):
+            offsets = step * torch.arange(-reach, reach + 1, dtype=torch.float64)
+            shares = centers + offsets
+            x = lines.repeat_interleave(len(offsets), 0)
+            x[:, i] = shares.clamp(0, 1).flatten()
+            x = torch.lerp(low, high, x)
+            values = function(x)
+            if inside is not None:
+                values = values.where(contains(inside, x).unsqueeze(1), math.nan)
+            values = values.view(LINES, len(offsets), -1)
+            scale = max(scale, values.nan_to_num(0, 0, 0).abs().max().item())
 
-    least = torch.full((LINES,), KINK * smallest * scale, dtype=torch.float64)
-    least[LINES // 2 :] = JUMP * scale
-    # not from the first size on, whose place may have been another
-    is_rough = sizes[1] < 2 ** (ROUGH * (HALVINGS - 1)) * sizes[-1]
-    rough = (is_rough & (sizes[-1] > least)).nonzero().flatten()
-    if not len(rough):
-        return None
-    point = lines[rough[0]].clone()
-    point[i] = centers[rough[0]]
-    return torch.lerp(low, high, point)
+            differences = values.diff(4, dim=1).nan_to_num(0, 0, 0).abs().amax(2)
+            size, index = differences.max(1)
+            sizes.append(size)
+            reach, step = 4, step / 2
+            margin = reach * step
+            centers = shares.gather(1, index.unsqueeze(1) + 2).clamp(margin, 1 - margin)
+
+        smallest = torch.full((LINES,), KINK * 2 * step * scale, dtype=torch.float64)
+        smallest[near_edges] = JUMP * scale
+        # the first size may be at another point
+        decay = 2 ** (ROUGH * (HALVINGS - 1))
+        is_rough = (sizes[1] < decay * sizes[-1]) & (sizes[-1] > smallest)
+        if is_rough.any():
+            line = is_rough.nonzero()[0]
+            point = lines[line].squeeze(0)
+            point[i] = centers[line].item()
+            return torch.lerp(low, high, point)
+    return None
 
 
 @torch.no_grad()
 def is_periodic(function: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, i: int) -> bool:
     """Return whether values and slopes along coordinate i are equal at the two ends."""
-    first, last, inside = (box_points(low.tolist(), high.tolist(), 50) for _ in range(3))
-    first[:, i], last[:, i] = low[i], high[i]
+    x = box_points(low.tolist(), high.tolist(), 50).repeat(3, 1)
+    x[:50, i] = low[i]
+    x[50:100, i] = high[i]
     direction = torch.eye(len(low), dtype=torch.float64)[i : i + 1]
-    for values in jet_of_function(function, torch.cat([first, last, inside]), direction, 1, None):
-        one, other, _ = values.chunk(3, dim=-2)
-        if (one - other).abs().max() > PERIODIC * values.abs().max():
+    for values in jet_of_function(function, x, direction, 1, None):
+        at_low, at_high, _ = values.split(50, dim=-2)
+        if (at_low - at_high).abs().max() > PERIODIC * values.abs().max():
             return False
     return True
 
@@ -140,12 +151,15 @@ def _find_untrained(model: nn.Module, terms: Sequence[Any]) -> Iterator[tuple[st
     seen: set[Any] = set(map(id, model.parameters()))
     for number, (function, rows, _) in enumerate(terms):
         name = f"Term {number - 1} of `terms`" if number else "`residual`, `lift` or `distance`"
-        copies = []
+        trial = []
         for row in rows:
-            copy = row.detach()[torch.arange(TRIAL_ROWS) % len(row)]
-            copies.append((copy.double() if copy.is_floating_point() else copy).requires_grad_(row.requires_grad))
+            few = row.detach()[torch.arange(TRIAL_ROWS) % len(row)]
+            if few.is_floating_point():
+                few = few.double()
+            trial.append(few.requires_grad_(row.requires_grad))
         with torch.enable_grad(), Intercepted():
-            nodes = [function(model, *copies).grad_fn]
+            nodes = [function(model, *trial).grad_fn]
+
         while nodes:
             node = nodes.pop()
             if node is None or node in seen:

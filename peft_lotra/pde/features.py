@@ -12,25 +12,25 @@ import torch
 from torch import Tensor
 
 from ..kan.input_map import InputMap
-from ..modules.checks import as_number
 from .boxes import check_box
 
 
 Frequencies = float | Sequence[float | Sequence[float]]  # periods across the box: for all coordinates, or for each
 
 # cos(pi (turns s + phase / 2)) for s in [0, 1], by (turns, phase): integers, which are exact in every dtype
-_COSINE, _SINE, _EVEN, _LINEAR = (2, 0), (2, -1), (1, 2), (0, 0)
+COSINE, SINE, EVEN = (2, 0), (2, -1), (1, 2)
+LINEAR = (0, 0)  # 2 s - 1
 
 
 class BoxFeatures(InputMap):
-    r"""A layer before a KAN that maps the coordinates of a box to [-1, 1], the grid of a new KAN:
+    r"""Map the coordinates of a box to [-1, 1], the grid of a new KAN:
 
         2 s - 1                        for a coordinate with s in [0, 1] across the box,
         cos(2 pi s), sin(2 pi s)       for a periodic one: the network and all derivatives are periodic,
         -cos(pi s)                     for one with Neumann conditions: the network's derivative is 0 at both ends,
-        cos(2 pi k s), sin(2 pi k s)   besides, for each of its `frequencies` k, for solutions that oscillate.
+        cos(2 pi k s), sin(2 pi k s)   in addition, for each of its `frequencies` k, for solutions that oscillate.
 
-    `jet` and `LevenbergMarquardt` know the layer in closed form.
+    `jet` and `LevenbergMarquardt` differentiate the layer in closed form.
 
     Args:
         low, high: The ends of the box, I numbers each.
@@ -73,25 +73,34 @@ class BoxFeatures(InputMap):
     ) -> None:
         low_end, high_end = check_box(low, high)
         count = len(low_end)
-        for name, indices in (("periodic", periodic), ("neumann", neumann)):
-            if wrong := [i for i in indices if isinstance(i, bool) or i not in range(count)]:
-                raise ValueError(f"`{name}` has {wrong[0]!r:.100}, but the box has coordinates 0 to {count - 1}.")
-        if both := set(periodic) & set(neumann):
-            raise ValueError(f"Coordinate {min(both)} is both `periodic` and `neumann`, which exclude each other.")
-        sources, waves = [], []
         by_coordinate = check_frequencies(frequencies, count)
+        for name, indices in (("periodic", periodic), ("neumann", neumann)):
+            for i in indices:
+                if isinstance(i, bool) or i not in range(count):
+                    raise ValueError(f"`{name}` has {i!r:.100}, but the box has coordinates 0 to {count - 1}.")
+        if set(periodic) & set(neumann):
+            i = min(set(periodic) & set(neumann))
+            raise ValueError(f"Coordinate {i} is both `periodic` and `neumann`, which exclude each other.")
+
+        sources, waves = [], []
         for i in range(count):
-            of_coordinate = [_COSINE, _SINE] if i in periodic else [_EVEN if i in neumann else _LINEAR]
+            features = [LINEAR]
+            if i in periodic:
+                features = [COSINE, SINE]
+            elif i in neumann:
+                features = [EVEN]
             for frequency in by_coordinate[i]:
                 turns = round(2 * frequency)
-                if i in periodic and turns % 2 or i in neumann:
+                if i in neumann or (i in periodic and turns % 2):
                     raise ValueError(f"`frequencies` has {frequency} for coordinate {i}, and breaks its condition.")
-                of_coordinate += [(turns, 0), (turns, -1)]
-            sources += [i] * len(of_coordinate)
-            waves += of_coordinate
+                features += [(turns, 0), (turns, -1)]
+            sources += [i] * len(features)
+            waves += features
+
         super().__init__(count, sources)
         self.out_features = len(sources)
-        self.periodic, self.neumann = sorted(set(periodic)), sorted(set(neumann))
+        self.periodic = sorted(set(periodic))
+        self.neumann = sorted(set(neumann))
         self.frequencies = by_coordinate
         self.register_buffer("low", low_end)
         self.register_buffer("high", high_end)
@@ -99,20 +108,23 @@ class BoxFeatures(InputMap):
 
     def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
         """See `InputMap`."""
-        low, width = self.low[self.sources].to(z), (self.high - self.low)[self.sources].to(z)
+        low = self.low[self.sources].to(z)
+        width = (self.high - self.low)[self.sources].to(z)
         turns, phase = self.waves.to(z).unbind(1)
-        s, rate = (z - low) / width, math.pi * turns
+        s = (z - low) / width
+        rate = math.pi * turns
         lines = [2 * s - 1, 2 / width, *[torch.zeros_like(width)] * highest]
         outputs = []
         for order in range(highest + 1):
             # a derivative of the cosine is the cosine a quarter turn ahead
-            wave = torch.cos(rate * s + math.pi / 2 * (phase + order)) * (rate / width) ** order
+            angle = rate * s + math.pi / 2 * (phase + order)
+            wave = torch.cos(angle) * (rate / width) ** order
             outputs.append(torch.where(turns == 0, lines[order], wave))
         return outputs
 
     def extra_repr(self) -> str:
-        box = f"low={self.low.tolist()}, high={self.high.tolist()}, periodic={self.periodic}, neumann={self.neumann}"
-        return f"{box}, frequencies={self.frequencies}" if any(self.frequencies) else box
+        box = f"low={self.low.tolist()}, high={self.high.tolist()}"
+        return f"{box}, periodic={self.periodic}, neumann={self.neumann}, frequencies={self.frequencies}"
 
 
 def check_frequencies(frequencies: Frequencies, count: int) -> list[list[float]]:
@@ -120,11 +132,11 @@ def check_frequencies(frequencies: Frequencies, count: int) -> list[list[float]]
     if isinstance(frequencies, (int, float)):
         frequencies = [frequencies] * count
     by_coordinate: list[list[float]] = []
-    for entry in frequencies or [()] * count:
+    for entry in frequencies or [0] * count:
         values = [entry] if isinstance(entry, (int, float)) else entry
         by_coordinate.append([value for value in values if value != 0])
-    wrong = [value for values in by_coordinate for value in values if not as_number(value) > 0 or 2 * value % 1]
-    if wrong or len(by_coordinate) != count:
+    is_possible = all(value > 0 and 2 * value % 1 == 0 for values in by_coordinate for value in values)
+    if not is_possible or len(by_coordinate) != count:
         raise ValueError(
             f"`frequencies` is {frequencies}, but must be multiples of 1/2 above 0: one for all {count} "
             "coordinates, or a number or a list for each."

@@ -35,14 +35,15 @@ def new_network(
     widths = WIDTHS if first == "splines" else TANH_WIDTHS
     if is_small or any(features.frequencies):
         widths = SMALL_WIDTHS
+    size = features.out_features, widths[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layers: list[nn.Module] = [features]
         if first == "splines":
             grid_size = GRID_SIZES.get(len(features.low), SMALLEST_GRID)
-            layers += [KANLinear(features.out_features, widths[0], grid_size, SPLINE_ORDER)]
+            first_layer = KANLinear(*size, grid_size, SPLINE_ORDER)
         else:
-            layers += [nn.Linear(features.out_features, widths[0])]
+            first_layer = nn.Linear(*size)
+        layers: list[nn.Module] = [features, first_layer]
         for pair in pairs([*widths, outputs]):
             layers += [nn.Tanh(), nn.Linear(*pair)]
     return nn.Sequential(*layers)
@@ -57,7 +58,7 @@ def prepare_network(
     seed: int,
     frequencies: Frequencies = (),
 ) -> nn.Module:
-    """Return the network of the box's coordinates."""
+    """Return a network of the box's coordinates: a new one, or the given one behind features that scale the box."""
     features = BoxFeatures(low.tolist(), high.tolist(), periodic, frequencies=frequencies)
     if network is None:
         return new_network(features, outputs or 1, seed)
@@ -69,12 +70,14 @@ def prepare_network(
     check_trainable(network)
     present = first_module(network, BoxFeatures)
     if present is not None:
-        if sorted(periodic) not in ([], present.periodic):
+        if periodic and sorted(periodic) != present.periodic:
             raise ValueError(f"`periodic` is {periodic}, but the network's own `BoxFeatures` have {present.periodic}.")
         return network
     layer = first_module(network, SplineLayer)
-    on_box = layer is not None and torch.equal(layer.grid_bounds.double(), torch.stack([low, high], 1))
-    return network if on_box and not periodic else nn.Sequential(features, network)
+    box = torch.stack([low, high], 1)
+    if layer is not None and torch.equal(layer.grid_bounds.double(), box) and not periodic:
+        return network
+    return nn.Sequential(features, network)
 
 
 def first_module(model: nn.Module, kind: type) -> Any:

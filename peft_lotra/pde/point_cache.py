@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Derivatives of distances and lifts are computed once for the points of a step."""
+"""Derivatives that the trained parameters do not change are computed once for the points of a step."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..derivatives.chain_rule import Jet
 from ..kan.basis import in_transform
 from ..modules.calls import call_with_parameters, is_tracing
 
 
-class PointCache(dict[Hashable, Jet]):
-    """Jets by the values of points, so that it does not matter which tensor holds them, or whether it is changed.
+class PointCache(dict[Hashable, Any]):
+    """Jets, by the values of the points.
 
     Attributes:
-        functions: The functions whose jets are kept: those that the trained parameters of the model do not change.
+        functions: The given functions that the trained parameters of the model do not change.
     """
 
     @torch.no_grad()
@@ -32,30 +31,36 @@ class PointCache(dict[Hashable, Jet]):
             return [function(x) for function in functions]
 
         perturbed = {name: 1.1 * p.detach() + 0.1 for name, p in model.named_parameters() if p.requires_grad}
-        pairs = zip(evaluate(), call_with_parameters(model, perturbed, evaluate, (), {}), strict=True)
-        self.functions = [function for function, pair in zip(functions, pairs, strict=True) if torch.equal(*pair)]
+        values = evaluate()
+        perturbed_values = call_with_parameters(model, perturbed, evaluate, (), {})
+        self.functions = [
+            f for f, *pair in zip(functions, values, perturbed_values, strict=True) if torch.equal(*pair)
+        ]
 
 
 current_cache: ContextVar[PointCache | None] = ContextVar("current_cache", default=None)  # of this thread
 
 
-def compute_once(compute: Callable[..., Jet], function: Any, x: Tensor, *others: Any) -> Jet:
-    """Return `compute(function, x, *others)`, from the present cache if it keeps jets of the function."""
-    cache = current_cache.get() if can_keep(x) else None
-    if cache is None or all(function is not kept for kept in cache.functions):
-        return compute(function, x, *others)
-    key = id(function), *map(key_of, (x, *others))
+def is_constant(function: Callable[..., Any]) -> bool:
+    """Return whether the current cache knows that trained parameters do not change a function."""
+    cache = current_cache.get()
+    return cache is not None and any(function is constant for constant in cache.functions)
+
+
+def compute_once(compute: Callable[..., Any], function: Any, x: Tensor, *options: Any) -> Any:
+    """Return `compute(function, x, *options)`, a jet of a constant function, from the current cache if it has one."""
+    cache = current_cache.get()
+    if cache is None or x.requires_grad or is_tracing() or in_transform():
+        return compute(function, x, *options)
+    key = (id(function), *map(_key, (x, *options)))
     if key not in cache:
-        cache[key] = [part.detach() for part in compute(function, x, *others)]
+        with torch.no_grad():
+            cache[key] = compute(function, x, *options)
     return cache[key]
 
 
-def can_keep(x: Tensor) -> bool:
-    """Return whether what is computed at these points has no graph, and may be kept."""
-    return not (is_tracing() or in_transform() or x.requires_grad)
-
-
-def key_of(value: Any) -> Hashable:
-    """Return a key that equal tensors, and equal values, share."""
-    is_tensor = isinstance(value, Tensor)
-    return (value.dtype, value.shape, value.cpu().numpy().tobytes()) if is_tensor else value
+def _key(value: Any) -> Hashable:
+    """Return the bytes of a tensor, and other values as they are."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape, value.cpu().numpy().tobytes()
+    return value

@@ -73,12 +73,13 @@ class Edges(NamedTuple):
         offset = edges.start - cutters.start
         normal = 1j * cutters.direction
 
-        # With q = tan(curvature s / 2) / (curvature length / 2), p(s) = start + direction q length / bend. The implicit
-        # equation of the cutter's line or circle is then quadratic in q.
+        # With q = tan(curvature s / 2) / (curvature length / 2), p(s) = start + direction q length / bend. Times
+        # |bend|^2, the equation of the cutter's line or circle is then quadratic in q.
         def equation(q: float) -> Tensor:
             bend = 1 - 0.5j * curvature * length * q
             point = offset * bend + edges.direction * length * q
-            return (normal.conj() * point * bend.conj()).real - cutters.curvature / 2 * point.abs().square()
+            height = (normal.conj() * point * bend.conj()).real
+            return height - cutters.curvature / 2 * point.abs().square()
 
         below, constant, above = equation(-1), equation(0), equation(1)
         linear = (above - below) / 2
@@ -88,13 +89,14 @@ class Edges(NamedTuple):
         q = torch.cat([2 * constant / numerator, numerator / (2 * square)], 1)
 
         turn = 2 * (curvature * length * q / 2).atan() * curvature.sign()
-        s = torch.where(curvature == 0, length * q, turn.remainder(2 * math.pi) / curvature.abs())
+        along_arc = turn.remainder(2 * math.pi) / curvature.abs()
+        s = torch.where(curvature == 0, length * q, along_arc)
         center, radius = cutters.disks()
-        is_near = (edges.points(s) - center.repeat(2)).abs() < (1 + SLACK) * radius.repeat(2)
-        is_met = (s >= 0) & (s <= length) & is_near
+        distance = (edges.points(s) - center.repeat(2)).abs()
+        is_met = (s >= 0) & (s <= length) & (distance < (1 + SLACK) * radius.repeat(2))
 
-        stops = torch.cat([torch.zeros_like(length), torch.where(is_met, s, length), length], 1)
-        stops = stops.sort(1).values
+        cuts = torch.where(is_met, s, length)
+        stops = torch.cat([torch.zeros_like(length), cuts, length], 1).sort(1).values
         low, high = stops[:, :-1], stops[:, 1:]
         pieces = Edges(edges.points(low), edges.directions(low), curvature.expand_as(low), high - low)
         return pieces.select(high - low > SLACK * length)
@@ -122,8 +124,8 @@ def _concatenate(first: Edges, second: Edges) -> Edges:
 class Region:
     r"""A region of the plane with straight and circular edges, made by `polygon` and `disk`.
 
-    `one | other` is the union, `one & other` the intersection, and `one - other` the difference. Pieces of edges inside
-    the result do not bound it and are dropped.
+    `one | other` is the union, `one & other` the intersection, and `one - other` the difference. Pieces of edges
+    inside the result do not bound it and are dropped.
 
     Points are x (..., I) with I >= 2. Only the first two coordinates count, so a region also works for (x, y, t).
 
@@ -148,11 +150,13 @@ class Region:
         is_edge = (left != right) & ~is_repeated
         if not is_edge.any():
             raise ValueError("The region has no edges: it is empty, or `select` takes none.")
-        edges = _concatenate(edges.select(is_edge & left), edges.select(is_edge & right).reversed()).join()
+        forward, backward = edges.select(is_edge & left), edges.select(is_edge & right)
+        edges = _concatenate(forward, backward.reversed()).join()
 
         middle, radius = edges.disks()
         corners = torch.view_as_real(torch.cat([edges.start, middle, edges.ends()]))
-        self.size = size = (corners.amax(0) - corners.amin(0)).max().item() / 2
+        extent = corners.amax(0) - corners.amin(0)
+        self.size = size = extent.max().item() / 2
         self._inside = inside
         self._edges = edges
         vectors = [edges.start / size, 1j * edges.direction, middle / size]
@@ -212,7 +216,8 @@ class Region:
         start, normal, middle, curvature, radius = (column.to(x) for column in self._scaled)
         offset = x - start
         f = (offset * normal).sum(-1) - curvature / 2 * offset.square().sum(-1)
-        t = (radius.square() - (x - middle).square().sum(-1)) / (2 * radius)
+        from_middle = (x - middle).square().sum(-1)
+        t = (radius.square() - from_middle) / (2 * radius)
 
         # |f| has no slope at zero
         rounding = 8 * torch.finfo(x.dtype).eps

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..least_squares.problem import Term, check_terms
-from ..modules.checks import as_number, check_function, check_number, list_first
+from ..modules.checks import check_function, check_number, list_first
 
 
 Interval = tuple[float | None, float | None]
@@ -50,7 +50,7 @@ class Estimate(NamedTuple):
 
 
 class Constant(nn.Module):
-    """A trained number inside of an interval. With the start s and a trained z, it is
+    """A trained constant in an interval. With the start s and a trained z, it is
 
         s + |s| z, or z from s = 0                  without ends,
         low + (s - low) (sqrt(z^2 + 1) - 1)         with a lower end, and alike with an upper one,
@@ -64,22 +64,25 @@ class Constant(nn.Module):
     def __init__(self, start: float, low: float, high: float) -> None:
         super().__init__()
         self.start, self.low, self.high = start, low, high
-        self.is_bounded = math.isfinite(low), math.isfinite(high)
-        z = math.sqrt(3)
-        if self.is_bounded == (True, True):
+        self.has_low, self.has_high = math.isfinite(low), math.isfinite(high)
+        if self.has_low and self.has_high:
             z = math.asin((2 * start - low - high) / (high - low))
-        if self.is_bounded == (False, False):
+        elif self.has_low or self.has_high:
+            z = math.sqrt(3)
+        else:
             z = 0.0
         self.z = nn.Parameter(torch.tensor(z, dtype=torch.float64, device="cpu"))
 
     def forward(self) -> Tensor:
-        """Return the number, of shape ()."""
-        if self.is_bounded == (False, False):
+        """Return the constant, of shape ()."""
+        if self.has_low and self.has_high:
+            middle, half_width = (self.low + self.high) / 2, (self.high - self.low) / 2
+            return middle + half_width * self.z.sin()
+        if not self.has_low and not self.has_high:
             return self.start + (abs(self.start) or 1.0) * self.z
-        if self.is_bounded == (True, True):
-            return (self.low + self.high) / 2 + (self.high - self.low) / 2 * self.z.sin()
-        end = self.low if self.is_bounded[0] else self.high
-        return end + (self.start - end) * ((self.z.square() + 1).sqrt() - 1)
+        end = self.low if self.has_low else self.high
+        factor = (self.z.square() + 1).sqrt() - 1
+        return end + (self.start - end) * factor
 
     def slope(self) -> float:
         """Return the derivative in z."""
@@ -97,18 +100,18 @@ class NetworkWithConstants(nn.Module):
         bounds: The lower and the upper end of some of them, None for an open end.
 
     Raises:
-        TypeError: `starts` or `bounds` is no mapping.
+        TypeError: `starts` is no mapping.
         ValueError: A start is not finite or not between its ends, an end is above the other, or a name in `bounds` is
             not in `starts`.
     """
 
     def __init__(self, network: nn.Module, starts: Mapping[str, float], bounds: Mapping[str, Interval]) -> None:
         super().__init__()
-        for argument, values in (("unknowns", starts), ("bounds", bounds)):
-            if not isinstance(values, Mapping):
-                raise TypeError(f"`{argument}` is {values!r:.100}, but must be a dict by the names of constants.")
-        if others := [repr(name) for name in bounds if name not in starts]:
-            raise ValueError(f"`bounds` has {list_first(others)}, but `unknowns` has {list_first(map(repr, starts))}.")
+        if not isinstance(starts, Mapping):
+            raise TypeError(f"`unknowns` is {starts!r:.100}, but must map names of constants to their starts.")
+        for name in bounds:
+            if name not in starts:
+                raise ValueError(f"`bounds` has {name!r}, but `unknowns` has {list_first(map(repr, starts))}.")
         self.network = network
         self.names = list(starts)
         self.constants = nn.ModuleList()
@@ -135,22 +138,24 @@ class NetworkWithConstants(nn.Module):
             TypeError: The equation cannot be called with these arguments.
             ValueError: No function takes one of the constants, or a term is malformed.
         """
-        bound_equation = BoundFunction(equation, accepted_names(equation, count, self.names))
+        bound_equation = BoundFunction(equation, accepted_names(equation, self.names))
         with_constants = partial(equation, **dict.fromkeys(bound_equation.names))
         check_function(with_constants, "residual", count)
+
         bound_terms: list[Term] = []
         data: list[BoundFunction] = []
-        taken = set(bound_equation.names)
-        for term, (function, rows, weight) in zip(terms, check_terms(terms) if terms else [], strict=True):
-            bound = BoundFunction(function, accepted_names(function, 1 + len(rows), self.names))
+        unused = set(self.names) - set(bound_equation.names)
+        checked_terms = check_terms(terms) if terms else []
+        for term, (function, rows, weight) in zip(terms, checked_terms, strict=True):
+            bound = BoundFunction(function, accepted_names(function, self.names))
+            unused -= set(bound.names)
             bound_terms.append((bound, rows, weight))
-            taken.update(bound.names)
             if len(term) == 2:
                 data.append(bound)
-        if others := [repr(name) for name in self.names if name not in taken]:
+        if unused:
             raise ValueError(
-                f"`unknowns` has {list_first(others)}, but neither the equation nor a function of `terms` takes an "
-                "argument of this name. Write `equation(model, x, name)`."
+                f"`unknowns` has {list_first(map(repr, sorted(unused)))}, but neither the equation nor a function of "
+                "`terms` takes an argument of this name. Write `equation(model, x, name)`."
             )
         return bound_equation, bound_terms, data
 
@@ -171,36 +176,29 @@ class BoundFunction:
 
     def __call__(self, module: NetworkWithConstants, *rows: Any) -> Any:
         constants = module.values()
-        residuals = self.function(module.network, *rows, **{name: constants[name] for name in self.names})
-        return residuals if self.scale is None else residuals.reshape(len(residuals), -1) * self.scale
+        selected = {name: constants[name] for name in self.names}
+        residuals = self.function(module.network, *rows, **selected)
+        if self.scale is None:
+            return residuals
+        return residuals.reshape(len(residuals), -1) * self.scale
 
 
-def accepted_names(function: Callable, count: int, names: list[str]) -> list[str]:
-    """Return the names that a function takes as keyword arguments behind `count` positional ones.
-
-    A function with `**kwargs`, or without a signature, takes all.
-    """
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except ValueError:
+def accepted_names(function: Callable, names: list[str]) -> list[str]:
+    """Return the names that a function takes as arguments: all of them with `**kwargs`."""
+    parameters = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return names
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return names
-    by_position = [parameter for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
-    taken = {parameter.name for parameter in by_position[:count]}
-    free = {parameter.name for parameter in parameters} - taken
-    return [name for name in names if name in free]
+    return [name for name in names if name in parameters]
 
 
 def _check_interval(name: str, interval: Any) -> tuple[float, float]:
     """Return the ends of an interval, infinite where they are open."""
-    ends = tuple(interval) if isinstance(interval, Sequence) and len(interval) == 2 else (math.nan, math.nan)
-    low, high = (
-        infinity if end is None or end == infinity else as_number(end)
-        for end, infinity in zip(ends, (-math.inf, math.inf), strict=True)
-    )
+    try:
+        low, high = interval
+        low = -math.inf if low is None else float(low)
+        high = math.inf if high is None else float(high)
+    except (TypeError, ValueError):
+        low = high = math.nan
     if not low < high:
-        raise ValueError(
-            f"`bounds` has {interval!r:.100} for {name!r}, but must have (low, high) with low < high, None for no end."
-        )
+        raise ValueError(f"`bounds` has {interval!r:.100} for {name!r}, but must have (low, high) with low < high.")
     return low, high

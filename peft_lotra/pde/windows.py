@@ -7,24 +7,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..derivatives.api import jet
-from ..derivatives.chain_rule import Jet, multiply
+from ..derivatives.chain_rule import Jet, compose, multiply
 from ..derivatives.stages import Entry, register
 from ..modules.calls import check_module
-from .point_cache import can_keep, key_of
+from .point_cache import compute_once
 
 
-# By the number of conditions at the start: coefficients of polynomials in s, powers ascending. They carry the value
-# there and the slope, and vanish at the end with their slopes.
-_START = {1: [(1.0, -1.0)], 2: [(1.0, 0.0, -3.0, 2.0), (0.0, 1.0, -2.0, 1.0)]}
-
-
-MOST_STARTS = 4  # sets of points that are kept
+# By `smoothness`: polynomials in s, powers ascending. The first one multiplies the network. The others carry the value
+# and the slope at the start of a window, and vanish at its end with their slopes.
+POLYNOMIALS = {
+    1: [(0, 1), (1, -1)],
+    2: [(0, 0, 1), (1, 0, -3, 2), (0, 1, -2, 1)],
+}
 
 
 class Windows(nn.Module):
@@ -34,22 +33,22 @@ class Windows(nn.Module):
         n_k = (1 - s) a_k + s N_k                                       to continue the value,
         n_k = (1 - s)^2 (1 + 2 s) a_k + s (1 - s)^2 h b_k + s^2 N_k     to continue the first derivative, too,
 
-    with a_k and b_k, the value of n_{k-1} at t_k and its derivative in time, and n_0 = N_0. All networks N_k together
-    are one function. Spatial conditions of a `HardConstraint` around it hold in all windows. `jet` knows it in closed
-    form where it knows the networks, up to order 4 without b_k, and 3 with them.
+    where a_k is the value of n_{k-1} at t_k, b_k its derivative in time, and n_0 = N_0. All networks N_k together are
+    one function. Spatial conditions of a `HardConstraint` around it hold in all windows. `jet` has a closed form if it
+    has one for the networks, up to order 4 without b_k, and 3 with b_k.
 
     Args:
-        networks: The K networks, (..., I) to (..., O). A network belongs to one window alone.
+        networks: The K networks, (..., I) to (..., O), a different one for each window.
         ends: The K + 1 times t_0 to t_K.
         time: The index of the time coordinate.
-        smoothness: 1 if the value is continued, 2 if the first derivative is too.
+        smoothness: 1 to continue the value, 2 to continue the first derivative, too.
 
     Attributes:
-        active: The index of the window that all points belong to, e.g. in training; None to look at their times.
+        active: The window of all points, whatever their times, e.g. in training. None to choose windows by the times.
 
     Raises:
         TypeError: A network is no module.
-        ValueError: The times do not increase, or they are not one more than the networks; `smoothness` is not 1 or 2.
+        ValueError: The times do not increase, or their number is not K + 1; `smoothness` is not 1 or 2.
 
     Example:
         >>> import torch
@@ -68,21 +67,20 @@ class Windows(nn.Module):
         for network in networks:
             check_module(network, "networks")
         times = torch.as_tensor(ends, dtype=torch.float64, device="cpu")
-        if times.shape != (len(networks) + 1,) or not (times.diff() > 0).all():
-            raise ValueError(f"`ends` is {ends}, but must be {len(networks) + 1} increasing times.")
+        count = len(networks) + 1
+        if times.shape != (count,) or not (times.diff() > 0).all():
+            raise ValueError(f"`ends` is {ends}, but must be {count} increasing times.")
+        if smoothness not in POLYNOMIALS:
+            raise ValueError(f"`smoothness` is {smoothness}, but must be 1 or 2.")
         self.networks = nn.ModuleList(networks)
         self.time = time
-        if smoothness not in _START:
-            raise ValueError(f"`smoothness` is {smoothness}, but must be 1 or 2.")
         self.smoothness = smoothness
         self.active: int | None = None
-        self._starts: dict[Any, list[Jet]] = {}  # of the active window, by points
         self.register_buffer("ends", times)
 
     def activate(self, window: int | None) -> None:
         """Train and evaluate this window alone; None for all windows, each at the rows with its times."""
         self.active = window
-        self._starts.clear()
         for k, network in enumerate(self.networks):
             network.requires_grad_(window in (None, k))
 
@@ -91,57 +89,54 @@ class Windows(nn.Module):
         return self.jet(x, x.new_empty(0, x.shape[-1]), 0, None)[0]
 
     def jet(self, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
-        """The value and the derivatives, as `Entry.jet`; of order 0, the value alone."""
-        outputs: Jet = []
-        for k in range(len(self.networks)) if self.active is None else [self.active]:
-            values = self._in_window(k, x, directions, order, weights)
+        """Return the value and the derivatives, as `multiply` takes them; of order 0, the value alone."""
+        if self.active is not None:
+            return self._jet_in_window(x, self.active, directions, order, weights)
+        outputs = self._jet_in_window(x, 0, directions, order, weights)
+        for k in range(1, len(self.networks)):
+            values = self._jet_in_window(x, k, directions, order, weights)
             is_later = x[..., self.time].unsqueeze(-1) >= self.ends[k].to(x)
-            outputs = [torch.where(is_later, new, old) for new, old in zip(values, outputs or values, strict=True)]
+            outputs = [torch.where(is_later, *pair) for pair in zip(values, outputs, strict=True)]
         return outputs
 
-    def _in_window(self, k: int, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
+    def _jet_in_window(self, x: Tensor, k: int, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
         """Return the jet of n_k."""
-        values = _jet_of(self.networks[k], x, directions, order, weights)
+        jets = [_jet_of(self.networks[k], x, directions, order, weights)]
         if k == 0:
-            return values
-        width = (self.ends[k + 1] - self.ends[k]).to(x)
-        s = (x[..., self.time].unsqueeze(-1) - self.ends[k].to(x)) / width
-        rate = directions[:, self.time].view(-1, *[1] * x.dim()) / width
-        polynomials = [[0.0] * self.smoothness + [1.0], *_START[self.smoothness]]
-        jets = [values, *self._start_once(k, x, directions, order, weights)]
+            return jets[0]
+        if self.active is None:
+            jets += self._start(x, k, directions, order, weights)
+        else:  # the window before is not trained
+            jets += compute_once(Windows._start, self, x, k, directions, order, weights)
+
+        start, end = self.ends[k : k + 2].to(x)
+        width = end - start
+        s = (x[..., self.time].unsqueeze(-1) - start) / width
+        rates = directions[:, self.time].view(-1, *[1] * x.dim()) / width
         total: Jet = []
-        for polynomial, factor in zip(polynomials, jets, strict=True):
-            product = multiply(factor, _polynomial(polynomial, s, rate, order, weights), order, weights)
+        for coefficients, values in zip(POLYNOMIALS[self.smoothness], jets, strict=True):
+            factor = _polynomial(coefficients, s, rates, order, weights)
+            product = multiply(values, factor, order, weights)
             total = [*map(torch.add, total, product)] if total else product
         return total
 
-    def _start_once(self, k: int, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> list[Jet]:
-        """As `_start`, from memory where the active window was evaluated at the same points."""
-        if self.active is None or not can_keep(x):
-            return self._start(k, x, directions, order, weights)
-        key = tuple(map(key_of, (x, directions, order, weights)))
-        if key not in self._starts:
-            if len(self._starts) == MOST_STARTS:
-                self._starts.pop(next(iter(self._starts)))
-            with torch.no_grad():
-                self._starts[key] = self._start(k, x, directions, order, weights)
-        return self._starts[key]
-
-    def _start(self, k: int, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> list[Jet]:
+    def _start(self, x: Tensor, k: int, directions: Tensor, order: int, weights: Tensor | None) -> list[Jet]:
         """Return the jets of a_k and, to continue the slope, h b_k, as functions of the other coordinates."""
-        network, (before, start, end) = self.networks[k - 1], self.ends[k - 1 : k + 2].to(x)
-        at_start, across = x.clone(), directions.clone()
-        at_start[..., self.time] = start
+        network = self.networks[k - 1]
+        before, start, end = self.ends[k - 1 : k + 2].to(x)
+        x, across = x.clone(), directions.clone()
+        x[..., self.time] = start
         across[:, self.time] = 0.0
         if self.smoothness == 1:
-            return [_jet_of(network, at_start, across, order, weights)]
+            return [_jet_of(network, x, across, order, weights)]
+
         along = x.new_zeros(x.shape[-1])
         along[self.time] = end - start
-        values, rates = _jet_and_rate(network, at_start, across, along, order, weights)
+        values, slopes = _jet_and_slope(network, x, across, along, order, weights)
         if k > 1:  # the slope of s^2 N at its end
-            slope = 2 * (end - start) / (start - before)
-            rates = [slope * value + rate for value, rate in zip(values, rates, strict=True)]
-        return [values, rates]
+            rate = 2 * (end - start) / (start - before)
+            slopes = [rate * value + slope for value, slope in zip(values, slopes, strict=True)]
+        return [values, slopes]
 
 
 def _jet_of(network: nn.Module, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
@@ -153,7 +148,7 @@ def _jet_of(network: nn.Module, x: Tensor, directions: Tensor, order: int, weigh
     return values if weights is None else [*values[:-1], values[-1].unsqueeze(0)]
 
 
-def _jet_and_rate(
+def _jet_and_slope(
     network: nn.Module, x: Tensor, directions: Tensor, along: Tensor, order: int, weights: Tensor | None
 ) -> tuple[Jet, Jet]:
     """Return the jet of a network, and of its derivative along one more direction e.
@@ -161,32 +156,30 @@ def _jet_and_rate(
     D_{v + c e}^{n + 1} is a polynomial in c of degree n + 1, whose slope at c = 0 is (n + 1) D_v^n D_e. Five points
     give this slope exactly up to degree 4.
     """
-    count = len(directions)
     shifted = [directions + c * along for c in (0, 1, -1, 2, -2)]
-    derivatives = _jet_of(network, x, torch.cat([*shifted, along.unsqueeze(0)]), order + 1, None)
-    values, rates = [derivatives[0]], [derivatives[1][-1]]
+    lines = torch.cat([*shifted, along.unsqueeze(0)])
+    derivatives = _jet_of(network, x, lines, order + 1, None)
+    values, slopes = [derivatives[0]], [derivatives[1][-1]]
     for n in range(1, order + 1):
-        _, up, down, far_up, far_down = derivatives[n + 1][:-1].split(count)
-        rates.append((8 * (up - down) - (far_up - far_down)) / (12 * (n + 1)))
-        values.append(derivatives[n][:count])
+        _, up, down, far_up, far_down = derivatives[n + 1][:-1].split(len(directions))
+        slope = (8 * (up - down) - (far_up - far_down)) / 12
+        slopes.append(slope / (n + 1))
+        values.append(derivatives[n][: len(directions)])
     if weights is not None:
-        for parts in (values, rates):
-            parts[-1] = torch.tensordot(weights, parts[-1], 1).unsqueeze(0)
-    return values, rates
+        for jet_of_all in (values, slopes):
+            jet_of_all[-1] = torch.tensordot(weights, jet_of_all[-1], 1).unsqueeze(0)
+    return values, slopes
 
 
-def _polynomial(coefficients: Sequence[float], s: Tensor, rate: Tensor, order: int, weights: Tensor | None) -> Jet:
-    """Return the jet of a polynomial in s, whose derivative along each direction is a constant `rate`."""
+def _polynomial(coefficients: Sequence[float], s: Tensor, rates: Tensor, order: int, weights: Tensor | None) -> Jet:
+    """Return the jet of a polynomial in s, whose slopes along the directions are `rates`."""
     derivatives = []
     for n in range(order + 1):
         value = torch.zeros_like(s)
-        for power in range(len(coefficients) - 1, n - 1, -1):  # Horner's rule
+        for power in reversed(range(n, len(coefficients))):  # Horner's rule
             value = value * s + coefficients[power] * math.perm(power, n)
-        factor = rate**n
-        if weights is not None and n == order:
-            factor = (weights.view(-1, *[1] * s.dim()) * factor).sum(0, keepdim=True)
-        derivatives.append(factor * value if n else value)
-    return derivatives
+        derivatives.append(value)
+    return compose(derivatives, [rates], order, weights)
 
 
 def _jet(model: Windows, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:

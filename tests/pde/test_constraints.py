@@ -155,7 +155,7 @@ def test_points_outside_of_the_box():
     model, x = HardConstraint(network(2, 5, 1), BoxDistance(*BOX).double()), in_box()
     x[3, 1] = 2.5
     for evaluate in (model, lambda x: jet(model, x), lambda x: jet(adapted(model), x)):
-        with pytest.raises(ValueError, match="coordinate 1 of row 3 is 2.5, but the box has 0 to 2"):
+        with pytest.raises(ValueError, match="coordinate 1 is 2.5 in row \\[3\\], but the box has 0 to 2"):
             evaluate(x)
 
 

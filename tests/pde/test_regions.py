@@ -265,7 +265,7 @@ def test_a_thin_region_has_points():
 
 
 def test_a_region_that_is_hardly_in_the_box_needs_another_box():
-    with pytest.raises(ValueError, match="Give a box that just holds the region"):
+    with pytest.raises(ValueError, match="Give a box that just holds the shape"):
         box_points(*SQUARE, 10, inside=disk((0, 0), 0.005).inside)
 
 
@@ -444,10 +444,9 @@ WRONG = {
     "boundary of `inside`. Take": lambda: solved(
         disk((0, 0), 0.9) - disk((0, 0), 0.3), distance=disk((0, 0), 0.9).distance
     ),
-    r"shapes \(5, 2\) and \(4, 2\)": lambda: neumann(boundary_term()[0], boundary_term()[1][:4]),
-    r"shapes \(5, 2\) and \(5,\)": lambda: neumann(boundary_term()[0], boundary_term()[1][:, 0]),
-    r"shapes \(5, 2\) and \(\)": lambda: neumann(boundary_term()[0], None),
-    "must have length 1, but one has 2": lambda: neumann(boundary_term()[0], 2 * boundary_term()[1]),
+    r"shape \(5, 2\), but `normals` \(4, 2\)": lambda: neumann(boundary_term()[0], boundary_term()[1][:4]),
+    r"shape \(5, 2\), but `normals` \(5,\)": lambda: neumann(boundary_term()[0], boundary_term()[1][:, 0]),
+    "must have length 1, but they have 2 to 2": lambda: neumann(boundary_term()[0], 2 * boundary_term()[1]),
     r"`values` has shape \(3, 1\)": lambda: neumann(*boundary_term(), torch.ones(3)),
     r"`values` has shape \(5, 1\).*finite": lambda: neumann(*boundary_term(), math.nan),
     r"`a` has shape \(2, 1\)": lambda: robin(*boundary_term(), [1, 2], 1.0),

@@ -265,7 +265,7 @@ WRONG = {
     "`frequencies` are features of new networks": lambda: solved(frequencies=2),
     "`distance` is zero on no side": lambda: solved(distance=lambda x: 1 + x),
     "`low` is": lambda: solved(low=(0.0,), high=(0.0,)),
-    "`network` fails on 1 coordinates": lambda: solved(network=KAN([2, 4, 1])),
+    "expects a last dimension of 2": lambda: solved(network=KAN([2, 4, 1])),
     "must be a network": lambda: solved(network=KAN),
     "`distance` returns": lambda: solved(distance=lambda x: x[:, 0]),
     "`residual` is None": lambda: solved(None),
