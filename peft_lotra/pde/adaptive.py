@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from ..derivatives.api import jet
 from ..kan.knots import KnotMap
 from ..least_squares.problem import check_residuals
-from ..modules.calls import check_module
-from ..modules.checks import check_count, check_function, check_number
+from ..modules.checks import check_count, check_number
 from .boxes import Inside, box_points, check_box, spread_points
 
 
@@ -79,12 +78,11 @@ class ResidualSampler:
         Args:
             residual: Maps points (n, I) to residuals (n,) or (n, m).
             knots: A map of the box's coordinates. Half of the evenly spread points, and of the candidates, are then
-                spread evenly in its outputs, so that they are dense where the knots are.
+                spread evenly in its outputs: they are dense where the knots are.
 
         Returns:
             Points (count, I), float64.
         """
-        check_function(residual, "residual")
         count = round(self.share * self.count)
         points = self._spread(self.count - count, self.seed + 1, knots)
         if count:
@@ -113,7 +111,7 @@ class ResidualSampler:
 
 @torch.no_grad()
 def gradient_weights(model: nn.Module, x: Tensor, scale: float = 0.1, directions: Tensor | None = None) -> Tensor:
-    """Return w = 1 / (1 + scale |grad u|), (n, 1), so that a shock, whose residual is steep, does not dominate.
+    """Return w = 1 / (1 + scale |grad u|), (n, 1). It keeps a shock, whose residual is large, from dominating.
 
     A weight multiplies a residual. Evaluate it every few steps and pass it as one more tensor of rows, which is
     constant in a step of `LevenbergMarquardt` or of Adam.
@@ -159,7 +157,6 @@ def knot_density(model: nn.Module, low: Sequence[float], high: Sequence[float], 
 
     Raises:
         ValueError: The box is empty, `cells` is below 1, or the derivatives are not finite.
-        TypeError: `model` is no module.
 
     Source: C. de Boor, "Good approximation by splines with variable knots II" (1974): knots that make a power of a
     derivative equal in all intervals.
@@ -171,7 +168,6 @@ def knot_density(model: nn.Module, low: Sequence[float], high: Sequence[float], 
         >>> knot_density(KAN([2, 5, 1]).double(), (-1, -1), (1, 1), cells=16).shape
         torch.Size([2, 16])
     """
-    check_module(model)
     low_end, high_end = check_box(low, high)
     cells = check_count(cells, "cells")
     across = box_points(low, high, ACROSS)

@@ -17,9 +17,9 @@ from ..modules.checks import check_count
 
 Side = tuple[int, str]  # the index of a coordinate, and "low" or "high"
 Inside = Callable[[Tensor], Any]  # points (n, I) to (n,) bool
-SMALLEST_SHARE = 1e-4  # of a box that is inside: fewer points are not worth their search
-CANDIDATES = 2**16  # by which the share is estimated
-BISECTIONS = 50  # to rounding
+SMALLEST_SHARE = 1e-4  # of a box that is inside; below it, the search for points takes too long
+CANDIDATES = 2**16  # points that estimate the share
+BISECTIONS = 50  # reach rounding
 
 
 def check_box(low: Sequence[float], high: Sequence[float]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What is checked before the training, and after it."""
+"""Checks of a model before its training, and after it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..kan.layer import SplineLayer
 from .constraints import HardConstraint
 
 
-OUTSIDE = 0.01  # the share of activations outside of a grid that is worth a warning
+OUTSIDE = 0.01  # share of activations outside of a grid; a larger one warns
 
 
 @torch.no_grad()

@@ -74,10 +74,10 @@ class HardConstraint(nn.Module):
         super().__init__()
         check_module(kan, "kan")
         self.kan = kan
-        for name, part in (("distance", distance), ("lift", lift)):
-            if not callable(part):
-                part = check_number(part, name, "(-inf, inf)")
-            setattr(self, name, part)
+        for name, function in (("distance", distance), ("lift", lift)):
+            if not callable(function):
+                function = check_number(function, name, "(-inf, inf)")
+            setattr(self, name, function)
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs (..., I) to outputs (..., O)."""
@@ -110,27 +110,26 @@ def _jet(model: HardConstraint, x: Tensor, directions: Tensor, order: int, weigh
     """Compute the jet of lift + distance * network, along each direction, or in the weighted sum."""
     network = _closed_jet(model.kan, x, directions, order, weights)
 
-    def jet_of_part(name: str) -> Jet:
-        part = getattr(model, name)
-        if not callable(part):
-            return [torch.full_like(network[0], part), *map(torch.zeros_like, network[1:])]
-        compute = partial(compute_once, jet_of_function) if is_constant(part) else jet_of_function
-        derivatives = compute(part, x, directions, order, weights)
+    def jet_of(name: str) -> Jet:
+        function = getattr(model, name)
+        if not callable(function):
+            return [torch.full_like(network[0], function), *map(torch.zeros_like, network[1:])]
+        compute = partial(compute_once, jet_of_function) if is_constant(function) else jet_of_function
+        derivatives = compute(function, x, directions, order, weights)
         _check_shape(name, derivatives[0], network[0])
         return derivatives
 
-    distance, lift = jet_of_part("distance"), jet_of_part("lift")
-    product = multiply(network, distance, order, weights)
+    product = multiply(network, jet_of("distance"), order, weights)
     if weights is not None:
         product[-1] = product[-1][0]
-    return [*map(torch.add, lift, product)]
+    return [*map(torch.add, jet_of("lift"), product)]
 
 
-def jet_of_function(part: Any, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
+def jet_of_function(function: Any, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
     """Compute the jet of a network, or of a function: in closed form if there is one."""
-    if isinstance(part, nn.Module) and (composed_jet(part) or stages_of(part)):
-        return _closed_jet(part, x, directions, order, weights)
-    return jet_by_transforms(part, x, directions, order, weights)
+    if isinstance(function, nn.Module) and (composed_jet(function) or stages_of(function)):
+        return _closed_jet(function, x, directions, order, weights)
+    return jet_by_transforms(function, x, directions, order, weights)
 
 
 def _closed_jet(model: nn.Module, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..modules.calls import check_module
-from ..modules.checks import check_count, check_function, check_number
+from ..modules.checks import check_count, check_number
 
 
-SHORTEST = 1e-3  # of the path: a shorter step is not tried
+SHORTEST = 1e-3  # step, as a share of the path
 
 
 class ContinuationStep(NamedTuple):
@@ -50,21 +49,20 @@ def continuation(
 
     Args:
         model: The network that `solve` trains; its parameters and buffers are restored after a failure.
-        solve: Trains at a parameter of the PDE and returns the loss, or the history of `LevenbergMarquardt.fit`: its
-            last loss, or its lowest held loss. It must not change the shapes of the network's parameters.
+        solve: Trains at a parameter of the PDE. It returns the loss, or the history of `LevenbergMarquardt.fit`, whose
+            lowest held loss counts, or whose last loss. It must not change the shapes of parameters.
         start, stop: The first and the last parameter.
         target: The largest loss that is accepted.
         prepare: Called with the parameter before each solve, and not undone: the place for `refine_grid`.
-        steps: The number of equal steps of a path without failures, after the first solve: of equal ratio, or of equal
-            length if zero is between `start` and `stop`.
+        steps: The number of steps of a path without failures, after the first solve. They have equal ratios, or equal
+            lengths if zero is between `start` and `stop`.
 
     Returns:
         The record of each solve.
 
     Raises:
         ValueError: An argument is out of range.
-        TypeError: `model` is no module.
-        RuntimeError: A solve fails at `start`, or the step gets too short. The model is that of the last success.
+        RuntimeError: A solve fails at `start`, or the step gets too short. The model keeps the last success.
 
     Source: E. L. Allgower and K. Georg, "Introduction to Numerical Continuation Methods" (1990), chapter 6.
 
@@ -85,10 +83,9 @@ def continuation(
         >>> path[-1].value, path[-1].accepted
         (0.1, True)
     """
-    check_module(model)
-    check_function(solve, "solve")
-    steps, target = check_count(steps, "steps"), float(target)
-    start, stop = check_number(start, "start", "(-inf, inf)"), check_number(stop, "stop", "(-inf, inf)")
+    steps = check_count(steps, "steps")
+    start = check_number(start, "start", "(-inf, inf)")
+    stop = check_number(stop, "stop", "(-inf, inf)")
 
     def value_at(share: float) -> float:
         if share == 1.0:

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What makes a solution wrong though its residual is small, and what to try if the residual is not."""
+"""Warnings of solutions that are wrong although their residual is small, and advice if it is large."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .windows import Windows
 
 
 LINES = 32  # along each coordinate; half of them are near the edges of the box
-NEAR = 1e-6  # how far from them, as a share of the box
+NEAR = 1e-6  # distance from the edges, as a share of the box
 INTERVALS = 1024  # of a line
 HALVINGS = 5  # of intervals, around the largest fourth difference
 ROUGH = 1.5  # the order at which fourth differences fall: 4 for smooth functions, 1 at a kink, 0 at a jump
@@ -173,7 +173,7 @@ def _find_untrained(model: nn.Module, terms: Sequence[Any]) -> Iterator[tuple[st
 
 
 def describe_outcome(result: Solution, scale: float) -> str:
-    """Return what to try if the training ended with a residual that is not small; empty if it is.
+    """Return advice if the training ended with a large residual; empty if the residual is small.
 
     `scale` is the residual of a network that was not trained.
     """

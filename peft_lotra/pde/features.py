@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Coordinates of a box as inputs of a network: scaled to the grid, periodic, or even at the ends."""
+"""Features of the coordinates of a box: scaled to the grid, periodic, even at the ends, or oscillating."""
 
 from __future__ import annotations
 

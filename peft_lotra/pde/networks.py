@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The network of the coordinates of a box: a new one, or one that the caller gives."""
+"""Networks of the coordinates of a box."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from ..kan.layer import KANLinear, SplineLayer
 from ..kan.network import pairs
 from ..least_squares.problem import check_trainable
-from ..modules.calls import check_module, unwrap
+from ..modules.calls import unwrap
 from .constraints import HardConstraint
 from .features import BoxFeatures, Frequencies
 
 
 WIDTHS = (16, 20, 20)  # of a new network: a layer of splines, then tanh layers
-TANH_WIDTHS = (25, 25, 25)  # of a new network of tanh layers alone
+TANH_WIDTHS = (25, 25, 25)  # of a new network of tanh layers only
 SPLINE_ORDER = 5
-SMALL_WIDTHS = (12, 16)  # of a network for a window in time, or with frequencies, which needs fewer units
+SMALL_WIDTHS = (12, 16)  # of a network for a window in time, or with frequencies
 GRID_SIZES = {1: 8, 2: 8, 3: 5}  # by the dimension of the box
 SMALLEST_GRID = 3
 
@@ -31,7 +31,7 @@ SMALLEST_GRID = 3
 def new_network(
     features: BoxFeatures, outputs: int, seed: int, first: str = "splines", is_small: bool = False
 ) -> nn.Module:
-    """Return a network of tanh layers behind features, whose first layer is one of "splines" or "tanh" too."""
+    """Return a network of tanh layers behind features. Its first layer has splines, or tanh too for `first="tanh"`."""
     widths = WIDTHS if first == "splines" else TANH_WIDTHS
     if is_small or any(features.frequencies):
         widths = SMALL_WIDTHS
@@ -62,11 +62,10 @@ def prepare_network(
     features = BoxFeatures(low.tolist(), high.tolist(), periodic, frequencies=frequencies)
     if network is None:
         return new_network(features, outputs or 1, seed)
-    check_module(network, "network")
     if isinstance(network, HardConstraint):  # of a solution, which stays as it is
         network = copy.deepcopy(network.kan)
     elif isinstance(unwrap(network), HardConstraint):
-        raise ValueError("`network` wraps a solution with its conditions. Wrap `result.model.kan` alone.")
+        raise ValueError("`network` wraps a solution with its conditions. Wrap `result.model.kan` instead.")
     check_trainable(network)
     present = first_module(network, BoxFeatures)
     if present is not None:

@@ -33,24 +33,25 @@ class PointCache(dict[Hashable, Any]):
         perturbed = {name: 1.1 * p.detach() + 0.1 for name, p in model.named_parameters() if p.requires_grad}
         values = evaluate()
         perturbed_values = call_with_parameters(model, perturbed, evaluate, (), {})
-        self.functions = [
-            f for f, *pair in zip(functions, values, perturbed_values, strict=True) if torch.equal(*pair)
-        ]
+        self.functions = []
+        for function, *pair in zip(functions, values, perturbed_values, strict=True):
+            if torch.equal(*pair):
+                self.functions.append(function)
 
 
 current_cache: ContextVar[PointCache | None] = ContextVar("current_cache", default=None)  # of this thread
 
 
 def is_constant(function: Callable[..., Any]) -> bool:
-    """Return whether the current cache knows that trained parameters do not change a function."""
-    cache = current_cache.get()
+    """Return whether the trained parameters do not change a function, as far as the current cache knows."""
+    cache = None if is_tracing() else current_cache.get()
     return cache is not None and any(function is constant for constant in cache.functions)
 
 
 def compute_once(compute: Callable[..., Any], function: Any, x: Tensor, *options: Any) -> Any:
     """Return `compute(function, x, *options)`, a jet of a constant function, from the current cache if it has one."""
-    cache = current_cache.get()
-    if cache is None or x.requires_grad or is_tracing() or in_transform():
+    cache = None if is_tracing() or in_transform() else current_cache.get()
+    if cache is None or x.requires_grad:
         return compute(function, x, *options)
     key = (id(function), *map(_key, (x, *options)))
     if key not in cache:

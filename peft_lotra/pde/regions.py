@@ -302,7 +302,7 @@ def disk(center: Sequence[float], radius: float) -> Region:
     return Region(partial(_is_in_disk, middle[0], radius), circle)
 
 
-# functions of a module, so that regions can be pickled
+# Functions of a module, which can be pickled
 
 
 def _is_in_polygon(corners: list[list[float]], x: Tensor) -> Tensor:

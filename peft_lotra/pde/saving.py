@@ -18,12 +18,8 @@ from .constraints import HardConstraint
 
 
 FILE = "solution.pt"
-PACKAGES = (
-    "torch.nn.modules",
-    "peft_lotra.kan",
-    "peft_lotra.pde",
-    "peft_lotra.least_squares",
-)  # of these, files are read
+# with the classes of these a file is read
+PACKAGES = ("torch.nn.modules", "peft_lotra.kan", "peft_lotra.pde", "peft_lotra.least_squares")
 TOLERANCE = 1e-8  # relative to the largest saved value
 
 
@@ -47,8 +43,10 @@ def read_folder(folder: str | os.PathLike) -> dict[str, Any]:
     path = os.path.join(folder, FILE)
     if not os.path.isfile(path):
         raise ValueError(f"{folder} has no {FILE}. Write one by `solution.save(folder)`.")
-    with open(path, "rb") as file, naming_damage(path):
-        return _read(file)
+    with open(path, "rb") as file:
+        content = io.BytesIO(file.read())  # of damaged files, torch seeks places before the start
+    with naming_damage(path):
+        return _read(content)
 
 
 def build_model(content: dict[str, Any], replacements: dict[str, Any]) -> HardConstraint:
@@ -95,6 +93,8 @@ def _subclasses(cls: type) -> Iterator[type]:
 
 def _is_readable(argument: Any) -> bool:
     """Return whether a file can hold an argument: not functions, hooks, or classes of other packages."""
+    if not isinstance(argument, nn.Module):
+        return not callable(argument)
     file = io.BytesIO()
     try:
         torch.save(argument, file)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ..least_squares.levenberg_marquardt import LevenbergMarquardtStep
-from ..modules.checks import check_path
 from ..modules.report import Report, TextTable
 from .boxes import Inside, box_points, contains
 from .constraints import HardConstraint
@@ -29,17 +28,17 @@ POINTS = 64  # at which a loaded model is compared with the saved one
 
 
 class Phase(NamedTuple):
-    """A part of the training of `solve`.
+    """The record of a phase of the training of `solve`.
 
     Attributes:
         name: "continuation", "start" (one of several, see `solve`), "coarse" or "fine".
-        parameter: That of the equation; NaN without continuation.
-        steps, seconds: How long it took.
+        parameter: The parameter of the equation; NaN without continuation.
+        steps, seconds: The number of steps, and the time that they took.
         loss: The last loss, the weighted mean square of the residual at the points.
-        held: The least mean square of the residual at the points that are held out.
-        reason: "solved" (the next parameter can come), "budget", "stalled" (the residual that is held out has
-            stopped to fall), "refused" (no step lowers the loss) or "callback" (it returned True).
-        network: The first layer of the network that `solve` tried, "splines" or "tanh", and the window in time; empty
+        held: The smallest mean square of the residual at the held-out points.
+        reason: Why it ended: "solved" (the next parameter can come), "budget", "stalled" (the held-out residual no
+            longer falls), "refused" (no step lowers the loss) or "callback" (it returned True).
+        network: The first layer of the network that `solve` made, "splines" or "tanh", and the window in time; empty
             for a network of the caller.
     """
 
@@ -55,7 +54,7 @@ class Phase(NamedTuple):
 
 @dataclass
 class Solution(Report):
-    """What `solve` found; `print` shows how.
+    """The solution of `solve`. Print it for a report of the training.
 
     Attributes:
         model: The `HardConstraint` network: x (..., I) in the coordinates of the box to u (..., O), float64.
@@ -65,7 +64,7 @@ class Solution(Report):
             training and after it.
         history: The record of each step.
         phases: The parts of the training.
-        notes: What was noticed: activations outside of grids, grids that were not refined.
+        notes: Remarks on the solution, such as its warnings, or grids that were not refined.
         unknowns: The estimates of unknown constants, by name.
     """
 
@@ -165,10 +164,9 @@ class Solution(Report):
                 of the box are not the saved ones.
             RuntimeError: The tensors of `network` have other names or shapes than the saved ones.
         """
-        check_path(folder, "folder")
         content = read_folder(folder)
         if _mask(inside, content["points"]) != content["inside"]:
-            raise ValueError("`inside` is not that of the saved solution. Pass the one that `solve` got, if any.")
+            raise ValueError("`inside` differs from the one of the saved solution. Pass what `solve` got.")
         values = content["fields"]
         if network is not None:
             network = prepare_network(network, values["low"], values["high"], None, content["periodic"], 0)

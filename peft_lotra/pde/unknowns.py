@@ -53,7 +53,7 @@ class Constant(nn.Module):
     """A trained constant in an interval. With the start s and a trained z, it is
 
         s + |s| z, or z from s = 0                  without ends,
-        low + (s - low) (sqrt(z^2 + 1) - 1)         with a lower end, and alike with an upper one,
+        low + (s - low) (sqrt(z^2 + 1) - 1)         with a lower end, and likewise with an upper one,
         (low + high) / 2 + (high - low) / 2 sin(z)  with both.
 
     Near an end, steps of Gauss-Newton can turn around: an exponential function would get stuck there.
@@ -92,23 +92,20 @@ class Constant(nn.Module):
 
 
 class NetworkWithConstants(nn.Module):
-    """A network and constants: what is trained. The constants are its last parameters.
+    """A network with unknown constants, which are its last parameters.
 
     Args:
         network: The network of the solution.
         starts: The value that each constant starts with, by its name.
-        bounds: The lower and the upper end of some of them, None for an open end.
+        bounds: The lower and the upper end of some constants, None for an open end.
 
     Raises:
-        TypeError: `starts` is no mapping.
         ValueError: A start is not finite or not between its ends, an end is above the other, or a name in `bounds` is
             not in `starts`.
     """
 
     def __init__(self, network: nn.Module, starts: Mapping[str, float], bounds: Mapping[str, Interval]) -> None:
         super().__init__()
-        if not isinstance(starts, Mapping):
-            raise TypeError(f"`unknowns` is {starts!r:.100}, but must map names of constants to their starts.")
         for name in bounds:
             if name not in starts:
                 raise ValueError(f"`bounds` has {name!r}, but `unknowns` has {list_first(map(repr, starts))}.")
@@ -161,10 +158,10 @@ class NetworkWithConstants(nn.Module):
 
 
 class BoundFunction:
-    """A function of a network, called with a `NetworkWithConstants`: it gets the constants as keyword arguments.
+    """A function of a network and of constants, called with a `NetworkWithConstants`.
 
     Attributes:
-        names: The constants that it gets.
+        names: The constants that the function gets as keyword arguments.
         scale: A factor of each residual of a row, (m,); None for 1.
     """
 
@@ -193,12 +190,9 @@ def accepted_names(function: Callable, names: list[str]) -> list[str]:
 
 def _check_interval(name: str, interval: Any) -> tuple[float, float]:
     """Return the ends of an interval, infinite where they are open."""
-    try:
-        low, high = interval
-        low = -math.inf if low is None else float(low)
-        high = math.inf if high is None else float(high)
-    except (TypeError, ValueError):
-        low = high = math.nan
+    low, high = interval
+    low = -math.inf if low is None else low
+    high = math.inf if high is None else high
     if not low < high:
         raise ValueError(f"`bounds` has {interval!r:.100} for {name!r}, but must have (low, high) with low < high.")
     return low, high

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Windows in time: one network for each interval, which continues the interval before it exactly."""
+"""Windows in time: one network for each interval, which continues the previous interval exactly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..derivatives.api import jet
 from ..derivatives.chain_rule import Jet, compose, multiply
 from ..derivatives.stages import Entry, register
-from ..modules.calls import check_module
 from .point_cache import compute_once
 
 
@@ -27,8 +26,8 @@ POLYNOMIALS = {
 
 
 class Windows(nn.Module):
-    r"""A network of windows in time, t_0 < t_1 < ... < t_K, for `HardConstraint`. In the window from t_k on, with
-    s = (t - t_k) / h and h = t_{k+1} - t_k,
+    r"""Divide time into windows, t_0 < t_1 < ... < t_K, with a network for each. In the window from t_k on, with
+    s = (t - t_k) / h and h = t_{k+1} - t_k, it computes
 
         n_k = (1 - s) a_k + s N_k                                       to continue the value,
         n_k = (1 - s)^2 (1 + 2 s) a_k + s (1 - s)^2 h b_k + s^2 N_k     to continue the first derivative, too,
@@ -64,8 +63,6 @@ class Windows(nn.Module):
 
     def __init__(self, networks: Sequence[nn.Module], ends: Sequence[float], time: int = -1, smoothness: int = 1):
         super().__init__()
-        for network in networks:
-            check_module(network, "networks")
         times = torch.as_tensor(ends, dtype=torch.float64, device="cpu")
         count = len(networks) + 1
         if times.shape != (count,) or not (times.diff() > 0).all():
@@ -79,7 +76,7 @@ class Windows(nn.Module):
         self.register_buffer("ends", times)
 
     def activate(self, window: int | None) -> None:
-        """Train and evaluate this window alone; None for all windows, each at the rows with its times."""
+        """Train and evaluate only this window. With None, each window is evaluated at the rows with its times."""
         self.active = window
         for k, network in enumerate(self.networks):
             network.requires_grad_(window in (None, k))
@@ -89,7 +86,7 @@ class Windows(nn.Module):
         return self.jet(x, x.new_empty(0, x.shape[-1]), 0, None)[0]
 
     def jet(self, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
-        """Return the value and the derivatives, as `multiply` takes them; of order 0, the value alone."""
+        """Return the value and the derivatives up to an order, in the format of `multiply`."""
         if self.active is not None:
             return self._jet_in_window(x, self.active, directions, order, weights)
         outputs = self._jet_in_window(x, 0, directions, order, weights)
@@ -123,7 +120,7 @@ class Windows(nn.Module):
     def _start(self, x: Tensor, k: int, directions: Tensor, order: int, weights: Tensor | None) -> list[Jet]:
         """Return the jets of a_k and, to continue the slope, h b_k, as functions of the other coordinates."""
         network = self.networks[k - 1]
-        before, start, end = self.ends[k - 1 : k + 2].to(x)
+        previous, start, end = self.ends[k - 1 : k + 2].to(x)
         x, across = x.clone(), directions.clone()
         x[..., self.time] = start
         across[:, self.time] = 0.0
@@ -134,13 +131,13 @@ class Windows(nn.Module):
         along[self.time] = end - start
         values, slopes = _jet_and_slope(network, x, across, along, order, weights)
         if k > 1:  # the slope of s^2 N at its end
-            rate = 2 * (end - start) / (start - before)
+            rate = 2 * (end - start) / (start - previous)
             slopes = [rate * value + slope for value, slope in zip(values, slopes, strict=True)]
         return [values, slopes]
 
 
 def _jet_of(network: nn.Module, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
-    """Return the jet of a network, whose last derivative keeps a first dimension; of order 0, its value alone."""
+    """Return the value and the derivatives of a network up to an order, in the format of `multiply`."""
     if order == 0:
         values = network(x)
         return [getattr(values, "logits", values)]

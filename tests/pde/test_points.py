@@ -44,7 +44,6 @@ WRONG = {
     r"`residual` returns .* of shape \(\) for 48 rows": lambda: ResidualSampler(LOW, HIGH, 40).draw(lambda x: x.sum()),
     r"`residual` returns .* of shape \(9,\)": lambda: ResidualSampler(LOW, HIGH, 40).draw(lambda x: x[:9, 0]),
     "`residual` returns NoneType": lambda: ResidualSampler(LOW, HIGH, 40).draw(lambda x: None),
-    "`residual` is 3": lambda: ResidualSampler(LOW, HIGH, 40).draw(3),
     r"`residual` is not finite at \[": lambda: ResidualSampler(LOW, HIGH, 40).draw(lambda x: x[:, 0] / 0),
 }
 

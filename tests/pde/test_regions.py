@@ -447,9 +447,8 @@ WRONG = {
     r"shape \(5, 2\), but `normals` \(4, 2\)": lambda: neumann(boundary_term()[0], boundary_term()[1][:4]),
     r"shape \(5, 2\), but `normals` \(5,\)": lambda: neumann(boundary_term()[0], boundary_term()[1][:, 0]),
     "must have length 1, but they have 2 to 2": lambda: neumann(boundary_term()[0], 2 * boundary_term()[1]),
-    r"`values` has shape \(3, 1\)": lambda: neumann(*boundary_term(), torch.ones(3)),
+    r"`values` has shape \(3, 1\)": lambda: neumann(*boundary_term(), torch.ones(3, 1)),
     r"`values` has shape \(5, 1\).*finite": lambda: neumann(*boundary_term(), math.nan),
-    r"`a` has shape \(2, 1\)": lambda: robin(*boundary_term(), [1, 2], 1.0),
     "`weight` is 0": lambda: neumann(*boundary_term(), weight=0),
 }
 

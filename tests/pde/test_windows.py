@@ -71,7 +71,6 @@ def test_the_active_window_is_the_one_that_rows_with_its_times_take():
     windows.activate(2)
 
     torch.testing.assert_close(jet(windows, x), expected)
-    torch.testing.assert_close(jet(windows, x), expected)  # from memory
     trained = {name.split(".")[1] for name, p in windows.named_parameters() if p.requires_grad}
     assert trained == {"2"}
 
@@ -158,7 +157,7 @@ def test_terms_count_in_the_window_of_their_points():
 WRONG = {
     "increasing times": lambda: Windows([tanh_network()], [1.0, 0.0]),
     "`smoothness` is 3": lambda: Windows([tanh_network()], [0.0, 1.0], smoothness=3),
-    "must be a network": lambda: Windows([jet], [0.0, 1.0]),
+    "is not a Module subclass": lambda: Windows([jet], [0.0, 1.0]),
     "needs a time coordinate": lambda: solve(
         oscillation, [0], [1], distance=BoxDistance([0], [1]), windows=2, progress=False
     ),
