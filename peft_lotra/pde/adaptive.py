@@ -72,7 +72,11 @@ class ResidualSampler:
         self.seed = seed
 
     @torch.inference_mode(False)
-    def draw(self, residual: Callable[[Tensor], Tensor], knots: KnotMap | None = None) -> Tensor:
+    def draw(
+        self,
+        residual: Callable[[Tensor], Tensor],
+        knots: KnotMap | None = None,
+    ) -> Tensor:
         """Return the next points.
 
         Args:
@@ -91,7 +95,8 @@ class ResidualSampler:
             size = residuals.detach().norm(dim=1)
             if not size.isfinite().all():
                 raise ValueError(f"`residual` is not finite at {candidates[~size.isfinite()][0].tolist()}.")
-            probability = size / size.max().clamp(min=torch.finfo(size.dtype).tiny) + 1e-12
+            largest = size.max().clamp(min=torch.finfo(size.dtype).tiny)
+            probability = size / largest + 1e-12
             generator = torch.Generator().manual_seed(self.seed + 2)
             index = torch.multinomial(probability, count, generator=generator)
             points = torch.cat([points, candidates.detach()[index]])
@@ -110,7 +115,12 @@ class ResidualSampler:
 
 
 @torch.no_grad()
-def gradient_weights(model: nn.Module, x: Tensor, scale: float = 0.1, directions: Tensor | None = None) -> Tensor:
+def gradient_weights(
+    model: nn.Module,
+    x: Tensor,
+    scale: float = 0.1,
+    directions: Tensor | None = None,
+) -> Tensor:
     """Return w = 1 / (1 + scale |grad u|), (n, 1). It keeps a shock, whose residual is large, from dominating.
 
     A weight multiplies a residual. Evaluate it every few steps and pass it as one more tensor of rows, which is
@@ -142,7 +152,12 @@ def gradient_weights(model: nn.Module, x: Tensor, scale: float = 0.1, directions
 
 
 @torch.no_grad()
-def knot_density(model: nn.Module, low: Sequence[float], high: Sequence[float], cells: int = 64) -> Tensor:
+def knot_density(
+    model: nn.Module,
+    low: Sequence[float],
+    high: Sequence[float],
+    cells: int = 64,
+) -> Tensor:
     r"""Return the relative number of knots that each cell of each coordinate of a box needs, for `KnotMap`:
 
         0.4 + 0.6 m / mean(m),   m = (mean of u_ii^2 over the cell and all other coordinates)^(1 / 6).
@@ -175,9 +190,11 @@ def knot_density(model: nn.Module, low: Sequence[float], high: Sequence[float], 
     along = (torch.arange(count, dtype=torch.float64, device="cpu") + 0.5) / count
     like = next(model.parameters(), low_end)
     densities = []
-    for i, direction in enumerate(torch.eye(len(low_end), dtype=torch.float64, device="cpu")):
+    axes = torch.eye(len(low_end), dtype=torch.float64, device="cpu")
+    for i, direction in enumerate(axes):
         points = across.repeat(count, 1)
-        points[:, i] = torch.lerp(low_end[i], high_end[i], along).repeat_interleave(ACROSS)
+        coordinates = torch.lerp(low_end[i], high_end[i], along)
+        points[:, i] = coordinates.repeat_interleave(ACROSS)
         *_, bends = jet(model, points.to(like), direction.unsqueeze(0).to(like))
         squares = bends.double().square().view(cells, ALONG * ACROSS, -1)
         means = squares.sum(-1).mean(1)

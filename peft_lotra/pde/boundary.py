@@ -19,7 +19,13 @@ Values = Callable[[Tensor], Tensor] | Tensor | float
 Term = tuple[Callable[..., Tensor], tuple[Tensor, ...], float]
 
 
-def neumann(points: Tensor, normals: Tensor, values: Values = 0.0, *, weight: float = 100.0) -> Term:
+def neumann(
+    points: Tensor,
+    normals: Tensor,
+    values: Values = 0.0,
+    *,
+    weight: float = 100.0,
+) -> Term:
     """Return the condition u_n = values on the normal derivative, see `robin` with a = 0 and b = 1.
 
     Example:
@@ -32,7 +38,13 @@ def neumann(points: Tensor, normals: Tensor, values: Values = 0.0, *, weight: fl
 
 
 def robin(
-    points: Tensor, normals: Tensor, a: Values, b: Values, values: Values = 0.0, *, weight: float = 100.0
+    points: Tensor,
+    normals: Tensor,
+    a: Values,
+    b: Values,
+    values: Values = 0.0,
+    *,
+    weight: float = 100.0,
 ) -> Term:
     """Return the condition a u + b u_n = values as an entry of `terms`, u_n = sum_i n_i du / dx_i.
 
@@ -73,7 +85,14 @@ def robin(
     return _residual, (points, normals.to(points), *columns), weight
 
 
-def _residual(model: nn.Module, x: Tensor, normals: Tensor, a: Tensor, b: Tensor, values: Tensor) -> Tensor:
+def _residual(
+    model: nn.Module,
+    x: Tensor,
+    normals: Tensor,
+    a: Tensor,
+    b: Tensor,
+    values: Tensor,
+) -> Tensor:
     """Evaluate a u + b u_n - values."""
     u, du = jet(model, x, order=1)
     slope = (normals.T.unsqueeze(-1) * du).sum(0)

@@ -22,7 +22,10 @@ CANDIDATES = 2**16  # points that estimate the share
 BISECTIONS = 50  # reach rounding
 
 
-def check_box(low: Sequence[float], high: Sequence[float]) -> tuple[Tensor, Tensor]:
+def check_box(
+    low: Sequence[float],
+    high: Sequence[float],
+) -> tuple[Tensor, Tensor]:
     """Return the ends of a box as float64 tensors (I,); raise a `ValueError` if it is empty or not finite."""
     low_end = torch.as_tensor(low, dtype=torch.float64, device="cpu").detach()
     high_end = torch.as_tensor(high, dtype=torch.float64, device="cpu").detach()
@@ -41,7 +44,11 @@ def sides_of_box(count: int) -> list[Side]:
     return [(i, end) for i in range(count) for end in ("low", "high")]
 
 
-def check_sides(sides: Sequence[Side] | None, of_box: list[Side], argument: str = "sides") -> list[Side]:
+def check_sides(
+    sides: Sequence[Side] | None,
+    of_box: list[Side],
+    argument: str = "sides",
+) -> list[Side]:
     """Return the sides, each once, by default all of them; raise a `ValueError` for one that the box does not have."""
     if sides is None:
         return of_box
@@ -86,7 +93,8 @@ def spread_points(
     drawn = 0
     while len(points) < count:
         number = count if inside is None else max(count, 1024)
-        candidates = torch.lerp(low, high, move(engine.draw(number, dtype=torch.float64)))
+        shares = move(engine.draw(number, dtype=torch.float64))
+        candidates = torch.lerp(low, high, shares)
         if inside is not None:
             candidates = candidates[contains(inside, candidates)]
         points = torch.cat([points, candidates])
@@ -99,7 +107,12 @@ def spread_points(
     return points[:count]
 
 
-def edge_points(inside: Inside, low: Sequence[float], high: Sequence[float], count: int = 1000) -> Tensor:
+def edge_points(
+    inside: Inside,
+    low: Sequence[float],
+    high: Sequence[float],
+    count: int = 1000,
+) -> Tensor:
     """Return points on the boundary of a part of a box, by bisection between points inside and outside.
 
     Raises:
@@ -120,7 +133,12 @@ def edge_points(inside: Inside, low: Sequence[float], high: Sequence[float], cou
 
 
 def box_points(
-    low: Sequence[float], high: Sequence[float], count: int, *, inside: Inside | None = None, seed: int = 0
+    low: Sequence[float],
+    high: Sequence[float],
+    count: int,
+    *,
+    inside: Inside | None = None,
+    seed: int = 0,
 ) -> Tensor:
     """Return points that are spread evenly over a box (scrambled Sobol points), float64 (count, I).
 
@@ -146,7 +164,12 @@ def box_points(
 
 
 def side_points(
-    low: Sequence[float], high: Sequence[float], count: int, sides: Sequence[Side] | None = None, *, seed: int = 0
+    low: Sequence[float],
+    high: Sequence[float],
+    count: int,
+    sides: Sequence[Side] | None = None,
+    *,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Return points on sides of a box, and the outward normals there, for conditions as terms of the loss.
 
@@ -170,7 +193,8 @@ def side_points(
     """
     low_end, high_end = check_box(low, high)
     points, normals = [], []
-    for number, (i, end) in enumerate(check_sides(sides, sides_of_box(len(low_end)))):
+    sides = check_sides(sides, sides_of_box(len(low_end)))
+    for number, (i, end) in enumerate(sides):
         on_side = box_points(low, high, count, seed=seed + number)
         normal = torch.zeros_like(on_side)
         if end == "low":

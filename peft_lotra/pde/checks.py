@@ -32,14 +32,16 @@ def check_model(
         raise ValueError(f"`outputs` is {outputs}, but `network` returns {count} columns. Leave `outputs` out.")
 
     def largest_distance(points: Tensor) -> Tensor:
-        return model.part("distance", points, model.kan(points)).abs().amax(0)
+        distance = model.part("distance", points, model.kan(points))
+        return distance.abs().amax(0)
 
     size = largest_distance(x)
     if not size.any():
         raise ValueError(
             "`distance` is zero everywhere, so the solution is `lift`. Without exact conditions, pass 1.0."
         )
-    if not has_terms and not any((largest_distance(side) <= 1e-6 * size).any() for side in sides):
+    has_zero = any((largest_distance(side) <= 1e-6 * size).any() for side in sides)
+    if not has_terms and not has_zero:
         raise ValueError(
             "`distance` is zero on no side of the box, or not on all of the boundary of `inside`. Take `BoxDistance` "
             "or the `distance` of a region, or give `terms` for conditions."
@@ -57,7 +59,10 @@ def layer_inputs(model: nn.Module, x: Tensor, layer: nn.Module) -> Tensor:
     return inputs[0]
 
 
-def outside_grids(model: nn.Module, x: Tensor) -> Iterator[tuple[str, float]]:
+def outside_grids(
+    model: nn.Module,
+    x: Tensor,
+) -> Iterator[tuple[str, float]]:
     """Yield the layers with activations outside of their grids, and the share of these."""
     for name, layer in model.named_modules():
         if isinstance(layer, SplineLayer):

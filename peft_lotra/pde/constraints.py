@@ -70,7 +70,12 @@ class HardConstraint(nn.Module):
         >>> value, slope, second = jet(u, torch.rand(10, 1))
     """
 
-    def __init__(self, kan: nn.Module, distance: Part, lift: Part = 0.0) -> None:
+    def __init__(
+        self,
+        kan: nn.Module,
+        distance: Part,
+        lift: Part = 0.0,
+    ) -> None:
         super().__init__()
         check_module(kan, "kan")
         self.kan = kan
@@ -83,7 +88,8 @@ class HardConstraint(nn.Module):
         """Inputs (..., I) to outputs (..., O)."""
         values = self.kan(x)
         values = getattr(values, "logits", values)
-        return self.part("lift", x, values) + self.part("distance", x, values) * values
+        distance = self.part("distance", x, values)
+        return self.part("lift", x, values) + distance * values
 
     def part(self, name: str, x: Tensor, like: Tensor) -> Tensor:
         """Return the values of "distance" or "lift", for values (..., O) of the network."""
@@ -106,7 +112,13 @@ def _check_shape(name: str, values: Any, like: Tensor) -> None:
         )
 
 
-def _jet(model: HardConstraint, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
+def _jet(
+    model: HardConstraint,
+    x: Tensor,
+    directions: Tensor,
+    order: int,
+    weights: Tensor | None,
+) -> Jet:
     """Compute the jet of lift + distance * network, along each direction, or in the weighted sum."""
     network = _closed_jet(model.kan, x, directions, order, weights)
 
@@ -125,15 +137,28 @@ def _jet(model: HardConstraint, x: Tensor, directions: Tensor, order: int, weigh
     return [*map(torch.add, jet_of("lift"), product)]
 
 
-def jet_of_function(function: Any, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
+def jet_of_function(
+    function: Any,
+    x: Tensor,
+    directions: Tensor,
+    order: int,
+    weights: Tensor | None,
+) -> Jet:
     """Compute the jet of a network, or of a function: in closed form if there is one."""
     if isinstance(function, nn.Module) and (composed_jet(function) or stages_of(function)):
         return _closed_jet(function, x, directions, order, weights)
     return jet_by_transforms(function, x, directions, order, weights)
 
 
-def _closed_jet(model: nn.Module, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
-    return list(jet(model, x, directions, order=order, collapse=False if weights is None else weights))
+def _closed_jet(
+    model: nn.Module,
+    x: Tensor,
+    directions: Tensor,
+    order: int,
+    weights: Tensor | None,
+) -> Jet:
+    collapse = False if weights is None else weights
+    return list(jet(model, x, directions, order=order, collapse=collapse))
 
 
 register(HardConstraint, Entry(jet=_jet))
@@ -194,7 +219,8 @@ class BoxDistance(nn.Module):
     def shares(self, x: Tensor) -> list[Tensor]:
         """Return the distances s from the sides, (..., 1) each, and again from those in `twice`."""
         self._check(x)
-        from_low = (x - self.low.to(x)) / (self.high - self.low).to(x)
+        width = (self.high - self.low).to(x)
+        from_low = (x - self.low.to(x)) / width
         shares = []
         for i, end in (*self.sides, *self.twice):
             share = from_low[..., i : i + 1]
@@ -209,9 +235,9 @@ class BoxDistance(nn.Module):
             return
         points = x.detach().to(self.low)
         slack = 1e-5 * (self.high - self.low)
-        outside = ((points < self.low - slack) | (points > self.high + slack)).nonzero()
-        if len(outside):
-            *row, i = outside[0].tolist()
+        is_outside = (points < self.low - slack) | (points > self.high + slack)
+        if is_outside.any():
+            *row, i = is_outside.nonzero()[0].tolist()
             value = points[(*row, i)].item()
             raise ValueError(
                 f"x is outside of the box: coordinate {i} is {value:g} in row {row}, but the box has "
@@ -219,7 +245,13 @@ class BoxDistance(nn.Module):
             )
 
 
-def _jet_of_box(box: BoxDistance, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
+def _jet_of_box(
+    box: BoxDistance,
+    x: Tensor,
+    directions: Tensor,
+    order: int,
+    weights: Tensor | None,
+) -> Jet:
     """Compute the jet of a product of factors that are linear along each direction."""
     value = torch.full_like(x[..., :1], box.scale)
     slopes = directions / (box.high - box.low).to(x)
@@ -233,7 +265,9 @@ def _jet_of_box(box: BoxDistance, x: Tensor, directions: Tensor, order: int, wei
             slope = -slope
         factor = [share, slope, *map(torch.zeros_like, product[2:])]
         product = multiply(product, factor, order, weights)
-    return product if weights is None else [*product[:-1], product[-1][0]]
+    if weights is not None:
+        product[-1] = product[-1][0]
+    return product
 
 
 register(BoxDistance, Entry(jet=_jet_of_box))

@@ -43,7 +43,13 @@ def list_functions(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, function) for name, function in arguments if callable(function)]
 
 
-def find_doubts(model: Any, low: Tensor, high: Tensor, inside: Inside | None, terms: Sequence[Any]) -> list[str]:
+def find_doubts(
+    model: Any,
+    low: Tensor,
+    high: Tensor,
+    inside: Inside | None,
+    terms: Sequence[Any],
+) -> list[str]:
     """Return messages on what makes solutions wrong: kinks and jumps, missing periodicity, untrained tensors.
 
     Args:
@@ -86,7 +92,12 @@ def find_doubts(model: Any, low: Tensor, high: Tensor, inside: Inside | None, te
 
 
 @torch.no_grad()
-def find_kink(function: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, inside: Inside | None) -> Tensor | None:
+def find_kink(
+    function: Callable[[Tensor], Tensor],
+    low: Tensor,
+    high: Tensor,
+    inside: Inside | None,
+) -> Tensor | None:
     """Return a point (I,) inside where a function has a kink or a jump; None if it is smooth.
 
     Along each coordinate, the largest fourth difference of each line is followed to smaller and smaller intervals.
@@ -110,10 +121,11 @@ def find_kink(function: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, i
             if inside is not None:
                 values = values.where(contains(inside, x).unsqueeze(1), math.nan)
             values = values.view(LINES, len(offsets), -1)
-            scale = max(scale, values.nan_to_num(0, 0, 0).abs().max().item())
+            largest = values.nan_to_num(0, 0, 0).abs().max()
+            scale = max(scale, largest.item())
 
-            differences = values.diff(4, dim=1).nan_to_num(0, 0, 0).abs().amax(2)
-            size, index = differences.max(1)
+            differences = values.diff(4, dim=1).nan_to_num(0, 0, 0)
+            size, index = differences.abs().amax(2).max(1)
             sizes.append(size)
             reach, step = 4, step / 2
             margin = reach * step
@@ -133,7 +145,12 @@ def find_kink(function: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, i
 
 
 @torch.no_grad()
-def is_periodic(function: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, i: int) -> bool:
+def is_periodic(
+    function: Callable[[Tensor], Tensor],
+    low: Tensor,
+    high: Tensor,
+    i: int,
+) -> bool:
     """Return whether values and slopes along coordinate i are equal at the two ends."""
     x = box_points(low.tolist(), high.tolist(), 50).repeat(3, 1)
     x[:50, i] = low[i]
@@ -141,12 +158,16 @@ def is_periodic(function: Callable[[Tensor], Tensor], low: Tensor, high: Tensor,
     direction = torch.eye(len(low), dtype=torch.float64)[i : i + 1]
     for values in jet_of_function(function, x, direction, 1, None):
         at_low, at_high, _ = values.split(50, dim=-2)
-        if (at_low - at_high).abs().max() > PERIODIC * values.abs().max():
+        jump = (at_low - at_high).abs().max()
+        if jump > PERIODIC * values.abs().max():
             return False
     return True
 
 
-def _find_untrained(model: nn.Module, terms: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
+def _find_untrained(
+    model: nn.Module,
+    terms: Sequence[Any],
+) -> Iterator[tuple[str, Tensor]]:
     """Yield the leaves of the graphs of residuals that are neither points nor parameters of the model."""
     seen: set[Any] = set(map(id, model.parameters()))
     for number, (function, rows, _) in enumerate(terms):

@@ -132,10 +132,12 @@ def check_frequencies(frequencies: Frequencies, count: int) -> list[list[float]]
     if isinstance(frequencies, (int, float)):
         frequencies = [frequencies] * count
     by_coordinate: list[list[float]] = []
+    is_possible = True
     for entry in frequencies or [0] * count:
         values = [entry] if isinstance(entry, (int, float)) else entry
-        by_coordinate.append([value for value in values if value != 0])
-    is_possible = all(value > 0 and 2 * value % 1 == 0 for values in by_coordinate for value in values)
+        values = [float(value) for value in values if value != 0]
+        is_possible &= all(value > 0 and 2 * value % 1 == 0 for value in values)
+        by_coordinate.append(values)
     if not is_possible or len(by_coordinate) != count:
         raise ValueError(
             f"`frequencies` is {frequencies}, but must be multiples of 1/2 above 0: one for all {count} "

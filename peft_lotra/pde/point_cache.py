@@ -24,13 +24,19 @@ class PointCache(dict[Hashable, Any]):
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, functions: list[Callable[..., Any]], x: Tensor) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        functions: list[Callable[..., Any]],
+        x: Tensor,
+    ) -> None:
         super().__init__()
 
         def evaluate() -> list[Tensor]:
             return [function(x) for function in functions]
 
-        perturbed = {name: 1.1 * p.detach() + 0.1 for name, p in model.named_parameters() if p.requires_grad}
+        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        perturbed = {name: 1.1 * parameter + 0.1 for name, parameter in trained.items()}
         values = evaluate()
         perturbed_values = call_with_parameters(model, perturbed, evaluate, (), {})
         self.functions = []
@@ -48,7 +54,12 @@ def is_constant(function: Callable[..., Any]) -> bool:
     return cache is not None and any(function is constant for constant in cache.functions)
 
 
-def compute_once(compute: Callable[..., Any], function: Any, x: Tensor, *options: Any) -> Any:
+def compute_once(
+    compute: Callable[..., Any],
+    function: Any,
+    x: Tensor,
+    *options: Any,
+) -> Any:
     """Return `compute(function, x, *options)`, a jet of a constant function, from the current cache if it has one."""
     cache = None if is_tracing() or in_transform() else current_cache.get()
     if cache is None or x.requires_grad:

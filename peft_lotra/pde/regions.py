@@ -93,23 +93,26 @@ class Edges(NamedTuple):
         s = torch.where(curvature == 0, length * q, along_arc)
         center, radius = cutters.disks()
         distance = (edges.points(s) - center.repeat(2)).abs()
-        is_met = (s >= 0) & (s <= length) & (distance < (1 + SLACK) * radius.repeat(2))
+        is_near = distance < (1 + SLACK) * radius.repeat(2)
+        is_met = (s >= 0) & (s <= length) & is_near
 
         cuts = torch.where(is_met, s, length)
         stops = torch.cat([torch.zeros_like(length), cuts, length], 1).sort(1).values
         low, high = stops[:, :-1], stops[:, 1:]
-        pieces = Edges(edges.points(low), edges.directions(low), curvature.expand_as(low), high - low)
-        return pieces.select(high - low > SLACK * length)
+        lengths = high - low
+        pieces = Edges(edges.points(low), edges.directions(low), curvature.expand_as(low), lengths)
+        return pieces.select(lengths > SLACK * length)
 
     def join(self) -> Edges:
         """Merge edges that follow each other on the same line or circle."""
         edges = self
         size = self.length.max()
         while True:
-            gaps = (edges.ends().unsqueeze(1) - edges.start).abs() / size
-            turns = (edges.directions(edges.length).unsqueeze(1) - edges.direction).abs()
-            bends = (edges.curvature.unsqueeze(1) - edges.curvature).abs() * size
-            pairs = (gaps + turns + bends < SLACK).fill_diagonal_(False).nonzero()
+            bends = edges.curvature * size
+            ends = torch.stack([edges.ends() / size, edges.directions(edges.length), bends])
+            starts = torch.stack([edges.start / size, edges.direction, bends])
+            gaps = (ends.unsqueeze(2) - starts.unsqueeze(1)).abs().sum(0)
+            pairs = (gaps < SLACK).fill_diagonal_(False).nonzero()
             if not len(pairs):
                 return edges
             first, second = pairs[0]
@@ -154,7 +157,8 @@ class Region:
         edges = _concatenate(forward, backward.reversed()).join()
 
         middle, radius = edges.disks()
-        corners = torch.view_as_real(torch.cat([edges.start, middle, edges.ends()]))
+        points = torch.cat([edges.start, middle, edges.ends()])
+        corners = torch.view_as_real(points)
         extent = corners.amax(0) - corners.amin(0)
         self.size = size = extent.max().item() / 2
         self._inside = inside
@@ -171,10 +175,15 @@ class Region:
     def __sub__(self, other: Region) -> Region:
         return self._combine(other, operator.gt)  # inside the first one, and not inside the second one
 
-    def _combine(self, other: Region, rule: Callable[[Tensor, Tensor], Tensor]) -> Region:
+    def _combine(
+        self,
+        other: Region,
+        rule: Callable[[Tensor, Tensor], Tensor],
+    ) -> Region:
         if not isinstance(other, Region):
             return NotImplemented
-        edges = _concatenate(self._edges.cut(other._edges), other._edges.cut(self._edges))
+        pieces, other_pieces = self._edges.cut(other._edges), other._edges.cut(self._edges)
+        edges = _concatenate(pieces, other_pieces)
         return Region(partial(_is_in_both, self._inside, other._inside, rule), edges)
 
     def select(self, where: Callable[[Tensor], Tensor]) -> Region:
@@ -215,7 +224,8 @@ class Region:
         x = _plane(x).unsqueeze(-2) / self.size
         start, normal, middle, curvature, radius = (column.to(x) for column in self._scaled)
         offset = x - start
-        f = (offset * normal).sum(-1) - curvature / 2 * offset.square().sum(-1)
+        height = (offset * normal).sum(-1)
+        f = height - curvature / 2 * offset.square().sum(-1)
         from_middle = (x - middle).square().sum(-1)
         t = (radius.square() - from_middle) / (2 * radius)
 
@@ -226,7 +236,12 @@ class Region:
         distance = (f.square() + trimming.square()).sqrt()
         return 1 / (1 / distance).sum(-1, keepdim=True)
 
-    def boundary(self, count: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    def boundary(
+        self,
+        count: int,
+        *,
+        seed: int = 0,
+    ) -> tuple[Tensor, Tensor]:
         """Return points that are spread evenly by length over the edges, and outward unit normals.
 
         Args:
@@ -239,12 +254,15 @@ class Region:
         count = check_count(count, "count")
         edges = self._edges
         ends = edges.length.cumsum(0)
-        shift = ends.new_empty(count).uniform_(generator=torch.Generator().manual_seed(seed))
-        s = (torch.arange(count, device="cpu") + shift) / count * ends[-1]
+        generator = torch.Generator().manual_seed(seed)
+        shift = ends.new_empty(count).uniform_(generator=generator)
+        shares = (torch.arange(count, device="cpu") + shift) / count
+        s = shares * ends[-1]
         index = torch.searchsorted(ends, s).clamp(max=len(ends) - 1)
         s = s - (ends - edges.length)[index]
         edges = edges.select(index)
-        return torch.view_as_real(edges.points(s)), torch.view_as_real(-1j * edges.directions(s))
+        normals = -1j * edges.directions(s)
+        return torch.view_as_real(edges.points(s)), torch.view_as_real(normals)
 
 
 def polygon(vertices: Sequence[Sequence[float]] | Tensor) -> Region:
@@ -312,7 +330,8 @@ def _is_in_polygon(corners: list[list[float]], x: Tensor) -> Tensor:
     for x2, y2 in corners:
         if y1 != y2:
             is_level = (x[..., 1] < y1) != (x[..., 1] < y2)
-            crossing = x1 + (x[..., 1] - y1) * ((x2 - x1) / (y2 - y1))
+            slope = (x2 - x1) / (y2 - y1)
+            crossing = x1 + (x[..., 1] - y1) * slope
             is_inside ^= is_level & (x[..., 0] < crossing)
         x1, y1 = x2, y2
     return is_inside

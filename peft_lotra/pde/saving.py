@@ -23,7 +23,12 @@ PACKAGES = ("torch.nn.modules", "peft_lotra.kan", "peft_lotra.pde", "peft_lotra.
 TOLERANCE = 1e-8  # relative to the largest saved value
 
 
-def save_model(folder: str | os.PathLike, model: HardConstraint, points: Tensor, settings: dict[str, Any]) -> None:
+def save_model(
+    folder: str | os.PathLike,
+    model: HardConstraint,
+    points: Tensor,
+    settings: dict[str, Any],
+) -> None:
     """Write a model, its values at some points, and plain settings into a folder."""
     arguments = {"network": model.kan, "distance": model.distance, "lift": model.lift}
     modules = {name: value for name, value in arguments.items() if isinstance(value, nn.Module)}
@@ -49,7 +54,10 @@ def read_folder(folder: str | os.PathLike) -> dict[str, Any]:
         return _read(content)
 
 
-def build_model(content: dict[str, Any], replacements: dict[str, Any]) -> HardConstraint:
+def build_model(
+    content: dict[str, Any],
+    replacements: dict[str, Any],
+) -> HardConstraint:
     """Build the model from the content of a folder.
 
     Raises:

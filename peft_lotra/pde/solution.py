@@ -131,8 +131,10 @@ class Solution(Report):
         """
         features = first_module(self.model, BoxFeatures)
         points = box_points(self.low.tolist(), self.high.tolist(), POINTS)
+        values = dict(vars(self))
+        del values["model"], values["inside"]
         settings = {
-            "fields": {name: value for name, value in vars(self).items() if name not in ("model", "inside")},
+            "fields": values,
             "periodic": [] if features is None else features.periodic,
             "inside": _mask(self.inside, points),
         }

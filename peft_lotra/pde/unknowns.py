@@ -76,7 +76,8 @@ class Constant(nn.Module):
     def forward(self) -> Tensor:
         """Return the constant, of shape ()."""
         if self.has_low and self.has_high:
-            middle, half_width = (self.low + self.high) / 2, (self.high - self.low) / 2
+            middle = (self.low + self.high) / 2
+            half_width = (self.high - self.low) / 2
             return middle + half_width * self.z.sin()
         if not self.has_low and not self.has_high:
             return self.start + (abs(self.start) or 1.0) * self.z
@@ -104,7 +105,12 @@ class NetworkWithConstants(nn.Module):
             not in `starts`.
     """
 
-    def __init__(self, network: nn.Module, starts: Mapping[str, float], bounds: Mapping[str, Interval]) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        starts: Mapping[str, float],
+        bounds: Mapping[str, Interval],
+    ) -> None:
         super().__init__()
         for name in bounds:
             if name not in starts:
@@ -165,7 +171,11 @@ class BoundFunction:
         scale: A factor of each residual of a row, (m,); None for 1.
     """
 
-    def __init__(self, function: Callable[..., Tensor], names: list[str]) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        names: list[str],
+    ) -> None:
         self.function = function
         self.names = names
         self.scale: Tensor | None = None

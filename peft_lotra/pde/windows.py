@@ -61,7 +61,13 @@ class Windows(nn.Module):
 
     ends: Tensor
 
-    def __init__(self, networks: Sequence[nn.Module], ends: Sequence[float], time: int = -1, smoothness: int = 1):
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        ends: Sequence[float],
+        time: int = -1,
+        smoothness: int = 1,
+    ):
         super().__init__()
         times = torch.as_tensor(ends, dtype=torch.float64, device="cpu")
         count = len(networks) + 1
@@ -83,20 +89,35 @@ class Windows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs (..., I) to outputs (..., O)."""
-        return self.jet(x, x.new_empty(0, x.shape[-1]), 0, None)[0]
+        no_directions = x.new_empty(0, x.shape[-1])
+        return self.jet(x, no_directions, 0, None)[0]
 
-    def jet(self, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
+    def jet(
+        self,
+        x: Tensor,
+        directions: Tensor,
+        order: int,
+        weights: Tensor | None,
+    ) -> Jet:
         """Return the value and the derivatives up to an order, in the format of `multiply`."""
         if self.active is not None:
             return self._jet_in_window(x, self.active, directions, order, weights)
         outputs = self._jet_in_window(x, 0, directions, order, weights)
+        times = x[..., self.time].unsqueeze(-1)
         for k in range(1, len(self.networks)):
             values = self._jet_in_window(x, k, directions, order, weights)
-            is_later = x[..., self.time].unsqueeze(-1) >= self.ends[k].to(x)
+            is_later = times >= self.ends[k].to(x)
             outputs = [torch.where(is_later, *pair) for pair in zip(values, outputs, strict=True)]
         return outputs
 
-    def _jet_in_window(self, x: Tensor, k: int, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
+    def _jet_in_window(
+        self,
+        x: Tensor,
+        k: int,
+        directions: Tensor,
+        order: int,
+        weights: Tensor | None,
+    ) -> Jet:
         """Return the jet of n_k."""
         jets = [_jet_of(self.networks[k], x, directions, order, weights)]
         if k == 0:
@@ -117,7 +138,14 @@ class Windows(nn.Module):
             total = [*map(torch.add, total, product)] if total else product
         return total
 
-    def _start(self, x: Tensor, k: int, directions: Tensor, order: int, weights: Tensor | None) -> list[Jet]:
+    def _start(
+        self,
+        x: Tensor,
+        k: int,
+        directions: Tensor,
+        order: int,
+        weights: Tensor | None,
+    ) -> list[Jet]:
         """Return the jets of a_k and, to continue the slope, h b_k, as functions of the other coordinates."""
         network = self.networks[k - 1]
         previous, start, end = self.ends[k - 1 : k + 2].to(x)
@@ -136,13 +164,21 @@ class Windows(nn.Module):
         return [values, slopes]
 
 
-def _jet_of(network: nn.Module, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
+def _jet_of(
+    network: nn.Module,
+    x: Tensor,
+    directions: Tensor,
+    order: int,
+    weights: Tensor | None,
+) -> Jet:
     """Return the value and the derivatives of a network up to an order, in the format of `multiply`."""
     if order == 0:
         values = network(x)
         return [getattr(values, "logits", values)]
-    values = list(jet(network, x, directions, order=order, collapse=False if weights is None else weights))
-    return values if weights is None else [*values[:-1], values[-1].unsqueeze(0)]
+    if weights is None:
+        return list(jet(network, x, directions, order=order))
+    *values, last = jet(network, x, directions, order=order, collapse=weights)
+    return [*values, last.unsqueeze(0)]
 
 
 def _jet_and_slope(
@@ -168,7 +204,13 @@ def _jet_and_slope(
     return values, slopes
 
 
-def _polynomial(coefficients: Sequence[float], s: Tensor, rates: Tensor, order: int, weights: Tensor | None) -> Jet:
+def _polynomial(
+    coefficients: Sequence[float],
+    s: Tensor,
+    rates: Tensor,
+    order: int,
+    weights: Tensor | None,
+) -> Jet:
     """Return the jet of a polynomial in s, whose slopes along the directions are `rates`."""
     derivatives = []
     for n in range(order + 1):
@@ -179,9 +221,17 @@ def _polynomial(coefficients: Sequence[float], s: Tensor, rates: Tensor, order: 
     return compose(derivatives, [rates], order, weights)
 
 
-def _jet(model: Windows, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
+def _jet(
+    model: Windows,
+    x: Tensor,
+    directions: Tensor,
+    order: int,
+    weights: Tensor | None,
+) -> Jet:
     values = model.jet(x, directions, order, weights)
-    return values if weights is None else [*values[:-1], values[-1][0]]
+    if weights is not None:
+        values[-1] = values[-1][0]
+    return values
 
 
 register(Windows, Entry(jet=_jet))
