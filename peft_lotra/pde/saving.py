@@ -1,124 +1,164 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A solution as one file, which is read without executing code: it names classes of torch and of this package only."""
+"""The model of a solution as one file: tensors in safetensors, the structure and settings as JSON in its header."""
 
 from __future__ import annotations
 
-import io
+import ast
+import json
 import os
-from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..modules.calls import own_attributes, runs_more_than_its_class
 from ..modules.folders import naming_damage, replacing_files
 from .constraints import HardConstraint
 
 
-FILE = "solution.pt"
-# with the classes of these a file is read
-PACKAGES = ("torch.nn.modules", "peft_lotra.kan", "peft_lotra.pde", "peft_lotra.least_squares")
-TOLERANCE = 1e-8  # relative to the largest saved value
+FILE = "solution.safetensors"
+PACKAGES = ("torch.nn.modules.", "peft_lotra.kan", "peft_lotra.pde")  # whose classes a file may name
+ARGUMENTS = {"kan": "network", "distance": "distance", "lift": "lift"}  # that replace children of a `HardConstraint`
+POINTS = 64  # at which a loaded model is compared with the saved one
+TOLERANCE = 1e-8  # of the largest value there
 
 
-def save_model(
-    folder: str | os.PathLike,
-    model: HardConstraint,
-    points: Tensor,
-    settings: dict[str, Any],
-) -> None:
-    """Write a model, its values at some points, and plain settings into a folder."""
-    arguments = {"network": model.kan, "distance": model.distance, "lift": model.lift}
-    modules = {name: value for name, value in arguments.items() if isinstance(value, nn.Module)}
-    content = {
-        **settings,
-        "points": points,
-        "values": _evaluate(model, points),
-        "arguments": {name: value for name, value in arguments.items() if _is_readable(value)},
-        "state_dicts": {name: module.state_dict() for name, module in modules.items()},
-    }
+def save_model(folder: str | os.PathLike, model: nn.Module, points: Tensor, settings: dict[str, Any]) -> None:
+    """Write a model, its values at some points, and settings for JSON into a folder."""
+    tensors = _named_tensors(model)
+    tensors |= {f"values.{name}": values for name, values in _evaluate(model, points).items()}
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    text = json.dumps({**settings, "model": _describe(model)}, allow_nan=False)
     with replacing_files(folder) as draft:
-        torch.save(content, os.path.join(draft, FILE))
+        save_file(copies, os.path.join(draft, FILE), {"solution": text})
 
 
-def read_folder(folder: str | os.PathLike) -> dict[str, Any]:
-    """Return what `save_model` wrote; raise a `ValueError` if the folder holds no solution."""
+def read_file(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the settings and the tensors of a folder; raise a `ValueError` if it holds no solution."""
     path = os.path.join(folder, FILE)
     if not os.path.isfile(path):
         raise ValueError(f"{folder} has no {FILE}. Write one by `solution.save(folder)`.")
-    with open(path, "rb") as file:
-        content = io.BytesIO(file.read())  # of damaged files, torch seeks places before the start
-    with naming_damage(path):
-        return _read(content)
+    with naming_damage(path), safe_open(path, "pt") as file:
+        settings = json.loads(file.metadata()["solution"])
+        return settings, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
 
 
 def build_model(
-    content: dict[str, Any],
-    replacements: dict[str, Any],
-) -> HardConstraint:
-    """Build the model from the content of a folder.
+    node: dict[str, Any] | None, tensors: dict[str, Tensor], points: Tensor, replacements: dict[str, Any]
+) -> Any:
+    """Build a model from its description.
 
     Raises:
-        ValueError: A replacement is missing, or its values differ from the saved ones.
-        RuntimeError: The tensors of a replacement have other names or shapes.
+        ValueError: A replacement is missing, or it has other tensors or values than what was saved.
     """
-    arguments = content["arguments"]
-    for name, replacement in replacements.items():
-        if replacement is not None:
-            arguments[name] = replacement
-            if isinstance(replacement, nn.Module):
-                replacement.double().load_state_dict(content["state_dicts"].get(name, {}))
-        elif name not in arguments:
-            raise ValueError(
-                f"The file does not hold `{name}`, which only your code can build. Pass it again: "
-                f"`Solution.load(folder, {name}=...)`."
-            )
-
-    model = HardConstraint(arguments["network"], arguments["distance"], arguments["lift"]).eval()
-    for name, values in _evaluate(model, content["points"]).items():
-        saved = content["values"][name]
-        tolerance = TOLERANCE * saved.abs().max()
-        if saved.shape != values.shape or (saved - values).abs().max() > tolerance:
+    model = _build(node, "", "model", tensors, replacements).eval()
+    for name, values in _evaluate(model, points).items():
+        saved = tensors[f"values.{name}"]
+        if saved.shape != values.shape or (saved - values).abs().max() > TOLERANCE * saved.abs().max():
             raise ValueError(f"`{name}` has other values than when the solution was saved. Pass the same `{name}`.")
     return model
 
 
-def _read(file: Any) -> Any:
-    classes = [*_subclasses(nn.Module), *_subclasses(tuple)]
-    allowed: list[Any] = [cls for cls in classes if cls.__module__.startswith(PACKAGES)]
-    with torch.serialization.safe_globals(allowed):
-        return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def _subclasses(cls: type) -> Iterator[type]:
-    """Yield all imported classes that are derived from a class."""
-    for derived in cls.__subclasses__():
-        yield derived
-        yield from _subclasses(derived)
-
-
-def _is_readable(argument: Any) -> bool:
-    """Return whether a file can hold an argument: not functions, hooks, or classes of other packages."""
-    if not isinstance(argument, nn.Module):
-        return not callable(argument)
-    file = io.BytesIO()
-    try:
-        torch.save(argument, file)
-        file.seek(0)
-        _read(file)
-    except Exception:  # pickle raises many kinds
-        return False
-    return True
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers, also buffers that a state dict leaves out."""
+    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
 @torch.no_grad()
-def _evaluate(model: HardConstraint, points: Tensor) -> dict[str, Tensor]:
-    """Return the values of distance, lift and model. The model is last because it depends on the others."""
-    network = model.kan(points)
-    return {
-        "distance": model.part("distance", points, network),
-        "lift": model.part("lift", points, network),
-        "network": model(points),
-    }
+def _evaluate(model: nn.Module, points: Tensor) -> dict[str, Tensor]:
+    """Return the values of distance, lift and model at some points, the model last, which depends on the others."""
+    functions: dict[str, Any] = {name: getattr(model, name, None) for name in ("distance", "lift")}
+    functions["network"] = model
+    values = {}
+    for name, function in functions.items():
+        if callable(function):
+            values[name] = function(points)
+    return values
+
+
+def _describe(module: Any) -> dict[str, Any] | None:
+    """Describe a module by classes and plain attributes; None if they do not tell all."""
+    name_of_class = f"{type(module).__module__}.{type(module).__qualname__}"
+    if name_of_class not in _classes() or runs_more_than_its_class(module):
+        return None
+    attributes = own_attributes(module)
+    children = {name: _describe(child) for name, child in module._modules.items()}
+    if isinstance(module, HardConstraint):
+        functions = {name: None for name in ("distance", "lift") if callable(attributes.get(name))}
+        attributes = {name: value for name, value in attributes.items() if name not in functions}
+        children |= functions
+    elif None in children.values():
+        return None
+    text = repr(attributes)
+    with suppress(ValueError, SyntaxError):  # of what is no number, string, tuple, list or dict
+        if ast.literal_eval(text) == attributes:
+            return {
+                "class": name_of_class,
+                "attributes": text,
+                "parameters": {name: p is not None and p.requires_grad for name, p in module._parameters.items()},
+                "buffers": {name: name not in module._non_persistent_buffers_set for name in module._buffers},
+                "children": children,
+            }
+    return None
+
+
+def _classes() -> dict[str, type[nn.Module]]:
+    """Return the classes that a file may name. Nothing is imported for it."""
+    classes, bases = {}, [nn.Module]
+    while bases:
+        base = bases.pop()
+        bases += base.__subclasses__()
+        if base.__module__.startswith(PACKAGES):
+            classes[f"{base.__module__}.{base.__qualname__}"] = base
+    return classes
+
+
+def _build(
+    node: dict[str, Any] | None, place: str, argument: str, tensors: dict[str, Tensor], replacements: dict[str, Any]
+) -> Any:
+    """Build the module at a place of the model, or return what replaces it."""
+    if argument in replacements:
+        return _fill(replacements[argument], place, argument, tensors)
+    cls = None if node is None else _classes().get(node["class"])
+    if node is None or cls is None:
+        raise ValueError(
+            f"The file does not hold `{argument}`, which is no number and of no class that can be saved. Pass it "
+            f"again: `Solution.load(folder, {argument}=...)`."
+        )
+    module = cls.__new__(cls)  # its own `__init__` would need arguments
+    nn.Module.__init__(module)
+    vars(module).update(ast.literal_eval(node["attributes"]))
+    for name, requires_grad in node["parameters"].items():
+        tensor = tensors.get(place + name)
+        module.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad))
+    for name, is_persistent in node["buffers"].items():
+        module.register_buffer(name, tensors.get(place + name), is_persistent)
+    for name, child in node["children"].items():
+        role = ARGUMENTS[name] if cls is HardConstraint else argument
+        setattr(module, name, _build(child, f"{place}{name}.", role, tensors, replacements))
+    return module
+
+
+def _fill(replacement: Any, place: str, argument: str, tensors: dict[str, Tensor]) -> Any:
+    """Copy the tensors of a place into the module that replaces it. Nothing is changed if it has others."""
+    present = _named_tensors(replacement) if isinstance(replacement, nn.Module) else {}
+    saved = {name.removeprefix(place): tensor for name, tensor in tensors.items() if name.startswith(place)}
+    shapes, expected = ({name: tuple(t.shape) for name, t in named.items()} for named in (present, saved))
+    differing = sorted(name for name in shapes | expected if shapes.get(name) != expected.get(name))
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"`{argument}` has {name} of shape {shapes.get(name)}, but {expected.get(name)} was saved. Build it as "
+            "before, with the same adapters and grids."
+        )
+    if present:
+        replacement.double()
+        with torch.no_grad():
+            for name, tensor in _named_tensors(replacement).items():
+                tensor.copy_(saved[name])
+    return replacement

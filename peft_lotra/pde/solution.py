@@ -8,23 +8,22 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..least_squares.levenberg_marquardt import LevenbergMarquardtStep
+from ..modules.checks import check_path
+from ..modules.folders import naming_damage
 from ..modules.report import Report, TextTable
-from .boxes import Inside, box_points, contains
+from .boxes import Inside, box_points, check_box, contains
 from .constraints import HardConstraint
 from .features import BoxFeatures
 from .networks import first_module, prepare_network
-from .saving import build_model, read_folder, save_model
+from .saving import FILE, POINTS, build_model, read_file, save_model
 from .unknowns import Estimate
-
-
-POINTS = 64  # at which a loaded model is compared with the saved one
 
 
 class Phase(NamedTuple):
@@ -102,13 +101,13 @@ class Solution(Report):
         return TextTable(columns, rows, notes + self.notes)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write the solution into `solution.pt`.
+        """Write the solution into `solution.safetensors`: the tensors, and all else as JSON in its header.
 
-        The file holds numbers, `BoxDistance`, and networks of modules of `torch.nn` and `peft_lotra.kan`. Pass other
-        functions and networks, such as adapted ones, to `load` again.
+        Numbers, `BoxDistance` and networks of modules of `torch.nn` and `peft_lotra.kan` are saved by value. Pass
+        other functions and networks, such as adapted ones, to `load` again.
 
         Args:
-            folder: Created if it does not exist. Its other files stay, and an error changes nothing.
+            folder: It is made if there is none; its other files stay, and an error changes nothing.
 
         Raises:
             ValueError: `folder` is a file.
@@ -130,15 +129,10 @@ class Solution(Report):
             True
         """
         features = first_module(self.model, BoxFeatures)
+        periodic = [] if features is None else features.periodic
         points = box_points(self.low.tolist(), self.high.tolist(), POINTS)
-        values = dict(vars(self))
-        del values["model"], values["inside"]
-        settings = {
-            "fields": values,
-            "periodic": [] if features is None else features.periodic,
-            "inside": _mask(self.inside, points),
-        }
-        save_model(folder, self.model, points, settings)
+        mask = None if self.inside is None else contains(self.inside, points).tolist()
+        save_model(folder, self.model, points, {**self.as_dict(), "periodic": periodic, "inside": mask})
 
     @classmethod
     def load(
@@ -156,34 +150,45 @@ class Solution(Report):
             folder: The folder.
             distance, lift, inside: The functions of `solve`, if the folder does not hold them.
             network: The `network` of `solve`, if the folder does not hold it. It is filled in place, with its
-                adapters, and becomes float64. Refine its grids by `refine_grid` first, as in the saved one.
+                adapters, and becomes float64. Give it the grids of the saved one by `refine_grid`.
 
         Returns:
             The solution, in evaluation mode.
 
         Raises:
-            ValueError: The folder holds no solution, or a damaged one. An argument is missing, or its values at points
-                of the box are not the saved ones.
-            RuntimeError: The tensors of `network` have other names or shapes than the saved ones.
+            ValueError: The folder holds no solution, or a damaged one. An argument is missing, or it has other
+                tensors, or other values at points of the box, than when the solution was saved.
         """
-        content = read_folder(folder)
-        if _mask(inside, content["points"]) != content["inside"]:
-            raise ValueError("`inside` differs from the one of the saved solution. Pass what `solve` got.")
-        values = content["fields"]
+        check_path(folder, "folder")
+        record, tensors = read_file(folder)
+        with naming_damage(os.path.join(folder, FILE)):
+            values = _nan_for_none({entry.name: record[entry.name] for entry in fields(cls)})
+            low, high = values["low"], values["high"] = check_box(values["low"], values["high"])
+            values["history"] = [_restore(LevenbergMarquardtStep, step) for step in values["history"]]
+            values["phases"] = [_restore(Phase, phase) for phase in values["phases"]]
+            values["unknowns"] = {name: _restore(Estimate, of) for name, of in values["unknowns"].items()}
+        points = box_points(low.tolist(), high.tolist(), POINTS)
+        values["inside"] = inside
+        mask = None if inside is None else contains(inside, points).tolist()
+        if mask != record["inside"]:
+            raise ValueError("`inside` is not that of the saved solution. Pass the one that `solve` got, if any.")
         if network is not None:
-            network = prepare_network(network, values["low"], values["high"], None, content["periodic"], 0)
-        model = build_model(content, {"network": network, "distance": distance, "lift": lift})
-        return cls(model=model, inside=inside, **values)
+            network = prepare_network(network, low, high, None, record["periodic"], 0)
+        arguments = {"distance": distance, "lift": lift, "network": network}
+        replacements = {name: value for name, value in arguments.items() if value is not None}
+        values["model"] = build_model(record["model"], tensors, points, replacements)
+        return cls(**values)
 
     def plot(self, count: int = 101) -> Any:
-        """Draw the first output over the first two coordinates, or over a line for one coordinate.
+        """Draw the first output over the first two coordinates, the others in the middle of the box, or over a line.
 
-        Other coordinates are in the middle of the box. Points that are not inside stay blank.
+        Points that are not inside stay blank.
 
         Needs matplotlib; `peft_lotra.plotting.plot_history(result.history)` draws the steps.
         """
         import matplotlib.pyplot as plt
 
+        figure, axis = plt.subplots(figsize=(4.5, 3.4), layout="constrained")
         share = torch.linspace(0, 1, count, dtype=torch.float64).unsqueeze(1)
         lines = torch.lerp(self.low, self.high, share).unbind(1)[:2]
         x = ((self.low + self.high) / 2).repeat(count ** len(lines), 1)
@@ -191,17 +196,21 @@ class Solution(Report):
         u = self.model(x)[:, 0].detach()
         if self.inside is not None:
             u[~contains(self.inside, x)] = math.nan
-
-        figure, axis = plt.subplots(figsize=(4.5, 3.4), layout="constrained")
         if len(lines) == 1:
             axis.plot(*lines, u)
             axis.set(xlabel="coordinate 0", ylabel="u")
         else:
-            mesh = axis.pcolormesh(*lines, u.view(count, count).T, cmap="RdBu_r")
-            figure.colorbar(mesh)
+            figure.colorbar(axis.pcolormesh(*lines, u.view(count, count).T, cmap="RdBu_r"))
             axis.set(title="u", xlabel="coordinate 0", ylabel="coordinate 1")
         return figure
 
 
-def _mask(inside: Inside | None, points: Tensor) -> list[bool] | None:
-    return None if inside is None else contains(inside, points).tolist()
+def _restore(cls: Any, record: dict[str, Any]) -> Any:
+    """Return a record from its plain values."""
+    values = _nan_for_none(record)
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _nan_for_none(record: dict[str, Any]) -> dict[str, Any]:
+    """Return plain values with NaN, which JSON does not have."""
+    return {name: math.nan if value is None else value for name, value in record.items()}

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import json
 import math
-import os
 from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peft_lotra import LoTRAConfig
@@ -156,8 +158,10 @@ def test_other_networks_are_passed_again_and_filled(tmp_path, network):
     with pytest.raises(ValueError, match=r"does not hold `network`"):
         Solution.load(tmp_path)
     other = KAN([2, 4, 1], 3, norm="tanh")
-    with pytest.raises(RuntimeError, match="Missing key|size mismatch"):
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(ValueError, match="`network` has .* of shape .*, but .* was saved"):
         Solution.load(tmp_path, network=other)
+    torch.testing.assert_close(other.state_dict(), before, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:.*no closed form")
@@ -180,7 +184,7 @@ def test_a_second_save_replaces_the_first_and_keeps_other_files(tmp_path):
     second.save(tmp_path)
 
     assert_same(Solution.load(tmp_path), second)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "solution.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "solution.safetensors"]
 
 
 def test_a_save_that_fails_changes_nothing(tmp_path, monkeypatch):
@@ -191,36 +195,36 @@ def test_a_save_that_fails_changes_nothing(tmp_path, monkeypatch):
     def fail(*args, **kwargs) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("torch.save", fail)
+    monkeypatch.setattr("peft_lotra.pde.saving.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         solved(steps=3).save(tmp_path)
 
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def edit(folder: Path, **changes) -> None:
+    """Change the settings in the header of the file."""
+    path = folder / "solution.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        settings = json.loads(file.metadata()["solution"])
+    save_file(tensors, path, {"solution": json.dumps(settings | changes)})
+
+
 def truncate(folder: Path) -> None:
-    path = folder / "solution.pt"
+    path = folder / "solution.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
 
 
-class Command:
-    """What a pickle can run when it is read."""
-
-    def __reduce__(self):
-        return os.system, ("exit 3",)
-
-
-def edit(folder: Path, name: str, value) -> None:
-    content = torch.load(folder / "solution.pt", weights_only=False)
-    torch.save(content | {name: value}, folder / "solution.pt")
-
-
 DAMAGE = {
-    "has no solution.pt. Write one by": lambda folder: (folder / "solution.pt").unlink(),
-    "solution.pt is damaged": truncate,
-    "solution.pt is damaged: .": lambda folder: (folder / "solution.pt").write_bytes(b"\x80\x04K\x01."),
-    "is damaged: UnpicklingError": lambda folder: edit(folder, "arguments", {"network": Command()}),
-    "`distance` has other values": lambda folder: edit(folder, "points", torch.full((64, 2), 0.1).double()),
+    "has no solution.safetensors. Write one by": lambda folder: (folder / "solution.safetensors").unlink(),
+    "solution.safetensors is damaged": truncate,
+    "safetensors is damaged": lambda folder: (folder / "solution.safetensors").write_bytes(b"\x80\x04K\x01."),
+    "is damaged: TypeError": lambda folder: save_file({"x": torch.ones(1)}, folder / "solution.safetensors"),
+    r"is damaged: .*`low` is": lambda folder: edit(folder, low=[3.0, 0.0]),
+    "is damaged: .*unexpected keyword": lambda folder: edit(folder, phases=[{"code": 1}]),
+    "does not hold `model`": lambda folder: edit(folder, model={"class": "os.system", "attributes": "{}"}),
+    "`distance` has other values": lambda folder: edit(folder, low=[0.1, 0.0]),
 }
 
 
@@ -233,14 +237,23 @@ def test_a_damaged_folder_is_named(tmp_path, message):
         Solution.load(tmp_path)
 
 
+def test_text_of_a_file_is_not_evaluated(tmp_path):
+    solved().save(tmp_path)
+    node = {"class": "peft_lotra.pde.constraints.HardConstraint", "attributes": "exit(3)"}
+    edit(tmp_path, model=node)
+
+    with pytest.raises(ValueError, match="malformed"):
+        Solution.load(tmp_path)
+
+
 def test_wrong_folders_are_named(tmp_path):
     (tmp_path / "file").write_text("")
 
-    with pytest.raises(ValueError, match="has no solution.pt"):
+    with pytest.raises(ValueError, match="has no solution.safetensors"):
         Solution.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="`folder` is .*, which is a file"):
         solved().save(tmp_path / "file")
-    with pytest.raises(TypeError, match="not NoneType"):
+    with pytest.raises(TypeError, match="`folder` is None"):
         Solution.load(None)  # pyright: ignore[reportArgumentType]
 
 
@@ -258,5 +271,5 @@ def test_a_shape_is_given_again(tmp_path):
     x = torch.tensor([[0.2, 0.2]], dtype=torch.float64)
     torch.testing.assert_close(loaded.model(x), result.model(x), rtol=0, atol=0)
     for wrong in (None, hole.inside):
-        with pytest.raises(ValueError, match="`inside` differs from the one of the saved"):
+        with pytest.raises(ValueError, match="`inside` is not that of the saved solution"):
             Solution.load(tmp_path, distance=hole.distance, inside=wrong)
