@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The time or the steps that a training may take."""
+"""The time or the steps that a training may take, and when one of its phases ends."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import math
 import time
 
 from ..least_squares.levenberg_marquardt import LevenbergMarquardtStep
+
+
+PATIENCE = 15  # steps without a new minimum of the held-out loss, at least
+UNSOLVED_PATIENCE = 50  # the same while that loss is large, where it often rises before it falls
+STALLED = 0.1  # the share of the budget without a new minimum, at least
 
 
 class Budget:
@@ -46,12 +51,63 @@ class Budget:
     def count_step(self, phase: str, record: LevenbergMarquardtStep) -> None:
         """Count a step, and show its losses."""
         self.steps_taken += 1
-        before = self._spent
-        self._spent = self.spent()
-        self.last_step = self._spent - before
-        self._bar.n = min(self._bar.total, round(self._spent * self._bar.total))
+        spent = self.spent()
+        self.last_step = spent - self._spent
+        self._spent = spent
+        self._bar.n = min(self._bar.total, round(spent * self._bar.total))
         self._bar.set_postfix(phase=phase, loss=record.loss, held=record.held_loss)
 
     def allows_step(self, until: float) -> bool:
         """Return whether one more step, as long as the last one, ends before a share of the budget is used up."""
         return not self.is_stopped and self._spent + self.last_step <= until + 1e-9
+
+
+class PhaseEnd:
+    """Decides after each step whether a phase ends: out of budget, at its target, or when it stalls.
+
+    A phase stalls when the held-out loss has no new minimum for `PATIENCE` steps and a share of the budget.
+
+    Args:
+        budget: The budget of all phases.
+        until: The share of the budget at which the phase ends.
+        target: The held-out loss at which it ends.
+        solved: The held-out loss above which it has `UNSOLVED_PATIENCE`.
+
+    Attributes:
+        wait: The share of the budget without a new minimum after which it stalls, at least.
+        least: The least held-out loss.
+        is_over: Whether the budget allows no more steps.
+    """
+
+    def __init__(self, budget: Budget, until: float, target: float, solved: float) -> None:
+        self.budget, self.until, self.target, self.solved = budget, until, target, solved
+        self.wait = STALLED
+        self.least = math.inf
+        self.is_over = False
+        self._steps_since = 0
+        self._spent_at_least = budget.spent()
+
+    def is_reached(self, loss: float) -> bool:
+        """Count a step with this held-out loss, and return whether it was the last one."""
+        spent = self.budget.spent()
+        self._steps_since += 1
+        if loss < self.least:
+            self.least = loss
+            self._steps_since = 0
+            self._spent_at_least = spent
+        self.is_over = not self.budget.allows_step(self.until)
+
+        patience = PATIENCE if self.least <= self.solved else UNSOLVED_PATIENCE
+        is_late = spent - self._spent_at_least >= self.wait
+        is_stalled = is_late and self._steps_since >= patience
+        return self.is_over or is_stalled or loss <= self.target
+
+    def reason(self, accepted: bool) -> str:
+        """Return why the phase ended, given whether the last step was accepted."""
+        if self.budget.is_stopped:
+            return "callback"
+        if self.least <= self.target:
+            return "solved"
+        if self.is_over:
+            return "budget"
+        return "stalled" if accepted else "refused"

@@ -15,7 +15,7 @@ from ..least_squares.normal_equations import LinearModel
 from ..least_squares.problem import LeastSquares
 from .boxes import box_points
 from .training import Training
-from .unknowns import Estimate
+from .unknowns import Constant, Estimate
 
 
 DAMPING = 1e-12  # of the normal equations for errors
@@ -41,93 +41,114 @@ def check_effects(training: Training) -> None:
 
 
 def estimate(training: Training) -> tuple[dict[str, Estimate], list[str]]:
-    """Return the constants, corrected by the data, with their standard errors, and what has not converged.
+    """Return the constants, corrected by the data, with their standard errors, and what has not converged."""
+    module: Any = training.constants
+    correction = _correct(training)
+    estimates, doubts = {}, []
+    if correction is None:
+        for name, value in module.values().items():
+            estimates[name] = Estimate(value.item(), math.inf)
+        return estimates, ["The errors of `unknowns` are not known: derivatives of a residual are not finite."]
+    for name, constant, move, error in zip(module.names, module.constants, *correction, strict=True):
+        slope = constant.slope()
+        estimates[name], doubt = _judge(name, constant, -slope * move.item(), abs(slope * error.item()))
+        doubts += doubt
+    return estimates, doubts
+
+
+def _judge(name: str, constant: Constant, move: float, error: float) -> tuple[Estimate, list[str]]:
+    """Move a constant as far as the data ask for, unless that is too far to be linear."""
+    value = constant().item()
+    size = abs(value)
+    doubts = []
+    if error > MOST_UNSURE * (size or 1.0):
+        doubts.append(f"The error of {name!r} in `unknowns` is not known: the data do not tell it. Give more.")
+        error = math.inf
+    is_small = abs(move) <= LEAST_MOVE * size
+    if is_small or abs(move) <= min(MOST_ERRORS * error, MOST_MOVE * size):
+        value = min(max(value + move, constant.low), constant.high)
+    elif not constant.low < value + move < constant.high:
+        doubts.append(f"{name!r} of `unknowns` ends at its bound. Give wider `bounds`.")
+    elif abs(move) > MOST_ERRORS * error:
+        doubts.append(
+            f"{name!r} of `unknowns` has not converged: the data would move it by {move:.2g}, which is more than "
+            f"its error. Give more `seconds`, or start nearer than {constant.start:g}."
+        )
+    return Estimate(value, error), doubts
+
+
+def _correct(training: Training) -> tuple[Tensor, Tensor] | None:
+    """Return by how much data would move the constants, and their standard errors; None if J is not finite.
 
     J has a row for each residual divided by its scale s, and a column for each parameter of the network and constant.
     Y are the rows of the data in the projection of the constants' columns on the complement of the network's: the
     effects of the constants with a network that follows them. (Y^T Y)^-1 is the covariance. Rows of the equation do
     not count: their residuals are no noise, but what the network cannot represent. They also hold back the constants
-    in training, so that -(Y^T Y)^-1 Y^T r, with the residuals r of the data, is added to these.
+    in training, and -(Y^T Y)^-1 Y^T r, with the residuals r of the data, corrects these.
 
     The variance s^2 of a column of n data is their sum of squares over n - sum h, with the leverages h, the diagonal
     of J (J^T J)^-1 J^T. It is unknown unless there are more data than constants.
     """
     module: Any = training.constants
     count = len(module.names)
-    weights = [function.scale for function, *_ in training.terms]
-    held, held_residuals = training.evaluate_held()
-    of_equation, *_ = held.losses(held_residuals)
+    problem, conditions = _problem_with_plain_data(training)
+    scales = [function.scale for function, *_ in training.terms]
     for function, *_ in training.terms:
         function.scale = None
-    problem, conditions = _problem_with_plain_data(training, held.terms[0].columns, of_equation)
     residuals = problem.residuals(problem.start)
     data = problem.terms[conditions:]
-    jacobian = torch.cat(
-        [residuals.new_empty(0, problem.num_parameters), *(problem.jacobian(t, t.rows) for t in data)]
-    )
-    for (function, *_), weight in zip(training.terms, weights, strict=True):
-        function.scale = weight
-    noise = _number_columns(data)
+    no_rows = residuals.new_empty(0, problem.num_parameters)
+    jacobian = torch.cat([no_rows, *(problem.jacobian(term, term.rows) for term in data)])
+    for (function, *_), scale in zip(training.terms, scales, strict=True):
+        function.scale = scale
+
     of_points, of_data = residuals.tensor_split([len(residuals) - len(jacobian)])
     problem.terms = problem.terms[:conditions]
     linear = LinearModel(problem, of_points, DAMPING, in_parameter_space=True)
     of_collocation = linear.matrix
-
+    columns = _number_columns(data)
     units = torch.eye(problem.num_parameters, dtype=torch.float64, device=jacobian.device)[:, -count:]
-    rest, leverages = of_data, torch.zeros_like(of_data)
+    misfit, leverages = of_data, torch.zeros_like(of_data)
     for _ in range(PASSES):
-        freedom = torch.bincount(noise, 1 - leverages)
-        variances = torch.bincount(noise, rest.square()) / freedom.clamp(min=LEAST_FREEDOM)
-        variances = variances.where(torch.bincount(noise) > count, math.inf)
-        scales = variances.clamp(min=1e-300).sqrt()[noise]
-        scaled = jacobian / scales.unsqueeze(1)
+        freedom = torch.bincount(columns, 1 - leverages).clamp(min=LEAST_FREEDOM)
+        variances = torch.bincount(columns, misfit.square()) / freedom
+        variances = variances.where(torch.bincount(columns) > count, math.inf)
+        noise = variances.clamp(min=1e-300).sqrt()[columns]
+        scaled = jacobian / noise.unsqueeze(1)
         linear.matrix = of_collocation + scaled.T @ scaled
         solution = _solve(linear, torch.cat([units, scaled.T], 1))
         if solution is None:
-            unknown = {name: Estimate(value.item(), math.inf) for name, value in module.values().items()}
-            return unknown, ["The errors of `unknowns` are not known: derivatives of a residual are not finite."]
+            return None
         leverages = (scaled * solution[:, count:].T).sum(1)
         moves = solution[:, :count] @ torch.linalg.pinv(solution[-count:, :count])
-        shift, errors = _regress(scaled @ moves, of_data / scales)
-        rest = of_data - jacobian @ moves @ shift
-    estimates, doubts = {}, []
-    for name, constant, change, error in zip(module.names, module.constants, shift, errors, strict=True):
-        value, slope = constant().item(), constant.slope()
-        move, error = -slope * change.item(), abs(slope * error.item())
-        if error > MOST_UNSURE * (abs(value) or 1.0):
-            doubts.append(f"The error of {name!r} in `unknowns` is not known: the data do not tell it. Give more.")
-        is_small = abs(move) <= LEAST_MOVE * abs(value)
-        if is_small or abs(move) <= min(MOST_ERRORS * error, MOST_MOVE * abs(value)):
-            value = min(max(value + move, constant.low), constant.high)
-        elif not constant.low < value + move < constant.high:
-            doubts.append(f"{name!r} of `unknowns` ends at its bound. Give wider `bounds`.")
-        elif MOST_ERRORS * error < abs(move):
-            doubts.append(
-                f"{name!r} of `unknowns` has not converged: the data would move it by {move:.2g}, which is more than "
-                f"its error. Give more `seconds`, or start nearer than {constant.start:g}."
-            )
-        estimates[name] = Estimate(value, error)
-    return estimates, doubts
+        shift, errors = _regress(scaled @ moves, of_data / noise)
+        misfit = of_data - jacobian @ moves @ shift
+    return shift, errors
 
 
-def _problem_with_plain_data(training: Training, columns: int, of_equation: float) -> tuple[LeastSquares, int]:
+def _problem_with_plain_data(training: Training) -> tuple[LeastSquares, int]:
     """Return a problem with rows of the equation over their scale, twice as many as parameters, and plain data.
 
     Terms with a weight are conditions, as the equation is, if there are terms without one. The equation and the
     conditions are first; their number is returned too.
     """
+    held, held_residuals = training.evaluate_held()
+    of_equation, *_ = held.losses(held_residuals)
+    columns = held.terms[0].columns
     low, high = training.sampler.low.tolist(), training.sampler.high.tolist()
     size = sum(parameter.numel() for parameter in training.optimizer.model.parameters())
     count = 2 * size // columns + 1
     points = box_points(low, high, count, inside=training.sampler.inside, seed=training.sampler.seed)
     points.requires_grad_(training.differentiates)
     weight = len(points) * columns / max(of_equation, 1e-300)
-    terms: list[Any] = [(training.residual, (points, torch.ones_like(points[:, :1])), weight)]
-    conditions = [term for term in training.terms if training.data and term[0] not in training.data]
-    data = [term for term in training.terms if not training.data or term[0] in training.data]
-    terms += [(function, rows, weight * of_term) for function, rows, of_term in conditions]
-    terms += [(function, rows, len(rows[0])) for function, rows, _ in data]
-    return training.optimizer.evaluate_held(terms)[0], 1 + len(conditions)
+    conditions: list[Any] = [(training.residual, (points, training.weights(points)), weight)]
+    data = []
+    for function, rows, of_term in training.terms:
+        if training.data and function not in training.data:
+            conditions.append((function, rows, weight * of_term))
+        else:
+            data.append((function, rows, len(rows[0])))
+    return training.optimizer.evaluate_held([*conditions, *data])[0], len(conditions)
 
 
 def _number_columns(terms: list[Any]) -> Tensor:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -99,30 +98,34 @@ class Starts:
         if self.budget.allows_step(1.0) and len(self.result.history) < FEWEST_STEPS:
             first.finish(math.nan, refine=False)
             return first
-        for number in itertools.count():
+        number = 0
+        while True:
             for kind in KINDS:
-                if not self.budget.allows_step(1.0):
-                    break
-                if number == 0 and kind == first.network:
+                is_tried = number == 0 and kind == first.network
+                if is_tried or not self.budget.allows_step(1.0):
                     continue
                 start = self.new_training(self.new_model(kind, self.seed + 1000 * number), kind)
-                held = start.fit("start", math.nan, min(1.0, self.budget.spent() + SHARE))
-                if held < least:
-                    best, least = start, held
-            if not self.budget.allows_step(1.0):
-                return best
-            if number == 0 and least > unsolved and not self.terms and self.find_time()[0] is not None:
-                windows = self.fit_windows(WINDOWS, best.network, target=PROMISING * least)
-                if windows is not None and windows.norm(math.nan) ** 2 < least:
+                start_least = start.fit("start", math.nan, min(1.0, self.budget.spent() + SHARE))
+                if start_least < least:
+                    best, least = start, start_least
+            if number == 0 and least > unsolved:
+                windows = self._try_windows(best.network, least)
+                if windows is not None:
                     return windows
             if not self.budget.allows_step(1.0):
                 return best
-            least = min(least, best.fit("coarse", math.nan, 1.0))
-            while best.is_stalled and least <= unsolved and best.add_points():
-                least = min(least, best.fit("coarse", math.nan, 1.0))
+            least = min(least, best.fit_on("coarse", math.nan, 1.0, unsolved))
             if not best.is_stalled or least <= unsolved:
                 return best
-        return best
+            number += 1
+
+    def _try_windows(self, kind: str, least: float) -> Training | None:
+        """Return windows in time if there is a time, and they have a lower held-out loss."""
+        time, _ = self.find_time()
+        if time is None or self.terms or not self.budget.allows_step(1.0):
+            return None
+        windows = self.fit_windows(WINDOWS, kind, target=PROMISING * least)
+        return windows if windows is not None and windows.norm(math.nan) ** 2 < least else None
 
     def fit_windows(
         self, count: int, kind: str, target: float = math.inf, path: tuple[float, float] = (math.nan, math.nan)

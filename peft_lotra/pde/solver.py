@@ -26,7 +26,7 @@ from .networks import first_module, prepare_network
 from .noise import check_effects, estimate
 from .race import HELD_POINTS, KINDS, Starts
 from .solution import Solution
-from .training import STAGES
+from .training import ESTIMATED, STAGES
 from .unknowns import Interval, NetworkWithConstants
 from .windows import Windows
 
@@ -139,43 +139,50 @@ def solve(
     start = stop = math.nan
     if continuation is not None:
         start, stop = (check_number(end, "continuation", "(-inf, inf)") for end in continuation)
-    if bounds and not unknowns:
-        raise ValueError("`bounds` needs `unknowns`, the constants that it keeps in intervals.")
     positional = 2 if continuation is None else 3
     check_function(residual, "residual", None if unknowns else positional)
+    if bounds and not unknowns:
+        raise ValueError("`bounds` needs `unknowns`, the constants that it keeps in intervals.")
     if windows is not None and network is not None:
         raise ValueError("`windows` needs new networks, but `network` is given. Leave one of them out.")
+    if windows is not None and unknowns:
+        raise ValueError("`windows` cannot share `unknowns`. Leave one of them out.")
     if frequencies != () and network is not None:
         raise ValueError(
             "`frequencies` are features of new networks, but `network` is given. Put `BoxFeatures` in front of it."
         )
     count = check_count(1 if windows is None else windows, "windows")
-    if windows is not None and unknowns:
-        raise ValueError("`windows` cannot share `unknowns`. Leave one of them out.")
     if steps is not None:
-        check_count(steps, "steps", low=count * (1 if continuation is None else STAGES + 1))
+        stages = 1 if continuation is None else STAGES + 1
+        check_count(steps, "steps", low=count * stages)
     check_number(seconds, "seconds", "(0, inf)")
+    if outputs is not None:
+        check_count(outputs, "outputs")
     if callback is not None:
         check_function(callback, "callback", 2)
     if inside is None:
-        sides = side_points(low, high, 50)[0].split(50)
+        points, _ = side_points(low, high, 50)
+        sides = points.split(50)
     else:
         check_function(inside, "inside", 1)
         sides = [edge_points(inside, low, high)]
-    points = box_points(low, high, HELD_POINTS, inside=inside, seed=seed)
+
     terms = list(terms)
-    if outputs is not None:
-        check_count(outputs, "outputs")
     is_new = network is None
     network = prepare_network(network, low_end, high_end, outputs, periodic, seed, frequencies)
     model = HardConstraint(network, distance, lift).double()
-    outputs = check_model(model, points, sides, bool(terms), outputs)
-
+    held = box_points(low, high, HELD_POINTS, inside=inside, seed=seed)
+    outputs = check_model(model, held, sides, bool(terms), outputs)
     constants, data = None, []
     if unknowns:
         constants = NetworkWithConstants(model, unknowns, bounds or {})
         residual, terms, data = constants.bind(residual, positional, terms)
     result = Solution(model, low_end, high_end, inside)
+
+    def warn(message: str) -> None:
+        result.notes.append(message)
+        warnings.warn(message, stacklevel=4)
+
     with Budget(seconds, steps, progress) as budget:
         features = BoxFeatures(low, high, periodic, frequencies=frequencies)
         starts = Starts(result, residual, terms, distance, lift, outputs, seed, features, budget, callback)
@@ -183,10 +190,11 @@ def solve(
         result.first_residual = training.norm(start)
         starts.differentiates = training.differentiates
         for doubt in find_doubts(training.trained, low_end, high_end, inside, training.held_terms()):
-            warnings.warn(doubt, stacklevel=3)
-            result.notes.append(doubt)
+            warn(doubt)
         if constants is not None:
             check_effects(training)
+            training.share = 0.0, ESTIMATED
+
         if windows is not None:
             training = starts.fit_windows(count, KINDS[0], path=(start, stop)) or training
         elif continuation is not None:
@@ -197,12 +205,14 @@ def solve(
         else:
             training.finish(stop, refine)
         result.model = training.model
-        result.residual = training.norm(stop)
         if constants is not None:
             result.unknowns, doubts = estimate(training)
-            result.notes += doubts
             for doubt in doubts:
-                warnings.warn(doubt, stacklevel=3)
+                warn(doubt)
+            training.set_robustness(0.0)
+            training.share = 0.0, 1.0
+            training.fit_network("estimated constants", stop, 1.0)
+        result.residual = training.norm(stop)
 
         scale = result.first_residual
         if not is_new and constants is None:  # `network` may be a solution already
@@ -210,14 +220,14 @@ def solve(
                 scale = starts.new_training(starts.new_model(KINDS[0], seed)).norm(stop)
 
     outcome = describe_outcome(result, scale)
-    if outcome:
-        result.notes.append(outcome)
-    # who gives few `steps` wants no more
-    if outcome and (steps is None or result.phases[-1].reason != "budget"):
-        warnings.warn(outcome, stacklevel=3)
-    # features are on the grids of new networks
-    for name, share in () if is_new or first_module(model, Windows) else outside_grids(model, points):
-        note = f"{share:.0%} of the inputs of `{name}` are outside of its grid, where its splines are zero."
-        warnings.warn(f"{note} Bound them by `KAN(norm='tanh')`, or give a wider `grid_range`.", stacklevel=3)
-        result.notes.append(note)
+    if outcome and steps is not None and result.phases[-1].reason == "budget":
+        result.notes.append(outcome)  # who gives few `steps` wants no more
+    elif outcome:
+        warn(outcome)
+    if not is_new and not first_module(model, Windows):  # features are on the grids of new networks
+        for name, share in outside_grids(model, held):
+            warn(
+                f"{share:.0%} of the inputs of `{name}` are outside of its grid, where its splines are zero. Bound "
+                "them by `KAN(norm='tanh')`, or give a wider `grid_range`."
+            )
     return result

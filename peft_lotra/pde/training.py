@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ from ..kan.refinement import refine_grid
 from ..least_squares.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
 from ..least_squares.problem import LeastSquares, check_residuals, check_terms
 from .adaptive import ResidualSampler, gradient_weights, knot_density
-from .budget import Budget
+from .budget import STALLED, Budget, PhaseEnd
 from .checks import layer_inputs
 from .continuation import continuation
 from .diagnostics import list_functions
@@ -28,15 +29,13 @@ from .features import BoxFeatures
 from .networks import first_module
 from .point_cache import PointCache, current_cache
 from .solution import Phase, Solution
-from .unknowns import BoundFunction, NetworkWithConstants
+from .unknowns import BoundFunction, Estimate, NetworkWithConstants
 from .windows import Windows
 
 
-PATIENCE = 15  # steps without a new minimum of the residual that is held out, at least
-UNSOLVED_PATIENCE = 50  # the same while that residual is large, where it often rises before it falls
-STALLED = 0.1  # the share of the budget without a new minimum, at least
 MOST_POINTS = 4  # times as many points as at first, where fewer have stalled
 LARGEST_START_DAMPING = 1e3  # with new points
+ATTEMPTS = 3  # at a step that is refused, which may not be on other points
 STAGES = 6  # parameters of a continuation
 CONTINUED = 0.6  # the share of the budget after which the continuation ends
 COARSE = 0.8  # the share of the budget after which grids get finer
@@ -45,9 +44,13 @@ FAILED = 1e-3  # of the first residual's square: where a stage of a continuation
 MOST_FAILURES = 3  # stages that are undone
 FINE_POINTS = 2.5  # times as many points on finer grids
 FIRST_WEIGHT = 10.0  # of data, as a multiple of the equation's mean square over theirs
-FIXED, HEAVY = 0.15, 0.7  # shares of the budget after which constants are trained, and data are light
+FIXED = 0.15  # the share of a fit after which constants are trained
+ROBUST = 0.45  # after which outliers of the equation count less
+HEAVY = 0.65  # after which data are light
 LIGHT = 0.01  # the factor of the weights then
+ESTIMATED = 0.9  # the share of the budget after which constants are fixed
 SLOPE = 0.1  # of `gradient_weights`, for a solution of unit size on [-1, 1]
+OUTLIER = 3.0  # multiples of the median residual from which points count less
 
 
 @dataclass
@@ -84,12 +87,13 @@ class Training:
         self.model, self.history, self.phases = self.result.model, self.result.history, self.result.phases
         self.trained: nn.Module = self.model if self.constants is None else self.constants
         self.optimizer = LevenbergMarquardt(self.trained, floor=1e-6, memory=2**32)
-        self.first_count = self.sampler.count
+        self.first_count, self.first_share = self.sampler.count, self.sampler.share
         self.share = 0.0, 1.0  # of the budget: where this training begins, and ends
         self.kan: Any = first_module(self.model, LayerStack)  # None if there is none
         self.features: BoxFeatures | None = first_module(self.model, BoxFeatures)
         self.differentiates = False  # whether the residual needs points that require a gradient
         self.is_over = False  # whether one more step is too much for the phase
+        self.robustness = 0.0  # the exponent by which points with a large residual count less
         functions = [function for _, function in list_functions(self.model)]
         self.cache = PointCache(self.model, functions, self.held)
 
@@ -124,10 +128,11 @@ class Training:
             least = fit("fine" if is_finer else "coarse", parameter, 1.0)
         return least
 
-    def fit_on(self, name: str, parameter: float, until: float) -> float:
-        """As `fit`, on twice as many points after each stall."""
+    def fit_on(self, name: str, parameter: float, until: float, solved: float = math.inf) -> float:
+        """As `fit`, on more points after a stall if the held-out loss is at most `solved`."""
         least = self.fit(name, parameter, until)
-        while self.is_stalled and self.add_points():
+        while self.is_stalled and least <= solved and self.sampler.count < MOST_POINTS * self.first_count:
+            self.sampler.count *= 2
             least = min(least, self.fit(name, parameter, until))
         return least
 
@@ -135,18 +140,34 @@ class Training:
         """As `fit_on`: the equation at the first constants, then constants with heavy data, then with light ones.
 
         From a random network, constants would follow whatever it is. With heavy data the network cannot stay away from
-        them. With light data the equation holds as if there were no noise.
+        them. With light data the equation holds as if there were no noise. Where the network cannot solve the
+        equation, at a corner perhaps, its residual would bend the constants: outliers count less and less.
         """
-        if any(function.scale is None for function in self.data):
-            self._set_weights(parameter)
-            if self.budget.allows_step(FIXED * until):
-                self._fit_equation(parameter, FIXED * until)
-            if self.budget.allows_step(HEAVY * until):
-                self.fit_on("heavy data", parameter, HEAVY * until)
-            for function in self.data:
-                function.scale = LIGHT**0.5 * function.scale
-            self.optimizer.forget()
+        if all(function.scale is not None for function in self.data):  # not for the first time
+            return self.fit_on(name, parameter, until)
+        self._set_weights(parameter)
+        terms, self.terms = self.terms, []
+        self.fit_network("fixed constants", parameter, FIXED * until)
+        self.terms = terms
+        if self.budget.allows_step(self.end_of(ROBUST * until)):
+            self.fit_on("heavy data", parameter, ROBUST * until)
+        self.set_robustness(0.5)
+        if self.budget.allows_step(self.end_of(HEAVY * until)):
+            self.fit_on("heavy data", parameter, HEAVY * until)
+        self.set_robustness(1.0)
+        for function in self.data:
+            function.scale = LIGHT**0.5 * function.scale
+        self.optimizer.forget()
         return self.fit_on(name, parameter, until)
+
+    def fit_network(self, name: str, parameter: float, until: float) -> None:
+        """As `fit_on`, with fixed constants."""
+        constants: Any = self.constants
+        if self.budget.allows_step(self.end_of(until)):
+            constants.constants.requires_grad_(False)
+            self.fit_on(name, parameter, until)
+            constants.constants.requires_grad_(True)
+            self.optimizer.forget()
 
     def _set_weights(self, parameter: float) -> None:
         """Give each column of data the mean square of the equation's residual, times `FIRST_WEIGHT`."""
@@ -160,27 +181,20 @@ class Training:
                 weights = (FIRST_WEIGHT * of_equation / mean_squares).clamp(1e-12, 1e12)
                 term.function.scale = weights.sqrt()  # pyright: ignore[reportFunctionMemberAccess]
 
-    def _fit_equation(self, parameter: float, until: float) -> None:
-        """Train the network alone, without terms."""
-        module: Any = self.constants
-        terms, self.terms = self.terms, []
-        module.constants.requires_grad_(False)
-        self.fit("fixed constants", parameter, until)
-        module.constants.requires_grad_(True)
-        self.terms = terms
-        self.optimizer.forget()
+    def set_robustness(self, robustness: float) -> None:
+        """Let outliers of the equation count less, and points not follow them; by 0 as at first."""
+        self.robustness = robustness
+        self.sampler.share = 0.0 if robustness else self.first_share
+
+    def end_of(self, until: float) -> float:
+        """Return the share of the whole budget, from the share of the part for this training."""
+        first, last = self.share
+        return first + until * (last - first)
 
     @property
     def is_stalled(self) -> bool:
         """Whether the last phase has ended before its share of the budget, without a solution."""
         return self.phases[-1].reason in ("stalled", "refused")
-
-    def add_points(self) -> bool:
-        """Double the points of a step, unless there are `MOST_POINTS` times as many."""
-        is_possible = self.sampler.count < MOST_POINTS * self.first_count
-        if is_possible:
-            self.sampler.count *= 2
-        return is_possible
 
     def norm(self, parameter: float) -> float:
         """Return the root mean square of the residual at the held-out points.
@@ -205,89 +219,93 @@ class Training:
     def held_terms(self) -> list[Any]:
         """Return the equation at the held-out points, and the terms of the caller."""
         points = self.held.requires_grad_(self.differentiates)
-        return check_terms([(self.residual, (points, torch.ones_like(points[:, :1]))), *self.terms])
+        weights = self.weights(points) if self.robustness else torch.ones_like(points[:, :1])
+        return check_terms([(self.residual, (points, weights)), *self.terms])
 
     def residual(self, model: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         """Evaluate the equation: one function in all phases, so that Levenberg-Marquardt tries it once."""
         arguments = (x,) if math.isnan(self.parameter) else (x, self.parameter)
         return weight * check_residuals(self.equation(model, *arguments), "`residual`", len(x))
 
-    @torch.no_grad()
     def weights(self, x: Tensor) -> Tensor:
-        """See `gradient_weights`, for slopes across half of the box, and u of unit size."""
-        size = self.model(x).square().mean().sqrt().clamp(min=1e-12).item()
-        return gradient_weights(self.model, x, SLOPE / size, (self.sampler.high - self.sampler.low).diag() / 2)
+        """Compute the weights of points, (n, 1): small where the solution is steep, or the residual an outlier.
+
+        See `gradient_weights`, for slopes across half of the box, and u of unit size. They are divided by
+        (1 + (|r| / (OUTLIER median |r|))^2)^(robustness / 2): the weighted residual grows as the root of |r| (absolute
+        errors) by 1/2, and is bounded by 1.
+        """
+        size = self.model(x).detach().square().mean().sqrt().clamp(min=1e-12).item()
+        directions = (self.sampler.high - self.sampler.low).diag() / 2
+        weights = gradient_weights(self.model, x, SLOPE / size, directions)
+        if not self.robustness:
+            return weights
+        sizes = self.residual(self.trained, x, weights).detach().norm(dim=1, keepdim=True)
+        scale = OUTLIER * sizes.median().clamp(min=torch.finfo(sizes.dtype).tiny)
+        return weights / (1 + (sizes / scale).square()) ** (self.robustness / 2)
 
     def fit(self, name: str, parameter: float, until: float, target: float = 0.0) -> float:
-        """Take steps until a share of the budget is used up, the residual is at the target, or does not fall any more.
+        """Take steps until a share of the budget is used up, the residual is at the target, or no longer falls.
 
         Returns:
             The least mean square of the residual at the held-out points. The model has the parameters of this step.
         """
         if self.budget.is_stopped:
             return math.inf
-        optimizer = self.optimizer
-        begin, end = self.share
-        until = begin + until * (end - begin)
-        start, before = time.monotonic(), len(self.history)
+        end = PhaseEnd(self.budget, self.end_of(until), target, FAILED * self.result.first_residual**2)
+        end.wait = STALLED * (self.share[1] - self.share[0])
         self.parameter = parameter
-        if name == "continuation":  # another equation
-            optimizer.forget()
-            optimizer.damping = min(1e-2, 100 * optimizer.damping)
-        is_linear = self.features is not None and not self.features.waves.any()
-        knots = first_module(self.model, KnotMap) if is_linear else None  # of the box's coordinates
+        if name == "continuation":  # another equation, and a way back
+            self.optimizer.forget()
+            self.optimizer.damping = min(1e-2, 100 * self.optimizer.damping)
+            end.solved, end.wait = math.inf, 0.0
+        held = self.held_terms()
 
-        def weighted(x: Tensor) -> Tensor:
-            weights = self.weights(x)
-            return self.residual(self.trained, x.requires_grad_(self.differentiates), weights)
-
-        def draw(number: int) -> list[Any]:
-            optimizer.damping = min(optimizer.damping, LARGEST_START_DAMPING)
-            x = self.sampler.draw(weighted, knots).requires_grad_(self.differentiates)
-            return [(self.residual, (x, self.weights(x))), *self.terms]
-
-        least, at_least = math.inf, (before, self.budget.spent())  # the step and the budget of the least held loss
-
-        def stop(number: int, record: LevenbergMarquardtStep) -> bool:
-            nonlocal least, at_least
+        def finish_step(number: int, record: LevenbergMarquardtStep) -> bool:
             self.cache.clear()
             if name == "start":
-                problem, residuals = optimizer.evaluate_held(held)
+                problem, residuals = self.optimizer.evaluate_held(held)
                 record = record._replace(held_losses=problem.losses(residuals))
             self.history.append(record)
             self.budget.count_step(name, record)
             if self.callback is not None:
                 self._call_back(record)
-            self.is_over = not self.budget.allows_step(until)
-            spent = self.budget.spent()
-            if record.held_loss < least:
-                least, at_least = record.held_loss, (len(self.history), spent)
-            # a continuation can go back, and does not wait
-            is_solved = name == "continuation" or least <= FAILED * self.result.first_residual**2
-            is_late = name == "continuation" or spent - at_least[1] >= STALLED * (end - begin)
-            is_stalled = is_late and len(self.history) - at_least[0] >= (PATIENCE if is_solved else UNSOLVED_PATIENCE)
-            return self.is_over or is_stalled or record.held_loss <= target
+            return end.is_reached(record.held_loss)
 
-        held = self.held_terms()
-        for _ in range(3):  # a step that is refused may not be on other points
-            # a start goes on from its last step, and not from the best one
-            restored = [] if name == "start" else held
+        # a start goes on from its last step, and not from the best one
+        restored = [] if name == "start" else held
+        begin = time.monotonic()
+        steps_before = len(self.history)
+        for _ in range(ATTEMPTS):
             token = current_cache.set(self.cache)
             try:
-                optimizer.fit(draw, 10**9, held=restored, patience=10**9, callback=stop, progress=False)
+                self.optimizer.fit(
+                    self._draw_terms, 10**9, held=restored, patience=10**9, callback=finish_step, progress=False
+                )
             finally:
                 current_cache.reset(token)
                 self.cache.clear()
-            if self.history[-1].accepted or self.is_over:
+            record = self.history[-1]
+            if record.accepted or end.is_over:
                 break
-        records = self.history[before:]
-        last = records[-1]
-        reason = "budget" if self.is_over else "stalled" if last.accepted else "refused"
-        reason = "solved" if least <= target else reason
-        reason = "callback" if self.budget.is_stopped else reason
-        seconds = time.monotonic() - start
-        self.phases.append(Phase(name, parameter, len(records), seconds, last.loss, least, reason, self.network))
-        return least
+        self.is_over = end.is_over
+        steps = len(self.history) - steps_before
+        seconds = time.monotonic() - begin
+        reason = end.reason(record.accepted)
+        self.phases.append(Phase(name, parameter, steps, seconds, record.loss, end.least, reason, self.network))
+        return end.least
+
+    def _draw_terms(self, number: int) -> list[Any]:
+        """Return the equation at new points, and the terms of the caller."""
+        self.optimizer.damping = min(self.optimizer.damping, LARGEST_START_DAMPING)
+
+        def weighted(x: Tensor) -> Tensor:
+            weights = self.weights(x)
+            return self.residual(self.trained, x.requires_grad_(self.differentiates), weights)
+
+        is_linear = self.features is not None and not self.features.waves.any()
+        knots = first_module(self.model, KnotMap) if is_linear else None  # of the box's coordinates
+        x = self.sampler.draw(weighted, knots).requires_grad_(self.differentiates)
+        return [(self.residual, (x, self.weights(x))), *self.terms]
 
     def _call_back(self, record: LevenbergMarquardtStep) -> None:
         """Show the solution, with all of its windows, to the caller, who may end the training."""
@@ -295,7 +313,11 @@ class Training:
         active = None if windows is None else windows.active
         if windows is not None:
             windows.activate(None)
-        if self.callback(self.result, record) is True:  # pyright: ignore[reportOptionalCall]
+        if self.constants is not None:
+            values = self.constants.values().items()
+            self.result.unknowns = {name: Estimate(value.item(), math.nan) for name, value in values}
+        answer = self.callback(self.result, record)  # pyright: ignore[reportOptionalCall]
+        if isinstance(answer, (bool, np.bool_)) and answer:
             self.budget.is_stopped = True
         if windows is not None:
             windows.activate(active)

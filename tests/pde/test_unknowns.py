@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -233,3 +234,26 @@ def test_the_errors_are_those_of_the_shape():
 
     assert result.unknowns["rate"].value == pytest.approx(RATE, rel=1e-2)
     assert math.isfinite(result.unknowns["rate"].error)
+
+
+def test_a_place_that_no_network_solves_does_not_bend_a_constant():
+    def decay_with_a_spike(model, x, rate):
+        return decay(model, x, rate) + 3 * torch.exp(-((x - 1.05) / 0.003).square())
+
+    result = solved(decay_with_a_spike, steps=100)
+
+    assert result.unknowns["rate"].value == pytest.approx(RATE, rel=1e-3)
+
+
+def test_callbacks_see_the_constants_and_stop_with_numpy_too():
+    rates = []
+
+    def callback(result, step):
+        rates.append(result.unknowns["rate"])
+        return np.True_ if len(rates) == 3 else None
+
+    solved(callback=callback)
+
+    assert len(rates) == 3
+    assert rates[0].value == pytest.approx(1.0, abs=0.5)
+    assert math.isnan(rates[0].error)
