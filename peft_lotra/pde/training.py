@@ -21,7 +21,7 @@ from ..kan.refinement import refine_grid
 from ..least_squares.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
 from ..least_squares.problem import LeastSquares, check_residuals, check_terms
 from .adaptive import ResidualSampler, gradient_weights, knot_density
-from .budget import STALLED, Budget, PhaseEnd
+from .budget import Budget, PhaseEnd
 from .checks import layer_inputs
 from .continuation import continuation
 from .diagnostics import list_functions
@@ -252,7 +252,7 @@ class Training:
         if self.budget.is_stopped:
             return math.inf
         end = PhaseEnd(self.budget, self.end_of(until), target, FAILED * self.result.first_residual**2)
-        end.wait = STALLED * (self.share[1] - self.share[0])
+        end.wait *= self.share[1] - self.share[0]
         self.parameter = parameter
         if name == "continuation":  # another equation, and a way back
             self.optimizer.forget()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_lotra.kan import jet
-from peft_lotra.pde import BoxDistance, BoxFeatures, Windows, race, solve, training
+from peft_lotra.pde import BoxDistance, BoxFeatures, Windows, budget, race, solve, training
 
 
 @pytest.fixture(autouse=True)
@@ -85,8 +85,8 @@ def test_a_network_of_the_caller_or_a_small_budget_has_no_race(options, monkeypa
 
 
 def test_a_stall_with_a_large_residual_starts_anew(monkeypatch):
-    monkeypatch.setattr(training, "UNSOLVED_PATIENCE", 1)
-    monkeypatch.setattr(training, "STALLED", 0.0)
+    monkeypatch.setattr(budget, "UNSOLVED_PATIENCE", 1)
+    monkeypatch.setattr(budget, "STALLED", 0.0)
 
     # no solution: u = 0 at both ends, and a residual that no network makes small
     result = solved(lambda model, x: model(x) ** 2 + 1, steps=40)
@@ -98,8 +98,8 @@ def test_a_stall_with_a_large_residual_starts_anew(monkeypatch):
 
 def test_a_stall_with_a_small_residual_goes_on_with_more_points(monkeypatch):
     counts = []
-    monkeypatch.setattr(training, "PATIENCE", 1)
-    monkeypatch.setattr(training, "STALLED", 0.0)
+    monkeypatch.setattr(budget, "PATIENCE", 1)
+    monkeypatch.setattr(budget, "STALLED", 0.0)
     draw = training.ResidualSampler.draw
     monkeypatch.setattr(
         training.ResidualSampler, "draw", lambda self, *args: counts.append(self.count) or draw(self, *args)
