@@ -100,15 +100,15 @@ class KANLayerSpec:
         if not callable(self.matches):
             raise ValueError(f"`matches` of {self.family!r} is {self.matches!r:.80}. Give a class, or a predicate.")
         branches = [pair for pair in (self.residual, self.edge_scale) if pair is not None]
-        pairs = [*self.parts, *branches]
         try:
-            patterns = dict(pairs)
+            patterns = dict([*self.parts, *branches])
         except (TypeError, ValueError):
             patterns = {}
-        if not self.parts or len(patterns) < len(pairs):
+        if not patterns or len(patterns) < len(self.parts) + len(branches):
             raise ValueError(
-                f"The coefficients and other parameters of {self.family!r} are {pairs}. Expected a name and its "
-                'pattern, e.g. ("weight", "o i k"), or a list of such pairs, with each name once.'
+                f"The coefficients and other parameters of {self.family!r} are {[self.coefficients, *branches]}. "
+                'Expected a name and its pattern, e.g. ("weight", "o i k"), or a list of such pairs, with each name '
+                "once."
             )
         for position, pattern in enumerate(patterns.values()):
             parse_layout(pattern, self.groups, may_share=0 < position < len(self.parts))

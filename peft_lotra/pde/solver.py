@@ -139,10 +139,10 @@ def solve(
     start = stop = math.nan
     if continuation is not None:
         start, stop = (check_number(end, "continuation", "(-inf, inf)") for end in continuation)
-    positional = 2 if continuation is None else 3
-    check_function(residual, "residual", None if unknowns else positional)
     if bounds and not unknowns:
         raise ValueError("`bounds` needs `unknowns`, the constants that it keeps in intervals.")
+    positional = 2 if continuation is None else 3
+    check_function(residual, "residual", None if unknowns else positional)
     if windows is not None and network is not None:
         raise ValueError("`windows` needs new networks, but `network` is given. Leave one of them out.")
     if windows is not None and unknowns:

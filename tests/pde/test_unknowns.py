@@ -167,7 +167,7 @@ def test_an_earlier_network_goes_on():
     again = solved(unknowns={"rate": result.unknowns["rate"].value}, network=result.model.kan, steps=5)
 
     assert again.first_residual < 1e-2
-    assert again.unknowns["rate"].value == pytest.approx(RATE, rel=1e-4)
+    assert again.unknowns["rate"].value == pytest.approx(RATE, rel=1e-3)
 
 
 def test_the_report_has_the_constants():
