@@ -93,4 +93,4 @@ assert all(
 )
 
 # %% [markdown]
-# `neuralforecast.models.KAN` goes the same way; see `examples/studies/forecast_neuralforecast.py`.
+# `neuralforecast.models.KAN` goes the same way.

@@ -24,7 +24,6 @@ from study_tools import command_line  # isort: split
 
 
 import copy
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from peft import get_peft_model
+from problems.families import FAMILIES, test_points
 from study_tools import files, together
 from study_tools.pictures import BLUE, GRAY, GREEN, ORANGE
 from study_tools.tasks import Task, build, diabetes, digits_to_mnist, function_family, rotated_digits, train
@@ -46,10 +46,6 @@ from peft_lotra.kan import KAN
 from peft_lotra.layers.registry import get_kan_spec
 from peft_lotra.optim import LevenbergMarquardt
 from peft_lotra.tucker import cap_ranks, tucker
-
-
-sys.path.append(str(Path(__file__).parent / "pde"))
-from problems.families import FAMILIES, test_points  # noqa: E402
 
 
 torch.set_num_threads(1)  # additional threads slow down such small matrices

@@ -37,7 +37,6 @@ from study_tools import command_line  # isort: split
 import copy
 import inspect
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -51,6 +50,7 @@ import sklearn
 import torch
 from many_series import households
 from peft import LoraConfig, get_peft_model
+from problems.families import FAMILIES, sobol, test_points
 from scipy.stats import rankdata, studentized_range
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 from study_tools import files, together
@@ -67,10 +67,6 @@ from peft_lotra.kan import KAN
 from peft_lotra.selection.data import assign_folds
 from peft_lotra.selection.starts import choose_forms, make_references, start_adapter
 from peft_lotra.selection.training import Start, Task
-
-
-sys.path.append(str(Path(__file__).parent / "pde"))
-from problems.families import FAMILIES, sobol, test_points  # noqa: E402
 
 
 torch.set_num_threads(1)  # additional threads slow down such small matrices

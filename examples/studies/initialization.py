@@ -26,7 +26,6 @@ from study_tools import command_line  # isort: split
 import argparse
 import copy
 import itertools
-import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -35,6 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import get_peft_model
+from problems import families, methods
 from rich.console import Console
 from rich.table import Table
 from study_tools import files, together
@@ -128,9 +128,6 @@ def compare(make: Callable[[int], Task], library: str, args: argparse.Namespace,
 
 def pde(target: str, args: argparse.Namespace, bar: tqdm, rows: Rows) -> None:
     """Adds the relative errors in % on viscous Burgers, by the Adam of the PDE study, from both starts."""
-    sys.path.insert(0, str(Path(__file__).parent / "pde"))
-    from problems import families, methods
-
     family = families.FAMILIES["burgers"]
     setting = methods.QUICK if args.quick else methods.Setting(adam_steps=400)
     rates = {"rates of the PDE study": (methods.LOTRA_LR[target], methods.COMPONENT_RATES)}

@@ -29,14 +29,13 @@ from dataclasses import replace
 from statistics import median
 
 import torch
-from scores.subjects import DIFFUSION, FUNCTIONS, NOTEBOOKS, PINNS, Subject
+from problems.published import DIFFUSION, FUNCTIONS, NOTEBOOKS, PINNS, Subject
+from problems.solved import solve_problem
+from problems.standard import PROBLEMS, Problem
+from study_tools.records import Record
 
 from peft_lotra.kan import KAN, refine_grid
 from peft_lotra.optim import LevenbergMarquardt
-
-
-from problems.records import Record  # isort: skip  (its folder is added by `scores`)
-from problems.standard import PROBLEMS, Problem  # isort: skip
 
 
 torch.set_num_threads(1)
@@ -130,21 +129,19 @@ def run(name: str, method: str, seed: int, quick: bool) -> dict:
     """One run by the recipe of its row."""
     row = ROWS[name]
     if not isinstance(row, Subject):
-        import ten
-
         network = "mlp" if method == "MLP" else "solve"
         there = json.loads((command_line.RESULTS / "pde" / "ten.json").read_text())["results"].get(name, {})
         kept = [run for run in there.get(network, []) if run["seed"] == seed and not quick]
-        found = kept[0] if kept else ten.run(row[0], network, seed, 3.0 if quick else 60.0)
+        found = kept[0] if kept else solve_problem(row[0], network, seed, 3.0 if quick else 60.0)
         del found["phases"]
         if kept:
             return {**found, "source": "pde/ten.json"}
     elif method == "pykan":
-        from scores import peers
+        from problems import pykan_notebooks
 
         count = 2 if quick else {"notebook_1": 200, "notebook_7": 50}[name]
         with tempfile.TemporaryDirectory() as folder:
-            found = getattr(peers, name)(seed, count, folder)
+            found = getattr(pykan_notebooks, name)(seed, count, folder)
     else:
         found = train(row, method, seed, 6 if quick else row.steps)
     return {"seed": seed, **found}
@@ -196,20 +193,14 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--methods", nargs="+", help="default: all of the row, pykan included")
     args = parser.parse_args()
-    path = args.output / f"scoreboard{'_quick' if args.quick else ''}.json"
-    if args.quick:
-        path.unlink(missing_ok=True)
-    record = Record(path, {"recipe": {"patience": PATIENCE}, "results": {}})
+    rows = args.rows or (QUICK_ROWS if args.quick else ROWS)
+    record = Record.of(args, "scoreboard", {"patience": PATIENCE})
+    runs = []
     for seed in args.seeds:
-        for name in args.rows or (QUICK_ROWS if args.quick else ROWS):
-            for method in methods(name):
-                if (not args.methods or method in args.methods) and not record.has(seed, "results", name, method):
-                    found = run(name, method, seed, args.quick)
-                    record.add(found, "results", name, method)
-                    print(f"{name}, {method}, seed {seed}: {cell([found])}", flush=True)
-    text = table(record.read()["results"])
-    path.with_suffix(".md").write_text(text)
-    print(text)
+        for name in rows:
+            runs += [(seed, name, method) for method in methods(name) if not args.methods or method in args.methods]
+    record.complete(runs, lambda seed, name, method: run(name, method, seed, args.quick))
+    record.write_page(lambda content: table(content["results"]))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ do. `shifted` moves the snapshots by the speed before, which is known here: it i
 
 from __future__ import annotations
 
-from equations import command_line  # isort: split
+from shared import command_line  # isort: split
 
 
 import json

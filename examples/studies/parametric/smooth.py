@@ -13,15 +13,15 @@ family, with as many members at the same contrasts, at the same unseen ones, are
 
 from __future__ import annotations
 
-from equations import command_line  # isort: split
+from shared import command_line  # isort: split
 
 
 import json
 import time
 
 import numpy as np
-from equations.pdes import PROBLEMS
 from problems import families
+from problems.parametric import PROBLEMS
 from scipy.interpolate import CubicSpline
 from study_tools import files
 

@@ -15,7 +15,7 @@ is kept in `--kept`, with which a run that was broken off goes on.
 
 from __future__ import annotations
 
-from equations import command_line  # isort: split
+from shared import command_line  # isort: split
 
 
 import copy
@@ -32,8 +32,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from equations.pdes import PROBLEMS, Parameter, Problem, as_parameter, as_tuple, family_of
 from peft import get_peft_model
+from problems.parametric import PROBLEMS, Parameter, Problem, as_parameter, as_tuple, family_of
 from scipy.stats import spearmanr
 from study_tools import files
 from torch import Tensor, nn

@@ -14,7 +14,7 @@ evenly in the logarithm. Errors are relative L2, against a spectral solution. A 
 
 from __future__ import annotations
 
-from equations import command_line  # isort: split
+from shared import command_line  # isort: split
 
 
 import json
@@ -24,7 +24,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from equations.pdes import PROBLEMS
+from problems.parametric import PROBLEMS
 from study_tools import machine
 
 from peft_lotra import ParametricAdapter

@@ -12,7 +12,7 @@ the process minus its memory before.
 
 from __future__ import annotations
 
-from problems import command_line  # isort: split
+from shared import command_line  # isort: split
 
 
 import argparse

@@ -15,24 +15,23 @@ optimizers of its own demos (Adam, then L-BFGS), and stops when the CPU seconds 
 
 from __future__ import annotations
 
-from problems import command_line  # isort: split
+from shared import command_line  # isort: split
 
 
 import inspect
 import math
-import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from numpy.polynomial import chebyshev
-from problems.records import Record
-from rich.console import Console
+from problems.odes import LORENZ_START, integrate, lorenz, populations
 from scipy.integrate import solve_ivp
 from shapes import l_shape_reference
+from study_tools.records import Record, on_cpu_clock
 from torch import Tensor
 
 from peft_lotra.kan import jet
@@ -327,24 +326,9 @@ def diffusion_exact(x: Tensor) -> Tensor:
     return torch.sin(PI * x[:, :1]) * torch.exp(-x[:, 1:])
 
 
-def integrate(right: Callable, times: Tensor, start: list[float]) -> Tensor:
-    """The solution of an ordinary differential equation at times (n,), (n, m)."""
-    solution = solve_ivp(right, (0, float(times.max())), start, "DOP853", rtol=1e-12, atol=1e-12, dense_output=True)
-    return torch.tensor(solution.sol(times.numpy()).T)
-
-
-def lorenz(t: float, y: list[float]) -> list[float]:
-    return [10 * (y[1] - y[0]), y[0] * (28 - y[2]) - y[1], y[0] * y[1] - 8 / 3 * y[2]]
-
-
 def lorenz_observations() -> tuple[Tensor, Tensor]:
     times = torch.linspace(0, 3, 25).double()
-    return times[:, None], integrate(lorenz, times, [-8.0, 7, 27])
-
-
-def populations(x: Tensor) -> Tensor:
-    right = lambda t, y: [20 * y[0] * (2 - 8 * y[1]), 20 * y[1] * (4 * y[0] - 1.06)]  # noqa: E731
-    return integrate(right, x[:, 0], [0.5, 0.075])
+    return times[:, None], torch.from_numpy(integrate(lorenz, times.numpy(), LORENZ_START))
 
 
 def allen_cahn_exact(x: Tensor) -> Tensor:
@@ -497,14 +481,17 @@ def lines_of(write: Callable) -> int:
 
 
 def run(name: str, seed: int, seconds: float) -> dict:
-    """Solve a demo on the CPU clock, so that a busy machine gives the same result."""
+    """Solve a demo, and return its record."""
     demo = DEMOS[name]
-    clock = time.process_time()
-    with patch("time.monotonic", time.process_time):
-        solution = demo.write(partial(solve, seconds=seconds, seed=seed, progress=False))
-    seconds = time.process_time() - clock
-    error = error_of(demo, solution)
-    return {"seed": seed, "error": error, "seconds": seconds, "steps": len(solution.history), "notes": solution.notes}
+    call = partial(solve, seconds=seconds, seed=seed, progress=False)
+    solution, report = on_cpu_clock(lambda: demo.write(call))
+    return {
+        "seed": seed,
+        "error": error_of(demo, solution),
+        "seconds": report["seconds"],
+        "steps": report["steps"],
+        "notes": solution.notes,
+    }
 
 
 def markdown(record: dict) -> str:
@@ -527,30 +514,23 @@ def main() -> None:
         folder=command_line.RESULTS / "pde",
         quick="one demo, a second: to see it run",
     )
-    parser.add_argument("--demos", nargs="+", choices=list(DEMOS), default=list(DEMOS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_choices("--demos", DEMOS)
+    parser.add_seeds(0)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each run")
     parser.add_argument("--peers", action="store_true", help="five demos by DeepXDE, too")
     args = parser.parse_args()
     seconds = 1.0 if args.quick else args.seconds
-    stem = args.output / ("demos_quick" if args.quick else "demos")
-    record = Record(stem.with_suffix(".json"), {"recipe": {"seconds": seconds}, "results": {}, "peers": {}})
-    console = Console(width=110)
-    for seed in args.seeds:
-        for name in args.demos[3:4] if args.quick else args.demos:
-            if not record.has(seed, "results", name):
-                record.add(run(name, seed, seconds), "results", name)
-                console.print(f"{name}: {record.runs('results', name)[-1]['error']:.1e}")
-        if args.peers:
-            from problems.deepxde_demos import PEERS, solve_by_deepxde
+    demos = args.demos[3:4] if args.quick else args.demos
+    record = Record.of(args, "demos", {"seconds": seconds}, peers={})
+    record.complete(product(args.seeds, demos), lambda seed, name: run(name, seed, seconds))
+    if args.peers:
+        from problems.deepxde_peers import PEERS, solve_by_deepxde
 
-            for name in PEERS:
-                if not record.has(seed, "peers", name):
-                    exact = DEMOS[name].exact
-                    record.add(solve_by_deepxde(name, exact, seed, seconds), "peers", name)
-                    console.print(f"{name} by DeepXDE: {record.runs('peers', name)[-1]['errors']}")
-    stem.with_suffix(".md").write_text(markdown(record.read()))
-    console.print(f"written: {stem}.json and .md")
+        def solve_by_peer(seed: int, name: str) -> dict:
+            return solve_by_deepxde(name, DEMOS[name].exact, seed, seconds)
+
+        record.complete(product(args.seeds, PEERS), solve_by_peer, group="peers")
+    record.write_page(markdown)
 
 
 if __name__ == "__main__":

@@ -14,19 +14,19 @@ Runs that are in forgetting.json are not repeated.
 
 from __future__ import annotations
 
-from problems import command_line  # isort: split
+from shared import command_line  # isort: split
 
 
 import math
 import statistics
 from dataclasses import asdict, replace
+from itertools import product
 
 import numpy as np
 import torch
 from problems.recipe import QUICK, Collocation, Recipe, constrained, new_network
-from problems.records import Record
-from problems.standard import PROBLEMS, START, UNIT, WALLS, Problem, _axes
-from rich.console import Console
+from problems.standard import PROBLEMS, START, UNIT, WALLS, Problem, axes_of
+from study_tools.records import Record
 from torch import Tensor, nn
 
 from peft_lotra.kan import jet
@@ -48,7 +48,7 @@ def wave(model: nn.Module, x: Tensor, _: float) -> Tensor:
 
 
 def exact_wave(_: int, __: float) -> np.ndarray:
-    x, t = _axes(*UNIT)
+    x, t = axes_of(*UNIT)
     waves = [np.sin(k * math.pi * x)[:, None] * np.cos(2 * k * math.pi * t) for k in (1, 4)]
     return waves[0] + waves[1] / 2
 
@@ -67,7 +67,7 @@ def layer(model: nn.Module, x: Tensor, e: float) -> Tensor:
 
 
 def exact_layer(_: int, e: float) -> np.ndarray:
-    x, y = _axes(*UNIT)
+    x, y = axes_of(*UNIT)
     return _profile(x, e, np.exp)[:, None] * np.sin(math.pi * y)
 
 
@@ -143,8 +143,9 @@ def errors(results: dict, name: str, seed: int) -> dict[str, float]:
     return {factor: found[factor][seed] for factor in FACTORS if seed in found.get(factor, {})}
 
 
-def markdown(results: dict) -> str:
+def markdown(record: dict) -> str:
     """A table of the first seed; of the second one, on which only the factors that were best were run, the ratios."""
+    results = record["results"]
     found = {name: errors(results, name, 1) for name in TEN}
     found = {name: each for name, each in found.items() if len(each) == len(FACTORS)}
     if not found:
@@ -180,23 +181,18 @@ def main() -> None:
         folder=command_line.RESULTS / "pde",
         quick="a tiny recipe: to see it run",
     )
-    parser.add_argument("--problems", nargs="+", choices=list(TEN), default=list(TEN))
-    parser.add_argument("--factors", nargs="+", choices=FACTORS, default=list(FACTORS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_choices("--problems", TEN)
+    parser.add_choices("--factors", FACTORS)
+    parser.add_seeds(1)
     args = parser.parse_args()
     recipe = replace(QUICK, steps=3) if args.quick else RECIPE
-    stem = args.output / ("forgetting_quick" if args.quick else "forgetting")
-    record = Record(stem.with_suffix(".json"), {"recipe": asdict(recipe), "results": {}})
-    console = Console(width=110)
-    for seed in args.seeds[:1] if args.quick else args.seeds:
-        for name in args.problems:
-            for factor in args.factors:
-                if not record.has(seed, "results", name, factor):
-                    found = run(TEN[name], recipe, factor, seed)
-                    record.add(found, "results", name, factor)
-                    console.print(f"{name}, seed {seed}, forgetting {factor}: error {found['error']:.2e}")
-    stem.with_suffix(".md").write_text(markdown(record.read()["results"]))
-    console.print(f"written: {stem}.json and .md")
+    record = Record.of(args, "forgetting", asdict(recipe))
+
+    def measure(seed: int, name: str, factor: str) -> dict:
+        return run(TEN[name], recipe, factor, seed)
+
+    record.complete(product(args.seeds, args.problems, args.factors), measure)
+    record.write_page(markdown)
 
 
 if __name__ == "__main__":

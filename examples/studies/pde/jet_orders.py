@@ -10,7 +10,7 @@ with three layers of 25. Medians of 10, the subjects taking turns.
 
 from __future__ import annotations
 
-from problems import command_line  # isort: split
+from shared import command_line  # isort: split
 
 
 import statistics

@@ -11,7 +11,7 @@ knots), whose closed forms take value and Laplacian.
 
 from __future__ import annotations
 
-from problems import command_line  # isort: split
+from shared import command_line  # isort: split
 
 
 import statistics

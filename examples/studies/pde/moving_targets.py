@@ -15,12 +15,13 @@ chosen was chosen on seed 0; seeds 1 to 3 are reported. Runs that are in moving_
 
 from __future__ import annotations
 
-from problems import command_line  # isort: split
+from shared import command_line  # isort: split
 
 
 import math
 import statistics
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -28,10 +29,10 @@ import numpy as np
 import torch
 from problems.methods import CACHE
 from problems.moves import EXTRACTED, METHODS, MOVES, QUICK_SETTING, SETTINGS, base_of, run
-from problems.records import Record
 from problems.standard import NT, NX
 from rich.console import Console
 from study_tools import pictures
+from study_tools.records import Record
 
 
 torch.set_num_threads(1)
@@ -141,7 +142,24 @@ def message(results: dict, width: str) -> str:
     )
 
 
-def draw(results: dict, limits: dict[str, float], width: str, path: Path) -> None:
+def limits_of(record: dict) -> dict[str, float]:
+    """Return the seconds of each width."""
+    return {width: setting["seconds"] for width, setting in record["recipe"].items()}
+
+
+def page(record: dict) -> str:
+    """Return both tables."""
+    results, limits = record["results"], limits_of(record)
+    return f"{headline(results, limits)}\n{markdown(results, limits)}"
+
+
+def draw(record: dict, path: Path) -> None:
+    """Draw the errors by seconds at one width, 32 if there are runs of it."""
+    results, limits = record["results"], limits_of(record)
+    widths = [width for _, width in cells(results)]
+    if not widths:
+        return
+    width = "32" if "32" in widths else widths[0]
     names = [name for name in MOVES if width in results.get(name, {})]
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 4.2), squeeze=False, layout="constrained")
     for axis, name in zip(axes[0], names, strict=True):
@@ -164,16 +182,6 @@ def draw(results: dict, limits: dict[str, float], width: str, path: Path) -> Non
     plt.close(figure)
 
 
-def report(record: Record, stem: Path) -> None:
-    found = record.read()
-    limits = {width: setting["seconds"] for width, setting in found["recipe"].items()}
-    stem.with_suffix(".md").write_text(f"{headline(found['results'], limits)}\n{markdown(found['results'], limits)}")
-    widths = [width for _, width in cells(found["results"])]
-    if widths:
-        shown = "32" if "32" in widths else widths[0]
-        draw(found["results"], limits, shown, stem.with_suffix(".png"))
-
-
 def main() -> None:
     parser = command_line.Parser(
         __doc__,
@@ -183,22 +191,19 @@ def main() -> None:
         quick="a tiny setting: to see it run",
         redraw=True,
     )
-    parser.add_argument("--problems", nargs="+", choices=list(MOVES), default=list(MOVES))
+    parser.add_choices("--problems", MOVES)
     parser.add_argument("--widths", nargs="+", type=int, choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_seeds(1, 2, 3)
+    parser.add_choices("--methods", METHODS)
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the trained bases (default: %(default)s)")
     args = parser.parse_args()
     console = Console(width=140)
     settings = {10: QUICK_SETTING} if args.quick else SETTINGS
-    widths, seeds = ([10], args.seeds[:1]) if args.quick else (args.widths, args.seeds)
-    stem = args.output / ("moving_targets_quick" if args.quick else "moving_targets")
+    widths = list(settings) if args.quick else args.widths
     recipe = {str(width): asdict(setting) for width, setting in settings.items()}
-    record = Record(stem.with_suffix(".json"), {"recipe": recipe, "grid": [NX, NT], "bases": {}, "results": {}})
-    if args.quick:
-        record.path.unlink(missing_ok=True)
-    jobs = [(width, seed, name) for width in widths for seed in seeds for name in args.problems]
-    for width, seed, name in [] if args.redraw else jobs:
+    record = Record.of(args, "moving_targets", recipe, grid=[NX, NT], bases={})
+    jobs = [] if args.redraw else product(widths, args.seeds, args.problems)
+    for width, seed, name in jobs:
         missing = [key for key in args.methods if not record.has(seed, "results", name, str(width), key)]
         if not missing:
             continue
@@ -214,8 +219,8 @@ def main() -> None:
                     f"{name}, width {width}, seed {seed}: {TITLES[found]}, error {line['error']:.2e} after "
                     f"{line['curve'][-1][0]} steps, {line['seconds']:.1f} CPU s"
                 )
-    report(record, stem)
-    console.print(f"written: {stem}.json, .md and .png")
+    record.write_page(page)
+    draw(record.read(), record.path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

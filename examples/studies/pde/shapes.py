@@ -18,24 +18,22 @@ sin(pi x) sin(pi y), which is the solution, on the circle.
 
 from __future__ import annotations
 
-from problems import command_line  # isort: split
+from shared import command_line  # isort: split
 
 
 import math
 import statistics
-import time
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from problems.records import Record
-from rich.console import Console
 from study_tools import pictures
+from study_tools.records import Record, on_cpu_clock
 from torch import Tensor, nn
 
 from peft_lotra.kan import jet
@@ -182,18 +180,10 @@ def measure(name: str, result: Solution) -> dict[str, float]:
 
 
 def run(name: str, seed: int, seconds: float) -> tuple[Solution, dict[str, Any]]:
-    clock = time.process_time()
-    with patch("time.monotonic", time.process_time):  # seconds of a busy machine are not the same for all runs
-        result = RUNS[name](seed=seed, seconds=seconds, progress=False)
-    report = {
-        "seed": seed,
-        **measure(name, result),
-        "residual": result.residual,
-        "seconds": time.process_time() - clock,
-        "steps": len(result.history),
-        "ended": result.phases[-1].reason,
-    }
-    return result, report
+    """Return the solution of a run, and its record."""
+    solution, report = on_cpu_clock(lambda: RUNS[name](seed=seed, seconds=seconds, progress=False))
+    ended = solution.phases[-1].reason
+    return solution, {"seed": seed, **measure(name, solution), **report, "ended": ended}
 
 
 def markdown(record: dict) -> str:
@@ -251,26 +241,28 @@ def main() -> None:
         quick="three seconds a run: to see it run",
         redraw=True,
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_seeds(1, 2, 3)
+    parser.add_choices("--runs", RUNS)
     args = parser.parse_args()
     seconds = 3.0 if args.quick else 60.0
-    stem = args.output / ("shapes_quick" if args.quick else "shapes")
     reference = {"reference_error": l_shape_reference()[1], "intensity": intensity()}
-    record = Record(stem.with_suffix(".json"), {"recipe": {"seconds": seconds}, **reference, "results": {}})
-    console = Console(width=110)
-    for seed in args.seeds[:1] if args.quick or args.redraw else args.seeds:
-        solutions = {}
-        for name in DRAWN if args.redraw else args.runs:
-            if args.redraw or not record.has(seed, "results", name):
-                solutions[name], report = run(name, seed, seconds)
-                console.print(f"{name}, seed {seed}: error {report['error']:.1e}, {report['seconds']:.0f} CPU s")
-                if not args.redraw:
-                    record.add(report, "results", name)
-        if seed == args.seeds[0] and solutions.keys() >= set(DRAWN):
-            draw(solutions, stem.with_suffix(".png"))
-    stem.with_suffix(".md").write_text(markdown(record.read()))
-    console.print(f"written: {stem}.json, .md and .png")
+    record = Record.of(args, "shapes", {"seconds": seconds}, **reference)
+    solutions = {}
+
+    def solve_and_keep(seed: int, name: str) -> dict:
+        solution, report = run(name, seed, seconds)
+        if seed == args.seeds[0]:
+            solutions[name] = solution
+        return report
+
+    if args.redraw:
+        for name in DRAWN:
+            solve_and_keep(args.seeds[0], name)
+    else:
+        record.complete(product(args.seeds, args.runs), solve_and_keep)
+    if solutions.keys() >= set(DRAWN):
+        draw(solutions, record.path.with_suffix(".png"))
+    record.write_page(markdown)
 
 
 if __name__ == "__main__":

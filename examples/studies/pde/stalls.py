@@ -15,20 +15,18 @@ Runs that are in stalls.json are not repeated.
 
 from __future__ import annotations
 
-from problems import command_line  # isort: split
+from shared import command_line  # isort: split
 
 
 import statistics
-import time
-from unittest.mock import patch
+from itertools import product
 
 import torch
 from problems.oscillations import SIX, STALLED, Case
-from problems.records import Record
-from rich.console import Console
+from study_tools.records import Record, on_cpu_clock
 from torch import nn
 
-from peft_lotra.pde import solve
+from peft_lotra.pde import Solution, solve
 
 
 torch.set_num_threads(1)
@@ -38,18 +36,21 @@ METHODS = {"before": "before", "solve": "defaults", "options": "with options", "
 WIDTH = 25  # of the three layers of an MLP
 
 
+def new_mlp(case: Case, seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = [nn.Linear(len(case.low), WIDTH), nn.Tanh()]
+    for _ in range(2):
+        layers += [nn.Linear(WIDTH, WIDTH), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(WIDTH, case.outputs))
+
+
 def run(case: Case, method: str, seed: int, seconds: float) -> dict:
-    """The error of one call."""
-    network = None
-    if method == "mlp":
-        torch.manual_seed(seed)
-        layers: list[nn.Module] = [nn.Linear(len(case.low), WIDTH), nn.Tanh()]
-        for _ in range(2):
-            layers += [nn.Linear(WIDTH, WIDTH), nn.Tanh()]
-        network = nn.Sequential(*layers, nn.Linear(WIDTH, case.outputs))
-    clock = time.process_time()
-    with patch("time.monotonic", time.process_time):  # seconds of a busy machine are not the same for all runs
-        result = solve(
+    """Return the record of one call."""
+    network = new_mlp(case, seed) if method == "mlp" else None
+    options = case.options if method == "options" else {}
+
+    def solve_case() -> Solution:
+        return solve(
             case.residual,
             case.low,
             case.high,
@@ -60,17 +61,23 @@ def run(case: Case, method: str, seed: int, seconds: float) -> dict:
             seconds=seconds,
             seed=seed,
             progress=False,
-            **(case.options if method == "options" else {}),
+            **options,
         )
+
+    solution, report = on_cpu_clock(solve_case)
     return {
         "seed": seed,
-        "error": case.error(result.model),
-        "residual": result.residual,
-        "seconds": time.process_time() - clock,
-        "steps": len(result.history),
-        "parameters": sum(parameter.numel() for parameter in result.model.parameters()),
-        "phases": [[phase.name, phase.steps, phase.held, phase.reason, *phase[7:]] for phase in result.phases],
+        "error": case.error(solution.model),
+        **report,
+        "parameters": sum(parameter.numel() for parameter in solution.model.parameters()),
+        "phases": [[phase.name, phase.steps, phase.held, phase.reason, *phase[7:]] for phase in solution.phases],
     }
+
+
+def is_wanted(name: str, method: str) -> bool:
+    if method == "options":
+        return bool(ALL[name].options)
+    return name in SIX or method != "mlp"
 
 
 def markdown(record: dict) -> str:
@@ -113,25 +120,21 @@ def main() -> None:
         folder=command_line.RESULTS / "pde",
         quick="three seconds a run: to see it run",
     )
-    parser.add_argument("--problems", nargs="+", choices=list(ALL), default=list(ALL))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[1:])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_choices("--problems", ALL)
+    parser.add_choices("--methods", METHODS, default=list(METHODS)[1:])
+    parser.add_seeds(0, 1)
     parser.add_argument("--seconds", type=float, default=60.0, help="of each run")
     args = parser.parse_args()
     seconds = 3.0 if args.quick else args.seconds
-    stem = args.output / ("stalls_quick" if args.quick else "stalls")
-    record = Record(stem.with_suffix(".json"), {"recipe": {"seconds": seconds}, "results": {}})
-    console = Console(width=110)
-    for seed in args.seeds[:1] if args.quick else args.seeds:
-        for name in args.problems[:1] if args.quick else args.problems:
-            for method in args.methods:
-                is_asked = ALL[name].options if method == "options" else name in SIX or method != "mlp"
-                if is_asked and not record.has(seed, "results", name, method):
-                    found = run(ALL[name], method, seed, seconds)
-                    record.add(found, "results", name, method)
-                    console.print(f"{name}, seed {seed}, {method}: error {found['error']:.2e}, {found['steps']} steps")
-    stem.with_suffix(".md").write_text(markdown(record.read()))
-    console.print(f"written: {stem}.json and .md")
+    problems = args.problems[:1] if args.quick else args.problems
+    record = Record.of(args, "stalls", {"seconds": seconds})
+
+    def measure(seed: int, name: str, method: str) -> dict:
+        return run(ALL[name], method, seed, seconds)
+
+    runs = product(args.seeds, problems, args.methods)
+    record.complete((run for run in runs if is_wanted(*run[1:])), measure)
+    record.write_page(markdown)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ python examples/studies/pde/standard.py                      # 35 runs, about a 
 python examples/studies/pde/standard.py --problems burgers --seeds 1
 python examples/studies/pde/standard.py --mlp                # a tanh MLP by the same recipe and steps
 python examples/studies/pde/standard.py --peers              # jaxKAN (extra `peers`) for as many seconds as ours took
-python examples/studies/pde/standard.py --references         # errors of the reference solutions
+python examples/studies/pde/standard.py --references         # errors of all reference solutions, and of families
 python examples/studies/pde/standard.py --quick              # tiny, to see it run
 
 `solve` is that recipe as one call, with newer choices of the network, of the factor of forgetting and of the last
@@ -18,23 +18,27 @@ are in standard.json are kept, and not repeated, so that several processes may s
 
 from __future__ import annotations
 
-from problems import command_line  # isort: split
+from shared import command_line  # isort: split
 
 
 import argparse
+import io
 import math
 import statistics
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
+from problems.families import FAMILIES, cole_hopf
 from problems.recipe import QUICK, Recipe, Run
-from problems.records import Record
 from problems.standard import NT, NX, PROBLEMS
 from rich.console import Console
 from rich.table import Table
 from study_tools import pictures
+from study_tools.records import Record
 
 
 torch.set_num_threads(1)
@@ -49,7 +53,13 @@ def label_of(method: str) -> str:
     return LABELS.get(method, f"jaxKAN {method}")
 
 
-def table(results: dict, peers: dict) -> Table:
+def finished(record: dict) -> dict[str, list[dict]]:
+    """Return the runs of the KAN, in the order of the problems."""
+    return {name: record["results"][name] for name in PROBLEMS if name in record["results"]}
+
+
+def table(record: dict) -> Table:
+    results, peers = finished(record), record["peers"]
     found = Table(title="Relative L2 error on the 256 x 101 grid")
     for column in ("problem", "method", "seen", "seeds", "median", "best", "worst", "CPU s"):
         found.add_column(column)
@@ -68,8 +78,18 @@ def table(results: dict, peers: dict) -> Table:
     return found
 
 
-def draw(results: dict, peers: dict, path: Path) -> None:
+def markdown(record: dict) -> str:
+    """Return the table as text."""
+    stream = io.StringIO()
+    Console(file=stream, width=110).print(table(record))
+    return stream.getvalue()
+
+
+def draw(record: dict, path: Path) -> None:
     """The reference of each problem, and below it the error beside the CPU seconds of each run."""
+    results, peers = finished(record), record["peers"]
+    if not results:
+        return
     columns = min(len(results), 4)
     blocks = -(-len(results) // columns)
     size = (2.9 * columns, 5 * blocks + 0.8)
@@ -118,8 +138,8 @@ def main() -> None:
         folder=command_line.RESULTS / "pde",
         quick="a tiny recipe: to see it run",
     )
-    parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
+    parser.add_choices("--problems", PROBLEMS)
+    parser.add_seeds(1, 2, 3, 4, 5)
     parser.add_argument("--references", action="store_true", help="print the errors of the references, and stop")
     parser.add_argument("--mlp", action="store_true", help="run an MLP by the same recipe")
     parser.add_argument("--peers", action="store_true", help="run jaxKAN for the median seconds of our runs")
@@ -127,57 +147,63 @@ def main() -> None:
     args = parser.parse_args()
     console = Console(width=140)
     if args.references:
-        for name in args.problems:
-            console.print(f"{name}: reference error {PROBLEMS[name].reference_error():.1e}")
+        print_references(console)
         return
     recipe = QUICK if args.quick else Recipe()
-    stem = args.output / ("standard_quick" if args.quick else "standard")
-    empty = {"recipe": asdict(recipe), "grid": [NX, NT], "results": {}, "peers": {}}
-    record = Record(stem.with_suffix(".json"), empty)
-    if args.quick and not args.mlp:
-        record.path.unlink(missing_ok=True)
+    record = Record.of(args, "standard", asdict(recipe), grid=[NX, NT], peers={})
+
+    def measure(seed: int, name: str, *_: str) -> dict:
+        run = Run(PROBLEMS[name], recipe, seed, console, args.mlp)
+        run.train()
+        seconds, steps, error = run.curve[-1]
+        parameters = sum(parameter.numel() for parameter in run.network.parameters())
+        report = {"seed": seed, "error": error, "seconds": seconds, "steps": steps}
+        return report | {"curve": run.curve, "parameters": parameters}
+
     if args.peers or args.peers_to_the_end:
         run_peers(args, record, console)
+    elif args.mlp:
+        record.complete(product(args.seeds, args.problems, [MLP]), measure, group="peers")
     else:
-        if args.mlp and (missing := [name for name in args.problems if name not in record.read()["results"]]):
-            raise SystemExit(f"There is no run of {missing[0]} in {record.path}: run the study without options first.")
-        for seed in args.seeds[:1] if args.quick else args.seeds:
-            for name in args.problems:
-                place = ("peers", name, MLP) if args.mlp else ("results", name)
-                if record.has(seed, *place):
-                    continue
-                run = Run(PROBLEMS[name], recipe, seed, console, args.mlp)
-                run.train()
-                seconds, steps, error = run.curve[-1]
-                record.add(
-                    {"seed": seed, "error": error, "seconds": seconds, "steps": steps, "curve": run.curve}
-                    | {"parameters": sum(p.numel() for p in run.network.parameters())},
-                    *place,
-                )
-    found = record.read()
-    results = {name: found["results"][name] for name in PROBLEMS if name in found["results"]}
-    console.print(table(results, found["peers"]))
-    with stem.with_suffix(".md").open("w") as file:
-        Console(file=file, width=110).print(table(results, found["peers"]))
-    draw(results, found["peers"], stem.with_suffix(".png"))
+        record.complete(product(args.seeds, args.problems), measure)
+    content = record.read()
+    console.print(table(content))
+    record.path.with_suffix(".md").write_text(markdown(content))
+    draw(content, record.path.with_suffix(".png"))
+
+
+def print_references(console: Console) -> None:
+    """Print the errors of all reference solutions, of the standard problems and of the families."""
+    for name, problem in PROBLEMS.items():
+        console.print(f"{name}: reference error {problem.reference_error():.1e}")
+    for name, family in FAMILIES.items():
+        for parameter in (family.base, *family.targets.values()):
+            console.print(f"family {name}, {parameter:g}: reference error {family.reference_error(parameter):.1e}")
+    burgers = FAMILIES["burgers"]
+    for viscosity in (burgers.base, *burgers.targets.values()):
+        exact = cole_hopf(viscosity).reshape(-1)
+        error = burgers.reference(viscosity).numpy().reshape(-1) - exact
+        console.print(f"Cole-Hopf, {viscosity:g}: {np.linalg.norm(error) / np.linalg.norm(exact):.1e}")
 
 
 def run_peers(args: argparse.Namespace, record: Record, console: Console) -> None:
     """jaxKAN on the problems whose residuals it has, for as many seconds as ours; or its splines for all epochs."""
-    from problems.peers import EPOCHS, LAYERS, RESIDUALS, train
+    from problems.jaxkan_peers import EPOCHS, LAYERS, RESIDUALS, train
 
     if args.peers_to_the_end:
         run = train(args.peers_to_the_end, "spline", args.seeds[0], math.inf, console.print, EPOCHS)
         record.add(run, "peers", args.peers_to_the_end, f"spline, {EPOCHS} epochs")
         return
-    for seed in args.seeds:
-        for name in [name for name in args.problems if name in RESIDUALS]:
-            if not (ours := record.read()["results"].get(name)):
-                raise SystemExit(f"There is no run of {name} in {record.path}: run the study without --peers first.")
-            seconds = statistics.median(run["seconds"] for run in ours)
-            for kind in LAYERS:
-                if not record.has(seed, "peers", name, kind):
-                    record.add(train(name, kind, seed, seconds, console.print), "peers", name, kind)
+    problems = [name for name in args.problems if name in RESIDUALS]
+    results = record.read()["results"]
+    if missing := [name for name in problems if name not in results]:
+        raise SystemExit(f"There is no run of {missing[0]} in {record.path}: run the study without --peers first.")
+
+    def measure(seed: int, name: str, kind: str) -> dict:
+        seconds = statistics.median(run["seconds"] for run in results[name])
+        return train(name, kind, seed, seconds, console.print)
+
+    record.complete(product(args.seeds, problems, LAYERS), measure, group="peers")
 
 
 if __name__ == "__main__":

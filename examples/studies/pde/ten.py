@@ -16,75 +16,23 @@ Runs that are in ten.json are not repeated.
 
 from __future__ import annotations
 
-from problems import command_line  # isort: split
+from shared import command_line  # isort: split
 
 
 import statistics
-import time
-from unittest.mock import patch
+from itertools import product
 
 import torch
 from problems.more import MORE
-from problems.recipe import Recipe, new_mlp
-from problems.recipe import new_network as new_kan
-from problems.records import Record
-from problems.standard import PROBLEMS, Problem
-from rich.console import Console
-from torch import Tensor, nn
-
-from peft_lotra.pde import solve
+from problems.solved import solve_problem
+from problems.standard import PROBLEMS
+from study_tools.records import Record
 
 
 torch.set_num_threads(1)
 
 TEN = PROBLEMS | MORE
 NETWORKS = {"solve": "splines, then tanh", "kan": "KAN", "mlp": "MLP"}
-
-
-def new_network(name: str, problem: Problem) -> nn.Module | None:
-    """The network of a name: `solve`'s own (None), or one with the periodic features of the problem."""
-    if name == "solve":
-        return None
-    if name == "mlp":
-        return nn.Sequential(problem.features, new_mlp(problem))
-    return nn.Sequential(problem.features, new_kan(problem, Recipe()))
-
-
-def run(problem: Problem, network: str, seed: int, seconds: float) -> dict:
-    """The error of one call."""
-    problem.reference()  # outside of the seconds
-    torch.manual_seed(seed)
-    path = (problem.start, problem.stop)
-
-    def residual(model: nn.Module, x: Tensor, parameter: float = problem.stop) -> Tensor:
-        return problem.residual(model, x, parameter)
-
-    clock = time.process_time()
-    with patch("time.monotonic", time.process_time):  # seconds of a busy machine are not the same for all runs
-        result = solve(
-            residual,
-            problem.low,
-            problem.high,
-            distance=problem.distance,
-            lift=problem.lift,
-            outputs=problem.outputs,
-            periodic=problem.features.periodic,
-            terms=problem.terms(),
-            continuation=path if problem.start != problem.stop else None,
-            network=new_network(network, problem),
-            seconds=seconds,
-            seed=seed,
-            progress=False,
-        )
-    return {
-        "seed": seed,
-        "error": problem.error(result.model),
-        "residual": result.residual,
-        "seconds": time.process_time() - clock,
-        "steps": len(result.history),
-        "parameters": sum(parameter.numel() for parameter in result.model.parameters()),
-        "phases": [[phase.name, phase.steps, phase.held, phase.reason] for phase in result.phases],
-    }
 
 
 def _median(runs: list[dict], key: str) -> float:
@@ -134,26 +82,20 @@ def main() -> None:
         folder=command_line.RESULTS / "pde",
         quick="three seconds a run: to see it run",
     )
-    parser.add_argument("--problems", nargs="+", choices=list(TEN), default=list(TEN))
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
+    parser.add_choices("--problems", TEN)
+    parser.add_choices("--networks", NETWORKS)
+    parser.add_seeds(1, 2, 3, 4, 5)
     parser.add_argument("--seconds", type=float, default=60.0, help="of each run")
     args = parser.parse_args()
     seconds = 3.0 if args.quick else args.seconds
-    stem = args.output / ("ten_quick" if args.quick else "ten")
-    record = Record(stem.with_suffix(".json"), {"recipe": {"seconds": seconds}, "results": {}})
-    console = Console(width=110)
-    for seed in args.seeds[:1] if args.quick else args.seeds:
-        for name in args.problems[-1:] if args.quick else args.problems:
-            for network in args.networks:
-                if not record.has(seed, "results", name, network):
-                    found = run(TEN[name], network, seed, seconds)
-                    record.add(found, "results", name, network)
-                    console.print(
-                        f"{name}, seed {seed}, {network}: error {found['error']:.2e}, {found['steps']} steps"
-                    )
-    stem.with_suffix(".md").write_text(markdown(record.read()))
-    console.print(f"written: {stem}.json and .md")
+    problems = args.problems[-1:] if args.quick else args.problems
+    record = Record.of(args, "ten", {"seconds": seconds})
+
+    def measure(seed: int, name: str, network: str) -> dict:
+        return solve_problem(TEN[name], network, seed, seconds)
+
+    record.complete(product(args.seeds, problems, args.networks), measure)
+    record.write_page(markdown)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ Each run is stored in the cache and not repeated, so that an interrupted experim
 
 from __future__ import annotations
 
-from problems import command_line  # isort: split
+from shared import command_line  # isort: split
 
 
 import json

@@ -14,23 +14,21 @@ the errors. Runs that are in unknowns.json are not repeated.
 
 from __future__ import annotations
 
-from problems import command_line  # isort: split
+from shared import command_line  # isort: split
 
 
 import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
-from problems.records import Record
-from rich.console import Console
+from problems.odes import LORENZ_START, integrate, lorenz
 from scipy.integrate import solve_ivp
 from scipy.interpolate import BarycentricInterpolator
+from study_tools.records import Record, on_cpu_clock
 from torch import Tensor, nn
 
 from peft_lotra.kan import jet
@@ -49,24 +47,20 @@ def observed(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def lorenz_data() -> Data:
-    def rates(t: float, u: np.ndarray) -> list[float]:
-        return [10 * (u[1] - u[0]), u[0] * (28 - u[2]) - u[1], u[0] * u[1] - 8 / 3 * u[2]]
-
     times = np.linspace(0, 3, 26)[1:]
-    path = solve_ivp(rates, (0, 3), [-8, 7, 27], "DOP853", times, rtol=1e-12, atol=1e-12).y.T
-    return torch.tensor(times).unsqueeze(1), torch.tensor(path)
+    return torch.tensor(times).unsqueeze(1), torch.tensor(integrate(lorenz, times, LORENZ_START))
 
 
 def solve_lorenz(data: Data, **options: Any) -> Solution:
-    def lorenz(model, t, sigma, rho, beta):
+    def equation(model, t, sigma, rho, beta):
         u, (du,), _ = jet(model, t)
         x, y, z = u.unbind(1)
         return du - torch.stack([sigma * (y - x), x * (rho - z) - y, x * y - beta * z], 1)
 
-    start = torch.tensor([-8.0, 7.0, 27.0], dtype=torch.float64)
+    start = torch.tensor(LORENZ_START, dtype=torch.float64)
     conditions = {"distance": lambda t: t, "lift": lambda t: start.expand(*t.shape[:-1], 3), "outputs": 3}
     unknowns = {"sigma": 1.0, "rho": 1.0, "beta": 1.0}
-    return solve(lorenz, [0], [3], **conditions, terms=[(observed, data)], unknowns=unknowns, **options)
+    return solve(equation, [0], [3], **conditions, terms=[(observed, data)], unknowns=unknowns, **options)
 
 
 def diffusion_data() -> Data:
@@ -153,16 +147,11 @@ def run(problem: Problem, seed: int, noise: float, seconds: float) -> dict:
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randn(values.shape, generator=generator, dtype=torch.float64)
     values = values + noise * values.square().mean(0).sqrt() * draws
-    clock = time.process_time()
-    with patch("time.monotonic", time.process_time):  # seconds of a busy machine are not the same for all runs
-        result = problem.solve((points, values), seconds=seconds, seed=seed, progress=False)
-    return {
-        "seed": seed,
-        "estimates": {name: list(estimate) for name, estimate in result.unknowns.items()},
-        "residual": result.residual,
-        "seconds": time.process_time() - clock,
-        "steps": len(result.history),
-    }
+    solution, report = on_cpu_clock(
+        lambda: problem.solve((points, values), seconds=seconds, seed=seed, progress=False)
+    )
+    estimates = {name: list(estimate) for name, estimate in solution.unknowns.items()}
+    return {"seed": seed, "estimates": estimates, **report}
 
 
 def markdown(record: dict) -> str:
@@ -205,28 +194,26 @@ def main() -> None:
         folder=command_line.RESULTS / "pde",
         quick="two seconds a run: to see it run",
     )
-    parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
+    parser.add_choices("--problems", PROBLEMS)
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--exact", action="store_true", help="exact data alone")
     args = parser.parse_args()
-    stem = args.output / ("unknowns_quick" if args.quick else "unknowns")
-    settings = {name: problem.seconds for name, problem in PROBLEMS.items()}
-    record = Record(stem.with_suffix(".json"), {"recipe": {"noise": NOISE, "seconds": settings}, "results": {}})
-    console = Console(width=110)
-    runs = [("exact", 100)]
-    if not args.exact:
-        runs += [("noise", 101 + draw) for draw in range(1 if args.quick else args.draws)]
-    for kind, seed in runs:
-        for name in args.problems:
-            problem = PROBLEMS[name]
-            if record.has(seed, "results", name, kind):
-                continue
-            seconds = 2.0 if args.quick else problem.seconds[kind == "noise"]
-            result = run(problem, seed, NOISE if kind == "noise" else 0.0, seconds)
-            record.add(result, "results", name, kind)
-            console.print(f"{name}, {kind}, seed {seed}: {result['estimates']}")
-    stem.with_suffix(".md").write_text(markdown(record.read()))
-    console.print(f"written: {stem}.json and .md")
+    draws = 1 if args.quick else args.draws
+    if args.exact:
+        draws = 0
+    budgets = {name: problem.seconds for name, problem in PROBLEMS.items()}
+    record = Record.of(args, "unknowns", {"noise": NOISE, "seconds": budgets})
+
+    def measure(seed: int, name: str, kind: str) -> dict:
+        is_noisy = kind == "noise"
+        seconds = 2.0 if args.quick else PROBLEMS[name].seconds[is_noisy]
+        return run(PROBLEMS[name], seed, NOISE if is_noisy else 0.0, seconds)
+
+    runs = [(100, name, "exact") for name in args.problems]
+    for draw in range(draws):
+        runs += [(101 + draw, name, "noise") for name in args.problems]
+    record.complete(runs, measure)
+    record.write_page(markdown)
 
 
 if __name__ == "__main__":

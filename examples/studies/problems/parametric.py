@@ -4,7 +4,7 @@
 """Families of PDEs with exact boundary and initial values inside of the residual, and their references.
 
 Burgers: u = -a sin(pi x) + t (1 - x^2) N(x, s), t = (s + 1) / 2. Elliptic: u = (1 - x^2) (1 - y^2) N(x, y). The
-equations and the spectral references are those of examples/studies/pde/problems/families.py.
+equations and the spectral references are those of families.py.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from functools import cache, partial
 
 import numpy as np
 import torch
-from problems import families
 from torch import Tensor, nn
 
 from peft_lotra import ParametricAdapter
 from peft_lotra.kan import KAN, jet
 from peft_lotra.optim import LevenbergMarquardt
+from problems import families
 
 
 Parameter = float | tuple[float, ...]
@@ -139,8 +139,8 @@ def elliptic(model: nn.Module, x: Tensor, c: Tensor) -> Tensor:
     bx, by = 1 - px**2, 1 - py**2
     u_x, u_y = -2 * px * by * n + bx * by * n_x, -2 * py * bx * n + bx * by * n_y
     lap = -2 * (bx + by) * n - 4 * (px * by * n_x + py * bx * n_y) + bx * by * laplacian
-    log_a, slope_x, slope_y = families._coefficient(c, px, py, torch)
-    return -lap - slope_x * u_x - slope_y * u_y - families._source(px, py, torch) * torch.exp(-log_a)
+    log_a, slope_x, slope_y = families.coefficient(c, px, py, torch)
+    return -lap - slope_x * u_x - slope_y * u_y - families.source_of(px, py, torch) * torch.exp(-log_a)
 
 
 def elliptic_solution(x: Tensor, n: Tensor, c: tuple[float, ...]) -> Tensor:

@@ -10,13 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
 from peft_lotra.kan import jet
 from peft_lotra.pde import BoxDistance, box_points
+from problems.odes import populations
 
 
 PI = math.pi
@@ -65,15 +64,6 @@ def lotka_volterra(model: nn.Module, x: Tensor) -> Tensor:
     prey, predators = u[:, :1], u[:, 1:]
     growth = torch.cat([40 * prey - 160 * prey * predators, 80 * prey * predators - 21.2 * predators], 1)
     return rate - growth
-
-
-def populations(x: Tensor) -> Tensor:
-    def rate(_: float, u: np.ndarray) -> list[float]:
-        return [40 * u[0] - 160 * u[0] * u[1], 80 * u[0] * u[1] - 21.2 * u[1]]
-
-    times = x[:, 0].numpy()
-    solution = solve_ivp(rate, (0, 1), [0.5, 0.075], "DOP853", times, rtol=1e-11, atol=1e-12)
-    return torch.from_numpy(solution.y.T)
 
 
 def first_populations(x: Tensor) -> Tensor:

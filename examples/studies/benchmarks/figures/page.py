@@ -1,34 +1,19 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Writes the tables of docs/benchmarks.md from the committed results, losing cells included.
-
-python examples/studies/benchmarks/page.py            # writes it between its two markers
-python examples/studies/benchmarks/page.py --check    # says whether it is as the results have it
-"""
+"""The tables of docs/benchmarks.md, losing cells included; docs/tables.py writes them."""
 
 from __future__ import annotations
 
-from figures import command_line  # isort: split
-
-
-import json
 from collections.abc import Callable
-from pathlib import Path
 from textwrap import fill
 
 from figures.claims import CLAIMS
 from figures.tables import LINEAR, LOSES, OTHER_KANS, find, median, number, ratio, size, table
 
 
-ROOT = Path(__file__).resolve().parents[3]
-RESULTS = ROOT / "examples" / "studies" / "results" / "benchmarks" / "cpu.json"
-START = "<!-- speed: written by examples/studies/benchmarks/page.py -->"
-END = "<!-- speed: end -->"
-
-
 def section(results: dict) -> str:
-    """The section in Markdown, without the markers."""
+    """The section in Markdown."""
     machine = results["training_step"]["machine"]
     return f"""
 Measured side by side on {machine["cpu"]}, {machine["threads"]} threads, torch {machine["versions"]["torch"]}
@@ -138,28 +123,3 @@ def targets(results: dict) -> str:
     ]
     text = f"Of {len(values)} targets ([listed](../examples/studies/results/benchmarks/cpu.md#what-it-is-held-to)) "
     return text + (f"{len(missed)} are missed: {'; '.join(missed)}." if missed else "none is missed.")
-
-
-def with_section(page: str, results: dict) -> str:
-    """The page with the section between the markers; raises `ValueError` unless each marker occurs once."""
-    if page.count(START) != 1 or page.count(END) != 1:
-        raise ValueError(f"docs/benchmarks.md must have the lines `{START}` and `{END}` once each, in this order.")
-    before, rest = page.split(START)
-    _, after = rest.split(END)
-    return f"{before}{START}\n{section(results).strip()}\n{END}{after}"
-
-
-def main() -> None:
-    parser = command_line.Parser(__doc__, takes="a second", writes="nothing", folder=None)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the section is not up to date")
-    args = parser.parse_args()
-    file = ROOT / "docs" / "benchmarks.md"
-    old = file.read_text(encoding="utf-8")
-    new = with_section(old, json.loads(RESULTS.read_text()))
-    if args.check:
-        raise SystemExit(0 if new == old else f"{file.name} is not up to date: run {Path(__file__).name}.")
-    file.write_text(new, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

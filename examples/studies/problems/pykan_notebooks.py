@@ -15,7 +15,7 @@ from kan import KAN
 from kan.LBFGS import LBFGS
 from torch import Tensor
 
-from scores.subjects import NOTEBOOKS
+from problems.published import NOTEBOOKS
 
 
 def notebook_1(seed: int, steps: int, folder: str) -> dict:

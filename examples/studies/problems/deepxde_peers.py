@@ -17,7 +17,9 @@ os.environ.setdefault("DDE_BACKEND", "pytorch")
 import deepxde as dde  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from scipy.integrate import solve_ivp  # noqa: E402
+
+from problems.odes import LORENZ_START, integrate  # noqa: E402
+from problems.odes import lorenz as rates_of_lorenz  # noqa: E402
 
 
 dde.config.set_default_float("float64")
@@ -114,13 +116,11 @@ def lorenz(constants: list):
     def at_start(_, on_initial):
         return on_initial
 
-    start = [-8.0, 7.0, 27.0]
-    right = lambda t, y: [10 * (y[1] - y[0]), y[0] * (28 - y[2]) - y[1], y[0] * y[1] - 8 / 3 * y[2]]  # noqa: E731
     observed = np.linspace(0, 3, 25)
-    values = solve_ivp(right, (0, 3), start, "DOP853", rtol=1e-12, atol=1e-12, t_eval=observed).y.T
+    values = integrate(rates_of_lorenz, observed, LORENZ_START)
     # a lambda with a second argument would get auxiliary variables
     conditions = [
-        dde.icbc.IC(times, partial(_constant, value), at_start, component=i) for i, value in enumerate(start)
+        dde.icbc.IC(times, partial(_constant, value), at_start, component=i) for i, value in enumerate(LORENZ_START)
     ]
     conditions += [dde.icbc.PointSetBC(observed[:, None], values[:, i : i + 1], component=i) for i in range(3)]
     data = dde.data.PDE(times, equation, conditions, num_domain=400, num_boundary=2, anchors=observed[:, None])

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from peft_lotra.kan import jet
 from peft_lotra.pde import BoxDistance, BoxFeatures, side_points
+from problems.families import chebyshev
 
 
 NX, NT = 256, 101  # the test grid
@@ -94,7 +95,7 @@ def _solved(problem: Problem, resolution: int) -> np.ndarray:
     return problem.solve(resolution, problem.stop)
 
 
-def _axes(low: tuple[float, float], high: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+def axes_of(low: tuple[float, float], high: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
     return np.linspace(low[0], high[0], NX), np.linspace(low[1], high[1], NT)
 
 
@@ -110,7 +111,7 @@ def cole_hopf(nodes: int, nu: float) -> np.ndarray:
     """The exact solution; the Gaussian integral by the trapezoidal rule, which converges exponentially."""
     reach = 4 + 0.5 / math.sqrt(nu)  # characteristics are no longer than 1, which is 2 sqrt(nu) z at t = 1
     z = np.linspace(-reach, reach, nodes)
-    x, t = (axis for axis in _axes((-1, 0), (1, 1)))
+    x, t = (axis for axis in axes_of((-1, 0), (1, 1)))
     y = x[:, None, None] - np.sqrt(4 * nu * t)[None, :, None] * z
     exponent = -np.cos(math.pi * y) / (2 * math.pi * nu) - z**2
     kernel = np.exp(exponent - exponent.max(-1, keepdims=True))
@@ -135,18 +136,10 @@ def middle() -> list[tuple]:
     return [(flux, (side_points((0, 0), (1, 1), 100, [(0, "low")])[0],), 0.1)]
 
 
-def chebyshev(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points cos(pi j / n) and the differentiation matrix (L. N. Trefethen, "Spectral Methods in MATLAB", 6)."""
-    x = np.cos(math.pi * np.arange(n + 1) / n)
-    c = np.r_[2, np.ones(n - 1), 2] * (-1.0) ** np.arange(n + 1)
-    matrix = np.outer(c, 1 / c) / (x[:, None] - x[None] + np.eye(n + 1))
-    return x, matrix - np.diag(matrix.sum(1))
-
-
 def solve_allen_cahn(n: int, d: float) -> np.ndarray:
     nodes, slope = chebyshev(n)
     second = (slope @ slope)[1:-1]
-    x, t = _axes((-1, 0), (1, 1))
+    x, t = axes_of((-1, 0), (1, 1))
     edge = second[:, 0] + second[:, -1]
 
     def rate(_, u: np.ndarray) -> np.ndarray:
@@ -171,7 +164,7 @@ def helmholtz(model: nn.Module, x: Tensor, k: float) -> Tensor:
 
 
 def exact_helmholtz(_: int, k: float) -> np.ndarray:
-    x, y = _axes((-1, -1), (1, 1))
+    x, y = axes_of((-1, -1), (1, 1))
     return np.sin(math.pi * x)[:, None] * np.sin(k * math.pi * y)
 
 
@@ -189,7 +182,7 @@ def solve_korteweg_de_vries(n: int, e: float) -> np.ndarray:
     """Fourier collocation; the third derivative by an integrating factor."""
     wave = 1j * math.pi * np.fft.fftfreq(n, 1 / n)
     wave[n // 2] = 0
-    x, t = _axes((-1, 0), (1, 1))
+    x, t = axes_of((-1, 0), (1, 1))
 
     def rate(time: float, v: np.ndarray) -> np.ndarray:
         factor = np.exp(e * wave**3 * time)
@@ -211,7 +204,7 @@ def sine_gordon(model: nn.Module, x: Tensor, k: float) -> Tensor:
 
 def solve_sine_gordon(n: int, k: float) -> np.ndarray:
     wave = 1j * math.pi * np.fft.fftfreq(n, 1 / n)
-    x, t = _axes((-1, 0), (1, 1))
+    x, t = axes_of((-1, 0), (1, 1))
 
     def rate(_, state: np.ndarray) -> np.ndarray:
         u, velocity = np.split(state, 2)
@@ -233,7 +226,7 @@ def advection(model: nn.Module, x: Tensor, c: float) -> Tensor:
 
 
 def exact_advection(_: int, c: float) -> np.ndarray:
-    x, t = _axes((0, 0), (2 * math.pi, 1))
+    x, t = axes_of((0, 0), (2 * math.pi, 1))
     return np.sin(x[:, None] - c * t)
 
 
@@ -248,7 +241,7 @@ def fisher(model: nn.Module, x: Tensor, r: float) -> Tensor:
 
 def solve_fisher(n: int, r: float) -> np.ndarray:
     wave = 1j * np.fft.fftfreq(n, 1 / n)
-    x, t = _axes((0, 0), (2 * math.pi, 1))
+    x, t = axes_of((0, 0), (2 * math.pi, 1))
 
     def rate(_, u: np.ndarray) -> np.ndarray:
         return 5 * ifft(wave**2 * fft(u)).real + r * u * (1 - u)
@@ -275,7 +268,7 @@ def _cosine(x: Tensor) -> Tensor:
     return torch.cat([start, torch.zeros_like(start)], -1)
 
 
-def _since_start(x: Tensor) -> Tensor:
+def since_start(x: Tensor) -> Tensor:
     """For u, which is given at the start, and for w, which is not."""
     return torch.cat([x[..., 1:], torch.ones_like(x[..., :1])], -1)
 
@@ -335,7 +328,7 @@ PROBLEMS = {
             start=0.05,
             stop=0.0025,
             residual=korteweg_de_vries,
-            distance=_since_start,
+            distance=since_start,
             lift=_cosine,
             solve=solve_korteweg_de_vries,
             resolution=256,

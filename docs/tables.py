@@ -1,0 +1,566 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The tables of the pages, from the results of the studies.
+
+python docs/tables.py           # writes README.md, docs/*.md and the pages of the results
+python docs/tables.py --check   # writes nothing: which tables are not current?
+
+A page has a table between `<!-- table: NAME -->` and `<!-- end of table -->`, and a
+figure of a sentence between `<!-- figure: NAME -->` and `<!-- end of figure -->`.
+Each study's page of Markdown beside its JSON is made again, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import mean, median
+from types import ModuleType
+
+from peft import get_peft_model
+
+from peft_lotra import LoTRAConfig
+from peft_lotra.kan import KAN
+
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDIES = ROOT / "examples" / "studies"
+RESULTS = STUDIES / "results"
+FOLDERS = (".", "pde", "parametric", "benchmarks")
+MARKED = re.compile(
+    r"(<!-- (table|figure): (\S+) -->)(.*?)(<!-- end of \2 -->)", re.DOTALL
+)
+LOSES = "▲"  # where LoTRA loses
+
+sys.path += [str(STUDIES / folder) for folder in FOLDERS]
+sys.path.append(str(ROOT / "examples" / "serve"))
+
+
+def load(name: str) -> dict:
+    """Return the content of a file of results."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def study(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+def table(header: str, rows: Iterable[Iterable[str]]) -> str:
+    """Return a table; the columns after the first are aligned to the right."""
+    columns = header.count("|") - 1
+    lines = [header, "|---|" + "--:|" * (columns - 1)]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def mark(text: str, is_lost: bool) -> str:
+    return f"{text} {LOSES}" if is_lost else text
+
+
+def short(value: float) -> str:
+    """Two digits, as 5.6e-8."""
+    return f"{value:.1e}".replace("e-0", "e-")
+
+
+def best_accuracy(shift: str, method: str) -> float:
+    """Return the best setting's mean over the seeds, in %."""
+    settings = load("initialization")["results"][shift][method]
+    return max(mean(scores) for scores in settings.values())
+
+
+def parameters(widths: list[int]) -> tuple[int, int]:
+    """Count the parameters of an adapter of ranks (16, 16, 6), and of its base."""
+    model = get_peft_model(KAN(widths), LoTRAConfig(r=(16, 16, 6)))
+    adapter, _ = model.get_nb_trainable_parameters()
+    base = sum(part.numel() for part in model.unload().parameters())
+    return adapter, base
+
+
+def readme_accuracy() -> str:
+    quickstart, mnist = parameters([64, 32, 10]), parameters([64, 48, 10])
+    cases = {
+        "digits rotated and noisy, 200 labels": (
+            "digits, rotated and noisy (quickstart)",
+            "{:,} of {:,}".format(*quickstart),
+        ),
+        "the same on pykan": (
+            "pykan: rotated and noisy",
+            f"{quickstart[0]:,}",
+        ),
+        "digits to MNIST at 8x8, 500 labels": (
+            "digits to MNIST",
+            "{:,} of {:,}".format(*mnist),
+        ),
+    }
+    rows = []
+    for title, (shift, size) in cases.items():
+        full = best_accuracy(shift, "full fine-tuning")
+        lotra = best_accuracy(shift, "gradient (16, 16, 6)")
+        shown = mark(f"{lotra:.1f}", lotra < full)
+        rows.append([title, f"{full:.1f}", shown, size])
+    return table("| accuracy % | full | LoTRA | LoTRA's parameters |", rows)
+
+
+def readme_pde() -> str:
+    cases = {
+        "Allen-Cahn, moderate": ("allen_cahn", "middle"),
+        "Burgers, large": ("burgers", "far"),
+    }
+    runs = {
+        (row["family"], row["target"], row["method"]): row
+        for row in load("pde/transfer")["rows"]
+    }
+    rows = []
+    for title, case in cases.items():
+        lotra = runs[(*case, "lotra_lm")]
+        adam = 100 * runs[(*case, "full_adam")]["error"]
+        lm = 100 * runs[(*case, "full_lm")]["error"]
+        early = 100 * lotra["error_at_a_fifth_of_the_seconds"]
+        late = 100 * lotra["error"]
+        shown = [mark(f"{early:#.2g}", early > adam), f"{lm:#.2g}"]
+        shown.append(mark(f"{late:#.2g}", late > lm))
+        rows.append([title, f"{adam:#.2g}", *shown])
+    header = "| error % | full, Adam | LoTRA, LM, 1/5 of the time | full, LM | LoTRA, LM |"
+    return table(header, rows)
+
+
+def quickstart() -> str:
+    names = ("base, not adapted", "LoTRA")
+    runs = load("quickstart")["rows"]
+    base, lotra = (mean(percent for percent, _ in runs[name]) for name in names)
+    return f"{base:.0f} to {lotra:.0f} %"
+
+
+def starts() -> str:
+    shifts = {
+        "digits rotated by 30°, noisy, 200 labels": "digits, rotated and noisy (quickstart)",
+        "the same without noise, wider layer": "digits, rotated by 30 degrees",
+        "the noisy ones on efficient-kan": "efficient-kan: rotated and noisy",
+        "and on pykan": "pykan: rotated and noisy",
+        "digits to MNIST at 8x8, 500 labels": "digits to MNIST",
+    }
+    rows = []
+    for title, shift in shifts.items():
+        row = [title, f"{best_accuracy(shift, 'full fine-tuning'):.1f}"]
+        for ranks in ("(16, 16, 6)", "(8, 8, 4)"):
+            for start in ("gradient", "random"):
+                row.append(f"{best_accuracy(shift, f'{start} {ranks}'):.1f}")
+        row[2] = f"**{row[2]}**"
+        rows.append(row)
+    header = (
+        "| accuracy %, 5 seeds, each at its best rates | full "
+        "| (16, 16, 6) gradient | random | (8, 8, 4) gradient | random |"
+    )
+    return table(header, rows)
+
+
+def few_labels() -> str:
+    module = study("few_labels")
+    results = load("few_labels")["results"]
+    cases = [
+        rows for task, rows in results.items() if task.startswith("digits")
+    ]
+    names = {
+        "KAN, full": "KAN, full fine-tuning",
+        "KAN, spline weights": "KAN, spline weights",
+        "KAN, last layer": "KAN, last layer",
+        "LoTRA, random start, `r=4`": "LoTRA, random start, r=4",
+        "LoTRA, gradient start, `r=4`": "LoTRA, gradient start, r=4",
+        "LoTRA, gradient start, `r=(8, 8, 4)`": "LoTRA, gradient start, r=(8, 8, 4)",
+        "LoTRA, gradient start, budget of 10 %": "LoTRA, gradient start, budget of 10 %",
+        "LoTRA, gradient start, ranks chosen": None,
+        "MLP, full": "MLP, full fine-tuning",
+        "MLP, LoRA, `r=3`": "MLP, LoRA, r=3",
+    }
+    rows = []
+    for title, name in names.items():
+        runs = [case[name or module.chosen_ranks(case)] for case in cases]
+        size = max(run["parameters"] for run in runs)
+        accuracies = [f"{module.test_mean(run):.1f}" for run in runs]
+        rows.append([title, f"{size:,}", *accuracies])
+    return table("| labels | parameters | 20 | 50 | 200 |", rows)
+
+
+def many_series() -> str:
+    names = {
+        "the base, a KAN, for all": "one KAN for all",
+        "its last layer": "last layer",
+        "LoTRA, `r=4`, from the gradient": "LoTRA, r=4, from the gradient",
+        "a copy": "full copies",
+        "a KAN of its own": "a KAN of its own",
+        "a linear model of its own": "a linear model of its own",
+        "an MLP as the base, LoRA, `r=1`": "MLP, LoRA, r=1",
+        "a copy of the MLP": "MLP, full copies",
+    }
+    parts = [
+        part["methods"] for part in load("many_series")["results"].values()
+    ]
+    rows = []
+    for title, name in names.items():
+        errors = [f"{mean(part[name]['test'].values()):.3f}" for part in parts]
+        rows.append([title, f"{parts[0][name].get('bytes', 0):,}", *errors])
+    header = "| each series has | bytes | a week | a month | industries |"
+    return table(header, rows)
+
+
+def fifty_tasks() -> str:
+    names = {
+        "50 heads": "50 heads (last layer)",
+        "LoTRA, `r=4`, from the gradient": "LoTRA, r=4, from the gradient",
+        "LoTRA, `r=(8, 8, 4)`, from the gradient": "LoTRA, r=(8, 8, 4), from the gradient",
+        "50 copies": "50 full copies",
+        "50 KANs without the base": "50 KANs without the base",
+        "an MLP as the base, 50 heads": "MLP, 50 heads",
+        "50 copies of the MLP": "MLP, 50 full copies",
+    }
+    groups = [["rotated", "permuted"], ["negative"], ["renamed", "grouped"]]
+    groups.append([kind for group in groups for kind in group])
+    rows = []
+    for title, name in names.items():
+        method = load("fifty_tasks")["methods"][name]
+        row = [title, f"{method['bytes']:,}"]
+        for kinds in groups:
+            scores = [
+                run[kind] for run in method["test"].values() for kind in kinds
+            ]
+            row.append(f"{mean(scores):.1f}")
+        rows.append(row)
+    header = (
+        "| accuracy % | bytes | rotated, permuted | negative "
+        "| renamed, grouped | all |"
+    )
+    return table(header, rows)
+
+
+def slim_digits() -> str:
+    runs = load("slim_images_digits")["rows"]
+
+    def average(model: str, key: str) -> float:
+        return mean(run[key] for run in runs if run["model"] == model)
+
+    dense = average("dense KAN", "parameters")
+    rows = []
+    cases = [  # title, model, how many times fewer parameters
+        ("dense KAN", "dense KAN", ""),
+        (
+            "**Slim KAN** from scratch, ranks (20, 20, 2)",
+            "Slim KAN (20, 20, 2)",
+            " ({:.1f}x fewer)",
+        ),
+        (
+            "**Slim KAN** from scratch, ranks (10, 10, 2)",
+            "Slim KAN (10, 10, 2)",
+            " ({:.1f}x)",
+        ),
+        (
+            "`slim(dense, energy=0.99, inputs=...)`, as it is / after one epoch",
+            "slim(dense), energy 0.99",
+            " ({:.1f}x)",
+        ),
+        (
+            "`slim(dense, budget=5328, inputs=...)`",
+            "slim(dense), 1/8",
+            " ({:.1f}x)",
+        ),
+        (
+            "the same without `inputs`",
+            "slim(dense), 1/8, without inputs",
+            " ({:.1f}x)",
+        ),
+        ("dense KAN of fewer units", "narrow KAN", ""),
+        ("MLP", "MLP", ""),
+    ]
+    for title, model, ratio in cases:
+        variants = [model]
+        if model.startswith("slim("):
+            variants = [f"{model}, as it is", f"{model}, 1 epoch"]
+        size = average(variants[0], "parameters")
+        scores = [f"{average(name, 'accuracy'):.1f}" for name in variants]
+        shown = f"{size:,.0f}{ratio.format(dense / size)}"
+        rows.append([title, shown, " / ".join(scores)])
+    header = (
+        "| digits, mean of 5 seeds, [64, 64, 10] | parameters | accuracy % |"
+    )
+    return table(header, rows)
+
+
+def fronts() -> str:
+    names = (
+        "predicted",
+        "one step",
+        "POD, exact",
+        "POD, projected",
+        "POD, members",
+        "POD, shifted",
+    )
+    results = load("parametric/fronts")["results"]
+    rows = []
+    for members in (5, 9):
+        runs = [run for run in results if run["members"] == members]
+        row = [str(members)]
+        for name in names:
+            middle = median(run["medians"][name] for run in runs)
+            worst = max(run["worst"][name] for run in runs)
+            row.append(f"{middle:.1e}, {worst:.1e}")
+        rows.append(row)
+    header = (
+        "| members | predicted | one step | POD of exact solutions "
+        "| best of its modes | POD of the members | shifted POD |"
+    )
+    return table(header, rows)
+
+
+def convolutions() -> str:
+    results = load("convolutions")
+    accuracy = {
+        (row["budget"], row["method"]): mean(row["accuracy"])
+        for row in results["rows"]
+    }
+    rows = []
+    for budget in results["budgets"]:
+        values = [
+            accuracy[budget, method]
+            for method in ("LoTRA", "LoRA", "dense deltas")
+        ]
+        shown = [
+            f"**{value:.1f}**" if value == max(values) else f"{value:.1f}"
+            for value in values
+        ]
+        rows.append([f"{budget:,}", *shown])
+    header = "| parameters, at most | LoTRA | PEFT's LoRA | dense deltas |"
+    return table(header, rows).replace("|---|", "|--:|", 1)
+
+
+def jet_speed() -> str:
+    runs = [run["milliseconds"] for run in load("pde/jet_speed")["rows"]]
+    rows = [["eager"], ["under `torch.compile`"]]
+    for size in (5, 20):
+        key = f"value and Laplacian, grid {size}"
+        eager = [run[key] for run in runs]
+        compiled = runs[1][f"{key}, compiled"]
+        rows[0].append(f"{min(eager):.1f} to {max(eager):.1f}")
+        rows[1].append(mark(f"{compiled:.1f}", compiled > max(eager)))
+    return table("| | CPU ms, 5 intervals | CPU ms, 20 intervals |", rows)
+
+
+def jet_orders() -> str:
+    names = ("KAN, `jet`", "KAN, nested autograd")
+    names += ("MLP, `jet`", "MLP, nested autograd")
+    methods = load("pde/jet_orders")["milliseconds"].values()
+    rows = []
+    for name, times in zip(names, methods, strict=True):
+        shown = [
+            f"{time:.0f}" if time >= 100 else f"{time:.1f}" for time in times
+        ]
+        rows.append([name, *shown])
+    header = "| CPU ms | order 1 | order 2 | order 3 | order 4 |"
+    return table(header, rows)
+
+
+def standard() -> str:
+    record = load("pde/standard")
+    rows = []
+    for name, problem in study("problems.standard").PROBLEMS.items():
+        errors = [run["error"] for run in record["results"][name]]
+        mlp = record["peers"][name]["mlp"][0]["error"]
+        kan = f"{short(median(errors))} ({short(max(errors))})"
+        rows.append([problem.title, kan, short(mlp)])
+    header = "| relative L2 error | KAN, five seeds (worst) | MLP |"
+    return table(header, rows)
+
+
+def rates_by_rank() -> str:
+    tasks = {
+        "teacher": "an update of rank 3",
+        "function": "another function",
+        "digits": "rotated digits",
+    }
+    lines = learning_rates("learning_rates_ranks").splitlines()
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines
+    ]
+    by_policy = {tuple(row[:3]): row for row in cells}
+    rows = []
+    for task, title in tasks.items():
+        row = [title]
+        for policy in ("width", "ranks above 4"):
+            found = by_policy[task, "Adam", policy]
+            _, worst = found[5].split(", ")
+            row += [found[3], worst]
+        rows.append(row)
+    header = (
+        "| task | by widths: best `lr` | error of one `lr` / best, worst "
+        "| by ranks: best `lr` | error of one `lr` / best, worst |"
+    )
+    return table(header, rows).replace("--:", "---")
+
+
+def learning_rates(name: str) -> str:
+    """Return the page of a sweep; runs that diverged have no loss in JSON."""
+    rows = load(name)["rows"]
+    for row in rows:
+        row["losses"] = [
+            float("inf") if loss is None else loss for loss in row["losses"]
+        ]
+    return study("learning_rates").as_text(rows)
+
+
+def record_of(name: str) -> str:
+    """Return the page of a study of PDEs."""
+    return study(name).markdown(load(f"pde/{name}"))
+
+
+def without_first_paragraph(text: str) -> str:
+    return text.partition("\n\n")[2]
+
+
+def times_the_mlp(network: str) -> str:
+    """Return the error on ten problems, in multiples of the MLP's."""
+    first, _, _ = record_of("ten").partition("\n\n")
+    return re.search(rf"^{network}: (\S+) times", first, re.MULTILINE)[1]
+
+
+def benchmarks() -> str:
+    return study("figures.page").section(load("benchmarks/cpu"))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "benchmarks": benchmarks,
+    "convolutions": convolutions,
+    "demos": lambda: record_of("demos"),
+    "few-labels": few_labels,
+    "fifty-tasks": fifty_tasks,
+    "fronts": fronts,
+    "jet-orders": jet_orders,
+    "jet-speed": jet_speed,
+    "many-series": many_series,
+    "rates-by-rank": rates_by_rank,
+    "readme-accuracy": readme_accuracy,
+    "readme-pde": readme_pde,
+    "scoreboard": lambda: study("scoreboard").table(
+        load("scoreboard")["results"]
+    ),
+    "shapes": lambda: without_first_paragraph(record_of("shapes")),
+    "slim-digits": slim_digits,
+    "standard": standard,
+    "starts": starts,
+    "ten": lambda: without_first_paragraph(record_of("ten")),
+    "unknowns": lambda: without_first_paragraph(record_of("unknowns")),
+}
+FIGURES: dict[str, Callable[[], str]] = {
+    "hybrid-to-mlp": lambda: times_the_mlp("splines, then tanh"),
+    "kan-to-mlp": lambda: times_the_mlp("KAN"),
+    "quickstart": quickstart,
+}
+
+# the pages beside the results
+PAGES: dict[str, Callable[[], str]] = {
+    "bank": lambda: study("bank").table(load("bank")),
+    "bank_training": lambda: study("bank_training").table(
+        load("bank_training")
+    ),
+    "benchmarks/cpu": lambda: study("run").render(load("benchmarks/cpu")),
+    "bytes": lambda: study("bytes").as_text(load("bytes")["results"]),
+    "chosen": lambda: study("few_labels").chosen_as_text(
+        load("chosen")["results"]
+    ),
+    "expressiveness": lambda: study("expressiveness").as_text(
+        load("expressiveness")["results"], load("expressiveness")["recovered"]
+    ),
+    "few_labels": lambda: study("few_labels").as_text(
+        load("few_labels")["results"]
+    ),
+    "fifty_tasks": lambda: study("fifty_tasks").as_text(load("fifty_tasks")),
+    "formulas": lambda: study("formulas").as_text(load("formulas")),
+    "learning_rates": lambda: learning_rates("learning_rates"),
+    "learning_rates_ranks": lambda: learning_rates("learning_rates_ranks"),
+    "many_series": lambda: study("many_series").as_text(
+        load("many_series")["results"]
+    ),
+    "parametric/wide": lambda: study("wide").table(load("parametric/wide")),
+    "pde/demos": lambda: record_of("demos"),
+    "pde/forgetting": lambda: record_of("forgetting"),
+    "pde/moving_targets": lambda: study("moving_targets").page(
+        load("pde/moving_targets")
+    ),
+    "pde/shapes": lambda: record_of("shapes"),
+    "pde/stalls": lambda: record_of("stalls"),
+    "pde/ten": lambda: record_of("ten"),
+    "pde/unknowns": lambda: record_of("unknowns"),
+    "rivals": lambda: study("few_labels").as_text(load("rivals")["results"]),
+    "scoreboard": TABLES["scoreboard"],
+    "serve": lambda: study("load_test").table(load("serve")),
+}
+
+
+def render(text: str) -> str:
+    """Return the text of a page with its tables and figures made again."""
+
+    def replace(match: re.Match) -> str:
+        start, kind, name, _, end = match.groups()
+        if kind == "table":
+            return f"{start}\n{TABLES[name]().strip()}\n{end}"
+        return f"{start}{FIGURES[name]()}{end}"
+
+    return MARKED.sub(replace, text)
+
+
+def changed() -> dict[Path, str]:
+    """Return the new text of each file that is not current."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    texts = {path: render(path.read_text(encoding="utf-8")) for path in pages}
+    texts |= {RESULTS / f"{name}.md": make() for name, make in PAGES.items()}
+    return {
+        path: text
+        for path, text in texts.items()
+        if path.read_text(encoding="utf-8") != text
+    }
+
+
+def stale(path: Path, text: str) -> list[str]:
+    """Name what is not current in a file: its tables, or the file as a whole."""
+    before = MARKED.findall(path.read_text(encoding="utf-8"))
+    after = MARKED.findall(text)
+    names = [
+        old[2] for old, new in zip(before, after, strict=True) if old != new
+    ]
+    page = path.relative_to(ROOT).as_posix()
+    return [f"{page}: {name}" for name in names] or [page]
+
+
+def unused() -> list[str]:
+    """Name the tables and figures that no page has."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    used = {
+        match[3]
+        for path in pages
+        for match in MARKED.finditer(path.read_text(encoding="utf-8"))
+    }
+    return sorted({*TABLES, *FIGURES} - used)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--check", action="store_true")
+    is_check = parser.parse_args().check
+    names = [f"{name}: no page has it" for name in unused()]
+    for path, text in changed().items():
+        names += stale(path, text)
+        if not is_check:
+            path.write_text(text, encoding="utf-8")
+    if is_check and names:
+        listed = "\n".join(names)
+        sys.exit(f"Not current, run `python docs/tables.py`:\n{listed}")
+    print("\n".join(names) or "all tables are current")
+
+
+if __name__ == "__main__":
+    main()
