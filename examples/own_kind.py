@@ -1,12 +1,10 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A KAN layer of your own.
+"""Describe a KAN layer of your own, check the description, and adapt it.
 
-What is recognized of it, how to describe it in five lines, and how to adapt it.
+python examples/own_kind.py  # ten seconds; writes nothing
 """
-
-import argparse
 
 import torch
 from peft import get_peft_model
@@ -36,11 +34,6 @@ class WaveLayer(nn.Module):
         return y + nn.functional.silu(x) @ self.base.T
 
 
-NOTES = "Needs nothing beside the package; takes ten seconds; writes nothing."
-argparse.ArgumentParser(
-    usage=argparse.SUPPRESS, description=__doc__, epilog=NOTES
-).parse_args()
-
 register_kan_layer(
     "waves",
     matches=WaveLayer,
@@ -51,7 +44,7 @@ torch.set_num_threads(1)  # more threads slow down networks this small
 torch.manual_seed(0)
 network = nn.Sequential(WaveLayer(2, 16), WaveLayer(16, 1))
 print(find_kan_layers(network))
-# checks the description against what the layer computes
+# compares the description with what the layer computes
 print(check_kan_layer(network[0], torch.rand(8, 2)))
 
 x = torch.rand(512, 2) * 2 - 1

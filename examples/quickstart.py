@@ -1,14 +1,13 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Quickstart: a KAN that reads digits learns the scans of a new scanner.
+"""A KAN that reads digits learns the scans of a new scanner.
 
     python examples/quickstart.py
 
-The scans are scikit-learn's digits, 8x8 pixels. A base is trained on them as
-they are. Then the scanner changes: scans come rotated by 30 degrees and noisy,
-and 200 of them have labels. LoTRA and full fine-tuning adapt the base.
-Finally the adapter is saved, loaded into a fresh base, and merged.
+A base is trained on scikit-learn's digits. Then scans come rotated and noisy,
+200 of them with labels. LoTRA and full fine-tuning adapt the base. The adapter
+is saved, loaded into a fresh base, and merged.
 """
 
 import argparse
@@ -16,22 +15,14 @@ import copy
 import json
 from pathlib import Path
 
-
-try:
-    import matplotlib.pyplot as plt
-    from scipy.ndimage import rotate
-    from sklearn.datasets import load_digits
-    from tqdm import tqdm
-except ModuleNotFoundError as error:
-    raise SystemExit(
-        f"quickstart.py: error: {error.name} is not installed: "
-        'pip install -e ".[examples]"'
-    ) from None
-
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
+from scipy.ndimage import rotate
+from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 
 from peft_lotra import LoTRAConfig, create_lotra_optimizer, start_from_gradient
 from peft_lotra.kan import KAN
@@ -39,11 +30,9 @@ from peft_lotra.plotting import plot_edge_functions
 
 
 torch.set_num_threads(1)  # more threads slow down such small matrices
-plt.switch_backend("agg")
 
 NAMES = "base, not adapted", "LoTRA", "full fine-tuning"
-LABELS = 200  # of the new scans
-TEST = 597  # scans that no model is trained on
+LABELS, TEST = 200, 597  # new scans with labels, and those of the test
 IMAGES, DIGITS = load_digits(return_X_y=True)
 IMAGES, DIGITS = IMAGES.reshape(-1, 8, 8), torch.tensor(DIGITS)
 
@@ -52,10 +41,9 @@ def scan(seed=None):
     """Return all digits (N, 64), -1 to 1; with a seed, by the new scanner."""
     images = IMAGES
     if seed is not None:
-        noise = np.random.default_rng(seed).normal(0, 2, images.shape)
-        images = rotate(images, 30, axes=(1, 2), reshape=False, order=1) + noise
-    pixels = torch.tensor(images.clip(0, 16) / 8 - 1, dtype=torch.float32)
-    return pixels.flatten(1)
+        images = rotate(images, 30, axes=(1, 2), reshape=False, order=1)
+        images = images + np.random.default_rng(seed).normal(0, 2, images.shape)
+    return torch.tensor(images.clip(0, 16) / 8 - 1).float().flatten(1)
 
 
 def train(model, optimizer, x, y, steps, name):
@@ -68,38 +56,34 @@ def train(model, optimizer, x, y, steps, name):
         schedule.step()
 
 
-@torch.no_grad()
-def accuracy(model, x, y):
-    return 100 * (model(x).argmax(1) == y).float().mean().item()
-
-
 def compare(seed, steps):
-    """Train a base, adapt it in two ways, and compare them."""
+    """Train a base, adapt it in two ways; return models, test rows, results."""
     torch.manual_seed(seed)
     order = np.random.default_rng(seed).permutation(len(DIGITS))
     test, seen = order[:TEST], order[TEST:]
-    old, new, few = scan(), scan(seed), seen[:LABELS]
+    old, new = scan(), scan(seed)
 
     base = KAN([64, 32, 10])
-    optimizer = torch.optim.Adam(base.parameters(), lr=5e-3)
-    train(base, optimizer, old[seen], DIGITS[seen], 2 * steps, "base")
+    adam = torch.optim.Adam(base.parameters(), lr=5e-3)
+    train(base, adam, old[seen], DIGITS[seen], 2 * steps, "base")
 
-    x, y = new[few], DIGITS[few]
+    x, y = new[seen[:LABELS]], DIGITS[seen[:LABELS]]
     lotra = get_peft_model(copy.deepcopy(base), LoTRAConfig())
     start_from_gradient(lotra, lambda: cross_entropy(lotra(x), y))
     optimizer = create_lotra_optimizer(lotra, torch.optim.Adam, lr=3e-2)
     train(lotra, optimizer, x, y, steps, "LoTRA")
 
     full = copy.deepcopy(base)
-    optimizer = torch.optim.Adam(full.parameters(), lr=1e-2)
-    train(full, optimizer, x, y, steps, "full fine-tuning")
+    adam = torch.optim.Adam(full.parameters(), lr=1e-2)
+    train(full, adam, x, y, steps, "full fine-tuning")
 
-    rows = {}
+    base.requires_grad_(False)
+    results = {}
     for name, model in zip(NAMES, (base, lotra, full), strict=True):
+        is_right = model(new[test]).argmax(1) == DIGITS[test]
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        percent = accuracy(model, new[test], DIGITS[test])
-        rows[name] = [percent, 0 if model is base else trained]
-    return base, lotra, test, rows
+        results[name] = [100 * is_right.float().mean().item(), trained]
+    return base, lotra, test, results
 
 
 def save_load_merge(base, lotra, x, folder):
@@ -107,44 +91,39 @@ def save_load_merge(base, lotra, x, folder):
     lotra.save_pretrained(folder)  # or `lotra.push_to_hub("user/name")`
     size = (folder / "adapter_model.safetensors").stat().st_size
     print(f"adapter file: {size / 1000:.1f} kB, in {folder}")
-
     model = PeftModel.from_pretrained(copy.deepcopy(base), folder)
     print(f"loaded: difference {(model(x) - lotra(x)).abs().max():.0e}")
     merged = model.merge_and_unload()
-    difference = (merged(x) - lotra(x)).abs().max()
-    print(
-        f"merged, a {type(merged).__name__} again: difference {difference:.0e}"
-    )
+    change = (merged(x) - lotra(x)).abs().max()
+    print(f"merged, a {type(merged).__name__} again: difference {change:.0e}")
 
 
-def draw(base, lotra, test, rows, path):
+def draw(base, lotra, test, results, path):
     """Draw old and new scans with the answers, and functions on edges."""
     old, new = scan()[test], scan(0)[test]
     figure = plt.figure(figsize=(11, 8), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[0.8, 1.2])
     for digit, (first, second) in enumerate(top.subplots(2, 10).T):
-        place = int((DIGITS[test] == digit).nonzero()[0])
+        row = int((DIGITS[test] == digit).nonzero()[0])
         for axis, images in ((first, old), (second, new)):
-            axis.imshow(images[place].view(8, 8), cmap="Greys")
+            axis.imshow(images[row].view(8, 8), cmap="Greys")
             axis.set(xticks=[], yticks=[])
-        x = new[place : place + 1]
-        answers = int(base(x).argmax()), int(lotra(x).argmax())
+        scans = new[row : row + 1]
+        answers = [int(model(scans).argmax()) for model in (base, lotra)]
         colors = ["tab:green" if a == digit else "tab:red" for a in answers]
         second.set_title(f"base: {answers[0]}", color=colors[0], fontsize=10)
         second.set_xlabel(f"LoTRA: {answers[1]}", color=colors[1], fontsize=10)
-    before, after, _ = (rows[name][0] for name in NAMES)
-    top.suptitle(
-        "Scans as the base knows them, and from a new scanner: "
-        f"{before:.0f} % are read rightly, with LoTRA {after:.0f} %"
-    )
+    before, after = results["base, not adapted"][0], results["LoTRA"][0]
+    title = "Scans as the base knows them, and from a new scanner: "
+    title += f"{before:.0f} % are read rightly, with LoTRA {after:.0f} %"
+    top.suptitle(title)
     pixels = [f"pixel ({i // 8}, {i % 8})" for i in range(64)]
     plot_edge_functions(lotra, "layers.0", x=new, inputs=pixels, figure=bottom)
     figure.savefig(path, dpi=110)
 
 
 def main():
-    text = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=text)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     folder = Path(__file__).parent / "output"
@@ -153,17 +132,17 @@ def main():
     args.output.mkdir(parents=True, exist_ok=True)
 
     runs = [compare(seed, args.steps) for seed in range(args.seeds)]
-    results = {name: [run[3][name] for run in runs] for name in NAMES}
+    rows = {name: [results[name] for *_, results in runs] for name in NAMES}
     print(f"\naccuracy on the new scans, {LABELS} labels")
-    for name, of_seeds in results.items():
-        percent, trained = np.mean(of_seeds, axis=0)
+    for name in NAMES:
+        percent, trained = np.mean(rows[name], axis=0)
         print(f"{name:18} {percent:5.1f} %  {trained:6,.0f} parameters")
-    record = json.dumps({"steps": args.steps, "rows": results})
+    record = json.dumps({"steps": args.steps, "rows": rows})
     (args.output / "quickstart.json").write_text(record + "\n")
 
-    base, lotra, test, rows = runs[0]
+    base, lotra, test, results = runs[0]
     save_load_merge(base, lotra, scan(0)[test], args.output / "adapter")
-    draw(base, lotra, test, rows, args.output / "quickstart.png")
+    draw(base, lotra, test, results, args.output / "quickstart.png")
     print(f"picture: {args.output / 'quickstart.png'}")
 
 

@@ -1,13 +1,13 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The studies behind "Does it pay?", the paper's claims and the scoreboard, one after the other.
+"""All studies but the benchmarks, which need an idle machine, one after the other.
 
     python examples/studies/run_all.py --quick  # each in its quick form: to see them run
     python examples/studies/run_all.py          # the committed results; again, to go on with what is not done
 
-A study that has ended is in run_all.json, with seconds, commit and machine, and is not repeated at that commit. One
-that fails is told in the end, by exit code 1.
+A study that has ended is in run_all.json, with seconds, commit and machine, and is not repeated at that commit. A
+study that fails is named at the end, with exit code 1.
 """
 
 from __future__ import annotations
@@ -39,13 +39,23 @@ STUDIES: list[tuple[str, list[str], list[str] | None]] = [
     ("slim_functions.py", [], []),
     ("formulas.py", [], []),
     ("slim_images.py", [], []),
+    ("convolutions.py", [], []),
+    ("parametric/study.py", [], ["--problem", "burgers"]),
+    ("parametric/fronts.py", [], []),
+    ("parametric/wide.py", [], []),
+    ("parametric/smooth.py", [], []),
     ("pde/transfer.py", [], ["--family", "burgers"]),
     ("pde/moving_targets.py", [], []),
-    ("pde/ten.py", [], None),
+    ("pde/standard.py", [], ["--problems", "helmholtz"]),
+    ("pde/ten.py", [], []),
+    ("pde/forgetting.py", [], []),
+    ("pde/cost.py", [], []),
+    ("pde/jet_orders.py", [], []),
+    ("pde/jet_speed.py", [], []),
     ("pde/shapes.py", [], []),
     ("pde/demos.py", [], []),
     ("pde/unknowns.py", [], []),
-    ("pde/stalls.py", [], None),
+    ("pde/stalls.py", [], []),
     ("scoreboard.py", ["--seeds", "1", "2", "3", "4", "5"], []),
 ]
 CACHED = ("initialization.py", "pde/transfer.py", "pde/moving_targets.py")
@@ -61,7 +71,7 @@ def command(script: str, options: list[str], output: Path | None, cache: Path | 
 def main() -> None:
     parser = command_line.Parser(
         __doc__,
-        takes="many hours on one core; with --quick three minutes",
+        takes="many hours on one core; with --quick five minutes",
         writes="what the studies write, and run_all.json",
         folder=command_line.RESULTS,
         needs="examples,test",
