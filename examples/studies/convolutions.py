@@ -42,6 +42,7 @@ from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
 from study_tools import files
 from study_tools.pictures import STYLES
+from study_tools.tasks import load_mnist
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -149,11 +150,8 @@ def load(folder: Path | None) -> Images:
         digits = load_digits()
         images, labels = digits.images[:, None] / 16, digits.target
     else:
-        from slim_images import read_idx
-
-        (path,) = folder.glob("*images*idx3-ubyte*")
-        images = F.avg_pool2d(torch.tensor(read_idx(path)[:, None] / 255), 2)
-        labels = read_idx(path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1")))
+        pixels, labels = load_mnist(folder)
+        images = F.avg_pool2d(torch.tensor(pixels[:, None] / 255), 2)
     return Images(torch.tensor(np.asarray(images), dtype=torch.float32), torch.tensor(np.asarray(labels)).long())
 
 

@@ -9,8 +9,8 @@
 The data are scikit-learn's diabetes patients (442 real ones; age, body mass index, blood pressure and six blood
 values; the disease's progression after a year). A KANModel is trained on the patients of one sex, and adapted to those
 of the other: by LoTRA with a learning rate per component, and for comparison by full fine-tuning, and from scratch.
-All of it runs through transformers.Trainer: evaluation, early stopping, checkpoints that hold the adapter only,
-logging to Trackio or TensorBoard if one of them is installed, and a resume that continues bit for bit.
+All of it runs through transformers.Trainer: evaluation, early stopping, checkpoints that hold the adapter only, and a
+resume that continues bit for bit.
 """
 
 from __future__ import annotations
@@ -22,15 +22,11 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
-from rich.console import Console
-from rich.table import Table
 from sklearn.datasets import load_diabetes
 from sklearn.metrics import r2_score
 from study_tools import files
@@ -49,11 +45,6 @@ from transformers.utils import logging
 
 from peft_lotra import LoTRAConfig, create_lotra_optimizer
 from peft_lotra.kan import KANConfig, KANModel
-from peft_lotra.plotting import plot_edge_functions
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 torch.set_num_threads(1)  # additional threads slow down such small matrices
@@ -97,10 +88,6 @@ def metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Root mean squared error, in units of the progression, and the share of its variance that is explained."""
     guess, truth = np.ravel(prediction.predictions), np.ravel(prediction.label_ids)
     return {"rmse": float(TARGET_STD * np.sqrt(np.mean((guess - truth) ** 2))), "r2": float(r2_score(truth, guess))}
-
-
-def loggers() -> list[str]:
-    return [name for name in ("trackio", "tensorboard") if find_spec(name)][:1] or ["none"]
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
@@ -150,7 +137,7 @@ def run(name: str, make: Callable[[], nn.Module], data: dict, folder: Path, seed
         greater_is_better=False,
         restore_callback_states_from_checkpoint=True,  # the count of early stopping
         label_names=["labels"],
-        report_to=loggers(),
+        report_to="none",
         disable_tqdm=True,  # replaced by one bar for all runs
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,
@@ -175,11 +162,7 @@ def run(name: str, make: Callable[[], nn.Module], data: dict, folder: Path, seed
         "r2": test.metrics["test_r2"],
         "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "steps": trainer.state.global_step,
-        "predictions": np.ravel(test.predictions).tolist(),
         "losses": [(line["step"], line["loss"]) for line in trainer.state.log_history if "loss" in line],
-        "evaluations": [
-            (line["step"], line["eval_rmse"]) for line in trainer.state.log_history if "eval_rmse" in line
-        ],
     }
     files.replace(finished, result)
     return result
@@ -209,69 +192,22 @@ def compare(seed: int, args, bar: tqdm) -> dict[str, dict]:
     x, y = groups["target"]["test"].tensors
     with torch.no_grad():
         guess = base()(x).logits[:, 0].numpy()
-    results["base, not adapted"] = {
-        **metrics(EvalPrediction(guess, y.numpy())),
-        "trainable": 0,
-        "steps": 0,
-        "predictions": guess.tolist(),
-    }
+    results["base, not adapted"] = metrics(EvalPrediction(guess, y.numpy())) | {"trainable": 0}
     return results
 
 
-def show_table(console: Console, runs: list[dict]) -> None:
-    table = Table(title=f"Patients of the other sex, mean of {len(runs)} splits")
-    table.add_column("")
-    for column in ("error (RMSE)", "splits", "variance explained", "trained parameters", "steps"):
-        table.add_column(column, justify="right")
+def show(runs: list[dict]) -> None:
+    print(f"error (RMSE) on patients of the other sex, mean of {len(runs)} splits")
     for name in ("base, not adapted", *METHODS):
-        rows = [run[name] for run in runs]
-        mean = {key: np.mean([row[key] for row in rows]) for key in ("rmse", "r2", "steps")}
-        table.add_row(
-            name,
-            f"{mean['rmse']:.1f}",
-            " ".join(f"{row['rmse']:.0f}" for row in rows),
-            f"{100 * mean['r2']:.0f} %",
-            f"{rows[0]['trainable']:,}" if rows[0]["trainable"] else "-",
-            f"{mean['steps']:.0f}" if rows[0]["trainable"] else "-",
-        )
-    console.print(table)
-
-
-def draw(runs: list[dict], args) -> None:
-    """Draws the training, the predictions before and after it, and the functions before and after it."""
-    colors = {"LoTRA": "tab:green", "full fine-tuning": "tab:blue", "from scratch": "tab:orange"}
-    figure = plt.figure(figsize=(14, 4.6), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1.45, 1])
-    course, scatter = left.subplots(1, 2)
-    first = runs[0]
-    for name, color in colors.items():
-        steps, errors = zip(*first[name]["evaluations"], strict=True)
-        course.plot(steps, errors, color=color, label=name)
-    course.set(xlabel="step", ylabel="error (RMSE) on evaluation patients", title="Until early stopping")
-    course.legend()
-    course.grid(alpha=0.25)
-    truth = TARGET_MEAN + TARGET_STD * load_patients(0)["target"]["test"].tensors[1].numpy()
-    for name, color in (("base, not adapted", "tab:gray"), ("LoTRA", "tab:green")):
-        guess = TARGET_MEAN + TARGET_STD * np.array(first[name]["predictions"])
-        scatter.scatter(truth, guess, s=14, alpha=0.7, color=color, label=f"{name}: {first[name]['rmse']:.1f}")
-    ends = (truth.min(), truth.max())
-    scatter.plot(ends, ends, color="black", linewidth=0.8)
-    scatter.set(xlabel="progression", ylabel="prediction", title="Test patients of the other sex")
-    scatter.legend(title="RMSE")
-    scatter.grid(alpha=0.25)
-    folder = args.output / "seed0"
-    model = PeftModel.from_pretrained(KANModel.from_pretrained(folder / "base" / "best"), folder / "LoTRA" / "best")
-    names = [name for name in load_diabetes().feature_names if name != "sex"]
-    plot_edge_functions(model, "kan.layers.0", inputs=names, figure=right)
-    right.suptitle("The edge functions that the adapter changed most")
-    figure.savefig(args.output / "finetune_trainer.png", dpi=110)
+        errors = [run[name]["rmse"] for run in runs]
+        print(f"{name:18} {np.mean(errors):5.1f}  {runs[0][name]['trainable']:6,} trained parameters")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line.Parser(
         __doc__,
         takes="a minute or two on two cores",
-        writes="results.json, finetune_trainer.png, checkpoints and adapters",
+        writes="results.json, checkpoints and adapters",
         folder=command_line.OUTPUT / "trainer",
     )
     parser.add_argument("--splits", type=int, default=5, help="how many random splits of the patients (default: 5)")
@@ -286,12 +222,8 @@ def main(arguments: list[str] | None = None) -> None:
     with tqdm(total=args.splits * (1 + len(METHODS)), unit="run", ncols=100) as bar:
         runs = [compare(seed, args, bar) for seed in range(args.splits)]
     files.replace(args.output / "results.json", runs)
-    console = Console(width=110)
-    show_table(console, runs)
-    adapter = args.output / "seed0" / "LoTRA" / "best" / "adapter_model.safetensors"
-    console.print(f"adapter: {adapter.stat().st_size / 1000:.1f} kB, in {adapter.parent}")
-    draw(runs, args)
-    console.print(f"picture: {args.output / 'finetune_trainer.png'}")
+    show(runs)
+    print(f"the first adapter: {args.output / 'seed0' / 'LoTRA' / 'best'}")
 
 
 if __name__ == "__main__":

@@ -5,13 +5,11 @@
 
     python examples/studies/slim_images.py  # scikit-learn's digits, no network, three minutes
     python examples/studies/slim_images.py --quick  # one seed, a few epochs, for CI
-    python examples/studies/slim_images.py --data-dir PATH/TO/mnist  # a folder of IDX files, in the format of MNIST
-    python examples/studies/slim_images.py --dataset mnist  # or fashion_mnist, cifar10, from the Hub
+    python examples/studies/slim_images.py --data-dir PATH/TO/mnist  # 10,000 images of MNIST, a folder of IDX files
 
 Networks are [pixels, 64, 10] and train for the same epochs on the same batches. The exception is the compressed KAN:
-`slim(dense, ...)` starts from the trained dense KAN and is fine-tuned for one epoch. `--dataset` also takes a
-folder that `datasets.load_dataset` reads. Of MNIST's 10,000 test images (`--data-dir` with nothing else) the first
-8,000 are for training and the others for the test; a folder or a data set with a test part is tested on that part.
+`slim(dense, ...)` starts from the trained dense KAN and is fine-tuned for one epoch. The first 8,000 images of MNIST
+are for training, the others for the test.
 """
 
 from __future__ import annotations
@@ -19,8 +17,6 @@ from __future__ import annotations
 from study_tools import command_line  # isort: split
 
 
-import argparse
-import gzip
 import math
 import time
 from collections.abc import Callable
@@ -29,12 +25,12 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from study_tools import files
 from study_tools.pictures import GRAY, GREEN, ORANGE, RED, SKY
+from study_tools.tasks import load_mnist
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -73,56 +69,13 @@ def load_digits(seed: int) -> Images:
     return Images("digits", *tensors)
 
 
-def load_idx(folder: Path) -> Images:
-    """MNIST-like files: `*images-idx3-ubyte[.gz]` and `*labels-idx1-ubyte[.gz]`.
-
-    Raises:
-        FileNotFoundError: The folder has no such files.
-        ValueError: A file does not start like an IDX file of bytes.
-    """
-    parts = {}
-    for path in sorted(folder.glob("*images*idx3-ubyte*")):
-        labels = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
-        split = "train" if path.name.startswith("train") else "test" if path.name.startswith("t10k") else "all"
-        parts[split] = (read_idx(path), read_idx(labels))
-    if not parts:
-        raise FileNotFoundError(f"No `*images-idx3-ubyte` or `.gz` in {folder}.")
-    if "train" in parts and "test" in parts:
-        train, test = parts["train"], parts["test"]
-    else:
-        images, labels = next(iter(parts.values()))
-        cut = len(images) * 4 // 5
-        train, test = (images[:cut], labels[:cut]), (images[cut:], labels[cut:])
-    return _images(folder.name, *train, *test)
-
-
-def read_idx(path: Path) -> np.ndarray:
-    data = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
-    if data[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path} is no IDX file of bytes: it starts with {data[:4]!r}.")
-    dimensions = data[3]
-    shape = np.frombuffer(data, ">u4", count=dimensions, offset=4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-
-
-def load_hub(name: str) -> Images:
-    """A data set of the Hub, or of a folder, with a column of images and one of labels; splits `train` and `test`."""
-    from datasets import Image, load_dataset
-
-    data = load_dataset(name)
-    columns = data["train"].features
-    image = next(column for column, feature in columns.items() if isinstance(feature, Image))
-    label = "label" if "label" in columns else next(column for column in columns if column != image)
-    parts = []
-    for split in ("train", "test"):
-        parts.append(np.stack([np.asarray(picture) for picture in data[split][image]]))
-        parts.append(np.asarray(data[split][label]))
-    return _images(Path(name).name, *parts)
-
-
-def _images(name: str, x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> Images:
-    pixels = [torch.tensor(part.reshape(len(part), -1) / 127.5 - 1, dtype=torch.float32) for part in (x, x_test)]
-    return Images(name, pixels[0], torch.tensor(y).long(), pixels[1], torch.tensor(y_test).long())
+def load_images(folder: Path) -> Images:
+    """MNIST's 10,000 test images, a fifth of them held out."""
+    pixels, labels = load_mnist(folder)
+    x = torch.tensor(pixels.reshape(len(pixels), -1) / 127.5 - 1, dtype=torch.float32)
+    y = torch.tensor(labels).long()
+    end = len(x) * 4 // 5
+    return Images(folder.name, x[:end], y[:end], x[end:], y[end:])
 
 
 def count(model: nn.Module) -> int:
@@ -165,7 +118,9 @@ def accuracy(model: nn.Module, data: Images) -> float:
     return 100 * (model(data.x_test).argmax(1) == data.y_test).double().mean().item()
 
 
-def compare(data: Images, seed: int, ranks: list[tuple[int, int, int]], args, bar: tqdm) -> list[dict]:
+def compare(
+    data: Images, seed: int, ranks: list[tuple[int, int, int]], epochs: int, batch: int, bar: tqdm
+) -> list[dict]:
     """Trains every model on the data; returns a row for each."""
     pixels, classes = data.x.shape[1], int(data.y.max()) + 1
     widths = [pixels, HIDDEN, classes]
@@ -179,7 +134,7 @@ def compare(data: Images, seed: int, ranks: list[tuple[int, int, int]], args, ba
         bar.set_description(name)
         torch.manual_seed(seed)
         model = make()
-        note(name, model, train(model, data, args.epochs, args.batch, lr))
+        note(name, model, train(model, data, epochs, batch, lr))
         bar.update()
         return model
 
@@ -280,7 +235,7 @@ def draw(rows: list[dict], path: Path) -> None:
     figure.savefig(path)
 
 
-def parse_arguments() -> argparse.Namespace:
+def main() -> None:
     parser = command_line.Parser(
         __doc__,
         takes="three minutes on one core (MNIST: several times as long)",
@@ -288,40 +243,27 @@ def parse_arguments() -> argparse.Namespace:
         folder=command_line.RESULTS,
         quick="one seed and two epochs: to see it run",
     )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--dataset", default="digits", help="digits (default), a name on the Hub, or a folder")
-    source.add_argument("--data-dir", type=Path, help="a folder with IDX files")
+    parser.add_argument("--data-dir", type=Path, help="folder with 10,000 images of MNIST, instead of the digits")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each model (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, help="default: 30 for the digits, 6 for others")
-    parser.add_argument("--batch", type=int, help="default: 64 for the digits, 256 for others")
     args = parser.parse_args()
-    digits = args.data_dir is None and args.dataset == "digits"
-    args.epochs = 2 if args.quick else args.epochs or (30 if digits else 6)
-    args.batch = args.batch or (64 if digits else 256)
-    args.seeds = 1 if args.quick else args.seeds
-    return args
-
-
-def main() -> None:
-    args = parse_arguments()
-    data, ranks = None, [(24, 24, 4), (16, 16, 4)]
-    if args.data_dir is not None:
-        data = load_idx(args.data_dir)
-    elif args.dataset != "digits":
-        data = load_hub(args.dataset)
+    if args.data_dir is None:
+        data, epochs, batch, ranks = None, 30, 64, [(20, 20, 2), (10, 10, 2)]
     else:
-        ranks = [(20, 20, 2), (10, 10, 2)]
+        data, epochs, batch, ranks = load_images(args.data_dir), 6, 256, [(24, 24, 4), (16, 16, 4)]
+    seeds = args.seeds
+    if args.quick:
+        epochs, seeds = 2, 1
     name = "slim_images_" + (data.name if data is not None else "digits") + ("_quick" if args.quick else "")
     path = args.output / f"{name}.json"
-    setting = {"epochs": args.epochs, "batch": args.batch, "learning_rates": LEARNING_RATES, "hidden": HIDDEN}
+    setting = {"epochs": epochs, "batch": batch, "learning_rates": LEARNING_RATES, "hidden": HIDDEN}
     setting["fine_tuning_batch"] = FINE_TUNING_BATCH
 
     known = files.read(path)  # whose seeds are not repeated
     rows = known["rows"] if known.get("setting") == setting else []
-    todo = [seed for seed in range(args.seeds) if seed not in {row["seed"] for row in rows}]
+    todo = [seed for seed in range(seeds) if seed not in {row["seed"] for row in rows}]
     with tqdm(total=11 * len(todo), unit="model") as bar:
         for seed in todo:
-            rows += compare(data if data is not None else load_digits(seed), seed, ranks, args, bar)
+            rows += compare(data if data is not None else load_digits(seed), seed, ranks, epochs, batch, bar)
             files.write(path, {"setting": setting, "rows": rows})
     console = Console(width=100)
     show(console, rows)

@@ -119,7 +119,6 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(tmp_path):
     for checkpoint in place.glob("checkpoint-*"):
         assert not (checkpoint / "model.safetensors").exists()
         assert all("lotra_" in key for key in load_file(checkpoint / "adapter_model.safetensors"))
-    assert (whole / "finetune_trainer.png").stat().st_size > 20_000
 
 
 def test_neuralforecast(tmp_path, monkeypatch):

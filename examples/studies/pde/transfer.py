@@ -21,15 +21,15 @@ from shared import command_line  # isort: split
 import json
 import statistics
 import textwrap
+from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from problems.families import FAMILIES, GRID, Family, find_family, test_points
+from problems.families import FAMILIES, GRID, Family, test_points
 from problems.methods import CACHE, METHODS, QUICK, Setting, pretrained, run, train
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from study_tools import files, pictures
 
 
@@ -94,27 +94,6 @@ def summarize(lines: list[dict]) -> list[dict]:
 
 def geometric(values: list[float]) -> float:
     return statistics.geometric_mean(values)
-
-
-def table_of(rows: list[dict], family: str) -> Table:
-    table = Table(title=f"{family}: {FAMILIES[family].title}")
-    for name in ("target", "method", "parameters", "kB", "error %", "at equal s", "at s / 5", "s", "s to full Adam"):
-        table.add_column(name, justify="left" if name in ("target", "method") else "right")
-    for row in rows:
-        if row["family"] != family:
-            continue
-        reached = row.get("seconds_to_rival")
-        columns = (row["error"], row.get("error_at_equal_seconds"), row.get("error_at_a_fifth_of_the_seconds"))
-        table.add_row(
-            f"{row['target']} ({row['parameter']:g})",
-            METHODS[row["method"]].title,
-            f"{row['trainable']} ({row['share']:.0%})",
-            f"{row['kilobytes']:.1f}",
-            *("-" if value is None else f"{100 * value:.3f}" for value in columns),
-            f"{row['seconds']:.1f}",
-            "-" if reached is None else f"{reached:.1f}",
-        )
-    return table
 
 
 def markdown_of(rows: list[dict]) -> str:
@@ -244,13 +223,10 @@ def message_of(lines: list[dict], targets: list[str]) -> str:
     )
 
 
-def report(lines: list[dict], output: Path, console: Console, name: str) -> None:
-    output.mkdir(parents=True, exist_ok=True)
+def report(lines: list[dict], output: Path, name: str) -> None:
     rows = summarize(lines)
-    for family in dict.fromkeys(row["family"] for row in rows):
-        console.print(table_of(rows, family))
     files.write(output / f"{name}.json", {"rows": rows, "runs": lines}, indent=None)
-    (output / f"{name}.md").write_text(f"{headline_of(rows)}\n{markdown_of(rows)}")
+    files.write_page(output / f"{name}.md", f"{headline_of(rows)}\n{markdown_of(rows)}")
     draw(lines, output, name)
 
 
@@ -270,12 +246,12 @@ def main() -> None:
         quick="a tiny setting: to see it run",
         redraw=True,
     )
-    parser.add_argument("--family", help=f"one of {', '.join(FAMILIES)} (default: each, and the table of all)")
+    parser.add_argument("--family", choices=list(FAMILIES), help="default: each, and the table of all")
     parser.add_argument("--report", action="store_true", help="run nothing; tables and curves of all that was run")
     parser.add_argument("--fields", action="store_true", help="draw the fields of --family alone: three minutes")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="rates were chosen on seed 0")
-    parser.add_argument("--targets", nargs="+", default=["near", "middle", "far"], choices=["near", "middle", "far"])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_seeds(1, 2, 3, 4, 5)  # rates were chosen on seed 0
+    parser.add_choices("--targets", ["near", "middle", "far"])
+    parser.add_choices("--methods", METHODS)
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the trained bases (default: %(default)s)")
     args = parser.parse_args()
     console = Console()
@@ -289,28 +265,24 @@ def main() -> None:
         order = [list(group) for group in (FAMILIES, ("near", "middle", "far"), METHODS)]
         lines = [x for x in lines if x["setting"] == setting.name]
         lines.sort(key=lambda x: [g.index(x[k]) for g, k in zip(order, ("family", "target", "method"), strict=True)])
-        report(lines, args.output, console, "transfer")
+        report(lines, args.output, "transfer")
         return
-    try:
-        families = list(FAMILIES.values()) if args.family is None else [find_family(args.family)]
-    except ValueError as error:
-        parser.error(str(error))
+    families = list(FAMILIES.values()) if args.family is None else [FAMILIES[args.family]]
     found, suffix = [], "_quick" if args.quick else ""
     for family in families:
         fields = args.output / f"{family.name}{suffix}_fields.png"
         if not args.fields:
-            seeds = args.seeds[:1] if args.quick else args.seeds
-            jobs = [(seed, target, method) for seed in seeds for target in args.targets for method in args.methods]
+            jobs = list(product(args.seeds, args.targets, args.methods))
             lines = [
                 run(method, family, target, setting, seed, args.cache)
                 for seed, target, method in track(jobs, description=family.name, console=console)
             ]
-            report(lines, args.output, console, f"{family.name}{suffix}")
+            report(lines, args.output, f"{family.name}{suffix}")
             found += lines
         draw_fields(family, setting, args.cache, fields)
         console.print(f"written: {fields} and what is beside it")
     if found and args.family is None:
-        report(found, args.output, console, f"transfer{suffix}")
+        report(found, args.output, f"transfer{suffix}")
 
 
 if __name__ == "__main__":

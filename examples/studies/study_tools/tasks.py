@@ -57,11 +57,22 @@ def rotated_digits(seed: int, angle: float = 45, noise: float = 2, hidden: int =
     )
 
 
+def load_mnist(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read images (N, 28, 28) and labels (N,) of bytes from the two files of IDX in a folder."""
+
+    def read(pattern: str, header: int) -> np.ndarray:
+        (path,) = folder.glob(pattern)
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return np.frombuffer(content, np.uint8, offset=header)
+
+    return read("*images-idx3-ubyte*", 16).reshape(-1, 28, 28), read("*labels-idx1-ubyte*", 8)
+
+
 def digits_to_mnist(seed: int, folder: Path, labels: int = 500) -> Task:
     """Scikit-learn's digits, then MNIST brought to 8x8 (its 20x20 box averaged)."""
-    raw = [gzip.decompress((folder / f"{name}-ubyte.gz").read_bytes()) for name in ("images-idx3", "labels-idx1")]
-    images = torch.tensor(np.frombuffer(raw[0], np.uint8, offset=16).reshape(-1, 1, 28, 28).astype(np.float32))
-    y = torch.tensor(np.frombuffer(raw[1], np.uint8, offset=8).astype(np.int64))
+    pixels, numbers = load_mnist(folder)
+    images = torch.tensor(pixels[:, None].astype(np.float32))
+    y = torch.tensor(numbers.astype(np.int64))
     x = F.adaptive_avg_pool2d(images[:, :, 4:24, 4:24], 8).flatten(1) / 127.5 - 1
     few = torch.tensor(np.random.default_rng(seed).permutation(8000)[:labels])
     digits, labels = load_digits(return_X_y=True)
