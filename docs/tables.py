@@ -39,7 +39,6 @@ MARKED = re.compile(
 LOSES = "▲"  # where LoTRA loses
 
 sys.path += [str(STUDIES / folder) for folder in FOLDERS]
-sys.path.append(str(ROOT / "examples" / "serve"))
 
 
 def load(name: str) -> dict:
@@ -520,7 +519,6 @@ PAGES: dict[str, Callable[[], str]] = {
     "pde/unknowns": lambda: record_of("unknowns"),
     "rivals": lambda: study("few_labels").as_text(load("rivals")["results"]),
     "scoreboard": TABLES["scoreboard"],
-    "serve": lambda: study("load_test").table(load("serve")),
 }
 
 
