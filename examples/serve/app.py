@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Serves the adapters of a bank on Ray Serve, an adapter per request by name.
+"""Serve the adapters of a bank on Ray Serve, an adapter per request by name.
 
     pip install -e ".[serve]"
     BASE=base.pt BANK=bank serve run examples.serve.app:app
@@ -107,7 +107,7 @@ def make(
 
 
 def reload(adapters: dict[str, str | None], **options: Any) -> None:
-    """Gives all replicas new weights of these adapters, without a restart.
+    """Give all replicas new weights of these adapters, without a restart.
 
     `adapters` are all that are newer than the file, None for those that are
     removed: a replica that starts later reads them too.

@@ -47,7 +47,7 @@ AT_ONCE = 64  # requests that wait for an answer
 
 
 def make_bank(folder: str, adapters: int) -> AdapterBank:
-    """Writes a base and a bank into a folder."""
+    """Write a base and a bank into a folder."""
     torch.manual_seed(0)
     base = KAN([4, 32, 32, 1])
     torch.save(base, f"{folder}/base.pt")
@@ -73,7 +73,7 @@ def make_requests(bank: AdapterBank, count: int) -> list[tuple]:
 
 
 def is_right(answer: httpx.Response, expected: list[float] | None) -> bool:
-    """Compares an answer with the output that is expected, None for a 404."""
+    """Compare an answer with the output that is expected, None for a 404."""
     if expected is None:
         return answer.status_code == 404
     y = answer.json().get("y", [float("nan")])
@@ -84,7 +84,7 @@ def is_right(answer: httpx.Response, expected: list[float] | None) -> bool:
 async def send(
     requests: list[tuple], meanwhile=None, leaving: str | None = None
 ) -> dict[str, float]:
-    """Sends all requests, AT_ONCE at a time; counts and times them.
+    """Send all requests, AT_ONCE at a time; count and time them.
 
     The adapter `leaving` is removed meanwhile: a 404 for it is right, too.
     """

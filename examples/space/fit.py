@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Makes the folder `family` that app.py shows.
+"""Make the folder `family` that app.py shows.
 
 It has a base trained at one viscosity, and its family of adapters.
 

@@ -214,7 +214,7 @@ def basis_slices(model: nn.Module) -> Iterator[tuple[nn.Parameter, slice | tuple
 
 
 def keep_largest_slices(model: nn.Module, task: Task, budget: int) -> int:
-    """Leaves gradients to the basis functions with the largest mean square gradient that the budget allows."""
+    """Leave gradients to the basis functions with the largest mean square gradient that the budget allows."""
     F.cross_entropy(model(task.after.x), task.after.y).backward()
     found = [(weight.grad[index].square().mean().item(), weight, index) for weight, index in basis_slices(model)]
     masks = {weight: torch.zeros_like(weight) for _, weight, _ in found}
@@ -286,7 +286,7 @@ def cases(base: nn.Module) -> list[tuple[str, int]]:
 
 
 def compare(images: Images, args: argparse.Namespace, run: Callable[[list[Job]], list[Outcome]]) -> dict:
-    """Chooses the settings on tasks of their own, then adapts with them."""
+    """Choose the settings on tasks of their own, then adapt with them."""
     tuning = [make_task(images, 1000 + seed, True, args.steps) for seed in range(args.tuning_seeds)]
     tasks = [make_task(images, seed, False, args.steps) for seed in range(args.seeds)]
     base = tasks[0].base

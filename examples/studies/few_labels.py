@@ -406,7 +406,7 @@ def runs(tasks: dict, methods: list[str], seeds: int, most: int) -> Iterator[Run
 
 
 def run_all(todo: list[Run], tasks: dict, found: dict[str, dict], steps: int, save: Callable[[], None]) -> None:
-    """Adds the scores of the runs, by method, to those that were found."""
+    """Add the scores of the runs, by method, to those that were found."""
     bases: dict[tuple, dict[int, nn.Module]] = {}
     split_of = cache(lambda task, seed, labels: tasks[task][0](seed, labels))
     bar = tqdm(total=len(todo), unit="run", ncols=100)
@@ -566,7 +566,7 @@ def chosen_as_text(found: dict[str, dict]) -> str:
 
 
 def choose_all(tasks: dict, seeds: Sequence[int], path: Path, steps: int) -> None:
-    """Adds what `fit_adapter` chooses for each pair of task and labels to a file, seed by seed."""
+    """Add what `fit_adapter` chooses for each pair of task and labels to a file, seed by seed."""
     found = files.read(path).get("results", {})
     todo = [(seed, task, labels) for seed in seeds for task, (_, numbers) in tasks.items() for labels in numbers]
     for seed, task, labels in tqdm(todo, unit="run", ncols=100):

@@ -118,7 +118,7 @@ def digits(seed: int, each: int) -> Digits:
 
 
 def fit(model: nn.Module, data: Data, steps: int, lr: float) -> nn.Module:
-    """Trains all parameters by AdamW on batches of 64."""
+    """Train all parameters by AdamW on batches of 64."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
@@ -152,7 +152,7 @@ def changes(method: Banked, base: nn.Module, before: Tensor, x: Tensor) -> dict[
 
 
 def run(found: dict, seed: int, each: int, steps: int, save: Callable[[], None]) -> None:
-    """Adds the accuracies of one seed."""
+    """Add the accuracies of one seed."""
     data = digits(seed, each)
     tasks = data.tasks
     torch.manual_seed(seed)

@@ -79,7 +79,7 @@ def train_base(data: TensorDataset, steps: int) -> KAN:
 
 
 def checkpoint_layers(model: nn.Module) -> None:
-    """Lets each adapted layer compute its activations again in the backward pass instead of keeping them."""
+    """Let each adapted layer compute its activations again in the backward pass instead of keeping them."""
     for layer in model.modules():
         if isinstance(layer, LoTRALayer):
             forward = layer.forward

@@ -103,7 +103,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 
 
 def run(name: str, make: Callable[[], nn.Module], data: dict, folder: Path, seed: int, args, bar: tqdm) -> dict:
-    """Trains a model by Trainer with early stopping on the evaluation patients, and returns its results.
+    """Train a model by Trainer with early stopping on the evaluation patients, and return its results.
 
     A resume reads finished results from `folder`, and continues an unfinished training from its last checkpoint.
     """
@@ -169,7 +169,7 @@ def run(name: str, make: Callable[[], nn.Module], data: dict, folder: Path, seed
 
 
 def compare(seed: int, args, bar: tqdm) -> dict[str, dict]:
-    """Trains a base for the source patients, and three models for the target patients."""
+    """Train a base for the source patients, and three models for the target patients."""
     groups = load_patients(seed)
     folder = args.output / f"seed{seed}"
 

@@ -93,7 +93,7 @@ Rows = dict[str, dict[str, list[float]]]  # the score of each seed, by method an
 
 
 def compare(make: Callable[[int], Task], library: str, args: argparse.Namespace, bar: tqdm, rows: Rows) -> None:
-    """Adds the seeds that are not there of all methods on one shift; the settings of a method train at once.
+    """Add the seeds that are not there of all methods on one shift; the settings of a method train at once.
 
     The KANs of other libraries are slow and get one setting of LoTRA.
     """
@@ -127,7 +127,7 @@ def compare(make: Callable[[int], Task], library: str, args: argparse.Namespace,
 
 
 def pde(target: str, args: argparse.Namespace, bar: tqdm, rows: Rows) -> None:
-    """Adds the relative errors in % on viscous Burgers, by the Adam of the PDE study, from both starts."""
+    """Add the relative errors in % on viscous Burgers, by the Adam of the PDE study, from both starts."""
     family = families.FAMILIES["burgers"]
     setting = methods.QUICK if args.quick else methods.Setting(adam_steps=400)
     rates = {"rates of the PDE study": (methods.LOTRA_LR[target], methods.COMPONENT_RATES)}

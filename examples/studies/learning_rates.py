@@ -249,7 +249,7 @@ def runs_of(setting: dict) -> list[tuple]:
 
 
 def sweep(setting: dict, widest: int, losses: dict[tuple, float], save: Callable[[], None]) -> None:
-    """Adds the losses of the runs of the setting, up to a width, that are not there yet."""
+    """Add the losses of the runs of the setting, up to a width, that are not there yet."""
     missing = [run for run in runs_of(setting) if run not in losses and run[3] <= widest]
     bar, known = tqdm(total=len(missing), unit="run", ncols=100), {}
     for (task, optimizer, width, rank, seed), alike in groupby(missing, lambda run: (*run[:2], *run[3:5], run[6])):
@@ -331,7 +331,7 @@ def as_text(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Draws a row of panels per task and optimizer, a panel per policy, and a curve per width."""
+    """Draw a row of panels per task and optimizer, a panel per policy, and a curve per width."""
     kinds = all_curves(rows)
     titles = {"teacher": "a rank-3 update of a [n, n, n, n] KAN", "function": "another function, a [2, n, n, 1] KAN"}
     figure, axes = plt.subplots(

@@ -182,7 +182,7 @@ def run(
     steps: int,
     save: Callable[[], None],
 ) -> None:
-    """Adds the errors of one seed."""
+    """Add the errors of one seed."""
     tasks, noise = make(seed)
     torch.manual_seed(seed)
     kan = KAN([tasks.train[0].shape[2], 16, 16, 1])

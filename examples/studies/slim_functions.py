@@ -91,7 +91,7 @@ def make_data(name: str, seed: int) -> list[torch.Tensor]:
 
 
 def run(name: str, kind: str, seed: int, steps: int) -> dict:
-    """Trains one network and returns its error, its number of parameters and the seconds."""
+    """Train one network and return its error, its number of parameters and the seconds."""
     x, y, x_test, y_test = make_data(name, seed)
     torch.manual_seed(seed)
     inputs = x.shape[1]
@@ -166,7 +166,7 @@ def _of_medians(summary: dict, kind: str) -> str:
 
 
 def draw(summary: dict, path: Path) -> None:
-    """Draws the error of each Slim KAN as a multiple of the dense KAN's, a line for each function."""
+    """Draw the error of each Slim KAN as a multiple of the dense KAN's, a line for each function."""
     kinds = [kind for kind in next(iter(summary.values())) if kind != "dense"]
     names = sorted(summary, key=lambda name: summary[name]["slim, ranks 20"][0] / summary[name]["dense"][0])
     figure, ax = plt.subplots(figsize=(9, 0.34 * len(names) + 2), layout="constrained")

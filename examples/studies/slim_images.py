@@ -94,7 +94,7 @@ def narrow_kan(pixels: int, classes: int, parameters: int) -> nn.Module:
 
 
 def train(model: nn.Module, data: Images, epochs: int, batch: int, lr: float) -> float:
-    """Trains by Adam, Slim layers with a rate per component, and returns the seconds."""
+    """Train by Adam, Slim layers with a rate per component, and return the seconds."""
     start = time.perf_counter()
     if any(hasattr(module, "factor_basis") for module in model.modules()):
         optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=lr)
@@ -121,7 +121,7 @@ def accuracy(model: nn.Module, data: Images) -> float:
 def compare(
     data: Images, seed: int, ranks: list[tuple[int, int, int]], epochs: int, batch: int, bar: tqdm
 ) -> list[dict]:
-    """Trains every model on the data; returns a row for each."""
+    """Train every model on the data; return a row for each."""
     pixels, classes = data.x.shape[1], int(data.y.max()) + 1
     widths = [pixels, HIDDEN, classes]
     rows = []
@@ -193,7 +193,7 @@ def show(console: Console, rows: list[dict]) -> None:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Draws the accuracy against the number of parameters: mean and spread over the seeds."""
+    """Draw the accuracy against the number of parameters: mean and spread over the seeds."""
     kinds = {
         "dense KAN": ("black", "s", "dense KAN"),
         "Slim KAN": (GREEN, "o", "Slim KAN, from scratch"),

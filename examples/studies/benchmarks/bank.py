@@ -147,7 +147,7 @@ def measure_files(adapters: int) -> dict[str, float]:
 
 
 def load(folder: str, how: str) -> None:
-    """Loads a bank in a process of its own, and prints what that took."""
+    """Load a bank in a process of its own, and print what that took."""
     base = torch.load(f"{folder}/base.pt", weights_only=False)
     with tempfile.TemporaryDirectory() as empty:  # what is imported when it is first used
         AdapterBank(base).save(empty)

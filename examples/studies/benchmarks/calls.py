@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Counts the calls of the package's own functions: how far a reader, or a debugger, has to travel.
+"""Count the calls of the package's own functions: how far a reader, or a debugger, has to travel.
 
     python examples/studies/benchmarks/calls.py --most 20
 
@@ -36,7 +36,7 @@ ROOT = Path(peft_lotra.__file__).parent
 
 
 def count_calls(function: Callable[[], Any]) -> tuple[Any, Counter[str]]:
-    """Calls a function.
+    """Call a function.
 
     Returns:
         The result of the function, and the number of calls of each function of the package, by "file:name".

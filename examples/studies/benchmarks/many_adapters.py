@@ -75,7 +75,7 @@ def adapter_tensors(model: nn.Module) -> list[torch.Tensor]:
 
 
 def measure_loading(name: str, adapters: int, bar: tqdm) -> dict:
-    """Loads the given number of adapters, switches to some of them, and deletes some."""
+    """Load the given number of adapters, switch to some of them, and delete some."""
     make, config = METHODS[name]
     torch.manual_seed(0)
     base = make()

@@ -40,7 +40,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "benchmarks"
 
 
 def run_figure(name: str, device: torch.device, quick: bool, bar: tqdm) -> dict:
-    """Measures the cells of a figure: {"machine": ..., "rows": [settings and results of each cell]}."""
+    """Measure the cells of a figure: {"machine": ..., "rows": [settings and results of each cell]}."""
     figure = importlib.import_module(f"figures.{name}")
     machine, rows = describe_machine(device), []
     for cell in figure.cells(quick):

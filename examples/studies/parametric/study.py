@@ -81,7 +81,7 @@ class ThirdInput(KAN):
 
 
 def train_third_input(problem: Problem, points: int, seed: int, seconds: float) -> ThirdInput:
-    """Trains one network for all parameters, for as many CPU seconds as the family took."""
+    """Train one network for all parameters, for as many CPU seconds as the family took."""
     torch.manual_seed(seed)
     dim = len(problem.low)
     model = ThirdInput([2 + dim, 10, 10, 1], 8, dtype=torch.float64)

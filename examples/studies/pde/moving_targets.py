@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Follows three standard problems to a harder parameter, which moves the solution: what an adapter saves.
+"""Follow three standard problems to a harder parameter, which moves the solution: what an adapter saves.
 
 python examples/studies/pde/moving_targets.py                      # all of it: 3 hours of one core
 python examples/studies/pde/moving_targets.py --widths 32 --seeds 1 --methods full_lm core_lm

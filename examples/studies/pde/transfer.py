@@ -144,7 +144,7 @@ def headline_of(rows: list[dict]) -> str:
 
 
 def draw_fields(family: Family, setting: Setting, cache: Path, path: Path) -> None:
-    """Draws reference, base, adapted network and error for each target, of one run (seed 0)."""
+    """Draw reference, base, adapted network and error for each target, of one run (seed 0)."""
     base = pretrained(family, setting, 0, cache)
     size = (10.5, 2.4 * len(family.targets) + 0.6)
     shared = {"sharex": True, "sharey": True, "layout": "constrained"}
@@ -180,7 +180,7 @@ def draw_fields(family: Family, setting: Setting, cache: Path, path: Path) -> No
 
 
 def draw_curves(lines: list[dict], targets: list[str], methods: list[str], path: Path) -> None:
-    """Draws the mean error over the seeds against seconds: a row for each family, or for two if the target is one."""
+    """Draw the mean error over the seeds against seconds: a row for each family, or for two if the target is one."""
     families = [name for name in FAMILIES if any(line["family"] == name for line in lines)]
     panels = [[(family, target) for target in targets] for family in families]
     if len(targets) == 1 and len(panels) % 2 == 0:

@@ -57,7 +57,7 @@ def _sides(name: str, seed: int) -> tuple[jnp.ndarray, jnp.ndarray]:
 def train(
     name: str, kind: str, seed: int, seconds: float, report: Callable[[str], None], epochs: float = float("inf")
 ) -> dict:
-    """Trains for so many CPU seconds, without those of compilation, or so many epochs; returns a record."""
+    """Train for so many CPU seconds, without those of compilation, or so many epochs; return a record."""
     problem: Problem = PROBLEMS[name]
     model = KAN([2, 6, 6, 1], kind, LAYERS[kind], seed=seed)
     first = (-1, 1) if name == "helmholtz" else (0, 1)

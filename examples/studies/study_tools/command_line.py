@@ -102,7 +102,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Tells of a missing package, or of a file that cannot be read or written, in one line; shows others in full."""
+    """Tell of a missing package, or of a file that cannot be read or written, in one line; show others in full."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
         install = f'pip install -e ".[{EXTRAS.get(package, "examples")}]"'

@@ -18,18 +18,18 @@ def read(path: Path, fresh: bool = False, must: bool = False) -> Any:
 
 
 def write(path: Path, results: dict, indent: int | None = 1) -> None:
-    """Writes the results with the machine, unless they name it, and the commit, of the last run that was added."""
+    """Write the results with the machine, unless they name it, and the commit, of the last run that was added."""
     replace(path, {"machine": machine.describe(), **results, "commit": machine.commit()}, indent)
 
 
 def replace(path: Path, content: Any, indent: int | None = 1) -> None:
-    """Writes the file as a whole: a killed process leaves the old one or the new one."""
+    """Write the file as a whole: a killed process leaves the old one or the new one."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=indent) + "\n")
     part.replace(path)
 
 
 def write_page(path: Path, text: str) -> None:
-    """Writes the page beside the file, and shows it."""
+    """Write the page beside the file, and show it."""
     path.with_suffix(".md").write_text(text)
     print(text)

@@ -53,7 +53,7 @@ FIELD_LINES = "Lines: solid above zero, dashed below, heavy at zero"  # for the 
 
 
 def draw_field(axis: Any, values: Any, extent: tuple[float, float, float, float], limit: float | None = None) -> Any:
-    """Draws a field by colors, and its sign by lines, which a print in gray keeps; returns what `field_bar` takes.
+    """Draw a field by colors, and its sign by lines, which a print in gray keeps; return what `field_bar` takes.
 
     Args:
         axis: Where to draw.

@@ -69,7 +69,7 @@ class Banked:
         self.optimizer.keep_best(self.bank.mean_by_adapter(errors.flatten(), ids))
 
     def finish(self) -> int:
-        """Ends the training; the bytes of the file for each task."""
+        """End the training; the bytes of the file for each task."""
         self.optimizer.finish()
         with TemporaryDirectory() as folder:
             self.bank.save(folder)
@@ -96,7 +96,7 @@ class Stacked:
             best[is_less] = part.detach()[is_less]
 
     def finish(self) -> int:
-        """Ends the training; the bytes of the numbers of each task."""
+        """End the training; the bytes of the numbers of each task."""
         for best, part in zip(self.best, self.parameters, strict=True):
             part.data = best
         return sum(4 * part[0].numel() for part in self.parameters)

@@ -114,7 +114,7 @@ def diabetes(seed: int) -> Task:
 
 
 def train(model: nn.Module, task: Task, data: Data, steps: int, lr: float, bar: tqdm) -> nn.Module:
-    """Trains the trainable parameters by AdamW on batches of 128."""
+    """Train the trainable parameters by AdamW on batches of 128."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -42,7 +42,7 @@ def train(
     decay: bool = True,
     call: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] = lambda model, x: model(x),
 ) -> Tensor:
-    """Trains the parameters that require a gradient; returns the losses (steps, models).
+    """Train the parameters that require a gradient; return the losses (steps, models).
 
     Args:
         models: Networks that differ in their numbers alone.

@@ -138,7 +138,7 @@ def resident_peak() -> int:
 
 
 def in_child(command: list[str], threads: int) -> dict:
-    """Runs Python in a separate process and returns its last line, JSON; raises `RuntimeError` if it fails."""
+    """Run Python in a separate process and return its last line, JSON; raises `RuntimeError` if it fails."""
     folder = Path(__file__).resolve().parents[1]
     path = os.pathsep.join([str(folder), str(folder.parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
