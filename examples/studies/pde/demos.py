@@ -28,7 +28,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.polynomial import chebyshev
+from problems.more import flow
 from problems.odes import LORENZ_START, integrate, lorenz, populations
+from problems.standard import cole_hopf
 from scipy.integrate import solve_ivp
 from shapes import l_shape_reference
 from study_tools.records import Record, on_cpu_clock
@@ -314,12 +316,8 @@ def periodic_sech(x: Tensor) -> Tensor:
 
 
 def kovasznay_flow(x: Tensor) -> Tensor:
-    """The exact u, v and p at Reynolds number 20."""
-    rate = 10 - math.sqrt(100 + 4 * PI**2)
-    fall = torch.exp(rate * x[:, :1])
-    u = 1 - fall * torch.cos(2 * PI * x[:, 1:])
-    v = rate / (2 * PI) * fall * torch.sin(2 * PI * x[:, 1:])
-    return torch.cat([u, v, (1 - fall**2) / 2], 1)
+    """Return the exact u, v and p at Reynolds number 20."""
+    return torch.cat(flow(x[:, :1], x[:, 1:], 20.0, torch), 1)
 
 
 def diffusion_exact(x: Tensor) -> Tensor:
@@ -355,14 +353,8 @@ def allen_cahn_exact(x: Tensor) -> Tensor:
 
 
 def burgers_exact(x: Tensor) -> Tensor:
-    """By the integrals of Hopf and Cole, with Gauss-Hermite quadrature."""
-    viscosity = 0.01 / PI
-    nodes, weights = (torch.tensor(part) for part in np.polynomial.hermite.hermgauss(200))
-    shifted = x[:, :1] - torch.sqrt(4 * viscosity * x[:, 1:].clamp(min=1e-12)) * nodes
-    # relative to the largest, since the exponents are large
-    exponent = -torch.cos(PI * shifted) / (2 * PI * viscosity)
-    factor = torch.exp(exponent - exponent.amax(1, keepdim=True)) * weights
-    return -(factor * torch.sin(PI * shifted)).sum(1, keepdim=True) / factor.sum(1, keepdim=True)
+    place, time = x.numpy().T
+    return torch.from_numpy(cole_hopf(place, time, 0.01 / PI))[:, None]
 
 
 def schroedinger_exact(x: Tensor) -> Tensor:

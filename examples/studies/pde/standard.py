@@ -32,9 +32,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from problems.families import FAMILIES, cole_hopf
+from problems.families import FAMILIES
+from problems.families import axis as family_axis
 from problems.recipe import QUICK, Recipe, Run
-from problems.standard import NT, NX, PROBLEMS
+from problems.standard import NT, NX, PROBLEMS, cole_hopf
 from rich.console import Console
 from rich.table import Table
 from study_tools import pictures
@@ -181,8 +182,9 @@ def print_references(console: Console) -> None:
             console.print(f"family {name}, {parameter:g}: reference error {family.reference_error(parameter):.1e}")
     burgers = FAMILIES["burgers"]
     for viscosity in (burgers.base, *burgers.targets.values()):
-        exact = cole_hopf(viscosity).reshape(-1)
-        error = burgers.reference(viscosity).numpy().reshape(-1) - exact
+        x = family_axis()
+        exact = cole_hopf(x[:, None], (x + 1) / 2, viscosity)
+        error = burgers.reference(viscosity).numpy().reshape(exact.shape) - exact
         console.print(f"Cole-Hopf, {viscosity:g}: {np.linalg.norm(error) / np.linalg.norm(exact):.1e}")
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from problems.families import chebyshev
 from problems.odes import LORENZ_START, integrate, lorenz
 from scipy.integrate import solve_ivp
 from scipy.interpolate import BarycentricInterpolator
@@ -81,11 +82,7 @@ def solve_diffusion(data: Data, **options: Any) -> Solution:
 
 def reaction_data(nodes: int = 64) -> Data:
     """The method of lines by Chebyshev polynomials."""
-    j = np.arange(nodes + 1)
-    z = np.cos(np.pi * j / nodes)
-    signs = np.r_[2, np.ones(nodes - 1), 2] * (-1.0) ** j
-    slopes = np.outer(signs, 1 / signs) / (z[:, None] - z + np.eye(nodes + 1))
-    slopes -= np.diag(slopes.sum(1))
+    z, slopes = chebyshev(nodes)
     second = (2 * slopes @ (2 * slopes))[1:-1]
 
     def ends(inner: np.ndarray) -> np.ndarray:

@@ -225,15 +225,6 @@ def solve_evolution(diffusion: float, reaction: Callable, initial: Callable, res
     return (np.exp(np.outer(axis() + 1, wave)) @ spectrum).real
 
 
-def cole_hopf(viscosity: float, nodes: int = 200) -> np.ndarray:
-    """The exact solution of Burgers' equation on the test grid: the Cole-Hopf integral by Gauss-Hermite quadrature."""
-    z, weights = np.polynomial.hermite.hermgauss(nodes)
-    x, t = axis()[:, None, None], ((axis() + 1) / 2)[None, :, None]
-    y = x - np.sqrt(4 * viscosity * t) * z
-    kernel = weights * np.exp(-np.cos(math.pi * y) / (2 * math.pi * viscosity))
-    return -(np.sin(math.pi * y) * kernel).sum(-1) / kernel.sum(-1)
-
-
 def _evolution(equation: Callable[[float], tuple[float, Callable]], initial: Callable, odd: bool, **kwargs) -> Family:
     """`equation(parameter)` returns D and R."""
 

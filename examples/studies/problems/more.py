@@ -33,15 +33,18 @@ def kovasznay(model: nn.Module, x: Tensor, reynolds: float) -> Tensor:
     return torch.cat([momentum + pressure, along[:, :1] + across[:, 1:2]], 1)
 
 
-def _flow(x, y, lib):
-    rate = REYNOLDS / 2 - math.sqrt(REYNOLDS**2 / 4 + 4 * math.pi**2)
-    u = 1 - lib.exp(rate * x) * lib.cos(2 * math.pi * y)
-    return u, rate / (2 * math.pi) * lib.exp(rate * x) * lib.sin(2 * math.pi * y)
+def flow(x, y, reynolds: float, lib) -> tuple:
+    """Return u, v and p."""
+    rate = reynolds / 2 - math.sqrt(reynolds**2 / 4 + 4 * math.pi**2)
+    fall = lib.exp(rate * x)
+    u = 1 - fall * lib.cos(2 * math.pi * y)
+    v = rate / (2 * math.pi) * fall * lib.sin(2 * math.pi * y)
+    return u, v, (1 - fall**2) / 2
 
 
 def exact_kovasznay(_: int, __: float) -> np.ndarray:
     x, y = axes_of(*GRID)
-    return _flow(x[:, None], y, np)[0]
+    return flow(x[:, None], y, REYNOLDS, np)[0]
 
 
 def boundary_flow(x: Tensor) -> Tensor:
@@ -51,7 +54,8 @@ def boundary_flow(x: Tensor) -> Tensor:
 
     def at(first, second) -> Tensor:
         ends = (torch.as_tensor(end, dtype=x.dtype).expand_as(s) for end in (first, second))
-        return torch.cat(_flow(*ends, torch), -1)
+        u, v, _ = flow(*ends, REYNOLDS, torch)
+        return torch.cat([u, v], -1)
 
     sides = (1 - s) * at(x_low, x[..., 1:]) + s * at(x_high, x[..., 1:])
     sides = sides + (1 - t) * at(x[..., :1], y_low) + t * at(x[..., :1], y_high)
