@@ -228,9 +228,9 @@ def make_mlp(widths: list[int]) -> nn.Module:
         parts = [part for pair in pairwise(sides) for part in (nn.Linear(*pair), nn.SiLU())]
         return nn.Sequential(*parts[:-1])
 
-    wanted = count(KAN(widths))
+    goal = count(KAN(widths))
     with torch.device("meta"):
-        hidden = min(range(1, 1000), key=lambda hidden: abs(count(make(hidden)) - wanted))
+        hidden = min(range(1, 1000), key=lambda hidden: abs(count(make(hidden)) - goal))
     return make(hidden)
 
 
@@ -301,13 +301,13 @@ def lokr(size: int, out: int, inputs: int, basis: int) -> tuple[Callable, list[T
 
 def delta(make: Callable, base: nn.Module, split: Split, lr: float) -> Trained:
     """At the size whose number of parameters is nearest to LoTRA's of ranks (8, 8, 4)."""
-    wanted = count(get_peft_model(copy.deepcopy(base), LoTRAConfig(r=(8, 8, 4))))
+    goal = count(get_peft_model(copy.deepcopy(base), LoTRAConfig(r=(8, 8, 4))))
     layers = [layer.requires_grad_(False) for layer in base.layers]
 
     def parameters(size: int) -> int:
         return sum(part.numel() for layer in layers for part in make(size, *layer.spline_weight.shape)[1])
 
-    size = min(range(1, 17), key=lambda size: abs(parameters(size) - wanted))
+    size = min(range(1, 17), key=lambda size: abs(parameters(size) - goal))
     for layer in layers:
         update = Delta(*make(size, *layer.spline_weight.shape))
         parametrize.register_parametrization(layer, "spline_weight", update)
@@ -405,7 +405,7 @@ def runs(tasks: dict, methods: list[str], seeds: int, most: int) -> Iterator[Run
                 yield from ((task, number, method, seed, lr) for seed in range(seeds) for lr in METHODS[method][2])
 
 
-def run_all(todo: list[Run], tasks: dict, found: dict[str, dict], steps: int, save: Callable[[], None]) -> None:
+def run_all(todo: list[Run], tasks: dict, results: dict[str, dict], steps: int, save: Callable[[], None]) -> None:
     """Add the scores of the runs, by method, to those that were found."""
     bases: dict[tuple, dict[int, nn.Module]] = {}
     split_of = cache(lambda task, seed, labels: tasks[task][0](seed, labels))
@@ -432,7 +432,7 @@ def run_all(todo: list[Run], tasks: dict, found: dict[str, dict], steps: int, sa
                 batches, loss = whole(data, rows), partial(counted, loss)
             together.train(models, [torch.optim.Adam(groups)], batches, loss, steps, call=split.outputs)
         most = max(count(model) for _, _, model, *_ in trained)
-        row = found.setdefault(f"{task}, {labels} labels", {}).setdefault(method, {"parameters": most})
+        row = results.setdefault(f"{task}, {labels} labels", {}).setdefault(method, {"parameters": most})
         for seed, lr, model, *_ in trained:
             scores = row.setdefault("rates", {}).setdefault(f"{lr:g}", {"validation": {}, "test": {}})
             for part in ("validation", "test"):
@@ -519,7 +519,7 @@ def best_of(runs: list[dict[str, float]]) -> str:
     return max(runs[0], key=lambda name: np.mean([run.get(name, -np.inf) for run in runs]))
 
 
-def chosen_as_text(found: dict[str, dict]) -> str:
+def chosen_as_text(results: dict[str, dict]) -> str:
     """The tables of `choose_all` in Markdown."""
     names = ("adapter", "base", "linear", "last layer", "full", "scratch", "MLP")
     known = names[:-1]
@@ -535,7 +535,7 @@ def chosen_as_text(found: dict[str, dict]) -> str:
             f"| | seeds | {' | '.join(names)} | adapter - full |",
             "|---|--:" + "|--:" * 8 + "|",
         ]
-        for pair, by_seed in found.items():
+        for pair, by_seed in results.items():
             runs = [run[kind] for run in by_seed.values()]
             cells = [f"{np.mean([run[name] for run in runs]):.1f}" for name in names]
             change, error = paired([run["adapter"] for run in runs], [run["full"] for run in runs])
@@ -547,7 +547,7 @@ def chosen_as_text(found: dict[str, dict]) -> str:
         "| | adapter - full at its best rate | regret of form and rate | advised | regret of the advice | share | s |",
         "|---|--:|--:|---|--:|--:|--:|",
     ]
-    for pair, by_seed in found.items():
+    for pair, by_seed in results.items():
         runs = list(by_seed.values())
         adapter = [run["single"]["adapter"] for run in runs]
         regrets = []
@@ -567,21 +567,21 @@ def chosen_as_text(found: dict[str, dict]) -> str:
 
 def choose_all(tasks: dict, seeds: Sequence[int], path: Path, steps: int) -> None:
     """Add what `fit_adapter` chooses for each pair of task and labels to a file, seed by seed."""
-    found = files.read(path).get("results", {})
+    results = files.read(path).get("results", {})
     todo = [(seed, task, labels) for seed in seeds for task, (_, numbers) in tasks.items() for labels in numbers]
     for seed, task, labels in tqdm(todo, unit="run", ncols=100):
-        cell = found.setdefault(f"{task}, {labels} labels", {})
+        cell = results.setdefault(f"{task}, {labels} labels", {})
         if str(seed) in cell:
             continue
         split = tasks[task][0](seed, labels)
         base, mlp = (make_bases(make, {seed: split}, steps)[seed] for make in (KAN, make_mlp))
         cell[str(seed)] = choose(split, base, mlp, seed, task == "one more household", steps)
-        files.write(path, {"steps": steps, "results": found})
+        files.write(path, {"steps": steps, "results": results})
 
 
-def is_done(found: dict[str, dict], run: Run) -> bool:
+def is_done(results: dict[str, dict], run: Run) -> bool:
     task, labels, method, seed, lr = run
-    rates = found.get(f"{task}, {labels} labels", {}).get(method, {}).get("rates", {})
+    rates = results.get(f"{task}, {labels} labels", {}).get(method, {}).get("rates", {})
     return str(seed) in rates.get(f"{lr:g}", {}).get("test", {})
 
 
@@ -610,10 +610,10 @@ def unit_of(task: str) -> str:
     return "explained variance %" if task.startswith(("diabetes", "one more")) else "accuracy %"
 
 
-def as_text(found: dict[str, dict]) -> str:
+def as_text(results: dict[str, dict]) -> str:
     """The tables in Markdown."""
     lines = []
-    for part, rows in found.items():
+    for part, rows in results.items():
         lines += [f"### {part}", "", f"| | parameters | lr | {unit_of(part)} | seeds | at lr {DEFAULT_RATE:g} |"]
         digits = 2 if part.startswith("Burgers") else 1
         lines.append("|---|--:|--:|--:|---|--:|")
@@ -631,24 +631,24 @@ def as_text(found: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def mean_ranks(found: dict[str, dict]) -> tuple[dict[str, float], int]:
+def mean_ranks(results: dict[str, dict]) -> tuple[dict[str, float], int]:
     """The mean rank of each method over the pairs of task and number of labels that have all, and their number."""
-    cells = [rows for rows in found.values() if set(RIVALS) <= set(rows)]
+    cells = [rows for rows in results.values() if set(RIVALS) <= set(rows)]
     scores = np.array([[test_mean(rows[name]) for name in RIVALS] for rows in cells])
     ranks = dict(zip(RIVALS, rankdata(-scores, axis=1).mean(0).tolist(), strict=True))
     return dict(sorted(ranks.items(), key=lambda item: item[1])), len(cells)
 
 
-def draw_ranks(found: dict[str, dict], path: Path) -> None:
+def draw_ranks(results: dict[str, dict], path: Path) -> None:
     """The mean rank of each method; bars join those that Nemenyi's test does not tell apart at 5 %."""
-    of_methods, cells = mean_ranks(found)
+    of_methods, cells = mean_ranks(results)
     names, ranks, number = list(of_methods), np.array([*of_methods.values()]), len(of_methods)
     apart = studentized_range.ppf(0.95, number, np.inf) * math.sqrt(number * (number + 1) / 12 / cells)
     figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
-    for place, (name, rank) in enumerate(of_methods.items()):
+    for position, (name, rank) in enumerate(of_methods.items()):
         color = BLUE if "LoTRA" in name else RED if "MLP" in name else GRAY
-        axis.plot(rank, place, "o", color=color)
-        axis.annotate(f"{rank:.1f}", (rank, place), (0, 5), textcoords="offset points", ha="center")
+        axis.plot(rank, position, "o", color=color)
+        axis.annotate(f"{rank:.1f}", (rank, position), (0, 5), textcoords="offset points", ha="center")
     reached, x = 0, number + 0.8
     for first, rank in enumerate(ranks):
         last = int((ranks <= rank + apart).sum()) - 1
@@ -695,14 +695,14 @@ def main() -> None:
     first = args.output / f"few_labels{'_quick' if args.quick else ''}.json"
     path = first.with_stem(first.stem.replace("few_labels", "rivals")) if args.rivals else first
     known = files.read(path, args.quick, args.redraw) or files.read(first, args.quick)
-    found = known.get("results", {})
+    results = known.get("results", {})
 
     if not args.redraw:
-        todo = [run for part in methods for run in runs(tasks, part, seeds, most) if not is_done(found, run)]
-        run_all(todo, tasks, found, steps, lambda: files.write(path, {"steps": steps, "results": found}))
-    files.write_page(path, as_text(found))
+        todo = [run for part in methods for run in runs(tasks, part, seeds, most) if not is_done(results, run)]
+        run_all(todo, tasks, results, steps, lambda: files.write(path, {"steps": steps, "results": results}))
+    files.write_page(path, as_text(results))
     if args.rivals:
-        draw_ranks(found, path.with_suffix(".png"))
+        draw_ranks(results, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
