@@ -23,7 +23,7 @@ from .shards import Shards
 
 LARGEST_DAMPING = 1e12  # a step gives up above it
 SMALLEST_DAMPING = 1e-16  # less is lost in the rounding of the normal equations
-SMALLEST_WITH_PAST = 1e-7  # damping while former residuals count: less fits the rows of one step only
+SMALLEST_WITH_PAST = 1e-7  # damping while former residuals count: with less, a step fits only its own rows
 
 
 class LevenbergMarquardtStep(NamedTuple):
@@ -122,7 +122,7 @@ class LevenbergMarquardt:
         check_module(model)
         check_trainable(model)
         self.model = model
-        self.damping = check_number(damping, "damping", "(0, inf)")
+        self.damping = check_number(damping, "damping", f"(0, {LARGEST_DAMPING:g}]")
         self.floor = check_number(floor, "floor", "(0, 1]")
         self.forgetting = forgetting if forgetting == "auto" else check_number(forgetting, "forgetting", "[0, 1)")
         self.memory = int(memory)
@@ -142,9 +142,9 @@ class LevenbergMarquardt:
         """Take one step.
 
         The damping of the last step is tried first. While the system is singular or the loss does not decrease, the
-        damping is multiplied by 2, 4, 8, ... and the system is solved again. The first decrease is accepted, and
-        `damping_factor` sets the damping of the next step. A step that is not accepted leaves the parameters unchanged
-        bit for bit.
+        damping is multiplied by 2, then by 4, then by 8, and the system is solved again. The first decrease is
+        accepted, and `damping_factor` sets the damping of the next step. A step that is not accepted leaves the
+        parameters unchanged bit for bit.
 
         Args:
             terms: Residual terms (function, rows, weight). `function(model, *rows)` is called with any number n of
@@ -207,7 +207,8 @@ class LevenbergMarquardt:
             growth *= 2
 
         damping *= damping_factor(candidate.agreement, raised=attempts > 1)
-        self.damping = max(damping, SMALLEST_WITH_PAST if former.counts else SMALLEST_DAMPING)
+        smallest = SMALLEST_WITH_PAST if former.counts else SMALLEST_DAMPING
+        self.damping = min(max(damping, smallest), LARGEST_DAMPING)
         new_loss = sum(candidate.losses)
         if former.keeps and not linear.in_residual_space:
             sums = linear.after(candidate.change, candidate.residuals)
