@@ -104,7 +104,7 @@ class KANLayerSpec:
             patterns = dict([*self.parts, *branches])
         except (TypeError, ValueError):
             patterns = {}
-        if not patterns or len(patterns) < len(self.parts) + len(branches):
+        if not (self.coefficients and patterns) or len(patterns) < len(self.parts) + len(branches):
             raise ValueError(
                 f"The coefficients and other parameters of {self.family!r} are {[self.coefficients, *branches]}. "
                 'Expected a name and its pattern, e.g. ("weight", "o i k"), or a list of such pairs, with each name '

@@ -105,13 +105,18 @@ class Layout:
         for position, (dim, count) in enumerate(zip(self.dims, self.stored_over, strict=True)):
             size = math.prod(shape[start : start + count])
             start += count
+            blocks = [dim]
             if self.packed_residual is not None and position == self._concatenated:
-                residual = self.packed_residual[position]
-                size -= math.prod([lengths.get(axis, 0) for axis in residual])
+                blocks.append(self.packed_residual[position])
             unknown = [axis for axis in dim if axis not in lengths]
-            if unknown:
-                lengths[unknown[0]] = size // _multiply([axis for axis in dim if axis in lengths], lengths)
-            is_solved = len(unknown) < 2 and size == _multiply(dim, lengths) > 0
+            if len(unknown) == 1:
+                # each block is proportional to the unknown length, or lacks this axis
+                lengths[unknown[0]] = 0
+                constant = sum(_multiply(block, lengths) for block in blocks)
+                lengths[unknown[0]] = 1
+                slope = sum(_multiply(block, lengths) for block in blocks) - constant
+                lengths[unknown[0]] = (size - constant) // max(slope, 1)
+            is_solved = len(unknown) < 2 and size == sum(_multiply(block, lengths) for block in blocks) > 0
             if not is_solved:
                 problem = problem or f"{_write([dim])} cannot be {size}"
                 break
@@ -222,7 +227,8 @@ def parse_layout(pattern: str, groups: str = "", dimensions: int | None = None, 
     problem = f"Pattern {pattern!r} is not a layout of KAN coefficients: "
     # einops knows neither blocks that are concatenated nor axes that are stored over several dimensions
     texts = [re.sub(r"\):([2-9])", r" over\1)", pattern.replace("...", "kernel"))]
-    packed = re.search(r"\(([^+]*)\+([^+]*)\)", texts[0])
+    block = r"((?:[^()+]|\([^()+]*\))*)"  # with parentheses of its own
+    packed = re.search(rf"\({block}\+{block}\)", texts[0])
     if packed:
         blocks = [re.sub("[()]", " ", block) for block in packed.groups()]
         before, after = texts[0][: packed.start()], texts[0][packed.end() :]
@@ -231,6 +237,8 @@ def parse_layout(pattern: str, groups: str = "", dimensions: int | None = None, 
         parsed = [[tuple(dim) for dim in ParsedExpression(text).composition] for text in texts]
     except EinopsError as error:
         raise ValueError(f"{problem}{error}.") from error
+    if any(not isinstance(axis, str) for dims in parsed for axis in _flatten(dims)):
+        raise ValueError(f"{problem}an axis must have a name.")
 
     stored_over = [int(dim[-1][-1]) if dim and dim[-1][:-1] == "over" else 1 for dim in parsed[0]]
     kernel: tuple[str, ...] = ()

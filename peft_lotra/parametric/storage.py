@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load, load_file, save, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
 from ..hub.base_code import hub_id
@@ -60,12 +60,16 @@ def save_family(model: PeftModel, space: MemberSpace, path: Path) -> None:
     tensors["indicators"] = torch.from_numpy(np.array(indicators))
     log = space.log.expand(len(points[0])).tolist()
     text = json.dumps({"version": _VERSION, "config": config, "log": log})
-    save_file(tensors, path, {"family": text, "sha256": _hash(tensors, text)})
+    save_file(tensors, path, {"format": "pt", "family": text, "sha256": _hash(tensors, text)})
 
 
 def _hash(tensors: dict[str, Tensor], text: str) -> str:
     """Return the SHA-256 of the content of a file."""
-    return hashlib.sha256(save(tensors, {"family": text})).hexdigest()
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_family(path: Path) -> SavedFamily:
@@ -103,7 +107,7 @@ def load_family(
     family = read_family(path)
     with TemporaryDirectory() as folder:
         Path(folder, CONFIG_NAME).write_text(json.dumps(family.config), encoding="utf-8")
-        save_file(family.tensors, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+        save_file(family.tensors, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), {"format": "pt"})
         return PeftModel.from_pretrained(base, folder, is_trainable=True, check_base=check_base), family
 
 

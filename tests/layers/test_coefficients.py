@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from peft_lotra import KANLayerSpec
+from peft_lotra.layers.layout import parse_layout
 
 
 def module(**shapes):
@@ -185,3 +186,15 @@ def test_what_does_not_fit_together(shapes, coefficients, parts):
         KANLayerSpec("mine", nn.Module, coefficients, axes={"z": 4}).locate(module(**shapes))
     for part in ("Module was recognized as a KAN layer of the kind 'mine'", *parts):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "pattern, groups, shape, given, expected",
+    [
+        ("o ((i k) + i)", "", (4, 12), {"k": 3}, {"o": 4, "i": 3, "k": 3}),
+        ("o ((i k) + i)", "", (4, 12), {"i": 3}, {"o": 4, "i": 3, "k": 3}),
+        ("(g o) ((i k) + i)", "g", (6, 12), {"i": 3, "g": 2}, {"g": 2, "o": 3, "i": 3, "k": 3}),
+    ],
+)
+def test_an_unknown_length_counts_in_both_packed_blocks(pattern, groups, shape, given, expected):
+    assert parse_layout(pattern, groups).axis_lengths(shape, given) == expected
