@@ -25,7 +25,8 @@ from ..layers.formula import find_formula
 from ..layers.slim import call_with_coefficients
 from ..modules.calls import call_with_parameters, modes_kept, set_mode
 from ..tucker import Tucker, full_shape, project, tucker
-from ..tuner.layer import Target, warn_of_far_inputs
+from ..tuner.grids import warn_of_far_inputs
+from ..tuner.layer import Target
 from ..tuner.targets import locate_target
 
 

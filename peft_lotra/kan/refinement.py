@@ -147,7 +147,7 @@ def refine_grid(
             samples = layer(samples)
 
     for layer, refined, transfer in refined_adapters:
-        layer.carry_to(refined, transfer)
+        layer.move_to_grid(refined, transfer)
     kan.layers = nn.ModuleList(layers)
     return RefinementReport(errors)
 
@@ -157,7 +157,7 @@ def _find_spline_layers(kan: LayerStack, grid_size: int) -> dict[str, SplineLaye
     parameters = {KANLinear: {"spline_weight", "base_weight"}, SlimKANLinear: {"core"}}
     splines = {}
     for name, layer in kan.layers.named_children():
-        layer: Any = getattr(layer, "unadapted", layer)  # if its adapters can be refined too
+        layer: Any = getattr(layer, "base_to_refine", layer)  # if its adapters can be refined too
         names = dict(layer.named_parameters()).keys() - set(Tucker._fields[1:])
         if parameters.get(type(layer)) == names:
             check_grid(grid_size, layer.spline_order)

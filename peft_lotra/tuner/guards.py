@@ -20,7 +20,8 @@ from torch import nn
 
 from ..layers.registry import KANLayerSpec
 from ..modules.calls import places
-from .layer import LoTRALayer, lotra_layers, refuse_grid_change
+from .grids import refuse_grid_change
+from .layer import LoTRALayer, lotra_layers
 
 
 def guard_network(model: nn.Module, layer_name: str, spec: KANLayerSpec) -> None:

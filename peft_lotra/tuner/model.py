@@ -154,7 +154,7 @@ class LoTRAModel(BaseTuner):
             if spec.network_methods or spec.checkpoint_methods:
                 guard_network(self.model, current_key, spec)
         elif not target.lotra_r:
-            target.accept_grid()  # it may have moved while there was no adapter
+            target.remember_grid()  # it may have moved while there was no adapter
         target.update_layer(adapter_name, peft_config)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

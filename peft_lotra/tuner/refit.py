@@ -23,7 +23,8 @@ from ..modules.calls import call_with_parameters, check_module, modes_kept, unwr
 from ..modules.report import Report, TextTable
 from ..tucker import Tucker, fit, relative_energy, tucker
 from .guards import base_layers_in_place
-from .layer import LoTRALayer, grid_ends, lotra_layers
+from .grids import grid_ends
+from .layer import LoTRALayer, lotra_layers
 
 
 @dataclass(eq=False)
@@ -98,7 +99,7 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
             return
         for adapter in layer.lotra_r:
             report.errors[name, adapter], report.projection_errors[name, adapter] = _refit(name, layer, adapter, x)
-        layer.accept_grid()
+        layer.remember_grid()
 
     with _unchanged_on_error(layers), modes_kept(model), torch.no_grad():
         model.eval()

@@ -43,7 +43,7 @@ def test_all_adapters_are_carried_over(kind, exact, tmp_path):
     model = adapted(network(kind))
     for layer in model.base_model.model.layers:  # so wide that no activation leaves it
         layer.base_layer.grid_bounds.mul_(1 if exact else 40)
-        layer.accept_grid()
+        layer.remember_grid()
     before = list(outputs(model))
     for size in (8, 60 if exact else 16):  # several levels; the grids were extended to 12 and 20
         refine_grid(model, size, X if exact else None)

@@ -1,0 +1,66 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Grids of KAN layers: their ends, their changes, and inputs that lie outside of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..layers.registry import Grid
+
+
+def refuse_grid_change(name: str, *args: Any, **kwargs: Any) -> NoReturn:
+    """Raise the error of a call that changes what the coefficients of the adapters mean."""
+    raise RuntimeError(
+        f"`{name}` would change what the coefficients of the adapters mean. Merge them first (`merge_and_unload()`), "
+        "or pass a move of the grid to `peft_lotra.refit_adapters(model, inputs, move)`."
+    )
+
+
+def holds_meta_tensors(grid: Grid) -> bool:
+    return any(isinstance(value, Tensor) and value.is_meta for value in grid.values())
+
+
+def versions_on_accelerator(grid: Grid) -> tuple:
+    """Return the version counters of the tensors on an accelerator, where comparing values would wait for it."""
+    versions = []
+    for value in grid.values():
+        if isinstance(value, Tensor) and value.device.type != "cpu" and not value.is_inference():
+            versions.append((id(value), value._version, value.data_ptr()))
+    return tuple(versions)
+
+
+def grid_ends(grid: Grid, shape: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+    """Return both ends (in,) of the grid of each input of a layer (out, in, basis); None if it is no tensor by input.
+
+    The knots of B-splines beyond the grid are left out.
+    """
+    _, in_features, num_basis = shape[:3]
+    for knots in grid.values():
+        if isinstance(knots, Tensor) and knots.dim() == 2 and len(knots) == in_features:
+            knots = knots.detach().sort(dim=1).values
+            beyond = max(0, knots.shape[1] - num_basis - 1)  # the order of the splines
+            return knots[:, beyond], knots[:, -1 - beyond]
+    return None
+
+
+def warn_of_far_inputs(name: str, grid: Grid, shape: Sequence[int], x: Any) -> None:
+    """Warn if most inputs of a layer (out, in, basis) lie further from its grid than it is long."""
+    ends = grid_ends(grid, shape)
+    if ends is None or not isinstance(x, Tensor) or x.shape[-1:] != (shape[1],) or x.is_meta:
+        return
+    low, high = ends
+    distance = (x.detach() - (low + high) / 2).abs()
+    is_far = distance > 1.5 * (high - low)
+    if is_far.double().mean() > 0.5:
+        warnings.warn(
+            f"Most inputs of `{name}` lie far outside of its grid, from {low.min():.3g} to {high.max():.3g}, where "
+            "splines are zero. Scale the inputs to the grid.",
+            stacklevel=2,
+        )
