@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Samples with different adapters: what a forward pass carries to all layers, and the output of a layer for them."""
+"""Samples with different adapters: the values that a forward pass passes to all layers, and their outputs."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from ..tucker import Tucker, full_shape
 
 Replaced = dict[tuple[int, str], Tucker]  # the former components, by the id of a layer and adapter
 
-# the number of the backward pass that calls; -1 outside of one
+# returns the number of the running backward pass, -1 outside of one
 _backward_pass = torch._C._current_graph_task_id
 
 
-# --- what a forward pass carries to all layers ---
+# --- the values of a forward pass ---
 
 
 class ForwardPass(NamedTuple):
-    """What a forward pass carries to all layers.
+    """The values that a forward pass passes to all layers.
 
     Attributes:
         names: The adapter of each sample; None if all samples have the active ones.
-        replaced: The components that a hotswap has replaced meanwhile.
+        replaced: The former components, if a hotswap is replacing them.
         row_counts: The numbers of rows of layers that see several rows per sample, in the order of the samples.
-        find_row_counts: Finds out these numbers, see `find_row_counts`.
+        find_row_counts: Finds these numbers, see the function `find_row_counts`.
     """
 
     names: tuple[str, ...] | None
@@ -50,9 +50,9 @@ class ForwardPass(NamedTuple):
 
 
 class PassVariable:
-    """A value that a forward pass carries to all layers, in each thread its own.
+    """A value that a forward pass passes to all layers, separate for each thread.
 
-    Gradient checkpointing runs layers again during the backward pass. They get the value by `keep`.
+    Gradient checkpointing runs layers again during the backward pass, where `keep` provides the value.
     """
 
     def __init__(self, name: str) -> None:
@@ -62,10 +62,11 @@ class PassVariable:
     def get(self) -> Any:
         """Return the value; None outside of a pass."""
         value = self.now.get()
-        if value is not None:
-            return value
-        backward_pass, value = self._again.get()
-        return value if backward_pass == _backward_pass() else None
+        if value is None:
+            backward_pass, kept_value = self._again.get()
+            if backward_pass == _backward_pass():
+                return kept_value
+        return value
 
     @contextmanager
     def set(self, value: Any) -> Iterator[None]:
@@ -91,9 +92,10 @@ FORWARD_PASS = PassVariable("lotra_forward_pass")  # a `ForwardPass`, set by `Lo
 
 
 def check_names(names: Any) -> tuple[str, ...]:
-    """Return the names of the adapters of samples; a ValueError for what is no list of strings."""
-    values = None if isinstance(names, (str, bytes)) or not isinstance(names, Iterable) else tuple(names)
-    if values is None or not all(issubclass(kind, str) for kind in set(map(type, values))):
+    """Return the names of the adapters of samples; raise a ValueError unless they are a list of strings."""
+    is_list = isinstance(names, Iterable) and not isinstance(names, str)
+    values = tuple(names) if is_list else (None,)
+    if not all(issubclass(kind, str) for kind in set(map(type, values))):
         raise ValueError(
             '`adapter_names` must be a list with the name of an adapter for each row, such as `["default"] * len(x)`, '
             f'or "__base__" for none, got {names!r:.100}.'
@@ -101,10 +103,10 @@ def check_names(names: Any) -> tuple[str, ...]:
     return values
 
 
-def check_batch(count: int, args: tuple, kwargs: dict[str, Any]) -> None:
+def check_batch(count: int, args: tuple, kwargs: dict) -> None:
     """Raise a ValueError unless the inputs of a model have `count` rows, one for each adapter that is named.
 
-    Vectors count only where there is nothing else.
+    Vectors count only if all inputs are vectors.
     """
     tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor) and value.dim()]
     tensors = [tensor for tensor in tensors if tensor.dim() > 1] or tensors
@@ -118,20 +120,24 @@ def check_batch(count: int, args: tuple, kwargs: dict[str, Any]) -> None:
 def _find_batch(size: int, value: Any) -> int | None:
     """Return the dimension of a batch of `size` samples; None if there is none.
 
-    It is the first, or the second of three, as in recurrent networks. There one sample would also be a channel.
+    It is the first, or the second of three, as in recurrent networks. With one sample, a second dimension of that
+    size may also be a channel.
     """
     shape = value.shape if isinstance(value, Tensor) else ()
-    first_two = len(shape) == 3 and size != 1
-    dims = [dim for dim in range(2 if first_two else min(len(shape), 1)) if shape[dim] == size]
-    return dims[0] if dims else None
+    dims = shape[:2] if len(shape) == 3 and size != 1 else shape[:1]
+    return dims.index(size) if size in dims else None
 
 
-def pass_names(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Pass the names to a wrapper of PEFT's `modules_to_save`, as a forward pre-hook."""
+def pass_names(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict[str, Any]]:
+    """Pass the names to a wrapper of PEFT's `modules_to_save`, as a forward pre-hook.
+
+    An adapter without a copy of the module has the module of the base.
+    """
     current = None if is_tracing() else FORWARD_PASS.get()
     if current is not None and current.names is not None:
-        copies: Any = module.modules_to_save  # an adapter without a copy has the base's module
-        kwargs = {**kwargs, "adapter_names": [name if name in copies else "__base__" for name in current.names]}
+        copies: Any = module.modules_to_save
+        names = [name if name in copies else "__base__" for name in current.names]
+        kwargs = {**kwargs, "adapter_names": names}
     return args, kwargs
 
 
@@ -144,7 +150,7 @@ class MixedBatch(NamedTuple):
     Attributes:
         size: The number of samples.
         row_counts: See `ForwardPass`.
-        read_adapters: Returns the adapter of each sample, by any key.
+        read_adapters: Returns the adapter of each sample, as any key.
         find_updates: Returns the updates of the samples; None if all have the same, or none.
         run: `run(adapter, args, kwargs)` evaluates the layer for samples of one adapter.
         find_row_counts: See `ForwardPass`.
@@ -158,18 +164,19 @@ class MixedBatch(NamedTuple):
     find_row_counts: Callable[[], set[int]] = set
 
 
-def run_named_rows(
-    layer: Any, names: Sequence[str], current: ForwardPass | None, args: tuple, kwargs: dict[str, Any]
-) -> Any:
+def run_named_rows(layer: Any, names: Sequence[str], current: ForwardPass | None, args: tuple, kwargs: dict) -> Any:
     """Evaluate a `LoTRALayer` for samples with adapters of these names."""
-    row_counts, find = (set(), set) if current is None else (current.row_counts, current.find_row_counts)
+
+    def run(name: str, args: tuple, kwargs: dict) -> Any:
+        return layer._run([name], current, args, kwargs)
+
+    current = current or ForwardPass(None, {}, set())
     find_updates = partial(_updates_by_name, layer, names, current)
-    run = lambda name, args, kwargs: layer._run([name], current, args, kwargs)  # noqa: E731
-    batch = MixedBatch(len(names), row_counts, lambda: names, find_updates, run, find)
+    batch = MixedBatch(len(names), current.row_counts, lambda: names, find_updates, run, current.find_row_counts)
     return run_mixed_batch(layer, batch, args, kwargs)
 
 
-def run_mixed_batch(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict[str, Any]) -> Any:
+def run_mixed_batch(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict) -> Any:
     """Evaluate a `LoTRALayer`: all samples at once, or the samples of each adapter in turn."""
     rows_per_sample = _count_rows(layer.lotra_name, batch, args, kwargs)
     run_together = find_row_evaluation(layer, args, kwargs)
@@ -187,17 +194,17 @@ def run_mixed_batch(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict[str
     return _run_by_adapter(adapters, batch.run, args, kwargs)
 
 
-def _count_rows(layer: str, batch: MixedBatch, args: tuple, kwargs: dict[str, Any]) -> int:
-    """Return how many rows a layer sees per sample. The first dimension of its input must be the batch.
+def _count_rows(layer: str, batch: MixedBatch, args: tuple, kwargs: dict) -> int:
+    """Return the number of rows that a layer sees per sample. The first dimension of its input must be the batch.
 
-    Several rows are in the order of the samples in a view of a contiguous tensor (batch, ..., in). The layers after
-    one that gets such a view may see as many. Otherwise the network is run again to find out.
+    Several rows are in the order of the samples in a view of a contiguous tensor (batch, ..., in). Later layers may
+    see as many. Otherwise the network is run again to find out.
 
     Raises:
-        ValueError: The number of rows is another, and their order unclear; or the input is transposed, and its first
+        ValueError: The number of rows differs, and their order is unclear; or the input is transposed, and its first
             two sizes are equal.
     """
-    x = args[0] if args else next(iter(kwargs.values()))
+    x = first_argument(args, kwargs)
     if is_tracing() or not isinstance(x, Tensor) or x.dim() == 0 or batch.size == len(x) == 0:
         return 1
     if len(x) == batch.size:
@@ -205,54 +212,61 @@ def _count_rows(layer: str, batch: MixedBatch, args: tuple, kwargs: dict[str, An
         if is_square and 0 < x.stride(0) < x.stride(1) and len(set(batch.read_adapters())) > 1:
             raise ValueError(
                 f"The inputs of `{layer}` are a transposed tensor {tuple(x.shape)}: its rows may be in either order. "
-                "Pass `x.contiguous()` if the first dimension is that of the batch, else transpose it back."
+                "Pass `x.contiguous()` if the first dimension is the batch, else transpose it back."
             )
         return 1
-    rows_per_sample, rest = divmod(len(x), max(batch.size, 1))
-    if len(x) in batch.row_counts:
-        return rows_per_sample
-    whole = x._base  # perhaps of more rows than the batch has
-    is_view = (
-        whole is not None
-        and whole.dim() > 2
-        and x.numel() == batch.size * whole[0].numel()
-        and x.is_contiguous()
-        and whole.is_contiguous()
-    )
-    is_in_order = not rest and (is_view or len(set(batch.read_adapters())) == 1)
-    if not rest and not is_in_order:
-        with suppress(Exception):  # a model may refuse noise
-            batch.row_counts.update(batch.find_row_counts())
-        is_in_order = len(x) in batch.row_counts
-    if not is_in_order:
+
+    rows_per_sample, remainder = divmod(len(x), max(batch.size, 1))
+    if not remainder and len(x) not in batch.row_counts:
+        if _is_view_of_samples(x, batch.size) or len(set(batch.read_adapters())) == 1:
+            batch.row_counts.add(len(x))
+        else:
+            with suppress(Exception):  # a model may refuse noise
+                batch.row_counts.update(batch.find_row_counts())
+    if len(x) not in batch.row_counts:
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{batch.size} and {len(x)} respectively, in `{layer}`. Let it have inputs (batch, ..., in), or call "
             "the model for the rows of each adapter."
         )
-    batch.row_counts.add(len(x))
     return rows_per_sample
+
+
+def _is_view_of_samples(x: Tensor, size: int) -> bool:
+    """Return whether x is a view of the first `size` samples of a contiguous tensor (batch, ..., in)."""
+    whole = x._base
+    if whole is None or whole.dim() <= 2 or not (x.is_contiguous() and whole.is_contiguous()):
+        return False
+    return x.numel() == size * whole[0].numel()
+
+
+def first_argument(args: tuple, kwargs: dict) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def find_row_counts(model: nn.Module, layers: Iterable[nn.Module], size: int, args: tuple, kwargs: Any) -> set[int]:
     """Return the numbers of rows of layers that see several rows per sample, in the order of the samples.
 
-    A model may fold channels into the batch and flatten them again, which no layer sees. It is therefore run twice:
-    if a roll of the batch rolls the rows of a layer, by those of one sample, they are in order. Noise is added, so
-    that no samples are equal.
+    A model may fold channels into the batch and flatten them, which no layer sees. It is therefore run twice: if a
+    roll of the batch rolls the rows of a layer by those of one sample, they are in order. Noise is added, so that no
+    samples are equal.
     """
     noisy = tree_map(partial(_add_noise, size), (args, kwargs))
-    runs = [_record_inputs(model, layers, *each) for each in (noisy, tree_map(partial(_roll, size), noisy))]
+    rolled = tree_map(partial(_roll, size), noisy)
+    inputs = _record_inputs(model, layers, *noisy)
+    rolled_inputs = _record_inputs(model, layers, *rolled)
+
     in_order: dict[int, bool] = {}
-    for x, rolled in zip(*runs, strict=False):
-        rows_per_sample, rest = divmod(len(x), size)
-        if not rest and x.shape == rolled.shape:
-            expected = x.roll(rows_per_sample, 0)
-            rounding = 1e-4 * x.abs().max()
-            # rows that are equal do not show their order
-            shows = bool((expected - x).abs().max() > 10 * rounding)
-            follows = bool((rolled - expected).abs().max() <= rounding)
-            in_order[len(x)] = shows and follows and in_order.get(len(x), True)
+    for x, x_rolled in zip(inputs, rolled_inputs, strict=False):
+        rows_per_sample, remainder = divmod(len(x), size)
+        if remainder or x.shape != x_rolled.shape:
+            continue
+        expected = x.roll(rows_per_sample, 0)
+        rounding = 1e-4 * x.abs().max()
+        # rows that are equal do not show their order
+        shows = (expected - x).abs().max() > 10 * rounding
+        follows = (x_rolled - expected).abs().max() <= rounding
+        in_order[len(x)] = bool(shows and follows) and in_order.get(len(x), True)
     return {count for count, follows in in_order.items() if follows}
 
 
@@ -273,10 +287,13 @@ def _roll(size: int, value: Any) -> Any:
 def _record_inputs(model: nn.Module, layers: Iterable[nn.Module], args: tuple, kwargs: Any) -> list[Tensor]:
     """Run a model with its active adapters, and return the inputs of its layers."""
     inputs: list[Tensor] = []
+
+    def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        inputs.append(first_argument(args, kwargs))
+
     with ExitStack() as stack:
         for layer in layers:
-            hook = lambda module, args, kwargs: inputs.append(args[0] if args else next(iter(kwargs.values())))  # noqa: E731
-            stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            stack.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
         stack.enter_context(FORWARD_PASS.set(None))
         # in training, dropout would hide the order
         stack.enter_context(evaluating_without_trace(model))
@@ -296,69 +313,76 @@ def _run_by_adapter(adapters: Sequence[Any], run: Callable[[Any, tuple, dict], A
         is_batch = isinstance(value, Tensor) and value.dim() and len(value) == len(adapters)
         return value[index.to(value.device)] if is_batch else value
 
-    results = []
+    outputs = []
     order = []
     for adapter, indices in rows.items():
         index = torch.tensor(indices, device="cpu")
-        picked = {key: pick(value, index) for key, value in kwargs.items()}
-        results.append(run(adapter, tuple(pick(value, index) for value in args), picked))
+        picked_args = tuple(pick(value, index) for value in args)
+        picked_kwargs = {key: pick(value, index) for key, value in kwargs.items()}
+        outputs.append(run(adapter, picked_args, picked_kwargs))
         order += indices
-    return _join(results, torch.tensor(order, device="cpu").argsort())
+    return _join(outputs, torch.tensor(order, device="cpu").argsort())
 
 
-def _join(results: Sequence[Any], order: Tensor) -> Any:
-    """Join results, or each of their entries (pykan returns four), and put the rows in order."""
-    if isinstance(results[0], tuple):
-        return tuple(_join(entries, order) for entries in zip(*results, strict=True))
-    joined = torch.cat(list(results))
+def _join(outputs: Sequence[Any], order: Tensor) -> Any:
+    """Join outputs, or each of their entries (pykan returns four), and put the rows in order."""
+    if isinstance(outputs[0], tuple):
+        return tuple(_join(entries, order) for entries in zip(*outputs, strict=True))
+    joined = torch.cat(list(outputs))
     per_row = len(joined) // len(order)  # several where a layer flattens the leading dimensions (ChebyKAN)
     rows = joined.unflatten(0, (len(order), per_row))[order.to(joined.device)]
     return rows.flatten(0, 1)
 
 
-def find_row_evaluation(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Callable[[RowUpdates], Tensor] | None:
-    """The function of the updates of rows that evaluates a call of a `LoTRALayer` for all rows at once.
+def find_row_evaluation(layer: Any, args: tuple, kwargs: dict) -> Callable[[RowUpdates], Tensor] | None:
+    """Return the function of the updates that evaluates a call of a `LoTRALayer` for all rows at once.
 
-    It takes the formula of the layer, or a Slim layer; None if there is neither.
+    It is None unless the layer has a formula or is a Slim layer.
     """
     base_layer = layer._modules["base_layer"]
     if type(base_layer) is SlimKANLinear:
-        is_plain = len(args) == 1 and not kwargs and not runs_more_than_its_class(base_layer)
-        return partial(_output, base_layer, None, args[0]) if is_plain else None
+        if len(args) != 1 or kwargs or runs_more_than_its_class(base_layer):
+            return None
+        return partial(_evaluate_rows, base_layer, None, args[0])
     stored = layer.lotra_tensor.get_parameter(layer.get_base_layer())
     reader = layer._find_formula(stored)
     if reader is None or not reader.accepts(base_layer, stored, (), args, kwargs):
         return None
-    return partial(_output, base_layer, reader.read(base_layer), args[0])
+    return partial(_evaluate_rows, base_layer, reader.read(base_layer), args[0])
 
 
-def _output(base_layer: Any, formula: LayerFormula | None, x: Tensor, updates: RowUpdates) -> Tensor:
-    """The output for inputs (batch, ..., in), or (batch times, in) with `times` rows for each of the batch."""
-    of_base = base_layer(x) if formula is None else None  # of a Slim layer; first, since it checks x
-    index, size, order, places = updates.groups
+def _evaluate_rows(base_layer: Any, formula: LayerFormula | None, x: Tensor, updates: RowUpdates) -> Tensor:
+    """Return the output for inputs (batch, ..., in), or (batch * count, in) with `count` rows per sample."""
+    base_output = base_layer(x) if formula is None else None  # of a Slim layer; first, since it checks x
+    index, size, order, positions = updates.groups
     batch = updates.groups.batch()
-    times = x.shape[1:-1].numel() if x.shape[0] == batch else x.shape[:-1].numel() // batch
-    rows = x.reshape(batch, times, updates.form.shape[1])
-    rows = (rows if order is None else rows.index_select(0, order)).flatten(0, 1)
-    y = _product(base_layer, formula, updates._replace(groups=RowGroups(index, size * times)), rows)
-    if places is not None:
-        y = y.unflatten(0, (-1, times)).index_select(0, places)
+    count = x.shape[1:-1].numel() if x.shape[0] == batch else x.shape[:-1].numel() // batch
+
+    rows = x.reshape(batch, count, updates.form.shape[1])
+    if order is not None:
+        rows = rows.index_select(0, order)
+    grouped = updates._replace(groups=RowGroups(index, size * count))
+    y = _product(base_layer, formula, grouped, rows.flatten(0, 1))
+    if positions is not None:
+        y = y.unflatten(0, (-1, count)).index_select(0, positions)
     y = y.reshape(*x.shape[:-1], y.shape[-1])
-    return y if of_base is None else of_base + y
+    return y if base_output is None else base_output + y
 
 
 def _product(base_layer: Any, formula: LayerFormula | None, updates: RowUpdates, rows: Tensor) -> Tensor:
-    """The output (N, O) at rows (N, I) in the order of their groups; without the base, if there is no formula."""
+    """Return the output (N, O) at rows (N, I) in the order of their groups. Without a formula, it lacks the base."""
     if formula is None:
-        return RowProduct(None, updates, None, True).of_splines(rows, base_layer.grid, nn.functional.silu(rows))
+        product = RowProduct(None, updates, None, True)
+        return product.of_splines(rows, base_layer.grid, nn.functional.silu(rows))
+    has_residual = formula.residual is not None
     # the base is frozen
     matrix = formula.joined().detach()
-    size = matrix.shape[1] - (formula.residual is None)
-    matrix = matrix[:, :size].flatten(1).t()
+    num_basis = matrix.shape[1] - (not has_residual)
+    matrix = matrix[:, :num_basis].flatten(1).t()
     if updates.groups.size > 1:
-        matrix = matrix.contiguous()  # else a product with few outputs takes less time
+        matrix = matrix.contiguous()  # makes products with few outputs faster
     scale = None if formula.scale is None else formula.scale.detach()
-    has_residual = formula.residual is not None
+
     product = RowProduct(matrix, updates, scale, has_residual)
     if isinstance(formula.basis, UniformGrid):
         y = product.of_splines(rows, formula.basis, formula.activation(rows) if has_residual else None)
@@ -367,26 +391,30 @@ def _product(base_layer: Any, formula: LayerFormula | None, updates: RowUpdates,
     return y if formula.bias is None else y + formula.bias
 
 
-def _updates_by_name(layer: Any, names: Sequence[str], current: ForwardPass | None) -> RowUpdates | None:
-    """The updates of rows of a `LoTRALayer`; None if all rows have the same, or none."""
-    distinct, groups = _grouped(tuple(names))
-    updates = [next(iter(layer._updates([name], current)), None) for name in distinct] if len(distinct) > 1 else []
-    tensors = [update.tensor for update in updates if update is not None]
+def _updates_by_name(layer: Any, names: Sequence[str], current: ForwardPass) -> RowUpdates | None:
+    """Return the updates of the rows of a `LoTRALayer`; None if all have the same, or none."""
+    distinct, groups = _group_names(tuple(names))
     shape = full_shape(layer.lotra_tensor)
-    form = PackedTucker(shape, (0,) * len(shape))
-    if not names:  # the shape of the output is all that matters
-        form = form._replace(form=(1,) * len(shape))
-        updates = [None]
-    elif not tensors:
-        return None
-    for tensor in tensors:
-        form = form.with_room_for(tensor)
-    return RowUpdates(form.pack(updates, layer.lotra_tensor.get_parameter(layer.get_base_layer())), groups, form)
+    updates: list[Any] = [None]
+    form = PackedTucker(shape, (1,) * len(shape))  # without rows, the shape of the output is all that matters
+    if names:
+        if len(distinct) == 1:
+            return None
+        updates = [next(iter(layer._updates([name], current)), None) for name in distinct]
+        tensors = [update.tensor for update in updates if update is not None]
+        if not tensors:
+            return None
+        form = PackedTucker(shape, (0,) * len(shape))
+        for tensor in tensors:
+            form = form.with_room_for(tensor)
+    stored = layer.lotra_tensor.get_parameter(layer.get_base_layer())
+    return RowUpdates(form.pack(updates, stored), groups, form)
 
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _grouped(names: tuple[str, ...]) -> tuple[list[str], RowGroups]:
-    """The names, each once, and groups of the rows by the places of their names among them."""
-    places = {name: place for place, name in enumerate(dict.fromkeys(names))}
-    return list(places), group_rows(torch.tensor([places[name] for name in names], device="cpu"))[1]
+def _group_names(names: tuple[str, ...]) -> tuple[list[str], RowGroups]:
+    """Return the distinct names, and groups of the rows by the index of their names among them."""
+    indices = {name: index for index, name in enumerate(dict.fromkeys(names))}
+    index = torch.tensor([indices[name] for name in names], device="cpu")
+    return list(indices), group_rows(index)[1]

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 
 from ..layers.registry import Grid

@@ -364,8 +364,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             return self._call_base([], args, kwargs)
         if self.merged_adapters:
             if names is not None:
-                msg = "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-                raise ValueError(msg)
+                raise ValueError(
+                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+                )
             return self._call_base([], args, kwargs)
         if not (is_traced or in_transform()):  # where tensors have no values
             self.check_grid(args)

@@ -28,13 +28,10 @@ from .saving import (
     cast_to_storage,
     check_complete,
     check_no_base,
-    check_shapes,
     check_state_dict,
     check_tensors,
     is_saving,
     read_tensors,
-    saved_tensors,
-    select_to_save,
 )
 from .slim import SlimLoTRALayer
 from .targets import (
@@ -58,8 +55,8 @@ class LoTRAModel(BaseTuner):
     `alpha * core x1 factor_out x2 factor_in x3 factor_basis`. The method is described in
     https://huggingface.co/papers/2502.06153.
 
-    Norms with running statistics stay in evaluation mode, since the base is frozen, unless they are named in
-    `modules_to_save`.
+    The base is frozen. Norms with running statistics therefore stay in evaluation mode, unless `modules_to_save`
+    names them.
 
     Args:
         model ([`torch.nn.Module`]): The model to be adapted.
@@ -72,7 +69,8 @@ class LoTRAModel(BaseTuner):
         `torch.nn.Module`: The LoTRA model.
 
     Raises:
-        ValueError: The model has no KAN layer, is itself one, or a target is none. The model is unchanged.
+        ValueError: The model contains no KAN layer, is a KAN layer, or a target is no KAN layer. The model is
+            unchanged.
 
     Example:
         >>> from peft import get_peft_model
@@ -93,40 +91,33 @@ class LoTRAModel(BaseTuner):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         # before super().__init__, which injects the first adapter
-        self._targets: dict[str, Target] = {}
-        self._places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}  # of all modules, while layers are replaced
-        self._injection = ExitStack()  # keeps base layers in their places while PEFT copies modules to save in them
+        self._targets: dict[str, Target] = {}  # of the adapter that is injected
+        self._locations: dict[nn.Module, list[tuple[nn.Module, str]]] = {}  # of all modules, while layers are replaced
+        self._injection = ExitStack()
         self._requires_grad_of_base: list[tuple[nn.Parameter, bool]] = []
         self.replaced: Replaced = {}  # see `hotswap_adapter`
         super().__init__(model, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         _check_adapter_name(adapter_name)
-        config = self.peft_config[adapter_name]
-        if config.budget is not None:
+        if self.peft_config[adapter_name].budget is not None:
             # the ranks are written into it, and the object may serve other models
-            self.peft_config[adapter_name] = config = copy(config)
-        for name, key, _ in saved_tensors(config, model, ()):
-            if adapter_name in f"{PREFIX}{name}.{key}".split("."):
-                raise ValueError(
-                    f"An adapter that saves `{name}.{key}` cannot be called {adapter_name!r}: PEFT takes the names of "
-                    "adapters out of those of tensors. Choose another name."
-                )
-        requires_grad = self._requires_grad_of_base or [(it, it.requires_grad) for it in model.parameters()]
+            self.peft_config[adapter_name] = copy(self.peft_config[adapter_name])
+        requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         with self._injection:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._requires_grad_of_base = requires_grad
-        for module in model.modules() if config.modules_to_save else ():
+        self._requires_grad_of_base = self._requires_grad_of_base or requires_grad
+        for module in model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper) and pass_names not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(pass_names, with_kwargs=True)
-        self._targets, self._places = {}, {}
+        self._targets, self._locations = {}, {}
         freeze_norms(model)
 
     def _prepare_adapter_config(self, peft_config: LoTRAConfig, model_config: dict) -> LoTRAConfig:
         return peft_config
 
     def _prepare_model(self, peft_config: LoTRAConfig, model: nn.Module) -> None:
-        """Finds and checks all that an adapter needs, before the first module is replaced."""
+        """Find and check all that an adapter needs, before the first module is replaced."""
         if peft_config.target_modules == DUMMY_TARGET_MODULES:
             return
         with read_at_rest(model):
@@ -139,18 +130,19 @@ class LoTRAModel(BaseTuner):
         read_checked(peft_config, model, targets)  # PEFT reads the tensors again, to load them
         if peft_config.is_from_file or peft_config.targets_all_kan:
             peft_config.target_modules = exact_targets(targets, model)
-        peft_config.source = None  # was read; the object may serve another model
-        self._places = _places(model)
+        peft_config.source = None  # has been read; the object may serve another model
+        self._locations = _find_locations(model)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
     ) -> None:
-        # PEFT takes other names than those of the configuration if it injects from a state dict
+        # if PEFT injects from a state dict, its names differ from those of the configuration
         layer, spec, tensor = self._targets.get(current_key) or locate_target(current_key, target)
         if not isinstance(target, LoTRALayer):
             layer_cls = SlimLoTRALayer if isinstance(layer, (SlimKANLinear, SlimLayer)) else LoTRALayer
-            target, former = layer_cls(target, spec, tensor, current_key), target
-            self._replace_module(parent, target_name, target, former)
+            adapted = layer_cls(target, spec, tensor, current_key)
+            self._replace_module(parent, target_name, adapted, target)
+            target = adapted
             if spec.network_methods or spec.checkpoint_methods:
                 guard_network(self.model, current_key, spec)
         elif not target.lotra_r:
@@ -158,24 +150,24 @@ class LoTRAModel(BaseTuner):
         target.update_layer(adapter_name, peft_config)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # in all places, of which PEFT knows one
-        for module, name in self._places.get(child) or _places(self.model).get(child, []):
+        # a shared layer has several parents, and PEFT passes one
+        locations = self._locations or _find_locations(self.model)
+        for module, name in locations.get(child, []):
             setattr(module, name, new_module)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
-        config = next(reversed(self.peft_config.values()))  # of the adapter that is injected
-        layers = dict(lotra_layers(model)) if config.modules_to_save else {}
-        if any(".base_layer." in f"{name}." for name, _, _ in saved_tensors(config, model, layers)):
-            # next, PEFT copies the modules to save, also modules inside of KAN layers
-            self._injection.enter_context(base_layers_in_place(model))
+        # next, PEFT copies the modules to save, but refuses those inside of tuner layers
+        self._injection.enter_context(base_layers_in_place(model))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # PEFT makes new parameters, which require gradients
-        for _, layer in lotra_layers(self.model, adapter_name) if autocast_adapter_dtype else ():
-            for part in layer.get_components(adapter_name)._asdict().values():
-                if part.dtype.itemsize < 4:
-                    part.data = part.data.float()
+        # in place: PEFT would create parameters that require gradients
+        if not autocast_adapter_dtype:
+            return
+        for _, layer in lotra_layers(self.model, adapter_name):
+            for component in layer.get_components(adapter_name)._asdict().values():
+                if component.dtype.itemsize < 4:
+                    component.data = component.data.float()
 
     # --- saving and loading ---
 
@@ -188,11 +180,12 @@ class LoTRAModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: Any,
     ) -> dict[str, torch.Tensor]:
-        is_peft_model = hasattr(model, "get_base_model")
-        base = model.get_base_model() if is_peft_model else model
-        layers = {bare_name(name): layer for name, layer in lotra_layers(base, adapter_name)}
-        tensors = select_to_save(adapter_name, state_dict)
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        prefix, base = "", model
+        if hasattr(model, "get_base_model"):
+            prefix, base = PREFIX, model.get_base_model()
         if is_saving():  # PEFT writes the configuration after the tensors
+            layers = {bare_name(name): layer for name, layer in lotra_layers(base, adapter_name)}
             if not layers and config.target_modules != DUMMY_TARGET_MODULES:
                 raise ValueError(
                     "The model has no LoTRA layers, so that nothing was saved: they were merged or unloaded. Save "
@@ -202,41 +195,34 @@ class LoTRAModel(BaseTuner):
             if config.storage is not None:
                 tensors = cast_to_storage(tensors, config.storage)
             config.layers_to_record = {name: record_layer(layer) for name, layer in layers.items()}
-            config.ranks_to_record = {}  # the configuration may serve other models too
+            config.ranks_to_record = {}  # the object may serve other models too
             for name, layer in layers.items():
                 shapes = config.component_shapes(name, layer.lotra_tensor)
                 if config.r is None or shapes["core"] != layer.lotra_r[adapter_name]:
                     config.ranks_to_record[name] = layer.get_components(adapter_name).form
-        again = tuple(f"{PREFIX * is_peft_model}{name}.lotra_" for name in further_names(base))
-        return {key: tensor for key, tensor in tensors.items() if not key.startswith(again)}
+        repeated = tuple(f"{prefix}{name}.lotra_" for name in further_names(base))
+        return {key: tensor for key, tensor in tensors.items() if not key.startswith(repeated)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        # PEFT reads the file again, and passes dicts of users here too
+        # PEFT reads the file again, and passes state dicts of users too
         check_state_dict(state_dict)
-        state_dict = _renamed(state_dict, config.names_in_model)
+        state_dict = _rename_layers(state_dict, config.names_in_model)
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_no_base(model, tensors)
-        for name, first in further_names(model).items():  # layers with several names are loaded under each
+        for name, first in further_names(model).items():  # a layer with several names is loaded under each
             for component in COMPONENTS:
                 key = f"{first}.{component}.{adapter_name}"
                 if key in tensors:
                     tensors.setdefault(f"{name}.{component}.{adapter_name}", tensors[key])
         return tensors
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        # torch raises too, but after it has copied the tensors that fit
-        check_shapes(self.model, state_dict, f"{prefix}model.")
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
     # --- the forward pass ---
 
     def train(self, mode: bool = True) -> LoTRAModel:
-        """Sets the mode of all modules but frozen norms, also of networks whose own `train` is a training loop."""
+        """Set the mode of all modules except frozen norms, also in networks whose own `train` is a training loop."""
         self.training = mode
         for child in self.children():
             set_mode(child, mode)
@@ -247,50 +233,59 @@ class LoTRAModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
         if names is not None:
-            names = check_names(names)
-            if self.training:
-                raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-            unknown = sorted(set(names) - self.peft_config.keys() - {"__base__"})
-            if unknown:
-                raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-            check_batch(len(names), args, kwargs)
-            if is_tracing() or any(is_compiled(module) for module in self.modules()):
-                raise ValueError("`adapter_names` do not reach compiled modules: call the model that is not compiled.")
+            names = self._check_adapter_names(names, args, kwargs)
         if is_tracing():
             yield
             return
+
+        def count_rows() -> set[int]:
+            layers = [layer for _, layer in lotra_layers(self.model)]
+            return find_row_counts(self.model, layers, len(names), args, kwargs)
+
+        def keep(module: nn.Module, args: tuple, outputs: Any) -> None:
+            FORWARD_PASS.keep(outputs)
+
         with ExitStack() as stack:
-            current = ForwardPass(names, self.replaced, set())
-            if names is not None:
-                count, model = len(names), self.model
-                find = lambda: find_row_counts(model, dict(lotra_layers(model)).values(), count, args, kwargs)  # noqa: E731
-                current = current._replace(find_row_counts=find)
-            # as `FORWARD_PASS.set` does, without its calls
+            current = ForwardPass(names, self.replaced, set(), count_rows)
+            # like `FORWARD_PASS.set`, without its calls
             stack.callback(FORWARD_PASS.now.reset, FORWARD_PASS.now.set(current))
             if names is not None and torch.is_grad_enabled():
                 # for layers that gradient checkpointing runs again, see `PassVariable`
-                keep = lambda module, args, outputs: FORWARD_PASS.keep(outputs)  # noqa: E731
                 stack.callback(self.model.register_forward_hook(keep).remove)
             yield
+
+    def _check_adapter_names(self, names: Any, args: tuple, kwargs: dict) -> tuple[str, ...]:
+        """Return the adapter of each sample; raise a ValueError if the inputs or the model do not take them."""
+        names = check_names(names)
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = sorted(set(names) - self.peft_config.keys() - {"__base__"})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        check_batch(len(names), args, kwargs)
+        if is_tracing() or any(is_compiled(module) for module in self.modules()):
+            raise ValueError("`adapter_names` do not reach compiled modules: call the model that is not compiled.")
+        return names
 
     # --- merging ---
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merges the active adapters, or those named, into the base model; `unmerge_adapter` undoes it bit for bit.
+        """Merge the active adapters, or those named, into the base model; `unmerge_adapter` undoes it bit for bit.
 
         Args:
             adapter_names (`list[str]`, *optional*): The adapters.
             safe_merge (`bool`): Whether to check first that the merged weights are finite.
         """
         self._check_merge(adapter_names, safe_merge)
-        super().merge_adapter(adapter_names=adapter_names)  # what `safe_merge` asks for was checked
+        super().merge_adapter(adapter_names=adapter_names)
 
-    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool = False) -> None:
-        """Checks all layers before the first is merged."""
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Check all layers before the first one is merged."""
         check_known(adapter_names or (), self.peft_config)
         for _, layer in lotra_layers(self.model):
             names = adapter_names or layer.active_adapters
-            layer.check_merge([n for n in names if n in layer.lotra_r and n not in layer.merged_adapters], safe_merge)
+            unmerged = [name for name in names if name in layer.lotra_r and name not in layer.merged_adapters]
+            layer.check_merge(unmerged, safe_merge)
 
     def _unload_and_optionally_merge(
         self,
@@ -303,8 +298,8 @@ class LoTRAModel(BaseTuner):
             self._check_merge(adapter_names, safe_merge)
         elif any(layer.merged for _, layer in lotra_layers(self.model)):
             self.unmerge_adapter()
-        for parameter, flag in self._requires_grad_of_base:
-            parameter.requires_grad_(flag)
+        for parameter, requires_grad in self._requires_grad_of_base:
+            parameter.requires_grad_(requires_grad)
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         release_networks(model)
         for module in model.modules():
@@ -316,12 +311,12 @@ class LoTRAModel(BaseTuner):
     add_weighted_adapter = add_weighted_adapter
 
 
-def _places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
-    """The places of each module: its parents, and its names there."""
-    found: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+def _find_locations(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """Return the parents of each module, with its names in them."""
+    locations: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for parent, name, child in places(model):
-        found.setdefault(child, []).append((parent, name))
-    return found
+        locations.setdefault(child, []).append((parent, name))
+    return locations
 
 
 def _check_adapter_name(name: Any) -> None:
@@ -333,34 +328,42 @@ def _check_adapter_name(name: Any) -> None:
 
 
 def read_checked(config: LoTRAConfig, model: nn.Module, targets: dict[str, Target]) -> dict[str, torch.Tensor]:
-    """Compares an adapter from a file, its base and its tensors, with a model.
+    """Compare an adapter from a file, its base and its tensors, with a model.
 
-    The layers of the file are paired with those of the model, and its patterns in `config` renamed accordingly: the
-    shapes of the components depend on them.
+    The layers of the file are paired with those of the model. The patterns in `config` are renamed accordingly, since
+    the shapes of the components depend on them.
 
     Returns:
-        The tensors by the names in the model; none without a file.
+        The tensors by their names in the model; none without a file.
     """
-    source, recorded = config.source, config.base_layers or {}
-    allows_other_shapes = source is not None and source.ignore_mismatched_sizes
-    if recorded:
-        config.names_in_model = dict(zip(recorded, targets, strict=True))
+    if config.base_layers:
+        config.names_in_model = dict(zip(config.base_layers, targets, strict=True))
         for old, new in config.names_in_model.items():
-            for pattern in (config.rank_pattern, config.alpha_pattern):
-                if old != new and (key := get_pattern_key(list(pattern), old)) in pattern:
-                    pattern[pattern_key(new)] = pattern.pop(key) if key == pattern_key(old) else pattern[key]
-        check_base(recorded.values(), targets, model, config.check_base, allows_other_shapes)
-    if source is None:
+            if old != new:
+                _rename_pattern(config.rank_pattern, old, new)
+                _rename_pattern(config.alpha_pattern, old, new)
+        check_base(config.base_layers.values(), targets, model, config.check_base)
+    if config.source is None:
         return {}
-    tensors = _renamed(read_tensors(source, config.weights_sha256), config.names_in_model)
-    check_tensors(tensors, config, model, targets, allows_other_shapes)
+    tensors = read_tensors(config.source, config.weights_sha256)
+    tensors = _rename_layers(tensors, config.names_in_model)
+    check_tensors(tensors, config, model, targets)
     return tensors
 
 
-def _renamed(tensors: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
-    """The tensors of a file with the names that its layers have in this model."""
+def _rename_pattern(pattern: dict[str, Any], old: str, new: str) -> None:
+    """Let the entry of `rank_pattern` or `alpha_pattern` for a layer hold for its new name."""
+    key = get_pattern_key(list(pattern), old)
+    if key in pattern:
+        pattern[pattern_key(new)] = pattern.pop(key) if key == pattern_key(old) else pattern[key]
+
+
+def _rename_layers(tensors: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file with the names of its layers in this model."""
     renamed = {}
     for key, tensor in tensors.items():
         layer, _, component = bare_name(short_name(key)).rpartition(".")
-        renamed[f"{PREFIX}{names[layer]}.{component}" if layer in names else key] = tensor
+        if layer in names:
+            key = f"{PREFIX}{names[layer]}.{component}"
+        renamed[key] = tensor
     return renamed

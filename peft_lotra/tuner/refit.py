@@ -22,8 +22,8 @@ from ..layers.registry import same_grid, short_name
 from ..modules.calls import call_with_parameters, check_module, modes_kept, unwrap
 from ..modules.report import Report, TextTable
 from ..tucker import Tucker, fit, relative_energy, tucker
-from .guards import base_layers_in_place
 from .grids import grid_ends
+from .guards import base_layers_in_place
 from .layer import LoTRALayer, lotra_layers
 
 

@@ -262,11 +262,10 @@ def message_of(model):
 def test_the_message_without_layers():
     plain = message_of(nn.Sequential(nn.Linear(2, 2), nn.Conv2d(2, 2, 3)))
     assert plain.startswith("No KAN layer was found") and "candidates are" not in plain
-    assert "KAT, GR-KAN" in plain and "Use `register_kan_layer` to describe other layers" in plain
-    layers = [type("Experts" * 9, (Experts,), {})() for _ in range(5)]
-    message = message_of(nn.ModuleDict({f"{'block' * 9}{place}": layer for place, layer in enumerate(layers)}))
+    assert "KAT, GR-KAN" in plain and "`register_kan_layer` describes other layers" in plain
+    message = message_of(nn.ModuleDict({f"block{index}": Experts() for index in range(5)}))
     assert "`find_kan_layers(model)` shows why" in message
-    assert message.count("(Experts") == 3 and max(len(plain), len(message)) < 400
+    assert message.count("(Experts)") == 3 and "and 2 more" in message
 
 
 class Encoder(nn.Module):

@@ -201,25 +201,6 @@ def test_a_broken_configuration_is_one_clear_error(folder, read, content):
     assert type(caught.value) is ValueError and str(folder) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        3,
-        {},
-        {"family": 3},
-        {"family": "peft-lotra"},
-        {"family": "peft-lotra", "shape": "x"},
-        {"family": "peft-lotra", "shape": [4, 3, 8], "grid": "x"},
-    ],
-)
-def test_a_broken_record_of_the_base_is_refused(folder, record):
-    config = json.loads((folder / CONFIG).read_text())
-    config["base_layers"]["kan.layers.0"] = record
-    (folder / CONFIG).write_text(json.dumps(config))
-
-    files_refused(folder, f"{folder}.*`base_layers` must be")
-
-
 @pytest.mark.parametrize("more", [{}, {"a_field_of_later": 3}])
 def test_a_newer_format_is_called_newer(folder, more):
     config = json.loads((folder / CONFIG).read_text())
