@@ -18,7 +18,8 @@ from ..compress.spectra import Spectrum
 from ..layers.describe import is_linear
 from ..layers.registry import find_layer, short_name
 from ..least_squares.levenberg_marquardt import LevenbergMarquardtStep
-from ..tuner.layer import LoTRALayer, Target, grid_ends
+from ..tuner.grids import grid_ends
+from ..tuner.layer import LoTRALayer, Target
 from ..tuner.targets import locate_target
 from .edges import edge_coefficients, layer_changes, measure_change
 

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Starts of adapters from the gradient of the base's coefficients."""
+"""Initialize adapters from the gradient of the base's coefficients."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from .initialization import initialize
 from .layer import LoTRALayer, check_unmerged, lotra_layers
 
 
-DENSE = "dense update"  # an adapter that layers have while a start is computed
+DENSE = "dense update"  # the name of an adapter that layers have while a start is computed
 
 
 def start_from_gradient(
     model: nn.Module, loss: Callable[..., torch.Tensor], batches: Iterable[Any] | None = None
 ) -> None:
-    """Starts the active adapter anew, in the directions that full fine-tuning would take first.
+    """Initialize the active adapter with the directions that full fine-tuning would take first.
 
-    With G the gradient of the loss with respect to a layer's coefficients, factor_in, factor_basis and core span the
-    leading right singular vectors of G, and factor_out is zero: the adapted model equals its base again. Call it
-    before the optimizer is made: [`create_lotra_optimizer`] then has the rates of this start.
+    Let G be the gradient of the loss with respect to the coefficients of a layer. factor_in, factor_basis and core
+    span the leading right singular vectors of G, and factor_out is zero, so that the adapted model equals its base.
+    Call it before [`create_lotra_optimizer`], which then sets the learning rates of this start.
 
     Args:
         model (`nn.Module`): A model with one active LoTRA adapter, or a module around it.
         loss (`Callable`): Computes the loss of the new task, a tensor of one value: `loss()`, or `loss(batch)` for
-            each of the batches, whose gradients are summed. It is not to call `backward()`.
+            each batch, whose gradients are summed. It must not call `backward()`.
         batches (`Iterable`, *optional*): A few hundred samples are enough.
 
     Raises:
         TypeError: `loss` is no function.
         ValueError: There is no active adapter, or more than one; adapters are merged; the loss does not depend on the
-            coefficients, or its gradient is not finite. The adapter is as before then.
-        RuntimeError: The grid is not the one that the adapter was made on.
+            coefficients, or its gradient is not finite. The adapter is unchanged then.
+        RuntimeError: The grid has moved since the adapter was made.
 
     Example:
         >>> from peft import get_peft_model
@@ -70,16 +70,18 @@ def start_from_gradient(
 
 
 def find_active_adapter(network: nn.Module) -> tuple[str, LoTRAConfig, dict[str, LoTRALayer]]:
-    """Return the adapter that is to start anew, a copy of its configuration, and its layers by name.
+    """Return the active adapter, a copy of its configuration, and its layers by name.
 
     Raises:
-        ValueError: Not one adapter is active, or adapters are merged.
+        ValueError: No adapter is active, or more than one, or adapters are merged.
     """
     check_unmerged(network)
-    active = {name for _, layer in lotra_layers(network) for name in layer.active_adapters if name in layer.lotra_r}
+    active = set()
+    for _, layer in lotra_layers(network):
+        active.update(name for name in layer.active_adapters if name in layer.lotra_r)
     if len(active) != 1:
         raise ValueError(
-            f"One LoTRA adapter is to start anew, but {sorted(active) or 'none'} is active. Add one by "
+            f"One LoTRA adapter must be active, but {sorted(active) or 'none'} is active. Add one by "
             "`get_peft_model(model, LoTRAConfig(...))`, or choose one by `model.set_adapter(name)`."
         )
     (adapter,) = active
@@ -88,7 +90,7 @@ def find_active_adapter(network: nn.Module) -> tuple[str, LoTRAConfig, dict[str,
 
 
 def replace_config(network: nn.Module, adapter: str, config: LoTRAConfig) -> None:
-    """Give an adapter another configuration: the object may serve other models."""
+    """Replace the configuration of an adapter, since the object may serve other models."""
     for configs in _find_configs(network, adapter):
         configs[adapter] = config
 
@@ -104,10 +106,10 @@ def _find_configs(network: nn.Module, adapter: str) -> Iterator[dict[str, LoTRAC
 def dense_updates(
     model: nn.Module, layers: Mapping[str, LoTRALayer], config: LoTRAConfig
 ) -> Iterator[dict[str, nn.Parameter]]:
-    """Let dense updates, which start at zero, be the only active adapters of layers, and all that is trained.
+    """Make dense updates, initialized to zero, the only active adapters and the only trained parameters.
 
     Yields:
-        The updates (out, in, basis) by layer. Afterwards the model is as before.
+        The updates (out, in, basis) by layer. Afterwards the model is restored.
     """
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     with modes_kept(model), buffers_kept(model), ExitStack() as stack, torch.inference_mode(False):
@@ -120,18 +122,21 @@ def dense_updates(
         for name, layer in layers.items():
             layer.check_grid()
             stack.callback(layer.delete_adapter, DENSE)
-            for attribute in ("_active_adapter", "_disable_adapters"):
-                stack.callback(setattr, layer, attribute, getattr(layer, attribute))
+            stack.callback(setattr, layer, "_active_adapter", layer._active_adapter)
+            stack.callback(setattr, layer, "_disable_adapters", layer._disable_adapters)
             layer.update_layer(DENSE, LoTRAConfig(r="full", adapt_residual=config.adapt_residual))
-            layer._active_adapter, layer._disable_adapters = [DENSE], False
-            updates[name] = core = layer.get_components(DENSE).core
+            layer._active_adapter = [DENSE]
+            layer._disable_adapters = False
+            core = layer.get_components(DENSE).core
             core.data = core.data.to(torch.promote_types(core.dtype, torch.float32))
+            updates[name] = core
         yield updates
 
 
 def compute_losses(loss: Callable[..., torch.Tensor], batches: Iterable[Any] | None) -> Iterator[torch.Tensor]:
-    """Compute the loss of each batch, or without batches the loss; a ValueError unless each has one value."""
-    for arguments in [()] if batches is None else ((batch,) for batch in batches):
+    """Yield the loss of each batch, or without batches the loss; raise a ValueError unless it has one value."""
+    calls = [()] if batches is None else ((batch,) for batch in batches)
+    for arguments in calls:
         value = loss(*arguments)
         if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
             raise ValueError(

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Exchanging the weights of a loaded adapter while the model serves."""
+"""Exchange the weights of a loaded adapter while the model serves."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from peft import PeftModel
 from torch import nn
 
 from ..modules.calls import PREFIX, unwrap
-from ..modules.checks import check_count, check_path
+from ..modules.checks import check_count
 from ..tucker import Tucker, cap_ranks, form_text, read_components
 from .config import LoTRAConfig
-from .layer import LoTRALayer, lotra_layers
+from .layer import lotra_layers
 from .model import LoTRAModel, read_checked
 from .targets import find_targets
 from .weighted import check_known
 
 
-@torch.inference_mode(False)  # or the new parameters could not be trained, and compiled code would be compiled anew
+@torch.inference_mode(False)  # else parameters could not be trained, and compiled code would be compiled again
 @torch.no_grad()
 def hotswap_adapter(
     model: nn.Module,
@@ -31,13 +31,13 @@ def hotswap_adapter(
     target_rank: int | None = None,
     **kwargs: Any,
 ) -> None:
-    """Replaces the weights of a loaded adapter by those of another one of the same layers.
+    """Replace the weights of a loaded adapter by those of an adapter of the same layers.
 
-    All tensors are read and checked first, and exchanged at once: another thread's forward pass gives the answer of
-    the old adapter or of the new one. A compiled model is not compiled again where ranks stay the same. (PEFT's own
-    `hotswap_adapter` takes LoRA only.) The scale that `set_scale` set and the dropouts are kept; where the new adapter
-    has another alpha, its core is multiplied by the ratio. The components are new parameters: an optimizer has to be
-    built anew.
+    All tensors are read and checked first, and exchanged at once: a forward pass in another thread gives the answer of
+    the old adapter or of the new one. A compiled model is not compiled again if the ranks stay the same. (PEFT's own
+    `hotswap_adapter` only supports LoRA.) Dropouts, and a scale set by `set_scale`, are kept. If the new adapter has a
+    different alpha, its core is multiplied by the ratio. The components are new parameters: create optimizers
+    afterwards.
 
     Args:
         model ([`PeftModel`]): The model with the loaded adapter, compiled or not.
@@ -48,7 +48,7 @@ def hotswap_adapter(
         kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `check_base`, as for `PeftModel.from_pretrained`.
 
     Raises:
-        ValueError: The new adapter is not a LoTRA adapter; there is no adapter of the name; it is merged; or the new
+        ValueError: The new adapter is not a LoTRA adapter; there is no adapter of this name; it is merged; or the new
             one has other layers, shapes, ranks, grids or saved modules. Nothing is changed then.
 
     Example:
@@ -63,7 +63,6 @@ def hotswap_adapter(
         ...     hotswap_adapter(model, folder)
     """
     model = model if isinstance(model, PeftModel) else getattr(model, "_orig_mod", model)
-    check_path(model_name_or_path, "model_name_or_path")
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, LoTRAModel):
         raise ValueError(f"`model` is a {type(model).__name__}, but must be a PeftModel with a LoTRA adapter.")
     tuner = model.base_model
@@ -71,7 +70,7 @@ def hotswap_adapter(
     if target_rank is not None:
         target_rank = check_count(target_rank, "target_rank")
     old = tuner.peft_config[adapter_name]
-    new = LoTRAConfig.from_pretrained(str(model_name_or_path), **kwargs)
+    new = LoTRAConfig.from_pretrained(os.fspath(model_name_or_path), **kwargs)
     if not isinstance(new, LoTRAConfig):
         raise ValueError(f"The adapter at {model_name_or_path} is of the type {new.peft_type}, not LOTRA.")
     base = unwrap(model)
@@ -81,49 +80,46 @@ def hotswap_adapter(
     targets = find_targets(new, base) if new.base_layers else {}
     if set(targets) != set(layers) or set(new.modules_to_save or ()) != set(old.modules_to_save or ()):
         raise ValueError(
-            f"The new adapter has the layers {list(targets)} and saves {new.modules_to_save}, the other "
-            f"{list(layers)} and {old.modules_to_save}. Load it beside the other: `model.load_adapter(...)`."
+            f"The new adapter has the layers {list(targets)} and saves {new.modules_to_save}, the present one "
+            f"{list(layers)} and {old.modules_to_save}. Load it as another adapter: `model.load_adapter(...)`."
         )
-    tensors = read_checked(new, base, targets)
-    swapped = {
-        name: _components(tensors, name, layer, adapter_name, new, target_rank) for name, layer in layers.items()
-    }
-    place = f".modules_to_save.{adapter_name}."  # in the names of the copies of modules; files leave it out
-    state = model.state_dict() if new.modules_to_save else {}  # shares the memory of the parameters
-    copies = {key.replace(place, "."): tensor for key, tensor in state.items() if place in key}
-    pairs = [(copies[key], tensor) for key, tensor in tensors.items() if ".lotra_" not in key]
 
-    # Passes that have begun hold this dict (`ForwardPass.replaced`). A layer reads the components first, the dict
-    # second, and so has the former ones throughout; later passes get the new dict below.
+    tensors = read_checked(new, base, targets)
+    replacements = {}
+    for name, layer in layers.items():
+        components = read_components(tensors, f"{PREFIX}{name}.")
+        ratio = new.alpha_of(name) / layer.lotra_alpha[adapter_name]
+        replacements[name] = _fit_to(layer.get_components(adapter_name), components, ratio, target_rank, name)
+    saved = []
+    state = model.state_dict() if new.modules_to_save else {}  # shares the memory of the parameters
+    for key, parameter in state.items():
+        file_key = key.replace(f".modules_to_save.{adapter_name}.", ".")
+        if file_key != key:
+            saved.append((parameter, tensors[file_key]))
+
+    # Passes that have begun hold this dict (`ForwardPass.replaced`). A layer reads the components first, and the dict
+    # second, so that such a pass has the former ones throughout. Later passes get the new dict below.
     tuner.replaced.update({(id(layer), adapter_name): layer.get_components(adapter_name) for layer in layers.values()})
     for name, layer in layers.items():
-        layer.replace_components(adapter_name, swapped[name])
-    for present, tensor in pairs:
-        present.copy_(tensor)
+        layer.replace_components(adapter_name, replacements[name])
+    for parameter, tensor in saved:
+        parameter.copy_(tensor)
     tuner.replaced = {}
 
 
-def _components(
-    tensors: dict[str, torch.Tensor],
-    name: str,
-    layer: LoTRALayer,
-    adapter: str,
-    config: LoTRAConfig,
-    target_rank: int | None,
-) -> Tucker:
-    """The new components of a layer, filled up to the ranks there, in their dtype and on their device."""
-    present = layer.get_components(adapter)
-    new = read_components(tensors, f"{PREFIX}{name}.").map(lambda component: component.to(present.core))
-    wanted = present.ranks if target_rank is None else cap_ranks(target_rank, present.shape)
-    missing = [there - rank for rank, there in zip(new.ranks, wanted, strict=True)]
-    if new.shape != present.shape or min(missing) < 0 or (target_rank is None and any(missing)):
+def _fit_to(present: Tucker, components: Tucker, ratio: float, target_rank: int | None, name: str) -> Tucker:
+    """Return components times a ratio, filled up to the present ranks or `target_rank`, in the present dtype.
+
+    Raises:
+        ValueError: The shapes differ, or ranks are too large.
+    """
+    ranks = present.ranks if target_rank is None else cap_ranks(target_rank, present.shape)
+    missing = [rank - size for rank, size in zip(ranks, components.ranks, strict=True)]
+    if components.shape != present.shape or min(missing) < 0 or (target_rank is None and any(missing)):
         raise ValueError(
-            f"`{name}` has the sizes {new.shape} and ranks {form_text(new.form)} in the new adapter, "
-            f"{present.shape} and {wanted} here. Pass `target_rank`, or load it beside the other: "
+            f"`{name}` has the sizes {components.shape} and ranks {form_text(components.form)} in the new adapter, "
+            f"{present.shape} and {ranks} in the model. Pass `target_rank`, or load it as another adapter: "
             "`model.load_adapter(...)`."
         )
-    alpha = layer.lotra_alpha[adapter]
-    if not alpha:
-        raise ValueError(f"`{name}` has the alpha 0 in the loaded adapter, which no core can make up for.")
-    raised = new.raised(wanted)
-    return raised._replace(core=raised.core * (config.alpha_of(name) / alpha))
+    raised = components.map(lambda component: component.to(present.core)).raised(ranks)
+    return raised._replace(core=raised.core * ratio)

@@ -1,9 +1,9 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""How the components of an adapter start: at random, from the base's coefficients, or from their gradient.
+"""Initialize the components of an adapter: at random, from the base's coefficients, or from their gradient.
 
-One component is zero (as LoRA's B, factor_out), so that the update is zero.
+One component, by default factor_out, is zero like LoRA's B, so that the update is zero.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from ..tucker import Tucker, truncated_hosvd, tucker
 
 @torch.no_grad()
 def initialize(components: Tucker, start: bool | str, zero: str, source: Tensor | None = None) -> None:
-    """Fills the components of an adapter in place; those on the meta device are left alone.
+    """Fill the components of an adapter in place, except on the meta device.
 
     Args:
         components: The components.
         start: `init_weights` of the configuration.
-        zero: The component that is zero, so that the update is; none with `start=False`.
+        zero: The component that becomes zero, unless `start` is False.
         source: The coefficients (out, in, basis [, kernel]) of the base layer for `start="hosvd"`, their gradient for
             `"gradient"`.
     """
     if components.core.is_meta:
         return
-    if isinstance(start, bool) or source is None:
+    if source is None:
         _at_random(components, draw_out=not start or zero != "factor_out")
     elif start == "gradient":
         _from_gradient(components, zero, source)
@@ -40,55 +40,53 @@ def initialize(components: Tucker, start: bool | str, zero: str, source: Tensor 
 
 
 def check_start(start: bool | str, source: Tensor | None) -> None:
-    """Raises a ValueError if an adapter cannot start so."""
+    """Raise a ValueError if an adapter cannot be initialized from this source; see `initialize`."""
     if start in ("gradient", "training"):
         raise ValueError(
-            f'`init_weights="{start}"` is what files say of such a start. Leave it out, and call '
+            f'`init_weights="{start}"` is written by such a start. Leave it out, and call '
             f"`start_from_{start}(model, loss)` once the adapter is added."
         )
-    if start == "hosvd" and (source is None or source.is_meta or not source.isfinite().all()):
-        state = "not finite" if source is not None and not source.is_meta else "on the meta device"
+    if source is not None and (source.is_meta or not source.isfinite().all()):
+        state = "on the meta device" if source.is_meta else "not finite"
         raise ValueError(
-            f'`init_weights="hosvd"` decomposes the coefficients of the base layers, but those of one are {state}. '
+            f'`init_weights="hosvd"` decomposes the coefficients of the base layers, but in one they are {state}. '
             "Load the weights of the base before the adapter is added, or pass `init_weights=True`."
         )
 
 
 def _at_random(components: Tucker, draw_out: bool) -> None:
-    """Draws the components such that the update has the size of a well-scaled layer's output.
+    """Draw components whose update has the size of the output of a well-scaled layer.
 
-    factor_in, factor_basis and factor_kernel get orthogonal columns, of norm 1, sqrt(basis) and 1: a projected basis
-    function then has the size of a basis function for any width and kernel. The core is normal with variance
-    1 / (ri rb [rk]), which keeps that size, and factor_out with variance 1 / ro. The core takes the norm of a
-    factor_basis that is absent.
+    factor_in, factor_basis and factor_kernel get orthogonal columns of norm 1, sqrt(basis) and 1. A projected basis
+    function then has the size of a basis function, for any width and kernel. The core is normal with variance
+    1 / (ri rb [rk]), which keeps that size, and factor_out with variance 1 / ro. Without factor_basis, the core gets
+    its norm.
     """
     core, factor_out, *inner = components
     core.normal_(std=_size_of_core(components))
     gains = (1.0, math.sqrt(components.shape[2]), 1.0)
     for factor, gain in zip(inner, gains, strict=False):
-        if factor is None:
-            continue
-        # the QR decomposition does not exist in half precision
-        q, r = torch.linalg.qr(torch.randn_like(factor, dtype=torch.promote_types(factor.dtype, torch.float32)))
-        factor.copy_(q * (gain * r.diagonal().sign()))  # as `nn.init.orthogonal_`, in half the time
-    if draw_out and factor_out is not None:  # a component that is zero anyway takes no random numbers
+        if factor is not None:
+            # the QR decomposition does not exist in half precision
+            draws = torch.randn_like(factor, dtype=torch.promote_types(factor.dtype, torch.float32))
+            q, r = torch.linalg.qr(draws)
+            factor.copy_(q * (gain * r.diagonal().sign()))  # as `nn.init.orthogonal_`, in half the time
+    if draw_out and factor_out is not None:  # else the random numbers of the next layer would change
         factor_out.normal_(std=1 / math.sqrt(len(core)))
 
 
 def _from_gradient(components: Tucker, zero: str, gradient: Tensor) -> None:
-    """Sets the components to the directions that the gradient of a layer's coefficients uses most.
+    """Set the components to the leading directions of the gradient of a layer's coefficients.
 
     The best Tucker approximation (HOOI) of the gradient gives factor_in, factor_basis and factor_kernel, with columns
-    of norm 1, sqrt(basis) and 1. The gradient projected on them unfolds to a matrix (out, ri rb [rk]), whose leading
-    ro right singular vectors are the rows of the core. The singular values are dropped, since a step of Adam should be
-    as large for a weak direction as for a strong one.
+    of norm 1, sqrt(basis) and 1. The gradient projected on them unfolds to a matrix (out, ri rb [rk]). Its leading ro
+    right singular vectors are the rows of the core. The singular values are dropped, so that a step of Adam is as
+    large for a weak direction as for a strong one.
 
-    Where factor_out is not trained, or the out mode is full, another component is `zero`, and the factors that there
-    are come from the approximation.
+    If `zero` is not factor_out, which is frozen or absent, all factors come from the approximation.
     """
     core = components.core
-    gradient = gradient[:, :, : components.shape[2]]
-    approximation = tucker(gradient, components.ranks)
+    approximation = tucker(gradient[:, :, : components.shape[2]], components.ranks)
     projected = approximation.core
     for name, factor in approximation.balanced()._asdict().items():
         if name != "core":
@@ -109,7 +107,7 @@ def _size_of_core(components: Tucker) -> float:
 
 
 def _from_base(components: Tucker, coefficients: Tensor) -> None:
-    """Sets the components to the truncated HOSVD of the layer's coefficients.
+    """Set the components to the truncated HOSVD of the layer's coefficients.
 
     Columns of the factors get the norms sqrt(out), 1, sqrt(basis) and 1.
 

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Teaches `jet`, and the search for KAN layers, what PEFT puts around modules. Importing this module registers it."""
+"""Register the wrappers of PEFT for `jet` and for the search for KAN layers, when this module is imported."""
 
 from __future__ import annotations
 
@@ -17,41 +17,47 @@ from .layer import LoTRALayer
 
 
 def _only_stage(model: LoTRALayer | ParamWrapper) -> Stage | None:
-    """The stage of the base layer, `None` if the base layer is not a single stage."""
+    """Return the stage of the base layer; None if it has several stages, or no formula."""
     if model.disable_adapters and model.merged:
-        model.unmerge()  # as its forward does
+        model.unmerge()  # like its forward
     stages = stages_of(model.base_layer)
-    return stages[0] if stages is not None and len(stages) == 1 else None
+    if stages is None or len(stages) != 1 or stages[0].formula is None:
+        return None
+    return stages[0]
 
 
 def _lotra_layer(model: LoTRALayer) -> list[Stage] | None:
     stage = _only_stage(model)
-    if stage is None or stage.formula is None:
+    if stage is None:
         return None
     updates = (*stage.formula.updates, *model.applied_updates())
     return [stage._replace(formula=stage.formula._replace(updates=updates))]
 
 
 def _lora_on_parameter(model: ParamWrapper) -> list[Stage] | None:
-    """PEFT's LoRA on `target_parameters`: its updates are dense."""
+    """Return the stage of a layer with PEFT's LoRA on `target_parameters`, whose updates are dense."""
     stage = _only_stage(model)
-    if stage is None or stage.formula is None:
+    if stage is None:
         return None
-    weight = model.get_param()
-    # in layers of other libraries a parameter of any name may be laid out otherwise
-    terms = [name for name in ("coefficients", "residual") if getattr(stage.formula, name) is weight]
-    if not terms:
-        return None
+    parameter = model.get_param()
+    weight = parameter
     if not (model.merged or model.disable_adapters):
         for adapter in model.active_adapters:
             if adapter in model.lora_A:
                 weight = weight + model.get_delta_weight(adapter)
-    return [stage._replace(formula=stage.formula._replace(**{terms[0]: weight}))]
+    # compared by identity, since other libraries may lay out a parameter of the same name in another order
+    for field in ("coefficients", "residual"):
+        if getattr(stage.formula, field) is parameter:
+            return [stage._replace(formula=stage.formula._replace(**{field: weight}))]
+    return None
 
 
 def _saved_module(wrapper: ModulesToSaveWrapper) -> nn.Module:
-    active = [] if wrapper.disable_adapters else [n for n in wrapper.active_adapters if n in wrapper.modules_to_save]
-    return wrapper.modules_to_save[active[0]] if active else wrapper.original_module
+    if not wrapper.disable_adapters:
+        for adapter in wrapper.active_adapters:
+            if adapter in wrapper.modules_to_save:
+                return wrapper.modules_to_save[adapter]
+    return wrapper.original_module
 
 
 NOT_SEARCHED.append(AuxiliaryTrainingWrapper)

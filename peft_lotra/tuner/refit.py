@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Carrying adapters over to grids that have moved: the same functions in other coefficients."""
+"""Express adapters on grids that have moved: the same functions with other coefficients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import einsum
-from torch import nn
+from torch import Tensor, nn
 
 from ..kan.basis import change_of_basis, spread_points
 from ..layers.coefficients import get_or_none
@@ -22,6 +22,7 @@ from ..layers.registry import same_grid, short_name
 from ..modules.calls import call_with_parameters, check_module, modes_kept, unwrap
 from ..modules.report import Report, TextTable
 from ..tucker import Tucker, fit, relative_energy, tucker
+from .by_row import first_argument
 from .grids import grid_ends
 from .guards import base_layers_in_place
 from .layer import LoTRALayer, lotra_layers
@@ -29,49 +30,48 @@ from .layer import LoTRALayer, lotra_layers
 
 @dataclass(eq=False)
 class RefitReport(Report):
-    """What `refit_adapters` kept; prints as a table.
+    """The errors of `refit_adapters`; prints as a table.
 
-    The update of an adapter is here the function that it adds to the output of the layer on the samples, without the
-    scales of the edges.
+    An update is measured as the function that it adds to the output of the layer on the samples, without the scales of
+    the edges.
 
     Attributes:
-        errors: By layer and adapter, the norm of (the new update as stored - the old one), as a share of the norm of
-            the old one. Empty if no grid had moved.
-        projection_errors: The same before the update is brought back to its ranks: what the new grid cannot express.
+        errors: By layer and adapter, the norm of (the stored update - the old one), as a share of the norm of the old
+            one. Empty if no grid had moved.
+        projection_errors: The same before the update is reduced to its ranks: the share that the new grid cannot
+            express.
     """
 
     errors: dict[tuple[str, str], float]
     projection_errors: dict[tuple[str, str], float]
 
     def _table(self) -> TextTable:
-        rows = [
-            [*key, f"error {error:.2%}", f"of which {self.projection_errors[key]:.2%} by the grid"]
-            for key, error in self.errors.items()
-        ]
+        rows = []
+        for key, error in self.errors.items():
+            rows.append([*key, f"error {error:.2%}", f"of which {self.projection_errors[key]:.2%} by the grid"])
         return TextTable(["", "", ">", ">"], rows, [] if rows else ["no grid had moved"])
 
 
 def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], Any] | None = None) -> RefitReport:
-    """Expresses the adapters of all layers whose grid has moved in the new bases.
+    """Express the adapters of all layers whose grid has moved in the new bases.
 
-    Methods that move the grid of an adapted layer raise: move those of the base layers and refit, or pass the move.
+    Methods that move the grid of an adapted layer raise. Move the grids of the base layers and refit, or pass the
+    move.
 
-    Each update is projected onto the new basis, one input at a time: by least squares on the inputs of the layer and,
-    with a hundredth of their weight, on points spread over the new grid. HOOI, and L-BFGS on the error of the
-    functions, bring it back to its ranks. The layers before a layer give its inputs, already refitted.
+    Each update is projected onto the new basis, one input at a time, by least squares on the inputs of the layer.
+    Points spread over the new grid count too, with a hundredth of the weight. HOOI, then L-BFGS on the error of the
+    functions, reduce the update to its ranks. The inputs of a layer come from the layers before it, already refitted.
 
     Args:
         model: The adapted model. Its adapters must not be merged.
-        inputs: What the model is called with: a tensor, a tuple of arguments, or a dict of keyword arguments. A few
+        inputs: The arguments of the model: a tensor, a tuple of arguments, or a dict of keyword arguments. A few
             hundred rows are plenty; a layer needs memory for four bases of all rows in float64.
-        move: Moves the grids. It is called with the base model, in which the bare layers stand in their places, and
-            must not replace them. (`refine_grid` gives adapted layers finer grids by itself.)
+        move: Moves the grids. It is called with the base model, whose adapted layers are replaced by their base
+            layers, and must not replace these. (`refine_grid` itself keeps the adapters.)
 
     Raises:
-        ValueError: Adapters are merged or disabled; the family of a layer offers no basis, or the layer is a
-            convolution; `inputs` do not reach a layer whose grid moved, or are not
-            finite there; the number of basis functions changed.
-            Nothing is changed then, not even by `move`.
+        ValueError: Adapters are merged or disabled; the kind of a layer offers no basis; `inputs` do not reach a layer
+            whose grid moved, or are not finite there. Nothing is changed then, not even by `move`.
         TypeError: `model` is no module.
 
     Example:
@@ -93,117 +93,116 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
         raise ValueError(f"The adapters of {unusable} are merged or disabled: unmerge or enable them first.")
     report = RefitReport({}, {})
 
-    def refit(name: str, layer: LoTRALayer, args: tuple, kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
-        if not is_moved(layer):
-            return
-        for adapter in layer.lotra_r:
-            report.errors[name, adapter], report.projection_errors[name, adapter] = _refit(name, layer, adapter, x)
-        layer.remember_grid()
+    def refit(name: str, layer: LoTRALayer, args: tuple, kwargs: dict) -> None:
+        if _is_moved(layer):
+            x = first_argument(args, kwargs)
+            for adapter in layer.lotra_r:
+                key = name, adapter
+                report.errors[key], report.projection_errors[key] = _refit(name, layer, adapter, x)
+            layer.remember_grid()
 
-    with _unchanged_on_error(layers), modes_kept(model), torch.no_grad():
+    with _unchanged_on_error(layers), modes_kept(model), torch.no_grad(), ExitStack() as hooks:
         model.eval()
         if move is not None:
             with base_layers_in_place(model):
                 move(unwrap(model))
-        with ExitStack() as hooks:
-            for name, layer in layers.items():
-                hooks.callback(layer.register_forward_pre_hook(partial(refit, name), with_kwargs=True).remove)
-            if isinstance(inputs, Mapping):
-                model(**inputs)
-            else:
-                model(*(inputs if isinstance(inputs, (tuple, list)) else (inputs,)))
-        left = [name for name, layer in layers.items() if is_moved(layer)]
-        if left:
-            raise ValueError(f"The grids of the layers {left} have moved, but `inputs` do not reach them.")
+        for name, layer in layers.items():
+            hooks.callback(layer.register_forward_pre_hook(partial(refit, name), with_kwargs=True).remove)
+        if isinstance(inputs, Mapping):
+            model(**inputs)
+        elif isinstance(inputs, (tuple, list)):
+            model(*inputs)
+        else:
+            model(inputs)
+        unreached = [name for name, layer in layers.items() if _is_moved(layer)]
+        if unreached:
+            raise ValueError(f"The grids of the layers {unreached} have moved, but `inputs` do not reach them.")
     return report
 
 
-def is_moved(layer: LoTRALayer) -> bool:
-    """Whether the grid is not the one that the adapters were made on."""
+def _is_moved(layer: LoTRALayer) -> bool:
     return not same_grid(layer.lotra_grid, layer.lotra_spec.read_grid(layer.get_base_layer()))
 
 
 @contextmanager
 def _unchanged_on_error(layers: Mapping[str, LoTRALayer]) -> Iterator[None]:
-    """Puts all tensors and grids of the layers back if an error is raised."""
-    tensors = {t: t.detach().clone() for layer in layers.values() for t in layer.state_dict(keep_vars=True).values()}
-    grids = {name: (layer.lotra_grid, layer.lotra_spec.read_grid(layer.base_layer)) for name, layer in layers.items()}
+    """Restore all tensors and grids of the layers if an error is raised."""
+    tensors = {}
+    grids = []
+    for layer in layers.values():
+        for tensor in layer.state_dict(keep_vars=True).values():
+            tensors[tensor] = tensor.detach().clone()
+        grids.append((layer, layer.lotra_grid, layer.lotra_spec.read_grid(layer.base_layer)))
     try:
         yield
     except BaseException:
-        for name, (at_creation, grid) in grids.items():
-            layers[name].lotra_grid = at_creation
+        for layer, grid_at_attach, grid in grids:
+            layer.lotra_grid = grid_at_attach
             for attribute, value in grid.items():
                 owner, _, leaf = attribute.rpartition(".")
-                setattr(layers[name].base_layer.get_submodule(owner), leaf, value)
+                setattr(layer.base_layer.get_submodule(owner), leaf, value)
         for tensor, value in tensors.items():
             tensor.data = value
         raise
 
 
-def _refit(name: str, layer: LoTRALayer, adapter: str, x: torch.Tensor) -> tuple[float, float]:
-    """Refits one adapter of one layer; returns the error of the function, and that before truncation."""
-    if len(layer.lotra_tensor.shape) > 3:
-        raise ValueError(f"`{name}` is a convolution, which cannot be refitted: merge before its grid is moved.")
-    is_input = isinstance(x, torch.Tensor) and x.is_floating_point() and x.shape[-1:] == (layer.in_features,)
+def _refit(name: str, layer: LoTRALayer, adapter: str, x: Any) -> tuple[float, float]:
+    """Refit one adapter of one layer; return the error of its function, and that before it is reduced to its ranks."""
+    is_input = isinstance(x, Tensor) and x.is_floating_point() and x.shape[-1:] == (layer.in_features,)
     if not is_input or not x.numel() or not x.isfinite().all():
-        given = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ValueError(
-            f"`inputs` reach `{name}` as {given}, but must be finite floating numbers (rows, {layer.in_features})."
-        )
-    components = _on_cpu(layer.get_components(adapter))
-    old = components.dense()
+        raise ValueError(f"`inputs` that reach `{name}` must be finite floating numbers (rows, {layer.in_features}).")
     samples = x.detach().reshape(-1, layer.in_features)
     grid = layer.lotra_spec.read_grid(layer.get_base_layer())
     low, high = grid_ends(grid, layer.lotra_tensor.shape) or samples.aminmax(dim=0)
     points, weight = spread_points(samples, low.to(samples), high.to(samples), 4 * layer.lotra_tensor.shape[-1])
     weight = weight.double().cpu()
-    old_basis, new_basis = (_basis(name, layer, grid, points) for grid in (layer.lotra_grid, {}))
-    if old_basis.shape != new_basis.shape:
-        numbers = f"{old_basis.shape[-1]} basis functions for each input and has {new_basis.shape[-1]}"
-        raise ValueError(f"`{name}` had {numbers} now: merge its adapters first, or call `refine_grid`.")
-    transfer = change_of_basis(weight * new_basis, weight * old_basis)
-    # brings the coefficients of an edge to the values of its function
-    metric = torch.linalg.qr((weight * new_basis).transpose(0, 1)).R
-    if old.shape[-1] > old_basis.shape[-1]:
-        # The residual branch stays, and has a block of its own: the layer may scale its splines edge by edge.
-        residual = F.silu(points.double().cpu())[..., None]
-        old_basis, new_basis = (torch.cat([basis, residual], dim=-1) for basis in (old_basis, new_basis))
-        transfer = F.pad(transfer, (0, 1, 0, 1))
-        transfer[:, -1, -1] = 1
-        metric = F.pad(metric, (0, 1, 0, 1))
-        metric[:, -1, -1] = (weight * residual).norm(dim=(0, 2))
-    projected = einsum(transfer, old, "i new old, o i old -> o i new")
+    old_splines = _basis(name, layer, layer.lotra_grid, points)
+    new_splines = _basis(name, layer, {}, points)
+    num_basis = old_splines.shape[-1]
 
-    def edge_functions(tensor: torch.Tensor) -> torch.Tensor:
-        return einsum(metric, tensor, "i m k, o i k -> o i m")
+    components = _on_cpu(layer.get_components(adapter))
+    old = components.dense()
+    transfer = change_of_basis(weight * new_splines, weight * old_splines)
+    projected = old.clone()  # its residual slice, if there is one, stays
+    projected[..., :num_basis] = einsum(transfer, old[..., :num_basis], "i new old, o i old -> o i new")
 
-    wanted = edge_functions(projected)
+    # brings the coefficients of an edge to the values of its function; the residual branch is a block of its own,
+    # since the layer may scale its splines edge by edge
+    metric = torch.linalg.qr((weight * new_splines).transpose(0, 1)).R
+    residual = F.silu(points.double().cpu()).unsqueeze(-1)[..., : old.shape[-1] - num_basis]
+    residual_norm = (weight * residual).norm(dim=0)
+
+    def edge_functions(tensor: Tensor) -> Tensor:
+        splines = einsum(metric, tensor[..., :num_basis], "i m k, o i k -> o i m")
+        return torch.cat([splines, residual_norm * tensor[..., num_basis:]], dim=-1)
+
+    target = edge_functions(projected)
     start = tucker(projected, components.ranks)
-    fitted = fit(start, lambda tensor: relative_energy(edge_functions(tensor - projected), wanted), steps=100)
+    fitted = fit(start, lambda tensor: relative_energy(edge_functions(tensor - projected), target), steps=100)
     layer.set_components(adapter, fitted.balanced())
     stored = _on_cpu(layer.get_components(adapter)).dense()
 
-    def outputs(basis: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-        return einsum(basis[: len(samples)], tensor, "n i k, o i k -> n o")
+    def outputs(splines: Tensor, tensor: Tensor) -> Tensor:
+        functions = torch.cat([splines, residual], dim=-1)[: len(samples)]
+        return einsum(functions, tensor, "n i k, o i k -> n o")
 
-    before = outputs(old_basis, old)
-    misses = [(outputs(new_basis, found) - before).norm().item() for found in (stored, projected)]
-    norm = before.norm().item() or 1.0
-    return misses[0] / norm, misses[1] / norm
+    old_outputs = outputs(old_splines, old)
+    norm = old_outputs.norm().item() or 1.0
+    error = (outputs(new_splines, stored) - old_outputs).norm().item()
+    projection_error = (outputs(new_splines, projected) - old_outputs).norm().item()
+    return error / norm, projection_error / norm
 
 
 def _on_cpu(components: Tucker) -> Tucker:
-    return components.map(lambda part: part.detach().double().cpu())
+    return components.map(lambda component: component.detach().double().cpu())
 
 
-def _basis(name: str, layer: LoTRALayer, grid: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
-    """The basis functions (points, in, basis) of a layer at x (points, in), on a grid that may not be its own."""
+def _basis(name: str, layer: LoTRALayer, grid: Mapping[str, Any], x: Tensor) -> Tensor:
+    """Return the basis functions (points, in, basis) of a layer at x (points, in); `grid` replaces its grid."""
     base, spec = layer.base_layer, layer.lotra_spec
     if spec.basis is None:
         raise ValueError(f"`{name}`, a {spec.family} layer, has no `basis`: register one, or merge before the move.")
-    tensors = {key: value.to(x.device) for key, value in grid.items() if isinstance(value, torch.Tensor)}
+    tensors = {key: value.to(x.device) for key, value in grid.items() if isinstance(value, Tensor)}
     norm = get_or_none(base, spec.normalization or "")
     z = x if norm is None else norm(x)
     return call_with_parameters(base, tensors, partial(spec.basis, base, z), (), {}).double().cpu()

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""LoTRA on layers that are Tucker tensors already."""
+"""LoTRA on layers whose coefficients are Tucker tensors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class SlimLoTRALayer(LoTRALayer):
     """
     A Slim layer (`SlimKANLinear` or `SlimLayer`) with LoTRA adapters.
 
-    The base layer runs with the components of its sum with the updates, a Tucker tensor of more ranks: no dense tensor
-    is built. A merge stores these components, so that the layer stays Slim.
+    The base layer runs with the components of `coefficients + updates`, a Tucker tensor of higher ranks: no dense
+    tensor is built. A merge stores these components, so that the layer stays Slim.
     """
 
     base_layer: Any
@@ -28,16 +28,15 @@ class SlimLoTRALayer(LoTRALayer):
     def _parameters_with(self, updates: Sequence[Update]) -> dict[str, Any]:
         if not updates:
             return {}
-        parts: list[Tucker] = [self.base_layer.components]
-        basis, dtype = parts[0].shape[2], parts[0].core.dtype
-        with without_autocast(parts[0].core):
+        base: Tucker = self.base_layer.components
+        terms = [base]
+        with without_autocast(base.core):
             for scale, tensor in updates:
-                # without the residual branch, its slice of the update is zero
-                tensor = tensor.padded(basis)
+                tensor = tensor.padded(base.shape[2])  # without the residual branch, its slice is zero
                 tensor = tensor._replace(core=scale * tensor.core)
-                parts.append(tensor.map(lambda part: part.to(dtype)))
-            # None takes the factor of a mode away that the updates make full
-            return dict(zip(Tucker._fields, direct_sum(parts), strict=False))
+                terms.append(tensor.map(lambda component: component.to(base.core.dtype)))
+            # a mode that the updates make full loses its factor: None
+            return dict(zip(Tucker._fields, direct_sum(terms), strict=False))
 
     def _base_parameters(self) -> dict[str, torch.Tensor]:
         return self.base_layer.components._asdict()
@@ -45,11 +44,10 @@ class SlimLoTRALayer(LoTRALayer):
     def _add(self, updates: Sequence[Update]) -> None:
         merged = Tucker(*self._parameters_with(updates).values())
         if any(factor is not None and factor.shape[1] >= len(factor) for factor in merged.factors):
-            # no factor for ranks of the sizes or more, without loss
-            # the QR decomposition does not exist in half precision
+            # a mode whose rank reaches its size needs no factor; QR does not exist in half precision
             dtype = torch.promote_types(merged.core.dtype, torch.float32)
             with without_autocast(merged.core):
-                merged = merged.map(lambda part: part.to(dtype)).orthogonal()
+                merged = merged.map(lambda component: component.to(dtype)).orthogonal()
         self._write(dict(zip(Tucker._fields, merged, strict=False)))
 
     @torch.inference_mode(False)

@@ -21,16 +21,16 @@ from .layer import lotra_layers
 class LayerSummary(NamedTuple):
     """One line of the summary: an adapter of a KAN layer, or a KAN layer without adapters."""
 
-    layer: str  # the name of the layer, as `find_kan_layers` gives it and `target_modules` takes it
+    layer: str  # the name of the layer, as in `find_kan_layers` and `target_modules`
     family: str
     shape: tuple[int, ...]  # (out, in, basis), or (out, in, basis, kernel), of the coefficient tensor
     has_residual: bool
-    adapter: str | None = None  # `None`, and the fields below empty, for a layer without adapters
+    adapter: str | None = None  # a layer without adapters has the defaults below
     ranks: tuple[Rank, ...] | None = None
     parameters: int = 0  # the number of parameters of the adapter
     trainable: int = 0  # the number of parameters of the adapter that require a gradient
     kilobytes: float = 0.0  # the memory of the adapter, in units of 1000 bytes
-    scale: float | None = None  # the present factor of the update
+    scale: float | None = None  # the present scale of the update
     active: bool = False  # whether a forward pass uses the adapter: active, and adapters are not disabled
     merged: bool = False
 
@@ -51,7 +51,7 @@ class ModelSummary(Report, list[LayerSummary]):
         self.kilobytes = _kilobytes([*parameters, *model.buffers()])
 
     def as_dict(self) -> dict[str, Any]:
-        """The summary in plain values, for JSON."""
+        """Return the summary in plain values, for JSON."""
         return {"layers": [line._asdict() for line in self], **vars(self)}
 
     def _table(self) -> TextTable:
@@ -62,28 +62,31 @@ class ModelSummary(Report, list[LayerSummary]):
             sizes[2] += "+1" * line.has_residual
             row = [line.layer, line.family, f"({', '.join(sizes)})"]
             if line.adapter is None:
-                rows.append([*row, *["-"] * 5, "not adapted"])
-                continue
-            state = ", ".join(name for name in ("active", "merged") if getattr(line, name)) or "inactive"
-            numbers = [f"{line.trainable:,} / {line.parameters:,}", f"{line.kilobytes:.1f}", f"{line.scale:g}"]
-            rows.append([*row, line.adapter, form_text(line.ranks), *numbers, state])
+                row += [*["-"] * 5, "not adapted"]
+            else:
+                states = [name for name in ("active", "merged") if getattr(line, name)]
+                row += [line.adapter, form_text(line.ranks), f"{line.trainable:,} / {line.parameters:,}"]
+                row += [f"{line.kilobytes:.1f}", f"{line.scale:g}", ", ".join(states) or "inactive"]
+            rows.append(row)
         share = self.trainable_parameters / max(self.all_parameters, 1)
+        adapters_kilobytes = sum(line.kilobytes for line in self)
         notes = [
             f"{self.trainable_parameters:,} of {self.all_parameters:,} parameters trainable ({share:.2%})",
-            f"adapters take {sum(line.kilobytes for line in self):,.1f} of the {self.kilobytes:,.1f} kB of the model",
+            f"adapters take {adapters_kilobytes:,.1f} of the {self.kilobytes:,.1f} kB of the model",
         ]
-        residual = ["+1: the weights of the residual branch"] * any(line.has_residual for line in self)
-        return TextTable([*columns, "state"], rows, [*notes, *residual])
+        if any(line.has_residual for line in self):
+            notes.append("+1: the weights of the residual branch")
+        return TextTable([*columns, "state"], rows, notes)
 
 
 def model_summary(model: nn.Module) -> ModelSummary:
-    """Lists the KAN layers of a model, with their adapters: shapes, ranks, parameters, kilobytes, scale and state.
+    """List the KAN layers of a model, with their adapters: shapes, ranks, parameters, kilobytes, scale and state.
 
     Args:
         model: Any model, adapted or not; also a compiled one.
 
     Returns:
-        A list of [`LayerSummary`], which prints as a table; `as_dict()` gives plain values.
+        A list of [`LayerSummary`], which prints as a table; `as_dict()` returns plain values.
 
     Raises:
         ValueError: A pattern of the kind of a layer does not fit its parameters.
@@ -100,19 +103,29 @@ def model_summary(model: nn.Module) -> ModelSummary:
     network = unwrap(model)
     adapted = dict(lotra_layers(network))
     lines = []
-    for found in find_kan_layers(network):
-        layer = adapted.get(found.name)
+    for name, family, shape, has_residual, *_ in find_kan_layers(network):
+        layer = adapted.get(name)
         if layer is None or not layer.lotra_r:
-            lines.append(LayerSummary(*found[:4]))
+            lines.append(LayerSummary(name, family, shape, has_residual))
             continue
         for adapter in layer.lotra_r:
             components = layer.get_components(adapter)
             tensors = components._asdict().values()
-            trainable = sum(tensor.numel() for tensor in tensors if tensor.requires_grad)
-            numbers = (components.numel(), trainable, _kilobytes(tensors), float(layer.lotra_scaling[adapter]))
-            active = adapter in layer.active_adapters and not layer.disable_adapters
-            merged = adapter in layer.merged_adapters
-            lines.append(LayerSummary(*found[:4], adapter, components.form, *numbers, active, merged))
+            line = LayerSummary(
+                name,
+                family,
+                shape,
+                has_residual,
+                adapter,
+                components.form,
+                parameters=components.numel(),
+                trainable=sum(tensor.numel() for tensor in tensors if tensor.requires_grad),
+                kilobytes=_kilobytes(tensors),
+                scale=float(layer.lotra_scaling[adapter]),
+                active=adapter in layer.active_adapters and not layer.disable_adapters,
+                merged=adapter in layer.merged_adapters,
+            )
+            lines.append(line)
     return ModelSummary(lines, model)
 
 

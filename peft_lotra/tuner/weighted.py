@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Sums of adapters: a new adapter whose update is, or comes close to, the weighted sum of the updates of others."""
+"""Sums of adapters: a new adapter whose update is, or approximates, the weighted sum of other updates."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def add_weighted_adapter(
     combination_type: Literal["cat", "linear", "svd"] = "cat",
     ranks: Ranks | None = None,
 ) -> dict[str, float]:
-    """Adds an adapter that sums up others with weights.
+    """Add an adapter whose update is the weighted sum of other updates.
 
     Each adapter counts with its present scale. The new adapter has an alpha of 1 and is not active. A layer that only
-    some of the adapters have is summed over those.
+    some of the adapters have is summed over these.
 
-    - `"cat"` is exact: the cores become the blocks of one core, the factors stand side by side, the ranks add. Ranks
-      above the sizes of their modes are brought down to the sizes without loss.
-    - `"linear"` averages the components, and multiplies the core by the sum of the weights. It costs no rank, needs
-      equal ranks, and is exact only where the factors agree: look at the errors.
-    - `"svd"` is the best approximation of the ranks `ranks` that HOOI finds.
+    - `"cat"` is exact: the cores become the blocks of one core, and the ranks add. Ranks above the sizes of their
+      modes are reduced to the sizes without loss.
+    - `"linear"` averages the factors, and adds the cores. It keeps the ranks, which must be equal. It is exact only
+      where the factors agree: look at the errors.
+    - `"svd"` is the best approximation that HOOI finds with the given `ranks`.
 
     Args:
         model: The tuner, a [`LoTRAModel`].
@@ -50,10 +50,10 @@ def add_weighted_adapter(
         ranks: For `"svd"`, the ranks of the new adapter; by default the largest of the adapters, layer by layer.
 
     Returns:
-        By layer, the norm of (the new update as stored - the sum), as a share of the norm of the sum.
+        By layer, the norm of (the stored update - the sum), as a share of the norm of the sum.
 
     Raises:
-        ValueError: An adapter is unknown or has `modules_to_save`, which have no sum; the numbers of adapters and
+        ValueError: An adapter is unknown or has `modules_to_save`, which cannot be summed; the numbers of adapters and
             weights differ, or a weight is not finite; the name exists; for `"linear"`, ranks differ or the weights sum
             up to 0; `ranks` without `"svd"`. Nothing is changed then.
 
@@ -69,28 +69,31 @@ def add_weighted_adapter(
     """
     configs = cast("dict[str, LoTRAConfig]", model.peft_config)
     _check(configs, adapters, weights, adapter_name, combination_type, ranks)
-    components, sums = {}, {}
+    components = {}
+    sums = {}
     for name, layer in lotra_layers(model.model):
-        here = [(adapter, w) for adapter, w in zip(adapters, weights, strict=True) if adapter in layer.lotra_r]
-        if not here:
+        layer_weights = {index: weights[index] for index, adapter in enumerate(adapters) if adapter in layer.lotra_r}
+        if not layer_weights:
             continue
-        parts = [_read(layer, adapter, weight) for adapter, weight in here]
-        basis = max(part.shape[2] for part in parts)  # without or with a residual slice
-        parts = [part.padded(basis) for part in parts]
-        sums[name] = torch.stack([part.dense() for part in parts]).sum(0)
+        tensors = [_scaled(layer, adapters[index], weight) for index, weight in layer_weights.items()]
+        basis = max(tensor.shape[2] for tensor in tensors)  # without or with a residual slice
+        tensors = [tensor.padded(basis) for tensor in tensors]
+        sums[name] = torch.stack([tensor.dense() for tensor in tensors]).sum(0)
         if combination_type == "linear":
-            components[name] = _average(name, parts, [weight for _, weight in here])
+            components[name] = _average(name, tensors, list(layer_weights.values()))
             continue
-        total = direct_sum(parts).orthogonal()
+        total = direct_sum(tensors).orthogonal()
         if combination_type == "svd":
-            largest = tuple(map(max, zip(*(part.ranks for part in parts), strict=True)))
+            largest = tuple(map(max, zip(*(tensor.ranks for tensor in tensors), strict=True)))
             total = total.truncated(largest if ranks is None else check_ranks(ranks))
         components[name] = total.balanced()
 
     first = configs[adapters[0]]
+    totals = components.values()
     is_trained_alike = all(configs[adapter].train == first.train for adapter in adapters)
     # the sum has no factors of modes that become full
-    is_trainable = all(total._asdict().keys() & set(first.train or total._fields) for total in components.values())
+    is_trainable = all(total._asdict().keys() & set(first.train or total._fields) for total in totals)
+    has_full_outputs = any(total.form[0] == "full" for total in totals)
     configs[adapter_name] = LoTRAConfig(
         task_type=first.task_type,
         base_model_name_or_path=first.base_model_name_or_path,
@@ -98,7 +101,7 @@ def add_weighted_adapter(
         rank_pattern={pattern_key(name): total.form for name, total in components.items()},
         target_modules=exact_targets(components, model.model),
         adapt_residual=any(configs[adapter].adapt_residual for adapter in adapters),
-        rank_dropout=first.rank_dropout if all("full" != total.form[0] for total in components.values()) else 0.0,
+        rank_dropout=0.0 if has_full_outputs else first.rank_dropout,
         module_dropout=first.module_dropout,
         storage=first.storage,
         train=first.train if is_trained_alike and is_trainable else None,
@@ -109,17 +112,16 @@ def add_weighted_adapter(
         del configs[adapter_name]
         raise
     errors = {}
-    with torch.no_grad():
-        for name, layer in lotra_layers(model.model, adapter_name):
-            layer.set_components(adapter_name, components[name])
-            missed = (layer.get_delta_weight(adapter_name).double() - sums[name]).norm().item()
-            norm = sums[name].norm().item()
-            errors[name] = missed / norm if norm else missed
+    for name, layer in lotra_layers(model.model, adapter_name):
+        layer.set_components(adapter_name, components[name])
+        stored = layer.get_delta_weight(adapter_name).detach().double()
+        norm = sums[name].norm().item()
+        errors[name] = (stored - sums[name]).norm().item() / (norm or 1.0)
     return errors
 
 
 def check_known(adapters: Iterable[str], configs: Mapping[str, object]) -> None:
-    """Raises a ValueError if one of the adapters has no config."""
+    """Raise a ValueError if one of the adapters has no config."""
     if isinstance(adapters, str):
         raise ValueError(f"Adapters are named by a list of strings, got {adapters!r:.200}.")
     unknown = [adapter for adapter in adapters if adapter not in configs]
@@ -128,34 +130,37 @@ def check_known(adapters: Iterable[str], configs: Mapping[str, object]) -> None:
 
 
 def _check(configs: dict[str, LoTRAConfig], adapters, weights, adapter_name, combination_type, ranks) -> None:
-    """Raises a ValueError for arguments of `add_weighted_adapter` that cannot be used."""
+    """Raise a ValueError for arguments of `add_weighted_adapter` that cannot be used."""
     check_known(adapters, configs)
     if not adapters or len(weights) != len(adapters) or any(math.isnan(as_number(weight)) for weight in weights):
         raise ValueError(f"`weights` must be a finite number for each of one or more adapters: {weights}, {adapters}.")
     if adapter_name in configs:
         raise ValueError(f"`adapter_name` is {adapter_name!r}, which the model has already: choose another name.")
-    if combination_type not in COMBINATION_TYPES:
-        raise ValueError(f"`combination_type` must be one of {COMBINATION_TYPES}, got {combination_type!r}.")
-    if ranks is not None and combination_type != "svd":
-        raise ValueError(f'`ranks` are for `combination_type="svd"`, got {ranks} for {combination_type!r}.')
-    if whole := [adapter for adapter in adapters if configs[adapter].modules_to_save]:
+    if combination_type not in COMBINATION_TYPES or (ranks is not None and combination_type != "svd"):
+        raise ValueError(
+            f"`combination_type` must be one of {COMBINATION_TYPES}, and with `ranks` 'svd', got {combination_type!r}."
+        )
+    whole = [adapter for adapter in adapters if configs[adapter].modules_to_save]
+    if whole:
         raise ValueError(f"Adapter(s) {whole} have `modules_to_save`, which have no sum: use `merge_and_unload`.")
 
 
-def _read(layer: LoTRALayer, adapter: str, weight: float) -> Tucker:
-    """The components of one adapter in float64, the core multiplied by the weight and the scale of the adapter."""
-    components = layer.get_components(adapter).map(lambda part: part.detach().double())
+def _scaled(layer: LoTRALayer, adapter: str, weight: float) -> Tucker:
+    """Return the components of an adapter in float64, with the weight and the scale in the core."""
+    components = layer.get_components(adapter).map(lambda component: component.detach().double())
     return components._replace(core=weight * layer.lotra_scaling[adapter] * components.core)
 
 
-def _average(name: str, parts: Sequence[Tucker], weights: Sequence[float]) -> Tucker:
-    """The factors averaged by weight, with the sum of the cores, which are weighted already."""
-    shapes, total = [part.form for part in parts], sum(weights)
-    if len(set(shapes)) > 1 or total == 0:
-        problem = f"the weights sum up to 0: {weights}" if total == 0 else f"the ranks differ: {shapes}"
+def _average(name: str, tensors: Sequence[Tucker], weights: Sequence[float]) -> Tucker:
+    """Return the factors averaged by weight, with the sum of the cores, which include the weights."""
+    forms = [tensor.form for tensor in tensors]
+    total = sum(weights)
+    if len(set(forms)) > 1 or total == 0:
+        problem = f"the weights sum up to 0: {weights}" if total == 0 else f"the ranks differ: {forms}"
         raise ValueError(f'`combination_type="linear"` is an average, but at `{name}` {problem}. Use "cat" or "svd".')
-    shares = parts[0].core.new_tensor(weights) / total
-    average = dict(core=torch.stack([part.core for part in parts]).sum(0))
-    for name in list(parts[0]._asdict())[1:]:
-        average[name] = torch.tensordot(shares, torch.stack([getattr(part, name) for part in parts]), 1)
-    return parts[0]._replace(**average)
+    shares = tensors[0].core.new_tensor(weights) / total
+    average = {}
+    for component in tensors[0]._asdict():
+        stacked = torch.stack([getattr(tensor, component) for tensor in tensors])
+        average[component] = stacked.sum(0) if component == "core" else torch.tensordot(shares, stacked, 1)
+    return tensors[0]._replace(**average)

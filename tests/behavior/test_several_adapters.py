@@ -165,7 +165,7 @@ def test_a_sum_of_zero(kind):
         ((["default"], [1], "a.b"), "a.b"),
         ((["default"], [1], "__base__"), "__base__"),
         ((["default"], [1], "sum", "ties"), "one of .*'cat', 'linear', 'svd'"),
-        ((["default"], [1], "sum", "cat", 3), "`ranks` are for"),
+        ((["default"], [1], "sum", "cat", 3), "with `ranks` 'svd'"),
         ((["default"], [1], "sum", "svd", 0), "positive integer"),
         ((["default", "second"], [1, 1], "sum", "linear"), "at `kan` the ranks differ"),
         ((["default", "default"], [1, -1], "sum", "linear"), "sum up to 0"),

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from helpers import adapt, assert_same, snapshot
+from helpers import assert_same, snapshot
 from peft import get_peft_model
 from torch import nn
 
@@ -64,7 +64,6 @@ BASE, X = KAN([3, 4, 2]), torch.linspace(-0.9, 0.9, 15).view(5, 3)
 CALLS = {
     "budget": lambda: extract_lotra(copy.deepcopy(BASE), KAN([3, 4, 2]), budget=math.nan),
     "not loaded": lambda: slim(KAN([6, 8, 4], device="meta"), 2),
-    "model_name_or_path": lambda: hotswap_adapter(adapt(KAN([3, 2])), None),
     "coefficients": lambda: peft_lotra.register_kan_layer("x", matches=nn.Linear, coefficients=(1, 2)),
 }
 
