@@ -15,12 +15,10 @@ import torch
 from torch import nn
 
 from ..layers.registry import record_kind
-from .layer import LoTRALayer, Target, lotra_layers
+from .layer import LoTRALayer, Target, Targets, Tensors, lotra_layers
 
 
 _ROW_LENGTH = 2048
-# The share of its norm by which a base may differ after a cast, or when it is computed on another machine.
-_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
 def record_layer(layer: LoTRALayer) -> dict[str, Any]:
@@ -36,7 +34,7 @@ def record_layer(layer: LoTRALayer) -> dict[str, Any]:
     }
 
 
-def _sketches(target: Target, before_merge: Mapping[str, torch.Tensor]) -> dict[str, list[float]]:
+def _sketches(target: Target, before_merge: Tensors) -> dict[str, list[float]]:
     """Return the sketch of the grid, and that of all other parameters; none of shards or on the meta device."""
     layer, spec, _ = target
     grid = spec.read_grid(layer)
@@ -80,9 +78,7 @@ def _waves(start: int, end: int) -> torch.Tensor:
     return 2**0.5 * torch.cos(squares.outer(frequencies))
 
 
-def check_base(
-    recorded: Iterable[Mapping[str, Any]], targets: Mapping[str, Target], model: nn.Module, choice: str | None
-) -> None:
+def check_base(recorded: Iterable[Mapping[str, Any]], targets: Targets, model: nn.Module, choice: str | None) -> None:
     """Compare the base with the one that an adapter was trained on.
 
     Args:
@@ -105,7 +101,9 @@ def check_base(
                 f"model has {kind}."
             )
         if choice != "ignore":
-            rounding = _ROUNDING.get(target.tensor.get_parameter(target.layer).dtype, 2e-2)
+            # a base may have been cast, or computed on another machine
+            dtype = target.tensor.get_parameter(target.layer).dtype
+            rounding = max(1e-5, 5 * torch.finfo(dtype).eps)
             for field, present in _sketches(target, before_merge.get(name, {})).items():
                 if field in record and not _agree(record[field], present, rounding):
                     different[field].append(name)

@@ -344,11 +344,8 @@ def find_row_evaluation(layer: Any, args: tuple, kwargs: dict) -> Callable[[RowU
         if len(args) != 1 or kwargs or runs_more_than_its_class(base_layer):
             return None
         return partial(_evaluate_rows, base_layer, None, args[0])
-    stored = layer.lotra_tensor.get_parameter(layer.get_base_layer())
-    reader = layer._find_formula(stored)
-    if reader is None or not reader.accepts(base_layer, stored, (), args, kwargs):
-        return None
-    return partial(_evaluate_rows, base_layer, reader.read(base_layer), args[0])
+    formula = layer._find_formula((), args, kwargs)
+    return None if formula is None else partial(_evaluate_rows, base_layer, formula, args[0])
 
 
 def _evaluate_rows(base_layer: Any, formula: LayerFormula | None, x: Tensor, updates: RowUpdates) -> Tensor:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..kan.basis import in_transform
+from ..kan.formula import LayerFormula
 from ..layers.coefficients import CoefficientTensor
 from ..layers.formula import FormulaReader, find_formula, state_of
 from ..layers.registry import Grid, KANLayerSpec, copy_grid, same_grid
@@ -37,12 +38,18 @@ from .grids import holds_meta_tensors, refuse_grid_change, versions_on_accelerat
 from .initialization import initialize
 
 
+Tensors = dict[str, torch.Tensor]  # by name
+
+
 class Target(NamedTuple):
     """A KAN layer without adapters, its kind, and the location of its coefficients."""
 
     layer: nn.Module
     spec: KANLayerSpec
     tensor: CoefficientTensor
+
+
+Targets = dict[str, Target]  # by the name of the layer
 
 
 class LoTRALayer(nn.Module, BaseTunerLayer):
@@ -92,7 +99,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         self.lotra_tensor = tensor
         self.out_features, self.in_features = tensor.shape[:2]
         self.merged_adapters = []
-        self.before_merge: dict[str, torch.Tensor] = {}
+        self.before_merge: Tensors = {}
         self._active_adapter = []
         self._disable_adapters = False
         self._lock = LayerLock()
@@ -105,7 +112,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             self._modules[component] = nn.ParameterDict()
         self.remember_grid()
         tensor.read_parts(base_layer)  # computes cached properties, which a compiler cannot
-        self._find_formula(tensor.get_parameter(base_layer), is_new=True)
+        self._find_reader(tensor.get_parameter(base_layer), is_new=True)
 
     def update_layer(self, adapter_name: str, config: LoTRAConfig) -> None:
         """Add an adapter."""
@@ -260,17 +267,17 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 coefficients[:, :, : delta.shape[2]] += delta
         return coefficients
 
-    def effective_parameters(self) -> dict[str, torch.Tensor]:
+    def effective_parameters(self) -> Tensors:
         """Return the adapted parameters of the base layer with the applied updates, as stored, by name."""
         return self._parameters_with(self.applied_updates())
 
-    def _parameters_with(self, updates: Sequence[Update]) -> dict[str, torch.Tensor]:
+    def _parameters_with(self, updates: Sequence[Update]) -> Tensors:
         """Return `parameter + updates` for each parameter that the updates reach, as stored, by name.
 
         Raises:
             RuntimeError: A parameter is sharded, and the updates are not.
         """
-        parameters: dict[str, torch.Tensor] = {}
+        parameters: Tensors = {}
         if not updates:
             return parameters
         base_layer = self.get_base_layer()
@@ -293,7 +300,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         """Take the present grid as the one that the adapters are made for. The formula is verified again."""
         self.lotra_grid = self.copy_grid()
         self._grid_state: tuple = ()
-        self._formulas: dict[tuple, tuple[Any, FormulaReader | None]] = {}
+        self._readers: dict[tuple, tuple[Any, FormulaReader | None]] = {}
 
     def copy_grid(self) -> Grid:
         return copy_grid(self.lotra_spec.read_grid(self.get_base_layer()))
@@ -374,17 +381,22 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             return run_named_rows(self, names, current, args, kwargs)
         return self._run(self.active_adapters, current, args, kwargs)
 
-    def _run(self, adapters: Iterable[str], current: ForwardPass | None, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _run(self, adapters: Iterable[str], current: ForwardPass | None, args: tuple, kwargs: dict) -> Any:
         """Evaluate the layer with the same adapters for all rows, by its formula if there is one."""
         updates = self._updates(adapters, current)
-        if updates:
-            base_layer = self._modules["base_layer"]
-            stored = self.lotra_tensor.get_parameter(base_layer)
-            reader = self._find_formula(stored)
-            if reader is not None and reader.accepts(base_layer, stored, updates, args, kwargs):
-                formula = reader.read(base_layer)._replace(updates=tuple(updates))
-                return formula.output(*args)
+        formula = self._find_formula(updates, args, kwargs) if updates else None
+        if formula is not None:
+            return formula._replace(updates=tuple(updates)).output(*args)
         return self._call_base(updates, args, kwargs)
+
+    def _find_formula(self, updates: Sequence[Update], args: tuple, kwargs: dict) -> LayerFormula | None:
+        """Return the formula of the base layer, without the updates; None if it cannot evaluate this call."""
+        base_layer = self._modules["base_layer"]
+        stored = self.lotra_tensor.get_parameter(base_layer)
+        reader = self._find_reader(stored)
+        if reader is None or not reader.accepts(base_layer, stored, updates, args, kwargs):
+            return None
+        return reader.read(base_layer)
 
     def _updates(self, adapters: Iterable[str], current: ForwardPass | None) -> list[Update]:
         """Return the updates of the adapters that the layer has, as they were when the pass began."""
@@ -398,7 +410,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                     updates[index] = updates[index]._replace(tensor=former)
         return updates
 
-    def _call_base(self, updates: Sequence[Update], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _call_base(self, updates: Sequence[Update], args: tuple, kwargs: dict) -> Any:
         """Run the base layer with the updates added to its parameters, one thread at a time."""
         base_layer = self._modules["base_layer"]
         with ExitStack() as stack:
@@ -408,13 +420,13 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                     stack.enter_context(loaded(self))
             return call_with_parameters(base_layer, self._parameters_with(updates), base_layer, args, kwargs)
 
-    def _find_formula(self, stored: torch.Tensor, is_new: bool = False) -> FormulaReader | None:
-        """Return the formula of the base layer in its present mode and dtype; it is verified in an eager pass."""
+    def _find_reader(self, stored: torch.Tensor, is_new: bool = False) -> FormulaReader | None:
+        """Return the reader of the formula in the present mode and dtype; it is verified in an eager pass."""
         base_layer = self._modules["base_layer"]
         if type(base_layer) is not self._base_type:  # FSDP has wrapped it, or `call_with_parameters` is at work
             return None
         key = base_layer.training, stored.dtype
-        verified_state, reader = self._formulas.get(key, (None, None))
+        verified_state, reader = self._readers.get(key, (None, None))
         if reader is not None and reader.is_own:
             return reader
         if not is_new and (is_tracing() or in_transform()):
@@ -422,9 +434,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         state = state_of(base_layer)
         if state != verified_state:
             reader = find_formula(base_layer, self.lotra_spec, self.lotra_tensor)
-            self._formulas[key] = state, reader
+            self._readers[key] = state, reader
             if reader is not None and reader.is_own:  # in both modes, since compiled code cannot look for it
-                self._formulas[not base_layer.training, stored.dtype] = state, reader
+                self._readers[not base_layer.training, stored.dtype] = state, reader
         return reader
 
     # --- merging ---
@@ -487,7 +499,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             self.before_merge = {}
             self.merged_adapters = []
 
-    def _base_parameters(self) -> dict[str, torch.Tensor]:
+    def _base_parameters(self) -> Tensors:
         """Return the parameters that a merge changes, by name."""
         return self.lotra_tensor.read_parameters(self.get_base_layer())
 
@@ -495,7 +507,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         self._write(self._parameters_with(updates))
 
     @torch.no_grad()
-    def _write(self, values: dict[str, torch.Tensor]) -> None:
+    def _write(self, values: Tensors) -> None:
         base_layer = self.get_base_layer()
         for name, value in values.items():
             parameter = attrgetter(name)(base_layer)

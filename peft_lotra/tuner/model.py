@@ -23,7 +23,7 @@ from .base_record import check_base, record_layer
 from .by_row import FORWARD_PASS, ForwardPass, Replaced, check_batch, check_names, find_row_counts, pass_names
 from .config import LoTRAConfig, pattern_key
 from .guards import base_layers_in_place, guard_network, release_networks
-from .layer import LoTRALayer, further_names, lotra_layers
+from .layer import LoTRALayer, Targets, Tensors, further_names, lotra_layers
 from .saving import (
     cast_to_storage,
     check_complete,
@@ -35,7 +35,6 @@ from .saving import (
 )
 from .slim import SlimLoTRALayer
 from .targets import (
-    Target,
     bare_name,
     check_targets,
     exact_targets,
@@ -91,7 +90,7 @@ class LoTRAModel(BaseTuner):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         # before super().__init__, which injects the first adapter
-        self._targets: dict[str, Target] = {}  # of the adapter that is injected
+        self._targets: Targets = {}  # of the adapter that is injected
         self._locations: dict[nn.Module, list[tuple[nn.Module, str]]] = {}  # of all modules, while layers are replaced
         self._injection = ExitStack()
         self._requires_grad_of_base: list[tuple[nn.Parameter, bool]] = []
@@ -173,13 +172,8 @@ class LoTRAModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls,
-        model: Any,
-        config: Any,
-        adapter_name: str,
-        state_dict: dict[str, torch.Tensor],
-        unwanted_adapter_names: Any,
-    ) -> dict[str, torch.Tensor]:
+        cls, model: Any, config: Any, adapter_name: str, state_dict: Tensors, unwanted_adapter_names: Any
+    ) -> Tensors:
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         prefix, base = "", model
         if hasattr(model, "get_base_model"):
@@ -205,8 +199,8 @@ class LoTRAModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Tensors
+    ) -> Tensors:
         # PEFT reads the file again, and passes state dicts of users too
         check_state_dict(state_dict)
         state_dict = _rename_layers(state_dict, config.names_in_model)
@@ -327,7 +321,7 @@ def _check_adapter_name(name: Any) -> None:
         )
 
 
-def read_checked(config: LoTRAConfig, model: nn.Module, targets: dict[str, Target]) -> dict[str, torch.Tensor]:
+def read_checked(config: LoTRAConfig, model: nn.Module, targets: Targets) -> Tensors:
     """Compare an adapter from a file, its base and its tensors, with a model.
 
     The layers of the file are paired with those of the model. The patterns in `config` are renamed accordingly, since
@@ -358,7 +352,7 @@ def _rename_pattern(pattern: dict[str, Any], old: str, new: str) -> None:
         pattern[pattern_key(new)] = pattern.pop(key) if key == pattern_key(old) else pattern[key]
 
 
-def _rename_layers(tensors: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
+def _rename_layers(tensors: Tensors, names: dict[str, str]) -> Tensors:
     """Return the tensors of a file with the names of its layers in this model."""
     renamed = {}
     for key, tensor in tensors.items():

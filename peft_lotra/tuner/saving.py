@@ -9,7 +9,7 @@ import hashlib
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,11 @@ from ..modules.checks import list_first
 from ..modules.folders import naming_damage, replacing_files
 from ..tucker import Update
 from .config import LoTRAConfig, Source, pattern_key
-from .layer import Target
+from .layer import Targets, Tensors
 from .targets import exact_targets
 
 
-def read_tensors(source: Source, sha256: str | None = None) -> dict[str, Tensor]:
+def read_tensors(source: Source, sha256: str | None = None) -> Tensors:
     """Return the tensors of a saved adapter by name; warn if their SHA-256 differs from the one given.
 
     Raises:
@@ -56,9 +56,7 @@ def read_tensors(source: Source, sha256: str | None = None) -> dict[str, Tensor]
     return tensors
 
 
-def check_tensors(
-    tensors: Mapping[str, Tensor], config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]
-) -> None:
+def check_tensors(tensors: Tensors, config: LoTRAConfig, model: nn.Module, targets: Targets) -> None:
     """Compare the tensors of a file with those that an adapter of this configuration has in this model.
 
     Raises:
@@ -109,7 +107,7 @@ def saved_tensors(config: LoTRAConfig, model: nn.Module, targets: Iterable[str])
             yield stored, key, value
 
 
-def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+def _not_finite(tensors: Tensors) -> list[str]:
     """Return an error for each tensor with values that are not finite."""
     errors = []
     for name, tensor in tensors.items():
@@ -124,7 +122,7 @@ def raise_if_any(headline: str, errors: list[str]) -> None:
         raise ValueError(f"{headline}: {list_first(sorted(errors))}. Nothing was changed.")
 
 
-def check_state_dict(state_dict: Mapping[str, Tensor]) -> None:
+def check_state_dict(state_dict: Tensors) -> None:
     """Raise a ValueError if an entry is no tensor, or has values that are not finite."""
     errors = []
     for name, tensor in state_dict.items():
@@ -133,7 +131,7 @@ def check_state_dict(state_dict: Mapping[str, Tensor]) -> None:
     raise_if_any("The state dict is not that of an adapter", errors or _not_finite(state_dict))
 
 
-def check_no_base(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def check_no_base(model: nn.Module, tensors: Tensors) -> None:
     """Raise a ValueError if a state dict for an adapter would overwrite parameters of the frozen base."""
     names = [name for name in tensors if ".lotra_" not in name and ".modules_to_save." not in name]
     if names:
@@ -142,7 +140,7 @@ def check_no_base(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         raise_if_any("The state dict is not that of an adapter", errors)
 
 
-def check_complete(adapter_name: str, tensors: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
+def check_complete(adapter_name: str, tensors: Tensors, state_dict: Tensors) -> None:
     """Raise a ValueError if components are spread over several processes, or an adapter has values not finite."""
     for key, tensor in tensors.items():
         if tensor.dim() < 2 or type(tensor) not in (Tensor, nn.Parameter):  # FSDP1 gives flat pieces
@@ -155,7 +153,7 @@ def check_complete(adapter_name: str, tensors: Mapping[str, Tensor], state_dict:
     raise_if_any(f"The adapter {adapter_name!r} is not saved", _not_finite(saved))
 
 
-def cast_to_storage(tensors: Mapping[str, Tensor], storage: str) -> dict[str, Tensor]:
+def cast_to_storage(tensors: Tensors, storage: str) -> Tensors:
     """Return the components in the dtype of a file; warn if rounding changes one by more than 1 %.
 
     Raises:

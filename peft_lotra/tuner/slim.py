@@ -12,7 +12,7 @@ import torch
 
 from ..modules.calls import without_autocast
 from ..tucker import Tucker, Update, direct_sum
-from .layer import LoTRALayer
+from .layer import LoTRALayer, Tensors
 
 
 class SlimLoTRALayer(LoTRALayer):
@@ -38,7 +38,7 @@ class SlimLoTRALayer(LoTRALayer):
             # a mode that the updates make full loses its factor: None
             return dict(zip(Tucker._fields, direct_sum(terms), strict=False))
 
-    def _base_parameters(self) -> dict[str, torch.Tensor]:
+    def _base_parameters(self) -> Tensors:
         return self.base_layer.components._asdict()
 
     def _add(self, updates: Sequence[Update]) -> None:

@@ -24,10 +24,13 @@ from ..modules.checks import list_first
 from ..tucker import Tucker
 from .config import LoTRAConfig
 from .initialization import check_start
-from .layer import LoTRALayer, Target, check_stored, check_unmerged, lotra_layers
+from .layer import LoTRALayer, Target, Targets, check_stored, check_unmerged, lotra_layers
 
 
-def find_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
+Record = Mapping[str, Any]  # the entry of a layer in a file, see `record_layer`
+
+
+def find_targets(config: LoTRAConfig, model: nn.Module) -> Targets:
     """Return the layers that the configuration targets, by name.
 
     Raises:
@@ -37,7 +40,7 @@ def find_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
         return _find_recorded(config.base_layers, model)
     if config.targets_all_kan:
         return _find_all_kan(config, model)
-    targets: dict[str, Target] = {}
+    targets: Targets = {}
     for name, module in model.named_modules():
         if name and check_target_module_exists(config, name):
             targets[name] = locate_target(name, module)
@@ -51,7 +54,7 @@ def find_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
     return targets
 
 
-def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
+def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> Targets:
     layers = {name: layer for name, layer, _ in walk_kan_layers(model)}
     if "" in layers:
         raise ValueError(
@@ -101,7 +104,7 @@ def _has_index(config: LoTRAConfig, name: str) -> bool:
     return match is not None and int(match[1]) in ([indices] if isinstance(indices, int) else indices)
 
 
-def _find_recorded(recorded: Mapping[str, Mapping[str, Any]], model: nn.Module) -> dict[str, Target]:
+def _find_recorded(recorded: Mapping[str, Record], model: nn.Module) -> Targets:
     """Return the layers that a file names, in its order, by their names in this model.
 
     A name that is absent, for instance since a parent was renamed, is paired with a layer of the same kind and shape:
@@ -146,7 +149,7 @@ def bare_name(name: str) -> str:
     return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
 
 
-def locate_target(name: str, module: nn.Module, record: Mapping[str, Any] | None = None) -> Target:
+def locate_target(name: str, module: nn.Module, record: Record | None = None) -> Target:
     """Return the KAN layer that a module is, adapted or not; raise a ValueError for any other module.
 
     `record` is the entry of the layer in the file of an adapter.
@@ -163,7 +166,7 @@ def locate_target(name: str, module: nn.Module, record: Mapping[str, Any] | None
     return Target(module, spec, spec.locate(module))
 
 
-def warn_of_doubts(targets: Mapping[str, Target]) -> None:
+def warn_of_doubts(targets: Targets) -> None:
     """Warn of parameters of registered kinds that shape the functions, or have no effect."""
     doubts = []
     for name, (layer, spec, _) in targets.items():
@@ -178,7 +181,7 @@ def warn_of_doubts(targets: Mapping[str, Target]) -> None:
         )
 
 
-def check_targets(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
+def check_targets(config: LoTRAConfig, model: nn.Module, targets: Targets) -> None:
     """Raise a ValueError for targets that cannot be adapted as the configuration says."""
     owners: dict[int, tuple[str, nn.Module]] = {}
     adapted = {name: layer.base_before_merge() for name, layer in lotra_layers(model)}
@@ -243,7 +246,7 @@ def _check_trained(name: str, target: Target, config: LoTRAConfig) -> None:
         )
 
 
-def warn_of_large_adapters(config: LoTRAConfig, targets: Mapping[str, Target]) -> None:
+def warn_of_large_adapters(config: LoTRAConfig, targets: Targets) -> None:
     """Warn of targets whose explicit `r` gives more trained parameters than the coefficients that it adapts."""
     if config.r is None or config.train is not None or config.rank_pattern:
         return
