@@ -38,18 +38,13 @@ class RefitReport(Report):
     Attributes:
         errors: By layer and adapter, the norm of (the stored update - the old one), as a share of the norm of the old
             one. Empty if no grid had moved.
-        projection_errors: The same before the update is reduced to its ranks: the share that the new grid cannot
-            express.
     """
 
     errors: dict[tuple[str, str], float]
-    projection_errors: dict[tuple[str, str], float]
 
     def _table(self) -> TextTable:
-        rows = []
-        for key, error in self.errors.items():
-            rows.append([*key, f"error {error:.2%}", f"of which {self.projection_errors[key]:.2%} by the grid"])
-        return TextTable(["", "", ">", ">"], rows, [] if rows else ["no grid had moved"])
+        rows = [[*key, f"error {error:.2%}"] for key, error in self.errors.items()]
+        return TextTable(["", "", ">"], rows, [] if rows else ["no grid had moved"])
 
 
 def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], Any] | None = None) -> RefitReport:
@@ -91,14 +86,13 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
     unusable = [name for name, layer in layers.items() if layer.merged or layer.disable_adapters]
     if unusable:
         raise ValueError(f"The adapters of {unusable} are merged or disabled: unmerge or enable them first.")
-    report = RefitReport({}, {})
+    report = RefitReport({})
 
     def refit(name: str, layer: LoTRALayer, args: tuple, kwargs: dict) -> None:
         if _is_moved(layer):
             x = first_argument(args, kwargs)
             for adapter in layer.lotra_r:
-                key = name, adapter
-                report.errors[key], report.projection_errors[key] = _refit(name, layer, adapter, x)
+                report.errors[name, adapter] = _refit(name, layer, adapter, x)
             layer.remember_grid()
 
     with _unchanged_on_error(layers), modes_kept(model), torch.no_grad(), ExitStack() as hooks:
@@ -146,8 +140,8 @@ def _unchanged_on_error(layers: Mapping[str, LoTRALayer]) -> Iterator[None]:
         raise
 
 
-def _refit(name: str, layer: LoTRALayer, adapter: str, x: Any) -> tuple[float, float]:
-    """Refit one adapter of one layer; return the error of its function, and that before it is reduced to its ranks."""
+def _refit(name: str, layer: LoTRALayer, adapter: str, x: Any) -> float:
+    """Refit one adapter of one layer, and return the error of its function."""
     is_input = isinstance(x, Tensor) and x.is_floating_point() and x.shape[-1:] == (layer.in_features,)
     if not is_input or not x.numel() or not x.isfinite().all():
         raise ValueError(f"`inputs` that reach `{name}` must be finite floating numbers (rows, {layer.in_features}).")
@@ -187,10 +181,8 @@ def _refit(name: str, layer: LoTRALayer, adapter: str, x: Any) -> tuple[float, f
         return einsum(functions, tensor, "n i k, o i k -> n o")
 
     old_outputs = outputs(old_splines, old)
-    norm = old_outputs.norm().item() or 1.0
     error = (outputs(new_splines, stored) - old_outputs).norm().item()
-    projection_error = (outputs(new_splines, projected) - old_outputs).norm().item()
-    return error / norm, projection_error / norm
+    return error / (old_outputs.norm().item() or 1.0)
 
 
 def _on_cpu(components: Tucker) -> Tucker:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Literal, cast
 
 import torch
@@ -15,11 +15,11 @@ from peft.tuners.tuners_utils import BaseTuner
 from ..modules.checks import as_number
 from ..tucker import Ranks, Tucker, check_ranks, direct_sum
 from .config import LoTRAConfig, pattern_key
-from .layer import LoTRALayer, lotra_layers
+from .layer import lotra_layers
 from .targets import exact_targets
 
 
-COMBINATION_TYPES = ("cat", "linear", "svd")
+COMBINATION_TYPES = ("cat", "svd")
 
 
 def add_weighted_adapter(
@@ -27,7 +27,7 @@ def add_weighted_adapter(
     adapters: list[str],
     weights: list[float],
     adapter_name: str,
-    combination_type: Literal["cat", "linear", "svd"] = "cat",
+    combination_type: Literal["cat", "svd"] = "cat",
     ranks: Ranks | None = None,
 ) -> dict[str, float]:
     """Add an adapter whose update is the weighted sum of other updates.
@@ -37,8 +37,6 @@ def add_weighted_adapter(
 
     - `"cat"` is exact: the cores become the blocks of one core, and the ranks add. Ranks above the sizes of their
       modes are reduced to the sizes without loss.
-    - `"linear"` averages the factors, and adds the cores. It keeps the ranks, which must be equal. It is exact only
-      where the factors agree: look at the errors.
     - `"svd"` is the best approximation that HOOI finds with the given `ranks`.
 
     Args:
@@ -46,7 +44,7 @@ def add_weighted_adapter(
         adapters: The adapters to sum up.
         weights: Their weights, positive or negative.
         adapter_name: The name of the new adapter.
-        combination_type: `"cat"`, `"linear"` or `"svd"`.
+        combination_type: `"cat"` or `"svd"`.
         ranks: For `"svd"`, the ranks of the new adapter; by default the largest of the adapters, layer by layer.
 
     Returns:
@@ -54,8 +52,8 @@ def add_weighted_adapter(
 
     Raises:
         ValueError: An adapter is unknown or has `modules_to_save`, which cannot be summed; the numbers of adapters and
-            weights differ, or a weight is not finite; the name exists; for `"linear"`, ranks differ or the weights sum
-            up to 0; `ranks` without `"svd"`. Nothing is changed then.
+            weights differ, or a weight is not finite; the name exists; `ranks` without `"svd"`. Nothing is changed
+            then.
 
     Example:
         >>> from peft import get_peft_model
@@ -69,37 +67,37 @@ def add_weighted_adapter(
     """
     configs = cast("dict[str, LoTRAConfig]", model.peft_config)
     _check(configs, adapters, weights, adapter_name, combination_type, ranks)
-    components = {}
+    totals: dict[str, Tucker] = {}
     sums = {}
     for name, layer in lotra_layers(model.model):
-        layer_weights = {index: weights[index] for index, adapter in enumerate(adapters) if adapter in layer.lotra_r}
-        if not layer_weights:
+        tensors = []
+        for adapter, weight in zip(adapters, weights, strict=True):
+            if adapter in layer.lotra_r:
+                components = layer.get_components(adapter).map(lambda component: component.detach().double())
+                scale = weight * layer.lotra_scaling[adapter]
+                tensors.append(components._replace(core=scale * components.core))
+        if not tensors:
             continue
-        tensors = [_scaled(layer, adapters[index], weight) for index, weight in layer_weights.items()]
         basis = max(tensor.shape[2] for tensor in tensors)  # without or with a residual slice
         tensors = [tensor.padded(basis) for tensor in tensors]
         sums[name] = torch.stack([tensor.dense() for tensor in tensors]).sum(0)
-        if combination_type == "linear":
-            components[name] = _average(name, tensors, list(layer_weights.values()))
-            continue
         total = direct_sum(tensors).orthogonal()
         if combination_type == "svd":
             largest = tuple(map(max, zip(*(tensor.ranks for tensor in tensors), strict=True)))
             total = total.truncated(largest if ranks is None else check_ranks(ranks))
-        components[name] = total.balanced()
+        totals[name] = total.balanced()
 
     first = configs[adapters[0]]
-    totals = components.values()
     is_trained_alike = all(configs[adapter].train == first.train for adapter in adapters)
     # the sum has no factors of modes that become full
-    is_trainable = all(total._asdict().keys() & set(first.train or total._fields) for total in totals)
-    has_full_outputs = any(total.form[0] == "full" for total in totals)
+    is_trainable = all(total._asdict().keys() & set(first.train or total._fields) for total in totals.values())
+    has_full_outputs = any(total.form[0] == "full" for total in totals.values())
     configs[adapter_name] = LoTRAConfig(
         task_type=first.task_type,
         base_model_name_or_path=first.base_model_name_or_path,
         revision=first.revision,
-        rank_pattern={pattern_key(name): total.form for name, total in components.items()},
-        target_modules=exact_targets(components, model.model),
+        rank_pattern={pattern_key(name): total.form for name, total in totals.items()},
+        target_modules=exact_targets(totals, model.model),
         adapt_residual=any(configs[adapter].adapt_residual for adapter in adapters),
         rank_dropout=0.0 if has_full_outputs else first.rank_dropout,
         module_dropout=first.module_dropout,
@@ -113,7 +111,7 @@ def add_weighted_adapter(
         raise
     errors = {}
     for name, layer in lotra_layers(model.model, adapter_name):
-        layer.set_components(adapter_name, components[name])
+        layer.set_components(adapter_name, totals[name])
         stored = layer.get_delta_weight(adapter_name).detach().double()
         norm = sums[name].norm().item()
         errors[name] = (stored - sums[name]).norm().item() / (norm or 1.0)
@@ -143,24 +141,3 @@ def _check(configs: dict[str, LoTRAConfig], adapters, weights, adapter_name, com
     whole = [adapter for adapter in adapters if configs[adapter].modules_to_save]
     if whole:
         raise ValueError(f"Adapter(s) {whole} have `modules_to_save`, which have no sum: use `merge_and_unload`.")
-
-
-def _scaled(layer: LoTRALayer, adapter: str, weight: float) -> Tucker:
-    """Return the components of an adapter in float64, with the weight and the scale in the core."""
-    components = layer.get_components(adapter).map(lambda component: component.detach().double())
-    return components._replace(core=weight * layer.lotra_scaling[adapter] * components.core)
-
-
-def _average(name: str, tensors: Sequence[Tucker], weights: Sequence[float]) -> Tucker:
-    """Return the factors averaged by weight, with the sum of the cores, which include the weights."""
-    forms = [tensor.form for tensor in tensors]
-    total = sum(weights)
-    if len(set(forms)) > 1 or total == 0:
-        problem = f"the weights sum up to 0: {weights}" if total == 0 else f"the ranks differ: {forms}"
-        raise ValueError(f'`combination_type="linear"` is an average, but at `{name}` {problem}. Use "cat" or "svd".')
-    shares = tensors[0].core.new_tensor(weights) / total
-    average = {}
-    for component in tensors[0]._asdict():
-        stacked = torch.stack([getattr(tensor, component) for tensor in tensors])
-        average[component] = stacked.sum(0) if component == "core" else torch.tensordot(shares, stacked, 1)
-    return tensors[0]._replace(**average)

@@ -52,7 +52,7 @@ def test_the_update_is_kept(family, r, bound):
     assert layer.lotra_core["default"].shape == ranks
     assert error(update_of(model, x), before) < bound
     assert set(report.errors) == {("kan", "default")} and "kan  default  error" in str(report)
-    assert 0 < report.projection_errors["kan", "default"] <= report.errors["kan", "default"] + 0.01 < bound
+    assert 0 < report.errors["kan", "default"] < bound
     if family == "own":  # no scales of edges
         assert report.errors["kan", "default"] == pytest.approx(error(update_of(model, x), before), rel=1e-5)
     assert refit_adapters(model, x).errors == {}
