@@ -108,7 +108,8 @@ def check_batch(count: int, args: tuple, kwargs: dict) -> None:
 
     Vectors count only if all inputs are vectors.
     """
-    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor) and value.dim()]
+    leaves = tree_leaves((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
     tensors = [tensor for tensor in tensors if tensor.dim() > 1] or tensors
     if tensors and all(_find_batch(count, tensor) is None for tensor in tensors):
         raise ValueError(
@@ -128,7 +129,7 @@ def _find_batch(size: int, value: Any) -> int | None:
     return dims.index(size) if size in dims else None
 
 
-def pass_names(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict[str, Any]]:
+def pass_names(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Pass the names to a wrapper of PEFT's `modules_to_save`, as a forward pre-hook.
 
     An adapter without a copy of the module has the module of the base.
@@ -142,6 +143,9 @@ def pass_names(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
 
 
 # --- the output of a layer ---
+
+
+Run = Callable[[Any, tuple, dict], Any]
 
 
 class MixedBatch(NamedTuple):
@@ -160,8 +164,11 @@ class MixedBatch(NamedTuple):
     row_counts: set[int]
     read_adapters: Callable[[], Sequence[Any]]
     find_updates: Callable[[], RowUpdates | None]
-    run: Callable[[Any, tuple, dict], Any]
+    run: Run
     find_row_counts: Callable[[], set[int]] = set
+
+    def has_several_adapters(self) -> bool:
+        return len(set(self.read_adapters())) > 1
 
 
 def run_named_rows(layer: Any, names: Sequence[str], current: ForwardPass | None, args: tuple, kwargs: dict) -> Any:
@@ -205,20 +212,20 @@ def _count_rows(layer: str, batch: MixedBatch, args: tuple, kwargs: dict) -> int
             two sizes are equal.
     """
     x = first_argument(args, kwargs)
-    if is_tracing() or not isinstance(x, Tensor) or x.dim() == 0 or batch.size == len(x) == 0:
+    if is_tracing() or not isinstance(x, Tensor) or x.dim() == 0:
         return 1
     if len(x) == batch.size:
         is_square = x.dim() > 2 and x.shape[0] == x.shape[1]
-        if is_square and 0 < x.stride(0) < x.stride(1) and len(set(batch.read_adapters())) > 1:
+        if is_square and 0 < x.stride(0) < x.stride(1) and batch.has_several_adapters():
             raise ValueError(
                 f"The inputs of `{layer}` are a transposed tensor {tuple(x.shape)}: its rows may be in either order. "
                 "Pass `x.contiguous()` if the first dimension is the batch, else transpose it back."
             )
         return 1
 
-    rows_per_sample, remainder = divmod(len(x), max(batch.size, 1))
+    rows_per_sample, remainder = divmod(len(x), batch.size) if batch.size else (0, 1)
     if not remainder and len(x) not in batch.row_counts:
-        if _is_view_of_samples(x, batch.size) or len(set(batch.read_adapters())) == 1:
+        if _is_view_of_samples(x, batch.size) or not batch.has_several_adapters():
             batch.row_counts.add(len(x))
         else:
             with suppress(Exception):  # a model may refuse noise
@@ -235,16 +242,17 @@ def _count_rows(layer: str, batch: MixedBatch, args: tuple, kwargs: dict) -> int
 def _is_view_of_samples(x: Tensor, size: int) -> bool:
     """Return whether x is a view of the first `size` samples of a contiguous tensor (batch, ..., in)."""
     whole = x._base
-    if whole is None or whole.dim() <= 2 or not (x.is_contiguous() and whole.is_contiguous()):
+    if whole is None or whole.dim() <= 2:
         return False
-    return x.numel() == size * whole[0].numel()
+    is_contiguous = x.is_contiguous() and whole.is_contiguous()
+    return is_contiguous and x.numel() == size * whole[0].numel()
 
 
 def first_argument(args: tuple, kwargs: dict) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def find_row_counts(model: nn.Module, layers: Iterable[nn.Module], size: int, args: tuple, kwargs: Any) -> set[int]:
+def find_row_counts(model: nn.Module, layers: Iterable[nn.Module], size: int, args: tuple, kwargs: dict) -> set[int]:
     """Return the numbers of rows of layers that see several rows per sample, in the order of the samples.
 
     A model may fold channels into the batch and flatten them, which no layer sees. It is therefore run twice: if a
@@ -284,7 +292,7 @@ def _roll(size: int, value: Any) -> Any:
     return value if dim is None else value.roll(1, dim)
 
 
-def _record_inputs(model: nn.Module, layers: Iterable[nn.Module], args: tuple, kwargs: Any) -> list[Tensor]:
+def _record_inputs(model: nn.Module, layers: Iterable[nn.Module], args: tuple, kwargs: dict) -> list[Tensor]:
     """Run a model with its active adapters, and return the inputs of its layers."""
     inputs: list[Tensor] = []
 
@@ -301,7 +309,7 @@ def _record_inputs(model: nn.Module, layers: Iterable[nn.Module], args: tuple, k
     return inputs
 
 
-def _run_by_adapter(adapters: Sequence[Any], run: Callable[[Any, tuple, dict], Any], args: tuple, kwargs: dict) -> Any:
+def _run_by_adapter(adapters: Sequence[Any], run: Run, args: tuple, kwargs: dict) -> Any:
     """Evaluate the rows of each adapter in turn, and return the outputs in the order of the batch."""
     rows: dict[Any, list[int]] = {}
     for row, adapter in enumerate(adapters):
@@ -353,7 +361,8 @@ def _evaluate_rows(base_layer: Any, formula: LayerFormula | None, x: Tensor, upd
     base_output = base_layer(x) if formula is None else None  # of a Slim layer; first, since it checks x
     index, size, order, positions = updates.groups
     batch = updates.groups.batch()
-    count = x.shape[1:-1].numel() if x.shape[0] == batch else x.shape[:-1].numel() // batch
+    has_batch_first = x.shape[0] == batch
+    count = x.shape[1:-1].numel() if has_batch_first else x.shape[:-1].numel() // batch
 
     rows = x.reshape(batch, count, updates.form.shape[1])
     if order is not None:

@@ -52,7 +52,8 @@ def grid_ends(grid: Grid, shape: Sequence[int]) -> tuple[Tensor, Tensor] | None:
 def warn_of_far_inputs(name: str, grid: Grid, shape: Sequence[int], x: Any) -> None:
     """Warn if most inputs of a layer (out, in, basis) lie further from its grid than it is long."""
     ends = grid_ends(grid, shape)
-    if ends is None or not isinstance(x, Tensor) or x.shape[-1:] != (shape[1],) or x.is_meta:
+    is_input = isinstance(x, Tensor) and x.shape[-1:] == (shape[1],) and not x.is_meta
+    if ends is None or not is_input:
         return
     low, high = ends
     distance = (x.detach() - (low + high) / 2).abs()

@@ -78,7 +78,8 @@ def hotswap_adapter(
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"The adapter {adapter_name!r} is merged: call `model.unmerge_adapter()` first.")
     targets = find_targets(new, base) if new.base_layers else {}
-    if set(targets) != set(layers) or set(new.modules_to_save or ()) != set(old.modules_to_save or ()):
+    are_modules_equal = set(new.modules_to_save or ()) == set(old.modules_to_save or ())
+    if set(targets) != set(layers) or not are_modules_equal:
         raise ValueError(
             f"The new adapter has the layers {list(targets)} and saves {new.modules_to_save}, the present one "
             f"{list(layers)} and {old.modules_to_save}. Load it as another adapter: `model.load_adapter(...)`."
@@ -99,7 +100,8 @@ def hotswap_adapter(
 
     # Passes that have begun hold this dict (`ForwardPass.replaced`). A layer reads the components first, and the dict
     # second, so that such a pass has the former ones throughout. Later passes get the new dict below.
-    tuner.replaced.update({(id(layer), adapter_name): layer.get_components(adapter_name) for layer in layers.values()})
+    for layer in layers.values():
+        tuner.replaced[id(layer), adapter_name] = layer.get_components(adapter_name)
     for name, layer in layers.items():
         layer.replace_components(adapter_name, replacements[name])
     for parameter, tensor in saved:

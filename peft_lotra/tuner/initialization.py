@@ -92,12 +92,14 @@ def _from_gradient(components: Tucker, zero: str, gradient: Tensor) -> None:
         if name != "core":
             getattr(components, name).copy_(factor)
     if zero != "factor_out":
-        core.copy_(projected * (math.sqrt(len(core)) / projected.norm().clamp(min=1e-30)))
+        norm = projected.norm().clamp(min=1e-30)
+        core.copy_(projected * (math.sqrt(len(core)) / norm))
         return
     rows = torch.linalg.svd(projected.double().flatten(1), full_matrices=False).Vh  # no more than ri rb [rk]
     size = _size_of_core(components)
     core.normal_(std=size)  # rows above these stay random
-    core.flatten(1)[: len(rows)] = rows.to(core) * (size * math.sqrt(rows.shape[1]))
+    rows = rows.to(core) * (size * math.sqrt(rows.shape[1]))
+    core.flatten(1)[: len(rows)] = rows
 
 
 def _size_of_core(components: Tucker) -> float:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from operator import attrgetter
@@ -50,6 +50,7 @@ class Target(NamedTuple):
 
 
 Targets = dict[str, Target]  # by the name of the layer
+Record = Mapping[str, Any]  # the entry of a layer in a file, see `record_layer`
 
 
 class LoTRALayer(nn.Module, BaseTunerLayer):
@@ -189,8 +190,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         # drawn as tensors, so that a compiled graph draws at each step
         core = components.core
         if p := self.lotra_rank_dropout[adapter]:
-            draws = torch.rand(len(core), *[1] * (core.dim() - 1), device=core.device)
-            mask = (draws >= p).to(core.dtype)
+            shape = (len(core), *[1] * (core.dim() - 1))
+            mask = torch.rand(shape, device=core.device) >= p
+            mask = mask.to(core.dtype)
             components = components._replace(core=core * mask / (1 - p))
         if p := self.lotra_module_dropout[adapter]:
             mask = torch.rand((), device=core.device) >= p

@@ -142,13 +142,16 @@ def _unchanged_on_error(layers: Mapping[str, LoTRALayer]) -> Iterator[None]:
 
 def _refit(name: str, layer: LoTRALayer, adapter: str, x: Any) -> float:
     """Refit one adapter of one layer, and return the error of its function."""
-    is_input = isinstance(x, Tensor) and x.is_floating_point() and x.shape[-1:] == (layer.in_features,)
+    width = layer.in_features
+    is_input = isinstance(x, Tensor) and x.is_floating_point() and x.shape[-1:] == (width,)
     if not is_input or not x.numel() or not x.isfinite().all():
-        raise ValueError(f"`inputs` that reach `{name}` must be finite floating numbers (rows, {layer.in_features}).")
-    samples = x.detach().reshape(-1, layer.in_features)
+        raise ValueError(f"`inputs` that reach `{name}` must be finite floating numbers (rows, {width}).")
+    samples = x.detach().reshape(-1, width)
     grid = layer.lotra_spec.read_grid(layer.get_base_layer())
-    low, high = grid_ends(grid, layer.lotra_tensor.shape) or samples.aminmax(dim=0)
-    points, weight = spread_points(samples, low.to(samples), high.to(samples), 4 * layer.lotra_tensor.shape[-1])
+    shape = layer.lotra_tensor.shape
+    ends = grid_ends(grid, shape) or samples.aminmax(dim=0)
+    low, high = (end.to(samples) for end in ends)
+    points, weight = spread_points(samples, low, high, 4 * shape[-1])
     weight = weight.double().cpu()
     old_splines = _basis(name, layer, layer.lotra_grid, points)
     new_splines = _basis(name, layer, {}, points)
@@ -163,7 +166,8 @@ def _refit(name: str, layer: LoTRALayer, adapter: str, x: Any) -> float:
     # brings the coefficients of an edge to the values of its function; the residual branch is a block of its own,
     # since the layer may scale its splines edge by edge
     metric = torch.linalg.qr((weight * new_splines).transpose(0, 1)).R
-    residual = F.silu(points.double().cpu()).unsqueeze(-1)[..., : old.shape[-1] - num_basis]
+    has_residual = old.shape[-1] > num_basis
+    residual = F.silu(points.double().cpu()).unsqueeze(-1)[..., :has_residual]
     residual_norm = (weight * residual).norm(dim=0)
 
     def edge_functions(tensor: Tensor) -> Tensor:
@@ -194,7 +198,11 @@ def _basis(name: str, layer: LoTRALayer, grid: Mapping[str, Any], x: Tensor) -> 
     base, spec = layer.base_layer, layer.lotra_spec
     if spec.basis is None:
         raise ValueError(f"`{name}`, a {spec.family} layer, has no `basis`: register one, or merge before the move.")
-    tensors = {key: value.to(x.device) for key, value in grid.items() if isinstance(value, Tensor)}
+    tensors = {}
+    for key, value in grid.items():
+        if isinstance(value, Tensor):
+            tensors[key] = value.to(x.device)
     norm = get_or_none(base, spec.normalization or "")
     z = x if norm is None else norm(x)
-    return call_with_parameters(base, tensors, partial(spec.basis, base, z), (), {}).double().cpu()
+    basis = call_with_parameters(base, tensors, spec.basis, (base, z), {})
+    return basis.double().cpu()

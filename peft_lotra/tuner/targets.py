@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterable, Mapping
 from copy import copy
 from math import prod
-from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
@@ -24,10 +23,10 @@ from ..modules.checks import list_first
 from ..tucker import Tucker
 from .config import LoTRAConfig
 from .initialization import check_start
-from .layer import LoTRALayer, Target, Targets, check_stored, check_unmerged, lotra_layers
+from .layer import LoTRALayer, Record, Target, Targets, check_stored, check_unmerged, lotra_layers
 
 
-Record = Mapping[str, Any]  # the entry of a layer in a file, see `record_layer`
+Owners = dict[int, tuple[str, nn.Module]]  # by the id of a parameter, the layer that has it
 
 
 def find_targets(config: LoTRAConfig, model: nn.Module) -> Targets:
@@ -101,7 +100,9 @@ def _has_index(config: LoTRAConfig, name: str) -> bool:
     if indices is None or indices == []:
         return True
     match = re.search(r"\.(\d+)(?:\.|$)", name)
-    return match is not None and int(match[1]) in ([indices] if isinstance(indices, int) else indices)
+    if isinstance(indices, int):
+        indices = [indices]
+    return match is not None and int(match[1]) in indices
 
 
 def _find_recorded(recorded: Mapping[str, Record], model: nn.Module) -> Targets:
@@ -136,7 +137,11 @@ def _find_recorded(recorded: Mapping[str, Record], model: nn.Module) -> Targets:
         warnings.warn(
             f"Layers of the adapter have other names in this model: it takes {', '.join(renamed)}.", stacklevel=2
         )
-    return {names[name]: locate_target(names[name], modules[names[name]], recorded[name]) for name in recorded}
+    targets = {}
+    for name, record in recorded.items():
+        present_name = names[name]
+        targets[present_name] = locate_target(present_name, modules[present_name], record)
+    return targets
 
 
 def _natural_order(name: str) -> list[str | int]:
@@ -183,7 +188,7 @@ def warn_of_doubts(targets: Targets) -> None:
 
 def check_targets(config: LoTRAConfig, model: nn.Module, targets: Targets) -> None:
     """Raise a ValueError for targets that cannot be adapted as the configuration says."""
-    owners: dict[int, tuple[str, nn.Module]] = {}
+    owners: Owners = {}
     adapted = {name: layer.base_before_merge() for name, layer in lotra_layers(model)}
     for name, target in {**adapted, **targets}.items():
         if isinstance(target.layer, (SlimKANLinear, SlimLayer)):  # whose coefficients are a product
@@ -213,7 +218,7 @@ def _check_description(name: str, target: Target) -> None:
         )
 
 
-def _check_parameter(name: str, layer: nn.Module, parameter: str, owners: dict[int, tuple[str, nn.Module]]) -> None:
+def _check_parameter(name: str, layer: nn.Module, parameter: str, owners: Owners) -> None:
     """Raise a ValueError for a parameter that is computed, of integers, or adapted in another layer too.
 
     `owners` gets the layer of each parameter.
@@ -238,7 +243,8 @@ def _check_trained(name: str, target: Target, config: LoTRAConfig) -> None:
     """Raise a ValueError if none of the components in `train` exists in a layer."""
     shapes = config.component_shapes(name, target.tensor)
     # the dense layers of a network of convolutions have no kernel mode
-    trained = set(config.train or ()).intersection(Tucker._fields[: 1 + len(shapes["core"])])
+    existing = Tucker._fields[: 1 + len(shapes["core"])]
+    trained = {component for component in config.train or () if component in existing}
     if trained and not trained & shapes.keys():
         raise ValueError(
             f"`train={config.train}` leaves nothing to train in `{name}`, whose ranks {shapes['core']} have only "

@@ -83,15 +83,21 @@ def add_weighted_adapter(
         sums[name] = torch.stack([tensor.dense() for tensor in tensors]).sum(0)
         total = direct_sum(tensors).orthogonal()
         if combination_type == "svd":
-            largest = tuple(map(max, zip(*(tensor.ranks for tensor in tensors), strict=True)))
+            modes = zip(*(tensor.ranks for tensor in tensors), strict=True)
+            largest = tuple(map(max, modes))
             total = total.truncated(largest if ranks is None else check_ranks(ranks))
         totals[name] = total.balanced()
 
     first = configs[adapters[0]]
-    is_trained_alike = all(configs[adapter].train == first.train for adapter in adapters)
-    # the sum has no factors of modes that become full
-    is_trainable = all(total._asdict().keys() & set(first.train or total._fields) for total in totals.values())
-    has_full_outputs = any(total.form[0] == "full" for total in totals.values())
+    train = first.train
+    has_full_outputs = False
+    for total in totals.values():
+        has_full_outputs = has_full_outputs or total.form[0] == "full"
+        # the sum has no factors of modes that become full
+        if not total._asdict().keys() & set(train or total._fields):
+            train = None
+    if any(configs[adapter].train != first.train for adapter in adapters):
+        train = None
     configs[adapter_name] = LoTRAConfig(
         task_type=first.task_type,
         base_model_name_or_path=first.base_model_name_or_path,
@@ -102,7 +108,7 @@ def add_weighted_adapter(
         rank_dropout=0.0 if has_full_outputs else first.rank_dropout,
         module_dropout=first.module_dropout,
         storage=first.storage,
-        train=first.train if is_trained_alike and is_trainable else None,
+        train=train,
     )
     try:
         model.inject_adapter(model.model, adapter_name)
@@ -130,7 +136,8 @@ def check_known(adapters: Iterable[str], configs: Mapping[str, object]) -> None:
 def _check(configs: dict[str, LoTRAConfig], adapters, weights, adapter_name, combination_type, ranks) -> None:
     """Raise a ValueError for arguments of `add_weighted_adapter` that cannot be used."""
     check_known(adapters, configs)
-    if not adapters or len(weights) != len(adapters) or any(math.isnan(as_number(weight)) for weight in weights):
+    are_finite = not any(math.isnan(as_number(weight)) for weight in weights)
+    if not adapters or len(weights) != len(adapters) or not are_finite:
         raise ValueError(f"`weights` must be a finite number for each of one or more adapters: {weights}, {adapters}.")
     if adapter_name in configs:
         raise ValueError(f"`adapter_name` is {adapter_name!r}, which the model has already: choose another name.")
