@@ -94,7 +94,7 @@ FORWARD_PASS = PassVariable("lotra_forward_pass")  # a `ForwardPass`, set by `Lo
 def check_names(names: Any) -> tuple[str, ...]:
     """Return the names of the adapters of samples; raise a ValueError unless they are a list of strings."""
     is_list = isinstance(names, Iterable) and not isinstance(names, str)
-    values = tuple(names) if is_list else (None,)
+    values: tuple[Any, ...] = tuple(names) if is_list else (None,)
     if not all(issubclass(kind, str) for kind in set(map(type, values))):
         raise ValueError(
             '`adapter_names` must be a list with the name of an adapter for each row, such as `["default"] * len(x)`, '
@@ -361,8 +361,10 @@ def _evaluate_rows(base_layer: Any, formula: LayerFormula | None, x: Tensor, upd
     base_output = base_layer(x) if formula is None else None  # of a Slim layer; first, since it checks x
     index, size, order, positions = updates.groups
     batch = updates.groups.batch()
-    has_batch_first = x.shape[0] == batch
-    count = x.shape[1:-1].numel() if has_batch_first else x.shape[:-1].numel() // batch
+    if x.shape[0] == batch:
+        count = x.shape[1:-1].numel()
+    else:
+        count = x.shape[:-1].numel() // batch
 
     rows = x.reshape(batch, count, updates.form.shape[1])
     if order is not None:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner
@@ -16,7 +18,7 @@ from ..layers.registry import NOT_SEARCHED
 from .layer import LoTRALayer
 
 
-def _only_stage(model: LoTRALayer | ParamWrapper) -> Stage | None:
+def _only_stage(model: LoTRALayer | ParamWrapper) -> Any:
     """Return the stage of the base layer; None if it has several stages, or no formula."""
     if model.disable_adapters and model.merged:
         model.unmerge()  # like its forward

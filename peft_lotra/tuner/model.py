@@ -148,7 +148,7 @@ class LoTRAModel(BaseTuner):
             target.remember_grid()  # it may have moved while there was no adapter
         target.update_layer(adapter_name, peft_config)
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+    def _replace_module(self, parent: Any, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # a shared layer has several parents, and PEFT passes one
         locations = self._locations or _find_locations(self.model)
         for module, name in locations.get(child, []):
@@ -234,7 +234,7 @@ class LoTRAModel(BaseTuner):
 
         def count_rows() -> set[int]:
             layers = [layer for _, layer in lotra_layers(self.model)]
-            return find_row_counts(self.model, layers, len(names), args, kwargs)
+            return find_row_counts(self.model, layers, len(names or ()), args, kwargs)
 
         def keep(module: nn.Module, args: tuple, outputs: Any) -> None:
             FORWARD_PASS.keep(outputs)
@@ -315,7 +315,8 @@ def _find_locations(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, s
 
 def _check_adapter_name(name: Any) -> None:
     """Raise a ValueError for a name that no parameter can have, or that stands for the base model."""
-    if not isinstance(name, str) or name in ("", "__base__") or "." in name or hasattr(nn.ParameterDict(), name):
+    is_usable = isinstance(name, str) and "." not in name and name not in ("", "__base__")
+    if not is_usable or hasattr(nn.ParameterDict(), name):
         raise ValueError(
             f"An adapter cannot be called {name!r:.100}: take a string without dots that torch does not use."
         )

@@ -77,7 +77,7 @@ TARGETS = {
     "ranks": {"r": (2, 3, 4)},
     "patterns": {"r": 2, "rank_pattern": {"lin1": (1, 3, 2)}, "alpha_pattern": {"lin0": 3.0}},
     "alpha": {"alpha": 2.5},
-    "dropout": {"rank_dropout": 0.1, "module_dropout": 0.01},
+    "dropout": {"r": 2, "rank_dropout": 0.1, "module_dropout": 0.01},
     "init": {"init_weights": True},
     "without residual": {"adapt_residual": False},
 }
