@@ -106,7 +106,8 @@ class LoTRAModel(BaseTuner):
         with self._injection:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._requires_grad_of_base = self._requires_grad_of_base or requires_grad
-        for module in model.modules():
+        saves_modules = self.peft_config[adapter_name].modules_to_save
+        for module in model.modules() if saves_modules else ():
             if isinstance(module, AuxiliaryTrainingWrapper) and pass_names not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(pass_names, with_kwargs=True)
         self._targets, self._locations = {}, {}

@@ -54,7 +54,11 @@ def find_targets(config: LoTRAConfig, model: nn.Module) -> Targets:
 
 
 def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> Targets:
-    layers = {name: layer for name, layer, _ in walk_kan_layers(model)}
+    specs = {}
+    layers = {}
+    for name, layer, spec in walk_kan_layers(model):
+        layers[name] = layer
+        specs[name] = spec
     if "" in layers:
         raise ValueError(
             f"The model is itself a KAN layer ({type(model).__name__}), and PEFT adapts layers inside a model. Wrap "
@@ -71,8 +75,13 @@ def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> Targets:
         )
     targets = {}
     for name in layers:
-        if name in chosen.target_modules and check_target_module_exists(chosen, name):  # it may be excluded
-            targets[name] = locate_target(name, model.get_submodule(name))
+        if name not in chosen.target_modules or not check_target_module_exists(chosen, name):
+            continue
+        module = model.get_submodule(name)
+        if module is layers[name]:
+            targets[name] = Target(module, specs[name], specs[name].locate(module))
+        else:
+            targets[name] = locate_target(name, module)  # it has adapters
 
     candidates = unrecognized_modules(model, layers)
     if candidates:
