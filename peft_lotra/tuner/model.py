@@ -32,6 +32,7 @@ from .saving import (
     check_tensors,
     is_saving,
     read_tensors,
+    saved_tensors,
 )
 from .slim import SlimLoTRALayer
 from .targets import (
@@ -98,16 +99,16 @@ class LoTRAModel(BaseTuner):
         super().__init__(model, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        _check_adapter_name(adapter_name)
-        if self.peft_config[adapter_name].budget is not None:
+        config = self.peft_config[adapter_name]
+        _check_adapter_name(adapter_name, config, model)
+        if config.budget is not None:
             # the ranks are written into it, and the object may serve other models
-            self.peft_config[adapter_name] = copy(self.peft_config[adapter_name])
+            self.peft_config[adapter_name] = copy(config)
         requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         with self._injection:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._requires_grad_of_base = self._requires_grad_of_base or requires_grad
-        saves_modules = self.peft_config[adapter_name].modules_to_save
-        for module in model.modules() if saves_modules else ():
+        for module in model.modules() if config.modules_to_save else ():
             if isinstance(module, AuxiliaryTrainingWrapper) and pass_names not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(pass_names, with_kwargs=True)
         self._targets, self._locations = {}, {}
@@ -314,13 +315,20 @@ def _find_locations(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, s
     return locations
 
 
-def _check_adapter_name(name: Any) -> None:
-    """Raise a ValueError for a name that no parameter can have, or that stands for the base model."""
+def _check_adapter_name(name: Any, config: LoTRAConfig, model: nn.Module) -> None:
+    """Raise a ValueError for a name that no parameter can have, or that stands for the base model or a module."""
     is_usable = isinstance(name, str) and "." not in name and name not in ("", "__base__")
     if not is_usable or hasattr(nn.ParameterDict(), name):
         raise ValueError(
             f"An adapter cannot be called {name!r:.100}: take a string without dots that torch does not use."
         )
+    # PEFT removes the names of adapters from those of tensors
+    for module, key, _ in saved_tensors(config, model, ()):
+        if name in f"{PREFIX}{module}.{key}".split("."):
+            raise ValueError(
+                f"An adapter that saves `{module}.{key}` cannot be called {name!r}, or a file would lose this tensor. "
+                "Choose another name."
+            )
 
 
 def read_checked(config: LoTRAConfig, model: nn.Module, targets: Targets) -> Tensors:

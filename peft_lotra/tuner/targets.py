@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from copy import copy
 from math import prod
 
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from ..kan.slim_kan import SlimKANLinear
@@ -41,8 +41,13 @@ def find_targets(config: LoTRAConfig, model: nn.Module) -> Targets:
         return _find_all_kan(config, model)
     targets: Targets = {}
     for name, module in model.named_modules():
-        if name and check_target_module_exists(config, name):
-            targets[name] = locate_target(name, module)
+        if not name or not check_target_module_exists(config, name):
+            continue
+        is_inside = any(name.startswith(f"{outer}.") for outer in targets)
+        targets[name] = locate_target(name, module)
+        inner = [] if isinstance(module, LoTRALayer) else module.modules()
+        if is_inside or any(isinstance(child, BaseTunerLayer) for child in inner):
+            raise ValueError(f"`{name}` is a part of a layer with adapters, or contains one. Leave one of them out.")
     if targets and isinstance(config.target_modules, set):
         unmatched = []
         for ending in config.target_modules:
@@ -206,6 +211,8 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Targets) -> No
             _check_description(name, target)
         for parameter in target.tensor.parameters if config.adapt_residual else target.tensor.names:
             _check_parameter(name, target.layer, parameter, owners)
+    if config.modules_to_save:
+        _check_saved(config, model, targets)
     if config.is_from_file:
         return
     if config.init_weights == "hosvd":
@@ -214,6 +221,24 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Targets) -> No
         _check_trained(name, target, config)
         coefficients = target.tensor.read(target.layer).detach() if config.init_weights == "hosvd" else None
         check_start(config.init_weights, coefficients)
+
+
+def _check_saved(config: LoTRAConfig, model: nn.Module, targets: Targets) -> None:
+    """Raise a ValueError if `modules_to_save` names no module, or one whose coefficients are adapted."""
+    names = [name.replace(".base_layer", "") for name, _ in model.named_modules(remove_duplicate=False)]
+    adapted = []
+    for name, target in targets.items():
+        for parameter in target.tensor.parameters:
+            owner, _, _ = f"{name}.{parameter}".rpartition(".")
+            adapted.append(owner)
+    for ending in config.modules_to_save or ():
+        # PEFT adds names of heads for a task
+        is_absent = config.task_type is None and not any(name.endswith(ending) for name in names)
+        if is_absent or any(owner.endswith(ending) for owner in adapted):
+            raise ValueError(
+                f"`modules_to_save` has {ending!r}, but must name modules of the model, without coefficients that are "
+                "adapted."
+            )
 
 
 def _check_description(name: str, target: Target) -> None:

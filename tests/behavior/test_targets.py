@@ -76,7 +76,14 @@ REFUSED = {
     "all-linear": (nested, {"target_modules": "all-linear"}, "is a Linear, which is not a KAN"),
     "no such index": (nested, {"layers_to_transform": [7]}, "body.0.*`layers_to_transform`"),
     "everything excluded": (nested, {"exclude_modules": ".*"}, "xclude"),
+    "nothing to save": (nested, {"modules_to_save": ["haed", "head"]}, "`modules_to_save` has 'haed'"),
     "a bare layer": (lambda: FAMILIES["own"](3, 4), {}, "itself a KAN layer.*Wrap it"),
+    "a target in a target": (lambda: nn.Sequential(Outer()), {"target_modules": r"0|.*\.inner"}, "is a part of"),
+    "adapted coefficients to save": (
+        lambda: nn.Sequential(FastKANLayer(3, 4)),
+        {"modules_to_save": ["spline_linear"]},
+        "`modules_to_save` has 'spline_linear'",
+    ),
 }
 
 
@@ -108,19 +115,32 @@ def test_what_is_refused_changes_nothing(kind):
         assert list(model.peft_config) == ["default"] and torch.equal(model(X), y)
 
 
+def test_a_target_around_an_adapted_layer_is_refused():
+    model = adapted(nn.Sequential(Outer()), target_modules=r".*\.inner")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="is a part of"):
+        model.add_adapter("other", LoTRAConfig(target_modules=["0"]))
+    assert_same(model, before)
+
+
 def test_of_a_layer_in_a_layer_the_outer_one():
     assert names_of(adapted(nn.Sequential(Outer(), FAMILIES["own"](4, 2)))) == ["0", "1"]
 
 
-@pytest.mark.parametrize("name", ["", "__base__", "keys", "training", "with.dot", 3])
-def test_names_that_no_adapter_can_have(name):
+NAMES = [(name, "") for name in ("", "__base__", "keys", "training", "with.dot", 3)]
+# PEFT would write `head.head.weight` as `weight`
+NAMES += [(name, f"cannot be called '{name}'") for name in ("head", "weight", "model")]
+
+
+@pytest.mark.parametrize(("name", "words"), NAMES)
+def test_names_that_no_adapter_can_have(name, words):
     config = LoTRAConfig(r=1, modules_to_save=["head"])
     for model, attach in (
         (net(), lambda model: get_peft_model(model, config, adapter_name=name)),
         (adapted(modules_to_save=["head"]), lambda model: model.add_adapter(name, config)),
     ):
         before = snapshot(model)
-        with pytest.raises((ValueError, KeyError, TypeError)):
+        with pytest.raises((ValueError, KeyError, TypeError), match=words):
             attach(model)
         assert_same(model, before)
 
