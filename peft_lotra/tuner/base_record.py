@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,10 +16,13 @@ from torch import nn
 from torch.nn.functional import pad
 
 from ..layers.registry import record_kind
-from .layer import LoTRALayer, Record, Target, Targets, Tensors, lotra_layers
+from .config import LoTRAConfig
+from .layer import LoTRALayer, Target, Targets, Tensors, lotra_layers
 
 
 _ROW_LENGTH = 2048
+# the share of its norm by which a base may differ that was cast, or computed on another machine
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 0.005, torch.bfloat16: 0.02}
 _PRIMES = (2.0, 3.0, 5.0, 7.0, 11.0, 13.0, 17.0, 19.0)
 
 
@@ -81,32 +84,34 @@ def _waves(start: int, end: int) -> torch.Tensor:
     return 2**0.5 * torch.cos(squares.outer(frequencies))
 
 
-def check_base(recorded: Iterable[Record], targets: Targets, model: nn.Module, choice: str | None) -> None:
+def check_base(config: LoTRAConfig, targets: Targets, model: nn.Module) -> None:
     """Compare the base with the one that an adapter was trained on.
 
     Args:
-        recorded: The entry of each layer in the file.
-        targets: These layers in the model, in the same order.
+        config: The configuration of the adapter, from its file.
+        targets: The layers of the file in the model, in the same order.
         model: The model.
-        choice: `check_base` of the configuration.
 
     Raises:
-        ValueError: A layer has another kind or shape, or by `choice` another grid or other parameters.
+        ValueError: A layer has another kind or shape, or by `config.check_base` another grid or other parameters.
     """
+    choice = config.check_base
+    records = config.base_layers or {}
     different: dict[str, list[str]] = {"grid": [], "parameters": []}
     before_merge = {name: layer.before_merge for name, layer in lotra_layers(model)}
-    for (name, target), record in zip(targets.items(), recorded, strict=True):
+    for (name, target), record in zip(targets.items(), records.values(), strict=True):
         recorded_kind = record["family"], tuple(record["shape"])
         kind = target.spec.family, tuple(target.tensor.shape)
         if recorded_kind != kind:
+            if config.allows_other_shapes and recorded_kind[0] == kind[0]:
+                continue
             raise ValueError(
                 f"The adapter is for another base: it was saved with the layer {recorded_kind} at `{name}`, and this "
                 f"model has {kind}."
             )
         if choice != "ignore":
-            # a base may have been cast, or computed on another machine
             dtype = target.tensor.get_parameter(target.layer).dtype
-            rounding = max(1e-5, 5 * torch.finfo(dtype).eps)
+            rounding = _ROUNDING.get(dtype, 0.02)
             for field, present in _sketches(target, before_merge.get(name, {})).items():
                 if field in record and not _agree(record[field], present, rounding):
                     different[field].append(name)

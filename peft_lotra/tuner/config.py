@@ -48,6 +48,7 @@ class Source(NamedTuple):
     path: str
     subfolder: str | None
     hub_kwargs: dict[str, Any]
+    ignore_mismatched_sizes: bool
 
 
 @dataclass
@@ -211,6 +212,11 @@ class LoTRAConfig(PeftConfig):
         """Whether a file records the layers, and holds the components."""
         return self.base_layers is not None
 
+    @property
+    def allows_other_shapes(self) -> bool:
+        """Whether tensors of a file may have other shapes than in the model, which then keeps its values."""
+        return self.source is not None and self.source.ignore_mismatched_sizes
+
     def _check_rank_dropout(self) -> None:
         """Raise a ValueError for rank dropout where the out mode is full, and has no components to drop."""
         for ranks in (self.r, *self.rank_pattern.values()):
@@ -281,7 +287,7 @@ class LoTRAConfig(PeftConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
         path = os.fspath(pretrained_model_name_or_path)
-        hub_kwargs, class_kwargs, _ = cls._split_kwargs(kwargs)
+        hub_kwargs, class_kwargs, model_kwargs = cls._split_kwargs(kwargs)
         folder = os.path.join(path, subfolder or "")
         stage = _find_staged_config(folder)
         try:
@@ -294,7 +300,8 @@ class LoTRAConfig(PeftConfig):
             kind = TypeError if "missing required keys" in str(error) else ValueError  # as in PEFT
             raise kind(f"The configuration of the adapter at {folder} cannot be read: {error}") from error
         if isinstance(config, LoTRAConfig):
-            config.source = Source(path, subfolder, hub_kwargs)
+            ignore_mismatched_sizes = bool(model_kwargs.get("ignore_mismatched_sizes"))
+            config.source = Source(path, subfolder, hub_kwargs, ignore_mismatched_sizes)
         return config
 
     def to_dict(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from .saving import (
     cast_to_storage,
     check_complete,
     check_no_base,
+    check_shapes,
     check_state_dict,
     check_tensors,
     is_saving,
@@ -196,6 +197,10 @@ class LoTRAModel(BaseTuner):
                 shapes = config.component_shapes(name, layer.lotra_tensor)
                 if config.r is None or shapes["core"] != layer.lotra_r[adapter_name]:
                     config.ranks_to_record[name] = layer.get_components(adapter_name).form
+        # PEFT would go on to add the embeddings of the base if they were resized
+        for key in state_dict.keys() - tensors.keys():
+            if ".modules_to_save." not in key:
+                del state_dict[key]
         repeated = tuple(f"{prefix}{name}.lotra_" for name in further_names(base))
         return {key: tensor for key, tensor in tensors.items() if not key.startswith(repeated)}
 
@@ -214,6 +219,17 @@ class LoTRAModel(BaseTuner):
                 if key in tensors:
                     tensors.setdefault(f"{name}.{component}.{adapter_name}", tensors[key])
         return tensors
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT also adds the copies of resized embeddings
+        key = key.replace(f".modules_to_save.{adapter_name}.", ".")
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    def _load_from_state_dict(self, state_dict: Tensors, prefix: str, *args: Any, **kwargs: Any) -> None:
+        # torch would raise too, but after it has copied the tensors that fit
+        check_shapes(dict(self.named_parameters(prefix.removesuffix("."))), state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # --- the forward pass ---
 
@@ -346,7 +362,7 @@ def read_checked(config: LoTRAConfig, model: nn.Module, targets: Targets) -> Ten
             if old != new:
                 _rename_pattern(config.rank_pattern, old, new)
                 _rename_pattern(config.alpha_pattern, old, new)
-        check_base(config.base_layers.values(), targets, model, config.check_base)
+        check_base(config, targets, model)
     if config.source is None:
         return {}
     tensors = read_tensors(config.source, config.weights_sha256)

@@ -78,7 +78,7 @@ def check_tensors(tensors: Tensors, config: LoTRAConfig, model: nn.Module, targe
         shape = expected[name]
         if shape is None:
             continue
-        if tuple(tensor.shape) != shape:
+        if tuple(tensor.shape) != shape and not config.allows_other_shapes:
             errors.append(f"{name} has the shape {tuple(tensor.shape)} instead of {shape}")
         if not tensor.is_floating_point() or tensor.itemsize < 2:
             errors.append(f"{name} is of {tensor.dtype}")
@@ -138,6 +138,16 @@ def check_no_base(model: nn.Module, tensors: Tensors) -> None:
         base_names = model.state_dict().keys() & names
         errors = [f"{name} is a parameter of the base" for name in base_names]
         raise_if_any("The state dict is not that of an adapter", errors)
+
+
+def check_shapes(parameters: Tensors, state_dict: Tensors) -> None:
+    """Raise a ValueError if tensors for adapters have other shapes than their parameters."""
+    errors = []
+    for name, parameter in parameters.items():
+        shape = state_dict[name].shape if name in state_dict else parameter.shape
+        if shape != parameter.shape and (".lotra_" in name or ".modules_to_save." in name):
+            errors.append(f"{name} has the shape {tuple(shape)} instead of {tuple(parameter.shape)}")
+    raise_if_any("The tensors do not fit the adapters", errors)
 
 
 def check_complete(adapter_name: str, tensors: Tensors, state_dict: Tensors) -> None:

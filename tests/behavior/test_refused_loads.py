@@ -113,6 +113,23 @@ def test_other_coefficients(folder):
     assert loaded_silently(changed("spline_weight", 1.1), folder, "ignore")
 
 
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 3e-6), (torch.bfloat16, 0.045)])
+def test_the_tolerance_is_that_of_the_dtype(tmp_path, dtype, rounding):
+    adapted(net().to(dtype)).save_pretrained(tmp_path)
+    base = net().to(dtype)
+    torch.manual_seed(0)
+    for weight in base.kan.layers[1].parameters():
+        weight.data += torch.randn_like(weight) * weight.detach().square().mean().sqrt() * rounding
+    refused(base, tmp_path, "kan.layers.1", check_base="error")
+    assert loaded_silently(net().double().to(dtype), tmp_path, "error")
+
+
+def test_a_base_of_other_sizes_can_be_ignored(folder):
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
+        loaded = PeftModel.from_pretrained(net(hidden=5), folder, ignore_mismatched_sizes=True)
+    assert len(layers(loaded)) == 2
+
+
 CORE = "base_model.model.kan.layers.0.lotra_core"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -8,6 +8,7 @@ import torch
 from behaving import X, adapted, add, apart, layers, net, same, state
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from peft_lotra import save_adapter
 
@@ -89,6 +90,67 @@ def test_state_dicts():
     assert changed and all("layers.1" in name for name in changed)
     set_peft_model_state_dict(other, tensors)
     assert torch.equal(other(X), model(X))
+
+
+@pytest.mark.parametrize("change", ["components", "saved module"])
+def test_state_dicts_of_other_shapes_change_nothing(change):
+    model, other = (
+        adapted(modules_to_save=["head"]),
+        adapted(r=1 if change == "components" else None, modules_to_save=["head"]),
+    )
+    tensors, before = get_peft_model_state_dict(model), state(other)
+    if change == "saved module":
+        tensors["base_model.model.head.weight"] = torch.zeros(5, 6)
+
+    with pytest.raises(ValueError, match=r"shape \(.*instead of"):
+        set_peft_model_state_dict(other, tensors)
+
+    assert same(state(other), before)
+
+
+def test_mismatched_sizes_can_be_ignored(tmp_path):
+    """As with PEFT's LoRA: tensors of other shapes keep the values of a new adapter."""
+    model = adapted(modules_to_save=["head"])
+    model.save_pretrained(tmp_path)
+    base = net()
+    base.head = nn.Linear(base.head.in_features, 7)
+    with pytest.raises(ValueError, match="head.*instead of"):
+        PeftModel.from_pretrained(base, tmp_path)
+
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
+        loaded = PeftModel.from_pretrained(base, tmp_path, ignore_mismatched_sizes=True)
+
+    assert loaded(X).shape[-1] == 7 and same(components(loaded), components(model))
+
+
+class WithEmbedding(nn.Module):
+    """A model with the methods of transformers that PEFT looks for."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(6, 3)
+        self.kan = net()
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def get_output_embeddings(self):
+        return None
+
+    def forward(self, tokens):
+        return self.kan(torch.tanh(self.embed(tokens)))
+
+
+@pytest.mark.parametrize("config", [{}, {"modules_to_save": ["embed"]}])
+def test_embeddings_of_the_base_are_not_saved(tmp_path, config):
+    """PEFT adds them if they were resized, and loading would overwrite those of the base."""
+    model, tokens = adapted(WithEmbedding(), **config), torch.arange(6)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+
+    loaded = PeftModel.from_pretrained(WithEmbedding(), tmp_path).eval()
+
+    assert torch.equal(loaded(tokens), model(tokens))
 
 
 def test_state_dicts_with_parameters_of_the_base_change_nothing():
