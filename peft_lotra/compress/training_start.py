@@ -92,9 +92,6 @@ def start_from_training(
     adapter, config, layers = find_active_adapter(network)
     components = {name: layer.get_components(adapter) for name, layer in layers.items()}
     _check_replaceable(model, components, config)
-    for name, layer in layers.items():
-        if not layer.lotra_alpha[adapter]:
-            raise ValueError(f"`{name}` has the alpha 0, by which no components could equal an update.")
 
     with dense_updates(model, layers, config) as cores:
         calls = _train(network, cores, loss, batches, steps, lr)

@@ -30,7 +30,6 @@ from ..tucker import (
 
 
 ALL_KAN = "all-kan"
-_FINITE = "(-inf, inf)"
 _FORMAT = 1  # of the files; incremented by a version that changes their meaning
 
 # A wrong value of these would be ignored or misread.
@@ -184,9 +183,8 @@ class LoTRAConfig(PeftConfig):
                 raise ValueError(f"Pass one of `r` and `budget`; got r={self.r} and budget={self.budget}.")
         self.rank_pattern = {key: check_ranks(r, "rank_pattern") for key, r in self.rank_pattern.items()}
         # as floats, since JSON has none of numpy
-        self.alpha = check_number(self.alpha, "alpha", _FINITE)
-        patterns = self.alpha_pattern.items()
-        self.alpha_pattern = {key: check_number(alpha, "alpha_pattern", _FINITE) for key, alpha in patterns}
+        self.alpha = _check_scale(self.alpha, "alpha")
+        self.alpha_pattern = {key: _check_scale(alpha, "alpha_pattern") for key, alpha in self.alpha_pattern.items()}
         self.rank_dropout = check_number(self.rank_dropout, "rank_dropout", "[0, 1)")
         self.module_dropout = check_number(self.module_dropout, "module_dropout", "[0, 1)")
         if self.train is not None:
@@ -194,6 +192,12 @@ class LoTRAConfig(PeftConfig):
             if not trained or not trained <= set(Tucker._fields):
                 raise ValueError(f"`train` must have some of {Tucker._fields}, got {self.train!r:.200}.")
             self.train = [name for name in Tucker._fields if name in trained]
+            modes = self.r if isinstance(self.r, tuple) else [self.r] * 4
+            for name, rank in zip(Tucker._fields[1:], modes, strict=False):
+                if rank == "full" and name in trained and not (self.rank_pattern or self.is_from_file):
+                    raise ValueError(
+                        f"`train` has {name!r}, but `r={self.r}` has no such factor: train the core instead."
+                    )
         if self.rank_dropout and not self.is_from_file:  # in a file, a hotswap may have made the mode full
             self._check_rank_dropout()
 
@@ -322,6 +326,14 @@ class LoTRAConfig(PeftConfig):
             self.weights_sha256 = _hash_file(weights)
         super().save_pretrained(save_directory, **kwargs)
         write_card(save_directory)
+
+
+def _check_scale(value: Any, argument: str) -> float:
+    """Return a scale as a float; raise a ValueError unless it is finite and not 0, so that it can be divided by."""
+    scale = check_number(value, argument, "(-inf, inf)")
+    if scale == 0:
+        raise ValueError(f"`{argument}` has the scale 0, with which an adapter would have no effect: leave it out.")
+    return scale
 
 
 def _ranks_by_size(shapes: Iterable[Sequence[int]]) -> Iterator[Ranks]:

@@ -51,7 +51,14 @@ def test_ranks():
 
 
 SIZES = [("r", 0), ("r", (1, 2)), ("r", "4")]
-NUMBERS = [("alpha", "1"), ("alpha", float("nan")), ("alpha_pattern", {"a": "b"}), ("rank_dropout", 1.5)]
+NUMBERS = [
+    ("alpha", "1"),
+    ("alpha", float("nan")),
+    ("alpha", 0),
+    ("alpha_pattern", {"a": "b"}),
+    ("alpha_pattern", {"a": 0}),
+    ("rank_dropout", 1.5),
+]
 CHOICES = [("init_weights", "lora"), ("train", ["cores"]), ("check_base", "maybe"), ("adapt_residual", "False")]
 
 
