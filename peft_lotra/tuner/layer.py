@@ -84,31 +84,41 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         "lotra_module_dropout",
     )
     cast_input_dtype_enabled: bool = True  # switched by PEFT
+    lotra_r: dict[str, tuple[int, ...]]
+    lotra_alpha: dict[str, float]
+    lotra_scaling: dict[str, float]
+    lotra_rank_dropout: dict[str, float]
+    lotra_module_dropout: dict[str, float]
+    lotra_spec: KANLayerSpec
+    lotra_tensor: CoefficientTensor
+    before_merge: Tensors
     _modules: dict[str, Any]
 
     def __init__(self, base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, name: str) -> None:
         super().__init__()
-        self.adapter_layer_names = COMPONENTS[: 1 + len(tensor.shape)]
-        self.frozen_peft_weight_names = {}
-        self.lotra_r: dict[str, tuple[int, ...]] = {}
-        self.lotra_alpha: dict[str, float] = {}
-        self.lotra_scaling: dict[str, float] = {}
-        self.lotra_rank_dropout: dict[str, float] = {}
-        self.lotra_module_dropout: dict[str, float] = {}
-        self.lotra_name = name
-        self.lotra_spec = spec
-        self.lotra_tensor = tensor
-        self.out_features, self.in_features = tensor.shape[:2]
-        self.merged_adapters = []
-        self.before_merge: Tensors = {}
-        self._active_adapter = []
-        self._disable_adapters = False
-        self._lock = LayerLock()
-        self._base_type = type(base_layer)
-        self._has_seen_inputs = False
-
-        # from now on, `__setattr__` passes on the names that the base layer has
         self._modules["base_layer"] = base_layer
+        # `__setattr__` would pass on the names that the base layer has, and take a tenth of the time to attach
+        vars(self).update(
+            adapter_layer_names=COMPONENTS[: 1 + len(tensor.shape)],
+            frozen_peft_weight_names={},
+            lotra_r={},
+            lotra_alpha={},
+            lotra_scaling={},
+            lotra_rank_dropout={},
+            lotra_module_dropout={},
+            lotra_name=name,
+            lotra_spec=spec,
+            lotra_tensor=tensor,
+            out_features=tensor.shape[0],
+            in_features=tensor.shape[1],
+            merged_adapters=[],
+            before_merge={},
+            _active_adapter=[],
+            _disable_adapters=False,
+            _lock=LayerLock(),
+            _base_type=type(base_layer),
+            _has_seen_inputs=False,
+        )
         for component in self.adapter_layer_names:
             self._modules[component] = nn.ParameterDict()
         self.remember_grid()
@@ -139,7 +149,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         start = bool(config.init_weights) if config.is_from_file else config.init_weights
         coefficients = self.get_base_weight() if start == "hosvd" else None
         initialize(self.get_components(adapter_name), start, zero, coefficients)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        if stored.dtype != dtype:
+            self._move_adapter_to_device_of_base_layer(adapter_name)
         self._active_adapter = self._active_adapter or [adapter_name]
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
@@ -300,9 +311,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def remember_grid(self) -> None:
         """Take the present grid as the one that the adapters are made for. The formula is verified again."""
-        self.lotra_grid = self.copy_grid()
-        self._grid_state: tuple = ()
-        self._readers: dict[tuple, tuple[Any, FormulaReader | None]] = {}
+        vars(self).update(lotra_grid=self.copy_grid(), _grid_state=(), _readers={})
 
     def copy_grid(self) -> Grid:
         return copy_grid(self.lotra_spec.read_grid(self.get_base_layer()))
@@ -629,6 +638,16 @@ def check_unmerged(model: nn.Module) -> None:
 
 def lotra_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, LoTRALayer]]:
     """Iterate over the adapted layers of a model with their names, or over those that have the adapter."""
-    for name, module in model.named_modules():
-        if isinstance(module, LoTRALayer) and (adapter is None or adapter in module.lotra_r):
+    # like `named_modules`, but not through the modules of the layers, which are many
+    modules: list[tuple[str, nn.Module | None]] = [("", model)]
+    seen = set()
+    while modules:
+        name, module = modules.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        if not isinstance(module, LoTRALayer):
+            children = [(f"{name}.{key}" if name else key, child) for key, child in module._modules.items()]
+            modules += reversed(children)
+        elif adapter is None or adapter in module.lotra_r:
             yield name, module

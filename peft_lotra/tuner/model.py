@@ -159,8 +159,9 @@ class LoTRAModel(BaseTuner):
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
-        # next, PEFT copies the modules to save, but refuses those inside of tuner layers
-        self._injection.enter_context(base_layers_in_place(model))
+        if any(config.modules_to_save for config in self.peft_config.values()):
+            # next, PEFT copies these modules, but refuses those inside of tuner layers
+            self._injection.enter_context(base_layers_in_place(model))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # in place: PEFT would create parameters that require gradients
