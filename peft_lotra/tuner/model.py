@@ -178,7 +178,9 @@ class LoTRAModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: Any, config: Any, adapter_name: str, state_dict: Tensors, unwanted_adapter_names: Any
     ) -> Tensors:
-        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # by their ends, since PEFT does not find the names of layers that FSDP has wrapped
+        endings = tuple(f".{component}.{adapter_name}" for component in COMPONENTS)
+        tensors = {key: tensor for key, tensor in state_dict.items() if key.endswith(endings)}
         prefix, base = "", model
         if hasattr(model, "get_base_model"):
             prefix, base = PREFIX, model.get_base_model()

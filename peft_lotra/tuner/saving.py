@@ -9,7 +9,7 @@ import hashlib
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def read_tensors(source: Source, sha256: str | None = None) -> Tensors:
     return tensors
 
 
-def check_tensors(tensors: Tensors, config: LoTRAConfig, model: nn.Module, targets: Targets) -> None:
+def check_tensors(tensors: Mapping[str, Tensor], config: LoTRAConfig, model: nn.Module, targets: Targets) -> None:
     """Compare the tensors of a file with those that an adapter of this configuration has in this model.
 
     Raises:
@@ -107,7 +107,7 @@ def saved_tensors(config: LoTRAConfig, model: nn.Module, targets: Iterable[str])
             yield stored, key, value
 
 
-def _not_finite(tensors: Tensors) -> list[str]:
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return an error for each tensor with values that are not finite."""
     errors = []
     for name, tensor in tensors.items():
@@ -122,7 +122,7 @@ def raise_if_any(headline: str, errors: list[str]) -> None:
         raise ValueError(f"{headline}: {list_first(sorted(errors))}. Nothing was changed.")
 
 
-def check_state_dict(state_dict: Tensors) -> None:
+def check_state_dict(state_dict: Mapping[str, Tensor]) -> None:
     """Raise a ValueError if an entry is no tensor, or has values that are not finite."""
     errors = []
     for name, tensor in state_dict.items():
