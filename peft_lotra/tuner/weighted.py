@@ -19,7 +19,7 @@ from .layer import lotra_layers
 from .targets import exact_targets
 
 
-COMBINATION_TYPES = ("cat", "svd")
+COMBINATION_TYPES = ("cat", "linear", "svd")
 
 
 def add_weighted_adapter(
@@ -27,7 +27,7 @@ def add_weighted_adapter(
     adapters: list[str],
     weights: list[float],
     adapter_name: str,
-    combination_type: Literal["cat", "svd"] = "cat",
+    combination_type: Literal["cat", "linear", "svd"] = "cat",
     ranks: Ranks | None = None,
 ) -> dict[str, float]:
     """Add an adapter whose update is the weighted sum of other updates.
@@ -37,6 +37,8 @@ def add_weighted_adapter(
 
     - `"cat"` is exact: the cores become the blocks of one core, and the ranks add. Ranks above the sizes of their
       modes are reduced to the sizes without loss.
+    - `"linear"` averages the factors by weight, and sums the cores. It needs equal ranks, and is exact only if the
+      factors agree: see the errors.
     - `"svd"` is the best approximation that HOOI finds with the given `ranks`.
 
     Args:
@@ -44,7 +46,7 @@ def add_weighted_adapter(
         adapters: The adapters to sum up.
         weights: Their weights, positive or negative.
         adapter_name: The name of the new adapter.
-        combination_type: `"cat"` or `"svd"`.
+        combination_type: `"cat"`, `"linear"` or `"svd"`.
         ranks: For `"svd"`, the ranks of the new adapter; by default the largest of the adapters, layer by layer.
 
     Returns:
@@ -52,8 +54,8 @@ def add_weighted_adapter(
 
     Raises:
         ValueError: An adapter is unknown or has `modules_to_save`, which cannot be summed; the numbers of adapters and
-            weights differ, or a weight is not finite; the name exists; `ranks` without `"svd"`. Nothing is changed
-            then.
+            weights differ, or a weight is not finite; the name exists; `ranks` without `"svd"`; for `"linear"`,
+            ranks differ or weights sum up to 0. Nothing is changed then.
 
     Example:
         >>> from peft import get_peft_model
@@ -71,16 +73,21 @@ def add_weighted_adapter(
     sums = {}
     for name, layer in lotra_layers(model.model):
         tensors = []
+        shares = []
         for adapter, weight in zip(adapters, weights, strict=True):
             if adapter in layer.lotra_r:
                 components = layer.get_components(adapter).map(lambda component: component.detach().double())
                 scale = weight * layer.lotra_scaling[adapter]
                 tensors.append(components._replace(core=scale * components.core))
+                shares.append(weight)
         if not tensors:
             continue
         basis = max(tensor.shape[2] for tensor in tensors)  # without or with a residual slice
         tensors = [tensor.padded(basis) for tensor in tensors]
         sums[name] = torch.stack([tensor.dense() for tensor in tensors]).sum(0)
+        if combination_type == "linear":
+            totals[name] = _average(name, tensors, shares)
+            continue
         total = direct_sum(tensors).orthogonal()
         if combination_type == "svd":
             modes = zip(*(tensor.ranks for tensor in tensors), strict=True)
@@ -148,3 +155,17 @@ def _check(configs: dict[str, LoTRAConfig], adapters, weights, adapter_name, com
     whole = [adapter for adapter in adapters if configs[adapter].modules_to_save]
     if whole:
         raise ValueError(f"Adapter(s) {whole} have `modules_to_save`, which have no sum: use `merge_and_unload`.")
+
+
+def _average(name: str, tensors: list[Tucker], weights: list[float]) -> Tucker:
+    """Return the sum of the cores on the average factors; raise a ValueError if the tensors have none."""
+    total = sum(weights)
+    forms = [tensor.form for tensor in tensors]
+    if len(set(forms)) > 1 or total == 0:
+        reason = f"the weights {weights} sum up to 0" if total == 0 else f"the ranks differ: {forms}"
+        raise ValueError(f'`combination_type="linear"` is an average, but at `{name}` {reason}. Use "cat" or "svd".')
+    shares = tensors[0].core.new_tensor(weights) / total
+    average = {"core": torch.stack([tensor.core for tensor in tensors]).sum(0)}
+    for factor in tensors[0]._asdict().keys() - {"core"}:
+        average[factor] = torch.tensordot(shares, torch.stack([getattr(tensor, factor) for tensor in tensors]), 1)
+    return tensors[0]._replace(**average)

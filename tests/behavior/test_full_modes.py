@@ -186,6 +186,18 @@ def test_sums_of_full_and_factored_modes(combination_type, names):
         torch.testing.assert_close(layer.get_delta_weight("sum"), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_linear_sum_of_adapters_of_one_shape_is_exact():
+    model = adapted(r=ONE_SHAPE)
+    add(model, "other", r=ONE_SHAPE)
+    for layer in layers(model).values():
+        shared = layer.get_components("default").factor_basis.detach()
+        layer.set_components("other", layer.get_components("other")._replace(factor_basis=shared))
+
+    errors = model.add_weighted_adapter(["default", "other"], [0.5, 1.0], "sum", combination_type="linear")
+
+    assert max(errors.values()) < 1e-5 and forms(model, "sum") == [ONE_SHAPE] * 2
+
+
 def test_hotswaps(tmp_path):
     model, other, low = adapted(r=ONE_SHAPE), adapted(r=ONE_SHAPE), adapted(r=1)
     other.save_pretrained(tmp_path / "other")

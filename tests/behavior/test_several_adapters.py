@@ -137,6 +137,16 @@ def test_svd_truncates_and_reports_the_error(kind):
     assert model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "all", "svd", ranks=9)["kan"] < 1e-5
 
 
+def test_linear_is_exact_for_adapters_that_agree_in_their_factors():
+    model, layer = two_adapters("own", second=(2, 3, 4))
+    assert model.add_weighted_adapter(["default", "default"], [0.25, 0.5], "same", "linear")["kan"] < 1e-5
+    with torch.no_grad():
+        components = layer.get_components("default")
+        layer.set_components("second", components._replace(core=layer.get_components("second").core))
+    assert model.add_weighted_adapter(["default", "second"], [0.7, -1.5], "sum", "linear")["kan"] < 1e-5
+    assert layer.lotra_r["sum"] == (2, 3, 4)
+
+
 @pytest.mark.parametrize("kind", ["cat", "svd"])
 def test_a_sum_of_zero(kind):
     model, _ = two_adapters("own")
@@ -154,9 +164,11 @@ def test_a_sum_of_zero(kind):
         ((["default"], [1], "second"), "'second'.*choose another name"),
         ((["default"], [1], "a.b"), "a.b"),
         ((["default"], [1], "__base__"), "__base__"),
-        ((["default"], [1], "sum", "ties"), "one of .*'cat', 'svd'"),
+        ((["default"], [1], "sum", "ties"), "one of .*'cat', 'linear', 'svd'"),
         ((["default"], [1], "sum", "cat", 3), "with `ranks` 'svd'"),
         ((["default"], [1], "sum", "svd", 0), "positive integer"),
+        ((["default", "second"], [1, 1], "sum", "linear"), "at `kan` the ranks differ"),
+        ((["default", "default"], [1, -1], "sum", "linear"), "sum up to 0"),
         ((["whole"], [1], "sum"), "modules_to_save"),
     ],
 )
