@@ -237,7 +237,7 @@ def parse_layout(pattern: str, groups: str = "", dimensions: int | None = None, 
         parsed = [[tuple(dim) for dim in ParsedExpression(text).composition] for text in texts]
     except EinopsError as error:
         raise ValueError(f"{problem}{error}.") from error
-    if any(not isinstance(axis, str) for dims in parsed for axis in _flatten(dims)):
+    if any(not isinstance(axis, str) for dims in parsed for axis in _flatten(tuple(dims))):
         raise ValueError(f"{problem}an axis must have a name.")
 
     stored_over = [int(dim[-1][-1]) if dim and dim[-1][:-1] == "over" else 1 for dim in parsed[0]]
