@@ -22,7 +22,7 @@ CLASS = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
 def hub_id(name: str | None) -> str | None:
-    """Return the name if it can be that of a repository; None for an existing path and for an invalid name."""
+    """Return the name if it can name a repository; None for an existing path and for an invalid name."""
     try:
         validate_repo_id(name or "")
     except HFValidationError:

@@ -60,7 +60,7 @@ def write_model_card(
             default the code of the existing card, else the code that builds a `peft_lotra.kan.KAN` of the same shape.
         tags: Tags besides "lotra", "kan" and "peft-plugin".
         metrics: Results for the model-index, by name. By default the existing ones stay.
-        license: The identifier of the adapter's license, such as "apache-2.0". By default that of the existing card.
+        license: The identifier of the adapter's license, such as "apache-2.0". By default the existing one.
 
     Raises:
         ValueError: The folder contains no LoTRA adapter, the front matter of its README.md is broken, or an argument

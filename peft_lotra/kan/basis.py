@@ -93,7 +93,7 @@ def bspline_basis(
 
         M_p(s) = 1/p! sum_{m <= p/2} (-1)^m binom(p+1, m) max((p+1)/2 - m - s, 0)^p,
 
-    whose arguments never exceed (p+1)/2, so that no digits are lost in float32. On [low, high] the basis sums to 1.
+    whose arguments never exceed (p+1)/2, and float32 loses no digits. On [low, high] the basis sums to 1.
     Outside its support a basis function, and each derivative of it, is exactly 0. The d-th derivative has the powers
     p - d, the factor p! / (p - d)! / h^d, and for odd d the sign of c_j - x. At a knot, the p-th derivative is 0 in
     the parts that jump.
@@ -220,7 +220,7 @@ def logistic_derivatives(y: torch.Tensor, highest: int, of_tanh: bool = False) -
 
 
 def times_argument(x: torch.Tensor, functions: list[torch.Tensor]) -> list[torch.Tensor]:
-    """x f(x) and its derivatives, from those of f."""
+    """x f(x) and its derivatives, from the derivatives of f."""
     pairs = zip(functions, functions[1:], strict=False)
     return [x * functions[0], *(torch.addcmul(f * n if n > 1 else f, x, df) for n, (f, df) in enumerate(pairs, 1))]
 

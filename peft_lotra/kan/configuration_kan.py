@@ -29,7 +29,7 @@ class KANConfig(PretrainedConfig):
         ranks: Makes it a Slim KAN: as for `SlimKAN`, (ro, ri, rb) for all layers, or a list with ranks or None for
             each. None for a dense KAN.
         norm: As for `KAN`.
-        problem_type: "regression", "single_label_classification", "multi_label_classification", or None to tell by
+        problem_type: "regression", "single_label_classification", "multi_label_classification", or None to choose by
             the labels; see `KANModel.forward`.
         **kwargs: As for `transformers.PretrainedConfig`.
 

@@ -51,7 +51,7 @@ class TanhBound(InputMap):
         y = middle + half tanh((z - middle) / half),   middle and half width of (low, high).
 
     Without it, splines fade out within `spline_order` intervals of the ends of their grids, and an activation that
-    leaves a grid meets kinks and, farther out, silu alone. `KAN(norm="tanh")` puts it between all layers. `jet` and
+    leaves a grid meets kinks and, farther out, only silu. `KAN(norm="tanh")` puts it between all layers. `jet` and
     `LevenbergMarquardt` know the layer in closed form.
 
     Args:

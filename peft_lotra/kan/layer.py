@@ -148,7 +148,7 @@ class KANLinear(SplineLayer):
 
         Raises:
             TypeError: The inputs are no floating point tensor.
-            ValueError: Their last dimension is not I, or their dtype not that of the weights (but under autocast).
+            ValueError: Their last dimension is not I, or their dtype differs from the weights (but under autocast).
         """
         check_input(x, self.in_features, self, self.spline_weight.dtype)
         return self.formula.output(x)

@@ -25,7 +25,7 @@ from .slim_kan import SlimKAN, SlimKANLinear
 class KANModel(PreTrainedModel):
     """A `KAN`, or with `ranks` a `SlimKAN`, as a model of transformers: for `save_pretrained`, the Hub and `Trainer`.
 
-    Importing this module registers it, so that `AutoConfig` and `AutoModel` find it.
+    Importing this module registers it for `AutoConfig` and `AutoModel`.
 
     Args:
         config: The configuration.
@@ -71,7 +71,7 @@ class KANModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """Load as transformers does, and move the tensors to memory of their own."""
+        """Load as transformers does, and move the tensors to their own memory."""
         # matrix products choose their instructions by the address, which the file would decide
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded

@@ -41,7 +41,7 @@ class LayerStack(nn.Module):
 
 
 class KAN(LayerStack):
-    """A stack of `KANLinear` layers, in which activations start with about the same variance at each depth.
+    """A stack of `KANLinear` layers, whose activations start with about the same variance at each depth.
 
     Args:
         widths: Sizes of the input, of each hidden layer and of the output; at least two.

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A hook that evaluated networks call, so that an optimizer can record their layers."""
+"""A hook that evaluated networks call, for optimizers that record their layers."""
 
 from __future__ import annotations
 

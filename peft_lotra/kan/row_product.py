@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Products of basis functions with coefficients of which each row has a low-rank update of its own."""
+"""Products of basis functions with coefficients, to which each row adds its own low-rank update."""
 
 from __future__ import annotations
 
@@ -319,7 +319,7 @@ def _weights(matrix: Tensor | None, scale: Tensor | None, first: Tensor, *second
     """The matrix (K I, O) plus the scaled update of each group, (C, K I, O).
 
     The update is (C, K I, ro) times (C, ro, O); where outputs and inputs are full, (C, K, rb) times (C, rb, I, O); or
-    the first one alone.
+    only the first one.
     """
     shape = first.shape[0], -1, (first, *second)[-1].shape[-1]
     others = [factor.flatten(2) for factor in second]

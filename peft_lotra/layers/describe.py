@@ -1,10 +1,10 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Describes KAN layers, and compares descriptions with what the layers compute.
+"""Describes KAN layers, and compares descriptions with the outputs of the layers.
 
 A KAN layer computes y[o] = f_o(sum_{i,k} A[o,i,k] phi_k(x[i])), where A are parameters of its own and the phi_k at
-least two different functions of one input each. `describe` says which parameters A are, and in which order of axes.
+least two different functions of one input each. `describe` says which parameters A are, and the order of their axes.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def describe(layer: nn.Module, *args: Any, **kwargs: Any) -> Description:
         *args, **kwargs: The arguments of a call of it. By default inputs are made up.
 
     Raises:
-        ValueError: A registered kind names what the layer does not have.
+        ValueError: A registered kind names an attribute that the layer lacks.
     """
     spec = getattr(type(layer), "kan_spec", None)
     if isinstance(spec, KANLayerSpec):

@@ -35,7 +35,7 @@ class KANLayerSpec:
     """The description of a kind of KAN layer, as [`register_kan_layer`] takes it.
 
     Args:
-        family (`str`): The name of the kind of layer, e.g. that of its library.
+        family (`str`): The name of the kind of layer, e.g. the name of its library.
         matches (`type` or `Callable`): The class of the layers, or a predicate on a module. Prefer a predicate on the
             parameters' names where users copy the file and rename the class.
         coefficients (`tuple[str, str]` or a list of them): The parameter of the coefficients (dotted names reach into
@@ -47,7 +47,7 @@ class KANLayerSpec:
             one of a number for each edge is shared along a kernel. See layout.py.
         residual (`tuple[str, str]`, *optional*): The parameter of the residual branch and its layout, of `o` and `i`
             `...` and the axis of `groups`. A layer on which it is absent or `None` has no residual branch.
-        groups (`str`): The axis of blocks that have inputs of their own, e.g. `"g"`. They are a part of the output
+        groups (`str`): The axis of blocks with separate inputs, e.g. `"g"`. They are a part of the output
             mode, and `i` counts the inputs of one block. The members of a list by `*` are such blocks too.
         grid (`tuple[str, ...]`): The attributes, tensors and numbers, that give the coefficients their meaning.
         grid_methods (`tuple[str, ...]`): The layer's methods that change that state, or cut or permute the
@@ -66,7 +66,7 @@ class KANLayerSpec:
         derivatives (`Callable`, *optional*): `derivatives(layer, z, highest)` returns a list: the basis functions of z
             and their derivatives up to the order `highest`, at most 5, each (batch, in, basis). `jet` takes less time
             with it. The list may end earlier: transforms of `torch.func` compute the rest.
-        normalization (`str`, *optional*): The module norm, which normalizes the inputs of the basis functions alone.
+        normalization (`str`, *optional*): The module norm, which normalizes the inputs of the basis functions only.
             It may be absent or `None`.
         activation (`Callable`, *optional*): `activation(layer, x)` returns the factors (batch, in) of `residual`.
         bias (`str`, *optional*): The parameter that is added to the output. It may be absent or `None`.
@@ -193,12 +193,12 @@ class KANLayerSpec:
                     )
 
     def find_edge_scale(self, layer: nn.Module) -> str | None:
-        """Return the name of the parameter that scales the splines of each edge, or None if the layer has none."""
+        """Return the name of the parameter that scales the splines of each edge; None without such a parameter."""
         name = self.edge_scale[0] if self.edge_scale else ""
         return name if isinstance(get_or_none(layer, name), nn.Parameter) else None
 
     def scale(self, layer: nn.Module) -> torch.Tensor | None:
-        """Return the scales of the edges (out, in) in the formula of the layer, or None if it has none."""
+        """Return the scales of the edges (out, in) in the formula of the layer; None without any."""
         if self.edge_scale is None:
             return None
         name, pattern = self.edge_scale
@@ -206,7 +206,7 @@ class KANLayerSpec:
         return scale.t() if scale is not None and pattern == "i o" else scale
 
     def read_edge_scale(self, layer: nn.Module, tensor: CoefficientTensor) -> torch.Tensor | None:
-        """Return the scales of the edges, (out, in, 1) or (out, in, 1, kernel), or None if the layer has none."""
+        """Return the scales of the edges, (out, in, 1) or (out, in, 1, kernel); None without such a parameter."""
         name, pattern = self.edge_scale or ("", "")
         scale = get_or_none(layer, name)
         if scale is None:
@@ -339,7 +339,7 @@ def registered_spec(module: nn.Module) -> KANLayerSpec | None:
 
 
 def fits(spec: KANLayerSpec, module: nn.Module) -> bool:
-    """Return whether a kind matches a module. A predicate that reads what the module does not have says no."""
+    """Return whether a kind matches a module. A predicate that reads a missing attribute says no."""
     try:
         return bool(spec.matches(module))
     except AttributeError:

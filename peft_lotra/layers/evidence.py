@@ -31,7 +31,7 @@ _ROWS = 32  # inputs whose functions are compared
 
 
 class Verdict(NamedTuple):
-    """Whether the axes of outputs and inputs are as described: True, False, or None if that was not checked.
+    """Whether the axes of outputs and inputs are as described: True or False; None if unchecked.
 
     One False is no contradiction: a layer may mix its outputs or inputs, e.g. by a normalization.
 
@@ -264,7 +264,7 @@ class Evidence:
 
 
 def run_at_sizes(probe: Probe, size: int, kernel: Sequence[int] = ()) -> Iterator[Evidence]:
-    """Yield what the layer gives for inputs of `size` features, or channels of a convolution, if it takes them."""
+    """Yield the outputs of the layer for inputs of `size` features, or channels of a convolution, if it takes them."""
     forms: list[tuple[Tensor, int]] = []
     if probe.x is not None:
         first = 1 - probe.x.dim()

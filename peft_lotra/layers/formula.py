@@ -113,7 +113,7 @@ def _evaluate_basis(spec: Any, layer: nn.Module, z: Tensor, highest: int) -> lis
 
 
 def state_of(layer: nn.Module) -> State:
-    """Return what a forward pass may depend on besides parameters and buffers, in a form that can be compared."""
+    """Return the values that outputs may depend on, besides parameters and buffers, in a form that can be compared."""
     state: list[Any] = [layer.training]
     for value in own_attributes(layer).values():
         if isinstance(value, _SETTINGS):
@@ -129,7 +129,7 @@ def state_of(layer: nn.Module) -> State:
 
 
 def find_obstacle(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> str | None:
-    """Return why no formula can give what the layer computes; None if one may."""
+    """Return why no formula can give the outputs of the layer; None if one may."""
     dtype = tensor.get_parameter(layer).dtype
     if tensor.shape[3:]:
         return "it is a convolution"
@@ -148,9 +148,9 @@ def find_obstacle(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTenso
 def find_formula(
     layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, for_jets: bool = False
 ) -> FormulaReader | None:
-    """Return the formula that gives what the layer computes in its present mode; None if there is none.
+    """Return the formula of the outputs of the layer in its present mode; None if there is none.
 
-    The layer and the random generators are left as they were. An answer holds until the grid or a setting changes.
+    The layer and the random generators stay unchanged. An answer holds until the grid or a setting changes.
 
     Args:
         layer: The layer.
@@ -190,7 +190,7 @@ def find_formula(
 def _verify(
     layer: nn.Module, spec: Any, tensor: CoefficientTensor, is_uniform: bool, for_jets: bool
 ) -> FormulaReader | None:
-    """Return the formula if it gives what the layer computes."""
+    """Return the formula if it gives the outputs of the layer."""
     ends = _grid_ends(layer, spec, tensor, is_uniform)
     if ends is None:
         return None
@@ -267,8 +267,8 @@ def _agree(result: Tensor, expected: Tensor, tolerance: float, floor: float = 0.
     not finite in `expected`, such as the slope of acos(tanh(1000)), are not compared.
 
     Args:
-        result: What the formula gives.
-        expected: What the layer gives.
+        result: The outputs of the formula.
+        expected: The outputs of the layer.
         tolerance: The largest share.
         floor: The smallest number that a difference is a share of.
     """

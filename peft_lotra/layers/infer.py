@@ -45,7 +45,7 @@ _hypothesis = partial(KANLayerSpec, KIND, matches_nothing)
 
 
 def infer(layer: nn.Module, args: Any = (), kwargs: Any = None) -> tuple[KANLayerSpec | None, str]:
-    """Return the description of a layer by what it computes, or None and the reason in one sentence.
+    """Infer the description of a layer from its outputs; return None and the reason in one sentence if there is none.
 
     Args:
         layer: Any module. A copy of it is run if it has parameters that may be coefficients.
@@ -73,7 +73,7 @@ def _find_candidates(layer: nn.Module) -> dict[str, Tensor]:
     """Return the matrices and larger parameters that may be coefficients, by name.
 
     They are the layer's own, and those of linear layers that it holds, in a list or a `Sequential` too. A module of a
-    user's class may make the functions. There are none if such a module may be a layer of its own, or is larger.
+    user's class may make the functions. There are none if such a module may be a layer, or is larger.
     """
     candidates: dict[str, Tensor] = {}
     size_of_functions = 0
@@ -145,7 +145,7 @@ def candidate_sizes(layer: nn.Module) -> list[int]:
 
 
 def _run_everywhere(probe: Probe, grid: Sequence[Tensor]) -> Iterator[Evidence]:
-    """Yield what the layer gives for inputs of each size that it takes, on its grid and around zero.
+    """Yield the outputs of the layer for inputs of each size that it takes, on its grid and around zero.
 
     One input comes last: many a layer of more inputs takes one by broadcasting, and a layer of one input takes more.
     """

@@ -103,7 +103,7 @@ def perturbed(
 
 
 class Probe:
-    """Runs copies of a layer, in evaluation mode and without hooks. The layer itself stays as it is.
+    """Runs copies of a layer, in evaluation mode and without hooks. The layer stays unchanged.
 
     Attributes:
         parameters: Copies of the named parameters. Gradients are taken with respect to them.
@@ -150,7 +150,7 @@ class Probe:
         Args:
             x: The input, with its features in the last axis.
             channel: The axis of the features in the layer's own order.
-            parameters: Replace those of the layer.
+            parameters: Replacements of parameters of the layer.
         """
         args = [*self.args] or [x]
         args[self._position] = x.movedim(-1, channel)
@@ -164,7 +164,7 @@ class Probe:
         return y.movedim(channel, -1)
 
     def attempt(self, x: Tensor, channel: int, parameters: Mapping[str, Tensor] | None = None) -> Tensor | None:
-        """Return the output as `run` does, or None if the layer does not take this input."""
+        """Return the output as `run` does; None if the layer does not take this input."""
         try:
             with torch.no_grad():
                 return self.run(x, channel, parameters)

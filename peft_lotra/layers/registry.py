@@ -50,7 +50,7 @@ def register_kan_layer(family: str, **description: Any) -> KANLayerSpec:
 
     Raises:
         TypeError: A field does not exist, or a required one is missing.
-        ValueError: The name is that of a built-in kind; a pattern is malformed, or a name stands twice.
+        ValueError: A built-in kind has this name; a pattern is malformed, or a name stands twice.
 
     Example:
         >>> import torch
@@ -199,7 +199,7 @@ def find_kan_layers(model: nn.Module, *inputs: Any, **kwargs: Any) -> FoundKANLa
     Args:
         model (`nn.Module`): Any model.
         *inputs, **kwargs: The arguments of a call of the model. It is run once, in evaluation mode, and each module is
-            described with the arguments that it gets. Without them inputs are made up, as they are when an adapter is
+            described with the arguments that it gets. Without them inputs are made up, as when an adapter is
             attached. A layer that is recognized with its own arguments only is listed as `unrecognized`, with the
             call that registers it.
 

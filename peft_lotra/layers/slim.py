@@ -24,7 +24,7 @@ class SlimLayer(nn.Module):
     """A KAN layer of another library whose coefficients, with its residual weights, are a core and three factors.
 
     The layer itself runs, with the coefficients built from the factors, which is exact for every kind: it saves
-    parameters, not time. Other attributes are those of the layer with these coefficients.
+    parameters, not time. Other attributes come from the layer with these coefficients.
     """
 
     kan_spec: ClassVar[KANLayerSpec]  # set below
@@ -114,7 +114,7 @@ def _set_parameter(layer: nn.Module, name: str, parameter: nn.Parameter | None) 
 
 
 class _SlimSpec(KANLayerSpec):
-    """The description of `SlimLayer`. The grid is that of the layer inside."""
+    """The description of `SlimLayer`. The grid belongs to the layer inside."""
 
     def read_grid(self, layer: nn.Module) -> Grid:
         assert isinstance(layer, SlimLayer)

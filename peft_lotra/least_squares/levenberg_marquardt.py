@@ -37,7 +37,7 @@ class LevenbergMarquardtStep(NamedTuple):
         decrease: The decrease of the loss, as a share of the loss.
         reason: Why the parameters did not change. Empty if they did.
         losses: The loss of each term, weight included, in the order of the terms.
-        held_losses: The loss of each term that is held out, see `LevenbergMarquardt.fit`.
+        held_losses: The loss of each held-out term, see `LevenbergMarquardt.fit`.
     """
 
     loss: float
@@ -51,7 +51,7 @@ class LevenbergMarquardtStep(NamedTuple):
 
     @property
     def held_loss(self) -> float:
-        """The loss of all terms that are held out. NaN without any."""
+        """The loss of all held-out terms. NaN without any."""
         return sum(self.held_losses) if self.held_losses else math.nan
 
 
@@ -88,7 +88,7 @@ class LevenbergMarquardt:
         model: Any model. The parameters that require a gradient are trained.
         damping: The damping that the first step tries.
         floor: The lower bound of S, as a share of its largest entry.
-        forgetting: The factor, from 0 to below 1, by which residuals of former steps count less after each step
+        forgetting: The factor, from 0 to below 1, that reduces the weight of former residuals after each step
             (recursive least squares). It is for rows that are drawn again before each step. "auto" chooses a larger
             factor where steps fit only their own rows, and a smaller one where the loss falls fast. It chooses 0 if
             the rows do not change, or are less than half as many as the parameters, or a function or weight changes.

@@ -27,7 +27,7 @@ STAGE = os.path.join(_WORK_FOLDER, "files")  # complete files before they are mo
 
 @contextmanager
 def replacing_files(folder: str | os.PathLike, *copied: str) -> Iterator[str]:
-    """Yield an empty folder whose files replace those of `folder` at the end; other files there stay.
+    """Yield an empty folder whose files replace the files of `folder` at the end; other files there stay.
 
     An error changes nothing. After a killed process each file is old or new, and the next save finishes its moves.
     Saves into one folder wait for each other. Files are moved in descending order of names: tensors, configurations,
@@ -165,7 +165,7 @@ def _wait_for(file: IO[bytes]) -> None:
 def naming_damage(path: str | os.PathLike) -> Iterator[None]:
     """Turn all errors that an altered or truncated file causes into one that names the file.
 
-    Errors of the disk and of the network stay as they are.
+    Errors of the disk and of the network are raised unchanged.
     """
     try:
         yield

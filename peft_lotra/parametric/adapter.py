@@ -366,7 +366,7 @@ class ParametricAdapter:
         steps: int = 0,
         force: bool = False,
     ) -> PeftModel:
-        """A PEFT model of its own, with the predicted adapter, refined by `steps` steps: to save, merge or serve.
+        """A separate PEFT model, with the predicted adapter, refined by `steps` steps: to save, merge or serve.
 
         It is the network, without `solution_of`.
         """

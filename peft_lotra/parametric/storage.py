@@ -114,7 +114,7 @@ def load_family(
 def write_card(path: Path, members: Sequence[Member]) -> None:
     """Write the model card of a family into README.md; a text by a person stays.
 
-    A card that cannot be read stays as it is, with a warning.
+    A card that cannot be read stays unchanged, with a warning.
     """
     try:
         card = load_card(path)

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Data with noise beside an equation: the weights of the data, and the standard errors of constants."""
+"""Noisy data of an equation: the weights of the data, and the standard errors of constants."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _correct(training: Training) -> tuple[Tensor, Tensor] | None:
     J has a row for each residual divided by its scale s, and a column for each parameter of the network and constant.
     Y are the rows of the data in the projection of the constants' columns on the complement of the network's: the
     effects of the constants with a network that follows them. (Y^T Y)^-1 is the covariance. Rows of the equation do
-    not count: their residuals are no noise, but what the network cannot represent. They also hold back the constants
+    not count: their residuals are no noise, but errors of the network. They also hold back the constants
     in training, and -(Y^T Y)^-1 Y^T r, with the residuals r of the data, corrects these.
 
     The variance s^2 of a column of n data is their sum of squares over n - sum h, with the leverages h, the diagonal

@@ -64,7 +64,7 @@ class Starts:
     ) -> Training:
         """Prepare the training of a model on the box, or on a smaller one with other ends (2, I).
 
-        `options` are those of `Training`.
+        `options` go to `Training`.
         """
         result = self.result
         if model is not result.model:

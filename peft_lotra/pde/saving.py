@@ -54,7 +54,7 @@ def build_model(
     """Build a model from its description.
 
     Raises:
-        ValueError: A replacement is missing, or it has other tensors or values than what was saved.
+        ValueError: A replacement is missing, or its tensors or values differ from the saved ones.
     """
     model = _build(node, "", "model", tensors, replacements).eval()
     for name, values in _evaluate(model, points).items():

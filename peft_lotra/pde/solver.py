@@ -65,7 +65,7 @@ def solve(
     Each phase ends by its share of the budget, or when the residual at points that are never trained has stopped to
     fall, and keeps the parameters with the least one. After a stall, steps have twice as many points.
 
-    Without `network`, `windows` and `continuation`, two networks race: this one, and tanh layers alone. Each gets a
+    Without `network`, `windows` and `continuation`, two networks race: this one, and one of tanh layers. Each gets a
     tenth of the budget, and the one with the lower held-out residual goes on. If both fail, eight windows in time are
     tried. A network that stalls with a large residual is followed by new starts.
 
@@ -77,7 +77,7 @@ def solve(
             residuals (n,) or (n, m), row by row, usually by `jet(model, x)`, or by `torch.autograd.grad`.
         low, high: The ends of the box, I numbers each.
         distance, lift: The exact conditions, see `HardConstraint`; `BoxDistance` is a distance for sides of the box.
-        outputs: The number of unknown functions: by default that of `network`, or 1.
+        outputs: The number of unknown functions: by default as `network`, or 1.
         periodic: The indices of periodic coordinates.
         terms: Other residual terms, (function, rows) or (function, rows, weight) as for `LevenbergMarquardt`: data, or
             conditions that are not exact, by `neumann` and `robin` too.
@@ -93,7 +93,7 @@ def solve(
             copied instead. The box is scaled to [-1, 1] in front of it unless it has `BoxFeatures` or its grids are
             the box.
         windows: The number of windows in time, each with a new network that continues the one before, see `Windows`.
-            The time is the last coordinate at whose low side alone `distance` is zero. The first tensor of each term
+            The time is the last coordinate with `distance` zero at its low side only. The first tensor of each term
             must be points (n, I).
         frequencies: Periods across the box, for features of new networks, as for `BoxFeatures`.
         seconds: The time to take. No step is begun that, as long as the last one, would end later.
@@ -122,7 +122,7 @@ def solve(
             periodic as `periodic` says. A residual depends on a tensor that is not trained. The training stalled, or
             the time ended, far from a solution. Activations leave the grids of KAN layers.
 
-    Source: docs/pde.md says what it is made of, and what it reaches.
+    Source: docs/pde.md describes the parts, and the accuracy.
 
     Example:
         >>> from peft_lotra.kan import jet

@@ -61,7 +61,7 @@ class Training:
         result: The solution; its model is trained, and steps and phases are added to it.
         equation: The residual of the equation.
         terms: The terms of the caller.
-        held: The points that are held out, (n, I).
+        held: The held-out points, (n, I).
         sampler: Draws the points of each step.
         budget: The steps or seconds that all phases share.
         callback: Called with the solution and the record of each step; the training ends if it returns True.

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What an adapter changed, in numbers and in pictures; the pictures need matplotlib."""
+"""Changes by adapters, in numbers and in pictures; the pictures need matplotlib."""
 
 from .edges import EdgeChange, EdgeChanges, edge_changes
 from .parts import ChangeParts, Pair, what_changed

@@ -86,7 +86,7 @@ def plot_edge_functions(
         layer_name: The name of the layer, as `find_kan_layers` or PEFT gives it.
         edges: Pairs (output, input). By default the edge of the largest effect for each input, up to six of them;
             without adapters of the largest function.
-        x: Inputs of the model, as for `edge_changes`. The functions are drawn over the range of what reaches the
+        x: Inputs of the model, as for `edge_changes`. The functions are drawn over the range of the inputs of the
             layer, with a mark at each value; by default over its grids, or from -1 to 1.
         inputs: The names of the layer's inputs.
         figure: Where to draw; a new one by default.
@@ -158,7 +158,7 @@ def plot_edge_functions(
 
 
 def _sample_functions(target: Target, z: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return points (rows, in) over the range of what reaches a layer, or of its grid, and its functions there.
+    """Return points (rows, in) over the range of its inputs, or of its grid, and its functions there.
 
     Raises:
         ValueError: The functions of one input depend on the others.
@@ -201,7 +201,7 @@ def plot_network_change(
     inputs: Sequence[str] = (),
     outputs: Sequence[str] = (),
 ) -> Figure:
-    """Draw a network as a diagram: each edge in the color of what its change adds to the outputs of the network.
+    """Draw a network as a diagram: each edge in the color of the effect of its change on the outputs of the network.
 
     A column of units for the inputs of each KAN layer, and one for the outputs of the last. The color of an edge is
     its `share`, as `edge_changes` computes it. Layers that do not follow each other (other sizes) have columns of

@@ -55,8 +55,8 @@ def fit_adapter(
     2. Adapters within the budget are trained for all folds at once, at the rates 3e-3, 1e-2 and 3e-2:
        full matrices times one shape for each layer (see `budget` in [`LoTRAConfig`]), which start by
        [`start_from_gradient`]; and ranks chosen by the data, which start by [`start_from_training`].
-    3. The references are trained in the same way: a linear model of the inputs, the last layer alone, all parameters
-       (full fine-tuning), and all parameters from scratch. The base as it is counts too.
+    3. The references are trained in the same way: a linear model of the inputs, only the last layer, all parameters
+       (full fine-tuning), and all parameters from scratch. The unchanged base counts too.
     4. The adapter with the least mean loss on held-out rows is trained again, on all rows. If the base is better than
        all of them, `model` has an update of zero.
     5. `advice` names the model to use: the smallest one whose loss is within one standard error of the least.
@@ -73,7 +73,7 @@ def fit_adapter(
         data: The labeled rows of the new task: inputs and targets as tensors, or a Dataset or a DataLoader of such
             pairs.
         loss: The loss of outputs and targets, a mean over the rows, such as `torch.nn.functional.cross_entropy`. The
-            scores are means of the losses of single rows, in which weights of classes have no effect.
+            scores are means of the losses of single rows, without weights of classes.
         budget: The number of parameters of the adapter, as a share of the coefficients of the KAN layers.
         max_bytes: The size of adapter_model.safetensors, at most.
         steps: The number of training steps, of up to 128 rows each.

@@ -47,7 +47,7 @@ def adapt(base: nn.Module, **config: Any) -> PeftModel:
 
 
 def file_size(model: PeftModel) -> Size:
-    """Return the size of the file in which PEFT saves the adapter."""
+    """Return the size of the file that PEFT writes for the adapter."""
     return _measure(get_peft_model_state_dict(model))
 
 
@@ -91,7 +91,7 @@ def trained_values(network: nn.Module) -> Tensors:
 
 @torch.no_grad()
 def make_references(base: nn.Module, task: Task) -> dict[str, Start]:
-    """Return what an adapter is compared with, by name."""
+    """Return the references of an adapter by name."""
     network = deepcopy(base)
     set_mode(network, False)
     values = trained_values(network)
@@ -155,6 +155,6 @@ def _start_linear(task: Task, outputs: Tensor) -> Start:
 
 
 def stored_size(start: Start) -> Size:
-    """Return the size of a file of what a start trains."""
+    """Return the size of a file with the trained values."""
     trained = dict(start.network.named_parameters())
     return _measure({name: value for name, value in start.values[0].items() if name in trained})

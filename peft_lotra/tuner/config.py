@@ -106,7 +106,7 @@ class LoTRAConfig(PeftConfig):
             Whether to adapt the weights of the residual branch too, as one more slice of the basis mode.
         storage (`Optional[str]`):
             The dtype of the components in a file. `"float16"` or `"bfloat16"` halves its size. Loading restores the
-            usual dtype. `None` saves the components as they are. Updates change by about 0.04 % in float16, and by
+            usual dtype. `None` keeps their dtype. Updates change by about 0.04 % in float16, and by
             0.3 % in bfloat16. Values above 65,504 do not fit into float16, and are an error. Values below 6e-5 lose
             digits, which is a warning if a component changes by more than 1 %.
         check_base (`Optional[str]`):

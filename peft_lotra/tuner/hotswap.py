@@ -31,7 +31,7 @@ def hotswap_adapter(
     target_rank: int | None = None,
     **kwargs: Any,
 ) -> None:
-    """Replace the weights of a loaded adapter by those of an adapter of the same layers.
+    """Replace the weights of a loaded adapter with the weights of another one for the same layers.
 
     All tensors are read and checked first, and exchanged at once: a forward pass in another thread gives the answer of
     the old adapter or of the new one. A compiled model is not compiled again if the ranks stay the same. (PEFT's own

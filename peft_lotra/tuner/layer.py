@@ -57,9 +57,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     """
     A KAN layer with LoTRA adapters.
 
-    The output is that of the base layer with the coefficients `A + sum of scale * update`, over the active adapters.
-    A layer whose formula is known evaluates the updates as thin products. Any other base layer runs with the sums in
-    place of its parameters.
+    It computes the base layer with the coefficients `A + sum of scale * update`, over the active adapters. A layer
+    whose formula is known evaluates the updates as thin products. Any other base layer runs with the sums in place of
+    its parameters.
 
     Attributes that this class lacks are read from the base layer, with the updates of the active adapters.
 
@@ -253,7 +253,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     # --- the coefficients ---
 
     def get_base_layer(self) -> nn.Module:
-        """Return the innermost base layer, under this layer and those of other methods."""
+        """Return the innermost base layer, under this layer and layers of other methods."""
         layer = self._modules["base_layer"]
         while isinstance(inner := layer._modules.get("base_layer"), nn.Module):
             layer = inner

@@ -33,7 +33,7 @@ def find_targets(config: LoTRAConfig, model: nn.Module) -> Targets:
     """Return the layers that the configuration targets, by name.
 
     Raises:
-        ValueError: A target is no KAN layer, or the model has none.
+        ValueError: A target is no KAN layer, or there is none in the model.
     """
     if config.base_layers is not None:
         return _find_recorded(config.base_layers, model)
