@@ -414,7 +414,7 @@ def tucker_scaled(
 
 def relative_energy(tensor: Tensor, whole: Tensor) -> Tensor:
     """Return the squared norm of a tensor as a share of the squared norm of the whole. 0 if both are zero."""
-    energy = whole.square().sum().clamp(min=1e-300)
+    energy = whole.square().sum().clamp(min=torch.finfo(whole.dtype).tiny)
     return tensor.square().sum() / energy
 
 

@@ -21,6 +21,7 @@ from peft_lotra.tucker import (
     fit,
     hosvd,
     reconstruct,
+    relative_energy,
     truncated_hosvd,
     tucker,
     tucker_scaled,
@@ -290,3 +291,9 @@ def test_slices_paddings_and_changes_of_the_basis_mode(ranks):
     torch.testing.assert_close(tensor.sliced(slice(1, 3)).dense(), dense[:, :, 1:3])
     torch.testing.assert_close(tensor.on_basis(matrix).dense(), dense @ matrix.T)
     torch.testing.assert_close(tensor.padded(6).dense(), torch.nn.functional.pad(dense, (0, 2)))
+
+
+def test_the_share_of_nothing_in_nothing_is_zero():
+    zero = torch.zeros(2, 3)
+
+    assert relative_energy(zero, zero) == 0
