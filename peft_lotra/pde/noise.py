@@ -51,7 +51,8 @@ def estimate(training: Training) -> tuple[dict[str, Estimate], list[str]]:
         return estimates, ["The errors of `unknowns` are not known: derivatives of a residual are not finite."]
     for name, constant, move, error in zip(module.names, module.constants, *correction, strict=True):
         slope = constant.slope()
-        estimates[name], doubt = _judge(name, constant, -slope * move.item(), abs(slope * error.item()))
+        change = -slope * move.item()
+        estimates[name], doubt = _judge(name, constant, change, abs(slope * error.item()))
         doubts += doubt
     return estimates, doubts
 

@@ -234,7 +234,8 @@ class Training:
         (1 + (|r| / (OUTLIER median |r|))^2)^(robustness / 2): the weighted residual grows as the root of |r| (absolute
         errors) by 1/2, and is bounded by 1.
         """
-        size = self.model(x).detach().square().mean().sqrt().clamp(min=1e-12).item()
+        mean_square = self.model(x).detach().square().mean()
+        size = mean_square.sqrt().clamp(min=1e-12).item()
         directions = (self.sampler.high - self.sampler.low).diag() / 2
         weights = gradient_weights(self.model, x, SLOPE / size, directions)
         if not self.robustness:
@@ -291,7 +292,8 @@ class Training:
         steps = len(self.history) - steps_before
         seconds = time.monotonic() - begin
         reason = end.reason(record.accepted)
-        self.phases.append(Phase(name, parameter, steps, seconds, record.loss, end.least, reason, self.network))
+        phase = Phase(name, parameter, steps, seconds, record.loss, end.least, reason, self.network)
+        self.phases.append(phase)
         return end.least
 
     def _draw_terms(self, number: int) -> list[Any]:

@@ -27,7 +27,8 @@ def read_rows(data: Any) -> tuple[Tensor, Tensor]:
         except TypeError as error:
             raise ValueError("`data` must have pairs of tensors, inputs and targets, as its entries.") from error
     are_tensors = all(isinstance(tensor, Tensor) for tensor in data)
-    if not are_tensors or len(data) != 2 or len(data[0]) != len(data[1]) or len(data[0]) == 0:
+    lengths = [len(tensor) for tensor in data] if are_tensors else []
+    if len(lengths) != 2 or lengths[0] != lengths[1] or lengths[0] == 0:
         raise ValueError("`data` must have inputs and targets as tensors, the same number of both, and at least one.")
     x, y = data
     if not (x.isfinite().all() and y.isfinite().all()):
@@ -35,7 +36,13 @@ def read_rows(data: Any) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def assign_folds(y: Tensor, folds: int, groups: Sequence[Any] | None, blocked: bool, are_classes: bool) -> Tensor:
+def assign_folds(
+    y: Tensor,
+    folds: int,
+    groups: Sequence[Any] | None,
+    blocked: bool,
+    are_classes: bool,
+) -> Tensor:
     """Return the fold (n,) that holds out each row; -1 for a row that is the only one of its class.
 
     Raises:

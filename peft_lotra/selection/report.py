@@ -100,12 +100,16 @@ class AdapterFit(Report):
         figure = new_figure((5, 3))
         axis = figure.subplots()
         colors = ["tab:green" if name == self.advice else "0.6" for name in self.scores]
-        axis.barh(list(self.scores), list(self.scores.values()), xerr=list(self.errors.values()), color=colors)
+        widths = list(self.scores.values())
+        axis.barh(list(self.scores), widths, xerr=list(self.errors.values()), color=colors)
         axis.set(xlabel="loss of held-out rows", title=f"advice: {self.advice}")
         return figure
 
 
-def advise(losses: dict[str, Tensor], sizes: dict[str, Size]) -> tuple[str, str, dict[str, float], dict[str, float]]:
+def advise(
+    losses: dict[str, Tensor],
+    sizes: dict[str, Size],
+) -> tuple[str, str, dict[str, float], dict[str, float]]:
     """Name the smallest model whose loss is within one standard error of the least.
 
     The error is of the mean difference between the losses (rows,) of two models.
@@ -116,8 +120,12 @@ def advise(losses: dict[str, Tensor], sizes: dict[str, Size]) -> tuple[str, str,
     names = sorted(losses, key=lambda name: sizes[name].bytes)
     scores = {name: losses[name].mean().item() for name in names}
     least = losses[min(scores, key=scores.__getitem__)]
-    errors = {name: (losses[name] - least).std().item() / len(least) ** 0.5 for name in names}
-    advice = next(name for name in names if scores[name] - least.mean().item() <= errors[name])
+    errors = {}
+    for name in names:
+        deviation = (losses[name] - least).std().item()
+        errors[name] = deviation / len(least) ** 0.5
+    limit = least.mean().item()
+    advice = next(name for name in names if scores[name] <= limit + errors[name])
 
     subject = f"{_SUBJECTS[advice]} ({sizes[advice].bytes / 1000:.1f} kB)"
     change = (scores[advice] - scores["adapter"]) / abs(scores["adapter"] or 1.0)

@@ -65,8 +65,8 @@ def choose_forms(base: nn.Module, task: Task, budget: float) -> dict[str, Form]:
     forms = {}
     if all(ranks[:2] == ("full", "full") for ranks in by_size.values()):
         forms[FULL_MATRICES] = Form(by_size, start_from_gradient)
-    every_row = torch.arange(len(task.x))
-    start_from_training(model, lambda rows: task.loss(model(task.x[rows]), task.y[rows]), every_row.split(BATCH))
+    batches = torch.arange(len(task.x)).split(BATCH)
+    start_from_training(model, lambda batch: task.loss(model(task.x[batch]), task.y[batch]), batches)
     forms[LOW_RANK] = Form(configs["default"].rank_pattern, start_from_training)
     return forms
 
@@ -77,7 +77,8 @@ def start_adapter(base: nn.Module, task: Task, form: Form, rows: Sequence[Tensor
     network = unwrap(model)
     values = []
     for of_fold in rows:
-        form.begin(model, lambda batch: task.loss(model(task.x[batch]), task.y[batch]), of_fold.split(BATCH))
+        batches = of_fold.split(BATCH)
+        form.begin(model, lambda batch: task.loss(model(task.x[batch]), task.y[batch]), batches)
         values.append(trained_values(network))
     return Start(network.requires_grad_(False), values, relative=form.begin is start_from_training)
 
@@ -103,7 +104,8 @@ def make_references(base: nn.Module, task: Task) -> dict[str, Start]:
         "full": values,
         "scratch": {name: fresh[name] for name in values},
     }
-    references = {name: Start(network, [of_start] * len(task.rows)) for name, of_start in trained.items()}
+    folds = len(task.rows)
+    references = {name: Start(network, [of_start] * folds) for name, of_start in trained.items()}
     if task.x.is_floating_point():
         references["linear"] = _start_linear(task, outputs)
     return references
@@ -139,16 +141,19 @@ def _draw_anew(network: nn.Module) -> Tensors:
 def _start_linear(task: Task, outputs: Tensor) -> Start:
     """Start a linear model at zero, of inputs that are standardized by the rows of each fold, and clipped."""
     width = task.x[0].numel()
-    last = nn.Flatten(0) if outputs.dim() == 1 else nn.Unflatten(1, outputs.shape[1:])
+    last: nn.Module = nn.Flatten(0)
+    if outputs.dim() > 1:
+        last = nn.Unflatten(1, outputs.shape[1:])
     linear = nn.Linear(width, outputs[0].numel())
     # what was rarely active in the training rows may be far outside of them
-    standardize = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(width, affine=False), nn.Hardtanh(-3, 3))
-    network = nn.Sequential(*standardize, linear, last).to(outputs)
+    standardize = nn.BatchNorm1d(width, affine=False)
+    network = nn.Sequential(nn.Flatten(), standardize, nn.Hardtanh(-3, 3), linear, last).to(outputs)
     network.requires_grad_(False)
     zeros = {name: torch.zeros_like(parameter) for name, parameter in network.named_parameters()}
     values = []
     for rows in task.rows:
-        variance, mean = torch.var_mean(task.x[rows].flatten(1), 0, correction=int(len(rows) > 1))
+        inputs = task.x[rows].flatten(1)
+        variance, mean = torch.var_mean(inputs, 0, correction=int(len(rows) > 1))
         variance[variance < 1e-12] = 1
         values.append({**zeros, "1.running_mean": mean, "1.running_var": variance})
     return Start(network, values)

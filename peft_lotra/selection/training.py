@@ -88,7 +88,8 @@ class Task(NamedTuple):
     @property
     def rows(self) -> list[Tensor]:
         """The rows on which each fold trains."""
-        return [(self.fold != fold).nonzero().flatten() for fold in range(int(self.fold.max()) + 1)]
+        folds = int(self.fold.max()) + 1
+        return [(self.fold != fold).nonzero().flatten() for fold in range(folds)]
 
     def train(self, start: Start, rates: Sequence[float], rows: Sequence[Tensor]) -> Tensors:
         """Train by Adam on batches of the rows of each fold, at rates that fall to zero along a cosine.
@@ -103,16 +104,24 @@ class Task(NamedTuple):
         origins, units, moves = {}, {}, {}
         for name, value in start.values[0].items():
             origins[name] = origin = torch.stack([values[name] for values in start.values]).unsqueeze(1)
-            sizes = origin.flatten(1).square().mean(1).sqrt() if start.relative else value.new_ones(1)
-            units[name] = torch.outer(sizes, value.new_tensor(rates)).view(-1, len(rates), *[1] * value.dim())
-            moves[name] = value.new_zeros(len(rows), len(rates), *value.shape).requires_grad_(name not in buffers)
+            sizes = value.new_ones(1)
+            if start.relative:
+                sizes = origin.flatten(1).square().mean(1).sqrt()
+            unit = torch.outer(sizes, value.new_tensor(rates))
+            units[name] = unit.view(-1, len(rates), *[1] * value.dim())
+            move = value.new_zeros(len(rows), len(rates), *value.shape)
+            moves[name] = move.requires_grad_(name not in buffers)
 
         def moved() -> Tensors:
             return {name: origin + units[name] * moves[name] for name, origin in origins.items()}
 
-        losses_of = mapped(lambda values, x, y: self.loss(functional_call(network, values, (x,)), y))
+        def compute_loss(values: Tensors, x: Tensor, y: Tensor) -> Tensor:
+            return self.loss(functional_call(network, values, (x,)), y)
+
+        losses_of = mapped(compute_loss)
         # the steps of Adam do not depend on the scale of a gradient: at rate 1, each value moves at its own rate
-        optimizer = torch.optim.Adam([move for move in moves.values() if move.requires_grad], lr=1.0, eps=1e-10)
+        trained = [move for move in moves.values() if move.requires_grad]
+        optimizer = torch.optim.Adam(trained, lr=1.0, eps=1e-10)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         size = min(BATCH, *map(len, rows))
         for _ in range(self.steps):
@@ -130,11 +139,13 @@ class Task(NamedTuple):
         values = self.train(start, RATES, self.rows)
         losses = self.held_out_losses(start.network, values)
         best = min(range(len(RATES)), key=lambda index: losses[index].mean())
-        return Fit(RATES[best], {name: value[:, best] for name, value in values.items()}, losses[best])
+        best_values = {name: value[:, best] for name, value in values.items()}
+        return Fit(RATES[best], best_values, losses[best])
 
     def losses_before_training(self, start: Start) -> Tensor:
         """Compute the loss of each held-out row."""
-        values = {name: value.expand(len(self.rows), 1, *value.shape) for name, value in start.values[0].items()}
+        folds = len(self.rows)
+        values = {name: value.expand(folds, 1, *value.shape) for name, value in start.values[0].items()}
         return self.held_out_losses(start.network, values)[0]
 
     @torch.no_grad()
@@ -156,11 +167,16 @@ class Task(NamedTuple):
         for outputs in torch.cat(chunks).unbind(1):
             if self.are_classes and outputs.dim() == 2:
                 outputs = outputs * self._find_scale(outputs, y)
-            by_row = [self.loss(outputs[row : row + 1], y[row : row + 1]) for row in range(len(y))]
+            pairs = zip(outputs.split(1), y.split(1), strict=True)
+            by_row = [self.loss(output, target) for output, target in pairs]
             losses.append(torch.stack(by_row).nan_to_num(math.inf, math.inf))
         return losses
 
     def _find_scale(self, outputs: Tensor, y: Tensor) -> float:
         """Return the factor, an inverse temperature, of the outputs with the least loss."""
-        result: Any = minimize_scalar(lambda log: self.loss(outputs * math.exp(log), y).item(), bounds=(-3, 3))
+
+        def compute_loss(log: float) -> float:
+            return self.loss(outputs * math.exp(log), y).item()
+
+        result: Any = minimize_scalar(compute_loss, bounds=(-3, 3))
         return math.exp(result.x)

@@ -115,7 +115,11 @@ def _compare(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None) -> KANL
     sizes = {name: parameter.numel() for name, parameter in layer.named_parameters()}
     used = None if description.used is None else {name: description.used.get(name, False) for name in roles}
     adapted, fixed = ("coefficients", "residual"), ("grid", "constant")
-    counted = [n for n, role in roles.items() if role in adapted or (role not in fixed and (used is None or used[n]))]
+    counted = []
+    for name, role in roles.items():
+        is_used = used is None or used[name]
+        if role in adapted or (is_used and role not in fixed):
+            counted.append(name)
     reached = sum(sizes[name] for name in counted if roles[name] in adapted)
     return KANLayerReport(
         family=spec.family,
