@@ -159,7 +159,8 @@ def load(folder: str, how: str) -> None:
     seconds = time.perf_counter() - start
     gc.collect()
     grown = psutil.Process().memory_info().rss - before
-    size = bank.snapshot.packed.numel() * bank.snapshot.packed.element_size()
+    packed = bank.snapshot.packed  # without the rows of a mapped file
+    size = len(bank) * packed.shape[1] * packed.element_size()
     print(json.dumps({"load s": seconds, "memory / tensors": grown / size, "kB per adapter": size / 1e3 / len(bank)}))
 
 
