@@ -333,7 +333,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             return
         if holds_meta_tensors(self.lotra_grid):  # there were no values yet
             self.lotra_grid = self.copy_grid()
-        if self.lotra_r and not same_grid(self.lotra_grid, grid):
+        if not same_grid(self.lotra_grid, grid):
             raise RuntimeError(
                 f"The grid of `{self.lotra_name}` ({self.lotra_spec.family}) was moved after its adapters had been "
                 "attached, so their coefficients describe different functions. Move it back, or call "

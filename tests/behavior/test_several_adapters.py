@@ -191,13 +191,3 @@ def test_a_sum_without_the_trained_factors_trains_all_components():
 
     assert max(errors.values()) < 1e-6
     assert model.peft_config["both"].train is None
-
-
-def test_grids_may_move_after_the_last_adapter_is_deleted():
-    kan = KAN([3, 4, 2])
-    get_peft_model(kan, LoTRAConfig(r=2)).delete_adapter("default")
-    x = 3 * torch.rand(50, 3)
-
-    kan.layers[0].update_grid(x)
-
-    assert kan(x).shape == (50, 2)
