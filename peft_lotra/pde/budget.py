@@ -13,7 +13,7 @@ from ..least_squares.levenberg_marquardt import LevenbergMarquardtStep
 
 PATIENCE = 15  # steps without a new minimum of the held-out loss, at least
 UNSOLVED_PATIENCE = 50  # the same while that loss is large, where it often rises before it falls
-STALLED = 0.1  # the share of the budget without a new minimum, at least
+STALLED = 0.1  # of the budget of a training, without a new minimum, at least
 
 
 class Budget:
@@ -72,16 +72,16 @@ class PhaseEnd:
         until: The share of the budget at which the phase ends.
         target: The held-out loss at which it ends.
         solved: The held-out loss above which it has `UNSOLVED_PATIENCE`.
+        width: The share of the budget for this training; it stalls after `STALLED` of it without a new minimum.
 
     Attributes:
-        wait: The share of the budget without a new minimum after which it stalls, at least.
         least: The least held-out loss.
         is_over: Whether the budget allows no more steps.
     """
 
-    def __init__(self, budget: Budget, until: float, target: float, solved: float) -> None:
-        self.budget, self.until, self.target, self.solved = budget, until, target, solved
-        self.wait = STALLED
+    def __init__(self, budget: Budget, until: float, target: float, solved: float, width: float) -> None:
+        self.budget, self.until, self.target = budget, until, target
+        self.solved, self.wait = solved, STALLED * width
         self.least = math.inf
         self.is_over = False
         self._steps_since = 0

@@ -234,7 +234,8 @@ class Training:
         (1 + (|r| / (OUTLIER median |r|))^2)^(robustness / 2): the weighted residual grows as the root of |r| (absolute
         errors) by 1/2, and is bounded by 1.
         """
-        mean_square = self.model(x).detach().square().mean()
+        with torch.no_grad():
+            mean_square = self.model(x).square().mean()
         size = mean_square.sqrt().clamp(min=1e-12).item()
         directions = (self.sampler.high - self.sampler.low).diag() / 2
         weights = gradient_weights(self.model, x, SLOPE / size, directions)
@@ -252,13 +253,14 @@ class Training:
         """
         if self.budget.is_stopped:
             return math.inf
-        end = PhaseEnd(self.budget, self.end_of(until), target, FAILED * self.result.first_residual**2)
-        end.wait *= self.share[1] - self.share[0]
         self.parameter = parameter
+        solved = FAILED * self.result.first_residual**2
+        width = self.share[1] - self.share[0]
         if name == "continuation":  # another equation, and a way back
             self.optimizer.forget()
             self.optimizer.damping = min(1e-2, 100 * self.optimizer.damping)
-            end.solved, end.wait = math.inf, 0.0
+            solved, width = math.inf, 0.0
+        end = PhaseEnd(self.budget, self.end_of(until), target, solved, width)
         held = self.held_terms()
 
         def finish_step(number: int, record: LevenbergMarquardtStep) -> bool:
