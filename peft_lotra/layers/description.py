@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from numbers import Number
 from operator import attrgetter
 from typing import Any
@@ -115,7 +115,7 @@ class KANLayerSpec:
         if isinstance(self.matches, type):  # a predicate in C: it is called for each module of a model
             object.__setattr__(self, "matches", self.matches.__instancecheck__)
 
-    @property
+    @cached_property
     def parts(self) -> tuple[Described, ...]:
         """Name and pattern of each part of the coefficients."""
         coefficients: Any = self.coefficients
