@@ -106,29 +106,6 @@ def readme_accuracy() -> str:
     return table("| accuracy % | full | LoTRA | LoTRA's parameters |", rows)
 
 
-def readme_pde() -> str:
-    cases = {
-        "Allen-Cahn, moderate": ("allen_cahn", "middle"),
-        "Burgers, large": ("burgers", "far"),
-    }
-    runs = {
-        (row["family"], row["target"], row["method"]): row
-        for row in load("pde/transfer")["rows"]
-    }
-    rows = []
-    for title, case in cases.items():
-        lotra = runs[(*case, "lotra_lm")]
-        adam = 100 * runs[(*case, "full_adam")]["error"]
-        lm = 100 * runs[(*case, "full_lm")]["error"]
-        early = 100 * lotra["error_at_a_fifth_of_the_seconds"]
-        late = 100 * lotra["error"]
-        shown = [mark(f"{early:#.2g}", early > adam), f"{lm:#.2g}"]
-        shown.append(mark(f"{late:#.2g}", late > lm))
-        rows.append([title, f"{adam:#.2g}", *shown])
-    header = "| error % | full, Adam | LoTRA, LM, 1/5 of the time | full, LM | LoTRA, LM |"
-    return table(header, rows)
-
-
 def quickstart() -> str:
     names = ("base, not adapted", "LoTRA")
     runs = load("quickstart")["rows"]
@@ -466,7 +443,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "many-series": many_series,
     "rates-by-rank": rates_by_rank,
     "readme-accuracy": readme_accuracy,
-    "readme-pde": readme_pde,
     "scoreboard": lambda: study("scoreboard").table(
         load("scoreboard")["results"]
     ),
