@@ -36,6 +36,25 @@ def read_rows(data: Any) -> tuple[Tensor, Tensor]:
     return x, y
 
 
+def assign_folds_repeatedly(
+    y: Tensor,
+    folds: int,
+    groups: Sequence[Any] | None,
+    blocked: bool,
+    are_classes: bool,
+    repeats: int,
+) -> Tensor:
+    """Return the folds (repeats, n) that hold out each row in each of several random assignments.
+
+    The folds of the second assignment are numbered after those of the first one, and so on.
+    """
+    assignments = []
+    for repeat in range(repeats):
+        fold = assign_folds(y, folds, groups, blocked, are_classes)
+        assignments.append(torch.where(fold < 0, fold, fold + repeat * folds))
+    return torch.stack(assignments)
+
+
 def assign_folds(
     y: Tensor,
     folds: int,

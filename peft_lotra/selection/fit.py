@@ -23,7 +23,7 @@ from ..modules.calls import PREFIX, evaluating_without_trace, unwrap
 from ..modules.checks import check_count, check_function
 from ..tuner.gradients import compute_losses
 from ..tuner.layer import LoTRALayer, lotra_layers
-from .data import assign_folds, read_rows
+from .data import assign_folds_repeatedly, read_rows
 from .report import AdapterFit, Chosen, advise
 from .starts import FULL_MATRICES, Size, adapt, choose_forms, file_size, make_references, start_adapter, stored_size
 from .training import CHUNK, Fit, Task
@@ -32,6 +32,7 @@ from .training import CHUNK, Fit, Task
 _NO_ADAPTATION = "no adaptation"
 _HEADER_ROOM = 100  # bytes for longer numbers in the header of a file, by layer
 _MANY_COEFFICIENTS, _MANY_ROWS = 1_000_000, 20_000  # above which one tenth of the rows is held out
+_FEW_ROWS, _REPEATS = 100, 3  # below which the losses of one assignment of folds depend too much on chance
 
 
 def fit_adapter(
@@ -51,7 +52,8 @@ def fit_adapter(
 ) -> AdapterFit:
     r"""Adapts a base to a new task: form, ranks and learning rate are chosen by data, and compared with rivals.
 
-    1. The rows are divided into folds. Each fold trains on the other rows, and its own rows measure the loss.
+    1. The rows are divided into folds, in three ways if there are fewer than 100. Each fold trains on the other rows,
+       and its own rows measure the loss.
     2. Adapters within the budget are trained for all folds at once, at the rates 3e-3, 1e-2 and 3e-2:
        full matrices times one shape for each layer (see `budget` in [`LoTRAConfig`]), which start by
        [`start_from_gradient`]; and ranks chosen by the data, which start by [`start_from_training`].
@@ -77,11 +79,11 @@ def fit_adapter(
         budget: The number of parameters of the adapter, as a share of the coefficients of the KAN layers.
         max_bytes: The size of adapter_model.safetensors, at most.
         steps: The number of training steps, of up to 128 rows each.
-        folds: The number of folds, at least 2. A class is spread over the folds; the only row of a class is never
+        folds: The number of folds of one division, at least 2. A class is spread over the folds; the only row of a class is never
             held out.
         groups: A label for each row. Rows with the same label are held out together.
         blocked: Whether a fold is a block of successive rows, as it should be for time series.
-        ensemble: Whether to return a bank of the adapters of all folds too. The mean of their outputs is more accurate
+        ensemble: Whether to return a bank of the adapters of all folds of one division too. The mean of their outputs is more accurate
             than the model.
         seed: The seed of the random numbers. The state of the global generators is kept.
         progress: Whether to show a progress bar.
@@ -135,7 +137,8 @@ def fit_adapter(
         is_large = coefficients > _MANY_COEFFICIENTS or len(x) > _MANY_ROWS
         if is_large:
             folds = min(10, len(x) // 2, 10 if groups is None else len(set(groups)))
-        fold = assign_folds(y, folds, groups, blocked, are_classes)
+        repeats = 1 if blocked or is_large or len(x) >= _FEW_ROWS else _REPEATS
+        fold = assign_folds_repeatedly(y, folds, groups, blocked, are_classes, repeats)
         if is_large:
             fold = torch.where(fold == folds - 1, 0, -1)
 
@@ -162,7 +165,7 @@ def fit_adapter(
         bank = None
         if ensemble and best in forms:
             bank = AdapterBank(network)
-            for number in range(len(task.rows)):
+            for number in range(folds):
                 state = {f"{PREFIX}{name}".removesuffix(".default"): value[number] for name, value in by_fold.items()}
                 bank.add(f"fold {number}", state)
         # the base changes from here

@@ -84,10 +84,15 @@ def start_adapter(base: nn.Module, task: Task, form: Form, rows: Sequence[Tensor
 
 
 def trained_values(network: nn.Module) -> Tensors:
-    """Return copies of the parameters that require a gradient; of all, if none does."""
+    """Return copies of the parameters that require a gradient; if none does, of all except grids."""
     parameters = dict(network.named_parameters())
     trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
-    return {name: parameters[name].detach().clone() for name in trained or parameters}
+    if not trained:
+        grids = set()  # pykan stores them as parameters
+        for layer, module, spec in walk_kan_layers(network):
+            grids |= {f"{layer}.{name}".removeprefix(".") for name in spec.read_grid(module)}
+        trained = [name for name in parameters if name not in grids]
+    return {name: parameters[name].detach().clone() for name in trained}
 
 
 @torch.no_grad()

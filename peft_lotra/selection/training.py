@@ -75,7 +75,10 @@ def mapped(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Task(NamedTuple):
-    """The rows of a new task, their loss, the fold that holds out each row or -1, their kind, and how to train."""
+    """The rows of a new task, and how to train on them.
+
+    `fold` (repeats, rows) is the fold that holds out each row in each assignment; -1 for a row that is never held out.
+    """
 
     x: Tensor
     y: Tensor
@@ -89,7 +92,7 @@ class Task(NamedTuple):
     def rows(self) -> list[Tensor]:
         """The rows on which each fold trains."""
         folds = int(self.fold.max()) + 1
-        return [(self.fold != fold).nonzero().flatten() for fold in range(folds)]
+        return [(self.fold != fold).all(0).nonzero().flatten() for fold in range(folds)]
 
     def train(self, start: Start, rates: Sequence[float], rows: Sequence[Tensor]) -> Tensors:
         """Train by Adam on batches of the rows of each fold, at rates that fall to zero along a cosine.
@@ -150,26 +153,29 @@ class Task(NamedTuple):
 
     @torch.no_grad()
     def held_out_losses(self, network: nn.Module, values: Tensors) -> list[Tensor]:
-        """Compute the loss of each held-out row by the values (folds, rates, ...) of its fold, for each rate.
+        """Compute the loss of each held-out row by the values (folds, rates, ...) of its folds, for each rate.
 
-        The outputs for classes are divided by the best temperature of all rows.
+        The loss of a row is the mean over the assignments. The outputs for classes are divided by the best temperature
+        of all rows.
         """
         set_mode(network, False)
         outputs_of = mapped(lambda values, x: functional_call(network, values, (x,)))
-        rows = (self.fold >= 0).nonzero().flatten()
+        rows = (self.fold[0] >= 0).nonzero().flatten()
+        repeats = len(self.fold)
         chunks = []
         for chunk in rows.split(CHUNK):
             x = self.x[chunk]
             outputs = outputs_of(values, x.expand(len(self.rows), *x.shape))
-            chunks.append(outputs[self.fold[chunk], :, torch.arange(len(chunk))])
-        y = self.y[rows]
+            chunks.append(outputs[self.fold[:, chunk], :, torch.arange(len(chunk))])
+        y = self.y[rows].repeat(repeats, *[1] * (self.y.dim() - 1))
         losses = []
-        for outputs in torch.cat(chunks).unbind(1):
+        for outputs in torch.cat(chunks, 1).flatten(0, 1).unbind(1):
             if self.are_classes and outputs.dim() == 2:
                 outputs = outputs * self._find_scale(outputs, y)
             pairs = zip(outputs.split(1), y.split(1), strict=True)
             by_row = [self.loss(output, target) for output, target in pairs]
-            losses.append(torch.stack(by_row).nan_to_num(math.inf, math.inf))
+            by_row = torch.stack(by_row).nan_to_num(math.inf, math.inf)
+            losses.append(by_row.view(repeats, -1).mean(0))
         return losses
 
     def _find_scale(self, outputs: Tensor, y: Tensor) -> float:
