@@ -166,7 +166,9 @@ def _adapt(module: ModuleType) -> None:
         module.MockTransformerWrapper.from_pretrained = functools.partial(_make_model, module.MLP)
     if hasattr(module, "TestRequiresGrad"):
         check = module.TestRequiresGrad.check_requires_grad
-        module.TestRequiresGrad.check_requires_grad = lambda self, model, *names: check(self, model, *_expected(names))
+        module.TestRequiresGrad.check_requires_grad = lambda self, model, *names: check(
+            self, model, *_expected(model, names)
+        )
 
 
 def _make_model(mlp_cls: type[nn.Module], model_id: str, dtype: torch.dtype | None = None) -> nn.Module:
@@ -179,13 +181,16 @@ def _make_model(mlp_cls: type[nn.Module], model_id: str, dtype: torch.dtype | No
     return model.to(dtype or torch.float32)
 
 
-def _expected(names: tuple[str, ...]) -> list[str]:
-    """The parameters of LoTRA for those of LoRA."""
+def _expected(model: nn.Module, names: tuple[str, ...]) -> list[str]:
+    """Return the parameters of LoTRA that stand for LoRA's. A full mode has no factor."""
+    parameters = dict(model.named_parameters())
     expected = []
     for name in names:
         layer, is_factor, rest = name.partition(".lora_A.")
         if is_factor:
-            expected += [f"{layer}.{part}.{rest.removesuffix('.weight')}" for part in LoTRALayer.adapter_layer_names]
+            adapter = rest.removesuffix(".weight")
+            components = [f"{layer}.{component}.{adapter}" for component in LoTRALayer.adapter_layer_names]
+            expected += [component for component in components if component in parameters]
         elif ".lora_B." not in name:
             expected.append(name)
     return expected

@@ -1,0 +1,51 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The folds of few rows, and what full fine-tuning trains."""
+
+import pytest
+import torch
+from torch.nn.functional import mse_loss
+
+from peft_lotra import fit_adapter
+from peft_lotra.kan import KAN
+from peft_lotra.selection.data import assign_folds_repeatedly
+
+
+QUICK = {"steps": 1, "folds": 2, "progress": False}
+
+
+def test_each_row_is_held_out_once_in_each_division():
+    targets = torch.arange(4).repeat(6)
+
+    fold = assign_folds_repeatedly(targets, 3, None, False, True, repeats=2)
+
+    assert fold.shape == (2, 24)
+    assert fold[0].bincount().tolist() == [8, 8, 8]
+    assert fold[1].bincount().tolist() == [0, 0, 0, 8, 8, 8]
+    assert not torch.equal(fold[0] + 3, fold[1])
+
+
+@pytest.mark.parametrize("rows", [10, 120])
+def test_a_bank_has_the_folds_of_one_division(rows):
+    x = torch.rand(rows, 2) * 2 - 1
+    y = torch.sin(3 * x[:, :1])
+
+    report = fit_adapter(KAN([2, 8, 1]), (x, y), mse_loss, ensemble=True, budget=0.5, **QUICK | {"steps": 20})
+
+    assert report.bank is not None
+    assert len(report.bank.names) == 2
+
+
+def test_the_grids_of_a_frozen_base_are_not_fine_tuned():
+    kan = pytest.importorskip("kan")
+    base = kan.KAN([2, 3, 1], grid=4, k=3, seed=0, auto_save=False)
+    base.speed()
+    everything = sum(parameter.numel() for parameter in base.parameters())
+    grids = sum(layer.grid.numel() for layer in base.act_fun)
+    base.requires_grad_(False)
+    x = torch.rand(20, 2) * 2 - 1
+
+    report = fit_adapter(base, (x, x.prod(1, keepdim=True)), mse_loss, budget=0.5, **QUICK)
+
+    assert report.sizes["full"].parameters <= everything - grids
