@@ -79,12 +79,12 @@ def fit_adapter(
         budget: The number of parameters of the adapter, as a share of the coefficients of the KAN layers.
         max_bytes: The size of adapter_model.safetensors, at most.
         steps: The number of training steps, of up to 128 rows each.
-        folds: The number of folds of one division, at least 2. A class is spread over the folds; the only row of a class is never
-            held out.
+        folds: The number of folds of one division, at least 2. A class is spread over the folds; the only row of a
+            class is never held out.
         groups: A label for each row. Rows with the same label are held out together.
         blocked: Whether a fold is a block of successive rows, as it should be for time series.
-        ensemble: Whether to return a bank of the adapters of all folds of one division too. The mean of their outputs is more accurate
-            than the model.
+        ensemble: Whether to return a bank of the adapters of all folds of one division too. The mean of their outputs
+            is more accurate than the model.
         seed: The seed of the random numbers. The state of the global generators is kept.
         progress: Whether to show a progress bar.
 
