@@ -430,7 +430,18 @@ def benchmarks() -> str:
     return study("figures.page").section(load("benchmarks/cpu"))
 
 
+def benchmark_targets() -> str:
+    return study("figures.page").targets(load("benchmarks/cpu"))
+
+
+def bank_training() -> str:
+    page = study("bank_training").table(load("bank_training"))
+    return without_first_paragraph(page)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "bank-training": bank_training,
+    "benchmark-targets": benchmark_targets,
     "benchmarks": benchmarks,
     "convolutions": convolutions,
     "demos": lambda: record_of("demos"),

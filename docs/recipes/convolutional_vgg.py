@@ -1,8 +1,7 @@
 # %% [markdown]
 # # A convolutional KAN in VGG form
 #
-# The published convolutional KANs (torch-conv-kan: KAGN, KALN, KACN, FastKAN, wavelets) come as VGG, ResNet, DenseNet and
-# U-Net. Their layers are recognized, in one to three dimensions and with groups: nothing is registered.
+# Adapt a VGG from torch-conv-kan in two lines:
 #
 # ```text
 # # vggkagn is in torch-conv-kan
@@ -11,11 +10,14 @@
 # model = get_peft_model(model, config)
 # ```
 #
-# The coefficients of a convolution have four modes (out, in, basis, kernel), and so has the update: `r` is one number,
-# or four; the rank of the kernel is at most its size. A triple leaves that rank at the size of the kernel.
+# The layers of torch-conv-kan (KAGN, KALN, KACN, FastKAN, wavelets) are recognized, in one to three dimensions and with
+# groups. ResNet, DenseNet, and U-Net work the same way. You register nothing.
 #
-# The page runs with a small network of the same form. Its layer has the parameters of a KAGN convolution
-# (`poly_weights`, degrees outside inputs; `base_conv`; `beta_weights`), which is what the family is recognized by.
+# The coefficients of a convolution have four [modes](../glossary.md#mode): out, in, basis, and kernel. So `r` is one rank
+# for all modes, or four ranks. Three ranks leave the kernel full ([more](../convolutions.md#ranks)).
+#
+# This page runs with a small network that needs no download. Its layer copies the parameters of a KAGN convolution,
+# which identify the kind of layer: `poly_weights`, `base_conv`, and `beta_weights`.
 
 # %%
 import copy
@@ -61,7 +63,7 @@ def make_vgg():
 print(find_kan_layers(make_vgg()))
 
 # %% [markdown]
-# The base learns digits; the adapter, digits that are turned by a right angle and inverted.
+# The base learns digits. The adapter learns the same digits, turned by a right angle and inverted:
 
 # %%
 digits = load_digits()
@@ -105,7 +107,7 @@ print(f"with an adapter: {accuracy(model, shifted):.2f}")
 assert accuracy(model, shifted) > accuracy(start, shifted) + 0.3
 
 # %% [markdown]
-# Merged, the network is what it was before, of the same classes and keys, and as fast.
+# Save, load, and merge. The merged network has the classes, keys, and speed of the base:
 
 # %%
 model.save_pretrained("turned")
@@ -117,5 +119,6 @@ torch.testing.assert_close(
 assert list(merged.state_dict()) == list(start.state_dict())
 
 # %% [markdown]
-# PEFT's LoRA on the `nn.Conv2d` inside of such a layer reaches the base branch alone, or (spline convolutions) mixes
-# inputs and basis functions in one mode. `examples/studies/convolutions.py` compares them at equal parameters.
+# PEFT's LoRA can adapt the `nn.Conv2d` inside such a layer too. Here it reaches only the
+# [base branch](../glossary.md#base-branch). In spline convolutions it mixes inputs and basis functions. [The
+# comparison](../comparison.md#convolutions) has both at equal sizes.

@@ -1,9 +1,8 @@
 # %% [markdown]
 # # A language model with KAN layers
 #
-# A transformer whose feed-forward blocks are KANs, as kan-gpt and its relatives have them: GPT-2 of `transformers`, with
-# the KAN of `qkan`, a copy of efficient-kan. The model is trained on one text, and LoTRA
-# adapts the KAN layers to another.
+# Train a transformer with KAN feed-forward blocks on one text, and adapt its KAN layers to another. The model is GPT-2
+# from `transformers`. The KANs are `qkan`'s copies of efficient-kan. Models such as kan-gpt have the same form.
 
 # %%
 import torch
@@ -15,7 +14,7 @@ from peft_lotra import LoTRAConfig, find_kan_layers
 
 
 class KANFeedForward(torch.nn.Module):
-    """Many copies of efficient-kan take rows only."""
+    """Flatten tokens into rows, which many copies of efficient-kan require."""
 
     def __init__(self, width, hidden):
         super().__init__()
@@ -45,7 +44,7 @@ def make_model():
 print(find_kan_layers(make_model()))
 
 # %% [markdown]
-# Two texts, one letter a token, and a training loop for either model:
+# Define two texts with one token per letter, and a training loop for both models:
 
 # %%
 CHEMISTRY = (
@@ -85,8 +84,8 @@ state = {name: value.clone() for name, value in base.state_dict().items()}
 before = loss_on(base, COOKING).item()
 
 # %% [markdown]
-# The adapter is attached by its type alone. Rows of the KAN layers are tokens of all sentences, which changes nothing
-# for training, and mixed batches (`adapter_names`) take them apart again.
+# Attach an adapter, and train it. `target_modules` is not needed: all KAN layers are found. The blocks flatten the tokens
+# of all sentences into rows, and mixed batches (`adapter_names`) still work.
 
 # %%
 model = get_peft_model(base, LoTRAConfig(r=4, task_type="CAUSAL_LM"))
@@ -97,7 +96,8 @@ print(f"loss on the other text: {before:.2f} before, {after:.2f} after")
 assert after < 0.9 * before
 
 # %% [markdown]
-# The file holds the adapter alone; the base comes from wherever it came from before.
+# Save the adapter, and load it onto the same base. A mixed batch then uses the base for one sentence and the adapter for
+# another. A merge restores the class and the keys of the model:
 
 # %%
 model.save_pretrained("cooking")
@@ -115,5 +115,5 @@ merged = loaded.merge_and_unload()  # a GPT2LMHeadModel again, of the same keys
 assert list(merged.state_dict()) == list(state)
 
 # %% [markdown]
-# Where the embedding or the head must follow the new text, train copies of them beside the adapter:
+# If the new text needs another head or embedding, train a copy of it together with the adapter:
 # `LoTRAConfig(r=4, modules_to_save=["lm_head"])`.

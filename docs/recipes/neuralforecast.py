@@ -1,8 +1,9 @@
 # %% [markdown]
-# # Adapters for each series in neuralforecast's RMoK
+# # One adapter per series in neuralforecast's RMoK
 #
-# RMoK mixes experts that are KAN layers: wavelets, Taylor and Jacobi polynomials. One base serves many series, and each
-# series has an adapter of its own, trained by neuralforecast's own `fit`. It takes `pip install neuralforecast`.
+# Forecast many time series with one base, and give each series an adapter. Train the adapters with neuralforecast's own
+# `fit`. RMoK is a mixture of KAN layers: wavelets, Taylor polynomials, and Jacobi polynomials. Run
+# `pip install neuralforecast` first.
 
 # %%
 import logging
@@ -45,8 +46,8 @@ network = forecaster.models[0]
 print(find_kan_layers(network))
 
 # %% [markdown]
-# One adapter for each series. `get_peft_model` replaces the layers inside of the forecaster's network, so that the
-# forecaster trains the adapter that is set, and nothing else.
+# Add an adapter for each series. `get_peft_model` replaces the layers inside the forecaster's network. From then on,
+# `fit` trains the active adapter and nothing else.
 
 
 # %%
@@ -76,7 +77,7 @@ for name, rows in series.items():
 assert forecaster.models[0] is network
 
 # %% [markdown]
-# Each series is forecast with its adapter, in any order, and the base is there as it was:
+# Forecast each series with its adapter, in any order. Without an adapter, the base gives the same forecasts as before:
 
 # %%
 for name, rows in series.items():
@@ -93,4 +94,4 @@ assert all(
 )
 
 # %% [markdown]
-# `neuralforecast.models.KAN` goes the same way.
+# `neuralforecast.models.KAN` works the same way.

@@ -1,20 +1,22 @@
 # %% [markdown]
 # # Plain LoRA for KAT and GR-KAN
 #
-# The Kolmogorov-Arnold Transformer (KAT) has group-rational layers (GR-KAN): a rational function of each input,
-# followed by a linear layer,
+# LoTRA does not apply to the Kolmogorov-Arnold Transformer (KAT). Use PEFT's LoRA, with the configuration at the end of
+# this page.
+#
+# KAT consists of group-rational layers (GR-KAN). Each applies a rational function to every input, and then a linear layer:
 #
 # $$y_o = \sum_i W_{oi}\, R_{g(i)}(x_i),$$
 #
 # $$R_g(x) = \frac{a_{g0} + a_{g1} x + \dots + a_{g5} x^5}{1 + |b_{g1} x + \dots + b_{g4} x^4|}.$$
 #
-# All outputs share the function $R_{g(i)}$ of an input, so there is no tensor of coefficients (out, in, basis), which
-# LoTRA would factorize. The matrix $W$ is what LoRA is for. This page has the configuration.
+# All outputs share the function $R_{g(i)}$ of an input. So there is no coefficient tensor (out, in, basis) for LoTRA to
+# factorize. The matrix $W$ is an ordinary linear layer, which LoRA adapts.
 #
-# ## A network of this kind
+# ## A small KAT
 #
-# Its parts have the names of KAT's own: `act1`, `fc1`, `act2`, `fc2`. The published one computes the rational functions
-# by CUDA; what follows does not depend on that.
+# The network has KAT's names for its parts: `act1`, `fc1`, `act2`, `fc2`. The published version computes the rational
+# functions in CUDA. The configuration is the same for both.
 
 # %%
 import torch
@@ -71,9 +73,9 @@ new = torch.sin(2 * x + 0.5)
 print(f"base on new data: {nn.functional.mse_loss(network(x), new):.4f}")
 
 # %% [markdown]
-# ## What LoTRA says
+# ## LoTRA refuses it
 #
-# It finds no layer, and refuses.
+# LoTRA finds no layer to adapt, and the error message points to LoRA:
 
 # %%
 from peft_lotra import LoTRAConfig
@@ -87,8 +89,8 @@ except ValueError as error:
 # %% [markdown]
 # ## The configuration
 #
-# LoRA on the linear layers. The rational functions are few numbers (10 for each group), so `modules_to_save` trains
-# copies of them whole.
+# Use LoRA on the linear layers. The rational functions have only 10 parameters per group, so train copies of them with
+# `modules_to_save`.
 
 # %%
 config = LoraConfig(
@@ -103,4 +105,4 @@ print(f"adapted: {train(model, new, lr=1e-2):.4f}")
 merged = model.merge_and_unload()
 
 # %% [markdown]
-# In a transformer the attention may move as well: `target_modules=["qkv", "proj", "fc1", "fc2"]`.
+# In a transformer you can adapt the attention too: `target_modules=["qkv", "proj", "fc1", "fc2"]`.

@@ -1,11 +1,8 @@
 # %% [markdown]
 # # U-KAN: an adapter, and a copy of the head
 #
-# U-KAN is a U-shaped network for segmentation whose deepest stage is a tokenized KAN. If the images change (another
-# scanner, another stain) two things must follow: the KAN layers, by an adapter, and the head, which is small enough to
-# be copied whole. `modules_to_save` trains and saves the copy in the same file.
-#
-# With the authors' network this is all:
+# U-KAN segments images. Another scanner or stain changes the images. Then adapt its KAN layers, and train a copy of its
+# head. With the authors' network this takes two lines:
 #
 # ```text
 # model = UKAN(num_classes=1)  # from their archs.py, with its weights
@@ -13,9 +10,10 @@
 # model = get_peft_model(model, config)
 # ```
 #
-# Below is a network of the same parts in small, so that the page runs in seconds: convolutions, a tokenized block of
-# efficient-kan layers (those of `qkan`) with a convolution and a batch norm between
-# them, a decoder, and `final`.
+# `modules_to_save` trains a copy of the head, and saves it in the file of the adapter.
+#
+# This page runs in seconds with a small network of the same parts: an encoder, a tokenized block of efficient-kan layers
+# (from `qkan`), a decoder, and the head `final`. Between its KAN layers, the block has a convolution and a batch norm.
 
 # %%
 import copy
@@ -63,8 +61,8 @@ class SmallUKAN(nn.Module):
 
 
 # %% [markdown]
-# The toy task: find the disc. In the base's images it is brighter than the ground; in the new ones, of which there are
-# sixteen, it is darker.
+# The task is to find a disc. In the images of the base, the disc is brighter than the background. In the new images it is
+# darker, and there are only sixteen of them.
 
 
 # %%
@@ -108,7 +106,7 @@ print(
 )
 
 # %% [markdown]
-# The adapter with the head, beside the KAN layers in full with the head:
+# Compare two trainings: an adapter and the head, or all parameters of the KAN layers and the head:
 
 # %%
 start = copy.deepcopy(base)
@@ -129,8 +127,8 @@ for name, network in (
 assert dice(model, *unseen) > dice(start, *unseen) + 0.3
 
 # %% [markdown]
-# The batch norms are frozen with the base, statistics included; one that shall follow the new images is named in
-# `modules_to_save`. So the file is complete, and the base is as it was:
+# Batch norms of the base are frozen, including their statistics. To train one, name it in `modules_to_save`. The file
+# therefore holds everything that changed, and the base stays as it was:
 
 # %%
 model.save_pretrained("darker-discs")

@@ -13,8 +13,8 @@
 # %% [markdown]
 # # Adapt in five minutes
 #
-# A KAN knows one function. We adapt it to another one, look at what changed, save the change, load it, and merge it.
-# Needs `pip install -e ".[examples]"` for the pictures.
+# Train a KAN on one function, adapt it to another one, and look at the changed edges. Then save, load, and merge the
+# adapter. For the pictures, run `pip install -e ".[examples]"`.
 
 # %%
 import copy
@@ -62,7 +62,9 @@ def train(model, optimizer, a):
 
 
 # %% [markdown]
-# ## The base
+# ## Train the base
+#
+# The base is a KAN with 2 inputs, 16 hidden units, and 2 outputs:
 
 # %%
 kan = KAN([2, 16, 2])
@@ -70,14 +72,15 @@ print(
     "loss on the old task:",
     train(kan, torch.optim.Adam(kan.parameters(), lr=1e-2), a=1.0),
 )
-base = copy.deepcopy(kan)  # what a later session starts from
+base = copy.deepcopy(kan)  # a later session loads it from a file
 find_kan_layers(kan)
 
 # %% [markdown]
-# ## The adapter
+# ## Train an adapter
 #
-# The base is frozen. Only core and factors are trained, at 3e-2, where LoRA would have 2e-4. They start in the
-# directions that the gradient of the new task has, from a few hundred samples; the model still equals its base.
+# Attach an adapter, which freezes the base. `r=(4, 2, 4)` are its ranks for outputs, inputs, and basis functions.
+# `start_from_gradient` points it in the direction of the new task, without changing the outputs yet. Use a learning
+# rate of 1e-2 to 3e-2, about a hundred times the usual rate for LoRA.
 
 # %%
 model = get_peft_model(kan, LoTRAConfig(r=(4, 2, 4)))
@@ -90,31 +93,36 @@ print("loss on the new task:", train(model, optimizer, a=1.4))
 model_summary(model)
 
 # %% [markdown]
-# The edge functions whose change has the largest effect, before and after. The marks at the bottom are the inputs:
+# ## See what changed
+#
+# Each edge of a KAN is a function of one input. Plot the edges whose change matters most, before and after. The marks at
+# the bottom are the inputs in the data:
 
 # %%
 plot_edge_functions(model, "layers.0", x=x, inputs=["a", "b"])
 
 # %% [markdown]
-# The network as a whole, each edge in the color of what its change adds to the output:
+# Plot the whole network. The color of an edge shows how much its change adds to the outputs:
 
 # %%
 plot_network_change(model, x, inputs=["a", "b"], outputs=["u", "v"])
 
 # %% [markdown]
-# The same as a list, the largest effect first:
+# Print the same as a list, with the largest effect first:
 
 # %%
 edge_changes(model, x)
 
 # %% [markdown]
-# How much of the change is a shift, a linear function, or a sum of functions of one input:
+# Split the change of the outputs into a shift, a linear part, and a sum of functions of one input:
 
 # %%
 what_changed(model, x, names=["a", "b"])
 
 # %% [markdown]
 # ## Save, load, merge
+#
+# Save the adapter without the base, and load it onto a copy of the base. A merge turns it into a plain KAN:
 
 # %%
 model.save_pretrained("adapter")

@@ -13,22 +13,22 @@
 # %% [markdown]
 # # efficient-kan: five customers on one base
 #
-# A classifier of efficient-kan layers (here qkan's copy of them) reads digits. Five customers have scanners of their
-# own, so each gets an adapter. One batch serves all of them, and one repository of the Hub holds them. Needs
-# `pip install -e ".[examples]" qkan`. (efficient-kan itself is not on PyPI.)
+# A classifier of efficient-kan layers reads digits. Five customers have different scanners, so each gets an adapter.
+# One batch serves all five, and one repository on the Hub holds them. Install `pip install -e ".[examples]" qkan`: qkan
+# ships efficient-kan's layers, which are not on PyPI themselves.
 #
-# The code down to *Further* is one script, which runs for half a minute. No account is needed: a clone has a stand-in
-# for the Hub among its tests, and this runs a script that pushes to it:
+# The code down to *Further* is one script, which takes half a minute. You need no account. A clone has a stand-in for the
+# Hub:
 #
 #     python PATH/TO/THE/CLONE/tests/support/hub_server.py customers.py
 #
-# For your own account, log in by `hf auth login`, write your name for `user`, and run `python customers.py`. In a
-# notebook the first cell of [Publish and load](hub.md) starts the stand-in.
+# To use your account, run `hf auth login`, replace `user` by your name, and run `python customers.py`. In a notebook, the
+# first cell of [Publish and load](hub.md) starts the stand-in.
 
 # %% [markdown]
-# ## The base
+# ## Train the base
 #
-# It learns upright scans. The first 500 are kept to test.
+# The base learns upright scans. The first 500 are for testing.
 
 # %%
 import torch
@@ -67,9 +67,9 @@ train(kan, adam, scans(0)[500:], y[500:])
 torch.save(kan.state_dict(), "base.pt")
 
 # %% [markdown]
-# ## An adapter for each customer
+# ## Train one adapter per customer
 #
-# Each scanner turns the page by an angle, and each customer has 200 labels. `set_adapter` names the adapter to train.
+# Each scanner turns the page by an angle. Each customer has 200 labels. `set_adapter` selects the adapter to train.
 
 # %%
 angles = {"anna": -40, "ben": -20, "cleo": 20, "dora": 40, "emil": 180}
@@ -83,10 +83,9 @@ for name, angle in angles.items():
     train(model, optimizer, scans(angle)[500:700], y[500:700])
 
 # %% [markdown]
-# ## One batch for all
+# ## Serve all in one batch
 #
-# 500 test scans of each customer. In evaluation mode `adapter_names` takes a name for each row. What is printed is the
-# accuracy for each customer.
+# Take 500 test scans from each customer, and name the adapter of each sample. Print the accuracy per customer:
 
 # %%
 model.eval()
@@ -96,10 +95,10 @@ right = model(x, adapter_names=rows).argmax(1) == y[:500].repeat(5)
 print(right.view(5, 500).double().mean(1))
 
 # %% [markdown]
-# ## Push
+# ## Push to the Hub
 #
-# One push has all adapters, each in a folder of its name, and a model card. `base_code` says how to make the base,
-# and stands in the card. The weights of the base go beside them as a file.
+# One push uploads all adapters, each to a folder of its name, and a model card. The card shows `base_code`, which builds
+# the base. Upload the weights of the base as a file.
 
 # %%
 repo = "user/customers"
@@ -118,10 +117,10 @@ url = upload_file(
 print(url)
 
 # %% [markdown]
-# ## Further: load them, somewhere else
+# ## Further: load them on another machine
 #
-# The code of the base, then the adapters from their folders. `"__base__"` stands for no adapter: what the base alone
-# makes of these scans.
+# Run the code of the base, then load the adapters from their folders. `"__base__"` stands for no adapter, and shows the
+# accuracy of the base on these scans.
 
 # %%
 from huggingface_hub import list_repo_files
@@ -148,9 +147,9 @@ print("without adapters:", right.view(5, 500).double().mean(1))
 model_summary(served)
 
 # %% [markdown]
-# ## Further: exchange in place
+# ## Further: replace an adapter
 #
-# `hotswap_adapter` writes other weights into an adapter; a compiled model is not compiled again.
+# `hotswap_adapter` writes new weights into a loaded adapter. A compiled model is not compiled again.
 
 # %%
 from peft_lotra import hotswap_adapter
@@ -159,12 +158,12 @@ from peft_lotra import hotswap_adapter
 served.set_adapter("anna")
 hotswap_adapter(served, repo, subfolder="emil", adapter_name="anna")
 right = served(scans(180)[:500]).argmax(1) == y[:500]
-print("emil's scans by the slot of anna:", right.double().mean().item())
+print("emil's scans, in the place of anna:", right.double().mean().item())
 
 # %% [markdown]
-# ## Further: export
+# ## Further: export to ONNX
 #
-# Merged, it is the base's own graph, and exports to ONNX as the base does. Needs `pip install onnxscript onnxruntime`.
+# A merged model has the class of the base, and exports like it. Run `pip install onnxscript onnxruntime` first.
 
 # %%
 import warnings

@@ -1,10 +1,11 @@
 # %% [markdown]
 # # Publish and load
 #
-# Base and adapter go to the Hugging Face Hub and come back. This notebook talks to a stand-in for the Hub that the
-# tests of the package bring along, so it needs no account, but a clone that is installed by `pip install -e`. Run the
-# next cell before anything imports peft or huggingface_hub, which remember the address of the Hub. To use your own
-# account, log in by `hf auth login` and leave the cell out.
+# Push a base and an adapter to the Hugging Face Hub, and load both again.
+#
+# You need no account. The next cell starts a stand-in for the Hub, which is part of a clone installed with
+# `pip install -e`. Run it before anything imports peft or huggingface_hub, because both remember the address of the Hub.
+# To use your own account, run `hf auth login` and skip the cell.
 
 # %%
 import sys
@@ -34,18 +35,18 @@ torch.manual_seed(0)
 torch.set_num_threads(1)
 
 # %% [markdown]
-# ## The base
+# ## Push the base
 #
-# A `KANModel` is a transformers model: it has `push_to_hub`, and others load it by its name.
+# A `KANModel` is a transformers model, so it has `push_to_hub`. Others load it by its name.
 
 # %%
 kan = KANModel(KANConfig(widths=[4, 32, 4]))
 print(kan.push_to_hub("user/kan").commit_url)
 
 # %% [markdown]
-# ## The adapter
+# ## Push the adapter
 #
-# Adapter and model card go up together. Metrics that you give stand in the card.
+# `push_to_hub` uploads the adapter with a model card. The card shows the metrics you pass.
 
 # %%
 model = get_peft_model(KANModel.from_pretrained("user/kan"), LoTRAConfig(r=4))
@@ -61,7 +62,7 @@ commit = push_to_hub(model, "user/kan-sines", metrics={"mse": loss.item()})
 print(commit.commit_url)
 
 # %% [markdown]
-# The card:
+# Here is the card:
 
 # %%
 from huggingface_hub import ModelCard
@@ -70,9 +71,9 @@ from huggingface_hub import ModelCard
 print(ModelCard.load("user/kan-sines").content)
 
 # %% [markdown]
-# ## Load it, somewhere else
+# ## Load both on another machine
 #
-# Base and adapter in one call. PEFT imports the class of the base only from packages that it is told to trust.
+# One call loads base and adapter. PEFT imports the class of the base only from packages in `import_allowlist`.
 
 # %%
 loaded = AutoPeftModel.from_pretrained(

@@ -1,7 +1,8 @@
 # %% [markdown]
 # # Your own layer
 #
-# A KAN layer that no library has: what is found of it without help, a description in five lines, and how to check it.
+# You wrote a KAN layer that no library has. See whether it is recognized, describe it in five lines, and check the
+# description.
 
 # %%
 import torch
@@ -40,9 +41,9 @@ class WaveLayer(nn.Module):
 network = nn.Sequential(WaveLayer(2, 16), WaveLayer(16, 3))
 
 # %% [markdown]
-# ## What is found without help
+# ## Is it recognized?
 #
-# A layer that computes sums of functions of one input each is recognized by what it computes (`generic`).
+# Usually yes. A layer that computes a sum of functions of one input each is recognized as `generic`:
 
 # %%
 find_kan_layers(network)
@@ -50,7 +51,9 @@ find_kan_layers(network)
 # %% [markdown]
 # ## Describe it
 #
-# The patterns are einops': which axis of the parameter is out (`o`), in (`i`), basis (`k`).
+# A description gives your layer a name, and can [make it faster](../kans.md#add-your-own). Name each parameter and its
+# axes, as in einops: outputs (`o`), inputs (`i`), basis functions (`k`). `residual` is the weight of the
+# [base branch](../glossary.md#base-branch), here of silu.
 
 # %%
 register_kan_layer(
@@ -64,7 +67,7 @@ find_kan_layers(network)
 # %% [markdown]
 # ## Check it
 #
-# The description is compared with what the layer computes.
+# `check_kan_layer` compares the description with the outputs and gradients of the layer:
 
 # %%
 check_kan_layer(network[0], torch.rand(8, 2))
@@ -72,7 +75,7 @@ check_kan_layer(network[0], torch.rand(8, 2))
 # %% [markdown]
 # ## Adapt it
 #
-# Others load the adapter without your registration: files hold the description.
+# The saved file holds the description, so others load the adapter without your registration.
 
 # %%
 x = torch.rand(256, 2) * 2 - 1

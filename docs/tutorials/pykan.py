@@ -1,15 +1,13 @@
 # %% [markdown]
 # # pykan: adapt to a second data set
 #
-# A [pykan](https://github.com/KindXiaoming/pykan) network fits one data set. An adapter fits a second one, and
-# pictures show which edges changed. Needs `pip install -e ".[examples]" pykan pandas` (pykan does not declare what it
-# imports). The code down to *Further* is one script, which runs for half a
-# minute.
+# Fit a [pykan](https://github.com/KindXiaoming/pykan) network to one data set, and adapt it to a second one. Pictures
+# show which edges changed. Run `pip install -e ".[examples]" pykan pandas` first: pykan imports pandas, but does not
+# install it. The code down to *Further* is one script, which takes half a minute.
 #
 # ## Fit
 #
-# A data set is a dict of `train_input`, `train_label`, `test_input` and `test_label`. `fit` and `evaluate` are those
-# of pykan.
+# As always in pykan, a data set is a dict of `train_input`, `train_label`, `test_input`, and `test_label`.
 
 # %%
 import torch
@@ -44,10 +42,13 @@ print("new data, before adapting:", kan.evaluate(new)["test_loss"])
 # %% [markdown]
 # ## Adapt
 #
-# The adapter goes into pykan's layers, so `fit` trains it. `update_grid=False` is needed: a grid that moves would
-# change what the adapter means. The last layer has one output, so lower ranks do. The base is kept, and serves both
-# data sets; where it need not be, training all parameters ends lower (about 0.001 in these 20 steps). After pykan's
-# `prune()`, for which `auto_save=False` is left out, the default rank of the basis may be 1: pass a higher one.
+# Attach an adapter, and train it with pykan's own `fit`. Pass `update_grid=False`, because a moving
+# [grid](../glossary.md#grid) would change what the adapter means. The last layer has only one output, so lower ranks are
+# enough there.
+#
+# The base does not change, so you keep both functions. If you need only the new one, train all parameters instead: they
+# reach an error of about 0.001 in these 20 steps. After pykan's `prune()`, which needs `auto_save=True`, pass a basis
+# rank above the default 1.
 
 # %%
 config = LoTRAConfig(r=(3, 2, 3), rank_pattern={"act_fun.1": (1, 2, 2)})
@@ -58,8 +59,8 @@ print("new data, adapted:", model.evaluate(new)["test_loss"])
 # %% [markdown]
 # ## What changed
 #
-# For each input of the first layer, the edge function whose change has the largest effect, before and after. The
-# functions are drawn where there are data, which the marks at the bottom show:
+# For each input of the first layer, plot the edge whose change matters most, before and after. The marks at the bottom
+# are the inputs in the data:
 
 # %%
 x = new["train_input"]
@@ -68,8 +69,8 @@ edges.savefig("edges.png")
 edges
 
 # %% [markdown]
-# Each edge in the color of what its change adds to the output of the network, and the same as a list. A change by a
-# constant is told apart: it is the *shift*.
+# Plot the whole network, and list the edges. The color of an edge shows how much its change adds to the output. A change
+# by a constant is listed separately, as the *shift*.
 
 # %%
 network = plot_network_change(model, x, inputs=["a", "b"], outputs=["y"])
@@ -78,15 +79,15 @@ print(edge_changes(model, x))
 network
 
 # %% [markdown]
-# How much of the change of the outputs is a shift, a linear function, or a sum of functions of one input:
+# Split the change of the output into a shift, a linear part, and a sum of functions of one input:
 
 # %%
 what_changed(model, x, names=["a", "b"])
 
 # %% [markdown]
-# ## Further: what is adapted
+# ## Further: which layers are adapted
 #
-# The layers of the network that are recognized, and what the adapter has in each.
+# List the recognized layers, then the ranks and the size of the adapter in each.
 
 # %%
 from peft_lotra import find_kan_layers, model_summary
@@ -100,9 +101,9 @@ model_summary(model)
 # %% [markdown]
 # ## Further: merge, and the formula
 #
-# While adapted, `prune`, `refine` and other calls that rebuild the network raise. After the merge it is pykan's
-# network again, and everything works, its symbolic functions too. pykan's formulas need Python 3.12 or older: with a
-# newer Python this cell leaves its formula out.
+# While an adapter is attached, calls that rebuild the network raise an error, such as `prune` and `refine`. After a merge
+# it is a plain pykan network again, and everything works, including symbolic functions. pykan's formulas need Python 3.12
+# or older. On a newer Python, the cell skips its formula.
 
 # %%
 import sys
