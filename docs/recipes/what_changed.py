@@ -43,14 +43,14 @@ print(edge_changes(model, x))
 plot_network_change(model, x, inputs=["$x_0$", "$x_1$"], outputs=["y"])
 
 # %% [markdown]
-# `what_changed` divides the change into parts. Here 30 % is no sum of functions of one
-# input: inputs 0 and 1 act together. `edge_changes` and the picture show the edges with
-# the largest effect.
+# `what_changed` divides the change into parts. Here, 30 % of the change is not a sum of
+# functions of single inputs: inputs 0 and 1 act together. `edge_changes` and the picture
+# show the edges with the largest effect.
 #
 # ## Find a formula for the change
 #
-# `change` is what the base leaves of the new data, so you need no adapter here.
-# `find_formula`, defined here and called below, finds a sum of these terms:
+# `change` is the difference between the new data and the base, so you need no adapter
+# here. `find_formula`, defined here and called below, finds a sum of these terms:
 #
 # * at most one term $a\,g(x_i)$ for each input, with $g$ from a library,
 # * products of two inputs,
@@ -61,8 +61,9 @@ plot_network_change(model, x, inputs=["$x_0$", "$x_1$"], outputs=["y"])
 # 1. Try the constants b and c of each $g$ on a grid, and refine the best two points.
 # 2. Inside this fit, solve for everything linear (variable projection): the factors
 #    $a$, and polynomials in place of the functions that are not chosen yet.
-# 3. Choose the function with the best BIC. A misfit below 1 % does not count. Each
-#    constant costs twice the usual price, because the error of the base is no noise.
+# 3. Choose the function with the best BIC (Bayesian information criterion). A misfit
+#    below 1 % does not count. Each constant costs twice the usual price, because the
+#    error of the base is not noise.
 # 4. Drop terms below 1 % of the change.
 #
 # It refuses a formula with a misfit above 5 %. It also refuses one if polynomials
@@ -93,7 +94,7 @@ class Formula(NamedTuple):
     expression: sympy.Expr
     terms: list  # (variable, a, (g, {b, c})); no term where g is 0
     misfit: float  # root mean square, as a share of the change
-    reason: str  # why it is refused, or empty
+    reason: str  # for a refusal, or empty
 
     def __str__(self):
         short = {v: v.n(3) for v in self.expression.atoms(sympy.Float)}
@@ -102,14 +103,14 @@ class Formula(NamedTuple):
 
 
 def remover(columns):
-    """Return a function that removes from values what columns fit."""
+    """Return a function that subtracts the least-squares fit by columns."""
     vectors, sizes, _ = np.linalg.svd(np.column_stack([*columns]), False)
     basis = vectors[:, sizes > 1e-7 * sizes[0]]
     return lambda values: values - basis @ (basis.T @ values)
 
 
 def fit_function(g, x, change, slope, remove):
-    """Fit a, b, c of slope a g(x), beside what is removed; return squares, b, c."""
+    """Fit slope a g(x) after `remove`; return the squared misfit, b and c."""
     function = sympy.lambdify([X, *SYMBOLS[g]], g)
 
     def column(constants, x=x, slope=slope):
@@ -133,20 +134,20 @@ def fit_function(g, x, change, slope, remove):
 
 
 def choose(library, x, left, slope, remove):
-    """Return the best function and its constants; zero if no term is better."""
-    rows, alone = len(x), left @ left
-    best, choice = rows * np.log(alone / rows + SMALL**2), (0 * X, {})
+    """Return the best function and its constants; zero if BIC prefers no term."""
+    rows, total = len(x), left @ left
+    best, choice = rows * np.log(total / rows + SMALL**2), (0 * X, {})
     for g in library:
         squares, constants = fit_function(g, x, left, slope, remove)
         price = 2 * (1 + len(constants)) * np.log(rows)
         score = rows * np.log(squares / rows + SMALL**2) + price
-        if score < best and alone - squares > SMALL**2 * rows:
+        if score < best and total - squares > SMALL**2 * rows:
             best, choice = score, (g, constants)
     return choice
 
 
 def find_formula(x, change, slope=1.0):
-    """Find f of change = slope f(x), of arrays (rows, in), (rows,), (rows,)."""
+    """Find f in change = slope f(x), for arrays (rows, in), (rows,), (rows,)."""
     slope = slope * np.ones(len(x))
     columns = dict(zip(sympy.symbols(f"x:{x.shape[1]}"), x.T, strict=True))
     for i, j in combinations(list(columns), 2):
@@ -189,13 +190,13 @@ print(find_formula(x.numpy(), change))
 # has no simple formula. `find_inside` finds $d$:
 #
 # 1. An adapter of the first layer learns $u + d$ roughly.
-# 2. Two Gauss-Newton steps fit a formula $f$ to $d$ through $h$: what $u + f$ leaves of
-#    $y$ is about $h'\,(d - f)$.
+# 2. Two Gauss-Newton steps fit a formula $f$ to $d$ through $h$: the difference
+#    $y - h(u + f)$ is about $h'\,(d - f)$.
 
 
 # %%
 def find_inside(kan, x, y):
-    """Find d of y = h(u(x) + d(x)), for a KAN of two layers h(u(x))."""
+    """Find d in y = h(u(x) + d(x)), for a KAN of two layers h(u(x))."""
     low, high = kan(x).detach().quantile(torch.tensor([0.005, 0.995]))
     valid = ((y > low) & (y < high))[:, 0]  # the base returns such y
     x, y, u = x[valid], y[valid], kan.layers[0](x[valid]).detach()
