@@ -11,17 +11,20 @@
 # ---
 
 # %% [markdown]
-# # A viscosity from noisy data
+# # Find a viscosity in noisy data
 #
-# Burgers' equation, `u_t + u u_x = v u_xx`, makes a front of a sine wave; the viscosity `v` decides how steep it gets.
-# We measure `u` at 200 places, with noise, and look for `v`. A family of adapters holds the solutions for all `v` from
-# 0.03 to 0.15. It is fitted once, and finds the viscosity of any data in milliseconds, with a standard error. The code
-# down to *Further* is one script, which runs for half a minute.
+# You measure a flow at 200 places, with noise, and want its viscosity. Burgers' equation describes the flow:
+# `u_t + u u_x = v u_xx`. It turns a sine wave into a front, and the viscosity `v` determines how steep the front gets.
 #
-# ## The family
+# Fit a [family of adapters](../glossary.md#family) once, with the solutions for all `v` from 0.03 to 0.15. Then find the
+# viscosity of any data in milliseconds, with a standard error. The code down to *Further* is one script, which runs for
+# half a minute.
 #
-# `solution_of` gives the initial and boundary values, which are then exact: `u = -sin(pi x)` at `t = 0`, and 0 at both
-# ends. It gets the viscosity, too, for problems where they depend on it. The base is trained at `v = 0.07`.
+# ## Fit the family
+#
+# `solution_of` makes the initial and boundary values exact: `u = -sin(pi x)` at `t = 0`, and 0 at both ends. It also
+# gets the viscosity, for problems where these values depend on it. `terms_of` returns the residual at the viscosity `v`.
+# The base solves the equation at `v = 0.07`.
 
 # %%
 import numpy as np
@@ -73,9 +76,12 @@ members = np.geomspace(0.03, 0.15, 7).tolist()
 print(family.fit(members, progress=False))
 
 # %% [markdown]
-# ## The data
+# Each row is one member: an adapter fitted at one viscosity. `predicted` and `fitted` are its residuals before and after
+# the fit.
 #
-# Burgers' equation has an exact solution (Cole and Hopf), which we measure at `v = 0.05`, with errors of 0.05.
+# ## Make the data
+#
+# Burgers' equation has an exact solution (Cole and Hopf). We evaluate it at `v = 0.05`, and add noise of size 0.05.
 
 
 # %%
@@ -95,11 +101,11 @@ x = torch.rand(200, 2) * torch.tensor([2.0, 1.0]) - torch.tensor([1.0, 0.0])
 u = exact(x, truth) + 0.05 * torch.randn(200, 1)
 
 # %% [markdown]
-# ## The viscosity
+# ## Find the viscosity
 #
-# `calibrate` takes the differences from the data as a function of the solution, and minimizes their squares over the
-# parameter. The error is the standard error at the optimum (Laplace's approximation): 95 of 100 times the truth lies
-# within twice the error.
+# Pass the differences from the data to `calibrate`, as a function of the solution. It minimizes their squares over the
+# parameter. The error is the standard error at the optimum (Laplace's approximation): the truth lies within twice the
+# error in 95 of 100 cases.
 
 # %%
 found = family.calibrate(lambda model: model(x) - u)
@@ -107,10 +113,10 @@ print(f"v = {found.parameter:.4f} +- {found.error:.4f}")
 print(f"noise {found.noise:.3f}")
 
 # %% [markdown]
-# ## Further: data, field and posterior
+# ## Further: plot data, field and posterior
 #
-# The pictures need `pip install -e ".[examples]"`. The posterior of `v` by the data alone is drawn from the losses of
-# 61 predictions, beside the normal distribution that `calibrate` returns.
+# The pictures need `pip install -e ".[examples]"`. On the right, the posterior of `v` comes from the losses of 61
+# predictions. The dashed line is the normal distribution that `calibrate` returns.
 
 # %%
 import matplotlib.pyplot as plt
@@ -143,9 +149,9 @@ axes[2].set(title="viscosity", xlabel="v", yticks=[])
 axes[2].legend()
 
 # %% [markdown]
-# ## Further: does it hold?
+# ## Further: check the intervals
 #
-# 40 draws of other noise: about 38 of the intervals must cover the truth.
+# Repeat the estimate for 40 draws of the noise. About 38 of the intervals must cover the truth.
 
 # %%
 covered = 0
@@ -156,10 +162,10 @@ for _ in range(40):
 print(f"{covered} of 40 intervals cover the truth")
 
 # %% [markdown]
-# ## Further: two constants of a field
+# ## Further: find two constants
 #
-# A rod whose diffusion changes along it, from `a` at the left to `b` at the right: `(k u')' = -1`, `u = 0` at both ends.
-# The family has two parameters, in a grid of 16 members, and finds both from 60 noisy values of `u`.
+# The diffusion `k` of a rod changes along it, from `a` on the left to `b` on the right. The equation is
+# `(k u')' = -1`, with `u = 0` at both ends. A family with two parameters has 16 members, for all pairs of four values.
 
 # %%
 s = torch.linspace(-1, 1, 60).unsqueeze(1)
@@ -187,8 +193,8 @@ axis = (0.5, 0.9, 1.6, 3.0)
 report = rods.fit([(a, b) for a in axis for b in axis], progress=False)
 
 # %% [markdown]
-# The data are those of a finite-difference solution on 2,000 intervals. `covariance` says what the two numbers, each
-# with its error, do not: the data know the mean of `a` and `b` better than either.
+# The data are 60 noisy values of a finite-difference solution on 2,000 intervals. Both constants have an error, and
+# `covariance` shows how the errors depend on each other: the data determine the mean of `a` and `b` better than either.
 
 # %%
 ends, cells = (0.7, 2.8), np.linspace(-1, 1, 2001)
@@ -224,4 +230,4 @@ for axis in axes:
     axis.legend()
 
 # %% [markdown]
-# [Families of adapters](../parametric.md) says how members are chosen, and how far predictions are off.
+# [Families of adapters](../parametric.md) explains how to choose members, and how accurate predictions are.
