@@ -167,6 +167,39 @@ def draw_tensor() -> Figure:
     return figure
 
 
+def draw_update_form() -> Figure:
+    """The frozen tensor, plus a core with a thin factor for each mode."""
+    figure, (axis,) = new_figure(6.4, 3.3)
+    hide_frame(axis)
+    axis.set(xlim=(-0.9, 10.6), ylim=(-1.5, 4.6))
+    draw_box(axis, (0, 0), BLUE)
+    axis.text(1.5, -0.7, "frozen A\n(out, in, basis)", ha="center", va="top")
+    axis.text(4.1, 1.2, "+", fontsize=18, ha="center")
+    draw_box(axis, (6.1, 0.6), ORANGE, 0.5)
+    axis.text(6.8, 0.1, "core C\n(r1, r2, r3)", ha="center", va="top")
+    factors = (
+        (
+            (5.1, 0.1, 0.5, 2.0),
+            "tab:green",
+            (5.0, 2.2),
+            "U (out, r1)",
+            "bottom",
+        ),
+        ((8.2, 0.7, 2.2, 0.5), "tab:red", (9.3, 0.5), "V (in, r2)", "top"),
+    )
+    for (left, low, width, height), color, place, label, side in factors:
+        rectangle = Rectangle((left, low), width, height)
+        rectangle.set(facecolor=color, alpha=0.3, edgecolor=color)
+        axis.add_patch(rectangle)
+        axis.text(*place, label, ha="center", va=side)
+    slanted = [(6.9, 2.4), (7.4, 2.4), (8.4, 3.4), (7.9, 3.4)]
+    polygon = Polygon(slanted, facecolor="tab:purple", alpha=0.3)
+    axis.add_patch(polygon)
+    axis.add_patch(Polygon(slanted, fill=False, edgecolor="tab:purple"))
+    axis.text(8.2, 3.6, "W (basis, r3)", ha="center", va="bottom")
+    return figure
+
+
 def draw_base_branch() -> Figure:
     """A spline, the base branch, and their sum."""
     figure, axes = new_figure(columns=3)
@@ -276,6 +309,7 @@ def main() -> None:
         "layer": draw_layer,
         "edge_function": draw_edge_function,
         "tensor": draw_tensor,
+        "update_form": draw_update_form,
         "base_branch": draw_base_branch,
         "ranks": draw_ranks,
         "update": draw_update,
