@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from peft_lotra import LoTRAConfig, create_lotra_optimizer, start_from_gradient
 from peft_lotra.kan import KAN
-from peft_lotra.plotting import plot_edge_functions
+from peft_lotra.plotting import edge_changes, plot_edge_functions
 
 
 torch.set_num_threads(1)  # more threads slow down such small matrices
@@ -98,28 +98,28 @@ def save_load_merge(base, lotra, x, folder):
     print(f"merged, a {type(merged).__name__} again: difference {change:.0e}")
 
 
-def draw(base, lotra, test, results, path):
-    """Draw old and new scans with the answers, and functions on edges."""
+def draw(base, lotra, test, folder):
+    """Draw five digits with the answers, and the functions that changed."""
     old, new = scan()[test], scan(0)[test]
-    figure = plt.figure(figsize=(11, 8), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[0.8, 1.2])
-    for digit, (first, second) in enumerate(top.subplots(2, 10).T):
+    figure, axes = plt.subplots(2, 5, figsize=(6.4, 3.4), layout="constrained")
+    for digit, (top, bottom) in enumerate(axes.T):
         row = int((DIGITS[test] == digit).nonzero()[0])
-        for axis, images in ((first, old), (second, new)):
+        for axis, images in ((top, old), (bottom, new)):
             axis.imshow(images[row].view(8, 8), cmap="Greys")
             axis.set(xticks=[], yticks=[])
-        scans = new[row : row + 1]
-        answers = [int(model(scans).argmax()) for model in (base, lotra)]
+        answers = [int(m(new[row : row + 1]).argmax()) for m in (base, lotra)]
         colors = ["tab:green" if a == digit else "tab:red" for a in answers]
-        second.set_title(f"base: {answers[0]}", color=colors[0], fontsize=10)
-        second.set_xlabel(f"LoTRA: {answers[1]}", color=colors[1], fontsize=10)
-    before, after = results["base, not adapted"][0], results["LoTRA"][0]
-    title = "Scans as the base knows them, and from a new scanner: "
-    title += f"{before:.0f} % are read rightly, with LoTRA {after:.0f} %"
-    top.suptitle(title)
+        bottom.set_title(f"base: {answers[0]}", color=colors[0], size=10)
+        bottom.set_xlabel(f"LoTRA: {answers[1]}", color=colors[1])
+    axes[0, 0].set_ylabel("old scanner")
+    axes[1, 0].set_ylabel("new scanner")
+    figure.savefig(folder / "scans.png", dpi=130)
+    changes = [c for c in edge_changes(lotra, new) if c.layer == "layers.0"]
+    edges = [(change.output, change.input) for change in changes]
+    figure = plt.figure(figsize=(6.4, 2.8), layout="constrained")
     pixels = [f"pixel ({i // 8}, {i % 8})" for i in range(64)]
-    plot_edge_functions(lotra, "layers.0", x=new, inputs=pixels, figure=bottom)
-    figure.savefig(path, dpi=110)
+    plot_edge_functions(lotra, "layers.0", edges[:3], new, pixels, figure)
+    figure.savefig(folder / "functions.png", dpi=130)
 
 
 def main():
@@ -140,10 +140,10 @@ def main():
     record = json.dumps({"steps": args.steps, "rows": rows})
     (args.output / "quickstart.json").write_text(record + "\n")
 
-    base, lotra, test, results = runs[0]
+    base, lotra, test, _ = runs[0]
     save_load_merge(base, lotra, scan(0)[test], args.output / "adapter")
-    draw(base, lotra, test, results, args.output / "quickstart.png")
-    print(f"picture: {args.output / 'quickstart.png'}")
+    draw(base, lotra, test, args.output)
+    print(f"pictures: scans.png and functions.png in {args.output}")
 
 
 if __name__ == "__main__":
