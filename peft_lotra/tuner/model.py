@@ -195,6 +195,8 @@ class LoTRAModel(BaseTuner):
             if config.storage is not None:
                 tensors = cast_to_storage(tensors, config.storage)
             config.layers_to_record = {name: record_layer(layer) for name, layer in layers.items()}
+            methods = {other.peft_type for other in getattr(base, "peft_config", {}).values()}
+            config.has_companions = len(methods) > 1
             config.ranks_to_record = {}  # the object may serve other models too
             for name, layer in layers.items():
                 shapes = config.component_shapes(name, layer.lotra_tensor)
