@@ -17,6 +17,7 @@ from ..layers.slim import SlimLayer
 from ..modules.calls import unwrap
 from ..modules.checks import as_number, check_number
 from ..tucker import Tucker
+from ..tuner.gradients import OPTIMIZERS
 from ..tuner.layer import LoTRALayer
 
 
@@ -195,4 +196,7 @@ def create_lotra_optimizer(
     other_parameters = [p for p in model.parameters() if p.requires_grad and p not in components]
     if other_parameters:
         groups["other", 1.0] = {"name": "other", "params": other_parameters, "lr": other_lr}
-    return optimizer_cls(list(groups.values()), lr=lr, **kwargs)
+    optimizer = optimizer_cls(list(groups.values()), lr=lr, **kwargs)
+    if policy == "width" and isinstance(optimizer, Optimizer):
+        OPTIMIZERS.add(optimizer)
+    return optimizer
