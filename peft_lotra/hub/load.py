@@ -100,7 +100,10 @@ def load_adapters(
     try:
         for name, (config, tensors) in others.items():
             config.inference_mode = not is_trainable
-            _attach(model, name, config, tensors)
+            _inject(model, name, config, tensors)
+        # only when all fit, since LoRA may hold biases of the base
+        for name, (_, tensors) in others.items():
+            set_peft_model_state_dict(model, tensors, adapter_name=name)
         _activate(model, list(folders), is_trainable)
     except BaseException:
         model.unload()
@@ -167,26 +170,22 @@ def _read_other_adapter(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
         return config, load_file(path)
 
 
-def _attach(model: PeftModel, name: str, config: PeftConfig, tensors: dict[str, Tensor]) -> None:
-    """Inject an adapter of another method into the model, and set its tensors."""
+def _inject(model: PeftModel, name: str, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Inject an adapter of another method into the model; raise a ValueError unless these tensors fit."""
     with warnings.catch_warnings():
         # here a second method is what the user asks for
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
         inject_adapter_in_model(config, model.get_base_model(), adapter_name=name)
     expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    for key, tensor in expected.items():
-        if key in tensors and tensors[key].shape != tensor.shape:
-            raise ValueError(
-                f"The adapter {name!r} does not fit the base: {key} has the shape {tuple(tensors[key].shape)} instead "
-                f"of {tuple(tensor.shape)}."
-            )
-    loaded = set_peft_model_state_dict(model, tensors, adapter_name=name)
-    missing = sorted(expected.keys() - tensors.keys())
-    if missing or loaded.unexpected_keys:
-        raise ValueError(
-            f"The adapter {name!r} does not fit the base: missing are {list_first(missing) or 'none'}, and without a "
-            f"place in it {list_first(loaded.unexpected_keys) or 'none'}."
-        )
+    places = expected.keys() | model.state_dict().keys()  # PEFT also saves embeddings
+    errors = [f"{key} is missing" for key in expected if key not in tensors]
+    for key, tensor in tensors.items():
+        if key not in places:
+            errors.append(f"{key} has no place in it")
+        elif key in expected and tensor.shape != expected[key].shape:
+            errors.append(f"{key} has the shape {tuple(tensor.shape)} instead of {tuple(expected[key].shape)}")
+    if errors:
+        raise ValueError(f"The adapter {name!r} does not fit the base: {list_first(errors)}.")
 
 
 def _activate(model: nn.Module, names: list[str], is_trainable: bool) -> None:
