@@ -49,7 +49,7 @@ def fit_adapter(
     seed: int = 0,
     progress: bool = True,
 ) -> AdapterFit:
-    r"""Adapts a base to a new task: form, ranks and learning rate are chosen by data, and compared with rivals.
+    r"""Adapt a base to a new task: choose form, ranks and learning rate by data, and compare the adapter with rivals.
 
     1. The rows are divided into folds. Each fold trains on the other rows, and its own rows measure the loss.
     2. Adapters within the budget are trained for all folds at once, at the rates 3e-3, 1e-2 and 3e-2:

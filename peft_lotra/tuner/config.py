@@ -53,7 +53,7 @@ class Source(NamedTuple):
 @dataclass
 class LoTRAConfig(PeftConfig):
     """
-    This is the configuration class to store the configuration of a [`LoTRAModel`].
+    The options of a LoTRA adapter: which layers it adapts, how many parameters it has, and how it starts.
 
     The update of a coefficient tensor (out, in, basis) is `alpha * core x1 factor_out x2 factor_in x3 factor_basis`.
     A convolutional layer has a fourth mode, the positions of its kernel, and a `factor_kernel`. `alpha` is not divided

@@ -50,7 +50,7 @@ from .weighted import add_weighted_adapter, check_known
 
 class LoTRAModel(BaseTuner):
     """
-    Creates a Low Tensor-Rank Adaptation (LoTRA) model from a model that contains Kolmogorov-Arnold (KAN) layers.
+    Adapts a model with KAN layers by LoTRA; `get_peft_model(model, LoTRAConfig())` creates it.
 
     The coefficients of each layer, a tensor (out, in, basis), are frozen, and an update in Tucker form is learned:
     `alpha * core x1 factor_out x2 factor_in x3 factor_basis`. The method is described in
