@@ -69,6 +69,9 @@ def on_page_markdown(markdown, page, config, files):
             )
         return f"]({config.repo_url}/blob/main/{match[1]})"
 
+    source = Path(page.file.abs_src_path)
+    if source.with_suffix(".ipynb").is_file():
+        markdown = with_notebook(markdown, page.file.src_uri, config.repo_name)
     if page.file.src_uri in WHOLE:
         markdown = (ROOT / WHOLE[page.file.src_uri]).read_text()
     markdown = re.sub(
@@ -76,6 +79,16 @@ def on_page_markdown(markdown, page, config, files):
     )
     return OUTSIDE.sub(
         in_the_repository, re.sub(r"\]\(notes/", "](../docs/notes/", markdown)
+    )
+
+
+def with_notebook(markdown: str, uri: str, project: str) -> str:
+    """Add links to the notebook of a page below its title."""
+    path = uri.removesuffix(".md") + ".ipynb"
+    colab = f"https://colab.research.google.com/github/{project}/blob/main/docs/{path}"
+    links = f"[Open in Colab]({colab}) · [notebook]({Path(path).name})"
+    return re.sub(
+        r"^# .*$", rf"\g<0>\n\n{links}", markdown, count=1, flags=re.MULTILINE
     )
 
 

@@ -22,6 +22,11 @@ NAMES = re.compile(r"^( +\w+(?:, \w+)+)(?=: )", re.MULTILINE)
 ERRORS = re.compile(r"^( +)(\w+Error), (\w+Error)(: .*)$", re.MULTILINE)
 # the attributes of a class in PEFT's way
 LISTED = re.compile(r"^(\*\*Attributes\*\*:\n)((?: .*\n?)+)", re.MULTILINE)
+# a field that only files have, in an argument section
+INTERNAL = re.compile(
+    r"^( +)(\w+) \([^\n]*\):\s+Internal\.[^\n]*\n(?:\1 +[^\n]*\n)*",
+    re.MULTILINE,
+)
 # a call and what follows it, up to an empty line
 DOCTEST = re.compile(r"^([ \t]*)>>> .*\n(?:[ \t]*\S.*\n)*", re.MULTILINE)
 
@@ -32,7 +37,18 @@ def without_spaces(names: re.Match) -> str:
 
 
 class Docstrings(griffe.Extension):
-    """Shows a section "Example" as code, and "[`name`]", PEFT's reference to a name, as the name."""
+    """Shows a section "Example" as code, and "[`name`]", PEFT's reference to a name, as the name.
+
+    Fields of a dataclass that its docstring calls internal are left out, of the signature too.
+    """
+
+    def on_class_members(self, *, cls: griffe.Class, **kwargs) -> None:
+        """Remove internal fields before griffe makes the signature of the dataclass."""
+        if cls.docstring is None:
+            return
+        for field in INTERNAL.finditer(cls.docstring.value):
+            cls.members.pop(field[2], None)
+        cls.docstring.value = INTERNAL.sub("", cls.docstring.value)
 
     def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
         if obj.docstring is not None:

@@ -22,6 +22,7 @@ if find_spec("peft"):
     from .compress.spectra import update_spectrum
     from .compress.training_start import start_from_training
     from .hub.card import write_model_card
+    from .hub.load import load_adapters
     from .hub.push import push_to_hub
     from .optim.learning_rates import create_lotra_optimizer
     from .parametric import ParametricAdapter
@@ -56,6 +57,7 @@ __all__ = [
     "find_kan_layers",
     "fit_adapter",
     "hotswap_adapter",
+    "load_adapters",
     "model_summary",
     "push_to_hub",
     "refit_adapters",

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from huggingface_hub import snapshot_download
 from huggingface_hub.utils import disable_progress_bars
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -27,7 +26,7 @@ from transformers.utils import logging
 
 from ._version import __version__
 from .compress.extract import extract_lotra
-from .hub.contents import AdapterContents, adapter_folders, read_adapter
+from .hub.contents import AdapterContents, adapter_folders, fetch_folder, read_adapter
 from .kan import modeling_kan  # noqa: F401  (registers KANModel with AutoModel)
 from .layers.registry import find_kan_layers
 from .modules.report import printable
@@ -161,22 +160,10 @@ def extract(
     _print({"out": out, **report.as_dict()}, f"{report}\nadapter saved in {out}", as_json)
 
 
-def _fetch(source: str, files: list[str], revision: str | None = None) -> Path:
-    """Return the file or folder; for a repository, a folder with these files."""
-    if Path(source).exists():
-        return Path(source)
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=files))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"There is no file or folder {source}, and no repository of that name could be read from the Hub. {error}"
-        ) from error
-
-
 def _find_adapter(source: str, revision: str | None, subfolder: str | None) -> Path:
     """Return the folder of an adapter: by default of `default`, or of the only one."""
     files = [f"*{CONFIG_NAME}", f"*{SAFETENSORS_WEIGHTS_NAME}"]
-    folders = adapter_folders(_fetch(source, files, revision))
+    folders = adapter_folders(fetch_folder(source, files, revision))
     name = subfolder or "default"
     if name not in folders and (subfolder or len(folders) > 1):
         raise ValueError(f"{source} has the adapters {', '.join(folders)}: choose one by --subfolder.")
@@ -189,7 +176,8 @@ def _load_model(source: str, factory: str | None = None) -> nn.Module:
         model = _call_factory(factory)
         load_model(model, source)
         return model
-    if not (_fetch(source, ["config.json"]) / "config.json").is_file():  # AutoConfig would ask the Hub five times
+    # AutoConfig would ask the Hub five times
+    if not (fetch_folder(source, ["config.json"]) / "config.json").is_file():
         raise ValueError(
             f"{source} is no transformers model: it has no config.json. Other networks: `find MODULE:CALLABLE`, or a "
             "file of weights and the function that builds its network, `--factory MODULE:CALLABLE`."

@@ -66,3 +66,21 @@ def test_a_result_has_its_type_once() -> None:
     assert sections(text).keys() == {"text"}  # of a class
     kept = sections("It is.\n\nReturns:\n    `shape` and `rank`: both.\n", "Function")["returns"][0]
     assert kept.description.endswith("both.")
+
+
+def test_fields_that_only_files_have_are_not_shown() -> None:
+    spec = importlib.util.spec_from_file_location(PATH.stem, PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (
+        "It is.\n\nArgs:\n    r (`int`):\n        The rank.\n    digest (`Optional[str]`):\n"
+        "        Internal. In a file,\n        the digest.\n    s (`int`):\n        The size."
+    )
+    shown = griffe.Class("Shown", docstring=griffe.Docstring(text))
+    for name in ("r", "digest", "s"):
+        shown.set_member(name, griffe.Attribute(name))
+
+    module.Docstrings().on_class_members(cls=shown)
+
+    assert list(shown.members) == ["r", "s"]
+    assert shown.docstring.value == text.replace(text[text.index("    digest") : text.index("    s (")], "")

@@ -25,6 +25,7 @@ from ..tuner.gradients import (
     dense_updates,
     find_active_adapter,
     replace_config,
+    warn_of_optimizers,
 )
 from ..tuner.layer import LoTRALayer
 from .data_weights import DataWeights, first_output, gather_weights
@@ -55,10 +56,10 @@ def start_from_training(
     `torch.func`, they are closest in the coefficients. With a `budget` in the configuration, the ranks are chosen
     again.
 
-    **The adapted model does not equal its base afterwards.** The base itself is unchanged. Call it before the
-    optimizer is made: the components may be new parameters. [`create_lotra_optimizer`] then trains each component at
-    lr times its root mean square. The steps need the gradient and two moments of all coefficients: for wide layers
-    take [`start_from_gradient`].
+    **The adapted model does not equal its base afterwards.** The base itself is unchanged. Create the optimizer
+    afterwards: with a `budget` the components are new parameters. [`create_lotra_optimizer`] then trains each
+    component at lr times its root mean square. If it was called before the start, the start warns. The steps need the
+    gradient and two moments of all coefficients: for wide layers take [`start_from_gradient`].
 
     Args:
         model (`nn.Module`): A model with one active LoTRA adapter.
@@ -72,8 +73,8 @@ def start_from_training(
         TypeError: `loss` is no function.
         ValueError: There is no active adapter, or more than one; adapters are merged; an alpha is 0; `train` leaves
             nothing to train with the chosen ranks; the model is wrapped for training in parallel; an optimizer
-            holds components that a budget would replace; there are no batches; the loss
-            does not depend on the coefficients, or becomes infinite. The adapter is as before then.
+            holds components that a budget would replace; there are no batches; the loss does not depend on the
+            coefficients, or becomes infinite. The adapter is as before then.
         RuntimeError: The grid is not the one that the adapter was made on.
 
     Example:
@@ -138,6 +139,7 @@ def start_from_training(
         pattern[pattern_key(layer.lotra_name)] = tensor.form
     config.rank_pattern = pattern or config.rank_pattern
     replace_config(network, adapter, config)
+    warn_of_optimizers(layers, adapter)
 
 
 def _check_replaceable(model: nn.Module, components: Mapping[str, Tucker], config: LoTRAConfig) -> None:
@@ -160,8 +162,9 @@ def _check_replaceable(model: nn.Module, components: Mapping[str, Tucker], confi
     for name, tensor in components.items():
         if not optimized.isdisjoint(tensor._asdict().values()):
             raise ValueError(
-                f"An optimizer holds the components of `{name}`, which a `budget` replaces: it would train them in "
-                "vain. Call `start_from_training` before the optimizer is made, or delete the optimizer."
+                f"An optimizer was created before this start. A start with a `budget` replaces the components of "
+                f"`{name}`, so that optimizer would train parameters that the model no longer uses. Create the "
+                "optimizer after `start_from_training`, or delete it first."
             )
 
 

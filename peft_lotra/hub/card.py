@@ -21,7 +21,7 @@ from torch import nn
 
 from ..modules.checks import check_number
 from .base_code import hub_id, source_of_base
-from .contents import AdapterContents, adapter_folders, read_adapter
+from .contents import AdapterContents, adapter_folders, read_adapter, saved_adapters
 
 
 README = "README.md"
@@ -43,6 +43,7 @@ def write_model_card(
     tags: Iterable[str] = (),
     metrics: Mapping[str, float] | None = None,
     license: str | None = None,
+    has_companions: bool = False,
 ) -> None:
     """Write the model card of saved LoTRA adapters, README.md, into their folder.
 
@@ -61,6 +62,8 @@ def write_model_card(
         tags: Tags besides "lotra", "kan" and "peft-plugin".
         metrics: Results for the model-index, by name. By default the existing ones stay.
         license: The identifier of the adapter's license, such as "apache-2.0". By default the existing one.
+        has_companions: Whether adapters of other PEFT methods will be in subfolders, so that the card's code calls
+            `load_adapters`. Those that are there already are found.
 
     Raises:
         ValueError: The folder contains no LoTRA adapter, the front matter of its README.md is broken, or an argument
@@ -88,6 +91,7 @@ def write_model_card(
     folders = adapter_folders(folder)
     first, *further = folders
     config, tensors = read_adapter(folders[first])
+    companions = [name for name in saved_adapters(folder) if name not in folders]
     path = Path(folder, README)
     card, title = load_card(path), (repo_id or "LoTRA adapter").rpartition("/")[2]
     data = card.data
@@ -119,6 +123,8 @@ def write_model_card(
         revision=revision,
         subfolder=first,
         others=further,
+        companions=companions,
+        has_companions=has_companions or bool(companions),
         contents=AdapterContents.of(title, config, tensors),
         peft=__version__,
     )
@@ -164,7 +170,7 @@ def _read_template(name: str) -> Template:
     return Template((TEMPLATES / name).read_text(encoding="utf-8"))
 
 
-def write_card(folder: str | os.PathLike) -> None:
+def write_card(folder: str | os.PathLike, has_companions: bool = False) -> None:
     """Write the card of a saved adapter over PEFT's template or an earlier card; a README.md by a person stays.
 
     PEFT puts adapters that are not named "default" into subfolders, and one template above them. A card that cannot be
@@ -176,7 +182,7 @@ def write_card(folder: str | os.PathLike) -> None:
     try:
         text = load_card(path).text
         if SECTION.search(text) or (text.strip() and is_generated(text)):
-            write_model_card(None, folder)
+            write_model_card(None, folder, has_companions=has_companions)
     except Exception as error:  # no reason for a save to fail
         warnings.warn(f"The adapter is saved, its model card is not written: {error}", stacklevel=2)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import snapshot_download
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
@@ -133,6 +134,24 @@ def read_adapter(
         return config, load_file(weights)
 
 
+def saved_adapters(folder: str | os.PathLike) -> dict[str, Path]:
+    """Return the folders of the adapters in a folder, of any PEFT method, by name, "default" first.
+
+    `save_pretrained` writes "default" into the folder and each other adapter into a subfolder of its name. Hidden
+    folders and the checkpoints of transformers.Trainer are left out.
+    """
+    root = Path(folder)
+    folders = {"default": root}
+    for path in sorted(root.glob("*")):
+        if not re.match(r"checkpoint-\d+$|\.", path.name):
+            folders[path.name] = path
+    adapters = {}
+    for name, path in folders.items():
+        if (path / CONFIG_NAME).is_file() or (path / SAFETENSORS_WEIGHTS_NAME).is_file():
+            adapters[name] = path
+    return adapters
+
+
 def adapter_folders(folder: str | os.PathLike) -> dict[str, Path]:
     """Find the folders of the LoTRA adapters that `save_pretrained` wrote into a folder, by name, "default" first.
 
@@ -140,12 +159,31 @@ def adapter_folders(folder: str | os.PathLike) -> dict[str, Path]:
         ValueError: There is none.
     """
     folders = {}
-    if Path(folder, CONFIG_NAME).is_file():
-        folders["default"] = Path(folder)
-    for path in sorted(Path(folder).glob(f"*/{CONFIG_NAME}")):
-        # not the checkpoints of transformers.Trainer, nor adapters of other methods
-        if not re.match(r"checkpoint-\d+$|\.", path.parent.name) and '"LOTRA"' in path.read_text(encoding="utf-8"):
-            folders[path.parent.name] = path.parent
+    for name, path in saved_adapters(folder).items():
+        config = path / CONFIG_NAME
+        if config.is_file() and (name == "default" or '"LOTRA"' in config.read_text(encoding="utf-8")):
+            folders[name] = path
     if not folders:
         raise ValueError(f"{folder} is no adapter: it has no {CONFIG_NAME}. Save the adapter there first.")
     return folders
+
+
+def fetch_folder(
+    source: str | os.PathLike,
+    files: list[str],
+    revision: str | None = None,
+    token: str | None = None,
+) -> Path:
+    """Return a local file or folder as it is; for a repository on the Hub, a folder with its files of these patterns.
+
+    Raises:
+        ValueError: There is no such file or folder, and no such repository.
+    """
+    if Path(source).exists():
+        return Path(source)
+    try:
+        return Path(snapshot_download(str(source), revision=revision, token=token, allow_patterns=files))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"There is no file or folder {source}, and no repository of that name could be read from the Hub. {error}"
+        ) from error

@@ -17,7 +17,7 @@ from peft.utils import CONFIG_NAME
 
 from .base_code import hub_id
 from .card import README, write_model_card
-from .contents import adapter_folders
+from .contents import saved_adapters
 
 
 def push_to_hub(
@@ -63,10 +63,10 @@ def push_to_hub(
     """
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder, selected_adapters=selected_adapters)
-        for path in adapter_folders(folder).values():
+        for path in saved_adapters(folder).values():
             config = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
             # no path of this machine
-            config["base_model_name_or_path"] = card.get("base_model") or hub_id(config["base_model_name_or_path"])
+            config["base_model_name_or_path"] = card.get("base_model") or hub_id(config.get("base_model_name_or_path"))
             text = json.dumps(config, indent=2, sort_keys=True)
             (path / CONFIG_NAME).write_text(text, encoding="utf-8")
         repo_id = fetch_card(folder, repo_id, revision, token)

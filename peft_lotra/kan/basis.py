@@ -84,7 +84,7 @@ def bspline_basis(
     spline_order: int,
     derivative: int = 0,
 ) -> torch.Tensor:
-    r"""The B-splines on a uniform grid at the points `x`, or their derivatives with respect to `x`.
+    r"""Evaluate the B-splines of a uniform grid at the points `x`, or their derivatives.
 
     They are of degree p = `spline_order` on G = `grid_size` equal intervals of [low, high]. With spacing
     h = (high - low) / G, basis function j = 0 ... G+p-1 is the cardinal B-spline centered on

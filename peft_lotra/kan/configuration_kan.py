@@ -17,7 +17,7 @@ ProblemType = Literal["regression", "single_label_classification", "multi_label_
 
 
 class KANConfig(PretrainedConfig):
-    """Configuration of a `KANModel`.
+    """The shape of a `KANModel`, which `save_pretrained` and the Hub store.
 
     `num_labels`, `id2label` and `label2id` follow from the last width; pass `id2label` to name the labels.
 

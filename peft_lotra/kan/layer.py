@@ -64,7 +64,7 @@ class SplineLayer(nn.Module):
 
 
 class KANLinear(SplineLayer):
-    r"""A layer of learnable univariate functions, one on each edge from input i to output o:
+    r"""One layer of a KAN: a learnable function on each edge from input i to output o,
 
         y[o] = sum_i base_weight[o, i] silu(x[i]) + sum_{i,k} spline_weight[o, i, k] B_k(x[i]),
 

@@ -41,7 +41,9 @@ class LayerStack(nn.Module):
 
 
 class KAN(LayerStack):
-    """A stack of `KANLinear` layers, whose activations start with about the same variance at each depth.
+    """A Kolmogorov-Arnold network of B-splines: a stack of `KANLinear` layers.
+
+    Activations start with about the same variance at each depth.
 
     Args:
         widths: Sizes of the input, of each hidden layer and of the output; at least two.

@@ -28,7 +28,7 @@ _POINTS = 8  # for each interval of the finer grid, on which functions are fitte
 
 @dataclass(frozen=True)
 class RefinementReport:
-    """Errors of a refinement.
+    """The errors of `refine_grid`, layer by layer.
 
     Attributes:
         errors: For each KAN layer the largest change of one of its edges' functions on its new grid, as a share of

@@ -217,7 +217,7 @@ def _orthogonal(like: Tensor) -> Tensor:
 
 
 class SlimKAN(LayerStack):
-    """A stack of `SlimKANLinear` layers.
+    """A KAN with fewer parameters: a stack of `SlimKANLinear` layers.
 
     Activations start with about the same variance at each depth, unless the ranks are low and the network is deep;
     `norm` helps there.

@@ -39,7 +39,9 @@ NOT_SEARCHED: list[type[nn.Module]] = [torch.jit.ScriptModule]
 
 
 def register_kan_layer(family: str, **description: Any) -> KANLayerSpec:
-    """Registers a kind of KAN layer. Later registrations take precedence over earlier and built-in ones.
+    """Describe a kind of KAN layer, so that layers that are not recognized get adapters, too.
+
+    Later registrations take precedence over earlier and built-in ones.
 
     Args:
         family (`str`): The name of the kind of layer. A kind of yours with the same name is replaced.
@@ -126,7 +128,7 @@ def get_kan_spec(module: nn.Module) -> KANLayerSpec | None:
 
 
 class FoundKANLayer(NamedTuple):
-    """A KAN layer that was recognized in a model.
+    """A KAN layer that `find_kan_layers` recognized.
 
     Attributes:
         name (`str`): The layer's name in the model, as `target_modules` takes it; `""` if it is the model itself.
@@ -147,7 +149,7 @@ class FoundKANLayer(NamedTuple):
 
 
 class UnrecognizedModule(NamedTuple):
-    """A module that may be a KAN layer.
+    """A module that may be a KAN layer, and why `find_kan_layers` did not recognize it.
 
     Attributes:
         name (`str`): Its name in the model.
@@ -194,7 +196,7 @@ class FoundKANLayers(Report, list[FoundKANLayer]):
 
 
 def find_kan_layers(model: nn.Module, *inputs: Any, **kwargs: Any) -> FoundKANLayers:
-    """Lists the KAN layers of a model, adapted or not, in the order of `model.named_modules()`.
+    """List the KAN layers of a model, adapted or not, in the order of `model.named_modules()`.
 
     Args:
         model (`nn.Module`): Any model.

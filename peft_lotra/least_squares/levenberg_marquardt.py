@@ -27,7 +27,7 @@ SMALLEST_WITH_PAST = 1e-7  # damping while former residuals count: with less, a 
 
 
 class LevenbergMarquardtStep(NamedTuple):
-    """The record of one step.
+    """The losses and the damping of one step of `LevenbergMarquardt`.
 
     Attributes:
         loss: The loss at the parameters after the step. NaN or infinite if a residual is.

@@ -17,6 +17,7 @@ from ..layers.slim import SlimLayer
 from ..modules.calls import unwrap
 from ..modules.checks import as_number, check_number
 from ..tucker import Tucker
+from ..tuner.gradients import OPTIMIZERS
 from ..tuner.layer import LoTRALayer
 
 
@@ -115,6 +116,7 @@ def create_lotra_optimizer(
     optimizer_cls: Callable[..., Optimizer],
     *,
     lr: float,
+    other_lr: float | None = None,
     policy: Policy = "width",
     **kwargs: Any,
 ) -> Optimizer:
@@ -134,12 +136,15 @@ def create_lotra_optimizer(
     An lr that is good at one width and rank is then good at the others. After [`start_from_training`], each component
     trains at lr times the root mean square of its present entries instead: all change by the same share. Slim
     layers have the rates of rank 4. SGD trains all at lr: no rule that was tried beats it.
-    Parameters that are no LoTRA component (`modules_to_save`, biases) train at lr. docs/method.md derives the table.
+    Parameters that are no LoTRA component (LoRA on other layers, `modules_to_save`, biases) train at `other_lr`.
+    docs/method.md derives the table.
 
     Args:
         model: A model with LoTRA or Slim layers. Parameters that require a gradient (active adapters) are trained.
         optimizer_cls: A class that takes parameter groups.
         lr: The learning rate that the table multiplies.
+        other_lr: The learning rate of trained parameters that are no LoTRA component. The default `None` means `lr`,
+            a rate for Tucker components. LoRA on attention often needs a lower one.
         policy: "width" for the table above; "uniform" for lr everywhere; or a dict of multipliers by component
             ("core", "factor_out", "factor_in", "factor_basis", "factor_kernel"), 1 for the others. An optimizer counts
             as SGD if its class is, or derives from, one called SGD or ASGD.
@@ -147,12 +152,12 @@ def create_lotra_optimizer(
 
     Returns:
         One group per component and width, with the key "name" ("core", "factor_in/64"), and a last group "other" for
-        trainable parameters that are no component. Schedulers that scale the rates keep their ratios. Give one that
+        trained parameters that are no component. Schedulers that scale the rates keep their ratios. Give one that
         sets the rates `OneCycleLR(max_lr=[group["lr"] for group in optimizer.param_groups])`.
 
     Raises:
-        ValueError: `lr` is not a finite number above 0, `policy` is unknown, or no LoTRA component of the model can
-            be trained.
+        ValueError: `lr` or `other_lr` is not a finite number above 0, `policy` is unknown, or no LoTRA component of
+            the model can be trained.
 
     Source: Gao, Ng and Tan, arXiv 2502.06153: identical rates train Tucker components inefficiently.
 
@@ -168,6 +173,10 @@ def create_lotra_optimizer(
         {'core': 0.03, 'factor_out/4': 0.03, 'factor_in/64': 0.015, 'factor_basis': 0.03}
     """
     check_number(lr, "lr", "(0, inf)")
+    if other_lr is None:
+        other_lr = lr
+    else:
+        check_number(other_lr, "other_lr", "(0, inf)")
     # the name counts, also of classes that follow torch.optim.SGD without deriving from it
     bases = {cls.__name__ for cls in getattr(optimizer_cls, "__mro__", ())}
     if policy == "width" and bases & {"SGD", "ASGD"}:
@@ -186,5 +195,8 @@ def create_lotra_optimizer(
         )
     other_parameters = [p for p in model.parameters() if p.requires_grad and p not in components]
     if other_parameters:
-        groups["other", 1.0] = {"name": "other", "params": other_parameters, "lr": lr}
-    return optimizer_cls(list(groups.values()), lr=lr, **kwargs)
+        groups["other", 1.0] = {"name": "other", "params": other_parameters, "lr": other_lr}
+    optimizer = optimizer_cls(list(groups.values()), lr=lr, **kwargs)
+    if policy == "width" and isinstance(optimizer, Optimizer):
+        OPTIMIZERS.add(optimizer)
+    return optimizer

@@ -45,7 +45,7 @@ Parameter = float | Sequence[float]
 
 
 class Prediction:
-    """The member of a family at one parameter, predicted or refined.
+    """The adapter of a family at one parameter, predicted or refined, and its error indicators.
 
     Attributes:
         parameter: The parameter, a number or a tuple.
@@ -104,7 +104,7 @@ class Prediction:
 
 
 class ParametricAdapter:
-    """Adapters of one base for all parameters of a family: a PDE and its viscosity, digits and their rotation.
+    """Predict the adapter for each parameter of a family, such as the viscosity of a PDE or the rotation of digits.
 
     The members share factors, fixed at the HOSVD of the base (`LoTRAConfig(train=["core"], init_weights="hosvd")`), so
     that a member is a point in a linear space: its cores. Between fitted members, which are started from each other

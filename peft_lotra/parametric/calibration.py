@@ -33,7 +33,9 @@ CHANCE = 1e-3  # of noise that looks like a misfit
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """The most likely parameter for data with independent Gaussian errors, all of the same unknown size.
+    """The result of `calibrate`: the most likely parameter for data.
+
+    The errors of the data are independent and Gaussian, all of the same unknown size.
 
     Attributes:
         parameter: The parameter, a number or a tuple.

@@ -19,7 +19,7 @@ SHORTEST = 1e-3  # step, as a share of the path
 
 
 class ContinuationStep(NamedTuple):
-    """One solve of a continuation.
+    """The record of one solve of `continuation`.
 
     Attributes:
         value: The parameter of the PDE.

@@ -56,7 +56,7 @@ def solve(
     progress: bool = True,
     callback: Callable[[Solution, LevenbergMarquardtStep], Any] | None = None,
 ) -> Solution:
-    r"""Solves a PDE on a box: finds a network u = lift + distance network whose residual is small everywhere.
+    r"""Solve a PDE on a box: find a network u = lift + distance network whose residual is small everywhere.
 
     A layer of splines of each coordinate and three tanh layers, on the box scaled to [-1, 1], are trained by
     Levenberg-Marquardt. Each step has new points, a third of them where the residual is large, and residuals count

@@ -50,7 +50,7 @@ def fit_adapter(
     seed: int = 0,
     progress: bool = True,
 ) -> AdapterFit:
-    r"""Adapts a base to a new task: form, ranks and learning rate are chosen by data, and compared with rivals.
+    r"""Adapt a base to a new task: choose form, ranks and learning rate by data, and compare the adapter with rivals.
 
     1. The rows are divided into folds, in three ways if there are fewer than 100. Each fold trains on the other rows,
        and its own rows measure the loss.

@@ -74,7 +74,7 @@ class KANLayerReport(Report):
 
 
 def check_kan_layer(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None = None) -> KANLayerReport:
-    """Compares a KAN layer with the description of its kind, without changing it.
+    """Check that a KAN layer computes what the description of its kind says, without changing it.
 
     Args:
         layer (`nn.Module`): A layer, adapted or not.

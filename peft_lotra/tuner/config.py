@@ -53,7 +53,7 @@ class Source(NamedTuple):
 @dataclass
 class LoTRAConfig(PeftConfig):
     """
-    This is the configuration class to store the configuration of a [`LoTRAModel`].
+    The options of a LoTRA adapter: which layers it adapts, how many parameters it has, and how it starts.
 
     The update of a coefficient tensor (out, in, basis) is `alpha * core x1 factor_out x2 factor_in x3 factor_basis`.
     A convolutional layer has a fourth mode, the positions of its kernel, and a `factor_kernel`. `alpha` is not divided
@@ -210,6 +210,7 @@ class LoTRAConfig(PeftConfig):
         # The field `base_layers` would mark this as the configuration of a file.
         self.ranks_to_record: dict[str, Ranks] = {}
         self.layers_to_record: dict[str, dict[str, Any]] | None = None
+        self.has_companions = False  # whether a save also writes adapters of other methods, which the card names
 
     @property
     def is_from_file(self) -> bool:
@@ -330,7 +331,7 @@ class LoTRAConfig(PeftConfig):
         if os.path.isfile(weights):
             self.weights_sha256 = _hash_file(weights)
         super().save_pretrained(save_directory, **kwargs)
-        write_card(save_directory)
+        write_card(save_directory, self.has_companions)
 
 
 def _check_scale(value: Any, argument: str) -> float:

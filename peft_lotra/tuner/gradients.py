@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 import copy
+import gc
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from ..modules.calls import buffers_kept, modes_kept, unwrap
 from ..modules.checks import check_function
@@ -21,6 +25,8 @@ from .layer import LoTRALayer, check_unmerged, lotra_layers
 
 
 DENSE = "dense update"  # the name of an adapter that layers have while a start is computed
+# optimizers whose learning rates depend on how the adapter started, see `warn_of_optimizers`
+OPTIMIZERS: WeakSet[Optimizer] = WeakSet()
 
 
 def start_from_gradient(
@@ -30,7 +36,8 @@ def start_from_gradient(
 
     Let G be the gradient of the loss with respect to the coefficients of a layer. factor_in, factor_basis and core
     span the leading right singular vectors of G, and factor_out is zero, so that the adapted model equals its base.
-    Call it before [`create_lotra_optimizer`], which then sets the learning rates of this start.
+    Call it before [`create_lotra_optimizer`], which then sets the learning rates of this start; in the other order it
+    warns.
 
     Args:
         model (`nn.Module`): A model with one active LoTRA adapter, or a module around it.
@@ -67,6 +74,7 @@ def start_from_gradient(
         _, zero = config.frozen_and_zero(components._asdict())
         initialize(components, "gradient", zero, gradients[name])
     replace_config(network, adapter, config)
+    warn_of_optimizers(layers, adapter)
 
 
 def find_active_adapter(network: nn.Module) -> tuple[str, LoTRAConfig, dict[str, LoTRALayer]]:
@@ -93,6 +101,31 @@ def replace_config(network: nn.Module, adapter: str, config: LoTRAConfig) -> Non
     """Replace the configuration of an adapter, since the object may serve other models."""
     for configs in _find_configs(network, adapter):
         configs[adapter] = config
+
+
+def warn_of_optimizers(layers: Mapping[str, LoTRALayer], adapter: str) -> None:
+    """Warn if `create_lotra_optimizer` was called before the start, and set the learning rates of the former one."""
+    components = set()
+    for layer in layers.values():
+        components.update(layer.get_components(adapter)._asdict().values())
+    if not _holds_any(components):
+        return
+    gc.collect()  # of optimizers that were deleted, to which their schedulers refer
+    if _holds_any(components):
+        warnings.warn(
+            "An optimizer was created before this start, so its learning rates do not fit the start. Call "
+            "`create_lotra_optimizer` again, after the start.",
+            stacklevel=3,
+        )
+
+
+def _holds_any(parameters: set[torch.Tensor]) -> bool:
+    """Return whether one of the optimizers holds one of the parameters."""
+    for optimizer in list(OPTIMIZERS):
+        for group in optimizer.param_groups:
+            if not parameters.isdisjoint(group["params"]):
+                return True
+    return False
 
 
 def _find_configs(network: nn.Module, adapter: str) -> Iterator[dict[str, LoTRAConfig]]:

@@ -55,7 +55,7 @@ Record = Mapping[str, Any]  # the entry of a layer in a file, see `record_layer`
 
 class LoTRALayer(nn.Module, BaseTunerLayer):
     """
-    A KAN layer with LoTRA adapters.
+    Holds a KAN layer of the base and its LoTRA adapters, and computes with the active ones.
 
     It computes the base layer with the coefficients `A + sum of scale * update`, over the active adapters. A layer
     whose formula is known evaluates the updates as thin products. Any other base layer runs with the sums in place of

@@ -50,7 +50,7 @@ from .weighted import add_weighted_adapter, check_known
 
 class LoTRAModel(BaseTuner):
     """
-    Creates a Low Tensor-Rank Adaptation (LoTRA) model from a model that contains Kolmogorov-Arnold (KAN) layers.
+    Adapts a model with KAN layers by LoTRA; `get_peft_model(model, LoTRAConfig())` creates it.
 
     The coefficients of each layer, a tensor (out, in, basis), are frozen, and an update in Tucker form is learned:
     `alpha * core x1 factor_out x2 factor_in x3 factor_basis`. The method is described in
@@ -195,6 +195,8 @@ class LoTRAModel(BaseTuner):
             if config.storage is not None:
                 tensors = cast_to_storage(tensors, config.storage)
             config.layers_to_record = {name: record_layer(layer) for name, layer in layers.items()}
+            methods = {other.peft_type for other in getattr(base, "peft_config", {}).values()}
+            config.has_companions = len(methods) > 1
             config.ranks_to_record = {}  # the object may serve other models too
             for name, layer in layers.items():
                 shapes = config.component_shapes(name, layer.lotra_tensor)

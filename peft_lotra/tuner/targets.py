@@ -12,6 +12,7 @@ from copy import copy
 from math import prod
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
 from ..kan.slim_kan import SlimKANLinear
@@ -48,14 +49,39 @@ def find_targets(config: LoTRAConfig, model: nn.Module) -> Targets:
         inner = [] if isinstance(module, LoTRALayer) else module.modules()
         if is_inside or any(isinstance(child, BaseTunerLayer) for child in inner):
             raise ValueError(f"`{name}` is a part of a layer with adapters, or contains one. Leave one of them out.")
-    if targets and isinstance(config.target_modules, set):
-        unmatched = []
-        for ending in config.target_modules:
-            if not any(f".{name}".endswith(f".{ending}") for name in targets):
-                unmatched.append(ending)
-        if unmatched:
-            warnings.warn(f"`target_modules` has {sorted(unmatched)}, which match no module.", stacklevel=2)
+    if targets:
+        _warn_of_unmatched(config, model, targets)
+    elif config.target_modules != INCLUDE_LINEAR_LAYERS_SHORTHAND and not config.exclude_modules:
+        names = config.target_modules
+        if isinstance(names, set):
+            names = sorted(names)
+        index = ""
+        if config.layers_to_transform is not None:
+            index = f" with an index in `layers_to_transform`={config.layers_to_transform}"
+        raise ValueError(f"`target_modules` is {names}, which matches no module{index}. {_list_kan_layers(model)}")
     return targets
+
+
+def _warn_of_unmatched(config: LoTRAConfig, model: nn.Module, targets: Targets) -> None:
+    """Warn of names in `target_modules` that match none of the targets."""
+    if not isinstance(config.target_modules, set):
+        return
+    unmatched = []
+    for ending in config.target_modules:
+        if not any(f".{name}".endswith(f".{ending}") for name in targets):
+            unmatched.append(ending)
+    if unmatched:
+        warnings.warn(
+            f"`target_modules` has {sorted(unmatched)}, which match no module. {_list_kan_layers(model)}", stacklevel=2
+        )
+
+
+def _list_kan_layers(model: nn.Module) -> str:
+    """Return a sentence that names the KAN layers of a model."""
+    names = [f"`{name}`" for name, _, _ in walk_kan_layers(model)]
+    if not names:
+        return "The model has no KAN layer that LoTRA knows."
+    return f"The KAN layers of the model are {list_first(names)}."
 
 
 def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> Targets:

@@ -159,6 +159,18 @@ def test_a_change_is_saved_before_it_is_answered(page):
     assert saved_names(base) == STAYING
 
 
+def test_the_list_of_customers_follows_the_changes(page):
+    write_adapter("comes0", 1)
+    lists = []
+
+    for request in (("PUT", "/customers/comes0", None), ("DELETE", "/customers/stays1", None)):
+        send_together(page, request)
+        (response,) = send_together(page, ("GET", "/customers", None))
+        lists.append(response.json()["customers"])
+
+    assert lists == [["stays0", "stays1", "stays2", "comes0"], ["stays0", "stays2", "comes0"]]
+
+
 def test_an_adapter_that_does_not_fit_is_refused_with_the_reason(page):
     model = get_peft_model(KAN([4, 32, 4]), LoTRAConfig(r=1))
     model.save_pretrained("customers/comes0")  # of another base
@@ -178,7 +190,7 @@ def test_only_folders_of_customers_are_read(page, name):
     assert page["bank"].names == STAYING
 
 
-def test_a_second_server_on_the_same_bank_is_refused(page):
+def test_a_second_worker_on_the_same_bank_is_refused(page):
     second = {"__name__": "app"}
 
     with pytest.raises(BlockingIOError):

@@ -14,7 +14,14 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from stand_ins import FAMILIES
 from torch import nn
 
-from peft_lotra import LoTRAConfig, create_lotra_optimizer, hotswap_adapter, model_summary, start_from_gradient
+from peft_lotra import (
+    LoTRAConfig,
+    create_lotra_optimizer,
+    hotswap_adapter,
+    model_summary,
+    start_from_gradient,
+    start_from_training,
+)
 from peft_lotra.kan import KAN
 
 
@@ -175,3 +182,47 @@ def test_a_component_that_only_a_convolution_has():
         with adapted.disable_adapter():
             assert torch.equal(own(features), changed)
             assert not torch.allclose(model.second(model.first(x)).flatten(1), features)
+
+
+STARTS = {"gradient": start_from_gradient, "training": start_from_training}
+WARNING = r"optimizer was created before this start.*`create_lotra_optimizer` again, after"
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_start_after_the_optimizer_warns(start):
+    model = get_peft_model(KAN([3, 4]), LoTRAConfig(r=2))
+    optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=1e-2)
+
+    with pytest.warns(UserWarning, match=WARNING):
+        STARTS[start](model, lambda: model(X).square().mean())
+
+    assert optimizer.param_groups[0]["name"] == "core"  # it is alive
+
+
+def plain(model):
+    return torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+
+
+def uniform(model):
+    return create_lotra_optimizer(model, torch.optim.Adam, lr=1e-2, policy="uniform")
+
+
+def deleted(model):
+    optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=1e-2)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+
+
+def of_another_model(model):
+    return create_lotra_optimizer(get_peft_model(KAN([3, 4]), LoTRAConfig(r=2)), torch.optim.Adam, lr=1e-2)
+
+
+@pytest.mark.parametrize("create", [plain, uniform, deleted, of_another_model])
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.filterwarnings("error")
+def test_a_start_does_not_warn_of_optimizers_whose_rates_stay_right(start, create):
+    model = get_peft_model(KAN([3, 4]), LoTRAConfig(r=2))
+    optimizer = create(model)
+
+    STARTS[start](model, lambda: model(X).square().mean())
+
+    assert optimizer is None or optimizer.param_groups

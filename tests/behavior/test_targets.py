@@ -72,7 +72,27 @@ REFUSED = {
     "no KAN layer": (lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU()), {}, "No KAN layer was found"),
     "no KAN layer, named": (nested, {"target_modules": ["body.0", "head"]}, "`head` is a Linear, which is not a KAN"),
     "a container": (nested, {"target_modules": ["tail"]}, "`tail` is a KAN,"),
-    "nothing of the name": (nested, {"target_modules": ["nowhere"]}, "nowhere"),
+    "nothing of the name": (
+        nested,
+        {"target_modules": ["nowhere"]},
+        r"is \['nowhere'\], which matches no module. The KAN layers of the model are `body.0`, `body.1`, "
+        "`tail.layers.0` and 1 more",
+    ),
+    "no such name and index": (
+        nested,
+        {"target_modules": ["1"], "layers_to_transform": [0]},
+        r"is \['1'\], which matches no module with an index in `layers_to_transform`=\[0\]",
+    ),
+    "a typo in a regex": (
+        lambda: nn.Sequential(FAMILIES["own"](3, 4)),
+        {"target_modules": r".*\.layrs"},
+        "layrs, which matches no module. The KAN layers of the model are `0`",
+    ),
+    "a typo and no KAN layer": (
+        lambda: nn.Sequential(nn.Linear(3, 4)),
+        {"target_modules": ["layrs"]},
+        "matches no module. The model has no KAN layer",
+    ),
     "all-linear": (nested, {"target_modules": "all-linear"}, "is a Linear, which is not a KAN"),
     "no such index": (nested, {"layers_to_transform": [7]}, "body.0.*`layers_to_transform`"),
     "everything excluded": (nested, {"exclude_modules": ".*"}, "xclude"),
@@ -113,6 +133,13 @@ def test_what_is_refused_changes_nothing(kind):
             model.add_adapter("other", LoTRAConfig(**config))
         assert_same(model, before)
         assert list(model.peft_config) == ["default"] and torch.equal(model(X), y)
+
+
+def test_a_name_that_matches_nothing_is_a_warning_that_lists_the_kan_layers():
+    words = r"`target_modules` has \['body.O'\], which match no module. The KAN layers of the model are `body.0`"
+    with pytest.warns(UserWarning, match=words):
+        model = get_peft_model(nested(), LoTRAConfig(target_modules=["body.O", "body.1"]))
+    assert names_of(model) == ["body.1"]
 
 
 def test_a_target_around_an_adapted_layer_is_refused():

@@ -41,3 +41,21 @@ def test_the_best_model_at_the_end(tmp_path):
     assert run.state.best_model_checkpoint.endswith("checkpoint-2")
     y = run.model.eval()(X).logits
     assert torch.equal(loaded(tmp_path / "checkpoint-2"), y) and not torch.equal(loaded(tmp_path / "checkpoint-4"), y)
+
+
+def test_trainer_keeps_the_rate_of_other_parameters(tmp_path):
+    config = LoTRAConfig(r=2, target_modules=["kan.layers.0"], modules_to_save=["kan.layers.1"])
+    model = get_peft_model(kan(), config)
+    optimizer = create_lotra_optimizer(model, torch.optim.AdamW, lr=1e-2, other_lr=1e-4)
+    run = Trainer(
+        model=model,
+        train_dataset=DATA,
+        args=TrainingArguments(str(tmp_path), lr_scheduler_type="constant", **OPTIONS),
+        optimizers=(optimizer, None),
+    )
+
+    run.train()
+
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates["core"] == 1e-2
+    assert rates["other"] == 1e-4

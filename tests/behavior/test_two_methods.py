@@ -1,17 +1,35 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""LoTRA on the KAN layers and PEFT's LoRA on a linear head, as docs/serving.md has it."""
+"""LoTRA on the KAN layers and another method of PEFT on a linear head, as docs/recipes/lotra_and_lora.md has it."""
+
+import json
+import shutil
 
 import pytest
 import torch
-from behaving import X, adapted, layers, net
-from peft import LoraConfig, PeftConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
+from behaving import X, adapted, add, layers, net
+from helpers import assert_same, snapshot
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PromptTuningConfig,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_lotra import LoTRALayer
+from peft_lotra import LoTRALayer, create_lotra_optimizer, load_adapters
+from peft_lotra.kan import KAN
+
+
+EXACT = {"rtol": 0, "atol": 0}
 
 
 def both() -> PeftModel:
@@ -53,3 +71,224 @@ def test_lora_before_lotra():
     before = base(X)
     model = adapted(base, init_weights=True)
     assert torch.equal(model(X), before) and len(layers(model)) == 2
+
+
+def inject(model: PeftModel, name: str, config: PeftConfig) -> None:
+    inject_adapter_in_model(config, model.get_base_model(), adapter_name=name)
+
+
+def randomize(model: PeftModel, name: str) -> None:
+    """Give all parameters of an adapter random values, so that each of them has an effect."""
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if f".{name}" in key and parameter.is_floating_point():
+                parameter.copy_(torch.randn_like(parameter) / 2)
+
+
+OTHERS = {
+    "LoRA": LoraConfig(r=2, target_modules=["head"], lora_dropout=0.5),
+    "LoHa": LoHaConfig(r=2, target_modules=["head"]),
+    "IA3": IA3Config(target_modules=["head"], feedforward_modules=[]),
+}
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+@pytest.mark.parametrize("method", OTHERS)
+def test_one_call_loads_what_one_call_saved(method, is_trainable, tmp_path):
+    model = adapted(net())
+    inject(model, "other", OTHERS[method])
+    randomize(model, "other")
+    model.eval().save_pretrained(tmp_path)
+
+    loaded = load_adapters(net(), tmp_path, is_trainable=is_trainable)
+
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    expected = trained if is_trainable else set()
+    assert {name for name, parameter in loaded.named_parameters() if parameter.requires_grad} == expected
+    assert loaded.training == is_trainable
+    torch.testing.assert_close(loaded.eval()(X), model(X), **EXACT)
+
+
+def test_loaded_adapters_are_saved_again_and_merged(tmp_path):
+    model = both()
+    model.save_pretrained(tmp_path / "first")
+
+    loaded = load_adapters(net(), tmp_path / "first")
+    loaded.save_pretrained(tmp_path / "second")
+    again = load_adapters(net(), tmp_path / "second")
+    y = again(X)
+    merged = again.merge_and_unload()
+
+    torch.testing.assert_close(y, model(X), **EXACT)
+    torch.testing.assert_close(merged(X), y)
+    assert type(merged.head) is nn.Linear
+
+
+class Tail(nn.Module):
+    """A KAN, two linear layers and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.kan = KAN([3, 4])
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(self.first(self.kan(x))))
+
+
+def test_several_other_adapters_and_a_new_head_are_all_active(tmp_path):
+    """PEFT leaves only the adapter that is injected last active."""
+    model = adapted(Tail(), modules_to_save=["head"])
+    inject(model, "a", LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
+    inject(model, "b", LoraConfig(r=2, target_modules=["second"], init_lora_weights=False))
+    with torch.no_grad():
+        model.get_base_model().head.modules_to_save["default"].weight.zero_()
+    model.save_pretrained(tmp_path)
+
+    loaded = load_adapters(Tail(), tmp_path)
+
+    network = loaded.get_base_model()
+    assert network.first.active_adapters == ["a"]
+    assert network.second.active_adapters == ["b"]
+    torch.testing.assert_close(loaded(X), network.head.bias.expand(8, 2))  # of the head with zero weights
+
+
+def test_a_head_that_the_other_method_trains_comes_back(tmp_path):
+    model = adapted(Tail())
+    inject(model, "lora", LoraConfig(r=2, target_modules=["first"], modules_to_save=["head"]))
+    randomize(model, "lora")
+    model.save_pretrained(tmp_path)
+
+    loaded = load_adapters(Tail(), tmp_path)
+
+    torch.testing.assert_close(loaded(X), model.eval()(X), **EXACT)
+
+
+def test_biases_are_trained_and_saved_with_lora(tmp_path):
+    """`bias="all"` saves them; PEFT trains them in the first adapter only, so docs/training.md has the loop below."""
+    model = adapted(Tail())
+    inject(model, "lora", LoraConfig(r=2, target_modules=["first"], bias="all"))
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            parameter.requires_grad_()
+    before = model.get_base_model().head.bias.detach().clone()
+    optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=1e-2, other_lr=1e-3)
+
+    model(X).square().sum().backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    loaded = load_adapters(Tail(), tmp_path)
+
+    change = model.get_base_model().head.bias - before
+    torch.testing.assert_close(change.abs(), torch.full_like(change, 1e-3))
+    torch.testing.assert_close(loaded(X), model(X), **EXACT)
+
+
+def test_unrelated_folders_are_left_alone(tmp_path):
+    model = both()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "run.json").write_text("{}")
+    for name in ("checkpoint-10", ".cache"):
+        shutil.copytree(tmp_path / "head", tmp_path / name)
+
+    loaded = load_adapters(net(), tmp_path)
+
+    assert list(loaded.peft_config) == ["default", "head"]
+
+
+def test_names_choose_among_several_lotra_adapters(tmp_path):
+    model = both()
+    add(model, "ben")
+    model.save_pretrained(tmp_path)
+    model.set_adapter("ben")
+    model.get_base_model().head.set_adapter("head")
+
+    loaded = load_adapters(net(), tmp_path, names=["ben", "head"])
+
+    torch.testing.assert_close(loaded(X), model.eval()(X), **EXACT)
+    with pytest.raises(ValueError, match=r"LoTRA adapters \['default', 'ben'\]. Pass one of them"):
+        load_adapters(net(), tmp_path)
+
+
+def test_the_lotra_adapter_without_others(tmp_path):
+    model = adapted(net())
+    model.save_pretrained(tmp_path)
+
+    torch.testing.assert_close(load_adapters(net(), tmp_path)(X), model(X), **EXACT)
+
+
+def edit_config(folder, **values):
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, **values}))
+
+
+def edit_tensors(folder, edit):
+    path = folder / "adapter_model.safetensors"
+    save_file({key: edit(tensor) for key, tensor in load_file(path).items()}, path)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:50])
+
+
+def rename_a_tensor(folder):
+    path = folder / "adapter_model.safetensors"
+    save_file({key.replace("lora_A", "lora_C"): tensor for key, tensor in load_file(path).items()}, path)
+
+
+DAMAGES = {
+    "no subfolder": (lambda f: shutil.rmtree(f / "head"), {"names": ["default", "head"]}, "no adapter .'head'."),
+    "no tensors": (lambda f: (f / "head/adapter_model.safetensors").unlink(), {}, "head has no adapter_model"),
+    "no configuration": (lambda f: (f / "head/adapter_config.json").unlink(), {}, "head holds tensors without"),
+    "cut tensors": (lambda f: truncate(f / "head/adapter_model.safetensors"), {}, "head.adapter_model.*damaged"),
+    "cut configuration": (lambda f: truncate(f / "head/adapter_config.json"), {}, "head.adapter_config.*damaged"),
+    "an unknown method": (lambda f: edit_config(f / "head", peft_type="NEW"), {}, "head.adapter_config.*damaged"),
+    "another layer": (lambda f: edit_config(f / "head", target_modules=["tail"]), {}, "tail.* not found"),
+    "another shape": (lambda f: edit_tensors(f / "head", lambda t: t[:1].clone()), {}, "'head' does not fit the base"),
+    "another tensor": (lambda f: rename_a_tensor(f / "head"), {}, "'head' does not fit.*lora_A.* is missing"),
+    "cut LoTRA": (lambda f: truncate(f / "adapter_model.safetensors"), {}, "damaged"),
+    "no LoTRA": (lambda f: (f / "adapter_config.json").unlink(), {"names": ["head"]}, "no LoTRA adapter among"),
+    "no folder": (shutil.rmtree, {}, "There is no file or folder"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_error_leaves_the_base_as_it_was(damage, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = tmp_path / "adapters"
+    both().save_pretrained(folder)
+    make, options, message = DAMAGES[damage]
+    make(folder)
+    base = net().train()
+    before = snapshot(base)
+
+    with pytest.raises(ValueError, match=message):
+        load_adapters(base, folder, **options)
+
+    assert_same(base, before)
+    assert not hasattr(base, "peft_config")
+
+
+def test_a_base_with_adapters_is_refused(tmp_path):
+    model = both()
+    model.save_pretrained(tmp_path)
+
+    with pytest.raises(ValueError, match="The base has adapters"):
+        load_adapters(model.get_base_model(), tmp_path)
+
+
+def test_prompts_are_refused(tmp_path):
+    both().save_pretrained(tmp_path)
+    PromptTuningConfig(num_virtual_tokens=2).save_pretrained(tmp_path / "head")
+    base = net()
+    before = snapshot(base)
+
+    with pytest.raises(ValueError, match="does not support prompt learning"):
+        load_adapters(base, tmp_path)
+
+    assert_same(base, before)

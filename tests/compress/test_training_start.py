@@ -232,7 +232,7 @@ BAD = {
     "two": (two_active, lambda m: m(X).sum(), {}, "default.*second.*set_adapter"),
     "merged": (lambda m: m.merge_adapter(), lambda m: m(X).sum(), {}, "unmerge_adapter"),
     "parallel": (nn.DataParallel, lambda m: m(X).sum(), {}, "wrapped by DataParallel.*before the model is wrapped"),
-    "used": (used, lambda m: m(X).sum(), {}, "optimizer holds.*before the optimizer"),
+    "used": (used, lambda m: m(X).sum(), {}, "optimizer was created before.*`layers.0`.*after `start_from_training`"),
     "many values": (None, lambda m: m(X).sum(0), {}, "of one value"),
     "elsewhere": (None, lambda m: m.base_model.model.layers[1](X[:, :1].expand(-1, 8)).sum(), {}, "`layers.0`"),
     "nan": (None, lambda m: m(X).sum() * math.nan, {}, "not finite"),

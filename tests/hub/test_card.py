@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard
-from peft import get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from torch import nn
 
 from peft_lotra import LoTRAConfig, write_model_card
@@ -64,6 +64,30 @@ def test_the_snippet_runs_in_the_folder(model, readme, monkeypatch):
     exec(code_in(readme.parent), namespace)
     tensors = get_peft_model_state_dict(namespace["model"])
     assert all(torch.equal(tensors[name], it) for name, it in get_peft_model_state_dict(model).items())
+
+
+def test_the_snippet_loads_adapters_of_other_methods_too(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    network = nn.Sequential(KAN([2, 3]), nn.Linear(3, 1))
+    torch.save(network.state_dict(), tmp_path / "base.pt")
+    model = get_peft_model(network, LoTRAConfig(r=2, init_weights=False))
+    lora = LoraConfig(r=1, target_modules=["1"], init_lora_weights=False)
+    inject_adapter_in_model(lora, model.get_base_model(), adapter_name="head")
+    x = torch.rand(5, 2)
+
+    model.save_pretrained(tmp_path)
+    plain_code = code_in(tmp_path)
+    base_code = (
+        "import torch\nfrom peft_lotra.kan import KAN\n"
+        "base = torch.nn.Sequential(KAN([2, 3]), torch.nn.Linear(3, 1))\nbase.load_state_dict(torch.load('base.pt'))"
+    )
+    write_model_card(model, tmp_path, base_code=base_code)
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    exec(code_in(tmp_path), namespace)
+
+    assert 'load_adapters(base, ".")' in plain_code
+    torch.testing.assert_close(namespace["model"](x), model.eval()(x))
 
 
 def test_a_save_leaves_the_card_of_a_person_alone(model, tmp_path):

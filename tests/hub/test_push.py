@@ -22,10 +22,10 @@ from hub_server import start_hub
 hub = start_hub("user")
 import json, re, torch
 from huggingface_hub import HfApi
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from typer.testing import CliRunner
 from behaving import X, adapted, add, net
-from peft_lotra import cli, hotswap_adapter, push_to_hub
+from peft_lotra import cli, hotswap_adapter, load_adapters, push_to_hub
 from peft_lotra.kan import KAN, KANConfig, KANModel
 
 def text(repo, name="README.md", revision="main"):
@@ -65,11 +65,24 @@ push_to_hub(second, "user/several")
 second.set_adapter("other")
 back["several"] = comes_back(second, "user/several", subfolder="other")
 
+both = adapted()
+lora = LoraConfig(r=2, target_modules=["head"], init_lora_weights=False)
+inject_adapter_in_model(lora, both.get_base_model(), adapter_name="lora")
+both.peft_config["lora"].base_model_name_or_path = "/home/ann/kan"
+push_to_hub(one, "user/both")
+push_to_hub(both, "user/both", revision="v2")
+loaded = load_adapters(net(), "user/both", revision="v2")
+back["both"] = torch.equal(loaded(X), both.eval()(X))
+loaded = load_adapters(net(), "user/both", names=["lora", "default"], revision="v2")
+back["both, named"] = torch.equal(loaded(X), both(X))
+back["only LoTRA"] = torch.equal(load_adapters(net(), "user/both")(X), one(X))
+both_files = [text("user/both", name, "v2") for name in ("README.md", "lora/adapter_config.json")]
+
 KANModel(KANConfig(widths=(3, 8, 2))).push_to_hub("user/kan")
 public = on_base()
 push_to_hub(public, "user/public", metrics={"r2": 0.9}, tags=["digits"], commit_message="first")
 push_to_hub(on_base(), "user/public", revision="v2")
-found = {"back": back, "public": snippet_runs(public, "user/public"), "card": text("user/public")}
+found = {"back": back, "both": both_files, "public": snippet_runs(public, "user/public"), "card": text("user/public")}
 found["v2"] = text("user/public", revision="v2")
 found["request"] = push_to_hub(on_base(), "user/public", create_pr=True).pr_url
 found["refs"] = sorted(hub.repos["user/public"].refs)
@@ -123,9 +136,18 @@ def found(tmp_path_factory):
     return json.loads(python(SCRIPT, tmp_path_factory.mktemp("hub")).splitlines()[-1])
 
 
-@pytest.mark.parametrize("way", ["pushed", "revision", "method", "hotswap", "several"])
+WAYS = ["pushed", "revision", "method", "hotswap", "several", "both", "both, named", "only LoTRA"]
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_what_comes_back(found, way):
     assert found["back"][way] is True
+
+
+def test_the_card_of_two_methods_loads_both(found):
+    readme, config = found["both"]
+    assert 'load_adapters(base, "user/both", revision="v2")' in readme
+    assert json.loads(config)["base_model_name_or_path"] is None
 
 
 @pytest.mark.parametrize("name", ["public", "own"])

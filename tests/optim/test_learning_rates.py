@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from helpers import adapt, lotra_layers, nested
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from peft_lotra import LoTRAConfig, start_from_gradient
@@ -108,9 +108,54 @@ def test_every_trainable_parameter_is_in_one_group_and_no_other_one():
     assert {id(parameter) for parameter in trained} == expected
 
 
+def lora_and_head() -> nn.Module:
+    """LoTRA on the KAN layers, LoRA on a linear layer, and a head that is trained whole."""
+    network = nn.ModuleDict({"kan": KAN([3, 4]), "linear": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    model = get_peft_model(network, LoTRAConfig(r=2, modules_to_save=["head"]))
+    lora = LoraConfig(r=2, target_modules=["linear"])
+    inject_adapter_in_model(lora, model.base_model.model, adapter_name="lora")
+    return model
+
+
+@pytest.mark.parametrize("optimizer_cls", [torch.optim.AdamW, torch.optim.SGD])
+def test_lora_and_heads_train_at_a_rate_of_their_own(optimizer_cls):
+    model = lora_and_head()
+
+    optimizer = create_lotra_optimizer(model, optimizer_cls, lr=3e-2, other_lr=1e-3)
+
+    *components, other = optimizer.param_groups
+    names = {name for name, parameter in model.named_parameters() if any(parameter is p for p in other["params"])}
+    assert {name.split(".")[3] for name in names} == {"lora_A", "lora_B", "modules_to_save"}
+    assert other["name"] == "other"
+    assert other["lr"] == 1e-3
+    assert {group["lr"] for group in components} == {3e-2}
+
+
+def test_without_a_rate_of_their_own_they_train_at_lr():
+    optimizer = create_lotra_optimizer(lora_and_head(), torch.optim.AdamW, lr=3e-2)
+
+    assert groups_of(optimizer)["other"]["lr"] == 3e-2
+
+
+def test_a_scheduler_keeps_the_ratio_of_both_rates():
+    optimizer = create_lotra_optimizer(lora_and_head(), torch.optim.AdamW, lr=3e-2, other_lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    optimizer.step()
+    scheduler.step()
+
+    groups = groups_of(optimizer)
+    assert groups["core"]["lr"] == pytest.approx(1.5e-2)
+    assert groups["other"]["lr"] == pytest.approx(5e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"other_lr": 0}, r"`other_lr` is 0, but must be a number in \(0, inf\)"),
+        ({"other_lr": -1e-3}, "`other_lr` is -0.001"),
+        ({"other_lr": float("nan")}, "`other_lr` is nan"),
+        ({"other_lr": "1e-3"}, "`other_lr` is '1e-3'"),
         ({"lr": 0}, r"`lr` is 0, but must be a number in \(0, inf\)"),
         ({"lr": "0.1"}, "`lr` is '0.1'"),
         ({"policy": "wide"}, '`policy` is .*"width", "uniform".*factor_basis'),
