@@ -53,8 +53,8 @@ find_kan_layers(network)
 #
 # A description gives your layer a name. With `basis` and `activation`, which we leave out here, it can also
 # [make the layer faster](../kans.md#add-your-own). Name each parameter and its axes, as in einops: outputs (`o`),
-# inputs (`i`), basis functions (`k`). `residual` names the weight of the [base branch](../glossary.md#base-branch), here the
-# weight that multiplies silu(x).
+# inputs (`i`), basis functions (`k`). `residual` names the weight of the [base branch](../glossary.md#base-branch), here
+# the weight that multiplies silu(x).
 
 # %%
 register_kan_layer(
