@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Your own layer
 #
-# You wrote a KAN layer that no library has. See whether it is recognized, describe it in five lines, and check the
-# description.
+# You wrote a KAN layer that no library has. See whether it is recognized, describe it in one call, and check the
+# description. In a script instead of a notebook, put `print(...)` around the calls whose result is shown.
 
 # %%
 import torch
@@ -51,9 +51,10 @@ find_kan_layers(network)
 # %% [markdown]
 # ## Describe it
 #
-# A description gives your layer a name, and can [make it faster](../kans.md#add-your-own). Name each parameter and its
-# axes, as in einops: outputs (`o`), inputs (`i`), basis functions (`k`). `residual` is the weight of the
-# [base branch](../glossary.md#base-branch), here of silu.
+# A description gives your layer a name. With `basis` and `activation`, which we leave out here, it can also
+# [make the layer faster](../kans.md#add-your-own). Name each parameter and its axes, as in einops: outputs (`o`),
+# inputs (`i`), basis functions (`k`). `residual` names the weight of the [base branch](../glossary.md#base-branch), here
+# the weight that multiplies silu(x).
 
 # %%
 register_kan_layer(
@@ -67,7 +68,8 @@ find_kan_layers(network)
 # %% [markdown]
 # ## Check it
 #
-# `check_kan_layer` compares the description with the outputs and gradients of the layer:
+# `check_kan_layer` compares the description with the outputs and gradients of the layer. It says `inputs not checked`,
+# because a layer with two inputs has too few to check their order:
 
 # %%
 check_kan_layer(network[0], torch.rand(8, 2))
@@ -75,7 +77,7 @@ check_kan_layer(network[0], torch.rand(8, 2))
 # %% [markdown]
 # ## Adapt it
 #
-# The saved file holds the description, so others load the adapter without your registration.
+# The saved file contains the description. Others need your layer class, but not your `register_kan_layer` call.
 
 # %%
 x = torch.rand(256, 2) * 2 - 1
