@@ -30,7 +30,7 @@ from ..tuner.layer import LoTRALayer, check_unmerged
 from ..tuner.saving import write_updates
 from ..tuner.targets import find_targets
 from .layer import ROWS, BankLayer, BankModel, BankPass, SlimBankLayer, run_in_bank
-from .reading import Adapter, match_layers, read_adapter
+from .reading import Adapter, check_methods, match_layers, read_adapter
 from .snapshot import BASE, Form, Snapshot, check_finite, check_known
 from .storage import read_bank, write_bank
 
@@ -55,7 +55,7 @@ class AdapterBank:
             the dtype of the base, but at least float32.
 
     Raises:
-        ValueError: The base has no KAN layers, or merged adapters.
+        ValueError: The base has no KAN layers, merged adapters, or adapters of other methods such as LoRA.
 
     Example:
         >>> import torch
@@ -79,6 +79,7 @@ class AdapterBank:
     ) -> None:
         self.base = unwrap(base)
         check_unmerged(self.base)
+        check_methods(self.base, "The base")
         self.record = {}
         layers = {}
         for name, target in find_targets(LoTRAConfig(), self.base).items():
@@ -394,10 +395,12 @@ class AdapterBank:
                 Without them, a call is the base's.
 
         Raises:
-            ValueError: The bank is attached, the model has merged adapters, or it is another base.
+            ValueError: The bank is attached, the model has merged adapters or adapters of other methods, or it is another
+                base.
         """
         network = unwrap(self.base if model is None else model)
         check_unmerged(network)
+        check_methods(network, "The model")
         targets, names = match_layers(self.record, network, "error")
         if self._replaced or any("lotra_bank" in vars(module) for module in network.modules()):
             raise ValueError("The bank, or another bank of the model, is attached: call its `detach()` first.")

@@ -5,14 +5,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from copy import copy
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
+from ..hub.contents import saved_adapters
 from ..modules.calls import PREFIX
 from ..tucker import Update, read_components
 from ..tuner.base_record import record_layer
@@ -60,6 +64,7 @@ def read_adapter(
         config: Any = LoTRAConfig.from_pretrained(str(adapter), check_base=check_base)
         if not isinstance(config, LoTRAConfig):
             raise ValueError("it is no LoTRA adapter.")
+        check_saved_methods(adapter)
         record = config.base_layers
         if record in agreeing:
             config.check_base = "ignore"
@@ -69,6 +74,7 @@ def read_adapter(
         config = copy(adapter)
         updates = _start(config, base)
     elif isinstance(adapter, PeftModel):
+        check_methods(adapter, "it")
         active: Any = adapter.active_adapter
         config = adapter.peft_config[active]
         layers = dict(lotra_layers(adapter.get_base_model(), active))
@@ -89,6 +95,34 @@ def read_adapter(
     if record is not None and record not in agreeing:
         agreeing.append(record)
     return updates, config.init_weights
+
+
+def check_methods(model: nn.Module, name: str) -> None:
+    """Raise a ValueError if a model has adapters of other methods, which a bank would leave out or always add."""
+    methods = {type(module).__module__.split(".")[-2] for module in model.modules() if _is_of_other_method(module)}
+    if methods:
+        raise ValueError(
+            f"{name} has adapters of other methods ({', '.join(sorted(methods))}), which a bank does not hold. Merge "
+            "them into the base, or remove them."
+        )
+
+
+def _is_of_other_method(module: nn.Module) -> bool:
+    return isinstance(module, BaseTunerLayer) and not isinstance(module, LoTRALayer)
+
+
+def check_saved_methods(source: str | os.PathLike) -> None:
+    """Raise a ValueError if a local folder of a LoTRA adapter also holds adapters of other methods."""
+    others = []
+    for name, folder in saved_adapters(source).items():
+        path = folder / CONFIG_NAME
+        if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("peft_type") != "LOTRA":
+            others.append(name)
+    if others:
+        raise ValueError(
+            f"it was saved with adapters of other methods, {others}, which a bank does not hold. Load them by "
+            "`load_adapters`."
+        )
 
 
 def _match_state_dict(

@@ -184,6 +184,8 @@ def _inject(model: PeftModel, name: str, config: PeftConfig, tensors: Mapping[st
             errors.append(f"{key} has no place in it")
         elif key in expected and tensor.shape != expected[key].shape:
             errors.append(f"{key} has the shape {tuple(tensor.shape)} instead of {tuple(expected[key].shape)}")
+        elif tensor.is_floating_point() and not tensor.isfinite().all():
+            errors.append(f"{key} has NaN or infinite values")
     if errors:
         raise ValueError(f"The adapter {name!r} does not fit the base: {list_first(errors)}.")
 

@@ -1,0 +1,86 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Adapters of other methods, which a bank does not hold, are refused: it would leave them out in silence."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from peft_lotra import AdapterBank, LoTRAConfig, load_adapters
+from peft_lotra.kan import KAN
+
+
+def make_base() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(KAN([3, 4]), nn.Linear(4, 2))
+
+
+def add_lora(model: nn.Module) -> None:
+    config = LoraConfig(r=2, target_modules=["1"], init_lora_weights=False)
+    inject_adapter_in_model(config, model, adapter_name="head")
+
+
+def make_model() -> PeftModel:
+    model = get_peft_model(make_base(), LoTRAConfig(r=2, init_weights=False))
+    add_lora(model.get_base_model())
+    return model
+
+
+def test_a_model_with_lora_is_not_added():
+    bank = AdapterBank(make_base())
+
+    with pytest.raises(ValueError, match=r"other methods \(lora\)"):
+        bank.add("both", make_model())
+
+    assert bank.names == []
+
+
+def test_a_folder_with_lora_is_not_added(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    bank = AdapterBank(make_base())
+
+    with pytest.raises(ValueError, match=r"other methods, \['head'\]"):
+        bank.add("both", tmp_path)
+
+    assert bank.names == []
+
+
+def test_a_folder_of_several_lotra_adapters_is_added(tmp_path):
+    model = get_peft_model(make_base(), LoTRAConfig(r=2, init_weights=False))
+    model.add_adapter("second", LoTRAConfig(r=1, init_weights=False))
+    model.save_pretrained(tmp_path)
+    bank = AdapterBank(make_base())
+
+    bank.add("first", tmp_path)
+    bank.add("second", tmp_path / "second")
+
+    assert bank.names == ["first", "second"]
+
+
+def test_a_base_with_lora_is_refused_before_and_after_the_bank_is_made():
+    base = make_base()
+    bank = AdapterBank(base)
+    add_lora(base)
+
+    with pytest.raises(ValueError, match=r"The model has adapters of other methods \(lora\)"):
+        bank.attach()
+    with pytest.raises(ValueError, match=r"The base has adapters of other methods \(lora\)"):
+        AdapterBank(base)
+
+
+def test_nan_in_the_file_of_another_method_is_refused(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    path = tmp_path / "head" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    base = make_base()
+
+    with pytest.raises(ValueError, match="has NaN or infinite values"):
+        load_adapters(base, tmp_path)
+
+    assert not any("lora" in name for name, _ in base.named_modules())
