@@ -395,8 +395,8 @@ class AdapterBank:
                 Without them, a call is the base's.
 
         Raises:
-            ValueError: The bank is attached, the model has merged adapters or adapters of other methods, or it is another
-                base.
+            ValueError: The bank is attached; the model is another base, or has merged adapters, or adapters of other
+                methods.
         """
         network = unwrap(self.base if model is None else model)
         check_unmerged(network)
