@@ -89,8 +89,7 @@ print(f"v = 0.15, before adapting: {error(base.model, 0.15):.1e}")
 # %% [markdown]
 # `solve` trains on new points in each step. The last line of the report gives the residual at points that were never
 # used in training. It is a root mean square, and the column `held out` has its square. Without a known solution, this
-# residual is your guide, but [a small one does not prove](../pde.md#warnings-and-what-to-do) that the solution is
-# right.
+# residual is your guide, but [a small one is no proof](../pde.md#warnings-and-what-to-do).
 #
 # The phase `coarse` trains on the grids that we passed. Then `solve` doubles the grids, and the phase `fine` trains
 # 1,936 parameters. The column `network` is empty because it names only networks that `solve` builds.
