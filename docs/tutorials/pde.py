@@ -13,11 +13,14 @@
 # %% [markdown]
 # # Solve a PDE from scratch
 #
-# Solve a PDE with a KAN, then adapt the solution to another parameter. The equation is `u_t = v u_xx - u^3 + f` for `x`
-# in [-1, 1] and `t` in [0, 2]. `u` is 0 at both ends of `x`, and `sin(pi x)` at the start. We choose `f` to fit a known
-# solution, so we can measure the error. The base solves the equation for `v = 0.1`, and the adapter for `v = 0.15`.
+# Solve a PDE with a KAN, then adapt the solution to another value of the parameter `v`. The equation is
+# `u_t = v u_xx - u^3 + f` for `x` in [-1, 1] and `t` in [0, 2]. `u` is 0 at both ends of `x`, and `sin(pi x)` at the
+# start.
 #
-# You need only the package. The code down to *Further* is one script, which runs for a minute.
+# With `f = s^3`, the solution is `s = exp(-v pi^2 t) sin(pi x)`, so we can measure the error. The code writes `f` as
+# `solution(x, v) ** 3`. The base solves the equation for `v = 0.1`, and the adapter for `v = 0.15`.
+#
+# You need only the package, which also installs PyTorch and PEFT. The code above *Further* runs for a minute.
 #
 # ## State the problem
 #
@@ -69,10 +72,11 @@ def error(model, v):
 
 
 # %% [markdown]
-# ## Solve it for one parameter
+# ## Solve it for v = 0.1
 #
-# Without `network`, `solve` takes a network with splines in its first layer only. We pass a KAN, because the adapter
-# shall change all layers. Without `steps`, `solve` trains for a minute.
+# If you pass no `network`, `solve` builds one whose first layer has splines and whose other layers are tanh layers. We
+# pass a KAN, because the adapter should change every layer, and it can only change KAN layers. Without `steps`, `solve`
+# trains for a minute.
 
 # %%
 torch.manual_seed(0)
@@ -83,13 +87,21 @@ print(f"v = 0.1: relative error {error(base.model, 0.1):.1e}")
 print(f"v = 0.15, before adapting: {error(base.model, 0.15):.1e}")
 
 # %% [markdown]
-# `solve` trains on new points in each step. The report gives the residual at points that were never trained. Without a
-# known solution, you have only this residual to judge the error.
+# `solve` trains on new points in each step. The last line of the report gives the residual at points that were never
+# used in training. It is a root mean square, and the column `held out` has its square. Without a known solution, this
+# residual is your guide, but [a small one is no proof](../pde.md#warnings-and-what-to-do).
 #
-# ## Adapt it to another parameter
+# The phase `coarse` trains on the grids that we passed. Then `solve` doubles the grids, and the phase `fine` trains
+# 1,936 parameters. The column `network` is empty because it names only networks that `solve` builds.
 #
-# Attach an adapter and solve the equation for the new `v`. `solve` trains all parameters that require a gradient: the
-# adapter. The last layer has a single output, so it gets lower ranks.
+# ## Adapt it to v = 0.15
+#
+# An adapter saves storage. For one new value, a [warm start](../pde.md#another-value-of-the-parameter) of all
+# parameters is more accurate.
+#
+# Attach an adapter to the network `base.model.kan`; `base.model` also holds the conditions. `solve` trains only the
+# parameters that require a gradient, here the adapter. `refine=False` keeps the grids, so the adapter still fits the
+# base. The last KAN layer (`layers.4`; norm layers lie between) has one output, so its out rank is 1.
 
 # %%
 config = LoTRAConfig(r=(4, 4, 8), rank_pattern={"layers.4": (1, 4, 8)})
@@ -146,5 +158,6 @@ for axis, (name, values) in zip(axes, fields.items(), strict=True):
 # %% [markdown]
 # ## Further: other equations
 #
-# [PDEs](../pde.md) explains conditions, unknown constants, shapes, hard parameters and the parts of `solve`.
-# [Results on PDEs](../pde_results.md) compares networks: an MLP is often better than a KAN of splines only.
+# [PDEs](../pde.md) explains conditions, unknown constants, shapes, continuation for shocks and thin layers, and the
+# parts of `solve`. [Results on PDEs](../pde_results.md) compares networks: an MLP is often better than a KAN of splines
+# only.
