@@ -305,10 +305,13 @@ def test_a_jet_is_compiled_in_one_graph():
     def jet_of_products(x: Tensor) -> tuple[Tensor, ...]:
         return jet(model, x[:, :1] * x, order=3)
 
-    derivatives = torch.compile(jet_of_products, fullgraph=True, backend="aot_eager")(x)
+    compiled = torch.compile(jet_of_products, fullgraph=True, backend="aot_eager")
+    derivatives = compiled(x)
 
     assert_same(derivatives, jet_of_products(x))
     assert_same_gradients(derivatives, jet_of_products(x), parameters)
+    with torch.no_grad():
+        assert_same(compiled(x), derivatives)
 
 
 # Warnings and errors

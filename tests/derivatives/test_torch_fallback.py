@@ -140,16 +140,6 @@ def test_outputs_that_do_not_depend_on_the_inputs_have_zero_derivatives(mode):
     assert not d2u.any()
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_jet_is_compiled_in_one_graph():
-    model, x = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Tanh(), nn.Linear(2, 1)).double(), inside()
-    compiled = torch.compile(lambda x: jet(model, x), backend="aot_eager", fullgraph=True)
-
-    assert_same(compiled(x), jet(model, x))
-    with torch.no_grad():
-        assert_same(compiled(x), jet(model, x))
-
-
 class Changed(Hard):
     def __init__(self, kan: nn.Module, change) -> None:
         super().__init__(kan)

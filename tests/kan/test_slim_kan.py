@@ -45,25 +45,22 @@ def test_dense_weights_can_be_read(ranks):
     torch.testing.assert_close(splines + F.silu(x) @ layer.base_weight.T, layer(x))
 
 
-def test_its_parameters_are_core_and_factors():
-    layer = SlimKANLinear(5, 6, (3, 2, 4))
-    shapes = {"core": (3, 2, 4), "factor_out": (6, 3), "factor_in": (5, 2), "factor_basis": (9, 4)}
+@pytest.mark.parametrize(
+    "ranks, shapes",
+    [
+        ((3, 2, 4), {"core": (3, 2, 4), "factor_out": (6, 3), "factor_in": (5, 2), "factor_basis": (9, 4)}),
+        (("full", "full", 1), {"core": (6, 5, 1), "factor_basis": (9, 1)}),
+        ((6, 5, 1), {"core": (6, 5, 1), "factor_basis": (9, 1)}),
+    ],
+)
+def test_its_parameters_are_the_core_and_a_factor_for_each_mode_that_is_not_full(ranks, shapes):
+    layer = SlimKANLinear(5, 6, ranks)
 
     assert {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()} == shapes
     assert list(layer.state_dict()) == [*shapes, "grid_bounds"]
-    assert layer.ranks == (3, 2, 4)
-
-
-@pytest.mark.parametrize("ranks", [("full", "full", 1), (6, 5, 1)])
-def test_a_full_mode_has_no_parameter(ranks):
-    layer = SlimKANLinear(5, 6, ranks)
-
-    shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
-
-    assert shapes == {"core": (6, 5, 1), "factor_basis": (9, 1)}
-    assert layer.ranks == (6, 5, 1)
-    assert layer.factor_out is None
-    assert layer.factor_in is None
+    assert layer.ranks == shapes["core"]
+    assert (layer.factor_out is None) == ("factor_out" not in shapes)
+    assert (layer.factor_in is None) == ("factor_in" not in shapes)
 
 
 @pytest.mark.parametrize("ranks", [("full", "full", 1), ("full", 8, 4), (8, "full", "full"), "full"])

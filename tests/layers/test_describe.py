@@ -53,19 +53,18 @@ def scaled_twice(i, o):
 class Gaussians(nn.Module):
     """Gaussians of each input at trained centers and widths, which the outputs share."""
 
-    def __init__(self, i, count=4, turned=False):
+    def __init__(self, i, count=4):
         super().__init__()
-        self.centers = nn.Parameter(torch.randn((count, i) if turned else (i, count)))
-        self.widths, self.turned = nn.Parameter(torch.rand(i) + 0.5), turned
+        self.centers = nn.Parameter(torch.randn(i, count))
+        self.widths = nn.Parameter(torch.rand(i) + 0.5)
 
     def functions(self, x):
-        centers = self.centers.T if self.turned else self.centers
-        return torch.exp(-(((x[..., None] - centers) * self.widths[:, None]) ** 2))
+        return torch.exp(-(((x[..., None] - self.centers) * self.widths[:, None]) ** 2))
 
 
 class RadialInside(Gaussians):
-    def __init__(self, i, o, count=4, turned=False):
-        super().__init__(i, count, turned)
+    def __init__(self, i, o, count=4):
+        super().__init__(i, count)
         self.table = nn.Parameter(torch.randn(o, i * count))
 
     def forward(self, x):
@@ -189,7 +188,7 @@ def test_a_layer_that_normalizes_by_the_extremes_of_all_rows(sizes):
     assert spec.locate(layer).shape == (sizes[1], sizes[0], 4)
 
 
-@pytest.mark.parametrize("make", [RadialInside, partial(RadialInside, turned=True), RadialPart])
+@pytest.mark.parametrize("make", [RadialInside, RadialPart])
 @pytest.mark.parametrize("outputs", [1, 3, 20])
 def test_centers_and_widths_that_the_outputs_share_are_no_coefficients(make, outputs):
     layer = make(5, outputs)
@@ -370,15 +369,6 @@ def test_other_modules_are_not_recognized_and_not_changed(name):
     assert find_kan_layers(nn.Sequential(module)) == []
 
     torch.testing.assert_close(module.state_dict(), state, rtol=0, atol=0)
-
-
-class Graph(Polynomials):
-    def forward(self, x, edges):
-        return super().forward(x)
-
-
-def test_a_layer_of_several_arguments_is_not_recognized():
-    assert get_kan_spec(Graph(5, 4)) is None
 
 
 class Fresh(Polynomials):
