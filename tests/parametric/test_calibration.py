@@ -185,8 +185,3 @@ def test_large_noise_is_no_misfit(family, noise):
         result = family.calibrate(residuals(data))
 
         assert abs(result.parameter - c) < 4 * result.error
-
-
-def test_a_family_without_members_is_not_calibrated(base):
-    with pytest.raises(ValueError, match="no members yet"):
-        ParametricAdapter(base, problems.terms_of).calibrate(residuals(noisy(3.0)))

@@ -242,13 +242,17 @@ def test_a_base_with_adapters_is_refused(base):
             make(model)
 
 
-def test_a_family_without_members_is_neither_evaluated_nor_saved(base, tmp_path):
-    family = make(base)
+WITHOUT_MEMBERS = {
+    "predict": lambda family, folder: family.predict(3.0),
+    "calibrate": lambda family, folder: family.calibrate(lambda model: model(problems.POINTS)),
+    "save": lambda family, folder: family.save_pretrained(folder),
+}
 
+
+@pytest.mark.parametrize("name", WITHOUT_MEMBERS)
+def test_a_family_without_members_is_refused(base, tmp_path, name):
     with pytest.raises(ValueError, match="no members yet"):
-        family.predict(3.0)
-    with pytest.raises(ValueError, match="no members yet"):
-        family.save_pretrained(tmp_path)
+        WITHOUT_MEMBERS[name](make(base), tmp_path)
 
 
 def test_a_function_that_fails_at_one_parameter_leaves_the_other_members(base):

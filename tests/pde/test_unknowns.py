@@ -158,7 +158,7 @@ def test_continuation_gives_the_parameter_before_the_constants():
 
 
 def test_under_inference_mode_and_with_the_same_seed_the_estimate_is_the_same():
-    options = {"steps": 6, "network": None, "seed": 3}
+    options = {"steps": 3, "network": None, "seed": 3}
     expected = solved(**options).unknowns["rate"]
 
     with torch.inference_mode():
