@@ -1,10 +1,11 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The derivatives of basis functions, beside those by autograd."""
+"""The derivatives of basis functions, compared with autograd."""
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
@@ -36,46 +37,71 @@ def points() -> Tensor:
     return torch.rand(7, 3, dtype=torch.float64, generator=generator) * 2.2 - 1.1
 
 
+def slopes(values: Tensor, z: Tensor) -> Tensor:
+    """Return the derivative of each function (..., functions) at its own point."""
+    if not values.requires_grad:
+        return torch.zeros_like(values)
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    return torch.stack([torch.autograd.grad(column.sum(), z, **options)[0] for column in values.unbind(-1)], -1)
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_each_derivative_is_that_of_the_one_before(name):
+def test_each_derivative_is_the_slope_of_the_previous_one(name):
     z = points().requires_grad_()
-    found = CASES[name](z, 5)
-    assert [len(CASES[name](z, highest)) for highest in range(6)] == [1, 2, 3, 4, 5, 6]
-    for lower, higher in zip(found, found[1:], strict=False):
-        assert lower.shape == higher.shape == (7, 3, lower.shape[-1])
-        for k in range(lower.shape[-1]):
-            slope = torch.zeros_like(z)
-            if lower.requires_grad:
-                (slope,) = torch.autograd.grad(
-                    lower[..., k].sum(), z, retain_graph=True, allow_unused=True, materialize_grads=True
-                )
-            torch.testing.assert_close(higher[..., k], slope, rtol=1e-9, atol=1e-9)
+
+    derivatives = CASES[name](z, 5)
+
+    for lower, higher in itertools.pairwise(derivatives):
+        assert lower.shape[:2] == (7, 3)
+        torch.testing.assert_close(higher, slopes(lower, z), rtol=1e-9, atol=1e-9)
 
 
-def test_values_of_splines():
+@pytest.mark.parametrize("highest", range(6))
+@pytest.mark.parametrize("name", CASES)
+def test_all_derivatives_up_to_the_highest_are_returned(name, highest):
+    assert len(CASES[name](points(), highest)) == highest + 1
+
+
+def test_splines_on_uniform_knots_are_the_basis_of_a_layer():
     z, order, size = points(), 3, 6
     step = 2 / size
     knots = -1 + step * torch.arange(-order, size + order + 1, dtype=torch.float64).repeat(3, 1)
-    for d, found in enumerate(functions.spline_derivatives(knots, order, z, 3)):
-        torch.testing.assert_close(found, bspline_basis(z, -1, 1, size, order, derivative=d), rtol=1e-10, atol=1e-9)
-    clamped = torch.tensor([-1.0] * 4 + [0.0] + [1.0] * 4, dtype=torch.float64).repeat(3, 1)
+
+    derivatives = functions.spline_derivatives(knots, order, z, 3)
+
+    for d, values in enumerate(derivatives):
+        expected = bspline_basis(z, -1, 1, size, order, derivative=d)
+        torch.testing.assert_close(values, expected, rtol=1e-10, atol=1e-9)
+
+
+def test_the_right_end_belongs_to_the_interval_that_is_said_to_be_the_last():
+    knots = torch.tensor([-1.0] * 4 + [0.0] + [1.0] * 4, dtype=torch.float64).repeat(3, 1)
     end = torch.ones(1, 3, dtype=torch.float64)
-    assert not functions.spline_derivatives(clamped, 3, end, 0)[0].any()
-    last = functions.spline_derivatives(clamped, 3, end, 0, torch.full((3,), 4))[0]  # the right end belongs to it
-    assert torch.equal(last, torch.eye(5, dtype=torch.float64)[4].expand(1, 3, 5))
+
+    (outside,) = functions.spline_derivatives(knots, 3, end, 0)
+    (inside,) = functions.spline_derivatives(knots, 3, end, 0, torch.full((3,), 4))
+
+    assert not outside.any()
+    assert torch.equal(inside, torch.eye(5, dtype=torch.float64)[4].expand(1, 3, 5))
 
 
-@pytest.mark.parametrize("given", [3, 4])
-def test_derivatives_that_are_not_given_are_found(given):
-    """As by users, who give what a residual of second order takes."""
-    every = CASES["quintic splines"]
-    basis, z = FunctionBasis(8, every), points().T
-    few = basis._replace(derivatives=lambda z, highest: every(z, highest)[:given])
-    for highest in (1, 5):
-        assert_same(functions.evaluate_functions(few, z, highest), functions.evaluate_functions(basis, z, highest))
+@pytest.mark.parametrize("highest", [1, 5])
+@pytest.mark.parametrize("count", [3, 4])
+def test_derivatives_that_a_user_leaves_out_are_computed(count, highest):
+    """Users give the derivatives that a residual of second order needs."""
+    derivatives = CASES["quintic splines"]
+    full = FunctionBasis(8, derivatives)
+    short = FunctionBasis(8, lambda z, highest: derivatives(z, highest)[:count])
+    z = points().T
+
+    values = functions.evaluate_functions(short, z, highest)
+
+    assert_same(values, functions.evaluate_functions(full, z, highest))
 
 
-def test_gaussians_far_away():
+def test_gaussians_far_away_are_zero():
     z = torch.tensor([[1e19], [0.0]], dtype=torch.float32)
-    for part in functions.gaussian_derivatives(CENTERS.float(), 0.4, z, 2):
-        assert not part[0].any() and part[1].isfinite().all()
+
+    for derivative in functions.gaussian_derivatives(CENTERS.float(), 0.4, z, 2):
+        assert not derivative[0].any()
+        assert derivative[1].isfinite().all()

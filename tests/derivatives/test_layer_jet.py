@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Jets of single layers, which for many points are one operation with a backward pass of its own."""
+"""Jets of single layers. For many points, a jet is one operation with its own backward pass."""
 
 from __future__ import annotations
 
@@ -17,54 +17,64 @@ from peft_lotra.kan import KAN, KANLinear, jet
 from peft_lotra.tucker import Tucker, Update
 
 
-def same_gradients(found, expected) -> None:
-    for a, e in zip(found, expected, strict=True):
-        assert (a - e).abs().max() <= 1e-9 * e.abs().max()
-
-
 @pytest.mark.parametrize("grid_size", [3, 20])
 def test_blocks_give_what_one_block_gives(monkeypatch, grid_size):
-    """Functions that are kept for the backward pass, and those that are evaluated again."""
+    """The small basis is kept for the backward pass, and the large one is evaluated again."""
     model, x = network(3, 7, 4, 2, grid_size=grid_size), points(700).requires_grad_()
+    directions = torch.ones(2, 3, dtype=torch.float64).tril()
 
     def results() -> list[Tensor]:
-        parts = jet(model, x, torch.ones(2, 3, dtype=torch.float64).tril(), collapse=True)
-        return [*parts, *torch.autograd.grad(sum(part.square().sum() for part in parts), [x, *model.parameters()])]
+        derivatives = jet(model, x, directions, collapse=True)
+        total = sum(derivative.square().sum() for derivative in derivatives)
+        return [*derivatives, *torch.autograd.grad(total, [x, *model.parameters()])]
 
-    found = results()
+    expected = results()
     monkeypatch.setattr(bases, "JET_BLOCK", 0)
-    same_gradients(found, results())
+
+    assert_same(results(), expected, 1e-9)
 
 
-def test_far_from_the_grid():
+def test_derivatives_far_from_the_grid_are_finite_and_nan_stays():
     layer = KANLinear(2, 1, dtype=torch.float64)
-    x = torch.tensor([[1e30, -1e30], [float("inf"), 0.3], [float("nan"), 0.1]], dtype=torch.float64).repeat(40, 1)
-    parts = [part.reshape(-1, 120)[:, :3] for part in jet(layer, x)]
-    assert all(part[:, 0].isfinite().all() for part in parts)
-    assert parts[0][:, 2].isnan().all()
+    x = torch.tensor([[1e30, -1e30], [float("inf"), 0.3], [float("nan"), 0.1]], dtype=torch.float64)
+
+    derivatives = [derivative.reshape(-1, 120)[:, :3] for derivative in jet(layer, x.repeat(40, 1))]
+
+    assert all(derivative[:, 0].isfinite().all() for derivative in derivatives)
+    assert derivatives[0][:, 2].isnan().all()
 
 
-def test_autograd_frees_all_that_is_kept():
-    """A loss that is kept after its backward pass, as in a list of losses, keeps its graph, but no tensors in it."""
+def graph_nodes(loss: Tensor) -> set:
+    """Return all nodes of the graph of a loss."""
+    nodes, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            stack.extend(following for following, _ in node.next_functions)
+    return nodes
+
+
+def test_autograd_frees_all_tensors_of_a_loss_that_is_kept():
+    """A loss that stays in a list keeps its graph, but no tensors in it."""
     u, _, second = jet(KAN([2, 8, 1]), torch.rand(200, 2), collapse=True)
-    nodes, found = [(u + second).sum().grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in found:
-            continue
-        found.add(node)
-        nodes += [following for following, _ in node.next_functions]
+
+    nodes = graph_nodes((u + second).sum())
+
+    assert any("LayerJet" in type(node).__name__ for node in nodes)
+    for node in nodes:
         for name, value in getattr(node, "__dict__", {}).items():
-            parts = value if isinstance(value, tuple | list) else [value]
-            assert not any(isinstance(part, Tensor) for part in parts), (type(node).__name__, name)
-    assert any("LayerJet" in type(node).__name__ for node in found)
+            values = value if isinstance(value, tuple | list) else [value]
+            assert not any(isinstance(value, Tensor) for value in values), (type(node).__name__, name)
 
 
-def test_a_grid_that_changes_before_the_backward_pass():
-    """As in the layer's own forward pass, an error, and no gradient of another grid."""
+def test_a_grid_that_changes_before_the_backward_pass_is_an_error():
+    """The forward pass of a layer raises the same error, instead of a gradient on another grid."""
     model, x = network(2, 4, 1), points(100, 2).requires_grad_()
-    loss = sum(part.square().mean() for part in jet(model, x))
+    loss = sum(derivative.square().mean() for derivative in jet(model, x))
+
     model.update_grid(x.detach())
+
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -72,19 +82,21 @@ def test_a_grid_that_changes_before_the_backward_pass():
 def test_gradients_of_several_losses_at_once_and_results_that_are_changed_in_place():
     model, x = network(2, 4, 1), points(100, 2).requires_grad_()
 
-    def total(x: Tensor, factor: float = 1.0) -> Tensor:
-        return torch.stack([part.mul_(factor).square().sum() for part in jet(model, x)])
+    def losses(x: Tensor, factor: float = 1.0) -> Tensor:
+        return torch.stack([derivative.mul_(factor).square().sum() for derivative in jet(model, x)])
 
-    expected = torch.autograd.functional.jacobian(total, x)
-    found = torch.autograd.functional.jacobian(total, x, vectorize=True)
-    assert (found - expected).abs().max() <= 1e-11 * expected.abs().max()
-    torch.testing.assert_close(torch.autograd.functional.jacobian(lambda x: total(x, 2.0), x), 4 * expected)
+    expected = torch.autograd.functional.jacobian(losses, x)
+    at_once = torch.autograd.functional.jacobian(losses, x, vectorize=True)
+    doubled = torch.autograd.functional.jacobian(lambda x: losses(x, 2.0), x)
+
+    assert_same([at_once], [expected], 1e-11)
+    torch.testing.assert_close(doubled, 4 * expected)
 
 
 WEIGHTS = [None, torch.tensor([1.0, -2.0], dtype=torch.float64)]
 
 
-def update(scale: float = 0.7) -> Update:
+def random_update(scale: float) -> Update:
     shapes = ((2, 3, 4), (5, 2), (3, 3), (9, 4))
     return Update(scale, Tucker(*(torch.randn(shape, dtype=torch.float64) for shape in shapes)))
 
@@ -100,21 +112,24 @@ def inputs(rows: int, weights: Tensor | None) -> tuple:
 def test_jet_rows_times_the_coefficients_are_the_jet(rows, degree, weights):
     (stage,) = stages_of(KANLinear(3, 4, spline_order=degree, dtype=torch.float64))
     arguments = inputs(rows, weights)
-    phi = jet_rows(stage.formula, *arguments)  # (N, S, K + 1, I)
-    found = evaluate_layer(stage.formula, *arguments)
-    parts = [part if part.dim() == 3 else part.unsqueeze(0) for part in found]
-    products = torch.einsum("nski,oki->sno", phi, stage.formula.joined())
-    torch.testing.assert_close(torch.cat(parts), products, rtol=1e-12, atol=1e-12)
+
+    basis = jet_rows(stage.formula, *arguments)  # (N, S, K + 1, I)
+
+    derivatives = [derivative.reshape(-1, rows, 4) for derivative in evaluate_layer(stage.formula, *arguments)]
+    products = torch.einsum("nski,oki->sno", basis, stage.formula.joined())
+    torch.testing.assert_close(torch.cat(derivatives), products, rtol=1e-12, atol=1e-12)
 
 
 def test_updates_are_added_to_the_coefficients():
     layer = KANLinear(3, 5, dtype=torch.float64)
-    (stage,), added = stages_of(layer), [update(), update(-2.0)]
+    (stage,) = stages_of(layer)
+    updates = random_update(0.7), random_update(-2.0)
     arguments = inputs(40, WEIGHTS[1])
+
     with torch.no_grad():
-        parts = evaluate_layer(stage.formula._replace(updates=tuple(added)), *arguments)
-        for one in added:
-            dense = one.dense()
+        derivatives = evaluate_layer(stage.formula._replace(updates=updates), *arguments)
+        for dense in [update.dense() for update in updates]:
             layer.spline_weight += dense[..., :-1]
             layer.base_weight += dense[..., -1]
-    assert_same(parts, evaluate_layer(stage.formula, *arguments))
+
+    assert_same(derivatives, evaluate_layer(stage.formula, *arguments))

@@ -19,7 +19,7 @@ def doubled(base: type[nn.Module]) -> type[nn.Module]:
 
 
 class Centered(nn.Module):
-    """Has no state, but depends on all numbers of a row."""
+    """A module without state whose outputs depend on all entries of a row."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(x - x.mean(-1, keepdim=True))
@@ -45,12 +45,15 @@ def hooked() -> nn.Module:
         lambda: network(norm="batch").train(),
     ],
 )
-def test_modules_that_are_no_chain(make):
+def test_modules_that_are_no_chain_have_no_stages(make):
     assert stages_of(make()) is None
 
 
 def test_a_subclass_without_a_forward_of_its_own_is_a_chain():
-    model, x = type("Net", (nn.Sequential,), {})(network(), type("Bend", (nn.Tanh,), {})()), points(20)
+    chain = type("Chain", (nn.Sequential,), {})
+    bend = type("Bend", (nn.Tanh,), {})
+    model, x = chain(network(), bend()), points(20)
+
     assert len(stages_of(model)) == len(stages_of(network())) + 1
     assert_same(jet(model, x), nested(model, x))
 
@@ -73,18 +76,20 @@ class Halved(nn.Module):
         return self.layer(x) / 2
 
 
-def test_registered_modules(monkeypatch):
+def halved(module: Halved) -> list:
+    (stage,) = stages_of(module.layer)
+    formula = stage.formula
+    half = formula._replace(coefficients=formula.coefficients / 2, residual=formula.residual / 2)
+    return [stage._replace(formula=half)]
+
+
+def test_registered_modules_have_closed_jets(monkeypatch):
     monkeypatch.setattr(stages, "_entries", dict(stages._entries))
-    assert stages_of(Wrapper()) is None
-    register(Wrapper, Entry(inner=lambda wrapper: wrapper.inside))
-
-    def halved(module):
-        (stage,) = stages_of(module.layer)
-        formula = stage.formula
-        half = formula._replace(coefficients=formula.coefficients / 2, residual=formula.residual / 2)
-        return [stage._replace(formula=half)]
-
-    register(Halved, Entry(halved))
     model, x = nn.Sequential(Wrapper(), Halved()), points(80)
+    assert stages_of(model) is None
+
+    register(Wrapper, Entry(inner=lambda wrapper: wrapper.inside))
+    register(Halved, Entry(halved))
+
     assert len(stages_of(model)) == 4
     assert_same(jet(model, x), nested(model, x))

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Maps of each input by itself: those of users, KnotMap and TanhBound."""
+"""KnotMap and TanhBound, which map each input separately."""
 
 from __future__ import annotations
 
@@ -24,16 +24,29 @@ def test_an_even_density_is_the_identity():
 
 
 @pytest.mark.parametrize("cells", [1, 3, 20])
-def test_knot_maps_are_monotone_onto_the_interval_and_twice_differentiable(cells):
+def test_knot_maps_are_monotone_and_keep_the_ends(cells):
     knots = uneven(cells)
-    torch.testing.assert_close(knots(torch.stack([LOW, HIGH])), torch.stack([LOW, HIGH]))
+    ends = torch.stack([LOW, HIGH])
     x = torch.linspace(-2, 6, 1001, dtype=torch.float64)[:, None].expand(-1, 2)
+
+    torch.testing.assert_close(knots(ends), ends)
     assert (knots(x).diff(dim=0) > 0).all()
-    for end in (LOW, HIGH):
-        below, above = (knots.evaluate((end + shift).unsqueeze(0), 2) for shift in (-1e-9, 1e-9))
-        for a, b in zip(below, above, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    x = LOW + (HIGH - LOW) * torch.rand(30, 2, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("end", [LOW, HIGH])
+def test_knot_maps_are_twice_differentiable_at_the_ends(end):
+    knots = uneven()
+
+    below = knots.evaluate((end - 1e-9).unsqueeze(0), 2)
+
+    torch.testing.assert_close(below, knots.evaluate((end + 1e-9).unsqueeze(0), 2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cells", [1, 3, 20])
+def test_the_inverse_of_a_knot_map(cells):
+    knots = uneven(cells)
+    x = torch.lerp(LOW, HIGH, torch.rand(30, 2, dtype=torch.float64))
+
     torch.testing.assert_close(knots.inverse(knots(x)), x)
 
 
@@ -44,26 +57,39 @@ def test_the_slope_of_a_knot_map_follows_the_density():
     torch.testing.assert_close(slope[1] / slope[0], torch.full_like(LOW, 4))
 
 
-def test_bounded_activations_stay_on_the_grids_and_have_closed_jets():
+def test_bounded_activations_stay_on_grids_that_a_refinement_does_not_extend():
     net = KAN([2, 6, 6, 1], grid_size=4, spline_order=5, grid_range=(-1, 3), norm="tanh", dtype=torch.float64)
     with torch.no_grad():
         net.layers[0].spline_weight.mul_(50)  # far beyond the grid of the next layer
     x = 4 * torch.rand(200, 2, dtype=torch.float64) - 1
-    first = net.layers[1](net.layers[0](x))
-    assert net.layers[0](x).abs().max() > 5 and first.min() >= -1 and first.max() <= 3
-    before = net(x)
+    unbounded = net.layers[0](x)
+    bounded = net.layers[1](unbounded)
+    y = net(x)
+
     refine_grid(net, 8, x)
-    assert [net.layers[i].grid_size for i in (0, 2)] == [8, 8]  # not extended
-    torch.testing.assert_close(net(x), before)
+
+    assert unbounded.abs().max() > 5
+    assert bounded.min() >= -1
+    assert bounded.max() <= 3
+    assert [net.layers[i].grid_size for i in (0, 2)] == [8, 8]
+    torch.testing.assert_close(net(x), y)
 
 
-def test_wrong_arguments():
+def test_a_bound_of_another_width_is_refused():
     with pytest.raises(ValueError, match=r"shape \(4, 3\), but TanhBound expects a last dimension of 2"):
         TanhBound(2)(torch.rand(4, 3))
-    zeros = torch.zeros(2, 4)
-    for low, high, density in ((LOW, HIGH, torch.ones(3, 4)), (HIGH, LOW, zeros + 1), (LOW, HIGH, zeros)):
-        with pytest.raises(ValueError, match=r"`density` .* must be .* below its `high`, .* above zero"):
-            KnotMap(low, high, density)
-    for ends in ((1.0, 1.0), (0.0, torch.inf)):
-        with pytest.raises(ValueError, match="`low` is"):
-            TanhBound(3, *ends)
+
+
+@pytest.mark.parametrize("ends", [(1.0, 1.0), (0.0, torch.inf)])
+def test_wrong_ends_of_a_bound_are_refused(ends):
+    with pytest.raises(ValueError, match="`low` is"):
+        TanhBound(3, *ends)
+
+
+@pytest.mark.parametrize(
+    "low, high, density",
+    [(LOW, HIGH, torch.ones(3, 4)), (HIGH, LOW, torch.ones(2, 4)), (LOW, HIGH, torch.zeros(2, 4))],
+)
+def test_wrong_knots_are_refused(low, high, density):
+    with pytest.raises(ValueError, match=r"`density` .* must be .* below its `high`, .* above zero"):
+        KnotMap(low, high, density)

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Networks that are evaluated and trained in any order: nothing that is kept between calls changes a result."""
+"""Networks are evaluated and trained in any order: memory that is reused between calls changes no result."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from peft_lotra.kan import KAN, SlimKAN
 
 
 def train(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """The gradients of a training step."""
-    loss = model(x).square().sum()
-    return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+    """Return the gradients of a training step."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return list(torch.autograd.grad(model(x).square().sum(), parameters))
 
 
 def evaluate(model: Callable, x: Tensor) -> Tensor:
@@ -30,10 +30,10 @@ def evaluate(model: Callable, x: Tensor) -> Tensor:
 
 
 def in_threads(work: Callable, count: int = 1) -> None:
-    """Runs it where nothing is kept yet."""
+    """Run the work in new threads, which have no memory yet."""
     with ThreadPoolExecutor(count) as executor:
-        for done in [executor.submit(work) for _ in range(count)]:
-            done.result()
+        for future in [executor.submit(work) for _ in range(count)]:
+            future.result()
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -53,22 +53,24 @@ def test_training_and_evaluation_under_inference_mode_in_any_order(name: str, ro
     model, x = MODELS[name](), inputs(rows)
 
     def work() -> None:
-        first = evaluate(model, x)  # the memory is allocated here
+        y = evaluate(model, x)  # allocates the memory
         gradients = train(model, x)
-        for same in (model, copy.deepcopy(model)):
-            assert torch.equal(evaluate(same, x), first)
-            assert all(map(torch.equal, train(same, x), gradients))
+        for network in (model, copy.deepcopy(model)):
+            assert torch.equal(evaluate(network, x), y)
+            torch.testing.assert_close(train(network, x), gradients, rtol=0, atol=0)
 
     in_threads(work)
 
 
 @pytest.mark.parametrize("grid_size", [5, 64])
 def test_memory_of_another_dtype_or_size_is_replaced(grid_size: int) -> None:
-    model, double = KAN([3, 8, 4], grid_size=grid_size), KAN([3, 8, 4], grid_size=grid_size).double()
+    single = KAN([3, 8, 4], grid_size=grid_size)
+    double = KAN([3, 8, 4], grid_size=grid_size).double()
+
     for rows in (200, 70, 1000):
-        for network in (model, double, model):
+        for network in (single, double, single):
             x = inputs(rows, next(network.parameters()).dtype)
-            expected = torch.cat([network(part) for part in x.split(97)])
+            expected = torch.cat([network(chunk) for chunk in x.split(97)])
             assert relative(evaluate(network, x), expected) < ROUNDING[x.dtype]
             train(network, x)
 
@@ -76,4 +78,9 @@ def test_memory_of_another_dtype_or_size_is_replaced(grid_size: int) -> None:
 def test_threads_have_memory_of_their_own() -> None:
     model, x = KAN([20, 30, 20]), inputs(2000, in_features=20)
     expected = train(model, x)
-    in_threads(lambda: [torch.testing.assert_close(train(model, x), expected) for _ in range(5)], count=4)
+
+    def work() -> None:
+        for _ in range(5):
+            torch.testing.assert_close(train(model, x), expected)
+
+    in_threads(work, count=4)

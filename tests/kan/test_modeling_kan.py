@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -25,49 +26,62 @@ def _seed():
 
 
 def moved_model(**kwargs):
-    """A model that a new one of the same configuration differs from in each tensor, grids included."""
+    """Return a model all of whose tensors, with the grids, differ from a new one of its configuration."""
     model = KANModel(KANConfig(widths=(3, 5, 2), **kwargs))
     model.kan.update_grid(2 + torch.randn(100, 3))
     return model
 
 
-def assert_same_state(one, other):
-    one, other = one.state_dict(), other.state_dict()
-    assert one.keys() == other.keys()
-    for name in one:
-        assert one[name].dtype == other[name].dtype
-        assert torch.equal(one[name], other[name]), name
+def assert_same_state(model, expected):
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
-def test_config_round_trip(tmp_path):
+def test_a_configuration_is_saved_and_loaded(tmp_path):
     config = KANConfig(widths=[4, 6, 3], grid_size=7, spline_order=2, grid_range=[0, 2], problem_type="regression")
-    assert config.widths == (4, 6, 3) and config.grid_range == (0, 2)
+
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
+
     assert type(loaded) is KANConfig
+    for name in ("widths", "grid_size", "spline_order", "grid_range", "problem_type", "id2label"):
+        assert getattr(loaded, name) == getattr(config, name)
+
+
+def test_lists_of_a_configuration_are_tuples():
+    config = KANConfig(widths=[4, 6, 3], grid_range=[0, 2])
+
+    assert config.widths == (4, 6, 3)
+    assert config.grid_range == (0, 2)
     assert KANConfig(widths=(2, 3)) == KANConfig(widths=[2, 3]) != KANConfig(widths=(2, 5, 3))
-    for field in ("widths", "grid_size", "spline_order", "grid_range", "problem_type", "id2label"):
-        assert getattr(loaded, field) == getattr(config, field)
 
 
-def test_the_labels_follow_the_last_width(tmp_path):
-    assert KANConfig(widths=(4, 3)).id2label == {i: f"LABEL_{i}" for i in range(3)}
-    config = KANConfig(widths=(4, 1), id2label={0: "name"})
-    config.save_pretrained(tmp_path)
-    assert KANConfig.from_pretrained(tmp_path).id2label == config.id2label
-    for wrong in ({"num_labels": 5}, {"id2label": dict.fromkeys(range(5), "a")}):
-        with pytest.raises(ValueError, match="`num_labels`.* is 5, .* is 3"):
-            KANConfig(widths=(4, 3), **wrong)
+def test_the_labels_follow_the_last_width():
+    assert KANConfig(widths=(4, 3)).id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+
+
+def test_names_of_labels_are_saved(tmp_path):
+    KANConfig(widths=(4, 1), id2label={0: "name"}).save_pretrained(tmp_path)
+
+    assert KANConfig.from_pretrained(tmp_path).id2label == {0: "name"}
+
+
+@pytest.mark.parametrize("labels", [{"num_labels": 5}, {"id2label": dict.fromkeys(range(5), "a")}])
+def test_another_number_of_labels_is_refused(labels):
+    with pytest.raises(ValueError, match="`num_labels`.* is 5, .* is 3"):
+        KANConfig(widths=(4, 3), **labels)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_save_and_load_are_exact(tmp_path, dtype):
-    model = moved_model().to(dtype)
+def test_a_model_is_saved_and_loaded_exactly(tmp_path, dtype):
+    model, x = moved_model().to(dtype), torch.randn(4, 3, dtype=dtype)
+
     model.save_pretrained(tmp_path)
     loaded, info = AutoModel.from_pretrained(tmp_path, dtype=dtype, output_loading_info=True)
-    assert type(loaded) is KANModel and not info["missing_keys"] and not info["unexpected_keys"]
+
+    assert type(loaded) is KANModel
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     assert_same_state(loaded, model)
-    x = torch.randn(4, 3, dtype=dtype)
     assert torch.equal(loaded(x).logits, model(x).logits)
     assert loaded(x, torch.randn(4, 2, dtype=dtype) > 0).loss.dtype == dtype
 
@@ -80,9 +94,13 @@ def test_a_missing_tensor_does_not_spoil_those_that_were_loaded(tmp_path, missin
     name = f"kan.layers.0.{missing}"
     del tensors[name]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    loaded = KANModel.from_pretrained(tmp_path)
-    for key, tensor in loaded.state_dict().items():
-        assert tensor.isfinite().all() and torch.equal(tensor, model.state_dict()[key]) == (key != name), key
+
+    state = KANModel.from_pretrained(tmp_path).state_dict()
+
+    assert state.pop(name).isfinite().all()
+    expected = model.state_dict()
+    del expected[name]
+    torch.testing.assert_close(state, expected, rtol=0, atol=0)
 
 
 LOSSES = {
@@ -92,55 +110,73 @@ LOSSES = {
 }
 
 
+def real(*shape, dtype=torch.float32):
+    return torch.randn(shape, dtype=dtype)
+
+
+def classes(*shape):
+    return torch.randint(4, shape).int()
+
+
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize(
-    "problem, outputs, labels",
+    "problem, outputs, leading, labels",
     [
-        *(("regression", 1, lambda shape=shape: torch.randn(shape)) for shape in ((6, 1), (6,))),
-        *(("single_label_classification", 4, lambda s=s: torch.randint(4, s).int()) for s in ((6,), (2, 3), ())),
-        ("multi_label_classification", 4, lambda: torch.rand(6, 4) > 0.5),
-        ("regression", 2, lambda: torch.randn(4, 6, 2, dtype=torch.float64)),
+        ("regression", 1, (6,), partial(real, 6, 1)),
+        ("regression", 1, (6,), partial(real, 6)),
+        ("regression", 2, (4, 6), partial(real, 4, 6, 2, dtype=torch.float64)),
+        ("single_label_classification", 4, (6,), partial(classes, 6)),
+        ("single_label_classification", 4, (2, 3), partial(classes, 2, 3)),
+        ("single_label_classification", 4, (), classes),
+        ("multi_label_classification", 4, (6,), lambda: torch.rand(6, 4) > 0.5),
     ],
 )
-def test_losses(problem, outputs, labels, named):
+def test_the_loss_is_that_of_the_problem(problem, outputs, leading, labels, named):
     labels = labels()
     guessed = not named and outputs != 2  # floats for several outputs need a name
     model = KANModel(KANConfig(widths=(3, outputs), problem_type=None if guessed else problem))
-    x = torch.randn(*labels.shape[: 1 if problem.startswith("multi") or outputs == 1 else 2], 3)
+    x = torch.randn(*leading, 3)
+
     output = model(x, labels=labels)
-    torch.testing.assert_close(output.loss, LOSSES[problem](output.logits, labels))
-    assert list(model(x).keys()) == ["logits"]
     loss, logits = model(x, labels, return_dict=False)
-    assert torch.equal(logits, output.logits) and torch.equal(loss, output.loss)
+
+    torch.testing.assert_close(output.loss, LOSSES[problem](output.logits, labels))
+    assert torch.equal(loss, output.loss)
+    assert torch.equal(logits, output.logits)
+    assert list(model(x).keys()) == ["logits"]
 
 
-def test_refuses_labels():
+@pytest.mark.parametrize(
+    "problem, labels, message",
+    [
+        (None, torch.randn(6, 4), "float32 for several outputs do not tell it"),
+        (None, torch.zeros(6, 1, dtype=torch.long), r"labels have shape \(6, 1\).* expects \(6,\)"),
+        ("regression", torch.randn(6), r"labels have shape \(6,\).* expects \(6, 4\)"),
+        ("ranking", torch.randn(6), "`config.problem_type` is 'ranking'"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(problem, labels, message):
     model = KANModel(KANConfig(widths=(3, 4)))
-    x = torch.randn(6, 3)
-    with pytest.raises(ValueError, match="float32 for several outputs do not tell it"):
-        model(x, labels=torch.randn(6, 4))
-    with pytest.raises(ValueError, match=r"labels have shape \(6, 1\).* expects \(6,\)"):
-        model(x, labels=torch.zeros(6, 1, dtype=torch.long))
-    model.config.problem_type = "regression"
-    with pytest.raises(ValueError, match=r"labels have shape \(6,\).* expects \(6, 4\)"):
-        model(x, labels=torch.randn(6))
-    model.config.problem_type = "ranking"
-    with pytest.raises(ValueError, match="`config.problem_type` is 'ranking'"):
-        model(x, labels=torch.randn(6))
+    model.config.problem_type = problem
+
+    with pytest.raises(ValueError, match=message):
+        model(torch.randn(6, 3), labels=labels)
 
 
-def test_trainer(tmp_path):
+def test_a_model_is_trained_evaluated_and_saved_by_the_trainer(tmp_path):
     model = KANModel(KANConfig(widths=(3, 5, 2)))
-    before, inputs = model.kan.layers[0].spline_weight.clone(), torch.randn(16, 3)
-    data = [{"inputs": x, "labels": (x[0] > 0).long()} for x in inputs]
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=8, report_to=[], use_cpu=True
-    )
+    weights = model.kan.layers[0].spline_weight.clone()
+    data = [{"inputs": x, "labels": (x[0] > 0).long()} for x in torch.randn(16, 3)]
+    options = {"max_steps": 2, "per_device_train_batch_size": 8, "report_to": [], "use_cpu": True}
+    arguments = TrainingArguments(output_dir=str(tmp_path), **options)
     trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
+
     trainer.train()
-    assert not torch.equal(model.kan.layers[0].spline_weight, before)
-    assert trainer.evaluate()["eval_loss"] > 0 and trainer.predict(data).predictions.shape == (16, 2)
     trainer.save_model(str(tmp_path / "saved"))
+
+    assert not torch.equal(model.kan.layers[0].spline_weight, weights)
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert trainer.predict(data).predictions.shape == (16, 2)
     assert_same_state(KANModel.from_pretrained(tmp_path / "saved"), model)
 
 
@@ -153,11 +189,15 @@ MODELS = [
 
 @pytest.mark.parametrize("make", MODELS)
 def test_models_name_the_public_module_and_are_copied(make):
-    assert all(hasattr(kan, name) for name in kan.__all__)
     model, x = make(), torch.rand(5, 2)
+
     assert type(model).__module__ == "peft_lotra.kan"
-    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
-        assert torch.equal(twin(x), model(x))
+    for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(copied(x), model(x))
+
+
+def test_all_public_names_exist():
+    assert all(hasattr(kan, name) for name in kan.__all__)
 
 
 @pytest.mark.parametrize("library", ["peft_lotra.kan", "peft_lotra.kan.modeling_kan"])

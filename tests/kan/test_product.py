@@ -15,7 +15,7 @@ from peft_lotra.kan.product import spline_product
 
 
 def case(order, grid_size, points, rank, dtype, in_features=7, out_features=9):
-    """Points in and around grids of different ends, a weight, and an update of rank `rank` or none."""
+    """Return points in and around different grids, a weight, and an update of rank `rank` or None."""
     generator = torch.Generator().manual_seed(order + 10 * grid_size + points)
 
     def rand(*shape):
@@ -32,7 +32,7 @@ def case(order, grid_size, points, rank, dtype, in_features=7, out_features=9):
 
 
 def reference(x, low, high, grid_size, order, weight, update):
-    """The sum as it is written, in double precision."""
+    """Evaluate the formula in double precision."""
     if update is not None:
         weight = weight + torch.einsum("or,rik->oik", *update)
     basis = bspline_basis(x.double(), low.double(), high.double(), grid_size, order)
@@ -44,33 +44,55 @@ def leaves(x, weight, update):
 
 
 def assert_close(result, expected, tolerance):
-    """Up to a share of the largest entry: slopes of float32 positions on fine grids are large, and so are errors."""
+    """Compare up to a share of the largest entry: slopes on fine grids are large, and so are their errors."""
     assert result.shape == expected.shape
     scale = expected.abs().max().clamp(min=1) if expected.numel() else 1.0
     torch.testing.assert_close(result.double() / scale, expected.double() / scale, rtol=0, atol=tolerance)
 
 
-# None to many points, for the outputs and for each other; grids on both sides of where coefficients are gathered
+# no points to many, and grids on both sides of the size where coefficients are gathered
 @pytest.mark.parametrize("order, grid_size", [*itertools.product(range(1, 6), (5, 64)), (3, 1), (4, 1), (3, 40)])
-@pytest.mark.parametrize("points, in_features", [(0, 7), (1, 7), (200, 7), (9, 40), (300, 40)])
 @pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4)])
-def test_value_and_gradients(order, grid_size, points, in_features, rank, dtype, tolerance):
-    x, *rest, weight, update = case(order, grid_size, points, rank, dtype, in_features)
+@pytest.mark.parametrize(
+    "points, in_features, dtype, tolerance",
+    [
+        (0, 7, torch.float64, 1e-12),
+        (1, 7, torch.float64, 1e-12),
+        (200, 7, torch.float64, 1e-12),
+        (9, 40, torch.float64, 1e-12),
+        (300, 40, torch.float64, 1e-12),
+        (1, 7, torch.float32, 1e-4),
+        (300, 40, torch.float32, 1e-4),
+    ],
+)
+def test_the_value_and_the_gradients_are_those_of_the_sum(
+    order, grid_size, rank, points, in_features, dtype, tolerance
+):
+    x, *grid, weight, update = case(order, grid_size, points, rank, dtype, in_features)
     tensors = leaves(x, weight, update)
-    if in_features == 40:  # of any strides
-        tensors = [tensor.detach().mT.contiguous().mT.requires_grad_() for tensor in tensors]
-        assert not any(tensor.is_contiguous() for tensor in tensors)
+    if in_features == 40:
+        tensors = [transposed(tensor) for tensor in tensors]
     x, weight, *update = tensors
-    arguments = x, *rest, weight, tuple(update) or None
-    y, expected = spline_product(*arguments), reference(*arguments)
-    direction = torch.randn_like(y)
+    arguments = x, *grid, weight, tuple(update) or None
+    expected = reference(*arguments)
+    direction = torch.randn(expected.shape, dtype=dtype)
+    expected_gradients = torch.autograd.grad(expected, tensors, direction.double())
+
+    y = spline_product(*arguments)
     gradients = torch.autograd.grad(y, tensors, direction, retain_graph=True)
-    differentiable = torch.autograd.grad(y, tensors, direction, create_graph=True)
-    true = torch.autograd.grad(expected, tensors, direction.double())
+    differentiable_gradients = torch.autograd.grad(y, tensors, direction, create_graph=True)
+
     assert y.dtype == dtype
-    for result in [(y, expected), *zip(gradients, true, strict=True), *zip(differentiable, true, strict=True)]:
-        assert_close(*result, tolerance)
+    assert_close(y, expected, tolerance)
+    for pair in zip(gradients + differentiable_gradients, 2 * expected_gradients, strict=True):
+        assert_close(*pair, tolerance)
+
+
+def transposed(tensor):
+    """Return the tensor with other strides."""
+    strided = tensor.detach().mT.contiguous().mT.requires_grad_()
+    assert not strided.is_contiguous()
+    return strided
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1,), (0, 1), (2,), (3,), (1, 2, 3)])
@@ -81,7 +103,9 @@ def test_what_needs_no_gradient_gets_none(grid_size, frozen):
     expected = torch.autograd.grad(reference(*arguments).sum(), tensors)
     for index in frozen:
         tensors[index].requires_grad_(False)
+
     spline_product(*arguments).sum().backward()
+
     for index, (tensor, gradient) in enumerate(zip(tensors, expected, strict=True)):
         if index in frozen:
             assert tensor.grad is None
@@ -94,42 +118,66 @@ def test_double_backward():
     assert gradgradcheck(lambda x, w, *update: spline_product(x, *ends, w, update), leaves(x, weight, update))
 
 
-def test_torch_func_and_forward_mode():
-    x, *ends, weight, update = case(3, 5, 6, 2, torch.float64)
-    x, weight, update = x.detach(), weight.detach(), tuple(part.detach() for part in update)
+@pytest.fixture
+def product():
+    """Points, the product as a function of rows, and its values."""
+    x, *grid, weight, update = case(3, 5, 6, 2, torch.float64)
+    arguments = *grid, weight.detach(), tuple(factor.detach() for factor in update)
+    return x.detach(), lambda x: spline_product(x, *arguments), reference(x, *arguments).detach()
 
-    def row(x):
-        return spline_product(x.unsqueeze(0), *ends, weight, update).squeeze(0)
 
-    torch.testing.assert_close(torch.vmap(row)(x), reference(x, *ends, weight, update))
-    jacobian = torch.vmap(torch.func.jacrev(row))(x)
-    torch.testing.assert_close(torch.vmap(torch.func.jacfwd(row))(x), jacobian)
-    twice = torch.vmap(torch.func.jacfwd(torch.func.jacfwd(row)))(x)
-    expected = torch.vmap(torch.func.jacrev(torch.func.jacrev(row)))(x)
-    assert expected.abs().max() > 1
-    torch.testing.assert_close(twice, expected)
+def of_one_row(function):
+    return lambda row: function(row.unsqueeze(0)).squeeze(0)
+
+
+def test_forward_and_reverse_transforms_agree(product):
+    x, function, expected = product
+    row = of_one_row(function)
+
+    second = torch.vmap(torch.func.jacfwd(torch.func.jacfwd(row)))(x)
+
+    torch.testing.assert_close(torch.vmap(row)(x), expected)
+    torch.testing.assert_close(torch.vmap(torch.func.jacfwd(row))(x), torch.vmap(torch.func.jacrev(row))(x))
+    expected_second = torch.vmap(torch.func.jacrev(torch.func.jacrev(row)))(x)
+    assert expected_second.abs().max() > 1
+    torch.testing.assert_close(second, expected_second)
+
+
+def test_dual_numbers_have_the_slope_along_the_tangent(product):
+    x, function, _ = product
     tangent = torch.randn_like(x)
+    jacobian = torch.vmap(torch.func.jacrev(of_one_row(function)))(x)
+
     with torch.autograd.forward_ad.dual_level():
-        y = spline_product(torch.autograd.forward_ad.make_dual(x, tangent), *ends, weight, update)
-        derivative = torch.autograd.forward_ad.unpack_dual(y).tangent
-    torch.testing.assert_close(derivative, torch.einsum("noi,ni->no", jacobian, tangent))
+        y = function(torch.autograd.forward_ad.make_dual(x, tangent))
+        slope = torch.autograd.forward_ad.unpack_dual(y).tangent
+
+    torch.testing.assert_close(slope, torch.einsum("noi,ni->no", jacobian, tangent))
 
 
 @pytest.mark.parametrize("grid_size", [5, 40])
 def test_several_gradients_at_once(grid_size):
-    x, *ends, weight, update = case(3, grid_size, 100, 2, torch.float32)
+    x, *grid, weight, update = case(3, grid_size, 100, 2, torch.float32)
     tensors = leaves(x, weight, update)
-    y = spline_product(x, *ends, weight, update).sum(0)
-    together = torch.autograd.grad(y, tensors, torch.eye(len(y)), retain_graph=True, is_grads_batched=True)
+    y = spline_product(x, *grid, weight, update).sum(0)
+
+    batched = torch.autograd.grad(y, tensors, torch.eye(len(y)), retain_graph=True, is_grads_batched=True)
+
     for index, value in enumerate(y):
-        apart = torch.autograd.grad(value, tensors, retain_graph=True)
-        for gradients, gradient in zip(together, apart, strict=True):
+        expected = torch.autograd.grad(value, tensors, retain_graph=True)
+        for gradients, gradient in zip(batched, expected, strict=True):
             assert_close(gradients[index], gradient, 1e-4)
 
 
-def test_nothing_of_the_size_of_the_basis_is_kept():
+def test_nothing_of_the_size_of_the_basis_is_saved_for_the_backward_pass():
     layer, x = KANLinear(50, 40), torch.rand(300, 50, requires_grad=True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
+    sizes = []
+
+    def pack(tensor):
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(x)
-    assert max(kept) <= max(x.numel(), layer.spline_weight.numel())
+
+    assert max(sizes) <= max(x.numel(), layer.spline_weight.numel())

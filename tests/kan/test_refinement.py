@@ -24,7 +24,7 @@ def kan(*widths: int, **kwargs) -> KAN:
 
 
 def wide(model: nn.Module) -> nn.Module:
-    """Splines that are large beside the residual branch."""
+    """Make the splines large compared with the residual branch."""
     with torch.no_grad():
         for layer in model.layers:
             layer.spline_weight.mul_(5)
@@ -32,7 +32,7 @@ def wide(model: nn.Module) -> nn.Module:
 
 
 def inside(model: KAN, x: Tensor) -> KAN:
-    """The model with inner grids that contain all activations."""
+    """Extend inner grids so that they contain all activations."""
     with torch.no_grad():
         for layer in model.layers:
             layer.grid_bounds.copy_(torch.stack([x.amin(0) - 0.1, x.amax(0) + 0.1], -1))
@@ -45,99 +45,135 @@ def inside(model: KAN, x: Tensor) -> KAN:
 def test_a_multiple_keeps_values_and_derivatives(order, factor):
     x = inputs()
     model = inside(wide(kan(spline_order=order)), x)
-    before = jet(model, x)
+    derivatives = jet(model, x)
+
     report = refine_grid(model, 6 * factor)
+
     assert [layer.grid_size for layer in model.layers] == [6 * factor] * 3
     assert max(report.errors.values()) < 1e-12
-    torch.testing.assert_close(model(x), before[0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(model(x), derivatives[0], rtol=1e-10, atol=1e-12)
     if order > 2:
-        assert_same(jet(model, x), before, 1e-8)
+        assert_same(jet(model, x), derivatives, 1e-8)
 
 
-@pytest.mark.parametrize("samples", [False, True])
-def test_slim_networks(samples):
-    x = inputs(scale=1.3)
+@pytest.mark.parametrize("with_samples, grid_size", [(False, 10), (True, 14)])
+def test_slim_networks_keep_their_values(with_samples, grid_size):
+    """Samples outside of the grid add intervals on each side."""
+    x = inputs(scale=1.3 if with_samples else 1.0)
     model = SlimKAN([2, 6, 1], (4, 2, 3), grid_size=5, dtype=torch.float64)
-    if not samples:
-        x = inputs()
-        with torch.no_grad():
-            model.layers[1].grid_bounds.copy_(torch.tensor([-9.0, 9.0]))
-    before = model(x)
-    refine_grid(model, 10, x if samples else None)
-    assert model.layers[0].grid_size == (14 if samples else 10)  # an interval on each side
-    torch.testing.assert_close(model(x), before, rtol=1e-10, atol=1e-12)
+    if not with_samples:
+        model.layers[1].grid_bounds.copy_(torch.tensor([-9.0, 9.0]))
+    y = model(x)
+
+    refine_grid(model, 10, x if with_samples else None)
+
+    assert model.layers[0].grid_size == grid_size
+    torch.testing.assert_close(model(x), y, rtol=1e-10, atol=1e-12)
+
+
+def test_slim_networks_have_no_density():
+    model = SlimKAN([2, 6, 1], (4, 2, 3), grid_size=5, dtype=torch.float64)
+
     with pytest.raises(ValueError, match="`density` needs a dense KAN layer"):
         refine_grid(model, 20, density=torch.ones(2, 4))
 
 
 @pytest.mark.parametrize("order", [2, 3])
-def test_where_activations_leave_the_grid(order):
-    """At half an interval beyond the ends and farther, with derivatives, and beyond the splines' supports."""
+def test_samples_extend_the_grids_to_where_activations_leave_them(order):
+    """The function is kept half an interval beyond the ends, farther out, and beyond the supports of the splines."""
     x = inputs(400, 1.3)
     model = wide(wide(kan(spline_order=order)))
-    before = jet(model, x)
-    plain = copy.deepcopy(model)
+    derivatives = jet(model, x)
+
     report = refine_grid(model, 12, x)
+
     assert max(report.errors.values()) < 1e-11
-    sizes = [layer.grid_size for layer in model.layers]
-    assert sizes[0] == 16 and all(size in range(12, 25, 2) for size in sizes)  # an interval on each side of the first
-    assert_same(jet(model, x), before, 1e-8)
-    refine_grid(plain, 12)
-    assert (plain(x) - before[0]).abs().max() > 1e-3 * before[0].abs().max()
+    first, *later = [layer.grid_size for layer in model.layers]
+    assert first == 16  # an interval on each side
+    assert all(size in range(12, 25, 2) for size in later)
+    assert_same(jet(model, x), derivatives, 1e-8)
 
 
-def test_knots_where_the_function_is_steep():
-    """At equal size, a shock is fitted far better by dense knots; the function is kept when they are moved there."""
+def test_without_samples_values_outside_of_the_grids_change():
+    x = inputs(400, 1.3)
+    model = wide(wide(kan()))
+    y = model(x)
+
+    refine_grid(model, 12)
+
+    assert (model(x) - y).abs().max() > 1e-3 * y.abs().max()
+
+
+def shock(x: Tensor) -> Tensor:
+    return torch.tanh(x / 0.02)
+
+
+def shock_error(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x) - shock(x)
+
+
+def test_dense_knots_fit_a_shock_far_better_than_even_ones_and_a_later_map_keeps_the_fit():
     x = torch.linspace(-1, 1, 400, dtype=torch.float64)[:, None]
-    y = torch.tanh(x / 0.02)
-
-    def fit(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return model(x) - y
-
-    def error(model: nn.Module) -> float:
-        return (model(x) - y).square().mean().sqrt().item()
-
     density = 1 + 60 * torch.exp(-((torch.linspace(-1, 1, 64).double() / 0.08) ** 2))[None]
     even, uneven = KAN([1, 1], 24, dtype=torch.float64), KAN([1, 1], 24, dtype=torch.float64)
+
+    def error(model: nn.Module) -> float:
+        return shock_error(model, x).square().mean().sqrt().item()
+
     refine_grid(uneven, 24, density=density, tolerance=0.5)
-    assert isinstance(uneven.layers[0], KnotMap)
     for model in (even, uneven):
-        LevenbergMarquardt(model, 1e-6).fit([(fit, (x, y))], 3, progress=False)
+        LevenbergMarquardt(model, 1e-6).fit([(shock_error, x)], 3, progress=False)
+
+    assert isinstance(uneven.layers[0], KnotMap)
     assert error(uneven) < 0.05 * error(even)
-    # once more: the map is replaced, and the fit kept
     refine_grid(uneven, 60, density=density.sqrt(), tolerance=0.05)
-    assert len(uneven.layers) == 2 and error(uneven) < 0.02
+    assert len(uneven.layers) == 2  # the map is replaced
+    assert error(uneven) < 0.02
     assert_same(jet(uneven, x), nested(uneven, x), 1e-9)
 
 
 def test_what_is_frozen_the_mode_and_hooks_are_kept():
-    calls, model = [], kan().eval()
+    model = kan().eval()
     model.layers[1].base_weight.requires_grad_(False)
+    calls = []
     model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+
     with torch.inference_mode():
         refine_grid(model, 12)
     model(inputs(3)).sum().backward()
-    assert calls == [1] and not any(part.training for part in model.layers)
-    assert not model.layers[1].base_weight.requires_grad and model.layers[1].spline_weight.grad.any()
+
+    assert calls == [1]
+    assert not any(layer.training for layer in model.layers)
+    assert not model.layers[1].base_weight.requires_grad
+    assert model.layers[1].spline_weight.grad.any()
 
 
-def test_normalizations_between_layers():
+def test_a_normalization_is_refined_in_evaluation_mode_only():
     x = inputs()
     model = KAN([2, 5, 1], grid_size=6, norm="batch", dtype=torch.float64)
     model(x)
     with pytest.raises(ValueError, match="`layers.1`, BatchNorm, cannot be refined"):
         refine_grid(model, 12)
-    before = model.eval()(x)
+    y = model.eval()(x)
+
     refine_grid(model, 30, x)
-    torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-3)
+
+    torch.testing.assert_close(model(x), y, rtol=1e-3, atol=1e-3)
 
 
 def test_a_transformers_model_is_saved_with_its_grid(tmp_path):
     model, x = KANModel(KANConfig(widths=[2, 4, 1], grid_size=5)), torch.rand(20, 2)
     refine_grid(model.kan, 10)
+
     model.save_pretrained(tmp_path)
+
     assert torch.equal(KANModel.from_pretrained(tmp_path)(x).logits, model(x).logits)
+
+
+def test_a_transformers_model_with_a_knot_map_is_not_saved(tmp_path):
+    model = KANModel(KANConfig(widths=[2, 4, 1], grid_size=5))
     refine_grid(model.kan, 10, density=torch.ones(2, 4))
+
     with pytest.raises(ValueError, match="a KnotMap is before one"):
         model.save_pretrained(tmp_path)
 
@@ -161,14 +197,15 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_layers_that_would_lose_a_part(change):
-    """The layer on the new grid was another function, without a word."""
+def test_layers_that_would_become_another_function_are_refused(change):
     model = KAN([2, 2, 2])
     CHANGES[change](model)
-    before = list(model.layers)
+    layers = list(model.layers)
+
     with pytest.raises(ValueError, match="`layers.0`, .* cannot be refined"):
         refine_grid(model, 10)
-    assert list(model.layers) == before
+
+    assert list(model.layers) == layers
 
 
 X = inputs()
@@ -188,7 +225,9 @@ REFUSED = {
 @pytest.mark.parametrize("message", REFUSED)
 def test_refusals_change_nothing(message):
     model = wide(kan())
-    before = copy.deepcopy(model.state_dict())
+    state = copy.deepcopy(model.state_dict())
+
     with pytest.raises((TypeError, ValueError), match=message):
         REFUSED[message](model)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)

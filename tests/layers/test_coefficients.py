@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Where a layer keeps its coefficients: reading, writing and parts, in every layout."""
+"""Reading and writing the coefficients of a layer in every layout."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ from peft_lotra.layers.layout import parse_layout
 
 
 def module(**shapes):
-    """A module with parameters of these shapes; a list of shapes makes a ParameterList, a dict a submodule."""
+    """Return a module with parameters of these shapes; a list of shapes makes a ParameterList, a dict a submodule."""
     result = nn.Module()
     for name, shape in shapes.items():
-        if isinstance(shape, dict):
-            result.add_module(name, module(**shape))
-        elif isinstance(shape, list):
-            made = [module(**s) if isinstance(s, dict) else nn.Parameter(torch.randn(s)) for s in shape]
-            result.add_module(name, (nn.ModuleList if isinstance(shape[0], dict) else nn.ParameterList)(made))
-        else:
-            result.register_parameter(name, nn.Parameter(torch.randn(shape)))
+        setattr(result, name, part(shape))
     return result
+
+
+def part(shape):
+    if isinstance(shape, dict):
+        return module(**shape)
+    if isinstance(shape, tuple):
+        return nn.Parameter(torch.randn(shape))
+    members = [part(member) for member in shape]
+    return nn.ModuleList(members) if isinstance(members[0], nn.Module) else nn.ParameterList(members)
 
 
 # what is stored, its description, the canonical shape
@@ -82,44 +85,62 @@ DESCRIBED = {
 def described(request):
     shapes, description, shape = DESCRIBED[request.param]
     layer = module(**shapes)
-    return layer, KANLayerSpec("mine", nn.Module, **description).locate(layer), shape, "residual" in request.param
+    tensor = KANLayerSpec("mine", nn.Module, **description).locate(layer)
+    return layer, tensor, shape, "residual" in request.param
 
 
-def test_the_canonical_shape_of_a_description(described):
+def test_the_canonical_tensor_has_each_parameter_once_and_zeros(described):
     layer, tensor, shape, residual = described
-    assert tensor.shape == shape and tensor.has_residual == residual
+
     whole = tensor.read(layer)
+
+    assert tensor.shape == shape
+    assert tensor.has_residual == residual
     assert whole.shape == (*shape[:2], shape[2] + residual, *shape[3:])
-    # each number of the layer appears once, the rest is filled up with zeros
-    stored = torch.cat([p.flatten() for p in layer.parameters()])
+    stored = torch.cat([parameter.flatten() for parameter in layer.parameters()])
     assert torch.equal(whole[whole != 0].sort().values, stored.sort().values)
     assert set(tensor.parameters) == {name for name, _ in layer.named_parameters()}
     assert set(tensor.names) == {name for name in tensor.parameters if not name.startswith("base")}
 
 
-def test_a_round_trip_is_exact_bit_for_bit(described):
-    layer, tensor, shape, residual = described
-    parts = tensor.split(tensor.read(layer))
-    assert {*parts} == {*tensor.parameters}
-    for name, part in parts.items():
-        assert torch.equal(part, layer.get_parameter(name)) and part.shape == layer.get_parameter(name).shape
-    # what is written into the padding is not written back
-    update = torch.randn_like(tensor.read(layer))
+def test_splitting_what_was_read_gives_the_parameters(described):
+    layer, tensor, *_ = described
+
+    parameters = tensor.split(tensor.read(layer))
+
+    torch.testing.assert_close(parameters, dict(layer.named_parameters()), rtol=0, atol=0)
+
+
+def test_what_is_written_into_the_padding_is_lost(described):
+    layer, tensor, *_ = described
+    whole = tensor.read(layer)
+    update = torch.randn_like(whole)
+
     written = tensor.join(list(tensor.split(update).values()))
-    assert torch.equal(written, update.where(tensor.read(layer) != 0, 0))
-    coefficients, own_residual = tensor.read_parts(layer)
-    assert torch.equal(coefficients, tensor.read(layer)[:, :, : shape[2]])
-    assert torch.equal(own_residual, tensor.read(layer)[:, :, -1]) if residual else own_residual is None
-    assert {*tensor.split(torch.ones(shape))} == {*tensor.names}  # without the residual slice
+
+    assert torch.equal(written, update.where(whole != 0, 0))
+
+
+def test_coefficients_and_residual_are_slices_of_the_whole(described):
+    layer, tensor, shape, residual = described
+    whole = tensor.read(layer)
+
+    coefficients, weights = tensor.read_parts(layer)
+
+    assert torch.equal(coefficients, whole[:, :, : shape[2]])
+    assert torch.equal(weights, whole[:, :, -1]) if residual else weights is None
+    assert set(tensor.split(torch.ones(shape))) == set(tensor.names)  # without the residual slice
 
 
 def test_gradients_flow_both_ways(described):
     layer, tensor, *_ = described
     update = torch.randn(tensor.read(layer).shape, requires_grad=True)
-    sum(part.sum() for part in tensor.split(update).values()).backward()
-    assert torch.equal(update.grad, (tensor.read(layer) != 0).float())
+
+    sum(parameter.sum() for parameter in tensor.split(update).values()).backward()
     tensor.read(layer).sum().backward()
-    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in layer.parameters())
+
+    assert torch.equal(update.grad, (tensor.read(layer) != 0).float())
+    assert all((parameter.grad == 1).all() for parameter in layer.parameters())
 
 
 @pytest.mark.parametrize(
@@ -131,12 +152,15 @@ def test_gradients_flow_both_ways(described):
     ],
 )
 def test_elements_land_where_the_pattern_says(pattern, stored, read, roles):
-    sizes = dict(zip("goktihw", (2, 4, 5, 2, 3, 2, 3), strict=True))
-    values = torch.arange(720.0)[: math.prod(sizes[axis] for axis in stored)].view([sizes[axis] for axis in stored])
+    lengths = {"g": 2, "o": 4, "k": 5, "t": 2, "i": 3, "h": 2, "w": 3}
+    shape = [lengths[axis] for axis in stored]
+    values = torch.arange(float(math.prod(shape))).view(shape)
     layer = nn.Module()
     layer.w = nn.Parameter(values.flatten(2, 3) if "(" in pattern else values)
-    found = KANLayerSpec("mine", nn.Module, ("w", pattern), **roles).locate(layer).read(layer)
-    assert torch.equal(found, torch.einsum(f"{stored}->{read}", values).reshape(found.shape))
+
+    whole = KANLayerSpec("mine", nn.Module, ("w", pattern), **roles).locate(layer).read(layer)
+
+    assert torch.equal(whole, torch.einsum(f"{stored}->{read}", values).reshape(whole.shape))
 
 
 @pytest.mark.parametrize(
@@ -147,29 +171,34 @@ def test_elements_land_where_the_pattern_says(pattern, stored, read, roles):
         (("o i m ...", (4, 3, 2, 2, 2)), ("() o i ()", (1, 4, 3, 1)), {}, (3,)),
     ],
 )
-def test_a_part_that_is_shared(first, second, roles, dims):
+def test_a_shared_parameter_is_repeated_and_gets_the_mean_of_its_updates(first, second, roles, dims):
+    """The mean is the update whose repetition is nearest to what each edge would have."""
     layer = module(a=first[1], b=second[1])
-    parts = [("a", first[0]), ("b", second[0])]
-    tensor = KANLayerSpec("mine", nn.Module, parts, **roles).locate(layer)
+    tensor = KANLayerSpec("mine", nn.Module, [("a", first[0]), ("b", second[0])], **roles).locate(layer)
     whole = tensor.read(layer)
-    own = whole[:, :, 2:]
-    mean = own.mean(dims, keepdim=True)
-    torch.testing.assert_close(own, mean.expand_as(own))  # one value for all that share it
-    torch.testing.assert_close(mean.flatten(), layer.b.flatten())
-    # an update of the parameter is the one whose repetition is nearest to what each edge would have: the mean
     update = torch.randn(whole.shape)
+
+    repeated = whole[:, :, 2:]
+    mean = repeated.mean(dims, keepdim=True)
+
+    torch.testing.assert_close(repeated, mean.expand_as(repeated))
+    torch.testing.assert_close(mean.flatten(), layer.b.flatten())
     torch.testing.assert_close(tensor.split(update)["b"].flatten(), update[:, :, 2:].mean(dims).flatten())
 
 
-def test_members_keep_their_place():
+def test_layers_in_one_module_are_blocks_of_the_whole():
     layer = module(weights=[(2, 3, 5), (1, 2, 4)])
+
     whole = KANLayerSpec("mine", nn.Module, ("weights.*", "o i k")).locate(layer).read(layer)
-    assert torch.equal(whole[:2], layer.weights[0]) and torch.equal(whole[2:, :2, :4], layer.weights[1])
-    assert not whole[2, 2].any() and not whole[2, :, 4].any()
+
+    assert torch.equal(whole[:2], layer.weights[0])
+    assert torch.equal(whole[2:, :2, :4], layer.weights[1])
+    assert not whole[2, 2].any()
+    assert not whole[2, :, 4].any()
 
 
 @pytest.mark.parametrize(
-    "shapes, coefficients, parts",
+    "shapes, coefficients, words",
     [
         ({"a": [(2, 3, 5)], "b": [(2, 3), (2, 3)]}, [("a.*", "o i k"), ("b.*", "o i")], ["'a.*': 1, 'b.*': 2"]),
         ({"a": (2, 3)}, ("b.*", "o i k"), ["'b.*': 0"]),
@@ -181,20 +210,21 @@ def test_members_keep_their_place():
         ({"a": (4, 18)}, ("a", "o ((i k) + i)"), ["(4, 18), with {}", "by `axes`"]),
     ],
 )
-def test_what_does_not_fit_together(shapes, coefficients, parts):
+def test_what_does_not_fit_together_is_named(shapes, coefficients, words):
     with pytest.raises(ValueError) as error:
         KANLayerSpec("mine", nn.Module, coefficients, axes={"z": 4}).locate(module(**shapes))
-    for part in ("Module was recognized as a KAN layer of the kind 'mine'", *parts):
-        assert part in str(error.value)
+
+    for word in ("Module was recognized as a KAN layer of the kind 'mine'", *words):
+        assert word in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "pattern, groups, shape, given, expected",
+    "pattern, groups, shape, lengths, expected",
     [
         ("o ((i k) + i)", "", (4, 12), {"k": 3}, {"o": 4, "i": 3, "k": 3}),
         ("o ((i k) + i)", "", (4, 12), {"i": 3}, {"o": 4, "i": 3, "k": 3}),
         ("(g o) ((i k) + i)", "g", (6, 12), {"i": 3, "g": 2}, {"g": 2, "o": 3, "i": 3, "k": 3}),
     ],
 )
-def test_an_unknown_length_counts_in_both_packed_blocks(pattern, groups, shape, given, expected):
-    assert parse_layout(pattern, groups).axis_lengths(shape, given) == expected
+def test_an_unknown_length_counts_in_both_packed_blocks(pattern, groups, shape, lengths, expected):
+    assert parse_layout(pattern, groups).axis_lengths(shape, lengths) == expected

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Descriptions and layers: a user's must agree, that of a known kind follows the layer, and nothing is changed."""
+"""A user's description must agree with the layer; the description of a known kind follows the layer."""
 
 from __future__ import annotations
 
@@ -30,14 +30,17 @@ def pattern_of(layer):
     return next(iter(get_kan_spec(layer).locate(layer).parameters.values())).pattern
 
 
-# A layer of a built-in kind by its names, that stores (out, in) the other way
+# A layer with the names of a built-in kind and another order of (out, in)
 
 
 @pytest.mark.parametrize("sizes", [(3, 4), (4, 4), (2, 2), (4, 3), (1, 3), (3, 1)])
 def test_a_chebykan_of_the_other_order_is_read_in_its_order(sizes, tmp_path):
     model = as_model(OtherCheby(*sizes))
-    (found,) = find_kan_layers(model)
-    assert (found.family, found.shape) == ("generic", (*sizes[::-1], 5)) and pattern_of(model.kan) == "o i k"
+
+    (row,) = find_kan_layers(model)
+
+    assert (row.family, row.shape) == ("generic", (*sizes[::-1], 5))
+    assert pattern_of(model.kan) == "o i k"
     saved_and_merged(lambda: copy.deepcopy(model), inputs(in_features=sizes[0]), tmp_path)
 
 
@@ -45,31 +48,35 @@ def test_a_chebykan_of_the_other_order_is_read_in_its_order(sizes, tmp_path):
 @pytest.mark.parametrize(
     "context", [torch.enable_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
 )
-def test_in_any_precision_and_context(dtype, context):
+def test_the_order_is_recognized_in_any_precision_and_context(dtype, context):
     with context():
         assert pattern_of(OtherCheby(4, 4).to(dtype)) == "o i k"
 
 
 def test_layers_of_one_kind_are_run_once():
-    ran = []
-
     class Counted(OtherCheby):
+        runs = 0
+
         def forward(self, x):
-            ran.append(1)
+            Counted.runs += 1
             return super().forward(x)
 
-    counts = [0]
-    for layers in ([Counted(4, 4) for _ in range(50)], [Counted(4, 4)], [Counted(4, 5)]):
+    def runs_after(*layers):
         assert len(find_kan_layers(nn.Sequential(*layers))) == len(layers)
-        counts.append(len(ran))
-    assert counts[0] < counts[1] == counts[2] < counts[3]  # another shape is another kind
+        return Counted.runs
+
+    first = runs_after(*[Counted(4, 4) for _ in range(50)])
+
+    assert first > 0
+    assert runs_after(Counted(4, 4)) == first
+    assert runs_after(Counted(4, 5)) > first  # another shape is another kind
 
 
 # A layer of a known kind that no longer uses all of its parameters
 
 
 class Copy(OldEfficientKANLayer):
-    """A layer of efficient-kan, whose parameters are not all used."""
+    """A layer of efficient-kan that uses some of its parameters."""
 
     def __init__(self, i, o, uses=("base", "scale")):
         super().__init__(i, o)
@@ -87,13 +94,15 @@ def test_parameters_that_a_copy_no_longer_uses_are_left_out(uses, tmp_path):
         torch.manual_seed(0)
         return nn.Sequential(Copy(4, 5, uses), Copy(5, 2, uses))
 
-    expected = {"spline_weight", *(["base_weight"] if "base" in uses else [])}
+    used = {"spline_weight", "base_weight"} if "base" in uses else {"spline_weight"}
     spec = get_kan_spec(build()[0])
-    assert set(spec.locate(build()[0]).parameters) == expected
-    assert spec.family == ("efficient-kan" if "base" in uses else "generic")
+
     merged = saved_and_merged(build, torch.rand(8, 4), tmp_path)
+
+    assert set(spec.locate(build()[0]).parameters) == used
+    assert spec.family == ("efficient-kan" if "base" in uses else "generic")
     assert type(merged[0]) is Copy
-    for name in {"base_weight", "spline_scaler"} - expected:
+    for name in {"base_weight", "spline_scaler"} - used:
         assert torch.equal(merged[0].get_parameter(name), build()[0].get_parameter(name))
 
 
@@ -118,35 +127,48 @@ NORMS = [
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("norms", NORMS)
 def test_only_the_order_in_which_it_is_stored_is_verified(norms, order):
-    layer = Layer(5, 5, 5, order, **norms)  # where no size gives it away
-    for other in ORDERS:
-        register(layer, other)
+    layer = Layer(5, 5, 5, order, **norms)  # all axes have one length
+
+    for described in ORDERS:
+        register(layer, described)
         report = check_kan_layer(layer)
-        assert (report.axes == AS_DESCRIBED) == (other == order)
-        assert report.contradiction.endswith(f"its gradients are those of {order!r}") == (other != order)
-    register(layer, f"{order[2:]} {order[0]}")  # the outputs elsewhere
+        assert (report.axes == AS_DESCRIBED) == (described == order)
+        assert report.contradiction.endswith(f"its gradients are those of {order!r}") == (described != order)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_another_order_is_refused_by_an_adapter(order):
+    layer = Layer(5, 5, 5, order)
+    register(layer, f"{order[2:]} {order[0]}")
+
     with pytest.raises(ValueError, match=f"not laid out as .*, its gradients are those of {order!r}"):
         adapt(as_model(layer))
 
 
 class NormedPair(OldEfficientKANLayer):
-    """The norm of two outputs is constant but for rounding, and tells nothing of the sum."""
+    """A layer whose two normalized outputs are constant up to rounding, so that gradients tell nothing."""
 
     def forward(self, x):
         return nn.functional.layer_norm(super().forward(x), (2,))
 
 
-def test_a_layer_that_mixes_inputs_or_outputs_contradicts_nothing():
+def test_a_layer_that_mixes_inputs_contradicts_nothing():
     layer = Layer(5, 4, 5, before=nn.Linear(5, 5))
     register(layer, "o i k")
+
     assert check_kan_layer(layer).axes == "outputs as described, inputs mixed by the layer, or not as described"
-    assert "not checked" in check_kan_layer(pair := NormedPair(4, 2)).axes
-    for each in (layer, pair):
-        adapt(as_model(each))
+    adapt(as_model(layer))
+
+
+def test_a_layer_with_constant_outputs_is_not_checked():
+    layer = NormedPair(4, 2)
+
+    assert "not checked" in check_kan_layer(layer).axes
+    adapt(as_model(layer))
 
 
 class Named(Layer):
-    """A layer with residual weights, and weights of no use."""
+    """A layer with residual weights and unused weights."""
 
     def __init__(self):
         super().__init__(3, 4, residual="oi")
@@ -169,25 +191,34 @@ class Named(Layer):
     ],
 )
 def test_a_contradiction_is_refused_by_name(layer, right, wrong, words):
-    described = {"coefficients": right, "axes": {"i": 4} if isinstance(layer, Flat) else None}
-    register_kan_layer("mine", matches=type(layer), **{**described, **wrong})
-    before, model = copy.deepcopy(layer.state_dict()), as_model(layer)
+    description = {"coefficients": right, "axes": {"i": 4} if isinstance(layer, Flat) else None}
+    register_kan_layer("mine", matches=type(layer), **{**description, **wrong})
+    state, model = copy.deepcopy(layer.state_dict()), as_model(layer)
+
     with pytest.raises(ValueError, match=words) as error:
         adapt(model)
-    assert type(layer).__name__ in str(error.value) and "'mine'" in str(error.value)
-    assert model.kan is layer and all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
-    register_kan_layer("mine", matches=type(layer), **described)
+
+    assert type(layer).__name__ in str(error.value)
+    assert "'mine'" in str(error.value)
+    assert model.kan is layer
+    torch.testing.assert_close(layer.state_dict(), state, rtol=0, atol=0)
+    register_kan_layer("mine", matches=type(layer), **description)
     adapt(model)
 
 
 def test_a_layer_that_is_not_linear_takes_the_general_path():
-    parts = [(name, "o i") for name in ("scale", "translation", "A")]
-    register_kan_layer("mine", matches=Wavelets, coefficients=parts, basis=lambda m, x: x[..., None].expand(-1, -1, 3))
-    base, x = as_model(Wavelets()).eval(), inputs(6)
-    report = check_kan_layer(base.kan)
-    assert report.linear == "no" and report.fast_path.startswith("no, since its output is not linear")
-    y = (model := adapt(base))(x)
-    assert torch.allclose(model.merge_and_unload()(x), y, atol=1e-5)
+    coefficients = [(name, "o i") for name in ("scale", "translation", "A")]
+    basis = lambda m, x: x[..., None].expand(-1, -1, 3)  # noqa: E731
+    register_kan_layer("mine", matches=Wavelets, coefficients=coefficients, basis=basis)
+    model, x = as_model(Wavelets()).eval(), inputs(6)
+
+    report = check_kan_layer(model.kan)
+    adapted = adapt(model)
+    y = adapted(x)
+
+    assert report.linear == "no"
+    assert report.fast_path.startswith("no, since its output is not linear")
+    torch.testing.assert_close(adapted.merge_and_unload()(x), y, rtol=1e-5, atol=1e-5)
 
 
 def test_a_setting_makes_another_kind_of_layer():
@@ -197,7 +228,9 @@ def test_a_setting_makes_another_kind_of_layer():
             self.order = "iok" if turned else "oik"  # a setting
 
     register(Either(True), "o i k")
+
     adapt(as_model(Either(False)))
+
     with pytest.raises(ValueError, match="is not laid out as 'o i k'"):
         adapt(as_model(Either(True)))
 
@@ -222,11 +255,17 @@ def test_layers_that_cannot_be_called_are_not_verified_and_attached(kind):
 
 
 def test_parameters_without_values_are_not_verified():
-    register(Layer(2, 2, 2), "o i k")
-    assert check_kan_layer(Layer(5, 5, 6).to("meta")).axes.startswith("not checked: `A` has no values")
-    computed = nn.utils.parametrizations.weight_norm(Layer(5, 5, 5), "A")
-    register_kan_layer("computed", matches=type(computed), coefficients=("A", "o i k"))
-    assert find_kan_layers(as_model(computed))[0].shape == (5, 5, 5)
+    layer = Layer(5, 5, 6).to("meta")
+    register(layer, "o i k")
+
+    assert check_kan_layer(layer).axes.startswith("not checked: `A` has no values")
+
+
+def test_parameters_that_are_computed_are_listed():
+    layer = nn.utils.parametrizations.weight_norm(Layer(5, 5, 5), "A")
+    register(layer, "o i k")
+
+    assert find_kan_layers(as_model(layer))[0].shape == (5, 5, 5)
 
 
 def test_the_layer_is_left_as_it_was():
@@ -239,17 +278,21 @@ def test_the_layer_is_left_as_it_was():
     layer.before.eval()
     layer.A.requires_grad_(False)
     layer.before.weight.grad = torch.ones(5)
-    ran = []
-    layer.register_forward_hook(lambda *args: ran.append(1))
-    layer.after.register_forward_pre_hook(lambda *args: ran.append(1))
-
-    def state():
-        modules = [(m.training, len(m._forward_hooks), set(vars(m))) for m in layer.modules()]
-        flags = [(p.requires_grad, p.grad is None, p._version) for p in layer.parameters()]
-        return modules, flags, [b._version for b in layer.buffers()], torch.get_rng_state().tolist()
-
-    before, tensors = state(), copy.deepcopy(layer.state_dict())
+    calls = []
+    layer.register_forward_hook(lambda *args: calls.append(1))
+    layer.after.register_forward_pre_hook(lambda *args: calls.append(1))
     register(layer, "o i k")
+
+    def flags():
+        modules = [(m.training, len(m._forward_hooks), set(vars(m))) for m in layer.modules()]
+        parameters = [(p.requires_grad, p.grad is None, p._version) for p in layer.parameters()]
+        buffers = [buffer._version for buffer in layer.buffers()]
+        return modules, parameters, buffers, torch.get_rng_state().tolist()
+
+    expected, state = flags(), copy.deepcopy(layer.state_dict())
+
     assert check_kan_layer(layer).axes == AS_DESCRIBED
-    assert state() == before and not ran
-    assert all(torch.equal(value, tensors[name]) for name, value in layer.state_dict().items())
+
+    assert not calls
+    assert flags() == expected
+    torch.testing.assert_close(layer.state_dict(), state, rtol=0, atol=0)

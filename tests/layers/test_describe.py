@@ -1,10 +1,11 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Layers of no registered kind: which are taken for KAN layers, with which layout, and which are not."""
+"""Layers of no registered kind: some are recognized as KAN layers, with their layout."""
 
 from __future__ import annotations
 
+import copy
 from functools import partial, reduce
 from itertools import product
 
@@ -31,7 +32,7 @@ class Polynomials(Layer):
 
 
 class Wavelets(orders.Wavelets):
-    """Not linear in scale and translation; `dead` is no part of the sum."""
+    """Wavelets whose output is not linear in scale and translation, and with an unused parameter."""
 
     def __init__(self, i, o):
         super().__init__(i, o, norm=False)
@@ -39,7 +40,7 @@ class Wavelets(orders.Wavelets):
 
 
 def scaled_twice(i, o):
-    """A factor of each edge in both branches: a ninth of the layer each."""
+    """Scale the edges of both branches."""
 
     def forward(m, x):
         y = torch.einsum("bik,oik->bo", powers(x, 8), m.c * m.t[..., None])
@@ -49,22 +50,21 @@ def scaled_twice(i, o):
     return Formula(forward, w=(o, i), s=s, c=(o, i, 8), t=t)
 
 
-class Places(nn.Module):
-    """Trained places and widths of the functions of each input, which the outputs share."""
+class Gaussians(nn.Module):
+    """Gaussians of each input at trained centers and widths, which the outputs share."""
 
-    def __init__(self, i, count=4, turned=False):
+    def __init__(self, i, count=4):
         super().__init__()
-        self.places = nn.Parameter(torch.randn((count, i) if turned else (i, count)))
-        self.widths, self.turned = nn.Parameter(torch.rand(i) + 0.5), turned
+        self.centers = nn.Parameter(torch.randn(i, count))
+        self.widths = nn.Parameter(torch.rand(i) + 0.5)
 
     def functions(self, x):
-        places = self.places.T if self.turned else self.places
-        return torch.exp(-(((x[..., None] - places) * self.widths[:, None]) ** 2))
+        return torch.exp(-(((x[..., None] - self.centers) * self.widths[:, None]) ** 2))
 
 
-class RadialInside(Places):
-    def __init__(self, i, o, count=4, turned=False):
-        super().__init__(i, count, turned)
+class RadialInside(Gaussians):
+    def __init__(self, i, o, count=4):
+        super().__init__(i, count)
         self.table = nn.Parameter(torch.randn(o, i * count))
 
     def forward(self, x):
@@ -74,14 +74,14 @@ class RadialInside(Places):
 class RadialPart(nn.Module):
     def __init__(self, i, o, count=4):
         super().__init__()
-        self.of, self.sum = Places(i, count), nn.Linear(i * count, o)
+        self.gaussians, self.sum = Gaussians(i, count), nn.Linear(i * count, o)
 
     def forward(self, x):
-        return self.sum(self.of.functions(x).flatten(1))
+        return self.sum(self.gaussians.functions(x).flatten(1))
 
 
 def small_networks(i, o, hidden=3, waves=2):
-    """A network of one hidden layer for each edge, some axes of which have the length one."""
+    """Return a layer with a network of one hidden layer on each edge; some of its axes have length one."""
 
     def forward(m, x):
         functions = torch.stack([x, torch.sin(2 * x)], dim=-1)
@@ -92,7 +92,7 @@ def small_networks(i, o, hidden=3, waves=2):
 
 
 def by_edge(i, o, order="io"):
-    """Coefficients of shape (in * out, basis), and a branch beside them."""
+    """Return a layer with coefficients of shape (in * out, basis) and a residual branch."""
 
     def forward(m, x):
         table = m.table.unflatten(0, [{"i": i, "o": o}[axis] for axis in order])
@@ -102,10 +102,10 @@ def by_edge(i, o, order="io"):
 
 
 def by_function(i, o, of_layers=True):
-    """A linear layer, or matrix, for each function."""
+    """Return a layer with a linear layer or a matrix for each function."""
 
     def forward(m, x):
-        weights = [getattr(part, "weight", part) for part in m.sums]
+        weights = [linear.weight for linear in m.sums] if of_layers else m.sums
         return sum(torch.tanh(x) ** k @ weight.T for k, weight in enumerate(weights))
 
     if of_layers:
@@ -114,11 +114,11 @@ def by_function(i, o, of_layers=True):
 
 
 class Radial(RadialPart):
-    """FastKAN under other names: fixed places, and a branch that is a `Sequential`."""
+    """FastKAN under other names, with fixed centers and a branch that is a `Sequential`."""
 
     def __init__(self, i, o):
         super().__init__(i, o)
-        self.of.requires_grad_(False)
+        self.gaussians.requires_grad_(False)
         self.norm, self.branch = nn.LayerNorm(i), nn.Sequential(nn.SiLU(), nn.Linear(i, o))
 
     def forward(self, x):
@@ -127,41 +127,42 @@ class Radial(RadialPart):
 
 # a layer, its sizes, the names of its coefficients, the number of functions, the name of the residual weights
 SQUARE, SIZES, ORDERS = [(3, 5), (4, 4)], [(4, 4), (2, 5), (5, 1)], ["oik", "iok", "iko", "kio", "oki", "koi"]
-FOUND = [
-    *(
-        (partial(by_edge, order=order), sizes, "table", 4, "base.1.weight")
-        for order in ("io", "oi")
-        for sizes in SQUARE
-    ),
-    *((by_function, sizes, " ".join(f"sums.{k}.weight" for k in range(4)), 4, None) for sizes in SQUARE),
-    *((partial(by_function, of_layers=False), sizes, "sums.0 sums.1 sums.2 sums.3", 4, None) for sizes in SQUARE),
-    *((Radial, sizes, "sum.weight", 4, "branch.1.weight") for sizes in SQUARE),
-    *(
-        (partial(Polynomials, order=order, residual=residual), sizes, "A", 4, residual and "base")
-        for order, residual, sizes in product(ORDERS, (None, "oi", "io"), SIZES)
-    ),
-    *(
-        (partial(Flat, inner=inner, first=first), (4, 6), "table", 4, None)
-        for inner, first in product(("ik", "ki"), (True, False))
-    ),
-    *((small_networks, (5, outputs), "w1 w2 b1", 3 * 2 + 3 + 3, None) for outputs in (1, 4)),
+LAYERS = [
+    (small_networks, (5, 1), "w1 w2 b1", 3 * 2 + 3 + 3, None),
+    (small_networks, (5, 4), "w1 w2 b1", 3 * 2 + 3 + 3, None),
     (Wavelets, (5, 4), "scale translation A", 3, None),
     (scaled_twice, (5, 4), "c s t", 8 + 2, "w"),
 ]
+for sizes in SQUARE:
+    LAYERS += [
+        (by_edge, sizes, "table", 4, "base.1.weight"),
+        (partial(by_edge, order="oi"), sizes, "table", 4, "base.1.weight"),
+        (by_function, sizes, "sums.0.weight sums.1.weight sums.2.weight sums.3.weight", 4, None),
+        (partial(by_function, of_layers=False), sizes, "sums.0 sums.1 sums.2 sums.3", 4, None),
+        (Radial, sizes, "sum.weight", 4, "branch.1.weight"),
+    ]
+for order, residual, sizes in product(ORDERS, (None, "oi", "io"), SIZES):
+    LAYERS.append((partial(Polynomials, order=order, residual=residual), sizes, "A", 4, residual and "base"))
+for inner, first in product(("ik", "ki"), (True, False)):
+    LAYERS.append((partial(Flat, inner=inner, first=first), (4, 6), "table", 4, None))
 
 
-@pytest.mark.parametrize(("make", "sizes", "names", "functions", "residual"), FOUND)
+@pytest.mark.parametrize(("make", "sizes", "names", "functions", "residual"), LAYERS)
 def test_the_layout_is_that_of_the_gradients(make, sizes, names, functions, residual):
-    spec = get_kan_spec(layer := make(*sizes))
+    layer = make(*sizes)
+
+    spec = get_kan_spec(layer)
+
     tensor = spec.locate(layer)
-    assert tensor.shape == (sizes[1], sizes[0], functions) and {*tensor.names} == {*names.split()}
-    assert (spec.residual or [None])[0] == residual
+    assert tensor.shape == (sizes[1], sizes[0], functions)
+    assert set(tensor.names) == set(names.split())
+    assert (spec.residual[0] if spec.residual else None) == residual
     assert (check_kan_layer(layer).linear == "no") == (make in (small_networks, Wavelets, scaled_twice))
     assert_one_edge(layer, tensor, torch.rand(7, sizes[0]), mixes_inputs=make is Radial)
 
 
 class Tokens(Polynomials):
-    """Takes (batch, tokens, features) alone."""
+    """A layer that accepts only (batch, tokens, features)."""
 
     def forward(self, x):
         batch, tokens, _ = x.shape
@@ -169,9 +170,13 @@ class Tokens(Polynomials):
 
 
 @pytest.mark.parametrize("inputs", [2, 5])
-def test_a_layer_of_tokens(inputs):
-    tensor = get_kan_spec(layer := Tokens(inputs, 4, residual="oi")).locate(layer)
-    assert tensor.shape == (4, inputs, 4) and tensor.has_residual
+def test_a_layer_of_tokens_is_recognized(inputs):
+    layer = Tokens(inputs, 4, residual="oi")
+
+    tensor = get_kan_spec(layer).locate(layer)
+
+    assert tensor.shape == (4, inputs, 4)
+    assert tensor.has_residual
 
 
 @pytest.mark.parametrize("sizes", [(5, 4), (4, 4), (2, 8), (32, 10)])
@@ -183,19 +188,19 @@ def test_a_layer_that_normalizes_by_the_extremes_of_all_rows(sizes):
     assert spec.locate(layer).shape == (sizes[1], sizes[0], 4)
 
 
-@pytest.mark.parametrize("make", [RadialInside, partial(RadialInside, turned=True), RadialPart])
+@pytest.mark.parametrize("make", [RadialInside, RadialPart])
 @pytest.mark.parametrize("outputs", [1, 3, 20])
-def test_places_of_functions_that_the_outputs_share_are_no_coefficients(make, outputs):
+def test_centers_and_widths_that_the_outputs_share_are_no_coefficients(make, outputs):
     layer = make(5, outputs)
 
-    (found,) = find_kan_layers(nn.Sequential(layer))
+    (row,) = find_kan_layers(nn.Sequential(layer))
 
-    assert found.shape == (outputs, 5, 4)
-    assert {name.rpartition(".")[2] for name in found.doubts} == {"places", "widths"}
-    assert all("not linear" in reason for reason in found.doubts.values())
+    assert row.shape == (outputs, 5, 4)
+    assert {name.rpartition(".")[2] for name in row.doubts} == {"centers", "widths"}
+    assert all("not linear" in reason for reason in row.doubts.values())
 
 
-def freeze_nothing_more(layer):
+def freeze_only_the_knots(layer):
     pass
 
 
@@ -203,12 +208,12 @@ def freeze_all(layer):
     layer.requires_grad_(False)
 
 
-def train_the_norm_alone(layer):
+def freeze_all_but_the_norm(layer):
     layer.requires_grad_(False)
     layer.norm.requires_grad_(True)
 
 
-@pytest.mark.parametrize("freeze", [freeze_nothing_more, freeze_all, train_the_norm_alone])
+@pytest.mark.parametrize("freeze", [freeze_only_the_knots, freeze_all, freeze_all_but_the_norm])
 @pytest.mark.parametrize("sizes", [(3, 4), (8, 2), (1, 5)])
 def test_knots_are_a_grid_whatever_is_frozen(freeze, sizes):
     layer = KnotsAsParameter(*sizes)
@@ -238,18 +243,18 @@ def test_functions_that_start_as_increasing_ones_are_coefficients():
     assert get_kan_spec(layer).parts == (("A", "o i k"),)
 
 
-def test_a_frozen_layer_is_found_beside_one_that_is_trained():
+def test_a_frozen_layer_and_a_trained_one_are_found():
     network = nn.Sequential(KnotsAsParameter(3, 4), KnotsAsParameter(4, 2))
     network[0].requires_grad_(False)
 
     assert [layer.shape for layer in find_kan_layers(network)] == [(4, 3, 8), (2, 4, 8)]
 
 
-def test_a_part_that_is_a_network_of_its_own_is_not_looked_into():
+def test_a_submodule_with_submodules_or_more_parameters_is_not_searched():
     deep, large = RadialPart(5, 3), RadialPart(5, 3)
-    deep.of = nn.Sequential(Places(5))  # a layer of torch, or one with parts
-    deep.of.functions = deep.of[0].functions
-    large.of.more = nn.Parameter(torch.randn(100, 100))
+    deep.gaussians = nn.Sequential(Gaussians(5))  # a module of torch with parts
+    deep.gaussians.functions = deep.gaussians[0].functions
+    large.gaussians.more = nn.Parameter(torch.randn(100, 100))
 
     assert get_kan_spec(deep) is get_kan_spec(large) is None
 
@@ -267,13 +272,15 @@ def test_a_file_of_another_version_that_left_parameters_out(tmp_path):
         torch.manual_seed(0)
         return nn.Sequential(scaled_twice(5, 4))
 
-    described = {"coefficients": ("c", "o i k"), "residual": ("w", "o i")}
-    register_kan_layer("generic", matches=Formula, **described)
-    model = adapt(build())
-    y = model(x := torch.rand(8, 5))
+    register_kan_layer("generic", matches=Formula, coefficients=("c", "o i k"), residual=("w", "o i"))
+    model, x = adapt(build()), torch.rand(8, 5)
+    y = model(x)
     model.save_pretrained(tmp_path)
     del registry.REGISTERED["generic"]
-    assert relative(PeftModel.from_pretrained(build(), tmp_path)(x), y) < 1e-5
+
+    loaded = PeftModel.from_pretrained(build(), tmp_path)
+
+    assert relative(loaded(x), y) < 1e-5
     assert len(get_kan_spec(build()[0]).parts) == 3
 
 
@@ -283,15 +290,17 @@ def gates(m, x, top=4):
 
 
 def lists(how):
-    """Linear layers in a list: experts of a gate, a network, or sums that are no more than one linear layer."""
+    """Return linear layers in a list: experts of a gate, a network, or a sum, which is one linear layer."""
 
     def forward(m, x):
-        if m.how == "network":
-            return reduce(lambda x, part: torch.relu(part(x)), m.parts, x)
-        values = torch.stack([part(x) for part in m.parts], -1)
-        return (values * x.softmax(-1)[:, None]).sum(-1) if m.how == "experts" else values.sum(-1)
+        if how == "network":
+            return reduce(lambda x, linear: torch.relu(linear(x)), m.parts, x)
+        values = torch.stack([linear(x) for linear in m.parts], -1)
+        if how == "experts":
+            values = values * x.softmax(-1)[:, None]
+        return values.sum(-1)
 
-    return Formula(forward, how=how, parts=nn.ModuleList([nn.Linear(4, 4) for _ in range(4)]))
+    return Formula(forward, parts=nn.ModuleList([nn.Linear(4, 4) for _ in range(4)]))
 
 
 def heads(m, x):
@@ -328,45 +337,62 @@ FORMULAS = {
     "perceptron": (lambda m, x: nn.functional.gelu(x @ m.a.T) @ m.b.T, {"a": (24, 6), "b": (6, 24)}),
     "wide perceptron": (lambda m, x: nn.functional.gelu(x @ m.a.T) @ m.b.T, {"a": (24, 6), "b": (48, 24)}),
 }
-OTHERS = [
-    *(lambda name=name: type(name, (Formula,), {})(FORMULAS[name][0], **FORMULAS[name][1]) for name in FORMULAS),
-    *(lambda: nn.Conv1d(4, 4, 3), lambda: nn.MultiheadAttention(4, 2), lambda: nn.Bilinear(4, 4, 4)),
-    *(partial(lists, how) for how in ("experts", "network", "sum")),
-    *(lambda: nn.LSTM(4, 4), lambda: nn.TransformerEncoderLayer(8, 2), lambda: nn.GRUCell(4, 4)),
-    lambda: type("ScaledConv", (nn.Conv1d,), {"forward": lambda m, x: nn.functional.conv1d(x, 2 * m.weight)})(6, 6, 3),
-]
 
 
-@pytest.mark.parametrize("make", OTHERS)
-def test_no_kan_layers(make):
-    module = make()
-    state = {name: value.clone() for name, value in module.state_dict().items()}
+class ScaledConv(nn.Conv1d):
+    def forward(self, x):
+        return nn.functional.conv1d(x, 2 * self.weight)
+
+
+NOT_KAN = {
+    **{
+        name: lambda name=name: type(name, (Formula,), {})(FORMULAS[name][0], **FORMULAS[name][1]) for name in FORMULAS
+    },
+    "list of experts": partial(lists, "experts"),
+    "list of layers": partial(lists, "network"),
+    "sum of layers": partial(lists, "sum"),
+    "Conv1d": lambda: nn.Conv1d(4, 4, 3),
+    "MultiheadAttention": lambda: nn.MultiheadAttention(4, 2),
+    "Bilinear": lambda: nn.Bilinear(4, 4, 4),
+    "LSTM": lambda: nn.LSTM(4, 4),
+    "TransformerEncoderLayer": lambda: nn.TransformerEncoderLayer(8, 2),
+    "GRUCell": lambda: nn.GRUCell(4, 4),
+    "a scaled convolution": lambda: ScaledConv(6, 6, 3),
+}
+
+
+@pytest.mark.parametrize("name", NOT_KAN)
+def test_other_modules_are_not_recognized_and_not_changed(name):
+    module = NOT_KAN[name]()
+    state = copy.deepcopy(module.state_dict())
+
     assert find_kan_layers(nn.Sequential(module)) == []
-    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+
+    torch.testing.assert_close(module.state_dict(), state, rtol=0, atol=0)
 
 
-def test_a_layer_of_several_arguments_and_one_without_values_are_left_alone():
-    class Graph(Polynomials):
-        def forward(self, x, edges):
-            return super().forward(x)
+class Fresh(Polynomials):
+    """A layer that no other test looks at."""
 
-    class Fresh(Polynomials):
-        pass
 
-    assert get_kan_spec(Graph(5, 4)) is None and get_kan_spec(Fresh(5, 4).to("meta")) is None
-    for device in ("cpu", "meta"):  # it is not remembered as none
+def test_a_layer_without_values_is_recognized_once_another_of_its_class_was():
+    assert get_kan_spec(Fresh(5, 4).to("meta")) is None
+
+    for device in ("cpu", "meta"):
         assert get_kan_spec(Fresh(5, 4).to(device)).family == "generic"
 
 
 def test_formulas_of_pykan_are_no_layers():
     kan = pytest.importorskip("kan")
     model = kan.KAN(width=[2, 3, 1], grid=3, k=3, seed=0, auto_save=False)
+
     model.fix_symbolic(0, 0, 1, "sin", fit_params_bool=False, verbose=False, log_history=False)
+
     assert [layer.name for layer in find_kan_layers(model)] == ["act_fun.0", "act_fun.1"]
 
 
 class SplineLinear(nn.Linear):
-    """A KAN layer, of a registered family, that is derived from a linear layer."""
+    """A KAN layer of a registered family, derived from a linear layer."""
 
     def forward(self, x):
         return super().forward(torch.sin(torch.cat([x, 2 * x], dim=-1)))
@@ -375,5 +401,7 @@ class SplineLinear(nn.Linear):
 @pytest.mark.parametrize("norm", [nn.Identity(), nn.BatchNorm1d(3)])
 def test_a_model_of_registered_layers_is_no_layer(norm):
     register_kan_layer("spline-linear", matches=SplineLinear, coefficients=("weight", "o (k i)"), axes={"k": 2})
+
     model = Formula(lambda m, x: m.norm(m.lin(x)), lin=SplineLinear(6, 3), norm=norm)
+
     assert [(layer.name, layer.family) for layer in find_kan_layers(model)] == [("lin", "spline-linear")]

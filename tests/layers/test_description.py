@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The description of a kind of layer in a file, and adapters that are loaded by it."""
+"""The description of a kind of layer in the file of an adapter."""
 
 from __future__ import annotations
 
@@ -64,9 +64,12 @@ def net():
     return nn.Sequential(Waves(), nn.Tanh(), Waves(4, 2, size=3))
 
 
-def test_a_description_holds_no_functions_and_comes_back():
+def test_a_description_holds_no_functions_and_is_read_again():
     spec, layer = register_waves(), Waves()
+
     description = json.loads(json.dumps(spec.describe(layer)))
+    read = spec_from_file("waves", description)
+
     assert description == {
         "coefficients": [["cosines", "o (i k)"], ["sines.*", "o i n"]],
         "residual": ["linear.weight", "o i"],
@@ -75,23 +78,32 @@ def test_a_description_holds_no_functions_and_comes_back():
         "axes": {"k": 5},
         "bias": "linear.bias",
     }
-    read = spec_from_file("waves", description)
-    assert read.locate(layer) == spec.locate(layer) and read.describe(layer) == description
-    assert not read.matches(layer) and read.basis is None
-    assert spec_from_file("waves", {**description, "linear": False}).describe(layer) == description  # of older files
-    for other in (copy.deepcopy(read), pickle.loads(pickle.dumps(read))):
-        assert other.describe(layer) == description
+    assert read.locate(layer) == spec.locate(layer)
+    assert not read.matches(layer)
+    assert read.basis is None
+    for equal in (read, copy.deepcopy(read), pickle.loads(pickle.dumps(read))):
+        assert equal.describe(layer) == description
+
+
+def test_an_entry_of_older_files_is_ignored():
+    spec, layer = register_waves(), Waves()
+    description = spec.describe(layer)
+
+    assert spec_from_file("waves", {**description, "linear": False}).describe(layer) == description
 
 
 def test_roles_are_described():
     roles = {"groups": "g", "edge_scale": ("b", "o i"), "network_methods": {"fit": None}, "checkpoint_methods": ("s",)}
     spec = KANLayerSpec("mine", nn.Module, ("a", "g o i k ..."), grid=("width",), **roles)
+
     read = spec_from_file("mine", spec.describe(nn.Module()))
-    assert {name: getattr(read, name) for name in roles} == roles and read.coefficients == spec.coefficients
+
+    assert {name: getattr(read, name) for name in roles} == roles
+    assert read.coefficients == spec.coefficients
     assert read.grid == spec.grid == ("width",)
 
 
-def test_kinds_that_come_with_the_package_are_not_described():
+def test_registered_kinds_are_described_and_those_of_the_package_are_not():
     layer = KANLinear(3, 4)
     assert record_kind(get_kan_spec(layer), layer) == {}
     spec = register_kan_layer("mine", matches=KANLinear, coefficients=("spline_weight", "o i k"))
@@ -100,51 +112,63 @@ def test_kinds_that_come_with_the_package_are_not_described():
 
 @pytest.fixture
 def saved(tmp_path):
-    """A folder with an adapter of a registered kind, whose registration is gone, and the outputs with it."""
+    """A folder with an adapter of a kind that is no longer registered, inputs, and its outputs."""
     register_waves()
-    model = adapt(net())
-    x = inputs()
+    model, x = adapt(net()), inputs()
     y = model(x).detach()
     model.save_pretrained(tmp_path)
     del registry.REGISTERED["waves"]
     return tmp_path, x, y
 
 
-def test_an_adapter_is_loaded_without_the_registration_and_saved_again(saved, tmp_path):
+def test_an_adapter_is_loaded_without_the_registration(saved):
     folder, x, y = saved
-    base = net()
-    before = base(x)
-    model = PeftModel.from_pretrained(base, folder)
+    expected = net()(x)
+
+    model = PeftModel.from_pretrained(net(), folder)
+
     torch.testing.assert_close(model(x), y)
-    assert [(found.name, found.family, found.shape) for found in find_kan_layers(model)] == [
-        ("0", "waves", (4, 3, 10)),
-        ("2", "waves", (2, 4, 6)),
-    ]
+    rows = [(row.name, row.family, row.shape) for row in find_kan_layers(model)]
+    assert rows == [("0", "waves", (4, 3, 10)), ("2", "waves", (2, 4, 6))]
     with pytest.raises(RuntimeError, match="widen"):
         model.base_model.model[0].widen()
     with model.disable_adapter():
-        assert torch.equal(model(x), before)
-    model.save_pretrained(tmp_path / "again")
-    model.load_adapter(tmp_path / "again", "second")
+        assert torch.equal(model(x), expected)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.merge_and_unload()):
+        torch.testing.assert_close(copied(x), y)
+
+
+def test_an_adapter_that_was_loaded_without_the_registration_is_saved_again(saved, tmp_path):
+    folder, x, y = saved
+    model = PeftModel.from_pretrained(net(), folder)
+    again = tmp_path / "again"
+
+    model.save_pretrained(again)
+    model.load_adapter(again, "second")
     model.set_adapter("second")
-    first, second = (json.loads((path / "adapter_config.json").read_text()) for path in (folder, tmp_path / "again"))
-    assert first["base_layers"] == second["base_layers"]
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.merge_and_unload()):
-        torch.testing.assert_close(other(x), y)
+
+    torch.testing.assert_close(model(x), y)
+    records = [json.loads((path / "adapter_config.json").read_text())["base_layers"] for path in (folder, again)]
+    assert records[0] == records[1]
 
 
-def refused(folder, base, words):
+def assert_refused(folder, base, words):
     with pytest.raises(ValueError, match=words):
         PeftModel.from_pretrained(base, folder)
 
 
-def test_another_base_is_refused(saved):
-    folder, *_ = saved
+def test_another_grid_is_refused(saved):
     base = net()
     base[0].widen()
-    refused(folder, base, "The grid of 0 did not match the base")
+
+    assert_refused(saved[0], base, "The grid of 0 did not match the base")
+
+
+def test_another_layer_is_refused(saved):
+    base = net()
     base[0] = nn.Linear(3, 4)
-    refused(folder, base, "Linear was recognized as a KAN layer of the kind 'waves'")
+
+    assert_refused(saved[0], base, "Linear was recognized as a KAN layer of the kind 'waves'")
 
 
 def edit(folder, change):
@@ -157,7 +181,7 @@ def edit(folder, change):
 
 def test_without_a_description_the_missing_kind_is_named(saved):
     edit(saved[0], lambda layer: layer.pop("description"))
-    refused(saved[0], net(), "kind 'waves', which its file does not describe.*register_kan_layer")
+    assert_refused(saved[0], net(), "kind 'waves', which its file does not describe.*register_kan_layer")
 
 
 DAMAGED = [
@@ -178,5 +202,5 @@ def test_a_damaged_description_is_refused_before_the_model_is_touched(saved, des
     folder, *_ = saved
     edit(folder, lambda layer: layer.update(description=description))
     base = net()
-    refused(folder, base, "'waves' in the file is broken|kind 'waves'")
+    assert_refused(folder, base, "'waves' in the file is broken|kind 'waves'")
     assert [type(module) for module in base] == [Waves, nn.Tanh, Waves]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from itertools import product
 
 import pytest
 import torch
@@ -48,16 +47,27 @@ def located(layer):
     return get_kan_spec(layer).locate(layer)
 
 
+CHANGES = {
+    "a new layer": lambda layer: layer,
+    "a copy in bfloat16": lambda layer: copy.deepcopy(layer).to(torch.bfloat16),
+    "a copy on the meta device": lambda layer: copy.deepcopy(layer).to("meta"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_is_recognized(family):
-    """With copies, casts, on the meta device, and of one input and output."""
-    name, basis, residual = EXPECTED[family]
-    layer = FAMILIES[family](3, 4)
-    for other in (layer, copy.deepcopy(layer).to(torch.bfloat16), copy.deepcopy(layer).to("meta")):
-        (found,) = find_kan_layers(as_model(other))
-        assert found[:4] == ("kan", name, (4, 3, basis), residual)
-        assert not found.doubts
-    assert located(FAMILIES[family](1, 1)).shape == (1, 1, basis)
+def test_a_known_layer_is_recognized(family, change):
+    kind, functions, residual = EXPECTED[family]
+
+    (row,) = find_kan_layers(as_model(CHANGES[change](FAMILIES[family](3, 4))))
+
+    assert row[:4] == ("kan", kind, (4, 3, functions), residual)
+    assert not row.doubts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_known_layer_of_one_input_and_one_output_is_recognized(family):
+    assert located(FAMILIES[family](1, 1)).shape == (1, 1, EXPECTED[family][1])
 
 
 def test_a_surface_of_two_inputs_is_no_kan_layer():
@@ -68,7 +78,10 @@ def test_a_surface_of_two_inputs_is_no_kan_layer():
 
 def test_an_adapted_layer_of_inkan_is_one_graph():
     model, x = adapt(base("inkan")), inputs()
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))
+
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+
+    torch.testing.assert_close(compiled(x), model(x))
 
 
 def qkan_fourier(i, o, scaler):
@@ -81,28 +94,39 @@ def names(model):
     return [layer.name for layer in find_kan_layers(model)]
 
 
-def test_finds_each_layer_once_in_the_order_of_the_modules():
+def test_layers_are_listed_in_the_order_of_the_modules():
+    assert names(nested()) == ["body.0", "body.1", "tail.layers.0", "tail.layers.1"]
+
+
+def test_each_layer_is_listed_once_and_nothing_inside_of_it():
     layer, outer = KANLinear(3, 3), FAMILIES["own"](3, 4)
     outer.inner = KANLinear(3, 4)
-    assert names(nested()) == ["body.0", "body.1", "tail.layers.0", "tail.layers.1"]
-    assert names(layer) == [""] and names(nn.Sequential(layer, nn.ReLU(), layer)) == ["0"]
-    assert names(as_model(outer)) == ["kan"]  # nothing inside a layer
+
+    assert names(layer) == [""]
+    assert names(nn.Sequential(layer, nn.ReLU(), layer)) == ["0"]
+    assert names(as_model(outer)) == ["kan"]
 
 
-def test_finds_the_layers_of_an_adapted_model():
+def test_the_layers_of_an_adapted_model_are_those_of_its_base():
     model = nested()
-    before = find_kan_layers(model)
+    expected = find_kan_layers(model)
     get_peft_model(model, LoraConfig(target_modules=["head"]))
+
     adapted = adapt(model, target_modules=["body.1", "tail.layers.0"])
-    assert find_kan_layers(model) == before == find_kan_layers(adapted.merge_and_unload())
+
+    assert find_kan_layers(model) == expected
+    assert find_kan_layers(adapted.merge_and_unload()) == expected
 
 
-@pytest.mark.parametrize("place", ["body.0", "tail"])
-def test_does_not_find_copies_that_are_trained_whole(place):
+@pytest.mark.parametrize(
+    "saved, expected", [("body.0", ["body.1", "tail.layers.0", "tail.layers.1"]), ("tail", ["body.0", "body.1"])]
+)
+def test_copies_that_are_trained_whole_are_not_listed(saved, expected):
     model = nested()
-    before = names(model)
-    adapt(model, target_modules=["body.1"], modules_to_save=[place])
-    assert names(model) == [name for name in before if place not in name]
+
+    adapt(model, target_modules=["body.1"], modules_to_save=[saved])
+
+    assert names(model) == expected
 
 
 def test_few_functions_have_their_factors_adapted_and_files_of_the_wider_kind_load(tmp_path, monkeypatch):
@@ -111,12 +135,13 @@ def test_few_functions_have_their_factors_adapted_and_files_of_the_wider_kind_lo
         return nn.Sequential(FAMILIES["efficient-kan"](3, 4, grid_size=2, spline_order=1), nn.Linear(4, 2))
 
     x = inputs()
-    with monkeypatch.context() as before:
-        before.delitem(registry.REGISTERED, "efficient-kan-few")  # as long as only the wider kind was registered
+    with monkeypatch.context() as context:
+        context.delitem(registry.REGISTERED, "efficient-kan-few")  # earlier versions knew only the wider kind
         wider = adapt(build())
         y = wider(x)
         wider.save_pretrained(tmp_path)
     assert get_kan_spec(build()[0]).family == "efficient-kan-few"
+
     torch.testing.assert_close(PeftModel.from_pretrained(build(), tmp_path).eval()(x), y)
     merged = saved_and_merged(build, x, tmp_path)
     for name in ("spline_weight", "spline_scaler", "base_weight"):
@@ -137,7 +162,7 @@ KINDS = {
 
 
 def fast_kan_conv(i, o, count=4, base=True):
-    """U-KAN's: the Gaussians outside, `spline_conv.weight` (O, (K I), k, k)."""
+    """Return a layer of U-KAN, with `spline_conv.weight` of shape (O, (K I), k, k)."""
 
     def forward(m, x):
         y = m.spline_conv(m.rbf(x).movedim(-1, 1).flatten(1, 2))
@@ -161,7 +186,7 @@ def kanlib_conv(i, o, groups=2, count=3):
 
 
 def gram_conv_2(i, o, degree=3):
-    """One convolution of all degrees, the degrees outside."""
+    """Return a layer with one convolution of all degrees."""
 
     def forward(m, x):
         basis = torch.cat([torch.tanh(x) ** k * (1 + m.beta_weights[k] ** 2) for k in range(degree + 1)], 1)
@@ -172,7 +197,7 @@ def gram_conv_2(i, o, degree=3):
 
 
 def old_pykan(i, o, count=5):
-    """pykan's of 2024: one row of `coef` for each edge, outputs outside."""
+    """Return a layer of pykan as of 2024, with a row of `coef` for each edge."""
 
     def forward(m, x):
         rows = x.repeat(1, o)  # (batch, o i)
@@ -186,7 +211,7 @@ def old_pykan(i, o, count=5):
 
 
 def relu_kan(i, o, count=5, name="phase_high"):
-    """Its basis (batch, i, k) is reshaped, not transposed, for a convolution of kernel (k, i)."""
+    """Return a layer whose basis (batch, i, k) is reshaped, not transposed, for a convolution of kernel (k, i)."""
 
     def forward(m, x):
         x = x[..., None]
@@ -199,15 +224,15 @@ def relu_kan(i, o, count=5, name="phase_high"):
 
 
 def wav_conv(i, o, groups=1, ndim=2):
-    """A scale and a translation of each edge, without axes of the kernel, in a list of one block for each group."""
+    """Return a layer with a scale and a translation of each edge, without axes of the kernel, in blocks by group."""
 
     def wavelets(m, x):
         u = (x.unsqueeze(1) - m.translation) / m.scale
         return m.wavelet_weights(((1 - u**2) * torch.exp(-(u**2) / 2)).flatten(1, 2))
 
     def forward(m, x):
-        parts = zip(x.chunk(groups, 1), m.base_conv, m.wavelet_conv, strict=True)
-        return torch.cat([conv(F.silu(own)) + block(own) for own, conv, block in parts], 1)
+        blocks = zip(x.chunk(groups, 1), m.base_conv, m.wavelet_conv, strict=True)
+        return torch.cat([conv(F.silu(rows)) + block(rows) for rows, conv, block in blocks], 1)
 
     conv, i, o = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[ndim - 1], i // groups, o // groups
     shape = 1, o, i, *[1] * ndim
@@ -224,68 +249,87 @@ def wav_conv(i, o, groups=1, ndim=2):
     return Formula(forward, base_conv=base, wavelet_conv=nn.ModuleList(blocks))
 
 
-def test_groups_on_patches():
-    """convkan's, on rows (..., groups, in)."""
+def test_a_layer_of_convkan_on_rows_of_groups():
     edges = {"base_weight": (2, 4, 3), "spline_scaler": (2, 4, 3)}
     layer = Formula(None, grid=nn.Buffer(torch.rand(2, 3, 5)), spline_weight=(2, 4, 3, 5), **edges)
+
     tensor = located(layer)
+
     assert (tensor.family, tensor.shape, tensor.has_residual) == ("convkan", (8, 3, 5), True)
     expected = torch.cat([layer.spline_weight, layer.base_weight[..., None]], -1).flatten(0, 1)
     assert torch.equal(tensor.read(layer), expected)
 
 
-# (4 inputs) -> layer, its kind, canonical shape, and whether it has a residual branch
-GROUPS, DIMENSIONS = (1, 2), (1, 2, 3)
+# a layer of 4 inputs, its kind, its canonical shape, and whether it has a residual branch
 LAYERS = [
-    *((partial(fast_kan_conv, 4, 6, base=base), "fast-kan-conv", (6, 4, 4, 9), base) for base in (True, False)),
-    *((partial(kanlib_conv, 4, 6, groups=g), "kanlib-conv", (6, 4 // g, 3, 9), True) for g in GROUPS),
+    (partial(fast_kan_conv, 4, 6, base=True), "fast-kan-conv", (6, 4, 4, 9), True),
+    (partial(fast_kan_conv, 4, 6, base=False), "fast-kan-conv", (6, 4, 4, 9), False),
     (partial(gram_conv_2, 4, 6), "gram-conv-2", (6, 4, 4, 9), True),
-    *(
-        (
-            partial(CONVOLUTIONS[kind], 4, 6, 3, groups=g, padding=1, ndim=n),
-            *(family, (6, 4 // g, basis, 3**n), kind != "kacnconv"),
-        )
-        for (kind, (family, basis)), g, n in product(KINDS.items(), GROUPS, DIMENSIONS)
-    ),
-    # factors of edges are shared along the kernel
-    *(
-        (partial(wav_conv, 4, 6, g, n), f"wav-conv-{n}d", (6, 4 // g, 3, 3**n), True)
-        for g, n in product(GROUPS, DIMENSIONS)
-    ),
-    *((partial(qkan_fourier, 4, 6, scaler), "qkan-fourier", (6, 4, 10), True) for scaler in (True, False)),
+    (partial(qkan_fourier, 4, 6, True), "qkan-fourier", (6, 4, 10), True),
+    (partial(qkan_fourier, 4, 6, False), "qkan-fourier", (6, 4, 10), True),
     (partial(old_pykan, 4, 6), "pykan-2024", (6, 4, 5), True),
     (partial(relu_kan, 4, 20), "relu-kan", (20, 4, 5), False),
-    *(
-        (partial(FAMILIES[name], 4, 6), kind, (6, 4, basis), residual)
-        for name, (kind, basis, residual) in EXPECTED.items()
-    ),
 ]
+for groups in (1, 2):
+    inputs_of_group = 4 // groups
+    LAYERS.append((partial(kanlib_conv, 4, 6, groups=groups), "kanlib-conv", (6, inputs_of_group, 3, 9), True))
+    for ndim in (1, 2, 3):
+        # factors of edges are shared along the kernel
+        shape = (6, inputs_of_group, 3, 3**ndim)
+        LAYERS.append((partial(wav_conv, 4, 6, groups, ndim), f"wav-conv-{ndim}d", shape, True))
+        for kind, (family, functions) in KINDS.items():
+            make = partial(CONVOLUTIONS[kind], 4, 6, 3, groups=groups, padding=1, ndim=ndim)
+            LAYERS.append((make, family, (6, inputs_of_group, functions, 3**ndim), kind != "kacnconv"))
+for family, (kind, functions, residual) in EXPECTED.items():
+    LAYERS.append((partial(FAMILIES[family], 4, 6), kind, (6, 4, functions), residual))
 
 
 @pytest.mark.parametrize(("make", "family", "shape", "residual"), LAYERS)
 def test_an_edge_joins_one_input_and_one_output(make, family, shape, residual):
-    spec = get_kan_spec(layer := make())
+    layer = make()
+
+    spec = get_kan_spec(layer)
+
     tensor = spec.locate(layer)
     assert (spec.family, tensor.shape, tensor.has_residual) == (family, shape, residual)
-    for name, part in tensor.split(tensor.read(layer)).items():
-        torch.testing.assert_close(part, layer.get_parameter(name))  # a mean is rounded
-    x = images(2, 4, (1, 3, 9, 27).index(shape[-1]) if len(shape) == 4 else 0)
-    has_norm = family == "fast-kan" or (len(shape) == 4 and family not in ("fast-kan-conv", "kanlib-conv"))
+    for name, values in tensor.split(tensor.read(layer)).items():
+        torch.testing.assert_close(values, layer.get_parameter(name))  # a mean is rounded
+    is_convolution = len(shape) == 4
+    x = images(2, 4, (1, 3, 9, 27).index(shape[-1]) if is_convolution else 0)
+    has_norm = family not in ("fast-kan-conv", "kanlib-conv") if is_convolution else family == "fast-kan"
     assert_one_edge(layer, tensor, x, mixes_inputs=has_norm)
 
 
-@pytest.mark.parametrize("name", ["phase_high", "phase_height"])
-def test_phases_that_all_outputs_share(name, tmp_path):
+@pytest.fixture(params=["phase_high", "phase_height"])
+def with_phases(request):
+    """The name of a phase, and a builder of a network with phases that all outputs share."""
+
     def build():
         torch.manual_seed(0)
-        return nn.Sequential(relu_kan(3, 4, name=name))
+        return nn.Sequential(relu_kan(3, 4, name=request.param))
 
-    tensor = located(layer := build()[0])
+    return request.param, build
+
+
+def test_phases_that_all_outputs_share_are_repeated_and_get_the_mean_of_the_outputs(with_phases):
+    name, build = with_phases
+    (layer,) = build()
+
+    tensor = located(layer)
     values = tensor.read(layer)
-    assert tensor.shape == (4, 3, 15) and not tensor.has_residual
+    parameters = tensor.split(torch.arange(4.0)[:, None, None].expand(values.shape))
+
+    assert tensor.shape == (4, 3, 15)
+    assert not tensor.has_residual
     assert torch.equal(values[2, :, 5:10], layer.phase_low)
-    parts = tensor.split(torch.arange(4.0)[:, None, None].expand(values.shape))
-    assert torch.equal(parts[name], torch.full((3, 5), 1.5))  # the mean of the outputs
-    merged, before = saved_and_merged(build, inputs(), tmp_path), build().state_dict()
-    changed = {key for key, value in merged.state_dict().items() if not torch.equal(value, before[key])}
+    assert torch.equal(parameters[name], torch.full((3, 5), 1.5))
+
+
+def test_a_merge_changes_the_phases(with_phases, tmp_path):
+    name, build = with_phases
+    state = build().state_dict()
+
+    merged = saved_and_merged(build, inputs(), tmp_path).state_dict()
+
+    changed = {key for key, value in merged.items() if not torch.equal(value, state[key])}
     assert changed == {"0.phase_low", f"0.{name}", "0.equal_size_conv.weight"}

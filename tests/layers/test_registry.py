@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Kinds of layers that are registered: which layers they match, and what is refused."""
+"""Registered kinds of layers, and descriptions that are refused."""
 
 from __future__ import annotations
 
@@ -32,35 +32,66 @@ def register_mine(**changes):
 
 
 @pytest.mark.parametrize("matches", [MyKANLayer, lambda m: hasattr(m, "A"), lambda m: m.A.ndim == 3])
-def test_classes_and_predicates(matches, no_inference):
+def test_a_class_or_a_predicate_matches_layers(matches, no_inference):
     model = nn.Sequential(MyKANLayer(3, 5), nn.Linear(5, 5), Derived(5, 2))
     assert find_kan_layers(model) == []
+
     spec = register_mine(matches=matches)
-    assert isinstance(spec, KANLayerSpec) and spec.family == "my-kan" == known_kinds()[-1]
-    found = [(layer.name, layer.family, layer.shape, layer.has_residual) for layer in find_kan_layers(model)]
-    assert found == [("0", "my-kan", (5, 3, 4), True), ("2", "my-kan", (2, 5, 4), True)]
 
-    before = model(x := inputs())
-    y = (adapted := adapt(model))(x)
-    assert relative(y, before) > 1e-2 and relative(adapted.merge_and_unload()(x), y) < 1e-5
+    assert isinstance(spec, KANLayerSpec)
+    assert spec.family == known_kinds()[-1] == "my-kan"
+    rows = [(row.name, row.family, row.shape, row.has_residual) for row in find_kan_layers(model)]
+    assert rows == [("0", "my-kan", (5, 3, 4), True), ("2", "my-kan", (2, 5, 4), True)]
 
 
-def test_the_last_registered_is_asked_first():
-    layer, same = ChebyKANLayer(3, 4, degree=2), {"matches": ChebyKANLayer, "coefficients": ("cheby_coeffs", "i o k")}
+def test_a_registered_layer_is_adapted_and_merged():
+    register_mine()
+    model, x = nn.Sequential(MyKANLayer(3, 5), Derived(5, 2)), inputs()
+    base_output = model(x)
+
+    adapted = adapt(model)
+    y = adapted(x)
+
+    assert relative(y, base_output) > 1e-2
+    assert relative(adapted.merge_and_unload()(x), y) < 1e-5
+
+
+CHEBY = {"matches": ChebyKANLayer, "coefficients": ("cheby_coeffs", "i o k")}
+
+
+def test_a_predicate_that_raises_does_not_match():
     register_kan_layer("picky", matches=lambda m: m.no_such_attribute > 3, coefficients=("weight", "o i k"))
-    assert get_kan_spec(layer).family == "cheby-kan"
-    for name in ("mine", "mine-too", "mine"):  # a user's name is replaced, and is the last one then
-        register_kan_layer(name, **same)
-        assert get_kan_spec(layer).family == name and known_kinds().count(name) == 1
+
+    assert get_kan_spec(ChebyKANLayer(3, 4, degree=2)).family == "cheby-kan"
+
+
+def test_the_last_registered_kind_is_asked_first_and_a_name_is_replaced():
+    layer = ChebyKANLayer(3, 4, degree=2)
+
+    for name in ("mine", "mine-too", "mine"):
+        register_kan_layer(name, **CHEBY)
+
+        assert get_kan_spec(layer).family == name
+        assert known_kinds().count(name) == 1
+
+
+def test_the_name_of_a_built_in_kind_is_refused():
     with pytest.raises(ValueError, match="'cheby-kan' is a built-in kind.* Choose another name"):
-        register_kan_layer("cheby-kan", **same)
-    cls = type("Carrier", (ChebyKANLayer,), {"kan_spec": KANLayerSpec("own", nn.Module, ("cheby_coeffs", "i o k"))})
-    assert get_kan_spec(cls(3, 4, degree=2)).family == "own" and "own" not in known_kinds()
+        register_kan_layer("cheby-kan", **CHEBY)
+
+
+def test_a_layer_may_carry_its_description():
+    class Carrier(ChebyKANLayer):
+        kan_spec = KANLayerSpec("carried", nn.Module, ("cheby_coeffs", "i o k"))
+
+    assert get_kan_spec(Carrier(3, 4, degree=2)).family == "carried"
+    assert "carried" not in known_kinds()
 
 
 @pytest.mark.parametrize("changes", [{"grid": ("typo",)}, {"grid": ("A", "of.*.typo")}, {"grid_methods": ("typo",)}])
-def test_names_that_the_layer_does_not_have(changes):
+def test_names_that_the_layer_does_not_have_are_refused(changes):
     register_mine(**changes)
+
     with pytest.raises(ValueError, match="of 'my-kan' names '.*typo', and MyKANLayer has no such attribute"):
         find_kan_layers(as_model(MyKANLayer(3, 5)))
 
@@ -75,11 +106,13 @@ def test_names_that_the_layer_does_not_have(changes):
         ({"basys": None}, "unexpected keyword argument 'basys'"),
     ],
 )
-def test_bad_descriptions(changes, problem):
-    before = known_kinds()
+def test_wrong_descriptions_are_refused(changes, problem):
+    kinds = known_kinds()
+
     with pytest.raises((TypeError, ValueError), match=problem):
         register_mine(**changes)
-    assert known_kinds() == before
+
+    assert known_kinds() == kinds
 
 
 @pytest.mark.parametrize(
@@ -95,7 +128,8 @@ def test_bad_descriptions(changes, problem):
         ("o ((i k) + )", "the residual weights, of axes `o` and `i` alone"),
     ],
 )
-def test_malformed_patterns(pattern, problem):
+def test_malformed_patterns_are_refused(pattern, problem):
     with pytest.raises(ValueError, match=re.escape(repr(pattern))) as error:
         register_mine(coefficients=("A", pattern), residual=None)
+
     assert problem in str(error.value)

@@ -1,6 +1,6 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The Jacobian by layers beside that by `torch.func.vmap`."""
+"""The Jacobian by layers, compared with `torch.func.vmap`."""
 
 from __future__ import annotations
 
@@ -32,15 +32,16 @@ def network(**options) -> KAN:
 
 
 def check(model: nn.Module, function: Callable, *rows: Tensor, by_layers: bool = True) -> None:
-    """The Jacobian by layers is that by `torch.func.vmap`; or there is none by layers."""
+    """Check that the Jacobian by layers equals the one by `torch.func.vmap`, or that there is none by layers."""
     squares = problem(model, [(function, rows or (points(),))])
-    for term, part in squares.chunks():
-        found = squares.jacobian(term, part)
+    for term, chunk in squares.chunks():
+        jacobian = squares.jacobian(term, chunk)
         assert term.trial.by_layers is by_layers
         term.trial.by_layers = False
-        expected = squares.jacobian(term, part)
-        assert found.shape == expected.shape and expected.any()
-        assert relative(found, expected) < 1e-12
+        expected = squares.jacobian(term, chunk)
+        assert jacobian.shape == expected.shape
+        assert expected.any()
+        assert relative(jacobian, expected) < 1e-12
 
 
 # Residuals
@@ -71,8 +72,9 @@ def second_derivatives(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def several(model: nn.Module, x: Tensor) -> Tensor:
-    """A periodic condition, the equation, and the value once more."""
-    left, right = x * torch.tensor([0.0, 1.0]) - 1, x * torch.tensor([0.0, 1.0]) + 1
+    """A periodic condition, and the equation times the value."""
+    side = x * torch.tensor([0.0, 1.0])
+    left, right = side - 1, side + 1
     (u, du, _), (v, dv, _) = jet(model, left), jet(model, right)
     return torch.cat([u - v, du[0] - dv[0], equation(model, x) * model(x)], dim=-1)
 
@@ -82,9 +84,8 @@ def several(model: nn.Module, x: Tensor) -> Tensor:
 
 def two_adapters(model: nn.Module) -> nn.Module:
     model = adapt(model, r=(2, 3, 4), alpha=0.7)
-    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
-    model.peft_config["other"].r = 2
-    model.base_model.set_adapter(["default", "other"])
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    model.base_model.set_adapter(["default", "second"])
     return model.eval()
 
 
@@ -120,9 +121,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("residual", [equation, value, several])
+@pytest.mark.parametrize("residual", [value, several])
 @pytest.mark.parametrize("name", MODELS)
-def test_models(name, residual):
+def test_dense_and_adapted_kans(name, residual):
     check(MODELS[name](), residual)
 
 
@@ -138,7 +139,7 @@ def foreign_network(kind: str) -> nn.Module:
 @pytest.mark.parametrize("residual", [equation, weighted])
 @pytest.mark.parametrize("kind", FOREIGN_KINDS)
 def test_adapters_of_layers_of_other_libraries(kind, residual):
-    """Their rows come from the formulas of the layers, if no scale of the edges stands between."""
+    """Rows come from the formula of a layer, unless it scales its edges."""
     check(foreign_network(kind), residual, points(20), by_layers=kind != "efficient-kan")
 
 
@@ -157,56 +158,63 @@ MLPS = {
 
 @pytest.mark.parametrize("residual", [equation, weighted, second_derivatives])
 @pytest.mark.parametrize("name", MLPS)
-def test_mlps(name, residual):
+def test_networks_with_linear_layers(name, residual):
     check(MLPS[name]().double(), residual)
 
 
 @pytest.mark.parametrize("residual", [weighted, along_directions, second_derivatives])
 @pytest.mark.parametrize("name", ["dense", "two adapters"])
-def test_residuals(name, residual):
+def test_residuals_with_any_derivatives(name, residual):
     check(MODELS[name](), residual)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 20, 300])  # few by plain operations
-def test_rows(rows):
+@pytest.mark.parametrize("rows", [1, 2, 20, 300])  # few rows go by plain operations
+def test_any_number_of_rows(rows):
     check(adapt(network()), several, points(rows))
     check(network(), equation, points(rows))
 
 
-def test_a_layer_used_twice():
-    for residual, by_layers in ((equation, True), (value, False)):  # nothing is known of a forward pass of others
-        layer = KANLinear(2, 2, dtype=torch.float64)
-        check(nn.Sequential(layer, KAN([2, 3, 2], dtype=torch.float64), layer), residual, by_layers=by_layers)
+@pytest.mark.parametrize("residual, by_layers", [(equation, True), (value, False)])
+def test_a_layer_that_is_used_twice(residual, by_layers):
+    layer = KANLinear(2, 2, dtype=torch.float64)
+    model = nn.Sequential(layer, KAN([2, 3, 2], dtype=torch.float64), layer)
+
+    check(model, residual, by_layers=by_layers)
+
+
+def test_a_parameter_that_two_layers_share():
     model = KAN([2, 2, 2], dtype=torch.float64)
     model.layers[1].spline_weight = model.layers[0].spline_weight
+
     check(model, several)
 
 
-def test_points_on_the_knots():
-    """Where the second derivatives of quadratic splines jump, J is that of the residuals, which are linear in them."""
+@pytest.mark.parametrize("repeats", [1, 20])
+def test_points_on_the_knots(repeats):
+    """Second derivatives of quadratic splines jump there. Residuals are the Jacobian times the parameters."""
     x = torch.tensor([[-1.0, -1], [1, 1], [-0.6, 0.2], [0.2, -0.2], [1.4, 0.1]], dtype=torch.float64)
-    for rows in (x, x.repeat(20, 1)):
-        model = KAN([2, 1], dtype=torch.float64, spline_order=2)
-        squares = problem(model, [(lambda model, x: jet(model, x, collapse=True)[2], rows)])
-        by_jacobian = squares.jacobian(*next(squares.chunks())) @ squares.start
-        torch.testing.assert_close(by_jacobian, squares.residuals(squares.start))
+    model = KAN([2, 1], dtype=torch.float64, spline_order=2)
+    squares = problem(model, [(lambda model, x: jet(model, x, collapse=True)[2], x.repeat(repeats, 1))])
+
+    jacobian = squares.jacobian(*next(squares.chunks()))
+
+    torch.testing.assert_close(jacobian @ squares.start, squares.residuals(squares.start))
 
 
 # What is not by layers
 
 
-def test_hooks_and_replaced_forwards_of_a_layer():
-    """A forward pass runs them, and so does its Jacobian."""
-    hooked, replaced = network(), adapt(network())
-    hooked.layers[1].register_forward_hook(lambda *arguments: 2 * arguments[-1])
-    layer = replaced.get_base_model().layers[1]
+def hooked() -> nn.Module:
+    model = network()
+    model.layers[1].register_forward_hook(lambda *arguments: 2 * arguments[-1])
+    return model
+
+
+def with_replaced_forward() -> nn.Module:
+    model = adapt(network())
+    layer = model.get_base_model().layers[1]
     layer.forward = lambda x, forward=layer.forward: 2 * forward(x)
-    for model in (hooked, replaced):
-        check(model, value, by_layers=False)
-
-
-def test_many_values_in_a_row():
-    check(KAN([2, 3, MOST_COLUMNS + 1], dtype=torch.float64), value, by_layers=False)
+    return model
 
 
 class Around(nn.Module):
@@ -230,7 +238,10 @@ def lora() -> nn.Module:
     return get_peft_model(network(), config)
 
 
-OTHERS = {
+NOT_BY_LAYERS = {
+    "a hook": (hooked, value),
+    "a replaced forward": (with_replaced_forward, value),
+    "many values in a row": (lambda: KAN([2, 3, MOST_COLUMNS + 1], dtype=torch.float64), value),
     "no KAN": (plain_network, value),
     "LoRA": (lora, equation),
     "trained norm": (lambda: network(norm="layer"), equation),
@@ -256,7 +267,8 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_others(name):
-    build, residual = OTHERS[name]
+@pytest.mark.parametrize("name", NOT_BY_LAYERS)
+def test_what_computes_more_than_its_layers_has_no_jacobian_by_layers(name):
+    build, residual = NOT_BY_LAYERS[name]
+
     check(build(), residual, by_layers=False)

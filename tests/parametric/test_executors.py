@@ -23,40 +23,45 @@ def make(base):
 
 
 @pytest.fixture(scope="module")
-def alone(base):
+def expected(base):
+    """The family that is fitted without an executor."""
     family = make(base)
     family.fit(PARAMETERS, progress=False)
     return family
 
 
-def assert_equal(family, other):
-    assert family.parameters == other.parameters
+def assert_close(family, expected):
+    assert family.parameters == expected.parameters
     for c in family.parameters:
-        one, two = family.as_adapter(c).state_dict(), other.as_adapter(c).state_dict()
-        torch.testing.assert_close(one, two, rtol=0, atol=1e-8)
+        state = family.as_adapter(c).state_dict()
+        torch.testing.assert_close(state, expected.as_adapter(c).state_dict(), rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize(
     "executor",
     [
-        pytest.param(lambda: ProcessPoolExecutor(2, multiprocessing.get_context("spawn")), marks=pytest.mark.slow),
+        pytest.param(lambda: ProcessPoolExecutor(1, multiprocessing.get_context("spawn")), marks=pytest.mark.slow),
         lambda: ThreadPoolExecutor(3),
     ],
     ids=["processes", "threads"],
 )
-def test_executors_fit_the_same_members(base, alone, executor):
+def test_executors_fit_the_same_members(base, expected, executor):
     family = make(base)
+
     with executor() as pool:
         report = family.fit(PARAMETERS, executor=pool, progress=False)
+
     assert len(report) == len(PARAMETERS)
-    assert_equal(family, alone)
+    assert_close(family, expected)
 
 
 @pytest.mark.slow
-def test_members_by_a_cluster(base, alone, tmp_path):
+def test_a_cluster_fits_the_same_members(base, expected, tmp_path):
     distributed = pytest.importorskip("distributed")
     options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None, "local_directory": str(tmp_path)}
     family = make(base)
-    with distributed.LocalCluster(**options) as local, distributed.Client(local) as client:
+
+    with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
         family.fit(PARAMETERS, executor=client.get_executor(), progress=False)
-    assert_equal(family, alone)
+
+    assert_close(family, expected)

@@ -24,6 +24,12 @@ def make(base, log=False, **kwargs):
     return ParametricAdapter(base, problems.terms_of, ranks=6, log=log, **kwargs)
 
 
+def shared_state(family):
+    """Return what members share: all tensors but the cores."""
+    state = family.model.state_dict()
+    return {name: tensor.clone() for name, tensor in state.items() if "lotra_core" not in name}
+
+
 def test_predictions_are_better_than_members_nearby_and_one_step_as_good_as_eight(family):
     predicted, refined = [], []
     for c in np.random.default_rng(0).uniform(2.5, 3.5, 8).tolist():
@@ -36,87 +42,126 @@ def test_predictions_are_better_than_members_nearby_and_one_step_as_good_as_eigh
 
 
 def test_the_base_is_left_alone_and_only_cores_move(base):
-    before, family = copy.deepcopy(base.state_dict()), make(base)
-    frozen = {name: part.clone() for name, part in family.model.state_dict().items() if "lotra_core" not in name}
+    family = make(base)
+    base_state = copy.deepcopy(base.state_dict())
+    shared = shared_state(family)
+
     family.fit([2.9, 3.1], progress=False)
-    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
-    assert type(base) is KAN and all(part.requires_grad for part in base.parameters())
-    assert all(torch.equal(family.model.state_dict()[name], part) for name, part in frozen.items())
-    assert family.size == sum(part.numel() for name, part in family.model.named_parameters() if "core" in name)
+
+    assert type(base) is KAN
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    torch.testing.assert_close(base.state_dict(), base_state, rtol=0, atol=0)
+    torch.testing.assert_close(shared_state(family), shared, rtol=0, atol=0)
+    cores = [parameter for name, parameter in family.model.named_parameters() if "lotra_core" in name]
+    assert family.size == sum(core.numel() for core in cores)
 
 
 def test_members_are_fitted_once(base):
     family = make(base)
+
     report = family.fit([3.2, 2.8, 3.0, 3.2], progress=False)
-    assert family.parameters == [2.8, 3.0, 3.2] and len(report) == 3 and report.as_dict()["coordinates"] == family.size
-    assert "3 members of" in str(report) and json.dumps(report.as_dict())
-    assert not family.fit([3.0, 2.8], progress=False)
-    assert [m.parameter for m in family.fit([2.9, 3.0], progress=False)] == [(2.9,)]
+    same = family.fit([3.0, 2.8], progress=False)
+    (member,) = family.fit([2.9, 3.0], progress=False)
+
+    assert len(report) == 3
+    assert not same
+    assert member.parameter == (2.9,)
     assert family.parameters == [2.8, 2.9, 3.0, 3.2]
+    assert "3 members of" in str(report)
+    assert json.loads(json.dumps(report.as_dict()))["coordinates"] == family.size
 
 
 def test_the_first_member_is_where_the_base_is(base):
     order = []
-    family = ParametricAdapter(base, lambda c: order.append(c) or problems.terms_of(c), ranks=4)
-    family.fit([2.6, 2.8, 3.0, 3.2], progress=False)
-    assert order[:4] == [2.6, 2.8, 3.0, 3.2] and order[4] == 3.0  # the losses of the base, and then the first fit
+
+    def terms_of(c):
+        order.append(c)
+        return problems.terms_of(c)
+
+    ParametricAdapter(base, terms_of, ranks=4).fit([2.6, 2.8, 3.0, 3.2], progress=False)
+
+    assert order[:5] == [2.6, 2.8, 3.0, 3.2, 3.0]  # the losses of the base, and then the first fit
 
 
-def test_a_prediction_is_a_function_of_its_own(family):
+def test_a_prediction_is_a_function_that_later_predictions_do_not_change(family):
     x = problems.POINTS[::7]
-    first, second = family.predict(2.6), family.predict(3.3)
+    first = family.predict(2.6)
     values = first(x)
-    assert not torch.equal(second(x), values) and torch.equal(first(x), values)
-    model = family.as_adapter(2.6)
-    torch.testing.assert_close(model(x), values)
-    for one, other in zip(first.apply(jet, x), jet(model, x), strict=True):
-        torch.testing.assert_close(one, other)
+
+    second = family.predict(3.3)
+
+    assert not torch.equal(second(x), values)
+    assert torch.equal(first(x), values)
     with torch.inference_mode():
         torch.testing.assert_close(first(x), values)
-    assert "2.6" in repr(first) and first.parameter == 2.6 and not first.extrapolated
+    assert first.parameter == 2.6
+    assert not first.extrapolated
+    assert "2.6" in repr(first)
 
 
-def test_extrapolation_is_refused_unless_forced(family):
-    for call in (family.predict, family.refine, family.as_adapter):
-        with pytest.raises(ValueError, match=r"4.5 lies outside of the fitted members \(2.5 to 3.5\).*`force=True`"):
-            call(4.5)
+def test_a_prediction_has_the_values_and_the_jet_of_its_adapter(family):
+    x = problems.POINTS[::7]
+    prediction, model = family.predict(2.6), family.as_adapter(2.6)
+
+    torch.testing.assert_close(prediction(x), model(x))
+    torch.testing.assert_close(prediction.apply(jet, x), jet(model, x))
+
+
+@pytest.mark.parametrize("method", ["predict", "refine", "as_adapter"])
+def test_extrapolation_is_refused_unless_forced(family, method):
+    with pytest.raises(ValueError, match=r"4.5 lies outside of the fitted members \(2.5 to 3.5\).*`force=True`"):
+        getattr(family, method)(4.5)
+
+
+def test_the_indicator_of_a_forced_extrapolation_is_large(family):
     forced = family.predict(4.5, force=True)
-    assert forced.extrapolated and forced.indicator > 5 * family.predict(3.4).indicator
+
+    assert forced.extrapolated
+    assert forced.indicator > 5 * family.predict(3.4).indicator
     assert family.refine(4.5, 3, force=True).indicator < forced.indicator
 
 
 def test_an_adapter_is_a_plain_one(family, base, tmp_path):
     x = problems.POINTS
+
     model = family.as_adapter(2.7, steps=2)
-    torch.testing.assert_close(model(x), family.refine(2.7, 2)(x))
+    y = model(x)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    torch.testing.assert_close(loaded(x), model(x))
-    torch.testing.assert_close(model.merge_and_unload()(x), loaded(x))
+
+    torch.testing.assert_close(y, family.refine(2.7, 2)(x))
+    torch.testing.assert_close(loaded(x), y)
+    torch.testing.assert_close(model.merge_and_unload()(x), y)
 
 
-def test_two_parameters(base):
+def test_a_family_has_two_parameters(base):
     family = ParametricAdapter(base, problems.terms_of_two, ranks=6)
+
     report = family.fit(between=((2.8, 0.8), (3.2, 1.2)), max_members=9, progress=False)
+
     assert len(family.parameters) == len(report) == 9
     prediction = family.predict((3.05, 1.07))
-    truth = 1.07 * problems.exact(3.05)
     u = problems.solution(prediction(problems.POINTS), problems.POINTS)
-    assert ((u - truth).norm() / truth.norm()).item() < 0.02
-    for parameter in ((3.3, 1.0), (2.9, 0.7)):
+    exact = 1.07 * problems.exact(3.05)
+    assert (u - exact).norm() < 0.02 * exact.norm()
+    for outside in ((3.3, 1.0), (2.9, 0.7)):
         with pytest.raises(ValueError, match="outside"):
-            family.predict(parameter)
+            family.predict(outside)
     with pytest.raises(ValueError, match="2 finite numbers"):
         family.predict(3.0)
 
 
-def test_logarithmic_parameters(base):
-    family, plain = make(base, log=True), make(base)
-    for one in (family, plain):
-        one.fit([2.0, 2.8, 4.0], progress=False)
-    assert problems.error(family.predict(2.4), 2.4) != problems.error(plain.predict(2.4), 2.4)
+def test_a_logarithmic_parameter_changes_predictions_and_is_positive(base):
+    linear, logarithmic = make(base), make(base, log=True)
+    for family in (linear, logarithmic):
+        family.fit([2.0, 2.8, 4.0], progress=False)
+
+    assert problems.error(logarithmic.predict(2.4), 2.4) != problems.error(linear.predict(2.4), 2.4)
     with pytest.raises(ValueError, match="above 0 with `log=True`"):
-        family.predict(-1.0)
+        logarithmic.predict(-1.0)
+
+
+def test_a_list_of_scales_needs_as_many_parameters(base):
     with pytest.raises(ValueError, match="2 finite numbers"):
         make(base, log=[True, False]).fit([2.0], progress=False)
 
@@ -135,10 +180,12 @@ def test_logarithmic_parameters(base):
         ({"parameters": [1.0], "train": problems.train_by_adam}, "Give `terms_of` to the constructor, or `train`"),
     ],
 )
-def test_wrong_arguments_of_fit(base, arguments, message):
+def test_wrong_arguments_of_fit_are_refused(base, arguments, message):
     family = make(base)
+
     with pytest.raises(ValueError, match=message):
         family.fit(**arguments, progress=False)
+
     assert family.parameters == []
 
 
@@ -159,103 +206,138 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_without_a_result_are_refused(base, name):
     family = ParametricAdapter(base, **{"terms_of": problems.terms_of, name: FUNCTIONS[name]})
+
     with pytest.raises(RuntimeError, match="2.9: TypeError: .*None"):
         family.fit([2.9, 3.0], progress=False)
+
     assert family.parameters == []
 
 
-@pytest.mark.parametrize("result", [None, 1j, 1], ids=["None", "complex", "integer"])
-def test_residuals_that_are_no_real_numbers_are_named(base, result):
-    def residual(model, x):
-        return None if result is None else (result * model(x) if result == 1j else model(x).long())
+RESIDUALS = {
+    "None": lambda model, x: None,
+    "complex": lambda model, x: 1j * model(x),
+    "integer": lambda model, x: model(x).long(),
+}
 
-    family = ParametricAdapter(base, lambda c: [(residual, problems.POINTS)], ranks=4)
-    with pytest.raises(RuntimeError, match=r"residual term 0 \(residual\) returns"):
+
+@pytest.mark.parametrize("name", RESIDUALS)
+def test_residuals_that_are_no_real_numbers_are_named(base, name):
+    family = ParametricAdapter(base, lambda c: [(RESIDUALS[name], problems.POINTS)], ranks=4)
+
+    with pytest.raises(RuntimeError, match=r"residual term 0 \(.*\) returns"):
         family.fit([3.0], progress=False)
 
 
-def test_predictions_at_what_is_no_number_are_refused(family):
-    for wrong in ("3.0", 3.0 + 1j, None):
-        with pytest.raises(ValueError, match="parameter is .* must be a finite number"):
-            family.predict(wrong)
+@pytest.mark.parametrize("parameter", ["3.0", 3.0 + 1j, None])
+def test_predictions_at_what_is_no_number_are_refused(family, parameter):
+    with pytest.raises(ValueError, match="parameter is .* must be a finite number"):
+        family.predict(parameter)
 
 
-def test_wrong_arguments_of_the_constructor(base):
+def test_a_base_with_adapters_is_refused(base):
     adapted = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2))
+
     for model in (adapted, adapted.base_model.model):
         with pytest.raises(ValueError, match="`base` has adapters: merge them first"):
             make(model)
 
 
-def test_a_family_without_members(base, tmp_path):
-    for call in (lambda: make(base).predict(3.0), lambda: make(base).save_pretrained(tmp_path)):
-        with pytest.raises(ValueError, match="no members yet"):
-            call()
+WITHOUT_MEMBERS = {
+    "predict": lambda family, folder: family.predict(3.0),
+    "calibrate": lambda family, folder: family.calibrate(lambda model: model(problems.POINTS)),
+    "save": lambda family, folder: family.save_pretrained(folder),
+}
 
 
-def test_a_function_that_fails_at_one_parameter(base):
+@pytest.mark.parametrize("name", WITHOUT_MEMBERS)
+def test_a_family_without_members_is_refused(base, tmp_path, name):
+    with pytest.raises(ValueError, match="no members yet"):
+        WITHOUT_MEMBERS[name](make(base), tmp_path)
+
+
+def test_a_function_that_fails_at_one_parameter_leaves_the_other_members(base):
     family = ParametricAdapter(base, problems.terms_that_fail, ranks=6)
+
     with pytest.warns(RuntimeWarning, match="2.6: ZeroDivisionError: no solution here"):
         report = family.fit([2.4, 2.6, 2.8, 3.0], progress=False)
-    assert family.parameters == [2.4, 2.8, 3.0] and list(report.failed) == [2.6]
-    assert "failed: 2.6: ZeroDivisionError" in str(report) and "2.6" in report.as_dict()["failed"]
+
+    assert family.parameters == [2.4, 2.8, 3.0]
+    assert list(report.failed) == [2.6]
+    assert "failed: 2.6: ZeroDivisionError" in str(report)
+    assert "2.6" in report.as_dict()["failed"]
+
+
+def test_a_function_that_fails_at_all_parameters_is_an_error(base):
+    family = ParametricAdapter(base, problems.terms_that_fail, ranks=6)
+
     with pytest.raises(RuntimeError, match="2.6: ZeroDivisionError"):
-        ParametricAdapter(base, problems.terms_that_fail, ranks=6).fit([2.6], progress=False)
+        family.fit([2.6], progress=False)
 
 
+UNFIT = {
+    r"of shape \(\)": lambda model, x: model(x).mean(),
+    "NaN or inf": lambda model, x: model(x) * torch.nan,
+}
+
+
+@pytest.mark.parametrize("message", UNFIT)
 @pytest.mark.filterwarnings("ignore:Step refused")
-def test_residuals_that_cannot_be_fitted(base):
-    def averaged(model, x):
-        return model(x).mean()
+def test_residuals_that_cannot_be_fitted_are_refused(base, message):
+    family = ParametricAdapter(base, lambda c: [(UNFIT[message], problems.POINTS)], ranks=4)
 
-    def broken(model, x):
-        return model(x) * torch.nan
-
-    for function, words in ((averaged, "averaged"), (broken, "NaN or inf")):
-        with pytest.raises(RuntimeError, match=f"3.0: ValueError: .*{words}"):
-            ParametricAdapter(base, lambda c, f=function: [(f, problems.POINTS)], ranks=4).fit([3.0], progress=False)
+    with pytest.raises(RuntimeError, match=f"3.0: ValueError: .*{message}"):
+        family.fit([3.0], progress=False)
 
 
-def test_fitting_in_inference_mode(base):
-    x, expected = problems.POINTS, make(base)
+def test_a_family_is_fitted_in_inference_mode(base):
+    expected = make(base)
     expected.fit([2.9, 3.0], progress=False)
+
     with torch.inference_mode():
         family = make(base)
         family.fit([2.9, 3.0], progress=False)
         refined, adapter = family.refine(2.95), family.as_adapter(2.95)
+
+    x = problems.POINTS
     assert torch.equal(family.predict(2.93)(x), expected.predict(2.93)(x))
     assert refined.indicator == pytest.approx(expected.refine(2.95).indicator)
     adapter(x).sum().backward()
 
 
-def test_a_copied_family_goes_on(family):
-    other = pickle.loads(pickle.dumps(copy.deepcopy(family)))
-    assert other.predict(2.9).indicator == pytest.approx(family.predict(2.9).indicator)
+def test_a_copied_or_pickled_family_predicts_the_same(family):
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(family)))
+
+    assert copied.predict(2.9).indicator == pytest.approx(family.predict(2.9).indicator)
 
 
-def test_a_training_function_instead_of_terms():
+def test_a_training_function_and_a_loss_replace_terms():
     torch.manual_seed(0)
     base = KAN([1, 4, 1], 6, dtype=torch.float64)
     problems.train_by_adam(base, 3.0)
     family = ParametricAdapter(base, ranks=4, loss_of=problems.loss_of)
     family.fit([2.5, 3.0, 3.5], train=problems.train_by_adam, progress=False)
+
     prediction = family.predict(2.75)
-    assert prediction.indicator < problems.loss_of(base, 2.75).item() and np.isnan(prediction.residual)
+
+    assert prediction.indicator < problems.loss_of(base, 2.75).item()
     assert prediction.indicator == pytest.approx(prediction.apply(problems.loss_of, 2.75).item())
+    assert np.isnan(prediction.residual)
     with pytest.raises(ValueError, match="no residual terms"):
         family.refine(2.75)
 
 
-def test_training_without_a_loss_has_no_indicator():
+def test_training_without_a_loss_has_no_indicator_and_searches_no_range():
     family = ParametricAdapter(KAN([1, 3, 1]).double(), ranks=2)
     family.fit([2.5, 3.0], train=problems.train_by_adam, progress=False)
+
     assert np.isnan(family.predict(2.7).indicator)
     with pytest.raises(ValueError, match="`loss_of`"):
         family.fit(between=(2.0, 3.0), train=problems.train_by_adam)
 
 
-def test_training_that_changes_what_members_share():
-    """Modes, flags, running statistics and the base stay as they were."""
+@pytest.mark.filterwarnings("ignore:Most inputs of .* lie far outside")
+def test_training_cannot_change_what_members_share():
+    """Flags, running statistics and the base stay as they were, and a prediction runs without dropout."""
 
     def train(model, c):
         model.train().requires_grad_(True)
@@ -268,10 +350,14 @@ def test_training_that_changes_what_members_share():
 
     torch.manual_seed(0)
     family = ParametricAdapter(nn.Sequential(KAN([1, 4, 1]), nn.BatchNorm1d(1), nn.Dropout(0.5)), ranks=2)
-    before = {name: tensor.clone() for name, tensor in family.model.state_dict().items() if "lotra_core" not in name}
+    shared = shared_state(family)
+
     family.fit([1.0, 2.0], train=train, progress=False)
-    assert all(torch.equal(family.model.state_dict()[name], tensor) for name, tensor in before.items())
-    assert all("lotra_core" in name for name, part in family.model.named_parameters() if part.requires_grad)
+
+    torch.testing.assert_close(shared_state(family), shared, rtol=0, atol=0)
+    for name, parameter in family.model.named_parameters():
+        assert parameter.requires_grad == ("lotra_core" in name)
+    cores = [parameter for name, parameter in family.as_adapter(2.0).named_parameters() if "lotra_core" in name]
+    assert any(core.any() for core in cores)
     x, prediction = torch.rand(9, 1), family.predict(1.5)
-    assert torch.equal(prediction(x), prediction(x))  # without dropout
-    assert any(part.any() for name, part in family.as_adapter(2.0).named_parameters() if "lotra_core" in name)
+    assert torch.equal(prediction(x), prediction(x))

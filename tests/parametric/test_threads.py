@@ -1,13 +1,14 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Families that several threads use at once: the answers are those of one thread."""
+"""Several threads use a family at once, with the results of one thread."""
 
 from __future__ import annotations
 
 import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import family_problems as problems
 import pytest
@@ -39,52 +40,52 @@ def solution_terms_of(c):
 
 
 @pytest.fixture(scope="module")
-def other(base):
+def solutions(base):
     """A family of solutions, in float32: its residuals exchange parameters, too."""
     family = ParametricAdapter(copy.deepcopy(base).float(), solution_terms_of, ranks=4, solution_of=solution_of)
     family.fit([2.5, 3.0, 3.5], max_steps=5, progress=False)
     return family
 
 
-def in_threads(function, arguments):
-    """The results of a function by as many threads as arguments, all of which start together."""
-    barrier = threading.Barrier(len(arguments))
+def in_threads(functions):
+    """Call each function three times in a thread of its own; all threads start together."""
+    barrier = threading.Barrier(len(functions))
 
-    def run(argument):
+    def run(function):
         barrier.wait()
-        return [function(argument) for _ in range(5)]
+        return [function() for _ in range(3)]
 
-    with ThreadPoolExecutor(len(arguments)) as pool:
-        return list(pool.map(run, arguments))
+    with ThreadPoolExecutor(len(functions)) as pool:
+        return list(pool.map(run, functions))
+
+
+def assert_as_in_one_thread(functions):
+    expected = [[function()] * 3 for function in functions]
+
+    torch.testing.assert_close(in_threads(functions), expected)
 
 
 @pytest.mark.parametrize("name", USES)
-def test_each_use_by_eight_threads(family, name):
-    expected = [USES[name](family, c) for c in PARAMETERS]
-
-    found = in_threads(lambda c: USES[name](family, c), PARAMETERS)
-
-    for values, value in zip(found, expected, strict=True):
-        torch.testing.assert_close(values, [value] * 5)
+def test_eight_threads_get_the_results_of_one(family, name):
+    assert_as_in_one_thread([partial(USES[name], family, c) for c in PARAMETERS])
 
 
-def test_all_uses_at_once_of_solutions_of_parameters(other):
+def test_all_uses_at_once_of_solutions_of_parameters(solutions):
     x = X.float()
-    uses = [
-        lambda c: other.predict(c)(x),
-        lambda c: torch.cat(other.predict(c).apply(jet, x)[1:]),
-        lambda c: other.predict(c).residual,
-        lambda c: other.predict(c).indicator,
-        lambda c: other.refine(c).residual,
-        lambda c: other.as_adapter(c)(x),
-    ]
-    jobs = list(zip(uses, PARAMETERS, strict=False))
-    expected = [use(c) for use, c in jobs]
 
-    found = in_threads(lambda job: job[0](job[1]), jobs)
+    def slopes(c):
+        return torch.cat(solutions.predict(c).apply(jet, x)[1:])
 
-    for values, value in zip(found, expected, strict=True):
-        torch.testing.assert_close(values, [value] * 5)
+    assert_as_in_one_thread(
+        [
+            lambda: solutions.predict(2.55)(x),
+            lambda: slopes(2.67),
+            lambda: solutions.predict(2.79).residual,
+            lambda: solutions.predict(2.91).indicator,
+            lambda: solutions.refine(3.03).residual,
+            lambda: solutions.as_adapter(3.15)(x),
+        ]
+    )
 
 
 def test_a_prediction_inside_of_another(family):
@@ -95,40 +96,39 @@ def test_a_prediction_inside_of_another(family):
     torch.testing.assert_close(difference, first(X) - second(X))
 
 
-def test_predictions_while_the_family_is_fitted(base):
-    """They are those of the members before, or of those after."""
+def test_predictions_while_the_family_is_fitted_are_from_the_old_or_the_new_members(base):
     family = ParametricAdapter(base, problems.terms_of, ranks=4)
     family.fit([2.8, 3.0, 3.2], progress=False)
-    before = family.predict(2.9)(X)
+    old = family.predict(2.9)(X)
+    predictions = []
 
     with ThreadPoolExecutor(1) as pool:
-        fit = pool.submit(family.fit, [2.7, 2.85, 2.95], max_steps=10, progress=False)
-        found = [family.predict(2.9)(X)]
+        fit = pool.submit(family.fit, [2.7, 2.85, 2.95], max_steps=5, progress=False)
         while not fit.done():
-            found.append(family.predict(2.9)(X))
+            predictions.append(family.predict(2.9)(X))
     fit.result()
 
-    after = family.predict(2.9)(X)
-    assert not torch.equal(before, after)
-    assert all(torch.equal(values, before) or torch.equal(values, after) for values in found)
+    new = family.predict(2.9)(X)
+    assert not torch.equal(old, new)
+    assert all(torch.equal(values, old) or torch.equal(values, new) for values in predictions)
 
 
 def test_a_family_is_saved_while_it_predicts(base, family, tmp_path):
     expected = family.predict(2.9)(X)
-    saves = [lambda place=place: family.save_pretrained(tmp_path / str(place)) for place in range(4)]
-    passes = [lambda: family.predict(2.9)(X)] * 4
+    folders = [tmp_path / str(number) for number in range(4)]
+    saves = [partial(family.save_pretrained, folder) for folder in folders]
+    predictions = [lambda: family.predict(2.9)(X)] * 4
 
-    found = in_threads(lambda use: use(), saves + passes)
+    results = in_threads(saves + predictions)
 
-    for values in found[len(saves) :]:
-        torch.testing.assert_close(values, [expected] * 5, rtol=0, atol=0)
-    for place in range(4):
-        saved = ParametricAdapter.from_pretrained(base, tmp_path / str(place))
+    torch.testing.assert_close(results[4:], [[expected] * 3] * 4, rtol=0, atol=0)
+    for folder in folders:
+        saved = ParametricAdapter.from_pretrained(base, folder)
         torch.testing.assert_close(saved.predict(2.9)(X), expected)
 
 
 def test_another_thread_may_draw_random_numbers(family):
-    """The global generator moves on meanwhile, but the residuals are not random."""
+    """The global generator advances meanwhile, but the residuals are not random."""
     expected = family.refine(2.9)(X)
     stop = threading.Event()
 
@@ -139,9 +139,9 @@ def test_another_thread_may_draw_random_numbers(family):
     with ThreadPoolExecutor(1) as pool:
         drawing = pool.submit(draw)
         try:
-            found = [family.refine(2.9)(X) for _ in range(20)]
+            results = [family.refine(2.9)(X) for _ in range(8)]
         finally:
             stop.set()
         drawing.result()
 
-    torch.testing.assert_close(found, [expected] * 20)
+    torch.testing.assert_close(results, [expected] * 8)

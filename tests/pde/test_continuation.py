@@ -30,38 +30,54 @@ class Tracker(nn.Module):
 
 
 def test_a_path_without_failures_has_equal_ratios():
-    model, seen = Tracker(), []
-    path = continuation(model, model.solve, 1.0, 16.0, target=1e-9, prepare=seen.append, steps=4)
-    torch.testing.assert_close([entry.value for entry in path], [1.0, 2.0, 4.0, 8.0, 16.0])
-    assert seen == [entry.value for entry in path] and path[-1].value == 16.0
+    model, prepared = Tracker(), []
+
+    path = continuation(model, model.solve, 1.0, 16.0, target=1e-9, prepare=prepared.append, steps=4)
+
+    values = [entry.value for entry in path]
+    assert values == prepared == pytest.approx([1.0, 2.0, 4.0, 8.0, 16.0])
+    assert values[-1] == 16.0
     assert all(entry.accepted for entry in path)
 
 
 def test_a_failure_is_taken_back_and_tried_at_a_shorter_step():
     model = Tracker()
+
     path = continuation(model, model.solve, 1.0, 1000.0, target=1e-9, steps=3)
-    assert not path[1].accepted and path[1].value == pytest.approx(10.0)
+
+    assert not path[1].accepted
+    assert path[1].value == pytest.approx(10.0)
     assert path[2].value < path[1].value
-    taken = [entry.value for entry in path if entry.accepted]
-    assert taken[-1] == 1000.0 and taken == sorted(taken)
+    accepted = [entry.value for entry in path if entry.accepted]
+    assert accepted == sorted(accepted)
+    assert accepted[-1] == 1000.0
     assert model.x.item() == pytest.approx(10.0)
 
 
 def test_steps_grow_again_after_a_failure():
     losses = iter([0.0, math.inf, *[0.0] * 20])
+
     path = continuation(Tracker(), lambda _: next(losses), 0.0, 1.0, steps=2, target=1)
-    values = [entry.value for entry in path if entry.accepted]
-    assert values[2] - values[1] > values[1] - values[0] == 0.125
+
+    first, second, third, *_ = [entry.value for entry in path if entry.accepted]
+    assert second - first == 0.125
+    assert third - second > 0.125
 
 
-def test_a_path_that_ends_early():
+FAILURES = {
+    "Train longer, or start elsewhere": lambda model, value: math.nan,
+    "It is solved at 1": lambda model, value: model.solve(value, 1.0),
+    "not 'NoneType'": lambda model, value: model.x.data.fill_(9.0) and None,
+}
+
+
+@pytest.mark.parametrize("message", FAILURES)
+def test_a_path_that_ends_early_restores_the_model(message):
     model = Tracker()
-    with pytest.raises(RuntimeError, match="Train longer, or start elsewhere"):
-        continuation(model, lambda value: math.nan, 1.0, 2.0, target=1.0)
-    with pytest.raises(RuntimeError, match="It is solved at 1"):
-        continuation(model, lambda value: model.solve(value, 1.0), 1.0, 2.0, target=1e-9)
-    with pytest.raises(TypeError, match="not 'NoneType'"):
-        continuation(model, lambda value: model.x.data.fill_(9.0) and None, 1.0, 2.0)
+
+    with pytest.raises((RuntimeError, TypeError), match=message):
+        continuation(model, lambda value: FAILURES[message](model, value), 1.0, 2.0, target=1e-9)
+
     assert model.x.item() == 1.0
 
 
@@ -74,7 +90,9 @@ def test_the_history_of_levenberg_marquardt_counts():
         return LevenbergMarquardt(model).fit([term], 8, held=[term], progress=False)
 
     path = continuation(model, solve, 1.0, 3.0, target=1e-6, steps=1)
-    assert [entry.value for entry in path] == [1.0, 3.0] and path[-1].loss < 1e-6
+
+    assert [entry.value for entry in path] == [1.0, 3.0]
+    assert path[-1].loss < 1e-6
     assert model.weight.item() == pytest.approx(3.0, abs=1e-2)
 
 
@@ -82,8 +100,10 @@ WRONG = [("start", math.inf), ("steps", 0)]
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG)
-def test_wrong_arguments(name, value):
+def test_wrong_arguments_are_refused(name, value):
     model = Tracker()
+
     with pytest.raises((TypeError, ValueError), match=f"`{name}` "):
         continuation(model, **{"solve": model.solve, "start": 1.0, "stop": 2.0, name: value})
+
     assert model.x.item() == 1.0

@@ -21,37 +21,51 @@ LOW, HIGH = (-1.0, 0.0, 2.0), (3.0, 2.0, 5.0)
 BOX = (-1.0, 0.0), (1.0, 2.0)
 
 
-def box(rows: int = 20) -> torch.Tensor:
-    low, high = torch.tensor(LOW, dtype=torch.float64), torch.tensor(HIGH, dtype=torch.float64)
-    return low + (high - low) * torch.rand(rows, 3, dtype=torch.float64)
+def in_box(rows: int = 20) -> torch.Tensor:
+    low, high = torch.tensor([LOW, HIGH], dtype=torch.float64)
+    return torch.lerp(low, high, torch.rand(rows, 3, dtype=torch.float64))
 
 
-def test_features_against_the_formula():
-    x = box()
-    x_0, x_1, x_2 = (x[:, i] for i in range(3))
-    angle = 2 * math.pi * (x_0 + 1) / 4
-    expected = [torch.cos(angle), torch.sin(angle), x_1 - 1, -torch.cos(math.pi * (x_2 - 2) / 3)]
+def test_features_have_the_formula():
     features = BoxFeatures(LOW, HIGH, periodic=[0], neumann=[2])
+    points = in_box()
+    x, y, z = points.T
+    angle = 2 * math.pi * (x + 1) / 4
+
     assert features.out_features == 4
-    torch.testing.assert_close(features(x), torch.stack(expected, 1))
+    expected = [torch.cos(angle), torch.sin(angle), y - 1, -torch.cos(math.pi * (z - 2) / 3)]
+    torch.testing.assert_close(features(points), torch.stack(expected, 1))
 
 
-def test_wrong_features():
-    with pytest.raises(ValueError, match="has 3, but the box has coordinates 0 to 2"):
-        BoxFeatures(LOW, HIGH, periodic=[3])
-    with pytest.raises(ValueError, match="Coordinate 1 is both"):
-        BoxFeatures(LOW, HIGH, periodic=[1], neumann=[1])
-    with pytest.raises(ValueError, match="BoxFeatures expects a last dimension of 3"):
-        BoxFeatures(LOW, HIGH)(torch.rand(4, 2))
+WRONG = {
+    "has 3, but the box has coordinates 0 to 2": lambda: BoxFeatures(LOW, HIGH, periodic=[3]),
+    "Coordinate 1 is both": lambda: BoxFeatures(LOW, HIGH, periodic=[1], neumann=[1]),
+    "BoxFeatures expects a last dimension of 3": lambda: BoxFeatures(LOW, HIGH)(torch.rand(4, 2)),
+    "`cells` is 0": lambda: knot_density(steep(), *BOX, cells=0),
+    "along coordinate 0 are not finite": lambda: knot_density(root(), *BOX),
+    "`scale` is -1": lambda: gradient_weights(network(2, 1), torch.rand(4, 2), -1),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arguments_are_named(message):
+    with pytest.raises(ValueError, match=message):
+        WRONG[message]()
 
 
 def steep() -> nn.Module:
-    """tanh(20 x) at all times."""
+    """Return tanh(20 x) at all times."""
     return HardConstraint(network(2, 3, 1), 0.0, lambda x: torch.tanh(20 * x[..., :1]))
 
 
-def test_density_of_a_known_function():
+def root() -> nn.Module:
+    """Return a function that is NaN in a half of the box."""
+    return HardConstraint(network(2, 3, 1), 1.0, lambda x: torch.sqrt(x[..., :1]))
+
+
+def test_the_density_of_knots_follows_the_second_derivative():
     density = knot_density(steep(), *BOX, cells=40)
+
     assert density.shape == (2, 40)
     torch.testing.assert_close(density.mean(1), torch.ones(2, dtype=torch.float64))
     torch.testing.assert_close(density[1], torch.ones(40, dtype=torch.float64))  # no function of time
@@ -61,23 +75,17 @@ def test_density_of_a_known_function():
     torch.testing.assert_close(density[0], 0.4 + 0.6 * expected / expected.mean(), rtol=0, atol=1e-4)
 
 
-def test_wrong_densities():
-    with pytest.raises(ValueError, match="`cells` is 0"):
-        knot_density(steep(), *BOX, cells=0)
-    with pytest.raises(ValueError, match="along coordinate 0 are not finite"):
-        knot_density(HardConstraint(network(2, 3, 1), 1.0, lambda x: torch.sqrt(x[..., :1])), *BOX)
-
-
-def test_gradient_weights_against_autograd():
+def test_gradient_weights_have_the_formula():
     model, x = network(2, 5, 2), torch.rand(20, 2, dtype=torch.float64)
-    slopes = nested(model, x)[1]  # (2, 20, 2)
-    expected = 1 / (1 + 0.3 * slopes.square().sum((0, 2)).sqrt())
-    found = gradient_weights(model, x, 0.3)
-    torch.testing.assert_close(found[:, 0], expected)
-    assert not found.requires_grad
     along = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    expected = 1 / (1 + 0.3 * slopes[0].square().sum(1).sqrt())
-    torch.testing.assert_close(gradient_weights(model, x, 0.3, along)[:, 0], expected)
+    slopes = nested(model, x)[1]  # (2, 20, 2)
+
+    weights = gradient_weights(model, x, 0.3)
+    weights_along = gradient_weights(model, x, 0.3, along)
+
+    assert not weights.requires_grad
+    torch.testing.assert_close(weights[:, 0], 1 / (1 + 0.3 * slopes.square().sum((0, 2)).sqrt()))
+    torch.testing.assert_close(weights_along[:, 0], 1 / (1 + 0.3 * slopes[0].square().sum(1).sqrt()))
 
 
 def test_weights_are_rows_of_residual_terms():
@@ -88,12 +96,11 @@ def test_weights_are_rows_of_residual_terms():
         u, (_, u_t), u_xx = jet(model, x, collapse=(1.0, 0.0))
         return w * (u_t - u_xx - u)
 
-    before = equation(model, x, 1.0).square().mean().item()
+    def loss() -> float:
+        return equation(model, x, 1.0).square().mean().item()
+
+    start = loss()
     for _ in range(2):
         LevenbergMarquardt(model).fit([(equation, (x, gradient_weights(model, x)))], 3, progress=False)
-    assert equation(model, x, 1.0).square().mean().item() < before
 
-
-def test_wrong_weights():
-    with pytest.raises(ValueError, match="`scale` is -1"):
-        gradient_weights(network(2, 1), torch.rand(4, 2), -1)
+    assert loss() < start

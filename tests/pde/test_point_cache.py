@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Distances and lifts are evaluated once for the points of a step, and never served stale."""
+"""Distances and lifts are evaluated once for the points of a step, and again when a parameter changes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def line(x: Tensor) -> Tensor:
 
 
 class Recorded(nn.Module):
-    """A lift that counts its calls, by the points, whether they are differentiated, and a value."""
+    """A lift that counts its calls by the points, by whether they are differentiated, and by a value."""
 
     def __init__(self, function, read=lambda: None) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Recorded(nn.Module):
         self.calls: Counter = Counter()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not in_transform():  # where there are no numbers
+        if not in_transform():  # tensors have no numbers there
             self.calls[x.sum().item(), x.requires_grad, self.read()] += 1
         return self.function(x)
 
@@ -56,20 +56,21 @@ def calls_by_step(lift: Recorded, network: nn.Module | None = None) -> list[Coun
 
 def test_a_lift_is_differentiated_once_for_the_points_of_a_step():
     for calls in calls_by_step(Recorded(torch.sin)):
-        # slopes for the weights, and the jet of the residual
-        assert max(count for (_, differentiates, _), count in calls.items() if differentiates) <= 2
+        counts = [count for (_, differentiates, _), count in calls.items() if differentiates]
+        assert max(counts) <= 2  # slopes for the weights, and the jet of the residual
 
 
 def test_points_that_are_held_out_are_evaluated_in_each_step():
     """A callback may change what a lift reads."""
-    first, *others = calls_by_step(Recorded(torch.sin))
+    first, *later = calls_by_step(Recorded(torch.sin))
 
-    assert set(first).intersection(*others)
+    assert set(first).intersection(*later)
 
 
 def most_values(calls: Counter) -> int:
-    """Return how many values were read at the same points, at most."""
-    return max(Counter(points for points, differentiates, _ in calls if differentiates).values())
+    """Return the largest number of values that were read at the same points."""
+    counts = Counter(points for points, differentiates, _ in calls if differentiates)
+    return max(counts.values())
 
 
 def test_the_parameters_of_a_lift_are_trained_and_never_stale():

@@ -16,22 +16,26 @@ LOW, HIGH = (-1.0, 2.0), (3.0, 2.5)
 BOX = torch.tensor([LOW, HIGH], dtype=torch.float64)
 
 
-def test_points_fill_the_box():
+def test_points_fill_the_box_as_the_seed_says():
     x = box_points(LOW, HIGH, 512, seed=3)
-    assert x.dtype == torch.float64 and ((x >= BOX[0]) & (x <= BOX[1])).all()
+
+    assert x.dtype == torch.float64
+    assert ((x >= BOX[0]) & (x <= BOX[1])).all()
     torch.testing.assert_close(x.mean(0), BOX.mean(0), rtol=0.1, atol=0.05)
     assert torch.equal(x, box_points(LOW, HIGH, 512, seed=3))
     assert not torch.equal(x, box_points(LOW, HIGH, 512, seed=4))
 
 
-def test_sides_and_normals():
+def test_each_side_has_its_points_and_normals():
     x, normals = side_points(LOW, HIGH, 20)
+
     assert x.shape == normals.shape == (80, 2)
-    for number, (coordinate, end) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
-        part, normal = x[20 * number :][:20], normals[20 * number :][:20]
-        assert (part[:, coordinate] == BOX[end, coordinate]).all()
-        assert (normal[:, coordinate] == 2 * end - 1).all() and (normal[:, 1 - coordinate] == 0).all()
-        assert part[:, 1 - coordinate].unique().numel() == 20
+    sides = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for (coordinate, end), points, normal in zip(sides, x.split(20), normals.split(20), strict=True):
+        assert (points[:, coordinate] == BOX[end, coordinate]).all()
+        assert points[:, 1 - coordinate].unique().numel() == 20
+        assert (normal[:, coordinate] == 2 * end - 1).all()
+        assert (normal[:, 1 - coordinate] == 0).all()
 
 
 WRONG = {
@@ -49,7 +53,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_wrong_arguments(message):
+def test_wrong_arguments_are_named(message):
     with pytest.raises((TypeError, ValueError), match=message):
         WRONG[message]()
 
@@ -57,7 +61,7 @@ def test_wrong_arguments(message):
 @pytest.mark.parametrize(
     "low, high", [((0,), (1, 1)), ((), ()), (0, 1), ((1,), (1,)), ((0,), (math.inf,)), ((2,), (1,))]
 )
-def test_no_box(low, high):
+def test_what_is_no_box_is_refused(low, high):
     with pytest.raises(ValueError, match="`low` is .* and `high` is .* each `low` below its `high`"):
         box_points(low, high, 5)
 
@@ -66,18 +70,30 @@ def peak(x: torch.Tensor) -> torch.Tensor:
     return torch.exp(-200 * (x[:, :1] - 1) ** 2)
 
 
-def test_points_follow_the_residual():
-    """As many as the share are drawn around the peak; the others are spread evenly."""
-    sampler, shares = ResidualSampler(LOW, HIGH, 400, share=0.5, pool=16), []
-    for x in (sampler.draw(peak), *(ResidualSampler(LOW, HIGH, 400, share=s, pool=16).draw(peak) for s in (0, 1))):
-        shares.append(((x[:, 0] - 1).abs() < 0.2).double().mean().item())  # in a tenth of the box
-    assert shares == pytest.approx([0.57, 0.1, 0.98], abs=0.08)
-    x, again = sampler.draw(peak), sampler.draw(peak)
-    assert x.shape == (400, 2) and not torch.equal(x[:200], again[:200])
+def share_around_the_peak(x: torch.Tensor) -> float:
+    """Return the share of points in a tenth of the box."""
+    return ((x[:, 0] - 1).abs() < 0.2).double().mean().item()
+
+
+@pytest.mark.parametrize("share, expected", [(0, 0.1), (0.5, 0.57), (1, 0.98)])
+def test_a_share_of_the_points_follows_the_residual(share, expected):
+    x = ResidualSampler(LOW, HIGH, 400, share=share, pool=16).draw(peak)
+
+    assert x.shape == (400, 2)
+    assert share_around_the_peak(x) == pytest.approx(expected, abs=0.08)
+
+
+def test_points_are_drawn_again_each_time():
+    sampler = ResidualSampler(LOW, HIGH, 400, share=0.5, pool=16)
+
+    first, second = sampler.draw(peak), sampler.draw(peak)
+
+    assert not torch.equal(first[:200], second[:200])
 
 
 def test_a_residual_of_zero_spreads_points():
     x = ResidualSampler(LOW, HIGH, 400, share=1.0).draw(lambda x: torch.zeros(len(x)))
+
     torch.testing.assert_close(x.mean(0), BOX.mean(0), rtol=0.1, atol=0.1)
 
 
@@ -85,10 +101,11 @@ def test_half_of_the_points_follow_the_knots():
     density = torch.ones(2, 40, dtype=torch.float64)
     density[0, 18:22] = 36  # half of the knots in a tenth of the first coordinate
     knots = KnotMap(torch.tensor([-1.0, -1.0]), torch.tensor([1.0, 1.0]), density)  # of features in [-1, 1]
+
     x = ResidualSampler(LOW, HIGH, 800, share=0.0).draw(peak, knots)
+
     assert ((x >= BOX[0]) & (x <= BOX[1])).all()
-    middle = ((x[:, 0] - 1).abs() < 0.2).double().mean()
-    assert middle == pytest.approx(0.5 * 0.1 + 0.5 * 0.5 * 1.6, abs=0.06)
+    assert share_around_the_peak(x) == pytest.approx(0.5 * 0.1 + 0.5 * 0.5 * 1.6, abs=0.06)
 
 
 def test_a_residual_may_use_autograd():
@@ -96,4 +113,6 @@ def test_a_residual_may_use_autograd():
         return torch.autograd.grad(peak(x.requires_grad_()).sum(), x)[0]
 
     x = ResidualSampler(LOW, HIGH, 40).draw(slope)
-    assert x.shape == (40, 2) and not x.requires_grad
+
+    assert x.shape == (40, 2)
+    assert not x.requires_grad

@@ -49,6 +49,7 @@ REGIONS = {
 
 
 def within(region: Region, count: int = 200) -> Tensor:
+    """Return points inside of a region."""
     return box_points(*SQUARE, count, inside=region.inside)
 
 
@@ -93,81 +94,84 @@ def test_normals_point_out_of_the_region(name):
 
     assert points.dtype == normals.dtype == torch.float64
     torch.testing.assert_close(normals.norm(dim=1), torch.ones(200, dtype=torch.float64))
-    assert region.inside(points - 1e-6 * normals).all() and not region.inside(points + 1e-6 * normals).any()
+    assert region.inside(points - 1e-6 * normals).all()
+    assert not region.inside(points + 1e-6 * normals).any()
 
 
-def test_boundaries_have_the_lengths_of_what_bounds_the_region():
-    """Pieces inside of the other shape do not count, and are not points of the boundary."""
-    quarter = 2 * math.pi * 0.4 / 4
-    expected = {"L-shape": 8.0, "difference": 8 - 2 * 0.4 + 3 * quarter, "a hole": 8 + 2 * math.pi * 0.3}
-    for name, length in expected.items():
-        region = REGIONS[name]()
-        points, _ = region.boundary(4000)
-        # points that are spread evenly: their number on the left side, of length 2, tells the length of all
-        on_left = (points[:, 0] < -1 + 1e-9).double().mean().item()
-        assert 2 / on_left == pytest.approx(length, rel=1e-2)
+QUARTER = 2 * math.pi * 0.4 / 4
+LENGTHS = {"L-shape": 8.0, "difference": 8 - 2 * 0.4 + 3 * QUARTER, "a hole": 8 + 2 * math.pi * 0.3}
 
 
-def shapely_pairs():
-    shapely = pytest.importorskip("shapely")
-    one = [(0, 0), (3, 0), (3, 2), (1, 2.5), (0, 1)]
-    other = [(1, -1), (2, -1), (2.2, 3), (0.9, 3)]
-    return (polygon(one), polygon(other)), (shapely.Polygon(one), shapely.Polygon(other)), shapely
+@pytest.mark.parametrize("name", LENGTHS)
+def test_the_length_of_a_boundary_has_no_pieces_inside_of_another_shape(name):
+    """Points are spread evenly, so the share on the left side, of length 2, determines the length."""
+    points, _ = REGIONS[name]().boundary(4000)
+
+    share = (points[:, 0] < -1 + 1e-9).double().mean().item()
+
+    assert 2 / share == pytest.approx(LENGTHS[name], rel=1e-2)
 
 
 @pytest.mark.parametrize("operator", ["__or__", "__and__", "__sub__"])
 def test_polygons_are_combined_as_by_shapely(operator):
-    (one, other), shapes, shapely = shapely_pairs()
-    region = getattr(one, operator)(other)
-    shape = getattr(shapes[0], operator)(shapes[1])
+    shapely = pytest.importorskip("shapely")
+    first = [(0, 0), (3, 0), (3, 2), (1, 2.5), (0, 1)]
+    second = [(1, -1), (2, -1), (2.2, 3), (0.9, 3)]
     x = box_points((-1, -2), (4, 4), 2000)
 
-    inside = region.inside(x)
-    points, _ = region.boundary(300)
+    region = getattr(polygon(first), operator)(polygon(second))
+    shape = getattr(shapely.Polygon(first), operator)(shapely.Polygon(second))
 
-    assert torch.equal(inside, torch.as_tensor(shapely.contains_xy(shape, *x.T.numpy())))
+    assert torch.equal(region.inside(x), torch.as_tensor(shapely.contains_xy(shape, *x.T.numpy())))
+    points, _ = region.boundary(300)
     assert shapely.distance(shape.boundary, shapely.points(points.numpy())).max() < 1e-12
 
 
-def test_orientation_closed_lists_and_vertices_on_edges_make_no_difference():
+SAME_VERTICES = {
+    "reversed": L_CORNERS[::-1],
+    "closed": [*L_CORNERS, L_CORNERS[0]],
+    "a vertex on an edge": [*L_CORNERS, (-1, 0.3)],
+    "a tensor": torch.tensor(L_CORNERS),
+}
+
+
+@pytest.mark.parametrize("name", SAME_VERTICES)
+def test_orientation_closed_lists_and_vertices_on_edges_make_no_difference(name):
     x = within(polygon(L_CORNERS))
-    expected = polygon(L_CORNERS).distance(x)
-    others = [L_CORNERS[::-1], [*L_CORNERS, L_CORNERS[0]], [*L_CORNERS, (-1, 0.3)], torch.tensor(L_CORNERS)]
 
-    for vertices in others:
-        torch.testing.assert_close(polygon(vertices).distance(x), expected)
+    torch.testing.assert_close(polygon(SAME_VERTICES[name]).distance(x), polygon(L_CORNERS).distance(x))
 
 
-@pytest.mark.parametrize("name", ["edges that coincide", "edges that touch", "a difference", "an intersection"])
-def test_the_same_shape_has_the_same_distance(name):
-    square = rectangle(*SQUARE)
-    region = {
-        "edges that coincide": REGIONS["edges that coincide"],
-        "edges that touch": lambda: rectangle((-1, 0), (1, 1)) | rectangle((-1, -1), (0, 0)),
-        "a difference": lambda: square - rectangle((0, -2), (2, 0)),
-        "an intersection": lambda: square & polygon([(-2, 2), (-2, -2), (0, -2), (0, 0), (2, 0), (2, 2)]),
-    }[name]()
-    x = within(region)
-
-    torch.testing.assert_close(region.distance(x), polygon(L_CORNERS).distance(x))
+L_SHAPES = {
+    "edges that coincide": REGIONS["edges that coincide"],
+    "edges that touch": lambda: rectangle((-1, 0), (1, 1)) | rectangle((-1, -1), (0, 0)),
+    "a difference": lambda: rectangle(*SQUARE) - rectangle((0, -2), (2, 0)),
+    "an intersection": lambda: rectangle(*SQUARE) & polygon([(-2, 2), (-2, -2), (0, -2), (0, 0), (2, 0), (2, 2)]),
+}
 
 
-def test_shapes_that_share_edges_have_none_inside_of_their_union():
-    union = rectangle((-1, 0), (1, 1)) | rectangle((-1, -1), (0, 0))
-    x = torch.tensor([[-0.5, 0.0], [-0.5, 1e-9]], dtype=torch.float64)
+@pytest.mark.parametrize("name", L_SHAPES)
+def test_the_same_shape_has_the_same_distance_also_on_edges_that_shapes_share(name):
+    region, expected = L_SHAPES[name](), polygon(L_CORNERS)
+    on_edges = torch.tensor([[-0.5, 0.0], [-0.5, 1e-9]], dtype=torch.float64)
+    x = torch.cat([within(expected), on_edges])
 
-    assert (union.distance(x) > 0.1).all()
-    assert torch.equal(union.inside(within(union)), polygon(L_CORNERS).inside(within(union)))
+    torch.testing.assert_close(region.distance(x), expected.distance(x))
+    assert (region.distance(on_edges) > 0.1).all()
+    assert region.inside(x).all()
 
 
 def test_a_selected_edge_is_the_only_one():
-    floor = polygon(L_CORNERS).select(lambda x: x[:, 1] == -1)
+    shape = polygon(L_CORNERS)
+
+    floor = shape.select(lambda x: x[:, 1] == -1)
 
     points, normals = floor.boundary(20)
-
-    assert (points[:, 1] == -1).all() and (normals[:, 1] == -1).all()
+    assert (points[:, 1] == -1).all()
+    assert (normals[:, 1] == -1).all()
     assert floor.distance(points).abs().max() < 1e-12
-    assert floor.distance(polygon(L_CORNERS).boundary(100)[0]).gt(0.01).double().mean() > 0.7
+    all_points, _ = shape.boundary(100)
+    assert floor.distance(all_points).gt(0.01).double().mean() > 0.7
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e4])
@@ -180,15 +184,23 @@ def test_the_size_of_a_shape_does_not_matter(scale):
     torch.testing.assert_close(small.distance(scale * x), region.distance(x))
 
 
-def test_single_precision_and_further_coordinates():
+def test_further_coordinates_are_ignored():
     region = REGIONS["a hole"]()
     x = within(region)
     longer = torch.cat([x, torch.rand(200, 1, dtype=torch.float64)], 1)
 
-    assert region.inside(longer).all() and torch.equal(region.distance(longer), region.distance(x))
-    single = region.distance(x.float())
-    assert single.dtype == torch.float32
-    torch.testing.assert_close(single.double(), region.distance(x), rtol=1e-3, atol=1e-5)
+    assert region.inside(longer).all()
+    assert torch.equal(region.distance(longer), region.distance(x))
+
+
+def test_a_distance_has_the_precision_of_its_points():
+    region = REGIONS["a hole"]()
+    x = within(region)
+
+    distance = region.distance(x.float())
+
+    assert distance.dtype == torch.float32
+    torch.testing.assert_close(distance.double(), region.distance(x), rtol=1e-3, atol=1e-5)
 
 
 WRONG_REGIONS = {
@@ -238,24 +250,28 @@ def test_points_are_inside_and_spread_evenly():
 
     x = box_points(*SQUARE, 600, inside=region.inside, seed=2)
 
-    assert x.shape == (600, 2) and region.inside(x).all()
-    quarters = [((x[:, 0] > 0) == right).logical_and((x[:, 1] > 0) == up).double().mean() for right, up in QUARTERS]
-    torch.testing.assert_close(torch.stack(quarters), torch.full((3,), 1 / 3, dtype=torch.float64), rtol=0, atol=0.03)
-
-
-QUARTERS = [(False, False), (False, True), (True, True)]
+    assert x.shape == (600, 2)
+    assert region.inside(x).all()
+    right, up = x[:, 0] > 0, x[:, 1] > 0
+    for quarter in (right & up, ~right & up, ~right & ~up):
+        assert quarter.double().mean().item() == pytest.approx(1 / 3, abs=0.03)
 
 
 def test_points_that_follow_the_residual_are_inside():
     region = REGIONS["a hole"]()
     sampler = ResidualSampler(*SQUARE, 300, share=0.5, inside=region.inside)
 
-    for _ in range(2):
-        assert region.inside(sampler.draw(lambda x: torch.exp(-50 * x[:, :1] ** 2))).all()
+    def residual(x: Tensor) -> Tensor:
+        return torch.exp(-50 * x[:, :1] ** 2)
+
+    assert region.inside(sampler.draw(residual)).all()
+    assert region.inside(sampler.draw(residual)).all()
 
 
 def test_inside_may_return_an_array():
-    assert (box_points(*SQUARE, 50, inside=lambda x: x[:, 0].numpy() > 0.5)[:, 0] > 0.5).all()
+    x = box_points(*SQUARE, 50, inside=lambda x: x[:, 0].numpy() > 0.5)
+
+    assert (x[:, 0] > 0.5).all()
 
 
 def test_a_thin_region_has_points():
@@ -291,27 +307,34 @@ def error(result, exact) -> float:
 def test_poisson_on_a_disk():
     region = disk((0.2, 0), 0.5)
 
-    result = solved(region)
+    def exact(x: Tensor) -> Tensor:
+        square = (x - torch.tensor([0.2, 0.0])).square().sum(1, keepdim=True)
+        return (0.25 - square) / 4
 
-    assert error(result, lambda x: (0.25 - ((x - torch.tensor([0.2, 0.0])) ** 2).sum(1, keepdim=True)) / 4) < 1e-3
+    assert error(solved(region), exact) < 1e-3
 
 
 def test_poisson_on_a_ring_with_a_hole_of_fixed_value():
-    outer, inner = disk((0, 0), 1), disk((0, 0), 0.5)
-    ring = outer - inner
+    ring = disk((0, 0), 1) - disk((0, 0), 0.5)
 
-    result = solved(ring, lambda model, x: jet(model, x, collapse=True)[2], lift=boundary_values, steps=25)
+    def laplace(model: nn.Module, x: Tensor) -> Tensor:
+        return jet(model, x, collapse=True)[2]
 
-    assert error(result, lambda x: x.norm(dim=1, keepdim=True).log() / math.log(0.5)) < 1e-2
+    def exact(x: Tensor) -> Tensor:
+        return x.norm(dim=1, keepdim=True).log() / math.log(0.5)
+
+    result = solved(ring, laplace, lift=boundary_values, steps=25)
+
+    assert error(result, exact) < 1e-2
 
 
 def boundary_values(x: Tensor) -> Tensor:
-    """1 on the inner circle, 0 on the outer one."""
+    """Return 1 on the inner circle and 0 on the outer one."""
     return (1 - (x[..., :2] ** 2).sum(-1, keepdim=True)) / 0.75
 
 
 def test_poisson_on_a_union():
-    """A rectangle of two, and a solution that is zero on its edges."""
+    """The union is a rectangle, and the solution is zero on its edges."""
     region = rectangle((-1, -0.5), (0, 0.5)) | rectangle((-0.2, -0.5), (1, 0.5))
 
     def exact(x: Tensor) -> Tensor:
@@ -326,24 +349,26 @@ def test_poisson_on_a_union():
 
 
 def test_heat_on_a_disk():
-    """Points (x, y, t), and the source of u = exp(-t) (1 - r^2)."""
+    """Points are (x, y, t), and the source belongs to u = exp(-t) (1 - r^2)."""
     region = disk((0, 0), 1)
 
     def start(x: Tensor) -> Tensor:
         return 1 - (x[..., :2] ** 2).sum(-1, keepdim=True)
 
+    def distance(x: Tensor) -> Tensor:
+        return region.distance(x) * x[..., 2:]
+
     def heat(model: nn.Module, x: Tensor) -> Tensor:
         _, (_, _, u_t), laplacian = jet(model, x, collapse=(1.0, 1.0, 0.0))
         return u_t - laplacian - torch.exp(-x[:, 2:]) * (4 - start(x))
 
-    distance = lambda x: region.distance(x) * x[..., 2:]  # noqa: E731
     result = solved(region, heat, (-1, -1, 0), (1, 1, 1), distance=distance, lift=start)
 
     assert error(result, lambda x: torch.exp(-x[:, 2:]) * start(x)) < 1e-2
 
 
 class Corner(nn.Module):
-    """c r^(2/3) sin(2 theta / 3), zero on all edges of the L-shape."""
+    """The function c r^(2/3) sin(2 theta / 3), times a factor that is zero on the outer edges of the L-shape."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -366,33 +391,28 @@ def test_the_coefficient_of_a_corner_in_the_lift_is_trained():
 
 
 def test_neumann_and_robin_conditions():
-    """u = x^2 + y on a square: slopes on the right side and on top, a u + b u_n on the left side."""
-    distance = BoxDistance(*SQUARE, sides=[(1, "low")])
+    """For u = x^2 + y on a square: slopes on the right side and on top, 2 u + 3 u_n on the left side."""
 
     def exact(x: Tensor) -> Tensor:
         return x[..., :1] ** 2 + x[..., 1:]
+
+    def equation(model: nn.Module, x: Tensor) -> Tensor:
+        return jet(model, x, collapse=True)[2] - 2
 
     terms = [
         neumann(*side_points(*SQUARE, 40, sides=[(0, "high")]), 2.0),
         neumann(*side_points(*SQUARE, 40, sides=[(1, "high")]), lambda x: torch.ones(len(x))),
         robin(*side_points(*SQUARE, 40, sides=[(0, "low")]), 2.0, 3.0, lambda x: 2 * exact(x) + 6),
     ]
-
-    def equation(model: nn.Module, x: Tensor) -> Tensor:
-        return jet(model, x, collapse=True)[2] - 2
+    distance = BoxDistance(*SQUARE, sides=[(1, "low")])
+    conditions = {"distance": distance, "lift": lambda x: x[..., :1] ** 2 - 1, "terms": terms}
 
     result = solve(
-        *(equation, *SQUARE),
-        distance=distance,
-        lift=lambda x: x[..., :1] ** 2 - 1,
-        terms=terms,
-        network=KAN([2, 5, 1], 4, 4, norm="tanh"),
-        steps=10,
-        progress=False,
+        equation, *SQUARE, **conditions, network=KAN([2, 5, 1], 4, 4, norm="tanh"), steps=10, progress=False
     )
 
     x = box_points(*SQUARE, 200)
-    assert (result.model(x) - exact(x)).abs().max() < 1e-2
+    torch.testing.assert_close(result.model(x), exact(x), rtol=0, atol=1e-2)
 
 
 def test_a_term_of_robin_has_the_formula():
@@ -418,15 +438,14 @@ def test_the_picture_is_blank_outside():
     plt.switch_backend("agg")
     region = disk((0, 0), 0.5)
     result = solved(region, steps=1)
+    line = torch.linspace(-1, 1, 21, dtype=torch.float64)
+    outside = ~region.inside(torch.cartesian_prod(line, line))
 
     values = result.plot(21).axes[0].collections[0].get_array()
 
-    assert torch.as_tensor(values.mask).sum() == (~region.inside(torch.cartesian_prod(*[GRID] * 2))).sum()
+    assert torch.as_tensor(values.mask).sum() == outside.sum()
     assert "inside" not in result.as_dict()
     plt.close("all")
-
-
-GRID = torch.linspace(-1, 1, 21, dtype=torch.float64)
 
 
 def boundary_term():

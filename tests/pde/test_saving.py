@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -38,9 +39,16 @@ def since(x: Tensor) -> Tensor:
 
 
 def solved(network: nn.Module | None = None, **options) -> Solution:
+    """Take two steps."""
     torch.manual_seed(0)
     defaults = {"distance": BoxDistance(*BOX, twice=[(0, "low")]), "lift": 0.5, "steps": 2, "progress": False}
     return solve(heat, *BOX, network=network, **(defaults | options))
+
+
+@pytest.fixture(scope="module")
+def solution() -> Solution:
+    """A solution that tests do not train further."""
+    return solved(KAN([2, 3, 1], 4, norm="tanh"))
 
 
 class Residual(nn.Module):
@@ -54,6 +62,10 @@ class Residual(nn.Module):
         return self.outer(torch.tanh(self.inner(x)) + 0.1 * self.inner(x))
 
 
+def flags(model: nn.Module) -> dict[str, tuple[bool, torch.dtype]]:
+    return {name: (parameter.requires_grad, parameter.dtype) for name, parameter in model.named_parameters()}
+
+
 def assert_same(loaded: Solution, saved: Solution) -> None:
     """All but the model is equal, and the model has the same values, derivatives and trained parameters."""
     x = torch.rand(20, 2, dtype=torch.float64)
@@ -61,10 +73,7 @@ def assert_same(loaded: Solution, saved: Solution) -> None:
     assert loaded.as_dict() == saved.as_dict()
     torch.testing.assert_close(jet(loaded.model, x), jet(saved.model, x), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(loaded.low, saved.low, rtol=0, atol=0)
-    flags, expected = (
-        {name: (p.requires_grad, p.dtype) for name, p in result.model.named_parameters()} for result in (loaded, saved)
-    )
-    assert flags == expected
+    assert flags(loaded.model) == flags(saved.model)
 
 
 def frozen() -> nn.Module:
@@ -105,13 +114,12 @@ def test_a_continuation_on_moved_knots_and_a_periodic_box_is_restored(tmp_path):
     assert_same(Solution.load(str(tmp_path), distance=since, lift=start), result)
 
 
-def test_a_loaded_solution_goes_on(tmp_path):
-    first = solved()
-    first.save(tmp_path)
+def test_a_loaded_solution_goes_on(solution, tmp_path):
+    solution.save(tmp_path)
 
-    second = solved(Solution.load(tmp_path).model)
+    result = solved(Solution.load(tmp_path).model)
 
-    assert second.first_residual == pytest.approx(first.residual)
+    assert result.first_residual == pytest.approx(solution.residual)
 
 
 def test_a_callback_can_save_what_is_not_finished(tmp_path):
@@ -157,11 +165,17 @@ def test_other_networks_are_passed_again_and_filled(tmp_path, network):
     assert any(module is fresh for module in loaded.model.modules())
     with pytest.raises(ValueError, match=r"does not hold `network`"):
         Solution.load(tmp_path)
-    other = KAN([2, 4, 1], 3, norm="tanh")
-    before = {name: value.clone() for name, value in other.state_dict().items()}
+
+
+def test_a_network_of_another_shape_is_refused_and_unchanged(tmp_path):
+    solved(Residual()).save(tmp_path)
+    network = KAN([2, 4, 1], 3, norm="tanh")
+    state = copy.deepcopy(network.state_dict())
+
     with pytest.raises(ValueError, match="`network` has .* of shape .*, but .* was saved"):
-        Solution.load(tmp_path, network=other)
-    torch.testing.assert_close(other.state_dict(), before, rtol=0, atol=0)
+        Solution.load(tmp_path, network=network)
+
+    torch.testing.assert_close(network.state_dict(), state, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:.*no closed form")
@@ -176,30 +190,29 @@ def test_a_network_with_a_hook_is_passed_again(tmp_path):
         Solution.load(tmp_path, network=KAN([2, 3, 1], 10, norm="tanh"))
 
 
-def test_a_second_save_replaces_the_first_and_keeps_other_files(tmp_path):
-    first, second = solved(), solved(steps=3)
+def test_a_second_save_replaces_the_first_and_keeps_other_files(solution, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
 
-    first.save(tmp_path)
-    second.save(tmp_path)
+    solved().save(tmp_path)
+    solution.save(tmp_path)
 
-    assert_same(Solution.load(tmp_path), second)
+    assert_same(Solution.load(tmp_path), solution)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "solution.safetensors"]
 
 
-def test_a_save_that_fails_changes_nothing(tmp_path, monkeypatch):
-    result = solved()
-    result.save(tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+def test_a_save_that_fails_changes_nothing(solution, tmp_path, monkeypatch):
+    file = tmp_path / "solution.safetensors"
+    file.write_bytes(b"an earlier solution")
 
     def fail(*args, **kwargs) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr("peft_lotra.pde.saving.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
-        solved(steps=3).save(tmp_path)
+        solution.save(tmp_path)
 
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_bytes() == b"an earlier solution"
 
 
 def edit(folder: Path, **changes) -> None:
@@ -229,16 +242,16 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("message", DAMAGE)
-def test_a_damaged_folder_is_named(tmp_path, message):
-    solved().save(tmp_path)
+def test_a_damaged_folder_is_named(solution, tmp_path, message):
+    solution.save(tmp_path)
     DAMAGE[message](tmp_path)
 
     with pytest.raises(ValueError, match=message):
         Solution.load(tmp_path)
 
 
-def test_text_of_a_file_is_not_evaluated(tmp_path):
-    solved().save(tmp_path)
+def test_text_of_a_file_is_not_evaluated(solution, tmp_path):
+    solution.save(tmp_path)
     node = {"class": "peft_lotra.pde.constraints.HardConstraint", "attributes": "exit(3)"}
     edit(tmp_path, model=node)
 
@@ -246,13 +259,13 @@ def test_text_of_a_file_is_not_evaluated(tmp_path):
         Solution.load(tmp_path)
 
 
-def test_wrong_folders_are_named(tmp_path):
+def test_wrong_folders_are_named(solution, tmp_path):
     (tmp_path / "file").write_text("")
 
     with pytest.raises(ValueError, match="has no solution.safetensors"):
         Solution.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="`folder` is .*, which is a file"):
-        solved().save(tmp_path / "file")
+        solution.save(tmp_path / "file")
     with pytest.raises(TypeError, match="`folder` is None"):
         Solution.load(None)  # pyright: ignore[reportArgumentType]
 

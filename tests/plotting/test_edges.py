@@ -17,7 +17,7 @@ from peft_lotra.plotting import edge_changes
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("fast-kan", "faster-kan")])
 def test_an_edge_counts_as_what_its_change_adds_to_the_output(family):
-    """These two normalize their inputs together, so that none can be moved alone."""
+    """The two omitted families normalize their inputs together, so one input cannot move alone."""
     model = adapt(base(family))
     x = torch.rand(200, 3) * 1.6 - 0.8
     state = snapshot(model)
@@ -26,13 +26,13 @@ def test_an_edge_counts_as_what_its_change_adds_to_the_output(family):
 
     assert_same(model, state)
     for edge in changes:
-        alone = torch.full_like(x, 0.3)
-        alone[:, edge.input] = x[:, edge.input]
+        only_input = torch.full_like(x, 0.3)
+        only_input[:, edge.input] = x[:, edge.input]
         with torch.no_grad():
-            moved = model(alone)[:, edge.output]
+            y = model(only_input)[:, edge.output]
             with model.disable_adapter():
-                moved = moved - model(alone)[:, edge.output]
-        assert edge.layer_effect == pytest.approx(moved.std(correction=0).item(), abs=1e-4, rel=1e-3)
+                change = y - model(only_input)[:, edge.output]
+        assert edge.layer_effect == pytest.approx(change.std(correction=0).item(), abs=1e-4, rel=1e-3)
 
 
 def test_the_effect_on_the_network_is_a_derivative():
@@ -84,7 +84,7 @@ def test_a_constant_change_is_a_shift_without_effect():
     assert changes[1].effect == pytest.approx(0, abs=1e-6)
 
 
-def test_only_adapters_in_force_count():
+def test_only_active_adapters_count():
     model = adapt(nested(), adapter_name="first", target_modules=["body.0", "body.1"])
     model.add_adapter("second", LoTRAConfig(r=2, target_modules=["body.1", "tail.layers.0"], init_weights=False))
 
@@ -98,11 +98,15 @@ def test_only_adapters_in_force_count():
     assert layers() == {"body.1", "tail.layers.0"}
     model.base_model.set_adapter(["first", "second"])
     assert layers() == {"body.0", "body.1", "tail.layers.0"}
+
+
+def test_merged_and_disabled_adapters_are_refused():
+    model, x = adapt(KAN([3, 2])), torch.rand(20, 3)
+
+    with model.disable_adapter(), pytest.raises(ValueError, match="`enable_adapter_layers`"):
+        edge_changes(model, x)
     model.merge_adapter()
     with pytest.raises(ValueError, match="`unmerge_adapter`"):
-        edge_changes(model, x)
-    model.unmerge_adapter()
-    with model.disable_adapter(), pytest.raises(ValueError, match="`enable_adapter_layers`"):
         edge_changes(model, x)
 
 
@@ -121,7 +125,7 @@ def test_the_list_is_sorted_and_prints_its_first_ten():
 
 def test_wrong_inputs_are_named():
     model = adapt(KAN([3, 4, 1]))
-    before = snapshot(model)
+    state = snapshot(model)
 
     with pytest.raises(ValueError, match="The input has shape"):
         edge_changes(model, torch.rand(10, 2))
@@ -129,7 +133,7 @@ def test_wrong_inputs_are_named():
         edge_changes(model, torch.full((10, 3), torch.nan))
     with pytest.warns(UserWarning, match="far outside of its grid"):
         edge_changes(model, torch.rand(10, 3) + 50)
-    assert_same(model, before)
+    assert_same(model, state)
 
 
 def test_under_inference_mode_the_changes_are_the_same():

@@ -23,15 +23,15 @@ def inputs(columns: int, rows: int = 1000) -> Tensor:
     return torch.rand(rows, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
 
 
-def test_the_shares_are_those_of_the_parts():
+def test_shares_of_constant_linear_additive_and_joint_components():
     x = inputs(3, 4000)
     a, b, c = x.unbind(1)
-    parts = [torch.full_like(a, 0.3), 0.5 * a, b**2 - 1 / 3, a * c]
+    components = [torch.full_like(a, 0.3), 0.5 * a, b**2 - 1 / 3, a * c]
+    change = sum(components)
 
-    report = what_changed(Zero(), x, targets=sum(parts)[:, None])
+    report = what_changed(Zero(), x, targets=change[:, None])
 
-    total = sum(parts).square().mean()
-    expected = [part.square().mean() / total for part in parts]
+    expected = [component.square().mean() / change.square().mean() for component in components]
     shares = [report.constant, report.linear, report.additive, report.rest]
     assert shares == pytest.approx([share.item() for share in expected], abs=0.02)
     assert sum(shares) == pytest.approx(1)
@@ -42,11 +42,11 @@ def test_the_shares_are_those_of_the_parts():
 
 def test_a_network_of_one_layer_changes_by_a_sum():
     model = adapt(KAN([2, 1]).double()).double()
-    before = snapshot(model)
+    state = snapshot(model)
 
     report = what_changed(model, inputs(2))
 
-    assert_same(model, before)
+    assert_same(model, state)
     assert report.rest < 1e-3
     assert "The change is a sum of functions of one input." in str(report)
 
@@ -65,12 +65,13 @@ def test_what_the_data_ask_for_is_more_than_the_adapter_can_do():
 
 def test_noise_is_no_pair():
     x = inputs(4)
-    noise = torch.randn(1000, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noise = 0.5 * torch.randn(1000, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    targets = x[:, :1] + noise
 
-    report = what_changed(Zero(), x, targets=x[:, :1] + 0.5 * noise)
+    report = what_changed(Zero(), x, targets=targets)
 
-    share = (0.25 * noise.square().mean() / (x[:, :1] + 0.5 * noise).square().mean()).item()
-    assert report.rest == pytest.approx(share, abs=0.02)
+    share = noise.square().mean() / targets.square().mean()
+    assert report.rest == pytest.approx(share.item(), abs=0.02)
     assert report.pairs == []
 
 
@@ -85,31 +86,35 @@ def test_constant_and_binary_columns_are_taken():
     assert "b is constant" in str(report)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        lambda: adapt(KAN([2, 1]), random=False),
-        lambda: KAN([2, 1]),
-        lambda: adapt(KAN([2, 1])).merge_and_unload(),
-    ],
-)
-def test_no_change_is_said(model):
-    assert "did not change" in str(what_changed(model(), inputs(2).float()))
+UNCHANGED = {
+    "a new adapter": lambda: adapt(KAN([2, 1]), random=False),
+    "no adapter": lambda: KAN([2, 1]),
+    "a merged adapter": lambda: adapt(KAN([2, 1])).merge_and_unload(),
+}
+
+
+@pytest.mark.parametrize("name", UNCHANGED)
+def test_a_report_says_that_nothing_changed(name):
+    assert "did not change" in str(what_changed(UNCHANGED[name](), inputs(2).float()))
 
 
 @pytest.mark.parametrize(
-    "call, message",
+    "columns, rows, options, message",
     [
-        (lambda: what_changed(adapt(KAN([2, 1])), inputs(3).float()), r"The input has shape \(1000, 3\)"),
-        (lambda: what_changed(adapt(KAN([2, 1])), inputs(2, 7).float()), "7 rows.*needs more than 14"),
-        (lambda: what_changed(adapt(KAN([2, 1])), inputs(2).float() * torch.nan), "NaN"),
-        (lambda: what_changed(adapt(KAN([2, 1])), inputs(2).float(), names=["a"]), "longer"),
-        (lambda: what_changed(KAN([2, 1]), inputs(2).float(), inputs(2)), "`targets` has shape"),
+        (3, 1000, {}, r"The input has shape \(1000, 3\)"),
+        (2, 7, {}, "7 rows.*needs more than 14"),
+        (2, 1000, {"names": ["a"]}, "longer"),
+        (2, 1000, {"targets": inputs(2)}, "`targets` has shape"),
     ],
 )
-def test_wrong_arguments_are_named(call, message):
+def test_wrong_arguments_are_named(columns, rows, options, message):
     with pytest.raises(ValueError, match=message):
-        call()
+        what_changed(adapt(KAN([2, 1])), inputs(columns, rows).float(), **options)
+
+
+def test_inputs_with_nan_are_refused():
+    with pytest.raises(ValueError, match="NaN"):
+        what_changed(adapt(KAN([2, 1])), inputs(2).float() * torch.nan)
 
 
 def test_long_tails_are_functions_of_one_input_too():

@@ -4,6 +4,7 @@
 """`fit_adapter`: the choice that it makes, its comparison with references, and what it leaves alone."""
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -44,29 +45,36 @@ def shifted(base: nn.Module, x: Tensor) -> Tensor:
     return base(x).detach() + 0.3 * x[:, :1] ** 2
 
 
+@pytest.fixture(scope="module")
+def rows() -> tuple[Tensor, Tensor]:
+    x = make_rows()
+    return x, shifted(make_base(), x)
+
+
+@pytest.fixture(scope="module")
+def report(rows):
+    """The report of a fit of `make_base()`, for tests that do not change it."""
+    return quick_fit(make_base(), rows)
+
+
 # --- the report ---
 
 
-def test_the_adapted_base_is_saved_with_its_ranks_and_loaded_from_its_file(tmp_path):
-    base, x = make_base(), make_rows()
-    other = copy.deepcopy(base)
+def test_the_adapted_base_is_saved_with_its_ranks_and_loaded_from_its_file(rows, report, tmp_path):
+    x, _ = rows
+    base = make_base()
 
-    report = quick_fit(base, (x, shifted(base, x)))
     report.model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(other, tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
 
     torch.testing.assert_close(loaded(x), report.model.eval()(x))
-    ranks = {name: layer.get_components("default").form for name, layer in lotra_layers(other).items()}
-    assert list(ranks.values()) == list(report.chosen.ranks.values())
+    ranks = [layer.get_components("default").form for layer in lotra_layers(base).values()]
+    assert ranks == list(report.chosen.ranks.values())
     assert report.bytes == (tmp_path / "adapter_model.safetensors").stat().st_size
     assert report.parameters == report.model.get_nb_trainable_parameters()[0]
 
 
-def test_the_report_has_all_references_and_prints_and_draws_them():
-    base, x = make_base(), make_rows()
-
-    report = quick_fit(base, (x, shifted(base, x)))
-
+def test_the_report_has_all_references_and_prints_and_draws_them(report):
     assert report.scores.keys() == report.errors.keys() == report.sizes.keys() == NAMES
     assert report.advice in NAMES
     lines = str(report).splitlines()
@@ -75,51 +83,41 @@ def test_the_report_has_all_references_and_prints_and_draws_them():
     assert len(report.plot().axes[0].patches) == len(NAMES)
 
 
-def test_a_seed_makes_the_result_and_the_global_generator_stays():
-    base, x = make_base(), make_rows()
-    y = shifted(base, x)
+def test_a_seed_makes_the_result_and_the_global_generator_stays(rows):
+    base = make_base()
     state = torch.random.get_rng_state()
 
-    first, second, third = (quick_fit(copy.deepcopy(base), (x, y), seed=seed) for seed in (1, 1, 2))
+    first, same, different = [quick_fit(copy.deepcopy(base), rows, seed=seed) for seed in (1, 1, 2)]
 
-    assert first.scores == second.scores != third.scores
-    torch.testing.assert_close(first.model(x), second.model(x), rtol=0, atol=0)
+    assert first.scores == same.scores != different.scores
+    torch.testing.assert_close(first.model(rows[0]), same.model(rows[0]), rtol=0, atol=0)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_gradients_that_are_switched_off_do_not_matter(context):
-    base, x = make_base(), make_rows()
-    y = shifted(base, x)
-    expected = quick_fit(copy.deepcopy(base), (x, y)).scores
+def test_gradients_that_are_switched_off_do_not_matter(rows, report, context):
+    base = make_base()
 
     with context():
-        report = quick_fit(base, (x, y))
+        scores = quick_fit(base, rows).scores
 
-    assert report.scores == expected
+    assert scores == report.scores
 
 
-def test_the_configuration_says_how_the_adapter_started():
-    """Which decides at which rates an optimizer goes on."""
-    base, x = make_base(), make_rows()
-
-    report = quick_fit(base, (x, shifted(base, x)))
-
+def test_the_configuration_says_how_the_adapter_started(report):
+    """An optimizer that goes on takes its learning rates from it."""
     start = {"low rank": "training", "full matrices": "gradient"}[report.chosen.form]
+
     assert report.model.peft_config["default"].init_weights == start
 
 
 # --- the choice ---
 
 
-def test_the_chosen_adapter_is_trained_on_all_rows_by_adam():
-    """As a loop over `torch.optim.Adam` trains it, each component at rate times its size, along a cosine."""
-    base, x = make_base(), make_rows()
-    y = shifted(base, x)
-    original = copy.deepcopy(base)
-
-    report = quick_fit(base, (x, y))
-    model = get_peft_model(original, LoTRAConfig(rank_pattern=report.chosen.ranks))
+def test_the_chosen_adapter_is_trained_on_all_rows_by_adam(rows, report):
+    """The learning rate of a component is proportional to its size and decays along a cosine."""
+    x, y = rows
+    model = get_peft_model(make_base(), LoTRAConfig(rank_pattern=report.chosen.ranks))
     start_from_training(model, lambda: mse_loss(model(x), y))
     groups = []
     for parameter in model.parameters():
@@ -128,6 +126,7 @@ def test_the_chosen_adapter_is_trained_on_all_rows_by_adam():
             groups.append({"params": [parameter], "lr": report.chosen.rate * size})
     optimizer = torch.optim.Adam(groups)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+
     for _ in range(4):
         optimizer.zero_grad()
         mse_loss(model(x), y).backward()
@@ -168,31 +167,30 @@ def test_the_saved_file_stays_below_max_bytes(tmp_path):
     assert (tmp_path / "adapter_model.safetensors").stat().st_size <= 2500
 
 
-def test_an_ensemble_is_a_bank_of_the_adapters_of_all_folds():
-    base, x = make_base(), make_rows()
+def test_an_ensemble_is_a_bank_of_the_adapters_of_all_folds(rows):
+    x, _ = rows
 
-    report = quick_fit(base, (x, shifted(base, x)), ensemble=True)
+    report = quick_fit(make_base(), rows, ensemble=True)
     model = report.bank.attach()
-    outputs = torch.stack([model(x, adapter_names=[name] * len(x)) for name in report.bank.names])
+    first, second = [model(x, adapter_names=[name] * len(x)) for name in report.bank.names]
 
     assert report.bank.names == ["fold 0", "fold 1"]
-    assert not torch.allclose(outputs[0], outputs[1])
-    torch.testing.assert_close(outputs.mean(0), report.model(x), rtol=0.1, atol=0.1)
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close((first + second) / 2, report.model(x), rtol=0.1, atol=0.1)
 
 
-def test_a_wide_task_holds_out_one_tenth(monkeypatch):
+def test_a_wide_task_holds_out_one_tenth(rows, monkeypatch):
     monkeypatch.setattr(fit, "_MANY_ROWS", 25)
-    base, x = make_base(), make_rows()
 
-    report = quick_fit(base, (x, shifted(base, x)), ensemble=True)
+    report = quick_fit(make_base(), rows, ensemble=True)
 
     assert report.bank.names == ["fold 0"]
 
 
-@pytest.mark.parametrize("rows, groups", [(12, None), (30, [0, 1, 2] * 10)])
-def test_a_wide_task_of_few_rows_or_groups_holds_out_two_rows_or_one_group(monkeypatch, rows, groups):
+@pytest.mark.parametrize("count, groups", [(12, None), (30, [0, 1, 2] * 10)])
+def test_a_wide_task_of_few_rows_or_groups_holds_out_two_rows_or_one_group(monkeypatch, count, groups):
     monkeypatch.setattr(fit, "_MANY_ROWS", 5)
-    base, x = make_base(), make_rows(rows)
+    base, x = make_base(), make_rows(count)
 
     report = quick_fit(base, (x, shifted(base, x)), groups=groups)
 
@@ -200,7 +198,7 @@ def test_a_wide_task_of_few_rows_or_groups_holds_out_two_rows_or_one_group(monke
 
 
 def test_integers_that_are_no_classes_are_held_out_and_measured_as_they_are():
-    """Each of them once, so that classes would not be held out."""
+    """Each integer occurs once, and a class with one row would not be held out."""
     base, x = make_base(3, 8, 1), make_rows()
     y = torch.arange(30)
 
@@ -212,13 +210,11 @@ def test_integers_that_are_no_classes_are_held_out_and_measured_as_they_are():
     assert quick_fit(base, (x, y), loss).scores["base"] == pytest.approx(expected)
 
 
-def test_sizes_are_of_files(tmp_path):
-    base, x = make_base(), make_rows()
-    safetensors.torch.save_file(dict(base.named_parameters()), tmp_path / "base.safetensors", {"format": "pt"})
+def test_sizes_are_of_files(report, tmp_path):
+    file = tmp_path / "base.safetensors"
+    safetensors.torch.save_file(dict(make_base().named_parameters()), file, {"format": "pt"})
 
-    report = quick_fit(base, (x, shifted(base, x)))
-
-    assert report.sizes["full"].bytes == (tmp_path / "base.safetensors").stat().st_size
+    assert report.sizes["full"].bytes == file.stat().st_size
 
 
 # --- networks and data ---
@@ -236,27 +232,22 @@ class Printing(nn.Module):
         return self.network(x)
 
 
-def test_networks_that_vmap_cannot_run_are_trained_fold_by_fold():
-    """To the same scores."""
-    base, x = make_base(), make_rows()
-    y = shifted(base, x)
+def test_networks_that_vmap_cannot_run_are_trained_fold_by_fold_to_the_same_scores(rows, report):
+    scores = quick_fit(Printing(make_base()), rows).scores
 
-    plain = quick_fit(copy.deepcopy(base), (x, y))
-    printing = quick_fit(Printing(base), (x, y))
-
-    assert printing.scores == pytest.approx(plain.scores, rel=1e-6)
+    assert scores == pytest.approx(report.scores, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["efficient-kan", "fast-kan", "cheby-kan", "pykan", "hard"])
 def test_networks_of_other_libraries_are_adapted(name):
-    """Also after a pass with gradients, of which pykan keeps tensors."""
+    """Also after a pass with gradients: pykan keeps tensors of the pass."""
     base, x = make_foreign(name), make_rows(inputs=2).abs()
     y = base(x).detach() + x[:, :1]
 
     report = quick_fit(base, (x, y), budget=0.4)
 
     assert report.scores.keys() == NAMES
-    assert all(torch.isfinite(torch.tensor(list(report.scores.values()))))
+    assert torch.tensor(list(report.scores.values())).isfinite().all()
 
 
 def test_the_report_says_that_full_matrices_exceed_the_budget():
@@ -268,14 +259,13 @@ def test_the_report_says_that_full_matrices_exceed_the_budget():
     assert "full matrices" in str(report)
 
 
-def test_datasets_and_loaders_give_the_result_of_their_tensors():
-    base, x = make_base(), make_rows()
-    y = shifted(base, x)
-    rows = TensorDataset(x, y)
+@pytest.mark.parametrize("as_loader", [False, True])
+def test_datasets_and_loaders_give_the_result_of_their_tensors(rows, report, as_loader):
+    data = TensorDataset(*rows)
+    if as_loader:
+        data = DataLoader(data, batch_size=7)
 
-    scores = [quick_fit(copy.deepcopy(base), data).scores for data in ((x, y), rows, DataLoader(rows, batch_size=7))]
-
-    assert scores[0] == scores[1] == scores[2]
+    assert quick_fit(make_base(), data).scores == report.scores
 
 
 @pytest.mark.parametrize("widths, shape", [((1, 4, 1), (30, 1)), ((3, 8, 1), (30,))])
@@ -291,12 +281,13 @@ def test_single_inputs_and_outputs_are_taken(widths, shape):
 def test_running_statistics_stay_and_dropout_is_drawn():
     base = nn.Sequential(make_base(norm="batch"), nn.Dropout(0.5))
     x = make_rows()
-    before = copy.deepcopy(base[0].layers[1].state_dict())
+    norm = base[0].layers[1]
+    state = copy.deepcopy(norm.state_dict())
 
     report = quick_fit(base, (x, x[:, :2] ** 2))
 
     assert report.chosen.form != "no adaptation"
-    torch.testing.assert_close(dict(base[0].layers[1].state_dict()), dict(before), rtol=0, atol=0)
+    torch.testing.assert_close(norm.state_dict(), state, rtol=0, atol=0)
 
 
 # --- folds ---
@@ -372,27 +363,28 @@ def test_losses_of_probabilities_are_refused_since_a_linear_model_has_none():
 
 
 def test_rows_without_a_loss_are_refused():
+    classes = torch.where(torch.arange(30) % 10 == 7, -100, CLASSES)
+
     with pytest.raises(ValueError, match="single rows"):
-        quick_fit(make_base(), (make_rows(), torch.where(torch.arange(30) % 10 == 7, -100, CLASSES)), cross_entropy)
+        quick_fit(make_base(), (make_rows(), classes), cross_entropy)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_the_base_is_unchanged_after_an_interruption(error):
-    base, x = make_base(), make_rows()
-    before = copy.deepcopy(base.state_dict())
-    calls = []
+def test_the_base_is_unchanged_after_an_interruption(rows, error):
+    base = make_base()
+    state = copy.deepcopy(base.state_dict())
+    calls = itertools.count()
 
     def loss(outputs: Tensor, y: Tensor) -> Tensor:
-        calls.append(0)
-        if len(calls) > 200:
+        if next(calls) == 200:
             raise error
         return mse_loss(outputs, y)
 
     with pytest.raises(error):
-        quick_fit(base, (x, shifted(base, x)), loss)
+        quick_fit(base, rows, loss)
 
     assert not lotra_layers(base)
-    torch.testing.assert_close(dict(base.state_dict()), dict(before), rtol=0, atol=0)
+    torch.testing.assert_close(base.state_dict(), state, rtol=0, atol=0)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in base.parameters())
 
 
