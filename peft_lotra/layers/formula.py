@@ -201,8 +201,10 @@ def _verify(
     reader = FormulaReader(spec, tensor, is_uniform, is_silu)
 
     # first with other parameters, which a layer may initialize in place at its first input
+    functions = spec.basis, spec.splines, spec.derivatives, spec.activation, spec.normalization
     for compare in (_has_right_slopes, _has_right_jets) if for_jets else (_has_right_slopes,):
-        question = compare.__name__, is_uniform, is_silu, layer.training
+        # a class may be registered again with other functions
+        question = compare.__name__, functions, is_uniform, is_silu, layer.training
         if not cached_by_class(layer, question, partial(_at_other_parameters, reader, layer, points, compare)):
             return None
 

@@ -154,15 +154,18 @@ def test_layers_that_compute_more_have_no_closed_form():
     assert_same(jet(model, x), nested(model, x))
 
 
-@pytest.mark.parametrize("wrong", [None, *range(6)])
-def test_wrong_derivatives_of_a_users_family_are_not_used(wrong):
-    class Sines(Formula):
-        def __init__(self, inputs: int, outputs: int) -> None:
-            super().__init__(None, sine_weights=(outputs, inputs, 3))
+class Sines(Formula):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(None, sine_weights=(outputs, inputs, 3))
 
-        def forward(self, x: Tensor) -> Tensor:
-            angles = x.unsqueeze(-1) * torch.arange(1, 4)
-            return torch.einsum("nik,oik->no", angles.sin(), self.sine_weights)
+    def forward(self, x: Tensor) -> Tensor:
+        angles = x.unsqueeze(-1) * torch.arange(1, 4)
+        return torch.einsum("nik,oik->no", angles.sin(), self.sine_weights)
+
+
+@pytest.mark.parametrize("wrong", [None, *range(6)])
+def test_wrong_derivatives_of_a_users_kind_are_not_used(wrong):
+    """Even if other derivatives were right when the class was registered before."""
 
     def derivatives(layer: nn.Module, x: Tensor, highest: int) -> list[Tensor]:
         sines = [harmonics[..., 3:] for harmonics in functions.harmonic_derivatives(3, x, highest)]
