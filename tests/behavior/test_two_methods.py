@@ -5,17 +5,18 @@
 
 import pytest
 import torch
-from behaving import X, adapted, layers, net
+from helpers import X, adapt, assert_equal, lotra_layers, net
 from peft import LoraConfig, PeftConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
 from torch import nn
+from torch.testing import assert_close
 
 from peft_lotra import LoTRALayer
 
 
 def both() -> PeftModel:
-    model = adapted(net())
+    model = adapt(net())
     config = LoraConfig(r=2, target_modules=["head"], init_lora_weights=False)
     inject_adapter_in_model(config, model.base_model.model, adapter_name="head")
     return model.eval()
@@ -24,14 +25,21 @@ def both() -> PeftModel:
 def test_both_are_trained_merged_and_the_base_is_not():
     model = both().train()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert len(trained) == 7 + 2 and all("lotra_" in name or "lora_" in name for name in trained)
+
+    assert len(trained) == 7 + 2
+    assert all("lotra_" in name or "lora_" in name for name in trained)
+
     model(X).square().sum().backward()
+
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
     with model.disable_adapter():
-        assert torch.equal(model(X), net()(X))
+        assert_equal(model(X), net()(X))
     y, merged = model.eval()(X), model.merge_and_unload()
-    torch.testing.assert_close(merged(X), y)
-    assert type(merged.head) is nn.Linear and not any(isinstance(m, LoTRALayer | LoraLayer) for m in merged.modules())
+
+    assert_close(merged(X), y)
+    assert type(merged.head) is nn.Linear
+    assert not any(isinstance(m, LoTRALayer | LoraLayer) for m in merged.modules())
 
 
 @pytest.mark.parametrize("is_trainable", [False, True])
@@ -42,14 +50,18 @@ def test_both_are_saved_and_loaded(is_trainable, tmp_path):
     config = PeftConfig.from_pretrained(tmp_path / "head")
     config.inference_mode = not is_trainable
     inject_adapter_in_model(config, again.base_model.model, adapter_name="head")
-    found = set_peft_model_state_dict(again, load_peft_weights(tmp_path / "head"), adapter_name="head")
-    assert not found.unexpected_keys
-    assert torch.equal(again.eval()(X), model(X)) and not torch.equal(again(X), net()(X))
+    result = set_peft_model_state_dict(again, load_peft_weights(tmp_path / "head"), adapter_name="head")
+
+    assert not result.unexpected_keys
+    assert_equal(again.eval()(X), model(X))
+    assert not torch.equal(again(X), net()(X))
     assert sum(parameter.requires_grad for parameter in again.parameters()) == (7 + 2 if is_trainable else 0)
 
 
-def test_lora_before_lotra():
+def test_a_model_with_lora_gets_lotra():
     base = inject_adapter_in_model(LoraConfig(target_modules=["head"], init_lora_weights=False), net())
     before = base(X)
-    model = adapted(base, init_weights=True)
-    assert torch.equal(model(X), before) and len(layers(model)) == 2
+    model = adapt(base, init_weights=True)
+
+    assert_equal(model(X), before)
+    assert len(lotra_layers(model)) == 2
