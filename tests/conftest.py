@@ -6,8 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hub_server import Hub, start_hub
 
-from peft_lotra.layers import registry
+
+HUB = start_hub("user")  # before huggingface_hub is imported, which reads its address once
+
+from peft_lotra.layers import registry  # noqa: E402
 
 
 # Workers of pytest-xdist share the cores: with a thread for each core in each of them, they wait for each other.
@@ -30,6 +34,13 @@ def _forget() -> Iterator[None]:
     yield
     registry.REGISTERED.clear()
     registry.REGISTERED.update(before)
+
+
+@pytest.fixture
+def hub() -> Hub:
+    """An empty stand-in for the Hub, where this process is logged in as "user"."""
+    HUB.repos.clear()
+    return HUB
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, load_model, save_file, save_model
+from torch.testing import assert_close
 from typer.testing import CliRunner
 
 import peft_lotra
@@ -70,20 +71,31 @@ def run(made, tmp_path, monkeypatch):
 
 @torch.no_grad()
 def output(model):
-    found = model(X)
-    return getattr(found, "logits", found)
+    result = model(X)
+    return getattr(result, "logits", result)
 
 
-def test_inspect(run, made):
+def test_inspect_tells_layers_ranks_and_norms(run, made):
     out = run("inspect {}/adapter").stdout
-    assert "layers.0" in out and "(4, 2, 9)" in out and "(2, full, 2)" in out and "74 parameters" in out
+
+    assert "layers.0" in out
+    assert "(4, 2, 9)" in out
+    assert "(2, full, 2)" in out
+    assert "74 parameters" in out
+
     info = json.loads(run("inspect {}/adapter --subfolder second --json").stdout)
-    assert info["base_class"] == "KANModel" and info["dtype"] == ["float32"] and info["finite"]
+
+    assert info["base_class"] == "KANModel"
+    assert info["dtype"] == ["float32"]
+    assert info["finite"]
     assert [layer["ranks"] for layer in info["layers"]] == [[1, "full", 3], [1, 2, 3]]
+
     model = PeftModel.from_pretrained(KANModel.from_pretrained(made / "base"), made / "adapter/second")
     layer = info["layers"][0]
     delta = model.get_base_model().get_submodule(layer["name"]).get_delta_weight("default")
-    assert layer["norm"] == pytest.approx(delta.norm().item(), rel=1e-5) and layer["alpha"] == 0.5
+
+    assert layer["norm"] == pytest.approx(delta.norm().item(), rel=1e-5)
+    assert layer["alpha"] == 0.5
     assert "NaN" in run("inspect {}/nan").stdout
     assert json.loads(run("inspect {}/nan --json").stdout)["layers"][0]["norm"] is None
 
@@ -100,16 +112,19 @@ def test_names_print_without_control_characters(tmp_path):
 
 
 @pytest.mark.parametrize("subfolder", ["", "second"])
-def test_merge(run, made, subfolder):
+def test_merge_saves_the_merged_model(run, made, subfolder):
     os.mkdir("out")
+
     assert "merged into a KANModel, saved in out" in run(f"merge {{}}/base {{}}/adapter/{subfolder} out").stdout
+
     merged = KANModel.from_pretrained("out")
     model = PeftModel.from_pretrained(KANModel.from_pretrained(made / "base"), made / "adapter" / subfolder)
-    torch.testing.assert_close(output(merged), output(model), rtol=1e-5, atol=1e-5)
+
+    assert_close(output(merged), output(model), rtol=1e-5, atol=1e-5)
     assert not any("lotra" in name for name in merged.state_dict())
 
 
-def test_merge_a_torch_module(run, made, monkeypatch, tmp_path):
+def test_merge_takes_a_torch_module_by_its_factory(run, made, monkeypatch, tmp_path):
     monkeypatch.chdir(made)
     base = torch.nn.ModuleDict({"kan": KAN([2, 4, 3]), "head": torch.nn.Linear(3, 1)})
     save_model(base, tmp_path / "net.safetensors")
@@ -118,28 +133,36 @@ def test_merge_a_torch_module(run, made, monkeypatch, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     where = f"{tmp_path}/net.safetensors {tmp_path}/adapter {tmp_path}/out"
     info = json.loads(run(f"merge {where} --factory nets:build --json").stdout)
+
     assert [layer["name"] for layer in info["layers"]] == ["kan.layers.0", "kan.layers.1", "head"]
+
     merged = torch.nn.ModuleDict({"kan": KAN([2, 4, 3]), "head": torch.nn.Linear(3, 1)})
     load_model(merged, tmp_path / "out/model.safetensors")
+
     for name, x in (("kan", X), ("head", torch.rand(4, 3))):
-        torch.testing.assert_close(merged[name](x), base[name](x), rtol=1e-5, atol=1e-5)
+        assert_close(merged[name](x), base[name](x), rtol=1e-5, atol=1e-5)
 
 
-def test_extract(run, made):
+def test_extract_saves_an_adapter(run, made):
     report = json.loads(run("extract {}/base {}/tuned out --energy 1 --json").stdout)
+
     assert set(os.listdir("out")) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert json.loads(run("inspect out --json").stdout)["parameters"] == report["parameters"]
+
     model = PeftModel.from_pretrained(KANModel.from_pretrained(made / "base"), "out")
     difference = output(model) - output(KANModel.from_pretrained(made / "tuned"))
+
     assert difference.abs().max() < 1e-5
 
 
-def test_find(run, made, monkeypatch):
+def test_find_lists_kan_layers(run, made, monkeypatch):
     assert "layers.0  peft-lotra     (4, 2, 8)  spline_weight, base_weight" in run("find {}/base").stdout
     assert run("find torch.nn:ReLU").stdout == "no KAN layer was found\n"
+
     monkeypatch.chdir(made)
-    found = json.loads(run("find nets:build --json").stdout)
-    assert [(layer["name"], layer["shape"]) for layer in found["layers"]][0] == ("kan.layers.0", [4, 2, 8])
+    report = json.loads(run("find nets:build --json").stdout)
+
+    assert [(layer["name"], layer["shape"]) for layer in report["layers"]][0] == ("kan.layers.0", [4, 2, 8])
 
 
 ERRORS = {
@@ -162,22 +185,29 @@ ERRORS = {
 @pytest.mark.parametrize(("command", "message"), ERRORS.items())
 def test_an_error_is_one_line_and_nothing_is_written(run, made, command, message):
     result = run(command, code=1)
-    assert result.stdout == "" and message.replace("{}", str(made)) in result.stderr and os.listdir() == []
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+    assert result.stdout == ""
+    assert message.replace("{}", str(made)) in result.stderr
+    assert os.listdir() == []
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
 
 
 USAGE = ["extract {}/base {}/tuned out", "extract {}/base {}/tuned out --energy a", "merge {}/base", "push a b"]
 
 
 @pytest.mark.parametrize("command", USAGE)
-def test_wrong_usage(run, command):
-    assert "Traceback" not in run(command, code=2).output and os.listdir() == []
+def test_wrong_usage_is_exit_code_2(run, command):
+    assert "Traceback" not in run(command, code=2).output
+    assert os.listdir() == []
 
 
-def test_as_a_program(made):
+def test_the_package_runs_as_a_program(made):
     command = [sys.executable, "-m", "peft_lotra", "inspect", str(made / "base")]
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(cli.__file__).parents[1])
-    assert result.returncode == 1 and result.stdout == ""
+
+    assert result.returncode == 1
+    assert result.stdout == ""
     assert (
         result.stderr
         == f"error: {made / 'base'} is no adapter: it has no adapter_config.json. Save the adapter there first.\n"

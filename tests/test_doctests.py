@@ -40,6 +40,7 @@ def test_example(example, tmp_path, monkeypatch):
     example.globs = NAMESPACE | example.globs
     report: list[str] = []
     doctest.DocTestRunner(optionflags=OPTIONS).run(example, out=report.append)
+
     assert not report, "".join(report)
 
 

@@ -50,16 +50,16 @@ def wing(module: str) -> str:
 def imports(module: str, tree: ast.AST) -> set[str]:
     """The modules of the package that are imported, those for type checks too."""
     package = module if MODULES[module].stem == "__init__" else module.rpartition(".")[0]
-    found = set()
+    modules = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             parents = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
             source = ".".join([*parents, *filter(None, [node.module])])
             # a name of a package is a module of it, or comes from its __init__
-            found |= {name if (name := f"{source}.{alias.name}") in MODULES else source for alias in node.names}
-    return found & MODULES.keys()
+            modules |= {name if (name := f"{source}.{alias.name}") in MODULES else source for alias in node.names}
+    return modules & MODULES.keys()
 
 
 TREES = {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
@@ -72,11 +72,12 @@ def test_each_wing_has_a_rank():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_one_way(module):
-    here = wing(module)
+    own_wing = wing(module)
     allowed = {"peft_lotra.derivatives.api"} if module == "peft_lotra.kan" else set()  # `kan.jet`, when it is used
-    others = {target: wing(target) for target in IMPORTS[module] - allowed if wing(target) != here}
-    up = {target for target, there in others.items() if RANKS[there] > RANKS[here]}
-    aside = {target for target, there in others.items() if {here, there} in BESIDE_EACH_OTHER}
+    targets = {target: wing(target) for target in IMPORTS[module] - allowed if wing(target) != own_wing}
+    up = {target for target, target_wing in targets.items() if RANKS[target_wing] > RANKS[own_wing]}
+    aside = {target for target, target_wing in targets.items() if {own_wing, target_wing} in BESIDE_EACH_OTHER}
+
     assert not up | aside
 
 
@@ -88,6 +89,7 @@ def test_no_circle_between_files():
 def test_no_import_of_the_package_inside_a_function(module):
     functions = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     inside = {target for function in functions for target in imports(module, function)}
+
     assert not inside, inside
 
 
@@ -99,6 +101,7 @@ def test_kan_knows_nothing_of_peft(module):
             words.add(node.value)  # as in getattr(layer, "base_layer")
         for field in ("id", "attr", "arg", "name", "module"):
             words |= set(str(getattr(node, field, None)).split("."))
+
     assert not {word for word in words if re.fullmatch(PEFT_NAMES, word)}
 
 
@@ -106,6 +109,7 @@ def test_private_interfaces_of_torch_and_python_have_four_places():
     """The transforms of torch, the number of a backward pass, PEFT's enumeration, and who calls a save."""
     private = r"torch\._C\b|_getframe|__class__ = |get_instructions|_member_map_"
     places = {module for module, path in MODULES.items() if re.search(private, path.read_text())}
+
     assert places == {
         f"peft_lotra.{name}" for name in ("kan.basis", "tuner.by_row", "tuner.registration", "tuner.saving")
     }
@@ -114,12 +118,14 @@ def test_private_interfaces_of_torch_and_python_have_four_places():
 def test_the_top_level_has_at_most_16_rooms():
     hidden = {"__init__.py", "__main__.py", "_version.py", "py.typed", "__pycache__"}
     rooms = {path.name for path in PACKAGE.iterdir()} - hidden
+
     assert len(rooms) <= 16, rooms
 
 
 @pytest.mark.parametrize("name", peft_lotra.__all__)
 def test_every_public_name_is_there(name):
-    assert getattr(peft_lotra, name) is not None and name in dir(peft_lotra)
+    assert getattr(peft_lotra, name) is not None
+    assert name in dir(peft_lotra)
 
 
 def test_names_are_sorted():

@@ -50,28 +50,32 @@ SHOWN = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
 
 def test_the_readme_is_short():
     shown = re.sub(r"<!--.*?-->\n?", "", README)
+
     assert len(shown.splitlines()) <= 120
     assert len(shown.split()) <= 900
 
 
 @pytest.mark.parametrize("task", ["pykan", "customers", "pde"])
-def test_a_task_is_short(task):
+def test_a_task_takes_minutes_to_read_and_type(task):
     """Minutes from the first word of the README to the last that is typed: 200 words are read in one, 40 typed."""
-    before, link, _ = README.partition(f"](docs/tutorials/{task}.")
+    introduction, link, _ = README.partition(f"](docs/tutorials/{task}.")
     page = (ROOT / "docs" / "tutorials" / f"{task}.py").read_text().partition("# ## Further")[0]
     typed = [line for line in page.splitlines() if not line.startswith("#")]
     read = [line for line in page.splitlines() if line.startswith("#")]
-    assert link and len(" ".join(typed).split()) > 50
-    assert len(" ".join([before, *read]).split()) / 200 + len(" ".join(typed).split()) / 40 <= 12.5
+
+    assert link
+    assert len(" ".join(typed).split()) > 50
+    assert len(" ".join([introduction, *read]).split()) / 200 + len(" ".join(typed).split()) / 40 <= 12.5
 
 
-def test_snippets_are_found():
-    assert len(PYTHON["README.md"]) >= 1 and len(SHELL) >= 2
+def test_pages_have_snippets():
+    assert len(PYTHON["README.md"]) >= 1
+    assert len(SHELL) >= 2
     assert sum(bool(snippets) for snippets in PYTHON.values()) >= 8
 
 
 @pytest.mark.parametrize("page", [page for page, snippets in PYTHON.items() if snippets])
-def test_python_runs(page, tmp_path, monkeypatch):
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "torchrun" in TEXTS[page]:  # which starts one process here
         with socket.socket() as free:
@@ -79,16 +83,10 @@ def test_python_runs(page, tmp_path, monkeypatch):
             port = free.getsockname()[1]
         for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
             monkeypatch.setenv(name, str(value))
-    from peft_lotra.layers import registry
+    names = {"__name__": "page"}
 
-    before = dict(registry.REGISTERED)  # what a snippet registers goes away with it
-    namespace = {"__name__": "page"}
-    try:
-        for code in PYTHON[page]:
-            exec(compile(code, page, "exec"), namespace)
-    finally:
-        registry.REGISTERED.clear()
-        registry.REGISTERED.update(before)
+    for code in PYTHON[page]:
+        exec(compile(code, page, "exec"), names)
 
 
 @pytest.mark.parametrize(("page", "link"), LINKS, ids=lambda value: value)
@@ -97,10 +95,12 @@ def test_links_lead_somewhere(page, link):
 
 
 @pytest.mark.parametrize(("page", "line"), SHELL, ids=lambda value: value)
-def test_commands_are_sound(page, line):
+def test_commands_are_valid_shell_with_known_extras_and_options(page, line):
     subprocess.run(["bash", "-n", "-c", line], check=True)
-    extras = {name for found in re.findall(r"\.\[([\w,]+)\]", line) for name in found.split(",")}
+    extras = set(",".join(re.findall(r"\.\[([\w,]+)\]", line)).split(",")) - {""}
+
     assert extras <= set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE))
+
     for script, options in re.findall(r"python[\w.]* ((?:examples|tests)/[\w/]+\.py)((?: --?[\w-]+)*)", line):
         text = (ROOT / script).read_text()
         assert all(f'"{option}"' in text for option in re.findall(r"--[\w-]+", options))
@@ -116,6 +116,7 @@ def test_scripts_that_are_named_exist(page):
 def test_public_names_that_are_called_exist(page):
     called = set(re.findall(r"peft_lotra\.(\w+)", TEXTS[page]))
     submodules = {path.stem for path in (ROOT / "peft_lotra").iterdir()}
+
     assert called <= submodules | set(peft_lotra.__all__)
     assert sys.modules["peft_lotra"] is peft_lotra
 
@@ -132,11 +133,13 @@ def test_each_public_name_has_a_place_in_the_reference():
     # shown once, where the package has it
     again = {f"peft_lotra.{wing}.{name}" for wing in ("kan", "optim", "hub") for name in peft_lotra.__all__}
     again |= {f"peft_lotra.optim.{name}" for name in peft_lotra.least_squares.__all__}
+
     assert public - again - shown == set()
 
 
 def test_pages_are_those_of_their_scripts():
-    assert len(render.scripts()) >= 10 and render.stale() == []
+    assert len(render.scripts()) >= 10
+    assert render.stale() == []
 
 
 @pytest.mark.parametrize(("old", "new"), [("torch.manual_seed(0)", "torch.manual_seed(1)"), ("# # ", "# # On ")])
@@ -145,6 +148,7 @@ def test_a_changed_script_is_noticed(old, new, tmp_path, monkeypatch):
     monkeypatch.setattr(render, "DOCS", tmp_path / "docs")
     changed = tmp_path / "docs" / "tutorials" / "adapt.py"
     changed.write_text(changed.read_text().replace(old, new, 1))
+
     assert render.stale() == [changed]
 
 
@@ -158,10 +162,13 @@ def test_what_a_cell_prints_and_shows_and_draws_follows_it(tmp_path):
         "        return b'a picture'\n\n\nShown()\n\n# %%\nfrom matplotlib import pyplot\n\n\npyplot.figure()\n"
     )
     text, pictures = render.page(script, run=True)
+
     assert "# Title\n\nWords\n\n```python\nprint('printed')\n6 * 7\n```\n\n```output\nprinted\n42\n```\n\n" in text
     assert "```python\nnothing = 1\n```\n\n```python" in text
-    assert pictures["small_1.png"] == b"a picture" and pictures["small_2.png"].startswith(b"\x89PNG")
-    assert text.count("```output") == 1 and "![Title](../assets/pages/small_2.png)" in text
+    assert pictures["small_1.png"] == b"a picture"
+    assert pictures["small_2.png"].startswith(b"\x89PNG")
+    assert text.count("```output") == 1
+    assert "![Title](../assets/pages/small_2.png)" in text
     assert render.OUTPUT.sub("", text) == render.page(script, run=False)[0] != text
 
 

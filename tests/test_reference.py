@@ -16,7 +16,8 @@ PATH = Path(__file__).parents[1] / "docs" / "reference_docstrings.py"
 def sections(text: str, kind: str = "Class") -> dict:
     """The sections of a class, or a function, with this docstring, by kind."""
     spec = importlib.util.spec_from_file_location(PATH.stem, PATH)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     shown = getattr(griffe, kind)("Shown")
@@ -46,25 +47,36 @@ Example:
 def test_each_section_of_a_docstring() -> None:
     found = sections(DOCSTRING)
     types = [parameter.annotation for parameter in found["parameters"]]
+
     assert [str(kind) for kind in types] == ["str", "Module"]  # griffe knows what is optional
     assert found["parameters"][1].description == "One (`b`): two."
+
     (attribute,) = found["attributes"]
-    assert attribute.name.replace("\xa0", " ") == "c, d" and attribute.description == "Both, of all (c, d): more."
+
+    assert attribute.name.replace("\xa0", " ") == "c, d"
+    assert attribute.description == "Both, of all (c, d): more."
     assert [str(error.annotation) for error in found["raises"]] == ["ValueError", "TypeError"]
+
     ((_, example),) = found["examples"]
+
     assert example.startswith("```pycon\n>>> 1 + 1\n2\n")
 
 
 def test_attributes_in_the_way_of_peft_are_a_list() -> None:
-    found = sections("It is.\n\n**Attributes**:\n    - **model** -- The model.\n    - **config** -- The config.\n")
-    assert "**Attributes**:\n\n- **model** -- The model.\n- **config**" in found["text"]
+    attributes = sections(
+        "It is.\n\n**Attributes**:\n    - **model** -- The model.\n    - **config** -- The config.\n"
+    )
+    assert "**Attributes**:\n\n- **model** -- The model.\n- **config**" in attributes["text"]
 
 
 def test_a_result_has_its_type_once() -> None:
     text = "It is.\n\nReturns:\n    `dict`: By name.\n"
+
     assert [part.description for part in sections(text, "Function")["returns"]] == ["By name."]
     assert sections(text).keys() == {"text"}  # of a class
+
     kept = sections("It is.\n\nReturns:\n    `shape` and `rank`: both.\n", "Function")["returns"][0]
+
     assert kept.description.endswith("both.")
 
 

@@ -17,14 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from helpers import Versions
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from versions import Versions
 
 from peft_lotra import AdapterBank, LoTRAConfig
 from peft_lotra.kan import KAN
 
 
-SECONDS = float(os.environ.get("LOTRA_STRESS_SECONDS", "5"))
+SECONDS = float(os.environ.get("LOTRA_STRESS_SECONDS", "3"))
 STATES = 12
 OTHERS = 300  # adapters that nobody changes: a bank of this size takes a while to save and to compact
 ROWS = 200
@@ -72,10 +72,10 @@ class Stress:
     def check_answers(self, y, rows, names, visible):
         """Check that all rows of a name have the answers of one version, and leave only such ones in `visible`."""
         for name in set(names):
-            places = [place for place, other in enumerate(names) if other == name]
-            expected = self.answers[:, rows[places]]
+            indices = [index for index, other in enumerate(names) if other == name]
+            expected = self.answers[:, rows[indices]]
             possible = visible[name] - {None}
-            visible[name] = {v for v in possible if torch.allclose(y[places], expected[v % STATES], 1e-4, 1e-5)}
+            visible[name] = {v for v in possible if torch.allclose(y[indices], expected[v % STATES], 1e-4, 1e-5)}
             assert visible[name], f"the rows of {name} are not the answers of one of its versions {possible}"
 
     def check_saved(self, bank, since):

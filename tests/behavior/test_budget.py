@@ -7,8 +7,9 @@ import json
 
 import pytest
 import torch
-from conv_stand_ins import ConvNet
+from helpers import assert_equal
 from peft import PeftModel, get_peft_model
+from stand_ins import ConvNet
 
 from peft_lotra import AdapterBank, LoTRAConfig
 from peft_lotra.kan import KAN
@@ -78,7 +79,8 @@ def test_layers_in_the_pattern_keep_their_ranks_and_count():
 
     share, forms = share_of(get_peft_model(KAN([64, 32, 5]), config), config)
 
-    assert forms[0] == (2, 3, 2) and forms[1] == ("full", "full", "full")
+    assert forms[0] == (2, 3, 2)
+    assert forms[1] == ("full", "full", "full")
     assert share <= 0.12
 
 
@@ -88,7 +90,9 @@ def test_a_configuration_serves_models_of_several_sizes():
     for widths in ([64, 32, 5], [3, 7, 7, 2]):
         share, _ = share_of(get_peft_model(KAN(widths), config), config)
         assert share <= 0.12
-    assert config.rank_pattern == {} and config.r is None and config.target_modules is None
+    assert config.rank_pattern == {}
+    assert config.r is None
+    assert config.target_modules is None
 
 
 def test_a_file_says_the_ranks_and_loads_without_data(tmp_path):
@@ -100,10 +104,11 @@ def test_a_file_says_the_ranks_and_loads_without_data(tmp_path):
     loaded = PeftModel.from_pretrained(base, str(tmp_path), check_base="ignore")
 
     assert entries["rank_pattern"] == {r"^layers\.0": [13, 13, 1], r"^layers\.1": ["full", 13, 1]}
-    assert entries["budget"] == 0.1 and entries["r"] is None
+    assert entries["budget"] == 0.1
+    assert entries["r"] is None
     for name, value in model.state_dict().items():
         if "lotra_" in name:
-            assert torch.equal(loaded.state_dict()[name], value)
+            assert_equal(loaded.state_dict()[name], value)
 
 
 def test_a_bank_takes_a_budget():

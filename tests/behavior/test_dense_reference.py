@@ -8,9 +8,10 @@ import copy
 import pytest
 import tensorly
 import torch
-from helpers import ROUNDING, adapt, base, components, inputs, lotra_layers, relative
+from helpers import ROUNDING, adapt, assert_equal, assert_near, base, components, inputs, lotra_layers, relative
 from peft import PeftModel, get_peft_model
 from stand_ins import FAMILIES
+from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig, LoTRALayer
 from peft_lotra.kan import KAN
@@ -36,24 +37,32 @@ def dense_delta(layer, adapter="default"):
 @every_family
 @both_dtypes
 @pytest.mark.parametrize("adapt_residual", [True, False])
-def test_equals_the_dense_reference(family, dtype, adapt_residual):
+def test_an_adapted_layer_equals_its_base_plus_the_dense_update(family, dtype, adapt_residual):
     model = base(family, dtype)
     reference = copy.deepcopy(model)
     adapted = adapt(model, alpha=0.7, adapt_residual=adapt_residual)
     layer = layer_of(adapted)
     delta, basis = dense_delta(layer), layer.lotra_tensor.shape[2]
+
     assert delta.shape == (4, 3, basis + (adapt_residual and layer.lotra_tensor.has_residual))
-    torch.testing.assert_close(layer.get_delta_weight("default"), delta)
+    assert_close(layer.get_delta_weight("default"), delta)
+
     for name, part in layer.lotra_tensor.split(delta).items():
         reference.kan.get_parameter(name).data.add_(part)
     x = inputs(dtype=dtype)
+
     for training in (False, True):
-        assert relative(adapted.train(training)(x), reference(x)) <= ROUNDING[dtype]
+        assert_near(adapted.train(training)(x), reference(x), ROUNDING[dtype])
+
     y, expected = layer(x), reference.kan(x)
-    assert type(y) is type(expected) and len(y) == len(expected)
+
+    assert type(y) is type(expected)
+    assert len(y) == len(expected)
+
     before, effective = layer.get_base_weight(), layer.effective_coefficients()
+
     assert torch.equal(effective[..., basis:], before[..., basis:]) or adapt_residual
-    torch.testing.assert_close(effective[..., : delta.shape[-1]], (before[..., : delta.shape[-1]] + delta))
+    assert_close(effective[..., : delta.shape[-1]], (before[..., : delta.shape[-1]] + delta))
 
 
 @pytest.mark.parametrize("family", ["own", "efficient-kan", "inkan", "cheby-kan"])
@@ -66,25 +75,31 @@ def test_gradients_are_those_of_the_dense_reference(family):
     values = layer.get_components("default").map(lambda part: part.detach().requires_grad_())
     core, out, _, basis = values  # all inputs: no factor_in
     delta = torch.einsum("aic,oa,kc->oik", core, out, basis)
-    parts = layer.lotra_tensor.split(delta)
-    weights = {f"kan.{name}": model.kan.get_parameter(name).detach() + part for name, part in parts.items()}
+    updates = layer.lotra_tensor.split(delta)
+    weights = {f"kan.{name}": model.kan.get_parameter(name).detach() + part for name, part in updates.items()}
     x2 = x.detach().requires_grad_()
     torch.func.functional_call(model, weights, (x2,)).sin().sum().backward()
-    torch.testing.assert_close(x.grad, x2.grad)
+
+    assert_close(x.grad, x2.grad)
     for name, value in values._asdict().items():
-        torch.testing.assert_close(getattr(layer, f"lotra_{name}")["default"].grad, value.grad)
+        assert_close(getattr(layer, f"lotra_{name}")["default"].grad, value.grad)
 
 
-def test_the_layer_itself():
+def test_an_adapted_layer_tells_its_sizes_and_its_components():
     layer = layer_of(adapt(base("own"), r=(2, 3, 100)))
-    assert isinstance(layer, LoTRALayer) and (layer.in_features, layer.out_features) == (3, 4)
+
+    assert isinstance(layer, LoTRALayer)
+    assert (layer.in_features, layer.out_features) == (3, 4)
+
     components = layer.get_components("default")
+
     assert {name: tuple(part.shape) for name, part in components._asdict().items()} == {
         "core": (2, 3, 9),
         "factor_out": (4, 2),
     }
     assert components.form == (2, "full", "full")
-    assert repr(layer).startswith("lotra.LoTRALayer") and type(layer.get_base_layer()).__name__ == "KANLinear"
+    assert repr(layer).startswith("lotra.LoTRALayer")
+    assert type(layer.get_base_layer()).__name__ == "KANLinear"
 
 
 @pytest.mark.parametrize("width", [8, 512])
@@ -95,6 +110,7 @@ def test_the_output_of_a_random_update_has_the_size_of_a_basis_function_at_any_w
         features = torch.randn(16, width, 8, dtype=torch.float64)
         output = torch.einsum("bik,oik->bo", features, layer_of(model).get_delta_weight("default"))
         energies.append(output.square().mean().item())
+
     assert 0.5 < sum(energies) / len(energies) / 8 < 1.8
 
 
@@ -108,7 +124,7 @@ def dtypes(model):
 @pytest.mark.parametrize("family", ["own", "efficient-kan", "pykan", "fast-kan", "inkan"])
 @half
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
-def test_half_precision_bases(family, dtype, autocast_adapter_dtype, tmp_path):
+def test_a_base_in_half_precision_is_adapted_saved_and_merged(family, dtype, autocast_adapter_dtype, tmp_path):
     model, x = base(family, dtype), inputs(dtype=dtype)
     before, config = model(x), LoTRAConfig(r=2, init_weights=False)
     fresh = copy.deepcopy(model)
@@ -116,17 +132,20 @@ def test_half_precision_bases(family, dtype, autocast_adapter_dtype, tmp_path):
     assert dtypes(adapted) == {torch.float32 if autocast_adapter_dtype else dtype}
     assert all(p.dtype == dtype for name, p in adapted.named_parameters() if "lotra_" not in name)
     y = adapted(x)
-    assert y.dtype == before.dtype and y.isfinite().all() and relative(y, before) > 1e-2
+    assert y.dtype == before.dtype
+    assert y.isfinite().all()
+    assert relative(y, before) > 1e-2
     y.float().square().mean().backward()
     assert all(p.grad.isfinite().all() and p.grad.dtype == p.dtype for _, p in components(adapted))
 
     adapted.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(fresh, tmp_path, autocast_adapter_dtype=autocast_adapter_dtype)
-    assert torch.equal(loaded(x), y) and dtypes(loaded) == dtypes(adapted)
+    assert_equal(loaded(x), y)
+    assert dtypes(loaded) == dtypes(adapted)
 
     merged = adapted.merge_and_unload(safe_merge=True)
     assert all(p.dtype == dtype for p in merged.parameters())
-    assert torch.equal(merged(x), y)
+    assert_equal(merged(x), y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -135,7 +154,8 @@ def test_training_computes_what_evaluation_does(dtype, autocast_adapter_dtype):
     config = LoTRAConfig(r=4, init_weights=False)
     adapted = get_peft_model(base("own", dtype), config, autocast_adapter_dtype=autocast_adapter_dtype)
     x = inputs(50, dtype)
-    assert torch.equal(adapted.train()(x), adapted.eval()(x))
+
+    assert_equal(adapted.train()(x), adapted.eval()(x))
 
 
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
@@ -145,11 +165,12 @@ def test_float64_bases_have_float64_adapters(autocast_adapter_dtype, tmp_path):
     adapted = get_peft_model(model, config, **options)
     adapted.add_adapter("other", config, **options)
     adapted.save_pretrained(tmp_path)
+
     assert dtypes(adapted) == dtypes(PeftModel.from_pretrained(fresh, tmp_path, **options)) == {torch.float64}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_autocast(family):
+def test_autocast_keeps_the_update_in_full_precision(family):
     """Under autocast the adapted layer computes what its merged base computes, from a delta in full precision."""
     reference = base(family)
     adapted = adapt(copy.deepcopy(reference), alpha=0.1)
@@ -159,8 +180,13 @@ def test_autocast(family):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected, y = reference(x), adapted(x)
         trained = adapted.train()(x)
-    assert y.dtype == expected.dtype and torch.equal(y, expected) and torch.equal(trained, expected)
+
+    assert y.dtype == expected.dtype
+    assert_equal(y, expected)
+    assert_equal(trained, expected)
+
     trained.float().sum().backward()
+
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for _, p in components(adapted))
 
 
@@ -168,6 +194,7 @@ def test_autocast(family):
 def test_an_adapter_that_is_added_to_a_half_precision_base_does_not_train(dtype):
     model = adapt(KAN([3, 4, 2]).to(dtype))
     model.add_adapter("second", LoTRAConfig(r=1))
+
     assert not [name for name, p in components(model) if name.endswith(".second") and p.requires_grad]
     assert all(p.requires_grad and p.dtype == torch.float32 for name, p in components(model) if ".default" in name)
 
@@ -188,8 +215,11 @@ def test_a_grid_that_is_cast_has_not_moved(family, merged):
     if merged:
         model.unmerge_adapter()
     y = model(x)
+
     assert torch.isfinite(y).all()
+
     (adapted,) = lotra_layers(model).values()
     layer.get_buffer(adapted.lotra_spec.grid[0]).mul_(1.1)
+
     with pytest.raises(RuntimeError, match="grid"):
         model(x)

@@ -9,10 +9,22 @@ import pickle
 
 import pytest
 import torch
-from behaving import KINDS, X, adapted, add, apart, layers, net, same, state
-from helpers import components
+from helpers import (
+    KINDS,
+    X,
+    adapt,
+    add_adapter,
+    assert_equal,
+    assert_near,
+    components,
+    lotra_layers,
+    net,
+    relative,
+    state,
+)
 from stand_ins import FAMILIES, as_model
 from torch.func import functional_call, grad, jacrev, vmap
+from torch.testing import assert_close
 
 
 XD = X.double() + 0.01
@@ -21,26 +33,26 @@ kinds = pytest.mark.parametrize("kind", ["own", "efficient-kan", "fast-kan", "ch
 
 
 @kinds
-def test_transforms(kind):
-    model, other = adapted(KINDS[kind]().double()), adapted(KINDS[kind]().double())
-    assert apart(functional_call(model, dict(other.named_parameters()), (XD,)), other(XD)) < 1e-12
-    assert apart(vmap(lambda x: model(x[None])[0])(XD), model(XD)) < 1e-12
+def test_functional_call_vmap_jacrev_and_grad_see_the_adapter(kind):
+    model, other = adapt(KINDS[kind]().double()), adapt(KINDS[kind]().double())
+    assert_near(functional_call(model, dict(other.named_parameters()), (XD,)), other(XD), 1e-12)
+    assert_near(vmap(lambda x: model(x[None])[0])(XD), model(XD), 1e-12)
     expected = torch.autograd.functional.jacobian(lambda x: model(x).sum(0), XD).permute(1, 0, 2)
-    assert apart(vmap(jacrev(lambda x: model(x[None])[0]))(XD), expected) < 1e-12
+    assert_near(vmap(jacrev(lambda x: model(x[None])[0]))(XD), expected, 1e-12)
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
     def loss(tensors, x):
         return functional_call(model, tensors, (x[None],)).square().sum()
 
-    found = vmap(grad(loss), in_dims=(None, 0))(parameters, XD)
+    gradients = vmap(grad(loss), in_dims=(None, 0))(parameters, XD)
     model(XD).square().sum().backward()
     for name in parameters:
-        torch.testing.assert_close(found[name].sum(0), model.get_parameter(name).grad)
+        assert_close(gradients[name].sum(0), model.get_parameter(name).grad)
 
 
 @kinds
-def test_twice_backward(kind):
-    model = adapted(as_model(FAMILIES[kind](2, 2)).double(), r=2)
+def test_gradients_are_right_to_second_order(kind):
+    model = adapt(as_model(FAMILIES[kind](2, 2)).double(), r=2)
     names, values = zip(*components(model), strict=True)
 
     def function(x, *values):
@@ -54,26 +66,29 @@ def test_twice_backward(kind):
 @kinds
 def test_a_loss_on_derivatives_trains_the_adapter(kind):
     """As a PINN does it: the loss is made of the second derivatives by the input."""
-    model, x = adapted(KINDS[kind]().double()), XD.clone().requires_grad_()
+    model, x = adapt(KINDS[kind]().double()), XD.clone().requires_grad_()
     (first,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
     torch.autograd.grad(first.sum(), x, create_graph=True)[0].square().mean().backward()
+
     for name, parameter in components(model):
         assert parameter.grad.isfinite().all() and parameter.grad.any(), name
 
 
 @kinds
 def test_hooks_of_the_base_layers_see_the_adapted_output(kind):
-    model = adapted(KINDS[kind]().double())
-    for layer in layers(model).values():
+    model = adapt(KINDS[kind]().double())
+    for layer in lotra_layers(model).values():
         layer.base_layer.register_forward_hook(lambda module, args, y: y.square())
-    torch.testing.assert_close(vmap(lambda row: model(row[None])[0])(XD), model(XD))
+
+    assert_close(vmap(lambda row: model(row[None])[0])(XD), model(XD))
 
 
-def test_derivatives_in_forward_mode():
-    model, direction = adapted().double(), torch.randn_like(XD)
+def test_derivatives_in_forward_mode_are_those_in_backward_mode():
+    model, direction = adapt().double(), torch.randn_like(XD)
     _, forward = torch.func.jvp(model, (XD,), (direction,))
     _, backward = torch.autograd.functional.jvp(model, XD, direction)
-    torch.testing.assert_close(forward, backward)
+
+    assert_close(forward, backward)
 
 
 def saved(model):
@@ -84,26 +99,34 @@ def saved(model):
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved])
 @pytest.mark.parametrize("merged", [False, True])
-def test_copies(way, merged):
-    model = adapted()
-    add(model, "other")
+def test_a_copy_equals_its_model_and_shares_nothing(way, merged):
+    model = adapt()
+    add_adapter(model, "other")
     if merged:
         model.merge_adapter()
-    other, y = way(model), model(X)
-    assert same(state(other), state(model)) and torch.equal(other(X), y)
-    other.unload().kan.layers[0].spline_weight.data.add_(1)
-    assert torch.equal(model(X), y)
+    copied, y = way(model), model(X)
+
+    assert_equal(state(copied), state(model))
+    assert_equal(copied(X), y)
+
+    copied.unload().kan.layers[0].spline_weight.data.add_(1)
+
+    assert_equal(model(X), y)
 
 
-def test_state_dict():
-    model, other = adapted(), adapted(net(seed=8))
+def test_a_state_dict_has_the_names_of_the_components():
+    model, other = adapt(), adapt(net(seed=8))
     prefix, names = "base_model.model.kan.layers", set(model.state_dict())
     expected = {f"{prefix}.{i}.{part}.default" for i in (0, 1) for part in PARTS}
     expected.remove(f"{prefix}.0.lotra_factor_in.default")  # all three inputs
+
     assert {name for name in names if "lotra_" in name} == expected
-    assert f"{prefix}.0.base_layer.spline_weight" in names and not torch.equal(model(X), other(X))
+    assert f"{prefix}.0.base_layer.spline_weight" in names
+    assert not torch.equal(model(X), other(X))
+
     other.load_state_dict(model.state_dict())
-    assert torch.equal(model(X), other(X))
+
+    assert_equal(model(X), other(X))
 
 
 @pytest.fixture(autouse=True)
@@ -119,37 +142,41 @@ def compiled(model):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("kind", ["own", "efficient-kan", "cheby-kan"])
-def test_forward_and_backward(kind, training):
-    model = adapted(KINDS[kind]()).train(training)
-    found = []
+def test_a_compiled_model_has_the_same_outputs_and_gradients(kind, training):
+    model = adapt(KINDS[kind]()).train(training)
+    results = []
     for run in (model, compiled(model)):
         y = run(X)
         y.square().sum().backward()
         assert all(parameter.grad is None for name, parameter in model.named_parameters() if "lotra_" not in name)
-        found.append([y.detach(), *(parameter.grad for _, parameter in components(model))])
+        results.append([y.detach(), *(parameter.grad for _, parameter in components(model))])
         model.zero_grad()
-    torch.testing.assert_close(*found)
+
+    assert_close(*results)
 
 
 @pytest.mark.parametrize("kind", ["own", "cheby-kan"])  # efficient-kan's own code checks shapes
-def test_exported_and_merged(kind):
-    model = adapted(KINDS[kind]())
+def test_an_adapted_model_is_exported_and_a_merged_one_compiled(kind):
+    model = adapt(KINDS[kind]())
     y = model(X)
-    assert apart(torch.export.export(model, (X,)).module()(X), y) < 1e-5
-    assert apart(compiled(model.merge_and_unload())(X), y) < 1e-5
+
+    assert_near(torch.export.export(model, (X,)).module()(X), y)
+    assert_near(compiled(model.merge_and_unload())(X), y)
 
 
 @pytest.mark.parametrize("name", ["rank_dropout", "module_dropout"])
 def test_dropout_is_drawn_at_each_step(name):
-    run = compiled(adapted(**{name: 0.5}).train())
+    run = compiled(adapt(**{name: 0.5}).train())
     results = torch.stack([run(X) for _ in range(20)])
+
     assert len(results.detach().flatten(1).mul(1e4).round().unique(dim=0)) > 1
 
 
-def test_another_adapter_after_compiling():
-    model = adapted()
-    add(model, "other")
+def test_a_compiled_model_follows_the_active_adapter():
+    model = adapt()
+    add_adapter(model, "other")
     run = compiled(model)
     first = run(X)
     model.set_adapter("other")
-    assert apart(run(X), model(X)) < 1e-5 < apart(run(X), first)
+
+    assert relative(run(X), model(X)) < 1e-5 < relative(run(X), first)

@@ -7,10 +7,10 @@ import copy
 
 import pytest
 import torch
-from behaving import X, adapted, add, apart, layers, net, same, state
-from helpers import assert_same, snapshot
+from helpers import X, adapt, add_adapter, assert_equal, assert_near, assert_same, lotra_layers, net, snapshot, state
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig, hotswap_adapter
 from peft_lotra.kan import KAN
@@ -21,7 +21,7 @@ def save(tmp_path):
     """Saves an adapter, and returns its folder and its outputs."""
 
     def save(model=None, **config):
-        model = adapted(**config) if model is None else model
+        model = adapt(**config) if model is None else model
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         model.save_pretrained(folder)
         return folder, model(X).detach()
@@ -34,10 +34,13 @@ def loaded(folder, base=None):
 
 
 def test_the_weights_are_replaced(save):
-    model, other = adapted(), adapted()
-    y, (folder, expected) = model(X), save(other)
+    model, source = adapt(), adapt()
+    y, (folder, expected) = model(X), save(source)
     hotswap_adapter(model, folder)
-    assert same(state(model), state(other)) and torch.equal(model(X), expected) and not torch.equal(model(X), y)
+
+    assert_equal(state(model), state(source))
+    assert_equal(model(X), expected)
+    assert not torch.equal(model(X), y)
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -57,48 +60,55 @@ def test_a_compiled_model_is_not_compiled_again(save, in_place):
     else:
         compiled = torch.compile(model, backend=backend, fullgraph=True)
     with torch.inference_mode():
-        torch.testing.assert_close(compiled(X), first[1])
+        assert_close(compiled(X), first[1])
         for folder, expected in (second, third, first):
             hotswap_adapter(compiled, folder)
-            torch.testing.assert_close(compiled(X), expected)
+            assert_close(compiled(X), expected)
     assert len(graphs) == 1
 
 
-def test_a_compiled_base(save):
-    folder, y = save(base=torch.compile(net()))
-    other = adapted(torch.compile(net()))
-    hotswap_adapter(other, folder)
-    assert torch.equal(other(X), y)
+def test_an_adapter_of_a_compiled_base_is_swapped(save):
+    folder, y = save(base=torch.compile(net(), backend="eager"))
+    model = adapt(torch.compile(net(), backend="eager"))
+    hotswap_adapter(model, folder)
+
+    assert_equal(model(X), y)
 
 
 def test_lower_ranks_are_filled_up_and_saved(save):
-    model, (folder, expected) = adapted(r=2), save(r=(3, 2, 1))
+    model, (folder, expected) = adapt(r=2), save(r=(3, 2, 1))
     hotswap_adapter(model, folder, target_rank=4)
-    assert apart(model(X), expected) < 1e-5
-    assert next(iter(layers(model).values())).lotra_r["default"] == (4, 3, 4)
-    assert torch.equal(loaded(save(model)[0])(X), model(X))
+
+    assert_near(model(X), expected)
+    assert next(iter(lotra_layers(model).values())).lotra_r["default"] == (4, 3, 4)
+    assert_equal(loaded(save(model)[0])(X), model(X))
 
 
-def test_another_alpha_and_another_scale(save):
+def test_the_alpha_of_the_file_counts(save):
     first, second = save(alpha=2.0), save(alpha=0.5, alpha_pattern={"layers.1": 3.0})
     model = loaded(first[0])
-    add(model, "other", r=(2, 3, 4), alpha=0.7)
+    add_adapter(model, "other", r=(2, 3, 4), alpha=0.7)
     hotswap_adapter(model, second[0], "other")
-    assert torch.equal(model(X), first[1])  # the other adapters stay
+
+    assert_equal(model(X), first[1])  # the other adapters stay
+
     hotswap_adapter(model, second[0])
     for name in ("default", "other"):
         model.set_adapter(name)
-        torch.testing.assert_close(model(X), second[1])
+        assert_close(model(X), second[1])
     model.set_adapter("default")
-    torch.testing.assert_close(loaded(save(model)[0])(X), second[1])
+
+    assert_close(loaded(save(model)[0])(X), second[1])
+
     again = loaded(second[0])
     for swapped in (model, again):
-        for layer in layers(swapped).values():
+        for layer in lotra_layers(swapped).values():
             layer.set_scale("default", 0.3)
-    torch.testing.assert_close(model(X), again(X))
+
+    assert_close(model(X), again(X))
 
 
-def test_files_and_models_in_half_precision(save):
+def test_files_and_models_may_be_in_half_precision(save):
     folder, expected = save(alpha=1.1)
     half = loaded(folder)
     for name, parameter in half.named_parameters():
@@ -107,43 +117,51 @@ def test_files_and_models_in_half_precision(save):
     half_folder, _ = save(half)
     model = loaded(save(alpha=0.7)[0])
     hotswap_adapter(model, half_folder)  # the alpha is made up for in the precision of the adapter here
-    torch.testing.assert_close(model(X), loaded(half_folder)(X))
+
+    assert_close(model(X), loaded(half_folder)(X))
+
     model = get_peft_model(net().bfloat16(), LoTRAConfig(r=(2, 3, 4)), autocast_adapter_dtype=False).eval()
     hotswap_adapter(model, folder)
+
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    torch.testing.assert_close(model(X.bfloat16()).float(), expected, rtol=0.05, atol=0.1)
+    assert_close(model(X.bfloat16()).float(), expected, rtol=0.05, atol=0.1)
 
 
 def test_saved_modules_are_replaced_too(save):
     config = {"target_modules": ["layers.0"], "modules_to_save": ["head"]}
-    first, other = save(**config), net()
-    nn.init.ones_(other.head.weight)
-    second = save(base=other, **config)
+    first, changed = save(**config), net()
+    nn.init.ones_(changed.head.weight)
+    second = save(base=changed, **config)
     model = loaded(first[0])
     hotswap_adapter(model, second[0])
-    torch.testing.assert_close(model(X), second[1])
+
+    assert_close(model(X), second[1])
 
 
 def test_saved_modules_that_hold_others_are_replaced_too(save):
     base = net()
     base.head = nn.Sequential(base.head)
     config = {"target_modules": ["layers.0"], "modules_to_save": ["head"]}
-    model, other = (adapted(copy.deepcopy(base), **config) for _ in range(2))
-    nn.init.ones_(other.base_model.model.head.modules_to_save["default"][0].weight)
-    hotswap_adapter(model, save(other)[0])
-    assert same(state(model), state(other))
+    model, source = (adapt(copy.deepcopy(base), **config) for _ in range(2))
+    nn.init.ones_(source.base_model.model.head.modules_to_save["default"][0].weight)
+    hotswap_adapter(model, save(source)[0])
+
+    assert_equal(state(model), state(source))
 
 
-def test_layers_that_were_renamed(tmp_path):
+def test_a_file_fits_layers_that_were_renamed(tmp_path):
     """A file fits the model that it was loaded into under other names, in whatever order."""
-    adapted(r=2, modules_to_save=["head", "norm"], base=headed("kan")).save_pretrained(tmp_path)
+    adapt(r=2, modules_to_save=["head", "norm"], base=headed("kan")).save_pretrained(tmp_path)
+
     with pytest.warns(UserWarning, match="other names"):
         model = PeftModel.from_pretrained(headed("backbone"), tmp_path)
+
     model.peft_config["default"].modules_to_save = ["norm", "head"]
     before = state(model)
+
     with pytest.warns(UserWarning, match="other names"):
         hotswap_adapter(model, tmp_path)
-    assert same(state(model), before)
+    assert_equal(state(model), before)
 
 
 def headed(name):
@@ -160,37 +178,42 @@ REFUSED = [*[(other, "layers.0") for other in OTHERS], ({"modules_to_save": ["he
 @pytest.mark.parametrize(
     ("config", "word"), [*REFUSED, *[({}, word) for word in ("nobody", "merged", "must be an integer")]]
 )
-def test_what_is_refused(save, config, word):
-    (folder, _), model = save(**config), adapted()
+def test_an_adapter_that_does_not_fit_is_refused(save, config, word):
+    (folder, _), model = save(**config), adapt()
     if word == "merged":
         model.merge_adapter()
     before = snapshot(model)
+
     for target_rank in (0, "4", (4, 4, 4)) if word == "must be an integer" else (None,):
         with pytest.raises(ValueError, match=word):
             hotswap_adapter(model, folder, "nobody" if word == "nobody" else "default", target_rank=target_rank)
     assert_same(model, before)
 
 
-def test_another_grid_or_base(save):
+def test_another_grid_is_refused_and_another_base_is_a_warning(save):
     base = net()
     base.kan.layers[0].grid_bounds.mul_(1.5)
-    (folder, _), model = save(base=base), adapted()
+    (folder, _), model = save(base=base), adapt()
     before = snapshot(model)
+
     with pytest.raises(ValueError, match="grid"):
         hotswap_adapter(model, folder)
     assert_same(model, before)
+
     hotswap_adapter(model, folder, check_base="ignore")
-    other = net()
-    other.kan.layers[0].spline_weight.data.add_(1)
+    changed = net()
+    changed.kan.layers[0].spline_weight.data.add_(1)
+
     with pytest.warns(UserWarning, match="parameters"):
-        hotswap_adapter(model, save(base=other)[0])
+        hotswap_adapter(model, save(base=changed)[0])
 
 
-def test_no_lotra_adapter(save, tmp_path):
-    (folder, _), model = save(), adapted()
+def test_only_lotra_adapters_are_swapped(save, tmp_path):
+    (folder, _), model = save(), adapt()
     lora = get_peft_model(nn.Sequential(nn.Linear(3, 2)), LoraConfig(target_modules=["0"]))
     lora.save_pretrained(tmp_path / "lora")
     before = snapshot(model)
+
     for other, words in ((tmp_path, "Can't find 'adapter_config.json'"), (tmp_path / "lora", "LORA")):
         with pytest.raises(ValueError, match=words):
             hotswap_adapter(model, other)

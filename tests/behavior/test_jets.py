@@ -5,7 +5,7 @@
 
 import pytest
 import torch
-from behaving import adapted, add
+from helpers import adapt, add_adapter
 from jet_helpers import assert_same, nested, network, points
 from peft import LoraConfig, get_peft_model
 
@@ -24,19 +24,25 @@ MODELS = {
 @pytest.mark.parametrize("kind", ["network", "no residual", "slim"])
 def test_one_adapter_several_none_and_merged(rows, kind):
     base, x = MODELS[kind](), points(rows)
-    of_base, model = jet(base, x), adapted(base, adapt_residual=kind != "no residual")
-    add(model, "second", r=(3, 2, 2), alpha=0.7, target_modules=["layers.1"])
+    of_base, model = jet(base, x), adapt(base, adapt_residual=kind != "no residual")
+    add_adapter(model, "second", r=(3, 2, 2), alpha=0.7, target_modules=["layers.1"])
     one = jet(model, x)
+
     assert_same(one, nested(model, x))
+
     with model.disable_adapter():
         assert_same(jet(model, x), of_base, 1e-14)
     model.base_model.set_adapter(["default", "second"])
     both = jet(model, x)
+
     assert_same(both, nested(model, x))
     assert not torch.allclose(one[2], both[2])
+
     model.merge_adapter()
+
     assert_same(jet(model, x), nested(model, x))
     assert_same(jet(model, x), both)
+
     with model.disable_adapter():
         assert_same(jet(model, x), of_base, 1e-12)
 
@@ -45,10 +51,13 @@ def test_lora_on_parameters_and_saved_modules():
     x = points()
     config = {"target_modules": [], "target_parameters": ["spline_weight", "base_weight"]}
     lora = get_peft_model(network(), LoraConfig(r=2, init_lora_weights=False, **config))
+
     assert_same(jet(lora, x), nested(lora, x))
-    saved = adapted(network(), target_modules=["layers.0"], modules_to_save=["layers.2"])
+
+    saved = adapt(network(), target_modules=["layers.0"], modules_to_save=["layers.2"])
     with torch.no_grad():
         saved.base_model.model.layers[2].modules_to_save["default"].base_weight.mul_(2)
+
     assert_same(jet(saved, x), nested(saved, x))
 
 
@@ -59,6 +68,7 @@ def test_lora_on_parameters_in_another_order():
     register_kan_layer("inputs first", matches=InputsFirst, coefficients=coefficients, basis=InputsFirst.basis)
     config = LoraConfig(r=2, init_lora_weights=False, target_modules=[], target_parameters=["spline_weight"])
     model, x = get_peft_model(base, config), points()
+
     assert_same(jet(model, x), nested(model, x))
 
 
@@ -75,6 +85,7 @@ class InputsFirst(torch.nn.Module):
 
 
 def test_hooks_of_a_base_layer_are_not_passed_over():
-    model, x = adapted(network()).train(), points(6)
+    model, x = adapt(network()).train(), points(6)
     model.get_base_model().layers[1].base_layer.register_forward_hook(lambda module, args, output: 2 * output)
+
     assert_same(jet(model, x), nested(model, x))

@@ -9,10 +9,12 @@ import copy
 
 import pytest
 import torch
+from helpers import assert_equal
 from jet_helpers import assert_same, nested
 from peft import get_peft_model
 from stand_ins import ChebyKANLayer, FastKANLayer, OldEfficientKANLayer
 from torch import nn
+from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig, find_kan_layers
 from peft_lotra.kan import KANLinear, jet
@@ -72,7 +74,7 @@ def assert_same_function(model, layer):
         results.append((y, slope, function(POINTS[:1])))
     for result, expected in zip(*results, strict=True):
         sizes = expected.nan_to_num().abs().amax(1, keepdim=True).clamp(min=1e-3)
-        torch.testing.assert_close(result / sizes, expected / sizes, rtol=0, atol=1e-4, equal_nan=True)
+        assert_close(result / sizes, expected / sizes, rtol=0, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -229,7 +231,7 @@ def test_what_a_layer_keeps_of_a_pass_is_that_of_the_adapted_pass():
     assert layer.penalty == 0.0
     y = model(x)
 
-    assert torch.equal(layer.penalty, y.abs().mean())
+    assert_equal(layer.penalty, y.abs().mean())
     assert layer.rows == len(x)
 
 
@@ -267,4 +269,4 @@ def test_compiled_code_notices_that_the_activation_is_exchanged():
     model.base_model.model[0].base_layer.base_activation = nn.Tanh()
 
     # before the eager pass, which compares the formula again
-    torch.testing.assert_close(compiled(POINTS), model(POINTS), equal_nan=True)
+    assert_close(compiled(POINTS), model(POINTS), equal_nan=True)

@@ -5,9 +5,25 @@
 
 import pytest
 import torch
-from behaving import CONVS, KINDS, X, adapted, add, apart, layers, net, same, state
-from helpers import assert_same, components, nested, snapshot
+from helpers import (
+    CONVS,
+    KINDS,
+    X,
+    adapt,
+    add_adapter,
+    assert_equal,
+    assert_near,
+    assert_same,
+    components,
+    differ,
+    lotra_layers,
+    nested,
+    net,
+    snapshot,
+    state,
+)
 from torch.nn.utils import prune
+from torch.testing import assert_close
 
 from peft_lotra.kan import KAN
 
@@ -19,113 +35,146 @@ def base_state(model):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unmerging_restores_the_base_bit_for_bit(kind, dtype):
-    model = adapted(KINDS[kind]().to(dtype))
-    add(model, "second")
+    model = adapt(KINDS[kind]().to(dtype))
+    add_adapter(model, "second")
     before = base_state(model)
     for names in (["default"], ["default", "second"], None):
         model.merge_adapter(names)
-        assert not same(base_state(model), before)
+        assert differ(base_state(model), before)
         model.unmerge_adapter()
-        assert same(base_state(model), before)
+        assert_equal(base_state(model), before)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *CONVS])
 def test_merge_and_unload_leaves_no_trace(kind):
     model, x = (KINDS[kind](), X) if kind in KINDS else (CONVS[kind](), torch.rand(2, 2, 5, 5))
     kan, shown, before = model.kan, repr(model), snapshot(model)
-    tuned = adapted(model, r=2)
+    tuned = adapt(model, r=2)
     y = tuned(x)
     merged = tuned.merge_and_unload(safe_merge=True)
-    assert merged is model and merged.kan is kan and repr(merged) == shown and apart(merged(x), y) < 1e-5
+
+    assert merged is model
+    assert merged.kan is kan
+    assert repr(merged) == shown
+    assert_near(merged(x), y)
+
     after = snapshot(model)
+
     assert list(after["state"]) == list(before["state"])
     assert all(after[key] == before[key] for key in ("types", "requires_grad"))
     assert after["methods"][1:] == before["methods"][1:]
 
 
-def test_several_adapters():
-    model = adapted()
-    add(model, "other")
+def test_several_adapters_are_merged_at_once():
+    model = adapt()
+    add_adapter(model, "other")
     model.base_model.set_adapter(["default", "other"])
     before, y = base_state(model), model(X)
     model.merge_adapter()
-    assert all(layer.merged and set(layer.merged_adapters) == {"default", "other"} for layer in layers(model).values())
-    assert apart(model(X), y) < 1e-5
+
+    assert all(
+        layer.merged and set(layer.merged_adapters) == {"default", "other"} for layer in lotra_layers(model).values()
+    )
+    assert_near(model(X), y)
+
     with model.disable_adapter():
-        assert torch.equal(model(X), net()(X))
-    assert same(base_state(model), before) and torch.equal(model(X), y)
+        assert_equal(model(X), net()(X))
+
+    assert_equal(base_state(model), before)
+    assert_equal(model(X), y)
+
     model.set_adapter("other")
     y = model(X)
     model.set_adapter("default")
-    assert apart(model.merge_and_unload(adapter_names=["other"])(X), y) < 1e-5
+
+    assert_near(model.merge_and_unload(adapter_names=["other"])(X), y)
 
 
 def test_merged_one_after_the_other_twice_and_with_another_scale():
-    model = adapted(net().double())
-    add(model, "second")
+    model = adapt(net().double())
+    add_adapter(model, "second")
     before, y = base_state(model), model(X.double())
     model.merge_adapter(["default", "default"])
-    torch.testing.assert_close(model(X.double()), y)
+
+    assert_close(model(X.double()), y)
     with pytest.warns(UserWarning, match="already merged"):
         model.merge_adapter(["default"])
-    torch.testing.assert_close(model(X.double()), y)
-    layer = next(iter(layers(model).values()))
+    assert_close(model(X.double()), y)
+
+    layer = next(iter(lotra_layers(model).values()))
     layer.set_scale("default", 7.0)  # what was merged is unmerged, not what the adapter would be now
     model.merge_adapter(["second"])
+
     assert layer.merged_adapters == ["default", "second"]
+
     model.unmerge_adapter()
-    assert same(base_state(model), before)
+
+    assert_equal(base_state(model), before)
     with pytest.warns(UserWarning, match="Already unmerged"):
         layer.unmerge()
 
 
-def test_used_while_merged():
+def test_a_merged_model_is_used_trained_and_unloaded():
     base, x = net(), X.clone().requires_grad_()
     plain = base(x)
-    model = adapted(base)
+    model = adapt(base)
     before, y = base_state(model), model(x)
     with torch.inference_mode():
         model.merge_adapter()
-    assert apart(model(x), y) < 1e-5
+
+    assert_near(model(x), y)
+
     model(x).sum().backward()
-    assert x.grad is not None and not any(p.requires_grad for n, p in model.named_parameters() if "lotra_" not in n)
+
+    assert x.grad is not None
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "lotra_" not in n)
     with pytest.warns(UserWarning, match="Unmerging the model first|cannot be set when the model is merged"):
-        add(model, "third")
+        add_adapter(model, "third")
         model.set_adapter("third")
+
     model.set_adapter("default")
-    assert same(base_state(model), before)
+
+    assert_equal(base_state(model), before)
+
     model.train()(x).square().sum().backward()
+
     assert all(p.grad.any() for name, p in components(model) if ".default" in name)
+
     model.eval().merge_adapter()
     unloaded = model.unload()
-    assert torch.equal(unloaded(x), plain) and not layers(unloaded)
+
+    assert_equal(unloaded(x), plain)
+    assert not lotra_layers(unloaded)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
 @pytest.mark.parametrize("name", ["merge_adapter", "merge_and_unload"])
-def test_a_safe_merge_of_what_is_not_finite(value, name):
-    model = adapted(nested())
-    add(model, "bad")
+def test_a_safe_merge_of_what_is_not_finite_is_refused(value, name):
+    model = adapt(nested())
+    add_adapter(model, "bad")
     with torch.no_grad():
-        for part in model.base_model.model["tail"].layers[1].get_components("bad")._asdict().values():
-            part.fill_(value)
+        for component in model.base_model.model["tail"].layers[1].get_components("bad")._asdict().values():
+            component.fill_(value)
     before, types = base_state(model), [type(module) for module in model.modules()]
+
     with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter bad seems to be broken"):
         getattr(model, name)(adapter_names=["default", "bad"], safe_merge=True)
-    assert same(base_state(model), before) and [type(module) for module in model.modules()] == types
-    assert not any(layer.merged for layer in layers(model).values())
+    assert_equal(base_state(model), before)
+    assert [type(module) for module in model.modules()] == types
+    assert not any(layer.merged for layer in lotra_layers(model).values())
 
 
-def test_two_adapters_whose_sum_is_not_finite():
-    model = adapted()
-    add(model, "second")
-    layer = next(iter(layers(model).values()))
+def test_a_safe_merge_of_a_sum_that_is_not_finite_is_refused():
+    model = adapt()
+    add_adapter(model, "second")
+    layer = next(iter(lotra_layers(model).values()))
     with torch.no_grad():
         for name in ("default", "second"):
             components = layer.get_components(name)._asdict().values()
             for component in components:
                 component.zero_()
                 component.view(-1)[0] = 2.5e38 ** (1 / len(components))
+
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_adapter(["default", "second"], safe_merge=True)
     assert not layer.merged
@@ -133,7 +182,7 @@ def test_two_adapters_whose_sum_is_not_finite():
 
 @pytest.mark.parametrize("name", ["merge_adapter", "merge_and_unload"])
 def test_what_is_refused_changes_nothing(name):
-    moved, computed, unknown = adapted(KAN([3, 4, 2])), adapted(KAN([3, 4, 2])), adapted(nested())
+    moved, computed, unknown = adapt(KAN([3, 4, 2])), adapt(KAN([3, 4, 2])), adapt(nested())
     moved.base_model.model.layers[1].base_layer.grid_bounds.mul_(2)
     prune.l1_unstructured(computed.base_model.model.layers[1].base_layer, "spline_weight", amount=0.3)
     cases = [(moved, None, "The grid of `layers.1` .* was moved")]
@@ -149,11 +198,14 @@ def test_what_is_refused_changes_nothing(name):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("kind", ["own", "efficient-kan", "pykan"])
 def test_what_is_not_finite_is_unmerged(kind, value):
-    model = adapted(KINDS[kind]())
+    model = adapt(KINDS[kind]())
     before = base_state(model)
     for _, parameter in components(model):
         parameter.data.fill_(value)
     model.merge_adapter()
-    assert not same(base_state(model), before)
+
+    assert differ(base_state(model), before)
+
     model.unmerge_adapter()
-    assert same(base_state(model), before)
+
+    assert_equal(base_state(model), before)

@@ -7,10 +7,10 @@ import itertools
 
 import pytest
 import torch
-from behaving import adapted, add, apart
-from helpers import base, inputs, lotra_layers, nested
+from helpers import adapt, add_adapter, assert_equal, assert_near, base, inputs, lotra_layers, nested
 from stand_ins import FAMILIES, ChebyKANLayer
 from torch import nn
+from torch.testing import assert_close
 
 from peft_lotra.kan import KAN, KANLinear, SlimKAN
 
@@ -19,8 +19,8 @@ NAMES = ["default", "__base__", "other", "other", "default", "__base__"]
 
 
 def mixed(base, **config):
-    model = adapted(base, **config)
-    add(model, "other", **config)
+    model = adapt(base, **config)
+    add_adapter(model, "other", **config)
     return model
 
 
@@ -41,25 +41,30 @@ def row_by_row(model, x, names=NAMES, repeats=1):
 def check(model, x, names=NAMES, **kwargs):
     expected = row_by_row(model, x, names, **kwargs)
     model.set_adapter("default")
-    torch.testing.assert_close(model(x, adapter_names=names), expected, rtol=0, atol=1e-12)
+    assert_close(model(x, adapter_names=names), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_row_by_its_adapter(family):
+def test_each_row_has_the_output_of_its_adapter(family):
     model, x = mixed(base(family, torch.float64)), inputs(dtype=torch.float64)
+
     for names in (NAMES, ["other"] * 6, ["__base__"] * 6, ["default"] * 5 + ["other"]):
         check(model, x, names)
+
     (layer,) = lotra_layers(model).values()  # its own output is a tuple in pykan
     y, plain = layer(x, adapter_names=NAMES), layer(x)
+
     assert type(y) is type(plain)
+
     if isinstance(y, tuple):
         assert [part.shape for part in y] == [part.shape for part in plain]
         assert all(torch.allclose(a[0], b[0]) for a, b in zip(y, plain, strict=True))
 
 
-def test_inputs_of_more_dimensions():
+def test_a_name_stands_for_all_steps_of_its_row():
     x = torch.randn(6, 5, 3, dtype=torch.float64)
     flat = mixed(nn.Sequential(ChebyKANLayer(3, 4, degree=3)).double())  # which flattens its input
+
     assert flat(x, adapter_names=NAMES).shape == (30, 4)
     check(flat, x, repeats=5)
     check(mixed(KAN([3, 4, 2], dtype=torch.float64)), x)
@@ -82,7 +87,7 @@ class Model(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["forward", "layers", "batch first"])
-def test_known_order(how):
+def test_rows_keep_their_adapters_through_calls_of_forward_and_of_layers(how):
     check(mixed(Model(how)), torch.rand(6, 5, 3, dtype=torch.float64) if how == "batch first" else inputs().double())
 
 
@@ -111,13 +116,13 @@ class Channels(nn.Module):
 
 
 @pytest.mark.parametrize("shape", [(6, 7, 4), (6, 6, 6), (6, 4, 1), (6, 1, 4)])
-def test_channels_that_are_folded_into_the_batch(shape):
+def test_channels_that_are_folded_into_the_batch_keep_their_adapters(shape):
     model = mixed(Channels().double())
 
     check(model, torch.rand(shape, dtype=torch.float64))
 
 
-def test_channels_of_equal_samples():
+def test_channels_of_equal_samples_keep_their_adapters():
     x = torch.rand(1, 5, 3, dtype=torch.float64).expand(6, 5, 3).contiguous()
 
     check(mixed(Channels().double()), x)
@@ -139,10 +144,10 @@ def test_a_sample_that_is_not_finite_spoils_no_other():
 
     y = model(x, adapter_names=NAMES)
 
-    torch.testing.assert_close(y[3:], expected[3:])
+    assert_close(y[3:], expected[3:])
 
 
-def test_a_model_that_refuses_the_noise_for_the_order():
+def test_a_model_that_checks_its_inputs_is_refused():
     model, x = mixed(Channels().double()), torch.rand(6, 5, 3).double()
 
     def check_range(module, args):
@@ -158,38 +163,41 @@ def test_what_a_model_keeps_is_that_of_its_own_pass():
 
     model(x, adapter_names=NAMES)
 
-    torch.testing.assert_close(model.get_base_model().scale, x.abs().amax(1, keepdim=True))
+    assert_close(model.get_base_model().scale, x.abs().amax(1, keepdim=True))
 
 
-def test_unknown_order():
+def test_rows_in_another_order_are_refused():
     with pytest.raises(ValueError, match="Length of `adapter_names`.*kan.layers.0"):
         mixed(Model("transposed"))(torch.rand(6, 5, 3).double(), adapter_names=NAMES)
 
 
-def test_a_forward_of_ones_own_set_later():
-    found, x = adapted(nn.Sequential(KANLinear(3, 2))), inputs()
-    y, layer = found(x), found.base_model.model[0].base_layer
+def test_a_forward_that_is_replaced_later_counts():
+    model, x = adapt(nn.Sequential(KANLinear(3, 2))), inputs()
+    y, layer = model(x), model.base_model.model[0].base_layer
     original = layer.forward
     layer.forward = lambda x: original(x) * 2
-    assert apart(found(x), 2 * y) < 1e-5
+
+    assert_near(model(x), 2 * y)
 
 
-def test_adapters_of_other_layers_and_modules_to_save():
-    model = adapted(nested().double(), target_modules=["body.0"], modules_to_save=["head"])
-    add(model, "other", target_modules=["body.1", "tail.layers.0"], modules_to_save=["head"])
+def test_rows_have_the_saved_modules_of_their_adapter():
+    model = adapt(nested().double(), target_modules=["body.0"], modules_to_save=["head"])
+    add_adapter(model, "other", target_modules=["body.1", "tail.layers.0"], modules_to_save=["head"])
     for name, parameter in model.eval().named_parameters():
         if "modules_to_save.other" in name:
             parameter.data.mul_(2)
+
     check(model, inputs(dtype=torch.float64))
 
 
-def test_an_adapter_without_a_head_of_its_own():
-    model = adapted(nested().double(), modules_to_save=["head"])
+def test_an_adapter_without_a_saved_head_uses_the_base_head():
+    model = adapt(nested().double(), modules_to_save=["head"])
     head = model.base_model.model["head"]
     head.register_forward_pre_hook(lambda module, args: None)  # a user's
-    add(model, "other")
+    add_adapter(model, "other")
     with torch.no_grad():
         head.modules_to_save["default"].weight.mul_(2)
+
     check(model, inputs(dtype=torch.float64))
 
 
@@ -200,35 +208,38 @@ def test_an_adapter_without_a_head_of_its_own():
         *[(NAMES, word) for word in ("train", "merge", "last dimension of 3")],
     ],
 )
-def test_what_is_refused(names, word):
+def test_a_refused_call_leaves_nothing_behind(names, word):
     model, x = mixed(KAN([3, 4, 2])).train(word == "train"), inputs()
     if word == "merge":
         model.merge_adapter()
     y = model(x)
+
     with pytest.raises(ValueError, match=word):
         model(x[:, :2] if "dimension" in word else x, adapter_names=names)
-    assert torch.equal(model(x), y)  # nothing is left behind
+    assert_equal(model(x), y)  # nothing is left behind
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_a_part_that_is_compiled(in_place):
+def test_names_for_a_compiled_part_are_refused(in_place):
     """Names do not reach compiled code: all rows would get the active adapter."""
     base = KAN([3, 4, 2])
     if in_place:
         base.layers[0].compile(backend="eager")
     else:
         base = nn.Sequential(torch.compile(base, backend="eager"))
+
     with pytest.raises(ValueError, match="do not reach compiled modules"):
-        adapted(base)(inputs(), adapter_names=["__base__"] * 6)
+        adapt(base)(inputs(), adapter_names=["__base__"] * 6)
 
 
 @pytest.mark.parametrize("make", [lambda: KAN([3, 5, 2]), lambda: SlimKAN([3, 5, 2], ranks=2)])
-def test_a_hook_of_a_base_layer(make):
-    model, x = adapted(make()), inputs()
-    add(model, "other")
+def test_a_hook_of_a_base_layer_sees_all_rows(make):
+    model, x = adapt(make()), inputs()
+    add_adapter(model, "other")
     model.get_base_model().layers[1].base_layer.register_forward_hook(lambda module, args, output: 2 * output)
     y = model.eval()(x, adapter_names=["default", "other"] * 3)
-    assert apart(y[::2], model(x)[::2]) < 1e-5
+
+    assert_near(y[::2], model(x)[::2])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -262,7 +273,7 @@ def test_one_row_of_many_steps_needs_one_name():
     y = model(x, adapter_names=["other"])
 
     model.set_adapter("other")
-    torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-6)
+    assert_close(y, model(x), rtol=1e-4, atol=1e-6)
 
 
 class TimeFirst(nn.Module):
@@ -276,7 +287,7 @@ class TimeFirst(nn.Module):
         return self.kan(x.transpose(0, 1).contiguous())
 
 
-def test_rows_in_the_second_dimension():
+def test_rows_may_be_in_the_second_dimension():
     model = mixed(TimeFirst())
     x = torch.rand(7, 4, 3)
 
@@ -284,4 +295,4 @@ def test_rows_in_the_second_dimension():
 
     for name, rows in (("default", [0]), ("other", [2, 3])):
         model.set_adapter(name)
-        torch.testing.assert_close(y[rows], model(x)[rows], rtol=1e-4, atol=1e-6)
+        assert_close(y[rows], model(x)[rows], rtol=1e-4, atol=1e-6)

@@ -7,11 +7,11 @@ import copy
 
 import pytest
 import torch
-from behaving import X, adapted
-from helpers import train
+from helpers import X, adapt, assert_equal, train
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from stand_ins import OldEfficientKANLayer
 from torch import nn
+from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig
 from peft_lotra.kan import KANLinear
@@ -38,7 +38,7 @@ def statistics(model):
 
 
 @pytest.mark.parametrize("attach", [get_peft_model, lambda base, config: inject_adapter_in_model(config, base)])
-def test_they_do_not_move(attach):
+def test_running_statistics_of_the_base_do_not_move(attach):
     model = attach(network(), LoTRAConfig(r=2))
     before = statistics(model)
     train(model, X * 3)  # without a call of `train()`
@@ -47,29 +47,39 @@ def test_they_do_not_move(attach):
         train(model.train(), X * 3)
         assert [module.training for module in model.modules() if isinstance(module, nn.Dropout)] == [True]
     after = statistics(model)
-    assert before.keys() == after.keys() and all(torch.equal(after[name], value) for name, value in before.items())
+
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_in_modules_to_save(tmp_path):
+def test_running_statistics_of_saved_modules_move(tmp_path):
     base = network()
-    other = copy.deepcopy(base)  # `network()` again may be rounded otherwise (lstsq)
+    fresh = copy.deepcopy(base)  # `network()` again may be rounded otherwise (lstsq)
     model = get_peft_model(base, LoTRAConfig(r=2, modules_to_save=["1", "norm"])).train()
     train(model, X * 3).eval()
     moved = [name for name, value in statistics(model).items() if name.endswith("running_mean") and value.any()]
-    assert len([name for name in moved if "modules_to_save" in name]) == 2 and len(moved) == 2
+
+    assert len([name for name in moved if "modules_to_save" in name]) == 2
+    assert len(moved) == 2
+
     y = model(X)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(other, tmp_path).eval()
-    assert torch.equal(loaded(X), y)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path).eval()
+
+    assert_equal(loaded(X), y)
+
     merged = loaded.merge_and_unload()
-    torch.testing.assert_close(merged(X), y)
+
+    assert_close(merged(X), y)
     assert isinstance(merged[2].norm, nn.BatchNorm1d)
 
 
 def test_a_norm_without_statistics_is_left_alone():
     norm = nn.BatchNorm1d(3, track_running_stats=False)
-    model = adapted(nn.Sequential(norm, KANLinear(3, 2))).train()
+    model = adapt(nn.Sequential(norm, KANLinear(3, 2))).train()
+
     assert norm.training
+
     model(X)
 
 
@@ -95,13 +105,14 @@ def test_a_train_that_is_a_loop_is_not_called_and_one_that_decides_itself_is(mod
         (Loop(nn.Dropout(), Loop(nn.Dropout())), [mode, mode]),
         (Frozen(nn.Dropout(), nn.Dropout()), [False, mode]),
     ):
-        model = adapted(nn.Sequential(KANLinear(3, 4), part)).train(mode)
+        model = adapt(nn.Sequential(KANLinear(3, 4), part)).train(mode)
         assert [module.training for module in model.modules() if isinstance(module, nn.Dropout)] == expected
 
 
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("unload", ["unload", "merge_and_unload"])
-def test_they_move_again_in_the_base_that_is_left(unload, mode):
-    model = adapted(network().eval()).train().train(mode)
+def test_an_unloaded_base_has_the_mode_of_the_model(unload, mode):
+    model = adapt(network().eval()).train().train(mode)
     base = getattr(model, unload)()
+
     assert {module.training for module in base.modules()} == {mode}

@@ -6,15 +6,16 @@
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from behaving import KINDS, X, adapted, net
+from helpers import KINDS, X, adapt, net
 from torch import nn
+from torch.testing import assert_close
 
 
 @pytest.mark.parametrize("kind", ["own", "efficient-kan", "fast-kan", "cheby-kan"])
 @pytest.mark.parametrize("offload", [cpu_offload, "disk"])
-def test_the_same_outputs(kind, offload, tmp_path):
+def test_an_offloaded_model_has_the_same_outputs(kind, offload, tmp_path):
     torch.manual_seed(0)
-    model = adapted(net() if kind == "own" else nn.Sequential(KINDS[kind]()))
+    model = adapt(net() if kind == "own" else nn.Sequential(KINDS[kind]()))
     with torch.no_grad():
         y = model(X)
         with model.disable_adapter():
@@ -25,7 +26,7 @@ def test_the_same_outputs(kind, offload, tmp_path):
             offload(model, execution_device="cpu")
         assert any(parameter.is_meta for parameter in model.parameters())
         for _ in range(2):
-            torch.testing.assert_close(model(X), y)
+            assert_close(model(X), y)
         with model.disable_adapter():
-            torch.testing.assert_close(model(X), base)
+            assert_close(model(X), base)
         assert not torch.allclose(y, base)

@@ -9,34 +9,35 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import train
+from helpers import assert_equal, relative, train
 from orders import KnotsAsParameter, Legendre
 from peft import PeftModel, get_peft_model
 from stand_ins import ChebyKANLayer, FastKANLayer, OldEfficientKANLayer
 from torch import nn
+from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig, check_kan_layer, find_kan_layers, register_kan_layer
 from peft_lotra.kan import KAN, KANLinear
 
 
-def check_adapted(make, x, **config):
-    """Attaches, trains, saves, reloads and merges an adapter."""
+def check_life(make, folder, **config):
+    """Check that an adapter is attached, trained, saved, loaded and merged; return the merged model."""
+    x = torch.rand(6, 3)
 
     def base():
         torch.manual_seed(0)
         return make().eval()
 
+    plain = base()(x)
     model = get_peft_model(base(), LoTRAConfig(**{"r": 2, **config}))
-    torch.testing.assert_close(model(x), base()(x))
+    assert_close(model(x), plain)
     y = train(model.train(), x, lr=1e-2).eval()(x)
-    assert not torch.allclose(y, base()(x), atol=1e-4)
-    return model, y, base
-
-
-def check_files(model, y, base, x, folder):
+    assert relative(y, plain) > 1e-4
     model.save_pretrained(folder)
-    torch.testing.assert_close(PeftModel.from_pretrained(base(), folder).eval()(x), y)
-    torch.testing.assert_close(model.merge_and_unload()(x), y, atol=1e-5, rtol=1e-4)
+    assert_close(PeftModel.from_pretrained(base(), folder).eval()(x), y)
+    merged = model.merge_and_unload()
+    assert_close(merged(x), y, atol=1e-5, rtol=1e-4)
+    return merged
 
 
 class Attention(nn.Module):
@@ -97,10 +98,10 @@ class FlatPowers(Powers):
         return (torch.tanh(x)[..., None] ** torch.arange(4)).flatten(-2) @ self.w.T
 
 
-def test_the_modules_inside_make_another_kind_of_layer():
+def test_modules_after_the_sum_leave_the_kind_of_layer():
     for after in (nn.Identity(), nn.Sigmoid(), nn.Softmax(-1), nn.ReLU()):
-        (found,) = find_kan_layers(nn.Sequential(Powers(3, 4, after)))
-        assert found.shape == (4, 3, 4)
+        (layer,) = find_kan_layers(nn.Sequential(Powers(3, 4, after)))
+        assert layer.shape == (4, 3, 4)
 
 
 @pytest.mark.parametrize(
@@ -114,19 +115,18 @@ def test_the_modules_inside_make_another_kind_of_layer():
         lambda i, o: ChebyKANLayer(np.int64(i), np.int64(o), np.int64(4)),
     ],
 )
-def test_sizes_of_numpy(make, tmp_path):
-    x = torch.rand(6, 3)
-    adapted = check_adapted(lambda: nn.Sequential(make(3, 4)), x, r=(np.int64(2),) * 3)
-    check_files(*adapted, x, tmp_path)
+def test_sizes_may_be_numpy_integers(make, tmp_path):
+    check_life(lambda: nn.Sequential(make(3, 4)), tmp_path, r=(np.int64(2),) * 3)
 
 
-def test_numpy_in_a_description(tmp_path):
+def test_a_description_may_hold_numpy_values(tmp_path):
     register_kan_layer("flat", matches=FlatPowers, coefficients=("w", "o (i k)"), axes=lambda m: {"i": m.in_features})
     model = get_peft_model(
         nn.Sequential(FlatPowers(3, 4)), LoTRAConfig(r=np.int64(2), rank_pattern={"0": np.int64(1)})
     )
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
+
     assert (config["r"], config["rank_pattern"], config["base_layers"]["0"]["shape"]) == (2, {"0": 1}, [4, 3, 4])
     assert config["base_layers"]["0"]["description"]["axes"] == {"i": 3}
 
@@ -161,7 +161,7 @@ class Counted(Powers):
         return super().forward(x)
 
 
-def test_parameters_that_forward_makes():
+def test_a_layer_may_make_parameters_in_forward():
     x = torch.rand(6, 3)
     model = get_peft_model(nn.Sequential(Counted(3, 4)), LoTRAConfig(r=2))
     layer = model.base_model.model[0].get_base_layer()
@@ -172,11 +172,10 @@ def test_parameters_that_forward_makes():
 
 
 @pytest.mark.parametrize("cls", [Moved, MovedData, MovedSplines])
-def test_parameters_that_forward_assigns(cls, tmp_path):
-    x = torch.rand(6, 3)
-    adapted = check_adapted(lambda: nn.Sequential(cls(3, 4)), x)
-    assert type(adapted[0].base_model.model[0].get_base_layer()) is cls
-    check_files(*adapted, x, tmp_path)
+def test_a_layer_may_assign_its_parameters_in_forward(cls, tmp_path):
+    merged = check_life(lambda: nn.Sequential(cls(3, 4)), tmp_path)
+
+    assert type(merged[0]) is cls
 
 
 def scripted():
@@ -185,10 +184,10 @@ def scripted():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_modules_of_torchscript_are_passed_over():
+def test_modules_of_torchscript_are_passed_over(tmp_path):
     assert [layer.name for layer in find_kan_layers(scripted())] == ["2"]
     assert find_kan_layers(nn.Sequential(torch.jit.trace(nn.Linear(3, 3), torch.rand(2, 3)))) == []
-    check_adapted(scripted, torch.rand(6, 3))
+    check_life(scripted, tmp_path)
 
 
 AFTER = {"norm": lambda y: nn.functional.layer_norm(y, (4,)), "bound": torch.tanh, "gate": lambda y: y.relu() + 0.1}
@@ -197,10 +196,12 @@ AFTER = {"norm": lambda y: nn.functional.layer_norm(y, (4,)), "bound": torch.tan
 @pytest.mark.parametrize("after", AFTER)
 @pytest.mark.parametrize(("cls", "family"), [(KANLinear, "peft-lotra"), (OldEfficientKANLayer, "efficient-kan")])
 def test_what_follows_the_sum_is_no_obstacle(cls, family, after, tmp_path):
-    followed, x = changed(cls, lambda self, forward, x: AFTER[after](forward(self, x))), torch.rand(6, 3)
-    (found,) = find_kan_layers(nn.Sequential(followed(3, 4)))
-    assert (found.family, found.shape, found.has_residual) == (family, (4, 3, 8), True)
-    check_files(*check_adapted(lambda: nn.Sequential(followed(3, 4)), x), x, tmp_path)
+    followed = changed(cls, lambda self, forward, x: AFTER[after](forward(self, x)))
+
+    (layer,) = find_kan_layers(nn.Sequential(followed(3, 4)))
+
+    assert (layer.family, layer.shape, layer.has_residual) == (family, (4, 3, 8), True)
+    check_life(lambda: nn.Sequential(followed(3, 4)), tmp_path)
 
 
 def test_a_subclass_that_is_linear_stays_of_its_kind():
@@ -209,27 +210,23 @@ def test_a_subclass_that_is_linear_stays_of_its_kind():
 
     model = get_peft_model(nn.Sequential(Named(3, 4)), LoTRAConfig(r=2))
     report = check_kan_layer(model.base_model.model[0])
-    assert (report.family, report.linear) == ("peft-lotra", "yes") and report.fast_path.startswith("yes")
+    assert (report.family, report.linear) == ("peft-lotra", "yes")
+    assert report.fast_path.startswith("yes")
 
 
 def test_legendre_polynomials_of_inputs_between_the_extremes_of_the_batch(tmp_path):
-    x = torch.rand(6, 3)
-
-    check_files(*check_adapted(lambda: nn.Sequential(Legendre()), x), x, tmp_path)
+    check_life(lambda: nn.Sequential(Legendre()), tmp_path)
 
 
 @pytest.mark.parametrize("is_frozen", [False, True])
 def test_adapters_leave_knots_that_are_a_parameter(is_frozen, tmp_path):
-    x = torch.rand(6, 3)
-    make = lambda: nn.Sequential(KnotsAsParameter().requires_grad_(not is_frozen))  # noqa: E731
-    knots = KnotsAsParameter().knots
+    torch.manual_seed(0)
+    plain = KnotsAsParameter()
 
-    adapted = check_adapted(make, x)
-    check_files(*adapted, x, tmp_path)  # which merges
+    merged = check_life(lambda: nn.Sequential(KnotsAsParameter().requires_grad_(not is_frozen)), tmp_path)
 
-    merged = adapted[0].base_model.model[0]
-    assert torch.equal(merged.knots, knots)
-    assert not torch.equal(merged.table, make()[0].table)
+    assert_equal(merged[0].knots, plain.knots)
+    assert not torch.equal(merged[0].table, plain.table)
 
 
 def test_knots_that_are_a_parameter_do_not_move_under_an_adapter():
@@ -259,13 +256,19 @@ def message_of(model):
     return str(error.value)
 
 
-def test_the_message_without_layers():
+def test_an_error_without_layers_tells_what_to_do():
     plain = message_of(nn.Sequential(nn.Linear(2, 2), nn.Conv2d(2, 2, 3)))
-    assert plain.startswith("No KAN layer was found") and "candidates are" not in plain
-    assert "KAT, GR-KAN" in plain and "`register_kan_layer` describes other layers" in plain
+
+    assert plain.startswith("No KAN layer was found")
+    assert "candidates are" not in plain
+    assert "KAT, GR-KAN" in plain
+    assert "`register_kan_layer` describes other layers" in plain
+
     message = message_of(nn.ModuleDict({f"block{index}": Experts() for index in range(5)}))
+
     assert "`find_kan_layers(model)` shows why" in message
-    assert message.count("(Experts)") == 3 and "and 2 more" in message
+    assert message.count("(Experts)") == 3
+    assert "and 2 more" in message
 
 
 class Encoder(nn.Module):
@@ -278,9 +281,10 @@ class Encoder(nn.Module):
         self.own = type("Own", (nn.Conv2d,), {})(3, 8, 4)
 
 
-def test_what_was_left_out():
+def test_layers_that_may_be_kan_layers_and_are_left_out_are_named():
     damaged = OldEfficientKANLayer(3, 4)
     damaged.spline_weight = nn.Parameter(torch.randn(4, 24))
+
     with pytest.warns(UserWarning, match=r"^2, 3 may be KAN layers"):
         get_peft_model(nn.ModuleList([KANLinear(3, 4), Encoder(), Experts(), damaged]), LoTRAConfig(r=1))
 

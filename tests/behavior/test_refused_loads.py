@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from behaving import KINDS, X, adapted, layers, net, same, state
+from helpers import KINDS, X, adapt, assert_equal, lotra_layers, net, state
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +19,7 @@ from peft_lotra.kan import KAN
 
 @pytest.fixture
 def folder(tmp_path):
-    adapted().save_pretrained(tmp_path)
+    adapt().save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -34,100 +34,115 @@ def refused(base, folder, word, **kwargs):
     before = state(base)
     with pytest.raises(ValueError, match=word):
         PeftModel.from_pretrained(base, folder, **kwargs)
-    assert same(state(base), before) and not layers(base)
+    assert_equal(state(base), before)
+    assert not lotra_layers(base)
 
 
 @pytest.mark.parametrize("base", [net(hidden=5), net(grid_size=6), KAN([3, 4])])
-def test_another_architecture(folder, base):
+def test_a_base_of_another_architecture_is_refused(folder, base):
     refused(base, folder, "layers")
-    adapted(KINDS["fast-kan"]()).save_pretrained(folder / "fast")
+    adapt(KINDS["fast-kan"]()).save_pretrained(folder / "fast")
     refused(KINDS["faster-kan"](), folder / "fast", "kan")
-    model = adapted()
+    model = adapt()
     before, y = state(model), model(X)
-    adapted(net(hidden=5)).save_pretrained(folder / "wide")
+    adapt(net(hidden=5)).save_pretrained(folder / "wide")
+
     with pytest.raises(ValueError, match="kan.layers.0"):
         model.load_adapter(folder / "wide", "wide")
-    assert same(state(model), before) and torch.equal(model(X), y) and list(model.peft_config) == ["default"]
+    assert_equal(state(model), before)
+    assert_equal(model(X), y)
+    assert list(model.peft_config) == ["default"]
 
 
-def test_a_renamed_parent(folder):
+def test_a_renamed_parent_is_a_warning(folder):
     """Recorded layers that are absent are paired in order with those of the same kind and shape."""
     ranks = {"kan.layers.0": (1, 2, 3)}
     for number, config in enumerate(({}, {"rank_pattern": ranks}, {"r": None})):
         saved = folder / str(number)
-        adapted(**config).save_pretrained(saved)
+        adapt(**config).save_pretrained(saved)
         y = PeftModel.from_pretrained(net(), saved).base_model.model.kan(X)
         with pytest.warns(UserWarning, match="other names"):
             model = PeftModel.from_pretrained(torch.nn.Sequential(net().kan), saved)
-        assert torch.equal(model(X), y)
+        assert_equal(model(X), y)
         model.save_pretrained(saved / "again")
-        assert torch.equal(PeftModel.from_pretrained(torch.nn.Sequential(net().kan), saved / "again")(X), y)
+        assert_equal(PeftModel.from_pretrained(torch.nn.Sequential(net().kan), saved / "again")(X), y)
 
 
-@pytest.mark.parametrize("other", [torch.nn.DataParallel, torch.nn.Sequential, torch.nn.ModuleList])
-def test_a_renamed_parent_of_many_layers(tmp_path, other):
+@pytest.mark.parametrize("parent", [torch.nn.DataParallel, torch.nn.Sequential, torch.nn.ModuleList])
+def test_layers_of_a_renamed_parent_keep_their_order(tmp_path, parent):
     """A file has `10.layers.0` before `2.layers.0`."""
     base = torch.nn.Sequential(*[KAN([4, 4]) for _ in range(12)])
-    adapted(copy.deepcopy(base)).save_pretrained(tmp_path)
+    adapt(copy.deepcopy(base)).save_pretrained(tmp_path)
     before = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     changed = torch.nn.Module()
-    changed.net = other(base)
+    changed.net = parent(base)
+
     with pytest.warns(UserWarning, match="other names"):
-        after = PeftModel.from_pretrained(changed if other is torch.nn.ModuleList else changed.net, tmp_path)
-    pairs = list(zip(layers(before).values(), layers(after).values(), strict=True))
-    assert len(pairs) == 12 and all(same(state(old), state(new)) for old, new in pairs)
+        after = PeftModel.from_pretrained(changed if parent is torch.nn.ModuleList else changed.net, tmp_path)
+
+    pairs = list(zip(lotra_layers(before).values(), lotra_layers(after).values(), strict=True))
+
+    assert len(pairs) == 12
+    for old, new in pairs:
+        assert_equal(state(new), state(old))
 
 
-def test_a_compiled_base(tmp_path):
+def test_a_compiled_base_is_the_same_base(tmp_path):
     """The names of a file are those of the base itself."""
     base = KAN([3, 4])
-    adapted(torch.compile(copy.deepcopy(base))).save_pretrained(tmp_path)
+    adapt(torch.compile(copy.deepcopy(base))).save_pretrained(tmp_path)
+
     for loaded in (copy.deepcopy(base), torch.compile(copy.deepcopy(base))):
         assert loaded_silently(loaded, tmp_path, "error", 1)
 
 
-def test_saved_while_merged(tmp_path):
-    model, base = adapted(), net()
+def test_an_adapter_saved_while_merged_fits_its_base(tmp_path):
+    model, base = adapt(), net()
     model.merge_adapter()
     model.save_pretrained(tmp_path)
+
     assert loaded_silently(base, tmp_path, "error")
 
 
 def loaded_silently(base, folder, check_base, number=2):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return len(layers(PeftModel.from_pretrained(base, folder, check_base=check_base))) == number
+        return len(lotra_layers(PeftModel.from_pretrained(base, folder, check_base=check_base))) == number
 
 
-def test_another_grid(folder):
+def test_another_grid_is_refused(folder):
     refused(changed("grid_bounds", 1.5), folder, "grid")
     refused(changed("grid_bounds", 1.5), folder, "grid", check_base="error")
+
     assert loaded_silently(changed("grid_bounds", 1.5), folder, "ignore")
     assert all(loaded_silently(net(), folder, check_base) for check_base in (None, "error", "warn", "ignore"))
 
 
-def test_other_coefficients(folder):
+def test_other_coefficients_are_a_warning_or_an_error(folder):
     with pytest.warns(UserWarning, match="kan.layers.1"):
-        assert len(layers(PeftModel.from_pretrained(changed("spline_weight", 1.1), folder))) == 2
+        assert len(lotra_layers(PeftModel.from_pretrained(changed("spline_weight", 1.1), folder))) == 2
+
     refused(changed("spline_weight", 1.1), folder, "kan.layers.1", check_base="error")
+
     assert loaded_silently(changed("spline_weight", 1.1), folder, "ignore")
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 3e-6), (torch.bfloat16, 0.045)])
 def test_the_tolerance_is_that_of_the_dtype(tmp_path, dtype, rounding):
-    adapted(net().to(dtype)).save_pretrained(tmp_path)
+    adapt(net().to(dtype)).save_pretrained(tmp_path)
     base = net().to(dtype)
     torch.manual_seed(0)
     for weight in base.kan.layers[1].parameters():
         weight.data += torch.randn_like(weight) * weight.detach().square().mean().sqrt() * rounding
     refused(base, tmp_path, "kan.layers.1", check_base="error")
+
     assert loaded_silently(net().double().to(dtype), tmp_path, "error")
 
 
 def test_a_base_of_other_sizes_can_be_ignored(folder):
     with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
         loaded = PeftModel.from_pretrained(net(hidden=5), folder, ignore_mismatched_sizes=True)
-    assert len(layers(loaded)) == 2
+    assert len(lotra_layers(loaded)) == 2
 
 
 CORE = "base_model.model.kan.layers.0.lotra_core"
@@ -142,15 +157,18 @@ def change_tensors(folder, change):
 
 def files_refused(folder, word=None):
     """Neither a bare model nor an adapted one takes the files, and both stay what they were."""
-    base, model = net(), adapted()
+    base, model = net(), adapt()
     before, adapted_before, y = state(base), state(model), model(X)
     with pytest.raises(Exception, match=word) as error:
         PeftModel.from_pretrained(base, folder)
     assert not isinstance(error.value, (KeyError, AttributeError, AssertionError))
-    assert same(state(base), before) and not layers(base)
+    assert_equal(state(base), before)
+    assert not lotra_layers(base)
     with pytest.raises(type(error.value), match=word):
         model.load_adapter(folder, "other")
-    assert same(state(model), adapted_before) and torch.equal(model(X), y) and list(model.peft_config) == ["default"]
+    assert_equal(state(model), adapted_before)
+    assert_equal(model(X), y)
+    assert list(model.peft_config) == ["default"]
 
 
 @pytest.mark.parametrize(
@@ -164,13 +182,13 @@ def files_refused(folder, word=None):
     ],
     ids=["foreign", "of the base", "shape", "missing", "nan"],
 )
-def test_tensors(folder, change, word):
+def test_tensors_that_do_not_fit_are_refused(folder, change, word):
     change_tensors(folder, change)
     files_refused(folder, word)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
-def test_no_file(folder, name):
+def test_a_folder_without_its_files_is_refused(folder, name):
     tensors = load_file(folder / WEIGHTS)
     (folder / name).unlink()
     files_refused(folder, "adapter|safetensors")
@@ -179,7 +197,7 @@ def test_no_file(folder, name):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"peft_type": "LOTRA", "r": "many"}', None])
-def test_broken_files(folder, text):
+def test_a_broken_file_is_refused(folder, text):
     (folder / CONFIG).write_text(text or (folder / CONFIG).read_text())
     if text is None:
         (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-20])
@@ -188,7 +206,7 @@ def test_broken_files(folder, text):
 
 READS = {
     "config": LoTRAConfig.from_pretrained,
-    "hotswap": lambda folder: hotswap_adapter(adapted(), folder),
+    "hotswap": lambda folder: hotswap_adapter(adapt(), folder),
     "bank": lambda folder: AdapterBank(net()).add("name", folder),
 }
 
@@ -215,7 +233,8 @@ def test_a_broken_configuration_is_one_clear_error(folder, read, content):
     with pytest.raises(ValueError, match="cannot be read") as caught:
         READS[read](folder)
 
-    assert type(caught.value) is ValueError and str(folder) in str(caught.value)
+    assert type(caught.value) is ValueError
+    assert str(folder) in str(caught.value)
 
 
 def test_a_file_of_a_former_version_is_loaded_silently(folder):

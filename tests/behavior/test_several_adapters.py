@@ -7,8 +7,20 @@ import copy
 
 import pytest
 import torch
-from behaving import KINDS, X, adapted, add, apart, layers, net
-from helpers import assert_same, nested, relative, snapshot
+from helpers import (
+    KINDS,
+    X,
+    adapt,
+    add_adapter,
+    assert_equal,
+    assert_near,
+    assert_same,
+    lotra_layers,
+    nested,
+    net,
+    relative,
+    snapshot,
+)
 from peft import PeftModel, get_peft_model
 
 from peft_lotra import LoTRAConfig
@@ -17,8 +29,8 @@ from peft_lotra.kan import KAN
 
 @pytest.fixture
 def model():
-    model = adapted(alpha=2.0)
-    add(model, "other")
+    model = adapt(alpha=2.0)
+    add_adapter(model, "other")
     return model
 
 
@@ -27,48 +39,55 @@ def output(model, name):
     return model(X).detach()
 
 
-def test_set_and_add_adapter(model):
+def test_the_active_adapter_alone_counts_and_is_trained(model):
     base, first, second = net()(X), output(model, "default"), output(model, "other")
     with model.disable_adapter():
-        assert apart(model(X), base) < 1e-5
-    assert min(apart(first, base), apart(second, base), apart(first, second)) > 1e-3
+        assert_near(model(X), base)
+
+    assert min(relative(first, base), relative(second, base), relative(first, second)) > 1e-3
     assert {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad} == {"other"}
     with pytest.raises(ValueError, match="nobody"):
         model.set_adapter("nobody")
-    assert torch.equal(model(X), second) and torch.equal(output(model, "default"), first)
+    assert_equal(model(X), second)
+    assert_equal(output(model, "default"), first)
+
     model.add_adapter("new", LoTRAConfig(r=3))
-    assert apart(output(model, "new"), base) < 1e-5
+
+    assert_near(output(model, "new"), base)
     with pytest.raises(ValueError, match="other"):
         model.add_adapter("other", LoTRAConfig())
 
 
 def test_several_active_adapters_add_up(model):
     model.base_model.set_adapter(["default", "other"])
-    for layer in layers(model).values():
+    for layer in lotra_layers(model).values():
         x = torch.rand(5, layer.in_features)
-        both, base, parts = layer(x), layer.base_layer(x), 0
+        both, base, updates = layer(x), layer.base_layer(x), 0
         for name in ("default", "other"):
             layer.set_adapter(name)
-            parts = parts + layer(x) - base
+            updates = updates + layer(x) - base
         layer.set_adapter(["default", "other"])
-        assert apart(both, base + parts) < 1e-5
+        assert_near(both, base + updates)
 
 
 @pytest.mark.parametrize("active", ["default", "other"])
-def test_delete_adapter(model, active):
+def test_a_deleted_adapter_leaves_the_others(model, active):
     first = output(model, "default")
     model.set_adapter(active)
     model.delete_adapter("other")
-    assert list(model.peft_config) == ["default"] and not any("other" in name for name in model.state_dict())
-    assert model.active_adapters == ["default"] and torch.equal(model(X), first)
+
+    assert list(model.peft_config) == ["default"]
+    assert not any("other" in name for name in model.state_dict())
+    assert model.active_adapters == ["default"]
+    assert_equal(model(X), first)
     with pytest.raises(ValueError, match="other"):
         model.set_adapter("other")
 
 
 def two_adapters(kind, first=(2, 3, 4), second=(3, 1, 2), **config):
-    model = adapted(KINDS[kind](), r=first, alpha=0.5)
-    add(model, "second", r=second, alpha=2.0, **config)
-    (layer,) = layers(model).values()
+    model = adapt(KINDS[kind](), r=first, alpha=0.5)
+    add_adapter(model, "second", r=second, alpha=2.0, **config)
+    (layer,) = lotra_layers(model).values()
     return model, layer
 
 
@@ -78,21 +97,29 @@ def test_cat_is_the_sum_of_the_updates(kind, tmp_path):
     bare = copy.deepcopy(model).unload()
     errors = model.add_weighted_adapter(["default", "second"], [0.7, -1.5], "sum", combination_type="cat")
     expected = 0.7 * layer.get_delta_weight("default") - 1.5 * layer.get_delta_weight("second")
-    assert relative(layer.get_delta_weight("sum"), expected) < 1e-5 and errors["kan"] < 1e-5
+
+    assert_near(layer.get_delta_weight("sum"), expected)
+    assert errors["kan"] < 1e-5
     assert layer.lotra_r["sum"][:2] == (4, 3)  # ranks add, and are brought down to the sizes
+
     # it was added, no more
     components = layer.get_components("sum")._asdict().values()
-    assert model.active_adapters == ["default"] and not any(component.requires_grad for component in components)
+
+    assert model.active_adapters == ["default"]
+    assert not any(component.requires_grad for component in components)
+
     model.set_adapter("sum")
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
-    assert torch.equal(PeftModel.from_pretrained(bare, tmp_path / "sum")(X), model(X))
+
+    assert_equal(PeftModel.from_pretrained(bare, tmp_path / "sum")(X), model(X))
 
 
 def test_the_scale_of_the_moment_counts():
     model, layer = two_adapters("own")
     layer.set_scale("default", 3.0)
     model.add_weighted_adapter(["default"], [2.0], "more")
-    assert relative(layer.get_delta_weight("more"), 2 * layer.get_delta_weight("default")) < 1e-5
+
+    assert_near(layer.get_delta_weight("more"), 2 * layer.get_delta_weight("default"))
     assert layer.lotra_alpha["more"] == 1.0
 
 
@@ -101,26 +128,30 @@ def test_a_sum_is_trained_and_loaded_as_its_first_adapter():
     model, _ = two_adapters("own", **settings)
     model.add_weighted_adapter(["second", "default"], [1.0, 1.0], "sum", "svd", ranks=2)
     config = model.peft_config["sum"]
+
     assert {name: getattr(config, name) for name in settings} == settings
 
 
-def test_adapters_with_and_without_the_residual_branch():
+def test_adapters_with_and_without_the_residual_branch_are_summed():
     model, layer = two_adapters("own", adapt_residual=False)
     model.add_weighted_adapter(["second", "default"], [1.0, 2.0], "sum")
     first, second, total = (layer.get_delta_weight(name) for name in ("default", "second", "sum"))
-    assert relative(total, 2 * first + torch.nn.functional.pad(second, (0, 1))) < 1e-5
+
+    assert_near(total, 2 * first + torch.nn.functional.pad(second, (0, 1)))
 
 
-def test_adapters_of_different_layers():
-    model = adapted(nested(), r=2, target_modules=["body.0", "layers.0"])
-    add(model, "second", r=3, target_modules=["layers.0", "body.1"])
+def test_adapters_of_different_layers_are_summed():
+    model = adapt(nested(), r=2, target_modules=["body.0", "layers.0"])
+    add_adapter(model, "second", r=3, target_modules=["layers.0", "body.1"])
     errors = model.add_weighted_adapter(["default", "second"], [1.0, 0.5], "sum")
-    found = layers(model.base_model.model)
-    assert set(errors) == set(found) == {"body.0", "body.1", "tail.layers.0"}
-    for layer in found.values():
+    adapted = lotra_layers(model.base_model.model)
+
+    assert set(errors) == set(adapted) == {"body.0", "body.1", "tail.layers.0"}
+
+    for layer in adapted.values():
         weights = [(name, weight) for name, weight in (("default", 1.0), ("second", 0.5)) if name in layer.lotra_core]
         expected = sum(weight * layer.get_delta_weight(name) for name, weight in weights)
-        assert relative(layer.get_delta_weight("sum"), expected) < 1e-5
+        assert_near(layer.get_delta_weight("sum"), expected)
 
 
 @pytest.mark.parametrize("kind", ["own", "efficient-kan", "pykan"])
@@ -128,27 +159,36 @@ def test_svd_truncates_and_reports_the_error(kind):
     model, layer = two_adapters(kind)
     errors = model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "small", "svd", ranks=(1, 2, 2))
     expected = layer.get_delta_weight("default") + layer.get_delta_weight("second")
+
     assert layer.lotra_r["small"] == (1, 2, 2)
+
     error = ((layer.get_delta_weight("small") - expected).norm() / expected.norm()).item()
-    assert 0.01 < error < 1 and errors["kan"] == pytest.approx(error, abs=1e-5)
+
+    assert 0.01 < error < 1
+    assert errors["kan"] == pytest.approx(error, abs=1e-5)
+
     # by default the larger ranks of the two, and ranks that suffice lose nothing
     model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "larger", "svd")
+
     assert layer.lotra_r["larger"] == (3, 3, 4)
     assert model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "all", "svd", ranks=9)["kan"] < 1e-5
 
 
 def test_linear_is_exact_for_adapters_that_agree_in_their_factors():
     model, layer = two_adapters("own", second=(2, 3, 4))
+
     assert model.add_weighted_adapter(["default", "default"], [0.25, 0.5], "same", "linear")["kan"] < 1e-5
+
     with torch.no_grad():
         components = layer.get_components("default")
         layer.set_components("second", components._replace(core=layer.get_components("second").core))
+
     assert model.add_weighted_adapter(["default", "second"], [0.7, -1.5], "sum", "linear")["kan"] < 1e-5
     assert layer.lotra_r["sum"] == (2, 3, 4)
 
 
 @pytest.mark.parametrize("kind", ["cat", "svd"])
-def test_a_sum_of_zero(kind):
+def test_a_sum_may_be_zero(kind):
     model, _ = two_adapters("own")
     assert model.add_weighted_adapter(["default", "default"], [1.0, -1.0], kind, kind)["kan"] < 1e-5
 
@@ -172,10 +212,11 @@ def test_a_sum_of_zero(kind):
         ((["whole"], [1], "sum"), "modules_to_save"),
     ],
 )
-def test_errors_change_nothing(args, message):
+def test_a_refused_sum_changes_nothing(args, message):
     model, _ = two_adapters("own")
     model.peft_config["whole"] = LoTRAConfig(modules_to_save=["head"])
     before, configs = snapshot(model), dict(model.peft_config)
+
     with pytest.raises((ValueError, KeyError), match=message):
         model.add_weighted_adapter(*args)
     assert_same(model, before)

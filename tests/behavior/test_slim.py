@@ -7,9 +7,10 @@ import copy
 
 import pytest
 import torch
-from behaving import adapted, add, apart, layers
+from helpers import adapt, add_adapter, assert_equal, assert_near, lotra_layers, relative
 from peft import get_peft_model
 from stand_ins import FAMILIES, as_model
+from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig, slim, start_from_gradient
 from peft_lotra.kan import SlimKAN
@@ -24,7 +25,7 @@ def small(request):
 
 
 def tuned(base, **config):
-    return adapted(copy.deepcopy(base), r=(3, 3, 2), **config)
+    return adapt(copy.deepcopy(base), r=(3, 3, 2), **config)
 
 
 def tensor_of(model):
@@ -35,13 +36,16 @@ def tensor_of(model):
 @pytest.mark.parametrize("adapt_residual", [True, False])
 def test_the_equivalent_tensor_is_adapted(small, adapt_residual):
     model = tuned(small, adapt_residual=adapt_residual)
-    y, (layer,) = model(X), layers(model).values()
+    y, (layer,) = model(X), lotra_layers(model).values()
     delta, merged = layer.get_delta_weight("default"), model.merge_and_unload()
+
     assert type(merged.kan) is type(small.kan)
+
     expected = tensor_of(small).clone()
     expected[..., : delta.shape[-1]] += delta
-    torch.testing.assert_close(tensor_of(merged), expected)
-    assert apart(merged(X), y) < 1e-5
+
+    assert_close(tensor_of(merged), expected)
+    assert_near(merged(X), y)
 
 
 def test_merges_end_at_the_sizes(small):
@@ -50,89 +54,109 @@ def test_merges_end_at_the_sizes(small):
     for _ in range(4):
         model = tuned(merged)
         y, merged = model(x), model.merge_and_unload()
-        assert apart(merged(x), y) < 1e-5
+        assert_near(merged(x), y)
     sizes = merged.kan.components.shape
+
     assert merged.kan.ranks == tuple(map(min, (5 + 4 * 3, 6 + 4 * 3, 3 + 4 * 2), sizes))
     assert merged.kan.ranks[0] == sizes[0]
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)])
 def test_a_merge_in_a_mode_is_exact_and_can_be_trained(mode):
-    model = adapted(SlimKAN([12, 10], ranks=(5, 6, 3)), r=10)  # together more than the sizes
+    model = adapt(SlimKAN([12, 10], ranks=(5, 6, 3)), r=10)  # together more than the sizes
     y = model(X)
     with mode:
         merged = model.merge_and_unload()
     merged.requires_grad_()(X).sum().backward()
-    assert apart(merged(X), y) < 1e-5 and all(part.grad is not None for part in merged.parameters())
+
+    assert_near(merged(X), y)
+    assert all(part.grad is not None for part in merged.parameters())
 
 
-def test_vmap_over_the_cores_of_adapters(small):
+def test_vmap_runs_over_the_cores_of_adapters(small):
     model = tuned(small)
     cores = {name: part.detach() for name, part in model.named_parameters() if ".lotra_core." in name}
     several = {name: torch.stack([core, 2 * core]) for name, core in cores.items()}
     y = torch.func.vmap(lambda cores: torch.func.functional_call(model, cores, (X,)))(several)
-    assert apart(y[0], model(X)) < 1e-5 < apart(y[1], y[0])
+
+    assert relative(y[0], model(X)) < 1e-5 < relative(y[1], y[0])
 
 
-def test_merging_and_back(small):
+def test_a_merge_is_undone_exactly(small):
     model = tuned(small)
-    add(model, "other")
+    add_adapter(model, "other")
     y = model(X)
     model.merge_adapter()
-    assert apart(model(X), y) < 1e-5
+
+    assert_near(model(X), y)
+
     with model.disable_adapter():
-        assert torch.equal(model(X), small(X))
-    assert torch.equal(model(X), y)
+        assert_equal(model(X), small(X))
+
+    assert_equal(model(X), y)
+
     model.merge_adapter(["default", "other"])
     both = model(X)
     model.unmerge_adapter()
     for name in ("default", "other"):  # one after the other
         model.merge_adapter([name])
-    assert apart(model(X), both) < 1e-5
+
+    assert_near(model(X), both)
+
     model.unmerge_adapter()
-    assert torch.equal(model(X), y)
+
+    assert_equal(model(X), y)
 
 
-def test_copied_and_cast_while_merged(small):
+def test_a_merged_model_is_copied_and_cast(small):
     model = tuned(small).double()
     y = model(X.double())
     model.merge_adapter()
     model = copy.deepcopy(model).float().double()
     model.unmerge_adapter()
-    assert apart(model(X.double()), y) < 1e-5 and {p.dtype for p in model.parameters()} == {torch.float64}
+
+    assert_near(model(X.double()), y)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
 
 
-def test_broken_adapters_and_dropout(small):
+def test_dropout_draws_and_a_safe_merge_refuses_nan(small):
     model = tuned(small, rank_dropout=0.5, module_dropout=0.5).train()
+
     assert torch.stack([model(X) for _ in range(8)]).std(0).max() > 0
+
     with torch.no_grad():
         model.base_model.model.kan.lotra_core["default"].fill_(torch.nan)
+
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_and_unload(safe_merge=True)
 
 
 @pytest.mark.parametrize("start", ["gradient", "hosvd"])
-def test_starts_that_look_at_the_base(small, start):
+def test_starts_are_those_of_the_dense_layer(small, start):
     """They are those of the dense layer of the same coefficients."""
     spans = []
     for model in (small, small.to_dense()):
         config = LoTRAConfig(r=(10, 3, 99), init_weights=True if start == "gradient" else start)
         y = model(X)
-        found = get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
         if start == "gradient":
-            start_from_gradient(found, lambda found=found: found(X).square().sum())
-        assert apart(found(X), y) < 1e-5
-        factor = found.base_model.model.kan.lotra_factor_in["default"].detach()
+            start_from_gradient(adapted, lambda adapted=adapted: adapted(X).square().sum())
+        assert_near(adapted(X), y)
+        factor = adapted.base_model.model.kan.lotra_factor_in["default"].detach()
         spans.append(factor @ torch.linalg.pinv(factor))
-    torch.testing.assert_close(*spans, rtol=0, atol=1e-3)
+
+    assert_close(*spans, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("trainable", [True, False])
 def test_unloading_frees_what_was_free(small, trainable):
     model = tuned(small.requires_grad_(trainable))
     model.merge_adapter()
+
     assert not any(p.requires_grad for n, p in model.named_parameters() if "lotra_" not in n)
+
     merged = copy.deepcopy(model).merge_and_unload()
+
     for unloaded in (merged, model.unload()):
         assert {p.requires_grad for n, p in unloaded.named_parameters() if "grid" not in n} == {trainable}
 
@@ -143,4 +167,5 @@ def test_unloading_leaves_each_flag(small):
         parameter.requires_grad_("core" in name)
     flags = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
     unloaded = get_peft_model(base, LoTRAConfig(r=2)).unload()
+
     assert {name: parameter.requires_grad for name, parameter in unloaded.named_parameters()} == flags

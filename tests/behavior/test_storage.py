@@ -7,8 +7,7 @@ import json
 
 import pytest
 import torch
-from behaving import X, adapted, layers, net
-from helpers import components, train
+from helpers import X, adapt, components, lotra_layers, net, train
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -42,14 +41,14 @@ def rounded(model, storage):
 
 
 def set_cores(model, factor):
-    for layer in layers(model).values():
+    for layer in lotra_layers(model).values():
         layer.lotra_core["default"].data *= factor
 
 
 @half
 @pytest.mark.parametrize("save", [lambda model, folder: model.save_pretrained(folder), save_adapter])
 def test_a_file_holds_components_in_half_precision_and_its_config_says_so(tmp_path, storage, save):
-    model = adapted(storage=storage, modules_to_save=["head"])
+    model = adapt(storage=storage, modules_to_save=["head"])
 
     save(model, tmp_path)
 
@@ -63,14 +62,14 @@ def test_a_file_holds_components_in_half_precision_and_its_config_says_so(tmp_pa
 
 
 def test_without_it_a_file_has_the_dtype_of_the_components(tmp_path):
-    adapted().save_pretrained(tmp_path)
+    adapt().save_pretrained(tmp_path)
 
     assert {tensor.dtype for tensor in weights_of(tmp_path).values()} == {torch.float32}
     assert config_of(tmp_path)["storage"] is None
 
 
 def test_a_state_dict_in_memory_keeps_its_digits():
-    tensors = get_peft_model_state_dict(adapted(storage="float16"))
+    tensors = get_peft_model_state_dict(adapt(storage="float16"))
 
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
@@ -79,7 +78,7 @@ def test_a_state_dict_in_memory_keeps_its_digits():
 @pytest.mark.filterwarnings("error")  # another SHA-256 would be a warning
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_a_loaded_adapter_is_in_float32(tmp_path, storage, low_cpu_mem_usage):
-    model = adapted(storage=storage, alpha=0.3)
+    model = adapt(storage=storage, alpha=0.3)
     model.save_pretrained(tmp_path)
 
     loaded = PeftModel.from_pretrained(net(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
@@ -96,7 +95,7 @@ def test_a_loaded_adapter_is_in_float32(tmp_path, storage, low_cpu_mem_usage):
     [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
 )
 def test_a_loaded_adapter_has_the_dtype_of_a_new_one_beside_each_base(tmp_path, base, restored):
-    adapted(net().to(base), storage="float16").save_pretrained(tmp_path)
+    adapt(net().to(base), storage="float16").save_pretrained(tmp_path)
 
     for low in (False, True):
         loaded = PeftModel.from_pretrained(net().to(base), tmp_path, low_cpu_mem_usage=low)
@@ -105,8 +104,8 @@ def test_a_loaded_adapter_has_the_dtype_of_a_new_one_beside_each_base(tmp_path, 
 
 
 def test_a_hotswap_brings_in_float32(tmp_path):
-    model, other = adapted(), adapted(storage="float16", alpha=0.3)
-    other.save_pretrained(tmp_path)
+    model, source = adapt(), adapt(storage="float16", alpha=0.3)
+    source.save_pretrained(tmp_path)
 
     hotswap_adapter(model, tmp_path)
 
@@ -116,7 +115,7 @@ def test_a_hotswap_brings_in_float32(tmp_path):
 
 @pytest.mark.parametrize("alpha", [0.3, 1e-5, 1e5])
 def test_banks_scale_the_update_of_a_file_in_float32(tmp_path, alpha):
-    adapted(storage="float16", alpha=alpha).save_pretrained(tmp_path / "a")
+    adapt(storage="float16", alpha=alpha).save_pretrained(tmp_path / "a")
     loaded = PeftModel.from_pretrained(net(), tmp_path / "a").eval()
     bank = AdapterBank.from_folders(net(), [tmp_path / "a"])
     bank.add("b", tmp_path / "a")
@@ -128,7 +127,7 @@ def test_banks_scale_the_update_of_a_file_in_float32(tmp_path, alpha):
 
 
 def test_training_goes_on_in_float32_and_the_next_file_is_of_the_same_dtype(tmp_path):
-    adapted(storage="float16").save_pretrained(tmp_path)
+    adapt(storage="float16").save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(net(), tmp_path, is_trainable=True)
     # steps that float16 would not see
     train(model, X, lr=1e-5)
@@ -144,7 +143,7 @@ def test_training_goes_on_in_float32_and_the_next_file_is_of_the_same_dtype(tmp_
 
 @half
 def test_a_loaded_adapter_is_merged_as_it_computes(tmp_path, storage):
-    adapted(storage=storage).save_pretrained(tmp_path)
+    adapt(storage=storage).save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(net(), tmp_path).eval()
     y = loaded(X)
 
@@ -155,7 +154,7 @@ def test_a_loaded_adapter_is_merged_as_it_computes(tmp_path, storage):
 
 @pytest.mark.parametrize("save", [lambda model, folder: model.save_pretrained(folder), save_adapter])
 def test_values_above_the_largest_float16_are_refused_before_a_file_changes(tmp_path, save):
-    model = adapted(storage="float16")
+    model = adapt(storage="float16")
     save(model, tmp_path)
     before = files_of(tmp_path)
     set_cores(model, 1e6)
@@ -168,7 +167,7 @@ def test_values_above_the_largest_float16_are_refused_before_a_file_changes(tmp_
 
 @pytest.mark.parametrize("factor", [1e-6, 1e-9, 1e-30])
 def test_a_component_too_small_for_float16_is_a_warning(tmp_path, factor):
-    model = adapted(storage="float16")
+    model = adapt(storage="float16")
     set_cores(model, factor)
 
     with pytest.warns(UserWarning, match=r"lotra_core.* loses more than 1 % in float16"):
@@ -178,7 +177,7 @@ def test_a_component_too_small_for_float16_is_a_warning(tmp_path, factor):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("storage", "factor"), [("bfloat16", 1e-30), ("bfloat16", 1e30), ("float16", 0.0)])
 def test_bfloat16_has_the_range_of_float32_and_zeros_are_exact(tmp_path, storage, factor):
-    model = adapted(storage=storage)
+    model = adapt(storage=storage)
     set_cores(model, factor)
 
     model.save_pretrained(tmp_path)
@@ -196,7 +195,7 @@ def test_other_dtypes_are_refused(storage):
 @half
 def test_a_bank_in_half_precision_writes_files_that_say_so(tmp_path, storage):
     bank = AdapterBank(net(), dtype=HALF[storage])
-    model = adapted(alpha=0.3)
+    model = adapt(alpha=0.3)
     bank.add("a", model)
     bank.save(tmp_path / "bank")
     bank.export("a", tmp_path / "a")

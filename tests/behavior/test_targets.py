@@ -9,8 +9,7 @@ import warnings
 
 import pytest
 import torch
-from behaving import X, adapted, add, apart, layers, net
-from helpers import assert_same, nested, snapshot
+from helpers import X, adapt, add_adapter, assert_equal, assert_same, lotra_layers, nested, net, relative, snapshot
 from peft import (
     PeftModel,
     get_peft_model,
@@ -21,6 +20,7 @@ from peft import (
 from stand_ins import FAMILIES, FastKANLayer
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig, hotswap_adapter
 from peft_lotra.kan import KAN
@@ -30,7 +30,7 @@ ALL = ["body.0", "body.1", "tail.layers.0", "tail.layers.1"]
 
 
 def names_of(model):
-    return [name.removeprefix("base_model.model.") for name in layers(model)]
+    return [name.removeprefix("base_model.model.") for name in lotra_layers(model)]
 
 
 @pytest.mark.parametrize(
@@ -51,20 +51,23 @@ def names_of(model):
     ],
 )
 @pytest.mark.parametrize("again", [False, True])
-def test_targets(config, expected, again):
+def test_the_named_layers_are_adapted(config, expected, again):
     model = nested()
     before = model(X)
     if again:
-        model = adapted(model, r=1)
+        model = adapt(model, r=1)
         model.add_adapter("other", LoTRAConfig(**config))
         model.set_adapter("other")
     else:
         model = get_peft_model(model, LoTRAConfig(**config), adapter_name="other")
-    found = layers(model.base_model.model)
-    assert [name for name, layer in found.items() if "other" in layer.lotra_r] == expected
+    adapted = lotra_layers(model.base_model.model)
+
+    assert [name for name, layer in adapted.items() if "other" in layer.lotra_r] == expected
     assert torch.allclose(model.eval()(X), before)
-    components = [layer.get_components("other") for layer in found.values() if "other" in layer.lotra_r]
+
+    components = [layer.get_components("other") for layer in adapted.values() if "other" in layer.lotra_r]
     trained = sum(p.requires_grad for n, p in model.named_parameters() if "lotra_" in n)
+
     assert trained == sum(len(tensor._asdict()) for tensor in components)
 
 
@@ -123,16 +126,19 @@ def test_what_is_refused_changes_nothing(kind):
     make, config, words = REFUSED[kind]
     model = make()
     before = snapshot(model)
+
     with pytest.raises(ValueError, match=words):
         get_peft_model(model, LoTRAConfig(**config))
     assert_same(model, before)
+
     if make is nested and kind != "no KAN layer, named":
-        model = adapted(nested(), modules_to_save=["head"])
+        model = adapt(nested(), modules_to_save=["head"])
         before, y = snapshot(model), model(X)
         with pytest.raises(ValueError, match=words):
             model.add_adapter("other", LoTRAConfig(**config))
         assert_same(model, before)
-        assert list(model.peft_config) == ["default"] and torch.equal(model(X), y)
+        assert list(model.peft_config) == ["default"]
+        assert_equal(model(X), y)
 
 
 def test_a_name_that_matches_nothing_is_a_warning_that_lists_the_kan_layers():
@@ -143,15 +149,16 @@ def test_a_name_that_matches_nothing_is_a_warning_that_lists_the_kan_layers():
 
 
 def test_a_target_around_an_adapted_layer_is_refused():
-    model = adapted(nn.Sequential(Outer()), target_modules=r".*\.inner")
+    model = adapt(nn.Sequential(Outer()), target_modules=r".*\.inner")
     before = snapshot(model)
+
     with pytest.raises(ValueError, match="is a part of"):
         model.add_adapter("other", LoTRAConfig(target_modules=["0"]))
     assert_same(model, before)
 
 
-def test_of_a_layer_in_a_layer_the_outer_one():
-    assert names_of(adapted(nn.Sequential(Outer(), FAMILIES["own"](4, 2)))) == ["0", "1"]
+def test_of_a_layer_in_a_layer_the_outer_one_is_adapted():
+    assert names_of(adapt(nn.Sequential(Outer(), FAMILIES["own"](4, 2)))) == ["0", "1"]
 
 
 NAMES = [(name, "") for name in ("", "__base__", "keys", "training", "with.dot", 3)]
@@ -160,11 +167,11 @@ NAMES += [(name, f"cannot be called '{name}'") for name in ("head", "weight", "m
 
 
 @pytest.mark.parametrize(("name", "words"), NAMES)
-def test_names_that_no_adapter_can_have(name, words):
+def test_a_name_that_no_adapter_can_have_is_refused(name, words):
     config = LoTRAConfig(r=1, modules_to_save=["head"])
     for model, attach in (
         (net(), lambda model: get_peft_model(model, config, adapter_name=name)),
-        (adapted(modules_to_save=["head"]), lambda model: model.add_adapter(name, config)),
+        (adapt(modules_to_save=["head"]), lambda model: model.add_adapter(name, config)),
     ):
         before = snapshot(model)
         with pytest.raises((ValueError, KeyError, TypeError), match=words):
@@ -185,21 +192,24 @@ def assign(layer, name, value):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_parameters_that_cannot_be_adapted(change):
+def test_parameters_that_cannot_be_adapted_are_refused(change):
     model = nested()
     CHANGES[change](model["tail"].layers[1], "spline_weight")
     before = [(name, type(module)) for name, module in model.named_modules()]
+
     with pytest.raises(ValueError, match="spline_weight"):
         get_peft_model(model, LoTRAConfig())
     assert [(name, type(module)) for name, module in model.named_modules()] == before
 
 
-def test_layers_that_share_a_parameter():
+def test_layers_that_share_a_parameter_are_refused():
     model = KAN([3, 3, 3])
     model.layers[1].base_weight = model.layers[0].base_weight
+
     with pytest.raises(ValueError, match="share the parameter `base_weight`"):
         get_peft_model(model, LoTRAConfig())
-    adapted(model, target_modules=["layers.0"])
+
+    adapt(model, target_modules=["layers.0"])
 
 
 class Network(nn.Module):
@@ -215,31 +225,41 @@ class Network(nn.Module):
         return self.block["fc2"](self.block["fc1"](self.fc1(x)))
 
 
-def test_names_that_end_alike(tmp_path):
-    model = adapted(Network())
+def test_names_that_end_alike_are_told_apart(tmp_path):
+    model = adapt(Network())
+
     assert names_of(model) == ["fc1", "block.fc2"]
+
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(Network(), tmp_path)
-    assert torch.equal(loaded(X), model(X))
+
+    assert_equal(loaded(X), model(X))
+
     loaded.save_pretrained(tmp_path / "again")
-    add(model, "second")  # now the names of the base layers end alike too
-    assert all(set(layer.lotra_r) == {"default", "second"} for layer in layers(model).values())
+    add_adapter(model, "second")  # now the names of the base layers end alike too
+
+    assert all(set(layer.lotra_r) == {"default", "second"} for layer in lotra_layers(model).values())
     with pytest.raises(ValueError, match=r"`block\.fc1` is a Linear"):
-        adapted(Network(), target_modules=["fc1"])
+        adapt(Network(), target_modules=["fc1"])
 
 
-def test_names_that_a_file_sorts_and_peft_shortens(tmp_path):
+def test_a_file_of_many_layers_keeps_their_names(tmp_path):
     """`layers.10` comes before `layers.2`; of 20 names and more PEFT keeps endings, which may be elsewhere too."""
     network, x = KAN([2] * 26), torch.rand(5, 2)
-    model = adapted(copy.deepcopy(network), r=1)
+    model = adapt(copy.deepcopy(network), r=1)
     model.save_pretrained(tmp_path)
     targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+
     assert sorted(targets) == sorted(f"layers.{index}" for index in range(25))
+
     loaded = PeftModel.from_pretrained(copy.deepcopy(network), tmp_path)
-    assert torch.equal(loaded(x), model(x))
-    other = adapted(network, r=1)
+
+    assert_equal(loaded(x), model(x))
+
+    other = adapt(network, r=1)
     hotswap_adapter(other, tmp_path)
-    assert torch.equal(other(x), model(x))
+
+    assert_equal(other(x), model(x))
 
 
 class Tied(nn.Module):
@@ -257,30 +277,40 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("config", [{}, {"target_modules": ["first"]}])
-def test_a_layer_under_two_names(config, tmp_path):
-    model = adapted(Tied(), **config)
+def test_a_layer_under_two_names_has_one_adapter(config, tmp_path):
+    model = adapt(Tied(), **config)
     y = model(X)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.save_pretrained(tmp_path)
         loaded = PeftModel.from_pretrained(Tied(), tmp_path)
-        assert torch.equal(loaded(X), y)
+        assert_equal(loaded(X), y)
         loaded.load_adapter(tmp_path, "second")
         loaded.set_adapter("second")
-        assert torch.equal(loaded(X), y)
+        assert_equal(loaded(X), y)
         set_peft_model_state_dict(loaded, get_peft_model_state_dict(model), "second")
-        assert torch.equal(loaded(X), y)
+        assert_equal(loaded(X), y)
         merged = model.merge_and_unload()
-    assert merged.first is merged.block["kan"] and merged.state_dict().keys() == Tied().state_dict().keys()
-    torch.testing.assert_close(merged(X), y)
+
+    assert merged.first is merged.block["kan"]
+    assert merged.state_dict().keys() == Tied().state_dict().keys()
+    assert_close(merged(X), y)
 
 
-def test_injected_without_a_peft_model():
+def test_an_adapter_is_injected_without_a_peft_model():
     base = net()
     model = inject_adapter_in_model(LoTRAConfig(r=2, init_weights=False, target_modules=["layers.1"]), base)
-    assert model is base and list(layers(model)) == ["kan.layers.1"] and apart(model(X), net()(X)) > 1e-3
+
+    assert model is base
+    assert list(lotra_layers(model)) == ["kan.layers.1"]
+    assert relative(model(X), net()(X)) > 1e-3
+
     tensors = get_peft_model_state_dict(model)
+
     assert len(tensors) == 4
-    other = inject_adapter_in_model(LoTRAConfig(r=2), net(), state_dict=tensors)
-    set_peft_model_state_dict(other, tensors)
-    assert list(layers(other)) == ["kan.layers.1"] and torch.equal(model(X), other(X))
+
+    copied = inject_adapter_in_model(LoTRAConfig(r=2), net(), state_dict=tensors)
+    set_peft_model_state_dict(copied, tensors)
+
+    assert list(lotra_layers(copied)) == ["kan.layers.1"]
+    assert_equal(model(X), copied(X))

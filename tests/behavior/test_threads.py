@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from behaving import KINDS, X, adapted, add, net
+from helpers import KINDS, X, adapt, add_adapter, net
 from torch import nn
+from torch.testing import assert_close
 
 from peft_lotra import hotswap_adapter
 
@@ -18,15 +19,15 @@ def several(kind):
 
 
 @pytest.mark.parametrize("kind", ["own", "fast-kan", "cheby-kan"])
-def test_no_answer_is_wrong(kind, tmp_path):
+def test_no_answer_is_wrong_while_threads_swap_and_load(kind, tmp_path):
     torch.manual_seed(0)
-    model = adapted(several(kind))
+    model = adapt(several(kind))
     for index in range(4):
-        add(model, f"a{index}")
+        add_adapter(model, f"a{index}")
     files = [tmp_path / name for name in ("first", "second")]
     for file in files:
         torch.manual_seed(int(file.name == "second"))
-        other = adapted(several(kind))
+        other = adapt(several(kind))
         other.load_state_dict({n: v for n, v in model.state_dict().items() if "lotra" not in n}, strict=False)
         other.save_pretrained(file)
     rows = [["default"] * len(X)] + [[f"a{index}"] * len(X) for index in range(4)]
@@ -42,7 +43,7 @@ def test_no_answer_is_wrong(kind, tmp_path):
             names = rows[index]
             with torch.no_grad():
                 answers = [model(X, adapter_names=names) for _ in range(count)]
-            return sum(not any(torch.equal(y, known) for known in right[index]) for y in answers)
+            return sum(not any(torch.equal(y, answer) for answer in right[index]) for y in answers)
 
         def swap():
             for count in range(40):
@@ -64,8 +65,8 @@ def test_no_answer_is_wrong(kind, tmp_path):
 def test_another_thread_may_compile_meanwhile(kind):
     """While a graph is made, torch says in all threads that it compiles."""
     torch._dynamo.reset()
-    model = adapted(several(kind))
-    add(model, "other")
+    model = adapt(several(kind))
+    add_adapter(model, "other")
     names = ["default", "other"] * 4
     answers = []
 
@@ -78,4 +79,4 @@ def test_another_thread_may_compile_meanwhile(kind):
         expected = model(X, adapter_names=names)
         torch.compile(nn.Linear(2, 2), backend=backend)(torch.rand(1, 2))
 
-    torch.testing.assert_close(answers, [expected])
+    assert_close(answers, [expected])

@@ -4,6 +4,7 @@
 """Trainer of transformers ends with the best adapter; `examples/test_libraries.py` kills and resumes it."""
 
 import torch
+from helpers import assert_equal
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -38,9 +39,13 @@ def test_the_best_model_at_the_end(tmp_path):
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
     run = trainer(tmp_path, eval_strategy="steps", eval_steps=2, **best)
     run.train()
+
     assert run.state.best_model_checkpoint.endswith("checkpoint-2")
+
     y = run.model.eval()(X).logits
-    assert torch.equal(loaded(tmp_path / "checkpoint-2"), y) and not torch.equal(loaded(tmp_path / "checkpoint-4"), y)
+
+    assert_equal(loaded(tmp_path / "checkpoint-2"), y)
+    assert not torch.equal(loaded(tmp_path / "checkpoint-4"), y)
 
 
 def test_trainer_keeps_the_rate_of_other_parameters(tmp_path):

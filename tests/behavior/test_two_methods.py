@@ -1,15 +1,14 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""LoTRA on the KAN layers and another method of PEFT on a linear head, as docs/recipes/lotra_and_lora.md has it."""
+"""LoTRA on the KAN layers and PEFT's LoRA on a linear head, as docs/recipes/lotra_and_lora.md has it."""
 
 import json
 import shutil
 
 import pytest
 import torch
-from behaving import X, adapted, add, layers, net
-from helpers import assert_same, snapshot
+from helpers import X, adapt, add_adapter, assert_equal, assert_same, lotra_layers, net, snapshot
 from peft import (
     IA3Config,
     LoHaConfig,
@@ -24,6 +23,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.testing import assert_close
 
 from peft_lotra import LoTRALayer, create_lotra_optimizer, load_adapters
 from peft_lotra.kan import KAN
@@ -33,7 +33,7 @@ EXACT = {"rtol": 0, "atol": 0}
 
 
 def both() -> PeftModel:
-    model = adapted(net())
+    model = adapt(net())
     config = LoraConfig(r=2, target_modules=["head"], init_lora_weights=False)
     inject_adapter_in_model(config, model.base_model.model, adapter_name="head")
     return model.eval()
@@ -42,14 +42,21 @@ def both() -> PeftModel:
 def test_both_are_trained_merged_and_the_base_is_not():
     model = both().train()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert len(trained) == 7 + 2 and all("lotra_" in name or "lora_" in name for name in trained)
+
+    assert len(trained) == 7 + 2
+    assert all("lotra_" in name or "lora_" in name for name in trained)
+
     model(X).square().sum().backward()
+
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
     with model.disable_adapter():
-        assert torch.equal(model(X), net()(X))
+        assert_equal(model(X), net()(X))
     y, merged = model.eval()(X), model.merge_and_unload()
-    torch.testing.assert_close(merged(X), y)
-    assert type(merged.head) is nn.Linear and not any(isinstance(m, LoTRALayer | LoraLayer) for m in merged.modules())
+
+    assert_close(merged(X), y)
+    assert type(merged.head) is nn.Linear
+    assert not any(isinstance(m, LoTRALayer | LoraLayer) for m in merged.modules())
 
 
 @pytest.mark.parametrize("is_trainable", [False, True])
@@ -60,17 +67,21 @@ def test_both_are_saved_and_loaded(is_trainable, tmp_path):
     config = PeftConfig.from_pretrained(tmp_path / "head")
     config.inference_mode = not is_trainable
     inject_adapter_in_model(config, again.base_model.model, adapter_name="head")
-    found = set_peft_model_state_dict(again, load_peft_weights(tmp_path / "head"), adapter_name="head")
-    assert not found.unexpected_keys
-    assert torch.equal(again.eval()(X), model(X)) and not torch.equal(again(X), net()(X))
+    result = set_peft_model_state_dict(again, load_peft_weights(tmp_path / "head"), adapter_name="head")
+
+    assert not result.unexpected_keys
+    assert_equal(again.eval()(X), model(X))
+    assert not torch.equal(again(X), net()(X))
     assert sum(parameter.requires_grad for parameter in again.parameters()) == (7 + 2 if is_trainable else 0)
 
 
-def test_lora_before_lotra():
+def test_a_model_with_lora_gets_lotra():
     base = inject_adapter_in_model(LoraConfig(target_modules=["head"], init_lora_weights=False), net())
     before = base(X)
-    model = adapted(base, init_weights=True)
-    assert torch.equal(model(X), before) and len(layers(model)) == 2
+    model = adapt(base, init_weights=True)
+
+    assert_equal(model(X), before)
+    assert len(lotra_layers(model)) == 2
 
 
 def inject(model: PeftModel, name: str, config: PeftConfig) -> None:
@@ -95,7 +106,7 @@ OTHERS = {
 @pytest.mark.parametrize("is_trainable", [False, True])
 @pytest.mark.parametrize("method", OTHERS)
 def test_one_call_loads_what_one_call_saved(method, is_trainable, tmp_path):
-    model = adapted(net())
+    model = adapt(net())
     inject(model, "other", OTHERS[method])
     randomize(model, "other")
     model.eval().save_pretrained(tmp_path)
@@ -141,7 +152,7 @@ class Tail(nn.Module):
 
 def test_several_other_adapters_and_a_new_head_are_all_active(tmp_path):
     """PEFT leaves only the adapter that is injected last active."""
-    model = adapted(Tail(), modules_to_save=["head"])
+    model = adapt(Tail(), modules_to_save=["head"])
     inject(model, "a", LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
     inject(model, "b", LoraConfig(r=2, target_modules=["second"], init_lora_weights=False))
     with torch.no_grad():
@@ -157,7 +168,7 @@ def test_several_other_adapters_and_a_new_head_are_all_active(tmp_path):
 
 
 def test_a_head_that_the_other_method_trains_comes_back(tmp_path):
-    model = adapted(Tail())
+    model = adapt(Tail())
     inject(model, "lora", LoraConfig(r=2, target_modules=["first"], modules_to_save=["head"]))
     randomize(model, "lora")
     model.save_pretrained(tmp_path)
@@ -169,7 +180,7 @@ def test_a_head_that_the_other_method_trains_comes_back(tmp_path):
 
 def test_biases_are_trained_and_saved_with_lora(tmp_path):
     """`bias="all"` saves them; PEFT trains them in the first adapter only, so docs/training.md has the loop below."""
-    model = adapted(Tail())
+    model = adapt(Tail())
     inject(model, "lora", LoraConfig(r=2, target_modules=["first"], bias="all"))
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):
@@ -202,7 +213,7 @@ def test_unrelated_folders_are_left_alone(tmp_path):
 
 def test_names_choose_among_several_lotra_adapters(tmp_path):
     model = both()
-    add(model, "ben")
+    add_adapter(model, "ben")
     model.save_pretrained(tmp_path)
     model.set_adapter("ben")
     model.get_base_model().head.set_adapter("head")
@@ -215,7 +226,7 @@ def test_names_choose_among_several_lotra_adapters(tmp_path):
 
 
 def test_the_lotra_adapter_without_others(tmp_path):
-    model = adapted(net())
+    model = adapt(net())
     model.save_pretrained(tmp_path)
 
     torch.testing.assert_close(load_adapters(net(), tmp_path)(X), model(X), **EXACT)

@@ -7,8 +7,10 @@ import copy
 
 import pytest
 import torch
-from conv_stand_ins import ConvNet, images
+from helpers import assert_equal, images
 from peft import get_peft_model
+from stand_ins import ConvNet
+from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig, extract_lotra, model_summary, slim, start_from_training, update_spectrum
 from peft_lotra.plotting import edge_changes, plot_edge_functions, plot_network_change, plot_spectra
@@ -34,10 +36,15 @@ def tuned_pair(ranks: tuple[int, ...], family: str = "kagnconv", groups: int = 2
 def test_spectra_have_four_modes():
     spectrum = update_spectrum(*tuned_pair((2, 1, 3, 2)))
     layer = spectrum.layers["first"]
-    assert layer.shape == (6, 2, 5, 9) and len(layer.singular_values) == 4
-    assert layer.energy((2, 1, 3, 2)) == pytest.approx(1) and layer.energy((2, 1, 3)) == pytest.approx(1)
+
+    assert layer.shape == (6, 2, 5, 9)
+    assert len(layer.singular_values) == 4
+    assert layer.energy((2, 1, 3, 2)) == pytest.approx(1)
+    assert layer.energy((2, 1, 3)) == pytest.approx(1)
     assert layer.energy((2, 1, 3, 1)) < 1 - 1e-5
+
     costs = layer.costs()
+
     assert costs[1, 0, 2, 1] == 2 * 1 * 3 * 2 + 6 * 2 + 2 * 1 + 5 * 3 + 9 * 2
     assert "6 x 2 x 5 x 9" in str(spectrum)
 
@@ -69,32 +76,40 @@ def test_extraction_finds_the_update(family, groups):
     x = images()
     expected = tuned(x)
     model = extract_lotra(base, tuned, energy=0.99999)
+
     # a full basis has no factor, and costs less than 3 functions
     assert model.peft_config["default"].rank_pattern == {"^first": (2, 1, "full", 2)}
     assert model.extraction_report.errors["first"] < 1e-4
-    torch.testing.assert_close(model.eval()(x), expected, atol=1e-3, rtol=1e-3)
+    assert_close(model.eval()(x), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_inputs_do_not_weigh_convolutions():
     base, tuned = tuned_pair((3, 2, 3, 4), "fastkanconv")
     alike, weighed = (extract_lotra(copy.deepcopy(base), tuned, 2, inputs=x) for x in (None, images()))
     (first,), (second,) = (list(lotra_layers(model)) for model in (alike, weighed))
-    assert torch.equal(first[1].get_delta_weight("default"), second[1].get_delta_weight("default"))
+
+    assert_equal(first[1].get_delta_weight("default"), second[1].get_delta_weight("default"))
     assert "first" in str(weighed.extraction_report)
 
 
-def test_pictures_and_summaries():
+def test_convolutions_have_pictures_and_summaries():
     base, tuned = tuned_pair((2, 1, 3, 2))
     figure = plot_spectra(update_spectrum(base, tuned))
+
     assert [axis.get_title() for axis in figure.axes] == ["out mode", "in mode", "basis mode", "kernel mode"]
     assert all(len(axis.lines) == 1 for axis in figure.axes)
     for call in (lambda: plot_edge_functions(base, "first"), lambda: slim(base, 2)):
         with pytest.raises(ValueError, match="`first` is a convolution"):
             call()
+
     model = get_peft_model(base, LoTRAConfig(r=(2, 1, 2, 3)))
+
     for look in (edge_changes, plot_network_change):
         with pytest.raises(ValueError, match="nor do convolutions"):
             look(model, images())
+
     summary = model_summary(model)
-    assert summary[0].shape == (6, 2, 4, 9) and summary[0].ranks == (2, 1, 2, 3)
+
+    assert summary[0].shape == (6, 2, 4, 9)
+    assert summary[0].ranks == (2, 1, 2, 3)
     assert "(6, 2, 4+1, 9)" in str(summary)

@@ -7,10 +7,11 @@ from operator import attrgetter
 
 import pytest
 import torch
-from helpers import adapt, assert_same, base, inputs, lotra_layers, nested, snapshot, train
+from helpers import adapt, assert_equal, assert_same, base, inputs, lotra_layers, nested, snapshot, train
 from peft import LoraConfig, PeftModel, get_peft_model
 from stand_ins import FAMILIES, ChebyKANLayer, as_model
 from torch import nn
+from torch.testing import assert_close
 
 from peft_lotra import extract_lotra, slim, update_spectrum
 from peft_lotra.kan import KAN
@@ -35,8 +36,9 @@ def test_full_ranks_give_the_fine_tuned_coefficients_back(family):
     model = base(family, torch.float64)
     tuned, x = changed(model), inputs(dtype=torch.float64)
     extracted = extract_lotra(model, tuned, r=100)
+
     assert extracted.extraction_report.errors["kan"] < 1e-5
-    torch.testing.assert_close(extracted(x), tuned(x), rtol=1e-5, atol=1e-5)
+    assert_close(extracted(x), tuned(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family, scale", [("efficient-kan", "spline_scaler"), ("pykan", "scale_sp")])
@@ -49,6 +51,7 @@ def test_a_change_of_the_scales_is_taken_up_by_the_coefficients(family, scale):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         extracted = extract_lotra(model, tuned, r=100)
+
     assert extracted.extraction_report.errors["kan"] < 1e-2  # L-BFGS, for scales of which some are near zero
     assert (extracted(x) - tuned(x)).norm() < 2e-2 * (tuned(x) - start).norm()
 
@@ -62,15 +65,18 @@ def test_the_reported_error_is_the_true_one(family, tmp_path):
         extracted = extract_lotra(model, tuned, r=(2, 2, 3))
     extracted.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(copy.deepcopy(bare), tmp_path)
-    torch.testing.assert_close(loaded(x), extracted(x), rtol=0, atol=0)
+
+    assert_equal(loaded(x), extracted(x))
+
     merged = loaded.merge_and_unload()
     error = update_spectrum(tuned, merged).layers["kan"].norm / update_spectrum(bare, tuned).layers["kan"].norm
+
     assert 0.05 < error < 1
     assert extracted.extraction_report.errors["kan"] == pytest.approx(error, abs=1e-5)
     assert extracted.extraction_report.ranks["kan"] == (2, 2, 3)
 
 
-def test_mult_kan():
+def test_a_network_of_pykan_is_extracted():
     from kan import KAN as PyKAN
 
     model = PyKAN([3, 4, 2], auto_save=False, device="cpu").speed()
@@ -88,13 +94,19 @@ def test_ranks_are_chosen_under_a_budget_or_for_an_energy():
     model = KAN([6, 8, 5])
     tuned = fine_tuned(model, inputs(32, in_features=6))
     report = extract_lotra(copy.deepcopy(model), tuned, budget=150).extraction_report
+
     assert report.parameters <= 150
+
     report = extract_lotra(copy.deepcopy(model), tuned, energy=0.8).extraction_report
+
     assert all(error**2 <= 0.2 + 1e-5 for error in report.errors.values())
+
     pattern = {"layers.0": 1, "layers.1": (2, 3, 1)}
     report = extract_lotra(copy.deepcopy(model), tuned, rank_pattern=pattern).extraction_report
+
     assert report.ranks == {"layers.0": (1, 1, 1), "layers.1": (2, 3, 1)}
-    assert "layers.0" in str(report) and f"{report.parameters:,} parameters" in str(report)
+    assert "layers.0" in str(report)
+    assert f"{report.parameters:,} parameters" in str(report)
 
 
 def test_other_modules_that_changed_are_saved_and_layers_that_did_not_are_left_out(tmp_path):
@@ -105,14 +117,19 @@ def test_other_modules_that_changed_are_saved_and_layers_that_did_not_are_left_o
         tuned["tail"].layers[0].spline_weight.add_(0.1)
     extracted = extract_lotra(model, tuned, r=100)
     report = extracted.extraction_report
+
     assert (report.modules_to_save, report.not_saved, list(report.errors)) == (["head"], [], ["tail.layers.0"])
     assert list(lotra_layers(extracted.base_model.model)) == ["tail.layers.0"]
-    assert torch.equal(extracted.base_model.model["head"].weight, tuned["head"].weight)
+    assert_equal(extracted.base_model.model["head"].weight, tuned["head"].weight)
+
     extracted.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(bare, tmp_path)
-    assert torch.equal(loaded.base_model.model["head"].weight, tuned["head"].weight)
+
+    assert_equal(loaded.base_model.model["head"].weight, tuned["head"].weight)
+
     x = torch.rand(2, 4)
-    assert torch.equal(loaded.base_model.model["tail"](x), extracted.base_model.model["tail"](x))
+
+    assert_equal(loaded.base_model.model["tail"](x), extracted.base_model.model["tail"](x))
 
 
 def test_a_warning_names_what_cannot_be_saved():
@@ -129,22 +146,29 @@ def test_a_warning_names_what_cannot_be_saved():
     tuned = fine_tuned(model, inputs())
     with pytest.warns(UserWarning, match="scale.*kan.base_linear.bias.*cannot hold"):
         report = extract_lotra(model, tuned, r=2).extraction_report
-    assert report.modules_to_save == [] and {"scale", "kan.base_linear.bias"} <= set(report.not_saved)
+    assert report.modules_to_save == []
+    assert {"scale", "kan.base_linear.bias"} <= set(report.not_saved)
 
 
-@pytest.mark.parametrize("given", [None, torch.rand(60, 3)])
-def test_tuned_may_be_adapted(given):
+@pytest.mark.parametrize("data", [None, torch.rand(60, 3)])
+def test_tuned_may_be_adapted(data):
     """By this method and another one, beside a copy of a module."""
     model = nested()
     tuned = adapt(copy.deepcopy(model), r=2, adapter_name="first", modules_to_save=["head"])
     tuned.base_model.model["head"].modules_to_save["first"].bias.data += 1
     before = snapshot(tuned)
-    extracted = extract_lotra(copy.deepcopy(model), tuned, r=100, inputs=given, adapter_name="second")
+    extracted = extract_lotra(copy.deepcopy(model), tuned, r=100, inputs=data, adapter_name="second")
+
     assert_same(tuned, before)
+
     report, x = extracted.extraction_report, torch.rand(5, 3)
-    assert list(extracted.peft_config) == ["second"] and report.modules_to_save == ["head"]
-    torch.testing.assert_close(extracted.eval()(x), tuned(x), rtol=1e-3, atol=1e-3)
+
+    assert list(extracted.peft_config) == ["second"]
+    assert report.modules_to_save == ["head"]
+    assert_close(extracted.eval()(x), tuned(x), rtol=1e-3, atol=1e-3)
+
     lora = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["head"], init_lora_weights=False))
+
     with pytest.raises(ValueError, match="nothing to extract"):
         extract_lotra(model, lora, r=2)
 
@@ -185,13 +209,15 @@ def move_grid(model):
 def test_errors_leave_the_base_as_it_was(tuned, kwargs, message):
     model, tuned = KAN([3, 5, 4]), tuned()
     before = snapshot(model)
+
     with pytest.raises(ValueError, match=message):
         extract_lotra(model, tuned, **(kwargs or {"r": 2}))
     assert_same(model, before)
 
 
-def test_more_errors():
+def test_an_unchanged_or_adapted_base_is_refused():
     model = KAN([3, 5, 4])
+
     with pytest.raises(ValueError, match="nothing to extract"):
         extract_lotra(model, copy.deepcopy(model), r=2)
     with pytest.raises(ValueError, match="`base` has adapters"):
@@ -210,12 +236,14 @@ def test_with_inputs_the_outputs_are_met_better_and_their_error_is_the_true_one(
     bare, errors = copy.deepcopy(model), {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fast-kan's bias and norm
-        for given in (None, x):
-            extracted = extract_lotra(copy.deepcopy(bare), tuned, r=(3, 3, 3), inputs=given)
+        for data in (None, x):
+            extracted = extract_lotra(copy.deepcopy(bare), tuned, r=(3, 3, 3), inputs=data)
             report = extracted.extraction_report
             change = tuned(x) - bare(x)
-            errors[given is x] = ((tuned(x) - extracted(x)).norm() / change.norm()).item()
+            errors[data is x] = ((tuned(x) - extracted(x)).norm() / change.norm()).item()
+
     assert errors[True] < 0.8 * errors[False], errors
+
     if family != "fast-kan":  # of which something changed that no adapter holds
         assert report.output_errors["kan"] == pytest.approx(errors[True], abs=1e-5)
 
@@ -228,6 +256,7 @@ def test_scales_of_the_edges_count_with_inputs_even_if_they_did_not_change():
     bare = copy.deepcopy(model)
     extracted = extract_lotra(model, tuned, r=(3, 3, 3), inputs=x)
     error = ((tuned(x) - extracted(x)).norm() / (tuned(x) - bare(x)).norm()).item()
+
     assert extracted.extraction_report.output_errors["kan"] == pytest.approx(error, abs=1e-5)
 
 
@@ -248,9 +277,11 @@ def test_with_inputs_ranks_are_chosen_by_the_outputs():
     model, x = KAN([8, 9, 5], dtype=torch.float64), correlated()
     adapted = adapt(copy.deepcopy(model), r=(3, 3, 3))
     weighted, plain = (
-        extract_lotra(copy.deepcopy(model), adapted, budget=200, inputs=given).extraction_report for given in (x, None)
+        extract_lotra(copy.deepcopy(model), adapted, budget=200, inputs=data).extraction_report for data in (x, None)
     )
-    assert weighted.parameters <= 200 and weighted.ranks != plain.ranks
+
+    assert weighted.parameters <= 200
+    assert weighted.ranks != plain.ranks
     assert f"{weighted.output_errors['layers.1']:.2%}" in str(weighted)
     assert not plain.output_errors
 
@@ -258,7 +289,7 @@ def test_with_inputs_ranks_are_chosen_by_the_outputs():
 # the coefficients of a Slim layer are no parameters that could be exchanged
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("family", ["own", "efficient-kan", "cheby-kan"])
-def test_slim_layers(family):
+def test_updates_of_slim_layers_are_extracted(family):
     x = inputs(20, torch.float64)
     small = slim(base(family, torch.float64), ranks=(2, 2, 3))
     tuned = copy.deepcopy(small)
@@ -267,9 +298,12 @@ def test_slim_layers(family):
             parameter += 0.1 * torch.randn_like(parameter)
     dense = extract_lotra(small.to_dense(), tuned.to_dense(), budget=90, inputs=x)
     wrapped = extract_lotra(copy.deepcopy(small), nn.DataParallel(tuned), budget=90, inputs=x)
+
     assert wrapped.extraction_report.ranks == dense.extraction_report.ranks
+
     model = extract_lotra(small, tuned, 9, inputs=x)
-    torch.testing.assert_close(model(x), tuned(x), atol=1e-5, rtol=1e-4)
+
+    assert_close(model(x), tuned(x), atol=1e-5, rtol=1e-4)
 
 
 class Squared(ChebyKANLayer):
@@ -281,8 +315,9 @@ def test_layers_that_are_not_linear_are_not_weighted_by_inputs():
     model, x = as_model(Squared(3, 4, 4)).double(), inputs(dtype=torch.float64)
     tuned = changed(model)
     extracted = extract_lotra(model, tuned, r=100, inputs=x)
+
     assert not extracted.extraction_report.output_errors
-    torch.testing.assert_close(extracted(x), tuned(x), rtol=1e-5, atol=1e-5)
+    assert_close(extracted(x), tuned(x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_head_whose_name_a_kan_layer_ends_with():
@@ -292,7 +327,8 @@ def test_a_head_whose_name_a_kan_layer_ends_with():
     with torch.no_grad():
         for parameter in tuned.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+
     with pytest.warns(UserWarning, match=r"also changed 1\.weight, 1\.bias, which a LoTRA adapter cannot hold"):
         extracted = extract_lotra(model, tuned, r=100)
     assert extracted.extraction_report.modules_to_save == []
-    torch.testing.assert_close(extracted.base_model.model[0](x), tuned[0](x))
+    assert_close(extracted.base_model.model[0](x), tuned[0](x))

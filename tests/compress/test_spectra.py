@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import adapt, assert_same, base, lotra_layers, snapshot
 from stand_ins import FAMILIES
+from torch.testing import assert_close
 
 from peft_lotra import extract_lotra, find_kan_layers, update_spectrum
 from peft_lotra.compress.spectra import choose_ranks, spectrum_of
@@ -33,8 +34,10 @@ def perturbed(model: torch.nn.Module) -> torch.nn.Module:
 def test_energies_and_singular_values_are_those_of_the_projections(shape):
     tensor = torch.randn(shape, dtype=torch.float64)
     layer = spectrum_of(tensor)
+
     for mode, values in enumerate(layer.singular_values):
-        torch.testing.assert_close(values, torch.linalg.svdvals(tensor.movedim(mode, 0).flatten(1)))
+        assert_close(values, torch.linalg.svdvals(tensor.movedim(mode, 0).flatten(1)))
+
     for ranks in ((1, 1, 1, 1), (2, 3, 1, 2), (4, 2, 3, 4), shape):
         projected = tensor
         for mode, rank in zip(range(tensor.dim()), ranks, strict=False):
@@ -42,7 +45,9 @@ def test_energies_and_singular_values_are_those_of_the_projections(shape):
             projected = torch.tensordot(left @ left.T, projected, ([1], [mode])).movedim(0, mode)
         kept = (projected.norm() / tensor.norm()).square().item()
         assert layer.energy(ranks) == pytest.approx(kept, abs=1e-12)
-    assert layer.energy(100) == pytest.approx(1) and spectrum_of(torch.zeros(shape)).energies.min() == 1
+
+    assert layer.energy(100) == pytest.approx(1)
+    assert spectrum_of(torch.zeros(shape)).energies.min() == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -52,14 +57,19 @@ def test_the_update_of_an_adapter_has_its_ranks(family):
     adapted = adapt(copy.deepcopy(model), r=ranks).double().train()  # no dropout in what is read
     before = snapshot(adapted)
     spectrum = update_spectrum(model, adapted)
+
     assert_same(adapted, before)
+
     layer = spectrum.layers["kan"]
     (lotra,) = lotra_layers(adapted).values()
+
     assert layer.shape == lotra.get_delta_weight("default").shape
     assert layer.energy(ranks) == pytest.approx(1, abs=1e-12)
+
     with adapted.disable_adapter():
         assert update_spectrum(model, adapted).layers["kan"].norm == 0
     adapted.merge_adapter()
+
     assert update_spectrum(model, adapted).layers["kan"].norm == pytest.approx(layer.norm)
 
 
@@ -71,6 +81,7 @@ def test_an_energy_takes_the_cheapest_ranks():
             cost = layer.costs()[tuple(r - 1 for r in ranks)]
             assert layer.energy(ranks) >= energy - 1e-9
             assert not (layer.energies[layer.costs() < cost] >= energy).any()
+
     assert choose_ranks(layers, energy=1.0)["b"] == (3, 2, 8)  # a full basis has no factor, and costs less than 4
 
 
@@ -100,6 +111,7 @@ def test_a_budget_keeps_nearly_the_most_energy():
         total = sum(layer.norm**2 for layer in layers.values())
         assert kept >= best - 0.1 * total
         last = max(last, kept / total)
+
     assert last > 0.95
 
 
@@ -142,6 +154,7 @@ def test_scales_of_edges_are_part_of_the_update(family, names):
     coefficients, scale = (getattr(tuned.kan, name).data for name in names.split())
     scale.mul_(1.5)
     expected = (coefficients * scale[..., None]).norm().item() / 3
+
     assert update_spectrum(model, tuned).layers["kan"].norm == pytest.approx(expected, rel=1e-5)
 
 
@@ -150,7 +163,8 @@ def test_a_spectrum_prints_as_a_table():
 
     text = str(update_spectrum(model, perturbed(model)))
 
-    assert "5 x 3 x 9" in text and "kept by (4, 4, 4)" in text
+    assert "5 x 3 x 9" in text
+    assert "kept by (4, 4, 4)" in text
 
 
 @pytest.mark.parametrize(
@@ -162,21 +176,24 @@ def test_a_spectrum_prints_as_a_table():
         ({"budget": 31}, "2 layers take 3[0-9]"),
     ],
 )
-def test_wrong_arguments(kwargs, message):
+def test_wrong_arguments_are_refused(kwargs, message):
     model = KAN([3, 5, 4])
     with pytest.raises(ValueError, match=message):
         extract_lotra(model, perturbed(model), **kwargs)
 
 
-def test_wrong_models():
+def test_models_that_cannot_be_compared_are_refused():
     model = KAN([3, 5, 4])
+
     with pytest.raises(ValueError, match=r"layers\.1.*\(4, 5, 8\).*\(6, 5, 8\)"):
         update_spectrum(model, KAN([3, 5, 6]))
     with pytest.raises(ValueError, match=r"layers\.2.* None"):
         update_spectrum(KAN([3, 5, 4, 4]), model)
     with pytest.raises(ValueError, match="No KAN layer"):
         update_spectrum(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+
     broken = copy.deepcopy(model)
     broken.layers[0].base_weight.data[0, 0] = torch.nan
+
     with pytest.raises(ValueError, match=r"`layers\.0` are not finite"):
         update_spectrum(model, broken)

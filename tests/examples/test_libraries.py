@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "studies"
@@ -30,7 +31,8 @@ def launch(tmp_path_factory):
     def run(launcher: list[str], *flags: str) -> tuple[dict, dict[str, torch.Tensor]]:
         folder = tmp_path_factory.mktemp("accelerate")
         script = str(EXAMPLES / "finetune_accelerate.py")
-        command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, script, *flags]
+        launch = ["-m", "accelerate.commands.launch", *launcher] if launcher else []
+        command = [sys.executable, *launch, script, *flags]
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
         root = str(EXAMPLES.parents[1])
         environment["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
@@ -45,23 +47,27 @@ def launch(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(launch):
-    return launch(["--cpu"], *FLAGS)
+    return launch([], *FLAGS)
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
 def test_two_processes_give_the_losses_of_one(launch, alone, sharded):
     results, adapter = launch(TWO, *FLAGS, *(["--fsdp2"] if sharded else []))
-    assert results["processes"] == 2 and results["kind"] == ("fully_shard" if sharded else "MULTI_CPU")
-    assert len(results["losses"]) == 24 and results["losses"][-1] < results["losses"][0]
+
+    assert results["processes"] == 2
+    assert results["kind"] == ("fully_shard" if sharded else "MULTI_CPU")
+    assert len(results["losses"]) == 24
+    assert results["losses"][-1] < results["losses"][0]
     assert results["losses"] == pytest.approx(alone[0]["losses"], abs=1e-5)
     # whole tensors, and the same ones
     assert {key: value.shape for key, value in adapter.items()} == {k: v.shape for k, v in alone[1].items()}
     for key, value in adapter.items():
-        torch.testing.assert_close(value, alone[1][key], rtol=0, atol=1e-4)
+        assert_close(value, alone[1][key], rtol=0, atol=1e-4)
 
 
 def test_bfloat16_and_compilation(launch, alone):
-    results, _ = launch(["--cpu"], *FLAGS[:4], "--bf16", "--compile")
+    results, _ = launch([], *FLAGS[:4], "--bf16", "--compile")
+
     assert results["losses"] == pytest.approx(alone[0]["losses"], abs=0.05)
     assert results["losses"] != alone[0]["losses"]
 
@@ -108,7 +114,8 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(tmp_path):
 
     example.main([*OPTIONS, "--output", str(killed), "--resume"])
     expected, found = (json.loads((path / "results.json").read_text()) for path in (whole, killed))
-    assert found[0]["LoTRA"]["losses"] == expected[0]["LoTRA"]["losses"] and len(found[0]["LoTRA"]["losses"]) == 6
+    assert found[0]["LoTRA"]["losses"] == expected[0]["LoTRA"]["losses"]
+    assert len(found[0]["LoTRA"]["losses"]) == 6
     assert found == expected
     for name in ("LoTRA", "full-fine-tuning"):
         for path in sorted((whole / "seed0" / name / "best").glob("*.safetensors")):
@@ -138,5 +145,7 @@ def test_ray_serve(tmp_path):
     subprocess.run([sys.executable, script, "--quick", "--output", tmp_path], check=True)
     results = json.loads((tmp_path / "serve.json").read_text())
     runs = [*results["runs"], results["accident"]]
-    assert len(runs) == 5 and all(run["requests"] >= 200 and run["wrong"] == 0 for run in runs)
+
+    assert len(runs) == 5
+    assert all(run["requests"] >= 200 and run["wrong"] == 0 for run in runs)
     assert results["accident"]["wrong after the reload"] == 0

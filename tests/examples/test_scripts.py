@@ -27,6 +27,7 @@ SCRIPTS = [
 def test_each_study_says_what_it_needs_and_takes_and_writes(path):
     tree = ast.parse(path.read_text())
     first = next(node for node in tree.body[1:] if not getattr(node, "module", "").startswith("__future__"))
+
     assert ast.unparse(first).endswith("import command_line")  # before packages that may be missing
     assert "command_line.Parser" in [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
 
@@ -50,6 +51,7 @@ def test_scripts_to_copy_are_short(name, lines):
 @pytest.mark.parametrize("folder", [".", "pde", "new"])
 def test_quick_results_never_replace_committed_ones(folder, capsys):
     fields = {"takes": "a minute", "writes": "a.json", "folder": command_line.RESULTS, "quick": "little"}
+
     with pytest.raises(SystemExit):
         command_line.Parser("A study.", **fields).parse_args(
             ["--quick", "--output", str(command_line.RESULTS / folder)]
@@ -60,12 +62,17 @@ def test_quick_results_never_replace_committed_ones(folder, capsys):
 def test_missing_data_are_one_line_before_anything_runs(tmp_path, capsys):
     parser = command_line.Parser("A study.", takes="a minute", writes="a.json", folder=command_line.RESULTS)
     parser.add_argument("--data-dir", type=Path)
+
     with pytest.raises(SystemExit):
         parser.parse_args(["--output", str(tmp_path / "new"), "--data-dir", str(tmp_path)])
+
     (line,) = capsys.readouterr().err.splitlines()
+
     assert f"--data-dir {tmp_path}: no file of images" in line
     assert not (tmp_path / "new").exists()
+
     (tmp_path / "images-idx3-ubyte.gz").touch()
+
     assert parser.parse_args(["--output", str(tmp_path / "new"), "--data-dir", str(tmp_path)]).data_dir == tmp_path
 
 
@@ -99,7 +106,8 @@ def test_a_forward_pass_has_few_calls():
     import calls
 
     counts = calls.measure()
-    assert counts["get_peft_model"].total() <= 600 and counts["forward"].total() <= 200
+    assert counts["get_peft_model"].total() <= 600
+    assert counts["forward"].total() <= 200
 
 
 def test_the_family_of_the_space_loads_and_predicts():

@@ -11,6 +11,7 @@ from peft import get_peft_model
 from study_tools import stacked, together
 from torch import nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig, create_lotra_optimizer
 from peft_lotra.kan import KAN
@@ -53,7 +54,8 @@ def base(maker) -> nn.Module:
 def test_a_method_starts_as_its_base(maker, base):
     tasks = make_tasks(3)
     found = maker(base, tasks, 1e-2)(tasks.test[0])
-    torch.testing.assert_close(found.detach(), base(tasks.test[0]), atol=1e-5, rtol=1e-5)
+
+    assert_close(found.detach(), base(tasks.test[0]), atol=1e-5, rtol=1e-5)
 
 
 def test_a_task_among_others_is_trained_as_alone(maker, base):
@@ -71,7 +73,8 @@ def test_a_task_among_others_is_trained_as_alone(maker, base):
         errors.append(stacked.losses_of(method, tasks, tasks.test)[0])
         if isinstance(method, stacked.Banked):
             method.bank.detach()
-    torch.testing.assert_close(*errors, atol=1e-5, rtol=1e-4)
+
+    assert_close(*errors, atol=1e-5, rtol=1e-4)
     assert errors[0].mean() < 0.97 * squared(base(tasks.test[0]), tasks.test[1])[0].mean()
 
 
@@ -89,10 +92,11 @@ def test_a_network_among_others_is_trained_as_alone():
     losses = together.train(models, optimizers, together.batches([data] * 3, draws), F.mse_loss, 20)
     for step, rows in enumerate(draws[1]):
         loss = F.mse_loss(alone(data[0][rows]), data[1][rows])
-        torch.testing.assert_close(losses[step, 1], loss.detach(), atol=1e-5, rtol=1e-4)
+        assert_close(losses[step, 1], loss.detach(), atol=1e-5, rtol=1e-4)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         scheduler.step()
-    torch.testing.assert_close(models[1](data[0]), alone(data[0]), atol=1e-4, rtol=1e-3)
+
+    assert_close(models[1](data[0]), alone(data[0]), atol=1e-4, rtol=1e-3)
     assert losses[-3:, 1].mean() < 0.9 * losses[:3, 1].mean()

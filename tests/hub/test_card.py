@@ -10,6 +10,7 @@ import json
 import pytest
 import torch
 import yaml
+from helpers import assert_equal
 from huggingface_hub import EvalResult, ModelCard
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from torch import nn
@@ -31,15 +32,23 @@ def readme(model, tmp_path):
 
 def test_a_plain_save_leaves_a_card(model, readme):
     text = readme.read_text()
+
     assert ModelCard(text).data.tags == ["kan", "lotra", "peft-plugin"] and text.count("# LoTRA adapter") == 1
-    assert "More Information Needed" not in text and str(readme.parent) not in text
+    assert "More Information Needed" not in text
+    assert str(readme.parent) not in text
+
     norm = model.base_model.model.layers[0].get_delta_weight("default").norm()
     row = next(line for line in text.splitlines() if line.startswith("layers.0"))
-    assert row.split("  ")[1] == "peft-lotra" and "(3, 2, 9)" in row and row.split()[-3:] == ["1", f"{norm:.3g}", "32"]
+
+    assert row.split("  ")[1] == "peft-lotra"
+    assert "(3, 2, 9)" in row
+    assert row.split()[-3:] == ["1", f"{norm:.3g}", "32"]
+
     for _ in range(2):  # once is as good as twice
         model.save_pretrained(readme.parent)
         assert readme.read_text() == text
     write_model_card(None, readme.parent)
+
     assert readme.read_text() == text
 
 
@@ -60,10 +69,14 @@ def code_of(base, folder, adapter_config=None, from_files=False, **kwargs) -> st
 def test_the_snippet_runs_in_the_folder(model, readme, monkeypatch):
     write_model_card(model, readme.parent)
     monkeypatch.chdir(readme.parent)
-    namespace = {}
-    exec(code_in(readme.parent), namespace)
-    tensors = get_peft_model_state_dict(namespace["model"])
-    assert all(torch.equal(tensors[name], it) for name, it in get_peft_model_state_dict(model).items())
+    names = {}
+
+    exec(code_in(readme.parent), names)
+
+    assert_equal(get_peft_model_state_dict(names["model"]), get_peft_model_state_dict(model))
+
+
+CARD_OF_A_PERSON = "---\nlicense: mit\nlibrary_name: peft\n---\n# Mine\n\n### Framework versions\n\n- PEFT 0.1\n"
 
 
 def test_the_snippet_loads_adapters_of_other_methods_too(tmp_path, monkeypatch):
@@ -91,22 +104,34 @@ def test_the_snippet_loads_adapters_of_other_methods_too(tmp_path, monkeypatch):
 
 
 def test_a_save_leaves_the_card_of_a_person_alone(model, tmp_path):
-    text = "---\nlicense: mit\nlibrary_name: peft\n---\n# Mine\n\n### Framework versions\n\n- PEFT 0.1\n"
-    (tmp_path / "README.md").write_text(text)
+    readme = tmp_path / "README.md"
+    readme.write_text(CARD_OF_A_PERSON)
+
     model.save_pretrained(tmp_path)
-    found = (tmp_path / "README.md").read_text()
-    assert "# Mine" in found and "## Use it" not in found
+    saved = readme.read_text()
     model.peft_config["default"].save_pretrained(str(tmp_path / "subfolder"))
-    assert (tmp_path / "README.md").read_text() == found and not (tmp_path / "subfolder/README.md").exists()
-    # asked for, the card comes below the text, and is replaced there
+
+    assert "# Mine" in saved
+    assert "## Use it" not in saved
+    assert readme.read_text() == saved
+    assert not (tmp_path / "subfolder/README.md").exists()
+
+
+def test_a_card_that_is_asked_for_comes_below_the_text_of_a_person_and_is_replaced_there(model, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(CARD_OF_A_PERSON)
+    model.save_pretrained(tmp_path)
+
     write_model_card(model, tmp_path)
-    with open(tmp_path / "README.md", "a") as file:
-        file.write("\nAfter.\n")
+    readme.write_text(readme.read_text() + "\nAfter.\n")
     model.save_pretrained(tmp_path)
     write_model_card(model, tmp_path, tags="scans")
-    found = (tmp_path / "README.md").read_text()
-    assert found.index("# Mine") < found.index("## Use it") < found.index("After.") and found.count("## Use it") == 1
-    assert ModelCard(found).data.license == "mit" and "scans" in ModelCard(found).data.tags
+
+    text = readme.read_text()
+    assert text.index("# Mine") < text.index("## Use it") < text.index("After.")
+    assert text.count("## Use it") == 1
+    assert ModelCard(text).data.license == "mit"
+    assert "scans" in ModelCard(text).data.tags
 
 
 def test_front_matter_that_exists_is_kept(model, readme):
@@ -117,6 +142,7 @@ def test_front_matter_that_exists_is_kept(model, readme):
     write_model_card(model, readme.parent, base_model="ann/kan", license="mit", repo_id="ann/x")
     model.save_pretrained(readme.parent)
     data = ModelCard(readme.read_text()).data
+
     assert (data.license, data.base_model, data.eval_results) == ("mit", "ann/kan", [result])
     assert "base_model:adapter:ann/kan" in data.tags
 
@@ -125,16 +151,20 @@ def test_the_code_of_the_user_stays(model, readme):
     write_model_card(model, readme.parent, base_code="\nbase = mine()\n")
     model.save_pretrained(readme.parent)
     write_model_card(model, readme.parent)
+
     assert "\n\nbase = mine()\n\nmodel = " in code_in(readme.parent)
+
     write_model_card(model, readme.parent, base_model="ann/kan")  # which the code did not build
+
     assert "mine()" not in code_in(readme.parent)
 
 
-def test_code_that_makes_a_kan(tmp_path):
+def test_the_code_makes_a_kan_of_the_same_sizes_and_grid(tmp_path):
     base = KAN([2, 3, 1], grid_size=4, spline_order=2, grid_range=(0.0, 2.0))
     namespace, bounds = {}, base.layers[0].grid_bounds
     exec(code_of(base, tmp_path).split("\nmodel =")[0], namespace)
-    assert torch.equal(namespace["base"].layers[0].grid_bounds, bounds)
+
+    assert_equal(namespace["base"].layers[0].grid_bounds, bounds)
     assert namespace["base"](torch.rand(4, 2)).shape == (4, 1)
     assert "base = KAN([2, 1]" in code_of(KAN([2, 1]), tmp_path, base_model="ann/kan")  # has no `from_pretrained`
 
@@ -144,12 +174,12 @@ UNEQUAL_GRIDS.layers[1] = KANLinear(3, 1, grid_size=7)
 
 
 @pytest.mark.parametrize("base", [KAN([2, 3, 1], norm="layer"), nn.Sequential(KAN([2, 1])), UNEQUAL_GRIDS])
-def test_code_of_other_bases(tmp_path, base):
+def test_the_code_leaves_other_bases_to_the_user(tmp_path, base):
     assert "base = ...  # a " in code_of(base, tmp_path, base_model="ann/kan")  # they have no `from_pretrained`
 
 
 @pytest.mark.parametrize("from_files", [False, True])
-def test_code_of_a_base_on_the_hub(tmp_path, from_files):
+def test_the_code_loads_a_base_from_the_hub(tmp_path, from_files):
     code = code_of(
         KANModel(KANConfig(widths=(2, 4, 1))), tmp_path, {"revision": "v1"}, from_files, base_model="ann/kan"
     )
@@ -157,14 +187,15 @@ def test_code_of_a_base_on_the_hub(tmp_path, from_files):
 
 
 @pytest.mark.parametrize("value", ["X; print(1)", "X`\n```\n# title", 3])
-def test_a_class_that_would_be_code(tmp_path, value):
+def test_a_class_that_would_be_code_is_not_written(tmp_path, value):
     mapping = {"base_model_class": value, "parent_library": "nets"}
     assert "base = ...  # a torch.nn.Module," in code_of(KAN([2, 1]), tmp_path, {"auto_mapping": mapping}, True)
 
 
 @pytest.mark.parametrize("text", [b"---\ntags: [a\n---\n", b"---\n- a\n---\n", b"\xff\xfe\0bad"])
-def test_a_card_that_cannot_be_read(model, readme, text):
+def test_a_card_that_cannot_be_read_is_left_as_it_is(model, readme, text):
     readme.write_bytes(text)
+
     with pytest.raises((ValueError, yaml.YAMLError)):
         write_model_card(model, readme.parent)
     with pytest.warns(UserWarning, match="The adapter is saved, its model card is not written"):
@@ -172,8 +203,9 @@ def test_a_card_that_cannot_be_read(model, readme, text):
     assert readme.read_bytes() == text
 
 
-def test_bad_arguments(model, readme):
+def test_wrong_arguments_of_a_card_are_refused(model, readme):
     before = readme.read_text()
+
     for kwargs in ({"metrics": {"r2": "0.9"}}, {"metrics": {"r2": float("inf")}}, {"base_model": "./kan"}):
         with pytest.raises(ValueError):
             write_model_card(model, readme.parent, **kwargs)
@@ -191,6 +223,8 @@ def test_several_adapters_have_one_card(tmp_path, names):
     model.add_adapter(names[1], config)
     model.save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert f"Adapters in subfolders of their names: {names[1]}." in text and text.count("\nlayers.0  ") == 1
+
+    assert f"Adapters in subfolders of their names: {names[1]}." in text
+    assert text.count("\nlayers.0  ") == 1
     assert ('subfolder="anna"' in text) is (names[0] == "anna")
     assert not list(tmp_path.glob("*/README.md"))

@@ -11,11 +11,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conv_stand_ins import CONVOLUTIONS, Gaussians, images
-from helpers import adapt, base, inputs, nested, saved_and_merged
+from helpers import adapt, base, images, inputs, nested, saved_and_merged
 from orders import Formula, assert_one_edge
 from peft import LoraConfig, PeftModel, get_peft_model
-from stand_ins import FAMILIES, as_model
+from stand_ins import CONVOLUTIONS, FAMILIES, Gaussians, as_model
 from torch import nn
 
 from peft_lotra import find_kan_layers

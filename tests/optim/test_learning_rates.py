@@ -29,15 +29,15 @@ def multipliers(model: nn.Module, policy="width", optimizer_cls=torch.optim.Adam
     optimizer = create_lotra_optimizer(model, optimizer_cls, lr=1.0, policy=policy)
     rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
 
-    found = {}
+    by_component = {}
     for name, parameter in model.named_parameters():
         if parameter in rates:
             layer, component, _ = name.rpartition("layers.")[2].split(".")
-            found[layer, component.removeprefix("lotra_")] = rates[parameter]
-    return found
+            by_component[layer, component.removeprefix("lotra_")] = rates[parameter]
+    return by_component
 
 
-def test_policy_width_for_adam():
+def test_rates_of_adam_fall_with_the_width():
     assert multipliers(wide()) == {
         ("0", "core"): 1,
         ("0", "factor_out"): 1 / 4,
@@ -50,16 +50,19 @@ def test_policy_width_for_adam():
     }
 
 
-def test_policy_width_above_rank_4():
-    found = multipliers(get_peft_model(KAN([64, 256]), LoTRAConfig(r=(8, 16, 4))))
-    assert list(found.values()) == [1 / 4, 1 / 8, 1 / 2, 1]  # core, factor_out, factor_in, factor_basis
+def test_rates_of_adam_fall_with_ranks_above_4():
+    rates = multipliers(get_peft_model(KAN([64, 256]), LoTRAConfig(r=(8, 16, 4))))
+    assert list(rates.values()) == [1 / 4, 1 / 8, 1 / 2, 1]  # core, factor_out, factor_in, factor_basis
 
 
 @pytest.mark.parametrize("optimizer_cls", [torch.optim.SGD, torch.optim.ASGD])
 def test_sgd_has_one_rate(optimizer_cls):
     model = wide()
+
     assert set(multipliers(model, "width", optimizer_cls).values()) == {1.0}
+
     optimizer = create_lotra_optimizer(model, optimizer_cls, lr=0.1)
+
     assert groups_of(optimizer)["factor_out/256"]["lr"] == 0.1
 
 
@@ -75,27 +78,35 @@ def test_a_start_from_the_gradient_has_rates_of_its_own(tmp_path):
     for layer in "01":
         expected[layer, "core"] *= 0.1
         expected[layer, "factor_out"] *= 0.5
+
     assert multipliers(outer) == multipliers(model) == pytest.approx(expected)
     assert (
         set(multipliers(model, "uniform").values())
         == set(multipliers(model, "width", torch.optim.SGD).values())
         == {1}
     )
+
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "started", is_trainable=True)
+
     assert multipliers(loaded) == pytest.approx(expected)
+
     for layer in lotra_layers(model).values():
         layer.lotra_core["random"].requires_grad_()
     groups = create_lotra_optimizer(model, torch.optim.Adam, lr=1.0).param_groups
+
     assert sorted(group["lr"] for group in groups if group["name"] == "core") == [0.1, 1]
+
     model.set_adapter("random")
+
     assert multipliers(model) == multipliers(wide())
 
 
-def test_policy_by_component():
-    found = multipliers(wide(), {"core": 0.5, "factor_in": 0})
+def test_a_policy_may_give_rates_by_component():
+    rates = multipliers(wide(), {"core": 0.5, "factor_in": 0})
     expected = {"core": 0.5, "factor_out": 1, "factor_in": 0, "factor_basis": 1}
-    assert found == {(layer, name): value for layer in "01" for name, value in expected.items()}
+
+    assert rates == {(layer, name): value for layer in "01" for name, value in expected.items()}
 
 
 def test_every_trainable_parameter_is_in_one_group_and_no_other_one():
@@ -104,6 +115,7 @@ def test_every_trainable_parameter_is_in_one_group_and_no_other_one():
     optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=1e-2)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     expected = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+
     assert len(trained) == len(expected)
     assert {id(parameter) for parameter in trained} == expected
 
@@ -165,12 +177,12 @@ def test_a_scheduler_keeps_the_ratio_of_both_rates():
         ({"policy": {"core": "1"}}, "{'core': '1'}, but must be .* multipliers of at least 0"),
     ],
 )
-def test_wrong_arguments(arguments, message):
+def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         create_lotra_optimizer(wide(), torch.optim.Adam, **{"lr": 0.1, **arguments})
 
 
-def test_models_without_adapters_that_train():
+def test_a_model_without_trained_adapters_is_refused():
     frozen = get_peft_model(KAN([2, 3]), LoTRAConfig(r=2, inference_mode=True))
     for model in (KAN([2, 3]), frozen):
         with pytest.raises(ValueError, match="requires a gradient.*get_peft_model.*is_trainable=True"):

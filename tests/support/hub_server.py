@@ -53,7 +53,8 @@ class Repo:
     refs: dict[str, str] = field(default_factory=dict)
 
     def commit(self, ref: str, message: str, files: dict[str, Blob]) -> str:
-        oid = hashlib.sha1(f"{len(self.commits)} {ref} {message}".encode()).hexdigest()
+        contents = sorted((name, blob.oid) for name, blob in files.items())  # caches of clients go by the oid
+        oid = hashlib.sha1(f"{len(self.commits)} {ref} {message} {contents}".encode()).hexdigest()
         self.commits[oid] = (message, files)
         self.refs[ref] = oid
         return oid

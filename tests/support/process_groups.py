@@ -27,7 +27,7 @@ def _free_port() -> int:
 
 
 def start_group(worker: str, world: int, folder: Path) -> list[Any]:
-    """Runs a script of tests/support in `world` processes, and returns what each wrote to the path it was given."""
+    """Run a script, by its path from tests/support, in `world` processes; return what each wrote to its argument."""
     env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world)}
     env |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = os.pathsep.join([str(SUPPORT), str(SUPPORT.parents[1]), env.get("PYTHONPATH", "")])

@@ -43,14 +43,14 @@ INPUTS = {
 
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_what_is_no_input(name, kind):
+def test_what_is_no_input_is_refused(name, kind):
     layer = LAYERS[name]()
     refused(lambda: layer(INPUTS[kind]), "input")
     refused(lambda: jet(layer, INPUTS[kind]), "`x`|input")
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_dtypes_and_no_rows(name):
+def test_another_dtype_is_refused_and_no_rows_are_run(name):
     layer = LAYERS[name]()
     refused(lambda: layer(torch.zeros(2, 3, dtype=torch.float64)), "cast one of them")
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -69,9 +69,10 @@ CALLS = {
 
 
 @pytest.mark.parametrize("words", CALLS)
-def test_wrong_arguments(words):
+def test_a_wrong_argument_is_refused_by_this_package(words):
     before = snapshot(BASE)
     refused(CALLS[words], words.strip())
+
     assert_same(BASE, before)
 
 
@@ -93,8 +94,9 @@ TAKE_A_MODEL = {
 
 
 @pytest.mark.parametrize("name", TAKE_A_MODEL)
-def test_what_is_no_model(tmp_path, name, monkeypatch):
+def test_what_is_no_model_is_refused(tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
     for thing in (3, "model", KAN, [BASE], BASE.state_dict(), torch.zeros(2)):
         with pytest.raises((TypeError, ValueError), match="model|base|tuned|layer"):
             TAKE_A_MODEL[name](thing)

@@ -11,6 +11,7 @@ import torch
 from helpers import adapt, base
 from peft import PeftModel
 from stand_ins import FAMILIES
+from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig, extract_lotra, find_kan_layers, hotswap_adapter, slim
 from peft_lotra.kan import KAN, jet
@@ -52,7 +53,7 @@ def fitted(model):
 
 @pytest.mark.parametrize("call", [rows, trained, merged, summed, derived, fitted])
 @pytest.mark.parametrize("family", ["own", "efficient-kan", "cheby-kan"])
-def test_adapted_layers(family, call):
+def test_adapted_layers_ignore_the_default_device(family, call):
     results = []
     for device in ("cpu", "meta"):
         torch.manual_seed(0)
@@ -60,33 +61,36 @@ def test_adapted_layers(family, call):
         model.add_adapter("b", LoTRAConfig(r=1, init_weights=False))
         with torch.device(device):
             results.append(call(model.eval()))
-    torch.testing.assert_close(*results)
+
+    assert_close(*results)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_attaching(family):
+def test_an_adapter_is_made_on_the_device_of_its_base(family):
     model = base(family, torch.float64)
     expected = find_kan_layers(base(family, torch.float64))
     with torch.device("meta"):
         assert find_kan_layers(model) == expected
         adapted = adapt(model)
+
     assert {parameter.device.type for parameter in adapted.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_saving_and_loading(tmp_path, low_cpu_mem_usage):
+def test_saving_and_loading_ignore_the_default_device(tmp_path, low_cpu_mem_usage):
     model, x = adapt(KAN([3, 4, 2])), X.float()
     expected = model(x)
     with torch.device("meta"):
         model.save_pretrained(tmp_path)
     bare, other = model.unload(), adapt(KAN([3, 4, 2]))
     with torch.device("meta"):
-        found = PeftModel.from_pretrained(bare, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)(x)
+        actual = PeftModel.from_pretrained(bare, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)(x)
         hotswap_adapter(other, tmp_path, check_base="ignore")
-    torch.testing.assert_close(found, expected)
+
+    assert_close(actual, expected)
 
 
-def test_compression_and_extraction():
+def test_compression_and_extraction_ignore_the_default_device():
     kan, tuned, x = KAN([3, 4, 2]), KAN([3, 4, 2]), X.float()
 
     def results():
@@ -98,5 +102,5 @@ def test_compression_and_extraction():
 
     expected = results()
     with torch.device("meta"):
-        found = results()
-    torch.testing.assert_close(found, expected)
+        actual = results()
+    assert_close(actual, expected)

@@ -7,9 +7,10 @@ import copy
 
 import pytest
 import torch
-from helpers import inputs, relative, train
+from helpers import assert_near, inputs, train
 from peft import get_peft_model
 from torch import nn
+from torch.testing import assert_close
 
 from peft_lotra import (
     LoTRAConfig,
@@ -58,27 +59,39 @@ def case():
     return nn.Sequential(nn.Tanh(), Parts(), nn.Linear(6, 2)), inputs(9, in_features=4)
 
 
-def test_gradient_start_spectra_and_extraction(case):
+def test_a_described_kind_is_extracted_and_starts_from_the_gradient(case):
     base, x = case
     tuned, fresh = train(copy.deepcopy(base), x), copy.deepcopy(base)
     tuned[2].load_state_dict(base[2].state_dict())
+
     assert set(update_spectrum(base, tuned).layers) == {"1"}
+
     extracted = extract_lotra(copy.deepcopy(base), tuned, r=100)
-    torch.testing.assert_close(extracted(x), tuned(x), rtol=1e-4, atol=1e-4)
+
+    assert_close(extracted(x), tuned(x), rtol=1e-4, atol=1e-4)
+
     model = get_peft_model(base, LoTRAConfig(r=2))
     start_from_gradient(model, lambda: (model(x) - 1).square().mean())
-    torch.testing.assert_close(model(x), fresh(x), rtol=1e-5, atol=1e-5)
-    assert model_summary(model)[0].shape == SHAPE and check_kan_layer(model.base_model.model[1]).shape == SHAPE
+
+    assert_close(model(x), fresh(x), rtol=1e-5, atol=1e-5)
+    assert model_summary(model)[0].shape == SHAPE
+    assert check_kan_layer(model.base_model.model[1]).shape == SHAPE
 
 
 @pytest.mark.filterwarnings("ignore:.*more parameters")
-def test_slim(case):
+def test_a_described_kind_is_compressed_adapted_and_merged(case):
     base, x = case
     compressed = slim(base, ranks=(2, 2, 2))
+
     assert find_kan_layers(compressed)[0].shape == SHAPE
+
     dense = to_dense(compressed)
-    assert type(dense[1]) is type(base[1]) and relative(dense(x), compressed(x)) < 1e-5
+
+    assert type(dense[1]) is type(base[1])
+    assert_near(dense(x), compressed(x))
     assert {n: p.shape for n, p in dense.named_parameters()} == {n: p.shape for n, p in base.named_parameters()}
+
     model = train(get_peft_model(compressed, LoTRAConfig(r=2)), x)
     y = model(x)
-    assert relative(model.merge_and_unload()(x), y) < 1e-4
+
+    assert_near(model.merge_and_unload()(x), y, 1e-4)

@@ -5,6 +5,7 @@
 
 import ast
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +24,8 @@ WITHOUT_PEFT = f"""
 import sys
 sys.modules["peft"] = None
 sys.path.append({str(SUPPORT)!r})
-"""
 
-IMPORT_LOWER_HALF = f"""
+import json
 from importlib import import_module
 from pkgutil import walk_packages
 
@@ -33,12 +33,8 @@ for wing in {LOWER_HALF}:
     module = import_module("peft_lotra." + wing)
     for _, name, _ in walk_packages(getattr(module, "__path__", []), module.__name__ + "."):
         import_module(name)
+wings = sorted({{name.split(".")[1] for name in sys.modules if name.startswith("peft_lotra.")}})
 
-wings = [name.split(".")[1] for name in sys.modules if name.startswith("peft_lotra.")]
-print(*sorted(set(wings)))
-"""
-
-SOLVE_PDE = """
 import torch
 from peft_lotra.kan import jet
 from peft_lotra.pde import BoxDistance, solve
@@ -47,32 +43,30 @@ def poisson(model, x):  # u'' = -1, u(0) = u(10) = 0
     return jet(model, x)[2][0] + 1
 
 solution = solve(poisson, [0], [10], distance=BoxDistance([0], [10]), steps=14, progress=False)
-print(solution.model(torch.tensor([[5.0]], dtype=torch.float64)).item())
-"""
+middle = solution.model(torch.tensor([[5.0]], dtype=torch.float64)).item()
 
-DESCRIBE_FOREIGN_LAYER = """
 from peft_lotra import find_kan_layers
 from peft_lotra.derivatives.stages import stages_of
 from stand_ins import ChebyKANLayer
 
 layer = ChebyKANLayer(2, 3, 4)
-print(find_kan_layers(layer)[0].family, len(stages_of(layer)))
-"""
+described = [find_kan_layers(layer)[0].family, len(stages_of(layer))]
 
-IMPORT_FROM_UPPER_HALF = """
 try:
     from peft_lotra import LoTRAConfig
 except ImportError as error:
-    print(error)
+    message = str(error)
+print(json.dumps({{"wings": wings, "middle": middle, "described": described, "message": message}}))
 """
 
 
-def run_without_peft(script: str) -> str:
-    """Return what a script prints in a process that has no PEFT."""
-    command = [sys.executable, "-c", WITHOUT_PEFT + script]
+@pytest.fixture(scope="module")
+def without_peft() -> dict:
+    """What works in a process that has no PEFT."""
+    command = [sys.executable, "-c", WITHOUT_PEFT]
     result = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent)
     assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def imported_names(file: Path) -> set[str]:
@@ -90,11 +84,9 @@ def imported_names(file: Path) -> set[str]:
     return names
 
 
-def test_the_lower_half_is_imported_without_peft():
+def test_the_lower_half_is_imported_without_peft(without_peft):
     """Every module of it; and none of them loads a module of the upper half."""
-    wings = run_without_peft(IMPORT_LOWER_HALF).split()
-
-    assert wings == sorted([*LOWER_HALF, "_version"])
+    assert without_peft["wings"] == sorted([*LOWER_HALF, "_version"])
 
 
 @pytest.mark.parametrize("wing", LOWER_HALF)
@@ -111,21 +103,17 @@ def test_no_file_of_the_lower_half_imports_peft_or_the_upper_half(wing):
     assert wings <= set(LOWER_HALF)
 
 
-def test_a_pde_is_solved_without_peft():
+def test_a_pde_is_solved_without_peft(without_peft):
     """The exact solution x (10 - x) / 2 is 12.5 in the middle."""
-    middle = float(run_without_peft(SOLVE_PDE))
-
-    assert middle == pytest.approx(12.5, abs=0.1)
+    assert without_peft["middle"] == pytest.approx(12.5, abs=0.1)
 
 
-def test_layers_of_other_libraries_are_known_without_peft():
+def test_layers_of_other_libraries_are_known_without_peft(without_peft):
     """They are recognized, and `jet` differentiates them in closed form."""
-    assert run_without_peft(DESCRIBE_FOREIGN_LAYER) == "cheby-kan 1"
+    assert without_peft["described"] == ["cheby-kan", 1]
 
 
-def test_a_name_of_the_upper_half_says_that_peft_is_missing():
+def test_a_name_of_the_upper_half_says_that_peft_is_missing(without_peft):
     """With the name that was asked for, and how to install PEFT."""
-    message = run_without_peft(IMPORT_FROM_UPPER_HALF)
-
-    assert "`peft_lotra.LoTRAConfig` needs PEFT" in message
-    assert "pip install peft" in message
+    assert "`peft_lotra.LoTRAConfig` needs PEFT" in without_peft["message"]
+    assert "pip install peft" in without_peft["message"]

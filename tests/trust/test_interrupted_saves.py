@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import os
 import threading
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from behaving import X, adapted, net, python
+from helpers import X, adapt, net, run_python
+from huggingface_hub import create_repo, upload_folder
 from peft import PeftModel
 
 from peft_lotra import AdapterBank, LoTRAConfig, ParametricAdapter, save_adapter
@@ -23,6 +25,27 @@ from peft_lotra.modules.folders import replacing_files
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes as POSIX has them")
 
 
+@cache
+def make_adapter(rank: int) -> PeftModel:
+    return adapt(r=rank)
+
+
+@cache
+def make_named_adapter(rank: int) -> PeftModel:
+    model = adapt()
+    model.add_adapter("other", LoTRAConfig(r=rank))
+    return model
+
+
+@cache
+def make_bank(adapters: int, rank: int = 2) -> AdapterBank:
+    bank = AdapterBank(net())
+    for number in range(adapters):
+        bank.add(f"customer {number}", LoTRAConfig(r=rank))
+    return bank
+
+
+@cache
 def make_family(members: int) -> ParametricAdapter:
     """A family whose members all equal the base."""
     with torch.random.fork_rng():
@@ -40,7 +63,7 @@ class Adapters:
 
     @staticmethod
     def save(number: int, folder: Path) -> None:
-        save_adapter(adapted(r=number), folder)
+        save_adapter(make_adapter(number), folder)
 
     @staticmethod
     def load(folder: Path) -> int:
@@ -56,9 +79,7 @@ class NamedAdapters(Adapters):
 
     @staticmethod
     def save(number: int, folder: Path) -> None:
-        model = adapted()
-        model.add_adapter("other", LoTRAConfig(r=number))
-        save_adapter(model, folder, selected_adapters=["other"])
+        save_adapter(make_named_adapter(number), folder, selected_adapters=["other"])
 
     @staticmethod
     def load(folder: Path) -> int:
@@ -86,10 +107,7 @@ class Banks:
 
     @staticmethod
     def save(number: int, folder: Path) -> None:
-        bank = AdapterBank(net())
-        for place in range(number):
-            bank.add(f"customer {place}", LoTRAConfig(r=2))
-        bank.save(folder)
+        make_bank(number).save(folder)
 
     @staticmethod
     def load(folder: Path) -> int:
@@ -103,9 +121,7 @@ class Exports:
 
     @staticmethod
     def save(number: int, folder: Path) -> None:
-        bank = AdapterBank(net())
-        bank.add("customer", LoTRAConfig(r=number))
-        bank.export("customer", folder)
+        make_bank(1, number).export("customer 0", folder)
 
     @staticmethod
     def load(folder: Path) -> int:
@@ -123,6 +139,7 @@ KINDS = {
 SCRIPT = """
 import json, os, resource, signal, torch, warnings
 from pathlib import Path
+from peft_lotra.modules.folders import replacing_files
 from test_interrupted_saves import KINDS
 torch.set_num_threads(1)  # or processes could not be forked
 
@@ -175,42 +192,60 @@ def fill_disk(kind, folder):
     is_same = before == read_all() and kind.FILES == sorted(os.listdir(folder))
     return {"errors": errors, "is_same": is_same, "is_new": os.path.exists(f"new {folder}")}
 
+def save_at_once(folder):
+    child = os.fork()
+    for number in range(30):
+        with replacing_files(folder) as stage:
+            for name in ("first", "second"):
+                Path(stage, name).write_text(f"{os.getpid()} {number}")
+    if not child:
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    files = sorted(os.listdir(folder))
+    return {"files": files, "contents": [Path(folder, name).read_text() for name in files]}
+
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-found = {name: {"killed": kill_saves(kind, name), "full": fill_disk(kind, name)} for name, kind in KINDS.items()}
-print(json.dumps(found))
+outcomes = {"at once": save_at_once("at once")}
+for name, kind in KINDS.items():
+    outcomes[name] = {"killed": kill_saves(kind, name), "full": fill_disk(kind, name)}
+print(json.dumps(outcomes))
 """
 HERE = f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\n"
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return json.loads(python(HERE + SCRIPT, tmp_path_factory.mktemp("saves")).splitlines()[-1])
+def outcomes(tmp_path_factory):
+    return json.loads(run_python(HERE + SCRIPT, tmp_path_factory.mktemp("saves")).splitlines()[-1])
 
 
 @needs_fork
 @pytest.mark.parametrize("name", KINDS)
-def test_a_killed_save_leaves_the_old_or_the_new_and_the_next_save_cleans_up(found, name):
+def test_a_killed_save_leaves_the_old_or_the_new_and_the_next_save_cleans_up(outcomes, name):
     """Killed before each call that makes, writes, moves or removes a file; also if the save after it fails."""
-    killed = found[name]["killed"]
+    killed = outcomes[name]["killed"]
 
-    assert set(killed["loaded"]) == {2, 3} and killed["loaded"] == sorted(killed["loaded"])
+    assert set(killed["loaded"]) == {2, 3}
+    assert killed["loaded"] == sorted(killed["loaded"])
     # what a killed save has left is finished by the next one, even if that fails
     for before, after in zip(killed["loaded"], killed["again"], strict=True):
         assert after in {before, 3}
-    assert killed["last"] == 2 and killed["files"] == KINDS[name].FILES
+    assert killed["last"] == 2
+    assert killed["files"] == KINDS[name].FILES
 
 
 @needs_fork
 @pytest.mark.parametrize("name", KINDS)
-def test_a_full_disk_changes_nothing(found, name):
-    full = found[name]["full"]
+def test_a_full_disk_changes_nothing(outcomes, name):
+    full = outcomes[name]["full"]
 
-    assert len(full["errors"]) == 2 and full["is_same"] and not full["is_new"]
+    assert len(full["errors"]) == 2
+    assert full["is_same"]
+    assert not full["is_new"]
 
 
 def test_a_save_that_begins_during_another_waits_for_it(tmp_path, monkeypatch):
     """Otherwise the configuration of the first would follow the tensors of the second."""
-    second = threading.Thread(target=save_adapter, args=(adapted(r=2), tmp_path))
+    second = threading.Thread(target=save_adapter, args=(adapt(r=2), tmp_path))
     replace = os.replace
 
     def replace_late(source: str, target: str) -> None:
@@ -220,34 +255,19 @@ def test_a_save_that_begins_during_another_waits_for_it(tmp_path, monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", replace_late)
-    save_adapter(adapted(r=1), tmp_path)
+    save_adapter(adapt(r=1), tmp_path)
     second.join()
 
     assert Adapters.load(tmp_path) == 2
     assert sorted(os.listdir(tmp_path)) == Adapters.FILES
 
 
-AT_ONCE = """
-import os
-from peft_lotra.modules.folders import replacing_files
-child = os.fork()
-for number in range(30):
-    with replacing_files("folder") as stage:
-        for name in ("first", "second"):
-            with open(os.path.join(stage, name), "w") as file:
-                file.write(f"{os.getpid()} {number}")
-if child:
-    assert os.waitpid(child, 0)[1] == 0
-"""
-
-
 @needs_fork
-def test_saves_of_several_processes_into_one_folder_are_whole(tmp_path):
-    python(AT_ONCE, tmp_path)
-
-    first, second = ((tmp_path / "folder" / name).read_text() for name in ("first", "second"))
-    assert first == second and first.endswith(" 29")
-    assert sorted(os.listdir(tmp_path / "folder")) == ["first", "second"]
+def test_saves_of_several_processes_into_one_folder_are_whole(outcomes):
+    assert outcomes["at once"]["files"] == ["first", "second"]
+    first, second = outcomes["at once"]["contents"]
+    assert first == second
+    assert first.endswith(" 29")
 
 
 def test_a_folder_that_another_save_removes_is_made_again(tmp_path, monkeypatch):
@@ -264,7 +284,8 @@ def test_a_folder_that_another_save_removes_is_made_again(tmp_path, monkeypatch)
     with replacing_files(tmp_path) as stage:
         (Path(stage) / "file").write_text("new")
 
-    assert removed and (tmp_path / "file").read_text() == "new"
+    assert removed
+    assert (tmp_path / "file").read_text() == "new"
 
 
 def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
@@ -274,7 +295,8 @@ def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`folder` is .*, which is a file"):
         Families.save(2, path)
 
-    assert path.read_text() == "mine" and os.listdir(tmp_path) == ["file"]
+    assert path.read_text() == "mine"
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def interrupt_save(model: PeftModel, folder: Path) -> None:
@@ -293,36 +315,25 @@ def interrupt_save(model: PeftModel, folder: Path) -> None:
 
 def test_a_plain_save_after_an_interrupted_one_counts(tmp_path):
     """What an interrupted save left does not take the place of what PEFT saved later."""
-    save_adapter(adapted(r=1), tmp_path)
-    interrupt_save(adapted(r=2), tmp_path)
+    save_adapter(adapt(r=1), tmp_path)
+    interrupt_save(adapt(r=2), tmp_path)
     between = Adapters.load(tmp_path)
 
-    adapted(r=3).save_pretrained(tmp_path)
+    adapt(r=3).save_pretrained(tmp_path)
 
-    assert between == 2 and Adapters.load(tmp_path) == 3
-
-
-UPLOAD = """
-from hub_server import start_hub
-hub = start_hub("user")
-from pathlib import Path
-from behaving import adapted
-from huggingface_hub import HfApi
-from test_interrupted_saves import interrupt_save
-folder = Path("folder")
-interrupt_save(adapted(), folder)
-assert list(folder.rglob("adapter_config.json"))
-HfApi().create_repo("user/adapter")
-HfApi().upload_folder(repo_id="user/adapter", folder_path=folder)
-print(*sorted(hub.repos["user/adapter"].files("main")))
-"""
+    assert between == 2
+    assert Adapters.load(tmp_path) == 3
 
 
-def test_leftovers_are_not_uploaded(tmp_path):
+def test_leftovers_are_not_uploaded(hub, tmp_path):
     """`hf upload` passes over the folder in which files are written."""
-    files = python(HERE + UPLOAD, tmp_path).splitlines()[-1]
+    interrupt_save(adapt(), tmp_path)
+    assert list(tmp_path.rglob("adapter_config.json"))
 
-    assert files == ".gitattributes adapter_model.safetensors"
+    create_repo("user/adapter")
+    upload_folder(repo_id="user/adapter", folder_path=tmp_path)
+
+    assert sorted(hub.repos["user/adapter"].files("main")) == [".gitattributes", "adapter_model.safetensors"]
 
 
 def test_stages_are_removed_after_an_error(tmp_path):

@@ -65,16 +65,17 @@ TERMS = {
 
 
 @pytest.mark.parametrize("kind", TERMS)
-def test_what_is_refused(kind):
+def test_a_term_that_is_not_by_rows_is_refused(kind):
     term, make, word = TERMS[kind]
     model = make()
     before = copy.deepcopy(model.state_dict())
+
     with pytest.raises((ValueError, TypeError)) as caught:
         LevenbergMarquardt(model).step([(term, (ROWS, ROWS.sin()))])
     assert term.__name__ in str(caught.value) and word in str(caught.value), caught.value
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_what_is_taken():
+def test_terms_of_any_precision_are_taken():
     for term in (plain, lambda model, x, y: model(x).float() - y.float()):
         assert LevenbergMarquardt(small()).step([(term, (ROWS, ROWS.sin()))]).accepted

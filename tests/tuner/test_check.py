@@ -52,10 +52,12 @@ def register_radial(**changes):
     return register_kan_layer(changes.pop("name", "radial"), **{**description, **changes})
 
 
-def test_coverage():
+def test_a_report_tells_roles_use_and_coverage():
     register_radial()
     report = check_kan_layer(Radial())
-    assert isinstance(report, KANLayerReport) and report.shape == (4, 3, 5)
+
+    assert isinstance(report, KANLayerReport)
+    assert report.shape == (4, 3, 5)
     assert report.roles == {
         "table": "coefficients",
         "unused": "other",
@@ -67,8 +69,11 @@ def test_coverage():
     assert report.used == {name: name != "unused" for name in report.roles}
     assert report.coverage == (60 + 12) / (60 + 12 + 4 + 4)  # the unused one does not count
     assert (report.axes, report.linear) == ("outputs as described, inputs as described", "yes")
+
     text = str(report)
-    assert re.search("unused +other +12  no\n", text) and "adapters change 90.0% of the elements" in text
+
+    assert re.search("unused +other +12  no\n", text)
+    assert "adapters change 90.0% of the elements" in text
     assert json.loads(json.dumps(report.as_dict()))["roles"]["table"] == "coefficients"
 
 
@@ -84,7 +89,7 @@ BASIS = {"basis": lambda m, x: m.basis(x), "activation": lambda m, x: x}
         ({**BASIS, "activation": lambda m, x: 2 * x}, "no, since the functions of its kind give other outputs"),
     ],
 )
-def test_the_fast_path_or_why_not(changes, verdict):
+def test_a_report_tells_the_fast_path_or_why_there_is_none(changes, verdict):
     register_radial(**changes)
     assert check_kan_layer(Ungated()).fast_path.startswith(verdict)
 
@@ -97,19 +102,24 @@ def test_a_gate_that_is_one_now_has_no_formula_without_it():
 
 @pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_known_families(family):
+def test_the_known_families_are_as_described(family):
     layer = FAMILIES[family](3, 4)
     before = copy.deepcopy(layer.state_dict())
     report = check_kan_layer(layer)
-    assert report.axes == "outputs as described, inputs as described" and report.linear == "yes"
+
+    assert report.axes == "outputs as described, inputs as described"
+    assert report.linear == "yes"
     assert report.coverage >= 0.85
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
-def test_an_adapted_layer_and_an_input_of_the_users():
+def test_an_adapted_layer_is_checked_with_the_inputs_of_a_user():
     model = adapt(as_model(FAMILIES["efficient-kan"](3, 4)))
+
     assert check_kan_layer(model.base_model.model.kan, inputs(5)).family == "efficient-kan"
+
     outside = check_kan_layer(model.base_model.model.kan, torch.full((5, 3), 100.0))
+
     assert outside.used == {"spline_weight": False, "base_weight": True, "spline_scaler": False}
 
 
@@ -121,12 +131,17 @@ class Graph(Radial):
 def test_a_layer_that_cannot_be_run_is_not_verified():
     register_radial(matches=Graph)
     report = check_kan_layer(Graph())
-    assert report.used is None and report.axes.startswith("not checked: the layer raised TypeError")
-    assert report.linear == "not checked" and "?" in str(report)
+
+    assert report.used is None
+    assert report.axes.startswith("not checked: the layer raised TypeError")
+    assert report.linear == "not checked"
+    assert "?" in str(report)
+
     report = check_kan_layer(Graph(), (inputs(5), torch.ones(2, 2)))  # with all its arguments
-    assert (
-        report.axes == "outputs as described, inputs as described" and report.linear == "yes" and report.used["table"]
-    )
+
+    assert report.axes == "outputs as described, inputs as described"
+    assert report.linear == "yes"
+    assert report.used["table"]
 
 
 def test_an_unknown_layer_is_refused_with_the_reason(no_inference):

@@ -9,10 +9,11 @@ import copy
 
 import pytest
 import torch
-from conv_stand_ins import ConvNet, FastKANConvNDLayer, images
-from helpers import lotra_layers
+from helpers import assert_equal, images, lotra_layers
 from peft import PeftModel, get_peft_model
+from stand_ins import ConvNet, FastKANConvNDLayer
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from peft_lotra import (
     LoTRAConfig,
@@ -39,8 +40,9 @@ def first(model: nn.Module) -> LoTRALayer:
     return model.base_model.model.first
 
 
-def test_ranks_of_three_and_four_modes():
+def test_three_ranks_leave_the_kernel_whole_and_a_fourth_is_its_own():
     assert find_kan_layers(net())[0].shape == (6, 4, 5, 9)
+
     for r, expected in ((3, (3, 3, 3, 3)), ((2, 9, 2), (2, 4, 2, 9)), ((2, 2, 2, 99), (2, 2, 2, 9))):
         layer = first(adapted(net(), r=r))
         components = layer.get_components("default")
@@ -50,6 +52,7 @@ def test_ranks_of_three_and_four_modes():
         assert (components.factor_kernel is None) == (expected[3] == 9)
     model = adapted(net(), r=1, rank_pattern={"second": (2, 2, 2, 5)}, adapt_residual=False)
     ranks = {name.rpartition(".")[2]: layer.lotra_r["default"] for name, layer in lotra_layers(model).items()}
+
     assert ranks == {"first": (1, 1, 1, 1), "second": (2, 2, 2, 5)}
     assert first(model).get_components("default").shape == (6, 4, 5, 9)
 
@@ -66,7 +69,8 @@ def test_four_ranks_serve_dense_layers_too():
     model = adapted(Mixed(), r=(2, 3, 2, 4))
     assert [layer.lotra_r["default"] for layer in lotra_layers(model).values()] == [(2, 3, 2, 4), (2, 3, 2)]
     dense = [name for name in model.state_dict() if "kan" in name and "lotra" in name]
-    assert len(dense) == 4 and not any("factor_kernel" in name for name in dense)
+    assert len(dense) == 4
+    assert not any("factor_kernel" in name for name in dense)
     model(images()).sum().backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "lotra" in name)
 
@@ -81,32 +85,41 @@ def test_the_gradient_start_uses_the_leading_directions_of_the_kernel():
     before = model(x)
     model = get_peft_model(model, LoTRAConfig(r=(6, 4, 6, 2), target_modules=["first"]))
     start_from_gradient(model, lambda: model(x).square().sum())
-    assert torch.equal(model(x), before)
+
+    assert_equal(model(x), before)
+
     kernel = first(model).lotra_factor_kernel["default"]
     leading = torch.linalg.svd(gradient.movedim(3, 0).flatten(1), full_matrices=False).U[:, :2]
-    torch.testing.assert_close(kernel @ kernel.T, leading @ leading.T, atol=1e-3, rtol=0)
+
+    assert_close(kernel @ kernel.T, leading @ leading.T, atol=1e-3, rtol=0)
 
 
-def test_dropout_and_scale():
+def test_convolutions_have_dropout_and_scale():
     model, x = adapted(net(), rank_dropout=0.5, alpha=2.0), images()
     layer = first(model)
     delta = layer.get_delta_weight("default")
-    torch.testing.assert_close(delta, 2 * layer.get_components("default").dense())
-    assert torch.equal(layer.effective_coefficients(), layer.get_base_weight() + delta)
+
+    assert_close(delta, 2 * layer.get_components("default").dense())
+    assert_equal(layer.effective_coefficients(), layer.get_base_weight() + delta)
+
     layer.set_scale("default", 0.5)
-    assert torch.equal(layer.get_delta_weight("default"), layer.get_components("default").dense())
+
+    assert_equal(layer.get_delta_weight("default"), layer.get_components("default").dense())
     assert len({model.train()(x).sum().item() for _ in range(20)}) > 1
 
 
-def test_not_for_convolutions():
+def test_what_convolutions_cannot_do_is_refused():
     model, x = adapted(net()), images()
+
     for network in (model, net()):
         with pytest.raises(ValueError, match="must return .* a row of outputs for each row of inputs"):
             jet(network, x)
     with pytest.raises(ValueError, match="`first` is a convolution"):
         slim(net(), 2)
+
     delta, grid = first(model).get_delta_weight("default").clone(), first(model).base_layer.rbf.grid
+
     with pytest.raises(ValueError, match="has no `basis`"):
         refit_adapters(model, x, move=lambda base: base.first.rbf.grid.data.mul_(1.1))
-    assert torch.equal(grid, torch.linspace(-2, 2, 5))
-    assert torch.equal(first(model).get_delta_weight("default"), delta)
+    assert_equal(grid, torch.linspace(-2, 2, 5))
+    assert_equal(first(model).get_delta_weight("default"), delta)

@@ -7,11 +7,11 @@ import copy
 
 import pytest
 import torch
-from behaving import X, adapted, layers
-from helpers import assert_same, base, nested, relative, snapshot
+from helpers import X, adapt, assert_near, assert_same, base, lotra_layers, nested, relative, snapshot
 from peft import get_peft_model, inject_adapter_in_model
 from stand_ins import FAMILIES
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig, start_from_gradient
 from peft_lotra.kan import KAN, KANLinear, SlimKAN
@@ -40,9 +40,9 @@ def train_step_for(model):
 
 def gradients_of(model):
     """The summed gradients (out, in, basis [+ 1]) of the layers, by slopes of the loss along their coefficients."""
-    twin, found = adapted(copy.deepcopy(model), init_weights=True), {}
+    twin, gradients = adapt(copy.deepcopy(model), init_weights=True), {}
     train_step = train_step_for(twin)
-    for name, layer in layers(twin.base_model.model).items():
+    for name, layer in lotra_layers(twin.base_model.model).items():
         weight = layer.get_base_weight().clone().requires_grad_()
         parts = layer.lotra_tensor.split(weight)
         hook = layer.register_forward_hook(
@@ -50,8 +50,8 @@ def gradients_of(model):
         )
         train_step()
         hook.remove()
-        found[name] = weight.grad
-    return found
+        gradients[name] = weight.grad
+    return gradients
 
 
 def adapt_by_gradient(model, r=(2, 2, 3)):
@@ -77,7 +77,7 @@ def leading_directions(tensor: Tensor, rank: int) -> Tensor:
 
 def assert_spans(columns: Tensor, expected: Tensor) -> None:
     projectors = [part @ torch.linalg.pinv(part) for part in (columns, expected)]
-    torch.testing.assert_close(*projectors, rtol=0, atol=1e-5)
+    assert_close(*projectors, rtol=0, atol=1e-5)
 
 
 def everything(model):
@@ -111,35 +111,40 @@ def test_the_directions_are_the_leading_ones_and_of_equal_weight(family):
     (gradient,), y = gradients_of(model).values(), model(x)
     for mode, ranks in ((1, (99, 2, 99)), (2, (99, 99, 2))):
         # with the other two ranks full, the best approximation is the truncated singular value decomposition
-        (layer,) = layers(adapt_by_gradient(copy.deepcopy(model), r=ranks)).values()
+        (layer,) = lotra_layers(adapt_by_gradient(copy.deepcopy(model), r=ranks)).values()
         columns = layer.get_components("default")[1 + mode]
         gram = columns.T @ columns
-        torch.testing.assert_close(gram, gram[0, 0] * torch.eye(2).to(gram), rtol=0, atol=1e-5)
+        assert_close(gram, gram[0, 0] * torch.eye(2).to(gram), rtol=0, atol=1e-5)
         assert_spans(columns, leading(gradient, mode, 2))
     tuned = adapt_by_gradient(model, r=(2, 99, 99))
-    (layer,) = layers(tuned).values()
+    (layer,) = lotra_layers(tuned).values()
     columns = directions(layer)
     size = gradient.shape[2]  # factor_basis has columns of norm sqrt(basis)
-    torch.testing.assert_close(columns.T @ columns, size * torch.eye(2).to(columns), rtol=0, atol=1e-5)
+
+    assert_close(columns.T @ columns, size * torch.eye(2).to(columns), rtol=0, atol=1e-5)
     assert_spans(columns, leading_directions(gradient, 2))
     # it starts as its base, and the first step moves it: a zero factor still has a gradient
-    assert relative(tuned(x), y) < 1e-12 and not layer.lotra_factor_out["default"].any()
+    assert_near(tuned(x), y, 1e-12)
+    assert not layer.lotra_factor_out["default"].any()
+
     tuned(x).square().sum().backward()
+
     assert layer.lotra_factor_out["default"].grad.any()
 
 
 def test_all_layers_of_a_model_get_their_own():
     model = nested().double()
     gradients = gradients_of(model)
-    found = layers(adapt_by_gradient(model, r=(1, 99, 99)).base_model.model)
-    assert list(found) == list(gradients) == ["body.0", "body.1", "tail.layers.0", "tail.layers.1"]
+    adapted = lotra_layers(adapt_by_gradient(model, r=(1, 99, 99)).base_model.model)
+
+    assert list(adapted) == list(gradients) == ["body.0", "body.1", "tail.layers.0", "tail.layers.1"]
     for name, gradient in gradients.items():
-        assert_spans(directions(found[name]), leading_directions(gradient, 1))
+        assert_spans(directions(adapted[name]), leading_directions(gradient, 1))
 
 
 @pytest.mark.parametrize("failure", [None, KeyboardInterrupt, RuntimeError])
 def test_modes_gradients_and_running_statistics_are_left_as_they_were(failure):
-    model = adapted(with_batch_norm())
+    model = adapt(with_batch_norm())
     parameters, state = everything(model)[1], snapshot(model)
 
     def loss():
@@ -158,7 +163,7 @@ def test_modes_gradients_and_running_statistics_are_left_as_they_were(failure):
     assert everything(model)[1] == parameters
 
 
-@pytest.mark.parametrize("base_of", [base, lambda name: adapted(base(name))])
+@pytest.mark.parametrize("base_of", [base, lambda name: adapt(base(name))])
 def test_a_gradient_start_is_no_input_of_a_configuration(base_of):
     config = LoTRAConfig(r=2, init_weights="gradient")
     model = base_of("own")
@@ -173,13 +178,13 @@ def test_a_gradient_start_is_no_input_of_a_configuration(base_of):
 def test_a_second_adapter_starts_from_the_gradient_of_the_base():
     model = base("own", torch.float64)
     (gradient,) = gradients_of(model).values()
-    model = adapted(model)  # which changes the outputs
+    model = adapt(model)  # which changes the outputs
     model.add_adapter("second", LoTRAConfig(r=(2, 99, 99)))
     model.set_adapter("second")
 
     start_from_gradient(model, lambda batch: loss_of(model, batch), batches_for(model))
 
-    (layer,) = layers(model).values()
+    (layer,) = lotra_layers(model).values()
     assert_spans(directions(layer, "second"), leading_directions(gradient, 2))
 
 
@@ -188,39 +193,45 @@ def test_a_trained_adapter_starts_as_a_new_one(family):
     model, x = base(family, torch.float64), X.double()
     y = model(x).detach()
     expected = adapt_by_gradient(copy.deepcopy(model))
-    tuned = adapted(model, r=(2, 2, 3))
+    tuned = adapt(model, r=(2, 2, 3))
+
     assert relative(tuned(x), y) > 1e-3
+
     before = everything(tuned)[1]
     start_from_gradient(tuned, lambda batch: loss_of(tuned, batch), batches_for(tuned))
-    torch.testing.assert_close(tuned(x), y)
+
+    assert_close(tuned(x), y)
     assert everything(tuned)[1] == before
-    for new, old in zip(layers(tuned).values(), layers(expected).values(), strict=True):
-        torch.testing.assert_close(new.get_components("default")._asdict(), old.get_components("default")._asdict())
+    for new, old in zip(lotra_layers(tuned).values(), lotra_layers(expected).values(), strict=True):
+        assert_close(new.get_components("default")._asdict(), old.get_components("default")._asdict())
 
 
 WRAPPERS = {
-    "own module": lambda kan: nn.Sequential(adapted(kan)),
+    "own module": lambda kan: nn.Sequential(adapt(kan)),
     "injected": lambda kan: inject_adapter_in_model(LoTRAConfig(r=2), kan),
-    "slim": lambda kan: adapted(SlimKAN([3, 4, 3], ranks=2)),
-    "half": lambda kan: adapted(kan.bfloat16()),
-    "compiled": lambda kan: torch.compile(adapted(kan), backend="eager"),
+    "slim": lambda kan: adapt(SlimKAN([3, 4, 3], ranks=2)),
+    "half": lambda kan: adapt(kan.bfloat16()),
+    "compiled": lambda kan: torch.compile(adapt(kan), backend="eager"),
 }
 
 
 @pytest.mark.parametrize("kind", WRAPPERS)
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
-def test_a_start_wherever_the_adapter_is(kind, mode):
+def test_a_start_finds_the_adapter_wherever_it_is(kind, mode):
     kan = KAN([3, 4, 3])
     model = WRAPPERS[kind](kan)
     batch = [part.bfloat16() if kind == "half" else part for part in batches_for(kan)[0]]
     with mode():
         start_from_gradient(model, lambda: loss_of(model, batch))
-    for layer in layers(model).values():
-        assert not layer.lotra_factor_out["default"].any() and layer.lotra_core["default"].any()
+
+    for layer in lotra_layers(model).values():
+        assert not layer.lotra_factor_out["default"].any()
+        assert layer.lotra_core["default"].any()
+
     loss_of(model, batch).backward()
 
 
-def test_a_config_can_serve_again():
+def test_a_config_serves_again_after_a_start():
     config, base_model = LoTRAConfig(r=2), KAN([3, 4, 2])
     model = get_peft_model(copy.deepcopy(base_model), config)
     start_from_gradient(model, lambda: model(X).square().sum())
@@ -231,7 +242,7 @@ def test_a_config_can_serve_again():
 def test_a_trained_component_is_zero(train):
     model = get_peft_model(KAN([3, 4, 2]), LoTRAConfig(r=2, train=train, init_weights=False))
     start_from_gradient(model, lambda: model(X).square().sum())
-    for layer in layers(model).values():
+    for layer in lotra_layers(model).values():
         zero = [not layer.get_components("default")._asdict()[name].any() for name in train]
         assert zero == [True, *[False] * (len(train) - 1)]
     model(X).square().sum().backward()
@@ -258,24 +269,28 @@ BAD = {
 @pytest.mark.parametrize("kind", BAD)
 def test_an_adapter_that_cannot_start_is_as_before(kind):
     prepare, loss, words = BAD[kind]
-    model = adapted(with_batch_norm())
+    model = adapt(with_batch_norm())
     if prepare is not None:
         model = prepare(model) or model
     before = everything(model)
+
     with pytest.raises(ValueError, match=words):
         start_from_gradient(model, lambda: loss(model))
     assert_unchanged(model, before)
 
 
-def test_a_value_no_batches_and_a_grid_that_moved():
-    model = adapted(KAN([3, 4, 2]))
+def test_a_value_no_batches_or_a_moved_grid_is_refused():
+    model = adapt(KAN([3, 4, 2]))
     before = everything(model)
+
     with pytest.raises(TypeError, match="`loss`"):
         start_from_gradient(model, model(X).sum())
     with pytest.raises(ValueError, match="No gradient arrived"):
         start_from_gradient(model, lambda batch: model(batch).sum(), [])
     assert_unchanged(model, before)
-    layers(model)["base_model.model.layers.0"].base_layer.update_grid(X)
+
+    lotra_layers(model)["base_model.model.layers.0"].base_layer.update_grid(X)
+
     with pytest.raises(RuntimeError, match="grid"):
         start_from_gradient(model, lambda: model(X).sum())
 

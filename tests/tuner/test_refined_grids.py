@@ -7,9 +7,9 @@ import copy
 
 import pytest
 import torch
-from behaving import add
-from helpers import assert_same, components, snapshot
+from helpers import add_adapter, assert_equal, assert_same, components, snapshot
 from peft import PeftModel, get_peft_model
+from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig
 from peft_lotra.kan import KAN, SlimKAN, jet, refine_grid
@@ -25,7 +25,7 @@ def network(kind=KAN, **kwargs):
 
 def adapted(kan):
     model = get_peft_model(kan, LoTRAConfig(r=(2, 2, 3), init_weights=False))
-    add(model, "other", adapt_residual=False)
+    add_adapter(model, "other", adapt_residual=False)
     return model.eval()
 
 
@@ -39,7 +39,7 @@ def outputs(model):
 
 
 @pytest.mark.parametrize(("kind", "exact"), [(KAN, False), (KAN, True), (SlimKAN, False)])
-def test_all_adapters_are_carried_over(kind, exact, tmp_path):
+def test_all_adapters_are_carried_over_to_refined_grids(kind, exact, tmp_path):
     model = adapted(network(kind))
     for layer in model.base_model.model.layers:  # so wide that no activation leaves it
         layer.base_layer.grid_bounds.mul_(1 if exact else 40)
@@ -47,21 +47,31 @@ def test_all_adapters_are_carried_over(kind, exact, tmp_path):
     before = list(outputs(model))
     for size in (8, 60 if exact else 16):  # several levels; the grids were extended to 12 and 20
         refine_grid(model, size, X if exact else None)
+
     for y, expected in zip(outputs(model), before, strict=True):
-        torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
+        assert_close(y, expected, rtol=1e-11, atol=1e-12)
+
     layer = model.base_model.model.layers[0]
-    assert layer.base_layer.grid_size >= 16 and layer.lotra_r["default"] == (2, 2, 3)
+
+    assert layer.base_layer.grid_size >= 16
+    assert layer.lotra_r["default"] == (2, 2, 3)
     assert layer.get_components("other").factor_basis.shape == (layer.base_layer.grid.num_basis, 2)
     assert {name for name, part in components(model) if part.requires_grad} == {
         name for name, _ in components(model) if name.endswith("default")
     }
+
     model(X).square().mean().backward()  # and is trained further
+
     assert all(part.grad.any() for name, part in components(model) if name.endswith("default"))
+
     model.save_pretrained(tmp_path)
     base = copy.deepcopy(model).unload()
-    assert torch.equal(PeftModel.from_pretrained(base, tmp_path).eval()(X), model(X))
+
+    assert_equal(PeftModel.from_pretrained(base, tmp_path).eval()(X), model(X))
+
     merged = model.merge_and_unload()
-    torch.testing.assert_close(merged(X), before[1])
+
+    assert_close(merged(X), before[1])
     assert jet(merged, X)[2] is not None
 
 
@@ -73,11 +83,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_refusals_change_nothing(words):
+def test_a_refused_refinement_changes_nothing(words):
     model = adapted(network())
     if "Unmerge" in words:
         model.merge_adapter()
     before = snapshot(model)
+
     with pytest.raises(ValueError, match=words):
         REFUSED[words](model)
     assert_same(model, before)

@@ -8,8 +8,19 @@ import statistics
 
 import pytest
 import torch
-from behaving import X, adapted, add, apart, layers
-from helpers import assert_same, base, inputs, nested, snapshot
+from helpers import (
+    X,
+    adapt,
+    add_adapter,
+    assert_equal,
+    assert_near,
+    assert_same,
+    base,
+    inputs,
+    lotra_layers,
+    nested,
+    snapshot,
+)
 
 from peft_lotra import refit_adapters
 from peft_lotra.kan import KAN
@@ -31,36 +42,42 @@ def update_of(model, x):
             return y - model(x)
 
 
-def error(after, before):
-    return ((after - before).norm() / before.norm()).item()
+def error(actual, before):
+    return ((actual - before).norm() / before.norm()).item()
 
 
 @pytest.mark.parametrize("family", MOVES)
 @pytest.mark.parametrize("r, bound", [((2, 2, 3), 0.15), ((4, 3, 9), 0.05)])
-def test_the_update_is_kept(family, r, bound):
-    model = adapted(base(family, torch.float64), r=r)
-    (layer,) = layers(model).values()
+def test_the_update_is_kept_when_the_grid_moves(family, r, bound):
+    model = adapt(base(family, torch.float64), r=r)
+    (layer,) = lotra_layers(model).values()
     x = inputs(400, torch.float64) * 0.6 + 0.1
     before, ranks = update_of(model, x), layer.lotra_r["default"]
     if family != "pina":
         with pytest.raises(RuntimeError, match="refit_adapters"):
             MOVES[family](layer, x)
     MOVES[family](layer.base_layer, x)
+
     with pytest.raises(RuntimeError, match="The grid of `kan` .* was moved"):
         model(x)
+
     report = refit_adapters(model, x)
+
     assert layer.lotra_core["default"].shape == ranks
     assert error(update_of(model, x), before) < bound
-    assert set(report.errors) == {("kan", "default")} and "kan  default  error" in str(report)
+    assert set(report.errors) == {("kan", "default")}
+    assert "kan  default  error" in str(report)
     assert 0 < report.errors["kan", "default"] < bound
+
     if family == "own":  # no scales of edges
         assert report.errors["kan", "default"] == pytest.approx(error(update_of(model, x), before), rel=1e-5)
+
     assert refit_adapters(model, x).errors == {}
 
 
-def test_several_layers_and_adapters():
-    model = adapted(KAN([3, 5, 4, 2]).double(), r=3, alpha=0.2)
-    add(model, "other", alpha=0.2, adapt_residual=False)
+def test_several_layers_and_adapters_are_refitted():
+    model = adapt(KAN([3, 5, 4, 2]).double(), r=3, alpha=0.2)
+    add_adapter(model, "other", alpha=0.2, adapt_residual=False)
     x, y = inputs(300, torch.float64), {}
     for name in ("other", "default"):
         model.set_adapter(name)
@@ -82,16 +99,17 @@ def test_several_layers_and_adapters():
         assert error(model(x), y[name]) < error(bare, y[name])
 
 
-def test_a_network_of_pykan(tmp_path, monkeypatch):
+def test_a_network_of_pykan_is_refitted(tmp_path, monkeypatch):
     from kan import KAN as PyKAN
 
     monkeypatch.chdir(tmp_path)
     network = PyKAN([3, 5, 2], grid=4, k=3, device="cpu", auto_save=False, seed=1)
-    model, x = adapted(network, r=(2, 2, 3), alpha=0.1), inputs(300) * 0.6
+    model, x = adapt(network, r=(2, 2, 3), alpha=0.1), inputs(300) * 0.6
     with torch.no_grad():
         y = model(x)
     report = refit_adapters(model, x, move=lambda kan: kan.update_grid_from_samples(x))
-    assert max(report.errors.values()) < 0.3 and len(report.errors) == 2
+    assert max(report.errors.values()) < 0.3
+    assert len(report.errors) == 2
     assert error(model(x), y) < 0.15
     with pytest.raises(RuntimeError, match="update_grid_from_samples"):  # refused again
         network.update_grid_from_samples(x)
@@ -104,8 +122,8 @@ def unchanged(model, match, *args, kind=ValueError, **kwargs):
     assert_same(model, before)
 
 
-def test_errors_change_nothing():
-    x, model = inputs(), adapted(KAN([3, 4, 2]))
+def test_a_refused_refit_changes_nothing():
+    x, model = inputs(), adapt(KAN([3, 4, 2]))
 
     def move(kan):
         kan.layers[0].update_grid(x)
@@ -125,61 +143,69 @@ def test_errors_change_nothing():
         unchanged(model, "merged or disabled", x, move=move)
 
 
-def test_layers_that_cannot_be_refitted():
+def test_layers_that_cannot_be_refitted_are_refused():
     model = nested()
     model["side"] = KAN([3, 2])
     move = lambda m: m["side"].layers[0].update_grid(X)  # noqa: E731
-    unchanged(adapted(model), "side.layers.0.* do not reach", X, move=move)
-    unchanged(adapted(base("kanx")), "no `basis`", X, move=lambda m: m.kan.grid.data.mul_(1.1))
+    unchanged(adapt(model), "side.layers.0.* do not reach", X, move=move)
+    unchanged(adapt(base("kanx")), "no `basis`", X, move=lambda m: m.kan.grid.data.mul_(1.1))
 
 
 def test_the_formula_of_the_former_grid_is_forgotten():
     """The spline of a layer with uniform knots is computed by a formula, which others do not have."""
-    x, model = inputs(300), adapted(base("efficient-kan")).train()
+    x, model = inputs(300), adapt(base("efficient-kan")).train()
     model(x)
     refit_adapters(model, x, move=lambda base: base.kan.update_grid(x))
     merged = copy.deepcopy(model)
     merged.merge_adapter()
-    assert apart(merged(x), model.train()(x)) < 1e-5
+
+    assert_near(merged(x), model.train()(x))
 
 
 def test_a_moved_grid_is_an_error_of_unmerging():
-    model = adapted(base("own"))
-    (layer,) = layers(model).values()
+    model = adapt(base("own"))
+    (layer,) = lotra_layers(model).values()
     model.merge_adapter()
     layer.update_grid(X * 0.5)
     model(X)
+
     with pytest.raises(RuntimeError, match="was moved"):
         model.unmerge_adapter()
+
     model.merge_and_unload()(X)
 
 
-def test_a_buffer_is_assigned():
-    model = adapted()
-    y, layer = model(X), next(iter(layers(model).values())).base_layer
+def test_a_grid_assigned_in_other_memory_has_not_moved():
+    model = adapt()
+    y, layer = model(X), next(iter(lotra_layers(model).values())).base_layer
     before = layer.grid_bounds
     layer.grid_bounds = before * 1.5
+
     with pytest.raises(RuntimeError, match="grid"):
         model(X)
+
     layer.grid_bounds = before.clone()  # back, in other memory
-    assert torch.equal(model(X), y)
+
+    assert_equal(model(X), y)
 
 
-def test_update_grid_of_an_adapted_network():
-    model = adapted()
+def test_update_grid_of_an_adapted_network_is_refused():
+    model = adapt()
     before = snapshot(model)
+
     with pytest.raises(RuntimeError, match="refit_adapters"):
         model.base_model.model.kan.update_grid(X / 2)
     assert_same(model, before)
 
 
-def test_a_grid_that_moves_while_there_is_no_adapter():
-    model = adapted(base("efficient-kan"))
-    (layer,) = layers(model).values()
+def test_a_grid_may_move_while_there_is_no_adapter():
+    model = adapt(base("efficient-kan"))
+    (layer,) = lotra_layers(model).values()
     model.delete_adapter("default")
     layer.base_layer.update_grid(X)
-    add(model, "new")
+    add_adapter(model, "new")
     model.set_adapter("new")
     y = model(X)
     model.merge_adapter()
-    assert apart(model(X), y) < 1e-5
+
+    assert_near(model(X), y)

@@ -3,37 +3,35 @@
 
 """Importing peft_lotra registers a method of PEFT, and changes nothing else."""
 
-from behaving import adapted, python
+import copy
+import json
+import pickle
+
+from helpers import adapt, run_python
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from peft_lotra import LoTRAConfig, LoTRAModel
 
 
-MEMBER = """
-import copy, json, pickle
-from peft import PeftType
-before = list(PeftType)
-import peft_lotra
+def test_the_type_is_a_true_member_of_the_enumeration():
+    member = PeftType.LOTRA
 
-member = PeftType.LOTRA
-assert type(member) is PeftType and member == "LOTRA" == member.value == member.name
-assert PeftType("LOTRA") is PeftType["LOTRA"] is member
-assert list(PeftType) == before + [member] and len(PeftType) == len(before) + 1
-assert member in PeftType and "LOTRA" in PeftType.__members__ and dict(PeftType.__members__)["LOTRA"] is member
-assert hash(member) == hash("LOTRA") and {member: 1}["LOTRA"] == 1
-assert all(pickle.loads(pickle.dumps(member, p)) is member for p in range(pickle.HIGHEST_PROTOCOL + 1))
-assert copy.copy(member) is copy.deepcopy(member) is member
-assert json.dumps({"peft_type": member}) == '{"peft_type": "LOTRA"}'
-assert repr(member) == repr(PeftType.LORA).replace("LORA", "LOTRA")
-"""
+    assert type(member) is PeftType
+    assert member == "LOTRA" == member.value == member.name
+    assert PeftType("LOTRA") is PeftType["LOTRA"] is PeftType.__members__["LOTRA"] is member
+    assert dict(PeftType.__members__)["LOTRA"] is member
+    assert member in PeftType
+    assert list(PeftType).count(member) == 1
+    assert hash(member) == hash("LOTRA")
+    assert copy.copy(member) is copy.deepcopy(member) is member
+    assert json.dumps({"peft_type": member}) == '{"peft_type": "LOTRA"}'
+    assert repr(member) == repr(PeftType.LORA).replace("LORA", "LOTRA")
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        assert pickle.loads(pickle.dumps(member, protocol)) is member
 
 
-def test_the_type_is_a_true_member_of_the_enumeration(tmp_path):
-    python(MEMBER, tmp_path)
-
-
-def test_the_mappings():
+def test_the_type_is_mapped_to_its_config_its_model_and_its_prefix():
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LOTRA] is LoTRAConfig
     assert PEFT_TYPE_TO_TUNER_MAPPING["LOTRA"] is LoTRAModel
     assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.LOTRA] == LoTRAModel.prefix == "lotra_"
@@ -68,30 +66,13 @@ assert list(PeftType).count("LOTRA") == 1
 
 
 def test_a_foreign_method_of_the_same_name_is_left_in_its_place(tmp_path):
-    python(FOREIGN, tmp_path)
+    run_python(FOREIGN, tmp_path)
 
 
-WITHOUT_THE_IMPORT = """
-from peft import PeftConfig
-try:
-    PeftConfig.from_pretrained("adapter")
-except KeyError as error:
-    assert error.args == ("LOTRA",)
-else:
-    raise AssertionError("no error")
-import peft_lotra
-assert type(PeftConfig.from_pretrained("adapter")) is peft_lotra.LoTRAConfig
-"""
-
-
-def test_without_the_import_peft_does_not_know_the_method(tmp_path):
-    adapted().save_pretrained(tmp_path / "adapter")
-    python(WITHOUT_THE_IMPORT, tmp_path)
-
-
-PATCHED = """
+IMPORT = """
 import sys, tempfile
 import peft, torch, transformers
+from peft import PeftConfig, PeftType
 from peft.tuners import tuners_utils
 from transformers import PreTrainedModel, Trainer
 
@@ -115,9 +96,20 @@ def snapshot():
     return found
 
 
+# without the import, PEFT does not know the method
+members = list(PeftType)
+try:
+    PeftConfig.from_pretrained("adapter")
+except KeyError as error:
+    assert error.args == ("LOTRA",)
+else:
+    raise AssertionError("no error")
+
 assert "peft_lotra" not in sys.modules
 before = snapshot()
 import peft_lotra
+assert type(PeftConfig.from_pretrained("adapter")) is peft_lotra.LoTRAConfig
+assert list(PeftType) == [*members, PeftType.LOTRA] and len(PeftType) == len(members) + 1
 from peft_lotra.kan import KAN, KANConfig, KANModel
 
 base = KANModel(KANConfig(widths=[3, 4, 2], norm="batch"))
@@ -142,5 +134,7 @@ assert not [key for key in added if not isinstance(after[key], type) and not key
 """
 
 
-def test_nothing_of_peft_torch_or_transformers_is_patched(tmp_path):
-    python(PATCHED, tmp_path)
+def test_the_import_adds_a_method_and_patches_nothing_of_peft_torch_or_transformers(tmp_path):
+    adapt().save_pretrained(tmp_path / "adapter")
+
+    run_python(IMPORT, tmp_path)
