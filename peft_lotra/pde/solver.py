@@ -215,9 +215,12 @@ def solve(
         result.residual = training.norm(stop)
 
         scale = result.first_residual
-        if not is_new and constants is None:  # `network` may be a solution already
+        if not is_new:  # `network` may be a solution already
             with suppress(Exception):  # an equation may take this network alone, and its solution must not be lost
-                scale = starts.new_training(starts.new_model(KINDS[0], seed)).norm(stop)
+                untrained = starts.new_model(KINDS[0], seed)
+                if constants is not None:
+                    constants = NetworkWithConstants(untrained, unknowns or {}, bounds or {})
+                scale = starts.new_training(untrained, constants=constants).norm(stop)
 
     outcome = describe_outcome(result, scale)
     if outcome and steps is not None and result.phases[-1].reason == "budget":

@@ -317,7 +317,12 @@ class LoTRAModel(BaseTuner):
             self.unmerge_adapter()
         for parameter, requires_grad in self._requires_grad_of_base:
             parameter.requires_grad_(requires_grad)
-        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        # found before the first layer is replaced: PEFT's attention cannot list its modules halfway
+        self._locations = _find_locations(self.model)
+        try:
+            model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        finally:
+            self._locations = {}
         release_networks(model)
         for module in model.modules():
             # `freeze_norms` has put it into evaluation mode

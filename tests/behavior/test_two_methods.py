@@ -303,3 +303,30 @@ def test_prompts_are_refused(tmp_path):
         load_adapters(base, tmp_path)
 
     assert_same(base, before)
+
+
+class Attention(nn.Module):
+    """Attention, and a KAN as its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.kan = KAN([8, 2])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.kan(torch.tanh(self.attention(x, x, x)[0].mean(1)))
+
+
+@pytest.mark.parametrize("leave", ["merge_and_unload", "unload"])
+def test_lora_on_attention_is_merged_and_unloaded(leave):
+    model = adapt(Attention(), r=2)
+    inject(model, "other", LoraConfig(r=2, target_modules=["attention"], init_lora_weights=False))
+    x = torch.rand(3, 5, 8)
+    expected = model(x) if leave == "merge_and_unload" else Attention().eval()(x)
+
+    plain = getattr(model, leave)()
+
+    torch.testing.assert_close(plain(x), expected)
+    assert type(plain.attention) is nn.MultiheadAttention
+    assert type(plain.attention.out_proj) is type(Attention().attention.out_proj)

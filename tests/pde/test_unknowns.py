@@ -74,6 +74,14 @@ def test_the_error_by_noise_is_the_error_of_nonlinear_regression(noisy):
     assert abs(noisy.value - rate.item()) < 0.1 * error
 
 
+def test_a_warm_start_is_compared_with_an_untrained_network(exact):
+    """Its own residual is small already, and a share of it would call a good solution unsolved."""
+    warm = solved(values=NOISY, network=exact.model, unknowns={"rate": 1.499}, steps=3)
+
+    assert warm.residual < 0.02
+    assert not any("untrained network" in note for note in warm.notes)
+
+
 @pytest.mark.parametrize("bounds", [(0, None), (None, 5), (0.5, 3.0), (None, None)])
 def test_bounds_change_neither_the_estimate_nor_its_error(noisy, bounds):
     estimate = solved(values=NOISY, bounds={"rate": bounds}).unknowns["rate"]
