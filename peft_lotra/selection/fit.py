@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -61,7 +62,8 @@ def fit_adapter(
        (full fine-tuning), and all parameters from scratch. The unchanged base counts too.
     4. The adapter with the least mean loss on held-out rows is trained again, on all rows. If the base is better than
        all of them, `model` has an update of zero.
-    5. `advice` names the model to use: the smallest one whose loss is within one standard error of the least.
+    5. `advice` names the model to use: the smallest one whose loss is within one standard error of the least. With
+       `max_bytes`, larger ones are left out.
 
     Classes are integers, one for each row, whose loss does not change if all outputs rise alike, such as
     `cross_entropy`. Their losses are measured after the outputs are divided by a temperature, the best one for all
@@ -77,7 +79,7 @@ def fit_adapter(
         loss: The loss of outputs and targets, a mean over the rows, such as `torch.nn.functional.cross_entropy`. The
             scores are means of the losses of single rows, without weights of classes.
         budget: The number of parameters of the adapter, as a share of the coefficients of the KAN layers.
-        max_bytes: The size of adapter_model.safetensors, at most.
+        max_bytes: The size of adapter_model.safetensors, at most; also of the model that is advised.
         steps: The number of training steps, of up to 128 rows each.
         folds: The number of folds of one division, at least 2. A class is spread over the folds; the only row of a
             class is never held out.
@@ -183,7 +185,7 @@ def fit_adapter(
     notes = []
     if FULL_MATRICES not in forms:
         notes.append(f"{FULL_MATRICES} exceed the budget: {best} was taken instead")
-    choice = advise({name: fit.losses for name, fit in fits.items()}, sizes)
+    choice = advise({name: fit.losses for name, fit in fits.items()}, sizes, max_bytes or math.inf)
     rates = {name: fit.rate for name, fit in fits.items() if fit.rate}
     seconds = time.perf_counter() - begin
     return AdapterFit(model, bank, Chosen(best, ranks, rate), *choice, rates, sizes, notes, seconds)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -51,7 +52,7 @@ class AdapterFit(Report):
         advice: The model to use: "base", "linear", "adapter", "last layer", "full" or "scratch".
         reason: Why, in one sentence.
         scores: By the same names, the mean loss of the rows that the folds held out.
-        errors: The standard errors of the differences between the scores and the least one.
+        errors: The standard errors of the differences between the scores and the least one within `max_bytes`.
         rates: The learning rates with these losses.
         sizes: The parameters that are stored for the task, and the bytes of their safetensors file.
         notes: Further remarks.
@@ -90,10 +91,11 @@ class AdapterFit(Report):
         rows = []
         for name, score in self.scores.items():
             parameters, size = self.sizes[name]
-            rows.append([name, f"{score:.4g}", f"{parameters:,}", f"{size / 1000:.1f}"])
+            error = f"{self.errors[name]:.2g}" if self.errors[name] else ""
+            rows.append([name, f"{score:.4g}", error, f"{parameters:,}", f"{size / 1000:.1f}"])
         form = f"adapter: {self.chosen.form}, rate {self.chosen.rate:g}, chosen in {self.seconds:.1f} s"
         notes = [form, *self.notes, f"advice: {self.advice}. {self.reason}"]
-        return TextTable(["", ">out-of-fold loss", ">parameters", ">kB"], rows, notes)
+        return TextTable(["", ">out-of-fold loss", ">+-", ">parameters", ">kB"], rows, notes)
 
     def plot(self) -> Figure:
         """Draw the scores with their standard errors; needs matplotlib."""
@@ -109,8 +111,9 @@ class AdapterFit(Report):
 def advise(
     losses: dict[str, Tensor],
     sizes: dict[str, Size],
+    max_bytes: float = math.inf,
 ) -> tuple[str, str, dict[str, float], dict[str, float]]:
-    """Name the smallest model whose loss is within one standard error of the least.
+    """Name the smallest model whose loss is within one standard error of the least one of at most `max_bytes`.
 
     The error is of the mean difference between the losses (rows,) of two models.
 
@@ -119,13 +122,14 @@ def advise(
     """
     names = sorted(losses, key=lambda name: sizes[name].bytes)
     scores = {name: losses[name].mean().item() for name in names}
-    least = losses[min(scores, key=scores.__getitem__)]
+    small = [name for name in names if sizes[name].bytes <= max_bytes]
+    least = losses[min(small, key=scores.__getitem__)]
     errors = {}
     for name in names:
         deviation = (losses[name] - least).std().item()
         errors[name] = deviation / len(least) ** 0.5
     limit = least.mean().item()
-    advice = next(name for name in names if scores[name] <= limit + errors[name])
+    advice = next(name for name in small if scores[name] <= limit + errors[name])
 
     subject = f"{_SUBJECTS[advice]} ({sizes[advice].bytes / 1000:.1f} kB)"
     change = (scores[advice] - scores["adapter"]) / abs(scores["adapter"] or 1.0)

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The folds of few rows, and what full fine-tuning trains."""
+"""The folds of few rows, what full fine-tuning trains, and what is advised."""
 
 import pytest
 import torch
@@ -10,6 +10,8 @@ from torch.nn.functional import mse_loss
 from peft_lotra import fit_adapter
 from peft_lotra.kan import KAN
 from peft_lotra.selection.data import assign_folds_repeatedly
+from peft_lotra.selection.report import advise
+from peft_lotra.selection.starts import Size
 
 
 QUICK = {"steps": 1, "folds": 2, "progress": False}
@@ -49,3 +51,15 @@ def test_the_grids_of_a_frozen_base_are_not_fine_tuned():
     report = fit_adapter(base, (x, x.prod(1, keepdim=True)), mse_loss, budget=0.5, **QUICK)
 
     assert report.sizes["full"].parameters <= everything - grids
+
+
+def test_what_is_larger_than_max_bytes_is_not_advised():
+    losses = {"base": torch.ones(50), "adapter": torch.full((50,), 0.5), "full": torch.full((50,), 0.1)}
+    sizes = {"base": Size(0, 0), "adapter": Size(100, 500), "full": Size(1000, 5000)}
+
+    advice, *_ = advise(losses, sizes)
+    small_advice, _, scores, _ = advise(losses, sizes, max_bytes=1000)
+
+    assert advice == "full"
+    assert small_advice == "adapter"
+    assert scores["full"] == pytest.approx(0.1)
