@@ -228,7 +228,9 @@ def evaluate_splines(
     half_width = torch.tensor((spline_order + 1) / 2, dtype=offset.dtype, device=offset.device)
     torch.sub(half_width, distance, out=distance)
     distances = _distances_to_ends(distance, spline_order)
-    sign = torch.sign(offset, out=offset if overwrites else None) if needs_sign else None
+    sign: Any = None
+    if needs_sign:
+        sign = torch.sign(offset, out=offset if overwrites else None)
     results = []
     for number, derivative in enumerate(derivatives):
         is_last = number == len(derivatives) - 1
@@ -261,7 +263,9 @@ def _integer_power(x: Tensor, n: int, out: Tensor | None) -> Tensor:
     if n <= 3:  # the exponents that torch.pow is fast for
         return torch.pow(x, n, out=out)
     square = x.square()
-    return torch.square(square, out=out) if n == 4 else torch.mul(x, square.square_(), out=out)
+    if n == 4:
+        return torch.square(square, out=out)
+    return torch.mul(x, square.square(), out=out)
 
 
 @lru_cache(maxsize=64)
