@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..modules.calls import is_tracing
 from ..modules.checks import check_count
@@ -29,14 +32,14 @@ class UniformGrid(NamedTuple):
         spline_order: Degree p of the splines, 1 to 5.
     """
 
-    low: torch.Tensor
-    high: torch.Tensor
+    low: Tensor
+    high: Tensor
     grid_size: int
     spline_order: int
 
     @classmethod
-    def between(cls, bounds: torch.Tensor, grid_size: int, spline_order: int) -> UniformGrid:
-        """The grid with the ends `bounds` (I, 2)."""
+    def between(cls, bounds: Tensor, grid_size: int, spline_order: int) -> UniformGrid:
+        """Return the grids with the ends `bounds` (I, 2)."""
         low, high = bounds.unbind(-1)
         return cls(low, high, grid_size, spline_order)
 
@@ -46,22 +49,37 @@ class UniformGrid(NamedTuple):
         return self.grid_size + self.spline_order
 
     @property
-    def per_unit(self) -> torch.Tensor:
+    def per_unit(self) -> Tensor:
         """Grid intervals per unit of the inputs."""
         return self.grid_size / (self.high - self.low)
 
+    def positions(self, x: Tensor) -> Tensor:
+        """Return the distances of points (..., I) from `low` in grid intervals, bounded to be finite.
+
+        They are in float32 at least: a half-precision coordinate would cost more accuracy than half-precision values.
+        """
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        distance = x.to(dtype) - self.low.to(dtype)
+        position = distance * self.per_unit.to(dtype)
+        return position.clamp(-self.spline_order - 1, self.num_basis + 1)
+
+    def centers(self, like: Tensor) -> Tensor:
+        """Return the centers (K,) of the basis functions as positions, in the dtype of `like`."""
+        numbers = torch.arange(self.num_basis, dtype=like.dtype, device=like.device)
+        return numbers - (self.spline_order - 1) / 2
+
 
 def check_grid(grid_size: int, spline_order: int) -> None:
-    """Raises a `ValueError` unless a grid of `grid_size` intervals can carry splines of this order."""
+    """Raise a `ValueError` unless a grid of `grid_size` intervals can have splines of this order."""
     check_count(grid_size, "grid_size")
     if check_count(spline_order, "spline_order") not in SPLINE_ORDERS:
         raise ValueError(f"`spline_order` is {spline_order}, but must be from 1 (piecewise linear) to 5; 3 is cubic.")
 
 
-def check_input(x: object, in_features: int, layer: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
+def check_input(x: Any, in_features: int, layer: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
     """Raise a `TypeError` unless `x` is a floating point tensor, a `ValueError` for another shape or dtype."""
     name = type(layer).__name__
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+    if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = getattr(x, "dtype", type(x))
         raise TypeError(f"The input is of {kind}, but {name} takes a floating point tensor (..., {in_features}).")
     if x.shape[-1:] != (in_features,):
@@ -77,13 +95,13 @@ def check_input(x: object, in_features: int, layer: torch.nn.Module, dtype: torc
 
 
 def bspline_basis(
-    x: torch.Tensor,
-    low: torch.Tensor | float,
-    high: torch.Tensor | float,
+    x: Tensor,
+    low: Tensor | float,
+    high: Tensor | float,
     grid_size: int,
     spline_order: int,
     derivative: int = 0,
-) -> torch.Tensor:
+) -> Tensor:
     r"""Evaluate the B-splines of a uniform grid at the points `x`, or their derivatives.
 
     They are of degree p = `spline_order` on G = `grid_size` equal intervals of [low, high]. With spacing
@@ -93,7 +111,7 @@ def bspline_basis(
 
         M_p(s) = 1/p! sum_{m <= p/2} (-1)^m binom(p+1, m) max((p+1)/2 - m - s, 0)^p,
 
-    whose arguments never exceed (p+1)/2, and float32 loses no digits. On [low, high] the basis sums to 1.
+    whose arguments never exceed (p+1)/2, so that no digits are lost in float32. On [low, high] the basis sums to 1.
     Outside its support a basis function, and each derivative of it, is exactly 0. The d-th derivative has the powers
     p - d, the factor p! / (p - d)! / h^d, and for odd d the sign of c_j - x. At a knot, the p-th derivative is 0 in
     the parts that jump.
@@ -128,105 +146,178 @@ def bspline_basis(
     check_count(derivative, "derivative", low=0)
     if not x.is_floating_point():
         raise TypeError(f"`x` has dtype {x.dtype}, but the basis needs floating point values; convert it first.")
-    # A half-precision coordinate would cost more accuracy than half-precision values do.
     dtype = torch.promote_types(x.dtype, torch.float32)
-    low, high = (torch.as_tensor(end, dtype=dtype, device=x.device) for end in (low, high))
-    per_unit = grid_size / (high - low)
-    centers = torch.arange(grid_size + spline_order, dtype=dtype, device=x.device) - (spline_order - 1) / 2
-    position = ((x.to(dtype) - low) * per_unit).clamp(-spline_order - 1, grid_size + spline_order + 1)  # finite
-    offset = position.unsqueeze(-1) - centers
-    values = cardinal_spline(offset, spline_order, derivative)
+    low = torch.as_tensor(low, dtype=dtype, device=x.device)
+    high = torch.as_tensor(high, dtype=dtype, device=x.device)
+    grid = UniformGrid(low, high, grid_size, spline_order)
+    position = grid.positions(x)
+    offset = position.unsqueeze(-1) - grid.centers(position)
+    values = cardinal_spline(offset, spline_order, derivative, overwrites=True)
     if derivative:
-        values = values * per_unit.unsqueeze(-1) ** derivative
+        values = values * grid.per_unit.unsqueeze(-1) ** derivative
     return values.to(x.dtype)
 
 
 def in_transform() -> bool:
-    """Whether a transform of `torch.func` is at work."""
+    """Return whether a transform of `torch.func` is at work."""
     return not is_tracing() and _functorch.peek_interpreter_stack() is not None
 
 
-def is_batched(tensor: torch.Tensor) -> bool:
-    """Whether the tensor belongs to `is_grads_batched` of `torch.autograd.grad`, and cannot be written into."""
+def is_batched(tensor: Tensor) -> bool:
+    """Return whether a tensor belongs to `is_grads_batched` of `torch.autograd.grad`, and cannot be written into."""
     return _functorch.is_legacy_batchedtensor(tensor)
 
 
-def cardinal_spline(offset: torch.Tensor, spline_order: int, derivative: int = 0) -> torch.Tensor:
-    """The cardinal spline M_p of `bspline_basis`, or its derivative, at offsets (any shape) from the center."""
+def spline_offsets(position: Tensor, grid: UniformGrid) -> Tensor:
+    """Return the offsets (N, K, I) of positions (N, I) from the centers of the basis functions.
+
+    The evaluation takes less time in this order.
+    """
+    return position.unsqueeze(1) - grid.centers(position).unsqueeze(1)
+
+
+def cardinal_spline(offset: Tensor, spline_order: int, derivative: int = 0, overwrites: bool = False) -> Tensor:
+    """Evaluate the cardinal spline M_p of `bspline_basis`, or its derivative, at offsets from its center.
+
+    Offsets that need no gradient may be overwritten, which saves memory.
+    """
     power = spline_order - derivative
     if power < 0:
         return torch.zeros_like(offset)
-    # not `abs`, to which autograd gives the slope 0 at the center: the second derivative needs that of one side
-    distance = torch.sub(offset, offset.relu(), alpha=2) + (spline_order + 1) / 2
-    total = None
-    for factor in spline_factors(spline_order):
-        distance = (distance if total is None else distance - 1).relu()
-        term = distance.pow(power) if power else (distance > 0).to(distance.dtype)
-        share = factor / math.factorial(power)
-        total = term * share if total is None else total.add(term, alpha=share)
-    assert total is not None
-    if derivative % 2 == 0:
-        return total
-    return -total * (torch.ones_like(offset).copysign(offset) if power else offset.sign())
+    is_traced = is_tracing() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if is_traced or in_transform() or forward_ad.unpack_dual(offset).tangent is not None:
+        # not `abs`, to which torch gives the slope 0 at the center: the second derivative needs that of one side
+        distance = torch.sub(offset, offset.relu(), alpha=2) + (spline_order + 1) / 2
+        total = _sum_powers(_distances_to_ends(distance, spline_order), spline_order, power)
+        if derivative % 2:
+            one = torch.ones((), dtype=offset.dtype, device=offset.device)
+            total = total * (one.copysign(offset) if power else offset.sign())
+    elif offset.requires_grad:
+        return _CardinalSpline.apply(offset, spline_order, derivative)
+    else:
+        total = evaluate_splines(offset, spline_order, [derivative], overwrites)[0]
+    return total.mul_((-1) ** derivative / math.factorial(power))
 
 
-def spline_factors(spline_order: int) -> list[int]:
-    """(-1)^m binom(p+1, m) for m = 0 ... p/2, the factors of the truncated powers."""
-    return [(-1) ** m * math.comb(spline_order + 1, m) for m in range(spline_order // 2 + 1)]
+class _CardinalSpline(torch.autograd.Function):
+    """A derivative of the cardinal spline, whose backward pass evaluates the next derivative."""
+
+    @staticmethod
+    def forward(ctx, offset, spline_order, derivative):
+        ctx.save_for_backward(offset)
+        ctx.arguments = spline_order, derivative
+        return cardinal_spline(offset.detach(), spline_order, derivative)
+
+    @staticmethod
+    def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride] (torch declares *grad_outputs)
+        (offset,) = ctx.saved_tensors
+        spline_order, derivative = ctx.arguments
+        return gradient * cardinal_spline(offset, spline_order, derivative + 1), None, None
 
 
-@lru_cache(maxsize=64)
-def spline_pieces(order: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The B-splines in a grid interval as polynomials in the distance from the start of the interval, and their
-    first five derivatives: (6, p + 1, p + 1), powers ascending, the spline that begins first in row 0."""
-    with torch.inference_mode(False):
-        start = (order - 1) / 2 - torch.arange(order + 1, dtype=torch.float64, device="cpu")
-        points = [start] * order + [start + 0.5]  # the last derivative jumps at the start
-        derivatives = [
-            torch.stack([cardinal_spline(x, order, q) / math.factorial(q) for q, x in enumerate(points)], -1)
-        ]
-        for _ in range(5):
-            lower = derivatives[-1] * torch.arange(order + 1, dtype=torch.float64, device="cpu")
-            derivatives.append(F.pad(lower[:, 1:], (0, 1)))
-        return torch.stack(derivatives).to(device, dtype)
+def evaluate_splines(
+    offset: Tensor, spline_order: int, derivatives: Sequence[int], overwrites: bool = False
+) -> list[Tensor]:
+    """Evaluate derivatives of the cardinal spline, each of order d times (-1)^d (p - d)!, without gradients.
+
+    The factors would cost further passes over memory. If it may overwrite the offsets and no derivative is odd, the
+    last result is in their memory.
+    """
+    needs_sign = any(derivative % 2 for derivative in derivatives)
+    distance = offset.abs_() if overwrites and not needs_sign else offset.abs()
+    half_width = torch.tensor((spline_order + 1) / 2, dtype=offset.dtype, device=offset.device)
+    torch.sub(half_width, distance, out=distance)
+    distances = _distances_to_ends(distance, spline_order)
+    sign: Any = None
+    if needs_sign:
+        sign = torch.sign(offset, out=offset if overwrites else None)
+    results = []
+    for number, derivative in enumerate(derivatives):
+        is_last = number == len(derivatives) - 1
+        total = _sum_powers(distances, spline_order, spline_order - derivative, overwrites=is_last)
+        results.append(total.mul_(sign) if derivative % 2 else total)
+    return results
 
 
-def integer_power(x: torch.Tensor, n: int, out: torch.Tensor) -> torch.Tensor:
-    """x^n for x >= 0, where 0^0 is 0, written into `out`, which may be `x`."""
+def _distances_to_ends(distance: Tensor, spline_order: int) -> list[Tensor]:
+    """Return the arguments of the truncated powers, given the distance to the nearer end of the support."""
+    distances = [distance.relu_()]
+    while len(distances) <= spline_order // 2:
+        distances.append((distances[-1] - 1).relu_())
+    return distances
+
+
+def _sum_powers(distances: Sequence[Tensor], spline_order: int, power: int, overwrites: bool = False) -> Tensor:
+    """Return sum_m (-1)^m binom(p+1, m) distances[m]^power, for p = `spline_order`."""
+    powers = [_integer_power(distance, power, out=distance if overwrites else None) for distance in distances]
+    total = powers[0]
+    for m, term in enumerate(powers[1:], 1):
+        total.add_(term, alpha=(-1) ** m * math.comb(spline_order + 1, m))
+    return total
+
+
+def _integer_power(x: Tensor, n: int, out: Tensor | None) -> Tensor:
+    """Return x^n for x >= 0, where 0^0 is 0, in the memory of `out` if given."""
     if n == 0:
         return torch.sign(x, out=out)
     if n <= 3:  # the exponents that torch.pow is fast for
         return torch.pow(x, n, out=out)
+    square = x.square()
     if n == 4:
-        return torch.square(x, out=out).square_()
-    return torch.mul(x, x.square().square_(), out=out)
+        return torch.square(square, out=out)
+    return torch.mul(x, square.square(), out=out)
 
 
-def silu_derivatives(x: torch.Tensor, highest: int) -> list[torch.Tensor]:
-    """silu and its derivatives up to the order `highest`."""
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def spline_pieces(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the B-splines in a grid interval as polynomials in the distance from its start, and five derivatives.
+
+    Returns:
+        (6, p + 1, p + 1), powers ascending, with the spline that begins first in row 0.
+    """
+    numbers = torch.arange(order + 1, dtype=torch.float64, device="cpu")
+    start = (order - 1) / 2 - numbers
+    coefficients = []
+    for power in range(order + 1):
+        point = start + 0.5 if power == order else start  # the last derivative jumps at the start
+        coefficients.append(cardinal_spline(point, order, power) / math.factorial(power))
+    derivatives = [torch.stack(coefficients, -1)]
+    for _ in range(5):
+        lower = derivatives[-1] * numbers
+        derivatives.append(F.pad(lower[:, 1:], (0, 1)))
+    return torch.stack(derivatives).to(device, dtype)
+
+
+def silu_derivatives(x: Tensor, highest: int) -> list[Tensor]:
+    """Return silu and its derivatives up to the order `highest`."""
     return times_argument(x, logistic_derivatives(torch.sigmoid(x), highest))
 
 
-def logistic_derivatives(y: torch.Tensor, highest: int, of_tanh: bool = False) -> list[torch.Tensor]:
-    """The values y of the sigmoid, y' = y - y^2, or of tanh, y' = 1 - y^2, and the derivatives up to an order."""
+def logistic_derivatives(y: Tensor, highest: int, of_tanh: bool = False) -> list[Tensor]:
+    """Return the derivatives up to an order of the sigmoid, y' = y - y^2, or tanh, y' = 1 - y^2, from its values y."""
     derivatives = [y]
     for n in range(highest):
         total = torch.full_like(y, float(n == 0)) if of_tanh else derivatives[n]
-        for k in range(n // 2 + 1):  # of the sum of binom(n, k) y^(k) y^(n-k), which is symmetric
-            factor = math.comb(n, k) * (1 if 2 * k == n else 2)
+        # the sum of binom(n, k) y^(k) y^(n-k) is symmetric
+        for k in range(n // 2 + 1):
+            factor = math.comb(n, k) if 2 * k == n else 2 * math.comb(n, k)
             total = torch.addcmul(total, derivatives[k], derivatives[n - k], value=-factor)
         derivatives.append(total)
     return derivatives
 
 
-def times_argument(x: torch.Tensor, functions: list[torch.Tensor]) -> list[torch.Tensor]:
-    """x f(x) and its derivatives, from the derivatives of f."""
-    pairs = zip(functions, functions[1:], strict=False)
-    return [x * functions[0], *(torch.addcmul(f * n if n > 1 else f, x, df) for n, (f, df) in enumerate(pairs, 1))]
+def times_argument(x: Tensor, functions: list[Tensor]) -> list[Tensor]:
+    """Return x f(x) and its derivatives, given f and its derivatives."""
+    products = [x * functions[0]]
+    for n in range(1, len(functions)):
+        lower = functions[n - 1] * n if n > 1 else functions[n - 1]
+        products.append(torch.addcmul(lower, x, functions[n]))
+    return products
 
 
-def change_of_basis(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """Old basis functions as combinations of new ones, by least squares: (I, K', K).
+def change_of_basis(new: Tensor, old: Tensor) -> Tensor:
+    """Return old basis functions as combinations of new ones by least squares, (I, K', K).
 
     Args:
         new, old: Values of the new and the old functions at the same points, (N, I, K') and (N, I, K), multiplied by
@@ -235,23 +326,25 @@ def change_of_basis(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     return torch.linalg.lstsq(new.transpose(0, 1), old.transpose(0, 1)).solution
 
 
-def spread_points(
-    samples: torch.Tensor, low: torch.Tensor, high: torch.Tensor, count: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The samples (N, I) and `count` points spread over [low, high]; the roots of their weights (N + count, 1, 1).
+def spread_points(samples: Tensor, low: Tensor, high: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return samples (N, I) and `count` points spread over [low, high]; the roots of their weights (N + count, 1, 1).
 
-    The points that are spread have a hundredth of the weight of the samples: enough to settle coefficients where no
-    sample lies, too little to disturb a fit elsewhere.
+    The spread points have a hundredth of the weight of the samples: enough to determine coefficients where no sample
+    lies, too little to disturb a fit elsewhere.
     """
-    spread = torch.linspace(0, 1, count, dtype=samples.dtype, device=samples.device)[:, None]
+    fractions = torch.linspace(0, 1, count, dtype=samples.dtype, device=samples.device)
+    spread = torch.lerp(low, high, fractions[:, None])
     weight = samples.new_ones(len(samples) + count, 1, 1)
     weight[len(samples) :] = math.sqrt(0.01 * len(samples) / count)
-    return torch.cat([samples, torch.lerp(low, high, spread)]), weight
+    return torch.cat([samples, spread]), weight
 
 
-def moments(grid_range: tuple[float, float], grid_size: int, spline_order: int) -> tuple[float, torch.Tensor]:
-    """The variance of the uniform law on `grid_range`, and E[f_j(x) f_k(x)] of the B-splines and of silu,
-    (K + 1, K + 1), for x normal with the mean and the variance of that law, by quadrature in float64 on the CPU."""
+def moments(grid_range: tuple[float, float], grid_size: int, spline_order: int) -> tuple[float, Tensor]:
+    """Return the variance of the uniform law on `grid_range`, and E[f_j(x) f_k(x)] (K + 1, K + 1).
+
+    The f are the B-splines and silu, and x is normal with the mean and the variance of that law. The expectations are
+    computed by quadrature, in float64 on the CPU.
+    """
     low, high = grid_range
     variance = (high - low) ** 2 / 12
     z = torch.linspace(-6, 6, 1025, dtype=torch.float64, device="cpu")

@@ -81,11 +81,16 @@ class LayerFormula(NamedTuple):
             (N, I, K) or (N, I, K + 1).
         """
         z = x if self.norm is None else self.norm(x)
-        basis: Any = self.basis
-        values = bspline_basis(z, *basis) if isinstance(basis, UniformGrid) else basis.derivatives(z, 0)[0]
+        values = self._evaluate_basis(z)
         if self.residual is None:
             return values
         return torch.cat([values, self.activation(x).unsqueeze(-1)], -1)
+
+    def _evaluate_basis(self, z: Tensor) -> Tensor:
+        basis: Any = self.basis
+        if isinstance(basis, UniformGrid):
+            return bspline_basis(z, *basis)
+        return basis.derivatives(z, 0)[0]
 
     def joined(self) -> Tensor:
         """Return scale (A + updates) and R + updates as one tensor (O, K + 1, I). Zeros stand for a missing R."""
@@ -111,28 +116,31 @@ class LayerFormula(NamedTuple):
         # the last digits of a batched product depend on what requires a gradient
         rows = x if x.dim() == 2 else x.reshape(-1, in_features)
         z = rows if self.norm is None else self.norm(rows)
-        basis = self.basis
-        thin = None if factored is None else factored[:2]
+
+        weights = [coefficients] if factored is None else [coefficients, factored[1]]
         functions: Any = None
-        if isinstance(basis, UniformGrid):
-            y = spline_product(z, *basis, coefficients, thin)
+        if isinstance(self.basis, UniformGrid):
+            products = spline_product(z, self.basis, *weights)
         else:
-            assert basis is not None
-            functions = basis.derivatives(z, 0)[0]
-            y = plain_product(functions, coefficients, *(thin or (None, None)))
+            functions = self._evaluate_basis(z)
+            products = plain_product(functions, *weights)
+        y, sums = products[:, :out], products[:, out:]
         activated: Any = None if residual is None else self.activation(rows)
-        for core, weights in shapes:
-            y = torch.addmm(y, self._evaluate_shapes(z, functions, activated, weights).flatten(1), core.flatten(1).t())
         if residual is not None:
             # in the backward pass, `addmm` computes no gradient of a frozen weight
             y = torch.addmm(y, activated, residual.t())
-            if factored is not None:
-                left, _, right_of_residual = factored
-                y = torch.addmm(y, F.linear(activated, right_of_residual), left.t())
+        if factored is not None:
+            left, _, right_of_residual = factored
+            if residual is not None:
+                sums = torch.addmm(sums, activated, right_of_residual.t())
+            y = torch.addmm(y, sums, left.t())
+        for core, weight in shapes:
+            values = self._evaluate_shapes(z, functions, activated, weight)
+            y = torch.addmm(y, values.flatten(1), core.flatten(1).t())
         if self.bias is not None:
             y = y + self.bias
         # a view would cost compiled code a tenth of a step
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], out)
+        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out)
 
     def _evaluate_shapes(self, z: Tensor, functions: Tensor, activated: Tensor | None, weights: Tensor) -> Tensor:
         """Return r functions of each input (N, I, r), with weights (K, r) or (K + 1, r), of normalized inputs z."""
@@ -141,8 +149,8 @@ class LayerFormula(NamedTuple):
             count = basis.num_basis
             # the inputs are points of one grid
             points = ((z - basis.low) * basis.per_unit).reshape(-1, 1)
-            ends = points.new_zeros(1), points.new_full((1,), basis.grid_size)
-            values = spline_product(points, *ends, *basis[2:], weights[:count].t().unsqueeze(1)).view(*z.shape, -1)
+            grid = basis._replace(low=points.new_zeros(1), high=points.new_full((1,), basis.grid_size))
+            values = spline_product(points, grid, weights[:count].t().unsqueeze(1)).view(*z.shape, -1)
         else:
             count = functions.shape[-1]
             values = functions @ weights[:count]

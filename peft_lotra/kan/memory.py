@@ -19,7 +19,7 @@ from torch import Tensor
 # Of the basis (rows x inputs x basis functions) evaluated at a time: fits the cache. `layers`
 EVALUATED = 2**18
 # Fewest rows of the basis that enter a matrix product at a time: fewer cost it much of its speed. `layers`
-MULTIPLIED_ROWS = 512
+MULTIPLIED_ROWS = 256
 # Of all functions of a block in a jet, evaluated by hand. `examples/studies/pde/jet_speed.py`
 JET_BLOCK = 2**20
 # All of these on other devices than the CPU: only bound the memory. `examples/studies/benchmarks/run.py --device cuda`

@@ -162,7 +162,7 @@ class SlimKANLinear(SplineLayer):
         core, factor_out, factor_in, factor_basis = components
         if is_tracing() or factor_in is None or len(rows) >= _EXPAND_FROM:  # a graph is for any number of rows
             splines, _, *factors = components.sliced(slice(-1))
-            y = spline_product(rows, *self.grid, expand_inputs(splines, *factors))
+            y = spline_product(rows, self.grid, expand_inputs(splines, *factors))
             residual, _, *factors = components.sliced(slice(-1, None))
             residual_weight = expand_inputs(residual, *factors).squeeze(-1)
             y = y + F.linear(F.silu(rows), residual_weight)

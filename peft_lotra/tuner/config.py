@@ -309,11 +309,6 @@ class LoTRAConfig(PeftConfig):
             config.source = Source(path, subfolder, hub_kwargs, ignore_mismatched_sizes)
         return config
 
-    @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        kwargs.pop("layers_pattern", None)  # in files of former versions, where it has no effect
-        return super().check_kwargs(**kwargs)
-
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
         del values["check_base"]  # chosen when an adapter is loaded

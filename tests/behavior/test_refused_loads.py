@@ -237,13 +237,6 @@ def test_a_broken_configuration_is_one_clear_error(folder, read, content):
     assert str(folder) in str(caught.value)
 
 
-def test_a_file_of_a_former_version_is_loaded_silently(folder):
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**config, "layers_pattern": None}))
-
-    assert loaded_silently(net(), folder, "error")
-
-
 @pytest.mark.parametrize("more", [{}, {"a_field_of_later": 3}])
 def test_a_newer_format_is_called_newer(folder, more):
     config = json.loads((folder / CONFIG).read_text())
