@@ -112,6 +112,9 @@ report("LoTRA on the head, LoRA on the features", model, new)
 # One call saves both: LoTRA into the folder, LoRA into a subfolder. One call loads both. Both calls work for every PEFT
 # method that `inject_adapter_in_model` accepts. `load_adapters` also takes a Hub repository. To train further, pass
 # `is_trainable=True`.
+#
+# PyTorch's fast path for `nn.TransformerEncoderLayer` ignores LoRA in evaluation mode: it reads the frozen weights.
+# If you adapt such layers, call `torch.backends.mha.set_fastpath_enabled(False)` before you evaluate.
 
 # %%
 from peft_lotra import load_adapters

@@ -79,7 +79,8 @@ print(edge_changes(model, x))
 network
 
 # %% [markdown]
-# Split the change of the output into a shift, a linear part, and a sum of functions of one input:
+# Split the change of the output into a shift, a linear part, and a sum of functions of one input. To write the change as
+# a formula, use [the recipe](../recipes/what_changed.md).
 
 # %%
 what_changed(model, x, names=["a", "b"])

@@ -152,5 +152,6 @@ def _roles(target: Target) -> dict[str, str]:
 def _fast_path(target: Target) -> str:
     if formula := find_formula(*target):
         return f"yes, by {'splines in closed form' if formula.is_uniform else 'the `basis` of its kind'}"
-    why = find_obstacle(*target) or "the functions of its kind give other outputs"
+    other = "the functions of its kind give other outputs (name a bias by `bias`, a norm by `normalization`)"
+    why = find_obstacle(*target) or other
     return f"no, since {why}; general path: the layer itself runs, with updated parameters"

@@ -61,6 +61,6 @@ def warn_of_far_inputs(name: str, grid: Grid, shape: Sequence[int], x: Any) -> N
     if is_far.double().mean() > 0.5:
         warnings.warn(
             f"Most inputs of `{name}` lie far outside of its grid, from {low.min():.3g} to {high.max():.3g}, where "
-            "splines are zero. Scale the inputs to the grid.",
+            "splines are zero. Scale the inputs to the grid, or bound those of a hidden layer by a norm such as tanh.",
             stacklevel=2,
         )
