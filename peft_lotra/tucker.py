@@ -209,7 +209,7 @@ class Update(NamedTuple):
     tensor: Tucker
 
     def dense(self) -> Tensor:
-        """Return the update (out, in, basis [, kernel]). An adapted residual branch is the last slice of the basis."""
+        """Return the update (out, in, basis [, kernel]). An adapted base branch is the last slice of the basis."""
         return self.tensor.dense(self.scale)
 
 
@@ -483,7 +483,7 @@ def form_text(form: Sequence[Rank] | None) -> str:
 
 
 def full_shape(tensor: Any) -> tuple[int, ...]:
-    """Return (out, in, basis [, kernel]) of a coefficient tensor, with the residual branch as a slice of the basis.
+    """Return (out, in, basis [, kernel]) of a coefficient tensor, with the base branch as a slice of the basis.
 
     Args:
         tensor: Any description with a `shape` and `has_residual`, such as those that `find_kan_layers` returns.

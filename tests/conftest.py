@@ -45,5 +45,5 @@ def hub() -> Hub:
 
 @pytest.fixture
 def no_inference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the families that are inferred: for what happens to layers of no known family."""
+    """Without the kinds that are inferred: for what happens to layers of no known kind."""
     monkeypatch.setattr("peft_lotra.layers.describe.infer", lambda *args: (None, "not now"))

@@ -82,7 +82,7 @@ def test_a_line_for_each_adapter_of_each_layer():
     model.add_adapter("second", config)
     summary = model_summary(model)
 
-    assert [(line.layer, line.family, line.adapter) for line in summary] == [
+    assert [(line.layer, line.kind, line.adapter) for line in summary] == [
         ("body.0", "peft-lotra", "first"),
         ("body.1", "cheby-kan", "first"),
         ("body.1", "cheby-kan", "second"),

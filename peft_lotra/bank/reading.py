@@ -130,7 +130,7 @@ def _match_state_dict(
     config: LoTRAConfig,
     base: nn.Module,
 ) -> dict[str, Target]:
-    """Return the layers that a state dict adapts; its shapes determine the ranks and the residual branch."""
+    """Return the layers that a state dict adapts; its shapes determine the ranks and the base branch."""
     check_state_dict(tensors)
     targets = {}
     for name, target in find_targets(LoTRAConfig(), base).items():

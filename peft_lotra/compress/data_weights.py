@@ -126,7 +126,7 @@ def gather_weights(
 
     Args:
         model: The model.
-        tensors: The tensors (out, in, basis) to weigh, by layer; their basis may end before the residual branch.
+        tensors: The tensors (out, in, basis) to weigh, by layer; their basis may end before the base branch.
         inputs: Samples of the model's input.
     """
     modules = {name: model.get_submodule(name) for name in tensors}
@@ -253,7 +253,7 @@ def _probe(
 def functions_at(target: Target, x: Tensor) -> Tensor:
     """Return the functions (samples, in, basis) that the coefficients of a layer multiply at x (samples, in).
 
-    The function of the residual branch is the last one. Scales of the edges are not contained.
+    The function of the base branch is the last one. Scales of the edges are not contained.
     """
     layer, spec, tensor = target
     if reader := find_formula(layer, spec, tensor):

@@ -89,7 +89,7 @@ def coefficient_updates(
 def read_coefficients(name: str, module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Read coefficients, with active adapters, and scales of the edges, (out, in, basis [+ 1] [, kernel]), in float64.
 
-    The scales are None for a layer without them, and 1 for the residual branch. Raise a ValueError for values that
+    The scales are None for a layer without them, and 1 for the base branch. Raise a ValueError for values that
     are not finite.
     """
     with read_at_rest(module):
@@ -105,7 +105,7 @@ def read_coefficients(name: str, module: nn.Module) -> tuple[Tensor, Tensor | No
 
 
 def edge_scales(target: Target, coefficients: Tensor) -> Tensor | None:
-    """Return the factors of a layer's coefficients, laid out like them, 1 for the residual branch; None without."""
+    """Return the factors of a layer's coefficients, laid out like them, 1 for the base branch; None without."""
     layer, spec, tensor = target
     scale = spec.read_edge_scale(layer, tensor)
     if scale is None:

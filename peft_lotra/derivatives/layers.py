@@ -180,7 +180,7 @@ def _functions(basis: Basis, z: Tensor, highest: int) -> list[Tensor]:
 def jet_rows(formula: LayerFormula, jet: Jet, order: int, weights: Tensor | None) -> Tensor:
     """Return the jet rows (N, S, K, I) of a layer in `evaluate_layer`, with its arguments, for the points z (N, I).
 
-    K counts all functions, including the activation of the residual branch. An `nn.Linear` has one function, the
+    K counts all functions, including the activation of the base branch. An `nn.Linear` has one function, the
     identity.
 
     Derivatives that jump at the knots must come from the same operations as in the jet, which depend on the number of

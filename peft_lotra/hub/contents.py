@@ -28,7 +28,7 @@ from ..tucker import COMPONENTS, Rank, form_text, read_components
 class AdapterRow(NamedTuple):
     """The contents of an adapter for one layer of the base model.
 
-    `shape` and `ranks` describe the update, (out, in, basis), where the residual branch is the last slice of the
+    `shape` and `ranks` describe the update, (out, in, basis), where the base branch is the last slice of the
     basis; `norm` is its Frobenius norm times `alpha`. `parameters` is the number of stored values. A module of
     `modules_to_save`, of the kind "saved copy", has no update.
     """
@@ -75,7 +75,7 @@ class AdapterContents(Report):
                 continue
             patterns = config["alpha_pattern"]
             alpha = float(patterns.get(get_pattern_key(list(patterns), name), config["alpha"]))
-            kind = config["base_layers"].get(name, {}).get("family", "unknown")
+            kind = config["base_layers"].get(name, {}).get("kind", "unknown")
             update = read_components(components).map(torch.Tensor.double)
             # once the factors are orthonormal, the norm of the core is the norm of the whole tensor
             norm = abs(alpha) * update.orthogonal().core.norm().item()

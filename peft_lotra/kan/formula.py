@@ -52,11 +52,11 @@ class LayerFormula(NamedTuple):
     Attributes:
         basis: The functions B. None for `nn.Linear`.
         coefficients: A (O, I, K). None for a Slim layer, which consists of updates.
-        residual: R (O, I). None without a residual branch.
+        residual: R (O, I). None without a base branch.
         updates: The updates of the applied adapters.
         scale: (O, I). None stands for 1.
         bias: (O,).
-        activation: The elementwise function act of the residual branch.
+        activation: The elementwise function act of the base branch.
         norm: The module that normalizes the inputs of B.
     """
 
@@ -72,7 +72,7 @@ class LayerFormula(NamedTuple):
     # methods instead of properties: compiled code does not know properties of tuples
 
     def functions(self, x: Tensor) -> Tensor:
-        """Return the functions that A multiplies, and act(x) as the last one if there is a residual branch.
+        """Return the functions that A multiplies, and act(x) as the last one if there is a base branch.
 
         Args:
             x: (N, I).
@@ -167,7 +167,7 @@ class LayerFormula(NamedTuple):
 
         Returns:
             scale (A + updates); R + updates; of updates in factors left (O, R), right (R, I, K) and right (R, I) of
-            the residual branch, or None; and of updates as functions the cores (O, I, r) and weights (K + 1, r).
+            the base branch, or None; and of updates as functions the cores (O, I, r) and weights (K + 1, r).
         """
         coefficients: Any = self.coefficients
         residual = self.residual

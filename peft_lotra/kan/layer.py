@@ -69,7 +69,7 @@ class KANLinear(SplineLayer):
         y[o] = sum_i base_weight[o, i] silu(x[i]) + sum_{i,k} spline_weight[o, i, k] B_k(x[i]),
 
     where the B_k are the `grid_size + spline_order` B-splines of a uniform grid, one for each input. Outside its grid
-    (and `spline_order` intervals beyond), an edge has its residual branch only.
+    (and `spline_order` intervals beyond), an edge has its base branch only.
 
     Args:
         in_features, out_features: Sizes I and O of the last dimension of input and output.
@@ -80,7 +80,7 @@ class KANLinear(SplineLayer):
 
     Attributes:
         spline_weight: Parameter (O, I, grid_size + spline_order), the coefficient tensor.
-        base_weight: Parameter (O, I), the residual branch.
+        base_weight: Parameter (O, I), the base branch.
         grid_bounds: Buffer (I, 2), lower and upper end of each input's grid. It is part of the state,
             since it gives the coefficients their meaning.
 

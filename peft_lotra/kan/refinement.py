@@ -203,7 +203,7 @@ def _refine_layer(
     new_basis, old_basis = bspline_basis(new_points, *new_grid), bspline_basis(old_points, *old_grid)
     new_silu = F.silu(new_points).unsqueeze(-1)
     old_silu = F.silu(old_points).unsqueeze(-1)
-    # the map also moves the residual branch, for which the splines make up
+    # the map also moves the base branch, for which the splines make up
     transfer = change_of_basis(new_basis, torch.cat([old_basis, old_silu - new_silu], -1))  # (I, K', K + 1)
 
     if isinstance(layer, SlimKANLinear):

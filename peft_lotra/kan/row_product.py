@@ -34,7 +34,7 @@ class PackedTucker(NamedTuple):
     transposed, in which order products of them are fastest.
 
     Attributes:
-        shape: (O, I, K), or with a kernel (O, I, K, P). K counts the residual branch if there is one.
+        shape: (O, I, K), or with a kernel (O, I, K, P). K counts the base branch if there is one.
         form: (ro, ri, rb [, rk]); tensors of lower ranks are filled with zeros. A mode that is full in all tensors is
             "full" and has no factor. If only some tensors are full in a mode, they get the identity as factor.
     """
@@ -87,7 +87,7 @@ class PackedTucker(NamedTuple):
     def pack(self, updates: Sequence[Update | None], like: Tensor) -> Tensor:
         """Return the matrix (len(updates), width) of updates in the dtype of `like`. None is a zero update.
 
-        No rank of an update is above this form. The residual branch may be missing.
+        No rank of an update is above this form. The base branch may be missing.
         """
         columns = []
         for n, shape in enumerate(self.component_shapes()):
@@ -197,8 +197,8 @@ class RowProduct(NamedTuple):
     Attributes:
         matrix: W as (K I, O), frozen. None leaves this term out.
         updates: The updates.
-        scale: s (O, I), frozen, or None for 1. It does not scale the residual branch.
-        has_residual: Whether the last of the K functions is the residual branch.
+        scale: s (O, I), frozen, or None for 1. It does not scale the base branch.
+        has_residual: Whether the last of the K functions is the base branch.
     """
 
     matrix: Tensor | None
@@ -207,7 +207,7 @@ class RowProduct(NamedTuple):
     has_residual: bool
 
     def of_splines(self, x: Tensor, grid: UniformGrid, residual: Tensor | None) -> Tensor:
-        """Compute the product (N, O) of the B-splines at x (N, I), and of the factors (N, I) of the residual branch.
+        """Compute the product (N, O) of the B-splines at x (N, I), and of the factors (N, I) of the base branch.
 
         The splines are evaluated in blocks that fit the cache, and for groups again in the backward pass.
         """
@@ -337,7 +337,7 @@ def _dot(first: Tensor, second: Tensor, dim: int) -> Tensor:
 
 
 def _evaluate(x: Tensor, grid: UniformGrid, residual: Tensor | None) -> Tensor:
-    """Return the splines at x (R, I), and the factors (R, I) of the residual branch, as functions (R, K, I)."""
+    """Return the splines at x (R, I), and the factors (R, I) of the base branch, as functions (R, K, I)."""
     offsets = spline_offsets(grid.positions(x), grid)
     splines = cardinal_spline(offsets, grid.spline_order, overwrites=True).to(x.dtype)
     return splines if residual is None else torch.cat([splines, residual.unsqueeze(1)], 1)

@@ -37,7 +37,7 @@ _EXPAND_FROM = 64
 class SlimKANLinear(SplineLayer):
     r"""A `KANLinear` whose coefficient tensor is a Tucker tensor: its parameters are a core and three factors.
 
-    With the residual branch as the last slice of the basis mode, the tensor A (O, I, K + 1), K = `grid_size +
+    With the base branch as the last slice of the basis mode, the tensor A (O, I, K + 1), K = `grid_size +
     spline_order`, is  core x1 factor_out x2 factor_in x3 factor_basis:
 
         y[o] = sum_a factor_out[o, a] sum_{b,c} core[a, b, c] sum_i factor_in[i, b] f_c(x[i]),

@@ -44,19 +44,19 @@ class CoefficientTensor:
     by the outputs, or along the kernel, is repeated, and the mean is written back.
 
     Attributes:
-        family: The kind of the layer.
+        kind: The kind of the layer.
         parts: The members of each part: the coefficients, then the residual weights if they have a parameter of their
             own. Dotted names reach into sub-modules.
         separate_residual: Whether the last part is the residual weights.
     """
 
-    family: str
+    kind: str
     parts: tuple[tuple[Member, ...], ...]
     separate_residual: bool = False
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """(out, in, basis) or (out, in, basis, kernel), without the residual branch."""
+        """(out, in, basis) or (out, in, basis, kernel), without the base branch."""
         out, inputs, _, *kernel = self.part_shapes[0]
         basis = sum(shape[2] for shape in self.part_shapes) - self.has_residual
         return (out, inputs, basis, *kernel)
@@ -72,7 +72,7 @@ class CoefficientTensor:
 
     @cached_property
     def has_residual(self) -> bool:
-        """Whether the layer has a residual branch."""
+        """Whether the layer has a base branch."""
         return self.separate_residual or self.parts[0][0].layout.packed_residual is not None
 
     @cached_property
@@ -82,7 +82,7 @@ class CoefficientTensor:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """The names of the coefficients, without the residual branch."""
+        """The names of the coefficients, without the base branch."""
         parts = self.parts[:-1] if self.separate_residual else self.parts
         return tuple(member.name for part in parts for member in part)
 
@@ -95,7 +95,7 @@ class CoefficientTensor:
         return {name: attrgetter(name)(layer) for name in self.parameters}
 
     def read(self, layer: nn.Module) -> torch.Tensor:
-        """Return the coefficients as (out, in, basis[, kernel]), with the residual branch as the last slice."""
+        """Return the coefficients as (out, in, basis[, kernel]), with the base branch as the last slice."""
         return self.join(self.read_parameters(layer).values())
 
     def read_parts(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:

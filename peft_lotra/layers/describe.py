@@ -87,7 +87,7 @@ def compare(layer: nn.Module, spec: KANLayerSpec, *args: Any, **kwargs: Any) -> 
     A built-in kind must fit. A user's description is taken at its word, unless gradients verify another layout.
     """
     find = partial(_compare, layer, spec, args, kwargs)
-    question = "compared", spec.family, spec.parts, tuple(spec.residual or ())
+    question = "compared", spec.kind, spec.parts, tuple(spec.residual or ())
     try:
         description = find() if args or kwargs else cached_by_class(layer, question, find)
     except CannotProbe as reason:  # it may have values later

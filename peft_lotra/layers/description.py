@@ -35,7 +35,7 @@ class KANLayerSpec:
     """The description of a kind of KAN layer, as [`register_kan_layer`] takes it.
 
     Args:
-        family (`str`): The name of the kind of layer, e.g. the name of its library.
+        kind (`str`): The name of the kind of layer, e.g. the name of its library.
         matches (`type` or `Callable`): The class of the layers, or a predicate on a module. Prefer a predicate on the
             parameters' names where users copy the file and rename the class.
         coefficients (`tuple[str, str]` or a list of them): The parameter of the coefficients (dotted names reach into
@@ -45,8 +45,8 @@ class KANLayerSpec:
             `"o (i k) ..."`; `"o ((i k) + i)"` where the residual weights are packed behind the coefficients. Several
             parts are joined along the basis mode; one after the first may lack `o` or `i`, and is shared by them, and
             one of a number for each edge is shared along a kernel. See layout.py.
-        residual (`tuple[str, str]`, *optional*): The parameter of the residual branch and its layout, of `o` and `i`
-            `...` and the axis of `groups`. A layer on which it is absent or `None` has no residual branch.
+        residual (`tuple[str, str]`, *optional*): The parameter of the base branch and its layout, of `o` and `i`
+            `...` and the axis of `groups`. A layer on which it is absent or `None` has no base branch.
         groups (`str`): The axis of blocks with separate inputs, e.g. `"g"`. They are a part of the output
             mode, and `i` counts the inputs of one block. The members of a list by `*` are such blocks too.
         grid (`tuple[str, ...]`): The attributes, tensors and numbers, that give the coefficients their meaning.
@@ -78,7 +78,7 @@ class KANLayerSpec:
         ValueError: A pattern is malformed, or a name stands twice.
     """
 
-    family: str
+    kind: str
     matches: type[nn.Module] | Callable[[Any], bool]
     coefficients: Described | Sequence[Described]
     residual: Described | None = None
@@ -98,7 +98,7 @@ class KANLayerSpec:
 
     def __post_init__(self) -> None:
         if not callable(self.matches):
-            raise ValueError(f"`matches` of {self.family!r} is {self.matches!r:.80}. Give a class, or a predicate.")
+            raise ValueError(f"`matches` of {self.kind!r} is {self.matches!r:.80}. Give a class, or a predicate.")
         branches = [pair for pair in (self.residual, self.edge_scale) if pair is not None]
         try:
             patterns = dict([*self.parts, *branches])
@@ -106,7 +106,7 @@ class KANLayerSpec:
             patterns = {}
         if not (self.coefficients and patterns) or len(patterns) < len(self.parts) + len(branches):
             raise ValueError(
-                f"The coefficients and other parameters of {self.family!r} are {[self.coefficients, *branches]}. "
+                f"The coefficients and other parameters of {self.kind!r} are {[self.coefficients, *branches]}. "
                 'Expected a name and its pattern, e.g. ("weight", "o i k"), or a list of such pairs, with each name '
                 "once."
             )
@@ -126,7 +126,7 @@ class KANLayerSpec:
         # Predicates may be lambdas, which do not pickle: a description is found again in the registry.
         if self.matches is matches_nothing:
             return super().__reduce_ex__(protocol)
-        return get_registered, (self.family,)
+        return get_registered, (self.kind,)
 
     def axes_of(self, layer: nn.Module) -> dict[str, int]:
         """Return the lengths of axes of a layer that no shape determines."""
@@ -155,10 +155,10 @@ class KANLayerSpec:
                     shapes.append((member, tuple(parameter.shape)))
                 parts.append((name, pattern, tuple(shapes)))
             axes = tuple(self.axes_of(layer).items())
-            return _solve(self.family, self.groups, tuple(parts), len(self.parts), axes)
+            return _solve(self.kind, self.groups, tuple(parts), len(self.parts), axes)
         except ValueError as error:
             raise ValueError(
-                f"{type(layer).__name__} was recognized as a KAN layer of the kind {self.family!r}, but its "
+                f"{type(layer).__name__} was recognized as a KAN layer of the kind {self.kind!r}, but its "
                 f"parameter {error}"
             ) from error
 
@@ -188,7 +188,7 @@ class KANLayerSpec:
             for member in expand_name(layer, name) or [name]:
                 if get_or_none(layer, member, absent) is absent:
                     raise ValueError(
-                        f"`grid` or `grid_methods` of {self.family!r} names {name!r}, and {type(layer).__name__} has "
+                        f"`grid` or `grid_methods` of {self.kind!r} names {name!r}, and {type(layer).__name__} has "
                         "no such attribute. Correct the name, or leave it out."
                     )
 
@@ -224,7 +224,7 @@ class KANLayerSpec:
 
 @lru_cache(1024)
 def _solve(
-    family: str,
+    kind: str,
     groups: str,
     parts: tuple[tuple[str, str, tuple[tuple[str, tuple[int, ...]], ...]], ...],
     count: int,
@@ -233,10 +233,10 @@ def _solve(
     """Find the lengths of all axes. They are the same for all layers of a kind that have the same shapes.
 
     Args:
-        family: The name of the kind.
+        kind: The name of the kind.
         groups: The axis of blocks.
-        parts: Name and pattern of each part and of the residual branch, with the name and shape of each parameter.
-        count: The number of parts without the residual branch.
+        parts: Name and pattern of each part and of the base branch, with the name and shape of each parameter.
+        count: The number of parts without the base branch.
         axes: The lengths that no shape determines.
 
     Raises:
@@ -274,14 +274,14 @@ def _solve(
         for member, shape, layout, targets in entries
     )
     solved_parts = tuple(tuple(next(solved_members) for _ in members) for _, _, members in parts)
-    tensor = CoefficientTensor(family, solved_parts, len(parts) > count)
+    tensor = CoefficientTensor(kind, solved_parts, len(parts) > count)
     outer = {part[0].name: size[:2] for part, size in zip(solved_parts, tensor.part_shapes, strict=True)}
     if len(set(outer.values())) > 1:
         raise ValueError(f"shapes are not as described. Those of (out, in) must be equal, and are {outer}.")
     return tensor
 
 
-def spec_from_file(family: str, description: Mapping[str, Any]) -> KANLayerSpec:
+def spec_from_file(kind: str, description: Mapping[str, Any]) -> KANLayerSpec:
     """Return the kind of layer that `KANLayerSpec.describe` wrote into a file. It matches no module.
 
     Raises:
@@ -289,9 +289,9 @@ def spec_from_file(family: str, description: Mapping[str, Any]) -> KANLayerSpec:
     """
     try:
         fields: Any = {n: tuple(v) if isinstance(v, list) else v for n, v in description.items() if n in _IN_FILES}
-        return KANLayerSpec(family, matches_nothing, **fields)
+        return KANLayerSpec(kind, matches_nothing, **fields)
     except (TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"The description of the kind of layer {family!r} in the file is broken: {error}") from error
+        raise ValueError(f"The description of the kind of layer {kind!r} in the file is broken: {error}") from error
 
 
 def has(attributes: str, where: Callable[[Any], bool] | None = None) -> Callable[[Any], bool]:
@@ -330,7 +330,7 @@ BUILT_IN: dict[str, KANLayerSpec] = {}
 
 def is_built_in(spec: KANLayerSpec) -> bool:
     """Return whether a kind of layer comes with this package."""
-    return BUILT_IN.get(spec.family) is spec
+    return BUILT_IN.get(spec.kind) is spec
 
 
 def registered_spec(module: nn.Module) -> KANLayerSpec | None:
@@ -346,8 +346,8 @@ def fits(spec: KANLayerSpec, module: nn.Module) -> bool:
         return False
 
 
-def get_registered(family: str) -> KANLayerSpec:
+def get_registered(kind: str) -> KANLayerSpec:
     """Return the registered kind of layer of a name."""
-    if family not in REGISTERED:
-        raise ValueError(f"The kind of KAN layer {family!r} is not registered. Call `register_kan_layer` first.")
-    return REGISTERED[family]
+    if kind not in REGISTERED:
+        raise ValueError(f"The kind of KAN layer {kind!r} is not registered. Call `register_kan_layer` first.")
+    return REGISTERED[kind]

@@ -222,11 +222,11 @@ class Evidence:
             tensor: The coefficients whose gradient is compared.
             names: The parameters that are perturbed.
             observed: Compare only the part of the coefficients with this parameter.
-            of_edges: Allow a factor for each edge and branch. The residual branch may have its own factors.
+            of_edges: Allow a factor for each edge and branch. The base branch may have its own factors.
         """
         if observed:
             parts = [part for part in tensor.parts if any(member.name == observed for member in part)]
-            tensor = CoefficientTensor(tensor.family, tuple(parts))
+            tensor = CoefficientTensor(tensor.kind, tuple(parts))
         before, after = join(self.base, tensor), join(self.perturb(names), tensor)
         if not of_edges:
             return is_parallel(before, after)

@@ -62,7 +62,7 @@ class FormulaReader(NamedTuple):
     Attributes:
         spec, tensor: The kind of the layer, and where it keeps its coefficients.
         is_uniform: Whether the basis is the kind's `splines`, else its `basis`.
-        is_silu: Whether the function of the residual branch is silu, whose derivatives have a closed form.
+        is_silu: Whether the function of the base branch is silu, whose derivatives have a closed form.
         is_own: Whether the layer is a `KANLinear`, which gives its formula itself.
     """
 
@@ -136,7 +136,7 @@ def find_obstacle(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTenso
     if not (spec.basis or spec.splines or spec.derivatives):
         return "its kind has no `basis`"
     if tensor.has_residual and not spec.activation:
-        return "its kind has no `activation`, the function of the residual branch"
+        return "its kind has no `activation`, the function of the base branch"
     if dtype not in _TOLERANCE:
         return f"its parameters are {dtype}"
     if runs_more_than_its_class(layer):

@@ -165,7 +165,7 @@ def _run_everywhere(probe: Probe, grid: Sequence[Tensor]) -> Iterator[Evidence]:
 
 
 def _find_coefficients(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | None:
-    """Describe the coefficients of a layer, its residual branch, and the factors of its edges if they are many."""
+    """Describe the coefficients of a layer, its base branch, and the factors of its edges if they are many."""
     spec = None
     parts: tuple[Described, ...] = ()
     for name, value in sorted(tensors.items(), key=lambda item: item[1].dim() == 2):
@@ -246,7 +246,7 @@ def _find_matrices(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | None:
 
 
 def _add_branches(evidence: Evidence, spec: KANLayerSpec, tensors: Tensors) -> KANLayerSpec:
-    """Add the residual branch, and factors of the edges where they are together a large share of the layer."""
+    """Add the base branch, and factors of the edges where they are together a large share of the layer."""
     names = [name for name, _ in spec.parts]
     matrices = [name for name, value in tensors.items() if value.dim() == 2 and name not in names]
     factors: list[Described] = []

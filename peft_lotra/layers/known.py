@@ -37,10 +37,10 @@ def _kind(row: str, where: Callable[[Any], bool] | None = None, **others: Any) -
         where: What else is true of its layers, if they have the attributes.
         **others: The other fields of `KANLayerSpec`.
     """
-    family, attributes, *columns = map(str.strip, row.split("|"))
+    kind, attributes, *columns = map(str.strip, row.split("|"))
     coefficients, residual, edge_scale, grid = (*columns, "", "", "")[:4]
     register_kan_layer(
-        family,
+        kind,
         matches=has(attributes, where),
         coefficients=[part.split(None, 1) for part in coefficients.split(", ")],
         residual=tuple(residual.split(None, 1)) or None,
@@ -179,9 +179,9 @@ _kind(
     activation=lambda m, x: m.base_function(x),
     bias="bias",
 )
-for _family, _name in (("fourier-kan", "fouriercoeffs"), ("physicsnemo", "fourier_coeffs")):
+for _library, _name in (("fourier-kan", "fouriercoeffs"), ("physicsnemo", "fourier_coeffs")):
     _kind(
-        f"{_family} | {_name}:4 | {_name} t o i g",
+        f"{_library} | {_name}:4 | {_name} t o i g",
         derivatives=lambda m, x, highest, name=_name: bases.harmonic_derivatives(
             getattr(m, name).shape[-1], x, highest
         ),
@@ -192,7 +192,7 @@ _kind(
     basis=lambda m, x: _chebyshev_derivatives(m, x, 0)[0],
     derivatives=_chebyshev_derivatives,
 )
-_kind(  # FasterKAN too, which has no residual branch
+_kind(  # FasterKAN too, which has no base branch
     "fast-kan | spline_linear.weight:2 rbf.grid:1 | spline_linear.weight o (i k) | base_linear.weight o i | "
     "| rbf.grid rbf.denominator rbf.inv_denominator",
     basis=lambda m, x: m.rbf(x),
@@ -231,9 +231,9 @@ _kind(
     bias="equal_size_conv.bias",
     axes=lambda m: {"i": len(m.phase_low)},
 )
-for _family, _name in (("relu-kan-few", "phase_height"), ("relu-kan-few-high", "phase_high")):
+for _library, _name in (("relu-kan-few", "phase_height"), ("relu-kan-few-high", "phase_high")):
     _kind(  # of few outputs: the phases, which all outputs share, are more than a tenth of the layer
-        f"{_family} | {_RELU_KAN}, phase_low i k, {_name} i k",
+        f"{_library} | {_RELU_KAN}, phase_low i k, {_name} i k",
         where=lambda m, high=_name: len(m.equal_size_conv.weight) <= 16 and {"phase_low", high} <= {*m._parameters},
         axes=lambda m: {"i": len(m.phase_low)},
     )

@@ -81,7 +81,7 @@ class Layout:
         return replace(self, shared=missing, groups=groups, kernel=first.kernel)
 
     def canonical_shape(self, lengths: Mapping[str, int]) -> tuple[int, ...]:
-        """Return (out, in, basis) or (out, in, basis, kernel), with a packed residual branch in the basis mode."""
+        """Return (out, in, basis) or (out, in, basis, kernel), with a packed base branch in the basis mode."""
         out = _multiply((*self.groups, "o"), lengths)
         basis = _multiply(self.basis, lengths) + (self.packed_residual is not None)
         kernel = [_multiply(self.kernel, lengths)] if self.kernel else []

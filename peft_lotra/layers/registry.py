@@ -4,7 +4,7 @@
 """The registered kinds of KAN layers, and the search for layers in a model.
 
 Libraries differ in the name and the axis order of a parameter: every layer maps x (..., in) to
-y[o] = sum_{i,k} A[o,i,k] basis_k(x[i]), plus a residual branch sum_i W[o,i] silu(x[i]) in most of them.
+y[o] = sum_{i,k} A[o,i,k] basis_k(x[i]), plus a base branch sum_i W[o,i] silu(x[i]) in most of them.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from .infer import is_no_layer
 NOT_SEARCHED: list[type[nn.Module]] = [torch.jit.ScriptModule]
 
 
-def register_kan_layer(family: str, **description: Any) -> KANLayerSpec:
+def register_kan_layer(kind: str, **description: Any) -> KANLayerSpec:
     """Describe a kind of KAN layer, so that layers that are not recognized get adapters, too.
 
     Later registrations take precedence over earlier and built-in ones.
 
     Args:
-        family (`str`): The name of the kind of layer. A kind of yours with the same name is replaced.
+        kind (`str`): The name of the kind of layer. A kind of yours with the same name is replaced.
         **description: The other fields of [`KANLayerSpec`]; `matches` and `coefficients` are required.
 
     Returns:
@@ -71,14 +71,14 @@ def register_kan_layer(family: str, **description: Any) -> KANLayerSpec:
         >>> spec.locate(MyKANLayer()).shape
         (5, 3, 4)
     """
-    if family in BUILT_IN:
+    if kind in BUILT_IN:
         raise ValueError(
-            f"{family!r} is a built-in kind of layer, which is not replaced. Choose another name: your kind takes "
+            f"{kind!r} is a built-in kind of layer, which is not replaced. Choose another name: your kind takes "
             "precedence over the built-in ones."
         )
-    spec = KANLayerSpec(family, **description)
-    REGISTERED.pop(family, None)  # the last one comes first
-    REGISTERED[family] = spec
+    spec = KANLayerSpec(kind, **description)
+    REGISTERED.pop(kind, None)  # the last one comes first
+    REGISTERED[kind] = spec
     return spec
 
 
@@ -96,7 +96,7 @@ def get_recorded_spec(layer: nn.Module, record: Mapping[str, Any] | None) -> KAN
 
     Args:
         layer: The layer.
-        record: The entry of the layer: its `family` and, for a kind of a user, its `description`.
+        record: The entry of the layer: its `kind` and, for a kind of a user, its `description`.
 
     Raises:
         ValueError: The kind is neither registered nor described, or the description is damaged.
@@ -104,8 +104,8 @@ def get_recorded_spec(layer: nn.Module, record: Mapping[str, Any] | None) -> KAN
     spec = get_kan_spec(layer)
     if record is None:
         return spec
-    name, description = record["family"], record.get("description")
-    if spec is not None and spec.family == name and (description is None or spec.matches is not matches_nothing):
+    name, description = record["kind"], record.get("description")
+    if spec is not None and spec.kind == name and (description is None or spec.matches is not matches_nothing):
         return spec
     if description is not None:  # of a layer of no registered kind, as the version read it that wrote the file
         return spec_from_file(name, description)
@@ -132,16 +132,16 @@ class FoundKANLayer(NamedTuple):
 
     Attributes:
         name (`str`): The layer's name in the model, as `target_modules` takes it; `""` if it is the model itself.
-        family (`str`): Its kind, e.g. `"efficient-kan"`.
+        kind (`str`): Its kind, e.g. `"efficient-kan"`.
         shape (`tuple[int, ...]`): (out, in, basis) of the coefficient tensor, or (out, in, basis, kernel).
-        has_residual (`bool`): Whether the layer has a residual branch, i.e. one more slice of the basis mode.
+        has_residual (`bool`): Whether the layer has a base branch, i.e. one more slice of the basis mode.
         parameters (`tuple[str, ...]`): The parameters that adapters change.
         doubts (`dict[str, str]`): Parameters of a layer of no built-in kind that are left out, or that speak against
             the description, each with the reason.
     """
 
     name: str
-    family: str
+    kind: str
     shape: tuple[int, ...]
     has_residual: bool
     parameters: tuple[str, ...] = ()
@@ -181,8 +181,8 @@ class FoundKANLayers(Report, list[FoundKANLayer]):
 
     def _table(self) -> TextTable:
         rows, notes = [], []
-        for name, family, shape, _, parameters, doubts in self:
-            rows.append([name or "(the model)", family, str(shape), ", ".join(parameters)])
+        for name, kind, shape, _, parameters, doubts in self:
+            rows.append([name or "(the model)", kind, str(shape), ", ".join(parameters)])
             for parameter, reason in doubts.items():
                 verb = "adapts" if parameter in parameters else "leaves out"
                 notes.append(f"{name or 'the model'} {verb} {parameter}: {reason}")
@@ -231,7 +231,7 @@ def find_kan_layers(model: nn.Module, *inputs: Any, **kwargs: Any) -> FoundKANLa
             is_adapted = layer is not network.get_submodule(name)
             doubts = {} if is_adapted else describe(layer).doubts
             parameters = tuple(tensor.parameters)
-            layers.append(FoundKANLayer(name, spec.family, tensor.shape, tensor.has_residual, parameters, doubts))
+            layers.append(FoundKANLayer(name, spec.kind, tensor.shape, tensor.has_residual, parameters, doubts))
         layers.unrecognized = _find_unrecognized(network, recognized, recorded)
     return layers
 

@@ -55,12 +55,12 @@ class SlimLayer(nn.Module):
 
     @property
     def coefficients(self) -> torch.Tensor:
-        """The coefficient tensor (out, in, basis), built from the factors without the residual branch."""
+        """The coefficient tensor (out, in, basis), built from the factors without the base branch."""
         return self.components.sliced(slice(self.tensor.shape[-1])).dense()
 
     @property
     def residual(self) -> torch.Tensor | None:
-        """The residual weights (out, in), built from the factors, or None without a residual branch."""
+        """The residual weights (out, in), built from the factors, or None without a base branch."""
         last = self.components.sliced(slice(self.tensor.shape[-1], None))
         return last.dense().squeeze(-1) if last.shape[2] else None
 
@@ -105,7 +105,7 @@ class SlimLayer(nn.Module):
             return call_with_parameters(self.layer, self.effective_parameters(), function, args, kwargs)
 
     def extra_repr(self) -> str:
-        return f"kind={self.spec.family}, ranks={self.ranks}"
+        return f"kind={self.spec.kind}, ranks={self.ranks}"
 
 
 def _set_parameter(layer: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

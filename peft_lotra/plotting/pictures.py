@@ -183,7 +183,7 @@ def _sample_functions(target: Target, z: Tensor | None) -> tuple[Tensor, Tensor]
     mixed_functions[:, ::2] = mixed_functions[:, ::2].flip(0)
     if not torch.allclose(functions, mixed_functions, rtol=1e-3, atol=1e-5):
         raise ValueError(
-            f"This {tensor.family} layer has no functions of one input to draw: it normalizes its inputs together."
+            f"This {tensor.kind} layer has no functions of one input to draw: it normalizes its inputs together."
         )
     return points.float(), functions.double()
 

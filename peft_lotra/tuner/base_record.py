@@ -31,7 +31,7 @@ def record_layer(layer: LoTRALayer) -> dict[str, Any]:
     target = layer.base_before_merge()
     base_layer, spec, tensor = target
     return {
-        "family": spec.family,
+        "kind": spec.kind,
         "shape": list(tensor.shape),
         "has_residual": tensor.has_residual,
         **record_kind(spec, base_layer),
@@ -100,8 +100,8 @@ def check_base(config: LoTRAConfig, targets: Targets, model: nn.Module) -> None:
     different: dict[str, list[str]] = {"grid": [], "parameters": []}
     before_merge = {name: layer.before_merge for name, layer in lotra_layers(model)}
     for (name, target), record in zip(targets.items(), records.values(), strict=True):
-        recorded_kind = record["family"], tuple(record["shape"])
-        kind = target.spec.family, tuple(target.tensor.shape)
+        recorded_kind = record["kind"], tuple(record["shape"])
+        kind = target.spec.kind, tuple(target.tensor.shape)
         if recorded_kind != kind:
             if config.allows_other_shapes and recorded_kind[0] == kind[0]:
                 continue

@@ -194,7 +194,7 @@ def run_mixed_batch(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict) ->
         return layer._run((), None, args, kwargs)
     if is_tracing():
         raise RuntimeError(
-            f"`{layer.lotra_name}` ({layer.lotra_spec.family}) runs once for each adapter, which a graph cannot do. "
+            f"`{layer.lotra_name}` ({layer.lotra_spec.kind}) runs once for each adapter, which a graph cannot do. "
             "Give its kind `basis` in `register_kan_layer`, or call the model that is not compiled."
         )
     adapters = [adapter for adapter in batch.read_adapters() for _ in range(rows_per_sample)]

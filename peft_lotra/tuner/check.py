@@ -25,7 +25,7 @@ class KANLayerReport(Report):
     """The report of [`check_kan_layer`].
 
     Attributes:
-        family (`str`): The kind of the layer.
+        kind (`str`): The kind of the layer.
         shape (`tuple[int, ...]`): (out, in, basis) or (out, in, basis, kernel) of its coefficients.
         roles (`dict[str, str]`): The role of each parameter: `"coefficients"`, `"residual"`, `"edge scale"`, `"bias"`,
             `"grid"`, `"constant"` if it is not trained, or `"other"`.
@@ -42,7 +42,7 @@ class KANLayerReport(Report):
             output is not linear, each with the reason.
     """
 
-    family: str
+    kind: str
     shape: tuple[int, ...]
     roles: dict[str, str]
     sizes: dict[str, int]
@@ -62,7 +62,7 @@ class KANLayerReport(Report):
         ]
         modes = ["outputs", "inputs", "basis functions", "places of the kernel"]
         notes = [
-            f"{self.family}: {', '.join(f'{size} {mode}' for size, mode in zip(self.shape, modes, strict=False))}",
+            f"{self.kind}: {', '.join(f'{size} {mode}' for size, mode in zip(self.shape, modes, strict=False))}",
             f"adapters change {self.coverage:.1%} of the elements that the output depends on",
             f"axes: {self.axes}",
             f"linear in the coefficients: {self.linear}",
@@ -122,7 +122,7 @@ def _compare(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None) -> KANL
             counted.append(name)
     reached = sum(sizes[name] for name in counted if roles[name] in adapted)
     return KANLayerReport(
-        family=spec.family,
+        kind=spec.kind,
         shape=tensor.shape,
         roles=roles,
         sizes=sizes,

@@ -103,7 +103,7 @@ class LoTRAConfig(PeftConfig):
             `"factor_kernel"`. The default `None` trains all. Frozen components keep their initial values, and are
             saved with the adapter. `train=["core"], init_weights="hosvd"` trains a core on fixed factors.
         adapt_residual (`bool`):
-            Whether to adapt the weights of the residual branch too, as one more slice of the basis mode.
+            Whether to adapt the weights of the base branch too, as one more slice of the basis mode.
         storage (`Optional[str]`):
             The dtype of the components in a file. `"float16"` or `"bfloat16"` halves its size. Loading restores the
             usual dtype. `None` keeps their dtype. Updates change by about 0.04 % in float16, and by
@@ -239,7 +239,7 @@ class LoTRAConfig(PeftConfig):
         return self.alpha_pattern.get(key, self.alpha)
 
     def adapted_shape(self, tensor: CoefficientTensor) -> tuple[int, ...]:
-        """Return the shape of the update of a layer, with the residual branch if it is adapted."""
+        """Return the shape of the update of a layer, with the base branch if it is adapted."""
         return full_shape(tensor) if self.adapt_residual else tensor.shape
 
     def component_shapes(self, name: str, tensor: CoefficientTensor) -> dict[str, tuple[int, ...]]:
@@ -248,7 +248,7 @@ class LoTRAConfig(PeftConfig):
         key = get_pattern_key(list(self.rank_pattern), name)
         ranks = self.rank_pattern.get(key, self.r)
         if ranks is None:
-            ranks = 4 if tensor.family in ("slim", "slim-kan") else ("full", "full", 1)
+            ranks = 4 if tensor.kind in ("slim", "slim-kan") else ("full", "full", 1)
         return component_shapes(cap_ranks(ranks, shape), shape)
 
     def spend_budget(self, tensors: Mapping[str, CoefficientTensor]) -> None:

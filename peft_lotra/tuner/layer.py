@@ -213,7 +213,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """Return the update of an adapter, (out, in, basis [, kernel]).
 
-        With `adapt_residual` the last slice of the basis mode is the residual branch.
+        With `adapt_residual` the last slice of the basis mode is the base branch.
         """
         return self.update_of(adapter).dense()
 
@@ -262,7 +262,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     def get_base_weight(self) -> torch.Tensor:
         """Return the coefficients of the base layer, (out, in, basis [, kernel]).
 
-        The residual branch is the last slice of the basis mode.
+        The base branch is the last slice of the basis mode.
         """
         return self.lotra_tensor.read(self.get_base_layer()).detach()
 
@@ -270,7 +270,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         """Return a copy of the coefficients with the applied updates, added in `dtype`.
 
         Returns:
-            `torch.Tensor`: (out, in, basis [, kernel]), or (out, in, basis + 1 [, kernel]) with the residual branch
+            `torch.Tensor`: (out, in, basis [, kernel]), or (out, in, basis + 1 [, kernel]) with the base branch
                 as the last slice of the basis mode.
         """
         coefficients = self.lotra_tensor.read(self.get_base_layer()).to(dtype, copy=True)
@@ -335,7 +335,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             self.lotra_grid = self.copy_grid()
         if not same_grid(self.lotra_grid, grid):
             raise RuntimeError(
-                f"The grid of `{self.lotra_name}` ({self.lotra_spec.family}) was moved after its adapters had been "
+                f"The grid of `{self.lotra_name}` ({self.lotra_spec.kind}) was moved after its adapters had been "
                 "attached, so their coefficients describe different functions. Move it back, or call "
                 "`peft_lotra.refit_adapters(model, inputs, move)`."
             )

@@ -163,7 +163,7 @@ def _refit(name: str, layer: LoTRALayer, adapter: str, x: Any) -> float:
     projected = old.clone()  # its residual slice, if there is one, stays
     projected[..., :num_basis] = einsum(transfer, old[..., :num_basis], "i new old, o i old -> o i new")
 
-    # brings the coefficients of an edge to the values of its function; the residual branch is a block of its own,
+    # brings the coefficients of an edge to the values of its function; the base branch is a block of its own,
     # since the layer may scale its splines edge by edge
     metric = torch.linalg.qr((weight * new_splines).transpose(0, 1)).R
     has_residual = old.shape[-1] > num_basis
@@ -197,7 +197,7 @@ def _basis(name: str, layer: LoTRALayer, grid: Mapping[str, Any], x: Tensor) -> 
     """Return the basis functions (points, in, basis) of a layer at x (points, in); `grid` replaces its grid."""
     base, spec = layer.base_layer, layer.lotra_spec
     if spec.basis is None:
-        raise ValueError(f"`{name}`, a {spec.family} layer, has no `basis`: register one, or merge before the move.")
+        raise ValueError(f"`{name}`, a {spec.kind} layer, has no `basis`: register one, or merge before the move.")
     tensors = {}
     for key, value in grid.items():
         if isinstance(value, Tensor):

@@ -32,7 +32,7 @@ class SlimLoTRALayer(LoTRALayer):
         terms = [base]
         with without_autocast(base.core):
             for scale, tensor in updates:
-                tensor = tensor.padded(base.shape[2])  # without the residual branch, its slice is zero
+                tensor = tensor.padded(base.shape[2])  # without the base branch, its slice is zero
                 tensor = tensor._replace(core=scale * tensor.core)
                 terms.append(tensor.map(lambda component: component.to(base.core.dtype)))
             # a mode that the updates make full loses its factor: None

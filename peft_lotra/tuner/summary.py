@@ -22,7 +22,7 @@ class LayerSummary(NamedTuple):
     """One line of the summary: an adapter of a KAN layer, or a KAN layer without adapters."""
 
     layer: str  # the name of the layer, as in `find_kan_layers` and `target_modules`
-    family: str
+    kind: str
     shape: tuple[int, ...]  # (out, in, basis), or (out, in, basis, kernel), of the coefficient tensor
     has_residual: bool
     adapter: str | None = None  # a layer without adapters has the defaults below
@@ -60,7 +60,7 @@ class ModelSummary(Report, list[LayerSummary]):
         for line in self:
             sizes = list(map(str, line.shape))
             sizes[2] += "+1" * line.has_residual
-            row = [line.layer, line.family, f"({', '.join(sizes)})"]
+            row = [line.layer, line.kind, f"({', '.join(sizes)})"]
             if line.adapter is None:
                 row += [*["-"] * 5, "not adapted"]
             else:
@@ -75,7 +75,7 @@ class ModelSummary(Report, list[LayerSummary]):
             f"adapters take {adapters_kilobytes:,.1f} of the {self.kilobytes:,.1f} kB of the model",
         ]
         if any(line.has_residual for line in self):
-            notes.append("+1: the weights of the residual branch")
+            notes.append("+1: the weights of the base branch")
         return TextTable([*columns, "state"], rows, notes)
 
 
@@ -98,22 +98,22 @@ def model_summary(model: nn.Module) -> ModelSummary:
         layers.0  peft-lotra       (5, 8, 8+1)  -            -                -   -      -  not adapted
         360 of 360 parameters trainable (100.00%)
         adapters take 0.0 of the 1.5 kB of the model
-        +1: the weights of the residual branch
+        +1: the weights of the base branch
     """
     network = unwrap(model)
     adapted = dict(lotra_layers(network))
     lines = []
-    for name, family, shape, has_residual, *_ in find_kan_layers(network):
+    for name, kind, shape, has_residual, *_ in find_kan_layers(network):
         layer = adapted.get(name)
         if layer is None or not layer.lotra_r:
-            lines.append(LayerSummary(name, family, shape, has_residual))
+            lines.append(LayerSummary(name, kind, shape, has_residual))
             continue
         for adapter in layer.lotra_r:
             components = layer.get_components(adapter)
             tensors = components._asdict().values()
             line = LayerSummary(
                 name,
-                family,
+                kind,
                 shape,
                 has_residual,
                 adapter,

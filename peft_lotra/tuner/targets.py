@@ -157,10 +157,10 @@ def _find_recorded(recorded: Mapping[str, Record], model: nn.Module) -> Targets:
     free = []
     for name, layer, spec in walk_kan_layers(model) if absent else ():
         if name not in recorded:
-            free.append((name, spec.family, spec.locate(layer).shape))
+            free.append((name, spec.kind, spec.locate(layer).shape))
 
     for name in absent:
-        kind, shape = recorded[name]["family"], tuple(recorded[name]["shape"])
+        kind, shape = recorded[name]["kind"], tuple(recorded[name]["shape"])
         alike = [candidate for candidate, *description in free if description == [kind, shape]]
         alike = [candidate for candidate in alike if candidate not in names.values()]
         if not alike:
@@ -273,7 +273,7 @@ def _check_description(name: str, target: Target) -> None:
     reason = "" if is_built_in(spec) else compare(layer, spec).reason
     if reason:
         raise ValueError(
-            f"The layer `{name}` ({type(layer).__name__}, of the kind {spec.family!r}) does not compute what its "
+            f"The layer `{name}` ({type(layer).__name__}, of the kind {spec.kind!r}) does not compute what its "
             f"description says: {reason}. Correct the description."
         )
 

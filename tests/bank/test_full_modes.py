@@ -170,7 +170,7 @@ def test_adapters_are_replaced_removed_and_compacted():
 
 @pytest.mark.parametrize("name", FORMS)
 def test_a_state_dict_says_the_form(name):
-    """Its ranks and sizes: with the residual branch or without."""
+    """Its ranks and sizes: with the base branch or without."""
     bank, alone = bank_of_forms(net(), [name])
     before = bank.snapshot.updates_of(name)[0]
 

@@ -20,7 +20,7 @@ from peft_lotra.kan import KAN, KANLinear, SlimKAN
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 NAMES = ["a", "__base__", "b", "c", "b", "__base__", "a", "c"]
-# unequal ranks, an alpha, no residual branch
+# unequal ranks, an alpha, no base branch
 SETTINGS = {"a": {"alpha": 0.7}, "b": {"r": (4, 1, 2)}, "c": {"r": 1, "adapt_residual": False}}
 MODELS = {
     "own": lambda: KAN([3, 5, 4]),

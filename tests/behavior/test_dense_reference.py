@@ -10,14 +10,14 @@ import tensorly
 import torch
 from helpers import ROUNDING, adapt, assert_equal, assert_near, base, components, inputs, lotra_layers, relative
 from peft import PeftModel, get_peft_model
-from stand_ins import FAMILIES
+from stand_ins import LAYER_KINDS
 from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig, LoTRALayer
 from peft_lotra.kan import KAN
 
 
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("kind", LAYER_KINDS)
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
@@ -37,8 +37,8 @@ def dense_delta(layer, adapter="default"):
 @every_family
 @both_dtypes
 @pytest.mark.parametrize("adapt_residual", [True, False])
-def test_an_adapted_layer_equals_its_base_plus_the_dense_update(family, dtype, adapt_residual):
-    model = base(family, dtype)
+def test_an_adapted_layer_equals_its_base_plus_the_dense_update(kind, dtype, adapt_residual):
+    model = base(kind, dtype)
     reference = copy.deepcopy(model)
     adapted = adapt(model, alpha=0.7, adapt_residual=adapt_residual)
     layer = layer_of(adapted)
@@ -65,9 +65,9 @@ def test_an_adapted_layer_equals_its_base_plus_the_dense_update(family, dtype, a
     assert_close(effective[..., : delta.shape[-1]], (before[..., : delta.shape[-1]] + delta))
 
 
-@pytest.mark.parametrize("family", ["own", "efficient-kan", "inkan", "cheby-kan"])
-def test_gradients_are_those_of_the_dense_reference(family):
-    model = base(family, torch.float64)
+@pytest.mark.parametrize("kind", ["own", "efficient-kan", "inkan", "cheby-kan"])
+def test_gradients_are_those_of_the_dense_reference(kind):
+    model = base(kind, torch.float64)
     adapted = adapt(copy.deepcopy(model))
     layer = layer_of(adapted)
     x = inputs(dtype=torch.float64).requires_grad_()
@@ -121,11 +121,11 @@ def dtypes(model):
     return {parameter.dtype for _, parameter in components(model)}
 
 
-@pytest.mark.parametrize("family", ["own", "efficient-kan", "pykan", "fast-kan", "inkan"])
+@pytest.mark.parametrize("kind", ["own", "efficient-kan", "pykan", "fast-kan", "inkan"])
 @half
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
-def test_a_base_in_half_precision_is_adapted_saved_and_merged(family, dtype, autocast_adapter_dtype, tmp_path):
-    model, x = base(family, dtype), inputs(dtype=dtype)
+def test_a_base_in_half_precision_is_adapted_saved_and_merged(kind, dtype, autocast_adapter_dtype, tmp_path):
+    model, x = base(kind, dtype), inputs(dtype=dtype)
     before, config = model(x), LoTRAConfig(r=2, init_weights=False)
     fresh = copy.deepcopy(model)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype).eval()
@@ -169,10 +169,10 @@ def test_float64_bases_have_float64_adapters(autocast_adapter_dtype, tmp_path):
     assert dtypes(adapted) == dtypes(PeftModel.from_pretrained(fresh, tmp_path, **options)) == {torch.float64}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_autocast_keeps_the_update_in_full_precision(family):
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+def test_autocast_keeps_the_update_in_full_precision(kind):
     """Under autocast the adapted layer computes what its merged base computes, from a delta in full precision."""
-    reference = base(family)
+    reference = base(kind)
     adapted = adapt(copy.deepcopy(reference), alpha=0.1)
     for name, part in layer_of(adapted).lotra_tensor.split(layer_of(adapted).get_delta_weight("default")).items():
         reference.kan.get_parameter(name).data.add_(part)
@@ -200,12 +200,12 @@ def test_an_adapter_that_is_added_to_a_half_precision_base_does_not_train(dtype)
 
 
 @pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("family", ["own", "efficient-kan", "inkan"])
-def test_a_grid_that_is_cast_has_not_moved(family, merged):
+@pytest.mark.parametrize("kind", ["own", "efficient-kan", "inkan"])
+def test_a_grid_that_is_cast_has_not_moved(kind, merged):
     """A cast to fewer digits and back rounds the grid, as it rounds the coefficients."""
-    model = adapt(base(family))
+    model = adapt(base(kind))
     layer = model.base_model.model.kan.base_layer
-    if family == "own":
+    if kind == "own":
         layer.grid_bounds.mul_(1.2345678)
         model = adapt(model.unload())
     x = inputs()

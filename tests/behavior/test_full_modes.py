@@ -11,7 +11,7 @@ import torch
 from helpers import X, adapt, add_adapter, assert_equal, lotra_layers, net, state, train
 from peft import PeftModel, get_layer_status, get_peft_model
 from safetensors.torch import load_file
-from stand_ins import FAMILIES, as_model
+from stand_ins import LAYER_KINDS, as_model
 from torch import nn
 from torch.testing import assert_close
 
@@ -283,7 +283,7 @@ def test_adapters_of_slim_layers_and_their_merges():
 @pytest.mark.parametrize("kind", ["own", "efficient-kan", "pykan", "cheby-kan"])
 @pytest.mark.parametrize("inputs", [None, X])
 def test_slim_layers_have_no_factor_of_a_full_mode(kind, inputs):
-    model = as_model(FAMILIES[kind](3, 4))
+    model = as_model(LAYER_KINDS[kind](3, 4))
 
     small = slim(model, ("full", "full", 1), inputs=inputs)
 

@@ -22,7 +22,7 @@ from helpers import (
     relative,
     state,
 )
-from stand_ins import FAMILIES, as_model
+from stand_ins import LAYER_KINDS, as_model
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.testing import assert_close
 
@@ -52,7 +52,7 @@ def test_functional_call_vmap_jacrev_and_grad_see_the_adapter(kind):
 
 @kinds
 def test_gradients_are_right_to_second_order(kind):
-    model = adapt(as_model(FAMILIES[kind](2, 2)).double(), r=2)
+    model = adapt(as_model(LAYER_KINDS[kind](2, 2)).double(), r=2)
     names, values = zip(*components(model), strict=True)
 
     def function(x, *values):

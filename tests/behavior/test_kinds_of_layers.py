@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import CONVS, KINDS, X, adapt, assert_equal, assert_near, images, lotra_layers, relative, state, train
 from peft import PeftModel, get_peft_model
-from stand_ins import CONVOLUTIONS, FAMILIES, ConvNet, as_model
+from stand_ins import CONVOLUTIONS, LAYER_KINDS, ConvNet, as_model
 from torch import nn
 
 from peft_lotra import LoTRAConfig, find_kan_layers, slim
@@ -17,7 +17,7 @@ from peft_lotra.kan import KAN, KANLinear, SlimKAN
 
 
 def subclass(name):
-    layer = FAMILIES[name](3, 4)
+    layer = LAYER_KINDS[name](3, 4)
     layer.__class__ = type("Renamed", (type(layer),), {})
     return as_model(layer)
 
@@ -37,7 +37,7 @@ MODELS = {
         for sizes in ({"groups": 2, "ndim": 1}, {"groups": 2, "ndim": 2}, {"ndim": 3})
     },
     **{
-        f"slim {name}": (lambda name=name: slim(as_model(FAMILIES[name](3, 4)), 2), X)
+        f"slim {name}": (lambda name=name: slim(as_model(LAYER_KINDS[name](3, 4)), 2), X)
         for name in ("own", "efficient-kan", "pykan", "cheby-kan")
     },
     "slim network": (lambda: SlimKAN([3, 5, 4], ranks=2), X),

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 from helpers import adapt, add_adapter, assert_equal, assert_near, base, inputs, lotra_layers, nested
-from stand_ins import FAMILIES, ChebyKANLayer
+from stand_ins import LAYER_KINDS, ChebyKANLayer
 from torch import nn
 from torch.testing import assert_close
 
@@ -44,9 +44,9 @@ def check(model, x, names=NAMES, **kwargs):
     assert_close(model(x, adapter_names=names), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_row_has_the_output_of_its_adapter(family):
-    model, x = mixed(base(family, torch.float64)), inputs(dtype=torch.float64)
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+def test_each_row_has_the_output_of_its_adapter(kind):
+    model, x = mixed(base(kind, torch.float64)), inputs(dtype=torch.float64)
 
     for names in (NAMES, ["other"] * 6, ["__base__"] * 6, ["default"] * 5 + ["other"]):
         check(model, x, names)
@@ -242,9 +242,9 @@ def test_a_hook_of_a_base_layer_sees_all_rows(make):
     assert_near(y[::2], model(x)[::2])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_no_rows_give_no_outputs(family):
-    model = mixed(base(family))
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+def test_no_rows_give_no_outputs(kind):
+    model = mixed(base(kind))
     x = inputs()
 
     y = model(x[:0], adapter_names=[])

@@ -194,13 +194,13 @@ AFTER = {"norm": lambda y: nn.functional.layer_norm(y, (4,)), "bound": torch.tan
 
 
 @pytest.mark.parametrize("after", AFTER)
-@pytest.mark.parametrize(("cls", "family"), [(KANLinear, "peft-lotra"), (OldEfficientKANLayer, "efficient-kan")])
-def test_what_follows_the_sum_is_no_obstacle(cls, family, after, tmp_path):
+@pytest.mark.parametrize(("cls", "kind"), [(KANLinear, "peft-lotra"), (OldEfficientKANLayer, "efficient-kan")])
+def test_what_follows_the_sum_is_no_obstacle(cls, kind, after, tmp_path):
     followed = changed(cls, lambda self, forward, x: AFTER[after](forward(self, x)))
 
     (layer,) = find_kan_layers(nn.Sequential(followed(3, 4)))
 
-    assert (layer.family, layer.shape, layer.has_residual) == (family, (4, 3, 8), True)
+    assert (layer.kind, layer.shape, layer.has_residual) == (kind, (4, 3, 8), True)
     check_life(lambda: nn.Sequential(followed(3, 4)), tmp_path)
 
 
@@ -210,7 +210,7 @@ def test_a_subclass_that_is_linear_stays_of_its_kind():
 
     model = get_peft_model(nn.Sequential(Named(3, 4)), LoTRAConfig(r=2))
     report = check_kan_layer(model.base_model.model[0])
-    assert (report.family, report.linear) == ("peft-lotra", "yes")
+    assert (report.kind, report.linear) == ("peft-lotra", "yes")
     assert report.fast_path.startswith("yes")
 
 

@@ -59,10 +59,10 @@ def test_only_the_active_adapters_are_scaled():
     check("default", 4)
 
 
-@pytest.mark.parametrize("family", ["own", "fast-kan", "inkan"])
+@pytest.mark.parametrize("kind", ["own", "fast-kan", "inkan"])
 @pytest.mark.parametrize("name", ["rank_dropout", "module_dropout"])
-def test_a_merge_drops_nothing(family, name):
-    model, x = adapt(base(family), **{name: 0.5}), inputs()
+def test_a_merge_drops_nothing(kind, name):
+    model, x = adapt(base(kind), **{name: 0.5}), inputs()
     y = model(x)
     model.train().merge_adapter()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import adapt, add_adapter, assert_equal, assert_near, lotra_layers, relative
 from peft import get_peft_model
-from stand_ins import FAMILIES, as_model
+from stand_ins import LAYER_KINDS, as_model
 from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig, slim, start_from_gradient
@@ -21,7 +21,7 @@ X = torch.linspace(-0.9, 0.9, 72).view(12, 6).T.contiguous()
 
 @pytest.fixture(params=["own", "efficient-kan", "pykan", "cheby-kan"])
 def small(request):
-    return slim(as_model(FAMILIES[request.param](12, 10)).eval(), (5, 6, 3))
+    return slim(as_model(LAYER_KINDS[request.param](12, 10)).eval(), (5, 6, 3))
 
 
 def tuned(base, **config):

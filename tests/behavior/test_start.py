@@ -22,7 +22,7 @@ from helpers import (
     train,
 )
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from stand_ins import FAMILIES, ConvNet
+from stand_ins import LAYER_KINDS, ConvNet
 from torch import nn
 from torch.testing import assert_close
 
@@ -51,10 +51,10 @@ def parts(model: nn.Module, adapter: str = "default") -> dict[str, torch.Tensor]
     return {n: p.detach().clone() for n, p in components(model) if n.endswith(f".{adapter}")}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", LAYER_KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_factors_are_those_of_the_base(family, dtype):
-    model = base(family, dtype)
+def test_the_factors_are_those_of_the_base(kind, dtype):
+    model = base(kind, dtype)
     x, adapted = inputs(dtype=dtype), adapt(copy.deepcopy(model), random=False, **CORE)
     if dtype == torch.float64:
         assert_near(adapted(x), model(x), 1e-12)

@@ -17,7 +17,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from stand_ins import FAMILIES, FastKANLayer
+from stand_ins import LAYER_KINDS, FastKANLayer
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
@@ -87,7 +87,7 @@ REFUSED = {
         r"is \['1'\], which matches no module with an index in `layers_to_transform`=\[0\]",
     ),
     "a typo in a regex": (
-        lambda: nn.Sequential(FAMILIES["own"](3, 4)),
+        lambda: nn.Sequential(LAYER_KINDS["own"](3, 4)),
         {"target_modules": r".*\.layrs"},
         "layrs, which matches no module. The KAN layers of the model are `0`",
     ),
@@ -100,7 +100,7 @@ REFUSED = {
     "no such index": (nested, {"layers_to_transform": [7]}, "body.0.*`layers_to_transform`"),
     "everything excluded": (nested, {"exclude_modules": ".*"}, "xclude"),
     "nothing to save": (nested, {"modules_to_save": ["haed", "head"]}, "`modules_to_save` has 'haed'"),
-    "a bare layer": (lambda: FAMILIES["own"](3, 4), {}, "itself a KAN layer.*Wrap it"),
+    "a bare layer": (lambda: LAYER_KINDS["own"](3, 4), {}, "itself a KAN layer.*Wrap it"),
     "a target in a target": (lambda: nn.Sequential(Outer()), {"target_modules": r"0|.*\.inner"}, "is a part of"),
     "adapted coefficients to save": (
         lambda: nn.Sequential(FastKANLayer(3, 4)),
@@ -115,7 +115,7 @@ class Outer(FastKANLayer):
 
     def __init__(self):
         super().__init__(3, 4)
-        self.inner = FAMILIES["own"](3, 3)
+        self.inner = LAYER_KINDS["own"](3, 3)
 
     def forward(self, x):
         return super().forward(self.inner(x))
@@ -158,7 +158,7 @@ def test_a_target_around_an_adapted_layer_is_refused():
 
 
 def test_of_a_layer_in_a_layer_the_outer_one_is_adapted():
-    assert names_of(adapt(nn.Sequential(Outer(), FAMILIES["own"](4, 2)))) == ["0", "1"]
+    assert names_of(adapt(nn.Sequential(Outer(), LAYER_KINDS["own"](4, 2)))) == ["0", "1"]
 
 
 NAMES = [(name, "") for name in ("", "__base__", "keys", "training", "with.dot", 3)]
@@ -218,8 +218,8 @@ class Network(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.fc1 = FAMILIES["own"](3, 4)
-        self.block = nn.ModuleDict({"fc1": nn.Linear(4, 4), "fc2": FAMILIES["own"](4, 2)})
+        self.fc1 = LAYER_KINDS["own"](3, 4)
+        self.block = nn.ModuleDict({"fc1": nn.Linear(4, 4), "fc2": LAYER_KINDS["own"](4, 2)})
 
     def forward(self, x):
         return self.block["fc2"](self.block["fc1"](self.fc1(x)))
@@ -268,7 +268,7 @@ class Tied(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.first = FAMILIES["own"](3, 3)
+        self.first = LAYER_KINDS["own"](3, 3)
         self.block = nn.ModuleDict({"kan": self.first, "bn": nn.BatchNorm1d(3)})
         self.head = self.alias = nn.Linear(3, 2)
 

@@ -19,9 +19,9 @@ from peft_lotra.tuner.layer import lotra_layers
 from peft_lotra.tuner.targets import locate_target
 
 
-def tuned_pair(ranks: tuple[int, ...], family: str = "kagnconv", groups: int = 2) -> tuple[ConvNet, ConvNet]:
+def tuned_pair(ranks: tuple[int, ...], kind: str = "kagnconv", groups: int = 2) -> tuple[ConvNet, ConvNet]:
     """A network, and a copy whose first layer has an update of these ranks."""
-    base = ConvNet(family, groups=groups).eval()
+    base = ConvNet(kind, groups=groups).eval()
     tuned = copy.deepcopy(base)
     location = locate_target("first", tuned.first).tensor
     tensor = location.read(tuned.first).detach()
@@ -70,9 +70,9 @@ def test_a_start_from_training_chooses_the_ranks_of_four_modes():
     assert model.get_nb_trainable_parameters()[0] <= 0.5 * coefficients
 
 
-@pytest.mark.parametrize("family, groups", [("kagnconv", 2), ("fastkanconv", 1), ("kacnconv", 2)])
-def test_extraction_finds_the_update(family, groups):
-    base, tuned = tuned_pair((2, 1, 3, 2), family, groups)
+@pytest.mark.parametrize("kind, groups", [("kagnconv", 2), ("fastkanconv", 1), ("kacnconv", 2)])
+def test_extraction_finds_the_update(kind, groups):
+    base, tuned = tuned_pair((2, 1, 3, 2), kind, groups)
     x = images()
     expected = tuned(x)
     model = extract_lotra(base, tuned, energy=0.99999)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import adapt, assert_equal, assert_same, base, inputs, lotra_layers, nested, snapshot, train
 from peft import LoraConfig, PeftModel, get_peft_model
-from stand_ins import FAMILIES, ChebyKANLayer, as_model
+from stand_ins import LAYER_KINDS, ChebyKANLayer, as_model
 from torch import nn
 from torch.testing import assert_close
 
@@ -31,9 +31,9 @@ def fine_tuned(model: nn.Module, x: torch.Tensor, steps: int = 5) -> nn.Module:
     return train(copy.deepcopy(model), x, torch.randn_like(model(x)), steps, lr=1e-2)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_full_ranks_give_the_fine_tuned_coefficients_back(family):
-    model = base(family, torch.float64)
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+def test_full_ranks_give_the_fine_tuned_coefficients_back(kind):
+    model = base(kind, torch.float64)
     tuned, x = changed(model), inputs(dtype=torch.float64)
     extracted = extract_lotra(model, tuned, r=100)
 
@@ -41,9 +41,9 @@ def test_full_ranks_give_the_fine_tuned_coefficients_back(family):
     assert_close(extracted(x), tuned(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family, scale", [("efficient-kan", "spline_scaler"), ("pykan", "scale_sp")])
-def test_a_change_of_the_scales_is_taken_up_by_the_coefficients(family, scale):
-    model = base(family, torch.float64)
+@pytest.mark.parametrize("kind, scale", [("efficient-kan", "spline_scaler"), ("pykan", "scale_sp")])
+def test_a_change_of_the_scales_is_taken_up_by_the_coefficients(kind, scale):
+    model = base(kind, torch.float64)
     x = inputs(dtype=torch.float64)
     tuned, start = copy.deepcopy(model), model(x)
     with torch.no_grad():
@@ -56,9 +56,9 @@ def test_a_change_of_the_scales_is_taken_up_by_the_coefficients(family, scale):
     assert (extracted(x) - tuned(x)).norm() < 2e-2 * (tuned(x) - start).norm()
 
 
-@pytest.mark.parametrize("family", ["own", "efficient-kan", "efficient-kan-no-scaler", "pykan", "inkan", "fast-kan"])
-def test_the_reported_error_is_the_true_one(family, tmp_path):
-    model, x = base(family, in_features=8, out_features=7), inputs(16, in_features=8)
+@pytest.mark.parametrize("kind", ["own", "efficient-kan", "efficient-kan-no-scaler", "pykan", "inkan", "fast-kan"])
+def test_the_reported_error_is_the_true_one(kind, tmp_path):
+    model, x = base(kind, in_features=8, out_features=7), inputs(16, in_features=8)
     tuned, bare = fine_tuned(model, x), copy.deepcopy(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fast-kan's bias and norm
@@ -136,7 +136,7 @@ def test_a_warning_names_what_cannot_be_saved():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.kan = FAMILIES["fast-kan"](3, 4)
+            self.kan = LAYER_KINDS["fast-kan"](3, 4)
             self.scale = nn.Parameter(torch.ones(4))
 
         def forward(self, x):
@@ -229,9 +229,9 @@ def correlated(rows: int = 60, in_features: int = 8) -> torch.Tensor:
     return torch.tanh(torch.randn(rows, 2, dtype=torch.float64) @ torch.randn(2, in_features, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("family", ["own", "efficient-kan", "efficient-kan-no-scaler", "pykan", "fast-kan"])
-def test_with_inputs_the_outputs_are_met_better_and_their_error_is_the_true_one(family):
-    model, x = base(family, torch.float64, in_features=8, out_features=7), correlated()
+@pytest.mark.parametrize("kind", ["own", "efficient-kan", "efficient-kan-no-scaler", "pykan", "fast-kan"])
+def test_with_inputs_the_outputs_are_met_better_and_their_error_is_the_true_one(kind):
+    model, x = base(kind, torch.float64, in_features=8, out_features=7), correlated()
     tuned = fine_tuned(model, x, 20)
     bare, errors = copy.deepcopy(model), {}
     with warnings.catch_warnings():
@@ -244,7 +244,7 @@ def test_with_inputs_the_outputs_are_met_better_and_their_error_is_the_true_one(
 
     assert errors[True] < 0.8 * errors[False], errors
 
-    if family != "fast-kan":  # of which something changed that no adapter holds
+    if kind != "fast-kan":  # of which something changed that no adapter holds
         assert report.output_errors["kan"] == pytest.approx(errors[True], abs=1e-5)
 
 
@@ -288,10 +288,10 @@ def test_with_inputs_ranks_are_chosen_by_the_outputs():
 
 # the coefficients of a Slim layer are no parameters that could be exchanged
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("family", ["own", "efficient-kan", "cheby-kan"])
-def test_updates_of_slim_layers_are_extracted(family):
+@pytest.mark.parametrize("kind", ["own", "efficient-kan", "cheby-kan"])
+def test_updates_of_slim_layers_are_extracted(kind):
     x = inputs(20, torch.float64)
-    small = slim(base(family, torch.float64), ranks=(2, 2, 3))
+    small = slim(base(kind, torch.float64), ranks=(2, 2, 3))
     tuned = copy.deepcopy(small)
     with torch.no_grad():
         for parameter in tuned.parameters():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import assert_equal, assert_near, assert_same, inputs, relative, snapshot, train
 from peft import get_peft_model
-from stand_ins import FAMILIES, as_model
+from stand_ins import LAYER_KINDS, as_model
 from torch import nn
 from torch.testing import assert_close
 
@@ -26,8 +26,8 @@ def _seed():
     torch.manual_seed(0)
 
 
-def base(family):
-    return as_model(FAMILIES[family](12, 10)).eval()
+def base(kind):
+    return as_model(LAYER_KINDS[kind](12, 10)).eval()
 
 
 def points(rows=6):
@@ -50,23 +50,23 @@ def count(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_kind_of_layer_is_compressed(family):
-    model = base(family)
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+def test_every_kind_of_layer_is_compressed(kind):
+    model = base(kind)
     before = snapshot(model)
 
     small = slim(model, RANKS)
 
-    assert isinstance(small.kan, SlimKANLinear if family == "own" else SlimLayer)
+    assert isinstance(small.kan, SlimKANLinear if kind == "own" else SlimLayer)
     assert small.kan.ranks == RANKS
     assert count(small) < 0.5 * count(model)
     assert not any(name.endswith(("coef", "spline_weight", "coeffs", "scaler")) for name in small.state_dict())
     assert_same(model, before)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_kind_of_layer_is_expanded_again(family):
-    model, x = base(family), points()
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+def test_every_kind_of_layer_is_expanded_again(kind):
+    model, x = base(kind), points()
     small = slim(model, RANKS)
 
     dense = small.to_dense()
@@ -79,9 +79,9 @@ def test_every_kind_of_layer_is_expanded_again(family):
     assert small.slim_report.errors["kan"] == pytest.approx(error, rel=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_kind_of_compressed_layer_trains_on(family):
-    model, x = base(family), points()
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+def test_every_kind_of_compressed_layer_trains_on(kind):
+    model, x = base(kind), points()
     y, small = model(x).detach(), slim(model, RANKS)
     first = (small(x) - y).square().mean().item()
 
@@ -91,9 +91,9 @@ def test_every_kind_of_compressed_layer_trains_on(family):
     assert_near(small.to_dense()(x), small(x))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_all_the_energy_of_a_low_rank_tensor_keeps_the_function(family):
-    model, x = base(family), points()
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+def test_all_the_energy_of_a_low_rank_tensor_keeps_the_function(kind):
+    model, x = base(kind), points()
     model = slim(model, (3, 3, 2)).to_dense()
     small = slim(model, energy=1 - 1e-9)
 
@@ -101,9 +101,9 @@ def test_all_the_energy_of_a_low_rank_tensor_keeps_the_function(family):
     assert_near(small(x), model(x), 1e-4)
 
 
-@pytest.mark.parametrize("family", ["own", "pykan", "fast-kan", "efficient-kan", "inkan", "fourier-kan"])
-def test_with_inputs_the_outputs_are_met_better(family):
-    model, x = base(family), points(200)
+@pytest.mark.parametrize("kind", ["own", "pykan", "fast-kan", "efficient-kan", "inkan", "fourier-kan"])
+def test_with_inputs_the_outputs_are_met_better(kind):
+    model, x = base(kind), points(200)
     x[:, 3:] = x[:, :3].repeat(1, 3)  # less to keep than the coefficients have
     small = slim(model, energy=0.99, inputs=x)
 
@@ -253,12 +253,12 @@ def test_a_layer_that_stays_dense_is_a_warning():
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("family", ["own", "cheby-kan"])
-def test_a_layer_by_itself_is_compressed(family, inplace):
-    layer, x = FAMILIES[family](12, 10), points(100)
+@pytest.mark.parametrize("kind", ["own", "cheby-kan"])
+def test_a_layer_by_itself_is_compressed(kind, inplace):
+    layer, x = LAYER_KINDS[kind](12, 10), points(100)
     small = slim(layer, RANKS, inputs=x, inplace=inplace)
 
-    assert isinstance(small, SlimKANLinear if family == "own" else SlimLayer)
+    assert isinstance(small, SlimKANLinear if kind == "own" else SlimLayer)
     assert small.slim_report.ranks == {"": RANKS}
     assert_near(to_dense(small)(x), small(x))
     assert type(to_dense(small)) is type(layer)
@@ -311,9 +311,9 @@ def test_a_network_of_pykan_is_compressed(data):
         small.act_fun[0].update_grid_from_samples(x)
 
 
-@pytest.mark.parametrize("family", ["own", "efficient-kan"])
-def test_hooks_run_once(family):
-    model, calls = nn.Sequential(FAMILIES[family](12, 10), FAMILIES[family](10, 10)), []
+@pytest.mark.parametrize("kind", ["own", "efficient-kan"])
+def test_hooks_run_once(kind):
+    model, calls = nn.Sequential(LAYER_KINDS[kind](12, 10), LAYER_KINDS[kind](10, 10)), []
     model[0].register_forward_hook(lambda *_, **__: calls.append(0), with_kwargs=True)
     model[0].register_full_backward_hook(lambda _, of_inputs, __: calls.append(len(of_inputs)))
     for made in (small := slim(model, RANKS), to_dense(small)):
@@ -325,9 +325,9 @@ def test_hooks_run_once(family):
 class Block(nn.Module):
     """A block whose `mlpf` is a method, or holds the layers in a function, as minGPT's does."""
 
-    def __init__(self, how, family="own"):
+    def __init__(self, how, kind="own"):
         super().__init__()
-        self.mlp = nn.ModuleDict({"c_fc": FAMILIES[family](6, 12), "c_proj": FAMILIES[family](12, 6)})
+        self.mlp = nn.ModuleDict({"c_fc": LAYER_KINDS[kind](6, 12), "c_proj": LAYER_KINDS[kind](12, 6)})
         m, first = self.mlp, self.mlp["c_fc"]
         functions = {"closure": lambda x: m["c_proj"](m["c_fc"](x)), "layer": lambda x: m["c_proj"](first(x))}
         self.mlpf = functions.get(how, self.run)
@@ -352,9 +352,9 @@ def test_a_model_whose_copy_would_call_the_original_is_refused(how, data):
 
 @pytest.mark.parametrize("options", [{"ranks": (4, 4, 3)}, {"energy": 0.9}, {"budget": 300}])
 @pytest.mark.parametrize("how", ["closure", "method"])
-@pytest.mark.parametrize("family", ["own", "efficient-kan"])
-def test_a_model_is_compressed_and_expanded_in_place(family, how, options):
-    model = Block(how, family)
+@pytest.mark.parametrize("kind", ["own", "efficient-kan"])
+def test_a_model_is_compressed_and_expanded_in_place(kind, how, options):
+    model = Block(how, kind)
     y, names = model(X).detach(), model.state_dict().keys()
 
     small = slim(model, inputs=X, inplace=True, **options)

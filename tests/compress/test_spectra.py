@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from helpers import adapt, assert_same, base, lotra_layers, snapshot
-from stand_ins import FAMILIES
+from stand_ins import LAYER_KINDS
 from torch.testing import assert_close
 
 from peft_lotra import extract_lotra, find_kan_layers, update_spectrum
@@ -50,9 +50,9 @@ def test_energies_and_singular_values_are_those_of_the_projections(shape):
     assert spectrum_of(torch.zeros(shape)).energies.min() == 1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_update_of_an_adapter_has_its_ranks(family):
-    model = base(family, torch.float64, 6, 7)
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+def test_the_update_of_an_adapter_has_its_ranks(kind):
+    model = base(kind, torch.float64, 6, 7)
     ranks = (2, 3, 4)
     adapted = adapt(copy.deepcopy(model), r=ranks).double().train()  # no dropout in what is read
     before = snapshot(adapted)
@@ -145,11 +145,9 @@ def test_a_budget_goes_where_the_outputs_of_the_model_change():
     assert math.prod(first) < math.prod(second)
 
 
-@pytest.mark.parametrize(
-    "family, names", [("efficient-kan", "spline_weight spline_scaler"), ("pykan", "coef scale_sp")]
-)
-def test_scales_of_edges_are_part_of_the_update(family, names):
-    model = base(family)
+@pytest.mark.parametrize("kind, names", [("efficient-kan", "spline_weight spline_scaler"), ("pykan", "coef scale_sp")])
+def test_scales_of_edges_are_part_of_the_update(kind, names):
+    model = base(kind)
     tuned = copy.deepcopy(model)
     coefficients, scale = (getattr(tuned.kan, name).data for name in names.split())
     scale.mul_(1.5)

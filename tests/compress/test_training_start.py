@@ -38,9 +38,9 @@ def parameters_of(model):
     return sum(p.numel() for name, p in model.named_parameters() if "lotra_" in name)
 
 
-@pytest.mark.parametrize("family", ["own", "efficient-kan", "pykan", "fast-kan"])
-def test_a_dense_adapter_starts_as_the_fine_tuned_model(family):
-    model = base(family, torch.float64)
+@pytest.mark.parametrize("kind", ["own", "efficient-kan", "pykan", "fast-kan"])
+def test_a_dense_adapter_starts_as_the_fine_tuned_model(kind):
+    model = base(kind, torch.float64)
     x = inputs(30, torch.float64)
     tuned = copy.deepcopy(model)
     adapter = get_peft_model(model, LoTRAConfig(r="full"))

@@ -14,7 +14,7 @@ import torch
 from foreign import Hard, make_foreign
 from helpers import adapt
 from jet_helpers import assert_same, nested, network, points
-from stand_ins import FAMILIES
+from stand_ins import LAYER_KINDS
 from torch import Tensor, nn
 
 from peft_lotra.derivatives import api
@@ -46,7 +46,7 @@ class Sine(nn.Module):
 
 
 def chain(kind: str) -> nn.Module:
-    return nn.Sequential(FAMILIES[kind](3, 4), FAMILIES[kind](4, 2)).double()
+    return nn.Sequential(LAYER_KINDS[kind](3, 4), LAYER_KINDS[kind](4, 2)).double()
 
 
 def mlp(activation: nn.Module) -> nn.Module:

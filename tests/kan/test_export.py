@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from helpers import adapt, base, inputs, relative
-from stand_ins import FAMILIES
+from stand_ins import LAYER_KINDS
 from torch import Tensor, nn
 
 
@@ -55,9 +55,9 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual / largest, expected / largest, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_exported_adapted_model_computes_the_same(family: str) -> None:
-    adapted = adapt(base(family))
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+def test_an_exported_adapted_model_computes_the_same(kind: str) -> None:
+    adapted = adapt(base(kind))
 
     exported = program(adapted.get_base_model()).module()
 
@@ -65,9 +65,9 @@ def test_an_exported_adapted_model_computes_the_same(family: str) -> None:
         assert_close(exported(x), adapted(x))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_exported_merged_model_computes_the_same_with_the_operations_of_the_base(family: str) -> None:
-    model = base(family).eval()
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+def test_an_exported_merged_model_computes_the_same_with_the_operations_of_the_base(kind: str) -> None:
+    model = base(kind).eval()
     merged = adapt(copy.deepcopy(model)).merge_and_unload()
 
     plain, exported = program(model), program(merged)
@@ -81,10 +81,10 @@ def test_an_exported_merged_model_computes_the_same_with_the_operations_of_the_b
 
 
 @pytest.mark.parametrize(
-    ("family", "merge"), [("own", True), ("own", False), ("efficient-kan", True), ("fast-kan", True)]
+    ("kind", "merge"), [("own", True), ("own", False), ("efficient-kan", True), ("fast-kan", True)]
 )
-def test_onnx_computes_the_same(family: str, merge: bool, tmp_path) -> None:
-    model = adapt(base(family))
+def test_onnx_computes_the_same(kind: str, merge: bool, tmp_path) -> None:
+    model = adapt(base(kind))
     model = model.merge_and_unload() if merge else model.get_base_model()
 
     session = onnx_session(model, tmp_path / "kan.onnx")

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers import ROUNDING, adapt, base, inputs, relative
-from stand_ins import FAMILIES
+from stand_ins import LAYER_KINDS
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, SlimKAN
@@ -41,7 +41,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "sparse": lambda: KAN([3, 8, 4], grid_size=64),
     "slim": lambda: SlimKAN([3, 8, 4], ranks=(2, 2, 2)),
     "normalized": lambda: KAN([3, 8, 4], norm="batch").eval(),
-    **{f"adapted {name}": lambda name=name: adapt(base(name)) for name in FAMILIES},
+    **{f"adapted {name}": lambda name=name: adapt(base(name)) for name in LAYER_KINDS},
     "adapted, sparse": lambda: adapt(KAN([3, 8, 4], grid_size=64)),
     "adapted, slim": lambda: adapt(SlimKAN([3, 8, 4], ranks=(2, 2, 2)), r=2),
 }

@@ -24,7 +24,7 @@ def kan(*widths: int, **kwargs) -> KAN:
 
 
 def wide(model: nn.Module) -> nn.Module:
-    """Make the splines large compared with the residual branch."""
+    """Make the splines large compared with the base branch."""
     with torch.no_grad():
         for layer in model.layers:
             layer.spline_weight.mul_(5)

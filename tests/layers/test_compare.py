@@ -39,7 +39,7 @@ def test_a_chebykan_of_the_other_order_is_read_in_its_order(sizes, tmp_path):
 
     (row,) = find_kan_layers(model)
 
-    assert (row.family, row.shape) == ("generic", (*sizes[::-1], 5))
+    assert (row.kind, row.shape) == ("generic", (*sizes[::-1], 5))
     assert pattern_of(model.kan) == "o i k"
     saved_and_merged(lambda: copy.deepcopy(model), inputs(in_features=sizes[0]), tmp_path)
 
@@ -100,7 +100,7 @@ def test_parameters_that_a_copy_no_longer_uses_are_left_out(uses, tmp_path):
     merged = saved_and_merged(build, torch.rand(8, 4), tmp_path)
 
     assert set(spec.locate(build()[0]).parameters) == used
-    assert spec.family == ("efficient-kan" if "base" in uses else "generic")
+    assert spec.kind == ("efficient-kan" if "base" in uses else "generic")
     assert type(merged[0]) is Copy
     for name in {"base_weight", "spline_scaler"} - used:
         assert torch.equal(merged[0].get_parameter(name), build()[0].get_parameter(name))

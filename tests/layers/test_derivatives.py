@@ -14,7 +14,7 @@ from foreign import Loop, efficient, make_foreign
 from helpers import adapt
 from jet_helpers import assert_same, nested
 from orders import Formula
-from stand_ins import FAMILIES, FasterKANLayer, FastKANLayer, OldEfficientKANLayer, as_model
+from stand_ins import LAYER_KINDS, FasterKANLayer, FastKANLayer, OldEfficientKANLayer, as_model
 from torch import Tensor, nn
 
 from peft_lotra import register_kan_layer
@@ -60,7 +60,7 @@ def check(model: nn.Module, x: Tensor) -> None:
 
 NETWORKS = ["efficient-kan", "fast-kan", "tanh", "mlp"]
 MODELS = {
-    **{f"layer of {name}": lambda name=name: as_model(FAMILIES[name](3, 2)).double() for name in CLOSED},
+    **{f"layer of {name}": lambda name=name: as_model(LAYER_KINDS[name](3, 2)).double() for name in CLOSED},
     **{f"network of {name}": lambda name=name: make_foreign(name) for name in NETWORKS},
     "parts among ours": lambda: nn.Sequential(
         KAN([2, 3]), nn.LayerNorm(3), FasterKANLayer(3, 2), nn.SiLU(), nn.Linear(2, 1)

@@ -92,7 +92,7 @@ def small_networks(i, o, hidden=3, waves=2):
 
 
 def by_edge(i, o, order="io"):
-    """Return a layer with coefficients of shape (in * out, basis) and a residual branch."""
+    """Return a layer with coefficients of shape (in * out, basis) and a base branch."""
 
     def forward(m, x):
         table = m.table.unflatten(0, [{"i": i, "o": o}[axis] for axis in order])
@@ -379,7 +379,7 @@ def test_a_layer_without_values_is_recognized_once_another_of_its_class_was():
     assert get_kan_spec(Fresh(5, 4).to("meta")) is None
 
     for device in ("cpu", "meta"):
-        assert get_kan_spec(Fresh(5, 4).to(device)).family == "generic"
+        assert get_kan_spec(Fresh(5, 4).to(device)).kind == "generic"
 
 
 def test_formulas_of_pykan_are_no_layers():
@@ -392,7 +392,7 @@ def test_formulas_of_pykan_are_no_layers():
 
 
 class SplineLinear(nn.Linear):
-    """A KAN layer of a registered family, derived from a linear layer."""
+    """A KAN layer of a registered kind, derived from a linear layer."""
 
     def forward(self, x):
         return super().forward(torch.sin(torch.cat([x, 2 * x], dim=-1)))
@@ -404,4 +404,4 @@ def test_a_model_of_registered_layers_is_no_layer(norm):
 
     model = Formula(lambda m, x: m.norm(m.lin(x)), lin=SplineLinear(6, 3), norm=norm)
 
-    assert [(layer.name, layer.family) for layer in find_kan_layers(model)] == [("lin", "spline-linear")]
+    assert [(layer.name, layer.kind) for layer in find_kan_layers(model)] == [("lin", "spline-linear")]

@@ -128,7 +128,7 @@ def test_an_adapter_is_loaded_without_the_registration(saved):
     model = PeftModel.from_pretrained(net(), folder)
 
     torch.testing.assert_close(model(x), y)
-    rows = [(row.name, row.family, row.shape) for row in find_kan_layers(model)]
+    rows = [(row.name, row.kind, row.shape) for row in find_kan_layers(model)]
     assert rows == [("0", "waves", (4, 3, 10)), ("2", "waves", (2, 4, 6))]
     with pytest.raises(RuntimeError, match="widen"):
         model.base_model.model[0].widen()

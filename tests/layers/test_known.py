@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from helpers import adapt, base, images, inputs, nested, saved_and_merged
 from orders import Formula, assert_one_edge
 from peft import LoraConfig, PeftModel, get_peft_model
-from stand_ins import CONVOLUTIONS, FAMILIES, Gaussians, as_model
+from stand_ins import CONVOLUTIONS, LAYER_KINDS, Gaussians, as_model
 from torch import nn
 
 from peft_lotra import find_kan_layers
@@ -23,7 +23,7 @@ from peft_lotra.layers import registry
 from peft_lotra.layers.registry import get_kan_spec
 
 
-# family, size of the basis, has a residual branch; for layers of 3 inputs and 4 outputs
+# family, size of the basis, has a base branch; for layers of 3 inputs and 4 outputs
 EXPECTED = {
     "own": ("peft-lotra", 8, True),
     "efficient-kan": ("efficient-kan", 8, True),
@@ -54,19 +54,19 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYER_KINDS)
 def test_a_known_layer_is_recognized(family, change):
     kind, functions, residual = EXPECTED[family]
 
-    (row,) = find_kan_layers(as_model(CHANGES[change](FAMILIES[family](3, 4))))
+    (row,) = find_kan_layers(as_model(CHANGES[change](LAYER_KINDS[family](3, 4))))
 
     assert row[:4] == ("kan", kind, (4, 3, functions), residual)
     assert not row.doubts
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAYER_KINDS)
 def test_a_known_layer_of_one_input_and_one_output_is_recognized(family):
-    assert located(FAMILIES[family](1, 1)).shape == (1, 1, EXPECTED[family][1])
+    assert located(LAYER_KINDS[family](1, 1)).shape == (1, 1, EXPECTED[family][1])
 
 
 def test_a_surface_of_two_inputs_is_no_kan_layer():
@@ -98,7 +98,7 @@ def test_layers_are_listed_in_the_order_of_the_modules():
 
 
 def test_each_layer_is_listed_once_and_nothing_inside_of_it():
-    layer, outer = KANLinear(3, 3), FAMILIES["own"](3, 4)
+    layer, outer = KANLinear(3, 3), LAYER_KINDS["own"](3, 4)
     outer.inner = KANLinear(3, 4)
 
     assert names(layer) == [""]
@@ -131,7 +131,7 @@ def test_copies_that_are_trained_whole_are_not_listed(saved, expected):
 def test_few_functions_have_their_factors_adapted_and_files_of_the_wider_kind_load(tmp_path, monkeypatch):
     def build():
         torch.manual_seed(0)
-        return nn.Sequential(FAMILIES["efficient-kan"](3, 4, grid_size=2, spline_order=1), nn.Linear(4, 2))
+        return nn.Sequential(LAYER_KINDS["efficient-kan"](3, 4, grid_size=2, spline_order=1), nn.Linear(4, 2))
 
     x = inputs()
     with monkeypatch.context() as context:
@@ -139,7 +139,7 @@ def test_few_functions_have_their_factors_adapted_and_files_of_the_wider_kind_lo
         wider = adapt(build())
         y = wider(x)
         wider.save_pretrained(tmp_path)
-    assert get_kan_spec(build()[0]).family == "efficient-kan-few"
+    assert get_kan_spec(build()[0]).kind == "efficient-kan-few"
 
     torch.testing.assert_close(PeftModel.from_pretrained(build(), tmp_path).eval()(x), y)
     merged = saved_and_merged(build, x, tmp_path)
@@ -254,12 +254,12 @@ def test_a_layer_of_convkan_on_rows_of_groups():
 
     tensor = located(layer)
 
-    assert (tensor.family, tensor.shape, tensor.has_residual) == ("convkan", (8, 3, 5), True)
+    assert (tensor.kind, tensor.shape, tensor.has_residual) == ("convkan", (8, 3, 5), True)
     expected = torch.cat([layer.spline_weight, layer.base_weight[..., None]], -1).flatten(0, 1)
     assert torch.equal(tensor.read(layer), expected)
 
 
-# a layer of 4 inputs, its kind, its canonical shape, and whether it has a residual branch
+# a layer of 4 inputs, its kind, its canonical shape, and whether it has a base branch
 LAYERS = [
     (partial(fast_kan_conv, 4, 6, base=True), "fast-kan-conv", (6, 4, 4, 9), True),
     (partial(fast_kan_conv, 4, 6, base=False), "fast-kan-conv", (6, 4, 4, 9), False),
@@ -280,7 +280,7 @@ for groups in (1, 2):
             make = partial(CONVOLUTIONS[kind], 4, 6, 3, groups=groups, padding=1, ndim=ndim)
             LAYERS.append((make, family, (6, inputs_of_group, functions, 3**ndim), kind != "kacnconv"))
 for family, (kind, functions, residual) in EXPECTED.items():
-    LAYERS.append((partial(FAMILIES[family], 4, 6), kind, (6, 4, functions), residual))
+    LAYERS.append((partial(LAYER_KINDS[family], 4, 6), kind, (6, 4, functions), residual))
 
 
 @pytest.mark.parametrize(("make", "family", "shape", "residual"), LAYERS)
@@ -290,7 +290,7 @@ def test_an_edge_joins_one_input_and_one_output(make, family, shape, residual):
     spec = get_kan_spec(layer)
 
     tensor = spec.locate(layer)
-    assert (spec.family, tensor.shape, tensor.has_residual) == (family, shape, residual)
+    assert (spec.kind, tensor.shape, tensor.has_residual) == (family, shape, residual)
     for name, values in tensor.split(tensor.read(layer)).items():
         torch.testing.assert_close(values, layer.get_parameter(name))  # a mean is rounded
     is_convolution = len(shape) == 4

@@ -39,8 +39,8 @@ def test_a_class_or_a_predicate_matches_layers(matches, no_inference):
     spec = register_mine(matches=matches)
 
     assert isinstance(spec, KANLayerSpec)
-    assert spec.family == known_kinds()[-1] == "my-kan"
-    rows = [(row.name, row.family, row.shape, row.has_residual) for row in find_kan_layers(model)]
+    assert spec.kind == known_kinds()[-1] == "my-kan"
+    rows = [(row.name, row.kind, row.shape, row.has_residual) for row in find_kan_layers(model)]
     assert rows == [("0", "my-kan", (5, 3, 4), True), ("2", "my-kan", (2, 5, 4), True)]
 
 
@@ -62,7 +62,7 @@ CHEBY = {"matches": ChebyKANLayer, "coefficients": ("cheby_coeffs", "i o k")}
 def test_a_predicate_that_raises_does_not_match():
     register_kan_layer("picky", matches=lambda m: m.no_such_attribute > 3, coefficients=("weight", "o i k"))
 
-    assert get_kan_spec(ChebyKANLayer(3, 4, degree=2)).family == "cheby-kan"
+    assert get_kan_spec(ChebyKANLayer(3, 4, degree=2)).kind == "cheby-kan"
 
 
 def test_the_last_registered_kind_is_asked_first_and_a_name_is_replaced():
@@ -71,7 +71,7 @@ def test_the_last_registered_kind_is_asked_first_and_a_name_is_replaced():
     for name in ("mine", "mine-too", "mine"):
         register_kan_layer(name, **CHEBY)
 
-        assert get_kan_spec(layer).family == name
+        assert get_kan_spec(layer).kind == name
         assert known_kinds().count(name) == 1
 
 
@@ -84,7 +84,7 @@ def test_a_layer_may_carry_its_description():
     class Carrier(ChebyKANLayer):
         kan_spec = KANLayerSpec("carried", nn.Module, ("cheby_coeffs", "i o k"))
 
-    assert get_kan_spec(Carrier(3, 4, degree=2)).family == "carried"
+    assert get_kan_spec(Carrier(3, 4, degree=2)).kind == "carried"
     assert "carried" not in known_kinds()
 
 

@@ -11,7 +11,7 @@ import pickle
 import pytest
 import torch
 from helpers import inputs
-from stand_ins import FAMILIES
+from stand_ins import LAYER_KINDS
 
 from peft_lotra import find_kan_layers, slim, to_dense
 from peft_lotra.layers.registry import get_kan_spec
@@ -19,7 +19,7 @@ from peft_lotra.layers.registry import get_kan_spec
 
 @pytest.fixture
 def small():
-    return slim(FAMILIES["efficient-kan"](6, 5), (2, 2, 2))
+    return slim(LAYER_KINDS["efficient-kan"](6, 5), (2, 2, 2))
 
 
 def test_its_kind_is_slim_on_the_grid_of_the_dense_layer(small):
@@ -28,7 +28,7 @@ def test_its_kind_is_slim_on_the_grid_of_the_dense_layer(small):
 
     tensor, dense_tensor = spec.locate(small), dense_spec.locate(dense)
 
-    assert spec.family == "slim"
+    assert spec.kind == "slim"
     assert tensor.shape == dense_tensor.shape
     torch.testing.assert_close(tensor.read(small), dense_tensor.read(dense), rtol=1e-5, atol=1e-5)
     assert set(spec.read_grid(small)) == {f"layer.{name}" for name in dense_spec.read_grid(dense)}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import adapt
 from orders import Formula, Layer
-from stand_ins import FAMILIES
+from stand_ins import LAYER_KINDS
 from torch import nn
 
 from peft_lotra import find_kan_layers, register_kan_layer
@@ -65,11 +65,11 @@ def test_the_registration_can_be_pasted(kind):
     assert f"coefficients={coefficients}," in candidate.registration
     assert residual in candidate.registration
     (row,) = find_kan_layers(model)
-    assert (row.name, row.family, row.shape[:2]) == ("layer", cls.__name__, (4, 4))
+    assert (row.name, row.kind, row.shape[:2]) == ("layer", cls.__name__, (4, 4))
 
 
 def test_known_layers_and_those_of_torch_are_no_candidates():
-    known = [FAMILIES[family](3, 4) for family in ("own", "efficient-kan", "fast-kan", "cheby-kan", "fourier-kan")]
+    known = [LAYER_KINDS[kind](3, 4) for kind in ("own", "efficient-kan", "fast-kan", "cheby-kan", "fourier-kan")]
     of_torch = [nn.Conv2d(3, 4, 3), nn.MultiheadAttention(4, 2), nn.LSTM(3, 4), nn.Transformer(8, 2, 1, 1, 8)]
 
     assert not find_kan_layers(nn.ModuleList(known + of_torch)).unrecognized

@@ -12,7 +12,7 @@ import torch
 from helpers import adapt, relative
 from peft import LoraConfig, get_peft_model
 from residuals import problem
-from stand_ins import FAMILIES
+from stand_ins import LAYER_KINDS
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, KANLinear, SlimKAN, hessian, jet
@@ -131,7 +131,7 @@ FOREIGN_KINDS = ["efficient-kan", "efficient-kan-no-scaler", "fast-kan", "faster
 
 
 def foreign_network(kind: str) -> nn.Module:
-    layers = [FAMILIES[kind](2, 4), FAMILIES[kind](4, 2)]
+    layers = [LAYER_KINDS[kind](2, 4), LAYER_KINDS[kind](4, 2)]
     return adapt(nn.Sequential(*layers).double(), r=(2, 3, 4), alpha=0.7)
 
 

@@ -19,7 +19,7 @@ from types import CodeType, ModuleType
 import peft
 import pytest
 import torch
-from stand_ins import FAMILIES
+from stand_ins import LAYER_KINDS
 from torch import nn
 
 from peft_lotra import LoTRAConfig, LoTRALayer, register_kan_layer
@@ -82,7 +82,7 @@ TARGETS = {
     "without residual": {"adapt_residual": False},
 }
 # model_id -> layer of (in_features, out_features)
-LAYERS = {name: FAMILIES[name] for name in ("own", "efficient-kan", "fast-kan")}
+LAYERS = {name: LAYER_KINDS[name] for name in ("own", "efficient-kan", "fast-kan")}
 CASES = [(f"{id} {name}", id, LoTRAConfig, kwargs) for id in LAYERS for name, kwargs in TARGETS.items()]
 PAIRS = [
     ("Same", "lotra", LoTRAConfig, {"target_modules": ["lin0"]}, {"target_modules": ["lin0"], "r": 2}),

@@ -8,17 +8,17 @@ import json
 import pytest
 import torch
 from helpers import adapt, assert_same, base, nested, snapshot
-from stand_ins import FAMILIES
+from stand_ins import LAYER_KINDS
 
 from peft_lotra import LoTRAConfig
 from peft_lotra.kan import KAN
 from peft_lotra.plotting import edge_changes
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("fast-kan", "faster-kan")])
-def test_an_edge_counts_as_what_its_change_adds_to_the_output(family):
-    """The two omitted families normalize their inputs together, so one input cannot move alone."""
-    model = adapt(base(family))
+@pytest.mark.parametrize("kind", [kind for kind in LAYER_KINDS if kind not in ("fast-kan", "faster-kan")])
+def test_an_edge_counts_as_what_its_change_adds_to_the_output(kind):
+    """The two omitted kinds normalize their inputs together, so one input cannot move alone."""
+    model = adapt(base(kind))
     x = torch.rand(200, 3) * 1.6 - 0.8
     state = snapshot(model)
 

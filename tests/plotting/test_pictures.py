@@ -7,7 +7,7 @@ import torch
 from helpers import adapt, assert_same, base, nested, snapshot
 from matplotlib.figure import Figure
 from peft import get_peft_model
-from stand_ins import FAMILIES
+from stand_ins import LAYER_KINDS
 
 from peft_lotra import LoTRAConfig, slim, update_spectrum
 from peft_lotra.kan import KAN
@@ -32,9 +32,9 @@ def test_the_spectra_of_a_zero_update_are_drawn():
     assert len(plot_spectra(update_spectrum(model, model)).axes) == 3
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("fast-kan", "faster-kan")])
-def test_the_functions_sum_up_to_the_output(family):
-    model = adapt(base(family))
+@pytest.mark.parametrize("kind", [kind for kind in LAYER_KINDS if kind not in ("fast-kan", "faster-kan")])
+def test_the_functions_sum_up_to_the_output(kind):
+    model = adapt(base(kind))
     x = torch.linspace(0.3, 0.7, 9)[:, None].expand(-1, 3)
     state = snapshot(model)
 
@@ -55,9 +55,9 @@ def test_the_functions_sum_up_to_the_output(family):
     assert labels == ["base", "adapted, darker for a larger effect"]
 
 
-@pytest.mark.parametrize("family", ["own", "efficient-kan"])
-def test_a_slim_layer_has_the_functions_of_the_dense_one(family):
-    model = adapt(slim(base(family), ranks=(2, 2, 3)))
+@pytest.mark.parametrize("kind", ["own", "efficient-kan"])
+def test_a_slim_layer_has_the_functions_of_the_dense_one(kind):
+    model = adapt(slim(base(kind), ranks=(2, 2, 3)))
     edges = [(1, 0), (3, 2)]
     curves = [torch.as_tensor(axis.lines[1].get_ydata()) for axis in plot_edge_functions(model, "kan", edges).axes]
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from peft import AutoPeftModel, PeftModel, get_peft_model
-from stand_ins import CONVOLUTIONS, FAMILIES, as_model
+from stand_ins import CONVOLUTIONS, LAYER_KINDS, as_model
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -36,16 +36,16 @@ ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 X = torch.linspace(-0.9, 0.9, 24).view(8, 3)
 # a layer of each kind, 3 -> 4, and a convolution of each kind, for images (N, 2, 5, 5)
-KINDS = {name: lambda make=make: as_model(make(3, 4)) for name, make in FAMILIES.items()}
+KINDS = {name: lambda make=make: as_model(make(3, 4)) for name, make in LAYER_KINDS.items()}
 CONVS = {name: lambda make=make: as_model(make(2, 3, 3, padding=1)) for name, make in CONVOLUTIONS.items()}
 
 
 # Models
 
 
-def base(family: str, dtype: torch.dtype = torch.float32, in_features: int = 3, out_features: int = 4) -> nn.Module:
-    """A model of one layer of the family, called `kan`."""
-    return as_model(FAMILIES[family](in_features, out_features)).to(dtype)
+def base(kind: str, dtype: torch.dtype = torch.float32, in_features: int = 3, out_features: int = 4) -> nn.Module:
+    """A model of one layer of the kind, called `kan`."""
+    return as_model(LAYER_KINDS[kind](in_features, out_features)).to(dtype)
 
 
 class Net(nn.Module):
@@ -73,7 +73,7 @@ class _Nested(nn.ModuleDict):
 
 def nested() -> nn.Module:
     """Two KANs and a linear head: `body.0`, `body.1`, `tail.layers.0`, `tail.layers.1`, `head`."""
-    layers = [FAMILIES["own"](3, 5), FAMILIES["cheby-kan"](5, 4)]
+    layers = [LAYER_KINDS["own"](3, 5), LAYER_KINDS["cheby-kan"](5, 4)]
     parts = {"body": nn.Sequential(*layers), "tail": KAN([4, 6, 5]), "head": nn.Linear(5, 2)}
     return _Nested(parts)
 

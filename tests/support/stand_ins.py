@@ -3,8 +3,8 @@
 
 """Stand-ins for the layers of KAN libraries that cannot be installed in a test environment.
 
-Each has the parameter names, shapes, attributes and formula of the original, and no other part of it. `FAMILIES` lists
-the stand-ins and the layers of installed libraries, so that a test runs over every layer that the package knows.
+Each has the parameter names, shapes, attributes and formula of the original, and no other part of it. `LAYER_KINDS`
+lists the stand-ins and the layers of installed libraries: a test runs over every layer that the package knows.
 """
 
 import math
@@ -102,7 +102,7 @@ class _SplineLinear(nn.Linear):
 
 
 class FastKANLayer(nn.Module):
-    """Stands for fast-kan's FastKANLayer: Gaussians of the normalized input, and a linear layer as residual branch."""
+    """Stands for fast-kan's FastKANLayer: Gaussians of the normalized input, and a linear layer as base branch."""
 
     def __init__(self, input_dim: int, output_dim: int, num_grids: int = 8, use_layernorm: bool = True) -> None:
         super().__init__()
@@ -417,7 +417,7 @@ def _fast_kan(in_features: int, out_features: int) -> nn.Module:
 
 
 # (in_features, out_features) -> layer. Libraries are imported when their layer is made.
-FAMILIES: dict[str, Callable[[int, int], nn.Module]] = {
+LAYER_KINDS: dict[str, Callable[[int, int], nn.Module]] = {
     "own": _own,
     "efficient-kan": _efficient_kan,
     "efficient-kan-no-scaler": partial(_efficient_kan, enable_standalone_scale_spline=False),
@@ -460,7 +460,7 @@ _NORMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 
 
 class _ConvKAN(nn.Module):
-    """What the families share: the sizes, and one block after the other."""
+    """What the kinds share: the sizes, and one block after the other."""
 
     def __init__(
         self, input_dim: int, output_dim: int, kernel_size: int, groups: int = 1, padding: int = 0, ndim: int = 2
@@ -593,11 +593,11 @@ CONVOLUTIONS: dict[str, Callable[..., nn.Module]] = {
 
 
 class ConvNet(nn.Module):
-    """Two convolutional KAN layers of one family, and a linear head: images (N, C, 4, ...) to (N, 3)."""
+    """Two convolutional KAN layers of one kind, and a linear head: images (N, C, 4, ...) to (N, 3)."""
 
-    def __init__(self, family: str, channels: int = 4, groups: int = 1, ndim: int = 2, width: int = 6) -> None:
+    def __init__(self, kind: str, channels: int = 4, groups: int = 1, ndim: int = 2, width: int = 6) -> None:
         super().__init__()
-        make = CONVOLUTIONS[family]
+        make = CONVOLUTIONS[kind]
         self.first = make(channels, width, 3, groups=groups, padding=1, ndim=ndim)
         self.second = make(width, width, 3, groups=groups, padding=1, ndim=ndim)
         self.head = nn.Linear(width * 4**ndim, 3)

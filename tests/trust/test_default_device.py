@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import adapt, base
 from peft import PeftModel
-from stand_ins import FAMILIES
+from stand_ins import LAYER_KINDS
 from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig, extract_lotra, find_kan_layers, hotswap_adapter, slim
@@ -52,12 +52,12 @@ def fitted(model):
 
 
 @pytest.mark.parametrize("call", [rows, trained, merged, summed, derived, fitted])
-@pytest.mark.parametrize("family", ["own", "efficient-kan", "cheby-kan"])
-def test_adapted_layers_ignore_the_default_device(family, call):
+@pytest.mark.parametrize("kind", ["own", "efficient-kan", "cheby-kan"])
+def test_adapted_layers_ignore_the_default_device(kind, call):
     results = []
     for device in ("cpu", "meta"):
         torch.manual_seed(0)
-        model = adapt(base(family, torch.float64))
+        model = adapt(base(kind, torch.float64))
         model.add_adapter("b", LoTRAConfig(r=1, init_weights=False))
         with torch.device(device):
             results.append(call(model.eval()))
@@ -65,10 +65,10 @@ def test_adapted_layers_ignore_the_default_device(family, call):
     assert_close(*results)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_an_adapter_is_made_on_the_device_of_its_base(family):
-    model = base(family, torch.float64)
-    expected = find_kan_layers(base(family, torch.float64))
+@pytest.mark.parametrize("kind", sorted(LAYER_KINDS))
+def test_an_adapter_is_made_on_the_device_of_its_base(kind):
+    model = base(kind, torch.float64)
+    expected = find_kan_layers(base(kind, torch.float64))
     with torch.device("meta"):
         assert find_kan_layers(model) == expected
         adapted = adapt(model)

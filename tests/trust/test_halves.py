@@ -50,7 +50,7 @@ from peft_lotra.derivatives.stages import stages_of
 from stand_ins import ChebyKANLayer
 
 layer = ChebyKANLayer(2, 3, 4)
-described = [find_kan_layers(layer)[0].family, len(stages_of(layer))]
+described = [find_kan_layers(layer)[0].kind, len(stages_of(layer))]
 
 try:
     from peft_lotra import LoTRAConfig

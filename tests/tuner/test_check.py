@@ -12,7 +12,7 @@ import re
 import pytest
 import torch
 from helpers import adapt, inputs
-from stand_ins import FAMILIES, as_model
+from stand_ins import LAYER_KINDS, as_model
 from torch import nn
 
 from peft_lotra import check_kan_layer, register_kan_layer
@@ -101,9 +101,9 @@ def test_a_gate_that_is_one_now_has_no_formula_without_it():
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_known_families_are_as_described(family):
-    layer = FAMILIES[family](3, 4)
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+def test_the_known_families_are_as_described(kind):
+    layer = LAYER_KINDS[kind](3, 4)
     before = copy.deepcopy(layer.state_dict())
     report = check_kan_layer(layer)
 
@@ -114,9 +114,9 @@ def test_the_known_families_are_as_described(family):
 
 
 def test_an_adapted_layer_is_checked_with_the_inputs_of_a_user():
-    model = adapt(as_model(FAMILIES["efficient-kan"](3, 4)))
+    model = adapt(as_model(LAYER_KINDS["efficient-kan"](3, 4)))
 
-    assert check_kan_layer(model.base_model.model.kan, inputs(5)).family == "efficient-kan"
+    assert check_kan_layer(model.base_model.model.kan, inputs(5)).kind == "efficient-kan"
 
     outside = check_kan_layer(model.base_model.model.kan, torch.full((5, 3), 100.0))
 

@@ -26,9 +26,9 @@ from peft_lotra import (
 from peft_lotra.kan import KAN, jet
 
 
-def net(family: str = "fastkanconv", groups: int = 1, ndim: int = 2) -> ConvNet:
+def net(kind: str = "fastkanconv", groups: int = 1, ndim: int = 2) -> ConvNet:
     torch.manual_seed(0)
-    return ConvNet(family, groups=groups, ndim=ndim).eval()
+    return ConvNet(kind, groups=groups, ndim=ndim).eval()
 
 
 def adapted(model: nn.Module, random: bool = True, **config) -> PeftModel:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from process_groups import run_worker, start_group
-from stand_ins import FAMILIES
+from stand_ins import LAYER_KINDS
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "own": lambda: KAN([3, 8, 8, 2]),
-    "efficient-kan": lambda: nn.Sequential(FAMILIES["efficient-kan"](3, 8), FAMILIES["efficient-kan"](8, 2)),
+    "efficient-kan": lambda: nn.Sequential(LAYER_KINDS["efficient-kan"](3, 8), LAYER_KINDS["efficient-kan"](8, 2)),
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import X, adapt, assert_near, assert_same, base, lotra_layers, nested, relative, snapshot
 from peft import get_peft_model, inject_adapter_in_model
-from stand_ins import FAMILIES
+from stand_ins import LAYER_KINDS
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -105,9 +105,9 @@ def with_batch_norm():
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_directions_are_the_leading_ones_and_of_equal_weight(family):
-    model, x = base(family, torch.float64), X.double()
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+def test_the_directions_are_the_leading_ones_and_of_equal_weight(kind):
+    model, x = base(kind, torch.float64), X.double()
     (gradient,), y = gradients_of(model).values(), model(x)
     for mode, ranks in ((1, (99, 2, 99)), (2, (99, 99, 2))):
         # with the other two ranks full, the best approximation is the truncated singular value decomposition
@@ -188,9 +188,9 @@ def test_a_second_adapter_starts_from_the_gradient_of_the_base():
     assert_spans(directions(layer, "second"), leading_directions(gradient, 2))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_trained_adapter_starts_as_a_new_one(family):
-    model, x = base(family, torch.float64), X.double()
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+def test_a_trained_adapter_starts_as_a_new_one(kind):
+    model, x = base(kind, torch.float64), X.double()
     y = model(x).detach()
     expected = adapt_by_gradient(copy.deepcopy(model))
     tuned = adapt(model, r=(2, 2, 3))

@@ -46,17 +46,17 @@ def error(actual, before):
     return ((actual - before).norm() / before.norm()).item()
 
 
-@pytest.mark.parametrize("family", MOVES)
+@pytest.mark.parametrize("kind", MOVES)
 @pytest.mark.parametrize("r, bound", [((2, 2, 3), 0.15), ((4, 3, 9), 0.05)])
-def test_the_update_is_kept_when_the_grid_moves(family, r, bound):
-    model = adapt(base(family, torch.float64), r=r)
+def test_the_update_is_kept_when_the_grid_moves(kind, r, bound):
+    model = adapt(base(kind, torch.float64), r=r)
     (layer,) = lotra_layers(model).values()
     x = inputs(400, torch.float64) * 0.6 + 0.1
     before, ranks = update_of(model, x), layer.lotra_r["default"]
-    if family != "pina":
+    if kind != "pina":
         with pytest.raises(RuntimeError, match="refit_adapters"):
-            MOVES[family](layer, x)
-    MOVES[family](layer.base_layer, x)
+            MOVES[kind](layer, x)
+    MOVES[kind](layer.base_layer, x)
 
     with pytest.raises(RuntimeError, match="The grid of `kan` .* was moved"):
         model(x)
@@ -69,7 +69,7 @@ def test_the_update_is_kept_when_the_grid_moves(family, r, bound):
     assert "kan  default  error" in str(report)
     assert 0 < report.errors["kan", "default"] < bound
 
-    if family == "own":  # no scales of edges
+    if kind == "own":  # no scales of edges
         assert report.errors["kan", "default"] == pytest.approx(error(update_of(model, x), before), rel=1e-5)
 
     assert refit_adapters(model, x).errors == {}
