@@ -200,6 +200,13 @@ def _multiply(axes: Sequence[str], lengths: Mapping[str, int]) -> int:
     return math.prod([lengths[axis] for axis in axes])
 
 
+def _split_stored(dim: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
+    """Return the axes of a dimension, and over how many stored dimensions `:N` spreads them, 1 by default."""
+    if dim and dim[-1][:-1] == "over":
+        return dim[:-1], int(dim[-1][-1])
+    return dim, 1
+
+
 def _write(dims: Sequence[tuple[str, ...]]) -> str:
     return " ".join(dim[0] if len(dim) == 1 else f"({' '.join(dim)})" for dim in dims)
 
@@ -227,11 +234,11 @@ def parse_layout(pattern: str, groups: str = "", dimensions: int | None = None, 
     problem = f"Pattern {pattern!r} is not a layout of KAN coefficients: "
     # einops knows neither blocks that are concatenated nor axes that are stored over several dimensions
     texts = [re.sub(r"\):([2-9])", r" over\1)", pattern.replace("...", "kernel"))]
-    block = r"((?:[^()+]|\([^()+]*\))*)"  # with parentheses of its own
-    packed = re.search(rf"\({block}\+{block}\)", texts[0])
+    inner = r"((?:[^()+]|\([^()+]*\))*)"  # a block, perhaps with parentheses
+    packed = re.search(rf"\({inner}\+{inner}\)", texts[0])
     if packed:
-        blocks = [re.sub("[()]", " ", block) for block in packed.groups()]
         before, after = texts[0][: packed.start()], texts[0][packed.end() :]
+        blocks = [re.sub("[()]", " ", block) for block in packed.groups()]
         texts = [f"{before}({block}){after}" for block in blocks]
     try:
         parsed = [[tuple(dim) for dim in ParsedExpression(text).composition] for text in texts]
@@ -240,7 +247,8 @@ def parse_layout(pattern: str, groups: str = "", dimensions: int | None = None, 
     if any(not isinstance(axis, str) for dims in parsed for axis in _flatten(tuple(dims))):
         raise ValueError(f"{problem}an axis must have a name.")
 
-    stored_over = [int(dim[-1][-1]) if dim and dim[-1][:-1] == "over" else 1 for dim in parsed[0]]
+    stored_over = [_split_stored(dim)[1] for dim in parsed[0]]
+    parsed = [[_split_stored(dim)[0] for dim in dims] for dims in parsed]
     kernel: tuple[str, ...] = ()
     if ("kernel",) in parsed[0]:
         count = 2 if dimensions is None else max(dimensions - sum(stored_over) + 1, 0)
@@ -249,14 +257,14 @@ def parse_layout(pattern: str, groups: str = "", dimensions: int | None = None, 
         stored_over[position : position + 1] = [1] * count
         for dims in parsed:
             dims[position : position + 1] = [(axis,) for axis in kernel]
-    dims, *packed_dims = (tuple(tuple(a for a in dim if a[:-1] != "over") for dim in dims) for dims in parsed)
+    dims, *packed_dims = map(tuple, parsed)
 
     axes = {*_flatten(dims)}
     if not (may_share or {"o", "i"} <= axes):
         raise ValueError(problem + "`o` and `i` must appear once each.")
-    blocks = tuple(axis for axis in groups.split() if axis in axes)
+    group_axes = tuple(axis for axis in groups.split() if axis in axes)
     residual = packed_dims[0] if packed_dims else None
-    layout = Layout(pattern, dims, kernel, blocks, residual, tuple(stored_over))
+    layout = Layout(pattern, dims, kernel, group_axes, residual, tuple(stored_over))
     if residual is not None and (not layout.basis or {*_flatten(residual)} != axes - {*layout.basis}):
         raise ValueError(problem + "the second block of a `+` is the residual weights, of axes `o` and `i` alone.")
     return layout
