@@ -186,7 +186,7 @@ def markdown(record: dict) -> str:
 def main() -> None:
     parser = command_line.Parser(
         __doc__,
-        takes="25 minutes on one core",
+        takes="40 minutes on one core",
         writes="unknowns.json, unknowns.md",
         folder=command_line.RESULTS / "pde",
         quick="two seconds a run: to see it run",
