@@ -65,9 +65,9 @@ def solve(
     Each phase ends by its share of the budget, or when the residual at points that are never trained has stopped to
     fall, and keeps the parameters with the least one. After a stall, steps have twice as many points.
 
-    Without `network`, `windows` and `continuation`, two networks race: this one, and one of tanh layers. Each gets a
-    tenth of the budget, and the one with the lower held-out residual goes on. If both fail, eight windows in time are
-    tried. A network that stalls with a large residual is followed by new starts.
+    Without `network`, `windows`, `continuation` and `unknowns`, two networks race: this one, and one of tanh layers.
+    Each gets a tenth of the budget, and the one with the lower held-out residual goes on. If both fail, eight windows
+    in time are tried. A network that stalls with a large residual is followed by new starts.
 
     If a `KAN` is given, its knots move to where the solution bends before each step of a continuation, and its grids
     are twice as fine for the last fifth of the budget.
@@ -122,7 +122,7 @@ def solve(
             periodic as `periodic` says. A residual depends on a tensor that is not trained. The training stalled, or
             the time ended, far from a solution. Activations leave the grids of KAN layers.
 
-    Source: docs/pde.md describes the parts, and the accuracy.
+    Source: docs/pde.md describes the parts, docs/pde_results.md the accuracy.
 
     Example:
         >>> from peft_lotra.kan import jet
