@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from copy import copy
@@ -16,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
-from ..hub.contents import saved_adapters
+from ..hub.contents import read_method, saved_adapters
 from ..modules.calls import PREFIX
 from ..tucker import Update, read_components
 from ..tuner.base_record import record_layer
@@ -115,8 +114,7 @@ def check_saved_methods(source: str | os.PathLike) -> None:
     """Raise a ValueError if a local folder of a LoTRA adapter also holds adapters of other methods."""
     others = []
     for name, folder in saved_adapters(source).items():
-        path = folder / CONFIG_NAME
-        if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("peft_type") != "LOTRA":
+        if (folder / CONFIG_NAME).is_file() and read_method(folder) != "LOTRA":
             others.append(name)
     if others:
         raise ValueError(

@@ -152,6 +152,17 @@ def saved_adapters(folder: str | os.PathLike) -> dict[str, Path]:
     return adapters
 
 
+def read_method(folder: Path) -> str:
+    """Return the PEFT method of a saved adapter, such as "LOTRA".
+
+    Raises:
+        ValueError: Its configuration is damaged.
+    """
+    path = folder / CONFIG_NAME
+    with naming_damage(path):
+        return json.loads(path.read_text(encoding="utf-8"))["peft_type"]
+
+
 def adapter_folders(folder: str | os.PathLike) -> dict[str, Path]:
     """Find the folders of the LoTRA adapters that `save_pretrained` wrote into a folder, by name, "default" first.
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from ..modules.checks import list_first
 from ..modules.folders import naming_damage
-from .contents import fetch_folder, saved_adapters
+from .contents import fetch_folder, read_method, saved_adapters
 
 
 def load_adapters(
@@ -145,9 +144,7 @@ def _find_lotra_adapter(source: str | os.PathLike, folders: Mapping[str, Path]) 
         path = folder / CONFIG_NAME
         if not path.is_file():
             raise ValueError(f"{folder} holds tensors without {CONFIG_NAME}. Save or download the adapter again.")
-        with naming_damage(path):
-            method = json.loads(path.read_text(encoding="utf-8"))["peft_type"]
-        if method == "LOTRA":
+        if read_method(folder) == "LOTRA":
             lotra_names.append(name)
     if not lotra_names:
         raise ValueError(f"{source} has no LoTRA adapter among {list(folders)}.")
