@@ -79,8 +79,8 @@ find_kan_layers(kan)
 # ## Train an adapter
 #
 # Attach an adapter, which freezes the base. `r=(4, 2, 4)` sets its ranks for outputs, inputs, and basis functions. The
-# table below shows a rank as `full` if it is as large as its mode. `start_from_gradient` prepares the adapter for the
-# directions in which the new task's loss falls fastest, and does not change the outputs yet. Use a learning rate of
+# table below shows a rank as `full` if it is as large as its mode. `start_from_gradient` points the adapter along the
+# directions of steepest descent of the new task's loss. The outputs do not change yet. Use a learning rate of
 # 1e-2 to 3e-2, about a hundred times the usual rate for LoRA.
 
 # %%
@@ -111,7 +111,7 @@ plot_network_change(model, x, inputs=["a", "b"], outputs=["u", "v"])
 # %% [markdown]
 # Print the same as a list, with the largest effect first:
 #
-# * `effect` is what the change of an edge contributes to the outputs of the network, as a root mean square.
+# * `effect` is the contribution of an edge's change to the outputs of the network, as a root mean square.
 # * `share` is its square, as a share of the sum over all edges.
 # * `in the layer` is the contribution to the output of the layer itself.
 # * `shift` is the mean change of the function, which the other columns leave out.
@@ -120,8 +120,8 @@ plot_network_change(model, x, inputs=["a", "b"], outputs=["u", "v"])
 edge_changes(model, x)
 
 # %% [markdown]
-# Split the change of the outputs into a shift, a linear part, a sum of functions of one input, and the rest, in which
-# inputs act together:
+# Split the change of the outputs into a shift, a linear part, a sum of functions of one input, and a rest that
+# depends on inputs acting together:
 
 # %%
 what_changed(model, x, names=["a", "b"])

@@ -138,5 +138,5 @@ def advise(
     elif sizes[advice].bytes < sizes["adapter"].bytes:
         reason = f"{subject} is smaller than the adapter, at {change:+.0%} loss."
     else:
-        reason = f"{subject} has {-change:.0%} less loss than the adapter: take it if size does not count."
+        reason = f"{subject} has {-change:.0%} less loss than the adapter: take it unless the file must be small."
     return advice, reason, scores, errors
