@@ -65,12 +65,12 @@ class ChangeParts(Report):
             ["constant", f"{self.constant:.1%}", "a shift"],
             ["linear", f"{self.linear:.1%}", "a linear function of the inputs"],
             ["additive", f"{self.additive:.1%}", "a sum of functions of one input"],
-            ["rest", f"{self.rest:.1%}", "inputs that act together"],
+            ["rest", f"{self.rest:.1%}", "no sum of functions of one input"],
         ]
         rows += [["", f"{share:.1%}", f"of {first} and {second} together"] for first, second, share in self.pairs]
         meaning = "The change is a sum of functions of one input."
         if self.rest >= SMALL:
-            meaning = f"{self.rest:.0%} of the change depends on inputs jointly: it needs another unit or a product."
+            meaning = f"{self.rest:.0%} of the change is no such sum: it needs another unit or a product."
         size = f"root mean square of the change: {self.size:.3g}"
         return TextTable(["part", ">share", ""], rows, [size, meaning, *self.notes])
 
