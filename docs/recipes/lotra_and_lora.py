@@ -1,9 +1,9 @@
 # %% [markdown]
 # # LoTRA and LoRA on one model
 #
-# A network of convolutions with a KAN head. When the images change, the features must follow, and those are made by the
-# convolutions: an adapter on the head alone is not enough. This page puts LoTRA on the head and LoRA on the
-# convolutions. Needs `pip install -e ".[examples]"`.
+# This page adapts a network of convolutions with a KAN head. When the images change, the features of the convolutions
+# must change too, and an adapter on the head is not enough. So LoTRA adapts the head, and LoRA the convolutions. Run
+# `pip install -e ".[examples]"` first.
 #
 # ## The base
 #
@@ -33,7 +33,7 @@ class Net(nn.Module):
             nn.MaxPool2d(2),
             nn.Flatten(),
             nn.Linear(128, 16),
-            nn.Tanh(),  # into [-1, 1], where the splines live
+            nn.Tanh(),  # into [-1, 1], the grid of the splines
         )
         self.kan = KAN([16, 10])
 
@@ -70,7 +70,7 @@ report("digits", base, x)
 # %% [markdown]
 # ## The images change
 #
-# They are turned by a right angle and inverted. For comparison, we train LoTRA on the head alone, and then all
+# They are turned by a right angle and inverted. For comparison, we train only LoTRA on the head, and then all
 # parameters:
 
 # %%
@@ -88,9 +88,9 @@ report("all parameters", full, new)
 # %% [markdown]
 # ## Both adapters
 #
-# LoTRA first, then LoRA **under a name of its own**. PEFT warns that the model has a second method; ignore it. Both
-# adapters are active and trained. LoRA trains at `lr` too, unless you pass `other_lr`. Too high a rate ruins the
-# features: with `other_lr=4e-2`, only 0.8 % are right.
+# Attach LoTRA first, then LoRA **under another name**. PEFT warns that the model has a second method; ignore it. Both
+# adapters are active and trained. LoRA also gets the rate `lr`, unless you pass `other_lr`. Too high a rate ruins the
+# features: with `other_lr=4e-2`, the accuracy is 0.8 %.
 
 # %%
 model = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=(8, 8, 6)))
@@ -137,5 +137,5 @@ difference = (merged(new[500:]) - outputs).abs().max().item()
 print(f"largest difference: {difference:.0e}")
 
 # %% [markdown]
-# On a published network, too, the head alone is not enough. From FashionMNIST to MNIST, LoTRA on its KAN head alone
-# brings the accuracy from 11.6 to 44 %. Training all parameters brings it to 87 % (one run each).
+# The same holds for a published network. From FashionMNIST to MNIST, LoTRA on its KAN head raises the accuracy from
+# 11.6 to 44 %. Training all parameters raises it to 87 % (one run each).

@@ -169,4 +169,4 @@ print(one.names, sorted(path.name for path in Path("customer_7").iterdir()))
 # * **A new customer?** Train on a copy of the base that you made before
 #   `attach()`. Call `bank.add` while others are served, then `bank.save`.
 # * **A web server?** [Many adapters and serving](../serving.md#a-server) has one
-#   on a page.
+#   to copy.
