@@ -89,14 +89,14 @@ print(f"v = 0.15, before adapting: {error(base.model, 0.15):.1e}")
 # %% [markdown]
 # `solve` trains on new points in each step. The last line of the report gives the residual at points that were never
 # used in training. It is a root mean square, and the column `held out` has its square. Without a known solution, this
-# residual is your guide, but [a small one is no proof](../pde.md#warnings-and-what-to-do).
+# residual is your guide, but [a small one is no proof](../pde.md#what-to-do-about-warnings).
 #
 # The phase `coarse` trains on the grids that we passed. Then `solve` doubles the grids, and the phase `fine` trains
 # 1,936 parameters. The column `network` is empty because it names only networks that `solve` builds.
 #
 # ## Adapt it to v = 0.15
 #
-# An adapter saves storage. For one new value, a [warm start](../pde.md#another-value-of-the-parameter) of all
+# An adapter saves storage. For one new value, a [warm start](../pde.md#move-to-another-parameter-value) of all
 # parameters is more accurate.
 #
 # Attach an adapter to the network `base.model.kan`; `base.model` also holds the conditions. `solve` trains only the
