@@ -126,8 +126,8 @@ def on_page_content(content, page, config, files):
 
     content = FORMULA.sub(formula, content)
     content = in_text(content, unbroken_numbers)
-    content = INLINE.sub(unbroken_code, content)
     content = CELL.sub(breakable_names, content)
+    content = INLINE.sub(unbroken_code, content)
     content = HEADING_ROW.sub(spanning_row, content)
     content = BLOCK.sub(indented_lines, content)
     return IMAGE.sub(linked_picture, content)
@@ -151,19 +151,23 @@ def unbroken_numbers(text: str) -> str:
 
 
 def unbroken_code(match: re.Match) -> str:
+    """Code in a sentence stays in one line if it is short. A long name breaks after its dots and brackets."""
     if len(html.unescape(match[1])) > LONGEST_UNBROKEN:
-        return match[0]
+        return f"<code>{breakable(match[1])}</code>"
     return f'<code class="unbroken">{match[1]}</code>'
 
 
+def breakable(name: str) -> str:
+    return re.sub(r"([_.(=/])(?=\w)", r"\1<wbr>", name)
+
+
 def breakable_names(match: re.Match) -> str:
-    """Let a long name in a table break after its underscores, dots and brackets, not before a comma."""
-
-    def breakable(code: re.Match) -> str:
-        name = re.sub(r"([_.(=/])(?=\w)", r"\1<wbr>", code[2])
-        return f"<nobr>{code[1]}{name}{code[3]}</nobr>"
-
-    return re.sub(r"(<code[^>]*>)([^<]*)(</code>[,.;:]?)", breakable, match[0])
+    """Names in a table break after their underscores, dots and brackets, not before a comma."""
+    return re.sub(
+        r"(<code[^>]*>)([^<]*)(</code>[,.;:]?)",
+        lambda code: f"<nobr>{code[1]}{breakable(code[2])}{code[3]}</nobr>",
+        match[0],
+    )
 
 
 def spanning_row(match: re.Match) -> str:

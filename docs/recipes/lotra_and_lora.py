@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Use LoTRA and LoRA on one model
 #
-# A network of convolutions with a KAN head. When the images change, the features must follow, and those are made by the
-# convolutions: an adapter on the head alone is not enough. This page puts LoTRA on the head and LoRA on the
-# convolutions. Needs `pip install -e ".[examples]"`.
+# A network consists of convolutions and a KAN head. The convolutions compute features. When the images change, the
+# features must change too, so an adapter of the head is not enough. This page adapts the head with LoTRA and the
+# convolutions with LoRA. Run `pip install -e ".[examples]"` first.
 #
 # ## Train the base
 #

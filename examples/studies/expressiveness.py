@@ -209,7 +209,9 @@ def draw(results: dict, path: Path) -> None:
     for axis in grid[:, 0]:
         axis.set_ylabel("relative error")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    figure.suptitle("Error of an update of full fine-tuning, truncated to Tucker ranks (r, r, r)\n")  # off the panels' titles
+    figure.suptitle(
+        "Error of an update of full fine-tuning, truncated to Tucker ranks (r, r, r)\n"
+    )  # off the panels' titles
     figure.savefig(path)
     plt.close(figure)
 

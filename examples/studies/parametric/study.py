@@ -294,9 +294,7 @@ def draw(results: list[dict], path: Path) -> None:
         ends = [min(right.get_xlim()[0], right.get_ylim()[0]), max(right.get_xlim()[1], right.get_ylim()[1])]
         right.plot(ends, ends, color="0.7", lw=1, label="equal")
         right.xaxis.set_minor_formatter("")
-        right.set(
-            title="estimated and true error", xlabel="estimated error of a prediction", ylabel="true error"
-        )
+        right.set(title="estimated and true error", xlabel="estimated error of a prediction", ylabel="true error")
         for axis in (left, *middles, right):
             handles, labels = axis.get_legend_handles_labels()
             unique = dict(zip(labels, handles, strict=True))

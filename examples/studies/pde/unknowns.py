@@ -179,7 +179,7 @@ def markdown(record: dict) -> str:
                 cells += [""] * 4
             lines.append(f"| {' | '.join(cells)} |")
     if total:
-        lines.append(f"\nOf all {total} intervals, {100 * covered / total:.0f} % have the truth.")
+        lines.append(f"\nOf all {total} intervals, {100 * covered / total:.0f} % contain the truth.")
     return "\n".join(lines) + "\n"
 
 
