@@ -1,5 +1,5 @@
 # %% [markdown]
-# # A convolutional KAN in VGG form
+# # Adapt a VGG of convolutional KANs
 #
 # Adapt a VGG from torch-conv-kan in two lines:
 #
@@ -14,7 +14,7 @@
 # groups. ResNet, DenseNet, and U-Net work the same way. You do not have to register them.
 #
 # The coefficients of a convolution have four [modes](../glossary.md#mode): out, in, basis, and kernel. So `r` is one rank
-# for all modes, or four ranks. Three ranks leave the kernel full ([more](../convolutions.md#ranks)).
+# for all modes, or four ranks. Three ranks leave the kernel full ([more](../convolutions.md#convolutions-have-four-ranks)).
 #
 # This page runs with a small network that needs no download. Its layer copies the parameters of a KAGN convolution,
 # which identify the kind of layer: `poly_weights`, `base_conv`, and `beta_weights`.

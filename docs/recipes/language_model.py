@@ -1,5 +1,5 @@
 # %% [markdown]
-# # A language model with KAN layers
+# # Adapt a language model with KAN layers
 #
 # Train a transformer with KAN feed-forward blocks on one text, and adapt its KAN layers to another. The model is GPT-2
 # from `transformers`. The KANs are `qkan`'s copies of efficient-kan. Models such as kan-gpt have the same form.

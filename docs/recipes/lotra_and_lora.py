@@ -1,11 +1,11 @@
 # %% [markdown]
-# # LoTRA and LoRA on one model
+# # Use LoTRA and LoRA on one model
 #
 # This page adapts a network of convolutions with a KAN head. When the images change, the features of the convolutions
 # must change too, and an adapter on the head is not enough. So LoTRA adapts the head, and LoRA the convolutions. Run
 # `pip install -e ".[examples]"` first.
 #
-# ## The base
+# ## Train the base
 #
 # We train it to classify scikit-learn's digits.
 
@@ -86,7 +86,7 @@ train(full, torch.optim.Adam(full.parameters(), lr=3e-3), new)
 report("all parameters", full, new)
 
 # %% [markdown]
-# ## Both adapters
+# ## Attach both adapters
 #
 # Attach LoTRA first, then LoRA **under another name**. PEFT warns that the model has a second method; ignore it. Both
 # adapters are active and trained. LoRA also gets the rate `lr`, unless you pass `other_lr`. Too high a rate ruins the
@@ -107,7 +107,7 @@ report("LoTRA on the head, LoRA on the features", model, new)
 # To train all parameters of a layer, name it in the `modules_to_save` of LoRA, not of LoTRA. PEFT keeps only the
 # `modules_to_save` of the last injected adapter active.
 #
-# ## Save and load
+# ## Save and load both
 #
 # One call saves both: LoTRA into the folder, LoRA into a subfolder. One call loads both. Both calls work for every PEFT
 # method that `inject_adapter_in_model` accepts. `load_adapters` also takes a Hub repository. To train further, pass
@@ -125,7 +125,7 @@ loaded = load_adapters(copy.deepcopy(base), "digits")
 print("as saved:", torch.equal(loaded(new), model.eval()(new)))
 
 # %% [markdown]
-# ## Merge
+# ## Merge both
 #
 # One call merges both. The result is a plain `Net` again, without adapter layers.
 

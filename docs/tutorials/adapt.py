@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown]
-# # Adapt in five minutes
+# # Adapt a KAN in five minutes
 #
 # Train a KAN on one function, adapt it to another one, and look at the changed edges. Then save, load, and merge the
 # adapter. The pictures need `pip install -e ".[examples]"`, run in the clone.
@@ -127,7 +127,7 @@ edge_changes(model, x)
 what_changed(model, x, names=["a", "b"])
 
 # %% [markdown]
-# ## Save, load, merge
+# ## Save, load, and merge
 #
 # Save the adapter without the base, and load it onto a copy of the base. Merging turns the adapted network into a plain
 # KAN:

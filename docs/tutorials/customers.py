@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown]
-# # efficient-kan: five customers on one base
+# # Serve five customers on one efficient-kan base
 #
 # A classifier of efficient-kan layers reads digits. Five customers have different scanners, so each gets an adapter.
 # One batch serves all five, and one repository on the Hub holds them. Install `pip install -e ".[examples]" qkan`: qkan

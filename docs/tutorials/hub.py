@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Publish and load
+# # Publish and load an adapter
 #
 # Push a base and an adapter to the Hugging Face Hub, and load both again.
 #

@@ -1,11 +1,11 @@
 # %% [markdown]
-# # pykan: adapt to a second data set
+# # Adapt a pykan network to a second data set
 #
 # Fit a [pykan](https://github.com/KindXiaoming/pykan) network to one data set, and adapt it to a second one. Pictures
 # show which edges changed. Run `pip install -e ".[examples]" pykan pandas` first: pykan imports pandas without
 # installing it. The code above *Further* takes half a minute.
 #
-# ## Fit
+# ## Fit the first data set
 #
 # As always in pykan, a data set is a dict of `train_input`, `train_label`, `test_input`, and `test_label`.
 
@@ -40,7 +40,7 @@ print("old data:", kan.evaluate(old)["test_loss"])
 print("new data, before adapting:", kan.evaluate(new)["test_loss"])
 
 # %% [markdown]
-# ## Adapt
+# ## Adapt to the second data set
 #
 # Attach an adapter, and train it with pykan's own `fit`. Pass `update_grid=False`, because the adapter is an update of
 # coefficients on the present [grid](../glossary.md#grid), and would be wrong on another one. The last layer has only
@@ -56,7 +56,7 @@ model.fit(new, steps=20, update_grid=False)
 print("new data, adapted:", model.evaluate(new)["test_loss"])
 
 # %% [markdown]
-# ## What changed
+# ## See what changed
 #
 # For each input of the first layer, plot the edge whose change matters most, before and after. The marks at the bottom
 # show where the data lie:
