@@ -121,4 +121,4 @@ assert list(merged.state_dict()) == list(start.state_dict())
 # %% [markdown]
 # PEFT's LoRA can adapt the `nn.Conv2d` inside such a layer too. Here it reaches only the
 # [base branch](../glossary.md#base-branch). In spline convolutions it mixes inputs and basis functions. [The
-# comparison](../comparison.md#convolutions) shows both at equal sizes.
+# comparison](../comparison.md#lotra-and-lora-draw-on-convolutions) shows both at equal sizes.

@@ -168,5 +168,5 @@ print(one.names, sorted(path.name for path in Path("customer_7").iterdir()))
 #   compare banks with heads, copies, linear models, and LoRA on an MLP.
 # * **A new customer?** Train on a copy of the base that you made before
 #   `attach()`. Call `bank.add` while others are served, then `bank.save`.
-# * **A web server?** [Many adapters and serving](../serving.md#a-server) has one
+# * **A web server?** [Many adapters and serving](../serving.md#run-a-web-server) has one
 #   to copy.

@@ -93,7 +93,7 @@ print(f"v = 0.15, before adapting: {error(base.model, 0.15):.1e}")
 # %% [markdown]
 # `solve` trains on new points in each step. The last line of the report gives the root mean square of the residual at
 # points that were never used in training. If you do not know the solution, this residual is your guide, but [a small
-# residual does not prove a small error](../pde.md#warnings-and-what-to-do).
+# residual does not prove a small error](../pde.md#what-to-do-about-warnings).
 #
 # In the phase `coarse`, the splines have 8 intervals, as we asked. Then `solve` doubles the number of intervals, and in
 # the phase `fine`, the network has 1,936 parameters. [PDEs](../pde.md#solve-one-equation) explains the other columns.
@@ -101,7 +101,7 @@ print(f"v = 0.15, before adapting: {error(base.model, 0.15):.1e}")
 # ## Adapt it to v = 0.15
 #
 # Train an adapter if you want to store many solutions. For a single new value, a [warm
-# start](../pde.md#another-value-of-the-parameter) of all parameters is more accurate.
+# start](../pde.md#move-to-another-parameter-value) of all parameters is more accurate.
 #
 # Attach an adapter to the network `base.model.kan`; `base.model` also holds the conditions. `solve` trains only the
 # parameters that require a gradient, here the adapter. `refine=False` keeps the grids, so the adapter still fits the
