@@ -35,7 +35,7 @@ UNIT = r" (?:%|▲|s\b|ms\b|h\b|kB\b|MB\b|GB\b|KiB\b|MiB\b|GiB\b)"
 # 1e-3, 7.2 s, 80 %, (8, 8, 4): browsers would break lines inside
 NUMBER = re.compile(
     rf"\d[\d.,]*(?:e-\d+)?(?:{UNIT})+|\d[\d.,]*e-\d+"
-    r"|\(\d+(?:, (?:\d+|full)){1,3}\)|\[\d+(?:, \d+){1,4}\]"
+    r"|\(\d+(?:, (?:\d+|full)){1,3}\)|\[\d+(?:, \d+){1,4}\]|\d+ -&gt; \d+"
 )
 FORMULA = re.compile(r'class="arithmatex">\\([(\[])(.*?)\\[)\]]<', re.DOTALL)
 TAG = re.compile(r"<[^>]*>")

@@ -202,7 +202,7 @@ def draw(rows: list[dict], path: Path) -> None:
         "MLP": (ORANGE, "D", "MLP"),
         "logistic": (GRAY, "v", "logistic regression"),
     }
-    figure, ax = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    figure, ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     best = max(row["accuracy"] for row in rows)
     for kind, (color, marker, label) in kinds.items():
         models = dict.fromkeys(

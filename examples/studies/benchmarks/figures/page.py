@@ -56,7 +56,11 @@ def steps(rows: list[dict]) -> str:
 
 def left_out(rows: list[dict], label: Callable[[dict], str]) -> str:
     """A paragraph on the reasons why cells were left out, if any."""
-    notes = [f"{label(row)}: {reason}" for row in rows for reason in dict.fromkeys(row.get("skipped", {}).values())]
+    notes = []
+    for row in rows:
+        for reason in dict.fromkeys(row.get("skipped", {}).values()):
+            limits = reason.replace("would take ", "").replace(" in a round of all", " a round")
+            notes.append(f"{label(row)} ({limits.replace(', more than', '; the limit is')})")
     return "\n" + fill(f"Left out: {'; '.join(notes)}.", 119) + "\n" if notes else ""
 
 
