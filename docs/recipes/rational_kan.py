@@ -32,9 +32,8 @@ class KAT_Group(nn.Module):
         self.weight_denominator = nn.Parameter(0.1 * torch.randn(groups, 4))
 
     def forward(self, x):
-        grouped = x.unflatten(-1, (len(self.weight_numerator), -1)).unsqueeze(
-            -1
-        )
+        groups = len(self.weight_numerator)
+        grouped = x.unflatten(-1, (groups, -1)).unsqueeze(-1)
         powers = grouped ** torch.arange(6)
         above = (powers * self.weight_numerator[:, None]).sum(-1)
         below = (powers[..., 1:5] * self.weight_denominator[:, None]).sum(-1)

@@ -139,9 +139,8 @@ for name in list(angles)[1:]:
 served.eval()
 difference = served(x, adapter_names=rows) - model(x, adapter_names=rows)
 print("largest difference:", difference.abs().max().item())
-right = served(x, adapter_names=["__base__"] * 2500).argmax(1) == y[
-    :500
-].repeat(5)
+labels = y[:500].repeat(5)
+right = served(x, adapter_names=["__base__"] * 2500).argmax(1) == labels
 print("without adapters:", right.view(5, 500).double().mean(1))
 model_summary(served)
 

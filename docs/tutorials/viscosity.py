@@ -90,9 +90,8 @@ def exact(x, v):
     y = np.pi * (x[:, :1] - torch.sqrt(4 * v * t) * torch.from_numpy(nodes))
     density = torch.exp(-torch.cos(y) / (2 * np.pi * v))
     density = density * torch.from_numpy(weights)
-    return -(density * torch.sin(y)).sum(1, keepdim=True) / density.sum(
-        1, keepdim=True
-    )
+    weighted = (density * torch.sin(y)).sum(1, keepdim=True)
+    return -weighted / density.sum(1, keepdim=True)
 
 
 truth = 0.05
