@@ -42,6 +42,8 @@ TAG = re.compile(r"<[^>]*>")
 BLOCK = re.compile(
     r"(<pre>(?:<span></span>)?<code>)(.*?)(</code></pre>)", re.DOTALL
 )
+# before a dot, and after an opening bracket
+CODE_BREAK = re.compile(r'(?=<span class="o">\.</span>)|(?<=[(\[]</span>)(?=<)')
 INLINE = re.compile(r"<code>([^<]*)</code>(?!</pre>)")
 CELL = re.compile(r"<t[dh][ >].*?</t[dh]>", re.DOTALL)
 HEADING_ROW = re.compile(
@@ -182,6 +184,7 @@ def indented_lines(match: re.Match) -> str:
     for line in match[2].removesuffix("\n").split("\n"):
         text = html.unescape(TAG.sub("", line))
         indent = len(text) - len(text.lstrip())
+        line = CODE_BREAK.sub("<wbr>", line)
         lines.append(
             f'<span class="line" style="--indent: {indent}ch">{line}\n</span>'
         )
