@@ -111,7 +111,7 @@ with torch.no_grad():
     mixed = loaded(input_ids=both, adapter_names=["__base__", "default"]).logits
     torch.testing.assert_close(mixed[1], loaded(input_ids=both).logits[1])
 
-merged = loaded.merge_and_unload()  # a GPT2LMHeadModel again, with the same keys
+merged = loaded.merge_and_unload()  # a GPT2LMHeadModel with the same keys
 assert list(merged.state_dict()) == list(state)
 
 # %% [markdown]
