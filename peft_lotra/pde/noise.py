@@ -27,7 +27,7 @@ CONVERGED = 0.1  # a correction, as a share of the error, after which no other o
 MOST_UNSURE = 1e3  # errors of a constant, as multiples of it
 LEAST_MOVE = 1e-3  # as a share, which needs no word
 MOST_ERRORS, MOST_MOVE = 3.0, 0.3  # the last correction, in errors, and any one as a share
-FITTED, SETTLED = 0.6, 0.95  # the shares of the budget between which constants and the network alternate
+FITTED, SETTLED = 0.75, 0.95  # the shares of the budget between which constants and the network alternate
 LIGHTER = 1e-4  # the factor of the data's weights then
 LEAST_EFFECT = 1e-14  # of a combination of constants: the square, as a share of the largest
 
@@ -94,7 +94,8 @@ def _judge(name: str, constant: Constant, move: float, error: float) -> tuple[Es
     value = constant().item()
     size = abs(value)
     doubts = []
-    if error > MOST_UNSURE * (size or 1.0):
+    is_sure = error <= MOST_UNSURE * (size or 1.0)
+    if not is_sure:  # NaN, too: at an end of its interval, a constant has no effect
         doubts.append(f"The error of {name!r} in `unknowns` is not known: the data do not tell it. Give more.")
         error = math.inf
     is_small = abs(move) <= LEAST_MOVE * size
@@ -156,7 +157,7 @@ def _correct(training: Training) -> tuple[list[float], list[float]] | None:
         linear.scaling = linear.matrix.diagonal().clamp(min=1e-300)
         gradient = gradient_of_points + scaled.T @ (of_data / noise)
         solution = _solve(linear, torch.cat([units, scaled.T, gradient.unsqueeze(1)], 1))
-        if solution is None:
+        if solution is None or not solution.isfinite().all():
             return None
         of_units, of_rows, of_gradient = solution.tensor_split([count, count + len(scaled)], dim=1)
         step = -of_gradient.squeeze(1)

@@ -207,11 +207,12 @@ def solve(
         result.model = training.model
         if constants is not None:
             training.share = 0.0, 1.0
-            result.unknowns, doubts = estimate_constants(training, stop)
+            estimates, doubts = estimate_constants(training, stop)
             for doubt in doubts:
                 warn(doubt)
-            constants.assign({name: estimate.value for name, estimate in result.unknowns.items()})
+            constants.assign({name: estimate.value for name, estimate in estimates.items()})
             training.fit_network("estimated constants", stop, 1.0)
+            result.unknowns = estimates  # callbacks have seen them without errors
         result.residual = training.norm(stop)
 
         scale = result.first_residual

@@ -44,7 +44,7 @@ FAILED = 1e-3  # of the first residual's square: where a stage of a continuation
 MOST_FAILURES = 3  # stages that are undone
 FINE_POINTS = 2.5  # times as many points on finer grids
 FIRST_WEIGHT = 10.0  # of data, as a multiple of the equation's mean square over theirs
-FIXED = 0.15  # the share of a fit after which constants are trained
+FIXED = 0.1  # the share of a fit for the equation, and then with data, before constants are trained
 ROBUST = 0.45  # after which outliers of the equation count less
 HEAVY = 0.65  # after which data are light
 LIGHT = 0.01  # the factor of the weights then
@@ -136,11 +136,12 @@ class Training:
         return least
 
     def fit_with_data(self, name: str, parameter: float, until: float) -> float:
-        """As `fit_on`: the equation at the first constants, then constants with heavy data, then with light ones.
+        """As `fit_on`: the equation at the first constants, heavy data, then constants too, then light data.
 
-        From a random network, constants would follow whatever it is. With heavy data the network cannot stay away from
-        them. With light data the equation holds as if there were no noise. Where the network cannot solve the
-        equation, at a corner perhaps, its residual would bend the constants: outliers count less and less.
+        From a random network, constants would follow whatever it is, to an end of their interval perhaps. With heavy
+        data the network cannot stay away from them. With light data the equation holds as if there were no noise.
+        Where the network cannot solve the equation, at a corner perhaps, its residual would bend the constants:
+        outliers count less and less.
         """
         if all(function.scale is not None for function in self.data):  # not for the first time
             return self.fit_on(name, parameter, until)
@@ -148,6 +149,7 @@ class Training:
         terms, self.terms = self.terms, []
         self.fit_network("fixed constants", parameter, FIXED * until)
         self.terms = terms
+        self.fit_network("fixed constants", parameter, 2 * FIXED * until)
         if self.budget.allows_step(self.end_of(ROBUST * until)):
             self.fit_on("heavy data", parameter, ROBUST * until)
         self.set_robustness(0.5)
@@ -236,20 +238,28 @@ class Training:
     def weights(self, x: Tensor) -> Tensor:
         """Compute the weights of points, (n, 1): small where the solution is steep, or the residual an outlier.
 
-        See `gradient_weights`, for slopes across half of the box, and u of unit size. They are divided by
+        Weights by steepness are divided by
         (1 + (|r| / (OUTLIER median |r|))^2)^(robustness / 2): the weighted residual grows as the root of |r| (absolute
-        errors) by 1/2, and is bounded by 1.
+        errors) by 1/2, and is bounded by 1. With unknown constants, steep places count in full: a network with steps
+        between the data would solve the equation of other constants.
         """
-        with torch.no_grad():
-            mean_square = self.model(x).square().mean()
-        size = mean_square.sqrt().clamp(min=1e-12).item()
-        directions = (self.sampler.high - self.sampler.low).diag() / 2
-        weights = gradient_weights(self.model, x, SLOPE / size, directions)
+        if self.constants is None:
+            weights = self._steepness_weights(x)
+        else:
+            weights = torch.ones_like(x[:, :1])
         if not self.robustness:
             return weights
         sizes = self.residual(self.trained, x, weights).detach().norm(dim=1, keepdim=True)
         scale = OUTLIER * sizes.median().clamp(min=torch.finfo(sizes.dtype).tiny)
         return weights / (1 + (sizes / scale).square()) ** (self.robustness / 2)
+
+    def _steepness_weights(self, x: Tensor) -> Tensor:
+        """Compute `gradient_weights` for slopes across half of the box, and u of unit size."""
+        with torch.no_grad():
+            mean_square = self.model(x).square().mean()
+        size = mean_square.sqrt().clamp(min=1e-12).item()
+        directions = (self.sampler.high - self.sampler.low).diag() / 2
+        return gradient_weights(self.model, x, SLOPE / size, directions)
 
     def fit(self, name: str, parameter: float, until: float, target: float = 0.0) -> float:
         """Take steps until a share of the budget is used up, the residual is at the target, or no longer falls.
