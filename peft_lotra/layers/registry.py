@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -19,21 +20,22 @@ from torch import nn
 
 from ..modules.calls import PREFIX, evaluating_without_trace, read_at_rest, unwrap
 from ..modules.report import Report, TextTable
-from .coefficients import find_input_size
 from .describe import describe
 from .description import (
     BUILT_IN,
     REGISTERED,
     KANLayerSpec,
-    fits,
     is_built_in,
     matches_nothing,
+    registered_spec,
     spec_from_file,
 )
 from .description import Grid as Grid
 from .infer import is_no_layer
 
 
+# The attributes in which libraries keep the number of inputs of a layer.
+_INPUT_SIZES = "in_features in_channels inputdim in_dim input_dim input_size in_planes"
 # Modules that the search for layers does not enter. `tuner.jets` adds PEFT's wrappers, which hold copies of modules.
 NOT_SEARCHED: list[type[nn.Module]] = [torch.jit.ScriptModule]
 
@@ -110,7 +112,7 @@ def get_recorded_spec(layer: nn.Module, record: Mapping[str, Any] | None) -> KAN
     if description is not None:  # of a layer of no registered kind, as the version read it that wrote the file
         return spec_from_file(name, description)
     if name in REGISTERED:  # a kind that was registered later takes the layer too
-        return REGISTERED[name] if fits(REGISTERED[name], layer) else spec
+        return registered_spec(layer, [REGISTERED[name]]) or spec
     raise ValueError(
         f"The adapter is for KAN layers of the kind {name!r}, which its file does not describe. Call "
         "`peft_lotra.register_kan_layer` for it before the adapter is loaded."
@@ -268,7 +270,7 @@ def _find_unrecognized(
 def _write_registration(module: nn.Module, spec: KANLayerSpec) -> str:
     """Return a call that registers the kind of a module."""
     name = type(module).__name__
-    attribute = find_input_size(module)
+    attribute = next((name for name in _INPUT_SIZES.split() if isinstance(getattr(module, name, None), Integral)), "")
     axes = f'lambda m: {{"i": m.{attribute}}}' if attribute else spec.axes
     fields = {
         "coefficients": spec.parts[0] if len(spec.parts) == 1 else [*spec.parts],
@@ -331,9 +333,6 @@ def short_name(name: str) -> str:
     return name.removeprefix(PREFIX)
 
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # which no kind has to be compared with
-
-
 def walk_kan_layers(
     module: nn.Module, name: str = "", seen: set[int] | None = None
 ) -> Iterator[tuple[str, nn.Module, KANLayerSpec]]:
@@ -349,7 +348,8 @@ def walk_kan_layers(
     while isinstance(base_layer := module._modules.get("base_layer"), nn.Module):
         spec = spec or vars(module).get("lotra_spec")  # of a kind that may not be registered
         module = base_layer
-    if type(module) not in _CONTAINERS and (spec := spec or get_kan_spec(module)):
+    spec = spec or get_kan_spec(module)
+    if spec is not None:
         yield name, module, spec
         return
     for child_name, child in module.named_children():
