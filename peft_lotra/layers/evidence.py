@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -33,25 +34,28 @@ _ROWS = 32  # inputs whose functions are compared
 _AXES = {True: "as described", False: "mixed by the layer, or not as described", None: "not checked"}
 
 
+@dataclass
 class Evidence:
     """The gradients of a layer at one input and at changed ones, shared by all comparisons.
 
     Attributes:
         x: The input with its features in the last axis. It is one sample, unless the user gives it.
         channel: The axis of the features in the layer's own order, counted from the end.
-        size: The number of input features.
         outputs: The number of output features.
         is_broadcast: Whether the layer also takes inputs of other sizes, over which it sums.
     """
 
-    def __init__(self, probe: Probe, x: Tensor, channel: int, outputs: int) -> None:
-        self.probe = probe
-        self.x = x
-        self.channel = channel
-        self.size = x.shape[-1]
-        self.outputs = outputs
-        self.is_broadcast = False
-        self._exchanged: dict[int, list[tuple[slice, Gradients]]] = {}
+    probe: Probe
+    x: Tensor
+    channel: int
+    outputs: int
+    is_broadcast: bool = False
+    _exchanged: dict[int, list[tuple[slice, Gradients]]] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """The number of input features."""
+        return self.x.shape[-1]
 
     def gradients(self, x: Tensor | None = None, **options: Any) -> Gradients:
         """Return the gradients at an input, by default at `x`. See `Probe.gradients` for the options."""

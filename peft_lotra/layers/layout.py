@@ -35,6 +35,7 @@ from torch import Tensor
 
 Axes = tuple[str, ...]
 Dims = tuple[Axes, ...]  # the axes of each dimension
+Lengths = Mapping[str, int]  # by axis
 # What `:N` is replaced by, as an axis for einops, which knows no axis that is stored over several dimensions.
 _OVER = {f"over{count}": count for count in range(2, 10)}
 
@@ -88,13 +89,13 @@ class Layout:
             return self
         return replace(self, shared=missing, groups=groups, kernel=first.kernel)
 
-    def canonical_shape(self, lengths: Mapping[str, int]) -> tuple[int, ...]:
+    def canonical_shape(self, lengths: Lengths) -> tuple[int, ...]:
         """Return (out, in, basis) or (out, in, basis, kernel), with a packed base branch in the basis mode."""
         sizes = [_multiply(axes, lengths) for axes in ((*self.groups, "o"), ("i",), self.basis, self.kernel)]
         sizes[2] += self.has_residual
         return tuple(sizes if self.kernel else sizes[:3])
 
-    def axis_lengths(self, shape: Sequence[int], given: Mapping[str, int]) -> dict[str, int]:
+    def axis_lengths(self, shape: Sequence[int], given: Lengths) -> dict[str, int]:
         """Return the length of every axis.
 
         Args:
@@ -122,7 +123,7 @@ class Layout:
             )
         return lengths
 
-    def to_canonical(self, parameter: Tensor, lengths: Mapping[str, int]) -> Tensor:
+    def to_canonical(self, parameter: Tensor, lengths: Lengths) -> Tensor:
         """Return a stored parameter as (out, in, basis[, kernel]), with packed residual weights as the last slice."""
         if self._is_canonical:  # einops takes as long as the arithmetic of a small layer
             return parameter if parameter.dim() == 3 else parameter.unsqueeze(2)
@@ -137,7 +138,7 @@ class Layout:
             tensors.append(repeat(block, f"{stored} -> {canonical}", **{axis: lengths[axis] for axis in axes}))
         return concatenate(tensors, 2)
 
-    def from_canonical(self, tensor: Tensor, lengths: Mapping[str, int], shape: Sequence[int]) -> Tensor:
+    def from_canonical(self, tensor: Tensor, lengths: Lengths, shape: Sequence[int]) -> Tensor:
         """Return (out, in, basis[, kernel]) in the stored shape, the inverse of `to_canonical`. It is differentiable.
 
         Along the axes in `shared` the mean is stored.
@@ -187,7 +188,7 @@ def _flatten(dims: Sequence[Axes]) -> Axes:
     return tuple(axis for dim in dims for axis in dim)
 
 
-def _multiply(axes: Sequence[str], lengths: Mapping[str, int]) -> int:
+def _multiply(axes: Sequence[str], lengths: Lengths) -> int:
     return math.prod([lengths[axis] for axis in axes])
 
 

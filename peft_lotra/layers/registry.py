@@ -16,7 +16,7 @@ from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..modules.calls import PREFIX, evaluating_without_trace, read_at_rest, unwrap
 from ..modules.report import Report, TextTable
@@ -358,7 +358,7 @@ def walk_kan_layers(
 
 def copy_grid(grid: Mapping[str, Any]) -> Grid:
     """A copy of a grid, as `KANLayerSpec.read_grid` gives it, with tensors of its own."""
-    return {name: v.detach().clone() if isinstance(v, torch.Tensor) else v for name, v in grid.items()}
+    return {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in grid.items()}
 
 
 def same_grid(first: Mapping[str, object], second: Mapping[str, object]) -> bool:
@@ -370,8 +370,8 @@ def same_grid(first: Mapping[str, object], second: Mapping[str, object]) -> bool
         return False
     for name, value in first.items():
         other = second[name]
-        if isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor):
-            narrow, wide = sorted((value, other), key=torch.Tensor.element_size)  # compared in the fewer digits
+        if isinstance(value, Tensor) and isinstance(other, Tensor):
+            narrow, wide = sorted((value, other), key=Tensor.element_size)  # compared in the fewer digits
             if narrow.shape != wide.shape:
                 return False
             if not (narrow.is_meta or wide.is_meta or torch.equal(narrow, wide.to(narrow))):
