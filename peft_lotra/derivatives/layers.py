@@ -164,9 +164,8 @@ def _functions(basis: Basis, z: Tensor, highest: int) -> list[Tensor]:
     if not isinstance(basis, UniformGrid):
         return evaluate_functions(basis, z, highest)
     per_unit = basis.per_unit.unsqueeze(-1)
-    centers = torch.arange(basis.num_basis, dtype=z.dtype, device=z.device)
-    centers = centers - (basis.spline_order - 1) / 2
-    offset = (z - basis.low.unsqueeze(-1)) * per_unit - centers[:, None, None]
+    position = (z - basis.low.unsqueeze(-1)) * per_unit
+    offset = position - basis.centers(z)[:, None, None]
     functions = []
     for order, silu in enumerate(silu_derivatives(z, highest)):
         splines = cardinal_spline(offset, basis.spline_order, order)

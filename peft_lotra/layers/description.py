@@ -138,21 +138,18 @@ class KANLayerSpec:
         Raises:
             ValueError: A parameter is missing, or a pattern does not fit it.
         """
-        described = [*self.parts]
-        if self.residual is not None:
-            names = expand_name(layer, self.residual[0])
-            if any(get_or_none(layer, name) is not None for name in names):
-                described.append(self.residual)
         try:
             parts = []
-            for name, pattern in described:
-                shapes = {}
-                for member in expand_name(layer, name):
-                    parameter = get_or_none(layer, member)
+            for pair in filter(None, (*self.parts, self.residual)):
+                members = {name: get_or_none(layer, name) for name in expand_name(layer, pair[0])}
+                if pair is self.residual and all(parameter is None for parameter in members.values()):
+                    continue
+                shapes = []
+                for name, parameter in members.items():
                     if not isinstance(parameter, Tensor):
-                        raise ValueError(f"`{member}` is not as described. There is no such parameter.")
-                    shapes[member] = tuple(parameter.shape)
-                parts.append((name, pattern, tuple(shapes.items())))
+                        raise ValueError(f"`{name}` is not as described. There is no such parameter.")
+                    shapes.append((name, tuple(parameter.shape)))
+                parts.append((*pair, tuple(shapes)))
             axes = tuple(self.axes_of(layer).items())
             return _solve(self.kind, self.groups, tuple(parts), len(self.parts), axes)
         except ValueError as error:

@@ -72,6 +72,12 @@ class Layout:
         return tuple(axis for axis in self.axes if axis not in others)
 
     @cached_property
+    def _modes(self) -> list[Axes]:
+        """The axes of each canonical mode."""
+        modes = [(*self.groups, "o"), ("i",), self.basis]
+        return [*modes, self.kernel] if self.kernel else modes
+
+    @cached_property
     def has_residual(self) -> bool:
         """Whether residual weights are packed into the parameter."""
         return len(self.blocks) > 1
@@ -91,9 +97,9 @@ class Layout:
 
     def canonical_shape(self, lengths: Lengths) -> tuple[int, ...]:
         """Return (out, in, basis) or (out, in, basis, kernel), with a packed base branch in the basis mode."""
-        sizes = [_multiply(axes, lengths) for axes in ((*self.groups, "o"), ("i",), self.basis, self.kernel)]
+        sizes = [math.prod([lengths[axis] for axis in mode]) for mode in self._modes]
         sizes[2] += self.has_residual
-        return tuple(sizes if self.kernel else sizes[:3])
+        return tuple(sizes)
 
     def axis_lengths(self, shape: Sequence[int], given: Lengths) -> dict[str, int]:
         """Return the length of every axis.
@@ -168,13 +174,10 @@ class Layout:
     @cached_property
     def _expressions(self) -> list[tuple[str, str, Axes]]:
         """The einops expressions of the stored and of the canonical order, and the axes, of each block."""
-        modes: list[Axes] = [(*self.groups, "o"), ("i",), self.basis]
-        if self.kernel:
-            modes.append(self.kernel)
         expressions = []
         for dims in self.blocks:
             axes = _flatten(dims)
-            present = [tuple(axis for axis in mode if axis in axes + self.shared) for mode in modes]
+            present = [tuple(axis for axis in mode if axis in axes + self.shared) for mode in self._modes]
             expressions.append((_write(dims), _write(present), axes + self.shared))
         return expressions
 
@@ -197,13 +200,18 @@ def _solve_length(blocks: Collection[Axes], dim: Axes, size: int, lengths: dict[
     unknown = [axis for axis in dim if axis not in lengths]
     if len(unknown) > 1:
         return False
-    for axis in unknown:
+    constant = slope = 0
+    for block in blocks:
+        product = math.prod([lengths.get(axis, 1) for axis in block])
         # each block is proportional to the unknown length, or lacks this axis
-        lengths[axis] = 1
-        constant = sum(_multiply(block, lengths) for block in blocks if axis not in block)
-        slope = sum(_multiply(block, lengths) for block in blocks if axis in block)
+        if unknown and unknown[0] in block:
+            slope += product
+        else:
+            constant += product
+    for axis in unknown:
         lengths[axis] = (size - constant) // max(slope, 1)
-    return size == sum(_multiply(block, lengths) for block in blocks) > 0
+        constant += slope * lengths[axis]
+    return size == constant > 0
 
 
 def _write(dims: Sequence[Axes]) -> str:
