@@ -244,21 +244,24 @@ def _find_unrecognized(
     """Return modules that may be KAN layers, or have more coefficients with the arguments of a call."""
     result: dict[Any, UnrecognizedModule] = {}
     likely = {module for _, module in unrecognized_modules(model, recognized)}
-    inside = {inner for name in recognized for inner in list(model.get_submodule(name).modules())[1:]}
+    inside: set[nn.Module] = set()
+    for name in recognized:
+        layer = model.get_submodule(name)
+        inside.update(module for module in layer.modules() if module is not layer)
     for name, module in model.named_modules():
-        args, kwargs = recorded.get(module, ((), {}))
         if module in inside or is_no_layer(module):
             continue
+        args, kwargs = recorded.get(module, ((), {}))
         spec = describe(module, *args, **kwargs).spec
+        reason = ""
         if name not in recognized:
-            reason = describe(module).reason if module in likely or spec is not None else ""
-        else:
-            reason = ""
-            adapted = describe(module).spec
-            if spec is not None and adapted is not None:
-                more = sorted(spec.locate(module).parameters.keys() - adapted.locate(module).parameters.keys())
-                if more:
-                    reason = f"with the arguments of this call it has more coefficients: {', '.join(more)}."
+            if module in likely or spec is not None:
+                reason = describe(module).reason
+        elif spec is not None:
+            adapted = get_kan_spec(module)
+            more = {*spec.locate(module).parameters} - {*(adapted or spec).locate(module).parameters}
+            if more:
+                reason = f"with the arguments of this call it has more coefficients: {', '.join(sorted(more))}."
         if reason:
             registration = "" if spec is None else _write_registration(module, spec)
             shapes = tuple(value.shape for value in module.parameters())
@@ -270,8 +273,6 @@ def _find_unrecognized(
 def _write_registration(module: nn.Module, spec: KANLayerSpec) -> str:
     """Return a call that registers the kind of a module."""
     name = type(module).__name__
-    attribute = next((name for name in _INPUT_SIZES.split() if isinstance(getattr(module, name, None), Integral)), "")
-    axes = f'lambda m: {{"i": m.{attribute}}}' if attribute else spec.axes
     fields = {
         "coefficients": spec.parts[0] if len(spec.parts) == 1 else [*spec.parts],
         "residual": spec.residual,
@@ -280,6 +281,11 @@ def _write_registration(module: nn.Module, spec: KANLayerSpec) -> str:
     lines = [f'"{name}",', f'matches=lambda m: type(m).__name__ == "{name}",']
     lines += [f"{field}={value!r},".replace("'", '"') for field, value in fields.items() if value]
     if spec.axes:
+        axes = spec.axes
+        for attribute in _INPUT_SIZES.split():
+            if isinstance(getattr(module, attribute, None), Integral):
+                axes = f'lambda m: {{"i": m.{attribute}}}'
+                break
         lines.append(f"axes={axes},")
     return "register_kan_layer(\n" + "".join(f"    {line}\n" for line in lines) + ")"
 
@@ -288,8 +294,11 @@ def unrecognized_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> l
     """Return the modules that may be KAN layers: they look like one, or another of their class is one."""
     inside = {inner for name in layers for inner in model.get_submodule(name).modules()}
     classes = {type(layer) for layer in layers.values()}
-    others = [(name, module) for name, module in model.named_modules() if module not in inside]
-    return [(name, module) for name, module in others if type(module) in classes or _may_be_kan(module)]
+    modules = []
+    for name, module in model.named_modules():
+        if module not in inside and (type(module) in classes or _may_be_kan(module)):
+            modules.append((name, module))
+    return modules
 
 
 def _may_be_kan(module: nn.Module) -> bool:
@@ -300,8 +309,10 @@ def _may_be_kan(module: nn.Module) -> bool:
     if is_no_layer(module):
         return False
     names = {name for spec in REGISTERED.values() for name, _ in spec.parts} - {"weight", "scale", "coefficients"}
-    parameters = {name: value for name, value in module._parameters.items() if value is not None}
-    return any(name in names or (value.dim() > 2 and len(value) > 1) for name, value in parameters.items())
+    for name, value in module.named_parameters(recurse=False):
+        if name in names or (value.dim() > 2 and len(value) > 1):
+            return True
+    return False
 
 
 def record_arguments(
@@ -358,7 +369,11 @@ def walk_kan_layers(
 
 def copy_grid(grid: Mapping[str, Any]) -> Grid:
     """A copy of a grid, as `KANLayerSpec.read_grid` gives it, with tensors of its own."""
-    return {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in grid.items()}
+    copy = dict(grid)
+    for name, value in grid.items():
+        if isinstance(value, Tensor):
+            copy[name] = value.detach().clone()
+    return copy
 
 
 def same_grid(first: Mapping[str, object], second: Mapping[str, object]) -> bool:
@@ -374,7 +389,8 @@ def same_grid(first: Mapping[str, object], second: Mapping[str, object]) -> bool
             narrow, wide = sorted((value, other), key=Tensor.element_size)  # compared in the fewer digits
             if narrow.shape != wide.shape:
                 return False
-            if not (narrow.is_meta or wide.is_meta or torch.equal(narrow, wide.to(narrow))):
+            has_content = not (narrow.is_meta or wide.is_meta)
+            if has_content and not torch.equal(narrow, wide.to(narrow)):
                 return False
         elif type(value) is not type(other) or value != other:
             return False
