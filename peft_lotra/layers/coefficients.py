@@ -35,10 +35,10 @@ class Member(NamedTuple):
 class CoefficientTensor:
     """Where one layer keeps its coefficients, and how they are read and written as a tensor (out, in, basis).
 
-    The coefficients of a convolution are a tensor (out, in, basis, kernel) with the kernel flattened. Parts are joined
-    along the basis mode, and the members of a part, if it has several, along the output mode. Members that have fewer
-    inputs or basis functions than others are filled up with zeros, which are never written back. A part that is shared
-    by the outputs, or along the kernel, is repeated, and the mean is written back.
+    A convolution has coefficients (out, in, basis, kernel) with the kernel flattened. Parts are joined along the basis
+    mode, and the members of a part along the output mode. Members with fewer inputs or basis functions are padded with
+    zeros, which are never written back. A part that is shared by the outputs, or along the kernel, is repeated, and
+    the mean is written back.
 
     Attributes:
         kind: The kind of the layer.
@@ -101,9 +101,9 @@ class CoefficientTensor:
         return self.join(self.read_parameters(layer).values())
 
     def read_parts(self, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """Return the coefficients (out, in, basis[, kernel]) and the residual weights (out, in[, kernel]), if any.
+        """Return the coefficients (out, in, basis[, kernel]) and the residual weights (out, in[, kernel]).
 
-        They are views where layouts allow it.
+        The residual weights are None without a base branch. Both are views if the layout allows it.
         """
         tensors = self._to_canonical(self.read_parameters(layer).values())
         if self.separate_residual:

@@ -127,7 +127,9 @@ def _compare(layer: nn.Module, spec: KANLayerSpec, args: Any, kwargs: Any) -> De
                 reason = _find_contradiction(layer, tensor, args, kwargs)
             if not reason:
                 doubts = _find_doubts(evidence, spec, tensor)
-        used = {name: gradient is not None and bool(gradient.any()) for name, gradient in evidence.base.items()}
+        used = {}
+        for name, gradient in evidence.base.items():
+            used[name] = gradient is not None and bool(gradient.any())
         return Description(spec, reason, doubts, axes, evidence.is_linear([*tensor.parameters]), used)
 
 

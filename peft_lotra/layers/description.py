@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from itertools import islice
 from numbers import Number
 from operator import attrgetter
 from typing import Any
@@ -212,10 +211,11 @@ class KANLayerSpec:
         return values if values.dim() == len(tensor.shape) else values.unsqueeze(-1)
 
     def describe(self, layer: nn.Module) -> dict[str, Any]:
-        """Return the entry of a file by which the coefficients are found without the registration, as in JSON."""
+        """Return the entry of a file that locates the coefficients without the registration, as in JSON."""
         entry = {name: getattr(self, name) for name in _IN_FILES}
         entry["axes"] = self.axes_of(layer)
-        return json.loads(json.dumps({name: value for name, value in entry.items() if value}))
+        entry = {name: value for name, value in entry.items() if value}
+        return json.loads(json.dumps(entry))
 
 
 @lru_cache(1024)
@@ -242,7 +242,7 @@ def _solve(
     if 0 in counts.values() or len(set(counts.values())) > 1:
         raise ValueError(f"lists are not as described. Their numbers of members are {counts}.")
 
-    # each member of a list has its own lengths, and a single parameter determines those of all
+    # each member of a list has its own lengths, a single parameter determines the lengths of all members
     lengths = [dict(axes) for _ in range(max(counts.values(), default=1))]
     entries = []
     for position, (name, pattern, members) in enumerate(parts):
@@ -256,7 +256,7 @@ def _solve(
 
     def count_unknown(entry: Any) -> int:
         _, _, layout, targets = entry
-        return max(len(dim - targets[0].keys()) for dim in map(set, layout.blocks[0]))
+        return max(len({*dim} - {*targets[0]}) for dim in layout.blocks[0])
 
     for member, shape, layout, targets in sorted(entries, key=count_unknown):  # one may determine another's lengths
         try:
@@ -266,13 +266,15 @@ def _solve(
         for target in targets:
             target.update(solved | target)
 
-    solved_members = iter(
-        Member(member, layout, targets[0], shape, layout.canonical_shape(targets[0]))
-        for member, shape, layout, targets in entries
-    )
-    solved_parts = tuple(tuple(islice(solved_members, len(members))) for _, _, members in parts)
+    solved_members = {}
+    for member, shape, layout, targets in entries:
+        canonical_shape = layout.canonical_shape(targets[0])
+        solved_members[member] = Member(member, layout, targets[0], shape, canonical_shape)
+    solved_parts = tuple(tuple(solved_members[member] for member, _ in members) for _, _, members in parts)
     tensor = CoefficientTensor(kind, solved_parts, len(parts) > count)
-    outer = {part[0].name: size[:2] for part, size in zip(solved_parts, tensor.part_shapes, strict=True)}
+    outer = {}
+    for part, size in zip(solved_parts, tensor.part_shapes, strict=True):
+        outer[part[0].name] = size[:2]
     if len(set(outer.values())) > 1:
         raise ValueError(f"shapes are not as described. Those of (out, in) must be equal, and are {outer}.")
     return tensor
@@ -285,7 +287,10 @@ def spec_from_file(kind: str, description: Mapping[str, Any]) -> KANLayerSpec:
         ValueError: The description is damaged.
     """
     try:
-        fields: Any = {n: tuple(v) if isinstance(v, list) else v for n, v in description.items() if n in _IN_FILES}
+        fields: dict[str, Any] = {}
+        for name, value in description.items():
+            if name in _IN_FILES:
+                fields[name] = tuple(value) if isinstance(value, list) else value
         return KANLayerSpec(kind, matches_nothing, **fields)
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"The description of the kind of layer {kind!r} in the file is broken: {error}") from error
@@ -317,7 +322,7 @@ def has(attributes: str, where: Callable[[Any], bool] | None = None) -> Callable
 
 
 def matches_nothing(module: nn.Module) -> bool:
-    """The predicate of a kind that a file describes: the file names its layers."""
+    """Return False: a file that describes a kind names its layers."""
     return False
 
 

@@ -95,7 +95,7 @@ class Evidence:
             constant = slice(start, start + half)
             varied = [*range(start), *range(start + half, count)]
             values = blocks[..., varied]
-            changes = [values.roll(step, -1) for step in range(1, min(3, len(varied)))]
+            changes = [values.roll(step, -1) for step in (1, 2) if step < len(varied)]
             if count == 2:  # there is nothing to exchange
                 changes = [blocks.mean(-1, keepdim=True)]
             for change in changes:
@@ -196,7 +196,6 @@ class Evidence:
         if self.size > 1:
             rows[2] = rows[0].roll(1)  # a normalization does not make them equal
         rows[1] = (rows[0] + rows[2]) / 2
-
         parameters = perturbed(self.probe.parameters, self.probe.parameters)
         outputs = []
         for last in (2, 0):  # one row or the other: a norm by the extremes of all rows does not notice
@@ -207,7 +206,7 @@ class Evidence:
             outputs.append(y.flatten(0, -2)[:3])
         first, second = outputs
         rounding = 1e3 * torch.finfo(first.dtype).eps * first.abs().max()
-        if (first - second).abs().max() > rounding:
+        if not (first - second).abs().max() <= rounding:
             return False
         start, middle, end = first
         curvature = (start - 2 * middle + end).abs().max()

@@ -63,7 +63,7 @@ class FormulaReader(NamedTuple):
         spec, tensor: The kind of the layer, and where it keeps its coefficients.
         is_uniform: Whether the basis is the kind's `splines`, else its `basis`.
         is_silu: Whether the function of the base branch is silu, whose derivatives have a closed form.
-        is_own: Whether the layer is a `KANLinear`, which gives its formula itself.
+        is_own: Whether the layer is a `KANLinear`, whose `formula` is taken.
     """
 
     spec: KANLayerSpec
@@ -239,8 +239,8 @@ def _grid_ends(layer: nn.Module, spec: Any, tensor: CoefficientTensor, is_unifor
 def _points_around(low: Any, high: Any, width: int) -> Tensor:
     """Return points (rows, width) in float64 on the CPU, in blocks of eight rows.
 
-    The first rows cover the grid and its length on either side. The next ones lie far from it, so that a layer that
-    clamps or squashes its inputs is noticed. In the last ones some inputs are zero, and in one row all.
+    The first rows cover the grid and its length on either side. The next ones lie far from it, where a layer
+    that clamps or squashes its inputs differs. In the last ones some inputs are zero, and in one row all.
 
     Args:
         low, high: Both ends of the grid, each a number or a tensor (width,).
@@ -250,7 +250,7 @@ def _points_around(low: Any, high: Any, width: int) -> Tensor:
     low, high = (torch.as_tensor(end, **options).expand(width) for end in (low, high))
     distances = torch.tensor(_DISTANCES, **options).repeat_interleave(_BLOCK)
     rows = _NEAR + len(distances) + _BLOCK
-    # steps of the golden ratio, so that no input repeats another's points
+    # with steps of the golden ratio, no input repeats another's points
     share = torch.arange(rows * width, **options).mul(GOLDEN_RATIO).frac().view(rows, width)
     points = torch.lerp(low, high, 3 * share - 1)
 

@@ -72,8 +72,8 @@ def is_no_layer(module: nn.Module) -> bool:
 def _find_candidates(layer: nn.Module) -> Tensors:
     """Return the matrices and larger parameters that may be coefficients, by name.
 
-    They are the layer's own, and those of linear layers that it holds, in a list or a `Sequential` too. A module of a
-    user's class may make the functions. There are none if such a module may be a layer, or is larger.
+    They belong to the layer, or to linear layers that it holds, also in a list or a `Sequential`. A module of a user's
+    class may make the functions. If such a module may be a layer, or is larger, there are no candidates.
     """
     candidates: dict[str, Tensor] = {}
     size_of_functions = 0
@@ -134,7 +134,7 @@ def _find_spec(layer: nn.Module, candidates: Tensors, args: Any, kwargs: Any) ->
 
 
 def _add_grid(spec: KANLayerSpec, layer: nn.Module, grid: Iterable[str]) -> KANLayerSpec:
-    """Add what is no coefficient to the grid of the description, and the methods that move a grid."""
+    """Add the tensors that are no coefficients as a grid, and the methods that move it."""
     adapted = spec.locate(layer).parameters
     names = tuple(name for name in grid if name not in adapted)
     methods = tuple(name for name in dir(type(layer)) if re.match(_MOVES_GRID, name))
@@ -202,7 +202,7 @@ def _find_coefficients(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | N
 
 
 def _patterns(shape: torch.Size, evidence: Evidence, letter: str) -> Iterator[str]:
-    """Yield the layouts of coefficients: each axis by itself, or two of the three in one axis of a matrix."""
+    """Yield the layouts of coefficients: each in its own axis, or two of the three in one axis of a matrix."""
     inputs, outputs = evidence.size, evidence.outputs
     if len(shape) in (3, 4):  # more axes have too many orders
         basis = [axis for axis in range(len(shape)) if shape[axis] > 1]

@@ -116,7 +116,7 @@ _register(
     groups="g",
     axes=_degrees,
 )
-_register(  # one convolution; its groups cut the degrees, so that a layer with groups is no sum of functions
+_register(  # one convolution; groups would cut the degrees: such a layer is no sum of functions
     """
     gram-conv-2 | poly_conv degree
     | poly_conv.weight o (k i) ... | base_conv.weight o i ... | | beta_weights

@@ -45,8 +45,7 @@ class Layout:
     """A parsed pattern.
 
     Attributes:
-        blocks: The axes of each dimension of the coefficients; then those of residual weights that are packed into the
-            same parameter.
+        blocks: The axes of each dimension of the coefficients, then of residual weights in the same parameter.
         kernel: The axes of the kernel mode.
         groups: The axes of blocks with separate inputs.
         stored_over: The number of stored dimensions of each dimension.

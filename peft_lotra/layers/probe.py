@@ -139,7 +139,7 @@ class Probe:
             ranges = [(value.min().item(), value.max().item()) for value in tensors]
         lows, highs = zip(*ranges, strict=True)
         self.low, self.high = max(lows), min(highs)
-        if self.low >= self.high:
+        if not self.low < self.high:
             self.low, self.high = ranges[0]
 
     def make_input(self, shape: Sequence[int]) -> Tensor:

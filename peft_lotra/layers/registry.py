@@ -41,7 +41,7 @@ NOT_SEARCHED: list[type[nn.Module]] = [torch.jit.ScriptModule]
 
 
 def register_kan_layer(kind: str, **description: Any) -> KANLayerSpec:
-    """Describe a kind of KAN layer, so that layers that are not recognized get adapters, too.
+    """Describe a kind of KAN layer. Layers that are not recognized then get adapters, too.
 
     Later registrations take precedence over earlier and built-in ones.
 
@@ -94,7 +94,7 @@ def record_kind(spec: KANLayerSpec, layer: nn.Module) -> dict[str, Any]:
 
 
 def get_recorded_spec(layer: nn.Module, record: Mapping[str, Any] | None) -> KANLayerSpec | None:
-    """The kind of a layer of an adapter from a file: as registered, else as the file describes it.
+    """Return the kind of a layer of an adapter from a file: as registered, else as the file describes it.
 
     Args:
         layer: The layer.
@@ -120,7 +120,7 @@ def get_recorded_spec(layer: nn.Module, record: Mapping[str, Any] | None) -> KAN
 
 
 def known_kinds() -> list[str]:
-    """The names of all registered kinds of layers, in the order of registration."""
+    """Return the names of all registered kinds of layers, in the order of registration."""
     return list(REGISTERED)
 
 
@@ -340,14 +340,14 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
 
 
 def short_name(name: str) -> str:
-    """The name that a module has in the base model, without what PEFT puts in front of it."""
+    """Return the name of a module in the base model, without the prefix of PEFT."""
     return name.removeprefix(PREFIX)
 
 
 def walk_kan_layers(
     module: nn.Module, name: str = "", seen: set[int] | None = None
 ) -> Iterator[tuple[str, nn.Module, KANLayerSpec]]:
-    """The KAN layers of a model (of adapted layers the base layers) with their names and kinds.
+    """Yield the KAN layers of a model with their names and kinds. An adapted layer yields its base layer.
 
     Left out are KAN layers inside of KAN layers and in the copies that PEFT's `modules_to_save` makes.
     """
@@ -368,7 +368,7 @@ def walk_kan_layers(
 
 
 def copy_grid(grid: Mapping[str, Any]) -> Grid:
-    """A copy of a grid, as `KANLayerSpec.read_grid` gives it, with tensors of its own."""
+    """Copy a grid, as `KANLayerSpec.read_grid` returns it, with its tensors."""
     copy = dict(grid)
     for name, value in grid.items():
         if isinstance(value, Tensor):
@@ -377,7 +377,7 @@ def copy_grid(grid: Mapping[str, Any]) -> Grid:
 
 
 def same_grid(first: Mapping[str, object], second: Mapping[str, object]) -> bool:
-    """Whether two grids, as `KANLayerSpec.read_grid` gives them, are equal up to casts and devices.
+    """Return whether two grids, as `KANLayerSpec.read_grid` returns them, are equal up to casts and devices.
 
     A tensor on the meta device, which has no content, equals any other of its shape.
     """

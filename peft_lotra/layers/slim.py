@@ -23,7 +23,7 @@ from .description import REGISTERED, Grid, KANLayerSpec
 class SlimLayer(nn.Module):
     """A KAN layer of another library whose coefficients, with its residual weights, are a core and three factors.
 
-    The layer itself runs, with the coefficients built from the factors, which is exact for every kind: it saves
+    The layer runs with coefficients that are built from the factors. This is exact for every kind, and saves
     parameters, not time. Other attributes come from the layer with these coefficients.
     """
 
