@@ -118,7 +118,9 @@ def _find_spec(layer: nn.Module, candidates: Tensors, args: Any, kwargs: Any) ->
     for name, value in layer.named_buffers():
         if value.is_floating_point() and "running" not in name:
             grid[name] = value
-    grid |= {name: parameters[name] for name in parameters if name in fixed}
+    for name in parameters:
+        if name in fixed:
+            grid[name] = parameters[name]
 
     reason = ""
     with isolated(probe.like):
@@ -189,8 +191,10 @@ def _find_coefficients(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | N
     parts: tuple[Described, ...] = ()
     for name, value in sorted(tensors.items(), key=lambda item: item[1].dim() == 2):
         letter = "kmnpqrst"[len(parts) % 8]
+        axes = spec and spec.axes
+        if value.dim() == 2:
+            axes = {"i": evidence.size}
         for pattern in _patterns(value.shape, evidence, letter):
-            axes = {"i": evidence.size} if value.dim() == 2 else spec and spec.axes
             extended = _hypothesis((*parts, (name, pattern)), axes=axes)
             if _fits(evidence, extended) and _is_coefficient(evidence, extended, name, tensors):
                 spec, parts = extended, extended.parts
@@ -247,19 +251,25 @@ def _is_coefficient(evidence: Evidence, spec: KANLayerSpec, name: str, tensors: 
         return False
     if evidence.outputs > 1 or any("o" in pattern.split() for _, pattern in spec.parts):
         return True
-    edges = [edge for edge, value in tensors.items() if sorted(value.shape) == [1, evidence.size]]
-    used = [edge for edge in edges if edge != name and evidence.base[edge] is not None]
-    return all(evidence.stays(tensor, [edge]) for edge in used)
+    for edges, value in tensors.items():
+        if edges == name or sorted(value.shape) != [1, evidence.size] or evidence.base[edges] is None:
+            continue
+        if not evidence.stays(tensor, [edges]):
+            return False
+    return True
 
 
 def _find_matrices(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | None:
     """Describe coefficients in several matrices: one for each function, or scale, shift and weight of wavelets."""
-    used = {name: value for name, value in tensors.items() if evidence.base[name] is not None}
-    shape = (evidence.outputs, evidence.size)
-    for pattern, stored in (("o i", shape), ("i o", shape[::-1])):
-        names = [name for name, value in used.items() if value.shape == stored]
-        if len(names) > 1:
-            spec = _hypothesis([(name, pattern) for name in names])
+    lengths = {"o": evidence.outputs, "i": evidence.size}
+    for pattern in ("o i", "i o"):
+        shape = tuple(lengths[axis] for axis in pattern.split())
+        parts = []
+        for name, value in tensors.items():
+            if value.shape == shape and evidence.base[name] is not None:
+                parts.append((name, pattern))
+        if len(parts) > 1:
+            spec = _hypothesis(parts)
             if _fits(evidence, spec):
                 return spec
     return None
@@ -281,7 +291,7 @@ def _add_branches(evidence: Evidence, spec: KANLayerSpec, tensors: Tensors) -> K
                 else:
                     factors[name] = pattern
                 break
-    sizes = [sum(tensors[name].numel() for name in names) for names in (factors, coefficients)]
-    if sizes[0] > _SMALL * sizes[1]:
+    size = sum(tensors[name].numel() for name in coefficients)
+    if sum(tensors[name].numel() for name in factors) > _SMALL * size:
         spec = replace(spec, coefficients=(*spec.parts, *factors.items()))
     return spec
