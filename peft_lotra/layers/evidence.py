@@ -149,13 +149,15 @@ class Evidence:
     def _compare_outputs(self, tensor: CoefficientTensor) -> bool | None:
         if tensor.shape[0] == 1:
             return None
-        gradient, reweighted = join(self.base, tensor), join(self.reweighted, tensor)
+        gradient = join(self.base, tensor)
+        reweighted = join(self.reweighted, tensor)
         if not is_parallel(gradient, reweighted):
             return False
         if not is_parallel(gradient.reshape(1, 1, -1), reweighted.reshape(1, 1, -1)):
             return True
         # one factor for all outputs says little, as behind a softmax, or a norm of two outputs
-        return is_parallel(gradient, gradient[_largest_row(gradient)].expand_as(gradient)) or None
+        largest = gradient[_largest_row(gradient)]
+        return is_parallel(gradient, largest.expand_as(gradient)) or None
 
     def _compare_inputs(self, tensor: CoefficientTensor) -> bool | None:
         gradient = join(self.base, tensor)
@@ -285,7 +287,8 @@ def run_at_sizes(probe: Probe, size: int, kernel: Sequence[int] = ()) -> Iterato
         # in channels, one point must not be taken for one feature
         if channel == -2 and not kernel and probe.attempt(x.repeat(1, 3, 1), channel) is None:
             continue
-        if y.dim() != x.dim() or (y.shape[:-1] != x.shape[:-1] and not kernel):
+        has_rows = y.dim() == x.dim() if kernel else y.shape[:-1] == x.shape[:-1]
+        if not has_rows:
             shapes = [tuple(value.movedim(-1, channel).shape) for value in (x, y)]
             probe.error = probe.error or f"for an input {shapes[0]} it returns {shapes[1]}"
             continue
@@ -323,11 +326,12 @@ def _largest_row(gradient: Tensor) -> int:
 def _change(first: Tensor, second: Tensor, fitted: slice) -> Tensor:
     """Return the difference of two gradients (out, in, rest), up to the factor of each output that fits a slice."""
     # the smaller of two rows is a multiple of the larger one: a ReLU may have made it zero
-    first_size = first[:, fitted].flatten(1).norm(dim=1)
-    second_size = second[:, fitted].flatten(1).norm(dim=1)
+    first_size, second_size = (tensor[:, fitted].flatten(1).norm(dim=1) for tensor in (first, second))
     is_smaller = (first_size < second_size)[:, None, None]
-    larger, smaller = torch.where(is_smaller, second, first), torch.where(is_smaller, first, second)
-    x, y = larger[:, fitted].flatten(1), smaller[:, fitted].flatten(1)
+    larger = torch.where(is_smaller, second, first)
+    smaller = torch.where(is_smaller, first, second)
+    x = larger[:, fitted].flatten(1)
+    y = smaller[:, fitted].flatten(1)
     squares = (x * x).sum(1).clamp(min=1e-30)
     factors = (x * y).sum(1) / squares
     return (smaller - factors[:, None, None] * larger).abs()

@@ -10,6 +10,7 @@ formula, such as a subclass that clamps its inputs, has no formula and runs itse
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
@@ -175,10 +176,9 @@ def find_formula(
     if find_obstacle(layer, spec, tensor) is None:
         with attributes_kept(layer) as has_set, isolated(stored), torch.no_grad():
             for is_uniform in (True, False):
-                try:
+                # foreign code may want more arguments, or other shapes
+                with suppress(Exception):
                     reader = reader or _verify(layer, spec, tensor, is_uniform, for_jets)
-                except Exception:  # foreign code, which may want more arguments, or other shapes
-                    continue
             if has_set():
                 _recorders.add(layer)
                 reader = None
@@ -206,7 +206,8 @@ def _verify(
     for compare in (_has_right_slopes, _has_right_jets) if for_jets else (_has_right_slopes,):
         # a class may be registered again with other functions
         question = compare.__name__, functions, is_uniform, is_silu, layer.training
-        if not cached_by_class(layer, question, partial(_at_other_parameters, reader, layer, points, compare)):
+        answer = partial(_at_other_parameters, reader, layer, points, compare)
+        if not cached_by_class(layer, question, answer):
             return None
 
     buffers = dict(layer.named_buffers())
@@ -214,7 +215,9 @@ def _verify(
     def has_right_values() -> bool:
         expected = layer(x)
         result = reader.read(layer).output(x)
-        if result.dtype != expected.dtype or not _agree(result, expected, _TOLERANCE[stored.dtype]):
+        if result.dtype != expected.dtype:
+            return False
+        if not _agree(result, expected, _TOLERANCE[stored.dtype]):
             return False
         return same_grid(buffers, dict(layer.named_buffers()))  # the formula would not update them
 
@@ -278,10 +281,11 @@ def _agree(result: Tensor, expected: Tensor, tolerance: float, floor: float = 0.
     """
     if result.shape != expected.shape:
         return False
-    error = _largest_of_blocks(torch.where(expected.isfinite(), result - expected, 0))
+    error = torch.where(expected.isfinite(), result - expected, 0)
     size = _largest_of_blocks(expected.nan_to_num(0, 0, 0))
     near = size[: _NEAR // _BLOCK].max().clamp(min=floor)
-    return bool((error <= tolerance * size.clamp(min=near)).all())
+    share = tolerance * size.clamp(min=near)
+    return bool((_largest_of_blocks(error) <= share).all())
 
 
 def _largest_of_blocks(values: Tensor) -> Tensor:

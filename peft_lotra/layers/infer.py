@@ -264,12 +264,12 @@ def _find_matrices(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | None:
     lengths = {"o": evidence.outputs, "i": evidence.size}
     for pattern in ("o i", "i o"):
         shape = tuple(lengths[axis] for axis in pattern.split())
-        parts = []
+        coefficients = []
         for name, value in tensors.items():
             if value.shape == shape and evidence.base[name] is not None:
-                parts.append((name, pattern))
-        if len(parts) > 1:
-            spec = _hypothesis(parts)
+                coefficients.append((name, pattern))
+        if len(coefficients) > 1:
+            spec = _hypothesis(coefficients)
             if _fits(evidence, spec):
                 return spec
     return None

@@ -96,7 +96,7 @@ class Layout:
 
     def canonical_shape(self, lengths: Lengths) -> tuple[int, ...]:
         """Return (out, in, basis) or (out, in, basis, kernel), with a packed base branch in the basis mode."""
-        sizes = [math.prod([lengths[axis] for axis in mode]) for mode in self._modes]
+        sizes = [_multiply(mode, lengths) for mode in self._modes]
         sizes[2] += self.has_residual
         return tuple(sizes)
 
@@ -136,11 +136,12 @@ class Layout:
             parameter = parameter.reshape([_multiply(dim, lengths) for dim in self.blocks[0]])
         blocks: Sequence[Tensor] = [parameter]
         if self.has_residual:
-            dim = self._packed_dim
-            blocks = parameter.split([_multiply(block[dim], lengths) for block in self.blocks], dim)
+            packed = [dims[self._packed_dim] for dims in self.blocks]
+            blocks = parameter.split([_multiply(dim, lengths) for dim in packed], self._packed_dim)
         tensors = []
         for block, (stored, canonical, axes) in zip(blocks, self._expressions, strict=True):
-            tensors.append(repeat(block, f"{stored} -> {canonical}", **{axis: lengths[axis] for axis in axes}))
+            sizes = {axis: lengths[axis] for axis in axes}
+            tensors.append(repeat(block, f"{stored} -> {canonical}", **sizes))
         return concatenate(tensors, 2)
 
     def from_canonical(self, tensor: Tensor, lengths: Lengths, shape: Sequence[int]) -> Tensor:
@@ -155,20 +156,24 @@ class Layout:
             blocks = [tensor[:, :, :-1], tensor[:, :, -1:]]
         tensors = []
         for block, (stored, canonical, axes) in zip(blocks, self._expressions, strict=True):
-            tensors.append(reduce(block, f"{canonical} -> {stored}", "mean", **{axis: lengths[axis] for axis in axes}))
+            sizes = {axis: lengths[axis] for axis in axes}
+            tensors.append(reduce(block, f"{canonical} -> {stored}", "mean", **sizes))
         return concatenate(tensors, self._packed_dim).reshape(shape)
 
     @cached_property
     def _packed_dim(self) -> int:
         """The dimension in which coefficients and residual weights are concatenated; 0 without."""
-        is_equal = [len({*dims}) == 1 for dims in zip(*self.blocks, strict=True)]
-        return is_equal.index(False) if self.has_residual else 0
+        for position, dims in enumerate(zip(*self.blocks, strict=True)):
+            if len({*dims}) > 1:
+                return position
+        return 0
 
     @cached_property
     def _is_canonical(self) -> bool:
         """Whether the parameter is stored as "o i k" or "o i"."""
-        has_more = self.kernel or self.groups or self.has_residual or self.shared or sum(self.stored_over) > 3
-        return self.blocks[0][:2] == (("o",), ("i",)) and not has_more
+        if self.kernel or self.groups or self.has_residual or self.shared or sum(self.stored_over) > 3:
+            return False
+        return self.blocks[0][:2] == (("o",), ("i",))
 
     @cached_property
     def _expressions(self) -> list[tuple[str, str, Axes]]:
