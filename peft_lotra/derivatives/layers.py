@@ -35,10 +35,10 @@ def evaluate_layer(formula: LayerFormula, jet: Jet, order: int, weights: Tensor 
         order: The highest order of the derivatives.
         weights: (D,). The derivatives of the highest order are their weighted sum, (1, N, I).
     """
-    z = jet[0]
+    z, *derivatives = jet
     if formula.basis is None:
         matrix: Any = formula.residual
-        slopes = [derivative.expand(-1, *z.shape) @ matrix.mT for derivative in jet[1:]]
+        slopes = [derivative.expand(-1, *z.shape) @ matrix.mT for derivative in derivatives]
         return [F.linear(z, matrix, formula.bias), *slopes]
 
     # adapters may be in float32 and the base in half precision
@@ -121,8 +121,8 @@ def _evaluate_term(
 
 def _transpose(jet: Jet) -> Jet:
     """Return z (I, N) and its derivatives, each (D, I, N)."""
-    z = jet[0]
-    return [z.T, *(derivative.expand(-1, *z.shape).mT for derivative in jet[1:])]
+    z, *derivatives = jet
+    return [z.T, *(derivative.expand(-1, *z.shape).mT for derivative in derivatives)]
 
 
 def _evaluate_plainly(
