@@ -96,7 +96,7 @@ class Layout:
 
     def canonical_shape(self, lengths: Lengths) -> tuple[int, ...]:
         """Return (out, in, basis) or (out, in, basis, kernel), with a packed base branch in the basis mode."""
-        sizes = [_multiply(mode, lengths) for mode in self._modes]
+        sizes = [math.prod([lengths[axis] for axis in mode]) for mode in self._modes]
         sizes[2] += self.has_residual
         return tuple(sizes)
 
