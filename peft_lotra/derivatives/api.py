@@ -274,10 +274,8 @@ def curl(model: nn.Module, x: Tensor, dims: int | None = None) -> Tensor:
     du = _slopes(model, x, dims)
     if len(du) not in (2, 3):
         raise ValueError(f"The curl needs 2 or 3 coordinates, but there are {len(du)}: give `dims`.")
-    components = [du[0, ..., 1] - du[1, ..., 0]]
-    if len(du) == 3:
-        components = [du[1, ..., 2] - du[2, ..., 1], du[2, ..., 0] - du[0, ..., 2], *components]
-    return torch.stack(components, -1)
+    planes = [(0, 1)] if len(du) == 2 else [(1, 2), (2, 0), (0, 1)]
+    return torch.stack([du[i, ..., j] - du[j, ..., i] for i, j in planes], -1)
 
 
 def _slopes(model: nn.Module, x: Tensor, dims: int | None) -> Tensor:

@@ -169,19 +169,20 @@ def bump_derivatives(centers: Tensor, z: Tensor, highest: int) -> list[Tensor]:
 def chebyshev_derivatives(degree: int, z: Tensor, highest: int) -> list[Tensor]:
     """Evaluate the Chebyshev polynomials T_0 ... T_degree of u = tanh(z)."""
     u = logistic_derivatives(torch.tanh(z), highest, of_tanh=True)
-    zeros = torch.zeros_like(z)
-    derivatives = [[zeros] for _ in range(highest + 1)]
-    derivatives[0] = [torch.ones_like(z)]
-    for n in range(1, degree + 1):
-        # T_n = 2 u T_{n-1} - T_{n-2}, and T_1 = u, differentiated d times
-        factor = 1 if n == 1 else 2
+    previous = u  # T_{-1} = T_1 = u
+    current = [torch.ones_like(z), *[torch.zeros_like(z)] * highest]
+    polynomials = [current]
+    for _ in range(degree):
+        # T_n = 2 u T_{n-1} - T_{n-2}, differentiated d times
+        following = []
         for d in range(highest + 1):
-            polynomial = zeros if n == 1 else -derivatives[d][n - 2]
+            derivative = -previous[d]
             for e in range(d + 1):
-                lower = derivatives[d - e][n - 1]
-                polynomial = torch.addcmul(polynomial, u[e], lower, value=factor * math.comb(d, e))
-            derivatives[d].append(polynomial)
-    return _functions_last([_functions_first(polynomials) for polynomials in derivatives])
+                derivative = torch.addcmul(derivative, u[e], current[d - e], value=2 * math.comb(d, e))
+            following.append(derivative)
+        previous, current = current, following
+        polynomials.append(current)
+    return _functions_last([_functions_first(derivatives) for derivatives in zip(*polynomials, strict=True)])
 
 
 def harmonic_derivatives(count: int, z: Tensor, highest: int) -> list[Tensor]:

@@ -60,9 +60,9 @@ def bell_polynomials(
                     pairs.append((derivative, times(factor, math.comb(n - 1, i - 1))))
             if pairs:
                 bells[n, j] = _sum_over_directions(pairs) if is_sum else sum_of_products(pairs)
-        if weights is not None:
+        if weights is not None and not is_sum:
             for j in range(1, n + 1):
-                if (n, j) in bells and not is_sum:
+                if (n, j) in bells:
                     weighted[n, j] = _weigh(bells[n, j], weights)
     return bells, weighted
 
@@ -77,7 +77,10 @@ def compose(
     bells, _ = bell_polynomials(derivatives, order, weights)
     jet = [functions[0]]
     for n in range(1, order + 1):
-        pairs = [(functions[j], bells[n, j]) for j in range(1, n + 1) if (n, j) in bells]
+        pairs = []
+        for j in range(1, n + 1):
+            if (n, j) in bells:
+                pairs.append((functions[j], bells[n, j]))
         jet.append(sum_of_products(pairs))
     return jet
 

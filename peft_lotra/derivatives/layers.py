@@ -9,7 +9,7 @@ derivative along each direction: the factors (K + 1, I) of the coefficients in t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -35,10 +35,10 @@ def evaluate_layer(formula: LayerFormula, jet: Jet, order: int, weights: Tensor 
         order: The highest order of the derivatives.
         weights: (D,). The derivatives of the highest order are their weighted sum, (1, N, I).
     """
-    z = jet[0]
+    z, *derivatives = jet
     if formula.basis is None:
         matrix: Any = formula.residual
-        slopes = [derivative.expand(-1, *z.shape) @ matrix.mT for derivative in jet[1:]]
+        slopes = [derivative.expand(-1, *z.shape) @ matrix.mT for derivative in derivatives]
         return [F.linear(z, matrix, formula.bias), *slopes]
 
     # adapters may be in float32 and the base in half precision
@@ -51,8 +51,8 @@ def evaluate_layer(formula: LayerFormula, jet: Jet, order: int, weights: Tensor 
     coefficients = None
     if formula.coefficients is not None or updates:
         coefficients = formula._replace(updates=tuple(updates)).joined()
-    start = 0
     total: Any = None
+    start = 0
     for basis, inputs in _terms(formula, jet, order, weights):
         stop = start + num_functions(basis)
         matrix = None if coefficients is None else coefficients[:, start:stop]
@@ -76,26 +76,24 @@ def _terms(
     In the terms, the functions of a uniform grid are the B-splines and silu.
     """
     basis: Any = formula.basis
-    activation = formula.activation
     normalized = jet if formula.norm is None else through_norm(formula.norm, jet, order, weights)
-    has_silu = activation is F.silu
+    if formula.residual is None:
+        return [(basis, normalized)]
     if isinstance(basis, UniformGrid):
-        if has_silu or formula.residual is None:
+        if formula.activation is F.silu:
             return [(basis, normalized)]
         basis = FunctionBasis(basis.num_basis, partial(_spline_functions, basis), (basis.low, basis.high))
-    terms: list[tuple[Basis, Jet]] = [(basis, normalized)]
-    if formula.residual is not None:
-        functions = _silu_functions if has_silu else lambda z, highest: [activation(z).unsqueeze(-1)]
-        terms.append((FunctionBasis(1, functions, basis.tensors), jet))
-    return terms
+    activation = FunctionBasis(1, partial(_activation_functions, formula.activation), basis.tensors)
+    return [(basis, normalized), (activation, jet)]
 
 
 def _spline_functions(grid: UniformGrid, z: Tensor, highest: int) -> list[Tensor]:
     return [bspline_basis(z, *grid, derivative=order) for order in range(highest + 1)]
 
 
-def _silu_functions(z: Tensor, highest: int) -> list[Tensor]:
-    return [values.unsqueeze(-1) for values in silu_derivatives(z, highest)]
+def _activation_functions(activation: Callable[[Tensor], Tensor], z: Tensor, highest: int) -> list[Tensor]:
+    functions = silu_derivatives(z, highest) if activation is F.silu else [activation(z)]
+    return [function.unsqueeze(-1) for function in functions]
 
 
 def _evaluate_term(
@@ -123,8 +121,8 @@ def _evaluate_term(
 
 def _transpose(jet: Jet) -> Jet:
     """Return z (I, N) and its derivatives, each (D, I, N)."""
-    z = jet[0]
-    return [z.T, *(derivative.expand(-1, *z.shape).mT for derivative in jet[1:])]
+    z, *derivatives = jet
+    return [z.T, *(derivative.expand(-1, *z.shape).mT for derivative in derivatives)]
 
 
 def _evaluate_plainly(
@@ -164,9 +162,8 @@ def _functions(basis: Basis, z: Tensor, highest: int) -> list[Tensor]:
     if not isinstance(basis, UniformGrid):
         return evaluate_functions(basis, z, highest)
     per_unit = basis.per_unit.unsqueeze(-1)
-    centers = torch.arange(basis.num_basis, dtype=z.dtype, device=z.device)
-    centers = centers - (basis.spline_order - 1) / 2
-    offset = (z - basis.low.unsqueeze(-1)) * per_unit - centers[:, None, None]
+    position = (z - basis.low.unsqueeze(-1)) * per_unit
+    offset = position - basis.centers(z)[:, None, None]
     functions = []
     for order, silu in enumerate(silu_derivatives(z, highest)):
         splines = cardinal_spline(offset, basis.spline_order, order)

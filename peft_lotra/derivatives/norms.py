@@ -19,7 +19,9 @@ NORMS = (nn.LayerNorm, nn.BatchNorm1d)
 def check_rows_apart(model: nn.Module) -> None:
     """Raise a `ValueError` if the model normalizes by the statistics of the batch."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        if module.training or not module.track_running_stats:
             raise ValueError(
                 f"`{name}` is a {type(module).__name__} that normalizes by the statistics of the batch. Its outputs "
                 "depend on all rows. Put the model into evaluation mode (`model.eval()`), or use layer normalization."
@@ -52,8 +54,9 @@ def through_norm(
 
 def _normalize(eps: float, jet: Jet, order: int, weights: Tensor | None) -> Jet:
     """Return the jet of layer normalization without scale and shift, for z (N, I) and its derivatives (D, N, I)."""
-    zeros = [jet[0].new_zeros(1, 1, 1)] * (order + 1 - len(jet))
-    m = [derivative - derivative.mean(-1, keepdim=True) for derivative in [*jet, *zeros]]
+    zero = jet[0].new_zeros(1, 1, 1)
+    jet = [*jet, *[zero] * (order + 1 - len(jet))]
+    m = [derivative - derivative.mean(-1, keepdim=True) for derivative in jet]
     squares = multiply(m, m, order, weights)
     v, *derivatives = [square.mean(-1, keepdim=True) for square in squares]
     v = v + eps

@@ -98,7 +98,7 @@ def entry_of(cls: type) -> Entry:
 
 def is_known(model: nn.Module) -> bool:
     """Return whether the class of the model, or a base class, is registered."""
-    return any(cls in _entries for cls in type(model).__mro__ if cls is not nn.Module)
+    return entry_of(type(model)) is not _entries.get(nn.Module)
 
 
 def _unwrap(model: nn.Module) -> tuple[nn.Module, Entry]:

@@ -8,20 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .layout import Layout, concatenate
 
 
 # A parameter, or with `*` the parameters of a list of modules, and the pattern of each.
 Described = tuple[str, str]
-_INPUT_SIZES = "in_features in_channels inputdim in_dim input_dim input_size in_planes"
 
 
 class Member(NamedTuple):
@@ -38,10 +35,10 @@ class Member(NamedTuple):
 class CoefficientTensor:
     """Where one layer keeps its coefficients, and how they are read and written as a tensor (out, in, basis).
 
-    The coefficients of a convolution are a tensor (out, in, basis, kernel) with the kernel flattened. Parts are joined
-    along the basis mode, and the members of a part, if it has several, along the output mode. Members that have fewer
-    inputs or basis functions than others are filled up with zeros, which are never written back. A part that is shared
-    by the outputs, or along the kernel, is repeated, and the mean is written back.
+    A convolution has coefficients (out, in, basis, kernel) with the kernel flattened. Parts are joined along the basis
+    mode, and the members of a part along the output mode. Members with fewer inputs or basis functions are padded with
+    zeros, which are never written back. A part that is shared by the outputs, or along the kernel, is repeated, and
+    the mean is written back.
 
     Attributes:
         kind: The kind of the layer.
@@ -58,8 +55,8 @@ class CoefficientTensor:
     def shape(self) -> tuple[int, ...]:
         """(out, in, basis) or (out, in, basis, kernel), without the base branch."""
         out, inputs, _, *kernel = self.part_shapes[0]
-        basis = sum(shape[2] for shape in self.part_shapes) - self.has_residual
-        return (out, inputs, basis, *kernel)
+        basis = sum(shape[2] for shape in self.part_shapes)
+        return (out, inputs, basis - self.has_residual, *kernel)
 
     @cached_property
     def part_shapes(self) -> list[tuple[int, ...]]:
@@ -73,12 +70,17 @@ class CoefficientTensor:
     @cached_property
     def has_residual(self) -> bool:
         """Whether the layer has a base branch."""
-        return self.separate_residual or self.parts[0][0].layout.packed_residual is not None
+        return self.separate_residual or self.parts[0][0].layout.has_residual
+
+    @cached_property
+    def members(self) -> tuple[Member, ...]:
+        """The members of all parts."""
+        return tuple(member for part in self.parts for member in part)
 
     @cached_property
     def parameters(self) -> dict[str, Layout]:
         """The layout of each parameter by name, the coefficients first."""
-        return {member.name: member.layout for part in self.parts for member in part}
+        return {member.name: member.layout for member in self.members}
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -86,36 +88,37 @@ class CoefficientTensor:
         parts = self.parts[:-1] if self.separate_residual else self.parts
         return tuple(member.name for part in parts for member in part)
 
-    def get_parameter(self, layer: nn.Module) -> torch.Tensor:
+    def get_parameter(self, layer: nn.Module) -> Tensor:
         """Return the first parameter of the coefficients, as stored. Under FSDP it is a plain tensor view."""
-        return attrgetter(self.names[0])(layer)
+        return attrgetter(self.members[0].name)(layer)
 
-    def read_parameters(self, layer: nn.Module) -> dict[str, torch.Tensor]:
+    def read_parameters(self, layer: nn.Module) -> dict[str, Tensor]:
         """Return the adapted parameters, as stored, by name."""
         return {name: attrgetter(name)(layer) for name in self.parameters}
 
-    def read(self, layer: nn.Module) -> torch.Tensor:
+    def read(self, layer: nn.Module) -> Tensor:
         """Return the coefficients as (out, in, basis[, kernel]), with the base branch as the last slice."""
         return self.join(self.read_parameters(layer).values())
 
-    def read_parts(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the coefficients (out, in, basis[, kernel]) and the residual weights (out, in[, kernel]), if any.
+    def read_parts(self, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Return the coefficients (out, in, basis[, kernel]) and the residual weights (out, in[, kernel]).
 
-        They are views where layouts allow it.
+        The residual weights are None without a base branch. Both are views if the layout allows it.
         """
-        tensors = self._to_canonical(attrgetter(name)(layer) for name in self.parameters)
-        residual = tensors.pop()[:, :, 0] if self.separate_residual else None
+        tensors = self._to_canonical(self.read_parameters(layer).values())
+        if self.separate_residual:
+            residual = tensors.pop()[:, :, 0]
+            return concatenate(tensors, 2), residual
         tensor = concatenate(tensors, 2)
-        basis = self.shape[2]
-        if residual is None and tensor.shape[2] > basis:
-            return tensor[:, :, :basis], tensor[:, :, basis]
-        return tensor, residual
+        if not self.has_residual:
+            return tensor, None
+        return tensor[:, :, :-1], tensor[:, :, -1]
 
-    def join(self, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    def join(self, tensors: Iterable[Tensor]) -> Tensor:
         """Return the canonical tensor of tensors that are laid out like `parameters`, e.g. of their gradients."""
         return concatenate(self._to_canonical(tensors), 2)
 
-    def _to_canonical(self, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    def _to_canonical(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Return each part in the canonical order."""
         iterator = iter(tensors)
         result = []
@@ -126,7 +129,7 @@ class CoefficientTensor:
             result.append(concatenate(members, 0))
         return result
 
-    def split(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
         """Return the parameters of a canonical tensor, each in its stored layout: the inverse of `read`.
 
         A tensor without the residual slice gives no residual parameter, and zeros where it is packed.
@@ -136,7 +139,7 @@ class CoefficientTensor:
             if self.separate_residual:
                 parts = parts[:-1]
             elif self.has_residual:
-                tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 3) + (0, 1))
+                tensor = _pad(tensor, (*tensor.shape[:2], tensor.shape[2] + 1))
         parameters = {}
         basis = 0
         for part, part_shape in zip(parts, self.part_shapes, strict=False):
@@ -149,16 +152,10 @@ class CoefficientTensor:
         return parameters
 
 
-def _pad(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def _pad(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """Add zeros at the end of the inputs and basis functions, up to a shape."""
-    missing = (0, shape[2] - tensor.shape[2], 0, shape[1] - tensor.shape[1])
-    return F.pad(tensor, (0, 0) * (tensor.dim() - 3) + missing)
-
-
-def find_input_size(layer: nn.Module) -> str | None:
-    """Return the name of the attribute with the number of inputs."""
-    integers = (name for name in _INPUT_SIZES.split() if isinstance(getattr(layer, name, None), Integral))
-    return next(integers, None)
+    kernel = (0, 0) * (tensor.dim() - 3)
+    return F.pad(tensor, (*kernel, 0, shape[2] - tensor.shape[2], 0, shape[1] - tensor.shape[1]))
 
 
 def expand_name(layer: nn.Module, name: str) -> list[str]:

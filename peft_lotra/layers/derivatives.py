@@ -113,9 +113,12 @@ def _trace(network: nn.Module) -> list[nn.Module]:
         calls.append((module, args[0] if len(args) == 1 else None, output))
 
     with torch.inference_mode(False), torch.no_grad(), attributes_kept(network), buffers_kept(network):
-        x = torch.rand(3, sizes[0], generator=torch.Generator().manual_seed(0), device="cpu")
-        floating = [parameter for parameter in network.parameters() if parameter.is_floating_point()]
-        value: Any = x.to(floating[0]) if floating else x
+        generator = torch.Generator().manual_seed(0)
+        value: Any = torch.rand(3, sizes[0], generator=generator, device="cpu")
+        for parameter in network.parameters():
+            if parameter.is_floating_point():
+                value = value.to(parameter)
+                break
         handles = [module.register_forward_hook(record) for module in modules]
         try:
             calls.append((network, network(value), None))

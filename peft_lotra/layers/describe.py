@@ -19,7 +19,7 @@ from torch import nn
 
 from .coefficients import CoefficientTensor
 from .description import KANLayerSpec, is_built_in, registered_spec
-from .evidence import Evidence, Verdict, count_inputs, run_at_sizes
+from .evidence import Evidence, count_inputs, run_at_sizes
 from .infer import NORMS, candidate_sizes, infer
 from .probe import CannotProbe, Probe, cached_by_class, isolated
 
@@ -37,7 +37,7 @@ class Description(NamedTuple):
         spec: The description. None if the module is no KAN layer.
         reason: Why it is none, in one sentence. With a description: how the layer contradicts it.
         doubts: Why parameters are left out, or what speaks against adapting them, by name. Empty for built-in kinds.
-        axes: Whether the axes of the coefficients are as described.
+        axes: What the gradients say of the axes of the coefficients.
         is_linear: Whether the output is an affine function of the coefficients. None if that is not known.
         used: Whether the output depends on each parameter. None if the layer could not be run.
     """
@@ -45,7 +45,7 @@ class Description(NamedTuple):
     spec: KANLayerSpec | None
     reason: str = ""
     doubts: Mapping[str, str] = {}
-    axes: Verdict = Verdict()
+    axes: str = "not checked"
     is_linear: bool | None = None
     used: Mapping[str, bool] | None = None
 
@@ -91,7 +91,7 @@ def compare(layer: nn.Module, spec: KANLayerSpec, *args: Any, **kwargs: Any) -> 
     try:
         description = find() if args or kwargs else cached_by_class(layer, question, find)
     except CannotProbe as reason:  # it may have values later
-        return Description(spec, axes=Verdict(reason=str(reason)))
+        return Description(spec, axes=f"not checked: {reason}")
     except ValueError:  # a pattern does not fit: raised again where the coefficients are read
         return Description(spec)
     return description._replace(spec=spec)  # other fields of a description may have changed
@@ -105,29 +105,32 @@ def is_linear(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -
 def _compare(layer: nn.Module, spec: KANLayerSpec, args: Any, kwargs: Any) -> Description:
     tensor = spec.locate(layer)
     if len(tensor.shape) == 3 and any(len(part) > 1 for part in tensor.parts):
-        return Description(spec, axes=Verdict(reason="the module consists of several layers"), is_linear=False)
+        return Description(spec, axes="not checked: the module consists of several layers", is_linear=False)
     floating = [name for name, value in layer.named_parameters() if value.is_floating_point()]
     probe = Probe(layer, dict.fromkeys([*tensor.parameters, *floating]), args, kwargs)
     probe.place_inputs(spec.read_grid(layer).values())
     with isolated(probe.like):
         try:
             evidence = _find_evidence(probe, tensor)
-            axes = evidence.compare_axes(tensor)
-        except CannotProbe as reason:
-            return Description(spec, axes=Verdict(reason=str(reason)))
-        used = {name: gradient is not None and bool(gradient.any()) for name, gradient in evidence.base.items()}
-        is_affine = evidence.is_linear([*tensor.parameters])
-        has_sizes = (evidence.size, evidence.outputs) == (count_inputs(tensor), tensor.shape[0])
-        contradicts = not has_sizes or axes.outputs is False or axes.inputs is False
+            axes, contradicts = evidence.compare_axes(tensor)
+        except CannotProbe as error:  # the same for all layers of this class
+            return Description(spec, axes=f"not checked: {error}")
+        if (evidence.size, evidence.outputs) != (count_inputs(tensor), tensor.shape[0]):
+            contradicts = True
+        reason = ""
         doubts = {}
         if is_built_in(spec):
-            is_whole = all(evidence.base[name] is not None for name in tensor.parameters)
-            reason = "" if is_whole and not contradicts else "it computes something else"
+            if contradicts or any(evidence.base[name] is None for name in tensor.parameters):
+                reason = "it computes something else"
         else:
-            reason = _find_contradiction(layer, tensor, args, kwargs) if contradicts else ""
+            if contradicts:
+                reason = _find_contradiction(layer, tensor, args, kwargs)
             if not reason:
                 doubts = _find_doubts(evidence, spec, tensor)
-    return Description(spec, reason, doubts, axes, is_affine, used)
+        used = {}
+        for name, gradient in evidence.base.items():
+            used[name] = gradient is not None and bool(gradient.any())
+        return Description(spec, reason, doubts, axes, evidence.is_linear([*tensor.parameters]), used)
 
 
 def _find_evidence(probe: Probe, tensor: CoefficientTensor) -> Evidence:
@@ -136,9 +139,11 @@ def _find_evidence(probe: Probe, tensor: CoefficientTensor) -> Evidence:
     The layer may take another number of inputs than the description has: a projection precedes the sum, or ones are
     appended to the inputs.
     """
-    first = tensor.parts[0][0]
+    first = tensor.members[0]
     kernel = [first.lengths[axis] for axis in first.layout.kernel]
-    sizes = [count_inputs(tensor), *([] if kernel else [*candidate_sizes(probe.layer), 1])]
+    sizes = [count_inputs(tensor)]
+    if not kernel:
+        sizes += [*candidate_sizes(probe.layer), 1]
     for size in dict.fromkeys(sizes):
         for evidence in run_at_sizes(probe, size, kernel):
             return evidence
@@ -150,19 +155,17 @@ def _find_contradiction(layer: nn.Module, tensor: CoefficientTensor, args: Any, 
     spec, _ = infer(layer, args, kwargs)
     if spec is None:
         return ""
-    inferred = spec.locate(layer)
-    members = {member.name: member for part in inferred.parts for member in part}
-    for described in (member for part in tensor.parts for member in part):
-        verified = members.get(described.name)
-        if verified is None:
+    verified = {member.name: member for member in spec.locate(layer).members}
+    for described in tensor.members:
+        if described.name not in verified:
             continue
+        pair = described, verified[described.name]
         positions = torch.arange(math.prod(described.stored)).view(described.stored)
-        read = [member.layout.to_canonical(positions, member.lengths) for member in (described, verified)]
-        if not torch.equal(*read):
-            shape, pattern = tuple(described.stored), described.layout.pattern
+        if not torch.equal(*(member.layout.to_canonical(positions, member.lengths) for member in pair)):
+            pattern, verified_pattern = (member.layout.pattern for member in pair)
             return (
-                f"`{described.name}` {shape} is not laid out as {pattern!r}, its gradients are those of "
-                f"{verified.layout.pattern!r}"
+                f"`{described.name}` {described.stored} is not laid out as {pattern!r}, its gradients are those of "
+                f"{verified_pattern!r}"
             )
     return ""
 

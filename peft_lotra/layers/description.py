@@ -6,22 +6,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from numbers import Number
 from operator import attrgetter
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..kan.basis import UniformGrid
 from .coefficients import CoefficientTensor, Described, Member, expand_name, get_or_none
 from .layout import parse_layout
 
 
-Grid = dict[str, "torch.Tensor | int | float"]
+Grid = dict[str, "Tensor | int | float"]
 
 # The fields in a file, which are no functions; of `axes` it has the lengths.
 _IN_FILES = (
@@ -86,11 +85,11 @@ class KANLayerSpec:
     grid_methods: tuple[str, ...] = ()
     network_methods: Mapping[str, str | None] = field(default_factory=dict)
     checkpoint_methods: tuple[str, ...] = ()
-    basis: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
+    basis: Callable[[Any, Tensor], Tensor] | None = None
     splines: Callable[[Any], UniformGrid | None] | None = None
-    derivatives: Callable[[Any, torch.Tensor, int], list[torch.Tensor]] | None = None
+    derivatives: Callable[[Any, Tensor, int], list[Tensor]] | None = None
     normalization: str | None = None
-    activation: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
+    activation: Callable[[Any, Tensor], Tensor] | None = None
     bias: str | None = None
     axes: Callable[[Any], Mapping[str, Any]] | Mapping[str, Any] | None = None
     edge_scale: Described | None = None
@@ -99,16 +98,15 @@ class KANLayerSpec:
     def __post_init__(self) -> None:
         if not callable(self.matches):
             raise ValueError(f"`matches` of {self.kind!r} is {self.matches!r:.80}. Give a class, or a predicate.")
-        branches = [pair for pair in (self.residual, self.edge_scale) if pair is not None]
         try:
-            patterns = dict([*self.parts, *branches])
+            pairs = [*self.parts, *filter(None, [self.residual, self.edge_scale])]
+            patterns = dict(pairs)
         except (TypeError, ValueError):
-            patterns = {}
-        if not (self.coefficients and patterns) or len(patterns) < len(self.parts) + len(branches):
+            pairs, patterns = [self.coefficients], {}
+        if not self.coefficients or len(patterns) < len(pairs):
             raise ValueError(
-                f"The coefficients and other parameters of {self.kind!r} are {[self.coefficients, *branches]}. "
-                'Expected a name and its pattern, e.g. ("weight", "o i k"), or a list of such pairs, with each name '
-                "once."
+                f"The coefficients and other parameters of {self.kind!r} are {pairs}. Expected a name and its "
+                'pattern, e.g. ("weight", "o i k"), or a list of such pairs, with each name once.'
             )
         for position, pattern in enumerate(patterns.values()):
             parse_layout(pattern, self.groups, may_share=0 < position < len(self.parts))
@@ -139,21 +137,18 @@ class KANLayerSpec:
         Raises:
             ValueError: A parameter is missing, or a pattern does not fit it.
         """
-        described = [*self.parts]
-        if self.residual is not None:
-            names = expand_name(layer, self.residual[0])
-            if any(get_or_none(layer, name) is not None for name in names):
-                described.append(self.residual)
         try:
             parts = []
-            for name, pattern in described:
+            for pair in filter(None, (*self.parts, self.residual)):
+                members = {name: get_or_none(layer, name) for name in expand_name(layer, pair[0])}
+                if pair is self.residual and all(parameter is None for parameter in members.values()):
+                    continue
                 shapes = []
-                for member in expand_name(layer, name):
-                    parameter = get_or_none(layer, member)
-                    if not isinstance(parameter, torch.Tensor):
-                        raise ValueError(f"`{member}` is not as described. There is no such parameter.")
-                    shapes.append((member, tuple(parameter.shape)))
-                parts.append((name, pattern, tuple(shapes)))
+                for name, parameter in members.items():
+                    if not isinstance(parameter, Tensor):
+                        raise ValueError(f"`{name}` is not as described. There is no such parameter.")
+                    shapes.append((name, tuple(parameter.shape)))
+                parts.append((*pair, tuple(shapes)))
             axes = tuple(self.axes_of(layer).items())
             return _solve(self.kind, self.groups, tuple(parts), len(self.parts), axes)
         except ValueError as error:
@@ -165,8 +160,8 @@ class KANLayerSpec:
     def is_of_this_package(self, layer: nn.Module) -> bool:
         """Return whether the class of a layer comes with its description, which is then not compared with it."""
         cls = type(layer)
-        is_described = getattr(self.matches, "__self__", None) is cls  # by `__instancecheck__` of the class
-        return is_described and cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+        described = getattr(self.matches, "__self__", None)  # by `__instancecheck__` of the class
+        return described is cls and cls.__module__.startswith("peft_lotra.")
 
     def read_grid(self, layer: nn.Module) -> Grid:
         """Return the state that gives the coefficients their meaning, by name, without missing entries."""
@@ -197,7 +192,7 @@ class KANLayerSpec:
         name = self.edge_scale[0] if self.edge_scale else ""
         return name if isinstance(get_or_none(layer, name), nn.Parameter) else None
 
-    def scale(self, layer: nn.Module) -> torch.Tensor | None:
+    def scale(self, layer: nn.Module) -> Tensor | None:
         """Return the scales of the edges (out, in) in the formula of the layer; None without any."""
         if self.edge_scale is None:
             return None
@@ -205,7 +200,7 @@ class KANLayerSpec:
         scale = get_or_none(layer, name)
         return scale.t() if scale is not None and pattern == "i o" else scale
 
-    def read_edge_scale(self, layer: nn.Module, tensor: CoefficientTensor) -> torch.Tensor | None:
+    def read_edge_scale(self, layer: nn.Module, tensor: CoefficientTensor) -> Tensor | None:
         """Return the scales of the edges, (out, in, 1) or (out, in, 1, kernel); None without such a parameter."""
         name, pattern = self.edge_scale or ("", "")
         scale = get_or_none(layer, name)
@@ -216,10 +211,11 @@ class KANLayerSpec:
         return values if values.dim() == len(tensor.shape) else values.unsqueeze(-1)
 
     def describe(self, layer: nn.Module) -> dict[str, Any]:
-        """Return the entry of a file by which the coefficients are found without the registration, as in JSON."""
+        """Return the entry of a file that locates the coefficients without the registration, as in JSON."""
         entry = {name: getattr(self, name) for name in _IN_FILES}
         entry["axes"] = self.axes_of(layer)
-        return json.loads(json.dumps({name: value for name, value in entry.items() if value}))
+        entry = {name: value for name, value in entry.items() if value}
+        return json.loads(json.dumps(entry))
 
 
 @lru_cache(1024)
@@ -246,11 +242,12 @@ def _solve(
     if 0 in counts.values() or len(set(counts.values())) > 1:
         raise ValueError(f"lists are not as described. Their numbers of members are {counts}.")
 
-    # each member of a list has its own lengths, and a single parameter determines those of all
+    # each member of a list has its own lengths, a single parameter determines the lengths of all members
     lengths = [dict(axes) for _ in range(max(counts.values(), default=1))]
     entries = []
     for position, (name, pattern, members) in enumerate(parts):
-        is_list, is_later = "*" in name, 0 < position < count
+        is_list = "*" in name
+        is_later = 0 < position < count
         for n, (member, shape) in enumerate(members):
             layout = parse_layout(pattern, groups, len(shape), may_share=is_later)
             if is_later:
@@ -259,7 +256,7 @@ def _solve(
 
     def count_unknown(entry: Any) -> int:
         _, _, layout, targets = entry
-        return max(sum(axis not in targets[0] for axis in dim) for dim in layout.dims)
+        return max(len({*dim} - {*targets[0]}) for dim in layout.blocks[0])
 
     for member, shape, layout, targets in sorted(entries, key=count_unknown):  # one may determine another's lengths
         try:
@@ -269,13 +266,15 @@ def _solve(
         for target in targets:
             target.update(solved | target)
 
-    solved_members = iter(
-        Member(member, layout, targets[0], shape, layout.canonical_shape(targets[0]))
-        for member, shape, layout, targets in entries
-    )
-    solved_parts = tuple(tuple(next(solved_members) for _ in members) for _, _, members in parts)
+    solved_members = {}
+    for member, shape, layout, targets in entries:
+        canonical_shape = layout.canonical_shape(targets[0])
+        solved_members[member] = Member(member, layout, targets[0], shape, canonical_shape)
+    solved_parts = tuple(tuple(solved_members[member] for member, _ in members) for _, _, members in parts)
     tensor = CoefficientTensor(kind, solved_parts, len(parts) > count)
-    outer = {part[0].name: size[:2] for part, size in zip(solved_parts, tensor.part_shapes, strict=True)}
+    outer = {}
+    for part, size in zip(solved_parts, tensor.part_shapes, strict=True):
+        outer[part[0].name] = size[:2]
     if len(set(outer.values())) > 1:
         raise ValueError(f"shapes are not as described. Those of (out, in) must be equal, and are {outer}.")
     return tensor
@@ -288,7 +287,10 @@ def spec_from_file(kind: str, description: Mapping[str, Any]) -> KANLayerSpec:
         ValueError: The description is damaged.
     """
     try:
-        fields: Any = {n: tuple(v) if isinstance(v, list) else v for n, v in description.items() if n in _IN_FILES}
+        fields: dict[str, Any] = {}
+        for name, value in description.items():
+            if name in _IN_FILES:
+                fields[name] = tuple(value) if isinstance(value, list) else value
         return KANLayerSpec(kind, matches_nothing, **fields)
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"The description of the kind of layer {kind!r} in the file is broken: {error}") from error
@@ -302,7 +304,7 @@ def has(attributes: str, where: Callable[[Any], bool] | None = None) -> Callable
         where: A further condition on these modules.
     """
     words = [word.partition(":") for word in attributes.split()]
-    getters = [(attrgetter(name), int(axes or 0)) for name, _, axes in words]
+    getters = [(attrgetter(name), axes) for name, _, axes in words]
     root = words[0][0].partition(".")[0]
 
     def matches(module: Any) -> bool:
@@ -310,14 +312,17 @@ def has(attributes: str, where: Callable[[Any], bool] | None = None) -> Callable
         is_own = root in module._parameters or root in module._modules or root in vars(module)
         if not is_own and not hasattr(type(module), root):
             return False
-        values = [(get(module), axes) for get, axes in getters]
-        return all(not axes or value.ndim == axes for value, axes in values) and (where is None or where(module))
+        for get, axes in getters:
+            value = get(module)
+            if axes and value.ndim != int(axes):
+                return False
+        return where is None or where(module)
 
     return matches
 
 
 def matches_nothing(module: nn.Module) -> bool:
-    """The predicate of a kind that a file describes: the file names its layers."""
+    """Return False: a file that describes a kind names its layers."""
     return False
 
 
@@ -333,17 +338,21 @@ def is_built_in(spec: KANLayerSpec) -> bool:
     return BUILT_IN.get(spec.kind) is spec
 
 
-def registered_spec(module: nn.Module) -> KANLayerSpec | None:
-    """Return the last registered kind of layer that matches a module."""
-    return next((spec for spec in reversed(REGISTERED.values()) if fits(spec, module)), None)
+# Containers, which no kind has to be compared with.
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-def fits(spec: KANLayerSpec, module: nn.Module) -> bool:
-    """Return whether a kind matches a module. A predicate that reads a missing attribute says no."""
-    try:
-        return bool(spec.matches(module))
-    except AttributeError:
-        return False
+def registered_spec(module: nn.Module, kinds: Iterable[KANLayerSpec] = ()) -> KANLayerSpec | None:
+    """Return the first of some kinds, by default the last registered kind, that matches a module."""
+    if type(module) in _CONTAINERS:
+        return None
+    for spec in kinds or reversed(REGISTERED.values()):
+        try:
+            if spec.matches(module):
+                return spec
+        except AttributeError:  # a predicate that reads a missing attribute says no
+            continue
+    return None
 
 
 def get_registered(kind: str) -> KANLayerSpec:

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,45 +31,31 @@ _EFFECT = 1e-2  # of the largest gradient: a change that shows
 _ROWS = 32  # inputs whose functions are compared
 
 
-class Verdict(NamedTuple):
-    """Whether the axes of outputs and inputs are as described: True or False; None if unchecked.
-
-    One False is no contradiction: a layer may mix its outputs or inputs, e.g. by a normalization.
-
-    Attributes:
-        reason: Why nothing was checked.
-    """
-
-    outputs: bool | None = None
-    inputs: bool | None = None
-    reason: str = "the layer has one output and fewer than three inputs"
-
-    def __str__(self) -> str:
-        if self.outputs is None and self.inputs is None:
-            return f"not checked: {self.reason}"
-        words = {True: "as described", False: "mixed by the layer, or not as described", None: "not checked"}
-        return f"outputs {words[self.outputs]}, inputs {words[self.inputs]}"
+_AXES = {True: "as described", False: "mixed by the layer, or not as described", None: "not checked"}
 
 
+@dataclass
 class Evidence:
     """The gradients of a layer at one input and at changed ones, shared by all comparisons.
 
     Attributes:
         x: The input with its features in the last axis. It is one sample, unless the user gives it.
         channel: The axis of the features in the layer's own order, counted from the end.
-        size: The number of input features.
         outputs: The number of output features.
         is_broadcast: Whether the layer also takes inputs of other sizes, over which it sums.
     """
 
-    def __init__(self, probe: Probe, x: Tensor, channel: int, outputs: int) -> None:
-        self.probe = probe
-        self.x = x
-        self.channel = channel
-        self.size = x.shape[-1]
-        self.outputs = outputs
-        self.is_broadcast = False
-        self._exchanged: dict[int, list[tuple[slice, Gradients]]] = {}
+    probe: Probe
+    x: Tensor
+    channel: int
+    outputs: int
+    is_broadcast: bool = False
+    _exchanged: dict[int, list[tuple[slice, Gradients]]] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """The number of input features."""
+        return self.x.shape[-1]
 
     def gradients(self, x: Tensor | None = None, **options: Any) -> Gradients:
         """Return the gradients at an input, by default at `x`. See `Probe.gradients` for the options."""
@@ -82,8 +69,9 @@ class Evidence:
     def base(self) -> Gradients:
         """The gradients that all others are compared with."""
         gradients = self.gradients()
-        if not all(gradient is None or gradient.isfinite().all() for gradient in gradients.values()):
-            raise CannotProbe("the outputs have no finite gradient with respect to its parameters")
+        for gradient in gradients.values():
+            if gradient is not None and not gradient.isfinite().all():
+                raise CannotProbe("the outputs have no finite gradient with respect to its parameters")
         return gradients
 
     @cached_property
@@ -98,35 +86,47 @@ class Evidence:
 
     def exchanged(self, count: int) -> list[tuple[slice, Gradients]]:
         """Return gradients after half of `count` inputs were exchanged, each with the slice of the other half."""
-        if count not in self._exchanged:
-            self._exchanged[count] = []
-            blocks = self.x.unflatten(-1, (-1, count))
-            half = count // 2
-            for start in (0, count - half):
-                constant = slice(start, start + half)
-                varied = [n for n in range(count) if not start <= n < start + half]
-                values = blocks[..., varied]
-                changes = [values.roll(step, -1) for step in (1, 2)[: len(varied) - 1]]
-                if count == 2:  # there is nothing to exchange
-                    changes = [blocks.mean(-1, keepdim=True)]
-                for change in changes:
-                    x = blocks.clone()
-                    x[..., varied] = change
-                    self._exchanged[count].append((constant, self.gradients(x.flatten(-2))))
-        return self._exchanged[count]
+        if count in self._exchanged:
+            return self._exchanged[count]
+        samples = self._exchanged[count] = []
+        blocks = self.x.unflatten(-1, (-1, count))
+        half = count // 2
+        for start in (0, count - half):
+            constant = slice(start, start + half)
+            varied = [*range(start), *range(start + half, count)]
+            values = blocks[..., varied]
+            changes = [values.roll(step, -1) for step in (1, 2) if step < len(varied)]
+            if count == 2:  # there is nothing to exchange
+                changes = [blocks.mean(-1, keepdim=True)]
+            for change in changes:
+                x = blocks.clone()
+                x[..., varied] = change
+                samples.append((constant, self.gradients(x.flatten(-2))))
+        return samples
 
     # What a description says
 
-    def compare_axes(self, tensor: CoefficientTensor) -> Verdict:
-        """Compare the axes of described coefficients with the gradients."""
+    def compare_axes(self, tensor: CoefficientTensor) -> tuple[str, bool]:
+        """Compare the axes of described coefficients with the gradients.
+
+        Returns:
+            What the gradients say of the axes, and whether they may contradict the description. A layer may also mix
+            its outputs or inputs, e.g. by a normalization.
+        """
         if not join(self.base, tensor).any():
-            return Verdict(reason="the outputs do not depend on its coefficients")
+            return "not checked: the outputs do not depend on its coefficients", False
+        has_size = self.size == count_inputs(tensor)
         outputs = self._compare_outputs(tensor)
-        if self.size != count_inputs(tensor) or outputs is False:
-            return Verdict(outputs, reason=f"it takes inputs of {self.size} features")
+        inputs = None
         # a normalization notices each change of one of two inputs
-        inputs = self._compare_inputs(tensor) if tensor.shape[1] > 2 else None
-        return Verdict(outputs, inputs)
+        if has_size and outputs is not False and tensor.shape[1] > 2:
+            inputs = self._compare_inputs(tensor)
+        if outputs is None and inputs is None:
+            reason = "the layer has one output and fewer than three inputs"
+            if not has_size:
+                reason = f"it takes inputs of {self.size} features"
+            return f"not checked: {reason}", False
+        return f"outputs {_AXES[outputs]}, inputs {_AXES[inputs]}", False in (outputs, inputs)
 
     def is_sum(self, tensor: CoefficientTensor) -> bool:
         """Return whether the layer is a sum with these coefficients, of at least two functions of one input each.
@@ -149,13 +149,15 @@ class Evidence:
     def _compare_outputs(self, tensor: CoefficientTensor) -> bool | None:
         if tensor.shape[0] == 1:
             return None
-        gradient, reweighted = join(self.base, tensor), join(self.reweighted, tensor)
+        gradient = join(self.base, tensor)
+        reweighted = join(self.reweighted, tensor)
         if not is_parallel(gradient, reweighted):
             return False
         if not is_parallel(gradient.reshape(1, 1, -1), reweighted.reshape(1, 1, -1)):
             return True
         # one factor for all outputs says little, as behind a softmax, or a norm of two outputs
-        return is_parallel(gradient, gradient[_largest_row(gradient)].expand_as(gradient)) or None
+        largest = gradient[_largest_row(gradient)]
+        return is_parallel(gradient, largest.expand_as(gradient)) or None
 
     def _compare_inputs(self, tensor: CoefficientTensor) -> bool | None:
         gradient = join(self.base, tensor)
@@ -163,10 +165,10 @@ class Evidence:
         for constant, gradients in self.exchanged(tensor.shape[1]):
             exchanged = join(gradients, tensor)
             change = _change(gradient, exchanged, constant)
-            size = torch.maximum(gradient.abs().max(), exchanged.abs().max())
-            if change.max() > _EFFECT * size:
-                result = bool(change[:, constant].max() <= _ROUNDING * change.max())
-                if not result:
+            largest = change.max()
+            if largest > _EFFECT * torch.maximum(gradient.abs().max(), exchanged.abs().max()):
+                result = True
+                if change[:, constant].max() > _ROUNDING * largest:
                     return False
         return result
 
@@ -196,7 +198,6 @@ class Evidence:
         if self.size > 1:
             rows[2] = rows[0].roll(1)  # a normalization does not make them equal
         rows[1] = (rows[0] + rows[2]) / 2
-
         parameters = perturbed(self.probe.parameters, self.probe.parameters)
         outputs = []
         for last in (2, 0):  # one row or the other: a norm by the extremes of all rows does not notice
@@ -207,9 +208,12 @@ class Evidence:
             outputs.append(y.flatten(0, -2)[:3])
         first, second = outputs
         rounding = 1e3 * torch.finfo(first.dtype).eps * first.abs().max()
-        curvature = (first[0] - 2 * first[1] + first[2]).abs().max()
-        is_affine = curvature <= rounding < (first[0] - first[2]).abs().max()
-        return bool((first - second).abs().max() <= rounding and not is_affine)
+        if not (first - second).abs().max() <= rounding:
+            return False
+        start, middle, end = first
+        curvature = (start - 2 * middle + end).abs().max()
+        is_affine = curvature <= rounding < (start - end).abs().max()
+        return not is_affine
 
     # What parameters do
 
@@ -225,24 +229,24 @@ class Evidence:
             of_edges: Allow a factor for each edge and branch. The base branch may have its own factors.
         """
         if observed:
-            parts = [part for part in tensor.parts if any(member.name == observed for member in part)]
+            parts = [part for part in tensor.parts if observed in {member.name for member in part}]
             tensor = CoefficientTensor(tensor.kind, tuple(parts))
-        before, after = join(self.base, tensor), join(self.perturb(names), tensor)
+        pair = [join(gradients, tensor) for gradients in (self.base, self.perturb(names))]
         if not of_edges:
-            return is_parallel(before, after)
-        has_branches = tensor.has_residual and len(tensor.shape) == 3
-        sizes = [tensor.shape[2], 1] if has_branches else [before.shape[2]]
-        branches = zip(_edges(before).split(sizes, -1), _edges(after).split(sizes, -1), strict=True)
-        return all(is_parallel(first, second) for first, second in branches)
+            return is_parallel(*pair)
+        edges = [gradient.flatten(0, 1).unsqueeze(1) for gradient in pair]  # (out * in, 1, rest)
+        count = tensor.shape[2] if len(tensor.shape) == 3 else edges[0].shape[2]
+        branches = zip(*(gradient.split(count, -1) for gradient in edges), strict=True)
+        return all(is_parallel(*branch) for branch in branches)
 
     def is_additive(self, names: Collection[str]) -> bool:
         """Return whether parameters add to the output: if they are perturbed, no other gradient changes."""
         after: Any = self.perturb(names) if names else self.base
         for name, gradient in self.base.items():
-            if gradient is not None and name not in names:
-                change = (gradient - after[name]).abs().max()
-                if not change <= _ROUNDING * gradient.abs().max():
-                    return False
+            if gradient is None or name in names:
+                continue
+            if not (gradient - after[name]).abs().max() <= _ROUNDING * gradient.abs().max():
+                return False
         return True
 
     def is_linear(self, names: Collection[str]) -> bool | None:
@@ -252,9 +256,8 @@ class Evidence:
             x = self.probe.make_input((4, *x.shape[1:]))
         ends = []
         for factor in (-2.0, 2.0):  # so far apart that a ReLU behind the sum is met on both sides
-            parameters = perturbed(self.probe.parameters, names, torch.randn, factor)
-            gradients = self.gradients(x, parameters=parameters)
-            named: Any = [gradients[name] for name in names]
+            gradients = self.gradients(x, parameters=perturbed(self.probe.parameters, names, torch.randn, factor))
+            named = [gradients[name] for name in names]
             ends.append(torch.cat([gradient.flatten() for gradient in named if gradient is not None]))
         first, second = ends
         size = (first.abs() + second.abs()).max()
@@ -265,25 +268,27 @@ class Evidence:
 
 def run_at_sizes(probe: Probe, size: int, kernel: Sequence[int] = ()) -> Iterator[Evidence]:
     """Yield the outputs of the layer for inputs of `size` features, or channels of a convolution, if it takes them."""
-    forms: list[tuple[Tensor, int]] = []
+    inputs: list[tuple[Tensor, int]] = []
     if probe.x is not None:
-        first = 1 - probe.x.dim()
-        forms = [(probe.x.movedim(channel, -1), channel) for channel in (-1, first) if first < 0]
-        forms = [(x, channel) for x, channel in forms if x.shape[-1] == size]
+        for channel in (-1, 1 - probe.x.dim()):
+            x = probe.x.movedim(channel, -1)
+            if channel < 0 and x.shape[-1] == size:
+                inputs.append((x, channel))
     elif kernel:
         lengths = [4 * length + 3 for length in kernel]
-        forms = [(probe.make_input((1, *lengths, size)), -1 - len(kernel))]
+        inputs = [(probe.make_input((1, *lengths, size)), -1 - len(kernel))]
     else:
-        sample, tokens = probe.make_input((1, size)), probe.make_input((1, 1, size))
-        forms = [(sample, -1), (tokens, -1), (tokens, -2)]
-    for x, channel in forms:
+        tokens = probe.make_input((1, 1, size))
+        inputs = [(tokens[0], -1), (tokens, -1), (tokens, -2)]
+    for x, channel in inputs:
         y = probe.attempt(x, channel)
         if y is None:
             continue
         # in channels, one point must not be taken for one feature
         if channel == -2 and not kernel and probe.attempt(x.repeat(1, 3, 1), channel) is None:
             continue
-        if y.dim() != x.dim() or (y.shape[:-1] != x.shape[:-1] and not kernel):
+        has_rows = y.dim() == x.dim() if kernel else y.shape[:-1] == x.shape[:-1]
+        if not has_rows:
             shapes = [tuple(value.movedim(-1, channel).shape) for value in (x, y)]
             probe.error = probe.error or f"for an input {shapes[0]} it returns {shapes[1]}"
             continue
@@ -318,19 +323,15 @@ def _largest_row(gradient: Tensor) -> int:
     return int(gradient.flatten(1).abs().amax(1).argmax())
 
 
-def _edges(gradient: Tensor) -> Tensor:
-    """(out, in, rest) -> (out * in, 1, rest)"""
-    return gradient.flatten(0, 1).unsqueeze(1)
-
-
 def _change(first: Tensor, second: Tensor, fitted: slice) -> Tensor:
     """Return the difference of two gradients (out, in, rest), up to the factor of each output that fits a slice."""
     # the smaller of two rows is a multiple of the larger one: a ReLU may have made it zero
-    first_size = first[:, fitted].flatten(1).norm(dim=1)
-    second_size = second[:, fitted].flatten(1).norm(dim=1)
+    first_size, second_size = (tensor[:, fitted].flatten(1).norm(dim=1) for tensor in (first, second))
     is_smaller = (first_size < second_size)[:, None, None]
-    larger, smaller = torch.where(is_smaller, second, first), torch.where(is_smaller, first, second)
-    x, y = larger[:, fitted].flatten(1), smaller[:, fitted].flatten(1)
+    larger = torch.where(is_smaller, second, first)
+    smaller = torch.where(is_smaller, first, second)
+    x = larger[:, fitted].flatten(1)
+    y = smaller[:, fitted].flatten(1)
     squares = (x * x).sum(1).clamp(min=1e-30)
     factors = (x * y).sum(1) / squares
     return (smaller - factors[:, None, None] * larger).abs()

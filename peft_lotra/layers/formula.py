@@ -10,6 +10,7 @@ formula, such as a subclass that clamps its inputs, has no formula and runs itse
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
@@ -63,7 +64,7 @@ class FormulaReader(NamedTuple):
         spec, tensor: The kind of the layer, and where it keeps its coefficients.
         is_uniform: Whether the basis is the kind's `splines`, else its `basis`.
         is_silu: Whether the function of the base branch is silu, whose derivatives have a closed form.
-        is_own: Whether the layer is a `KANLinear`, which gives its formula itself.
+        is_own: Whether the layer is a `KANLinear`, whose `formula` is taken.
     """
 
     spec: KANLayerSpec
@@ -97,13 +98,14 @@ class FormulaReader(NamedTuple):
         x: Any = args[0] if len(args) == 1 and not kwargs else None
         if not isinstance(x, Tensor) or x.is_nested or x.is_meta or x.layout != torch.strided:
             return False
+        # layers of other libraries may flatten the leading dimensions
+        if x.shape[-1:] != self.tensor.shape[1:2] or not (x.dim() == 2 or self.is_own):
+            return False
         is_sharded = hasattr(stored, "placements")
         if is_sharded or torch.is_autocast_enabled(x.device.type) or runs_more_than_its_class(layer):
             return False
-        # layers of other libraries may flatten the leading dimensions
-        has_shape = x.shape[-1:] == self.tensor.shape[1:2] and (x.dim() == 2 or self.is_own)
-        has_dtype = x.dtype == stored.dtype and all(update.tensor[0].dtype == x.dtype for update in updates)
-        return has_shape and has_dtype
+        components = [stored, *(update.tensor[0] for update in updates)]
+        return all(component.dtype == x.dtype for component in components)
 
 
 def _evaluate_basis(spec: Any, layer: nn.Module, z: Tensor, highest: int) -> list[Tensor]:
@@ -174,10 +176,9 @@ def find_formula(
     if find_obstacle(layer, spec, tensor) is None:
         with attributes_kept(layer) as has_set, isolated(stored), torch.no_grad():
             for is_uniform in (True, False):
-                try:
+                # foreign code may want more arguments, or other shapes
+                with suppress(Exception):
                     reader = reader or _verify(layer, spec, tensor, is_uniform, for_jets)
-                except Exception:  # foreign code, which may want more arguments, or other shapes
-                    continue
             if has_set():
                 _recorders.add(layer)
                 reader = None
@@ -205,15 +206,20 @@ def _verify(
     for compare in (_has_right_slopes, _has_right_jets) if for_jets else (_has_right_slopes,):
         # a class may be registered again with other functions
         question = compare.__name__, functions, is_uniform, is_silu, layer.training
-        if not cached_by_class(layer, question, partial(_at_other_parameters, reader, layer, points, compare)):
+        answer = partial(_at_other_parameters, reader, layer, points, compare)
+        if not cached_by_class(layer, question, answer):
             return None
 
     buffers = dict(layer.named_buffers())
 
     def has_right_values() -> bool:
-        expected, result = layer(x), reader.read(layer).output(x)
-        is_right = result.dtype == expected.dtype and _agree(result, expected, _TOLERANCE[stored.dtype])
-        return is_right and same_grid(buffers, dict(layer.named_buffers()))  # the formula would not update them
+        expected = layer(x)
+        result = reader.read(layer).output(x)
+        if result.dtype != expected.dtype:
+            return False
+        if not _agree(result, expected, _TOLERANCE[stored.dtype]):
+            return False
+        return same_grid(buffers, dict(layer.named_buffers()))  # the formula would not update them
 
     copies = {name: buffer.clone() for name, buffer in buffers.items()}
     return reader if call_with_parameters(layer, copies, has_right_values, (), {}) else None
@@ -223,42 +229,41 @@ def _grid_ends(layer: nn.Module, spec: Any, tensor: CoefficientTensor, is_unifor
     """Return both ends of the grid, numbers or (in,); None if the layer has no such basis."""
     if is_uniform:
         grid = spec.splines and spec.splines(layer)
-        is_known = isinstance(grid, UniformGrid) and grid.spline_order in SPLINE_ORDERS
-        return (grid.low, grid.high) if is_known and grid.num_basis == tensor.shape[2] else None
+        if not isinstance(grid, UniformGrid) or grid.spline_order not in SPLINE_ORDERS:
+            return None
+        return (grid.low, grid.high) if grid.num_basis == tensor.shape[2] else None
     if not (spec.basis or spec.derivatives):
         return None
-    tensors = [value.flatten() for value in spec.read_grid(layer).values() if isinstance(value, Tensor)]
-    tensors = [tensor for tensor in tensors if tensor.numel()]
+    values = spec.read_grid(layer).values()
+    tensors = [value.flatten() for value in values if isinstance(value, Tensor) and value.numel()]
     return torch.cat(tensors).aminmax() if tensors else (-2.0, 2.0)
 
 
 def _points_around(low: Any, high: Any, width: int) -> Tensor:
     """Return points (rows, width) in float64 on the CPU, in blocks of eight rows.
 
-    The first rows cover the grid and its length on either side. The next ones lie far from it, so that a layer that
-    clamps or squashes its inputs is noticed. In the last ones some inputs are zero, and in one row all.
+    The first rows cover the grid and its length on either side. The next ones lie far from it, where a layer
+    that clamps or squashes its inputs differs. In the last ones some inputs are zero, and in one row all.
 
     Args:
         low, high: Both ends of the grid, each a number or a tensor (width,).
         width: Number of inputs.
     """
-    low, high = (torch.as_tensor(end, dtype=torch.float64, device="cpu").expand(width) for end in (low, high))
-    rows = _NEAR + (len(_DISTANCES) + 1) * _BLOCK
-    # steps of the golden ratio, so that no input repeats another's points
-    share = torch.arange(rows * width, dtype=torch.float64, device="cpu").mul(GOLDEN_RATIO).frac()
-    share = share.view(rows, width)
+    options: Any = {"dtype": torch.float64, "device": "cpu"}
+    low, high = (torch.as_tensor(end, **options).expand(width) for end in (low, high))
+    distances = torch.tensor(_DISTANCES, **options).repeat_interleave(_BLOCK)
+    rows = _NEAR + len(distances) + _BLOCK
+    # with steps of the golden ratio, no input repeats another's points
+    share = torch.arange(rows * width, **options).mul(GOLDEN_RATIO).frac().view(rows, width)
     points = torch.lerp(low, high, 3 * share - 1)
 
-    far = _NEAR
-    for distance in _DISTANCES:
-        block = slice(far, far + _BLOCK)
-        signs = torch.tensor([-1.0, 1.0], device="cpu").repeat(_BLOCK // 2).unsqueeze(1)
-        lengths = distance * (1 + share[block])
-        points[block] = (low + high) / 2 + signs * lengths * (high - low).clamp(min=2)
-        far = block.stop
+    signs = torch.tensor([-1.0, 1.0], **options).repeat(len(distances) // 2)
+    lengths = (signs * distances).unsqueeze(1) * (1 + share[_NEAR:-_BLOCK])
+    points[_NEAR:-_BLOCK] = (low + high) / 2 + lengths * (high - low).clamp(min=2)
 
-    points[far:][share[far:] < 0.5] = 0
-    points[-1] = 0
+    last = points[-_BLOCK:]
+    last[share[-_BLOCK:] < 0.5] = 0
+    last[-1] = 0
     return points
 
 
@@ -276,10 +281,11 @@ def _agree(result: Tensor, expected: Tensor, tolerance: float, floor: float = 0.
     """
     if result.shape != expected.shape:
         return False
-    error = _largest_of_blocks(torch.where(expected.isfinite(), result - expected, 0))
+    error = torch.where(expected.isfinite(), result - expected, 0)
     size = _largest_of_blocks(expected.nan_to_num(0, 0, 0))
     near = size[: _NEAR // _BLOCK].max().clamp(min=floor)
-    return bool((error <= tolerance * size.clamp(min=near)).all())
+    share = tolerance * size.clamp(min=near)
+    return bool((_largest_of_blocks(error) <= share).all())
 
 
 def _largest_of_blocks(values: Tensor) -> Tensor:
@@ -295,9 +301,12 @@ def _at_other_parameters(reader: FormulaReader, layer: nn.Module, points: Tensor
     stored = reader.tensor.get_parameter(layer)
     grid = reader.spec.read_grid(layer)
     parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
-    values = {name: value.detach().clone() for name, value in (parameters | buffers).items()}
-    floating = {name: value.double() for name, value in values.items() if value.is_floating_point()}
-    values |= perturbed(floating, floating.keys() & buffers.keys() - grid.keys())
+    values = {}
+    for name, value in (parameters | buffers).items():
+        value = value.detach().clone()
+        values[name] = value.double() if value.is_floating_point() else value
+    floating = [name for name, value in values.items() if value.is_floating_point()]
+    values = perturbed(values, buffers.keys() & floating - grid.keys())
     values = perturbed(values, parameters.keys() - grid.keys(), torch.randn)
 
     def run() -> bool:
@@ -308,6 +317,9 @@ def _at_other_parameters(reader: FormulaReader, layer: nn.Module, points: Tensor
 
 def _has_right_slopes(formula: LayerFormula, layer: nn.Module, x: Tensor, tolerances: Sequence[float]) -> bool:
     """Compare values, slopes, a single row, and what becomes of NaN."""
+    row = x[:1]
+    with_nan = row.clone()
+    with_nan[0, 0] = torch.nan
     results = []
     for function in (formula.output, layer):
         with torch.enable_grad():
@@ -315,16 +327,16 @@ def _has_right_slopes(formula: LayerFormula, layer: nn.Module, x: Tensor, tolera
             y = function(point)
             weights = torch.linspace(0.5, 1.5, y.shape[-1], dtype=y.dtype, device=y.device)
             slope = torch.autograd.grad((y * weights).sum(), point)[0]
-        row = x[:1].clone()
-        single = function(row)
-        row[0, 0] = torch.nan
-        results.append((y.detach(), slope, single, function(row).isnan()))
-    (y, slope, single, is_nan), expected = results
+        results.append((y.detach(), slope, function(row.clone()), function(with_nan.clone()).isnan()))
+    (y, slope, single, is_nan), (expected, expected_slope, expected_single, is_expected_nan) = results
     # slopes may be zero to rounding, e.g. behind the norm of a single input
-    floor = 1e-3 * float(expected[0][:_NEAR].abs().max())
-    if not _agree(y, expected[0], tolerances[0]) or not _agree(slope, expected[1], tolerances[1], floor):
-        return False
-    return torch.allclose(single, expected[2], rtol=1e-6, atol=1e-6) and torch.equal(is_nan, expected[3])
+    floor = 1e-3 * float(expected[:_NEAR].abs().max())
+    return (
+        _agree(y, expected, tolerances[0])
+        and _agree(slope, expected_slope, tolerances[1], floor)
+        and torch.allclose(single, expected_single, rtol=1e-6, atol=1e-6)
+        and torch.equal(is_nan, is_expected_nan)
+    )
 
 
 def _has_right_jets(formula: LayerFormula, layer: nn.Module, x: Tensor, tolerances: Sequence[float]) -> bool:
@@ -343,7 +355,7 @@ def _has_right_higher_derivatives(basis: FunctionBasis, x: Tensor) -> bool:
     """Compare each derivative from the third on, which gradients need, with the slope of the one before."""
     derivatives = basis.derivatives(x, 5)
     for order in range(2, len(derivatives) - 1):
-        slope = elementwise_derivatives(lambda z, order=order: basis.derivatives(z, order)[order], x, 1)[1]
+        _, slope = elementwise_derivatives(lambda z, order=order: basis.derivatives(z, order)[order], x, 1)
         if not _agree(derivatives[order + 1].flatten(1), slope.flatten(1), 1e-9, 1e-3):
             return False
     return True

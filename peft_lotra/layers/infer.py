@@ -11,7 +11,7 @@ depends on other inputs, or is the same function for each k. Embeddings do not d
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import permutations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .coefficients import Described, get_or_none
+from .coefficients import Described
 from .description import KANLayerSpec, matches_nothing, registered_spec
 from .evidence import Evidence, run_at_sizes
 from .probe import CannotProbe, Probe, cached_by_class, isolated
@@ -69,11 +69,11 @@ def is_no_layer(module: nn.Module) -> bool:
     return library in _LIBRARIES or isinstance(module, _NO_LAYERS) or "funs_sympy" in vars(module)
 
 
-def _find_candidates(layer: nn.Module) -> dict[str, Tensor]:
+def _find_candidates(layer: nn.Module) -> Tensors:
     """Return the matrices and larger parameters that may be coefficients, by name.
 
-    They are the layer's own, and those of linear layers that it holds, in a list or a `Sequential` too. A module of a
-    user's class may make the functions. There are none if such a module may be a layer, or is larger.
+    They belong to the layer, or to linear layers that it holds, also in a list or a `Sequential`. A module of a user's
+    class may make the functions. If such a module may be a layer, or is larger, there are no candidates.
     """
     candidates: dict[str, Tensor] = {}
     size_of_functions = 0
@@ -83,45 +83,64 @@ def _find_candidates(layer: nn.Module) -> dict[str, Tensor]:
         is_near = "." not in path or is_in_list
         if path and is_near and registered_spec(module) is not None:
             return {}
-        parameters = {name: value for name, value in module._parameters.items() if value is not None}
-        matrices = {name: value for name, value in parameters.items() if value.dim() > 1 and value.numel()}
-        if any(value.numel() > _LARGEST for value in parameters.values()):
-            return {}
-        if module is layer or (is_near and isinstance(module, (nn.Linear, nn.ParameterList))):
-            candidates |= {f"{path}.{name}".lstrip("."): value for name, value in matrices.items()}
+        matrices = {}
+        for name, value in module.named_parameters(path, recurse=False):
+            if value.numel() > _LARGEST:
+                return {}
+            if value.dim() > 1 and value.numel():
+                matrices[name] = value
+
+        if not path or (is_near and isinstance(module, (nn.Linear, nn.ParameterList))):
+            candidates |= matrices
         elif matrices and "parametrizations" not in path and not isinstance(module, NORMS):
             is_of_torch = type(module).__module__.startswith("torch.")
             if is_of_torch or "." in path or any(value.dim() > 2 for value in matrices.values()):
                 return {}
-            size_of_functions += sum(value.numel() for value in matrices.values())
-    if size_of_functions > sum(value.numel() for value in candidates.values()):
+            size_of_functions += _count_elements(matrices)
+    if size_of_functions > _count_elements(candidates):
         return {}
     return {name: value for name, value in candidates.items() if value.is_floating_point()}
+
+
+def _count_elements(tensors: Tensors) -> int:
+    return sum(value.numel() for value in tensors.values())
 
 
 def _find_spec(layer: nn.Module, candidates: Tensors, args: Any, kwargs: Any) -> tuple[KANLayerSpec | None, str]:
     parameters = {name: value for name, value in layer.named_parameters() if value.is_floating_point()}
     probe = Probe(layer, parameters, args, kwargs)
     knots = {name for name, value in parameters.items() if _has_increasing_rows(value)}
-    frozen = {name for name, value in parameters.items() if not value.requires_grad}
-    fixed = knots if len(frozen) == len(parameters) else knots | frozen
-    buffers = [name for name, value in layer.named_buffers() if value.is_floating_point() and "running" not in name]
-    grid = [*buffers, *(name for name in parameters if name in fixed)]
+    fixed = {name for name, value in parameters.items() if not value.requires_grad}
+    if len(fixed) == len(parameters):  # the layer is frozen as a whole, which says nothing
+        fixed = set()
+    fixed |= knots
+    grid: dict[str, Tensor] = {}
+    for name, value in layer.named_buffers():
+        if value.is_floating_point() and "running" not in name:
+            grid[name] = value
+    for name in parameters:
+        if name in fixed:
+            grid[name] = parameters[name]
 
     reason = ""
     with isolated(probe.like):
-        for evidence in _run_everywhere(probe, [get_or_none(layer, name) for name in grid]):
+        for evidence in _run_everywhere(probe, grid.values()):
+            reason = "its output is no sum, over its inputs, of at least two functions of each of them."
             # a grid is coefficients if nothing else is: of a layer whose functions start as increasing ones
             for excluded in (fixed, knots, ()):
                 tensors = {name: value for name, value in candidates.items() if name not in excluded}
                 spec = _find_coefficients(evidence, tensors)
                 if spec is not None:
-                    adapted = spec.locate(layer).parameters
-                    grid = tuple(name for name in grid if name not in adapted)
-                    methods = tuple(name for name in dir(type(layer)) if re.match(_MOVES_GRID, name))
-                    return replace(spec, grid=grid, grid_methods=methods if grid else ()), ""
-            reason = "its output is no sum, over its inputs, of at least two functions of each of them."
+                    return _add_grid(spec, layer, grid), ""
     return None, reason or f"{probe.error or 'it takes no input of any size that was tried'}."
+
+
+def _add_grid(spec: KANLayerSpec, layer: nn.Module, grid: Iterable[str]) -> KANLayerSpec:
+    """Add the tensors that are no coefficients as a grid, and the methods that move it."""
+    adapted = spec.locate(layer).parameters
+    names = tuple(name for name in grid if name not in adapted)
+    methods = tuple(name for name in dir(type(layer)) if re.match(_MOVES_GRID, name))
+    return replace(spec, grid=names, grid_methods=methods if names else ())
 
 
 def _has_increasing_rows(value: Tensor) -> bool:
@@ -144,13 +163,15 @@ def candidate_sizes(layer: nn.Module) -> list[int]:
     return list(dict.fromkeys(sizes))
 
 
-def _run_everywhere(probe: Probe, grid: Sequence[Tensor]) -> Iterator[Evidence]:
+def _run_everywhere(probe: Probe, grid: Collection[Tensor]) -> Iterator[Evidence]:
     """Yield the outputs of the layer for inputs of each size that it takes, on its grid and around zero.
 
     One input comes last: many a layer of more inputs takes one by broadcasting, and a layer of one input takes more.
     """
-    linear = [(name, child) for name, child in probe.layer.named_children() if isinstance(child, nn.Linear)]
-    first = [f"{name}.weight" for name, child in linear if child.in_features == 1]
+    first = []
+    for name, child in probe.layer.named_children():
+        if isinstance(child, nn.Linear) and child.in_features == 1:
+            first.append(f"{name}.weight")
     for tensors in (grid, ()) if grid else ((),):
         probe.place_inputs(tensors)
         is_broadcast = False
@@ -170,8 +191,10 @@ def _find_coefficients(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | N
     parts: tuple[Described, ...] = ()
     for name, value in sorted(tensors.items(), key=lambda item: item[1].dim() == 2):
         letter = "kmnpqrst"[len(parts) % 8]
+        axes = spec and spec.axes
+        if value.dim() == 2:
+            axes = {"i": evidence.size}
         for pattern in _patterns(value.shape, evidence, letter):
-            axes = {"i": evidence.size} if value.dim() == 2 else spec and spec.axes
             extended = _hypothesis((*parts, (name, pattern)), axes=axes)
             if _fits(evidence, extended) and _is_coefficient(evidence, extended, name, tensors):
                 spec, parts = extended, extended.parts
@@ -183,17 +206,18 @@ def _find_coefficients(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | N
 
 
 def _patterns(shape: torch.Size, evidence: Evidence, letter: str) -> Iterator[str]:
-    """Yield the layouts of coefficients: each axis by itself, or two of the three in one axis of a matrix."""
+    """Yield the layouts of coefficients: each in its own axis, or two of the three in one axis of a matrix."""
     inputs, outputs = evidence.size, evidence.outputs
     if len(shape) in (3, 4):  # more axes have too many orders
+        basis = [axis for axis in range(len(shape)) if shape[axis] > 1]
         for o, i in permutations(range(len(shape)), 2):
-            if (shape[o], shape[i]) == (outputs, inputs):
-                names = ["()"] * len(shape)
-                names[o], names[i] = "o", "i"
-                basis = [axis for axis, name in enumerate(names) if name == "()" and shape[axis] > 1]
-                for axis in basis:
-                    names[axis] = letter if len(basis) == 1 else f"{letter}{axis}"
-                yield " ".join(names)
+            if (shape[o], shape[i]) != (outputs, inputs):
+                continue
+            letters = {axis: f"{letter}{axis}" for axis in basis if axis not in (o, i)}
+            if len(letters) == 1:
+                letters = dict.fromkeys(letters, letter)
+            letters |= {o: "o", i: "i"}
+            yield " ".join(letters.get(axis, "()") for axis in range(len(shape)))
     for axis in (1, 0) if len(shape) == 2 else ():
         flat, single = shape[axis], shape[1 - axis]
         layouts = []
@@ -201,8 +225,8 @@ def _patterns(shape: torch.Size, evidence: Evidence, letter: str) -> Iterator[st
             layouts += [("o", f"(i {letter})"), ("o", f"({letter} i)")]
         if flat == inputs * outputs and inputs > 1 and single >= 2:
             layouts += [(letter, "(i o)"), (letter, "(o i)")]
-        for first, second in layouts:
-            yield f"{first} {second}" if axis else f"{second} {first}"
+        for names in layouts:
+            yield " ".join(names if axis else names[::-1])
 
 
 def _fits(evidence: Evidence, spec: KANLayerSpec) -> bool:
@@ -227,19 +251,25 @@ def _is_coefficient(evidence: Evidence, spec: KANLayerSpec, name: str, tensors: 
         return False
     if evidence.outputs > 1 or any("o" in pattern.split() for _, pattern in spec.parts):
         return True
-    edges = [edge for edge, value in tensors.items() if sorted(value.shape) == [1, evidence.size]]
-    used = [edge for edge in edges if edge != name and evidence.base[edge] is not None]
-    return all(evidence.stays(tensor, [edge]) for edge in used)
+    for edges, value in tensors.items():
+        if edges == name or sorted(value.shape) != [1, evidence.size] or evidence.base[edges] is None:
+            continue
+        if not evidence.stays(tensor, [edges]):
+            return False
+    return True
 
 
 def _find_matrices(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | None:
     """Describe coefficients in several matrices: one for each function, or scale, shift and weight of wavelets."""
-    used = {name: value for name, value in tensors.items() if evidence.base[name] is not None}
-    shape = (evidence.outputs, evidence.size)
-    for pattern, stored in (("o i", shape), ("i o", shape[::-1])):
-        names = [name for name, value in used.items() if value.shape == stored]
-        if len(names) > 1:
-            spec = _hypothesis([(name, pattern) for name in names])
+    lengths = {"o": evidence.outputs, "i": evidence.size}
+    for pattern in ("o i", "i o"):
+        shape = tuple(lengths[axis] for axis in pattern.split())
+        coefficients = []
+        for name, value in tensors.items():
+            if value.shape == shape and evidence.base[name] is not None:
+                coefficients.append((name, pattern))
+        if len(coefficients) > 1:
+            spec = _hypothesis(coefficients)
             if _fits(evidence, spec):
                 return spec
     return None
@@ -247,20 +277,21 @@ def _find_matrices(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | None:
 
 def _add_branches(evidence: Evidence, spec: KANLayerSpec, tensors: Tensors) -> KANLayerSpec:
     """Add the base branch, and factors of the edges where they are together a large share of the layer."""
-    names = [name for name, _ in spec.parts]
-    matrices = [name for name, value in tensors.items() if value.dim() == 2 and name not in names]
-    factors: list[Described] = []
-    for name in matrices:
+    coefficients = dict(spec.parts)
+    factors: dict[str, str] = {}
+    for name, value in tensors.items():
+        if value.dim() != 2 or name in coefficients:
+            continue
         for pattern in ("o i", "i o"):
             extended = replace(spec, residual=(name, pattern))
             if _fits(evidence, extended):
                 tensor = extended.locate(evidence.probe.layer)
-                if spec.residual is None and evidence.stays(tensor, names, observed=name):
+                if spec.residual is None and evidence.stays(tensor, coefficients, observed=name):
                     spec = extended
                 else:
-                    factors.append((name, pattern))
+                    factors[name] = pattern
                 break
-    size = sum(tensors[name].numel() for name in names)
-    if sum(tensors[name].numel() for name, _ in factors) > _SMALL * size:
-        spec = replace(spec, coefficients=(*spec.parts, *factors))
+    size = sum(tensors[name].numel() for name in coefficients)
+    if sum(tensors[name].numel() for name in factors) > _SMALL * size:
+        spec = replace(spec, coefficients=(*spec.parts, *factors.items()))
     return spec

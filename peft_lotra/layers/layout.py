@@ -23,16 +23,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
 from einops import EinopsError, reduce, repeat
 from einops.parsing import ParsedExpression
+from torch import Tensor
 
 
-Dims = tuple[tuple[str, ...], ...]
+Axes = tuple[str, ...]
+Dims = tuple[Axes, ...]  # the axes of each dimension
+Lengths = Mapping[str, int]  # by axis
+# What `:N` is replaced by, as an axis for einops, which knows no axis that is stored over several dimensions.
+_OVER = {f"over{count}": count for count in range(2, 10)}
 
 
 @dataclass(frozen=True)
@@ -40,32 +45,41 @@ class Layout:
     """A parsed pattern.
 
     Attributes:
-        dims: The axis names of each dimension of the coefficients.
+        blocks: The axes of each dimension of the coefficients, then of residual weights in the same parameter.
         kernel: The axes of the kernel mode.
-        groups: The axes of blocks.
-        packed_residual: The axis names of each dimension of residual weights that are packed into the parameter.
+        groups: The axes of blocks with separate inputs.
         stored_over: The number of stored dimensions of each dimension.
         shared: The axes that the parameter lacks, and is shared along.
     """
 
     pattern: str
-    dims: Dims
-    kernel: tuple[str, ...] = ()
-    groups: tuple[str, ...] = ()
-    packed_residual: Dims | None = None
+    blocks: tuple[Dims, ...]
+    kernel: Axes = ()
+    groups: Axes = ()
     stored_over: tuple[int, ...] = ()
-    shared: tuple[str, ...] = ()
+    shared: Axes = ()
 
     @cached_property
-    def axes(self) -> tuple[str, ...]:
+    def axes(self) -> Axes:
         """All axes, in the order of the pattern."""
-        return _flatten(self.dims)
+        return _flatten(self.blocks[0])
 
     @cached_property
-    def basis(self) -> tuple[str, ...]:
+    def basis(self) -> Axes:
         """The axes that make up the basis mode."""
         others = {"o", "i", *self.groups, *self.kernel}
         return tuple(axis for axis in self.axes if axis not in others)
+
+    @cached_property
+    def _modes(self) -> list[Axes]:
+        """The axes of each canonical mode."""
+        modes = [(*self.groups, "o"), ("i",), self.basis]
+        return [*modes, self.kernel] if self.kernel else modes
+
+    @cached_property
+    def has_residual(self) -> bool:
+        """Whether residual weights are packed into the parameter."""
+        return len(self.blocks) > 1
 
     def share(self, first: Layout, is_list: bool) -> Layout:
         """Return this layout of a later part, shared along the axes that only the first part has.
@@ -80,14 +94,13 @@ class Layout:
             return self
         return replace(self, shared=missing, groups=groups, kernel=first.kernel)
 
-    def canonical_shape(self, lengths: Mapping[str, int]) -> tuple[int, ...]:
+    def canonical_shape(self, lengths: Lengths) -> tuple[int, ...]:
         """Return (out, in, basis) or (out, in, basis, kernel), with a packed base branch in the basis mode."""
-        out = _multiply((*self.groups, "o"), lengths)
-        basis = _multiply(self.basis, lengths) + (self.packed_residual is not None)
-        kernel = [_multiply(self.kernel, lengths)] if self.kernel else []
-        return (out, lengths["i"], basis, *kernel)
+        sizes = [math.prod([lengths[axis] for axis in mode]) for mode in self._modes]
+        sizes[2] += self.has_residual
+        return tuple(sizes)
 
-    def axis_lengths(self, shape: Sequence[int], given: Mapping[str, int]) -> dict[str, int]:
+    def axis_lengths(self, shape: Sequence[int], given: Lengths) -> dict[str, int]:
         """Return the length of every axis.
 
         Args:
@@ -101,113 +114,111 @@ class Layout:
         problem = ""
         if len(shape) != sum(self.stored_over):
             problem = f"it names {sum(self.stored_over)} dimensions"
-        start = 0
-        for position, (dim, count) in enumerate(zip(self.dims, self.stored_over, strict=True)):
-            size = math.prod(shape[start : start + count])
-            start += count
-            blocks = [dim]
-            if self.packed_residual is not None and position == self._concatenated:
-                blocks.append(self.packed_residual[position])
-            unknown = [axis for axis in dim if axis not in lengths]
-            if len(unknown) == 1:
-                # each block is proportional to the unknown length, or lacks this axis
-                lengths[unknown[0]] = 0
-                constant = sum(_multiply(block, lengths) for block in blocks)
-                lengths[unknown[0]] = 1
-                slope = sum(_multiply(block, lengths) for block in blocks) - constant
-                lengths[unknown[0]] = (size - constant) // max(slope, 1)
-            is_solved = len(unknown) < 2 and size == sum(_multiply(block, lengths) for block in blocks) > 0
-            if not is_solved:
-                problem = problem or f"{_write([dim])} cannot be {size}"
-                break
+        sizes = iter(shape)
+        for count, dim, *packed in zip(self.stored_over, *self.blocks, strict=True):
+            size = math.prod([next(sizes, 0) for _ in range(count)])
+            blocks = {dim, *packed}  # equal, but where the blocks are concatenated
+            if not problem and not _solve_length(blocks, dim, size, lengths):
+                problem = f"{_write([dim])} cannot be {size}"
         if problem:
-            sizes = {axis: given[axis] for axis in self.axes if axis in given}
+            known = {axis: given[axis] for axis in self.axes if axis in given}
             raise ValueError(
-                f"Pattern {self.pattern!r} does not fit a parameter of shape {tuple(shape)}, with {sizes}: {problem}. "
+                f"Pattern {self.pattern!r} does not fit a parameter of shape {tuple(shape)}, with {known}: {problem}. "
                 "Correct it, or give lengths of axes by `axes`."
             )
         return lengths
 
-    def to_canonical(self, parameter: torch.Tensor, lengths: Mapping[str, int]) -> torch.Tensor:
+    def to_canonical(self, parameter: Tensor, lengths: Lengths) -> Tensor:
         """Return a stored parameter as (out, in, basis[, kernel]), with packed residual weights as the last slice."""
         if self._is_canonical:  # einops takes as long as the arithmetic of a small layer
             return parameter if parameter.dim() == 3 else parameter.unsqueeze(2)
-        sizes = [_multiply(dim, lengths) for dim in self.dims]
-        blocks = [parameter]
-        if self.packed_residual is not None:
-            position = self._concatenated
-            counts = [sizes[position], _multiply(self.packed_residual[position], lengths)]
-            blocks = parameter.split(counts, position)
-        elif len(self.dims) < parameter.dim():
-            blocks = [parameter.reshape(sizes)]
+        if len(self.stored_over) < parameter.dim():
+            parameter = parameter.reshape([_multiply(dim, lengths) for dim in self.blocks[0]])
+        blocks: Sequence[Tensor] = [parameter]
+        if self.has_residual:
+            packed = [dims[self._packed_dim] for dims in self.blocks]
+            blocks = parameter.split([_multiply(dim, lengths) for dim in packed], self._packed_dim)
         tensors = []
         for block, (stored, canonical, axes) in zip(blocks, self._expressions, strict=True):
-            tensors.append(repeat(block, f"{stored} -> {canonical}", **{axis: lengths[axis] for axis in axes}))
+            sizes = {axis: lengths[axis] for axis in axes}
+            tensors.append(repeat(block, f"{stored} -> {canonical}", **sizes))
         return concatenate(tensors, 2)
 
-    def from_canonical(self, tensor: torch.Tensor, lengths: Mapping[str, int], shape: Sequence[int]) -> torch.Tensor:
+    def from_canonical(self, tensor: Tensor, lengths: Lengths, shape: Sequence[int]) -> Tensor:
         """Return (out, in, basis[, kernel]) in the stored shape, the inverse of `to_canonical`. It is differentiable.
 
         Along the axes in `shared` the mean is stored.
         """
         if self._is_canonical:
-            return tensor if len(self.dims) == 3 else tensor.squeeze(2)
-        position = 0
+            return tensor if len(shape) == 3 else tensor.squeeze(2)
         blocks = [tensor]
-        if self.packed_residual is not None:
-            position = self._concatenated
+        if self.has_residual:
             blocks = [tensor[:, :, :-1], tensor[:, :, -1:]]
         tensors = []
         for block, (stored, canonical, axes) in zip(blocks, self._expressions, strict=True):
-            tensors.append(reduce(block, f"{canonical} -> {stored}", "mean", **{axis: lengths[axis] for axis in axes}))
-        return concatenate(tensors, position).reshape(shape)
+            sizes = {axis: lengths[axis] for axis in axes}
+            tensors.append(reduce(block, f"{canonical} -> {stored}", "mean", **sizes))
+        return concatenate(tensors, self._packed_dim).reshape(shape)
 
     @cached_property
-    def _concatenated(self) -> int:
-        """The dimension in which coefficients and residual weights are packed."""
-        pairs = zip(self.dims, self.packed_residual or (), strict=True)
-        return [first == second for first, second in pairs].index(False)
+    def _packed_dim(self) -> int:
+        """The dimension in which coefficients and residual weights are concatenated; 0 without."""
+        for position, dims in enumerate(zip(*self.blocks, strict=True)):
+            if len({*dims}) > 1:
+                return position
+        return 0
 
     @cached_property
     def _is_canonical(self) -> bool:
         """Whether the parameter is stored as "o i k" or "o i"."""
-        has_more = self.kernel or self.groups or self.packed_residual or self.shared or sum(self.stored_over) > 3
-        return self.dims[:2] == (("o",), ("i",)) and not has_more
+        if self.kernel or self.groups or self.has_residual or self.shared or sum(self.stored_over) > 3:
+            return False
+        return self.blocks[0][:2] == (("o",), ("i",))
 
     @cached_property
-    def _expressions(self) -> list[tuple[str, str, tuple[str, ...]]]:
+    def _expressions(self) -> list[tuple[str, str, Axes]]:
         """The einops expressions of the stored and of the canonical order, and the axes, of each block."""
-        out = _write([(*self.groups, "o")])
-        kernel = f" ({' '.join(self.kernel)})" if self.kernel else ""
-        basis = f"({' '.join(self.basis)})"
-        expressions = [(_write(self.dims), f"{out} i {basis}{kernel}", self.axes + self.shared)]
-        if self.packed_residual is not None:
-            axes = _flatten(self.packed_residual)
-            expressions.append((_write(self.packed_residual), f"{out} i (){kernel}", axes))
+        expressions = []
+        for dims in self.blocks:
+            axes = _flatten(dims)
+            present = [tuple(axis for axis in mode if axis in axes + self.shared) for mode in self._modes]
+            expressions.append((_write(dims), _write(present), axes + self.shared))
         return expressions
 
 
-def concatenate(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+def concatenate(tensors: Sequence[Tensor], dim: int) -> Tensor:
     """Return `torch.cat(tensors, dim)`, which would copy a single tensor."""
     return tensors[0] if len(tensors) == 1 else torch.cat([*tensors], dim)
 
 
-def _flatten(dims: Dims) -> tuple[str, ...]:
+def _flatten(dims: Sequence[Axes]) -> Axes:
     return tuple(axis for dim in dims for axis in dim)
 
 
-def _multiply(axes: Sequence[str], lengths: Mapping[str, int]) -> int:
+def _multiply(axes: Sequence[str], lengths: Lengths) -> int:
     return math.prod([lengths[axis] for axis in axes])
 
 
-def _split_stored(dim: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
-    """Return the axes of a dimension, and over how many stored dimensions `:N` spreads them, 1 by default."""
-    if dim and dim[-1][:-1] == "over":
-        return dim[:-1], int(dim[-1][-1])
-    return dim, 1
+def _solve_length(blocks: Collection[Axes], dim: Axes, size: int, lengths: dict[str, int]) -> bool:
+    """Add the unknown length of a dimension to `lengths`. Return whether the blocks in it then have its size."""
+    unknown = [axis for axis in dim if axis not in lengths]
+    if len(unknown) > 1:
+        return False
+    constant = slope = 0
+    for block in blocks:
+        product = math.prod([lengths.get(axis, 1) for axis in block])
+        # each block is proportional to the unknown length, or lacks this axis
+        if unknown and unknown[0] in block:
+            slope += product
+        else:
+            constant += product
+    for axis in unknown:
+        lengths[axis] = (size - constant) // max(slope, 1)
+        constant += slope * lengths[axis]
+    return size == constant > 0
 
 
-def _write(dims: Sequence[tuple[str, ...]]) -> str:
+def _write(dims: Sequence[Axes]) -> str:
     return " ".join(dim[0] if len(dim) == 1 else f"({' '.join(dim)})" for dim in dims)
 
 
@@ -232,39 +243,46 @@ def parse_layout(pattern: str, groups: str = "", dimensions: int | None = None, 
         torch.Size([4, 3, 5])
     """
     problem = f"Pattern {pattern!r} is not a layout of KAN coefficients: "
-    # einops knows neither blocks that are concatenated nor axes that are stored over several dimensions
-    texts = [re.sub(r"\):([2-9])", r" over\1)", pattern.replace("...", "kernel"))]
-    inner = r"((?:[^()+]|\([^()+]*\))*)"  # a block, perhaps with parentheses
-    packed = re.search(rf"\({inner}\+{inner}\)", texts[0])
-    if packed:
-        before, after = texts[0][: packed.start()], texts[0][packed.end() :]
-        blocks = [re.sub("[()]", " ", block) for block in packed.groups()]
-        texts = [f"{before}({block}){after}" for block in blocks]
-    try:
-        parsed = [[tuple(dim) for dim in ParsedExpression(text).composition] for text in texts]
-    except EinopsError as error:
-        raise ValueError(f"{problem}{error}.") from error
-    if any(not isinstance(axis, str) for dims in parsed for axis in _flatten(tuple(dims))):
-        raise ValueError(f"{problem}an axis must have a name.")
+    blocks = []
+    stored_over: list[int] = []
+    for text in _split_blocks(pattern):
+        try:
+            composition = ParsedExpression(text).composition
+        except EinopsError as error:
+            raise ValueError(f"{problem}{error}.") from error
+        dims = [tuple(dim) for dim in composition]
+        axes = _flatten(dims)
+        if not all(isinstance(axis, str) for axis in axes):
+            raise ValueError(f"{problem}an axis must have a name.")
+        stored_over = [_OVER.get(dim[-1], 1) if dim else 1 for dim in dims]
+        blocks.append([tuple(axis for axis in dim if axis not in _OVER) for dim in dims])
 
-    stored_over = [_split_stored(dim)[1] for dim in parsed[0]]
-    parsed = [[_split_stored(dim)[0] for dim in dims] for dims in parsed]
-    kernel: tuple[str, ...] = ()
-    if ("kernel",) in parsed[0]:
+    kernel: Axes = ()
+    if ("kernel",) in blocks[0]:
         count = 2 if dimensions is None else max(dimensions - sum(stored_over) + 1, 0)
         kernel = tuple(f"kernel{n}" for n in range(count))
-        position = parsed[0].index(("kernel",))
+        position = blocks[0].index(("kernel",))
         stored_over[position : position + 1] = [1] * count
-        for dims in parsed:
+        for dims in blocks:
             dims[position : position + 1] = [(axis,) for axis in kernel]
-    dims, *packed_dims = map(tuple, parsed)
 
-    axes = {*_flatten(dims)}
+    axes = {*_flatten(blocks[0])}
     if not (may_share or {"o", "i"} <= axes):
         raise ValueError(problem + "`o` and `i` must appear once each.")
     group_axes = tuple(axis for axis in groups.split() if axis in axes)
-    residual = packed_dims[0] if packed_dims else None
-    layout = Layout(pattern, dims, kernel, group_axes, residual, tuple(stored_over))
-    if residual is not None and (not layout.basis or {*_flatten(residual)} != axes - {*layout.basis}):
-        raise ValueError(problem + "the second block of a `+` is the residual weights, of axes `o` and `i` alone.")
+    layout = Layout(pattern, tuple(map(tuple, blocks)), kernel, group_axes, tuple(stored_over))
+    for residual in layout.blocks[1:]:
+        if not layout.basis or {*_flatten(residual)} != axes - {*layout.basis}:
+            raise ValueError(problem + "the second block of a `+` is the residual weights, of axes `o` and `i` alone.")
     return layout
+
+
+def _split_blocks(pattern: str) -> list[str]:
+    """Return the pattern of each block of a `+`, in the syntax of einops, which has no `+` and no `:N`."""
+    text = re.sub(r"\):([2-9])", r" over\1)", pattern.replace("...", "kernel"))
+    inner = r"((?:[^()+]|\([^()+]*\))*)"  # a block, perhaps with parentheses
+    packed = re.search(rf"\({inner}\+{inner}\)", text)
+    if packed is None:
+        return [text]
+    blocks = [re.sub("[()]", " ", block) for block in packed.groups()]
+    return [text.replace(packed[0], f"({block})") for block in blocks]

@@ -46,7 +46,7 @@ def _reporting_errors() -> Iterator[None]:
         raise CannotProbe(f"the layer raised {type(error).__name__}: {error!s:.120}") from error
 
 
-def cached_by_class(layer: nn.Module, question: tuple[Any, ...], answer: Callable[[], T]) -> T:
+def cached_by_class(layer: nn.Module, question: tuple, answer: Callable[[], T]) -> T:
     """Return `answer()`, computed once for layers of the same class, shapes, settings and inner modules.
 
     It makes no difference whether a layer is frozen as a whole.
@@ -114,9 +114,7 @@ class Probe:
         CannotProbe: A parameter has no values.
     """
 
-    def __init__(
-        self, layer: nn.Module, names: Iterable[str], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, layer: nn.Module, names: Iterable[str], args: Sequence[Any] = (), kwargs: Any = None) -> None:
         self.layer = layer
         self.args = [*args]
         self.kwargs = dict(kwargs or {})
@@ -125,23 +123,31 @@ class Probe:
         self.error = ""
         self.low, self.high = -1.0, 1.0
 
-        floating = [n for n, arg in enumerate(args) if isinstance(arg, Tensor) and arg.is_floating_point()]
-        self._position = floating[0] if floating else 0
-        self.x: Tensor | None = args[self._position].detach().to(self.like) if floating else None
+        self._position = 0  # of the input among the arguments
+        self.x: Tensor | None = None
+        for position, arg in enumerate(args):
+            if isinstance(arg, Tensor) and arg.is_floating_point():
+                self._position = position
+                self.x = arg.detach().to(self.like)
+                break
 
     def place_inputs(self, grid: Iterable[Any]) -> None:
         """Make up inputs where all grids overlap, or on the first grid. Without a grid they are in [-1, 1]."""
+        ranges = [(-1.0, 1.0)]
         tensors = [value for value in grid if isinstance(value, Tensor) and value.numel() > 1]
-        ranges = [(value.min().item(), value.max().item()) for value in tensors] or [(-1.0, 1.0)]
-        low = max(start for start, _ in ranges)
-        high = min(end for _, end in ranges)
-        self.low, self.high = (low, high) if low < high else ranges[0]
+        if tensors:
+            ranges = [(value.min().item(), value.max().item()) for value in tensors]
+        lows, highs = zip(*ranges, strict=True)
+        self.low, self.high = max(lows), min(highs)
+        if not self.low < self.high:
+            self.low, self.high = ranges[0]
 
     def make_input(self, shape: Sequence[int]) -> Tensor:
         """Return points of this shape in the middle of the grid. None of them is repeated."""
         steps = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64, device="cpu")
         share = (steps * GOLDEN_RATIO).frac().view(*shape)
-        return (self.low + (self.high - self.low) * (0.25 + 0.5 * share)).to(self.like)
+        points = self.low + (self.high - self.low) * (0.25 + 0.5 * share)
+        return points.to(self.like)
 
     @_reporting_errors()
     def run(self, x: Tensor, channel: int, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -163,11 +169,11 @@ class Probe:
             raise CannotProbe(f"it returns a {type(y).__name__}")
         return y.movedim(channel, -1)
 
-    def attempt(self, x: Tensor, channel: int, parameters: Mapping[str, Tensor] | None = None) -> Tensor | None:
+    def attempt(self, *args: Any) -> Tensor | None:
         """Return the output as `run` does; None if the layer does not take this input."""
         try:
             with torch.no_grad():
-                return self.run(x, channel, parameters)
+                return self.run(*args)
         except CannotProbe as reason:
             self.error = self.error or str(reason)
             return None
@@ -189,8 +195,9 @@ class Probe:
         # none is zero; both signs, so that the positions of a kernel do not cancel
         weights = torch.rand(y.shape, generator=generator, device="cpu") - 0.5
         weights += weights.sign()
-        factors = torch.rand(y.shape[-1], generator=generator.manual_seed(seed), device="cpu") + 0.5
-        total = (y * (weights * factors).to(y)).sum()
+        factors = torch.rand(y.shape[-1], generator=generator.manual_seed(seed), device="cpu")
+        weights *= factors + 0.5
+        total = (y * weights.to(y)).sum()
         gradients = torch.autograd.grad(total, [*leaves.values()], allow_unused=True)
         return dict(zip(leaves, gradients, strict=True))
 
@@ -211,11 +218,16 @@ def _copy_module(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Mo
     if module in copies:
         return copies[module]
     copy = copies[module] = object.__new__(type(module))
+    attributes = vars(copy)
     for name, value in vars(module).items():
-        vars(copy)[name] = OrderedDict() if name.endswith("_hooks") else value
-    buffers = {name: None if value is None else _widen(value).clone() for name, value in module._buffers.items()}
-    children = {n: None if child is None else _copy_module(child, copies) for n, child in module._modules.items()}
-    vars(copy).update(training=False, _parameters=dict(module._parameters), _buffers=buffers, _modules=children)
+        attributes[name] = OrderedDict() if name.endswith("_hooks") else value
+    attributes.update(training=False, _parameters=dict(module._parameters))
+    attributes["_buffers"] = buffers = dict(module._buffers)
+    for name, buffer in buffers.items():
+        buffers[name] = buffer if buffer is None else _widen(buffer).clone()
+    attributes["_modules"] = children = dict(module._modules)
+    for name, child in children.items():
+        children[name] = child if child is None else _copy_module(child, copies)
     return copy
 
 

@@ -12,34 +12,36 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..modules.calls import PREFIX, evaluating_without_trace, read_at_rest, unwrap
 from ..modules.report import Report, TextTable
-from .coefficients import find_input_size
 from .describe import describe
 from .description import (
     BUILT_IN,
     REGISTERED,
     KANLayerSpec,
-    fits,
     is_built_in,
     matches_nothing,
+    registered_spec,
     spec_from_file,
 )
 from .description import Grid as Grid
 from .infer import is_no_layer
 
 
+# The attributes in which libraries keep the number of inputs of a layer.
+_INPUT_SIZES = "in_features in_channels inputdim in_dim input_dim input_size in_planes"
 # Modules that the search for layers does not enter. `tuner.jets` adds PEFT's wrappers, which hold copies of modules.
 NOT_SEARCHED: list[type[nn.Module]] = [torch.jit.ScriptModule]
 
 
 def register_kan_layer(kind: str, **description: Any) -> KANLayerSpec:
-    """Describe a kind of KAN layer, so that layers that are not recognized get adapters, too.
+    """Describe a kind of KAN layer. Layers that are not recognized then get adapters, too.
 
     Later registrations take precedence over earlier and built-in ones.
 
@@ -92,7 +94,7 @@ def record_kind(spec: KANLayerSpec, layer: nn.Module) -> dict[str, Any]:
 
 
 def get_recorded_spec(layer: nn.Module, record: Mapping[str, Any] | None) -> KANLayerSpec | None:
-    """The kind of a layer of an adapter from a file: as registered, else as the file describes it.
+    """Return the kind of a layer of an adapter from a file: as registered, else as the file describes it.
 
     Args:
         layer: The layer.
@@ -110,7 +112,7 @@ def get_recorded_spec(layer: nn.Module, record: Mapping[str, Any] | None) -> KAN
     if description is not None:  # of a layer of no registered kind, as the version read it that wrote the file
         return spec_from_file(name, description)
     if name in REGISTERED:  # a kind that was registered later takes the layer too
-        return REGISTERED[name] if fits(REGISTERED[name], layer) else spec
+        return registered_spec(layer, [REGISTERED[name]]) or spec
     raise ValueError(
         f"The adapter is for KAN layers of the kind {name!r}, which its file does not describe. Call "
         "`peft_lotra.register_kan_layer` for it before the adapter is loaded."
@@ -118,7 +120,7 @@ def get_recorded_spec(layer: nn.Module, record: Mapping[str, Any] | None) -> KAN
 
 
 def known_kinds() -> list[str]:
-    """The names of all registered kinds of layers, in the order of registration."""
+    """Return the names of all registered kinds of layers, in the order of registration."""
     return list(REGISTERED)
 
 
@@ -242,21 +244,24 @@ def _find_unrecognized(
     """Return modules that may be KAN layers, or have more coefficients with the arguments of a call."""
     result: dict[Any, UnrecognizedModule] = {}
     likely = {module for _, module in unrecognized_modules(model, recognized)}
-    inside = {inner for name in recognized for inner in list(model.get_submodule(name).modules())[1:]}
+    inside: set[nn.Module] = set()
+    for name in recognized:
+        layer = model.get_submodule(name)
+        inside.update(module for module in layer.modules() if module is not layer)
     for name, module in model.named_modules():
-        args, kwargs = recorded.get(module, ((), {}))
         if module in inside or is_no_layer(module):
             continue
+        args, kwargs = recorded.get(module, ((), {}))
         spec = describe(module, *args, **kwargs).spec
+        reason = ""
         if name not in recognized:
-            reason = describe(module).reason if module in likely or spec is not None else ""
-        else:
-            reason = ""
-            adapted = describe(module).spec
-            if spec is not None and adapted is not None:
-                more = sorted(spec.locate(module).parameters.keys() - adapted.locate(module).parameters.keys())
-                if more:
-                    reason = f"with the arguments of this call it has more coefficients: {', '.join(more)}."
+            if module in likely or spec is not None:
+                reason = describe(module).reason
+        elif spec is not None:
+            adapted = get_kan_spec(module)
+            more = {*spec.locate(module).parameters} - {*(adapted or spec).locate(module).parameters}
+            if more:
+                reason = f"with the arguments of this call it has more coefficients: {', '.join(sorted(more))}."
         if reason:
             registration = "" if spec is None else _write_registration(module, spec)
             shapes = tuple(value.shape for value in module.parameters())
@@ -268,8 +273,6 @@ def _find_unrecognized(
 def _write_registration(module: nn.Module, spec: KANLayerSpec) -> str:
     """Return a call that registers the kind of a module."""
     name = type(module).__name__
-    attribute = find_input_size(module)
-    axes = f'lambda m: {{"i": m.{attribute}}}' if attribute else spec.axes
     fields = {
         "coefficients": spec.parts[0] if len(spec.parts) == 1 else [*spec.parts],
         "residual": spec.residual,
@@ -278,6 +281,11 @@ def _write_registration(module: nn.Module, spec: KANLayerSpec) -> str:
     lines = [f'"{name}",', f'matches=lambda m: type(m).__name__ == "{name}",']
     lines += [f"{field}={value!r},".replace("'", '"') for field, value in fields.items() if value]
     if spec.axes:
+        axes = spec.axes
+        for attribute in _INPUT_SIZES.split():
+            if isinstance(getattr(module, attribute, None), Integral):
+                axes = f'lambda m: {{"i": m.{attribute}}}'
+                break
         lines.append(f"axes={axes},")
     return "register_kan_layer(\n" + "".join(f"    {line}\n" for line in lines) + ")"
 
@@ -286,8 +294,11 @@ def unrecognized_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> l
     """Return the modules that may be KAN layers: they look like one, or another of their class is one."""
     inside = {inner for name in layers for inner in model.get_submodule(name).modules()}
     classes = {type(layer) for layer in layers.values()}
-    others = [(name, module) for name, module in model.named_modules() if module not in inside]
-    return [(name, module) for name, module in others if type(module) in classes or _may_be_kan(module)]
+    modules = []
+    for name, module in model.named_modules():
+        if module not in inside and (type(module) in classes or _may_be_kan(module)):
+            modules.append((name, module))
+    return modules
 
 
 def _may_be_kan(module: nn.Module) -> bool:
@@ -298,8 +309,10 @@ def _may_be_kan(module: nn.Module) -> bool:
     if is_no_layer(module):
         return False
     names = {name for spec in REGISTERED.values() for name, _ in spec.parts} - {"weight", "scale", "coefficients"}
-    parameters = {name: value for name, value in module._parameters.items() if value is not None}
-    return any(name in names or (value.dim() > 2 and len(value) > 1) for name, value in parameters.items())
+    for name, value in module.named_parameters(recurse=False):
+        if name in names or (value.dim() > 2 and len(value) > 1):
+            return True
+    return False
 
 
 def record_arguments(
@@ -327,17 +340,14 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
 
 
 def short_name(name: str) -> str:
-    """The name that a module has in the base model, without what PEFT puts in front of it."""
+    """Return the name of a module in the base model, without the prefix of PEFT."""
     return name.removeprefix(PREFIX)
-
-
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # which no kind has to be compared with
 
 
 def walk_kan_layers(
     module: nn.Module, name: str = "", seen: set[int] | None = None
 ) -> Iterator[tuple[str, nn.Module, KANLayerSpec]]:
-    """The KAN layers of a model (of adapted layers the base layers) with their names and kinds.
+    """Yield the KAN layers of a model with their names and kinds. An adapted layer yields its base layer.
 
     Left out are KAN layers inside of KAN layers and in the copies that PEFT's `modules_to_save` makes.
     """
@@ -349,7 +359,8 @@ def walk_kan_layers(
     while isinstance(base_layer := module._modules.get("base_layer"), nn.Module):
         spec = spec or vars(module).get("lotra_spec")  # of a kind that may not be registered
         module = base_layer
-    if type(module) not in _CONTAINERS and (spec := spec or get_kan_spec(module)):
+    spec = spec or get_kan_spec(module)
+    if spec is not None:
         yield name, module, spec
         return
     for child_name, child in module.named_children():
@@ -357,12 +368,16 @@ def walk_kan_layers(
 
 
 def copy_grid(grid: Mapping[str, Any]) -> Grid:
-    """A copy of a grid, as `KANLayerSpec.read_grid` gives it, with tensors of its own."""
-    return {name: v.detach().clone() if isinstance(v, torch.Tensor) else v for name, v in grid.items()}
+    """Copy a grid, as `KANLayerSpec.read_grid` returns it, with its tensors."""
+    copy = dict(grid)
+    for name, value in grid.items():
+        if isinstance(value, Tensor):
+            copy[name] = value.detach().clone()
+    return copy
 
 
 def same_grid(first: Mapping[str, object], second: Mapping[str, object]) -> bool:
-    """Whether two grids, as `KANLayerSpec.read_grid` gives them, are equal up to casts and devices.
+    """Return whether two grids, as `KANLayerSpec.read_grid` returns them, are equal up to casts and devices.
 
     A tensor on the meta device, which has no content, equals any other of its shape.
     """
@@ -370,11 +385,12 @@ def same_grid(first: Mapping[str, object], second: Mapping[str, object]) -> bool
         return False
     for name, value in first.items():
         other = second[name]
-        if isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor):
-            narrow, wide = sorted((value, other), key=torch.Tensor.element_size)  # compared in the fewer digits
+        if isinstance(value, Tensor) and isinstance(other, Tensor):
+            narrow, wide = sorted((value, other), key=Tensor.element_size)  # compared in the fewer digits
             if narrow.shape != wide.shape:
                 return False
-            if not (narrow.is_meta or wide.is_meta or torch.equal(narrow, wide.to(narrow))):
+            has_content = not (narrow.is_meta or wide.is_meta)
+            if has_content and not torch.equal(narrow, wide.to(narrow)):
                 return False
         elif type(value) is not type(other) or value != other:
             return False

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..kan.slim_kan import SlimKANLinear
 from ..modules.calls import LayerLock, attribute_by, call_with_parameters, is_tracing
@@ -23,7 +23,7 @@ from .description import REGISTERED, Grid, KANLayerSpec
 class SlimLayer(nn.Module):
     """A KAN layer of another library whose coefficients, with its residual weights, are a core and three factors.
 
-    The layer itself runs, with the coefficients built from the factors, which is exact for every kind: it saves
+    The layer runs with coefficients that are built from the factors. This is exact for every kind, and saves
     parameters, not time. Other attributes come from the layer with these coefficients.
     """
 
@@ -54,17 +54,17 @@ class SlimLayer(nn.Module):
     components = SlimKANLinear.components
 
     @property
-    def coefficients(self) -> torch.Tensor:
+    def coefficients(self) -> Tensor:
         """The coefficient tensor (out, in, basis), built from the factors without the base branch."""
         return self.components.sliced(slice(self.tensor.shape[-1])).dense()
 
     @property
-    def residual(self) -> torch.Tensor | None:
+    def residual(self) -> Tensor | None:
         """The residual weights (out, in), built from the factors, or None without a base branch."""
         last = self.components.sliced(slice(self.tensor.shape[-1], None))
         return last.dense().squeeze(-1) if last.shape[2] else None
 
-    def effective_parameters(self, delta: torch.Tensor | float = 0.0) -> dict[str, torch.Tensor]:
+    def effective_parameters(self, delta: Tensor | float = 0.0) -> dict[str, Tensor]:
         """Return the parameters, as the layer stores them, of the factors' tensor plus `delta` of the same shape."""
         parameters = self.tensor.split((self.components.dense() + delta).contiguous())
         if self.scale is not None:
@@ -74,7 +74,7 @@ class SlimLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward_with(0.0, *args, **kwargs)
 
-    def forward_with(self, delta: torch.Tensor | float, *args: Any, **kwargs: Any) -> Any:
+    def forward_with(self, delta: Tensor | float, *args: Any, **kwargs: Any) -> Any:
         """Return the output with a dense tensor added to the factors' tensor."""
         with nullcontext() if is_tracing() else self.lotra_lock:
             return call_with_parameters(self.layer, self.effective_parameters(delta), self.layer, args, kwargs)
@@ -133,7 +133,7 @@ def _refuse_grid_method(name: str, *args: Any, **kwargs: Any) -> None:
     )
 
 
-def call_with_coefficients(layer: nn.Module, tensor: CoefficientTensor, coefficients: torch.Tensor, *args: Any) -> Any:
+def call_with_coefficients(layer: nn.Module, tensor: CoefficientTensor, coefficients: Tensor, *args: Any) -> Any:
     """Call a layer with other coefficients in the canonical order. In a Slim layer they are a product."""
     if isinstance(layer, (SlimKANLinear, SlimLayer)):
         return layer.forward_with(coefficients - tensor.read(layer), *args)
