@@ -24,6 +24,7 @@ from ..tuner.gradients import (
     compute_losses,
     dense_updates,
     find_active_adapter,
+    holds_any,
     replace_config,
     warn_of_optimizers,
 )
@@ -153,14 +154,11 @@ def _check_replaceable(model: nn.Module, components: Mapping[str, Tucker], confi
             )
     if config.budget is None:
         return
-    optimized = set()
     gc.collect()  # of optimizers that were deleted
-    for optimizer in gc.get_objects():
-        if issubclass(type(optimizer), torch.optim.Optimizer):  # `isinstance` would ask proxies for their class
-            for group in optimizer.param_groups:
-                optimized.update(group["params"])
+    # `isinstance` would ask proxies for their class
+    optimizers = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.optim.Optimizer)]
     for name, tensor in components.items():
-        if not optimized.isdisjoint(tensor._asdict().values()):
+        if holds_any(optimizers, {*tensor._asdict().values()}):
             raise ValueError(
                 f"An optimizer was created before this start. A start with a `budget` replaces the components of "
                 f"`{name}`, so that optimizer would train parameters that the model no longer uses. Create the "

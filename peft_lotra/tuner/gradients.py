@@ -108,10 +108,10 @@ def warn_of_optimizers(layers: Mapping[str, LoTRALayer], adapter: str) -> None:
     components = set()
     for layer in layers.values():
         components.update(layer.get_components(adapter)._asdict().values())
-    if not _holds_any(components):
+    if not holds_any(OPTIMIZERS, components):
         return
     gc.collect()  # of optimizers that were deleted, to which their schedulers refer
-    if _holds_any(components):
+    if holds_any(OPTIMIZERS, components):
         warnings.warn(
             "An optimizer was created before this start, so its learning rates do not fit the start. Call "
             "`create_lotra_optimizer` again, after the start.",
@@ -119,12 +119,11 @@ def warn_of_optimizers(layers: Mapping[str, LoTRALayer], adapter: str) -> None:
         )
 
 
-def _holds_any(parameters: set[torch.Tensor]) -> bool:
+def holds_any(optimizers: Iterable[Optimizer], parameters: set[torch.Tensor]) -> bool:
     """Return whether one of the optimizers holds one of the parameters."""
-    for optimizer in list(OPTIMIZERS):
-        for group in optimizer.param_groups:
-            if not parameters.isdisjoint(group["params"]):
-                return True
+    for optimizer in list(optimizers):
+        if any(not parameters.isdisjoint(group["params"]) for group in optimizer.param_groups):
+            return True
     return False
 
 
