@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ..compress.updates import check_without_adapters
 from ..hub.card import README
 from ..hub.push import fetch_card, upload
-from ..least_squares.problem import trainable_parameters
+from ..least_squares.problem import split_vector, trainable_parameters
 from ..modules.calls import LayerLock, call_with_parameters
 from ..modules.checks import check_count
 from ..modules.folders import replacing_files
@@ -37,7 +37,7 @@ from .calibration import Calibration, minimize
 from .estimate import ErrorEstimates
 from .fitting import Fitting
 from .interpolation import FamilyReport, Member, MemberSpace, Point, ranges_of
-from .members import OfModel, Problem, TermsOf, argument, named, read, residuals_of, take_steps, write
+from .members import OfModel, Problem, TermsOf, argument, read, residuals_of, take_steps, write
 from .storage import FILE, load_family, save_family, write_card
 
 
@@ -94,7 +94,8 @@ class Prediction:
 
     def _call(self, function: Callable[..., Any], *args: Any) -> Any:
         family = self._family
-        values = named(family._trainable, self._vector)
+        tensors = split_vector(family._trainable, torch.from_numpy(self._vector))
+        values = {name: value.to(family._trainable[name]) for name, value in tensors.items()}
         # the tensors of the shared model are exchanged meanwhile: one thread at a time
         with family._lock:
             return call_with_parameters(family.model, values, partial(function, family.model), args, {})

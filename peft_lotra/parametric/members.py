@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from ..least_squares.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
-from ..least_squares.problem import Term, check_residuals, check_terms, in_double, name_term, trainable_parameters
+from ..least_squares.problem import (
+    Term,
+    check_residuals,
+    check_terms,
+    in_double,
+    name_term,
+    trainable_parameters,
+    write_vector,
+)
 from ..modules.calls import call_with_parameters
 from .held_out import held_out_terms
 from .interpolation import Member, Point
@@ -127,23 +135,9 @@ def read(parameters: Mapping[str, Tensor]) -> np.ndarray:
     return parameters_to_vector(parameters.values()).detach().double().cpu().numpy()
 
 
-@torch.no_grad()
 def write(model: nn.Module, vector: np.ndarray) -> None:
     """Give a model the coordinates (P,)."""
-    parameters = trainable_parameters(model)
-    for name, value in named(parameters, vector).items():
-        parameters[name].copy_(value)
-
-
-def named(
-    parameters: Mapping[str, Tensor],
-    vector: np.ndarray,
-) -> dict[str, Tensor]:
-    """Split coordinates (P,) into tensors that replace these parameters."""
-    sizes = [parameter.numel() for parameter in parameters.values()]
-    values = torch.from_numpy(vector).split(sizes)
-    pairs = zip(parameters.items(), values, strict=True)
-    return {name: value.view_as(parameter).to(parameter) for (name, parameter), value in pairs}
+    write_vector(trainable_parameters(model), torch.from_numpy(vector))
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ from ..modules.calls import (
 from ..tucker import COMPONENTS, Tucker, Update
 from .by_row import FORWARD_PASS, ForwardPass, run_named_rows
 from .config import LoTRAConfig
-from .grids import holds_meta_tensors, refuse_grid_change, versions_on_accelerator, warn_of_far_inputs
+from .grids import holds_meta_tensors, refuse_grid_change, warn_of_far_inputs
 from .initialization import initialize
 
 
@@ -84,14 +84,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         "lotra_module_dropout",
     )
     cast_input_dtype_enabled: bool = True  # switched by PEFT
-    lotra_r: dict[str, tuple[int, ...]]
-    lotra_alpha: dict[str, float]
-    lotra_scaling: dict[str, float]
-    lotra_rank_dropout: dict[str, float]
-    lotra_module_dropout: dict[str, float]
     lotra_spec: KANLayerSpec
     lotra_tensor: CoefficientTensor
-    before_merge: Tensors
     _modules: dict[str, Any]
 
     def __init__(self, base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, name: str) -> None:
@@ -128,10 +122,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: LoTRAConfig) -> None:
         """Add an adapter."""
         shapes = config.component_shapes(self.lotra_name, self.lotra_tensor)
-        alpha = config.alpha_of(self.lotra_name)
         self.lotra_r[adapter_name] = shapes["core"]
-        self.lotra_alpha[adapter_name] = alpha
-        self.lotra_scaling[adapter_name] = alpha
+        self.lotra_alpha[adapter_name] = self.lotra_scaling[adapter_name] = config.alpha_of(self.lotra_name)
         self.lotra_rank_dropout[adapter_name] = config.rank_dropout
         self.lotra_module_dropout[adapter_name] = config.module_dropout
 
@@ -151,7 +143,6 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         initialize(self.get_components(adapter_name), start, zero, coefficients)
         if stored.dtype != dtype:
             self._move_adapter_to_device_of_base_layer(adapter_name)
-        self._active_adapter = self._active_adapter or [adapter_name]
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
         stored = self.lotra_tensor.get_parameter(base_layer)
@@ -201,13 +192,12 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         # drawn as tensors, so that a compiled graph draws at each step
         core = components.core
         if p := self.lotra_rank_dropout[adapter]:
-            shape = (len(core), *[1] * (core.dim() - 1))
-            mask = torch.rand(shape, device=core.device) >= p
-            mask = mask.to(core.dtype)
-            components = components._replace(core=core * mask / (1 - p))
+            # drops whole channels, the second dimension, and scales up the others
+            dropped = torch.feature_dropout(core.unsqueeze(0), p, True)
+            components = components._replace(core=dropped.squeeze(0))
         if p := self.lotra_module_dropout[adapter]:
             mask = torch.rand((), device=core.device) >= p
-            scale = scale * mask.to(core.dtype)
+            scale = scale * mask.to(core)
         return Update(scale, components)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
@@ -297,12 +287,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         with without_autocast(updates[0].tensor.core):
             for update in updates:
                 for name, delta in self.lotra_tensor.split(update.dense()).items():
-                    path, _, leaf = name.rpartition(".")
-                    owner = base_layer.get_submodule(path)
-                    is_stored = leaf in owner._parameters or leaf in vars(owner)
-                    stored = parameters[name] if name in parameters else getattr(owner, leaf)
+                    stored = parameters[name] if name in parameters else attrgetter(name)(base_layer)
                     is_sharded = hasattr(stored, "placements") != hasattr(delta, "placements")
-                    if is_sharded or not is_stored or stored.shape != delta.shape:
+                    if is_sharded or stored.shape != delta.shape:
                         raise RuntimeError(
                             f"`{name}` of `{self.lotra_name}` is sharded, and its adapters are not. Shard the "
                             "LoTRALayer, or a module around it."
@@ -314,7 +301,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def remember_grid(self) -> None:
         """Take the present grid as the one that the adapters are made for. The formula is verified again."""
-        vars(self).update(lotra_grid=self.copy_grid(), _grid_state=(), _readers={})
+        vars(self).update(lotra_grid=self.copy_grid(), _grid_state=[], _readers={})
 
     def copy_grid(self) -> Grid:
         return copy_grid(self.lotra_spec.read_grid(self.get_base_layer()))
@@ -328,19 +315,20 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             self._has_seen_inputs = True
             warn_of_far_inputs(self.lotra_name, self.lotra_grid, self.lotra_tensor.shape, args[0])
         grid = self.lotra_spec.read_grid(self.get_base_layer())
-        state = versions_on_accelerator(grid)
+        # comparing values would wait for an accelerator: there, versions tell whether they changed
+        values = [value for value in grid.values() if isinstance(value, torch.Tensor) and value.device.type != "cpu"]
+        state = [(id(value), value._version, value.data_ptr()) for value in values if not value.is_inference()]
         if state and state == self._grid_state:
             return
         if holds_meta_tensors(self.lotra_grid):  # there were no values yet
-            self.lotra_grid = self.copy_grid()
+            self.lotra_grid = copy_grid(grid)
         if not same_grid(self.lotra_grid, grid):
             raise RuntimeError(
                 f"The grid of `{self.lotra_name}` ({self.lotra_spec.kind}) was moved after its adapters had been "
                 "attached, so their coefficients describe different functions. Move it back, or call "
                 "`peft_lotra.refit_adapters(model, inputs, move)`."
             )
-        if state:
-            self._grid_state = state
+        self._grid_state = state
 
     @property
     def base_to_refine(self) -> nn.Module:
@@ -379,15 +367,13 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         if names is None and current is not None:
             names = current.names
 
-        if self._disable_adapters:
-            if self.merged_adapters:
-                self.unmerge()
-            return self._call_base([], args, kwargs)
-        if self.merged_adapters:
-            if names is not None:
-                raise ValueError(
-                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-                )
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()
+        if self.merged_adapters and names is not None:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        if self._disable_adapters or self.merged_adapters:
             return self._call_base([], args, kwargs)
         if not (is_traced or in_transform()):  # where tensors have no values
             self.check_grid(args)
@@ -414,15 +400,13 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def _updates(self, adapters: Iterable[str], current: ForwardPass | None) -> list[Update]:
         """Return the updates of the adapters that the layer has, as they were when the pass began."""
-        names = self._available(adapters)
-        updates = [self.update_of(name, self.training) for name in names]
+        updates = {name: self.update_of(name, self.training) for name in adapters if name in self.lotra_scaling}
         # read after the components, see `hotswap_adapter`
         if current is not None and current.replaced:
-            for index, name in enumerate(names):
-                former = current.replaced.get((id(self), name))
-                if former is not None:
-                    updates[index] = updates[index]._replace(tensor=former)
-        return updates
+            for name in updates:
+                former = current.replaced.get((id(self), name), updates[name].tensor)
+                updates[name] = updates[name]._replace(tensor=former)
+        return [*updates.values()]
 
     def _call_base(self, updates: Sequence[Update], args: tuple, kwargs: dict) -> Any:
         """Run the base layer with the updates added to its parameters, one thread at a time."""
@@ -441,9 +425,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             return None
         key = base_layer.training, stored.dtype
         verified_state, reader = self._readers.get(key, (None, None))
-        if reader is not None and reader.is_own:
-            return reader
-        if not is_new and (is_tracing() or in_transform()):
+        is_final = reader is not None and reader.is_own
+        if is_final or (not is_new and (is_tracing() or in_transform())):
             return reader
         state = state_of(base_layer)
         if state != verified_state:
@@ -561,7 +544,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         self.before_merge = {name: fn(value) for name, value in self.before_merge.items()}
         if is_same:
             self.lotra_grid = self.copy_grid()
-        self._grid_state = ()
+        self._grid_state = []
         return self
 
     @property
@@ -641,16 +624,6 @@ def check_unmerged(model: nn.Module) -> None:
 
 def lotra_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, LoTRALayer]]:
     """Iterate over the adapted layers of a model with their names, or over those that have the adapter."""
-    # like `named_modules`, but not through the modules of the layers, which are many
-    modules: list[tuple[str, nn.Module | None]] = [("", model)]
-    seen = set()
-    while modules:
-        name, module = modules.pop()
-        if module is None or module in seen:
-            continue
-        seen.add(module)
-        if not isinstance(module, LoTRALayer):
-            children = [(f"{name}.{key}" if name else key, child) for key, child in module._modules.items()]
-            modules += reversed(children)
-        elif adapter is None or adapter in module.lotra_r:
+    for name, module in model.named_modules():
+        if isinstance(module, LoTRALayer) and (adapter is None or adapter in module.lotra_r):
             yield name, module
