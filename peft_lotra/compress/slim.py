@@ -304,7 +304,7 @@ def _exchange(model: nn.Module, layers: LayerMap) -> nn.Module:
 
 def _copy(model: nn.Module) -> nn.Module:
     """Copy a model deeply, also one that keeps activations of its last pass (pykan), which deepcopy refuses."""
-    memo: dict[int, Any] = {}
+    memo = {}
     for value in tree_leaves([vars(module) for module in model.modules()]):
         if isinstance(value, Tensor) and value.grad_fn is not None:
             memo[id(value)] = value.detach().clone()

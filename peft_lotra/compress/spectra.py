@@ -208,10 +208,11 @@ def _allocate(layers: Mapping[str, LayerSpectrum], budget: int) -> LayerRanks:
             if rate > best_rate:
                 best_rate, best_name, best_index = rate.item(), name, int(index)
         if best_rate == 0:
-            return {name: _ranks_at(layers[name], frontier[2][0]) for name, frontier in frontiers.items()}
+            break
         costs = frontiers[best_name][0]
         left -= int(costs[best_index] - costs[0])
         frontiers[best_name] = [column[best_index:] for column in frontiers[best_name]]
+    return {name: _ranks_at(layers[name], indices[0]) for name, (_, _, indices) in frontiers.items()}
 
 
 def _frontier(layer: LayerSpectrum) -> list[Tensor]:

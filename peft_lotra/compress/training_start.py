@@ -209,7 +209,7 @@ def _weigh(
         return {}
 
     def run(network: nn.Module) -> torch.Tensor:
-        outputs: list[torch.Tensor] = []
+        outputs = []
         for args, kwargs in calls:
             if sum(map(len, outputs)) < ROWS:
                 outputs.append(first_output(network(*args, **kwargs)).flatten(0, -2))

@@ -290,7 +290,7 @@ class LevenbergMarquardt:
             if message:
                 warnings.warn(f"Held-out {message}", RuntimeWarning, stacklevel=3)
 
-        history: list[LevenbergMarquardtStep] = []
+        history = []
         slow_steps = 0
         is_hidden = not (progress and self._shards.is_first)
         with tqdm(total=steps, unit="step", desc="Levenberg-Marquardt", disable=is_hidden) as bar:

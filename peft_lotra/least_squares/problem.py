@@ -100,7 +100,7 @@ def check_terms(terms: Iterable[Any]) -> list[Term]:
     Raises:
         ValueError: A term is malformed, or there is none.
     """
-    checked: list[Term] = []
+    checked = []
     for index, term in enumerate(terms):
         function, rows, weight, *_ = (*term, 1.0)
         rows = tuple(rows) if isinstance(rows, Sequence) else (rows,)
@@ -220,7 +220,8 @@ class LeastSquares:
         self.shards = shards or Shards()
         self.trainable = trainable_parameters(model)
         self.fixed = in_double(model)  # the trainable ones are always replaced
-        self.start = torch.cat([parameter.detach().double().flatten() for parameter in self.trainable.values()])
+        parameters = self.trainable.values()
+        self.start = torch.cat([parameter.detach().double().flatten() for parameter in parameters])
         self.num_parameters = len(self.start)
         self.trials: Trials = {}
         self.terms = self._prepare(terms)
@@ -337,32 +338,33 @@ class LeastSquares:
             return tensor.detach()  # the tensor would hold the graph that holds it
 
         def evaluate() -> Tensor:
-            """Return the residuals, and set the number of columns and the memory of a row."""
             saved_bytes.clear()
             try:
                 with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                    residuals = self._call(term, rows, leaves)
+                    return self._call(term, rows, leaves)
             except RuntimeError:  # transforms of `torch.func` refuse the hooks
-                residuals = self._call(term, rows, leaves)
-            trial.columns = residuals.shape[1]
+                return self._call(term, rows, leaves)
+
+        def measure_row() -> int:
+            """Return the memory of a row in the last evaluation."""
             # tensors of parameters are left out
             bytes_of_rows = sum(size for size in saved_bytes if size % TRIAL_ROWS == 0)
             bytes_of_gradients = 2 * trial.columns * self.num_parameters * 8
-            trial.row_bytes = 3 * bytes_of_rows // TRIAL_ROWS + bytes_of_gradients
-            return residuals
+            return 3 * bytes_of_rows // TRIAL_ROWS + bytes_of_gradients
 
-        evaluate()
-        row_bytes = trial.row_bytes
+        trial.columns = evaluate().shape[1]
+        trial.row_bytes = measure_row()
         with suppress(RuntimeError):  # the function writes into the output of a layer, which is a leaf
             jacobian = row_gradients(evaluate, list(leaves.values()), TRIAL_ROWS)
-            if jacobian is not None:
-                # a function that reorders its rows is not differentiated row by row
-                weights = jacobian.new_ones(len(jacobian)).cumsum(0).cos()
-                expected = self._pull_back(term, rows, weights)
-                error = jacobian.T @ weights - expected
-                trial.by_layers = bool(error.abs().max() <= 1e-6 * expected.abs().max())  # False for NaN
-        if not trial.by_layers:
-            trial.row_bytes = row_bytes
+            if jacobian is None:
+                return
+            # a function that reorders its rows is not differentiated row by row
+            weights = jacobian.new_ones(len(jacobian)).cumsum(0).cos()
+            expected = self._pull_back(term, rows, weights)
+            error = jacobian.T @ weights - expected
+            if error.abs().max() <= 1e-6 * expected.abs().max():  # not if it is NaN
+                trial.by_layers = True
+                trial.row_bytes = measure_row()
 
     # Residuals
 

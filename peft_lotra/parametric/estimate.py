@@ -67,7 +67,7 @@ class ErrorEstimates:
                     self._held_out[member.parameter] = list(self.problem.held_terms(model, member.parameter))
                 # data may be smooth at one parameter, and not at another
                 numbers = self._held_out[member.parameter]
-                held_out = {number: held_out[number] for number in held_out if number in numbers}
+                held_out = {number: term for number, term in held_out.items() if number in numbers}
             residuals = residuals_of(model, [*self.problem.terms(point), *held_out.values()])
             for member, weight in around:
                 key = (member.parameter, member.vector.tobytes(), *held_out)

@@ -66,14 +66,12 @@ class Problem:
         """Return terms, by number, at points that no member is fitted to, by default between the points of the fit."""
         if self.held_terms_of is not None:
             return dict(enumerate(self._of_networks(self.held_terms_of, parameter)))
-        solution, dtype = self.solution(model, parameter), next(model.parameters()).dtype
-        return held_out_terms(self.terms(parameter), lambda x: solution(x.to(dtype)))
+        solution = self.solution(model, parameter)
+        like = next(model.parameters())
+        return held_out_terms(self.terms(parameter), lambda x: solution(x.to(like.dtype)))
 
-    def _of_networks(
-        self,
-        terms_of: Callable[[Any], Iterable],
-        parameter: Point,
-    ) -> list[Term]:
+    def _of_networks(self, terms_of: TermsOf, parameter: Point) -> list[Term]:
+        """Return the terms of a function of the user, as functions of the network instead of the solution."""
         terms = check_terms(terms_of(argument(parameter)))
         if self.solution_of is None:
             return terms

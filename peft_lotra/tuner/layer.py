@@ -280,7 +280,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         Raises:
             RuntimeError: A parameter is sharded, and the updates are not.
         """
-        parameters: Tensors = {}
+        parameters = {}
         if not updates:
             return parameters
         base_layer = self.get_base_layer()
@@ -315,9 +315,11 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             self._has_seen_inputs = True
             warn_of_far_inputs(self.lotra_name, self.lotra_grid, self.lotra_tensor.shape, args[0])
         grid = self.lotra_spec.read_grid(self.get_base_layer())
-        # comparing values would wait for an accelerator: there, versions tell whether they changed
-        values = [value for value in grid.values() if isinstance(value, torch.Tensor) and value.device.type != "cpu"]
-        state = [(id(value), value._version, value.data_ptr()) for value in values if not value.is_inference()]
+        state = []
+        for value in grid.values():
+            # comparing values would wait for an accelerator, where versions tell whether they changed
+            if isinstance(value, torch.Tensor) and value.device.type != "cpu" and not value.is_inference():
+                state.append((id(value), value._version, value.data_ptr()))
         if state and state == self._grid_state:
             return
         if holds_meta_tensors(self.lotra_grid):  # there were no values yet
@@ -328,7 +330,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 "attached, so their coefficients describe different functions. Move it back, or call "
                 "`peft_lotra.refit_adapters(model, inputs, move)`."
             )
-        self._grid_state = state
+        if state:
+            self._grid_state = state
 
     @property
     def base_to_refine(self) -> nn.Module:

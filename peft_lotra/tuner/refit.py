@@ -110,7 +110,7 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
 
 
 def _is_moved(layer: LoTRALayer) -> bool:
-    return not same_grid(layer.lotra_grid, layer.lotra_spec.read_grid(layer.get_base_layer()))
+    return not same_grid(layer.lotra_grid, layer.copy_grid())
 
 
 @contextmanager

@@ -228,7 +228,7 @@ def warn_of_doubts(targets: Targets) -> None:
 
 def check_targets(config: LoTRAConfig, model: nn.Module, targets: Targets) -> None:
     """Raise a ValueError for targets that cannot be adapted as the configuration says."""
-    owners: Owners = {}
+    owners = {}
     adapted = {name: layer.base_before_merge() for name, layer in lotra_layers(model)}
     for name, target in {**adapted, **targets}.items():
         if isinstance(target.layer, (SlimKANLinear, SlimLayer)):  # whose coefficients are a product
@@ -246,8 +246,8 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Targets) -> No
     for name, target in targets.items():
         if config.train is not None:
             _check_trained(name, target, config)
-        coefficients = target.tensor.read(target.layer).detach() if config.init_weights == "hosvd" else None
-        check_start(config.init_weights, coefficients)
+        if isinstance(config.init_weights, str):
+            check_start(config.init_weights, target.tensor.read(target.layer).detach())
 
 
 def _check_saved(config: LoTRAConfig, model: nn.Module, targets: Targets) -> None:
