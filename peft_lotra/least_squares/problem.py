@@ -384,19 +384,19 @@ class LeastSquares:
             residuals.append(self._call(term, rows, tensors).detach().flatten())
         return torch.cat(residuals)
 
-    def _split(self, residuals: Tensor) -> Sequence[Tensor]:
+    def split(self, residuals: Tensor) -> Sequence[Tensor]:
         """Return the residuals of each term."""
         return residuals.split([len(term.rows[0]) * term.columns for term in self.terms])
 
     def losses(self, residuals: Tensor) -> tuple[float, ...]:
         """Return the sum of squares of each term, in all processes."""
-        squares = [residuals_of_term.square().sum() for residuals_of_term in self._split(residuals)]
+        squares = [residuals_of_term.square().sum() for residuals_of_term in self.split(residuals)]
         return tuple(self.shards.sum(torch.stack(squares)).tolist())
 
     def find_not_finite(self, residuals: Tensor) -> str:
         """Return a message that names the terms whose residuals are NaN or infinite; empty without any."""
         names = []
-        for term, residuals_of_term in zip(self.terms, self._split(residuals), strict=True):
+        for term, residuals_of_term in zip(self.terms, self.split(residuals), strict=True):
             indices = (~residuals_of_term.isfinite()).nonzero()
             if len(indices):
                 row = int(indices[0]) // term.columns

@@ -287,9 +287,12 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         with without_autocast(updates[0].tensor.core):
             for update in updates:
                 for name, delta in self.lotra_tensor.split(update.dense()).items():
-                    stored = parameters[name] if name in parameters else attrgetter(name)(base_layer)
+                    path, _, leaf = name.rpartition(".")
+                    owner = base_layer.get_submodule(path)
+                    is_stored = leaf in owner._parameters or leaf in vars(owner)
+                    stored = parameters[name] if name in parameters else getattr(owner, leaf)
                     is_sharded = hasattr(stored, "placements") != hasattr(delta, "placements")
-                    if is_sharded or stored.shape != delta.shape:
+                    if is_sharded or not is_stored or stored.shape != delta.shape:
                         raise RuntimeError(
                             f"`{name}` of `{self.lotra_name}` is sharded, and its adapters are not. Shard the "
                             "LoTRALayer, or a module around it."

@@ -96,12 +96,12 @@ def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> Targets:
         )
     if not layers:
         raise ValueError(_no_layer_message(model))
-    names = [name for name in layers if _has_index(config, name)]
+    indices = config.layers_to_transform
+    names = list(layers)
+    if indices not in (None, []):
+        names = [name for name in layers if _has_index(name, indices)]
     if not names:
-        raise ValueError(
-            f"None of the KAN layers {list(layers)} has an index in `layers_to_transform`="
-            f"{config.layers_to_transform}."
-        )
+        raise ValueError(f"None of the KAN layers {list(layers)} has an index in `layers_to_transform`={indices}.")
     chosen = copy(config)
     chosen.target_modules = names
     targets = {}
@@ -134,11 +134,8 @@ def _no_layer_message(model: nn.Module) -> str:
     )
 
 
-def _has_index(config: LoTRAConfig, name: str) -> bool:
-    """Return whether a layer is one of `layers_to_transform`; unlike in PEFT, the index may end its name."""
-    indices = config.layers_to_transform
-    if indices in (None, []):
-        return True
+def _has_index(name: str, indices: list[int] | int) -> bool:
+    """Return whether a layer has one of the indices in its name; unlike in PEFT, the index may end the name."""
     match = re.search(r"\.(\d+)(?:\.|$)", name)
     if isinstance(indices, int):
         indices = [indices]
@@ -233,7 +230,7 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Targets) -> No
     for name, target in {**adapted, **targets}.items():
         if isinstance(target.layer, (SlimKANLinear, SlimLayer)):  # whose coefficients are a product
             continue
-        if name in targets and name not in adapted:
+        if name not in adapted and not is_built_in(target.spec):
             _check_description(name, target)
         for parameter in target.tensor.parameters if config.adapt_residual else target.tensor.names:
             _check_parameter(name, target.layer, parameter, owners)
@@ -271,7 +268,7 @@ def _check_saved(config: LoTRAConfig, model: nn.Module, targets: Targets) -> Non
 def _check_description(name: str, target: Target) -> None:
     """Raise a ValueError if the gradients of a layer verify another layout than its description has."""
     layer, spec, _ = target
-    reason = "" if is_built_in(spec) else compare(layer, spec).reason
+    reason = compare(layer, spec).reason
     if reason:
         raise ValueError(
             f"The layer `{name}` ({type(layer).__name__}, of the kind {spec.kind!r}) does not compute what its "
