@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers.coefficients import expand_name
 from ..layers.describe import compare
@@ -76,7 +75,7 @@ class KANLayerReport(Report):
         return TextTable(["parameter", "role", ">elements", "used"], rows, notes)
 
 
-def check_kan_layer(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None = None) -> KANLayerReport:
+def check_kan_layer(layer: nn.Module, x: Tensor | tuple[Any, ...] | None = None) -> KANLayerReport:
     """Check that a KAN layer computes what the description of its kind says, without changing it.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..modules.calls import buffers_kept, modes_kept, unwrap
@@ -29,9 +29,7 @@ DENSE = "dense update"  # the name of an adapter that layers have while a start 
 OPTIMIZERS: WeakSet[Optimizer] = WeakSet()
 
 
-def start_from_gradient(
-    model: nn.Module, loss: Callable[..., torch.Tensor], batches: Iterable[Any] | None = None
-) -> None:
+def start_from_gradient(model: nn.Module, loss: Callable[..., Tensor], batches: Iterable[Any] | None = None) -> None:
     """Initialize the active adapter with the directions that full fine-tuning would take first.
 
     Let G be the gradient of the loss with respect to the coefficients of a layer. factor_in, factor_basis and core
@@ -119,7 +117,7 @@ def warn_of_optimizers(layers: Mapping[str, LoTRALayer], adapter: str) -> None:
         )
 
 
-def holds_any(optimizers: Iterable[Optimizer], parameters: set[torch.Tensor]) -> bool:
+def holds_any(optimizers: Iterable[Optimizer], parameters: set[Tensor]) -> bool:
     """Return whether one of the optimizers holds one of the parameters."""
     for optimizer in list(optimizers):
         if any(not parameters.isdisjoint(group["params"]) for group in optimizer.param_groups):
@@ -165,12 +163,12 @@ def dense_updates(
         yield updates
 
 
-def compute_losses(loss: Callable[..., torch.Tensor], batches: Iterable[Any] | None) -> Iterator[torch.Tensor]:
+def compute_losses(loss: Callable[..., Tensor], batches: Iterable[Any] | None) -> Iterator[Tensor]:
     """Yield the loss of each batch, or without batches the loss; raise a ValueError unless it has one value."""
     calls = [()] if batches is None else ((batch,) for batch in batches)
     for arguments in calls:
         value = loss(*arguments)
-        if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             raise ValueError(
                 f"`loss` must return a tensor of one value with a gradient, not {value!r:.100}. Compute it from the "
                 "output of the model, and leave `backward()` out."
@@ -178,7 +176,7 @@ def compute_losses(loss: Callable[..., torch.Tensor], batches: Iterable[Any] | N
         yield value
 
 
-def check_changes(subject: str, changes: Mapping[str, torch.Tensor | None]) -> None:
+def check_changes(subject: str, changes: Mapping[str, Tensor | None]) -> None:
     """Raise a ValueError for gradients or updates of layers that are missing, not finite, or all zero."""
     is_zero = True
     for name, tensor in changes.items():

@@ -79,7 +79,7 @@ def hotswap_adapter(
         raise ValueError(f"The adapter {adapter_name!r} is merged: call `model.unmerge_adapter()` first.")
     targets = find_targets(new, base) if new.base_layers else {}
     are_modules_equal = set(new.modules_to_save or ()) == set(old.modules_to_save or ())
-    if set(targets) != set(layers) or not are_modules_equal:
+    if targets.keys() != layers.keys() or not are_modules_equal:
         raise ValueError(
             f"The new adapter has the layers {list(targets)} and saves {new.modules_to_save}, the present one "
             f"{list(layers)} and {old.modules_to_save}. Load it as another adapter: `model.load_adapter(...)`."
@@ -92,8 +92,7 @@ def hotswap_adapter(
         ratio = new.alpha_of(name) / layer.lotra_alpha[adapter_name]
         replacements[name] = _fit_to(layer.get_components(adapter_name), components, ratio, target_rank, name)
     saved = []
-    state = model.state_dict() if new.modules_to_save else {}  # shares the memory of the parameters
-    for key, parameter in state.items():
+    for key, parameter in model.state_dict().items():  # shares the memory of the parameters
         file_key = key.replace(f".modules_to_save.{adapter_name}.", ".")
         if file_key != key:
             saved.append((parameter, tensors[file_key]))

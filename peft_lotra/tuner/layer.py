@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.other import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..kan.basis import in_transform
@@ -38,7 +38,7 @@ from .grids import holds_meta_tensors, refuse_grid_change, warn_of_far_inputs
 from .initialization import initialize
 
 
-Tensors = dict[str, torch.Tensor]  # by name
+Tensors = dict[str, Tensor]  # by name
 
 
 class Target(NamedTuple):
@@ -70,7 +70,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         name (`str`): The name of the layer in its model, for messages.
 
     **Attributes**:
-        - **before_merge** (`dict[str, torch.Tensor]`) -- The parameters of the base layer before the first merge.
+        - **before_merge** (`dict[str, Tensor]`) -- The parameters of the base layer before the first merge.
     """
 
     # All names of layers that may contain (trainable) adapter weights; convolutions also have "lotra_factor_kernel"
@@ -200,7 +200,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             scale = scale * mask.to(core)
         return Update(scale, components)
 
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+    def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the update of an adapter, (out, in, basis [, kernel]).
 
         With `adapt_residual` the last slice of the basis mode is the base branch.
@@ -249,14 +249,14 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             layer = inner
         return layer
 
-    def get_base_weight(self) -> torch.Tensor:
+    def get_base_weight(self) -> Tensor:
         """Return the coefficients of the base layer, (out, in, basis [, kernel]).
 
         The base branch is the last slice of the basis mode.
         """
         return self.lotra_tensor.read(self.get_base_layer()).detach()
 
-    def effective_coefficients(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def effective_coefficients(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return a copy of the coefficients with the applied updates, added in `dtype`.
 
         Returns:
@@ -321,7 +321,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         state = []
         for value in grid.values():
             # comparing values would wait for an accelerator, where versions tell whether they changed
-            if isinstance(value, torch.Tensor) and value.device.type != "cpu" and not value.is_inference():
+            if isinstance(value, Tensor) and value.device.type != "cpu" and not value.is_inference():
                 state.append((id(value), value._version, value.data_ptr()))
         if state and state == self._grid_state:
             return
@@ -342,7 +342,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         return self if self.merged else self._modules["base_layer"]
 
     @torch.no_grad()
-    def move_to_grid(self, layer: nn.Module, transfer: torch.Tensor) -> None:
+    def move_to_grid(self, layer: nn.Module, transfer: Tensor) -> None:
         """Replace the base layer by one on another grid, and express all adapters on that grid.
 
         Args:
@@ -424,7 +424,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                     stack.enter_context(loaded(self))
             return call_with_parameters(base_layer, self._parameters_with(updates), base_layer, args, kwargs)
 
-    def _find_reader(self, stored: torch.Tensor, is_new: bool = False) -> FormulaReader | None:
+    def _find_reader(self, stored: Tensor, is_new: bool = False) -> FormulaReader | None:
         """Return the reader of the formula in the present mode and dtype; it is verified in an eager pass."""
         base_layer = self._modules["base_layer"]
         if type(base_layer) is not self._base_type:  # FSDP has wrapped it, or `call_with_parameters` is at work
@@ -543,7 +543,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         return self
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> LoTRALayer:
-        grid = self.lotra_spec.read_grid(self.get_base_layer())
+        grid = self.copy_grid()
         # a cast rounds the grid, but does not move it; on the meta device it has no values yet
         is_same = same_grid(self.lotra_grid, grid) and not holds_meta_tensors(grid)
         super()._apply(fn, *args, **kwargs)
@@ -554,7 +554,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         return self
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> Tensor:
         # PEFT's property would return the weight of inkan's layers without the adapters
         return self.__getattr__("weight")
 

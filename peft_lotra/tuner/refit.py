@@ -142,9 +142,8 @@ def _refit(name: str, layer: LoTRALayer, adapter: str, x: Any) -> float:
     if not is_input or not x.numel() or not x.isfinite().all():
         raise ValueError(f"`inputs` that reach `{name}` must be finite floating numbers (rows, {width}).")
     samples = x.detach().reshape(-1, width)
-    grid = layer.lotra_spec.read_grid(layer.get_base_layer())
     shape = layer.lotra_tensor.shape
-    ends = grid_ends(grid, shape) or samples.aminmax(dim=0)
+    ends = grid_ends(layer.copy_grid(), shape) or samples.aminmax(dim=0)
     low, high = (end.to(samples) for end in ends)
     points, weight = spread_points(samples, low, high, 4 * shape[-1])
     weight = weight.double().cpu()
