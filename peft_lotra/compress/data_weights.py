@@ -229,7 +229,7 @@ def _probe(
     probes: int,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield s^T J (rows, out) for each layer and probe, see `sample_layers`, given what the layers returned."""
-    leaves = tree_leaves(returned)
+    leaves = sum(returned.values(), [])
     generator = torch.Generator().manual_seed(0)
     for _ in range(probes):
         bits = torch.randint(0, 2, output.shape, generator=generator, device="cpu")

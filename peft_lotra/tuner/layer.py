@@ -70,7 +70,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         name (`str`): The name of the layer in its model, for messages.
 
     **Attributes**:
-        - **before_merge** (`dict[str, Tensor]`) -- The parameters of the base layer before the first merge.
+        - **before_merge** (`dict[str, torch.Tensor]`) -- The parameters of the base layer before the first merge.
     """
 
     # All names of layers that may contain (trainable) adapter weights; convolutions also have "lotra_factor_kernel"
@@ -406,13 +406,14 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def _updates(self, adapters: Iterable[str], current: ForwardPass | None) -> list[Update]:
         """Return the updates of the adapters that the layer has, as they were when the pass began."""
-        updates = {name: self.update_of(name, self.training) for name in adapters if name in self.lotra_scaling}
+        names = [name for name in adapters if name in self.lotra_scaling]
+        updates = [self.update_of(name, self.training) for name in names]
         # read after the components, see `hotswap_adapter`
         if current is not None and current.replaced:
-            for name in updates:
-                former = current.replaced.get((id(self), name), updates[name].tensor)
-                updates[name] = updates[name]._replace(tensor=former)
-        return [*updates.values()]
+            for index, name in enumerate(names):
+                former = current.replaced.get((id(self), name), updates[index].tensor)
+                updates[index] = updates[index]._replace(tensor=former)
+        return updates
 
     def _call_base(self, updates: Sequence[Update], args: tuple, kwargs: dict) -> Any:
         """Run the base layer with the updates added to its parameters, one thread at a time."""

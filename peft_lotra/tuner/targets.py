@@ -103,7 +103,7 @@ def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> Targets:
     if not names:
         raise ValueError(f"None of the KAN layers {list(layers)} has an index in `layers_to_transform`={indices}.")
     chosen = copy(config)
-    chosen.target_modules = names
+    chosen.target_modules = set(names)
     targets = {}
     for name in names:
         if not check_target_module_exists(chosen, name):  # but excluded
