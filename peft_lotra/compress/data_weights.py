@@ -161,7 +161,7 @@ class LayerSamples(NamedTuple):
     moments: Tensor | None = None
 
 
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # enables gradients, too
 def sample_layers(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
@@ -203,7 +203,7 @@ def sample_layers(
 
     if isinstance(inputs, Tensor) and inputs.is_inference():
         inputs = inputs.clone()
-    with recorded_calls({name: modules[name] for name in targets}, record), torch.enable_grad():
+    with recorded_calls({name: modules[name] for name in targets}, record):
         output = model_outputs(model, inputs)
     samples = {}
     for name, target in targets.items():

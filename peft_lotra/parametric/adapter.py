@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -166,7 +166,7 @@ class ParametricAdapter:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Adapters have more parameters")  # many members share them
             lotra_config = LoTRAConfig(r=ranks, train=["core"], init_weights="hosvd", **config)
-            model = cast(PeftModel, get_peft_model(copy.deepcopy(base), lotra_config))
+            model: Any = get_peft_model(copy.deepcopy(base), lotra_config)
         self._set(model, log, Problem(terms_of, held_terms_of, solution_of, loss_of, values_of))
 
     def _set(
@@ -249,7 +249,7 @@ class ParametricAdapter:
         if (parameters is None) == (between is None):
             raise ValueError("Give either `parameters`, a list, or `between`, the bounds of a range.")
         space = copy.copy(self._space)
-        chosen = cast(Iterable[Parameter], parameters if between is None else between)
+        chosen: Any = parameters if between is None else between
         points = list(dict.fromkeys(map(space.point, chosen)))
         if not points:
             raise ValueError("`parameters` is empty, but must have at least one parameter.")
@@ -266,7 +266,7 @@ class ParametricAdapter:
         model = self._copy(np.zeros(self.size))
         fitting = Fitting(model, problem, space, max_steps, executor, bar)
         try:
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.inference_mode(False):  # enables gradients, too
                 if between is None:
                     fitting.walk(points)
                 else:
@@ -314,7 +314,7 @@ class ParametricAdapter:
         prediction = self.predict(parameter, force=force)
         model = self._copy(prediction._vector)
         if steps:
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.inference_mode(False):  # enables gradients, too
                 take_steps(model, self._problem.terms(prediction._point), steps, least=steps)
         return Prediction(self, prediction._point, read(trainable_parameters(model)), prediction.extrapolated)
 

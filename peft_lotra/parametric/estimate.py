@@ -60,7 +60,7 @@ class ErrorEstimates:
         NaN if the rows of the terms are no inputs of the model.
         """
         total = 0.0
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False):  # enables gradients, too
             held_out = self.problem.held_terms(model, point)
             for member, _ in around:
                 if member.parameter not in self._held_out:

@@ -142,8 +142,8 @@ def dense_updates(
         The updates (out, in, basis) by layer. Afterwards the model is restored.
     """
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    # `inference_mode(False)` enables gradients, too
     with modes_kept(model), buffers_kept(model), ExitStack() as stack, torch.inference_mode(False):
-        stack.enter_context(torch.enable_grad())
         for parameter, requires_grad, grad in parameters:
             stack.callback(setattr, parameter, "grad", grad)
             stack.callback(parameter.requires_grad_, requires_grad)

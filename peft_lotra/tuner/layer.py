@@ -231,8 +231,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     @property
     def is_random(self) -> bool:
         """Whether a forward pass draws rank or module dropout."""
-        adapters = self._available(self.active_adapters) if self.training else []
-        return any(self.lotra_rank_dropout[name] or self.lotra_module_dropout[name] for name in adapters)
+        names = self._available(self.active_adapters)
+        has_dropout = any(self.lotra_rank_dropout[name] or self.lotra_module_dropout[name] for name in names)
+        return self.training and has_dropout
 
     def applied_updates(self) -> list[Update]:
         """Return the updates that a forward pass adds: none while they are merged or disabled."""

@@ -41,8 +41,8 @@ def read_tensors(source: Source, sha256: str | None = None) -> Tensors:
     path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
     try:
         if not os.path.isdir(folder):
-            repository, subfolder = source.path, source.subfolder
-            path = hf_hub_download(repository, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **source.hub_kwargs)
+            options = {"subfolder": source.subfolder, **source.hub_kwargs}
+            path = hf_hub_download(source.path, SAFETENSORS_WEIGHTS_NAME, **options)
         content = Path(path).read_bytes()
     except (FileNotFoundError, EntryNotFoundError) as error:
         raise ValueError(

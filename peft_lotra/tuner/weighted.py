@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Literal, cast
+from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -67,7 +67,7 @@ def add_weighted_adapter(
         >>> model.base_model.model.layers[0].lotra_r["sum"], errors["layers.0"] < 1e-6
         ((5, 5, 5), True)
     """
-    configs = cast("dict[str, LoTRAConfig]", model.peft_config)
+    configs: Any = model.peft_config
     _check(configs, adapters, weights, adapter_name, combination_type, ranks)
     totals = {}
     sums = {}
