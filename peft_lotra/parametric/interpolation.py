@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.interpolate import RBFInterpolator
 from scipy.optimize import nnls
 from torch import Tensor
 
@@ -187,20 +188,14 @@ def weights_at(points: Tensor, positions: Tensor) -> Tensor:
 
     Source: H. Wendland, "Scattered Data Approximation", 2005, sections 8.3 and 8.5.
     """
-    count = len(points)
-    for degree in (2, 1, 0):
+    kernels = {2: "quintic", 1: "cubic", 0: "linear"}
+    for degree in kernels:
         tail = _monomials(points, degree)
-        number = tail.shape[1]
-        if number <= count and torch.linalg.matrix_rank(tail, rtol=1e-8) == number:
+        if torch.linalg.matrix_rank(tail, rtol=1e-8) == tail.shape[1]:
             break
-    power = 2 * degree + 1
-    matrix = points.new_zeros(count + number, count + number)
-    matrix[:count, :count] = pairwise_distances(points, points) ** power
-    matrix[:count, count:] = tail
-    matrix[count:, :count] = tail.T
-    splines = pairwise_distances(points, positions) ** power
-    right = torch.cat([splines, _monomials(positions, degree).T])
-    return torch.linalg.solve(matrix, right)[:count]
+    units = np.eye(len(points))
+    splines = RBFInterpolator(points.numpy(), units, kernel=kernels[degree], degree=degree)
+    return torch.from_numpy(splines(positions.numpy()).T)
 
 
 def _monomials(points: Tensor, degree: int) -> Tensor:

@@ -70,7 +70,7 @@ def hotswap_adapter(
     if target_rank is not None:
         target_rank = check_count(target_rank, "target_rank")
     old = tuner.peft_config[adapter_name]
-    new = LoTRAConfig.from_pretrained(os.fspath(model_name_or_path), **kwargs)
+    new = LoTRAConfig.from_pretrained(model_name_or_path, **kwargs)
     if not isinstance(new, LoTRAConfig):
         raise ValueError(f"The adapter at {model_name_or_path} is of the type {new.peft_type}, not LOTRA.")
     base = unwrap(model)
