@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.interpolate import RBFInterpolator
 from scipy.optimize import nnls
 from torch import Tensor
 
@@ -188,14 +187,20 @@ def weights_at(points: Tensor, positions: Tensor) -> Tensor:
 
     Source: H. Wendland, "Scattered Data Approximation", 2005, sections 8.3 and 8.5.
     """
-    kernels = {2: "quintic", 1: "cubic", 0: "linear"}
-    for degree in kernels:
+    count = len(points)
+    for degree in (2, 1, 0):
         tail = _monomials(points, degree)
-        if torch.linalg.matrix_rank(tail, rtol=1e-8) == tail.shape[1]:
+        number = tail.shape[1]
+        if torch.linalg.matrix_rank(tail, rtol=1e-8) == number:
             break
-    units = np.eye(len(points))
-    splines = RBFInterpolator(points.numpy(), units, kernel=kernels[degree], degree=degree)
-    return torch.from_numpy(splines(positions.numpy()).T)
+    power = 2 * degree + 1
+    matrix = points.new_zeros(count + number, count + number)
+    matrix[:count, :count] = pairwise_distances(points, points) ** power
+    matrix[:count, count:] = tail
+    matrix[count:, :count] = tail.T
+    splines = pairwise_distances(points, positions) ** power
+    right = torch.cat([splines, _monomials(positions, degree).T])
+    return torch.linalg.solve(matrix, right)[:count]
 
 
 def _monomials(points: Tensor, degree: int) -> Tensor:
