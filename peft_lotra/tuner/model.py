@@ -269,8 +269,8 @@ class LoTRAModel(BaseTuner):
             stack.callback(FORWARD_PASS.now.reset, FORWARD_PASS.now.set(current))
             if names is not None and torch.is_grad_enabled():
                 # for layers that gradient checkpointing runs again, see `PassVariable`
-                keep = self.model.register_forward_hook(lambda *call: FORWARD_PASS.keep(call[-1]))
-                stack.callback(keep.remove)
+                handle = self.model.register_forward_hook(lambda *call: FORWARD_PASS.keep(call[-1]))
+                stack.callback(handle.remove)
             yield
 
     def _check_adapter_names(self, names: Any, args: tuple, kwargs: dict) -> tuple[str, ...]:
