@@ -92,7 +92,9 @@ def hotswap_adapter(
         ratio = new.alpha_of(name) / layer.lotra_alpha[adapter_name]
         replacements[name] = _fit_to(layer.get_components(adapter_name), components, ratio, target_rank, name)
     saved = []
-    for key, parameter in model.state_dict().items():  # shares the memory of the parameters
+    # shares the memory of the parameters; another thread may add adapters while it is made
+    state = model.state_dict() if new.modules_to_save else {}
+    for key, parameter in state.items():
         file_key = key.replace(f".modules_to_save.{adapter_name}.", ".")
         if file_key != key:
             saved.append((parameter, tensors[file_key]))
