@@ -11,8 +11,8 @@ in the outputs of the layer, as in the Gauss-Newton matrix.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from ..layers.describe import is_linear
 from ..layers.formula import find_formula
 from ..layers.slim import call_with_coefficients
-from ..modules.calls import call_with_parameters, modes_kept, set_mode
+from ..modules.calls import call_with_inputs, call_with_parameters, modes_kept, set_mode
 from ..tucker import Tucker, full_shape, project, tucker
 from ..tuner.grids import warn_of_far_inputs
 from ..tuner.layer import Target
@@ -64,10 +64,10 @@ class DataWeights:
         The squared norm estimates how much this change of coefficients changes the outputs of the model. All layers
         have a factor in common.
         """
-        weighted = Tucker(tensor, self.output_root, *self.roots).dense()
         # each of both roots has the norm of the values
         norm = len(self.values) ** 0.5 * self.values.norm()
-        return weighted / norm.clamp(min=TINY)
+        scale = 1 / norm.clamp(min=TINY)
+        return Tucker(tensor, self.output_root, *self.roots).dense(scale)
 
     def fit(self, tensor: Tensor, ranks: tuple[int, ...]) -> Tucker:
         """Find a Tucker tensor, with orthonormal factors, that comes close to the layer's outputs by `tensor`.
@@ -132,12 +132,11 @@ def gather_weights(
     modules = {name: model.get_submodule(name) for name in tensors}
     weights = {}
     samples = sample_layers(model, modules, inputs, _second_moments, PROBES)
-    for name, (_, functions, moments) in samples.items():
+    for name, (_, functions, metric) in samples.items():
         out, _, basis = tensors[name].shape
         values = functions[..., :basis].double()
-        metric = torch.eye(out, device="cpu").to(values)
-        if moments is not None and moments.isfinite().all() and moments.any():
-            metric = moments
+        if metric is None or not (metric.isfinite().all() and metric.any()):
+            metric = torch.eye(out, device="cpu").to(values)
         weights[name] = DataWeights(values, metric)
     return weights
 
@@ -159,10 +158,10 @@ class LayerSamples(NamedTuple):
 
     inputs: Tensor
     functions: Tensor
-    moments: Tensor | None
+    moments: Tensor | None = None
 
 
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # enables gradients, too
 def sample_layers(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
@@ -192,7 +191,7 @@ def sample_layers(
         if len(target.tensor.shape) == 3 and is_linear(*target):
             targets[name] = target
     received: dict[str, list[Tensor]] = {name: [] for name in targets}
-    calls: list[tuple[str, Tensor]] = []  # the outputs of the layers
+    returned: dict[str, list[Tensor]] = {name: [] for name in targets}
 
     def record(name: str, x: Tensor, y: Any) -> None:
         if x.dim() < 2:
@@ -200,16 +199,12 @@ def sample_layers(
         if not x.isfinite().all():
             raise ValueError(f"`inputs` lead to NaN or infinite values at `{name}`.")
         received[name].append(x.detach().flatten(0, -2))
-        calls.append((name, first_output(y).requires_grad_()))  # the model may be frozen
+        returned[name].append(first_output(y).requires_grad_())  # the model may be frozen
 
     if isinstance(inputs, Tensor) and inputs.is_inference():
         inputs = inputs.clone()
-    with recorded_calls({name: modules[name] for name in targets}, record), torch.enable_grad():
+    with recorded_calls({name: modules[name] for name in targets}, record):
         output = model_outputs(model, inputs)
-    moments: dict[str, Any] = {}
-    if calls and output.requires_grad:
-        for name, derivative in _probe(output, calls, probes):
-            moments[name] = moments.get(name, 0) + moment(derivative) / (probes * output.numel())
     samples = {}
     for name, target in targets.items():
         if not received[name]:
@@ -219,34 +214,31 @@ def sample_layers(
             )
         x = torch.cat(received[name])
         warn_of_far_inputs(name, target.spec.read_grid(target.layer), target.tensor.shape, x)
-        samples[name] = LayerSamples(x, functions_at(target, x), moments.get(name))
+        samples[name] = LayerSamples(x, functions_at(target, x))
+    if samples and output.requires_grad:
+        for name, derivative in _probe(output, returned, probes):
+            total = samples[name].moments
+            mean = moment(derivative) / (probes * output.numel())
+            samples[name] = samples[name]._replace(moments=mean if total is None else total + mean)
     return samples
 
 
 def _probe(
     output: Tensor,
-    calls: Sequence[tuple[str, Tensor]],
+    returned: Mapping[str, list[Tensor]],
     probes: int,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield s^T J (rows, out) for each layer and probe, see `sample_layers`, given the outputs of the calls."""
-    outputs = [y for _, y in calls]
+    """Yield s^T J (rows, out) for each layer and probe, see `sample_layers`, given what the layers returned."""
+    leaves = sum(returned.values(), [])
     generator = torch.Generator().manual_seed(0)
     for _ in range(probes):
         bits = torch.randint(0, 2, output.shape, generator=generator, device="cpu")
         signs = bits.to(output) * 2 - 1
-        gradients = torch.autograd.grad(
-            output,
-            outputs,
-            signs,
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        rows: dict[str, list[Tensor]] = {}
-        for (name, _), gradient in zip(calls, gradients, strict=True):
-            rows.setdefault(name, []).append(gradient.flatten(0, -2))
-        for name, of_layer in rows.items():
-            yield name, torch.cat(of_layer)
+        gradients = torch.autograd.grad(output, leaves, signs, retain_graph=True, materialize_grads=True)
+        rows = [gradient.flatten(0, -2) for gradient in gradients]
+        for name, outputs in returned.items():
+            yield name, torch.cat(rows[: len(outputs)])
+            rows = rows[len(outputs) :]
 
 
 @torch.no_grad()
@@ -294,30 +286,23 @@ def recorded_calls(
         record(name, x, y)
         return y
 
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            attributes = vars(layer)
-            if "forward" in attributes:
-                stack.callback(attributes.update, forward=attributes["forward"])
-            else:
-                stack.callback(attributes.pop, "forward")
-            attributes["forward"] = partial(run, name, layer.forward)
+    former = {name: vars(layer).get("forward") for name, layer in layers.items()}
+    for name, layer in layers.items():
+        vars(layer)["forward"] = partial(run, name, layer.forward)
+    try:
         yield
+    finally:
+        for name, layer in layers.items():
+            del vars(layer)["forward"]
+            if former[name] is not None:
+                vars(layer)["forward"] = former[name]
 
 
 def model_outputs(model: nn.Module, inputs: Inputs) -> Tensor:
     """Return the output (..., out) of the model in evaluation mode."""
     with modes_kept(model):
         set_mode(model, False)
-        if callable(inputs):
-            result = inputs(model)
-        elif isinstance(inputs, Mapping):
-            result = model(**inputs)
-        elif isinstance(inputs, (tuple, list)):
-            result = model(*inputs)
-        else:
-            result = model(inputs)
-    return first_output(result)
+        return first_output(inputs(model) if callable(inputs) else call_with_inputs(model, inputs))
 
 
 def first_output(result: Any) -> Tensor:

@@ -5,18 +5,18 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ..layers.registry import find_kan_layers, same_grid
-from ..modules.calls import check_module
+from ..modules.calls import check_module, unwrap
 from ..modules.checks import list_first
 from ..modules.report import Report, TextTable
 from ..tucker import Ranks, Tucker, relative_energy, tucker, tucker_scaled
@@ -25,7 +25,7 @@ from ..tuner.layer import lotra_layers
 from ..tuner.targets import exact_targets, locate_target
 from .data_weights import DataWeights, Inputs, gather_weights
 from .spectra import check_one_given, choose_ranks, ranks_by_layer, weighted_spectra
-from .updates import CoefficientUpdate, LayerRanks, check_without_adapters, coefficient_updates, error_table, merged
+from .updates import CoefficientUpdate, LayerRanks, check_without_adapters, coefficient_updates, error_table
 
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # which PEFT cannot wrap
@@ -118,7 +118,7 @@ def extract_lotra(
     check_one_given(r=r if rank_pattern is None else rank_pattern, energy=energy, budget=budget)
     check_module(base, "base")
     check_without_adapters(base, "base")
-    tuned = merged(tuned)
+    tuned = copy.deepcopy(tuned).merge_and_unload() if isinstance(tuned, PeftModel) else unwrap(tuned)
     modules_to_save, not_saved = _find_other_changes(base, tuned)
     updates = coefficient_updates(base, tuned, scaled=inputs is not None)
     updates = {name: update for name, update in updates.items() if update.tensor.any()}
@@ -135,22 +135,18 @@ def extract_lotra(
     components = decompose_updates(updates, weights, ranks)
 
     model = _attach(base, tuned, components, modules_to_save, adapter_name)
-    report = ExtractionReport(
-        errors={},
-        ranks={name: tensor.ranks for name, tensor in components.items()},
-        parameters=sum(tensor.numel() for tensor in components.values()),
-        modules_to_save=modules_to_save,
-        not_saved=not_saved,
-    )
+    parameters = sum(tensor.numel() for tensor in components.values())
+    ranks = {name: tensor.ranks for name, tensor in components.items()}
+    report = ExtractionReport({}, ranks, parameters, modules_to_save, not_saved)
     with torch.no_grad():
         for name, layer in lotra_layers(base):
-            update = tensors[name]
-            error = updates[name].missed(layer.get_delta_weight(adapter_name))
+            update, scale = updates[name]
+            stored = layer.get_delta_weight(adapter_name).to(update)
+            error = update - (stored if scale is None else scale * stored)
             report.errors[name] = relative_energy(error, update).sqrt().item()
             if name in weights:
-                update = weights[name].outputs(update)
-                error = weights[name].outputs(error)
-                report.output_errors[name] = relative_energy(error, update).sqrt().item()
+                outputs = weights[name].outputs
+                report.output_errors[name] = relative_energy(outputs(error), outputs(update)).sqrt().item()
     model.__dict__["extraction_report"] = report
     if not_saved:
         warnings.warn(
@@ -194,11 +190,11 @@ def _attach(
         rank_pattern={pattern_key(name): tensor.form for name, tensor in components.items()},
         modules_to_save=modules_to_save or None,
     )
-    model = cast(PeftModel, get_peft_model(base, config, adapter_name=adapter_name))
+    model: Any = get_peft_model(base, config, adapter_name)
     for name, layer in lotra_layers(base):
         layer.set_components(adapter_name, components[name])
     for name in modules_to_save:
-        wrapper = cast(ModulesToSaveWrapper, base.get_submodule(name))
+        wrapper: Any = base.get_submodule(name)
         wrapper.modules_to_save[adapter_name].load_state_dict(tuned.get_submodule(name).state_dict())
     return model
 
@@ -210,12 +206,16 @@ def _find_other_changes(base: nn.Module, tuned: nn.Module) -> tuple[list[str], l
         ValueError: The models have different architectures or grids.
     """
     base_state, tuned_state = base.state_dict(), tuned.state_dict()
-    base_shapes = {name: value.shape for name, value in base_state.items()}
-    tuned_shapes = {name: value.shape for name, value in tuned_state.items()}
-    different = {name for name, _ in base_shapes.items() ^ tuned_shapes.items()}
+    different = base_state.keys() ^ tuned_state.keys()
+    changed = {}
+    for name, value in base_state.items():
+        tuned_value = tuned_state.get(name, value)
+        if value.shape != tuned_value.shape:
+            different.add(name)
+        elif not torch.equal(value, tuned_value.to(value)):
+            changed[name] = tuned_value
     if different:
         raise ValueError(f"The models have different architectures. They differ in {list_first(sorted(different))}.")
-    changed = {name for name, value in base_state.items() if not torch.equal(value, tuned_state[name].to(value))}
     layers = [layer.name for layer in find_kan_layers(base)]
     for name in layers:
         layer, spec, tensor = locate_target(name, base.get_submodule(name))
@@ -228,21 +228,22 @@ def _find_other_changes(base: nn.Module, tuned: nn.Module) -> tuple[list[str], l
         # the scales of the edges are part of the update, and the components of a Slim layer are its coefficients
         components = getattr(layer, "components", Tucker)._fields
         for parameter in (*tensor.parameters, *(spec.edge_scale or ())[:1], *components):
-            changed.discard(f"{name}.{parameter}".lstrip("."))
+            changed.pop(f"{name}.{parameter}".lstrip("."), None)
 
     # PEFT copies all modules whose names end with a name: not those that contain a KAN layer, or are inside of one
     related = []
     for name, _ in base.named_modules(remove_duplicate=False):
         if any(f"{layer}.".startswith(f"{name}.") or name.startswith(f"{layer}.") for layer in layers):
             related.append(name)
-    modules: dict[str, None] = {}
+    modules = []
     not_saved = []
-    for name in [name for name in base_state if name in changed]:
+    for name in changed:
         owner = name.rpartition(".")[0]
-        is_related = not owner or any(module.endswith(owner) for module in related)
+        # every name ends with "", the name of the model
+        is_related = any(module.endswith(owner) for module in related)
         if is_related or isinstance(base.get_submodule(owner), _CONTAINERS):
             not_saved.append(name)
-        else:
-            modules[owner] = None
+        elif owner not in modules:
+            modules.append(owner)
     inside = tuple(f"{name}." for name in modules)
     return [name for name in modules if not name.startswith(inside)], not_saved

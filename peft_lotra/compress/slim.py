@@ -126,16 +126,17 @@ def slim(
     model = unwrap(model)
     check_without_adapters(model, "model")
     compression = _Compression(model if inplace else _copy(model), inputs)
+    hint = ""
     if ranks is not None:
         chosen = compression.named_ranks(ranks)
     elif energy is not None and inputs is not None:
         chosen = compression.ranks_for(energy)
     else:
         chosen = choose_ranks(compression.spectra, energy, budget)
+        hint = " Pass `inputs`: on data there is mostly less to keep." * (energy is not None)
     layers, report = compression.compress(chosen)
     grown = [name for name in report.dense if name in chosen]
     if grown:
-        hint = "" if inputs is not None or energy is None else " Pass `inputs`: on data there is mostly less to keep."
         warnings.warn(
             f"Left dense, since their factors would take more parameters: {', '.join(grown)}.{hint}", stacklevel=2
         )
@@ -168,7 +169,7 @@ def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
     model = unwrap(model)
     check_without_adapters(model, "model")
     model = model if inplace else _copy(model)
-    dense: LayerMap = {}
+    dense = {}
     for module in model.modules():
         if isinstance(module, (SlimKANLinear, SlimLayer)):
             dense[module] = module.to_dense()
@@ -191,8 +192,8 @@ class _Compression:
 
     def __init__(self, model: nn.Module, inputs: Inputs | None) -> None:
         self.model, self.inputs = model, inputs
-        self.layers: dict[str, nn.Module] = {}
-        self.tensors: dict[str, Tensor] = {}
+        self.layers = {}
+        self.tensors = {}
         for name, _, shape, *_ in find_kan_layers(model):
             layer = model.get_submodule(name)
             if len(shape) > 3:
@@ -247,7 +248,7 @@ class _Compression:
     @torch.no_grad()
     def compress(self, ranks: LayerRanks) -> tuple[LayerMap, SlimReport]:
         """Return Slim layers by the dense ones that they replace, where they save parameters, and their report."""
-        dense_size = size = sum(tensor.numel() for tensor in self.tensors.values())
+        size = sum(tensor.numel() for tensor in self.tensors.values())
         report = SlimReport({}, {}, [], (size, size))
         updates = {}
         for name, tensor in self.tensors.items():
@@ -255,7 +256,7 @@ class _Compression:
                 updates[name] = CoefficientUpdate(tensor)
             else:
                 report.dense.append(name)
-        slim_layers: LayerMap = {}
+        slim_layers = {}
         for name, components in decompose_updates(updates, self.weights, ranks).items():
             layer, tensor = self.layers[name], self.tensors[name]
             slim_layer = slim_layers[layer] = _make_slim(name, layer, components)
@@ -266,7 +267,7 @@ class _Compression:
                 outputs = self.weights[name].outputs
                 report.output_errors[name] = _relative_error(outputs(tensor), outputs(stored))
             size += components.numel() - tensor.numel()
-        report.parameters = dense_size, size
+        report.parameters = report.parameters[0], size
         if self.inputs is not None:
             model = _exchange(self.model, slim_layers)
             try:
@@ -303,7 +304,7 @@ def _exchange(model: nn.Module, layers: LayerMap) -> nn.Module:
 
 def _copy(model: nn.Module) -> nn.Module:
     """Copy a model deeply, also one that keeps activations of its last pass (pykan), which deepcopy refuses."""
-    memo: dict[int, Any] = {}
+    memo = {}
     for value in tree_leaves([vars(module) for module in model.modules()]):
         if isinstance(value, Tensor) and value.grad_fn is not None:
             memo[id(value)] = value.detach().clone()

@@ -51,12 +51,11 @@ class LayerSpectrum:
 
     def costs(self) -> Tensor:
         """Return the number of parameters of an adapter, for all ranks; laid out as `energies`."""
-        device = self.energies.device
-        modes = [torch.arange(1, size + 1, device=device) for size in self.shape]
+        modes = [torch.arange(1, size + 1, device=self.energies.device) for size in self.shape]
         ranks = torch.meshgrid(modes, indexing="ij")
         costs = torch.stack(ranks).prod(0)
-        for of_mode, size in zip(ranks, self.shape, strict=True):
-            costs += torch.where(of_mode < size, of_mode * size, 0)  # a full mode has no factor
+        for ranks_of_mode, size in zip(ranks, self.shape, strict=True):
+            costs += ranks_of_mode * size * (ranks_of_mode < size)  # a full mode has no factor
         return costs
 
 
@@ -72,10 +71,8 @@ class Spectrum(Report):
 
     def energy(self, r: Ranks) -> float:
         """Return the share of the energy of all layers that ranks keep together."""
-        total = retained = 0.0
-        for layer in self.layers.values():
-            total += layer.norm**2
-            retained += layer.norm**2 * layer.energy(r)
+        total = sum(layer.norm**2 for layer in self.layers.values())
+        retained = sum(layer.norm**2 * layer.energy(r) for layer in self.layers.values())
         return retained / total if total else 1.0
 
     def _table(self) -> TextTable:
@@ -215,10 +212,7 @@ def _allocate(layers: Mapping[str, LayerSpectrum], budget: int) -> LayerRanks:
         costs = frontiers[best_name][0]
         left -= int(costs[best_index] - costs[0])
         frontiers[best_name] = [column[best_index:] for column in frontiers[best_name]]
-    ranks = {}
-    for name, (_, _, indices) in frontiers.items():
-        ranks[name] = _ranks_at(layers[name], indices[0])
-    return ranks
+    return {name: _ranks_at(layers[name], indices[0]) for name, (_, _, indices) in frontiers.items()}
 
 
 def _frontier(layer: LayerSpectrum) -> list[Tensor]:

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..kan.basis import in_transform
 from ..modules.calls import unwrap
@@ -24,6 +24,7 @@ from ..tuner.gradients import (
     compute_losses,
     dense_updates,
     find_active_adapter,
+    holds_any,
     replace_config,
     warn_of_optimizers,
 )
@@ -43,7 +44,7 @@ Call = tuple[tuple, dict[str, Any]]  # arguments of the network
 @torch.inference_mode(False)  # parameters made in that mode could not be trained
 def start_from_training(
     model: nn.Module,
-    loss: Callable[..., torch.Tensor],
+    loss: Callable[..., Tensor],
     batches: Iterable[Any] | None = None,
     steps: int = 60,
     lr: float = 1e-2,
@@ -101,17 +102,14 @@ def start_from_training(
         weights = _weigh(network, layers, cores, calls)
         updates = {}
         for name, layer in layers.items():
-            tensor, scale = cores[name].detach().double(), None
-            if name in weights:
-                scale = edge_scales(layer.base_before_merge(), tensor)
+            tensor = cores[name].detach().double()
+            scale = edge_scales(layer.base_before_merge(), tensor) if name in weights else None
             updates[name] = CoefficientUpdate(tensor if scale is None else scale * tensor, scale)
-    if config.budget is None:
-        ranks = {name: tensor.ranks for name, tensor in components.items()}
-    else:
+    ranks = {name: tensor.ranks for name, tensor in components.items()}
+    if config.budget is not None:
         tensors = {name: update.tensor for name, update in updates.items()}
         size = sum(tensor.numel() for tensor in tensors.values())
-        budget = int(config.budget * size + 1e-6)
-        ranks = choose_ranks(weighted_spectra(tensors, weights), budget=budget)
+        ranks = choose_ranks(weighted_spectra(tensors, weights), budget=int(config.budget * size + 1e-6))
     started = decompose_updates(updates, weights, ranks)
 
     frozen = {}
@@ -153,14 +151,11 @@ def _check_replaceable(model: nn.Module, components: Mapping[str, Tucker], confi
             )
     if config.budget is None:
         return
-    optimized = set()
     gc.collect()  # of optimizers that were deleted
-    for optimizer in gc.get_objects():
-        if issubclass(type(optimizer), torch.optim.Optimizer):  # `isinstance` would ask proxies for their class
-            for group in optimizer.param_groups:
-                optimized.update(group["params"])
+    # `isinstance` would ask proxies for their class
+    optimizers = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.optim.Optimizer)]
     for name, tensor in components.items():
-        if not optimized.isdisjoint(tensor._asdict().values()):
+        if holds_any(optimizers, {*tensor._asdict().values()}):
             raise ValueError(
                 f"An optimizer was created before this start. A start with a `budget` replaces the components of "
                 f"`{name}`, so that optimizer would train parameters that the model no longer uses. Create the "
@@ -171,7 +166,7 @@ def _check_replaceable(model: nn.Module, components: Mapping[str, Tucker], confi
 def _train(
     network: nn.Module,
     cores: Mapping[str, nn.Parameter],
-    loss: Callable[..., torch.Tensor],
+    loss: Callable[..., Tensor],
     batches: Iterable[Any] | None,
     steps: int,
     lr: float,
@@ -203,15 +198,15 @@ def _train(
 def _weigh(
     network: nn.Module,
     layers: Mapping[str, LoTRALayer],
-    cores: Mapping[str, torch.Tensor],
+    cores: Mapping[str, Tensor],
     calls: Sequence[Call],
 ) -> dict[str, DataWeights]:
     """Compute the data weights of the layers with their dense updates; none without calls of the network."""
     if not calls:
         return {}
 
-    def run(network: nn.Module) -> torch.Tensor:
-        outputs: list[torch.Tensor] = []
+    def run(network: nn.Module) -> Tensor:
+        outputs = []
         for args, kwargs in calls:
             if sum(map(len, outputs)) < ROWS:
                 outputs.append(first_output(network(*args, **kwargs)).flatten(0, -2))

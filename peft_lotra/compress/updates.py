@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -33,23 +31,11 @@ class CoefficientUpdate(NamedTuple):
     tensor: Tensor
     scale: Tensor | None = None
 
-    def missed(self, delta: Tensor) -> Tensor:
-        """Return the update minus what a change `delta` of the base model's coefficients gives."""
-        delta = delta.to(self.tensor)
-        if self.scale is not None:
-            delta = self.scale * delta
-        return self.tensor - delta
-
 
 def check_without_adapters(model: nn.Module, argument: str) -> None:
     """Raise a ValueError if a model has adapters of PEFT."""
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(f"`{argument}` has adapters: merge them first, `model = model.merge_and_unload()`.")
-
-
-def merged(model: nn.Module) -> nn.Module:
-    """Return the network inside of wrappers; of a PEFT model, a copy with its active adapters merged."""
-    return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else unwrap(model)
 
 
 @torch.no_grad()
@@ -75,14 +61,15 @@ def coefficient_updates(
     updates = {}
     for name, *_ in layers:
         coefficients, scale = read_coefficients(name, base.get_submodule(name))
-        tuned_coefficients, new_scale = read_coefficients(name, tuned.get_submodule(name))
-        tuned_coefficients = tuned_coefficients.to(coefficients)
-        update = CoefficientUpdate(tuned_coefficients - coefficients)
-        if scale is not None and new_scale is not None:
-            new_scale = new_scale.to(coefficients)
-            if scaled or not torch.equal(scale, new_scale):
-                update = CoefficientUpdate(new_scale * tuned_coefficients - scale * coefficients, scale)
-        updates[name] = update
+        tuned_coefficients, tuned_scale = read_coefficients(name, tuned.get_submodule(name))
+        if scale is None or tuned_scale is None:
+            scale = None
+        elif scaled or not torch.equal(scale, tuned_scale.to(scale)):
+            coefficients *= scale
+            tuned_coefficients *= tuned_scale
+        else:
+            scale = None
+        updates[name] = CoefficientUpdate(tuned_coefficients.to(coefficients) - coefficients, scale)
     return updates
 
 

@@ -157,7 +157,7 @@ def row_gradients(
     if out is None:
         out = parameters[0].new_empty(rows * m, sum(sizes))
     jacobian = out[: rows * m].zero_()
-    blocks: Blocks = {}
+    blocks = {}
     for parameter, block in zip(parameters, jacobian.split(sizes, dim=-1), strict=True):
         blocks[id(parameter)] = block.view(rows, m, *parameter.shape)
     first = 0

@@ -17,7 +17,7 @@ from ..modules.calls import check_module
 from ..modules.checks import check_number
 from .forgetting import Forgetting, Past
 from .normal_equations import LinearModel
-from .problem import LeastSquares, Term, Trials, check_terms, check_trainable, trainable_parameters
+from .problem import LeastSquares, Term, Trials, check_terms, check_trainable, trainable_parameters, write_vector
 from .shards import Shards
 
 
@@ -213,7 +213,7 @@ class LevenbergMarquardt:
         if former.keeps and not linear.in_residual_space:
             sums = linear.after(candidate.change, candidate.residuals)
             former.past = Past(*sums, candidate.parameters, (loss, new_loss), candidate.agreement)
-        problem.write(candidate.parameters)
+        write_vector(problem.trainable, candidate.parameters)
         decrease = 1 - new_loss / loss
         return LevenbergMarquardtStep(new_loss, self.damping, True, attempts, decrease, losses=candidate.losses)
 
@@ -290,7 +290,7 @@ class LevenbergMarquardt:
             if message:
                 warnings.warn(f"Held-out {message}", RuntimeWarning, stacklevel=3)
 
-        history: list[LevenbergMarquardtStep] = []
+        history = []
         slow_steps = 0
         is_hidden = not (progress and self._shards.is_first)
         with tqdm(total=steps, unit="step", desc="Levenberg-Marquardt", disable=is_hidden) as bar:
@@ -315,7 +315,7 @@ class LevenbergMarquardt:
                 if any(self._shards.gather(is_over)):
                     break
         if best is not None:
-            best.write(best.start)
+            write_vector(best.trainable, best.start)
         return history
 
     def evaluate_held(self, terms: list[Term]) -> tuple[LeastSquares, Tensor]:

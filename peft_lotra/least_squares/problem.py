@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -100,7 +100,7 @@ def check_terms(terms: Iterable[Any]) -> list[Term]:
     Raises:
         ValueError: A term is malformed, or there is none.
     """
-    checked: list[Term] = []
+    checked = []
     for index, term in enumerate(terms):
         function, rows, weight, *_ = (*term, 1.0)
         rows = tuple(rows) if isinstance(rows, Sequence) else (rows,)
@@ -161,6 +161,20 @@ def check_trainable(model: nn.Module) -> None:
         raise ValueError("The model was made under `torch.inference_mode()`, and cannot be trained: make it outside.")
 
 
+def split_vector(parameters: Mapping[str, Tensor], vector: Tensor) -> dict[str, Tensor]:
+    """Split a vector into tensors of the shapes of these parameters, by name."""
+    sizes = [parameter.numel() for parameter in parameters.values()]
+    pairs = zip(parameters.items(), vector.split(sizes), strict=True)
+    return {name: values.view_as(parameter) for (name, parameter), values in pairs}
+
+
+@torch.no_grad()
+def write_vector(parameters: Mapping[str, Tensor], vector: Tensor) -> None:
+    """Put the values of a vector into these parameters."""
+    for name, values in split_vector(parameters, vector).items():
+        parameters[name].copy_(values)
+
+
 def in_double(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers of lower precision, in float64."""
     converted = {}
@@ -206,9 +220,8 @@ class LeastSquares:
         self.shards = shards or Shards()
         self.trainable = trainable_parameters(model)
         self.fixed = in_double(model)  # the trainable ones are always replaced
-        parameters = [parameter.detach().double().flatten() for parameter in self.trainable.values()]
-        self.sizes = list(map(len, parameters))
-        self.start = torch.cat(parameters)
+        parameters = self.trainable.values()
+        self.start = torch.cat([parameter.detach().double().flatten() for parameter in parameters])
         self.num_parameters = len(self.start)
         self.trials: Trials = {}
         self.terms = self._prepare(terms)
@@ -243,28 +256,16 @@ class LeastSquares:
         rows = [(row.shape[1:], row.dtype) for row in term.rows]
         return function, *shapes, *modes, *rows
 
-    def _named(self, flat: Tensor) -> dict[str, Tensor]:
-        parameters = zip(self.trainable.items(), flat.split(self.sizes), strict=True)
-        return {name: values.view_as(parameter) for (name, parameter), values in parameters}
-
     def _leaves(self) -> dict[str, Tensor]:
-        leaves = {}
-        for name, values in self._named(self.start).items():
-            leaves[name] = values.detach().requires_grad_()
-        return leaves
+        tensors = split_vector(self.trainable, self.start)
+        return {name: values.detach().requires_grad_() for name, values in tensors.items()}
 
     def round(self, flat: Tensor) -> Tensor:
         """Return the values as the parameters store them, with fewer digits in a float32 model."""
         rounded = []
-        for name, values in self._named(flat).items():
+        for name, values in split_vector(self.trainable, flat).items():
             rounded.append(values.to(self.trainable[name].dtype).double().flatten())
         return torch.cat(rounded)
-
-    @torch.no_grad()
-    def write(self, flat: Tensor) -> None:
-        """Put the values into the model."""
-        for name, values in self._named(flat).items():
-            self.trainable[name].copy_(values)
 
     def _call(
         self,
@@ -295,7 +296,7 @@ class LeastSquares:
         """Raise a `ValueError` if the residuals are random, or a row depends on other rows."""
         # copies, since batch normalization writes into them
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        tensors = {**buffers, **self.fixed, **self._named(self.start)}
+        tensors = {**buffers, **self.fixed, **split_vector(self.trainable, self.start)}
 
         def evaluate(*indices: int) -> Tensor:
             rows = [row[list(indices)] for row in term.rows]
@@ -337,32 +338,33 @@ class LeastSquares:
             return tensor.detach()  # the tensor would hold the graph that holds it
 
         def evaluate() -> Tensor:
-            """Return the residuals, and set the number of columns and the memory of a row."""
             saved_bytes.clear()
             try:
                 with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                    residuals = self._call(term, rows, leaves)
+                    return self._call(term, rows, leaves)
             except RuntimeError:  # transforms of `torch.func` refuse the hooks
-                residuals = self._call(term, rows, leaves)
-            trial.columns = residuals.shape[1]
+                return self._call(term, rows, leaves)
+
+        def measure_row() -> int:
+            """Return the memory of a row in the last evaluation."""
             # tensors of parameters are left out
             bytes_of_rows = sum(size for size in saved_bytes if size % TRIAL_ROWS == 0)
             bytes_of_gradients = 2 * trial.columns * self.num_parameters * 8
-            trial.row_bytes = 3 * bytes_of_rows // TRIAL_ROWS + bytes_of_gradients
-            return residuals
+            return 3 * bytes_of_rows // TRIAL_ROWS + bytes_of_gradients
 
-        evaluate()
-        row_bytes = trial.row_bytes
+        trial.columns = evaluate().shape[1]
+        trial.row_bytes = measure_row()
         with suppress(RuntimeError):  # the function writes into the output of a layer, which is a leaf
             jacobian = row_gradients(evaluate, list(leaves.values()), TRIAL_ROWS)
-            if jacobian is not None:
-                # a function that reorders its rows is not differentiated row by row
-                weights = jacobian.new_ones(len(jacobian)).cumsum(0).cos()
-                expected = self._pull_back(term, rows, weights)
-                error = jacobian.T @ weights - expected
-                trial.by_layers = bool(error.abs().max() <= 1e-6 * expected.abs().max())  # False for NaN
-        if not trial.by_layers:
-            trial.row_bytes = row_bytes
+            if jacobian is None:
+                return
+            # a function that reorders its rows is not differentiated row by row
+            weights = jacobian.new_ones(len(jacobian)).cumsum(0).cos()
+            expected = self._pull_back(term, rows, weights)
+            error = jacobian.T @ weights - expected
+            if error.abs().max() <= 1e-6 * expected.abs().max():  # not if it is NaN
+                trial.by_layers = True
+                trial.row_bytes = measure_row()
 
     # Residuals
 
@@ -376,25 +378,25 @@ class LeastSquares:
     @torch.no_grad()
     def residuals(self, flat: Tensor) -> Tensor:
         """Return all residuals, (M,)."""
-        named = self._named(flat)
+        tensors = split_vector(self.trainable, flat)
         residuals = [self.start.new_empty(0)]
         for term, rows in self.chunks():
-            residuals.append(self._call(term, rows, named).detach().flatten())
+            residuals.append(self._call(term, rows, tensors).detach().flatten())
         return torch.cat(residuals)
 
-    def _split(self, residuals: Tensor) -> Sequence[Tensor]:
+    def split(self, residuals: Tensor) -> Sequence[Tensor]:
         """Return the residuals of each term."""
         return residuals.split([len(term.rows[0]) * term.columns for term in self.terms])
 
     def losses(self, residuals: Tensor) -> tuple[float, ...]:
         """Return the sum of squares of each term, in all processes."""
-        squares = [residuals_of_term.square().sum() for residuals_of_term in self._split(residuals)]
+        squares = [residuals_of_term.square().sum() for residuals_of_term in self.split(residuals)]
         return tuple(self.shards.sum(torch.stack(squares)).tolist())
 
     def find_not_finite(self, residuals: Tensor) -> str:
         """Return a message that names the terms whose residuals are NaN or infinite; empty without any."""
         names = []
-        for term, residuals_of_term in zip(self.terms, self._split(residuals), strict=True):
+        for term, residuals_of_term in zip(self.terms, self.split(residuals), strict=True):
             indices = (~residuals_of_term.isfinite()).nonzero()
             if len(indices):
                 row = int(indices[0]) // term.columns
@@ -430,7 +432,7 @@ class LeastSquares:
     def _jacobian_by_vmap(self, term: PreparedTerm, rows: Sequence[Tensor]) -> Tensor:
         def differentiate_row(flat: Tensor, *row: Tensor) -> Tensor:
             batch = [tensor.unsqueeze(0) for tensor in row]
-            evaluate = lambda flat: self._call(term, batch, self._named(flat))[0]  # noqa: E731
+            evaluate = lambda flat: self._call(term, batch, split_vector(self.trainable, flat))[0]  # noqa: E731
             values, pull, *_ = torch.func.vjp(evaluate, flat)
             units = torch.eye(len(values), device=values.device).to(values)
             return torch.stack([pull(unit)[0] for unit in units])

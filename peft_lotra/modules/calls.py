@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -229,6 +229,13 @@ def _replaceable(owners: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
             attributes["_parameters"] = parameters
             if view is not None:
                 attributes[name] = view
+
+
+def call_with_inputs(model: nn.Module, inputs: Any) -> Any:
+    """Call a model with a tensor, a tuple or list of arguments, or a mapping of named ones."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
 def call_with_parameters(

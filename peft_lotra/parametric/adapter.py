@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ..compress.updates import check_without_adapters
 from ..hub.card import README
 from ..hub.push import fetch_card, upload
-from ..least_squares.problem import trainable_parameters
+from ..least_squares.problem import split_vector, trainable_parameters
 from ..modules.calls import LayerLock, call_with_parameters
 from ..modules.checks import check_count
 from ..modules.folders import replacing_files
@@ -37,7 +37,7 @@ from .calibration import Calibration, minimize
 from .estimate import ErrorEstimates
 from .fitting import Fitting
 from .interpolation import FamilyReport, Member, MemberSpace, Point, ranges_of
-from .members import OfModel, Problem, TermsOf, argument, named, read, residuals_of, take_steps, write
+from .members import OfModel, Problem, TermsOf, argument, read, residuals_of, take_steps, write
 from .storage import FILE, load_family, save_family, write_card
 
 
@@ -94,7 +94,8 @@ class Prediction:
 
     def _call(self, function: Callable[..., Any], *args: Any) -> Any:
         family = self._family
-        values = named(family._trainable, self._vector)
+        tensors = split_vector(family._trainable, torch.from_numpy(self._vector))
+        values = {name: value.to(family._trainable[name]) for name, value in tensors.items()}
         # the tensors of the shared model are exchanged meanwhile: one thread at a time
         with family._lock:
             return call_with_parameters(family.model, values, partial(function, family.model), args, {})
@@ -165,7 +166,7 @@ class ParametricAdapter:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Adapters have more parameters")  # many members share them
             lotra_config = LoTRAConfig(r=ranks, train=["core"], init_weights="hosvd", **config)
-            model = cast(PeftModel, get_peft_model(copy.deepcopy(base), lotra_config))
+            model: Any = get_peft_model(copy.deepcopy(base), lotra_config)
         self._set(model, log, Problem(terms_of, held_terms_of, solution_of, loss_of, values_of))
 
     def _set(
@@ -248,7 +249,7 @@ class ParametricAdapter:
         if (parameters is None) == (between is None):
             raise ValueError("Give either `parameters`, a list, or `between`, the bounds of a range.")
         space = copy.copy(self._space)
-        chosen = cast(Iterable[Parameter], parameters if between is None else between)
+        chosen: Any = parameters if between is None else between
         points = list(dict.fromkeys(map(space.point, chosen)))
         if not points:
             raise ValueError("`parameters` is empty, but must have at least one parameter.")
@@ -265,7 +266,7 @@ class ParametricAdapter:
         model = self._copy(np.zeros(self.size))
         fitting = Fitting(model, problem, space, max_steps, executor, bar)
         try:
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.inference_mode(False):  # enables gradients, too
                 if between is None:
                     fitting.walk(points)
                 else:
@@ -313,7 +314,7 @@ class ParametricAdapter:
         prediction = self.predict(parameter, force=force)
         model = self._copy(prediction._vector)
         if steps:
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.inference_mode(False):  # enables gradients, too
                 take_steps(model, self._problem.terms(prediction._point), steps, least=steps)
         return Prediction(self, prediction._point, read(trainable_parameters(model)), prediction.extrapolated)
 

@@ -63,8 +63,8 @@ def minimize(
     Raises:
         ValueError: The residuals are malformed or random, or the data do not determine the parameter.
     """
-    dim = space.positions.shape[1]
-    low, high = space.positions.amin(0), space.positions.amax(0)
+    low, high = space.positions.aminmax(dim=0)
+    dim = len(low)
 
     def evaluate(shifted: np.ndarray) -> np.ndarray:
         position = torch.from_numpy(shifted - SHIFT).unsqueeze(0)
@@ -77,16 +77,6 @@ def minimize(
             )
         return residuals.detach().double().cpu().flatten().numpy()
 
-    def residuals_of(shifted: np.ndarray) -> np.ndarray:
-        values = evaluate(shifted)[is_present]
-        wrong = values.size - int(np.isfinite(values).sum())
-        if wrong:
-            raise ValueError(
-                f"`residuals` returns NaN or infinite numbers for {wrong} of {values.size} values. If NaN stand for "
-                "missing data, pass `ignore_missing=True`."
-            )
-        return values
-
     stride = math.ceil(len(space.positions) / STARTS)
     starts = space.positions[::stride].numpy() + SHIFT
     first = evaluate(starts[0])
@@ -94,18 +84,29 @@ def minimize(
     is_present = ~(np.isnan(first) & ignore_missing)
     if is_present.sum() <= dim:
         raise ValueError(f"`residuals` has {is_present.sum()} values without NaN, but must have more than {dim}.")
+
+    def residuals_of(shifted: np.ndarray) -> np.ndarray:
+        values = evaluate(shifted)[is_present]
+        wrong = np.sum(~np.isfinite(values))
+        if wrong:
+            raise ValueError(
+                f"`residuals` returns NaN or infinite numbers for {wrong} of {values.size} values. If NaN stand for "
+                "missing data, pass `ignore_missing=True`."
+            )
+        return values
+
     at_starts = np.stack([residuals_of(start) for start in starts])
     start = starts[np.linalg.norm(at_starts, axis=1).argmin()]
     bounds = low.numpy() + SHIFT, high.maximum(low + WIDTH).numpy() + SHIFT
     solution = least_squares(residuals_of, start, bounds=bounds, diff_step=WIDTH, xtol=CONVERGED, ftol=1e-6)
 
-    position = torch.from_numpy(solution.x - SHIFT)
-    residuals = torch.from_numpy(solution.fun)
-    slopes = torch.from_numpy(solution.jac)
+    position, residuals, slopes = map(torch.from_numpy, (solution.x - SHIFT, solution.fun, solution.jac))
     (point,) = space.points_at(position.unsqueeze(0))
     noise = residuals.norm().item() / math.sqrt(len(residuals) - dim)
     _, values, directions = torch.linalg.svd(slopes, full_matrices=False)
-    covariance = noise**2 * (directions.T / values**2) @ directions
+    covariance = noise**2 * (directions.T / values**2) @ directions  # of the position
+
+    # where a Gauss-Newton step without bounds would lead
     ahead = position - torch.linalg.pinv(slopes, rtol=1e-8) @ residuals
     is_outside = torch.maximum(low - ahead, ahead - high) > BEYOND * covariance.diagonal().sqrt()
     is_at_end = bool(((position - low < WIDTH) | (high - position < WIDTH)).any())
@@ -114,8 +115,8 @@ def minimize(
             "The data ask for a parameter outside of the fitted members, or for another family: the best one inside, "
             f"{text_of(point)}, is at their end, or fits no better than a constant. Fit the family farther."
         )
-    parameters = torch.tensor(point, dtype=torch.float64, device="cpu")
-    scale = space.extent * torch.where(space.log, parameters, 1.0)
+    # the derivative of the parameter in the position
+    scale = space.extent * torch.where(space.log, position.new_tensor(point), 1.0)
     if not values[-1] > max(SINGULAR * values[0], noise / FLAT):
         weak = (directions[-1] * scale).tolist()
         raise ValueError(

@@ -60,14 +60,14 @@ class ErrorEstimates:
         NaN if the rows of the terms are no inputs of the model.
         """
         total = 0.0
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False):  # enables gradients, too
             held_out = self.problem.held_terms(model, point)
             for member, _ in around:
                 if member.parameter not in self._held_out:
                     self._held_out[member.parameter] = list(self.problem.held_terms(model, member.parameter))
                 # data may be smooth at one parameter, and not at another
                 numbers = self._held_out[member.parameter]
-                held_out = {number: held_out[number] for number in held_out if number in numbers}
+                held_out = {number: term for number, term in held_out.items() if number in numbers}
             residuals = residuals_of(model, [*self.problem.terms(point), *held_out.values()])
             for member, weight in around:
                 key = (member.parameter, member.vector.tobytes(), *held_out)

@@ -72,9 +72,8 @@ class Fitting:
         """Return the index of the point with the least loss of the base; of equal ones, the middle one."""
         base = np.zeros(self.space.size)
         losses = np.array([self._indicator(point, base) for point in pending])
-        losses[np.isnan(losses)] = math.inf
         from_middle = abs(np.arange(len(pending)) - len(pending) // 2)
-        return int(np.lexsort([from_middle, losses])[0])
+        return int(np.lexsort([from_middle, losses])[0])  # NaN comes last
 
     def _indicator(self, point: Point, vector: np.ndarray) -> float:
         """Return the indicator of a prediction, NaN where a function of the user fails."""
@@ -88,7 +87,7 @@ class Fitting:
     def _fit(self, points: Sequence[Point]) -> None:
         """Fit members from the predictions there; outside of the members, from the nearest if that is better."""
         space = self.space
-        jobs: dict[Point, Job] = {}
+        jobs = {}
         for point in points:
             start = space.vector_at(point)
             if space.members and (self.problem.train is not None or not space.is_inside(point)):
@@ -126,7 +125,7 @@ class Fitting:
     def _fit_again(self) -> None:
         """Fit bad members once more, from the best neighbor, with more steps and in smaller strides."""
         space = self.space
-        jobs: dict[Point, Job] = {}
+        jobs = {}
         for member, best in self._find_bad():
             point = member.parameter
             if point not in self.refitted and self.problem.train is None:
@@ -195,7 +194,7 @@ def next_wave(pending: Tensor, members: Tensor, start: int) -> list[int]:
     if len(members) > 2 and distances.max() <= STRIDE * (1 + 1e-9):
         return list(range(len(pending)))
     limit = max(STRIDE, distances.min().item()) * (1 + 1e-9)
-    wave: list[int] = []
+    wave = []
     # the farthest first, none nearer to another than the limit
     order = distances.round(decimals=9).argsort(descending=True, stable=True)
     for index in order.tolist():

@@ -56,8 +56,8 @@ def inputs_of(
 
     They are the first tensors that change from row to row, as many as the network takes; None if there are none.
     """
-    indices: list[int] = []
-    columns: list[Tensor] = []
+    indices = []
+    columns = []
     for index, row in enumerate(rows):
         if not row.is_floating_point() or _is_constant(row):
             continue

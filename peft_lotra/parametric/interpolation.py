@@ -191,7 +191,7 @@ def weights_at(points: Tensor, positions: Tensor) -> Tensor:
     for degree in (2, 1, 0):
         tail = _monomials(points, degree)
         number = tail.shape[1]
-        if number <= count and torch.linalg.matrix_rank(tail, rtol=1e-8) == number:
+        if torch.linalg.matrix_rank(tail, rtol=1e-8) == number:
             break
     power = 2 * degree + 1
     matrix = points.new_zeros(count + number, count + number)

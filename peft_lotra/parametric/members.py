@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from ..least_squares.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
-from ..least_squares.problem import Term, check_residuals, check_terms, in_double, name_term, trainable_parameters
+from ..least_squares.problem import (
+    Term,
+    check_residuals,
+    check_terms,
+    in_double,
+    name_term,
+    trainable_parameters,
+    write_vector,
+)
 from ..modules.calls import call_with_parameters
 from .held_out import held_out_terms
 from .interpolation import Member, Point
@@ -58,14 +66,12 @@ class Problem:
         """Return terms, by number, at points that no member is fitted to, by default between the points of the fit."""
         if self.held_terms_of is not None:
             return dict(enumerate(self._of_networks(self.held_terms_of, parameter)))
-        solution, dtype = self.solution(model, parameter), next(model.parameters()).dtype
-        return held_out_terms(self.terms(parameter), lambda x: solution(x.to(dtype)))
+        solution = self.solution(model, parameter)
+        like = next(model.parameters())
+        return held_out_terms(self.terms(parameter), lambda x: solution(x.to(like.dtype)))
 
-    def _of_networks(
-        self,
-        terms_of: Callable[[Any], Iterable],
-        parameter: Point,
-    ) -> list[Term]:
+    def _of_networks(self, terms_of: TermsOf, parameter: Point) -> list[Term]:
+        """Return the terms of a function of the user, as functions of the network instead of the solution."""
         terms = check_terms(terms_of(argument(parameter)))
         if self.solution_of is None:
             return terms
@@ -127,23 +133,9 @@ def read(parameters: Mapping[str, Tensor]) -> np.ndarray:
     return parameters_to_vector(parameters.values()).detach().double().cpu().numpy()
 
 
-@torch.no_grad()
 def write(model: nn.Module, vector: np.ndarray) -> None:
     """Give a model the coordinates (P,)."""
-    parameters = trainable_parameters(model)
-    for name, value in named(parameters, vector).items():
-        parameters[name].copy_(value)
-
-
-def named(
-    parameters: Mapping[str, Tensor],
-    vector: np.ndarray,
-) -> dict[str, Tensor]:
-    """Split coordinates (P,) into tensors that replace these parameters."""
-    sizes = [parameter.numel() for parameter in parameters.values()]
-    values = torch.from_numpy(vector).split(sizes)
-    pairs = zip(parameters.items(), values, strict=True)
-    return {name: value.view_as(parameter).to(parameter) for (name, parameter), value in pairs}
+    write_vector(trainable_parameters(model), torch.from_numpy(vector))
 
 
 @torch.no_grad()

@@ -182,8 +182,7 @@ class Training:
         self.parameter = parameter
         problem, residuals = self.evaluate_held()
         of_equation = problem.losses(residuals)[0]
-        parts = residuals.split([len(term.rows[0]) * term.columns for term in problem.terms])
-        for term, part in zip(problem.terms, parts, strict=True):
+        for term, part in zip(problem.terms, problem.split(residuals), strict=True):
             if term.function in self.data:
                 mean_squares = (part / term.scale).view(-1, term.columns).square().mean(0)
                 weights = (FIRST_WEIGHT * of_equation / mean_squares).clamp(1e-12, 1e12)

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..layers.registry import record_kind
@@ -50,7 +50,7 @@ def _sketches(target: Target, before_merge: Tensors) -> dict[str, list[float]]:
             parameters[name] = before_merge.get(name, value)
     sketches = {}
     for field, values in {"grid": grid, "parameters": parameters}.items():
-        tensors = [value for value in values.values() if isinstance(value, torch.Tensor)]
+        tensors = [value for value in values.values() if isinstance(value, Tensor)]
         if not any(tensor.is_meta or hasattr(tensor, "placements") for tensor in tensors):
             sketches[field] = sketch(values)
     return sketches
@@ -77,7 +77,7 @@ def sketch(values: Mapping[str, Any]) -> list[float]:
 
 
 @lru_cache(maxsize=64)
-def _waves(start: int, end: int) -> torch.Tensor:
+def _waves(start: int, end: int) -> Tensor:
     """Return cosines (end - start, 8) of rising frequency, which look random."""
     squares = torch.arange(start, end, dtype=torch.float64, device="cpu").square()
     frequencies = torch.tensor(_PRIMES, dtype=torch.float64, device="cpu").sqrt()

@@ -94,7 +94,7 @@ FORWARD_PASS = PassVariable("lotra_forward_pass")  # a `ForwardPass`, set by `Lo
 def check_names(names: Any) -> tuple[str, ...]:
     """Return the names of the adapters of samples; raise a ValueError unless they are a list of strings."""
     is_list = isinstance(names, Iterable) and not isinstance(names, str)
-    values: tuple[Any, ...] = tuple(names) if is_list else (None,)
+    values: Any = tuple(names) if is_list else (None,)
     if not all(issubclass(kind, str) for kind in set(map(type, values))):
         raise ValueError(
             '`adapter_names` must be a list with the name of an adapter for each row, such as `["default"] * len(x)`, '
@@ -187,9 +187,10 @@ def run_mixed_batch(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict) ->
     """Evaluate a `LoTRALayer`: all samples at once, or the samples of each adapter in turn."""
     rows_per_sample = _count_rows(layer.lotra_name, batch, args, kwargs)
     run_together = find_row_evaluation(layer, args, kwargs)
-    updates = None if run_together is None else batch.find_updates()
-    if run_together is not None and updates is not None:
-        return run_together(updates)
+    if run_together is not None:
+        updates = batch.find_updates()
+        if updates is not None:
+            return run_together(updates)
     if not batch.size:
         return layer._run((), None, args, kwargs)
     if is_tracing():
@@ -242,10 +243,9 @@ def _count_rows(layer: str, batch: MixedBatch, args: tuple, kwargs: dict) -> int
 def _is_view_of_samples(x: Tensor, size: int) -> bool:
     """Return whether x is a view of the first `size` samples of a contiguous tensor (batch, ..., in)."""
     whole = x._base
-    if whole is None or whole.dim() <= 2:
+    if whole is None or whole.dim() <= 2 or not (x.is_contiguous() and whole.is_contiguous()):
         return False
-    is_contiguous = x.is_contiguous() and whole.is_contiguous()
-    return is_contiguous and x.numel() == size * whole[0].numel()
+    return x.numel() == size * whole[0].numel()
 
 
 def first_argument(args: tuple, kwargs: dict) -> Any:
@@ -264,7 +264,7 @@ def find_row_counts(model: nn.Module, layers: Iterable[nn.Module], size: int, ar
     inputs = _record_inputs(model, layers, *noisy)
     rolled_inputs = _record_inputs(model, layers, *rolled)
 
-    in_order: dict[int, bool] = {}
+    in_order = {}
     for x, x_rolled in zip(inputs, rolled_inputs, strict=False):
         rows_per_sample, remainder = divmod(len(x), size)
         if remainder or x.shape != x_rolled.shape:
@@ -274,7 +274,7 @@ def find_row_counts(model: nn.Module, layers: Iterable[nn.Module], size: int, ar
         # rows that are equal do not show their order
         shows = (expected - x).abs().max() > 10 * rounding
         follows = (x_rolled - expected).abs().max() <= rounding
-        in_order[len(x)] = bool(shows and follows) and in_order.get(len(x), True)
+        in_order[len(x)] = shows and follows and in_order.get(len(x), True)
     return {count for count, follows in in_order.items() if follows}
 
 
@@ -283,8 +283,8 @@ def _add_noise(size: int, value: Any) -> Any:
         return value
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(value.shape, generator=generator, device="cpu").to(value)
-    value = value.detach().nan_to_num(0.0, 0.0, 0.0)
-    return value + noise * (2 * value.abs().max() or 1.0)
+    value = value.detach().nan_to_num(0, 0, 0)
+    return value + noise * (2 * value.abs().max() or 1)
 
 
 def _roll(size: int, value: Any) -> Any:
@@ -324,12 +324,11 @@ def _run_by_adapter(adapters: Sequence[Any], run: Run, args: tuple, kwargs: dict
     outputs = []
     order = []
     for adapter, indices in rows.items():
-        index = torch.tensor(indices, device="cpu")
-        picked_args = tuple(pick(value, index) for value in args)
-        picked_kwargs = {key: pick(value, index) for key, value in kwargs.items()}
+        order.append(torch.tensor(indices, device="cpu"))
+        picked_args = tuple(pick(value, order[-1]) for value in args)
+        picked_kwargs = {key: pick(value, order[-1]) for key, value in kwargs.items()}
         outputs.append(run(adapter, picked_args, picked_kwargs))
-        order += indices
-    return _join(outputs, torch.tensor(order, device="cpu").argsort())
+    return _join(outputs, torch.cat(order).argsort())
 
 
 def _join(outputs: Sequence[Any], order: Tensor) -> Any:
@@ -402,19 +401,19 @@ def _product(base_layer: Any, formula: LayerFormula | None, updates: RowUpdates,
 def _updates_by_name(layer: Any, names: Sequence[str], current: ForwardPass) -> RowUpdates | None:
     """Return the updates of the rows of a `LoTRALayer`; None if all have the same, or none."""
     distinct, groups = _group_names(tuple(names))
+    if len(distinct) == 1:
+        return None
+    updates = [next(iter(layer._updates([name], current)), None) for name in distinct]
+    tensors = [update.tensor for update in updates if update is not None]
+    if names and not tensors:
+        return None
     shape = full_shape(layer.lotra_tensor)
-    updates: list[Any] = [None]
-    form = PackedTucker(shape, (1,) * len(shape))  # without rows, the shape of the output is all that matters
-    if names:
-        if len(distinct) == 1:
-            return None
-        updates = [next(iter(layer._updates([name], current)), None) for name in distinct]
-        tensors = [update.tensor for update in updates if update is not None]
-        if not tensors:
-            return None
-        form = PackedTucker(shape, (0,) * len(shape))
-        for tensor in tensors:
-            form = form.with_room_for(tensor)
+    form = PackedTucker(shape, (0,) * len(shape))
+    if not names:  # the shape of the output is all that matters
+        updates = [None]
+        form = PackedTucker(shape, (1,) * len(shape))
+    for tensor in tensors:
+        form = form.with_room_for(tensor)
     stored = layer.lotra_tensor.get_parameter(layer.get_base_layer())
     return RowUpdates(form.pack(updates, stored), groups, form)
 
@@ -424,5 +423,5 @@ def _updates_by_name(layer: Any, names: Sequence[str], current: ForwardPass) -> 
 def _group_names(names: tuple[str, ...]) -> tuple[list[str], RowGroups]:
     """Return the distinct names, and groups of the rows by the index of their names among them."""
     indices = {name: index for index, name in enumerate(dict.fromkeys(names))}
-    index = torch.tensor([indices[name] for name in names], device="cpu")
+    index = torch.tensor([indices[name] for name in names], dtype=torch.long, device="cpu")
     return list(indices), group_rows(index)[1]

@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers.coefficients import expand_name
 from ..layers.describe import compare
@@ -18,6 +17,9 @@ from ..modules.calls import check_module, read_at_rest
 from ..modules.report import Report, TextTable
 from .layer import Target
 from .targets import locate_target
+
+
+_WORDS: dict[bool | None, str] = {True: "yes", False: "no"}
 
 
 @dataclass(eq=False)
@@ -55,25 +57,25 @@ class KANLayerReport(Report):
     doubts: dict[str, str] = field(default_factory=dict)
 
     def _table(self) -> TextTable:
-        words = {True: "yes", False: "no", None: "?"}
-        rows = [
-            [name, role, f"{self.sizes[name]:,}", words[None if self.used is None else self.used[name]]]
-            for name, role in self.roles.items()
-        ]
+        rows = []
+        for name, role in self.roles.items():
+            is_used = None if self.used is None else self.used[name]
+            rows.append([name, role, f"{self.sizes[name]:,}", _WORDS.get(is_used, "?")])
         modes = ["outputs", "inputs", "basis functions", "places of the kernel"]
+        sizes = [f"{size} {mode}" for size, mode in zip(self.shape, modes, strict=False)]
         notes = [
-            f"{self.kind}: {', '.join(f'{size} {mode}' for size, mode in zip(self.shape, modes, strict=False))}",
+            f"{self.kind}: {', '.join(sizes)}",
             f"adapters change {self.coverage:.1%} of the elements that the output depends on",
             f"axes: {self.axes}",
             f"linear in the coefficients: {self.linear}",
             f"fast path: {self.fast_path}",
-            *([self.contradiction] if self.contradiction else []),
+            *filter(None, [self.contradiction]),
             *(f"{name}: {reason}" for name, reason in self.doubts.items()),
         ]
         return TextTable(["parameter", "role", ">elements", "used"], rows, notes)
 
 
-def check_kan_layer(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None = None) -> KANLayerReport:
+def check_kan_layer(layer: nn.Module, x: Tensor | tuple[Any, ...] | None = None) -> KANLayerReport:
     """Check that a KAN layer computes what the description of its kind says, without changing it.
 
     Args:
@@ -102,56 +104,64 @@ def check_kan_layer(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None =
         fast path: yes, by splines in closed form
     """
     check_module(layer, "layer")
+    if x is None:
+        x = ()
+    args = x if isinstance(x, tuple) else (x,)
     with read_at_rest(layer):
-        return _compare(layer, x)
-
-
-def _compare(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None) -> KANLayerReport:
-    target = locate_target("", layer)
-    layer, spec, tensor = target
-    args = x if isinstance(x, tuple) else () if x is None else (x,)
-    description = compare(layer, spec, *args)
+        target = locate_target("", layer)
+        layer, spec, tensor = target
+        description = compare(layer, spec, *args)
+        fast_path = _fast_path(target)
     roles = _roles(target)
     sizes = {name: parameter.numel() for name, parameter in layer.named_parameters()}
     used = None if description.used is None else {name: description.used.get(name, False) for name in roles}
-    adapted, fixed = ("coefficients", "residual"), ("grid", "constant")
-    counted = []
+    adapted = total = 0
     for name, role in roles.items():
+        is_adapted = role in ("coefficients", "residual")
         is_used = used is None or used[name]
-        if role in adapted or (is_used and role not in fixed):
-            counted.append(name)
-    reached = sum(sizes[name] for name in counted if roles[name] in adapted)
+        adapted += sizes[name] * is_adapted
+        total += sizes[name] * (is_adapted or (is_used and role not in ("grid", "constant")))
     return KANLayerReport(
         kind=spec.kind,
         shape=tensor.shape,
         roles=roles,
         sizes=sizes,
         used=used,
-        coverage=reached / max(sum(sizes[name] for name in counted), 1),
+        coverage=adapted / max(total, 1),
         axes=str(description.axes),
-        linear={True: "yes", False: "no", None: "not checked"}[description.is_linear],
-        fast_path=_fast_path(target),
+        linear=_WORDS.get(description.is_linear, "not checked"),
+        fast_path=fast_path,
         contradiction=description.reason,
         doubts=dict(description.doubts),
     )
 
 
 def _roles(target: Target) -> dict[str, str]:
+    """Return the role of each parameter. The later ones of several roles count."""
     layer, spec, tensor = target
-    trains = any(parameter.requires_grad for parameter in layer.parameters())  # of a frozen model nothing does
-    roles = {n: "constant" if trains and not p.requires_grad else "other" for n, p in layer.named_parameters()}
-    scales = spec.edge_scale[:1] if spec.edge_scale else ()
-    for role, names in (("grid", spec.grid), ("bias", filter(None, [spec.bias])), ("edge scale", scales)):
-        members = [member for name in names for member in expand_name(layer, name)]
-        roles.update({member: role for member in members if member in roles})
-    roles.update({name: "residual" for name in tensor.parameters if name in roles})
-    roles.update({name: "coefficients" for name in tensor.names if name in roles})
+    is_frozen = not any(parameter.requires_grad for parameter in layer.parameters())
+    roles = {}
+    for name, parameter in layer.named_parameters():
+        roles[name] = "other" if is_frozen or parameter.requires_grad else "constant"
+    described = {
+        "grid": spec.grid,
+        "bias": [spec.bias or ""],
+        "edge scale": [*(spec.edge_scale or ())][:1],
+        "residual": tensor.parameters,
+        "coefficients": tensor.names,
+    }
+    for role, names in described.items():
+        for name in names:
+            members = expand_name(layer, name)
+            roles.update({member: role for member in members if member in roles})
     return roles
 
 
 def _fast_path(target: Target) -> str:
-    if formula := find_formula(*target):
-        return f"yes, by {'splines in closed form' if formula.is_uniform else 'the `basis` of its kind'}"
-    other = "the functions of its kind give other outputs (name a bias by `bias`, a norm by `normalization`)"
-    why = find_obstacle(*target) or other
-    return f"no, since {why}; general path: the layer itself runs, with updated parameters"
+    reader = find_formula(*target)
+    if reader is not None:
+        return f"yes, by {'splines in closed form' if reader.is_uniform else 'the `basis` of its kind'}"
+    reason = find_obstacle(*target)
+    if reason is None:
+        reason = "the functions of its kind give other outputs (name a bias by `bias`, a norm by `normalization`)"
+    return f"no, since {reason}; general path: the layer itself runs, with updated parameters"

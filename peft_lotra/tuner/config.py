@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, prod
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from peft.config import PeftConfig
@@ -290,7 +291,9 @@ class LoTRAConfig(PeftConfig):
         return frozen, "core"
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+    ):
         path = os.fspath(pretrained_model_name_or_path)
         hub_kwargs, class_kwargs, model_kwargs = cls._split_kwargs(kwargs)
         folder = os.path.join(path, subfolder or "")
@@ -322,8 +325,8 @@ class LoTRAConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, with the SHA-256 of the tensors in the same folder, and the model card."""
-        weights = os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)
-        if os.path.isfile(weights):
+        weights = Path(save_directory, SAFETENSORS_WEIGHTS_NAME)
+        if weights.is_file():
             self.weights_sha256 = _hash_file(weights)
         super().save_pretrained(save_directory, **kwargs)
         write_card(save_directory, self.has_companions)
@@ -345,22 +348,19 @@ def _ranks_by_size(shapes: Iterable[Sequence[int]]) -> Iterator[Ranks]:
         yield rank, rank, 1
 
 
-def _hash_file(path: str) -> str:
+def _hash_file(path: Path) -> str:
     """Return the SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _find_staged_config(folder: str) -> str | None:
     """Return the stage of a save that was killed after it had moved the tensors, but not their configuration."""
-    weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-    parent, name = os.path.split(os.path.abspath(folder))
-    for stage in (os.path.join(folder, STAGE), os.path.join(parent, STAGE, name)):
-        config = os.path.join(stage, CONFIG_NAME)
-        if os.path.isfile(config) and os.path.isfile(weights):
-            with open(config, encoding="utf-8") as file:
-                if _hash_file(weights) in file.read():
-                    return stage
+    path = Path(os.path.abspath(folder))
+    weights = path / SAFETENSORS_WEIGHTS_NAME
+    for stage in (path / STAGE, path.parent / STAGE / path.name):
+        config = stage / CONFIG_NAME
+        if config.is_file() and weights.is_file() and _hash_file(weights) in config.read_text(encoding="utf-8"):
+            return str(stage)
     return None
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..modules.calls import buffers_kept, modes_kept, unwrap
@@ -29,9 +29,7 @@ DENSE = "dense update"  # the name of an adapter that layers have while a start 
 OPTIMIZERS: WeakSet[Optimizer] = WeakSet()
 
 
-def start_from_gradient(
-    model: nn.Module, loss: Callable[..., torch.Tensor], batches: Iterable[Any] | None = None
-) -> None:
+def start_from_gradient(model: nn.Module, loss: Callable[..., Tensor], batches: Iterable[Any] | None = None) -> None:
     """Initialize the active adapter with the directions that full fine-tuning would take first.
 
     Let G be the gradient of the loss with respect to the coefficients of a layer. factor_in, factor_basis and core
@@ -108,10 +106,10 @@ def warn_of_optimizers(layers: Mapping[str, LoTRALayer], adapter: str) -> None:
     components = set()
     for layer in layers.values():
         components.update(layer.get_components(adapter)._asdict().values())
-    if not _holds_any(components):
+    if not holds_any(OPTIMIZERS, components):
         return
     gc.collect()  # of optimizers that were deleted, to which their schedulers refer
-    if _holds_any(components):
+    if holds_any(OPTIMIZERS, components):
         warnings.warn(
             "An optimizer was created before this start, so its learning rates do not fit the start. Call "
             "`create_lotra_optimizer` again, after the start.",
@@ -119,12 +117,11 @@ def warn_of_optimizers(layers: Mapping[str, LoTRALayer], adapter: str) -> None:
         )
 
 
-def _holds_any(parameters: set[torch.Tensor]) -> bool:
+def holds_any(optimizers: Iterable[Optimizer], parameters: set[Tensor]) -> bool:
     """Return whether one of the optimizers holds one of the parameters."""
-    for optimizer in list(OPTIMIZERS):
-        for group in optimizer.param_groups:
-            if not parameters.isdisjoint(group["params"]):
-                return True
+    for optimizer in list(optimizers):
+        if any(not parameters.isdisjoint(group["params"]) for group in optimizer.param_groups):
+            return True
     return False
 
 
@@ -145,8 +142,8 @@ def dense_updates(
         The updates (out, in, basis) by layer. Afterwards the model is restored.
     """
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    # `inference_mode(False)` enables gradients, too
     with modes_kept(model), buffers_kept(model), ExitStack() as stack, torch.inference_mode(False):
-        stack.enter_context(torch.enable_grad())
         for parameter, requires_grad, grad in parameters:
             stack.callback(setattr, parameter, "grad", grad)
             stack.callback(parameter.requires_grad_, requires_grad)
@@ -166,12 +163,12 @@ def dense_updates(
         yield updates
 
 
-def compute_losses(loss: Callable[..., torch.Tensor], batches: Iterable[Any] | None) -> Iterator[torch.Tensor]:
+def compute_losses(loss: Callable[..., Tensor], batches: Iterable[Any] | None) -> Iterator[Tensor]:
     """Yield the loss of each batch, or without batches the loss; raise a ValueError unless it has one value."""
     calls = [()] if batches is None else ((batch,) for batch in batches)
     for arguments in calls:
         value = loss(*arguments)
-        if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             raise ValueError(
                 f"`loss` must return a tensor of one value with a gradient, not {value!r:.100}. Compute it from the "
                 "output of the model, and leave `backward()` out."
@@ -179,7 +176,7 @@ def compute_losses(loss: Callable[..., torch.Tensor], batches: Iterable[Any] | N
         yield value
 
 
-def check_changes(subject: str, changes: Mapping[str, torch.Tensor | None]) -> None:
+def check_changes(subject: str, changes: Mapping[str, Tensor | None]) -> None:
     """Raise a ValueError for gradients or updates of layers that are missing, not finite, or all zero."""
     is_zero = True
     for name, tensor in changes.items():

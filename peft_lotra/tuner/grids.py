@@ -26,15 +26,6 @@ def holds_meta_tensors(grid: Grid) -> bool:
     return any(isinstance(value, Tensor) and value.is_meta for value in grid.values())
 
 
-def versions_on_accelerator(grid: Grid) -> tuple:
-    """Return the version counters of the tensors on an accelerator, where comparing values would wait for it."""
-    versions = []
-    for value in grid.values():
-        if isinstance(value, Tensor) and value.device.type != "cpu" and not value.is_inference():
-            versions.append((id(value), value._version, value.data_ptr()))
-    return tuple(versions)
-
-
 def grid_ends(grid: Grid, shape: Sequence[int]) -> tuple[Tensor, Tensor] | None:
     """Return both ends (in,) of the grid of each input of a layer (out, in, basis); None if it is no tensor by input.
 

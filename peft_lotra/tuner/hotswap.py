@@ -70,7 +70,7 @@ def hotswap_adapter(
     if target_rank is not None:
         target_rank = check_count(target_rank, "target_rank")
     old = tuner.peft_config[adapter_name]
-    new = LoTRAConfig.from_pretrained(os.fspath(model_name_or_path), **kwargs)
+    new = LoTRAConfig.from_pretrained(model_name_or_path, **kwargs)
     if not isinstance(new, LoTRAConfig):
         raise ValueError(f"The adapter at {model_name_or_path} is of the type {new.peft_type}, not LOTRA.")
     base = unwrap(model)
@@ -79,7 +79,7 @@ def hotswap_adapter(
         raise ValueError(f"The adapter {adapter_name!r} is merged: call `model.unmerge_adapter()` first.")
     targets = find_targets(new, base) if new.base_layers else {}
     are_modules_equal = set(new.modules_to_save or ()) == set(old.modules_to_save or ())
-    if set(targets) != set(layers) or not are_modules_equal:
+    if targets.keys() != layers.keys() or not are_modules_equal:
         raise ValueError(
             f"The new adapter has the layers {list(targets)} and saves {new.modules_to_save}, the present one "
             f"{list(layers)} and {old.modules_to_save}. Load it as another adapter: `model.load_adapter(...)`."
@@ -92,7 +92,8 @@ def hotswap_adapter(
         ratio = new.alpha_of(name) / layer.lotra_alpha[adapter_name]
         replacements[name] = _fit_to(layer.get_components(adapter_name), components, ratio, target_rank, name)
     saved = []
-    state = model.state_dict() if new.modules_to_save else {}  # shares the memory of the parameters
+    # shares the memory of the parameters; another thread may add adapters while it is made
+    state = model.state_dict() if new.modules_to_save else {}
     for key, parameter in state.items():
         file_key = key.replace(f".modules_to_save.{adapter_name}.", ".")
         if file_key != key:

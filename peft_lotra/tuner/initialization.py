@@ -39,14 +39,14 @@ def initialize(components: Tucker, start: bool | str, zero: str, source: Tensor 
         getattr(components, zero).zero_()
 
 
-def check_start(start: bool | str, source: Tensor | None) -> None:
-    """Raise a ValueError if an adapter cannot be initialized from this source; see `initialize`."""
-    if start in ("gradient", "training"):
+def check_start(start: str, source: Tensor) -> None:
+    """Raise a ValueError if an adapter cannot be initialized from the coefficients of a base layer."""
+    if start != "hosvd":
         raise ValueError(
             f'`init_weights="{start}"` is written by such a start. Leave it out, and call '
             f"`start_from_{start}(model, loss)` once the adapter is added."
         )
-    if source is not None and (source.is_meta or not source.isfinite().all()):
+    if source.is_meta or not source.isfinite().all():
         state = "on the meta device" if source.is_meta else "not finite"
         raise ValueError(
             f'`init_weights="hosvd"` decomposes the coefficients of the base layers, but in one they are {state}. '

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.other import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..kan.basis import in_transform
@@ -34,11 +34,11 @@ from ..modules.calls import (
 from ..tucker import COMPONENTS, Tucker, Update
 from .by_row import FORWARD_PASS, ForwardPass, run_named_rows
 from .config import LoTRAConfig
-from .grids import holds_meta_tensors, refuse_grid_change, versions_on_accelerator, warn_of_far_inputs
+from .grids import holds_meta_tensors, refuse_grid_change, warn_of_far_inputs
 from .initialization import initialize
 
 
-Tensors = dict[str, torch.Tensor]  # by name
+Tensors = dict[str, Tensor]  # by name
 
 
 class Target(NamedTuple):
@@ -84,14 +84,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         "lotra_module_dropout",
     )
     cast_input_dtype_enabled: bool = True  # switched by PEFT
-    lotra_r: dict[str, tuple[int, ...]]
-    lotra_alpha: dict[str, float]
-    lotra_scaling: dict[str, float]
-    lotra_rank_dropout: dict[str, float]
-    lotra_module_dropout: dict[str, float]
     lotra_spec: KANLayerSpec
     lotra_tensor: CoefficientTensor
-    before_merge: Tensors
     _modules: dict[str, Any]
 
     def __init__(self, base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, name: str) -> None:
@@ -128,10 +122,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: LoTRAConfig) -> None:
         """Add an adapter."""
         shapes = config.component_shapes(self.lotra_name, self.lotra_tensor)
-        alpha = config.alpha_of(self.lotra_name)
         self.lotra_r[adapter_name] = shapes["core"]
-        self.lotra_alpha[adapter_name] = alpha
-        self.lotra_scaling[adapter_name] = alpha
+        self.lotra_alpha[adapter_name] = self.lotra_scaling[adapter_name] = config.alpha_of(self.lotra_name)
         self.lotra_rank_dropout[adapter_name] = config.rank_dropout
         self.lotra_module_dropout[adapter_name] = config.module_dropout
 
@@ -151,7 +143,6 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         initialize(self.get_components(adapter_name), start, zero, coefficients)
         if stored.dtype != dtype:
             self._move_adapter_to_device_of_base_layer(adapter_name)
-        self._active_adapter = self._active_adapter or [adapter_name]
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
         stored = self.lotra_tensor.get_parameter(base_layer)
@@ -201,16 +192,15 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         # drawn as tensors, so that a compiled graph draws at each step
         core = components.core
         if p := self.lotra_rank_dropout[adapter]:
-            shape = (len(core), *[1] * (core.dim() - 1))
-            mask = torch.rand(shape, device=core.device) >= p
-            mask = mask.to(core.dtype)
-            components = components._replace(core=core * mask / (1 - p))
+            # drops whole channels, the second dimension, and scales up the others
+            dropped = torch.feature_dropout(core.unsqueeze(0), p, True)
+            components = components._replace(core=dropped.squeeze(0))
         if p := self.lotra_module_dropout[adapter]:
             mask = torch.rand((), device=core.device) >= p
-            scale = scale * mask.to(core.dtype)
+            scale = scale * mask.to(core)
         return Update(scale, components)
 
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+    def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the update of an adapter, (out, in, basis [, kernel]).
 
         With `adapt_residual` the last slice of the basis mode is the base branch.
@@ -241,8 +231,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     @property
     def is_random(self) -> bool:
         """Whether a forward pass draws rank or module dropout."""
-        adapters = self._available(self.active_adapters) if self.training else []
-        return any(self.lotra_rank_dropout[name] or self.lotra_module_dropout[name] for name in adapters)
+        names = self._available(self.active_adapters)
+        has_dropout = any(self.lotra_rank_dropout[name] or self.lotra_module_dropout[name] for name in names)
+        return self.training and has_dropout
 
     def applied_updates(self) -> list[Update]:
         """Return the updates that a forward pass adds: none while they are merged or disabled."""
@@ -259,14 +250,14 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             layer = inner
         return layer
 
-    def get_base_weight(self) -> torch.Tensor:
+    def get_base_weight(self) -> Tensor:
         """Return the coefficients of the base layer, (out, in, basis [, kernel]).
 
         The base branch is the last slice of the basis mode.
         """
         return self.lotra_tensor.read(self.get_base_layer()).detach()
 
-    def effective_coefficients(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def effective_coefficients(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return a copy of the coefficients with the applied updates, added in `dtype`.
 
         Returns:
@@ -290,7 +281,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         Raises:
             RuntimeError: A parameter is sharded, and the updates are not.
         """
-        parameters: Tensors = {}
+        parameters = {}
         if not updates:
             return parameters
         base_layer = self.get_base_layer()
@@ -314,7 +305,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def remember_grid(self) -> None:
         """Take the present grid as the one that the adapters are made for. The formula is verified again."""
-        vars(self).update(lotra_grid=self.copy_grid(), _grid_state=(), _readers={})
+        vars(self).update(lotra_grid=self.copy_grid(), _grid_state=[], _readers={})
 
     def copy_grid(self) -> Grid:
         return copy_grid(self.lotra_spec.read_grid(self.get_base_layer()))
@@ -328,11 +319,15 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             self._has_seen_inputs = True
             warn_of_far_inputs(self.lotra_name, self.lotra_grid, self.lotra_tensor.shape, args[0])
         grid = self.lotra_spec.read_grid(self.get_base_layer())
-        state = versions_on_accelerator(grid)
+        state = []
+        for value in grid.values():
+            # comparing values would wait for an accelerator, where versions tell whether they changed
+            if isinstance(value, Tensor) and value.device.type != "cpu" and not value.is_inference():
+                state.append((id(value), value._version, value.data_ptr()))
         if state and state == self._grid_state:
             return
         if holds_meta_tensors(self.lotra_grid):  # there were no values yet
-            self.lotra_grid = self.copy_grid()
+            self.lotra_grid = copy_grid(grid)
         if not same_grid(self.lotra_grid, grid):
             raise RuntimeError(
                 f"The grid of `{self.lotra_name}` ({self.lotra_spec.kind}) was moved after its adapters had been "
@@ -348,7 +343,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         return self if self.merged else self._modules["base_layer"]
 
     @torch.no_grad()
-    def move_to_grid(self, layer: nn.Module, transfer: torch.Tensor) -> None:
+    def move_to_grid(self, layer: nn.Module, transfer: Tensor) -> None:
         """Replace the base layer by one on another grid, and express all adapters on that grid.
 
         Args:
@@ -379,15 +374,13 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         if names is None and current is not None:
             names = current.names
 
-        if self._disable_adapters:
-            if self.merged_adapters:
-                self.unmerge()
-            return self._call_base([], args, kwargs)
-        if self.merged_adapters:
-            if names is not None:
-                raise ValueError(
-                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-                )
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()
+        if self.merged_adapters and names is not None:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        if self._disable_adapters or self.merged_adapters:
             return self._call_base([], args, kwargs)
         if not (is_traced or in_transform()):  # where tensors have no values
             self.check_grid(args)
@@ -414,14 +407,13 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def _updates(self, adapters: Iterable[str], current: ForwardPass | None) -> list[Update]:
         """Return the updates of the adapters that the layer has, as they were when the pass began."""
-        names = self._available(adapters)
+        names = [name for name in adapters if name in self.lotra_scaling]
         updates = [self.update_of(name, self.training) for name in names]
         # read after the components, see `hotswap_adapter`
         if current is not None and current.replaced:
             for index, name in enumerate(names):
-                former = current.replaced.get((id(self), name))
-                if former is not None:
-                    updates[index] = updates[index]._replace(tensor=former)
+                former = current.replaced.get((id(self), name), updates[index].tensor)
+                updates[index] = updates[index]._replace(tensor=former)
         return updates
 
     def _call_base(self, updates: Sequence[Update], args: tuple, kwargs: dict) -> Any:
@@ -434,16 +426,15 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                     stack.enter_context(loaded(self))
             return call_with_parameters(base_layer, self._parameters_with(updates), base_layer, args, kwargs)
 
-    def _find_reader(self, stored: torch.Tensor, is_new: bool = False) -> FormulaReader | None:
+    def _find_reader(self, stored: Tensor, is_new: bool = False) -> FormulaReader | None:
         """Return the reader of the formula in the present mode and dtype; it is verified in an eager pass."""
         base_layer = self._modules["base_layer"]
         if type(base_layer) is not self._base_type:  # FSDP has wrapped it, or `call_with_parameters` is at work
             return None
         key = base_layer.training, stored.dtype
         verified_state, reader = self._readers.get(key, (None, None))
-        if reader is not None and reader.is_own:
-            return reader
-        if not is_new and (is_tracing() or in_transform()):
+        is_final = reader is not None and reader.is_own
+        if is_final or (not is_new and (is_tracing() or in_transform())):
             return reader
         state = state_of(base_layer)
         if state != verified_state:
@@ -554,18 +545,18 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         return self
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> LoTRALayer:
-        grid = self.lotra_spec.read_grid(self.get_base_layer())
+        grid = self.copy_grid()
         # a cast rounds the grid, but does not move it; on the meta device it has no values yet
         is_same = same_grid(self.lotra_grid, grid) and not holds_meta_tensors(grid)
         super()._apply(fn, *args, **kwargs)
         self.before_merge = {name: fn(value) for name, value in self.before_merge.items()}
         if is_same:
             self.lotra_grid = self.copy_grid()
-        self._grid_state = ()
+        self._grid_state = []
         return self
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> Tensor:
         # PEFT's property would return the weight of inkan's layers without the adapters
         return self.__getattr__("weight")
 
@@ -641,16 +632,6 @@ def check_unmerged(model: nn.Module) -> None:
 
 def lotra_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, LoTRALayer]]:
     """Iterate over the adapted layers of a model with their names, or over those that have the adapter."""
-    # like `named_modules`, but not through the modules of the layers, which are many
-    modules: list[tuple[str, nn.Module | None]] = [("", model)]
-    seen = set()
-    while modules:
-        name, module = modules.pop()
-        if module is None or module in seen:
-            continue
-        seen.add(module)
-        if not isinstance(module, LoTRALayer):
-            children = [(f"{name}.{key}" if name else key, child) for key, child in module._modules.items()]
-            modules += reversed(children)
-        elif adapter is None or adapter in module.lotra_r:
+    for name, module in model.named_modules():
+        if isinstance(module, LoTRALayer) and (adapter is None or adapter in module.lotra_r):
             yield name, module

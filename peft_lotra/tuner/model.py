@@ -48,6 +48,9 @@ from .targets import (
 from .weighted import add_weighted_adapter, check_known
 
 
+Locations = dict[nn.Module, list[tuple[nn.Module, str]]]  # the places of a module: its parents, and its names in them
+
+
 class LoTRAModel(BaseTuner):
     """
     Adapts a model with KAN layers by LoTRA; `get_peft_model(model, LoTRAConfig())` creates it.
@@ -93,9 +96,9 @@ class LoTRAModel(BaseTuner):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         # before super().__init__, which injects the first adapter
         self._targets: Targets = {}  # of the adapter that is injected
-        self._locations: dict[nn.Module, list[tuple[nn.Module, str]]] = {}  # of all modules, while layers are replaced
+        self._locations: Locations = {}  # while layers are replaced
         self._injection = ExitStack()
-        self._requires_grad_of_base: list[tuple[nn.Parameter, bool]] = []
+        self._requires_grad_of_base = []
         self.replaced: Replaced = {}  # see `hotswap_adapter`
         super().__init__(model, *args, **kwargs)
 
@@ -194,10 +197,11 @@ class LoTRAModel(BaseTuner):
             check_complete(adapter_name, tensors, state_dict)
             if config.storage is not None:
                 tensors = cast_to_storage(tensors, config.storage)
-            config.layers_to_record = {name: record_layer(layer) for name, layer in layers.items()}
             methods = {other.peft_type for other in getattr(base, "peft_config", {}).values()}
             config.has_companions = len(methods) > 1
-            config.ranks_to_record = {}  # the object may serve other models too
+            # the object may serve other models too
+            config.layers_to_record = {name: record_layer(layer) for name, layer in layers.items()}
+            config.ranks_to_record = {}
             for name, layer in layers.items():
                 shapes = config.component_shapes(name, layer.lotra_tensor)
                 if config.r is None or shapes["core"] != layer.lotra_r[adapter_name]:
@@ -259,16 +263,14 @@ class LoTRAModel(BaseTuner):
             layers = [layer for _, layer in lotra_layers(self.model)]
             return find_row_counts(self.model, layers, len(names or ()), args, kwargs)
 
-        def keep(module: nn.Module, args: tuple, outputs: Any) -> None:
-            FORWARD_PASS.keep(outputs)
-
         with ExitStack() as stack:
             current = ForwardPass(names, self.replaced, set(), count_rows)
             # like `FORWARD_PASS.set`, without its calls
             stack.callback(FORWARD_PASS.now.reset, FORWARD_PASS.now.set(current))
             if names is not None and torch.is_grad_enabled():
                 # for layers that gradient checkpointing runs again, see `PassVariable`
-                stack.callback(self.model.register_forward_hook(keep).remove)
+                handle = self.model.register_forward_hook(lambda *call: FORWARD_PASS.keep(call[-1]))
+                stack.callback(handle.remove)
             yield
 
     def _check_adapter_names(self, names: Any, args: tuple, kwargs: dict) -> tuple[str, ...]:
@@ -333,9 +335,9 @@ class LoTRAModel(BaseTuner):
     add_weighted_adapter = add_weighted_adapter
 
 
-def _find_locations(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+def _find_locations(model: nn.Module) -> Locations:
     """Return the parents of each module, with its names in them."""
-    locations: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    locations: Locations = {}
     for parent, name, child in places(model):
         locations.setdefault(child, []).append((parent, name))
     return locations

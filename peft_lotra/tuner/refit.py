@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..kan.basis import change_of_basis, spread_points
 from ..layers.coefficients import get_or_none
 from ..layers.registry import same_grid, short_name
-from ..modules.calls import call_with_parameters, check_module, modes_kept, unwrap
+from ..modules.calls import call_with_inputs, call_with_parameters, check_module, modes_kept, unwrap
 from ..modules.report import Report, TextTable
 from ..tucker import Tucker, fit, relative_energy, tucker
 from .by_row import first_argument
@@ -102,12 +102,7 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
                 move(unwrap(model))
         for name, layer in layers.items():
             hooks.callback(layer.register_forward_pre_hook(partial(refit, name), with_kwargs=True).remove)
-        if isinstance(inputs, Mapping):
-            model(**inputs)
-        elif isinstance(inputs, (tuple, list)):
-            model(*inputs)
-        else:
-            model(inputs)
+        call_with_inputs(model, inputs)
         unreached = [name for name, layer in layers.items() if _is_moved(layer)]
         if unreached:
             raise ValueError(f"The grids of the layers {unreached} have moved, but `inputs` do not reach them.")
@@ -115,7 +110,7 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
 
 
 def _is_moved(layer: LoTRALayer) -> bool:
-    return not same_grid(layer.lotra_grid, layer.lotra_spec.read_grid(layer.get_base_layer()))
+    return not same_grid(layer.lotra_grid, layer.copy_grid())
 
 
 @contextmanager
@@ -147,9 +142,8 @@ def _refit(name: str, layer: LoTRALayer, adapter: str, x: Any) -> float:
     if not is_input or not x.numel() or not x.isfinite().all():
         raise ValueError(f"`inputs` that reach `{name}` must be finite floating numbers (rows, {width}).")
     samples = x.detach().reshape(-1, width)
-    grid = layer.lotra_spec.read_grid(layer.get_base_layer())
     shape = layer.lotra_tensor.shape
-    ends = grid_ends(grid, shape) or samples.aminmax(dim=0)
+    ends = grid_ends(layer.copy_grid(), shape) or samples.aminmax(dim=0)
     low, high = (end.to(samples) for end in ends)
     points, weight = spread_points(samples, low, high, 4 * shape[-1])
     weight = weight.double().cpu()

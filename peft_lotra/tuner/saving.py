@@ -37,13 +37,13 @@ def read_tensors(source: Source, sha256: str | None = None) -> Tensors:
     Raises:
         ValueError: There is no adapter_model.safetensors, or it is damaged. A pickle is not read.
     """
-    folder = os.path.join(source.path, source.subfolder or "")
-    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    folder = Path(source.path, source.subfolder or "")
+    path = folder / SAFETENSORS_WEIGHTS_NAME
     try:
-        if not os.path.isdir(folder):
-            repository, subfolder = source.path, source.subfolder
-            path = hf_hub_download(repository, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **source.hub_kwargs)
-        content = Path(path).read_bytes()
+        if not folder.is_dir():
+            options = {"subfolder": source.subfolder, **source.hub_kwargs}
+            path = Path(hf_hub_download(source.path, SAFETENSORS_WEIGHTS_NAME, **options))
+        content = path.read_bytes()
     except (FileNotFoundError, EntryNotFoundError) as error:
         raise ValueError(
             f"The adapter at {folder} has no {SAFETENSORS_WEIGHTS_NAME}, and pickled weights are not loaded. Save the "

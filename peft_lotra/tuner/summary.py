@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers.registry import find_kan_layers
 from ..modules.calls import unwrap
@@ -129,5 +128,5 @@ def model_summary(model: nn.Module) -> ModelSummary:
     return ModelSummary(lines, model)
 
 
-def _kilobytes(tensors: Iterable[torch.Tensor]) -> float:
+def _kilobytes(tensors: Iterable[Tensor]) -> float:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1000

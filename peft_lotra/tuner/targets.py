@@ -55,9 +55,8 @@ def find_targets(config: LoTRAConfig, model: nn.Module) -> Targets:
         names = config.target_modules
         if isinstance(names, set):
             names = sorted(names)
-        index = ""
-        if config.layers_to_transform is not None:
-            index = f" with an index in `layers_to_transform`={config.layers_to_transform}"
+        indices = config.layers_to_transform
+        index = "" if indices is None else f" with an index in `layers_to_transform`={indices}"
         raise ValueError(f"`target_modules` is {names}, which matches no module{index}. {_list_kan_layers(model)}")
     return targets
 
@@ -97,16 +96,17 @@ def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> Targets:
         )
     if not layers:
         raise ValueError(_no_layer_message(model))
+    indices = config.layers_to_transform
+    names = list(layers)
+    if indices not in (None, []):
+        names = [name for name in layers if _has_index(name, indices)]
+    if not names:
+        raise ValueError(f"None of the KAN layers {list(layers)} has an index in `layers_to_transform`={indices}.")
     chosen = copy(config)
-    chosen.target_modules = {name for name in layers if _has_index(config, name)}
-    if not chosen.target_modules:
-        raise ValueError(
-            f"None of the KAN layers {list(layers)} has an index in `layers_to_transform`="
-            f"{config.layers_to_transform}."
-        )
+    chosen.target_modules = set(names)
     targets = {}
-    for name in layers:
-        if name not in chosen.target_modules or not check_target_module_exists(chosen, name):
+    for name in names:
+        if not check_target_module_exists(chosen, name):  # but excluded
             continue
         module = model.get_submodule(name)
         if module is layers[name]:
@@ -134,11 +134,8 @@ def _no_layer_message(model: nn.Module) -> str:
     )
 
 
-def _has_index(config: LoTRAConfig, name: str) -> bool:
-    """Return whether a layer is one of `layers_to_transform`; unlike in PEFT, the index may end its name."""
-    indices = config.layers_to_transform
-    if indices is None or indices == []:
-        return True
+def _has_index(name: str, indices: list[int] | int) -> bool:
+    """Return whether a layer has one of the indices in its name; unlike in PEFT, the index may end the name."""
     match = re.search(r"\.(\d+)(?:\.|$)", name)
     if isinstance(indices, int):
         indices = [indices]
@@ -154,15 +151,14 @@ def _find_recorded(recorded: Mapping[str, Record], model: nn.Module) -> Targets:
     modules = dict(model.named_modules(remove_duplicate=False))
     names = {name: name for name in recorded if name in modules}
     absent = sorted(recorded.keys() - names.keys(), key=_natural_order)
-    free = []
+    free = {}
     for name, layer, spec in walk_kan_layers(model) if absent else ():
         if name not in recorded:
-            free.append((name, spec.kind, spec.locate(layer).shape))
+            free[name] = spec.kind, spec.locate(layer).shape
 
     for name in absent:
         kind, shape = recorded[name]["kind"], tuple(recorded[name]["shape"])
-        alike = [candidate for candidate, *description in free if description == [kind, shape]]
-        alike = [candidate for candidate in alike if candidate not in names.values()]
+        alike = [candidate for candidate, description in free.items() if description == (kind, shape)]
         if not alike:
             raise ValueError(
                 f"The adapter is for another model: it was saved with a {kind} layer {shape} at `{name}`, and this "
@@ -172,6 +168,7 @@ def _find_recorded(recorded: Mapping[str, Record], model: nn.Module) -> Targets:
         for candidate in reversed(alike):
             if f".{candidate}".endswith(f".{name}") or name.endswith(f".{candidate}"):
                 names[name] = candidate
+        del free[names[name]]
     renamed = [f"`{name}` as `{names[name]}`" for name in absent if bare_name(names[name]) != name]
     if renamed:
         warnings.warn(
@@ -228,12 +225,12 @@ def warn_of_doubts(targets: Targets) -> None:
 
 def check_targets(config: LoTRAConfig, model: nn.Module, targets: Targets) -> None:
     """Raise a ValueError for targets that cannot be adapted as the configuration says."""
-    owners: Owners = {}
+    owners = {}
     adapted = {name: layer.base_before_merge() for name, layer in lotra_layers(model)}
     for name, target in {**adapted, **targets}.items():
         if isinstance(target.layer, (SlimKANLinear, SlimLayer)):  # whose coefficients are a product
             continue
-        if name in targets and name not in adapted:
+        if name not in adapted and not is_built_in(target.spec):
             _check_description(name, target)
         for parameter in target.tensor.parameters if config.adapt_residual else target.tensor.names:
             _check_parameter(name, target.layer, parameter, owners)
@@ -244,9 +241,10 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Targets) -> No
     if config.init_weights == "hosvd":
         check_unmerged(model)  # the factors are those of the base
     for name, target in targets.items():
-        _check_trained(name, target, config)
-        coefficients = target.tensor.read(target.layer).detach() if config.init_weights == "hosvd" else None
-        check_start(config.init_weights, coefficients)
+        if config.train is not None:
+            _check_trained(name, target, config)
+        if isinstance(config.init_weights, str):
+            check_start(config.init_weights, target.tensor.read(target.layer).detach())
 
 
 def _check_saved(config: LoTRAConfig, model: nn.Module, targets: Targets) -> None:
@@ -270,7 +268,7 @@ def _check_saved(config: LoTRAConfig, model: nn.Module, targets: Targets) -> Non
 def _check_description(name: str, target: Target) -> None:
     """Raise a ValueError if the gradients of a layer verify another layout than its description has."""
     layer, spec, _ = target
-    reason = "" if is_built_in(spec) else compare(layer, spec).reason
+    reason = compare(layer, spec).reason
     if reason:
         raise ValueError(
             f"The layer `{name}` ({type(layer).__name__}, of the kind {spec.kind!r}) does not compute what its "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Literal, cast
+from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -67,9 +67,9 @@ def add_weighted_adapter(
         >>> model.base_model.model.layers[0].lotra_r["sum"], errors["layers.0"] < 1e-6
         ((5, 5, 5), True)
     """
-    configs = cast("dict[str, LoTRAConfig]", model.peft_config)
+    configs: Any = model.peft_config
     _check(configs, adapters, weights, adapter_name, combination_type, ranks)
-    totals: dict[str, Tucker] = {}
+    totals = {}
     sums = {}
     for name, layer in lotra_layers(model.model):
         tensors = []
@@ -97,14 +97,14 @@ def add_weighted_adapter(
 
     first = configs[adapters[0]]
     train = first.train
+    if any(configs[adapter].train != train for adapter in adapters):
+        train = None
     has_full_outputs = False
     for total in totals.values():
-        has_full_outputs = has_full_outputs or total.form[0] == "full"
+        has_full_outputs |= total.form[0] == "full"
         # the sum has no factors of modes that become full
-        if not total._asdict().keys() & set(train or total._fields):
+        if train is not None and total._asdict().keys().isdisjoint(train):
             train = None
-    if any(configs[adapter].train != first.train for adapter in adapters):
-        train = None
     configs[adapter_name] = LoTRAConfig(
         task_type=first.task_type,
         base_model_name_or_path=first.base_model_name_or_path,
@@ -167,5 +167,6 @@ def _average(name: str, tensors: list[Tucker], weights: list[float]) -> Tucker:
     shares = tensors[0].core.new_tensor(weights) / total
     average = {"core": torch.stack([tensor.core for tensor in tensors]).sum(0)}
     for factor in tensors[0]._asdict().keys() - {"core"}:
-        average[factor] = torch.tensordot(shares, torch.stack([getattr(tensor, factor) for tensor in tensors]), 1)
+        factors = torch.stack([getattr(tensor, factor) for tensor in tensors])
+        average[factor] = torch.tensordot(shares, factors, 1)
     return tensors[0]._replace(**average)
