@@ -87,7 +87,8 @@ LIBRARY = sympy.sympify(
 )
 SYMBOLS = {g: [s for s in (B, C) if s in g.free_symbols] for g in LIBRARY}
 RATES, SHIFTS = np.geomspace(0.3, 15, 22), np.linspace(-3, 3, 61)  # b and c
-SMALL, LACK, MISFIT = 0.01, 0.015, 0.05  # shares of the change
+SMALL, LACK, MISFIT = 0.01, 0.007, 0.05  # shares of the change
+PEAK = 0.2  # the largest share that one row has in a term
 
 
 class Formula(NamedTuple):
@@ -115,7 +116,9 @@ def fit_function(g, x, change, slope, remove):
 
     def column(constants, x=x, slope=slope):
         values = slope * function(x, *constants)
-        return remove(np.where(np.isfinite(values).all(0), values, 0.0))
+        squares = values**2
+        valid = squares.max(0) < PEAK * squares.sum(0)  # false for NaN, too
+        return remove(np.where(valid, values, 0.0))
 
     def residual(constants):
         values = column(constants)
@@ -157,6 +160,7 @@ def find_formula(x, change, slope=1.0):
         degree = 8 if variable.is_Symbol else 1
         powers = legvander(2 * (z - z.min()) / np.ptp(z) - 1, degree)
         fits[variable] = (slope * powers.T[1:]).T
+    count = np.column_stack([*fits.values()]).shape[1]
     size = np.std(remover([slope])(change))
     smooth = np.std(remover(fits.values())(change)) / size
     for variable, z in 3 * list(columns.items()):
@@ -174,7 +178,8 @@ def find_formula(x, change, slope=1.0):
     for variable, a, (g, constants) in terms:
         expression += a * g.subs({**constants, X: variable})
     misfit = np.std(change - matrix @ factors) / size
-    lack = misfit**2 > smooth**2 + LACK**2
+    noise = (1 + 3 * count / len(x)) * smooth**2  # what `count` terms may hide
+    lack = misfit**2 > noise + LACK**2
     reason = f"polynomials fit to {smooth:.1%}" if lack else ""
     reason = f"the misfit is {misfit:.0%}" if misfit > MISFIT else reason
     return Formula(expression, terms, misfit, reason)
