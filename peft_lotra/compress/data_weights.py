@@ -197,6 +197,8 @@ def sample_layers(
     def record(name: str, x: Tensor, y: Any) -> None:
         if x.dim() < 2:
             raise ValueError(f"`inputs` reach `{name}` as one sample of shape {tuple(x.shape)}: pass a batch.")
+        if not x.numel():
+            raise ValueError(f"`inputs` have no rows: `{name}` gets the shape {tuple(x.shape)}.")
         if not x.isfinite().all():
             raise ValueError(f"`inputs` lead to NaN or infinite values at `{name}`.")
         received[name].append(x.detach().flatten(0, -2))
@@ -207,6 +209,8 @@ def sample_layers(
     with recorded_calls({name: modules[name] for name in targets}, record), torch.enable_grad():
         output = model_outputs(model, inputs)
     moments: dict[str, Any] = {}
+    if output.shape[1:] == (1,):
+        probes = min(probes, 1)  # signs of a single output square to one
     if calls and output.requires_grad:
         for name, derivative in _probe(output, calls, probes):
             moments[name] = moments.get(name, 0) + moment(derivative) / (probes * output.numel())
