@@ -151,6 +151,8 @@ def choose(library, x, left, slope, remove):
 
 def find_formula(x, change, slope=1.0):
     """Find f in change = slope f(x), for arrays (rows, in), (rows,), (rows,)."""
+    if not np.ptp(x, axis=0).all():
+        raise ValueError("A column of x is constant: leave it out.")
     slope = slope * np.ones(len(x))
     columns = dict(zip(sympy.symbols(f"x:{x.shape[1]}"), x.T, strict=True))
     for i, j in combinations(list(columns), 2):
@@ -161,6 +163,8 @@ def find_formula(x, change, slope=1.0):
         powers = legvander(2 * (z - z.min()) / np.ptp(z) - 1, degree)
         fits[variable] = (slope * powers.T[1:]).T
     count = np.column_stack([*fits.values()]).shape[1]
+    if len(x) <= count:
+        raise ValueError(f"{len(x)} rows are too few for {count} polynomials.")
     size = np.std(remover([slope])(change))
     smooth = np.std(remover(fits.values())(change)) / size
     for variable, z in 3 * list(columns.items()):
