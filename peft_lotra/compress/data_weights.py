@@ -197,8 +197,6 @@ def sample_layers(
     def record(name: str, x: Tensor, y: Any) -> None:
         if x.dim() < 2:
             raise ValueError(f"`inputs` reach `{name}` as one sample of shape {tuple(x.shape)}: pass a batch.")
-        if not x.numel():
-            raise ValueError(f"`inputs` have no rows: `{name}` gets the shape {tuple(x.shape)}.")
         if not x.isfinite().all():
             raise ValueError(f"`inputs` lead to NaN or infinite values at `{name}`.")
         received[name].append(x.detach().flatten(0, -2))

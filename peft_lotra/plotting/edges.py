@@ -122,6 +122,8 @@ def edge_changes(model: nn.Module, inputs: Inputs) -> EdgeChanges:
 def layer_changes(model: nn.Module, inputs: Inputs) -> dict[str, LayerChange]:
     """Compute the changes of all edges by layer, see `edge_changes`."""
     layers = {name: layer for name, layer in lotra_layers(unwrap(model)) if layer.applied_updates()}
+    if isinstance(inputs, Tensor) and not inputs.numel():
+        raise ValueError(f"`inputs` has no rows: its shape is {tuple(inputs.shape)}.")
     if isinstance(inputs, Tensor) and len(inputs) > ROWS:
         inputs = inputs[torch.linspace(0, len(inputs) - 1, ROWS).long()]
     changes = {}
