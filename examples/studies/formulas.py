@@ -10,7 +10,8 @@ At the output: the change of 2 to 4 inputs has 1 to 3 terms of the library, or i
 near. It is what a KAN, trained on data without the change, leaves of data with it and 1 % of noise. Beside the recipe:
 sparse regression on a fixed library (pysindy, STLSQ, its threshold by BIC), and `suggest_symbolic` of pykan on the
 edges of a KAN [d, 1] that is trained on the change itself, or on sines and tuned to sines with the change. Inside: a
-KAN [d, 1, 1] has y = h(u(x)), and y = h(u(x) + d(x_i)) in the new data.
+KAN [d, 1, 1] has y = h(u(x)), and y = h(u(x) + d(x_i)) in the new data. On real data: the perimeters of cells drift by
+a term of the library in one of three other measurements (breast cancer data of scikit-learn).
 
 Right: each term has its function, and its constants within 2 %; shifts within 2 % of the half range or of themselves.
 Accepted: the misfit is below 5 %, and the recipe gives no other reason. The recipe was fixed on other seeds. pysindy
