@@ -248,8 +248,8 @@ from sklearn.datasets import load_breast_cancer
 
 
 names = ["radius", "compactness", "smoothness", "perimeter"]
-cells = load_breast_cancer(as_frame=True).data[[f"mean {name}" for name in names]]
-cells = np.log(cells.to_numpy())
+cells = load_breast_cancer(as_frame=True).data
+cells = np.log(cells[[f"mean {name}" for name in names]].to_numpy())
 cells = torch.tensor(2 * (cells - cells.min(0)) / np.ptp(cells, 0) - 1)
 old, new = cells[::2], cells[1::2]
 kan = KAN([3, 1], grid_size=2)
