@@ -169,16 +169,18 @@ def measure_change(functions: Tensor, change: Tensor, squares: Tensor | None = N
     """
     change = change.to(functions)
     rows, out = len(functions), len(change)
-    squares = functions.new_zeros(rows, out) if squares is None else squares.to(functions)
-    weights = torch.stack([squares, torch.full_like(squares, 1 / rows)], -1)
-    weights = weights.transpose(0, 1)  # (out, rows, 2)
-    parts = []
+    mean = functions.mean(0)
+    shift = torch.einsum("ik,oik->oi", mean, change)
+    weights = functions.new_zeros(1, rows) if squares is None else squares.T.contiguous()  # (out, rows)
+    effects, variances = [], []
     # all edges at once would not fit into the cache
     count = max(1, CACHED // (rows * out))
-    for values, coefficients in zip(functions.split(count, 1), change.split(count, 1), strict=True):
-        moved = coefficients.transpose(0, 1) @ values.permute(1, 2, 0)  # (in, out, rows)
-        shift = moved.mean(-1, keepdim=True)
-        moved = moved.sub_(shift).square_().transpose(0, 1)
-        parts.append(torch.cat([moved @ weights, shift.transpose(0, 1)], -1))
-    effect, variance, shift = torch.cat(parts, 1).cpu().unbind(-1)
-    return LayerChange(effect.sqrt(), variance.sqrt(), shift)
+    for start in range(0, len(mean), count):
+        block = slice(start, start + count)
+        centered = functions[:, block] - mean[block]
+        moved = change[:, block].transpose(0, 1) @ centered.permute(1, 2, 0)  # (in, out, rows)
+        moved.square_()
+        variances.append(moved.mean(-1))
+        effects.append(moved.mul_(weights).sum(-1))
+    effect, layer_effect = (torch.cat(parts).T.sqrt() for parts in (effects, variances))
+    return LayerChange(effect.cpu(), layer_effect.cpu(), shift.cpu())
