@@ -530,7 +530,7 @@ def as_text(results: dict) -> str:
         f"* {part}, seed {row['seed']}, {row['verdict']}: planted {row['planted']}, found {row['formula']}"
         for part, rows in results["cases"].items()
         for row in rows
-        if row["verdict"] in ("wrong", "constants") or (row["planted"] and row["verdict"] == "refused")
+        if row.get("verdict") in ("wrong", "constants") or (row["planted"] and row.get("verdict") == "refused")
     ]
     return "\n".join([*lines, "", "Not right:", "", *(failures or ["* none"])]) + "\n"
 
