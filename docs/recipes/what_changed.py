@@ -275,5 +275,6 @@ with model.disable_adapter():
 # ## Measured
 #
 # In [a study](../../examples/studies/results/formulas.md), the recipe finds 100 of 100
-# planted changes at the output, and 60 of 60 inside. Of 54 changes without a formula,
-# it accepts a formula for one, which is accurate to 1.1 %.
+# planted changes at the output, and 75 of 76 inside. It refuses the other one, and all
+# 69 changes without a formula. For the cells above, it finds 14 of 14 functions, two of
+# them with constants that are off by more than 2 %.
