@@ -64,10 +64,11 @@ plot_network_change(model, x, inputs=["$x_0$", "$x_1$"], outputs=["y"])
 # 3. Choose the function with the best BIC (Bayesian information criterion). A misfit
 #    below 1 % does not count. Each constant costs twice the usual price, because the
 #    error of the base is not noise.
-# 4. Drop terms below 1 % of the change.
+# 4. Drop terms below 1 % of the change. Terms that a single row dominates, such as a
+#    pole next to it, are not tried.
 #
 # It refuses a formula with a misfit above 5 %. It also refuses one if polynomials
-# explain another 1.5 % of the change.
+# explain another 0.7 % of the change, beyond what they gain from noise.
 
 # %%
 from itertools import combinations, product
@@ -87,7 +88,8 @@ LIBRARY = sympy.sympify(
 )
 SYMBOLS = {g: [s for s in (B, C) if s in g.free_symbols] for g in LIBRARY}
 RATES, SHIFTS = np.geomspace(0.3, 15, 22), np.linspace(-3, 3, 61)  # b and c
-SMALL, LACK, MISFIT = 0.01, 0.015, 0.05  # shares of the change
+SMALL, LACK, MISFIT = 0.01, 0.007, 0.05  # shares of the change
+PEAK = 0.2  # the largest share that one row has in a term
 
 
 class Formula(NamedTuple):
@@ -115,7 +117,9 @@ def fit_function(g, x, change, slope, remove):
 
     def column(constants, x=x, slope=slope):
         values = slope * function(x, *constants)
-        return remove(np.where(np.isfinite(values).all(0), values, 0.0))
+        squares = values**2
+        valid = squares.max(0) < PEAK * squares.sum(0)  # false for NaN, too
+        return remove(np.where(valid, values, 0.0))
 
     def residual(constants):
         values = column(constants)
@@ -148,6 +152,8 @@ def choose(library, x, left, slope, remove):
 
 def find_formula(x, change, slope=1.0):
     """Find f in change = slope f(x), for arrays (rows, in), (rows,), (rows,)."""
+    if not np.ptp(x, axis=0).all():
+        raise ValueError("A column of x is constant: leave it out.")
     slope = slope * np.ones(len(x))
     columns = dict(zip(sympy.symbols(f"x:{x.shape[1]}"), x.T, strict=True))
     for i, j in combinations(list(columns), 2):
@@ -157,6 +163,9 @@ def find_formula(x, change, slope=1.0):
         degree = 8 if variable.is_Symbol else 1
         powers = legvander(2 * (z - z.min()) / np.ptp(z) - 1, degree)
         fits[variable] = (slope * powers.T[1:]).T
+    count = np.column_stack([*fits.values()]).shape[1]
+    if len(x) <= count:
+        raise ValueError(f"{len(x)} rows are too few for {count} polynomials.")
     size = np.std(remover([slope])(change))
     smooth = np.std(remover(fits.values())(change)) / size
     for variable, z in 3 * list(columns.items()):
@@ -174,7 +183,8 @@ def find_formula(x, change, slope=1.0):
     for variable, a, (g, constants) in terms:
         expression += a * g.subs({**constants, X: variable})
     misfit = np.std(change - matrix @ factors) / size
-    lack = misfit**2 > smooth**2 + LACK**2
+    noise = (1 + 3 * count / len(x)) * smooth**2  # what `count` terms may hide
+    lack = misfit**2 > noise + LACK**2
     reason = f"polynomials fit to {smooth:.1%}" if lack else ""
     reason = f"the misfit is {misfit:.0%}" if misfit > MISFIT else reason
     return Formula(expression, terms, misfit, reason)
@@ -227,8 +237,44 @@ print("d:", find_inside(kan, x, y))
 # The hidden unit has its own scale. Compare $d$ with the term of $x_2$ in $u$: here
 # 0.768 stands for 0.5, so $d$ is 0.2 tanh(3 $x_2$) in units of the data.
 #
+# ## Real data
+#
+# The perimeter of a cell follows from its radius, compactness and smoothness. A base
+# learns this from one half of scikit-learn's breast cancer data. In the other half, we
+# let the gauge of the perimeter drift with the radius, by 0.5 tanh(3 radius):
+
+# %%
+from sklearn.datasets import load_breast_cancer
+
+
+names = ["radius", "compactness", "smoothness", "perimeter"]
+cells = load_breast_cancer(as_frame=True).data
+cells = np.log(cells[[f"mean {name}" for name in names]].to_numpy())
+cells = torch.tensor(2 * (cells - cells.min(0)) / np.ptp(cells, 0) - 1)
+old, new = cells[::2], cells[1::2]
+kan = KAN([3, 1], grid_size=2)
+train(kan, old[:, :3], old[:, 3:])
+
+x = new[:, :3]
+y = new[:, 3:] + 0.5 * torch.tanh(3 * x[:, :1])
+print(what_changed(kan, x, y, names[:3]))
+print(find_formula(x.numpy(), *(y - kan(x)).detach().T.numpy()))
+model = get_peft_model(kan, LoTRAConfig(r=(1, 2, 4)))
+train(model, x, y)
+print(edge_changes(model, x))
+
+# %% [markdown]
+# The radius is found, and the formula too. The misfit is the noise of the
+# measurements. Without the drift, the recipe finds nothing:
+
+# %%
+with model.disable_adapter():
+    print(find_formula(x.numpy(), *(new[:, 3:] - kan(x)).detach().T.numpy()))
+
+# %% [markdown]
 # ## How often the recipe succeeds
 #
 # In [a study](../../examples/studies/results/formulas.md), the recipe finds 100 of 100
-# planted changes at the output, and 60 of 60 inside. Of 54 changes without a formula,
-# it accepts a formula for one, which is accurate to 1.1 %.
+# planted changes at the output, and 75 of 76 inside. It refuses the other one, and all
+# 69 changes without a formula. For the cells above, it finds 14 of 14 functions, two of
+# them with constants that are off by more than 2 %.

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -12,14 +14,15 @@ from torch import Tensor, nn
 
 from ..compress.data_weights import Inputs, sample_layers
 from ..compress.updates import read_coefficients
-from ..modules.calls import unwrap
+from ..modules.calls import unwrap, without_autocast
 from ..modules.report import Report, TextTable
-from ..tuner.layer import lotra_layers
+from ..tuner.layer import LoTRALayer, lotra_layers
 from ..tuner.targets import locate_target
 
 
 ROWS = 1000  # inputs that are looked at, at most
 PROBES = 2  # random directions of the outputs whose derivatives are taken; all rows average over them
+CACHED = 250_000  # values that are computed at a time
 
 
 class EdgeChange(NamedTuple):
@@ -105,11 +108,13 @@ def edge_changes(model: nn.Module, inputs: Inputs) -> EdgeChanges:
     edges = EdgeChanges()
     for name, change in layers.items():
         outputs, width = change.effect.shape
-        columns = (values.flatten().tolist() for values in change)
-        ends = ((output, index) for output in range(outputs) for index in range(width))
-        for (output, index), effect, layer_effect, shift in zip(ends, *columns, strict=True):
-            edges.append(EdgeChange(name, output, index, effect, effect**2 / total, layer_effect, shift))
-    edges.sort(key=lambda edge: -edge.effect)
+        effect, layer_effect, shift = (values.flatten() for values in change)
+        share = effect.square() / total
+        columns = [values.tolist() for values in (effect, share, layer_effect, shift)]
+        ends = product(range(outputs), range(width))
+        for (output, index), *values in zip(ends, *columns, strict=True):
+            edges.append(EdgeChange(name, output, index, *values))
+    edges.sort(key=attrgetter("effect"), reverse=True)
     return edges
 
 
@@ -117,13 +122,15 @@ def edge_changes(model: nn.Module, inputs: Inputs) -> EdgeChanges:
 def layer_changes(model: nn.Module, inputs: Inputs) -> dict[str, LayerChange]:
     """Compute the changes of all edges by layer, see `edge_changes`."""
     layers = {name: layer for name, layer in lotra_layers(unwrap(model)) if layer.applied_updates()}
+    if isinstance(inputs, Tensor) and not inputs.numel():
+        raise ValueError(f"`inputs` has no rows: its shape is {tuple(inputs.shape)}.")
     if isinstance(inputs, Tensor) and len(inputs) > ROWS:
         inputs = inputs[torch.linspace(0, len(inputs) - 1, ROWS).long()]
     changes = {}
     samples = sample_layers(model, layers, inputs, torch.square, PROBES)
     for name, (_, functions, squares) in samples.items():
-        base, adapted = edge_coefficients(name, layers[name])
-        changes[name] = measure_change(functions, adapted - base, squares)
+        _, change = edge_coefficients(name, layers[name])
+        changes[name] = measure_change(functions, change, squares)
     if not changes:
         raise ValueError(
             "The model has no dense KAN layer with an active adapter. Adapters that are merged (`unmerge_adapter`), "
@@ -133,10 +140,23 @@ def layer_changes(model: nn.Module, inputs: Inputs) -> dict[str, LayerChange]:
 
 
 def edge_coefficients(name: str, module: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return the coefficients (out, in, basis) of the base and with active adapters, times the scales of the edges."""
+    """Return the coefficients (out, in, basis) of the base, and their change by the active adapters.
+
+    Both are times the scales of the edges, in float64.
+
+    Raises:
+        ValueError: The coefficients or their change are not finite.
+    """
     base, scale = read_coefficients(name, locate_target(name, module).layer)
-    adapted, _ = read_coefficients(name, module)
-    return (base, adapted) if scale is None else (base * scale, adapted * scale)
+    change = torch.zeros_like(base)
+    updates = module.applied_updates() if isinstance(module, LoTRALayer) else []
+    with without_autocast(base):
+        for update in updates:
+            delta = update.dense()
+            change[:, :, : delta.shape[2]] += delta
+    if not change.isfinite().all():
+        raise ValueError(f"The update of `{name}` has NaN or infinite values.")
+    return (base, change) if scale is None else (base * scale, change * scale)
 
 
 def measure_change(functions: Tensor, change: Tensor, squares: Tensor | None = None) -> LayerChange:
@@ -148,16 +168,19 @@ def measure_change(functions: Tensor, change: Tensor, squares: Tensor | None = N
         squares: The squared derivatives (rows, out) of the outputs of the network, divided by their number.
     """
     change = change.to(functions)
+    rows, out = len(functions), len(change)
     mean = functions.mean(0)
-    weights = functions.new_zeros(1, len(functions)) if squares is None else squares.T.contiguous()  # (out, rows)
-    effects, variances = [], []
-    # input by input: all values at once would not fit into the cache
-    centered = functions - mean
-    for values, coefficients in zip(centered.unbind(1), change.unbind(1), strict=True):
-        moved = (coefficients @ values.T).square()  # (out, rows)
-        effects.append((moved * weights).sum(1))
-        variances.append(moved.mean(1))
-    effect = torch.stack(effects, 1).sqrt()
-    layer_effect = torch.stack(variances, 1).sqrt()
     shift = torch.einsum("ik,oik->oi", mean, change)
+    weights = functions.new_zeros(1, rows) if squares is None else squares.T.contiguous()  # (out, rows)
+    effects, variances = [], []
+    # all edges at once would not fit into the cache
+    count = max(1, CACHED // (rows * out))
+    for start in range(0, len(mean), count):
+        block = slice(start, start + count)
+        centered = functions[:, block] - mean[block]
+        moved = change[:, block].transpose(0, 1) @ centered.permute(1, 2, 0)  # (in, out, rows)
+        moved.square_()
+        variances.append(moved.mean(-1))
+        effects.append(moved.mul_(weights).sum(-1))
+    effect, layer_effect = (torch.cat(parts).T.sqrt() for parts in (effects, variances))
     return LayerChange(effect.cpu(), layer_effect.cpu(), shift.cpu())

@@ -69,14 +69,15 @@ class ChangeParts(Report):
         ]
         for first, second, share in self.pairs:
             rows.append(["", f"{share:.1%}", f"a function of {first} and {second} together"])
-        meaning = "The change is a sum of functions of one input."
+        notes = [f"root mean square of the change: {self.size:.3g}"]
         if self.rest >= SMALL:
-            meaning = (
+            notes.append(
                 f"{self.rest:.0%} of the change is not such a sum. Only another hidden unit, or a product of inputs, "
                 "can express it."
             )
-        size = f"root mean square of the change: {self.size:.3g}"
-        return TextTable(["part", ">share", ""], rows, [size, meaning, *self.notes])
+        elif self.size > 0:
+            notes.append("The change is a sum of functions of one input.")
+        return TextTable(["part", ">share", ""], rows, notes + self.notes)
 
 
 @torch.no_grad()
@@ -148,7 +149,7 @@ def _divide(change: Tensor, x: Tensor, names: Sequence[str]) -> ChangeParts:
     """Divide a change (rows, out) by fits of the inputs (rows, in)."""
     total = change.square().mean().item()
     if total == 0:
-        note = "The outputs did not change on these inputs. Merged and disabled adapters do not count."
+        note = "The outputs did not change: no adapter is active, or its update is zero. Merged ones do not count."
         return ChangeParts(0.0, 0.0, 0.0, 0.0, 0.0, [], [note])
 
     rows, width = x.shape

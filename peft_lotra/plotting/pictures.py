@@ -79,7 +79,7 @@ def plot_edge_functions(
     """Draw functions on edges of a KAN layer, of the base and with the active adapters.
 
     The darker an adapted function, the more its change adds to the outputs of the network, or without `x` of the
-    layer, as a share of the largest change.
+    layer. The title has its share of the squared effects of all edges; a constant shift has no effect.
 
     Args:
         model: The model, adapted or not; it stays unchanged.
@@ -117,12 +117,16 @@ def plot_edge_functions(
         samples = sample_layers(model, {layer_name: module}, x, torch.square, probes=0)
         z = samples[layer_name].inputs
     points, functions = _sample_functions(target, z)
-    base, adapted = edge_coefficients(layer_name, module)
+    base, change = edge_coefficients(layer_name, module)
     is_adapted = isinstance(module, LoTRALayer) and bool(module.applied_updates())
     if is_adapted and x is not None:
-        effect = layer_changes(model, x)[layer_name].effect
+        changes = layer_changes(model, x)
+        effect = changes[layer_name].effect
+        total = sum(layer.effect.square().sum().item() for layer in changes.values())
     else:
-        effect = measure_change(functions, adapted - base if is_adapted else base).layer_effect
+        effect = measure_change(functions, change if is_adapted else base).layer_effect
+        total = effect.square().sum().item()
+    shares = effect.square() / (total or 1.0)
     if edges is None:
         largest = effect.amax(0).argsort(descending=True)[:6].tolist()
         edges = [(int(effect[:, index].argmax()), index) for index in largest]
@@ -133,7 +137,8 @@ def plot_edge_functions(
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, (output, index) in zip(axes, edges, strict=False):
         name = f"input {index}" if inputs is None else inputs[index]
-        axis.set_title(f"{name} to unit {output}", fontsize=9)
+        share = f": {shares[output, index]:.0%}" if is_adapted else ""
+        axis.set_title(f"{name} to unit {output}{share}", fontsize=9)
         axis.tick_params(labelsize=8)
         axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.25)
@@ -141,9 +146,9 @@ def plot_edge_functions(
         curve = functions[:, index] @ base[output, index]
         axis.plot(at, curve.cpu(), label="base", color="0.5", ls="--")
         if is_adapted:
-            curve = functions[:, index] @ adapted[output, index]
+            curve = curve + functions[:, index] @ change[output, index]
             color = _color_of(effect[output, index] / effect.max().clamp(min=1e-30))
-            axis.plot(at, curve.cpu(), label="adapted, darker for a larger effect", color=color)
+            axis.plot(at, curve.cpu(), label="adapted, darker for a larger share of the change", color=color)
         if z is not None:
             marks = z[:MARKS, index].float().cpu()
             bottom = axis.get_xaxis_transform()

@@ -129,11 +129,24 @@ def test_wrong_inputs_are_named():
 
     with pytest.raises(ValueError, match="The input has shape"):
         edge_changes(model, torch.rand(10, 2))
+    with pytest.raises(ValueError, match="no rows"):
+        edge_changes(model, torch.rand(0, 3))
     with pytest.raises(ValueError, match="NaN"):
         edge_changes(model, torch.full((10, 3), torch.nan))
     with pytest.warns(UserWarning, match="far outside of its grid"):
         edge_changes(model, torch.rand(10, 3) + 50)
     assert_same(model, state)
+
+
+@pytest.mark.parametrize("component", ["spline_weight", "lotra_core.default"])
+def test_values_that_are_not_finite_are_named(component):
+    model = adapt(KAN([3, 4]))
+    [parameter] = [p for name, p in model.named_parameters() if name.endswith(component)]
+    with torch.no_grad():
+        parameter[0, 0] = torch.nan
+
+    with pytest.raises(ValueError, match="finite|infinite"):
+        edge_changes(model, torch.rand(10, 3))
 
 
 def test_under_inference_mode_the_changes_are_the_same():

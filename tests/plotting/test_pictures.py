@@ -52,7 +52,7 @@ def test_the_functions_sum_up_to_the_output(kind):
         total = sum(float(axis.lines[index].get_ydata()[0]) for axis in figure.axes)
         assert total + bias == pytest.approx(output, abs=1e-4)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["base", "adapted, darker for a larger effect"]
+    assert labels == ["base", "adapted, darker for a larger share of the change"]
 
 
 @pytest.mark.parametrize("kind", ["own", "efficient-kan"])
@@ -110,8 +110,20 @@ def test_the_edges_with_the_largest_effect_are_drawn_one_for_each_input(name):
     assert [axis.get_title()[0] for axis in figure.axes] == ["b", "c", "a"]
 
 
+def test_a_title_has_the_share_of_the_edge_in_the_whole_change(adapted):
+    model, x = adapted
+    largest = edge_changes(model, x)[0]
+
+    figure = plot_edge_functions(model, largest.layer, [(largest.output, largest.input)], x)
+
+    assert figure.axes[0].get_title() == f"input {largest.input} to unit {largest.output}: {largest.share:.0%}"
+
+
 def test_a_network_without_adapter_has_one_curve():
-    assert len(plot_edge_functions(base("own"), "kan", [(0, 1)]).axes[0].lines) == 1
+    [axis] = plot_edge_functions(base("own"), "kan", [(0, 1)]).axes
+
+    assert len(axis.lines) == 1
+    assert axis.get_title() == "input 1 to unit 0"
 
 
 def test_functions_are_drawn_into_a_given_figure():
