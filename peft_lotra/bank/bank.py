@@ -173,8 +173,10 @@ class AdapterBank:
         Raises:
             ValueError: The name is known, or the adapter is of another base, grid or kind of layer, or damaged.
         """
-        if name == BASE:
-            raise ValueError("'__base__' stands for the base: give the adapter another name.")
+        if not isinstance(name, str) or name in ("", BASE):
+            raise ValueError(
+                f"An adapter cannot be called {name!r:.100}: pass a string; '__base__' stands for the base."
+            )
         try:
             if isinstance(adapter, AdapterBank):
                 if adapter.base is not self.base:
@@ -421,7 +423,9 @@ class AdapterBank:
             if child in bank_layers:
                 self._replaced.append((parent, name, child))
                 parent._modules[name] = bank_layers[child]
-        return BankModel(network, self)
+        served = BankModel(network, self)
+        self._replaced.append((served, "is_attached", False))
+        return served
 
     def detach(self) -> None:
         """Take the bank out of the model that it is attached to, which is as before, also in its modes."""
@@ -439,8 +443,10 @@ class AdapterBank:
         For models that change the order of rows on their way, and for calls of a part of a model.
 
         Raises:
-            ValueError: A name is unknown, or an id belongs to no adapter.
+            ValueError: A name is unknown, an id belongs to no adapter, or the bank is attached to no model.
         """
+        if rows is not None and not self._replaced:
+            raise ValueError("The bank is attached to no model: call `attach()` first.")
         with ROWS.set(self._pass_of(rows)):
             yield
 

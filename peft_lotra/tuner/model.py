@@ -293,6 +293,7 @@ class LoTRAModel(BaseTuner):
             adapter_names (`list[str]`, *optional*): The adapters.
             safe_merge (`bool`): Whether to check first that the merged weights are finite.
         """
+        self._check_detached()
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names)
 
@@ -304,6 +305,11 @@ class LoTRAModel(BaseTuner):
             unmerged = [name for name in names if name in layer.lotra_r and name not in layer.merged_adapters]
             layer.check_merge(unmerged, safe_merge)
 
+    def _check_detached(self) -> None:
+        """Raise a ValueError while an `AdapterBank` serves the model: it adds its updates to unmerged layers."""
+        if any("lotra_bank" in vars(layer) for _, layer in lotra_layers(self.model)):
+            raise ValueError("The model serves an AdapterBank: call `bank.detach()` before a merge or `unload`.")
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -311,6 +317,7 @@ class LoTRAModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        self._check_detached()
         if merge:
             self._check_merge(adapter_names, safe_merge)
         elif any(layer.merged for _, layer in lotra_layers(self.model)):

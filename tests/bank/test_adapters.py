@@ -508,9 +508,14 @@ def test_a_base_without_kan_layers_or_with_a_merged_adapter_is_refused():
             AdapterBank(base)
 
 
-def test_no_adapter_is_called_like_the_base():
+@pytest.mark.parametrize("name", ["__base__", "", 7, None])
+def test_a_name_is_a_string_that_does_not_stand_for_the_base(name):
+    bank = AdapterBank(net())
+
     with pytest.raises(ValueError, match="stands for the base"):
-        AdapterBank(net()).add("__base__", LoTRAConfig())
+        bank.add(name, LoTRAConfig())
+
+    assert bank.names == []
 
 
 @pytest.fixture
