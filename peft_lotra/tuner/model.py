@@ -31,7 +31,7 @@ from .saving import (
     check_shapes,
     check_state_dict,
     check_tensors,
-    is_saving,
+    find_save,
     read_tensors,
     saved_tensors,
 )
@@ -184,7 +184,8 @@ class LoTRAModel(BaseTuner):
         prefix, base = "", model
         if hasattr(model, "get_base_model"):
             prefix, base = PREFIX, model.get_base_model()
-        if is_saving():  # PEFT writes the configuration after the tensors
+        save = find_save()
+        if save is not None:  # PEFT writes the configuration after the tensors
             layers = {bare_name(name): layer for name, layer in lotra_layers(base, adapter_name)}
             if not layers and config.target_modules != DUMMY_TARGET_MODULES:
                 raise ValueError(
@@ -197,6 +198,8 @@ class LoTRAModel(BaseTuner):
             config.layers_to_record = {name: record_layer(layer) for name, layer in layers.items()}
             methods = {other.peft_type for other in getattr(base, "peft_config", {}).values()}
             config.has_companions = len(methods) > 1
+            saved_with = save.get("selected_adapters") or ()
+            config.saved_with = [adapter_name, *(name for name in saved_with if name != adapter_name)]
             config.ranks_to_record = {}  # the object may serve other models too
             for name, layer in layers.items():
                 shapes = config.component_shapes(name, layer.lotra_tensor)
@@ -208,6 +211,17 @@ class LoTRAModel(BaseTuner):
                 del state_dict[key]
         repeated = tuple(f"{prefix}{name}.lotra_" for name in further_names(base))
         return {key: tensor for key, tensor in tensors.items() if not key.startswith(repeated)}
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_to_state_dict(*args, **kwargs)
+        save = find_save() or {}
+        for name in save.get("selected_adapters") or ():
+            method = self.peft_config[name].peft_type
+            if method != "LOTRA" and any(lotra_layers(self.model, name)):
+                raise ValueError(
+                    f"{name!r} is also the name of an adapter of {method.value}, whose configuration has replaced "
+                    "LoTRA's: LoTRA would be lost. Inject the other adapter under another name."
+                )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
