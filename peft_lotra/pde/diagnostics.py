@@ -79,8 +79,8 @@ def find_doubts(
             )
         else:
             doubts.append(
-                f"`{name}` returns {dtype}, whose rounding near ({position}) looks like a jump. Compute it in float64, "
-                "the dtype of its argument."
+                f"`{name}` returns {dtype}, whose rounding near ({position}) looks like a jump. Compute it in "
+                "float64, the dtype of its argument."
             )
 
     features = first_module(model, BoxFeatures)
