@@ -241,8 +241,10 @@ class AdapterBank:
             snapshot = snapshot.rebuild()  # a matrix of its own, since passes that have begun read the former one
             rows = snapshot.rows_of(self.names if names is None else names)
             packed = nn.Parameter(snapshot.packed)
-            if packed.itemsize < 4 or not len(rows) or 0 in rows:
+            if packed.itemsize < 4:
                 raise ValueError("Only adapters of float32 or float64 are trained: load the bank with such a `dtype`.")
+            if not len(rows) or 0 in rows:
+                raise ValueError("There is no adapter to train, or '__base__' is named, which has none.")
             trained = torch.zeros(len(packed), dtype=torch.bool, device=rows.device)
             trained[rows] = True
             is_component = snapshot.fill_components(lambda form, layer: {}).bool()
@@ -263,9 +265,11 @@ class AdapterBank:
             ids (`torch.Tensor`): The id of the adapter of each row, (rows,).
 
         Raises:
-            ValueError: An id belongs to no adapter.
+            ValueError: An id belongs to no adapter, or there is not one for each error.
         """
         snapshot = self.snapshot
+        if errors.shape != ids.shape:
+            raise ValueError(f"`errors` {tuple(errors.shape)} and `ids` {tuple(ids.shape)} must both be (rows,).")
         snapshot.rows_of(ids)  # refuses unknown ids
         room = len(snapshot.row_of) - 1
         index = ids.to(errors.device, torch.int64) + 1  # the base comes first, and is left out

@@ -80,7 +80,7 @@ def check_input(x: Any, in_features: int, layer: torch.nn.Module, dtype: torch.d
     """Raise a `TypeError` unless `x` is a floating point tensor, a `ValueError` for another shape or dtype."""
     name = type(layer).__name__
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        kind = getattr(x, "dtype", type(x))
+        kind = x.dtype if isinstance(x, Tensor) else type(x)
         raise TypeError(f"The input is of {kind}, but {name} takes a floating point tensor (..., {in_features}).")
     if x.shape[-1:] != (in_features,):
         raise ValueError(

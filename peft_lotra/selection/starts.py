@@ -23,6 +23,7 @@ from ..layers.registry import walk_kan_layers
 from ..modules.calls import evaluating_without_trace, set_mode, unwrap
 from ..tuner.config import LoTRAConfig
 from ..tuner.gradients import start_from_gradient
+from ..tuner.saving import cast_to_storage
 from .training import BATCH, CHUNK, Start, Task, Tensors
 
 
@@ -50,7 +51,15 @@ def adapt(base: nn.Module, **config: Any) -> PeftModel:
 
 def file_size(model: PeftModel) -> Size:
     """Return the size of the file that PEFT writes for the adapter."""
-    return _measure(get_peft_model_state_dict(model))
+    return _measure(stored_tensors(model))
+
+
+def stored_tensors(model: PeftModel) -> Tensors:
+    """Return the tensors of an adapter in the dtype of its file."""
+    tensors = get_peft_model_state_dict(model)
+    configs: Any = model.peft_config
+    storage = configs["default"].storage
+    return tensors if storage is None else cast_to_storage(tensors, storage)
 
 
 def _measure(tensors: Tensors) -> Size:

@@ -454,6 +454,13 @@ def test_a_file_that_is_not_there_is_an_error(tmp_path):
             AdapterBank.load(net(), tmp_path, names=names)
 
 
+def test_a_folder_that_is_not_there_is_an_error_without_a_connection(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    with pytest.raises(ValueError, match="There is no folder my_bank"):
+        AdapterBank.load(net(), "my_bank")
+
+
 def test_a_bank_of_another_base_is_refused(two_customers):
     with pytest.raises(ValueError, match="parameters of"):
         AdapterBank.load(net(seed=8), two_customers)

@@ -167,6 +167,20 @@ def test_the_saved_file_stays_below_max_bytes(tmp_path):
     assert (tmp_path / "adapter_model.safetensors").stat().st_size <= 2500
 
 
+def test_half_precision_leaves_room_for_more_parameters(tmp_path):
+    base, x = make_base(3, 16, 2), make_rows()
+    data = x, shifted(base, x)
+
+    whole = quick_fit(copy.deepcopy(base), data, max_bytes=1500)
+    half = quick_fit(base, data, max_bytes=1500, storage="float16")
+    half.model.save_pretrained(tmp_path)
+
+    assert half.bytes == (tmp_path / "adapter_model.safetensors").stat().st_size <= 1500
+    assert half.parameters > whole.parameters
+    assert "full matrices exceed `max_bytes`" in str(whole)
+    assert "exceed" not in str(half)
+
+
 def test_an_ensemble_is_a_bank_of_the_adapters_of_all_folds(rows):
     x, _ = rows
 
@@ -378,6 +392,8 @@ CLASSES = torch.arange(30) % 2
         ({"budget": 1.5}, "budget"),
         ({"budget": 0.01}, "smallest ranks"),
         ({"max_bytes": 500}, "ranks of 1"),
+        ({"max_bytes": "10kB"}, "`max_bytes` is '10kB'"),
+        ({"storage": "float8"}, "storage"),
     ],
 )
 def test_bad_input_is_refused_before_training(change, message):
