@@ -216,7 +216,7 @@ class LoTRAModel(BaseTuner):
         super()._save_to_state_dict(*args, **kwargs)
         save = find_save() or {}
         for name in save.get("selected_adapters") or ():
-            method = self.peft_config[name].peft_type
+            method: Any = self.peft_config[name].peft_type
             if method != "LOTRA" and any(lotra_layers(self.model, name)):
                 raise ValueError(
                     f"{name!r} is also the name of an adapter of {method.value}, whose configuration has replaced "
