@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import re
+import struct
 import sys
 from pathlib import Path
 
@@ -30,9 +31,31 @@ OUTSIDE = re.compile(
 WHOLE = {
     "changelog.md": "CHANGELOG.md",
 }
-# 1e-3, 7.2 s in a text, not in a tag: browsers break lines at the hyphen
-NUMBER = re.compile(r"\d[\d.,]*(?:e-\d+(?: s\b)?| s\b)(?=[^<>]*<)")
+UNIT = r" (?:%|▲|s\b|ms\b|h\b|kB\b|MB\b|GB\b|KiB\b|MiB\b|GiB\b)"
+# 1e-3, 7.2 s, 80 %, (8, 8, 4): browsers would break lines inside
+NUMBER = re.compile(
+    rf"\d[\d.,]*(?:e-\d+)?(?:{UNIT})+|\d[\d.,]*e-\d+"
+    r"|\(\d+(?:, (?:\d+|full)){1,3}\)|\[\d+(?:, \d+){1,4}\]|\d+ -&gt; \d+"
+)
 FORMULA = re.compile(r'class="arithmatex">\\([(\[])(.*?)\\[)\]]<', re.DOTALL)
+TAG = re.compile(r"<[^>]*>")
+BLOCK = re.compile(
+    r"(<pre>(?:<span></span>)?<code>)(.*?)(</code></pre>)", re.DOTALL
+)
+# before a dot, and after an opening bracket
+CODE_BREAK = re.compile(r'(?=<span class="o">\.</span>)|(?<=[(\[]</span>)(?=<)')
+INLINE = re.compile(r"<code>([^<]*)</code>(?!</pre>)")
+CELL = re.compile(r"<t[dh][ >].*?</t[dh]>", re.DOTALL)
+HEADING_ROW = re.compile(
+    r"<tr>\s*<td[^>]*>(<strong>.*?</strong>)</td>((?:\s*<td[^>]*></td>)+)\s*</tr>"
+)
+IMAGE = re.compile(
+    r'<img ([^>]*src="([^"]*assets/((?:results|pages)/[^"]+))"[^>]*)>'
+)
+# of code in a sentence: a longer one may break
+LONGEST_UNBROKEN = 34
+# a phone shows this many pixels of a picture; a wider one scrolls, at this many pixels an inch
+PHONE, PIXELS_PER_INCH = 358, 62
 
 
 def on_config(config):
@@ -97,16 +120,93 @@ def results_of_the_site(match: re.Match) -> str:
 
 
 def on_page_content(content, page, config, files):
-    """Formulas are MathML: no script, no font. Numbers stay in one line. Pictures lead to themselves, in full size."""
+    """Formulas are MathML: no script, no font. Lines break where a reader expects it. Pictures lead to themselves."""
 
     def formula(match: re.Match) -> str:
         display = "block" if match[1] == "[" else "inline"
         return f'class="arithmatex">{convert(html.unescape(match[2]).strip(), display=display)}<'
 
     content = FORMULA.sub(formula, content)
-    content = NUMBER.sub(r"<nobr>\g<0></nobr>", content)
-    return re.sub(
-        r'(<img [^>]*src="([^"]*assets/(?:results|pages)/[^"]+)"[^>]*>)',
-        r'<a href="\2">\1</a>',
-        content,
+    content = in_text(content, unbroken_numbers)
+    content = CELL.sub(breakable_names, content)
+    content = INLINE.sub(unbroken_code, content)
+    content = HEADING_ROW.sub(spanning_row, content)
+    content = BLOCK.sub(indented_lines, content)
+    return IMAGE.sub(linked_picture, content)
+
+
+def in_text(content: str, change) -> str:
+    """Change the text outside of tags, code, and formulas."""
+    skipped = re.compile(
+        r"(<(pre|code|math|script|style)\b.*?</\2>|<[^>]*>)", re.DOTALL
     )
+    parts = []
+    end = 0
+    for match in skipped.finditer(content):
+        parts += [change(content[end : match.start()]), match[0]]
+        end = match.end()
+    return "".join([*parts, change(content[end:])])
+
+
+def unbroken_numbers(text: str) -> str:
+    return NUMBER.sub(r"<nobr>\g<0></nobr>", text)
+
+
+def unbroken_code(match: re.Match) -> str:
+    """Code in a sentence stays in one line if it is short. A long name breaks after its dots and brackets."""
+    if len(html.unescape(match[1])) > LONGEST_UNBROKEN:
+        return f"<code>{breakable(match[1])}</code>"
+    return f'<code class="unbroken">{match[1]}</code>'
+
+
+def breakable(name: str) -> str:
+    return re.sub(r"([_.(=/])(?=\w)", r"\1<wbr>", name)
+
+
+def breakable_names(match: re.Match) -> str:
+    """Names in a table break after their underscores, dots and brackets, not before a comma."""
+    return re.sub(
+        r"(<code[^>]*>)([^<]*)(</code>[,.;:]?)",
+        lambda code: f"<nobr>{code[1]}{breakable(code[2])}{code[3]}</nobr>",
+        match[0],
+    )
+
+
+def spanning_row(match: re.Match) -> str:
+    """A row with a heading and no values is one cell."""
+    columns = 1 + match[2].count("<td")
+    return f'<tr><td colspan="{columns}">{match[1]}</td></tr>'
+
+
+def indented_lines(match: re.Match) -> str:
+    """Mark the lines of code, so that on a phone the rest of a long line is indented (extra.css)."""
+    lines = []
+    for line in match[2].removesuffix("\n").split("\n"):
+        text = html.unescape(TAG.sub("", line))
+        indent = len(text) - len(text.lstrip())
+        line = CODE_BREAK.sub("<wbr>", line)
+        lines.append(
+            f'<span class="line" style="--indent: {indent}ch">{line}\n</span>'
+        )
+    return match[1] + "".join(lines) + match[3]
+
+
+def linked_picture(match: re.Match) -> str:
+    """A picture in its size leads to its file. A wide one scrolls on a phone, where its labels stay legible."""
+    folder = {"results": ROOT / RESULTS, "pages": ROOT / "docs/assets/pages"}
+    kind, _, name = match[3].partition("/")
+    width, height, inches = size_of_png(folder[kind] / name)
+    image = f'<img {match[1]} width="{width}" height="{height}">'
+    shown = round(inches * PIXELS_PER_INCH)
+    if shown <= PHONE * 1.15:
+        return f'<a href="{match[2]}">{image}</a>'
+    return f'<a class="wide" style="--shown: {shown}px" href="{match[2]}">{image}</a>'
+
+
+def size_of_png(path: Path) -> tuple[int, int, float]:
+    """Width and height in pixels, and the width in inches."""
+    data = path.read_bytes()
+    width, height = struct.unpack(">II", data[16:24])
+    start = data.index(b"pHYs") + 4
+    per_meter = struct.unpack(">I", data[start : start + 4])[0]
+    return width, height, width / per_meter / 0.0254

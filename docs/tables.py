@@ -92,7 +92,7 @@ def readme_accuracy() -> str:
             "pykan: rotated and noisy",
             f"{quickstart[0]:,}",
         ),
-        "digits to MNIST at 8x8, 500 labels": (
+        "from scikit-learn's digits to MNIST at 8x8 pixels, 500 labels": (
             "digits to MNIST",
             "{:,} of {:,}".format(*mnist),
         ),
@@ -117,9 +117,9 @@ def starts() -> str:
     shifts = {
         "digits rotated by 30°, noisy, 200 labels": "digits, rotated and noisy (quickstart)",
         "the same without noise, wider layer": "digits, rotated by 30 degrees",
-        "the noisy ones on efficient-kan": "efficient-kan: rotated and noisy",
-        "and on pykan": "pykan: rotated and noisy",
-        "digits to MNIST at 8x8, 500 labels": "digits to MNIST",
+        "the first task on efficient-kan": "efficient-kan: rotated and noisy",
+        "the first task on pykan": "pykan: rotated and noisy",
+        "from digits to MNIST at 8x8 pixels, 500 labels": "digits to MNIST",
     }
     rows = []
     for title, shift in shifts.items():
@@ -131,7 +131,8 @@ def starts() -> str:
         rows.append(row)
     header = (
         "| accuracy %, 5 seeds, each at its best rates | full "
-        "| (16, 16, 6) gradient | random | (8, 8, 4) gradient | random |"
+        "| (16, 16, 6), gradient | (16, 16, 6), random "
+        "| (8, 8, 4), gradient | (8, 8, 4), random |"
     )
     return table(header, rows)
 
@@ -160,17 +161,19 @@ def few_labels() -> str:
         size = max(run["parameters"] for run in runs)
         accuracies = [f"{module.test_mean(run):.1f}" for run in runs]
         rows.append([title, f"{size:,}", *accuracies])
-    return table("| labels | parameters | 20 | 50 | 200 |", rows)
+    return table(
+        "| method | parameters | 20 labels | 50 labels | 200 labels |", rows
+    )
 
 
 def many_series() -> str:
     names = {
-        "the base, a KAN, for all": "one KAN for all",
+        "one KAN for all series": "one KAN for all",
         "its last layer": "last layer",
         "LoTRA, `r=4`, from the gradient": "LoTRA, r=4, from the gradient",
         "a copy": "full copies",
-        "a KAN of its own": "a KAN of its own",
-        "a linear model of its own": "a linear model of its own",
+        "a separate KAN": "a KAN of its own",
+        "a separate linear model": "a linear model of its own",
         "an MLP as the base, LoRA, `r=1`": "MLP, LoRA, r=1",
         "a copy of the MLP": "MLP, full copies",
     }
@@ -181,18 +184,21 @@ def many_series() -> str:
     for title, name in names.items():
         errors = [f"{mean(part[name]['test'].values()):.3f}" for part in parts]
         rows.append([title, f"{parts[0][name].get('bytes', 0):,}", *errors])
-    header = "| each series has | bytes | a week | a month | industries |"
+    header = (
+        "| for each series | bytes | households, a week "
+        "| households, a month | industries |"
+    )
     return table(header, rows)
 
 
 def fifty_tasks() -> str:
     names = {
-        "50 heads": "50 heads (last layer)",
+        "50 last layers": "50 heads (last layer)",
         "LoTRA, `r=4`, from the gradient": "LoTRA, r=4, from the gradient",
         "LoTRA, `r=(8, 8, 4)`, from the gradient": "LoTRA, r=(8, 8, 4), from the gradient",
         "50 copies": "50 full copies",
         "50 KANs without the base": "50 KANs without the base",
-        "an MLP as the base, 50 heads": "MLP, 50 heads",
+        "an MLP as the base, 50 last layers": "MLP, 50 heads",
         "50 copies of the MLP": "MLP, 50 full copies",
     }
     groups = [["rotated", "permuted"], ["negative"], ["renamed", "grouped"]]

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # A convolutional KAN in VGG form
+# # Adapt a VGG of convolutional KANs
 #
 # Adapt a VGG from torch-conv-kan in two lines:
 #
@@ -11,10 +11,10 @@
 # ```
 #
 # The layers of torch-conv-kan (KAGN, KALN, KACN, FastKAN, wavelets) are recognized, in one to three dimensions and with
-# groups. ResNet, DenseNet, and U-Net work the same way. You register nothing.
+# groups. ResNet, DenseNet, and U-Net work the same way. You do not have to register them.
 #
 # The coefficients of a convolution have four [modes](../glossary.md#mode): out, in, basis, and kernel. So `r` is one rank
-# for all modes, or four ranks. Three ranks leave the kernel full ([more](../convolutions.md#ranks)).
+# for all modes, or four ranks. Three ranks leave the kernel full ([more](../convolutions.md#convolutions-have-four-ranks)).
 #
 # This page runs with a small network that needs no download. Its layer copies the parameters of a KAGN convolution,
 # which identify the kind of layer: `poly_weights`, `base_conv`, and `beta_weights`.
@@ -121,4 +121,4 @@ assert list(merged.state_dict()) == list(start.state_dict())
 # %% [markdown]
 # PEFT's LoRA can adapt the `nn.Conv2d` inside such a layer too. Here it reaches only the
 # [base branch](../glossary.md#base-branch). In spline convolutions it mixes inputs and basis functions. [The
-# comparison](../comparison.md#convolutions) has both at equal sizes.
+# comparison](../comparison.md#lotra-and-lora-draw-on-convolutions) shows both at equal sizes.

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # A language model with KAN layers
+# # Adapt a language model with KAN layers
 #
 # Train a transformer with KAN feed-forward blocks on one text, and adapt its KAN layers to another. The model is GPT-2
 # from `transformers`. The KANs are `qkan`'s copies of efficient-kan. Models such as kan-gpt have the same form.
@@ -96,8 +96,8 @@ print(f"loss on the other text: {before:.2f} before, {after:.2f} after")
 assert after < 0.9 * before
 
 # %% [markdown]
-# Save the adapter, and load it onto the same base. A mixed batch then uses the base for one sentence and the adapter for
-# another. A merge restores the class and the keys of the model:
+# Save the adapter, and load it onto the same base. A mixed batch then uses the base for one sentence and the adapter
+# for another. Merging restores the class and the keys of the model:
 
 # %%
 model.save_pretrained("cooking")
@@ -111,7 +111,7 @@ with torch.no_grad():
     mixed = loaded(input_ids=both, adapter_names=["__base__", "default"]).logits
     torch.testing.assert_close(mixed[1], loaded(input_ids=both).logits[1])
 
-merged = loaded.merge_and_unload()  # a GPT2LMHeadModel again, of the same keys
+merged = loaded.merge_and_unload()  # a GPT2LMHeadModel with the same keys
 assert list(merged.state_dict()) == list(state)
 
 # %% [markdown]

@@ -1,11 +1,11 @@
 # %% [markdown]
-# # LoTRA and LoRA on one model
+# # Use LoTRA and LoRA on one model
 #
-# A network of convolutions with a KAN head. When the images change, the features must follow, and those are made by the
-# convolutions: an adapter on the head alone is not enough. This page puts LoTRA on the head and LoRA on the
-# convolutions. Needs `pip install -e ".[examples]"`.
+# This page adapts a network of convolutions with a KAN head. When the images change, the features of the convolutions
+# must change too, and an adapter on the head is not enough. So LoTRA adapts the head, and LoRA the convolutions. Run
+# `pip install -e ".[examples]"` first.
 #
-# ## The base
+# ## Train the base
 #
 # We train it to classify scikit-learn's digits.
 
@@ -33,7 +33,7 @@ class Net(nn.Module):
             nn.MaxPool2d(2),
             nn.Flatten(),
             nn.Linear(128, 16),
-            nn.Tanh(),  # into [-1, 1], where the splines live
+            nn.Tanh(),  # into [-1, 1], the grid of the splines
         )
         self.kan = KAN([16, 10])
 
@@ -70,7 +70,7 @@ report("digits", base, x)
 # %% [markdown]
 # ## The images change
 #
-# They are turned by a right angle and inverted. For comparison, we train LoTRA on the head alone, and then all
+# They are turned by a right angle and inverted. For comparison, we train only LoTRA on the head, and then all
 # parameters:
 
 # %%
@@ -86,11 +86,11 @@ train(full, torch.optim.Adam(full.parameters(), lr=3e-3), new)
 report("all parameters", full, new)
 
 # %% [markdown]
-# ## Both adapters
+# ## Attach both adapters
 #
-# LoTRA first, then LoRA **under a name of its own**. PEFT warns that the model has a second method; ignore it. Both
-# adapters are active and trained. LoRA trains at `lr` too, unless you pass `other_lr`. Too high a rate ruins the
-# features: with `other_lr=4e-2`, only 0.8 % are right.
+# Attach LoTRA first, then LoRA **under another name**. PEFT warns that the model has a second method; ignore it. Both
+# adapters are active and trained. LoRA also gets the rate `lr`, unless you pass `other_lr`. Too high a rate ruins the
+# features: with `other_lr=4e-2`, the accuracy is 0.8 %.
 
 # %%
 model = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=(8, 8, 6)))
@@ -107,7 +107,7 @@ report("LoTRA on the head, LoRA on the features", model, new)
 # To train all parameters of a layer, name it in the `modules_to_save` of LoRA, not of LoTRA. PEFT keeps only the
 # `modules_to_save` of the last injected adapter active.
 #
-# ## Save and load
+# ## Save and load both
 #
 # One call saves both: LoTRA into the folder, LoRA into a subfolder. One call loads both. Both calls work for every PEFT
 # method that `inject_adapter_in_model` accepts. `load_adapters` also takes a Hub repository. To train further, pass
@@ -125,7 +125,7 @@ loaded = load_adapters(copy.deepcopy(base), "digits")
 print("as saved:", torch.equal(loaded(new), model.eval()(new)))
 
 # %% [markdown]
-# ## Merge
+# ## Merge both
 #
 # One call merges both. The result is a plain `Net` again, without adapter layers.
 
@@ -137,5 +137,5 @@ difference = (merged(new[500:]) - outputs).abs().max().item()
 print(f"largest difference: {difference:.0e}")
 
 # %% [markdown]
-# On a published network, too, the head alone is not enough. From FashionMNIST to MNIST, LoTRA on its KAN head alone
-# brings the accuracy from 11.6 to 44 %. Training all parameters brings it to 87 % (one run each).
+# The same holds for a published network. From FashionMNIST to MNIST, LoTRA on its KAN head raises the accuracy from
+# 11.6 to 44 %. Training all parameters raises it to 87 % (one run each).

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # One adapter per series in neuralforecast's RMoK
+# # Train one adapter per series in neuralforecast
 #
 # Forecast many time series with one base, and give each series an adapter. Train the adapters with neuralforecast's own
 # `fit`. RMoK is a mixture of KAN layers: wavelets, Taylor polynomials, and Jacobi polynomials. Run

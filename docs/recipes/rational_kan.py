@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Plain LoRA for KAT and GR-KAN
+# # Use plain LoRA for KAT and GR-KAN
 #
 # LoTRA does not apply to the Kolmogorov-Arnold Transformer (KAT). Use PEFT's LoRA, with the configuration at the end of
 # this page.
@@ -13,7 +13,7 @@
 # All outputs share the function $R_{g(i)}$ of an input. So there is no coefficient tensor (out, in, basis) for LoTRA to
 # factorize. The matrix $W$ is an ordinary linear layer, which LoRA adapts.
 #
-# ## A small KAT
+# ## Build a small KAT
 #
 # The network has KAT's names for its parts: `act1`, `fc1`, `act2`, `fc2`. The published version computes the rational
 # functions in CUDA. The configuration is the same for both.
@@ -32,9 +32,8 @@ class KAT_Group(nn.Module):
         self.weight_denominator = nn.Parameter(0.1 * torch.randn(groups, 4))
 
     def forward(self, x):
-        grouped = x.unflatten(-1, (len(self.weight_numerator), -1)).unsqueeze(
-            -1
-        )
+        groups = len(self.weight_numerator)
+        grouped = x.unflatten(-1, (groups, -1)).unsqueeze(-1)
         powers = grouped ** torch.arange(6)
         above = (powers * self.weight_numerator[:, None]).sum(-1)
         below = (powers[..., 1:5] * self.weight_denominator[:, None]).sum(-1)
@@ -87,7 +86,7 @@ except ValueError as error:
     print(*str(error).split(". "), sep=".\n")
 
 # %% [markdown]
-# ## The configuration
+# ## Configure LoRA
 #
 # Use LoRA on the linear layers. The rational functions have only 10 parameters per group, so train copies of them with
 # `modules_to_save`.

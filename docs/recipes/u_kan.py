@@ -1,5 +1,5 @@
 # %% [markdown]
-# # U-KAN: an adapter, and a copy of the head
+# # Adapt U-KAN and its head
 #
 # U-KAN segments images. Another scanner or stain changes the images. Then adapt its KAN layers, and train a copy of its
 # head. With the authors' network this takes two lines:

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # What changed, as a formula
+# # Write what changed as a formula
 #
 # New data have changed your network. This recipe shows which edges changed and which
 # inputs act together. Then it looks for a formula of the change.
@@ -227,7 +227,7 @@ print("d:", find_inside(kan, x, y))
 # The hidden unit has its own scale. Compare $d$ with the term of $x_2$ in $u$: here
 # 0.768 stands for 0.5, so $d$ is 0.2 tanh(3 $x_2$) in units of the data.
 #
-# ## Measured
+# ## How often the recipe succeeds
 #
 # In [a study](../../examples/studies/results/formulas.md), the recipe finds 100 of 100
 # planted changes at the output, and 60 of 60 inside. Of 54 changes without a formula,

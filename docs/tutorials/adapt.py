@@ -11,10 +11,10 @@
 # ---
 
 # %% [markdown]
-# # Adapt in five minutes
+# # Adapt a KAN in five minutes
 #
 # Train a KAN on one function, adapt it to another one, and look at the changed edges. Then save, load, and merge the
-# adapter. For the pictures, run `pip install -e ".[examples]"`.
+# adapter. The pictures need `pip install -e ".[examples]"`, run in the clone.
 
 # %%
 import copy
@@ -41,10 +41,10 @@ from peft_lotra.plotting import (
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
-STEPS = 300  # of each training
+STEPS = 300  # for each training run
 
 
-def task(x, a):
+def task(x, a):  # the old task has a = 1, the new one a = 1.4
     return torch.cat(
         [torch.sin(a * torch.pi * x[:, :1]), x[:, 1:] ** 2 - a * x[:, :1]], 1
     )
@@ -72,15 +72,16 @@ print(
     "loss on the old task:",
     train(kan, torch.optim.Adam(kan.parameters(), lr=1e-2), a=1.0),
 )
-base = copy.deepcopy(kan)  # a later session loads it from a file
+base = copy.deepcopy(kan)  # stands for a base that is loaded from a file
 find_kan_layers(kan)
 
 # %% [markdown]
 # ## Train an adapter
 #
-# Attach an adapter, which freezes the base. `r=(4, 2, 4)` are its ranks for outputs, inputs, and basis functions.
-# `start_from_gradient` points it in the direction of the new task, without changing the outputs yet. Use a learning
-# rate of 1e-2 to 3e-2, about a hundred times the usual rate for LoRA.
+# Attach an adapter, which freezes the base. `r=(4, 2, 4)` sets its ranks for outputs, inputs, and basis functions. The
+# table below shows a rank as `full` if it is as large as its mode. `start_from_gradient` points the adapter along the
+# directions of steepest descent of the new task's loss. The outputs do not change yet. Use a learning rate of
+# 1e-2 to 3e-2, about a hundred times the usual rate for LoRA.
 
 # %%
 model = get_peft_model(kan, LoTRAConfig(r=(4, 2, 4)))
@@ -95,41 +96,48 @@ model_summary(model)
 # %% [markdown]
 # ## See what changed
 #
-# Each edge of a KAN is a function of one input. Plot the edges whose change matters most, before and after. The marks at
-# the bottom are the inputs in the data:
+# Each edge of a KAN is a function of one input. For each input of the first layer, plot the edge whose change matters
+# most, before and after. The marks at the bottom show where the data lie:
 
 # %%
 plot_edge_functions(model, "layers.0", x=x, inputs=["a", "b"])
 
 # %% [markdown]
-# Plot the whole network. The color of an edge shows how much its change adds to the outputs:
+# Plot the whole network. The color of an edge shows its share of the change of the outputs:
 
 # %%
 plot_network_change(model, x, inputs=["a", "b"], outputs=["u", "v"])
 
 # %% [markdown]
 # Print the same as a list, with the largest effect first:
+#
+# * `effect` is the contribution of an edge's change to the outputs of the network, as a root mean square.
+# * `share` is its square, as a share of the sum over all edges.
+# * `in the layer` is the contribution to the output of the layer itself.
+# * `shift` is the mean change of the function, which the other columns leave out.
 
 # %%
 edge_changes(model, x)
 
 # %% [markdown]
-# Split the change of the outputs into a shift, a linear part, and a sum of functions of one input:
+# Split the change of the outputs into a shift, a linear part, a sum of functions of one input, and a rest that
+# depends on inputs acting together:
 
 # %%
 what_changed(model, x, names=["a", "b"])
 
 # %% [markdown]
-# ## Save, load, merge
+# ## Save, load, and merge
 #
-# Save the adapter without the base, and load it onto a copy of the base. A merge turns it into a plain KAN:
+# Save the adapter without the base, and load it onto a copy of the base. Merging turns the adapted network into a plain
+# KAN:
 
 # %%
 model.save_pretrained("adapter")
 model = PeftModel.from_pretrained(base, "adapter")
 x = torch.rand(1000, 2) * 2 - 1
 adapted = model(x).detach()
-deployed = model.merge_and_unload()  # a plain KAN, with no trace of the adapter
+deployed = model.merge_and_unload()  # the class of the base again
 print(
     type(deployed).__name__,
     "largest difference to the adapted model:",

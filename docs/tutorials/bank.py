@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown]
-# # A thousand customers in one file
+# # Serve a thousand customers from one file
 #
 # Forecast the electricity load of a thousand households. They share one base,
 # and each customer gets an adapter for their habits. Train all adapters at
@@ -19,7 +19,7 @@
 # `pip install -e ".[examples]"` first. The script takes a minute.
 
 # %% [markdown]
-# ## Data and base
+# ## Make the data and the base
 #
 # The inputs are the hour, the temperature, and the day of the week, scaled to
 # [-1, 1]. `x` has the shape (customer, measurement, feature). Each customer has
@@ -61,7 +61,7 @@ for _ in range(100):
     adam.step()
 
 # %% [markdown]
-# ## A thousand adapters, trained at once
+# ## Train a thousand adapters at once
 #
 # Start each adapter from the gradient of its customer's loss, which takes 12
 # milliseconds. (A random start, `bank.add(name, LoTRAConfig(r=2))`, ends at an
@@ -164,9 +164,9 @@ print(one.names, sorted(path.name for path in Path("customer_7").iterdir()))
 # ## What next?
 #
 # * **Is a bank worth it for you?** Yes, if your base is a KAN and each
-#   customer has enough data. [Two studies](../when.md#many-tasks-on-one-base)
+#   customer has enough data. [Two studies](../when.md#many-tasks-share-one-base)
 #   compare banks with heads, copies, linear models, and LoRA on an MLP.
 # * **A new customer?** Train on a copy of the base that you made before
 #   `attach()`. Call `bank.add` while others are served, then `bank.save`.
-# * **A web server?** [Many adapters and serving](../serving.md#a-server) has one
-#   on a page.
+# * **A web server?** [Many adapters and serving](../serving.md#run-a-web-server) has one
+#   to copy.

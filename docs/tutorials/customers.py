@@ -11,14 +11,13 @@
 # ---
 
 # %% [markdown]
-# # efficient-kan: five customers on one base
+# # Serve five customers on one efficient-kan base
 #
 # A classifier of efficient-kan layers reads digits. Five customers have different scanners, so each gets an adapter.
 # One batch serves all five, and one repository on the Hub holds them. Install `pip install -e ".[examples]" qkan`: qkan
 # ships efficient-kan's layers, which are not on PyPI themselves.
 #
-# The code down to *Further* is one script, which takes half a minute. You need no account. A clone has a stand-in for the
-# Hub:
+# The code above *Further* takes half a minute. You do not need an account: a clone has a stand-in for the Hub:
 #
 #     python PATH/TO/THE/CLONE/tests/support/hub_server.py customers.py
 #
@@ -97,8 +96,8 @@ print(right.view(5, 500).double().mean(1))
 # %% [markdown]
 # ## Push to the Hub
 #
-# One push uploads all adapters, each to a folder of its name, and a model card. The card shows `base_code`, which builds
-# the base. Upload the weights of the base as a file.
+# One push uploads all adapters, each into a folder with its name, and a model card. The card shows `base_code`, which
+# builds the base. Upload the weights of the base as a file.
 
 # %%
 repo = "user/customers"
@@ -140,9 +139,8 @@ for name in list(angles)[1:]:
 served.eval()
 difference = served(x, adapter_names=rows) - model(x, adapter_names=rows)
 print("largest difference:", difference.abs().max().item())
-right = served(x, adapter_names=["__base__"] * 2500).argmax(1) == y[
-    :500
-].repeat(5)
+labels = y[:500].repeat(5)
+right = served(x, adapter_names=["__base__"] * 2500).argmax(1) == labels
 print("without adapters:", right.view(5, 500).double().mean(1))
 model_summary(served)
 

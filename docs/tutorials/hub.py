@@ -1,11 +1,12 @@
 # %% [markdown]
-# # Publish and load
+# # Publish and load an adapter
 #
 # Push a base and an adapter to the Hugging Face Hub, and load both again.
 #
-# You need no account. The next cell starts a stand-in for the Hub, which is part of a clone installed with
-# `pip install -e`. Run it before anything imports peft or huggingface_hub, because both remember the address of the Hub.
-# To use your own account, run `hf auth login` and skip the cell.
+# You need no account. The next cell starts a local stand-in for the Hub. It is in the folder tests, so it needs a clone
+# installed with `pip install -e`. Run it before anything imports peft or huggingface_hub, because both remember the
+# address of the Hub. To use your own account instead, skip the cell, run `hf auth login`, and replace `user` by your
+# name.
 
 # %%
 import sys
@@ -37,10 +38,10 @@ torch.set_num_threads(1)
 # %% [markdown]
 # ## Push the base
 #
-# A `KANModel` is a transformers model, so it has `push_to_hub`. Others load it by its name.
+# A `KANModel` is a transformers model, so it has `push_to_hub`. Other people can then load it by name.
 
 # %%
-kan = KANModel(KANConfig(widths=[4, 32, 4]))
+kan = KANModel(KANConfig(widths=[4, 32, 4]))  # stands for a trained base
 print(kan.push_to_hub("user/kan").commit_url)
 
 # %% [markdown]
@@ -73,7 +74,8 @@ print(ModelCard.load("user/kan-sines").content)
 # %% [markdown]
 # ## Load both on another machine
 #
-# One call loads base and adapter. PEFT imports the class of the base only from packages in `import_allowlist`.
+# One call loads base and adapter. For safety, PEFT imports the class of the base only from packages that you list in
+# `import_allowlist`.
 
 # %%
 loaded = AutoPeftModel.from_pretrained(

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Your own layer
+# # Adapt your own layer
 #
 # You wrote a KAN layer that no library has. See whether it is recognized, describe it in one call, and check the
 # description. In a script instead of a notebook, put `print(...)` around the calls whose result is shown.
@@ -52,7 +52,7 @@ find_kan_layers(network)
 # ## Describe it
 #
 # A description gives your layer a name. With `basis` and `activation`, which we leave out here, it can also
-# [make the layer faster](../kans.md#add-your-own). Name each parameter and its axes, as in einops: outputs (`o`),
+# [make the layer faster](../kans.md#add-your-own-layer). Name each parameter and its axes, as in einops: outputs (`o`),
 # inputs (`i`), basis functions (`k`). `residual` names the weight of the [base branch](../glossary.md#base-branch), here
 # the weight that multiplies silu(x).
 

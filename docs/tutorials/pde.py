@@ -17,16 +17,19 @@
 # `u_t = v u_xx - u^3 + f` for `x` in [-1, 1] and `t` in [0, 2]. `u` is 0 at both ends of `x`, and `sin(pi x)` at the
 # start.
 #
-# With `f = s^3`, the solution is `s = exp(-v pi^2 t) sin(pi x)`, so we can measure the error. The code writes `f` as
-# `solution(x, v) ** 3`. The base solves the equation for `v = 0.1`, and the adapter for `v = 0.15`.
+# We choose `f = s^3` with `s = exp(-v pi^2 t) sin(pi x)`. Then `s` is the exact solution, and we can measure the error.
+# The code writes `f` as `solution(x, v) ** 3`. The base solves the equation for `v = 0.1`, and the adapter for
+# `v = 0.15`.
 #
-# You need only the package, which also installs PyTorch and PEFT. The code above *Further* runs for a minute.
+# You need only the [package](../index.md), which also installs PyTorch and PEFT. The code above *Further* runs for a
+# minute.
 #
 # ## State the problem
 #
-# `solve` needs the residual of the equation and the conditions. The solution is `lift + distance * network`: it equals
-# `lift` exactly where `distance` is zero. [`jet`](../glossary.md#jet) computes the value, the first and the second
-# derivatives in one forward pass. Here `du[1]` is the derivative along the second input, `t`.
+# `solve` needs the residual of the equation and the conditions. It writes the solution as `lift + distance * network`.
+# Where `distance` is zero, the solution equals `lift` exactly. [`jet`](../glossary.md#jet) computes the value, the
+# first and the second derivatives in one forward pass. Here `du[1]` is the first derivative along the second input,
+# `t`, and `d2u[0]` the second derivative along the first, `x`.
 
 # %%
 import torch
@@ -39,6 +42,7 @@ from peft_lotra.pde import BoxDistance, box_points, solve
 
 torch.set_num_threads(1)
 low, high = (-1, 0), (1, 2)
+# zero at both ends of x (input 0), and at the start of t (input 1)
 distance = BoxDistance(low, high, sides=[(0, "low"), (0, "high"), (1, "low")])
 
 
@@ -74,9 +78,9 @@ def error(model, v):
 # %% [markdown]
 # ## Solve it for v = 0.1
 #
-# If you pass no `network`, `solve` builds one whose first layer has splines and whose other layers are tanh layers. We
-# pass a KAN, because the adapter should change every layer, and it can only change KAN layers. Without `steps`, `solve`
-# trains for a minute.
+# Without `network`, `solve` builds one: a layer of splines, followed by tanh layers. We pass a KAN, because an adapter
+# can change only KAN layers. Splines of order 5 have smooth second derivatives, and `norm="tanh"` keeps the inputs of
+# each layer on its grid. Without `steps`, `solve` trains for a minute.
 
 # %%
 torch.manual_seed(0)
@@ -87,21 +91,22 @@ print(f"v = 0.1: relative error {error(base.model, 0.1):.1e}")
 print(f"v = 0.15, before adapting: {error(base.model, 0.15):.1e}")
 
 # %% [markdown]
-# `solve` trains on new points in each step. The last line of the report gives the residual at points that were never
-# used in training. It is a root mean square, and the column `held out` has its square. Without a known solution, this
-# residual is your guide, but [a small one is no proof](../pde.md#warnings-and-what-to-do).
+# `solve` trains on new points in each step. The last line of the report gives the root mean square of the residual at
+# points that were never used in training. If you do not know the solution, this residual is your guide, but [a small
+# residual does not prove a small error](../pde.md#what-to-do-about-warnings).
 #
-# The phase `coarse` trains on the grids that we passed. Then `solve` doubles the grids, and the phase `fine` trains
-# 1,936 parameters. The column `network` is empty because it names only networks that `solve` builds.
+# In the phase `coarse`, the splines have 8 intervals, as we asked. Then `solve` doubles the number of intervals, and in
+# the phase `fine`, the network has 1,936 parameters. [PDEs](../pde.md#solve-one-equation) explains the other columns.
 #
 # ## Adapt it to v = 0.15
 #
-# An adapter saves storage. For one new value, a [warm start](../pde.md#another-value-of-the-parameter) of all
-# parameters is more accurate.
+# Train an adapter if you want to store many solutions. For a single new value, a [warm
+# start](../pde.md#move-to-another-parameter-value) of all parameters is more accurate.
 #
 # Attach an adapter to the network `base.model.kan`; `base.model` also holds the conditions. `solve` trains only the
 # parameters that require a gradient, here the adapter. `refine=False` keeps the grids, so the adapter still fits the
-# base. The last KAN layer (`layers.4`; norm layers lie between) has one output, so its out rank is 1.
+# base. The last KAN layer has one output, so its out rank is 1. Its name is `layers.4`, because `layers.1` and
+# `layers.3` are the norms between the layers.
 
 # %%
 config = LoTRAConfig(r=(4, 4, 8), rank_pattern={"layers.4": (1, 4, 8)})
@@ -111,11 +116,12 @@ adapted = solved(0.15, steps=25, network=network, refine=False)
 print(f"v = 0.15, adapted: relative error {error(adapted.model, 0.15):.1e}")
 
 # %% [markdown]
-# With fewer than half of the parameters, the adapter lowers the error about a thousandfold.
+# The adapter has fewer than half as many parameters as the base, and lowers the error about a thousandfold.
 #
 # ## Further: plot the training
 #
-# The pictures need `pip install -e ".[examples]"`.
+# The pictures need `pip install -e ".[examples]"`. On the right is the damping of
+# [Levenberg-Marquardt](../glossary.md#levenberg-marquardt): the lower the damping, the longer the steps.
 
 # %%
 from peft_lotra.plotting import plot_history
@@ -159,5 +165,5 @@ for axis, (name, values) in zip(axes, fields.items(), strict=True):
 # ## Further: other equations
 #
 # [PDEs](../pde.md) explains conditions, unknown constants, shapes, continuation for shocks and thin layers, and the
-# parts of `solve`. [Results on PDEs](../pde_results.md) compares networks: an MLP is often better than a KAN of splines
-# only.
+# parts of `solve`. [Results on PDEs](../pde_results.md) compares networks: an MLP is often more accurate than a KAN
+# with splines in every layer.

@@ -1,11 +1,11 @@
 # %% [markdown]
-# # pykan: adapt to a second data set
+# # Adapt a pykan network to a second data set
 #
 # Fit a [pykan](https://github.com/KindXiaoming/pykan) network to one data set, and adapt it to a second one. Pictures
-# show which edges changed. Run `pip install -e ".[examples]" pykan pandas` first: pykan imports pandas, but does not
-# install it. The code down to *Further* is one script, which takes half a minute.
+# show which edges changed. Run `pip install -e ".[examples]" pykan pandas` first: pykan imports pandas without
+# installing it. The code above *Further* takes half a minute.
 #
-# ## Fit
+# ## Fit the first data set
 #
 # As always in pykan, a data set is a dict of `train_input`, `train_label`, `test_input`, and `test_label`.
 
@@ -22,7 +22,7 @@ from peft_lotra.plotting import (
 )
 
 
-torch.set_num_threads(1)  # small networks: much faster on a busy machine
+torch.set_num_threads(1)  # small networks run faster with one thread
 
 
 def data(sign):
@@ -40,15 +40,14 @@ print("old data:", kan.evaluate(old)["test_loss"])
 print("new data, before adapting:", kan.evaluate(new)["test_loss"])
 
 # %% [markdown]
-# ## Adapt
+# ## Adapt to the second data set
 #
-# Attach an adapter, and train it with pykan's own `fit`. Pass `update_grid=False`, because a moving
-# [grid](../glossary.md#grid) would change what the adapter means. The last layer has only one output, so lower ranks are
-# enough there.
+# Attach an adapter, and train it with pykan's own `fit`. Pass `update_grid=False`, because the adapter is an update of
+# coefficients on the present [grid](../glossary.md#grid), and would be wrong on another one. The last layer has only
+# one output, so lower ranks are enough there.
 #
-# The base does not change, so you keep both functions. If you need only the new one, train all parameters instead: they
-# reach an error of about 0.001 in these 20 steps. After pykan's `prune()`, which needs `auto_save=True`, pass a basis
-# rank above the default 1.
+# The base does not change, so you keep the old fit and the new one. If you need only the new fit, train all parameters:
+# after these 20 steps, the error is about 0.001.
 
 # %%
 config = LoTRAConfig(r=(3, 2, 3), rank_pattern={"act_fun.1": (1, 2, 2)})
@@ -57,10 +56,10 @@ model.fit(new, steps=20, update_grid=False)
 print("new data, adapted:", model.evaluate(new)["test_loss"])
 
 # %% [markdown]
-# ## What changed
+# ## See what changed
 #
 # For each input of the first layer, plot the edge whose change matters most, before and after. The marks at the bottom
-# are the inputs in the data:
+# show where the data lie:
 
 # %%
 x = new["train_input"]
@@ -69,8 +68,10 @@ edges.savefig("edges.png")
 edges
 
 # %% [markdown]
-# Plot the whole network, and list the edges. The color of an edge shows how much its change adds to the output. A change
-# by a constant is listed separately, as the *shift*.
+# Plot the whole network, and list the edges. The color of an edge shows its share of the change of the output. In the
+# list, `effect` says how much the change of an edge adds to the output (root mean square), and `share` is its square,
+# as a share of all edges. `in the layer` is the same, measured at the output of the layer. All three leave out the mean
+# of the change, which is the `shift`.
 
 # %%
 network = plot_network_change(model, x, inputs=["a", "b"], outputs=["y"])
@@ -79,8 +80,8 @@ print(edge_changes(model, x))
 network
 
 # %% [markdown]
-# Split the change of the output into a shift, a linear part, and a sum of functions of one input. To write the change as
-# a formula, use [the recipe](../recipes/what_changed.md).
+# Split the change of the output into a shift, a linear part, a sum of functions of one input, and the rest, such as
+# functions of two inputs together. To write the change as a formula, use [the recipe](../recipes/what_changed.md).
 
 # %%
 what_changed(model, x, names=["a", "b"])
@@ -88,7 +89,7 @@ what_changed(model, x, names=["a", "b"])
 # %% [markdown]
 # ## Further: which layers are adapted
 #
-# List the recognized layers, then the ranks and the size of the adapter in each.
+# List the layers that were recognized, and then the ranks and the size of the adapter in each layer.
 
 # %%
 from peft_lotra import find_kan_layers, model_summary
@@ -102,9 +103,9 @@ model_summary(model)
 # %% [markdown]
 # ## Further: merge, and the formula
 #
-# While an adapter is attached, calls that rebuild the network raise an error, such as `prune` and `refine`. After a merge
-# it is a plain pykan network again, and everything works, including symbolic functions. pykan's formulas need Python 3.12
-# or older. On a newer Python, the cell skips its formula.
+# While an adapter is attached, calls that rebuild the network, such as `prune` and `refine`, raise an error. After a
+# merge, the network is a plain pykan network again, and everything works, including symbolic functions. pykan's
+# formulas need Python 3.12 or older. On a newer Python, this cell skips the formula.
 
 # %%
 import sys

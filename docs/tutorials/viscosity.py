@@ -16,9 +16,8 @@
 # You measure a flow at 200 places, with noise, and want its viscosity. Burgers' equation describes the flow:
 # `u_t + u u_x = v u_xx`. It turns a sine wave into a front, and the viscosity `v` determines how steep the front gets.
 #
-# Fit a [family of adapters](../glossary.md#family) once, with the solutions for all `v` from 0.03 to 0.15. Then find the
-# viscosity of any data in milliseconds, with a standard error. The code down to *Further* is one script, which runs for
-# half a minute.
+# Fit a [family of adapters](../glossary.md#family) once, with the solutions for all `v` from 0.03 to 0.15. Then find
+# the viscosity of any data in milliseconds, with a standard error. The code above *Further* runs for half a minute.
 #
 # ## Fit the family
 #
@@ -91,9 +90,8 @@ def exact(x, v):
     y = np.pi * (x[:, :1] - torch.sqrt(4 * v * t) * torch.from_numpy(nodes))
     density = torch.exp(-torch.cos(y) / (2 * np.pi * v))
     density = density * torch.from_numpy(weights)
-    return -(density * torch.sin(y)).sum(1, keepdim=True) / density.sum(
-        1, keepdim=True
-    )
+    weighted = (density * torch.sin(y)).sum(1, keepdim=True)
+    return -weighted / density.sum(1, keepdim=True)
 
 
 truth = 0.05
@@ -104,8 +102,8 @@ u = exact(x, truth) + 0.05 * torch.randn(200, 1)
 # ## Find the viscosity
 #
 # Pass the differences from the data to `calibrate`, as a function of the solution. It minimizes their squares over the
-# parameter. The error is the standard error at the optimum (Laplace's approximation): the truth lies within twice the
-# error in 95 of 100 cases.
+# parameter. The error is the standard error at the optimum (Laplace's approximation): the true value lies within twice
+# the error in 95 of 100 cases.
 
 # %%
 found = family.calibrate(lambda model: model(x) - u)
@@ -151,7 +149,7 @@ axes[2].legend()
 # %% [markdown]
 # ## Further: check the intervals
 #
-# Repeat the estimate for 40 draws of the noise. About 38 of the intervals must cover the truth.
+# Repeat the estimate for 40 draws of the noise. About 38 of the intervals should contain the true value.
 
 # %%
 covered = 0

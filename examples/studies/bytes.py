@@ -203,7 +203,7 @@ def draw(results: dict[str, dict], path: Path) -> None:
         sizes, scores = (sorted(point[place] for point in measured) for place in (2, 3))
         steps = [(sizes[0], math.nan), *((point.size, point.score) for point in best)]  # from the left to the right
         x, y = zip(*steps, (sizes[-1], steps[-1][1]), strict=True)
-        axis.step(x, y, where="post", color="#F0E442", lw=7, zorder=0, label="the best for its bytes")
+        axis.step(x, y, where="post", color="#F0E442", lw=7, zorder=0, label="best update for its size")
         for label, color, marker, methods, bits in styles:
             line = [point for point in measured if point.method in methods and point.bits in bits]
             places = [(point.size, point.score) for point in line]
@@ -219,7 +219,7 @@ def draw(results: dict[str, dict], path: Path) -> None:
         axis.set(title=title, xlim=(0.8 * sizes[0], 1.3 * sizes[-1]), ylim=y_range, xlabel="size of the file")
         axis.set_ylabel("digits of the solution" if task.startswith("Burgers") else few_labels.unit_of(task))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=9, frameon=False)
-    figure.suptitle("How good is an update of so many bytes?")
+    figure.suptitle("Score by size of the file")
     figure.tight_layout(rect=(0, 0.13, 1, 1))
     figure.savefig(path)
     plt.close(figure)

@@ -345,11 +345,11 @@ def as_text(results: dict) -> str:
 
 
 def draw(results: dict, images: Images, path: Path) -> None:
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     pictures, axis = figure.subplots(1, 2, width_ratios=(1, 2.6))
     columns = [torch.cat([x, shift(x)], dim=-1)[0] for x in images.x[:5]]
     pictures.imshow(torch.cat(columns).numpy(), cmap="gray")
-    pictures.set(xticks=[], yticks=[], title=f"{results['data']}, before and after the shift")
+    pictures.set(xticks=[], yticks=[], title=f"{results['data']}, before and after")
     pictures.grid(False)
     for method, style in zip(WITH_BUDGET, STYLES, strict=False):
         rows = [row for row in results["rows"] if row["method"] == method]
@@ -362,7 +362,7 @@ def draw(results: dict, images: Images, path: Path) -> None:
         label = f"{row['method']} ({row['parameters']:,})"
         axis.axhline(np.mean(row["accuracy"]), color="0.4", linestyle=style, label=label)
     axis.set(xscale="log", xlabel="trained parameters", ylabel="accuracy on the shifted images, %")
-    axis.set_title("LoTRA and LoRA beside full fine-tuning, means and single seeds")
+    axis.set_title("Large marks: means; small marks: single seeds")
     axis.set_xticks(results["budgets"], [f"{budget:,}" for budget in results["budgets"]])
     axis.minorticks_off()
     axis.legend()

@@ -207,9 +207,11 @@ def draw(results: dict, path: Path) -> None:
         axis.set_xticks(RANKS, RANKS)
         axis.tick_params(labelbottom=True)
     for axis in grid[:, 0]:
-        axis.set_ylabel("share that is left")
+        axis.set_ylabel("relative error")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    figure.suptitle("What Tucker ranks (r, r, r) leave of an update of full fine-tuning\n")  # off the panels' titles
+    figure.suptitle(
+        "Error of an update of full fine-tuning, truncated to Tucker ranks (r, r, r)\n"
+    )  # off the panels' titles
     figure.savefig(path)
     plt.close(figure)
 

@@ -644,7 +644,7 @@ def draw_ranks(results: dict[str, dict], path: Path) -> None:
     of_methods, cells = mean_ranks(results)
     names, ranks, number = list(of_methods), np.array([*of_methods.values()]), len(of_methods)
     apart = studentized_range.ppf(0.95, number, np.inf) * math.sqrt(number * (number + 1) / 12 / cells)
-    figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     for position, (name, rank) in enumerate(of_methods.items()):
         color = BLUE if "LoTRA" in name else RED if "MLP" in name else GRAY
         axis.plot(rank, position, "o", color=color)
@@ -655,11 +655,13 @@ def draw_ranks(results: dict[str, dict], path: Path) -> None:
         if last > max(reached, first):  # a group that no other one holds
             axis.plot([x, x], [first - 0.2, last + 0.2], color="black", lw=2)
             reached, x = last, x + 0.3
-    axis.set_yticks(range(number), names)
+    axis.set_yticks(range(number), [name.replace("residual weights", "base branch") for name in names])
     axis.invert_yaxis()
     axis.set(xlabel="mean rank, 1 is the best", xlim=(0.5, x))
-    told = f"a line joins methods less than {apart:.1f} apart: Nemenyi's test at 5 % sees no difference"
-    figure.suptitle(f"Mean rank of the methods over {cells} pairs of task and number of labels;\n{told}")
+    figure.suptitle(
+        f"Mean rank over {cells} pairs of a task and a number of labels\n"
+        f"A line joins methods that Nemenyi's test at 5 % cannot tell apart"
+    )
     figure.savefig(path)
     plt.close(figure)
 

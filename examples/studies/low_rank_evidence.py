@@ -107,7 +107,7 @@ def draw(results: dict, path: Path) -> None:
         bars = left.bar(position + shift, heights, 0.4, color=color, hatch=hatch, edgecolor="0.3", label=label)
         left.bar_label(bars, fmt="%.0f", fontsize=8)
     left.set_xticks(position, [task.replace(", ", ",\n").replace(" to ", "\nto ") for task in energy], fontsize=8)
-    left.set(ylabel="% of the squared norm that is held", ylim=(0, 64))
+    left.set(ylabel="share of the squared norm, %", ylim=(0, 64))
     shares = [100 * row["update"]["mean"] for row in energy.values()]
     ratios = [row["update"]["mean"] / row["random"]["mean"] for row in energy.values()]
     left.set_title(
@@ -121,9 +121,9 @@ def draw(results: dict, path: Path) -> None:
     for key, color, marker, label in (
         ("base", GRAY, "x", "before fine-tuning"),
         ("fine-tuned", "black", "|", "full fine-tuning"),
-        ("without data", ORANGE, "v", "adapter out of its coefficients"),
-        ("extracted", GREEN, "o", "and a few hundred inputs"),
-        ("trained on", BLUE, "^", f"and {MORE_STEPS} steps of training"),
+        ("without data", ORANGE, "v", "adapter from the coefficients"),
+        ("extracted", GREEN, "o", "with a few hundred inputs"),
+        ("trained on", BLUE, "^", f"with {MORE_STEPS} more steps of training"),
     ):
         size = 13 if marker == "|" else 6
         scores = [extraction[name][key]["mean"] for name in names]
@@ -134,8 +134,8 @@ def draw(results: dict, path: Path) -> None:
     kept = [100 * extraction[name]["gain kept, extracted"]["mean"] for name in names]
     share = np.mean([extraction[name]["share"]["mean"] for name in names])
     right.set_title(
-        f"An adapter extracted from the fine-tuned model, of {100 * share:.0f} % of its\n"
-        f"parameters, keeps {min(kept):.1f} to {max(kept):.1f} % of the gain (with inputs)"
+        f"An extracted adapter with {100 * share:.0f} % of the parameters\n"
+        f"keeps {min(kept):.1f} to {max(kept):.1f} % of the gain (with inputs)"
     )
     right.legend(loc="upper center", bbox_to_anchor=(0.4, -0.2), ncols=3)
 

@@ -167,16 +167,16 @@ def cell(runs: list[dict]) -> str:
 
 def table(results: dict) -> str:
     """The table of docs/scoreboard.md."""
-    lines = ["| | published | KAN | MLP | beside | seeds |", "|---|--:|--:|--:|--:|--:|"]
+    lines = ["| | published | KAN | MLP | third network | seeds |", "|---|--:|--:|--:|--:|--:|"]
     for group, rows in GROUPS.items():
         lines.append(f"| **{group}** |  |  |  |  |  |")
         for name, row in rows.items():
             runs = results.get(name, {})
             title, published = (row.title, row.published) if isinstance(row, Subject) else (row[0].title, row[1])
             kan, mlp, *others = ((method, cell(runs.get(method, []))) for method in methods(name))
-            beside = "; ".join(f"{method}: {text}" for method, text in others)
+            third = "; ".join(f"{method}: {text}" for method, text in others)
             count = min((len(found) for found in runs.values()), default=0)
-            lines.append(f"| {title} | {published} | {kan[1]} | {mlp[1]} | {beside} | {count} |")
+            lines.append(f"| {title} | {published} | {kan[1]} | {mlp[1]} | {third} | {count} |")
     return "\n".join(lines) + "\n"
 
 

@@ -169,24 +169,24 @@ def draw(summary: dict, path: Path) -> None:
     """Draw the error of each Slim KAN as a multiple of the dense KAN's, a line for each function."""
     kinds = [kind for kind in next(iter(summary.values())) if kind != "dense"]
     names = sorted(summary, key=lambda name: summary[name]["slim, ranks 20"][0] / summary[name]["dense"][0])
-    figure, ax = plt.subplots(figsize=(9, 0.34 * len(names) + 2), layout="constrained")
+    figure, ax = plt.subplots(figsize=(6.4, 0.34 * len(names) + 2), layout="constrained")
     for style, kind in zip(STYLES, kinds, strict=False):
         fewer = median(row["dense"][1] / row[kind][1] for row in summary.values())
         ratios = [summary[name][kind][0] / summary[name]["dense"][0] for name in names]
         rank = kind.rpartition(" ")[2]
-        label = f"rank {rank}, {fewer:.1f} times fewer parameters"
+        label = f"rank {rank} ({fewer:.1f}x smaller)"
         ax.plot(ratios, range(len(names)), label=label, **{**style, "linestyle": "none"}, ms=7)
     ax.axvline(1, color="black", lw=1)
     ax.set_yticks(range(len(names)), [f"{name} ({summary[name]['dense'][0]:.1%})" for name in names])
     ticks = [0.2, 0.5, 1, 2]
-    ax.set(xscale="log", xlabel="error of the Slim KAN / error of the dense KAN [n, 32, 32, 1], same steps")
+    ax.set(xscale="log", xlabel="error of the Slim KAN / error of the dense KAN")
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.set_xticks([], minor=True)
     ax.set_ylabel("function (error of the dense KAN)")
     better = sum(summary[name]["slim, ranks 20"][0] < summary[name]["dense"][0] for name in names)
     figure.suptitle(
-        f"A Slim KAN of rank 20 has {_of_medians(summary, 'slim, ranks 20')} times the dense KAN's error (ratio of "
-        f"the medians over {len(names)} functions)\nand less than it on {better} of them (left of the line)"
+        f"At rank 20, a Slim KAN has {_of_medians(summary, 'slim, ranks 20')} times the error of the dense KAN.\n"
+        f"It is better on {better} of {len(names)} functions, left of the line."
     )
     figure.legend(loc="outside lower center", ncols=len(kinds))
     figure.savefig(path)

@@ -202,7 +202,7 @@ def draw(rows: list[dict], path: Path) -> None:
         "MLP": (ORANGE, "D", "MLP"),
         "logistic": (GRAY, "v", "logistic regression"),
     }
-    figure, ax = plt.subplots(figsize=(8.5, 5), layout="constrained")
+    figure, ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     best = max(row["accuracy"] for row in rows)
     for kind, (color, marker, label) in kinds.items():
         models = dict.fromkeys(
@@ -228,8 +228,8 @@ def draw(rows: list[dict], path: Path) -> None:
     scores = {m: mean(r["accuracy"] for r in rows if r["model"] == m) for m in ("dense KAN", best_slim)}
     fewer = sizes["dense KAN"] / mean(r["parameters"] for r in rows if r["model"] == best_slim)
     ax.set_title(
-        f"{rows[0]['data']}: a Slim KAN of {fewer:.1f} times fewer parameters has {scores[best_slim]:.1f} %, the "
-        f"dense KAN {scores['dense KAN']:.1f} %\n(mean and standard deviation of {seeds} seeds)"
+        f"{rows[0]['data']}: with {fewer:.1f} times fewer parameters, a Slim KAN has {scores[best_slim]:.1f} %,\n"
+        f"the dense KAN {scores['dense KAN']:.1f} % (mean and standard deviation of {seeds} seeds)"
     )
     ax.legend(loc="lower right")
     figure.savefig(path)

@@ -18,12 +18,17 @@ from .training import Training
 from .unknowns import Constant, Estimate
 
 
-DAMPING = 1e-12  # of the normal equations for errors
+DAMPING = 1e-13  # of the normal equations
 PASSES = 2  # the variance of the noise depends on the leverages, and they on the variance
 LEAST_FREEDOM = 0.5  # of a column of data
+EXACT = 1e2  # the factor of the equation's squares, which makes it nearly exact in the normal equations
+ROUNDS = 3  # corrections of the constants
+CONVERGED = 0.1  # a correction, as a share of the error, after which no other one is needed
 MOST_UNSURE = 1e3  # errors of a constant, as multiples of it
 LEAST_MOVE = 1e-3  # as a share, which needs no word
-MOST_ERRORS, MOST_MOVE = 3.0, 0.3  # by which constants are corrected: in errors, and as a share
+MOST_ERRORS, MOST_MOVE = 3.0, 0.3  # the last correction, in errors, and any one as a share
+FITTED, SETTLED = 0.6, 0.95  # the shares of the budget between which constants and the network alternate
+LIGHTER = 1e-4  # the factor of the data's weights then
 LEAST_EFFECT = 1e-14  # of a combination of constants: the square, as a share of the largest
 
 
@@ -40,21 +45,48 @@ def check_effects(training: Training) -> None:
             )
 
 
-def estimate(training: Training) -> tuple[dict[str, Estimate], list[str]]:
-    """Return the constants, corrected by the data, with their standard errors, and what has not converged."""
+def estimate_constants(training: Training, parameter: float) -> tuple[dict[str, Estimate], list[str]]:
+    """Estimate the constants with their standard errors, and say which have not converged.
+
+    Trained together with the network, constants follow the noise: a network that bends to the data only has to break
+    the equation a little. Here they alternate. The network solves the equation at fixed constants; then the data move
+    the constants, by a step of Gauss-Newton that holds the equation.
+    """
     module: Any = training.constants
-    correction = _correct(training)
+    training.set_robustness(0.0)
+    training.scale_data(LIGHTER)
+    moves, errors = [math.nan] * len(module.names), [math.inf] * len(module.names)
+    for number in range(ROUNDS):
+        if number:
+            _move(module, moves)
+        until = FITTED + (SETTLED - FITTED) * (number + 1) / ROUNDS
+        training.fit_network("fixed constants", parameter, until)
+        correction = _correct(training)
+        if correction is None:
+            estimates = {name: Estimate(value.item(), math.inf) for name, value in module.values().items()}
+            return estimates, ["The errors of `unknowns` are not known: derivatives of a residual are not finite."]
+        moves, errors = correction
+        has_converged = all(abs(move) <= CONVERGED * error for move, error in zip(moves, errors, strict=True))
+        if has_converged or training.budget.is_stopped:
+            break
+
     estimates, doubts = {}, []
-    if correction is None:
-        for name, value in module.values().items():
-            estimates[name] = Estimate(value.item(), math.inf)
-        return estimates, ["The errors of `unknowns` are not known: derivatives of a residual are not finite."]
-    for name, constant, move, error in zip(module.names, module.constants, *correction, strict=True):
-        slope = constant.slope()
-        change = -slope * move.item()
-        estimates[name], doubt = _judge(name, constant, change, abs(slope * error.item()))
+    for name, constant, move, error in zip(module.names, module.constants, moves, errors, strict=True):
+        estimates[name], doubt = _judge(name, constant, move, error)
         doubts += doubt
     return estimates, doubts
+
+
+def _move(module: Any, moves: list[float]) -> None:
+    """Move each constant by a share of it at most, and at most half of the way to a bound."""
+    values = {}
+    for name, constant, move in zip(module.names, module.constants, moves, strict=True):
+        value = constant().item()
+        most = MOST_MOVE * abs(value)
+        lowest = max(value - most, (value + constant.low) / 2)
+        highest = min(value + most, (value + constant.high) / 2)
+        values[name] = min(max(value + move, lowest), highest)
+    module.assign(values)
 
 
 def _judge(name: str, constant: Constant, move: float, error: float) -> tuple[Estimate, list[str]]:
@@ -78,17 +110,19 @@ def _judge(name: str, constant: Constant, move: float, error: float) -> tuple[Es
     return Estimate(value, error), doubts
 
 
-def _correct(training: Training) -> tuple[Tensor, Tensor] | None:
-    """Return by how much data would move the constants, and their standard errors; None if J is not finite.
+def _correct(training: Training) -> tuple[list[float], list[float]] | None:
+    """Return by how much the data would move the constants, and their standard errors; None if J is not finite.
 
-    J has a row for each residual divided by its scale s, and a column for each parameter of the network and constant.
+    J has a row for each residual divided by its scale, and a column for each parameter of the network and constant.
+    Rows of the equation are heavy: a step of Gauss-Newton, -(J^T J)^-1 J^T r, then follows the equation, and not the
+    noise. Its last entries are the moves.
+
     Y are the rows of the data in the projection of the constants' columns on the complement of the network's: the
     effects of the constants with a network that follows them. (Y^T Y)^-1 is the covariance. Rows of the equation do
-    not count: their residuals are no noise, but errors of the network. They also hold back the constants
-    in training, and -(Y^T Y)^-1 Y^T r, with the residuals r of the data, corrects these.
+    not count there: their residuals are no noise, but errors of the network.
 
-    The variance s^2 of a column of n data is their sum of squares over n - sum h, with the leverages h, the diagonal
-    of J (J^T J)^-1 J^T. It is unknown unless there are more data than constants.
+    The variance of a column of n data is the sum of squares after the step over n - sum h, with the leverages h, the
+    diagonal of J (J^T J)^-1 J^T. It is unknown unless there are more data than constants.
     """
     module: Any = training.constants
     count = len(module.names)
@@ -106,25 +140,34 @@ def _correct(training: Training) -> tuple[Tensor, Tensor] | None:
     of_points, of_data = residuals.tensor_split([len(residuals) - len(jacobian)])
     problem.terms = problem.terms[:conditions]
     linear = LinearModel(problem, of_points, DAMPING, in_parameter_space=True)
-    of_collocation = linear.matrix
+    matrix_of_points = EXACT * linear.matrix
+    gradient_of_points = EXACT * linear.gradient
     columns = _number_columns(data)
     units = torch.eye(problem.num_parameters, dtype=torch.float64, device=jacobian.device)[:, -count:]
     misfit, leverages = of_data, torch.zeros_like(of_data)
+    step, errors = torch.zeros_like(linear.gradient), torch.zeros(count)
     for _ in range(PASSES):
         freedom = torch.bincount(columns, 1 - leverages).clamp(min=LEAST_FREEDOM)
         variances = torch.bincount(columns, misfit.square()) / freedom
         variances = variances.where(torch.bincount(columns) > count, math.inf)
         noise = variances.clamp(min=1e-300).sqrt()[columns]
         scaled = jacobian / noise.unsqueeze(1)
-        linear.matrix = of_collocation + scaled.T @ scaled
-        solution = _solve(linear, torch.cat([units, scaled.T], 1))
+        linear.matrix = matrix_of_points + scaled.T @ scaled
+        linear.scaling = linear.matrix.diagonal().clamp(min=1e-300)
+        gradient = gradient_of_points + scaled.T @ (of_data / noise)
+        solution = _solve(linear, torch.cat([units, scaled.T, gradient.unsqueeze(1)], 1))
         if solution is None:
             return None
-        leverages = (scaled * solution[:, count:].T).sum(1)
-        moves = solution[:, :count] @ torch.linalg.pinv(solution[-count:, :count])
-        shift, errors = _regress(scaled @ moves, of_data / noise)
-        misfit = of_data - jacobian @ moves @ shift
-    return shift, errors
+        of_units, of_rows, of_gradient = solution.tensor_split([count, count + len(scaled)], dim=1)
+        step = -of_gradient.squeeze(1)
+        leverages = (scaled * of_rows.T).sum(1)
+        misfit = of_data + jacobian @ step
+        followed = of_units @ torch.linalg.pinv(of_units[-count:])
+        errors = _standard_errors(scaled @ followed)
+    slopes = torch.tensor([constant.slope() for constant in module.constants], dtype=torch.float64)
+    moves = slopes * step[-count:].cpu()
+    errors = slopes.abs() * errors.cpu()
+    return moves.tolist(), errors.tolist()
 
 
 def _problem_with_plain_data(training: Training) -> tuple[LeastSquares, int]:
@@ -172,15 +215,10 @@ def _solve(linear: LinearModel, columns: Tensor) -> Tensor | None:
     return None
 
 
-def _regress(effects: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the coefficients of effects (n, k) in residuals of unit variance, and their standard errors.
-
-    Combinations without an effect get the coefficient 0 and a huge error.
-    """
+def _standard_errors(effects: Tensor) -> Tensor:
+    """Return the standard errors of the coefficients of effects (n, k) in data of unit variance, huge without one."""
     sizes = effects.norm(dim=0).clamp(min=1e-150)
     unit = effects / sizes
     values, vectors = torch.linalg.eigh(unit.T @ unit)
-    inverse = (1 / values).where(values > LEAST_EFFECT, 0.0)
-    coefficients = vectors @ (inverse * (vectors.T @ (unit.T @ residuals)))
-    errors = (vectors.square() @ (1 / values.clamp(min=LEAST_EFFECT))).sqrt()
-    return coefficients / sizes, errors / sizes
+    variances = vectors.square() @ (1 / values.clamp(min=LEAST_EFFECT))
+    return variances.sqrt() / sizes

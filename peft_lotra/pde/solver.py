@@ -23,10 +23,10 @@ from .constraints import HardConstraint, Part
 from .diagnostics import describe_outcome, find_doubts
 from .features import BoxFeatures, Frequencies
 from .networks import first_module, prepare_network
-from .noise import check_effects, estimate
+from .noise import FITTED, check_effects, estimate_constants
 from .race import HELD_POINTS, KINDS, Starts
 from .solution import Solution
-from .training import ESTIMATED, STAGES
+from .training import STAGES
 from .unknowns import Interval, NetworkWithConstants
 from .windows import Windows
 
@@ -193,7 +193,7 @@ def solve(
             warn(doubt)
         if constants is not None:
             check_effects(training)
-            training.share = 0.0, ESTIMATED
+            training.share = 0.0, FITTED
 
         if windows is not None:
             training = starts.fit_windows(count, KINDS[0], path=(start, stop)) or training
@@ -206,11 +206,11 @@ def solve(
             training.finish(stop, refine)
         result.model = training.model
         if constants is not None:
-            result.unknowns, doubts = estimate(training)
+            training.share = 0.0, 1.0
+            result.unknowns, doubts = estimate_constants(training, stop)
             for doubt in doubts:
                 warn(doubt)
-            training.set_robustness(0.0)
-            training.share = 0.0, 1.0
+            constants.assign({name: estimate.value for name, estimate in result.unknowns.items()})
             training.fit_network("estimated constants", stop, 1.0)
         result.residual = training.norm(stop)
 

@@ -48,7 +48,6 @@ FIXED = 0.15  # the share of a fit after which constants are trained
 ROBUST = 0.45  # after which outliers of the equation count less
 HEAVY = 0.65  # after which data are light
 LIGHT = 0.01  # the factor of the weights then
-ESTIMATED = 0.9  # the share of the budget after which constants are fixed
 SLOPE = 0.1  # of `gradient_weights`, for a solution of unit size on [-1, 1]
 OUTLIER = 3.0  # multiples of the median residual from which points count less
 
@@ -155,17 +154,24 @@ class Training:
         if self.budget.allows_step(self.end_of(HEAVY * until)):
             self.fit_on("heavy data", parameter, HEAVY * until)
         self.set_robustness(1.0)
-        for function in self.data:
-            function.scale = LIGHT**0.5 * function.scale
-        self.optimizer.forget()
+        self.scale_data(LIGHT)
         return self.fit_on(name, parameter, until)
+
+    def scale_data(self, factor: float) -> None:
+        """Multiply the weights of the data, and forget former residuals, which had others."""
+        for function in self.data:
+            function.scale = factor**0.5 * function.scale
+        self.optimizer.forget()
+        self.optimizer.damping = min(1e-2, 100 * self.optimizer.damping)
 
     def fit_network(self, name: str, parameter: float, until: float) -> None:
         """As `fit_on`, with fixed constants."""
         constants: Any = self.constants
         if self.budget.allows_step(self.end_of(until)):
             constants.constants.requires_grad_(False)
-            self.fit_on(name, parameter, until)
+            self.optimizer.forget()
+            self.optimizer.damping = min(1e-2, 100 * self.optimizer.damping)
+            self.fit(name, parameter, until)
             constants.constants.requires_grad_(True)
             self.optimizer.forget()
 

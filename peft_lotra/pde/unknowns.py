@@ -65,13 +65,21 @@ class Constant(nn.Module):
         super().__init__()
         self.start, self.low, self.high = start, low, high
         self.has_low, self.has_high = math.isfinite(low), math.isfinite(high)
+        self.z = nn.Parameter(torch.zeros((), dtype=torch.float64, device="cpu"))
+        self.assign(start)
+
+    def assign(self, value: float) -> None:
+        """Let the constant have a value between its ends."""
         if self.has_low and self.has_high:
-            z = math.asin((2 * start - low - high) / (high - low))
+            z = math.asin((2 * value - self.low - self.high) / (self.high - self.low))
         elif self.has_low or self.has_high:
-            z = math.sqrt(3)
+            end = self.low if self.has_low else self.high
+            factor = (value - end) / (self.start - end)
+            z = math.sqrt((factor + 1) ** 2 - 1)
         else:
-            z = 0.0
-        self.z = nn.Parameter(torch.tensor(z, dtype=torch.float64, device="cpu"))
+            z = (value - self.start) / (abs(self.start) or 1.0)
+        with torch.no_grad():
+            self.z.fill_(z)
 
     def forward(self) -> Tensor:
         """Return the constant, of shape ()."""
@@ -128,6 +136,11 @@ class NetworkWithConstants(nn.Module):
     def values(self) -> dict[str, Tensor]:
         """Return the constants by name, of shape ()."""
         return {name: constant() for name, constant in zip(self.names, self.constants, strict=True)}
+
+    def assign(self, values: Mapping[str, float]) -> None:
+        """Let constants have these values."""
+        for name, constant in zip(self.names, self.constants, strict=True):
+            constant.assign(values[name])  # pyright: ignore[reportCallIssue]
 
     def bind(
         self, equation: Callable[..., Tensor], count: int, terms: Sequence[Any]

@@ -65,12 +65,16 @@ class ChangeParts(Report):
             ["constant", f"{self.constant:.1%}", "a shift"],
             ["linear", f"{self.linear:.1%}", "a linear function of the inputs"],
             ["additive", f"{self.additive:.1%}", "a sum of functions of one input"],
-            ["rest", f"{self.rest:.1%}", "no sum of functions of one input"],
+            ["rest", f"{self.rest:.1%}", "not a sum of functions of one input"],
         ]
-        rows += [["", f"{share:.1%}", f"of {first} and {second} together"] for first, second, share in self.pairs]
+        for first, second, share in self.pairs:
+            rows.append(["", f"{share:.1%}", f"a function of {first} and {second} together"])
         meaning = "The change is a sum of functions of one input."
         if self.rest >= SMALL:
-            meaning = f"{self.rest:.0%} of the change is no such sum: it needs another unit or a product."
+            meaning = (
+                f"{self.rest:.0%} of the change is not such a sum. Only another hidden unit, or a product of inputs, "
+                "can express it."
+            )
         size = f"root mean square of the change: {self.size:.3g}"
         return TextTable(["part", ">share", ""], rows, [size, meaning, *self.notes])
 
@@ -172,7 +176,7 @@ def _divide(change: Tensor, x: Tensor, names: Sequence[str]) -> ChangeParts:
     pairs = []
     if unexplained >= SMALL:
         if additive_fit is spline_fits[-1]:
-            notes.append("the finest splines were taken: the rest may have fast oscillations")
+            notes.append("the finest splines fit best: finer ones might explain fast oscillations in the rest")
         if width * (width - 1) // 2 > MOST_PAIRS:
             notes.append(f"{width} inputs have too many pairs to look at")
         else:

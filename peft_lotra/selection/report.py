@@ -139,5 +139,5 @@ def advise(
         comparison = "more" if change > 0 else "less"
         reason = f"{subject} is smaller than the adapter, with {abs(change):.0%} {comparison} loss."
     else:
-        reason = f"{subject} has {-change:.0%} less loss than the adapter: take it if size does not count."
+        reason = f"{subject} has {-change:.0%} less loss than the adapter: take it unless the file must be small."
     return advice, reason, scores, errors

@@ -542,7 +542,7 @@ def test_a_bank_is_pushed_with_a_card(hub, large_bank):
     files = hub.repos["user/bank"].files("main")
     assert set(files) == {".gitattributes", "README.md", "adapter_bank.safetensors"}
     card = files["README.md"].content.decode()
-    for text in ("302 adapters", "base = make()", 'names=["customer 0"]'):
+    for text in ("302 LoTRA adapters", "base = make()", 'names=["customer 0"]'):
         assert text in card
     assert card.count("| `customer") == 100
     assert re.match(r"---\n(.*\n)*library_name: peft\n(.*\n)*---\n", card)

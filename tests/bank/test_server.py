@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The server of docs/serving.md, by real requests: each answer is that of the customer's adapter by itself.
+"""Real requests to examples/serve/fastapi_app.py: each answer is the answer of the customer's adapter.
 
 LOTRA_STRESS_SECONDS=60 pytest tests/bank/test_server.py
 """
@@ -31,8 +31,7 @@ from peft_lotra.kan import KAN
 
 pytest.importorskip("fcntl")
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "serving.md").read_text()
-(CODE,) = [code for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "FastAPI(" in code]
+CODE = (ROOT / "examples" / "serve" / "fastapi_app.py").read_text()
 SECONDS = float(os.environ.get("LOTRA_STRESS_SECONDS", "6"))
 CLIENTS = 32
 VERSIONS = 6
@@ -44,7 +43,7 @@ COMING = ["comes0", "comes1", "comes2"]
 
 @pytest.fixture
 def expected(tmp_path, monkeypatch):
-    """Prepare what the page has on disk, and return the answers of each version of an adapter, by itself."""
+    """Write the files that the server reads, and return the answers of each version of an adapter."""
     monkeypatch.chdir(tmp_path)
     base = KAN([4, 32, 4])
     torch.save(base.state_dict(), "base.pt")
@@ -71,7 +70,7 @@ def write_adapter(name, version):
 
 @pytest.fixture
 def page(expected):
-    """The names that the page's code defines, run in this process."""
+    """The names that the server's code defines, run in this process."""
     names = {"__name__": "app"}
     exec(CODE, names)
     yield names
@@ -206,7 +205,7 @@ def test_a_second_worker_on_the_same_bank_is_refused(page):
 
 @pytest.fixture
 def server(expected):
-    """The address of the page's code behind uvicorn in a process of its own, and this process."""
+    """The address of the server behind uvicorn in a separate process, and this process."""
     Path("app.py").write_text(CODE)
     command = [sys.executable, "-m", "uvicorn", "app:app", "--port", "0", "--no-access-log"]
     log = Path("log.txt")

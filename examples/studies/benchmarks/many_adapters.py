@@ -173,15 +173,15 @@ def show(console: Console, results: dict) -> None:
 
 
 def draw(results: dict, path: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for style, (method, row) in zip(STYLES, results["load"].items(), strict=False):
         times = row["load ms"]
         places = [(i + 0.5) * row["adapters"] / len(times) for i in range(len(times))]
         left.plot(places, times, **style, label=method)
     left.set(
-        xlabel="adapters that are loaded already",
+        xlabel="adapters already loaded",
         ylabel="ms to load one more",
-        title="Each adapter that is loaded makes the next one slower",
+        title="Each loaded adapter slows down the next",
     )
     left.set(xlim=(0, None), ylim=(0, None))
     left.legend()
@@ -192,7 +192,7 @@ def draw(results: dict, path: Path) -> None:
         right.plot(counts, [line["ms"][str(count)] / one for count in counts], **style, label=label)
     right.axhline(1, color="grey", linewidth=0.8)
     right.set(xscale="log", xlabel="different adapters in the batch", ylabel="time / time of one adapter")
-    right.set(ylim=(0, None), title=f"The price of different adapters in a batch of {results['batch']['rows']:,} rows")
+    right.set(ylim=(0, None), title=f"Mixing adapters in a batch of {results['batch']['rows']:,} rows")
     right.legend()
     figure.savefig(path)
     plt.close(figure)

@@ -260,7 +260,7 @@ def draw(results: list[dict], path: Path) -> None:
     for (left, *middles, right), name in zip(axes, names, strict=True):
         found = [result for result in results if result["problem"] == name]
         rows = [row for result in found for row in result["rows"]]
-        here = f"{TITLES[name]}: milliseconds do for seconds"
+        here = f"{TITLES[name]}: error by time"
         for color, (marker, kind, label) in enumerate(
             [
                 ("o", "predicted", "predicted, no training"),
@@ -284,7 +284,7 @@ def draw(results: list[dict], path: Path) -> None:
                 middle.loglog(*np.array(few).reshape(-1, 2).T, style, lw=1, ms=4, label=label)
             there = float(np.median([row["errors"]["fitted"] for row in rows]))
             middle.axhline(there, color="C2", lw=1.5, ls="--", label="fitted there (eight steps)")
-            middle.set(title="more members, smaller errors", xlabel="members", ylabel="median error of predictions")
+            middle.set(title="error by number of members", xlabel="members", ylabel="median error of predictions")
             middle.set_xticks([4, 8, 16, 32, 64], ["4", "8", "16", "32", "64"])
             middle.xaxis.set_tick_params(which="minor", bottom=False, labelbottom=False)
         for marker, result in zip(cycle("os^Dv"), found, strict=False):
@@ -294,9 +294,7 @@ def draw(results: list[dict], path: Path) -> None:
         ends = [min(right.get_xlim()[0], right.get_ylim()[0]), max(right.get_xlim()[1], right.get_ylim()[1])]
         right.plot(ends, ends, color="0.7", lw=1, label="equal")
         right.xaxis.set_minor_formatter("")
-        right.set(
-            title="the estimate knows the error", xlabel="estimated error of a prediction", ylabel="its true error"
-        )
+        right.set(title="estimated and true error", xlabel="estimated error of a prediction", ylabel="true error")
         for axis in (left, *middles, right):
             handles, labels = axis.get_legend_handles_labels()
             unique = dict(zip(labels, handles, strict=True))

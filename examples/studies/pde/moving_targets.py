@@ -114,7 +114,7 @@ def markdown(results: dict, limits: dict[str, float]) -> str:
 def headline(results: dict, limits: dict[str, float]) -> str:
     """The first table: cores at half of the seconds beside all parameters where these are best."""
     lines = [
-        "| | width | all parameters, LM, lowest error | cores alone, LM, half of the seconds | ratio, by seed "
+        "| | width | all parameters, LM, lowest error | cores only, LM, half of the seconds | ratio, by seed "
         "| their share of the parameters |",
         "|---|--:|--:|--:|---|--:|",
     ]
@@ -137,7 +137,7 @@ def message(results: dict, width: str) -> str:
     if not each:
         return f"Errors of networks of width {width} that follow their problem"
     return (
-        f"Width {width}: at half of the seconds, cores on fixed factors ({max(shares):.0%} of the parameters) have "
+        f"Width {width}: in half of the time, cores only ({max(shares):.0%} of the parameters) reach "
         f"{min(each):.1f} to {max(each):.1f} times the lowest error of all parameters"
     )
 

@@ -123,10 +123,7 @@ def draw(record: dict, path: Path) -> None:
         below.xaxis.set_minor_formatter("")
     known = {line.get_label(): line for _, below in places for line in below.get_lines() if line.get_label()[0] != "_"}
     figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=len(known))
-    figure.suptitle(
-        "From zero by one recipe, five seeds: the solutions, and the errors that a minute brings them to\n"
-        + pictures.FIELD_LINES
-    )
+    figure.suptitle("Solutions, and their errors by time from scratch; five seeds of the KAN\n" + pictures.FIELD_LINES)
     figure.savefig(path)
     plt.close(figure)
 

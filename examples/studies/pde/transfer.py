@@ -172,7 +172,7 @@ def draw_fields(family: Family, setting: Setting, cache: Path, path: Path) -> No
         axis.set_xlabel("x")
     name = family.name.replace("_", "-").title()
     figure.suptitle(
-        f"{name}, {family.title}: the base, at {family.parameter_name} = {family.base:g}, is brought to three others\n"
+        f"{name}, {family.title}: the base at {family.parameter_name} = {family.base:g} moves to three others\n"
         f"One run. {pictures.FIELD_LINES}"
     )
     figure.savefig(path)
@@ -216,10 +216,10 @@ def message_of(lines: list[dict], targets: list[str]) -> str:
     rows = [row for row in summarize(lines) if row["method"] == "lotra_lm" and row["target"] in targets]
     shares = [row["seconds_to_rival"] / row["rival_seconds"] for row in rows if row.get("seconds_to_rival")]
     if not shares or len(shares) < len(rows):
-        return "Errors of a trained KAN that is brought to another parameter of its PDE"
+        return "Error by time when a trained KAN moves to another parameter of its PDE"
     share = f"{100 * min(shares):.0f} to {100 * max(shares):.0f}"
     return (
-        f"LoTRA by Levenberg-Marquardt (LM) has the error of full fine-tuning by Adam after {share} % of its seconds"
+        f"LoTRA with Levenberg-Marquardt (LM) reaches the error of full fine-tuning with Adam in {share} % of the time"
     )
 
 

@@ -154,8 +154,8 @@ def run(problem: Problem, seed: int, noise: float, seconds: float) -> dict:
 def markdown(record: dict) -> str:
     """The relative errors by exact data, and the coverage by noise."""
     lines = [
-        "Relative errors by exact data, and by noise of 1 % the median standard error and how many of the draws have "
-        "the truth in value +- 1.96 error.\n",
+        "Relative errors with exact data. With noise of 1 %: the median standard error, and how many of the draws "
+        "have the truth in value +- 1.96 error.\n",
         "| problem | constant | truth | error, exact data | CPU s | standard error, % | covered | draws | CPU s |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
@@ -179,7 +179,7 @@ def markdown(record: dict) -> str:
                 cells += [""] * 4
             lines.append(f"| {' | '.join(cells)} |")
     if total:
-        lines.append(f"\nOf all {total} intervals, {100 * covered / total:.0f} % have the truth.")
+        lines.append(f"\nOf all {total} intervals, {100 * covered / total:.0f} % contain the true value.")
     return "\n".join(lines) + "\n"
 
 

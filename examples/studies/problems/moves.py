@@ -173,12 +173,12 @@ class Method:
 # rates of Adam: the best of 1e-4 to 1e-2 in steps of about 3, over the three problems on seed 0, width 32
 METHODS = {
     "full_lm": Method("all parameters, LM", full),
-    "core_lm": Method("cores alone, LM", core),
-    "equal_core_lm": Method("cores alone, 40 %, LM", equal_core),
+    "core_lm": Method("cores only, LM", core),
+    "equal_core_lm": Method("cores only, 40 %, LM", equal_core),
     "lotra_lm": Method("LoTRA, LM", lotra),
     "lora_lm": Method("LoRA, LM", lora),
     "full_adam": Method("all parameters, Adam", full, 3e-4),
-    "core_adam": Method("cores alone, Adam", core, 3e-4),
+    "core_adam": Method("cores only, Adam", core, 3e-4),
     "lotra_adam": Method("LoTRA, Adam", lotra, 1e-4),
     "lora_adam": Method("LoRA, Adam", lora, 1e-4),
 }

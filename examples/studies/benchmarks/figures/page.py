@@ -16,22 +16,22 @@ def section(results: dict) -> str:
     """The section in Markdown."""
     machine = results["training_step"]["machine"]
     return f"""
-Measured side by side on {machine["cpu"]}, {machine["threads"]} threads, torch {machine["versions"]["torch"]}
-([all tables](../examples/studies/results/benchmarks/cpu.md), medians and quartiles;
-`python examples/studies/benchmarks/run.py` repeats it, on CUDA too, where we have not run it). {LOSES} marks what we
-lose, - what was left out.
+Measured side by side on {machine["cpu"]}, {machine["threads"]} threads, torch {machine["versions"]["torch"]}.
+[All tables](../examples/studies/results/benchmarks/cpu.md) have medians and quartiles.
+`python examples/studies/benchmarks/run.py` repeats the measurement, also on CUDA, where we have not run it.
 
-**A training step** with LoTRA, ranks (8, 8, 4): forward, backward and Adam, for one layer whose input needs its
-gradient too. "Frozen" is the base layer's own forward pass and input gradient, the limit; PEFT's LoRA has r=4.
+**A training step** is a forward pass, a backward pass and a step of Adam, for one layer whose input needs a gradient.
+LoTRA has ranks (8, 8, 4), and PEFT's LoRA has r=4. The columns with a slash have LoTRA's time divided by the time of
+another method. "Frozen" is the forward pass and the input gradient of the base layer, without an adapter.
 
 {steps(results["training_step"]["rows"])}
-**A KAN layer** n -> n, forward and backward, ms:
+**A KAN layer** with n inputs and n outputs, forward and backward, in milliseconds:
 
 {layers(results["layers"]["rows"])}
-**Memory**, peak of a training step beyond model and input, MiB:
+**Memory** at the peak of a training step, without model and input, in MiB:
 
 {memory(results["memory"]["rows"])}
-{fill(f"**Serving** {serving(results)}", 119)}
+{serving(results)}
 """
 
 
@@ -56,7 +56,11 @@ def steps(rows: list[dict]) -> str:
 
 def left_out(rows: list[dict], label: Callable[[dict], str]) -> str:
     """A paragraph on the reasons why cells were left out, if any."""
-    notes = [f"{label(row)}: {reason}" for row in rows for reason in dict.fromkeys(row.get("skipped", {}).values())]
+    notes = []
+    for row in rows:
+        for reason in dict.fromkeys(row.get("skipped", {}).values()):
+            limits = reason.replace("would take ", "").replace(" in a round of all", " a round")
+            notes.append(f"{label(row)} ({limits.replace(', more than', '; the limit is')})")
     return "\n" + fill(f"Left out: {'; '.join(notes)}.", 119) + "\n" if notes else ""
 
 
@@ -91,24 +95,25 @@ def memory(rows: list[dict]) -> str:
 
 
 def serving(results: dict) -> str:
+    """The table of what it takes to serve an adapter, and a sentence on inference and import."""
     row = find(results, "serving", widths=[256, 256, 256, 256])
-
-    def pair(part: str) -> str:
+    files = row["bytes"]
+    lines = [["file, KiB", *(f"{files[method] / 2**10:,.0f}" for method in ("LoTRA", "PEFT LoRA"))]]
+    for name, part in (("save", "save"), ("load", "load"), ("merge", "merge"), ("swap the weights", "swap")):
         lotra, lora = median(row, "LoTRA", part), median(row, "PEFT LoRA", part)
-        return f"{number(lotra)} ms ({number(lora)}{f' {LOSES}' if lora < lotra else ''})"
-
+        lines.append([f"{name}, ms", f"{number(lotra)}{f' {LOSES}' if lora < lotra else ''}", number(lora)])
     base = median(row, "inference: base")
     forward = {name: ratio(median(row, f"inference: {name}"), base) for name in ("LoTRA, merged", "LoTRA, not merged")}
-    files = row["bytes"]
     imports = results["import_time"]["rows"][0]
     before = sum(median(imports, name) for name in ("torch", "peft"))
-    return (
-        f"a [256, 256, 256, 256] KAN of {files['whole model'] / 2**20:.1f} MiB, in brackets PEFT's LoRA: the adapter "
-        f"file has {files['LoTRA'] / 2**10:.0f} KiB ({files['PEFT LoRA'] / 2**10:,.0f}), saving takes {pair('save')}, "
-        f"loading {pair('load')}, merging {pair('merge')}, a swap {pair('swap')}. Inference costs "
-        f"{forward['LoTRA, merged']}x the base after a merge and {forward['LoTRA, not merged']}x before. "
-        f"`import peft_lotra` adds {number(median(imports, 'peft_lotra'))} ms to PEFT's {number(before)} ms."
+    import_time = number(median(imports, "peft_lotra"))
+    title = f"**Serving** a [256, 256, 256, 256] KAN of {files['whole model'] / 2**20:.1f} MiB:"
+    note = (
+        f"Inference takes {forward['LoTRA, merged']} times as long as the base after a merge, and "
+        f"{forward['LoTRA, not merged']} times before. `import peft_lotra` adds {import_time} ms "
+        f"to the {number(before)} ms of torch and PEFT."
     )
+    return f"{title}\n\n{table(('', 'LoTRA', 'PEFT LoRA'), lines)}\n{fill(note, 119)}"
 
 
 def targets(results: dict) -> str:
