@@ -173,8 +173,10 @@ class AdapterBank:
         Raises:
             ValueError: The name is known, or the adapter is of another base, grid or kind of layer, or damaged.
         """
-        if name == BASE:
-            raise ValueError("'__base__' stands for the base: give the adapter another name.")
+        if not isinstance(name, str) or name in ("", BASE):
+            raise ValueError(
+                f"An adapter cannot be called {name!r:.100}: pass a string; '__base__' stands for the base."
+            )
         try:
             if isinstance(adapter, AdapterBank):
                 if adapter.base is not self.base:
@@ -239,8 +241,10 @@ class AdapterBank:
             snapshot = snapshot.rebuild()  # a matrix of its own, since passes that have begun read the former one
             rows = snapshot.rows_of(self.names if names is None else names)
             packed = nn.Parameter(snapshot.packed)
-            if packed.itemsize < 4 or not len(rows) or 0 in rows:
+            if packed.itemsize < 4:
                 raise ValueError("Only adapters of float32 or float64 are trained: load the bank with such a `dtype`.")
+            if not len(rows) or 0 in rows:
+                raise ValueError("There is no adapter to train, or '__base__' is named, which has none.")
             trained = torch.zeros(len(packed), dtype=torch.bool, device=rows.device)
             trained[rows] = True
             is_component = snapshot.fill_components(lambda form, layer: {}).bool()
@@ -261,9 +265,11 @@ class AdapterBank:
             ids (`torch.Tensor`): The id of the adapter of each row, (rows,).
 
         Raises:
-            ValueError: An id belongs to no adapter.
+            ValueError: An id belongs to no adapter, or there is not one for each error.
         """
         snapshot = self.snapshot
+        if errors.shape != ids.shape:
+            raise ValueError(f"`errors` {tuple(errors.shape)} and `ids` {tuple(ids.shape)} must both be (rows,).")
         snapshot.rows_of(ids)  # refuses unknown ids
         room = len(snapshot.row_of) - 1
         index = ids.to(errors.device, torch.int64) + 1  # the base comes first, and is left out
@@ -421,7 +427,9 @@ class AdapterBank:
             if child in bank_layers:
                 self._replaced.append((parent, name, child))
                 parent._modules[name] = bank_layers[child]
-        return BankModel(network, self)
+        served = BankModel(network, self)
+        self._replaced.append((served, "is_attached", False))
+        return served
 
     def detach(self) -> None:
         """Take the bank out of the model that it is attached to, which is as before, also in its modes."""
@@ -439,8 +447,10 @@ class AdapterBank:
         For models that change the order of rows on their way, and for calls of a part of a model.
 
         Raises:
-            ValueError: A name is unknown, or an id belongs to no adapter.
+            ValueError: A name is unknown, an id belongs to no adapter, or the bank is attached to no model.
         """
+        if rows is not None and not self._replaced:
+            raise ValueError("The bank is attached to no model: call `attach()` first.")
         with ROWS.set(self._pass_of(rows)):
             yield
 

@@ -113,6 +113,7 @@ class BankModel(nn.Module):
         super().__init__()
         self.model = model
         self.bank = bank
+        self.is_attached = True
 
     def forward(
         self,
@@ -128,10 +129,16 @@ class BankModel(nn.Module):
             ids (`torch.Tensor`): The same by id, (rows,) int64, -1 for none; see `AdapterBank.ids`.
 
         Raises:
-            ValueError: A name is unknown, an id belongs to no adapter, or there is not one for each row.
+            ValueError: A name is unknown, an id belongs to no adapter, or there is not one for each row; both
+                arguments are given; the bank was detached.
             RuntimeError: The same of an id in a compiled or exported model.
         """
         bank = self.bank
+        if adapter_names is not None and ids is not None:
+            raise ValueError("Pass `adapter_names` or `ids`, not both.")
+        adapters = ids if adapter_names is None else adapter_names
+        if adapters is not None and not self.is_attached:
+            raise ValueError("The bank was detached from this model: use the model that `bank.attach()` returns.")
         if is_tracing():
             if adapter_names is not None:
                 raise ValueError("A compiled model takes `ids`, not `adapter_names`: pass `ids=bank.ids(names)`.")
@@ -141,10 +148,9 @@ class BankModel(nn.Module):
             finally:
                 bank.traced_pass = None
 
-        adapters = ids if adapter_names is None else adapter_names
         with bank.rows(adapters):
             if adapters is not None:
-                check_batch(len(adapters), args, kwargs)
+                check_batch(len(adapters), args, kwargs, "ids" if adapter_names is None else "adapter_names")
             outputs = self.model(*args, **kwargs)
             ROWS.keep(outputs)
         return outputs
@@ -161,7 +167,7 @@ class BankModel(nn.Module):
             raise ValueError("A compiled model takes no mapped bank: call `bank.compact()`, which reads all of it.")
         if ids is None:
             return BankPass(self.bank, {}, set())
-        check_batch(ids.shape[0], args, kwargs)
+        check_batch(ids.shape[0], args, kwargs, "ids")
         rows = snapshot.find_rows(ids)
         is_known = (rows != NO_ROW).all()
         torch._assert_async(is_known, "An id belongs to no adapter.")  # pyright: ignore[reportPrivateImportUsage]

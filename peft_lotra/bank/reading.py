@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -63,7 +63,7 @@ def read_adapter(
         config: Any = LoTRAConfig.from_pretrained(str(adapter), check_base=check_base)
         if not isinstance(config, LoTRAConfig):
             raise ValueError("it is no LoTRA adapter.")
-        check_saved_methods(adapter)
+        check_saved_methods(adapter, config.saved_with)
         record = config.base_layers
         if record in agreeing:
             config.check_base = "ignore"
@@ -110,11 +110,15 @@ def _is_of_other_method(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer) and not isinstance(module, LoTRALayer)
 
 
-def check_saved_methods(source: str | os.PathLike) -> None:
-    """Raise a ValueError if a local folder of a LoTRA adapter also holds adapters of other methods."""
+def check_saved_methods(source: str | os.PathLike, saved_with: Sequence[str] | None) -> None:
+    """Raise a ValueError if a local folder of a LoTRA adapter also holds adapters of other methods.
+
+    Adapters that were not `saved_with` it are of an earlier save, and do not count.
+    """
     others = []
     for name, folder in saved_adapters(source).items():
-        if (folder / CONFIG_NAME).is_file() and read_method(folder) != "LOTRA":
+        is_earlier = saved_with is not None and name not in saved_with
+        if not is_earlier and (folder / CONFIG_NAME).is_file() and read_method(folder) != "LOTRA":
             others.append(name)
     if others:
         raise ValueError(

@@ -245,7 +245,7 @@ class Snapshot(NamedTuple):
         if snapshot.next_row == mapped_rows + len(snapshot.packed):
             snapshot = snapshot.rebuild(mapped_rows, has_room=True)
         packed = snapshot.pack(updates)
-        check_finite(packed.unsqueeze(0), [name], "Store it in another `dtype`.")
+        check_finite(packed.unsqueeze(0), [name], "If it is finite, store it in a larger `dtype`.")
         row = snapshot.next_row
         # no adapter of an earlier snapshot has this row
         snapshot.packed[row - mapped_rows] = packed

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from huggingface_hub import hf_hub_download, hf_hub_url
+from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from safetensors import safe_open
 from safetensors.torch import load, save_file
@@ -88,7 +89,12 @@ def read_bank(
         if repo_id is None:
             raise ValueError(f"There is no {FILE_NAME} in {folder}. `AdapterBank.save(folder)` writes one.")
         if names is None:
-            path = hf_hub_download(repo_id, FILE_NAME, revision=revision)
+            try:
+                path = hf_hub_download(repo_id, FILE_NAME, revision=revision)
+            except LocalEntryNotFoundError as error:  # without a connection
+                raise ValueError(
+                    f"There is no folder {folder}, and no such repository could be read: {error}"
+                ) from error
         else:
             path = hf_hub_url(repo_id, FILE_NAME, revision=revision)
             open_file = _open_remote

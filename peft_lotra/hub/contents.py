@@ -153,14 +153,17 @@ def saved_adapters(folder: str | os.PathLike) -> dict[str, Path]:
 
 
 def read_method(folder: Path) -> str:
-    """Return the PEFT method of a saved adapter, such as "LOTRA".
+    """Return the PEFT method of a saved adapter, such as "LOTRA"; raise as `read_config`."""
+    return read_config(folder)["peft_type"]
 
-    Raises:
-        ValueError: Its configuration is damaged.
-    """
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration of a saved adapter; raise a ValueError if it is damaged."""
     path = folder / CONFIG_NAME
     with naming_damage(path):
-        return json.loads(path.read_text(encoding="utf-8"))["peft_type"]
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["peft_type"]  # each has one
+        return config
 
 
 def adapter_folders(folder: str | os.PathLike) -> dict[str, Path]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..modules.checks import list_first
 from ..modules.folders import naming_damage
-from .contents import fetch_folder, read_method, saved_adapters
+from .contents import fetch_folder, read_config, read_method, saved_adapters
 
 
 def load_adapters(
@@ -48,8 +48,8 @@ def load_adapters(
     Args:
         base (`nn.Module`): The base model, without adapters. It is changed in place, as by `from_pretrained`.
         source (`str`): The folder, or a repository on the Hub.
-        names (`list[str]`, *optional*): The adapters to load, exactly one of them LoTRA. By default all in the folder.
-            Naming them makes a missing subfolder an error.
+        names (`list[str]`, *optional*): The adapters to load, exactly one of them LoTRA. By default the LoTRA adapter
+            and all that were saved with it. Others in the folder, of earlier saves, are left out with a warning.
         is_trainable (`bool`): Whether to train the adapters further. By default they are frozen.
         revision (`str`, *optional*): The branch, tag or commit of the repository.
         token (`str`, *optional*): The access token of the Hub.
@@ -86,6 +86,8 @@ def load_adapters(
         names = [names]
     folders = _find_folders(source, names, revision, token)
     lotra_name = _find_lotra_adapter(source, folders)
+    if names is None:
+        folders = _leave_out_earlier_saves(source, folders, lotra_name)
     # read before the base is changed
     others = {}
     for name, folder in folders.items():
@@ -154,6 +156,37 @@ def _find_lotra_adapter(source: str | os.PathLike, folders: Mapping[str, Path]) 
             "`names=[...]`."
         )
     return lotra_names[0]
+
+
+def _leave_out_earlier_saves(
+    source: str | os.PathLike,
+    folders: Mapping[str, Path],
+    lotra_name: str,
+) -> dict[str, Path]:
+    """Return the folders of the adapters that were saved with the LoTRA adapter.
+
+    All are returned if its file does not say, or its folder was renamed.
+
+    Raises:
+        ValueError: One of them is missing.
+    """
+    saved_with = read_config(folders[lotra_name]).get("saved_with")
+    if not saved_with or saved_with[0] != lotra_name:
+        return dict(folders)
+    missing = [name for name in saved_with if name not in folders]
+    if missing:
+        raise ValueError(
+            f"{source} has no adapter {missing}, which was saved with {lotra_name!r}. Copy it there, or pass "
+            f"`names={list(folders)}` to load the model without it."
+        )
+    earlier = [name for name in folders if name not in saved_with]
+    if earlier:
+        warnings.warn(
+            f"{source} also has {earlier}, which {lotra_name!r} was not saved with: left out. Pass `names=` to load "
+            "it too.",
+            stacklevel=3,
+        )
+    return {name: folder for name, folder in folders.items() if name in saved_with}
 
 
 def _read_other_adapter(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:

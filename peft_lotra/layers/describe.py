@@ -27,7 +27,7 @@ from .probe import CannotProbe, Probe, cached_by_class, isolated
 NOT_LINEAR = "it shapes the functions: the output is not linear in it"
 FACTOR = "a factor of the functions of each edge, and few of the layer's elements"
 UNUSED = "the output did not depend on it when the layer was run"
-OTHER = "it has no part in the sum that was recognized"
+OTHER = "the description has it neither in the coefficients nor in `residual`"
 
 
 class Description(NamedTuple):

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.slim import SlimLayer
 from ..modules.calls import unwrap
-from ..modules.checks import as_number, check_number
+from ..modules.checks import as_number, check_function, check_number
 from ..tucker import Tucker
 from ..tuner.gradients import OPTIMIZERS
 from ..tuner.layer import LoTRALayer
@@ -156,6 +156,7 @@ def create_lotra_optimizer(
         sets the rates `OneCycleLR(max_lr=[group["lr"] for group in optimizer.param_groups])`.
 
     Raises:
+        TypeError: `optimizer_cls` is an optimizer instead of its class.
         ValueError: `lr` or `other_lr` is not a finite number above 0, `policy` is unknown, or no LoTRA component of
             the model can be trained.
 
@@ -172,6 +173,7 @@ def create_lotra_optimizer(
         >>> {group["name"]: group["lr"] for group in optimizer.param_groups}
         {'core': 0.03, 'factor_out/4': 0.03, 'factor_in/64': 0.015, 'factor_basis': 0.03}
     """
+    check_function(optimizer_cls, "optimizer_cls")
     check_number(lr, "lr", "(0, inf)")
     if other_lr is None:
         other_lr = lr

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +50,9 @@ def find_doubts(
     inside: Inside | None,
     terms: Sequence[Any],
 ) -> list[str]:
-    """Return messages on what makes solutions wrong: kinks and jumps, missing periodicity, untrained tensors.
+    """Return messages on what makes solutions wrong.
+
+    These are kinks and jumps, missing periodicity, untrained tensors, and points outside of the box.
 
     Args:
         model: The `HardConstraint`, or a module of it and unknown constants.
@@ -66,11 +68,19 @@ def find_doubts(
         smooth.append(("network", network))
     for name, function in smooth:
         point = find_kink(function, low, high, inside)
-        if point is not None:
-            position = ", ".join(f"{number:.4g}" for number in point.tolist())
+        if point is None:
+            continue
+        position = ", ".join(f"{number:.4g}" for number in point.tolist())
+        dtype = function(point.unsqueeze(0)).dtype
+        if dtype == torch.float64:
             doubts.append(
                 f"`{name}` has a kink or a jump near ({position}), which the residual between the points does not "
                 f"see. The solution is likely wrong: give a smooth `{name}`, without ReLU, `abs` or `where`."
+            )
+        else:
+            doubts.append(
+                f"`{name}` returns {dtype}, whose rounding near ({position}) looks like a jump. Compute it in "
+                "float64, the dtype of its argument."
             )
 
     features = first_module(model, BoxFeatures)
@@ -82,6 +92,14 @@ def find_doubts(
                     f"`{name}` is not periodic in coordinate {i}, which `periodic` names. Give one with the same "
                     "values and slopes at both ends."
                 )
+
+    for number, (function, rows, _) in enumerate(terms[1:]):
+        count = _count_outside(model, function, rows, low, high, periodic)
+        if count:
+            doubts.append(
+                f"{count} points of term {number} of `terms` are outside of the box from {low.tolist()} to "
+                f"{high.tolist()}, where the equation does not hold. Pass a larger box, or leave them out."
+            )
 
     for name, leaf in _find_untrained(model, terms):
         doubts.append(
@@ -164,6 +182,49 @@ def is_periodic(
     return True
 
 
+def _count_outside(
+    model: nn.Module,
+    function: Callable[..., Tensor],
+    rows: Sequence[Tensor],
+    low: Tensor,
+    high: Tensor,
+    periodic: Collection[int],
+) -> int:
+    """Return the number of points outside of the box at which a term calls the model, not by `jet`.
+
+    Periodic coordinates have no outside.
+    """
+    margin = NEAR * (high - low)
+    margin[list(periodic)] = math.inf
+    count = 0
+
+    def check(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal count
+        x = args[0].detach()
+        is_outside = (x < low - margin) | (x > high + margin)
+        count = max(count, int(is_outside.any(-1).sum()))
+
+    with first_module(model, HardConstraint).register_forward_pre_hook(check):
+        _evaluate(function, model, rows)
+    return count
+
+
+def _evaluate(
+    function: Callable[..., Tensor],
+    model: nn.Module,
+    rows: Sequence[Tensor],
+) -> Tensor:
+    """Evaluate a term with its graph, in float64."""
+    copies = []
+    for row in rows:
+        copy = row.detach()
+        if copy.is_floating_point():
+            copy = copy.double()
+        copies.append(copy.requires_grad_(row.requires_grad))
+    with torch.enable_grad(), Intercepted():
+        return function(model, *copies)
+
+
 def _find_untrained(
     model: nn.Module,
     terms: Sequence[Any],
@@ -172,15 +233,8 @@ def _find_untrained(
     seen: set[Any] = set(map(id, model.parameters()))
     for number, (function, rows, _) in enumerate(terms):
         name = f"Term {number - 1} of `terms`" if number else "`residual`, `lift` or `distance`"
-        trial = []
-        for row in rows:
-            few = row.detach()[torch.arange(TRIAL_ROWS) % len(row)]
-            if few.is_floating_point():
-                few = few.double()
-            trial.append(few.requires_grad_(row.requires_grad))
-        with torch.enable_grad(), Intercepted():
-            nodes = [function(model, *trial).grad_fn]
-
+        trial = [row[torch.arange(TRIAL_ROWS) % len(row)] for row in rows]
+        nodes = [_evaluate(function, model, trial).grad_fn]
         while nodes:
             node = nodes.pop()
             if node is None or node in seen:

@@ -10,9 +10,10 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -26,7 +27,17 @@ from ..tuner.gradients import compute_losses
 from ..tuner.layer import LoTRALayer, lotra_layers
 from .data import assign_folds_repeatedly, read_rows
 from .report import AdapterFit, Chosen, advise
-from .starts import FULL_MATRICES, Size, adapt, choose_forms, file_size, make_references, start_adapter, stored_size
+from .starts import (
+    FULL_MATRICES,
+    Size,
+    adapt,
+    choose_forms,
+    file_size,
+    make_references,
+    start_adapter,
+    stored_size,
+    stored_tensors,
+)
 from .training import CHUNK, Fit, Task
 
 
@@ -43,6 +54,7 @@ def fit_adapter(
     *,
     budget: float = 0.12,
     max_bytes: int | None = None,
+    storage: Literal["float16", "bfloat16"] | None = None,
     steps: int = 300,
     folds: int = 5,
     groups: Sequence[Any] | Tensor | None = None,
@@ -80,6 +92,7 @@ def fit_adapter(
             scores are means of the losses of single rows, without weights of classes.
         budget: The number of parameters of the adapter, as a share of the coefficients of the KAN layers.
         max_bytes: The size of adapter_model.safetensors, at most; also of the model that is advised.
+        storage: The dtype of the adapter in its file, see [`LoTRAConfig`]. The losses are measured before rounding.
         steps: The number of training steps, of up to 128 rows each.
         folds: The number of folds of one division, at least 2. A class is spread over the folds; the only row of a
             class is never held out.
@@ -118,6 +131,8 @@ def fit_adapter(
     check_function(loss, "loss", 2)
     check_count(steps, "steps")
     check_count(folds, "folds", 2)
+    if max_bytes is not None:
+        check_count(max_bytes, "max_bytes")
     device = next(original.parameters()).device
     with (
         torch.inference_mode(False),
@@ -129,11 +144,14 @@ def fit_adapter(
         x, y = (tensor.to(device) for tensor in read_rows(data))
         torch.manual_seed(seed)  # a loader draws numbers too
         network, are_classes = _copy_checked(original, x[:CHUNK], y[:CHUNK], loss)
-        smallest = adapt(deepcopy(network), r=1)
+        smallest = adapt(deepcopy(network), r=1, storage=storage)
         layers = [layer for _, layer in lotra_layers(smallest)]
         coefficients = sum(layer.get_base_weight().numel() for layer in layers)
+        limit = "the budget"
         if max_bytes is not None:
-            budget = min(budget, _limit_parameters(max_bytes, file_size(smallest), layers) / coefficients)
+            share = _limit_parameters(max_bytes, smallest, layers) / coefficients
+            if share < budget:
+                budget, limit = share, "`max_bytes`"
         if groups is not None:
             groups = groups.tolist() if isinstance(groups, Tensor) else list(groups)
         is_large = coefficients > _MANY_COEFFICIENTS or len(x) > _MANY_ROWS
@@ -172,7 +190,7 @@ def fit_adapter(
                 state = {f"{PREFIX}{name}".removesuffix(".default"): value[number] for name, value in by_fold.items()}
                 bank.add(f"fold {number}", state)
         # the base changes from here
-        model = adapt(original, **config)
+        model = adapt(original, storage=storage, **config)
         for name, value in values.items():
             original.get_parameter(name).data.copy_(value[0, 0])
         if best in forms:  # `create_lotra_optimizer` goes on at the rates of this start
@@ -184,7 +202,7 @@ def fit_adapter(
         sizes |= {"base": Size(0, 0), "adapter": file_size(model)}
     notes = []
     if FULL_MATRICES not in forms:
-        notes.append(f"{FULL_MATRICES} exceed the budget: {best} was taken instead")
+        notes.append(f"{FULL_MATRICES} exceed {limit}: {best} was taken instead")
     choice = advise({name: fit.losses for name, fit in fits.items()}, sizes, max_bytes or math.inf)
     rates = {name: fit.rate for name, fit in fits.items() if fit.rate}
     seconds = time.perf_counter() - begin
@@ -233,10 +251,11 @@ def _copy_checked(
     return network, bool(is_invariant and are_integers and y.max() < width)
 
 
-def _limit_parameters(max_bytes: int, smallest: Size, layers: Sequence[LoTRALayer]) -> int:
-    """Return how many parameters an adapter may have in a file, given the size of the smallest adapter."""
-    needed = smallest.bytes + _HEADER_ROOM * len(layers)
+def _limit_parameters(max_bytes: int, smallest: PeftModel, layers: Sequence[LoTRALayer]) -> int:
+    """Return how many parameters an adapter may have in a file, given the smallest adapter."""
+    size = file_size(smallest)
+    needed = size.bytes + _HEADER_ROOM * len(layers)
     if max_bytes < needed:
         raise ValueError(f"`max_bytes` is {max_bytes}, but ranks of 1 and the header may take {needed} bytes.")
-    itemsize = layers[0].get_components("default").core.itemsize
-    return smallest.parameters + (max_bytes - needed) // itemsize
+    stored = next(iter(stored_tensors(smallest).values()))
+    return size.parameters + (max_bytes - needed) // stored.itemsize

@@ -136,7 +136,8 @@ def advise(
     if advice == "adapter":
         reason = f"{subject} is within one standard error of the least loss, and nothing smaller is."
     elif sizes[advice].bytes < sizes["adapter"].bytes:
-        reason = f"{subject} is smaller than the adapter, at {change:+.0%} loss."
+        comparison = "more" if change > 0 else "less"
+        reason = f"{subject} is smaller than the adapter, with {abs(change):.0%} {comparison} loss."
     else:
         reason = f"{subject} has {-change:.0%} less loss than the adapter: take it unless the file must be small."
     return advice, reason, scores, errors

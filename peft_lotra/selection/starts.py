@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from copy import deepcopy
@@ -14,14 +15,16 @@ import safetensors.torch
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..compress.data_weights import recorded_calls
 from ..compress.training_start import start_from_training
 from ..layers.registry import walk_kan_layers
-from ..modules.calls import set_mode, unwrap
+from ..modules.calls import evaluating_without_trace, set_mode, unwrap
 from ..tuner.config import LoTRAConfig
 from ..tuner.gradients import start_from_gradient
-from .training import BATCH, Start, Task, Tensors
+from ..tuner.saving import cast_to_storage
+from .training import BATCH, CHUNK, Start, Task, Tensors
 
 
 FULL_MATRICES, LOW_RANK = "full matrices", "low rank"
@@ -48,7 +51,15 @@ def adapt(base: nn.Module, **config: Any) -> PeftModel:
 
 def file_size(model: PeftModel) -> Size:
     """Return the size of the file that PEFT writes for the adapter."""
-    return _measure(get_peft_model_state_dict(model))
+    return _measure(stored_tensors(model))
+
+
+def stored_tensors(model: PeftModel) -> Tensors:
+    """Return the tensors of an adapter in the dtype of its file."""
+    tensors = get_peft_model_state_dict(model)
+    configs: Any = model.peft_config
+    storage = configs["default"].storage
+    return tensors if storage is None else cast_to_storage(tensors, storage)
 
 
 def _measure(tensors: Tensors) -> Size:
@@ -78,7 +89,9 @@ def start_adapter(base: nn.Module, task: Task, form: Form, rows: Sequence[Tensor
     values = []
     for of_fold in rows:
         batches = of_fold.split(BATCH)
-        form.begin(model, lambda batch: task.loss(model(task.x[batch]), task.y[batch]), batches)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The start overwrites")  # the adapter of the former fold
+            form.begin(model, lambda batch: task.loss(model(task.x[batch]), task.y[batch]), batches)
         values.append(trained_values(network))
     return Start(network.requires_grad_(False), values, relative=form.begin is start_from_training)
 
@@ -105,7 +118,7 @@ def make_references(base: nn.Module, task: Task) -> dict[str, Start]:
     outputs = network(task.x[:2])
     fresh = _draw_anew(network)
     trained = {
-        "last layer": _find_last_layer(network, task.x[:2]),
+        "last layer": _find_last_layer(network, task.x[:CHUNK], values),
         "full": values,
         "scratch": {name: fresh[name] for name in values},
     }
@@ -116,18 +129,36 @@ def make_references(base: nn.Module, task: Task) -> dict[str, Start]:
     return references
 
 
-def _find_last_layer(network: nn.Module, x: Tensor) -> Tensors:
-    """Return the parameters of the last KAN layer, or other module with parameters, that a forward pass calls."""
+def _find_last_layer(network: nn.Module, x: Tensor, values: Tensors) -> Tensors:
+    """Return the values of the last KAN layer, or other module, that a forward pass calls.
+
+    Modules around it, and modules without an effect on the outputs (the symbolic layers of pykan), are left out.
+    """
     layers = {name: layer for name, layer, _ in walk_kan_layers(network)}
     inside = tuple(f"{name}." for name in layers)
     for name, module in network.named_modules():
-        if module._parameters and not name.startswith(inside):
+        if name and module._parameters and not name.startswith(inside):
             layers[name] = module
     calls = []
-    with recorded_calls(layers, lambda name, x, y: calls.append(name)):
-        network(x)
-    last = calls[-1]
-    return {f"{last}.{name}": parameter for name, parameter in layers[last].named_parameters()}
+    with evaluating_without_trace(network), torch.enable_grad():
+        parameters = {name: value.clone().requires_grad_() for name, value in values.items()}
+        with recorded_calls(layers, lambda name, x, y: calls.append(name)):
+            outputs = functional_call(network, parameters, (x,)).flatten()
+        total = outputs @ torch.linspace(1, 2, len(outputs)).to(outputs)
+        gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    with_effect = set()
+    for name, gradient in zip(values, gradients, strict=True):
+        if gradient is not None and gradient.any():
+            with_effect.add(name)
+
+    last = values
+    for name in calls:
+        prefix = f"{name}."
+        of_layer = {key: value for key, value in values.items() if key.startswith(prefix)}
+        is_container = any(other.startswith(prefix) for other in calls)
+        if not is_container and not with_effect.isdisjoint(of_layer):
+            last = of_layer
+    return last
 
 
 def _draw_anew(network: nn.Module) -> Tensors:

@@ -103,8 +103,8 @@ def check_names(names: Any) -> tuple[str, ...]:
     return values
 
 
-def check_batch(count: int, args: tuple, kwargs: dict) -> None:
-    """Raise a ValueError unless the inputs of a model have `count` rows, one for each adapter that is named.
+def check_batch(count: int, args: tuple, kwargs: dict, argument: str = "adapter_names") -> None:
+    """Raise a ValueError unless the inputs of a model have `count` rows, one for each adapter in `argument`.
 
     Vectors count only if all inputs are vectors.
     """
@@ -113,7 +113,7 @@ def check_batch(count: int, args: tuple, kwargs: dict) -> None:
     tensors = [tensor for tensor in tensors if tensor.dim() > 1] or tensors
     if tensors and all(_find_batch(count, tensor) is None for tensor in tensors):
         raise ValueError(
-            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"Length of `{argument}` should be the same as the number of inputs, but got "
             f"{count} and {len(tensors[0])} respectively. Pass an adapter for each row, such as `[name] * len(x)`."
         )
 

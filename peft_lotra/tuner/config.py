@@ -120,6 +120,9 @@ class LoTRAConfig(PeftConfig):
             the model when the adapter is loaded.
         weights_sha256 (`Optional[str]`):
             Internal. In a file, the SHA-256 of the tensors. A different one is a warning.
+        saved_with (`Optional[list[str]]`):
+            Internal. In a file, the name of the adapter, then the others that the same save wrote, of all methods.
+            `load_adapters` loads these.
         lotra_format (`int`):
             Internal. In a file, the version of its format. A different one is an error.
 
@@ -153,6 +156,7 @@ class LoTRAConfig(PeftConfig):
     check_base: Literal["error", "warn", "ignore"] | None = None
     base_layers: dict[str, dict[str, Any]] | None = None
     weights_sha256: str | None = None
+    saved_with: list[str] | None = None
     lotra_format: int = _FORMAT
 
     def __post_init__(self):

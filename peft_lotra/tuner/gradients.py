@@ -76,7 +76,7 @@ def start_from_gradient(model: nn.Module, loss: Callable[..., Tensor], batches: 
 
 
 def find_active_adapter(network: nn.Module) -> tuple[str, LoTRAConfig, dict[str, LoTRALayer]]:
-    """Return the active adapter, a copy of its configuration, and its layers by name.
+    """Return the active adapter, a copy of its configuration, and its layers by name; warn if it has an update.
 
     Raises:
         ValueError: No adapter is active, or more than one, or adapters are merged.
@@ -92,7 +92,14 @@ def find_active_adapter(network: nn.Module) -> tuple[str, LoTRAConfig, dict[str,
         )
     (adapter,) = active
     configs = next(_find_configs(network, adapter))
-    return adapter, copy.copy(configs[adapter]), dict(lotra_layers(network, adapter))
+    layers = dict(lotra_layers(network, adapter))
+    for layer in layers.values():
+        components = layer.get_components(adapter)._asdict().values()
+        # a new adapter has a component that is zero
+        if all(component.any() for component in components):
+            warnings.warn(f"The start overwrites {adapter!r}, which was trained or started before.", stacklevel=3)
+            break
+    return adapter, copy.copy(configs[adapter]), layers
 
 
 def replace_config(network: nn.Module, adapter: str, config: LoTRAConfig) -> None:

@@ -52,6 +52,7 @@ def warn_of_far_inputs(name: str, grid: Grid, shape: Sequence[int], x: Any) -> N
     if is_far.double().mean() > 0.5:
         warnings.warn(
             f"Most inputs of `{name}` lie far outside of its grid, from {low.min():.3g} to {high.max():.3g}, where "
-            "splines are zero. Scale the inputs to the grid, or bound those of a hidden layer by a norm such as tanh.",
+            "splines are zero. Scale the inputs of the network to the grid of its first layer. If they are scaled, "
+            "bound the inputs of hidden layers by a norm such as tanh.",
             stacklevel=2,
         )

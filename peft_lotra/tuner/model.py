@@ -31,7 +31,7 @@ from .saving import (
     check_shapes,
     check_state_dict,
     check_tensors,
-    is_saving,
+    find_save,
     read_tensors,
     saved_tensors,
 )
@@ -187,7 +187,8 @@ class LoTRAModel(BaseTuner):
         prefix, base = "", model
         if hasattr(model, "get_base_model"):
             prefix, base = PREFIX, model.get_base_model()
-        if is_saving():  # PEFT writes the configuration after the tensors
+        save = find_save()
+        if save is not None:  # PEFT writes the configuration after the tensors
             layers = {bare_name(name): layer for name, layer in lotra_layers(base, adapter_name)}
             if not layers and config.target_modules != DUMMY_TARGET_MODULES:
                 raise ValueError(
@@ -199,6 +200,8 @@ class LoTRAModel(BaseTuner):
                 tensors = cast_to_storage(tensors, config.storage)
             methods = {other.peft_type for other in getattr(base, "peft_config", {}).values()}
             config.has_companions = len(methods) > 1
+            saved_with = save.get("selected_adapters") or ()
+            config.saved_with = [adapter_name, *(name for name in saved_with if name != adapter_name)]
             # the object may serve other models too
             config.layers_to_record = {name: record_layer(layer) for name, layer in layers.items()}
             config.ranks_to_record = {}
@@ -212,6 +215,17 @@ class LoTRAModel(BaseTuner):
                 del state_dict[key]
         repeated = tuple(f"{prefix}{name}.lotra_" for name in further_names(base))
         return {key: tensor for key, tensor in tensors.items() if not key.startswith(repeated)}
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_to_state_dict(*args, **kwargs)
+        save = find_save() or {}
+        for name in save.get("selected_adapters") or ():
+            method: Any = self.peft_config[name].peft_type
+            if method != "LOTRA" and any(lotra_layers(self.model, name)):
+                raise ValueError(
+                    f"{name!r} is also the name of an adapter of {method.value}, whose configuration has replaced "
+                    "LoTRA's: LoTRA would be lost. Inject the other adapter under another name."
+                )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -295,6 +309,7 @@ class LoTRAModel(BaseTuner):
             adapter_names (`list[str]`, *optional*): The adapters.
             safe_merge (`bool`): Whether to check first that the merged weights are finite.
         """
+        self._check_detached()
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names)
 
@@ -306,6 +321,11 @@ class LoTRAModel(BaseTuner):
             unmerged = [name for name in names if name in layer.lotra_r and name not in layer.merged_adapters]
             layer.check_merge(unmerged, safe_merge)
 
+    def _check_detached(self) -> None:
+        """Raise a ValueError while an `AdapterBank` serves the model: it adds its updates to unmerged layers."""
+        if any("lotra_bank" in vars(layer) for _, layer in lotra_layers(self.model)):
+            raise ValueError("The model serves an AdapterBank: call `bank.detach()` before a merge or `unload`.")
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -313,6 +333,7 @@ class LoTRAModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        self._check_detached()
         if merge:
             self._check_merge(adapter_names, safe_merge)
         elif any(layer.merged for _, layer in lotra_layers(self.model)):

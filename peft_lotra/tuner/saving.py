@@ -183,18 +183,23 @@ def cast_to_storage(tensors: Tensors, storage: str) -> Tensors:
     return stored
 
 
-def is_saving() -> bool:
-    """Return whether `PeftModel.save_pretrained` is running; raise a ValueError if it would write a pickle.
+def find_save() -> Mapping[str, Any] | None:
+    """Return the variables of the `PeftModel.save_pretrained` that is running; None if none is.
 
     PEFT does not tell `_get_adapter_state_dict`, so that the calling functions are searched. Only a save records the
     base, and refuses incomplete tensors, which `get_peft_model_state_dict` may return.
+
+    Raises:
+        ValueError: It would write a pickle.
     """
     frame: Any = sys._getframe(1)
     while frame is not None and frame.f_code.co_name != "save_pretrained":
         frame = frame.f_back
-    if frame is not None and not frame.f_locals.get("safe_serialization", True):
+    if frame is None:
+        return None
+    if not frame.f_locals.get("safe_serialization", True):
         raise ValueError("LoTRA adapters are saved as safetensors only: leave `safe_serialization` out.")
-    return frame is not None
+    return frame.f_locals
 
 
 def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> None:

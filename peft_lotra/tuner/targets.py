@@ -127,10 +127,12 @@ def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> Targets:
 def _no_layer_message(model: nn.Module) -> str:
     """Return why there is nothing to adapt in a model without KAN layers."""
     candidates = [f"`{name}` ({type(module).__name__})" for name, module in unrecognized_modules(model, {})]
-    subject = f"; candidates are {list_first(candidates)}" if candidates else ""
+    message = "No KAN layer was found in the model"
+    if candidates:
+        message += f"; candidates are {list_first(candidates)}. `find_kan_layers(model)` shows why they are none"
     return (
-        f"No KAN layer was found in the model{subject}. `find_kan_layers(model)` shows why, and `register_kan_layer` "
-        "describes other layers. Functions shared by all outputs (KAT, GR-KAN) take plain LoRA on their linear layers."
+        f"{message}. `register_kan_layer` describes other layers. Functions shared by all outputs (KAT, GR-KAN) take "
+        "plain LoRA on their linear layers."
     )
 
 

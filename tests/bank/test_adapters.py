@@ -454,6 +454,13 @@ def test_a_file_that_is_not_there_is_an_error(tmp_path):
             AdapterBank.load(net(), tmp_path, names=names)
 
 
+def test_a_folder_that_is_not_there_is_an_error_without_a_connection(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    with pytest.raises(ValueError, match="There is no folder my_bank"):
+        AdapterBank.load(net(), "my_bank")
+
+
 def test_a_bank_of_another_base_is_refused(two_customers):
     with pytest.raises(ValueError, match="parameters of"):
         AdapterBank.load(net(seed=8), two_customers)
@@ -508,9 +515,14 @@ def test_a_base_without_kan_layers_or_with_a_merged_adapter_is_refused():
             AdapterBank(base)
 
 
-def test_no_adapter_is_called_like_the_base():
+@pytest.mark.parametrize("name", ["__base__", "", 7, None])
+def test_a_name_is_a_string_that_does_not_stand_for_the_base(name):
+    bank = AdapterBank(net())
+
     with pytest.raises(ValueError, match="stands for the base"):
-        AdapterBank(net()).add("__base__", LoTRAConfig())
+        bank.add(name, LoTRAConfig())
+
+    assert bank.names == []
 
 
 @pytest.fixture

@@ -48,6 +48,16 @@ def test_a_folder_with_lora_is_not_added(tmp_path):
     assert bank.names == []
 
 
+def test_a_folder_with_lora_of_an_earlier_save_is_added(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    get_peft_model(make_base(), LoTRAConfig(r=2)).save_pretrained(tmp_path)
+    bank = AdapterBank(make_base())
+
+    bank.add("alone", tmp_path)
+
+    assert bank.names == ["alone"]
+
+
 def test_a_folder_of_several_lotra_adapters_is_added(tmp_path):
     model = get_peft_model(make_base(), LoTRAConfig(r=2, init_weights=False))
     model.add_adapter("second", LoTRAConfig(r=1, init_weights=False))

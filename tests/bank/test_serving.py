@@ -301,7 +301,7 @@ def test_a_compiled_bank_refuses_one_id_for_several_rows():
     bank, _ = several(KAN([3, 4, 2]))
     compiled = torch.compile(bank.attach(), backend="eager", fullgraph=True)
 
-    with pytest.raises(Exception, match="Length of `adapter_names`"):
+    with pytest.raises(Exception, match="Length of `ids`"):
         compiled(X, ids=bank.ids(["a"]))
 
 
@@ -388,7 +388,7 @@ def test_one_adapter_for_several_rows_is_refused(rows, shape):
     """`adapter_names=[name]` is a forgotten `* len(x)`."""
     bank, _ = several(KAN([3, 4, 2]))
 
-    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+    with pytest.raises(ValueError, match=f"Length of `{next(iter(rows))}`"):
         bank.attach()(torch.rand(shape), **rows)
 
 
@@ -413,6 +413,7 @@ def test_no_rows_give_no_outputs(kind):
         ({"ids": torch.tensor([-2] * 8)}, "-2"),
         ({"ids": torch.tensor([1] * 8)}, "1"),
         ({"ids": torch.tensor([0.5] * 8)}, "integers"),
+        ({"ids": torch.tensor([0] * 7)}, "Length of `ids`"),
     ],
 )
 def test_a_refused_call_leaves_nothing_behind(rows, message):
@@ -533,6 +534,37 @@ def test_a_detached_model_is_as_before():
     assert bank.attach(copy.deepcopy(base)) is not None
 
 
+@pytest.mark.parametrize("serves_another", [False, True])
+def test_a_detached_model_refuses_adapters(serves_another):
+    bank, _ = several(net())
+    model = bank.attach()
+    bank.detach()
+    if serves_another:
+        bank.attach(net())
+
+    with pytest.raises(ValueError, match="detached"):
+        model(X, adapter_names=["a"] * 8)
+    with pytest.raises(ValueError, match="detached"):
+        model(X, ids=bank.ids(["a"] * 8))
+
+    assert_near(model(X), net()(X))
+
+
+def test_rows_of_a_bank_that_is_not_attached_are_refused():
+    bank, _ = several(net())
+
+    with pytest.raises(ValueError, match="attached to no model"), bank.rows(["a"] * 8):
+        net()(X)
+
+
+def test_names_and_ids_together_are_refused():
+    bank, _ = several(net())
+    model = bank.attach()
+
+    with pytest.raises(ValueError, match="not both"):
+        model(X, ids=bank.ids(["a"] * 8), adapter_names=["b"] * 8)
+
+
 def test_an_attached_bank_grows_and_is_pickled_with_its_model():
     bank, alone = several(net())
     model = bank.attach()
@@ -586,6 +618,22 @@ def test_a_bank_serves_a_peft_model_that_goes_on(tmp_path):
     assert not any(module.training for module in model.model.modules())
     assert_near(PeftModel.from_pretrained(net(), tmp_path).eval()(X), expected)
     assert_equal(model.eval()(X), expected)
+
+
+@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload", "unload"])
+def test_adapters_are_not_merged_while_a_bank_is_attached(method):
+    model = adapt(net())
+    bank = AdapterBank(model)
+    bank.add("own", model)
+    expected = model(X)
+    served = bank.attach(model)
+
+    with pytest.raises(ValueError, match="detach"):
+        getattr(model, method)()
+
+    assert_near(served(X, adapter_names=["own"] * 8), expected)
+    bank.detach()
+    getattr(model, method)()
 
 
 def test_a_forward_that_was_replaced_stays():

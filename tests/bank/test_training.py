@@ -252,6 +252,7 @@ CALLS_IN_TRAINING = {
     "compacting": (lambda bank, model: bank.compact(), "in training"),
     "an unknown name": (lambda bank, model: model(X[:2], adapter_names=["a", "nobody"]), "nobody"),
     "an unknown id": (lambda bank, model: bank.mean_by_adapter(torch.ones(8), torch.full((8,), 7)), "7"),
+    "another number of ids": (lambda bank, model: bank.mean_by_adapter(torch.ones(8), torch.zeros(7).int()), "`ids`"),
 }
 
 
@@ -265,6 +266,11 @@ def test_a_bank_in_training_refuses(call):
         model(X[:2], adapter_names=["c", "__base__"])  # adapters that are not trained still answer
     with pytest.raises(ValueError, match=message):
         refused(bank, model)
+
+
+def test_a_bank_without_adapters_is_not_trained():
+    with pytest.raises(ValueError, match="no adapter to train"):
+        BankAdamW(AdapterBank(KAN([3, 4, 2])), lr=1e-2)
 
 
 def test_a_bank_in_half_precision_is_not_trained():

@@ -236,6 +236,27 @@ def test_a_start_after_the_optimizer_warns(start):
     assert optimizer.param_groups[0]["name"] == "core"  # it is alive
 
 
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_a_start_that_overwrites_a_trained_adapter_warns(start, is_loaded, tmp_path):
+    model = train(get_peft_model(KAN([3, 4]), LoTRAConfig(r=2)), X)
+    if is_loaded:
+        model.save_pretrained(tmp_path)
+        base_model = copy.deepcopy(model).unload()
+        model = PeftModel.from_pretrained(base_model, tmp_path, is_trainable=True)
+
+    with pytest.warns(UserWarning, match="overwrites 'default', which was trained"):
+        STARTS[start](model, lambda: model(X).square().mean())
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_start_of_an_adapter_without_an_update_does_not_warn(tmp_path):
+    model = get_peft_model(KAN([3, 4]), LoTRAConfig(r=2))
+
+    for start in (start_from_gradient, start_from_gradient, start_from_training):
+        start(model, lambda: model(X).square().mean())
+
+
 def plain(model):
     return torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
 

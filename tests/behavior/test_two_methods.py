@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
-from peft_lotra import LoTRALayer, create_lotra_optimizer, load_adapters
+from peft_lotra import LoTRALayer, create_lotra_optimizer, load_adapters, save_adapter
 from peft_lotra.kan import KAN
 
 
@@ -196,6 +196,58 @@ def test_biases_are_trained_and_saved_with_lora(tmp_path):
     change = model.get_base_model().head.bias - before
     torch.testing.assert_close(change.abs(), torch.full_like(change, 1e-3))
     torch.testing.assert_close(loaded(X), model(X), **EXACT)
+
+
+@pytest.mark.parametrize("save", [PeftModel.save_pretrained, save_adapter])
+def test_an_adapter_of_an_earlier_save_is_not_loaded(save, tmp_path):
+    save(both(), tmp_path)
+    model = adapt(net()).eval()
+    save(model, tmp_path)
+
+    with pytest.warns(UserWarning, match=r"also has \['head'\]"):
+        loaded = load_adapters(net(), tmp_path)
+
+    torch.testing.assert_close(loaded(X), model(X), **EXACT)
+    named = load_adapters(net(), tmp_path, names=["default", "head"])
+    assert list(named.peft_config) == ["default", "head"]
+
+
+def test_an_adapter_that_was_lost_is_named(tmp_path):
+    model = both()
+    model.save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "head")
+    base = net()
+
+    with pytest.raises(ValueError, match=r"has no adapter \['head'\], which was saved with 'default'"):
+        load_adapters(base, tmp_path)
+
+    loaded = load_adapters(base, tmp_path, names=["default"])
+    model.get_base_model().head.set_adapter([])
+    torch.testing.assert_close(loaded(X), model(X), **EXACT)
+
+
+def test_a_subfolder_is_loaded_as_a_folder(tmp_path):
+    model = both()
+    add_adapter(model, "ben")
+    model.save_pretrained(tmp_path)
+    model.set_adapter("ben")
+
+    loaded = load_adapters(net(), tmp_path / "ben")
+
+    model.get_base_model().head.set_adapter([])
+    torch.testing.assert_close(loaded(X), model.eval()(X), **EXACT)
+
+
+def test_two_methods_with_one_name_are_not_saved(tmp_path):
+    """PEFT has one configuration for each name, and would write LoRA's alone."""
+    model = adapt(net())
+    inject(model, "default", LoraConfig(target_modules=["head"]))
+
+    for save in (PeftModel.save_pretrained, save_adapter):
+        with pytest.raises(ValueError, match="'default' is also the name of an adapter of LORA"):
+            save(model, tmp_path)
+
+    assert not (tmp_path / "adapter_model.safetensors").exists()
 
 
 def test_unrelated_folders_are_left_alone(tmp_path):

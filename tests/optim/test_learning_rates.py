@@ -182,6 +182,13 @@ def test_wrong_arguments_are_refused(arguments, message):
         create_lotra_optimizer(wide(), torch.optim.Adam, **{"lr": 0.1, **arguments})
 
 
+def test_an_optimizer_instead_of_its_class_is_refused():
+    model = wide()
+
+    with pytest.raises(TypeError, match="`optimizer_cls` is Adam"):
+        create_lotra_optimizer(model, torch.optim.Adam(model.parameters()), lr=0.1)
+
+
 def test_a_model_without_trained_adapters_is_refused():
     frozen = get_peft_model(KAN([2, 3]), LoTRAConfig(r=2, inference_mode=True))
     for model in (KAN([2, 3]), frozen):

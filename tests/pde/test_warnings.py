@@ -68,6 +68,13 @@ def test_a_distance_with_a_kink_warns():
         run(distance=lambda x: ROUGH["the distance from a circle"](x) * box(x))
 
 
+def test_the_rounding_of_float32_is_not_called_a_kink():
+    with pytest.warns(UserWarning, match=r"`lift` returns torch.float32") as records:
+        run(lift=lambda x: torch.sin(math.pi * x[..., :1].float()))
+
+    assert not any("kink" in str(record.message) for record in records)
+
+
 SMOOTH = {
     "many waves": lambda x: torch.sin(50 * math.pi * x[..., :1]),
     "a thin layer": lambda x: torch.tanh((x[..., :1] - 0.3) / 3e-3),
@@ -170,6 +177,39 @@ def test_what_is_trained_or_constant_does_not_warn():
 def oscillator(model: nn.Module, x: Tensor) -> Tensor:
     """Return the residual of an equation with 100 waves, far too many for a small network."""
     return jet(model, x)[2][0] + (200 * math.pi) ** 2 * torch.sin(200 * math.pi * x)
+
+
+def observe(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return model(x) - y
+
+
+def distance(x: Tensor) -> Tensor:
+    return (x * (1 - x)).prod(-1, keepdim=True)
+
+
+def test_data_outside_of_the_box_warn():
+    x = torch.rand(10, 2, dtype=torch.float64)
+    x[:3, 1] += 5
+
+    with pytest.warns(UserWarning, match="3 points of term 1 of `terms` are outside of the box"):
+        run(distance=distance, terms=[(observe, (x[3:], x[3:, :1])), (observe, (x, x[:, :1]))])
+
+
+INSIDE = {
+    "on the sides": (observe, torch.tensor([[0.0, 1.0], [1.0, 0.0], [1 + 1e-9, 0.5]]), []),
+    "in other units": (lambda model, x, y: model(x / 10) - y, torch.tensor([[5.0, 7.0]] * 3), []),
+    "in a periodic coordinate": (observe, torch.tensor([[5.0, 0.5]] * 3), [0]),
+}
+
+
+@pytest.mark.parametrize("case", INSIDE)
+def test_data_inside_of_the_box_do_not_warn(case):
+    function, x, periodic = INSIDE[case]
+    x = x.double()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(distance=lambda x: x[..., 1:] * (1 - x[..., 1:]), periodic=periodic, terms=[(function, (x, x[:, :1]))])
 
 
 def test_a_training_that_stalls_far_from_a_solution_warns(monkeypatch):

@@ -167,6 +167,20 @@ def test_the_saved_file_stays_below_max_bytes(tmp_path):
     assert (tmp_path / "adapter_model.safetensors").stat().st_size <= 2500
 
 
+def test_half_precision_leaves_room_for_more_parameters(tmp_path):
+    base, x = make_base(3, 16, 2), make_rows()
+    data = x, shifted(base, x)
+
+    whole = quick_fit(copy.deepcopy(base), data, max_bytes=1500)
+    half = quick_fit(base, data, max_bytes=1500, storage="float16")
+    half.model.save_pretrained(tmp_path)
+
+    assert half.bytes == (tmp_path / "adapter_model.safetensors").stat().st_size <= 1500
+    assert half.parameters > whole.parameters
+    assert "full matrices exceed `max_bytes`" in str(whole)
+    assert "exceed" not in str(half)
+
+
 def test_an_ensemble_is_a_bank_of_the_adapters_of_all_folds(rows):
     x, _ = rows
 
@@ -248,6 +262,43 @@ def test_networks_of_other_libraries_are_adapted(name):
 
     assert report.scores.keys() == NAMES
     assert torch.tensor(list(report.scores.values())).isfinite().all()
+
+
+class Scaled(nn.Module):
+    """A base with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kan = make_base(2, 4, 1)
+        self.scale = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.kan(x)
+
+
+LAST_LAYERS = {
+    "a loose parameter": (Scaled, {"kan.layers.1.spline_weight", "kan.layers.1.base_weight"}),
+    "pykan": (lambda: make_foreign("pykan"), {f"act_fun.1.{name}" for name in ("coef", "scale_base", "scale_sp")}),
+    "a head": (lambda: nn.Sequential(KAN([2, 4]), nn.Linear(4, 1)).double(), {"1.weight", "1.bias"}),
+}
+
+
+@pytest.mark.parametrize("case", LAST_LAYERS)
+def test_the_last_layer_is_trained_alone_and_counted(case):
+    make, names = LAST_LAYERS[case]
+    base, x = make(), make_rows(inputs=2).abs()
+    parameters = dict(base.named_parameters())
+    expected = sum(parameters[name].numel() for name in names)
+
+    report = quick_fit(base, (x, base(x).detach() + x[:, :1]), budget=0.4)
+
+    assert report.sizes["last layer"].parameters == expected
+    assert report.scores["last layer"] != report.scores["full"]
+
+
+@pytest.mark.filterwarnings("error:The start overwrites")
+def test_the_starts_of_the_folds_do_not_warn(rows):
+    quick_fit(make_base(), rows)
 
 
 def test_the_report_says_that_full_matrices_exceed_the_budget():
@@ -341,6 +392,8 @@ CLASSES = torch.arange(30) % 2
         ({"budget": 1.5}, "budget"),
         ({"budget": 0.01}, "smallest ranks"),
         ({"max_bytes": 500}, "ranks of 1"),
+        ({"max_bytes": "10kB"}, "`max_bytes` is '10kB'"),
+        ({"storage": "float8"}, "storage"),
     ],
 )
 def test_bad_input_is_refused_before_training(change, message):
