@@ -19,15 +19,16 @@ from .unknowns import Constant, Estimate
 
 
 DAMPING = 1e-13  # of the normal equations
-PASSES = 2  # the variance of the noise depends on the leverages, and they on the variance
+PASSES = 3  # the variances of columns depend on the moves, and they on the variances
 LEAST_FREEDOM = 0.5  # of a column of data
 EXACT = 1e2  # the factor of the equation's squares, which makes it nearly exact in the normal equations
-ROUNDS = 3  # corrections of the constants
-CONVERGED = 0.1  # a correction, as a share of the error, after which no other one is needed
+ROUNDS = 3  # corrections of the constants; the first one starts from a network that has followed the noise
+CONVERGED = 0.1  # a later correction, as a share of the error, after which no other one is needed
 MOST_UNSURE = 1e3  # errors of a constant, as multiples of it
 LEAST_MOVE = 1e-3  # as a share, which needs no word
-MOST_ERRORS, MOST_MOVE = 3.0, 0.3  # the last correction, in errors, and any one as a share
-FITTED, SETTLED = 0.75, 0.95  # the shares of the budget between which constants and the network alternate
+MOST_ERRORS = 3.0  # the last move, as a multiple of the error, beyond which a constant has not converged
+MOST_MOVE = 0.3  # as a share of the constant
+FITTED, SETTLED = 0.5, 0.95  # the shares of the budget between which constants and the network alternate
 LIGHTER = 1e-4  # the factor of the data's weights then
 LEAST_EFFECT = 1e-14  # of a combination of constants: the square, as a share of the largest
 
@@ -67,7 +68,7 @@ def estimate_constants(training: Training, parameter: float) -> tuple[dict[str, 
             return estimates, ["The errors of `unknowns` are not known: derivatives of a residual are not finite."]
         moves, errors = correction
         has_converged = all(abs(move) <= CONVERGED * error for move, error in zip(moves, errors, strict=True))
-        if has_converged or training.budget.is_stopped:
+        if (number and has_converged) or training.budget.is_stopped:
             break
 
     estimates, doubts = {}, []
@@ -90,7 +91,7 @@ def _move(module: Any, moves: list[float]) -> None:
 
 
 def _judge(name: str, constant: Constant, move: float, error: float) -> tuple[Estimate, list[str]]:
-    """Move a constant as far as the data ask for, unless that is too far to be linear."""
+    """Return the estimate after the last move, which counts as an error too, and what is doubtful about it."""
     value = constant().item()
     size = abs(value)
     doubts = []
@@ -99,30 +100,32 @@ def _judge(name: str, constant: Constant, move: float, error: float) -> tuple[Es
         doubts.append(f"The error of {name!r} in `unknowns` is not known: the data do not tell it. Give more.")
         error = math.inf
     is_small = abs(move) <= LEAST_MOVE * size
-    if is_small or abs(move) <= min(MOST_ERRORS * error, MOST_MOVE * size):
-        value = min(max(value + move, constant.low), constant.high)
-    elif not constant.low < value + move < constant.high:
+    if not constant.low < value + move < constant.high and not is_small:
         doubts.append(f"{name!r} of `unknowns` ends at its bound. Give wider `bounds`.")
-    elif abs(move) > MOST_ERRORS * error:
+    elif abs(move) > MOST_ERRORS * error and not is_small:
         doubts.append(
-            f"{name!r} of `unknowns` has not converged: the data would move it by {move:.2g}, which is more than "
-            f"its error. Give more `seconds`, or start nearer than {constant.start:g}."
+            f"{name!r} of `unknowns` has not converged: the data still move it by {move:.2g}, which is more than its "
+            f"error. Give more `seconds`, or start nearer than {constant.start:g}."
         )
-    return Estimate(value, error), doubts
+    most = MOST_MOVE * size
+    value += min(max(move, -most), most)
+    value = min(max(value, constant.low), constant.high)
+    return Estimate(value, math.hypot(error, move)), doubts
 
 
 def _correct(training: Training) -> tuple[list[float], list[float]] | None:
     """Return by how much the data would move the constants, and their standard errors; None if J is not finite.
 
     J has a row for each residual divided by its scale, and a column for each parameter of the network and constant.
-    Rows of the equation are heavy: a step of Gauss-Newton, -(J^T J)^-1 J^T r, then follows the equation, and not the
-    noise. Its last entries are the moves.
+    Rows of the equation are heavy, so that the network follows the equation, and not the noise. First the network
+    alone takes a step of Gauss-Newton to the solution of the equation.
 
     Y are the rows of the data in the projection of the constants' columns on the complement of the network's: the
-    effects of the constants with a network that follows them. (Y^T Y)^-1 is the covariance. Rows of the equation do
-    not count there: their residuals are no noise, but errors of the network.
+    effects of the constants with a network that follows them. The move is -(Y^T Y)^-1 Y^T r, with the residuals r of
+    the data after the network's step, and (Y^T Y)^-1 is the covariance. Rows of the equation do not count there: their
+    residuals are no noise, but errors of the network.
 
-    The variance of a column of n data is the sum of squares after the step over n - sum h, with the leverages h, the
+    The variance of a column of n data is the sum of squares after the moves over n - sum h, with the leverages h, the
     diagonal of J (J^T J)^-1 J^T. It is unknown unless there are more data than constants.
     """
     module: Any = training.constants
@@ -141,32 +144,36 @@ def _correct(training: Training) -> tuple[list[float], list[float]] | None:
     of_points, of_data = residuals.tensor_split([len(residuals) - len(jacobian)])
     problem.terms = problem.terms[:conditions]
     linear = LinearModel(problem, of_points, DAMPING, in_parameter_space=True)
-    matrix_of_points = EXACT * linear.matrix
-    gradient_of_points = EXACT * linear.gradient
     columns = _number_columns(data)
     units = torch.eye(problem.num_parameters, dtype=torch.float64, device=jacobian.device)[:, -count:]
-    misfit, leverages = of_data, torch.zeros_like(of_data)
-    step, errors = torch.zeros_like(linear.gradient), torch.zeros(count)
+    # the equation outweighs the data, also where these are exact
+    sizes = (torch.bincount(columns, of_data.square()) / torch.bincount(columns)).clamp(min=1e-300).sqrt()
+    scaled = jacobian / sizes[columns].unsqueeze(1)
+    linear.matrix = EXACT * linear.matrix + scaled.T @ scaled
+    linear.scaling = linear.matrix.diagonal().clamp(min=1e-300)
+    gradient = EXACT * linear.gradient.unsqueeze(1)
+    solution = _solve(linear, torch.cat([units, scaled.T, gradient], 1))
+    if solution is None or not solution.isfinite().all():
+        return None
+    of_units, of_rows, of_gradient = solution.tensor_split([count, count + len(scaled)], dim=1)
+    followed = of_units @ torch.linalg.pinv(of_units[-count:])
+    # at fixed constants, the step of the equation
+    step = followed @ of_gradient[-count:] - of_gradient
+    solved = of_data + jacobian @ step.squeeze(1)
+    effects = jacobian @ followed
+
+    leverages = (scaled * of_rows.T).sum(1)
+    freedom = torch.bincount(columns, 1 - leverages).clamp(min=LEAST_FREEDOM)
+    misfit = solved
+    moves, errors = torch.zeros(count), torch.zeros(count)
     for _ in range(PASSES):
-        freedom = torch.bincount(columns, 1 - leverages).clamp(min=LEAST_FREEDOM)
         variances = torch.bincount(columns, misfit.square()) / freedom
         variances = variances.where(torch.bincount(columns) > count, math.inf)
         noise = variances.clamp(min=1e-300).sqrt()[columns]
-        scaled = jacobian / noise.unsqueeze(1)
-        linear.matrix = matrix_of_points + scaled.T @ scaled
-        linear.scaling = linear.matrix.diagonal().clamp(min=1e-300)
-        gradient = gradient_of_points + scaled.T @ (of_data / noise)
-        solution = _solve(linear, torch.cat([units, scaled.T, gradient.unsqueeze(1)], 1))
-        if solution is None or not solution.isfinite().all():
-            return None
-        of_units, of_rows, of_gradient = solution.tensor_split([count, count + len(scaled)], dim=1)
-        step = -of_gradient.squeeze(1)
-        leverages = (scaled * of_rows.T).sum(1)
-        misfit = of_data + jacobian @ step
-        followed = of_units @ torch.linalg.pinv(of_units[-count:])
-        errors = _standard_errors(scaled @ followed)
+        moves, errors = _regress(effects / noise.unsqueeze(1), solved / noise)
+        misfit = solved + effects @ moves
     slopes = torch.tensor([constant.slope() for constant in module.constants], dtype=torch.float64)
-    moves = slopes * step[-count:].cpu()
+    moves = slopes * moves.cpu()
     errors = slopes.abs() * errors.cpu()
     return moves.tolist(), errors.tolist()
 
@@ -216,10 +223,15 @@ def _solve(linear: LinearModel, columns: Tensor) -> Tensor | None:
     return None
 
 
-def _standard_errors(effects: Tensor) -> Tensor:
-    """Return the standard errors of the coefficients of effects (n, k) in data of unit variance, huge without one."""
+def _regress(effects: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the moves by effects (n, k) that lower residuals of unit variance the most, and their standard errors.
+
+    Combinations without an effect do not move, and get a huge error.
+    """
     sizes = effects.norm(dim=0).clamp(min=1e-150)
     unit = effects / sizes
     values, vectors = torch.linalg.eigh(unit.T @ unit)
-    variances = vectors.square() @ (1 / values.clamp(min=LEAST_EFFECT))
-    return variances.sqrt() / sizes
+    inverse = (1 / values).where(values > LEAST_EFFECT, 0.0)
+    moves = -vectors @ (inverse * (vectors.T @ (unit.T @ residuals)))
+    errors = (vectors.square() @ (1 / values.clamp(min=LEAST_EFFECT))).sqrt()
+    return moves / sizes, errors / sizes

@@ -27,7 +27,15 @@ ROWS = 4000  # that are looked at, at most
 MOST_TERMS = 700
 MOST_PAIRS = 2500
 FEW_ROWS = 3  # for each term
+RIDGE = 1e-9  # of the largest diagonal entry; inputs that repeat each other lose nothing
 SMALL = 0.01  # the share of a change that is not worth a name
+
+
+class InputShare(NamedTuple):
+    """An input, and the share of the change that no sum of functions of the other inputs explains."""
+
+    name: str
+    share: float
 
 
 class Pair(NamedTuple):
@@ -48,6 +56,7 @@ class ChangeParts(Report):
         additive: The gain by a sum of functions of one input.
         rest: The part that is no such sum. The four shares sum to 1.
         size: The root mean square of the change.
+        inputs: The inputs whose functions explain at least 1 % of the change each, the largest share first.
         pairs: The pairs of inputs that explain at least a tenth of the rest each, the largest share first.
         notes: Further remarks.
     """
@@ -57,6 +66,7 @@ class ChangeParts(Report):
     additive: float
     rest: float
     size: float
+    inputs: list[InputShare] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -65,8 +75,10 @@ class ChangeParts(Report):
             ["constant", f"{self.constant:.1%}", "a shift"],
             ["linear", f"{self.linear:.1%}", "a linear function of the inputs"],
             ["additive", f"{self.additive:.1%}", "a sum of functions of one input"],
-            ["rest", f"{self.rest:.1%}", "not a sum of functions of one input"],
         ]
+        for name, share in self.inputs:
+            rows.append(["", f"{share:.1%}", f"a function of {name} alone, linear or not"])
+        rows.append(["rest", f"{self.rest:.1%}", "not a sum of functions of one input"])
         for first, second, share in self.pairs:
             rows.append(["", f"{share:.1%}", f"a function of {first} and {second} together"])
         notes = [f"root mean square of the change: {self.size:.3g}"]
@@ -95,7 +107,8 @@ def what_changed(
     of the residuals corrected for the number of terms. The data choose the number of intervals of the splines.
 
     The additive part can be written into edges that lead from the inputs to the outputs. The rest needs another unit,
-    or a product; noise in the targets is a part of it.
+    or a product; noise in the targets is a part of it. The share of an input is what a fit without its functions
+    loses: it is small for inputs that repeat each other.
 
     Args:
         model: The adapted model; with `targets` also one without adapters. It stays unchanged.
@@ -105,7 +118,8 @@ def what_changed(
         names: The names of the inputs.
 
     Raises:
-        ValueError: There are too few rows, or the inputs or the change have values that are not finite.
+        ValueError: There are too few rows, targets of another shape, or another number of names than of inputs; or the
+            inputs or the change have values that are not finite.
 
     Example:
         >>> from peft_lotra import what_changed
@@ -117,7 +131,14 @@ def what_changed(
         >>> round(parts.rest, 1), parts.pairs[0].first, parts.pairs[0].second
         (1.0, 'a', 'b')
     """
+    if inputs.dim() != 2:
+        raise ValueError(f"`inputs` has shape {tuple(inputs.shape)}, but must have rows and columns.")
     rows, width = inputs.shape
+    names = [f"input {index}" for index in range(width)] if names is None else list(names)
+    if len(names) != width:
+        raise ValueError(f"`names` has {len(names)} entries, but `inputs` has {width} columns.")
+    if targets is not None and len(targets) != rows:
+        raise ValueError(f"`targets` has {len(targets)} rows, but `inputs` has {rows}.")
     terms = 2 * (1 + 3 * width)
     if rows <= terms:
         raise ValueError(
@@ -142,7 +163,7 @@ def what_changed(
     if not x.isfinite().all() or not change.isfinite().all():
         raise ValueError("`inputs` or the change of the outputs have NaN or infinite values.")
     change = change.reshape(len(x), -1)
-    return _divide(change, x, names or [f"input {index}" for index in range(width)])
+    return _divide(change, x, names)
 
 
 def _divide(change: Tensor, x: Tensor, names: Sequence[str]) -> ChangeParts:
@@ -150,7 +171,7 @@ def _divide(change: Tensor, x: Tensor, names: Sequence[str]) -> ChangeParts:
     total = change.square().mean().item()
     if total == 0:
         note = "The outputs did not change: no adapter is active, or its update is zero. Merged ones do not count."
-        return ChangeParts(0.0, 0.0, 0.0, 0.0, 0.0, [], [note])
+        return ChangeParts(0.0, 0.0, 0.0, 0.0, 0.0, notes=[note])
 
     rows, width = x.shape
     low, high = x.aminmax(dim=0)
@@ -188,6 +209,7 @@ def _divide(change: Tensor, x: Tensor, names: Sequence[str]) -> ChangeParts:
         additive=(after_linear - after_additive) / total,
         rest=unexplained,
         size=total**0.5,
+        inputs=_find_inputs(additive_fit, change, names, total),
         pairs=pairs,
         notes=notes,
     )
@@ -197,6 +219,7 @@ class _Fit:
     """A least-squares fit of values (rows, out) by terms (rows, count).
 
     Attributes:
+        terms: The terms.
         basis: An orthonormal basis of the terms, (rows, rank).
         residual: The values minus the fit, (rows, out).
         variance: The mean square of the residual, with one row less for each term, and for each of `earlier_terms`
@@ -204,6 +227,7 @@ class _Fit:
     """
 
     def __init__(self, terms: Tensor, values: Tensor, earlier_terms: int = 0) -> None:
+        self.terms = terms
         sizes, vectors = torch.linalg.eigh(terms.T @ terms)
         independent = sizes > 1e-10 * sizes[-1]
         self.basis = terms @ vectors[:, independent] / sizes[independent].sqrt()
@@ -225,6 +249,35 @@ def _rank(x: Tensor) -> Tensor:
 def _splines(ranks: Tensor, intervals: int, order: int) -> Tensor:
     """Return the splines (rows, in, count) of each input without the last one: all of them sum to one."""
     return bspline_basis(ranks, 0.0, 1.0, intervals, order)[:, :, :-1]
+
+
+def _find_inputs(
+    additive: _Fit,
+    change: Tensor,
+    names: Sequence[str],
+    total: float,
+) -> list[InputShare]:
+    """Return the inputs without whose terms an additive fit loses at least 1 % of the change, the largest loss first.
+
+    With coefficients b of the terms of an input and their block V of the inverse of the Gram matrix, it loses
+    b^T V^-1 b.
+    """
+    gram = additive.terms.T @ additive.terms
+    gram.diagonal().add_(RIDGE * gram.diagonal().max())
+    inverse = torch.linalg.inv(gram)
+    coefficients = inverse @ (additive.terms.T @ change)
+    width = len(names)
+    numbers = torch.arange(1 + width, len(gram)).view(width, -1)  # of splines, behind constant and linear terms
+    inputs = []
+    for index, name in enumerate(names):
+        block = torch.cat([torch.tensor([1 + index]), numbers[index]])
+        values = coefficients[block]
+        losses = torch.linalg.solve(inverse[block][:, block], values)
+        loss = (values * losses).sum().item() / change.numel()
+        share = (loss - additive.variance * len(block) / len(change)) / total
+        if share >= SMALL:
+            inputs.append(InputShare(name, share))
+    return sorted(inputs, key=lambda entry: -entry.share)
 
 
 def _find_pairs(

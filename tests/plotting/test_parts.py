@@ -40,6 +40,31 @@ def test_shares_of_constant_linear_additive_and_joint_components():
     assert "another hidden unit, or a product of inputs" in str(report)
 
 
+def test_shares_of_inputs_are_what_leaving_them_out_loses():
+    x = inputs(3, 4000)
+    a, b, _ = x.unbind(1)
+    components = [a, b**2 - 1 / 3]
+    change = sum(components)
+
+    report = what_changed(Zero(), x, targets=change[:, None], names=["a", "b", "c"])
+
+    shares = {name: share for name, share in report.inputs}
+    expected = [component.square().mean() / change.square().mean() for component in components]
+    assert list(shares) == ["a", "b"]
+    assert list(shares.values()) == pytest.approx([share.item() for share in expected], abs=0.03)
+    assert "a function of a alone" in str(report)
+
+
+def test_inputs_that_repeat_each_other_lose_nothing_when_left_out():
+    x = inputs(2)
+    x = torch.cat([x, x[:, 1:]], 1)
+    change = x[:, :1] + x[:, 1:2] ** 2
+
+    report = what_changed(Zero(), x, targets=change)
+
+    assert [name for name, _ in report.inputs] == ["input 0"]
+
+
 def test_a_network_of_one_layer_changes_by_a_sum():
     model = adapt(KAN([2, 1]).double()).double()
     state = snapshot(model)
@@ -106,7 +131,8 @@ def test_a_report_says_that_nothing_changed(name):
     [
         (3, 1000, {}, r"The input has shape \(1000, 3\)"),
         (2, 7, {}, "7 rows.*needs more than 14"),
-        (2, 1000, {"names": ["a"]}, "longer"),
+        (2, 1000, {"names": ["a"]}, "`names` has 1 entries, but `inputs` has 2 columns"),
+        (2, 1000, {"targets": inputs(2, 10)}, "`targets` has 10 rows"),
         (2, 1000, {"targets": inputs(2)}, "`targets` has shape"),
     ],
 )
