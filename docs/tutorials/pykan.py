@@ -55,7 +55,7 @@ model.fit(new, steps=20, update_grid=False)
 print("new data, adapted:", model.evaluate(new)["test_loss"])
 
 # %% [markdown]
-# Training all parameters for 20 steps gives an error of about 0.001 instead of 0.008, but overwrites the old fit. If you
+# Training all parameters for 20 steps gives an error of about 0.001 instead of 0.009, but overwrites the old fit. If you
 # need only the new fit, train all parameters.
 #
 # ## See what changed
@@ -95,9 +95,9 @@ network
 what_changed(model, x, names=["a", "b"])
 
 # %% [markdown]
-# With two inputs, the whole rest, 13.1 %, depends on both together. The row below it shows the part, 11.5 %, that coarse
-# functions of both explain. The rest needs hidden units that combine the inputs, and this network has five of them. The
-# last line says that the finest of the fitted splines had the smallest error.
+# With two inputs, the whole rest depends on both together. The row below it shows the part that coarse functions of both
+# explain. The rest needs hidden units that combine the inputs, and this network has five of them. The last line says
+# that the finest of the fitted splines had the smallest error.
 #
 # ## Further: which layers are adapted
 #
