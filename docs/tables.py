@@ -193,13 +193,13 @@ def many_series() -> str:
 
 def fifty_tasks() -> str:
     names = {
-        "50 last layers": "50 heads (last layer)",
+        "a last layer per task": "50 heads (last layer)",
         "LoTRA, `r=4`, from the gradient": "LoTRA, r=4, from the gradient",
         "LoTRA, `r=(8, 8, 4)`, from the gradient": "LoTRA, r=(8, 8, 4), from the gradient",
-        "50 copies": "50 full copies",
-        "50 KANs without the base": "50 KANs without the base",
-        "an MLP as the base, 50 last layers": "MLP, 50 heads",
-        "50 copies of the MLP": "MLP, 50 full copies",
+        "a copy per task": "50 full copies",
+        "a KAN per task, without the base": "50 KANs without the base",
+        "an MLP as the base, a last layer per task": "MLP, 50 heads",
+        "a copy of the MLP per task": "MLP, 50 full copies",
     }
     groups = [["rotated", "permuted"], ["negative"], ["renamed", "grouped"]]
     groups.append([kind for group in groups for kind in group])
@@ -214,7 +214,7 @@ def fifty_tasks() -> str:
             row.append(f"{mean(scores):.1f}")
         rows.append(row)
     header = (
-        "| accuracy % | bytes | rotated, permuted | negative "
+        "| accuracy % | bytes per task | rotated, permuted | negative "
         "| renamed, grouped | all |"
     )
     return table(header, rows)

@@ -44,8 +44,14 @@ plot_network_change(model, x, inputs=["$x_0$", "$x_1$"], outputs=["y"])
 
 # %% [markdown]
 # `what_changed` divides the change into parts. Here, 30 % of the change is not a sum of
-# functions of single inputs: inputs 0 and 1 act together. `edge_changes` and the picture
-# show the edges with the largest effect.
+# functions of single inputs: inputs 0 and 1 act together.
+#
+# `edge_changes` and the picture show the edges with the largest effect. They describe
+# what the trained adapter did. The changes of several edges can cancel: here, the first
+# edge has an effect of 0.359, but the whole change has a root mean square of 0.243. An
+# edge can also have a large share although its input did not change anything. To ask
+# which inputs matter, use `what_changed(model, x, targets)`. It compares the new data
+# with the base, whatever the adapter did.
 #
 # ## Find a formula for the change
 #

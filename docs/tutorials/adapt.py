@@ -111,9 +111,11 @@ plot_network_change(model, x, inputs=["a", "b"], outputs=["u", "v"])
 # %% [markdown]
 # Print the same as a list, with the largest effect first:
 #
-# * `effect` is the contribution of an edge's change to the outputs of the network, as a root mean square.
+# * `effect` is the contribution of an edge's change to the outputs of the network: a root mean square over the samples
+#   and all outputs.
 # * `share` is its square, as a share of the sum over all edges.
-# * `in the layer` is the contribution to the output of the layer itself.
+# * `in the layer` is the contribution to the one output of the layer that the edge leads to. In the last layer, it is
+#   1.4 times the effect here, because the effect averages over two outputs.
 # * `shift` is the mean change of the function, which the other columns leave out.
 
 # %%

@@ -3,7 +3,7 @@
 #
 # Fit a [pykan](https://github.com/KindXiaoming/pykan) network to one data set, and adapt it to a second one. Pictures
 # show which edges changed. Run `pip install -e ".[examples]" pykan pandas` first: pykan imports pandas without
-# installing it. The code above *Further* takes half a minute.
+# installing it. The code up to the sections called *Further* takes half a minute.
 #
 # ## Fit the first data set
 #
@@ -46,8 +46,7 @@ print("new data, before adapting:", kan.evaluate(new)["test_loss"])
 # coefficients on the present [grid](../glossary.md#grid), and would be wrong on another one. The last layer has only
 # one output, so lower ranks are enough there.
 #
-# The base does not change, so you keep the old fit and the new one. If you need only the new fit, train all parameters:
-# after these 20 steps, the error is about 0.001.
+# The base does not change, so you keep the old fit and the new one.
 
 # %%
 config = LoTRAConfig(r=(3, 2, 3), rank_pattern={"act_fun.1": (1, 2, 2)})
@@ -56,6 +55,9 @@ model.fit(new, steps=20, update_grid=False)
 print("new data, adapted:", model.evaluate(new)["test_loss"])
 
 # %% [markdown]
+# Training all parameters for 20 steps gives an error of about 0.001 instead of 0.009, but overwrites the old fit. If you
+# need only the new fit, train all parameters.
+#
 # ## See what changed
 #
 # For each input of the first layer, plot the edge whose change matters most, before and after. The marks at the bottom
@@ -72,6 +74,11 @@ edges
 # list, `effect` says how much the change of an edge adds to the output (root mean square), and `share` is its square,
 # as a share of all edges. `in the layer` is the same, measured at the output of the layer. All three leave out the mean
 # of the change, which is the `shift`.
+#
+# These figures describe what the trained adapter did. The changes of several edges can cancel. So the effect of a single
+# edge can be larger than the whole change, and an edge can have a large share although its input did not change
+# anything. To ask which inputs matter, use `what_changed`, below. With the new targets, `what_changed(model, x, targets)`
+# compares the new data with the base, whatever the adapter did.
 
 # %%
 network = plot_network_change(model, x, inputs=["a", "b"], outputs=["y"])
@@ -81,12 +88,17 @@ network
 
 # %% [markdown]
 # Split the change of the output into a shift, a linear part, a sum of functions of one input, and the rest, such as
-# functions of two inputs together. To write the change as a formula, use [the recipe](../recipes/what_changed.md).
+# functions of two inputs together. `what_changed` fits splines of its own, from coarse to fine; they are not the splines
+# of the network. To write the change as a formula, use [the recipe](../recipes/what_changed.md).
 
 # %%
 what_changed(model, x, names=["a", "b"])
 
 # %% [markdown]
+# With two inputs, the whole rest depends on both together. The row below it shows the part that coarse functions of both
+# explain. The rest needs hidden units that combine the inputs, and this network has five of them. The last line says
+# that the finest of the fitted splines had the smallest error.
+#
 # ## Further: which layers are adapted
 #
 # List the layers that were recognized, and then the ranks and the size of the adapter in each layer.
@@ -101,11 +113,12 @@ find_kan_layers(model)
 model_summary(model)
 
 # %% [markdown]
-# ## Further: merge, and the formula
+# ## Further: merge, and make an edge symbolic
 #
 # While an adapter is attached, calls that rebuild the network, such as `prune` and `refine`, raise an error. After a
-# merge, the network is a plain pykan network again, and everything works, including symbolic functions. pykan's
-# formulas need Python 3.12 or older. On a newer Python, this cell skips the formula.
+# merge, the network is a plain pykan network again, and everything works, including symbolic functions. As an example,
+# replace the function of one edge by a square. pykan's formulas need Python 3.12 or older. On a newer Python, this cell
+# skips the square.
 
 # %%
 import sys
