@@ -55,7 +55,7 @@ model.fit(new, steps=20, update_grid=False)
 print("new data, adapted:", model.evaluate(new)["test_loss"])
 
 # %% [markdown]
-# Training all parameters for 20 steps gives an error of about 0.001 instead of 0.009, but overwrites the old fit. If you
+# Training all parameters for 20 steps gives an error of about 0.001 instead of 0.01, but overwrites the old fit. If you
 # need only the new fit, train all parameters.
 #
 # ## See what changed
