@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 MODES = ("out", "in", "basis", "kernel")
 POINTS = 101  # at which a function is drawn
 MARKS = 300  # values of an input that are marked
+MOST_NUMBERS = 20  # of units that are written in a column
 MOST_EDGES = 400  # that are drawn in each layer of a network
 
 
@@ -122,11 +123,12 @@ def plot_edge_functions(
     if is_adapted and x is not None:
         changes = layer_changes(model, x)
         effect = changes[layer_name].effect
-        total = sum(layer.effect.square().sum().item() for layer in changes.values())
+        squares = torch.cat([layer.effect.square().flatten() for layer in changes.values()])
     else:
         effect = measure_change(functions, change if is_adapted else base).layer_effect
-        total = effect.square().sum().item()
-    shares = effect.square() / (total or 1.0)
+        squares = effect.square().flatten()
+    shares = effect.square() / squares.sum().clamp(min=1e-300)
+    top = squares.max() / squares.sum().clamp(min=1e-300)
     if edges is None:
         largest = effect.amax(0).argsort(descending=True)[:6].tolist()
         edges = [(int(effect[:, index].argmax()), index) for index in largest]
@@ -147,15 +149,16 @@ def plot_edge_functions(
         axis.plot(at, curve.cpu(), label="base", color="0.5", ls="--")
         if is_adapted:
             curve = curve + functions[:, index] @ change[output, index]
-            color = _color_of(effect[output, index] / effect.max().clamp(min=1e-30))
-            axis.plot(at, curve.cpu(), label="adapted, darker for a larger share of the change", color=color)
+            color = _color_map()((shares[output, index] / top.clamp(min=1e-300)).item())
+            label = "adapted; % and darkness: share of the change, without constant shifts"
+            axis.plot(at, curve.cpu(), label=label, color=color)
         if z is not None:
             marks = z[:MARKS, index].float().cpu()
             bottom = axis.get_xaxis_transform()
             axis.plot(marks, torch.zeros_like(marks), "|", color="0.3", alpha=0.3, transform=bottom)
     for axis in axes[len(edges) :]:
         axis.remove()
-    figure.supxlabel("input of the edge", fontsize=8)
+    figure.supxlabel("input of the edge" if z is None else "input of the edge, with marks at the data", fontsize=8)
     figure.supylabel("edge function", fontsize=8)
     if is_adapted:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
@@ -193,11 +196,12 @@ def _sample_functions(target: Target, z: Tensor | None) -> tuple[Tensor, Tensor]
     return points.float(), functions.double()
 
 
-def _color_of(share: Tensor) -> Any:
-    """Return the color of a share from 0 to 1."""
+def _color_map() -> Any:
+    """Return the colors of shares from 0 to 1, without the palest ones, which are hard to see."""
     from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
 
-    return colormaps["viridis_r"](0.15 + 0.85 * share.item())  # the palest colors are hard to see
+    return ListedColormap(colormaps["viridis_r"](torch.linspace(0.15, 1, 256).numpy()))
 
 
 def plot_network_change(
@@ -254,16 +258,16 @@ def plot_network_change(
             output, index = divmod(edge, count_in)
             segments.append([(column, left[index]), (column + 1, right[output])])
         widths = 0.5 + 2.5 * shares / top
-        lines = LineCollection(segments, cmap="viridis_r", linewidths=widths)
+        lines = LineCollection(segments, cmap=_color_map(), linewidths=widths)
         lines.set_array(shares.numpy())
         lines.set_clim(0, top)
         axis.add_collection(lines)
         for units_at, heights in ((column, left), (column + 1, right)):
             axis.plot([units_at] * len(heights), heights, "o", color="0.25", markersize=4, zorder=3)
         axis.text(column + 0.5, 1.06, f"{layer}\n{count_in} to {count_out}", ha="center", va="bottom")
-        _write_names(axis, column - 0.05, names, left, "right")
+        _write_names(axis, column - 0.05, names or _number_units(count_in), left, "right")
         column, names, units = column + 1, (), count_out
-    _write_names(axis, column + 0.05, outputs, right, "left")
+    _write_names(axis, column + 0.05, outputs or _number_units(len(right)), right, "left")
     axis.set(xlim=(-0.1, column + 0.1), ylim=(-0.05, 1.05))
     axis.set_axis_off()
     figure.colorbar(lines, ax=axis, label="share of the change", format=PercentFormatter(1.0))
@@ -279,6 +283,11 @@ def _write_names(
 ) -> None:
     for name, height in zip(names, heights, strict=bool(names)):
         axis.text(column, height, name, ha=side, va="center")
+
+
+def _number_units(count: int) -> list[str]:
+    """Return the numbers of units, as the titles of `plot_edge_functions` have them; none where they would overlap."""
+    return [str(number) for number in range(count)] if count <= MOST_NUMBERS else []
 
 
 def _heights(units: int) -> list[float]:

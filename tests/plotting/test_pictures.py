@@ -52,7 +52,7 @@ def test_the_functions_sum_up_to_the_output(kind):
         total = sum(float(axis.lines[index].get_ydata()[0]) for axis in figure.axes)
         assert total + bias == pytest.approx(output, abs=1e-4)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["base", "adapted, darker for a larger share of the change"]
+    assert labels == ["base", "adapted; % and darkness: share of the change, without constant shifts"]
 
 
 @pytest.mark.parametrize("kind", ["own", "efficient-kan"])
