@@ -134,7 +134,7 @@ class Problem:
 PROBLEMS = {
     "lorenz": Problem("Lorenz", {"sigma": 10.0, "rho": 28.0, "beta": 8 / 3}, lorenz_data, solve_lorenz, (60.0, 60.0)),
     "diffusion": Problem("diffusion", {"C": 1.0}, diffusion_data, solve_diffusion, (20.0, 20.0)),
-    "reaction": Problem("reaction", {"D": 2e-3, "k": 0.1}, reaction_data, solve_reaction, (60.0, 60.0)),
+    "reaction": Problem("reaction", {"D": 2e-3, "k": 0.1}, reaction_data, solve_reaction, (180.0, 60.0)),
 }
 
 
