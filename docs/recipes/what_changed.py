@@ -48,10 +48,12 @@ plot_network_change(model, x, inputs=["$x_0$", "$x_1$"], outputs=["y"])
 #
 # `edge_changes` and the picture show the edges with the largest effect. They describe
 # what the trained adapter did. The changes of several edges can cancel: here, the first
-# edge has an effect of 0.359, but the whole change has a root mean square of 0.243. An
-# edge can also have a large share although its input did not change anything. To ask
-# which inputs matter, use `what_changed(model, x, targets)`. It compares the new data
-# with the base, whatever the adapter did.
+# edge has an effect of 0.359, but the whole change has a root mean square of 0.243. Large
+# shares can also lie on inputs that did not change anything. Here, input 1 changed only
+# as a part of the product, yet its edges have the larger shares in the first layer.
+#
+# To ask which inputs matter, use `what_changed(model, x, targets)`. It compares the new
+# data with the base, whatever the adapter did.
 #
 # ## Find a formula for the change
 #
