@@ -84,8 +84,8 @@ class ChangeParts(Report):
         notes = [f"root mean square of the change: {self.size:.3g}"]
         if self.rest >= SMALL:
             notes.append(
-                f"{self.rest:.0%} of the change is not such a sum. Only another hidden unit, or a product of inputs, "
-                "can express it."
+                f"{self.rest:.0%} of the change is not such a sum: one layer of edges cannot express it, "
+                "hidden units or a product of inputs can."
             )
         elif self.size > 0:
             notes.append("The change is a sum of functions of one input.")
@@ -260,8 +260,9 @@ def _find_inputs(
     """Return the inputs without whose terms an additive fit loses at least 1 % of the change, the largest loss first.
 
     With coefficients b of the terms of an input and their block V of the inverse of the Gram matrix, it loses
-    b^T V^-1 b.
+    b^T V^-1 b. Noise adds to the loss, and the other terms, which can explain a part of anything, lower it.
     """
+    rows = len(change)
     gram = additive.terms.T @ additive.terms
     gram.diagonal().add_(RIDGE * gram.diagonal().max())
     inverse = torch.linalg.inv(gram)
@@ -274,7 +275,8 @@ def _find_inputs(
         values = coefficients[block]
         losses = torch.linalg.solve(inverse[block][:, block], values)
         loss = (values * losses).sum().item() / change.numel()
-        share = (loss - additive.variance * len(block) / len(change)) / total
+        others = additive.basis.shape[1] - len(block)
+        share = (loss - additive.variance * len(block) / rows) / total * rows / (rows - others)
         if share >= SMALL:
             inputs.append(InputShare(name, share))
     return sorted(inputs, key=lambda entry: -entry.share)

@@ -37,7 +37,7 @@ def test_shares_of_constant_linear_additive_and_joint_components():
     assert sum(shares) == pytest.approx(1)
     assert report.pairs[0][:2] == ("input 0", "input 2")
     assert report.pairs[0].share == pytest.approx(report.rest, abs=0.01)
-    assert "another hidden unit, or a product of inputs" in str(report)
+    assert "hidden units or a product of inputs can" in str(report)
 
 
 def test_shares_of_inputs_are_what_leaving_them_out_loses():
