@@ -83,7 +83,7 @@ def _move(module: Any, moves: list[float]) -> None:
     values = {}
     for name, constant, move in zip(module.names, module.constants, moves, strict=True):
         value = constant().item()
-        most = MOST_MOVE * abs(value)
+        most = MOST_MOVE * constant.size
         lowest = max(value - most, (value + constant.low) / 2)
         highest = min(value + most, (value + constant.high) / 2)
         values[name] = min(max(value + move, lowest), highest)
@@ -93,9 +93,9 @@ def _move(module: Any, moves: list[float]) -> None:
 def _judge(name: str, constant: Constant, move: float, error: float) -> tuple[Estimate, list[str]]:
     """Return the estimate after the last move, which counts as an error too, and what is doubtful about it."""
     value = constant().item()
-    size = abs(value)
+    size = constant.size
     doubts = []
-    is_sure = error <= MOST_UNSURE * (size or 1.0)
+    is_sure = error <= MOST_UNSURE * size
     if not is_sure:  # NaN, too: at an end of its interval, a constant has no effect
         doubts.append(f"The error of {name!r} in `unknowns` is not known: the data do not tell it. Give more.")
         error = math.inf

@@ -93,6 +93,11 @@ class Constant(nn.Module):
         factor = (self.z.square() + 1).sqrt() - 1
         return end + (self.start - end) * factor
 
+    @property
+    def size(self) -> float:
+        """The size of the constant, or of its start; 1 from a start at 0."""
+        return max(abs(self().item()), abs(self.start) or 1.0)
+
     def slope(self) -> float:
         """Return the derivative in z."""
         with torch.enable_grad():

@@ -152,6 +152,17 @@ def test_a_constant_stays_between_its_bounds():
     assert estimate.value == pytest.approx(1.2, abs=0.1)
 
 
+def test_a_constant_may_start_at_zero_and_be_zero():
+    def equation(model: nn.Module, x: Tensor, source: Tensor) -> Tensor:
+        u, (du,), _ = jet(model, x)
+        return du + RATE * u - source
+
+    source = solved(equation, unknowns={"source": 0.0}, values=NOISY).unknowns["source"]
+
+    assert 0 < source.error < 0.1
+    assert abs(source.value) < 3 * source.error
+
+
 def test_a_constant_that_the_data_do_not_determine_has_a_huge_error():
     def equation(model: nn.Module, x: Tensor, rate: Tensor, loss: Tensor) -> Tensor:
         return decay(model, x, rate + loss)  # the data determine only their sum
