@@ -125,8 +125,7 @@ def _correct(training: Training) -> tuple[list[float], list[float]] | None:
     the data after the network's step, and (Y^T Y)^-1 is the covariance. Rows of the equation do not count there: their
     residuals are no noise, but errors of the network.
 
-    The variance of a column of n data is the sum of squares after the moves over n - sum h, with the leverages h, the
-    diagonal of J (J^T J)^-1 J^T. It is unknown unless there are more data than constants.
+    See `_regress_columns` for the noise, with the diagonal of J (J^T J)^-1 J^T as the leverages.
     """
     module: Any = training.constants
     count = len(module.names)
@@ -147,8 +146,9 @@ def _correct(training: Training) -> tuple[list[float], list[float]] | None:
     columns = _number_columns(data)
     units = torch.eye(problem.num_parameters, dtype=torch.float64, device=jacobian.device)[:, -count:]
     # the equation outweighs the data, also where these are exact
-    sizes = (torch.bincount(columns, of_data.square()) / torch.bincount(columns)).clamp(min=1e-300).sqrt()
-    scaled = jacobian / sizes[columns].unsqueeze(1)
+    mean_squares = torch.bincount(columns, of_data.square()) / torch.bincount(columns)
+    sizes = mean_squares.clamp(min=1e-300).sqrt()[columns]
+    scaled = jacobian / sizes.unsqueeze(1)
     linear.matrix = EXACT * linear.matrix + scaled.T @ scaled
     linear.scaling = linear.matrix.diagonal().clamp(min=1e-300)
     gradient = EXACT * linear.gradient.unsqueeze(1)
@@ -160,18 +160,8 @@ def _correct(training: Training) -> tuple[list[float], list[float]] | None:
     # at fixed constants, the step of the equation
     step = followed @ of_gradient[-count:] - of_gradient
     solved = of_data + jacobian @ step.squeeze(1)
-    effects = jacobian @ followed
-
     leverages = (scaled * of_rows.T).sum(1)
-    freedom = torch.bincount(columns, 1 - leverages).clamp(min=LEAST_FREEDOM)
-    misfit = solved
-    moves, errors = torch.zeros(count), torch.zeros(count)
-    for _ in range(PASSES):
-        variances = torch.bincount(columns, misfit.square()) / freedom
-        variances = variances.where(torch.bincount(columns) > count, math.inf)
-        noise = variances.clamp(min=1e-300).sqrt()[columns]
-        moves, errors = _regress(effects / noise.unsqueeze(1), solved / noise)
-        misfit = solved + effects @ moves
+    moves, errors = _regress_columns(jacobian @ followed, solved, leverages, columns)
     slopes = torch.tensor([constant.slope() for constant in module.constants], dtype=torch.float64)
     moves = slopes * moves.cpu()
     errors = slopes.abs() * errors.cpu()
@@ -221,6 +211,30 @@ def _solve(linear: LinearModel, columns: Tensor) -> Tensor | None:
             return solution
         damping *= 10
     return None
+
+
+def _regress_columns(
+    effects: Tensor,
+    residuals: Tensor,
+    leverages: Tensor,
+    columns: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """As `_regress`, of residuals whose variance is that of their column.
+
+    The variance of a column of n data is the sum of squares after the moves over n - sum h, with the leverages h. It
+    is unknown unless there are more data than effects.
+    """
+    counts = torch.bincount(columns)
+    freedom = torch.bincount(columns, 1 - leverages).clamp(min=LEAST_FREEDOM)
+    count = effects.shape[1]
+    moves, errors = effects.new_zeros(count), effects.new_zeros(count)
+    for _ in range(PASSES):
+        misfit = residuals + effects @ moves
+        variances = torch.bincount(columns, misfit.square()) / freedom
+        variances = variances.where(counts > count, math.inf)
+        noise = variances.clamp(min=1e-300).sqrt()[columns]
+        moves, errors = _regress(effects / noise.unsqueeze(1), residuals / noise)
+    return moves, errors
 
 
 def _regress(effects: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:

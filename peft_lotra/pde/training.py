@@ -163,16 +163,19 @@ class Training:
         """Multiply the weights of the data, and forget former residuals, which had others."""
         for function in self.data:
             function.scale = factor**0.5 * function.scale
+        self.restart_optimizer()
+
+    def restart_optimizer(self) -> None:
+        """Forget former residuals, and take careful steps, as another problem follows."""
         self.optimizer.forget()
         self.optimizer.damping = min(1e-2, 100 * self.optimizer.damping)
 
     def fit_network(self, name: str, parameter: float, until: float) -> None:
-        """As `fit_on`, with fixed constants."""
+        """As `fit`, with fixed constants."""
         constants: Any = self.constants
         if self.budget.allows_step(self.end_of(until)):
             constants.constants.requires_grad_(False)
-            self.optimizer.forget()
-            self.optimizer.damping = min(1e-2, 100 * self.optimizer.damping)
+            self.restart_optimizer()
             self.fit(name, parameter, until)
             constants.constants.requires_grad_(True)
             self.optimizer.forget()
@@ -272,8 +275,7 @@ class Training:
         solved = FAILED * self.result.first_residual**2
         width = self.share[1] - self.share[0]
         if name == "continuation":  # another equation, and a way back
-            self.optimizer.forget()
-            self.optimizer.damping = min(1e-2, 100 * self.optimizer.damping)
+            self.restart_optimizer()
             solved, width = math.inf, 0.0
         end = PhaseEnd(self.budget, self.end_of(until), target, solved, width)
         held = self.held_terms()

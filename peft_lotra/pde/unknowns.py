@@ -65,6 +65,7 @@ class Constant(nn.Module):
         super().__init__()
         self.start, self.low, self.high = start, low, high
         self.has_low, self.has_high = math.isfinite(low), math.isfinite(high)
+        self.unit = abs(start) or 1.0
         self.z = nn.Parameter(torch.zeros((), dtype=torch.float64, device="cpu"))
         self.assign(start)
 
@@ -77,7 +78,7 @@ class Constant(nn.Module):
             factor = (value - end) / (self.start - end)
             z = math.sqrt((factor + 1) ** 2 - 1)
         else:
-            z = (value - self.start) / (abs(self.start) or 1.0)
+            z = (value - self.start) / self.unit
         with torch.no_grad():
             self.z.fill_(z)
 
@@ -88,7 +89,7 @@ class Constant(nn.Module):
             half_width = (self.high - self.low) / 2
             return middle + half_width * self.z.sin()
         if not self.has_low and not self.has_high:
-            return self.start + (abs(self.start) or 1.0) * self.z
+            return self.start + self.unit * self.z
         end = self.low if self.has_low else self.high
         factor = (self.z.square() + 1).sqrt() - 1
         return end + (self.start - end) * factor
@@ -96,7 +97,7 @@ class Constant(nn.Module):
     @property
     def size(self) -> float:
         """The size of the constant, or of its start; 1 from a start at 0."""
-        return max(abs(self().item()), abs(self.start) or 1.0)
+        return max(abs(self().item()), self.unit)
 
     def slope(self) -> float:
         """Return the derivative in z."""
