@@ -125,11 +125,10 @@ def read_adapter(
     for file in (path, weights):
         if not file.is_file():
             raise ValueError(f"{folder} is no adapter: it has no {file.name}.")
-    with naming_damage(path):
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config["peft_type"]
-    if kind != "LOTRA":
-        raise ValueError(f"{folder} holds a {kind} adapter, and not one of LoTRA.")
+    config = read_config(path.parent)
+    method = config["peft_type"]
+    if method != "LOTRA":
+        raise ValueError(f"{folder} holds a {method} adapter, and not one of LoTRA.")
     with naming_damage(weights):
         return config, load_file(weights)
 
