@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..compress.data_weights import Inputs, sample_layers
 from ..compress.updates import read_coefficients
-from ..modules.calls import unwrap, without_autocast
+from ..modules.calls import unwrap
 from ..modules.report import Report, TextTable
 from ..tuner.layer import LoTRALayer, lotra_layers
 from ..tuner.targets import locate_target
@@ -149,11 +149,8 @@ def edge_coefficients(name: str, module: nn.Module) -> tuple[Tensor, Tensor]:
     """
     base, scale = read_coefficients(name, locate_target(name, module).layer)
     change = torch.zeros_like(base)
-    updates = module.applied_updates() if isinstance(module, LoTRALayer) else []
-    with without_autocast(base):
-        for update in updates:
-            delta = update.dense()
-            change[:, :, : delta.shape[2]] += delta
+    if isinstance(module, LoTRALayer):
+        module.add_updates(change)
     if not change.isfinite().all():
         raise ValueError(f"The update of `{name}` has NaN or infinite values.")
     return (base, change) if scale is None else (base * scale, change * scale)

@@ -265,11 +265,15 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 as the last slice of the basis mode.
         """
         coefficients = self.lotra_tensor.read(self.get_base_layer()).to(dtype, copy=True)
+        self.add_updates(coefficients)
+        return coefficients
+
+    def add_updates(self, coefficients: Tensor) -> None:
+        """Add the applied updates, in place and in the dtype of the coefficients."""
         with without_autocast(coefficients):
             for update in self.applied_updates():
                 delta = update.dense().to(coefficients.dtype)
                 coefficients[:, :, : delta.shape[2]] += delta
-        return coefficients
 
     def effective_parameters(self) -> Tensors:
         """Return the adapted parameters of the base layer with the applied updates, as stored, by name."""
