@@ -124,7 +124,7 @@ class Task(NamedTuple):
         losses_of = mapped(compute_loss)
         # the steps of Adam do not depend on the scale of a gradient: at rate 1, each value moves at its own rate
         trained = [move for move in moves.values() if move.requires_grad]
-        optimizer = torch.optim.Adam(trained, lr=1.0, eps=1e-10)
+        optimizer = torch.optim.Adam(trained, lr=1.0, eps=1e-10, fused=True)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         size = min(BATCH, *map(len, rows))
         for _ in range(self.steps):
