@@ -28,6 +28,7 @@ STUDIES: list[tuple[str, list[str], list[str] | None]] = [
     ("few_labels.py", [], None),
     ("few_labels.py", ["--rivals"], ["--rivals"]),
     ("few_labels.py", ["--chosen"], ["--chosen"]),
+    ("few_labels.py", ["--unseen"], None),
     ("bytes.py", [], []),
     ("many_series.py", [], []),
     ("fifty_tasks.py", [], []),
