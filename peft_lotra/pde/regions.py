@@ -74,33 +74,36 @@ class Edges(NamedTuple):
         normal = 1j * cutters.direction
 
         # With q = tan(curvature s / 2) / (curvature length / 2), p(s) = start + direction q length / bend. Times
-        # |bend|^2, the equation of the cutter's line or circle is then quadratic in q.
+        # |bend|^2, the equation of the cutter's line or circle is then quadratic in q. Three values determine it.
         def equation(q: float) -> Tensor:
             bend = 1 - 0.5j * curvature * length * q
             point = offset * bend + edges.direction * length * q
             height = (normal.conj() * point * bend.conj()).real
             return height - cutters.curvature / 2 * point.abs().square()
 
-        below, constant, above = equation(-1), equation(0), equation(1)
+        below = equation(-1)
+        constant = equation(0)
+        above = equation(1)
         linear = (above - below) / 2
         square = (above + below) / 2 - constant
         root = (linear.square() - 4 * square * constant).sqrt()
-        numerator = -linear - torch.where(linear < 0, -root, root)
-        q = torch.cat([2 * constant / numerator, numerator / (2 * square)], 1)
+        # the sum of two terms of one sign does not cancel
+        numerator = -linear - root.copysign(linear)
+        q = torch.stack([2 * constant / numerator, numerator / (2 * square)])
 
         turn = 2 * (curvature * length * q / 2).atan() * curvature.sign()
         along_arc = turn.remainder(2 * math.pi) / curvature.abs()
         s = torch.where(curvature == 0, length * q, along_arc)
         center, radius = cutters.disks()
-        distance = (edges.points(s) - center.repeat(2)).abs()
-        is_near = distance < (1 + SLACK) * radius.repeat(2)
-        is_met = (s >= 0) & (s <= length) & is_near
+        distance = (edges.points(s) - center).abs()
+        is_on_cutter = distance < (1 + SLACK) * radius
+        is_on_edge = (s >= 0) & (s <= length)
 
-        cuts = torch.where(is_met, s, length)
-        stops = torch.cat([torch.zeros_like(length), cuts, length], 1).sort(1).values
-        low, high = stops[:, :-1], stops[:, 1:]
-        lengths = high - low
-        pieces = Edges(edges.points(low), edges.directions(low), curvature.expand_as(low), lengths)
+        cuts = torch.where(is_on_cutter & is_on_edge, s, length)
+        stops = torch.cat([torch.zeros_like(length), *cuts, length], 1).sort(1).values
+        starts = stops[:, :-1]
+        lengths = stops.diff(dim=1)
+        pieces = Edges(edges.points(starts), edges.directions(starts), curvature.expand_as(lengths), lengths)
         return pieces.select(lengths > SLACK * length)
 
     def join(self) -> Edges:
@@ -153,13 +156,13 @@ class Region:
         is_edge = (left != right) & ~is_repeated
         if not is_edge.any():
             raise ValueError("The region has no edges: it is empty, or `select` takes none.")
-        forward, backward = edges.select(is_edge & left), edges.select(is_edge & right)
+        forward = edges.select(is_edge & left)
+        backward = edges.select(is_edge & right)
         edges = _concatenate(forward, backward.reversed()).join()
 
         middle, radius = edges.disks()
-        points = torch.cat([edges.start, middle, edges.ends()])
-        corners = torch.view_as_real(points)
-        extent = corners.amax(0) - corners.amin(0)
+        points = torch.view_as_real(torch.cat([edges.start, middle, edges.ends()]))
+        extent = points.amax(0) - points.amin(0)
         self.size = size = extent.max().item() / 2
         self._inside = inside
         self._edges = edges
@@ -182,8 +185,7 @@ class Region:
     ) -> Region:
         if not isinstance(other, Region):
             return NotImplemented
-        pieces, other_pieces = self._edges.cut(other._edges), other._edges.cut(self._edges)
-        edges = _concatenate(pieces, other_pieces)
+        edges = _concatenate(self._edges.cut(other._edges), other._edges.cut(self._edges))
         return Region(partial(_is_in_both, self._inside, other._inside, rule), edges)
 
     def select(self, where: Callable[[Tensor], Tensor]) -> Region:
@@ -323,16 +325,17 @@ def disk(center: Sequence[float], radius: float) -> Region:
 # Functions of a module, which can be pickled
 
 
-def _is_in_polygon(corners: list[list[float]], x: Tensor) -> Tensor:
+def _is_in_polygon(corners: list[list[float]], points: Tensor) -> Tensor:
     """Return whether a ray from each point to the right crosses an odd number of sides."""
-    is_inside = torch.zeros_like(x[..., 0], dtype=torch.bool)
+    x, y = points.unbind(-1)
+    is_inside = torch.zeros_like(x, dtype=torch.bool)
     x1, y1 = corners[-1]
     for x2, y2 in corners:
         if y1 != y2:
-            is_level = (x[..., 1] < y1) != (x[..., 1] < y2)
+            is_level = (y < y1) != (y < y2)
             slope = (x2 - x1) / (y2 - y1)
-            crossing = x1 + (x[..., 1] - y1) * slope
-            is_inside ^= is_level & (x[..., 0] < crossing)
+            crossing = x1 + (y - y1) * slope
+            is_inside ^= is_level & (x < crossing)
         x1, y1 = x2, y2
     return is_inside
 

@@ -86,13 +86,13 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
     unusable = [name for name, layer in layers.items() if layer.merged or layer.disable_adapters]
     if unusable:
         raise ValueError(f"The adapters of {unusable} are merged or disabled: unmerge or enable them first.")
-    report = RefitReport({})
+    errors = {}
 
     def refit(name: str, layer: LoTRALayer, args: tuple, kwargs: dict) -> None:
         if _is_moved(layer):
             x = first_argument(args, kwargs)
             for adapter in layer.lotra_r:
-                report.errors[name, adapter] = _refit(name, layer, adapter, x)
+                errors[name, adapter] = _refit(name, layer, adapter, x)
             layer.remember_grid()
 
     with _unchanged_on_error(layers), modes_kept(model), torch.no_grad(), ExitStack() as hooks:
@@ -101,12 +101,12 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
             with base_layers_in_place(model):
                 move(unwrap(model))
         for name, layer in layers.items():
-            hooks.callback(layer.register_forward_pre_hook(partial(refit, name), with_kwargs=True).remove)
+            hooks.enter_context(layer.register_forward_pre_hook(partial(refit, name), with_kwargs=True))
         call_with_inputs(model, inputs)
         unreached = [name for name, layer in layers.items() if _is_moved(layer)]
         if unreached:
             raise ValueError(f"The grids of the layers {unreached} have moved, but `inputs` do not reach them.")
-    return report
+    return RefitReport(errors)
 
 
 def _is_moved(layer: LoTRALayer) -> bool:
