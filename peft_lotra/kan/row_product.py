@@ -73,7 +73,7 @@ class PackedTucker(NamedTuple):
         shapes = self.component_shapes()
         core, *factors = rows.split(list(map(math.prod, shapes)), dim=1)
         ranks, *factor_shapes = shapes
-        components = [_reverse_modes(core.unflatten(1, ranks[::-1]))]
+        components: list[Any] = [_reverse_modes(core.unflatten(1, ranks[::-1]))]
         for mode, (size, rank) in enumerate(factor_shapes):
             if rank == 0:
                 components.append(None)
