@@ -56,7 +56,12 @@ def spline_product(x: Tensor, grid: UniformGrid, *weights: Tensor) -> Tensor:
 def plain_product(functions: Tensor, *weights: Tensor) -> Tensor:
     """Compute the product (N, O) of functions (N, I, K) with weights (O, I, K), see `spline_product`."""
     products = [F.linear(functions.flatten(1), weight.flatten(1)) for weight in weights]
-    return products[0] if len(products) == 1 else torch.cat(products, 1)
+    return concatenate(products, 1)
+
+
+def concatenate(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """Return `torch.cat(tensors, dim)`, which would copy a single tensor."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors), dim)
 
 
 def needs_plain_operations(x: Tensor, *tensors: Tensor | None) -> bool:
@@ -83,7 +88,7 @@ class _SplineProduct(torch.autograd.Function):
         ctx.sizes = grid_size, spline_order
         ctx.save_for_backward(x, low, high, *weights)
         grid = UniformGrid(low, high, grid_size, spline_order)
-        weight = _join(weights)
+        weight = concatenate(weights, 0)
         if is_sparse(x, grid):
             return sparse_product(x, grid, weight)
         matrix = weight.mT.flatten(1)  # (O, K I)
@@ -109,7 +114,7 @@ class _SplineProduct(torch.autograd.Function):
         sizes = [len(weight) for weight in weights]
         columns = gradient.split(sizes, 1)
         trained = [index for index, is_needed in enumerate(needs_weights) if is_needed]
-        weight = _join(weights) if needs_x else None
+        weight = concatenate(weights, 0) if needs_x else None
         of_trained = torch.cat([columns[index] for index in trained], 1) if trained else None
         gradients = _sparse_gradients if is_sparse(x, grid) else _dense_gradients
         grad_x, grad_trained = gradients(x, grid, weight, gradient, of_trained)
@@ -158,10 +163,6 @@ def _dense_gradients(
         grad_matrix.div_(math.factorial(grid.spline_order))
         grad_matrix = grad_matrix.unflatten(1, (grid.num_basis, -1)).mT
     return grad_x, grad_matrix
-
-
-def _join(weights: Sequence[Tensor]) -> Tensor:
-    return weights[0] if len(weights) == 1 else torch.cat(tuple(weights))
 
 
 def block_size(x: Tensor, grid: UniformGrid) -> int:
