@@ -100,8 +100,8 @@ model_summary(model)
 # %% [markdown]
 # ## See what changed
 #
-# Each edge of a KAN is a function of one input. For each input of the first layer, plot the edge whose change matters
-# most, before and after. The marks at the bottom show where the data lie:
+# Each edge of a KAN is a function of one input. Plot the edges of the first layer whose changes matter most, before and
+# after. The marks at the bottom show where the data lie:
 
 # %%
 plot_edge_functions(model, "layers.0", x=x, inputs=["a", "b"])

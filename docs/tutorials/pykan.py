@@ -60,8 +60,8 @@ print("new data, adapted:", model.evaluate(new)["test_loss"])
 #
 # ## See what changed
 #
-# For each input of the first layer, plot the edge whose change matters most, before and after. The marks at the bottom
-# show where the data lie:
+# Plot the edges of the first layer whose changes matter most, before and after. The marks at the bottom show where the
+# data lie:
 
 # %%
 x = new["train_input"]
