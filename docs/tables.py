@@ -317,7 +317,7 @@ def fronts() -> str:
         rows.append(row)
     header = (
         "| members | predicted | one step | POD of exact solutions "
-        "| best of its modes | POD of the members | shifted POD |"
+        "| projection error | POD of the members | shifted POD |"
     )
     return table(header, rows)
 

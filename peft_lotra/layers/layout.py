@@ -27,10 +27,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-import torch
 from einops import EinopsError, reduce, repeat
 from einops.parsing import ParsedExpression
 from torch import Tensor
+
+from ..kan.product import concatenate
 
 
 Axes = tuple[str, ...]
@@ -184,11 +185,6 @@ class Layout:
             present = [tuple(axis for axis in mode if axis in axes + self.shared) for mode in self._modes]
             expressions.append((_write(dims), _write(present), axes + self.shared))
         return expressions
-
-
-def concatenate(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    """Return `torch.cat(tensors, dim)`, which would copy a single tensor."""
-    return tensors[0] if len(tensors) == 1 else torch.cat([*tensors], dim)
 
 
 def _flatten(dims: Sequence[Axes]) -> Axes:

@@ -77,15 +77,15 @@ class ChangeParts(Report):
             ["additive", f"{self.additive:.1%}", "a sum of functions of one input"],
         ]
         for name, share in self.inputs:
-            rows.append(["", f"{share:.1%}", f"a function of {name} alone, linear or not"])
+            rows.append(["", f"{share:.1%}", f"explained only by a function of {name}, linear or not"])
         rows.append(["rest", f"{self.rest:.1%}", "not a sum of functions of one input"])
         for first, second, share in self.pairs:
             rows.append(["", f"{share:.1%}", f"a function of {first} and {second} together"])
         notes = [f"root mean square of the change: {self.size:.3g}"]
         if self.rest >= SMALL:
             notes.append(
-                f"{self.rest:.0%} of the change is not such a sum: one layer of edges cannot express it, "
-                "hidden units or a product of inputs can."
+                f"{self.rest:.0%} of the change is not a sum of functions of one input. "
+                "It needs hidden units or products of inputs."
             )
         elif self.size > 0:
             notes.append("The change is a sum of functions of one input.")

@@ -85,8 +85,8 @@ def plot_edge_functions(
     Args:
         model: The model, adapted or not; it stays unchanged.
         layer_name: The name of the layer, as `find_kan_layers` or PEFT gives it.
-        edges: Pairs (output, input). By default the edge of the largest effect for each input, up to six of them;
-            without adapters of the largest function.
+        edges: Pairs (output, input). By default the six edges with the largest effects; without adapters, with the
+            largest functions.
         x: Inputs of the model, as for `edge_changes`. The functions are drawn over the range of the inputs of the
             layer, with a mark at each value; by default over its grids, or from -1 to 1.
         inputs: The names of the layer's inputs.
@@ -128,9 +128,8 @@ def plot_edge_functions(
     all_shares, top = _shares(changes)
     shares = all_shares[layer_name]
     if edges is None:
-        largest, outputs = shares.max(0)
-        drawn = largest.argsort(descending=True)[:6].tolist()
-        edges = [(int(outputs[index]), index) for index in drawn]
+        largest = shares.flatten().argsort(descending=True)[:6].tolist()
+        edges = [divmod(number, shares.shape[1]) for number in largest]
 
     columns = min(len(edges), 3)
     rows = math.ceil(len(edges) / columns)
@@ -157,7 +156,12 @@ def plot_edge_functions(
             axis.plot(marks, torch.zeros_like(marks), "|", color="0.3", alpha=0.3, transform=bottom)
     for axis in axes[len(edges) :]:
         axis.remove()
-    figure.supxlabel("input of the edge" if z is None else "input of the edge, with marks at the data", fontsize=8)
+    xlabel = "input of the edge"
+    if z is not None:
+        xlabel += ", with marks at the data"
+    if len(edges) < shares.numel():
+        xlabel += f"; {len(edges)} of {shares.numel():,} edges"
+    figure.supxlabel(xlabel, fontsize=8)
     figure.supylabel("edge function", fontsize=8)
     if is_adapted:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
