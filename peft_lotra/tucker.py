@@ -312,7 +312,7 @@ def tucker(tensor: Tensor, ranks: tuple[int, ...]) -> Tucker:
         error = (norm**2 - core.norm() ** 2).clamp(min=0).sqrt()  # since the factors are orthonormal
         if abs(previous - error) <= 1e-6 * norm:
             break
-    return Tucker(core, *factors).map(lambda component: component.to(tensor.device, tensor.dtype))
+    return Tucker(core, *factors).map(lambda component: component.to(tensor))
 
 
 @torch.no_grad()

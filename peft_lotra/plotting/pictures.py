@@ -21,7 +21,7 @@ from ..least_squares.levenberg_marquardt import LevenbergMarquardtStep
 from ..tuner.grids import grid_ends
 from ..tuner.layer import LoTRALayer, Target
 from ..tuner.targets import locate_target
-from .edges import edge_coefficients, layer_changes, measure_change
+from .edges import LayerChange, edge_coefficients, layer_changes, measure_change
 
 
 if TYPE_CHECKING:
@@ -121,11 +121,11 @@ def plot_edge_functions(
     base, change = edge_coefficients(layer_name, module)
     is_adapted = isinstance(module, LoTRALayer) and bool(module.applied_updates())
     if is_adapted and x is not None:
-        effects = {name: layer.effect for name, layer in layer_changes(model, x).items()}
+        changes = layer_changes(model, x)
     else:
         measured = measure_change(functions, change if is_adapted else base)
-        effects = {layer_name: measured.layer_effect}
-    all_shares, top = _shares(effects)
+        changes = {layer_name: measured._replace(effect=measured.layer_effect)}
+    all_shares, top = _shares(changes)
     shares = all_shares[layer_name]
     if edges is None:
         largest = shares.flatten().argsort(descending=True)[:6].tolist()
@@ -168,9 +168,9 @@ def plot_edge_functions(
     return figure
 
 
-def _shares(effects: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+def _shares(changes: Mapping[str, LayerChange]) -> tuple[dict[str, Tensor], float]:
     """Return the share of each edge in the squared effects of all layers, and the largest share."""
-    squares = {name: effect.square() for name, effect in effects.items()}
+    squares = {name: change.effect.square() for name, change in changes.items()}
     total = sum(square.sum().item() for square in squares.values()) or 1.0
     shares = {name: square / total for name, square in squares.items()}
     return shares, max(share.max().item() for share in shares.values()) or 1.0
@@ -244,7 +244,7 @@ def plot_network_change(
         >>> model = get_peft_model(KAN([2, 5, 3]), config)
         >>> figure = plot_network_change(model, torch.rand(100, 2), inputs=["x", "t"])
     """
-    shares, top = _shares({name: change.effect for name, change in layer_changes(model, x).items()})
+    shares, top = _shares(layer_changes(model, x))
     figure = new_figure((1.5 + 2.2 * len(shares), 4))
     from matplotlib.collections import LineCollection  # matplotlib is installed, if there is a figure
     from matplotlib.ticker import PercentFormatter

@@ -413,7 +413,9 @@ def _updates_by_name(layer: Any, names: Sequence[str], current: ForwardPass) -> 
     distinct, groups = _group_names(tuple(names))
     if len(distinct) == 1:
         return None
-    updates = [next(iter(layer._updates([name], current)), None) for name in distinct]
+    updates = []
+    for name in distinct:
+        updates += layer._updates([name], current) or [None]
     tensors = [update.tensor for update in updates if update is not None]
     if names and not tensors:
         return None
