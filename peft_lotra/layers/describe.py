@@ -183,7 +183,7 @@ def _find_doubts(evidence: Evidence, spec: KANLayerSpec, tensor: CoefficientTens
         if gradient is None:
             doubts[name] = UNUSED
         elif not evidence.stays(tensor, [name], observed):
-            is_factor = not observed and evidence.stays(tensor, [name], of_edges=True)
+            is_factor = not observed and evidence.stays_on_edges(tensor, [name])
             doubts[name] = FACTOR if is_factor else NOT_LINEAR
         elif gradient.dim() > 1 and layout is None:
             doubts[name] = OTHER
