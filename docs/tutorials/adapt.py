@@ -117,7 +117,7 @@ plot_network_change(model, x, inputs=["a", "b"], outputs=["u", "v"])
 #
 # * `effect` is the contribution of an edge's change to the outputs of the network: a root mean square over the samples
 #   and all outputs.
-# * `share` is its square, as a share of the sum over all edges.
+# * `share` is `effect` squared, divided by its sum over all edges.
 # * `in the layer` is the contribution to the edge's own output, before later layers. In the last layer, it is 1.4 times
 #   the effect here, because the effect averages over two outputs.
 # * `shift` is the mean change of the function, which the other columns leave out.

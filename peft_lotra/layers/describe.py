@@ -24,10 +24,10 @@ from .infer import NORMS, candidate_sizes, infer
 from .probe import CannotProbe, Probe, cached_by_class, isolated
 
 
-NOT_LINEAR = "it shapes the functions: the output is not linear in it"
-FACTOR = "a factor of the functions of each edge, and few of the layer's elements"
+NOT_LINEAR = "the output is not linear in it"
+FACTOR = "it is a factor of the functions of each edge, with few of the layer's elements"
 UNUSED = "the output did not depend on it when the layer was run"
-OTHER = "the description has it neither in the coefficients nor in `residual`"
+OTHER = "it is not a coefficient or a weight of the base branch"
 
 
 class Description(NamedTuple):

@@ -54,7 +54,7 @@ class ChangeParts(Report):
         constant: The mean of each output.
         linear: The gain by a linear function of the inputs.
         additive: The gain by a sum of functions of one input.
-        rest: The part that is no such sum. The four shares sum to 1.
+        rest: The part that is not a sum of functions of one input. The four shares sum to 1.
         size: The root mean square of the change.
         inputs: The inputs whose functions explain at least 1 % of the change each, the largest share first.
         pairs: The pairs of inputs that explain at least a tenth of the rest each, the largest share first.
