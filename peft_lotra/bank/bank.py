@@ -290,13 +290,15 @@ class AdapterBank:
             skip (`list[str]`): Adapters that are left out, for instance because they are not finite.
 
         Raises:
-            ValueError: An adapter has NaN or infinity, or is damaged in a mapped file. Or the bank holds only some
-                adapters of this folder, and the others would be lost. The folder stays as it was.
+            ValueError: A name in `skip` is unknown; or an adapter has NaN or infinity, or is damaged in a mapped file.
+                Or the bank holds only some adapters of this folder, and the others would be lost. The folder stays as
+                it was.
         """
         self._check_whole(os.path.realpath(folder))
         with replacing_files(folder) as stage:
             snapshot = self.snapshot  # not earlier: another thread may have saved a later one while this one waited
-            skipped = set(skip)
+            skipped = {skip} if isinstance(skip, str) else set(skip)
+            check_known(skipped, list(snapshot.entries)[1:])
             write_bank(stage, snapshot, [name for name in snapshot.entries if name not in skipped], self.record)
 
     def _check_whole(self, target: str) -> None:
