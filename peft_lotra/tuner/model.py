@@ -45,6 +45,7 @@ from .targets import (
     locate_target,
     warn_of_doubts,
     warn_of_large_adapters,
+    warn_of_unused_patterns,
 )
 from .weighted import add_weighted_adapter, check_known
 
@@ -132,6 +133,7 @@ class LoTRAModel(BaseTuner):
             check_targets(peft_config, model, targets)
         if not peft_config.is_from_file and peft_config.source is None:
             warn_of_doubts(targets)
+            warn_of_unused_patterns(peft_config, targets)
             warn_of_large_adapters(peft_config, targets)
         read_checked(peft_config, model, targets)  # PEFT reads the tensors again, to load them
         if peft_config.source is not None and peft_config.companions:
