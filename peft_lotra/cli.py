@@ -17,7 +17,6 @@ from typing import Annotated, Any
 
 import typer
 from huggingface_hub.utils import disable_progress_bars
-from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_model, save_model
 from torch import nn
@@ -27,6 +26,7 @@ from transformers.utils import logging
 from ._version import __version__
 from .compress.extract import extract_lotra
 from .hub.contents import AdapterContents, adapter_folders, fetch_folder, read_adapter
+from .hub.load import load_adapters
 from .kan import modeling_kan  # noqa: F401  (registers KANModel with AutoModel)
 from .layers.registry import find_kan_layers
 from .modules.report import printable
@@ -111,7 +111,8 @@ def find(model: Network, as_json: Json = False) -> None:
 @_command
 def inspect(adapter: Adapter, revision: Revision = None, subfolder: Subfolder = None, as_json: Json = False) -> None:
     """Show the layers, ranks, sizes and norms of an adapter."""
-    contents = AdapterContents.of(adapter, *read_adapter(_find_adapter(adapter, revision, subfolder)))
+    _, folder, _ = _find_adapter(adapter, revision, subfolder)
+    contents = AdapterContents.of(adapter, *read_adapter(folder))
     base = contents.base_model or f"a {contents.base_class or 'model'}"
     _print(contents.as_dict(), f"LoTRA adapter {adapter}, for {base}\n\n{contents}", as_json)
 
@@ -126,13 +127,15 @@ def merge(
     factory: Factory = None,
     as_json: Json = False,
 ) -> None:
-    """Merge an adapter into its base model.
+    """Merge an adapter, and the adapters of other methods that were saved with it, into its base model.
 
     Saves the merged model, which has the class of BASE and no trace of the adapter.
     """
-    folder = _find_adapter(adapter, revision, subfolder)
-    contents = AdapterContents.of(adapter, *read_adapter(folder))
-    model: Any = PeftModel.from_pretrained(_load_model(base, factory), str(folder))
+    name, folder, root = _find_adapter(adapter, revision, subfolder)
+    config, tensors = read_adapter(folder)
+    contents = AdapterContents.of(adapter, config, tensors)
+    companions = (config.get("saved_with") or [])[1:]
+    model: Any = load_adapters(_load_model(base, factory), root, [name, *companions])
     merged = model.merge_and_unload(safe_merge=True)
     if hasattr(merged, "save_pretrained"):
         merged.save_pretrained(out)
@@ -160,14 +163,17 @@ def extract(
     _print({"out": out, **report.as_dict()}, f"{report}\nadapter saved in {out}", as_json)
 
 
-def _find_adapter(source: str, revision: str | None, subfolder: str | None) -> Path:
-    """Return the folder of an adapter: by default of `default`, or of the only one."""
+def _find_adapter(source: str, revision: str | None, subfolder: str | None) -> tuple[str, Path, Path]:
+    """Return the name of an adapter, its folder, and the folder of all adapters; by default `default` or the only."""
     files = [f"*{CONFIG_NAME}", f"*{SAFETENSORS_WEIGHTS_NAME}"]
-    folders = adapter_folders(fetch_folder(source, files, revision))
+    root = fetch_folder(source, files, revision)
+    folders = adapter_folders(root)
     name = subfolder or "default"
     if name not in folders and (subfolder or len(folders) > 1):
         raise ValueError(f"{source} has the adapters {', '.join(folders)}: choose one by --subfolder.")
-    return folders.get(name) or next(iter(folders.values()))
+    if name not in folders:
+        name = next(iter(folders))
+    return name, folders[name], root
 
 
 def _load_model(source: str, factory: str | None = None) -> nn.Module:

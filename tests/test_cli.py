@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch.testing import assert_close
 from typer.testing import CliRunner
@@ -141,6 +141,26 @@ def test_merge_takes_a_torch_module_by_its_factory(run, made, monkeypatch, tmp_p
 
     for name, x in (("kan", X), ("head", torch.rand(4, 3))):
         assert_close(merged[name](x), base[name](x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["default", "anna"])
+def test_merge_takes_the_lora_that_was_saved_with_the_adapter(run, made, name, monkeypatch, tmp_path):
+    monkeypatch.chdir(made)
+    network = torch.nn.ModuleDict({"kan": KAN([2, 4, 3]), "head": torch.nn.Linear(3, 1)})
+    save_model(network, tmp_path / "net.safetensors")
+    model = get_peft_model(network, LoTRAConfig(r=2, init_weights=False), name)
+    lora = LoraConfig(r=1, target_modules=["head"], init_lora_weights=False)
+    inject_adapter_in_model(lora, network, "rest")
+    model.save_pretrained(tmp_path / "adapter")
+    where = f"{tmp_path}/net.safetensors {tmp_path}/adapter {tmp_path}/out"
+
+    run(f"merge {where} --factory nets:build")
+
+    merged = torch.nn.ModuleDict({"kan": KAN([2, 4, 3]), "head": torch.nn.Linear(3, 1)})
+    load_model(merged, tmp_path / "out/model.safetensors")
+    x = torch.rand(4, 3)
+    assert_close(merged["head"](x), network["head"](x), rtol=1e-5, atol=1e-5)
+    assert_close(merged["kan"](X), network["kan"](X), rtol=1e-5, atol=1e-5)
 
 
 def test_extract_saves_an_adapter(run, made):

@@ -29,7 +29,7 @@ from ..tuner.config import LoTRAConfig
 from ..tuner.layer import LoTRALayer, check_unmerged
 from ..tuner.saving import write_updates
 from ..tuner.targets import find_targets
-from .layer import ROWS, BankLayer, BankModel, BankPass, SlimBankLayer, run_in_bank
+from .layer import ROWS, BankLayer, BankModel, BankPass, SlimBankLayer, find_pass, run_in_bank
 from .reading import Adapter, check_methods, match_layers, read_adapter
 from .snapshot import BASE, Form, Snapshot, check_finite, check_known
 from .storage import read_bank, write_bank
@@ -290,13 +290,15 @@ class AdapterBank:
             skip (`list[str]`): Adapters that are left out, for instance because they are not finite.
 
         Raises:
-            ValueError: An adapter has NaN or infinity, or is damaged in a mapped file. Or the bank holds only some
-                adapters of this folder, and the others would be lost. The folder stays as it was.
+            ValueError: A name in `skip` is unknown; or an adapter has NaN or infinity, or is damaged in a mapped file.
+                Or the bank holds only some adapters of this folder, and the others would be lost. The folder stays as
+                it was.
         """
         self._check_whole(os.path.realpath(folder))
         with replacing_files(folder) as stage:
             snapshot = self.snapshot  # not earlier: another thread may have saved a later one while this one waited
-            skipped = set(skip)
+            skipped = {skip} if isinstance(skip, str) else set(skip)
+            check_known(skipped, list(snapshot.entries)[1:])
             write_bank(stage, snapshot, [name for name in snapshot.entries if name not in skipped], self.record)
 
     def _check_whole(self, target: str) -> None:
@@ -451,7 +453,7 @@ class AdapterBank:
         """
         if rows is not None and not self._replaced:
             raise ValueError("The bank is attached to no model: call `attach()` first.")
-        with ROWS.set(self._pass_of(rows)):
+        with ROWS.set(self._pass_of(rows)._replace(outer=ROWS.get())):
             yield
 
     def _pass_of(
@@ -460,10 +462,8 @@ class AdapterBank:
     ) -> BankPass:
         """Return the pass of rows with these adapters; without them the pass that is set, or a pass of the base."""
         if adapters is None:
-            current = ROWS.get()
-            if current is not None and current.bank is self:
-                return current
-            return BankPass(self, {}, set())
+            current: Any = find_pass(self)
+            return current or BankPass(self, {}, set())
         snapshot = self.snapshot
         distinct, groups = group_rows(snapshot.rows_of(adapters))
         if snapshot.packed.requires_grad and torch.is_grad_enabled():

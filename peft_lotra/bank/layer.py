@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ..kan.row_product import RowGroups, RowUpdates
 from ..modules.calls import is_tracing
 from ..tucker import Tucker, Update
-from ..tuner.by_row import MixedBatch, PassVariable, check_batch, run_mixed_batch
+from ..tuner.by_row import MixedBatch, PassVariable, check_batch, find_row_counts, run_mixed_batch
 from ..tuner.layer import LoTRALayer
 from ..tuner.slim import SlimLoTRALayer
 from .snapshot import NO_ROW
@@ -27,20 +27,27 @@ class BankPass(NamedTuple):
     Attributes:
         bank: The bank, an object of any type, whose layers they are for.
         updates: The updates of the samples, by layer; none in a pass of the base.
-        row_counts: See `ForwardPass`.
+        row_counts, find_row_counts: See `ForwardPass`.
+        outer: The pass around this one, perhaps of another bank.
     """
 
     bank: Any
     updates: dict[str, RowUpdates]
     row_counts: set[int]
+    find_row_counts: Callable[[], set[int]] = set
+    outer: Any = None
 
 
 ROWS = PassVariable("lotra_bank_rows")  # a `BankPass`
 
 
 @torch.compiler.disable
-def _current_pass() -> BankPass | None:
-    return ROWS.get()
+def find_pass(bank: Any) -> BankPass | None:
+    """Return the innermost pass of a bank; None outside of one."""
+    current = ROWS.get()
+    while current is not None and current.bank is not bank:
+        current = current.outer
+    return current
 
 
 def run_in_bank(
@@ -58,10 +65,10 @@ def run_in_bank(
     current = bank.traced_pass  # not None inside of a compiled `BankModel`
     if not is_traced or current is None:
         is_compiled = current is not None
-        current = _current_pass()  # pyright: ignore[reportCallIssue]
+        current = find_pass(bank)  # pyright: ignore[reportCallIssue]
         if is_compiled and current is None:
             raise RuntimeError("A compiled bank must be one graph: pass `fullgraph=True` to find the break.")
-    if current is None or current.bank is not bank:
+    if current is None:
         return forward(*args, **kwargs)
     if name not in current.updates:
         return layer._run((), None, args, kwargs)
@@ -77,7 +84,7 @@ def run_in_bank(
         return layer._call_base([update], args, kwargs)
 
     read_rows = lambda: groups.of_rows().tolist()  # noqa: E731
-    batch = MixedBatch(groups.batch(), current.row_counts, read_rows, lambda: updates, run)
+    batch = MixedBatch(groups.batch(), current.row_counts, read_rows, lambda: updates, run, current.find_row_counts)
     return run_mixed_batch(layer, batch, args, kwargs)
 
 
@@ -148,11 +155,19 @@ class BankModel(nn.Module):
             finally:
                 bank.traced_pass = None
 
+        def count_rows() -> set[int]:
+            layers = [module for module in self.model.modules() if "lotra_bank" in vars(module)]
+            with ROWS.set(BankPass(bank, {}, set())):
+                return find_row_counts(self.model, layers, len(adapters), args, kwargs)
+
         with bank.rows(adapters):
+            current = ROWS.get()
             if adapters is not None:
                 check_batch(len(adapters), args, kwargs, "ids" if adapter_names is None else "adapter_names")
-            outputs = self.model(*args, **kwargs)
-            ROWS.keep(outputs)
+                current = current._replace(find_row_counts=count_rows)
+            with ROWS.set(current):
+                outputs = self.model(*args, **kwargs)
+                ROWS.keep(outputs)
         return outputs
 
     def _trace_pass(

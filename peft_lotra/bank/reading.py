@@ -6,16 +6,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import copy
 from typing import Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
-from ..hub.contents import read_method, saved_adapters
 from ..modules.calls import PREFIX
 from ..tucker import Update, read_components
 from ..tuner.base_record import record_layer
@@ -63,23 +61,34 @@ def read_adapter(
         config: Any = LoTRAConfig.from_pretrained(str(adapter), check_base=check_base)
         if not isinstance(config, LoTRAConfig):
             raise ValueError("it is no LoTRA adapter.")
-        check_saved_methods(adapter, config.saved_with)
+        if config.companions:
+            raise ValueError(
+                f"it was saved with adapters of other methods, {config.companions}, which a bank does not hold. Load "
+                "them by `load_adapters`, or save the LoTRA adapter alone, by `selected_adapters=`."
+            )
         record = config.base_layers
         if record in agreeing:
             config.check_base = "ignore"
         targets = find_targets(config, base)
-        tensors = read_checked(config, base, targets)
+        # another process may be saving into the folder
+        tensors = read_checked(config, base, targets, is_strict=True)
     elif isinstance(adapter, LoTRAConfig):
         config = copy(adapter)
         updates = _start(config, base)
     elif isinstance(adapter, PeftModel):
         check_methods(adapter, "it")
-        active: Any = adapter.active_adapter
+        names = adapter.active_adapters
+        if len(names) != 1:
+            raise ValueError(
+                f"it has the active adapters {names}, and one is added. Activate one by `set_adapter`, or sum them by "
+                "`add_weighted_adapter`."
+            )
+        active = names[0]
         config = adapter.peft_config[active]
         layers = dict(lotra_layers(adapter.get_base_model(), active))
         record = {name: record_layer(layer) for name, layer in layers.items()}
-        _, names = match_layers(record, base, "ignore" if record in agreeing else check_base)
-        updates = {names[name]: layer.update_of(active) for name, layer in layers.items()}
+        _, names_in_base = match_layers(record, base, "ignore" if record in agreeing else check_base)
+        updates = {names_in_base[name]: layer.update_of(active) for name, layer in layers.items()}
     elif isinstance(adapter, Mapping):
         config, tensors = LoTRAConfig(alpha=alpha, adapt_residual=False), adapter
         targets = _match_state_dict(adapter, config, base)
@@ -108,23 +117,6 @@ def check_methods(model: nn.Module, name: str) -> None:
 
 def _is_of_other_method(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer) and not isinstance(module, LoTRALayer)
-
-
-def check_saved_methods(source: str | os.PathLike, saved_with: Sequence[str] | None) -> None:
-    """Raise a ValueError if a local folder of a LoTRA adapter also holds adapters of other methods.
-
-    Adapters that were not `saved_with` it are of an earlier save, and do not count.
-    """
-    others = []
-    for name, folder in saved_adapters(source).items():
-        is_earlier = saved_with is not None and name not in saved_with
-        if not is_earlier and (folder / CONFIG_NAME).is_file() and read_method(folder) != "LOTRA":
-            others.append(name)
-    if others:
-        raise ValueError(
-            f"it was saved with adapters of other methods, {others}, which a bank does not hold. Load them by "
-            "`load_adapters`."
-        )
 
 
 def _match_state_dict(

@@ -95,9 +95,12 @@ def load_adapters(
             others[name] = _read_other_adapter(folder)
 
     modes = [(module, module.training) for module in base.modules()]
-    model = PeftModel.from_pretrained(
-        base, folders[lotra_name], adapter_name=lotra_name, is_trainable=is_trainable, **kwargs
-    )
+    with warnings.catch_warnings():
+        # the others are loaded next, unless `names` leaves them out
+        warnings.filterwarnings("ignore", "The adapter was saved with adapters of other methods")
+        model = PeftModel.from_pretrained(
+            base, folders[lotra_name], adapter_name=lotra_name, is_trainable=is_trainable, **kwargs
+        )
     try:
         for name, (config, tensors) in others.items():
             config.inference_mode = not is_trainable

@@ -10,6 +10,7 @@ y[o] = sum_{i,k} A[o,i,k] basis_k(x[i]), plus a base branch sum_i W[o,i] silu(x[
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from numbers import Integral
@@ -46,7 +47,8 @@ def register_kan_layer(kind: str, **description: Any) -> KANLayerSpec:
     Later registrations take precedence over earlier and built-in ones.
 
     Args:
-        kind (`str`): The name of the kind of layer. A kind of yours with the same name is replaced.
+        kind (`str`): The name of the kind of layer. A kind of yours with the same name is replaced, with a warning if
+            it described another class.
         **description: The other fields of [`KANLayerSpec`]; `matches` and `coefficients` are required.
 
     Returns:
@@ -79,8 +81,17 @@ def register_kan_layer(kind: str, **description: Any) -> KANLayerSpec:
             "precedence over the built-in ones."
         )
     spec = KANLayerSpec(kind, **description)
-    REGISTERED.pop(kind, None)  # the last one comes first
+    former = REGISTERED.pop(kind, spec)  # the last one comes first
     REGISTERED[kind] = spec
+    # a notebook defines a class, and registers it, again and again
+    classes = [getattr(entry.matches, "__self__", None) for entry in (former, spec)]
+    names = [cls.__name__ for cls in classes if isinstance(cls, type)]
+    if len(set(names)) > 1:
+        warnings.warn(
+            f"{kind!r} described {names[0]}, and from now on describes {names[1]} alone. Register each class under a "
+            "name of its own.",
+            stacklevel=2,
+        )
     return spec
 
 

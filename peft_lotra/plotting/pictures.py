@@ -233,7 +233,7 @@ def plot_network_change(
         The figure.
 
     Raises:
-        ValueError: As `edge_changes`.
+        ValueError: As `edge_changes`; or there is not a name for each unit.
         ImportError: Matplotlib is not installed.
 
     Example:
@@ -273,11 +273,11 @@ def plot_network_change(
         for units_at, heights in ((column, left), (column + 1, right)):
             axis.plot([units_at] * len(heights), heights, "o", color="0.25", markersize=4, zorder=3)
         axis.text(column + 0.5, 1.06, f"{layer}\n{count_in} to {count_out}", ha="center", va="bottom")
-        _write_names(axis, column - 0.05, names or _number_units(count_in), left, "right")
+        _write_names(axis, column - 0.05, "inputs", names, left)
         column += 1
         names = ()
         units = count_out
-    _write_names(axis, column + 0.05, outputs or _number_units(len(right)), right, "left")
+    _write_names(axis, column + 0.05, "outputs", outputs, right)
     axis.set(xlim=(-0.1, column + 0.1), ylim=(-0.05, 1.05))
     axis.set_axis_off()
     figure.colorbar(lines, ax=axis, label="share of the change", format=PercentFormatter(1.0))
@@ -287,17 +287,18 @@ def plot_network_change(
 def _write_names(
     axis: Any,
     column: float,
+    argument: str,
     names: Sequence[str],
     heights: Sequence[float],
-    side: str,
 ) -> None:
+    """Write the names of units; by default their numbers, as in `plot_edge_functions`, unless they would overlap."""
+    count = len(heights)
+    names = names or [str(number) for number in range(count) if count <= MOST_NUMBERS]
+    if len(names) not in (0, count):
+        raise ValueError(f"`{argument}` has {len(names)} names, but there are {count} units. Pass a name for each.")
+    side = "right" if argument == "inputs" else "left"
     for name, height in zip(names, heights, strict=bool(names)):
         axis.text(column, height, name, ha=side, va="center")
-
-
-def _number_units(count: int) -> list[str]:
-    """Return the numbers of units, as the titles of `plot_edge_functions` have them; none where they would overlap."""
-    return [str(number) for number in range(count)] if count <= MOST_NUMBERS else []
 
 
 def _heights(units: int) -> list[float]:

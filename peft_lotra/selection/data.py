@@ -11,17 +11,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler
 
 
-def read_rows(data: Any) -> tuple[Tensor, Tensor]:
+def read_rows(data: Any, needs_order: bool = False) -> tuple[Tensor, Tensor]:
     """Return the inputs and the targets of all rows, of a pair of tensors, a Dataset or a DataLoader.
 
     Raises:
         ValueError: `data` is something else, has no rows, different numbers of both, or values that are not finite.
+            Or it shuffles the rows, although their order is needed.
     """
     if not isinstance(data, (tuple, list)):
         loader = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=256)
+        if needs_order and isinstance(loader.sampler, (RandomSampler, SubsetRandomSampler)):
+            raise ValueError(
+                "`groups` and `blocked` need the order of the rows, but `data` shuffles them. Pass a Dataset."
+            )
         try:
             data = [torch.cat(tensors) for tensors in zip(*loader, strict=True)]
         except TypeError as error:

@@ -108,9 +108,10 @@ def fit_adapter(
 
     Raises:
         ValueError: Before training: there are no rows, fewer rows or groups than folds, a fold without a class, or
-            values that are not finite; the loss is no scalar, not finite for a single row, or does not take all
-            outputs (it needs probabilities, or their logarithms); the budget is above 1, or it or `max_bytes` is below
-            what ranks of 1 take; `base` has adapters.
+            values that are not finite; a DataLoader shuffles the rows, despite `groups` or `blocked`; the loss is no
+            scalar, not finite for a single row, or does not take all outputs (it needs probabilities, or their
+            logarithms); the budget is above 1, or it or `max_bytes` is below what ranks of 1 take; `base` has
+            adapters.
 
     Example:
         >>> from peft_lotra import fit_adapter
@@ -141,7 +142,8 @@ def fit_adapter(
         tqdm(desc="fit_adapter", unit="step", disable=not progress) as bar,
     ):
         torch.manual_seed(seed)
-        x, y = (tensor.to(device) for tensor in read_rows(data))
+        rows = read_rows(data, needs_order=blocked or groups is not None)
+        x, y = (tensor.to(device) for tensor in rows)
         torch.manual_seed(seed)  # a loader draws numbers too
         network, are_classes = _copy_checked(original, x[:CHUNK], y[:CHUNK], loss)
         smallest = adapt(deepcopy(network), r=1, storage=storage)

@@ -121,7 +121,7 @@ class LoTRAConfig(PeftConfig):
         weights_sha256 (`Optional[str]`):
             Internal. In a file, the SHA-256 of the tensors. A different one is a warning.
         saved_with (`Optional[list[str]]`):
-            Internal. In a file, the name of the adapter, then the others that the same save wrote, of all methods.
+            Internal. In a file, the name of the adapter, then the adapters of other methods that the same save wrote.
             `load_adapters` loads these.
         lotra_format (`int`):
             Internal. In a file, the version of its format. A different one is an error.
@@ -215,12 +215,16 @@ class LoTRAConfig(PeftConfig):
         # The field `base_layers` would mark this as the configuration of a file.
         self.ranks_to_record: dict[str, Ranks] = {}
         self.layers_to_record: dict[str, dict[str, Any]] | None = None
-        self.has_companions = False  # whether a save also writes adapters of other methods, which the card names
 
     @property
     def is_from_file(self) -> bool:
         """Whether a file records the layers, and holds the components."""
         return self.base_layers is not None
+
+    @property
+    def companions(self) -> list[str]:
+        """The names of the adapters of other methods that were saved with this one."""
+        return (self.saved_with or [])[1:]
 
     @property
     def allows_other_shapes(self) -> bool:
@@ -333,7 +337,7 @@ class LoTRAConfig(PeftConfig):
         if weights.is_file():
             self.weights_sha256 = _hash_file(weights)
         super().save_pretrained(save_directory, **kwargs)
-        write_card(save_directory, self.has_companions)
+        write_card(save_directory, has_companions=bool(self.companions))
 
 
 def _check_scale(value: Any, argument: str) -> float:

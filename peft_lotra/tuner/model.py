@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -44,6 +45,7 @@ from .targets import (
     locate_target,
     warn_of_doubts,
     warn_of_large_adapters,
+    warn_of_unused_patterns,
 )
 from .weighted import add_weighted_adapter, check_known
 
@@ -131,8 +133,15 @@ class LoTRAModel(BaseTuner):
             check_targets(peft_config, model, targets)
         if not peft_config.is_from_file and peft_config.source is None:
             warn_of_doubts(targets)
+            warn_of_unused_patterns(peft_config, targets)
             warn_of_large_adapters(peft_config, targets)
         read_checked(peft_config, model, targets)  # PEFT reads the tensors again, to load them
+        if peft_config.source is not None and peft_config.companions:
+            warnings.warn(
+                f"The adapter was saved with adapters of other methods, {peft_config.companions}, which are not "
+                "loaded. `peft_lotra.load_adapters` loads all of them.",
+                stacklevel=2,
+            )
         if peft_config.is_from_file or peft_config.targets_all_kan:
             peft_config.target_modules = exact_targets(targets, model)
         peft_config.source = None  # has been read; the object may serve another model
@@ -198,10 +207,11 @@ class LoTRAModel(BaseTuner):
             check_complete(adapter_name, tensors, state_dict)
             if config.storage is not None:
                 tensors = cast_to_storage(tensors, config.storage)
-            methods = {other.peft_type for other in getattr(base, "peft_config", {}).values()}
-            config.has_companions = len(methods) > 1
-            saved_with = save.get("selected_adapters") or ()
-            config.saved_with = [adapter_name, *(name for name in saved_with if name != adapter_name)]
+            configs = getattr(base, "peft_config", {})
+            config.saved_with = [adapter_name]
+            for name in save.get("selected_adapters") or ():
+                if name in configs and configs[name].peft_type != "LOTRA":
+                    config.saved_with.append(name)
             # the object may serve other models too
             config.layers_to_record = {name: record_layer(layer) for name, layer in layers.items()}
             config.ranks_to_record = {}
@@ -380,11 +390,12 @@ def _check_adapter_name(name: Any, config: LoTRAConfig, model: nn.Module) -> Non
             )
 
 
-def read_checked(config: LoTRAConfig, model: nn.Module, targets: Targets) -> Tensors:
+def read_checked(config: LoTRAConfig, model: nn.Module, targets: Targets, is_strict: bool = False) -> Tensors:
     """Compare an adapter from a file, its base and its tensors, with a model.
 
     The layers of the file are paired with those of the model. The patterns in `config` are renamed accordingly, since
-    the shapes of the components depend on them.
+    the shapes of the components depend on them. With `is_strict`, tensors that the configuration was not saved with
+    are refused.
 
     Returns:
         The tensors by their names in the model; none without a file.
@@ -398,7 +409,7 @@ def read_checked(config: LoTRAConfig, model: nn.Module, targets: Targets) -> Ten
         check_base(config, targets, model)
     if config.source is None:
         return {}
-    tensors = read_tensors(config.source, config.weights_sha256)
+    tensors = read_tensors(config.source, config.weights_sha256, is_strict)
     tensors = _rename_layers(tensors, config.names_in_model)
     check_tensors(tensors, config, model, targets)
     return tensors

@@ -31,8 +31,8 @@ from .layer import Targets, Tensors
 from .targets import exact_targets
 
 
-def read_tensors(source: Source, sha256: str | None = None) -> Tensors:
-    """Return the tensors of a saved adapter by name; warn if their SHA-256 differs from the one given.
+def read_tensors(source: Source, sha256: str | None = None, is_strict: bool = False) -> Tensors:
+    """Return the tensors of a saved adapter by name; warn, or raise, if their SHA-256 differs from the one given.
 
     Raises:
         ValueError: There is no adapter_model.safetensors, or it is damaged. A pickle is not read.
@@ -52,7 +52,10 @@ def read_tensors(source: Source, sha256: str | None = None) -> Tensors:
     with naming_damage(path):
         tensors = load(content)
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-        warnings.warn(f"{path} was changed after it had been saved: its SHA-256 differs.", stacklevel=2)
+        message = f"{path} was changed after it had been saved: its SHA-256 differs."
+        if is_strict:
+            raise ValueError(f"{message} If it is being saved, try again; otherwise save the adapter again.")
+        warnings.warn(message, stacklevel=2)
     return tensors
 
 

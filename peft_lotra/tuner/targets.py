@@ -13,6 +13,7 @@ from math import prod
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..kan.slim_kan import SlimKANLinear
@@ -310,6 +311,20 @@ def _check_trained(name: str, target: Target, config: LoTRAConfig) -> None:
             f"`train={config.train}` leaves nothing to train in `{name}`, whose ranks {shapes['core']} have only "
             f"{list(shapes)}. Train the core too, or leave the layer out."
         )
+
+
+def warn_of_unused_patterns(config: LoTRAConfig, targets: Targets) -> None:
+    """Warn of keys in `rank_pattern` and `alpha_pattern` that match none of the targets."""
+    for field in ("rank_pattern", "alpha_pattern"):
+        unused = []
+        for key in getattr(config, field):
+            if not any(get_pattern_key([key], name) == key for name in targets):
+                unused.append(key)
+        if unused:
+            warnings.warn(
+                f"`{field}` has {unused}, which match no adapted layer. The layers are {list_first(targets)}.",
+                stacklevel=2,
+            )
 
 
 def warn_of_large_adapters(config: LoTRAConfig, targets: Targets) -> None:

@@ -5,6 +5,7 @@
 
 import json
 import re
+import shutil
 import zlib
 
 import pytest
@@ -54,6 +55,66 @@ def test_adapters_come_from_folders_models_and_state_dicts(tmp_path):
     assert "ben" in bank
     assert "dora" not in bank
     assert AdapterBank.from_folders(net(), {"x": tmp_path / "anna"}).names == ["x"]
+
+
+def test_the_adapter_that_a_model_computes_with_is_added():
+    """`set_adapter` of the tuner does not change `PeftModel.active_adapter`."""
+    model = adapt()
+    model.add_adapter("other", LoTRAConfig(r=2, init_weights=False))
+    model.base_model.set_adapter("other")
+    bank = AdapterBank(net())
+
+    bank.add("anna", model)
+
+    check_answers(bank, {"anna": model})
+
+
+@pytest.mark.parametrize("active", [["default", "other"], []])
+def test_a_model_with_several_active_adapters_or_none_is_refused(active):
+    model = adapt()
+    model.add_adapter("other", LoTRAConfig(r=2, init_weights=False))
+    model.base_model.set_adapter(active)
+    bank = AdapterBank(net())
+
+    with pytest.raises(ValueError, match="active adapters"):
+        bank.add("anna", model)
+
+    assert bank.names == []
+
+
+@pytest.mark.parametrize("skip", ["anna", ["anna"]])
+def test_an_adapter_that_is_skipped_is_not_in_the_file(skip, tmp_path, two_customers):
+    bank = AdapterBank.load(net(), two_customers)
+
+    bank.save(tmp_path / "rest", skip=skip)
+
+    assert AdapterBank.load(net(), tmp_path / "rest").names == ["ben"]
+
+
+@pytest.mark.parametrize("skip", [["ana"], ["__base__"]])
+def test_an_unknown_adapter_to_skip_is_named(skip, tmp_path, two_customers):
+    bank = AdapterBank.load(net(), two_customers)
+
+    with pytest.raises(ValueError, match=f"no adapter '{skip[0]}'"):
+        bank.save(tmp_path / "rest", skip=skip)
+
+    assert not (tmp_path / "rest").exists()
+
+
+@pytest.mark.parametrize("agrees", [False, True])
+def test_tensors_and_configuration_of_different_saves_are_no_adapter(agrees, tmp_path):
+    """A reader may come between the two files of a save; with the old `alpha`, new tensors are another function."""
+    adapt(alpha=0.5).save_pretrained(tmp_path / "new")
+    adapt(alpha=2.0).save_pretrained(tmp_path / "anna")
+    bank = AdapterBank(net())
+    if agrees:  # the base is not compared again
+        bank.add("anna", tmp_path / "anna")
+    shutil.copy(tmp_path / "new" / "adapter_model.safetensors", tmp_path / "anna")
+
+    with pytest.raises(ValueError, match="SHA-256 differs. If it is being saved, try again"):
+        bank.add("ben", tmp_path / "anna")
+
+    assert "ben" not in bank
 
 
 def test_adapters_are_removed_replaced_and_compacted():

@@ -3,13 +3,15 @@
 
 """Adapters of other methods, which a bank does not hold, are refused: it would leave them out in silence."""
 
+import shutil
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_lotra import AdapterBank, LoTRAConfig, load_adapters
+from peft_lotra import AdapterBank, LoTRAConfig, load_adapters, push_to_hub
 from peft_lotra.kan import KAN
 
 
@@ -18,14 +20,14 @@ def make_base() -> nn.Sequential:
     return nn.Sequential(KAN([3, 4]), nn.Linear(4, 2))
 
 
-def add_lora(model: nn.Module) -> None:
+def add_lora(model: nn.Module, name: str = "head") -> None:
     config = LoraConfig(r=2, target_modules=["1"], init_lora_weights=False)
-    inject_adapter_in_model(config, model, adapter_name="head")
+    inject_adapter_in_model(config, model, adapter_name=name)
 
 
-def make_model() -> PeftModel:
-    model = get_peft_model(make_base(), LoTRAConfig(r=2, init_weights=False))
-    add_lora(model.get_base_model())
+def make_model(lotra_name: str = "default", lora_name: str = "head") -> PeftModel:
+    model = get_peft_model(make_base(), LoTRAConfig(r=2, init_weights=False), lotra_name)
+    add_lora(model.get_base_model(), lora_name)
     return model
 
 
@@ -46,6 +48,55 @@ def test_a_folder_with_lora_is_not_added(tmp_path):
         bank.add("both", tmp_path)
 
     assert bank.names == []
+
+
+@pytest.mark.parametrize("change", ["renamed", "removed", "moved"])
+def test_lora_that_is_no_longer_beside_its_adapter_is_not_forgotten(change, tmp_path):
+    """What was trained and saved with LoRA computes something else without it, wherever its files are now."""
+    folder = tmp_path / "model"
+    make_model().save_pretrained(folder)
+    if change == "renamed":
+        (folder / "head").rename(folder / "other")
+    elif change == "removed":
+        shutil.rmtree(folder / "head")
+    else:
+        (folder / "head").rename(tmp_path / "head")
+    bank = AdapterBank(make_base())
+
+    with pytest.raises(ValueError, match=r"other methods, \['head'\]"):
+        bank.add("both", folder)
+
+    assert bank.names == []
+
+
+@pytest.mark.parametrize("names", [("anna", "head"), ("anna", "default")])
+def test_a_subfolder_whose_neighbor_is_lora_is_not_added(names, tmp_path):
+    make_model(*names).save_pretrained(tmp_path)
+    bank = AdapterBank(make_base())
+
+    with pytest.raises(ValueError, match="other methods"):
+        bank.add("anna", tmp_path / "anna")
+
+    assert bank.names == []
+
+
+def test_a_repository_with_lora_is_not_added(hub):
+    push_to_hub(make_model(), "user/both")
+    bank = AdapterBank(make_base())
+
+    with pytest.raises(ValueError, match=r"other methods, \['head'\]"):
+        bank.add("both", "user/both")
+
+    assert bank.names == []
+
+
+def test_lotra_that_is_saved_without_its_lora_is_added(tmp_path):
+    make_model().save_pretrained(tmp_path, selected_adapters=["default"])
+    bank = AdapterBank(make_base())
+
+    bank.add("alone", tmp_path)
+
+    assert bank.names == ["alone"]
 
 
 def test_a_folder_with_lora_of_an_earlier_save_is_added(tmp_path):

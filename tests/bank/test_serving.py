@@ -117,6 +117,40 @@ def test_a_name_stands_for_all_rows_behind_its_dimension(sequences):
     assert_near(flattened.view(4, 6, 2), expected)
 
 
+class Folded(nn.Module):
+    """Folds the steps of (batch, 3, steps) into the batch, in either order."""
+
+    def __init__(self, order):
+        super().__init__()
+        torch.manual_seed(0)
+        self.order, self.kan = order, KAN([3, 5, 2])
+
+    def forward(self, x):
+        rows = x.permute(*self.order, 1)
+        return self.kan(rows.reshape(-1, 3)).unflatten(0, rows.shape[:2])
+
+
+@pytest.mark.parametrize("rows", ["adapter_names", "ids"])
+def test_steps_that_are_folded_into_the_batch_keep_their_adapters(rows):
+    """The memory of the folded rows no longer shows their order: the model is run on noise to find it."""
+    bank, alone = several(Folded((0, 2)))
+    x = torch.rand(4, 3, 6)
+    model = bank.attach()
+
+    with torch.no_grad():
+        y = model(x, **{rows: NAMES_OF_FOUR if rows == "adapter_names" else bank.ids(NAMES_OF_FOUR)})
+
+    assert_near(y, row_by_row(alone, NAMES_OF_FOUR, x))
+
+
+def test_steps_in_the_order_of_time_are_refused():
+    bank, _ = several(Folded((2, 0)))
+    model = bank.attach()
+
+    with torch.no_grad(), pytest.raises(ValueError, match="in `kan.layers.0`"):
+        model(torch.rand(4, 3, 6), adapter_names=NAMES_OF_FOUR)
+
+
 @torch.no_grad()
 def test_rows_in_another_order_are_named_by_bank_rows(sequences):
     bank, model, x, expected = sequences
@@ -128,6 +162,30 @@ def test_rows_in_another_order_are_named_by_bank_rows(sequences):
 
     with bank.rows(NAMES_OF_FOUR), pytest.raises(ValueError, match="layers.0"):
         model(turned)
+
+
+def test_two_banks_of_one_network_have_their_own_rows():
+    """Each part of a network may have a bank of its own, whose adapters may have the same names."""
+    parts = [KAN([3, 5, 4]), KAN([4, 5, 2])]
+    banks, models = [], []
+    for part in parts:
+        bank, alone = bank_of(part, {"a": {"r": 1}, "b": {"r": 2}})
+        bank.attach()
+        banks.append(bank)
+        models.append(alone)
+    names = ["a", "b", "b", "a", "b", "a", "a", "b"]
+    first, second = banks
+
+    with torch.no_grad():
+        hidden = row_by_row(models[0], names, X)
+        expected = row_by_row(models[1], names, hidden)
+        with first.rows(names), second.rows(names):
+            y = parts[1](parts[0](X))
+        with first.rows(names), second.rows(None):
+            hidden_again = parts[0](X)
+
+    assert_near(y, expected)
+    assert_near(hidden_again, hidden)
 
 
 def test_threads_have_their_own_rows():

@@ -148,6 +148,16 @@ def test_a_name_that_matches_nothing_is_a_warning_that_lists_the_kan_layers():
     assert names_of(model) == ["body.1"]
 
 
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_matches_no_layer_is_a_warning(field, recwarn):
+    """A misspelled name would otherwise leave the layer with the ranks and the scale of all."""
+    get_peft_model(nested(), LoTRAConfig(budget=0.5, **{field: {"body.1": 1, r".*layers\.0": 2}}))
+
+    assert not [str(warning.message) for warning in recwarn if "pattern" in str(warning.message)]
+    with pytest.warns(UserWarning, match=rf"`{field}` has \['bodi.1'\], which match no adapted layer"):
+        get_peft_model(nested(), LoTRAConfig(**{field: {"bodi.1": 1, "body.0": 2}}))
+
+
 def test_a_target_around_an_adapted_layer_is_refused():
     model = adapt(nn.Sequential(Outer()), target_modules=r".*\.inner")
     before = snapshot(model)

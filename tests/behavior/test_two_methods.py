@@ -75,6 +75,30 @@ def test_both_are_saved_and_loaded(is_trainable, tmp_path):
     assert sum(parameter.requires_grad for parameter in again.parameters()) == (7 + 2 if is_trainable else 0)
 
 
+def test_a_load_that_leaves_lora_out_warns(tmp_path, recwarn):
+    both().save_pretrained(tmp_path)
+    recwarn.clear()
+
+    load_adapters(net(), tmp_path)
+    load_adapters(net(), tmp_path, names=["default"])
+
+    assert not [str(warning.message) for warning in recwarn if "other methods" in str(warning.message)]
+    with pytest.warns(UserWarning, match=r"other methods, \['head'\], which are not loaded"):
+        PeftModel.from_pretrained(net(), tmp_path)
+
+
+def test_a_lotra_adapter_that_was_removed_is_not_missed(tmp_path):
+    """Each of several LoTRA adapters is a model of its own."""
+    model = both()
+    add_adapter(model, "ben")
+    model.save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "ben")
+
+    loaded = load_adapters(net(), tmp_path)
+
+    assert list(loaded.peft_config) == ["default", "head"]
+
+
 def test_a_model_with_lora_gets_lotra():
     base = inject_adapter_in_model(LoraConfig(target_modules=["head"], init_lora_weights=False), net())
     before = base(X)

@@ -75,6 +75,19 @@ def test_the_last_registered_kind_is_asked_first_and_a_name_is_replaced():
         assert known_kinds().count(name) == 1
 
 
+def test_a_kind_that_loses_its_class_warns(recwarn):
+    """A registration that was copied would otherwise take the description of the first class away, in silence."""
+    register_mine()
+    again = type("MyKANLayer", (Layer,), {})  # as a notebook defines it when its cell runs again
+    register_mine(matches=again)
+    register_mine(matches=lambda m: hasattr(m, "A"))
+    register_mine(residual=None)
+
+    assert not recwarn
+    with pytest.warns(UserWarning, match="described MyKANLayer, and from now on describes ChebyKANLayer alone"):
+        register_mine(matches=ChebyKANLayer)
+
+
 def test_the_name_of_a_built_in_kind_is_refused():
     with pytest.raises(ValueError, match="'cheby-kan' is a built-in kind.* Choose another name"):
         register_kan_layer("cheby-kan", **CHEBY)

@@ -6,6 +6,7 @@
 import pytest
 import torch
 from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset
 
 from peft_lotra import fit_adapter
 from peft_lotra.kan import KAN
@@ -37,6 +38,17 @@ def test_a_bank_has_the_folds_of_one_division(rows):
 
     assert report.bank is not None
     assert len(report.bank.names) == 2
+
+
+@pytest.mark.parametrize("options", [{"groups": [0, 0, 1, 1, 2, 2]}, {"blocked": True}])
+@pytest.mark.parametrize("sampler", [RandomSampler, SubsetRandomSampler])
+def test_a_loader_that_shuffles_is_refused_where_the_order_counts(sampler, options):
+    """The labels in `groups` would be those of other rows."""
+    rows = TensorDataset(torch.rand(6, 2), torch.rand(6, 1))
+    loader = DataLoader(rows, sampler=sampler(range(6)))
+
+    with pytest.raises(ValueError, match="`data` shuffles them"):
+        fit_adapter(KAN([2, 8, 1]), loader, mse_loss, **QUICK, **options)
 
 
 def test_the_grids_of_a_frozen_base_are_not_fine_tuned():
