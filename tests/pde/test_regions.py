@@ -134,8 +134,10 @@ TOUCHING = {
     "a square without this disk": (lambda: rectangle(*SQUARE) - disk((0, 0), 1), 8 + 2 * math.pi),
     "a disk beside a square": (lambda: rectangle((-1, -0.5), (0, 0.5)) | disk((0.5, 0), 0.5), 4 + 2 * HALF_CIRCLE),
     "a corner on an edge that another one continues": (
-        lambda: (rectangle((0, 0), (1, 0.5)) | polygon([(-0.5, -0.5), (0.5, -0.5), (-0.5, 0.5)]))
-        | polygon([(-0.25, -0.75), (0.75, -0.75), (-0.25, 0.25)]),
+        lambda: (
+            (rectangle((0, 0), (1, 0.5)) | polygon([(-0.5, -0.5), (0.5, -0.5), (-0.5, 0.5)]))
+            | polygon([(-0.25, -0.75), (0.75, -0.75), (-0.25, 0.25)])
+        ),
         None,
     ),
     "a disk that is cut out of its own union": (
@@ -241,7 +243,8 @@ WRONG_REGIONS = {
     r"has 4 points.* each once": lambda: polygon([(0, 0), (1, 0), (1, 0), (0, 1)]),
     "cross or touch": lambda: polygon([(0, 0), (1, 1), (1, 0), (0, 1)]),
     "cross or touch. Give": lambda: polygon([(0, 0), (2, 0), (2, 1), (1, 0), (0, 1)]),
-    "no edges": lambda: polygon([(0, 0), (1, 1), (2, 2)]),
+    "Edges between the `vertices` cross": lambda: polygon([(0, 0), (1, 1), (2, 2)]),
+    "no edges": lambda: disk((0, 0), 1) - disk((0, 0), 1),
     r"must be points of two finite numbers": lambda: polygon([(0, 0, 0), (1, 0, 0), (0, 1, 0)]),
     r"`vertices` is \[\(0, 0\), \(1, nan\)": lambda: polygon([(0, 0), (1, math.nan), (0, 1)]),
     r"`center` is \[\(0, 0, 0\)\]": lambda: disk((0, 0, 0), 1),
