@@ -18,7 +18,8 @@ from ..modules.checks import check_count, check_number
 
 
 SLACK = 1e-6  # relative to a length: closer points are equal
-STEP = 1e-7  # relative to the length of an edge: from its middle to both sides
+STEP = 1e-7  # relative to the length of an edge: from one of its points to both sides
+SHARE = 0.618  # of the length to this point: at the middle, other edges often touch an edge
 FAR = 1e3  # relative to the diameter of a circle: the distance to its ends
 
 
@@ -67,7 +68,7 @@ class Edges(NamedTuple):
         return middle, torch.where(is_circle, FAR * radius, radius)
 
     def cut(self, cutters: Edges) -> Edges:
-        """Split the edges where they meet the cutters."""
+        """Split the edges where they meet the cutters, and where a cutter on the same line or circle starts."""
         edges = self.select((slice(None), None))  # (E, 1)
         curvature, length = edges.curvature, edges.length
         offset = edges.start - cutters.start
@@ -97,8 +98,19 @@ class Edges(NamedTuple):
         center, radius = cutters.disks()
         distance = (edges.points(s) - center).abs()
         is_on_cutter = distance < (1 + SLACK) * radius
-        is_on_edge = (s >= 0) & (s <= length)
 
+        # edges on one line or circle, whose equation is zero to rounding, are cut where cutters start
+        is_same = below.abs() + constant.abs() + above.abs() < SLACK * length
+        local = (cutters.start - edges.start) / edges.direction
+        turn = (1 + 1j * curvature * local).angle() * curvature.sign()
+        along_arc = turn.remainder(2 * math.pi) / curvature.abs()
+        at_start = torch.where(curvature == 0, local.real, along_arc)
+        gap = (edges.points(at_start) - cutters.start).abs()
+        is_at_start = is_same & (gap < SLACK * length)
+
+        s = torch.stack([*s, at_start])
+        is_on_cutter = torch.stack([*(is_on_cutter & ~is_same), is_at_start])
+        is_on_edge = (s >= 0) & (s <= length)
         cuts = torch.where(is_on_cutter & is_on_edge, s, length)
         stops = torch.cat([torch.zeros_like(length), *cuts, length], 1).sort(1).values
         starts = stops[:, :-1]
@@ -147,12 +159,17 @@ class Region:
     """
 
     def __init__(self, inside: Callable[[Tensor], Tensor], edges: Edges) -> None:
+        s = SHARE * edges.length
+        point = edges.points(s)
+        to_left = 1j * STEP * edges.length * edges.directions(s)
+        left = inside(torch.view_as_real(point + to_left))
+        right = inside(torch.view_as_real(point - to_left))
+
+        # repeated edges have the same middle, and the same curvature there, which tells a line from a circle
         middle, _ = edges.disks()
-        to_left = 1j * STEP * edges.length * edges.directions(edges.length / 2)
-        left = inside(torch.view_as_real(middle + to_left))
-        right = inside(torch.view_as_real(middle - to_left))
-        is_near = (middle.unsqueeze(1) - middle).abs() < SLACK * edges.length
-        is_repeated = is_near.tril(-1).any(1)
+        bend = edges.curvature * edges.directions(edges.length / 2)
+        gap = (middle.unsqueeze(1) - middle).abs() + edges.length**2 * (bend.unsqueeze(1) - bend).abs()
+        is_repeated = (gap < SLACK * edges.length).tril(-1).any(1)
         is_edge = (left != right) & ~is_repeated
         if not is_edge.any():
             raise ValueError("The region has no edges: it is empty, or `select` takes none.")
@@ -185,8 +202,8 @@ class Region:
     ) -> Region:
         if not isinstance(other, Region):
             return NotImplemented
-        edges = _concatenate(self._edges.cut(other._edges), other._edges.cut(self._edges))
-        return Region(partial(_is_in_both, self._inside, other._inside, rule), edges)
+        edges = _concatenate(self._edges, other._edges)
+        return Region(partial(_is_in_both, self._inside, other._inside, rule), edges.cut(edges))
 
     def select(self, where: Callable[[Tensor], Tensor]) -> Region:
         """Return the region with some of its edges only, for `distance` and `boundary` of a part of its boundary.
