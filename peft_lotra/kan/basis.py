@@ -168,12 +168,13 @@ def is_batched(tensor: Tensor) -> bool:
     return _functorch.is_legacy_batchedtensor(tensor)
 
 
-def spline_offsets(position: Tensor, grid: UniformGrid) -> Tensor:
+def spline_offsets(position: Tensor, grid: UniformGrid, out: Tensor | None = None) -> Tensor:
     """Return the offsets (N, K, I) of positions (N, I) from the centers of the basis functions.
 
     The evaluation takes less time in this order.
     """
-    return position.unsqueeze(1) - grid.centers(position).unsqueeze(1)
+    centers = grid.centers(position).unsqueeze(1)
+    return torch.sub(position.unsqueeze(1), centers, out=out)
 
 
 def cardinal_spline(offset: Tensor, spline_order: int, derivative: int = 0, overwrites: bool = False) -> Tensor:

@@ -103,11 +103,13 @@ class LayerFormula(NamedTuple):
             if total is None:
                 total = delta
             else:
-                total = total + F.pad(delta, (0, 0, 0, total.shape[1] - delta.shape[1]))
+                missing = total.shape[1] - delta.shape[1]
+                total = total + F.pad(delta, (0, 0, 0, missing))
         assert total is not None
         if self.scale is None:
             return total
-        return torch.cat([total[:, :-1] * self.scale.unsqueeze(1), total[:, -1:]], 1)
+        splines, last = total.split([total.shape[1] - 1, 1], 1)
+        return torch.cat([splines * self.scale.unsqueeze(1), last], 1)
 
     def output(self, x: Tensor) -> Tensor:
         """Return y (..., O) for x (..., I)."""
@@ -153,8 +155,10 @@ class LayerFormula(NamedTuple):
             count = basis.num_basis
             # the inputs are points of one grid
             points = ((z - basis.low) * basis.per_unit).reshape(-1, 1)
-            grid = basis._replace(low=points.new_zeros(1), high=points.new_full((1,), basis.grid_size))
-            values = spline_product(points, grid, weights[:count].t().unsqueeze(1)).view(*z.shape, -1)
+            low = points.new_zeros(1)
+            grid = basis._replace(low=low, high=low + basis.grid_size)
+            of_splines = weights[:count].t().unsqueeze(1)  # (r, 1, K)
+            values = spline_product(points, grid, of_splines).view(*z.shape, -1)
         else:
             count = functions.shape[-1]
             values = functions @ weights[:count]

@@ -119,7 +119,8 @@ def _pad_to(shape: Sequence[int], tensor: Tensor | None, like: Tensor) -> Tensor
     padding = []
     for size, length in zip(reversed(shape), reversed(tensor.shape), strict=True):
         padding += [0, size - length]
-    return F.pad(tensor, padding).to(like.device, torch.promote_types(tensor.dtype, like.dtype))
+    dtype = torch.promote_types(tensor.dtype, like.dtype)
+    return F.pad(tensor, padding).to(like.device, dtype)
 
 
 class RowGroups(NamedTuple):
@@ -226,10 +227,12 @@ class RowProduct(NamedTuple):
         groups_per_block = max(1, block_size(x, grid) // size)
         rows_per_block = groups_per_block * size
         points = x.split(rows_per_block)
-        residuals: Any = [None] * len(points) if residual is None else residual.split(rows_per_block)
-        tensor_blocks = [tensor.split(groups_per_block) for tensor in tensors]
+        residuals: Any = [None] * len(points)
+        if residual is not None:
+            residuals = residual.split(rows_per_block)
+        tensors_of_blocks = [tensor.split(groups_per_block) for tensor in tensors]
         products = []
-        for x, residual, *factors in zip(points, residuals, *tensor_blocks, strict=True):
+        for x, residual, *factors in zip(points, residuals, *tensors_of_blocks, strict=True):
             if recomputes:
                 product = _GroupProduct.apply(grid, add_update, x, residual, *factors).flatten(0, 1)
             else:
@@ -246,15 +249,19 @@ class RowProduct(NamedTuple):
         packed, groups, _ = self.updates
         if groups.size > 1:
             return [factor.index_select(0, groups.index) for factor in self._factors(like)]
-        return [packed.index_select(0, groups.index.to(packed.device)).to(like)]
+        index = groups.index.to(packed.device)
+        return [packed.index_select(0, index).to(like)]
 
     def _multiply(self, functions: Tensor, *tensors: Tensor) -> Tensor:
         """Compute the product (R, O) of functions (R, K, I) with the result of `_tensors_of_groups`."""
         if self.updates.groups.size > 1:
             weights = _add_update(self.matrix, self._full_scale(), *tensors)
             return _multiply_groups(functions, weights).flatten(0, 1)
-        product = self._multiply_updates(functions, self.updates.form.unpack(tensors[0]))
-        return product if self.matrix is None else torch.addmm(product, functions.flatten(1), self.matrix)
+        update = self.updates.form.unpack(tensors[0])
+        product = self._multiply_updates(functions, update)
+        if self.matrix is None:
+            return product
+        return torch.addmm(product, functions.flatten(1), self.matrix)
 
     def _factors(self, like: Tensor) -> list[Tensor]:
         """Return one or two factors of each update (M, ...), see `_add_update`."""
@@ -286,10 +293,10 @@ class RowProduct(NamedTuple):
         if self.scale is None:
             sums = _multiply_thin(functions, update)
         else:
-            num_splines = functions.shape[1] - self.has_residual
-            sums = _multiply_scaled(self.scale, functions[:, :num_splines], _slice_basis(update, 0, num_splines))
+            count = functions.shape[1] - self.has_residual  # of splines
+            sums = _multiply_scaled(self.scale, functions[:, :count], _slice_basis(update, 0, count))
             if self.has_residual:
-                sums = sums + _multiply_thin(functions[:, num_splines:], _slice_basis(update, num_splines, None))
+                sums = sums + _multiply_thin(functions[:, count:], _slice_basis(update, count, None))
         return sums.squeeze(2) if factor_out is None else _dot(sums, factor_out.mT, 1)
 
 
@@ -370,12 +377,15 @@ def _add_update(matrix: Tensor | None, scale: Tensor | None, first: Tensor, seco
         shape = first.shape[0], -1, second.shape[-1]
         second = second.flatten(2)
         if matrix is not None and scale is None:
+            rows = matrix.view(first.shape[1], -1)
             add = torch.addcmul if first.shape[2] == 1 else torch.baddbmm  # an outer product takes less time
-            return add(matrix.view(first.shape[1], -1), first, second).view(shape)
+            return add(rows, first, second).view(shape)
         update = torch.bmm(first, second).view(shape)
     if matrix is None:
         return update
-    return matrix + update if scale is None else torch.addcmul(matrix, update, scale)
+    if scale is None:
+        return matrix + update
+    return torch.addcmul(matrix, update, scale)
 
 
 class _GroupProduct(torch.autograd.Function):
@@ -390,10 +400,9 @@ class _GroupProduct(torch.autograd.Function):
         ctx.save_for_backward(x, residual, *factors)
         # times p!, which is divided out of the smaller product
         factorial = math.factorial(grid.spline_order)
-        position, centers = grid.positions(x).unsqueeze(1), grid.centers(x).unsqueeze(1)
         functions = x.new_empty(len(x), grid.num_basis + (residual is not None), x.shape[1])
-        splines = functions[:, : grid.num_basis]
-        evaluate_splines(torch.sub(position, centers, out=splines), grid.spline_order, [0], overwrites=True)
+        offsets = spline_offsets(grid.positions(x), grid, out=functions[:, : grid.num_basis])
+        evaluate_splines(offsets, grid.spline_order, [0], overwrites=True)
         if residual is not None:
             torch.mul(residual, factorial, out=functions[:, -1])
         return _multiply_groups(functions, add_update(*factors)).div_(factorial)

@@ -361,7 +361,7 @@ def _observe(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, T
         point = x.clone().requires_grad_()
         y = function(point)
         weights = torch.linspace(0.5, 1.5, y.shape[-1], dtype=y.dtype, device=y.device)
-        (slope,) = torch.autograd.grad((y * weights).sum(), point)
+        (slope,) = torch.autograd.grad(y, point, weights.expand_as(y))
     row = x[:1]
     with_nan = row.clone()
     with_nan[0, 0] = torch.nan

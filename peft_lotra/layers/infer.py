@@ -29,10 +29,23 @@ from .probe import CannotProbe, Probe, cached_by_class, isolated
 KIND = "generic"
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 # Modules that are no KAN layers. Neither are classes that are derived from them.
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, torch.jit.ScriptModule)
-_LINEAR = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
-_NO_LAYERS = _CONTAINERS + _LINEAR + _RECURRENT + NORMS
+_NO_LAYERS = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+    nn.Sequential,
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.ParameterList,
+    nn.ParameterDict,
+    *NORMS,
+    nn.modules.conv._ConvNd,
+    torch.jit.ScriptModule,
+)
 # Libraries whose modules with large parameters are attention, experts and the like.
 _LIBRARIES = {"torch", "torchvision", "transformers", "timm", "diffusers", "peft"}
 _LARGEST = 2**26  # elements of a parameter that is copied to be probed
