@@ -155,15 +155,17 @@ class BankModel(nn.Module):
             finally:
                 bank.traced_pass = None
 
+        count = 0 if adapters is None else len(adapters)
+
         def count_rows() -> set[int]:
             layers = [module for module in self.model.modules() if "lotra_bank" in vars(module)]
             with ROWS.set(BankPass(bank, {}, set())):
-                return find_row_counts(self.model, layers, len(adapters), args, kwargs)
+                return find_row_counts(self.model, layers, count, args, kwargs)
 
         with bank.rows(adapters):
             current = ROWS.get()
             if adapters is not None:
-                check_batch(len(adapters), args, kwargs, "ids" if adapter_names is None else "adapter_names")
+                check_batch(count, args, kwargs, "ids" if adapter_names is None else "adapter_names")
                 current = current._replace(find_row_counts=count_rows)
             with ROWS.set(current):
                 outputs = self.model(*args, **kwargs)
