@@ -512,6 +512,9 @@ PAGES: dict[str, Callable[[], str]] = {
     "pde/unknowns": lambda: record_of("unknowns"),
     "rivals": lambda: study("few_labels").as_text(load("rivals")["results"]),
     "scoreboard": TABLES["scoreboard"],
+    "unseen": lambda: study("few_labels").chosen_as_text(
+        load("unseen")["results"]
+    ),
 }
 
 
