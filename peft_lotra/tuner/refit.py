@@ -153,15 +153,16 @@ def _refit(name: str, layer: LoTRALayer, adapter: str, x: Any) -> float:
 
     components = _on_cpu(layer.get_components(adapter))
     old = components.dense()
-    transfer = change_of_basis(weight * new_splines, weight * old_splines)
+    weighted = weight * new_splines
+    transfer = change_of_basis(weighted, weight * old_splines)
     projected = old.clone()  # its residual slice, if there is one, stays
     projected[..., :num_basis] = einsum(transfer, old[..., :num_basis], "i new old, o i old -> o i new")
 
     # brings the coefficients of an edge to the values of its function; the base branch is a block of its own,
     # since the layer may scale its splines edge by edge
-    metric = torch.linalg.qr((weight * new_splines).transpose(0, 1)).R
+    metric = torch.linalg.qr(weighted.transpose(0, 1)).R
     has_residual = old.shape[-1] > num_basis
-    residual = F.silu(points.double().cpu()).unsqueeze(-1)[..., :has_residual]
+    residual = F.silu(points.double().cpu()).unsqueeze(-1)[..., :has_residual]  # else without columns
     residual_norm = (weight * residual).norm(dim=0)
 
     def edge_functions(tensor: Tensor) -> Tensor:
