@@ -34,10 +34,10 @@ def hotswap_adapter(
     """Replace the weights of a loaded adapter with the weights of another one for the same layers.
 
     All tensors are read and checked first, and exchanged at once: a forward pass in another thread gives the answer of
-    the old adapter or of the new one. A compiled model is not compiled again if the ranks stay the same. (PEFT's own
-    `hotswap_adapter` only supports LoRA.) Dropouts, and a scale set by `set_scale`, are kept. If the new adapter has a
-    different alpha, its core is multiplied by the ratio. The components are new parameters: create optimizers
-    afterwards.
+    the old adapter or of the new one, and a save writes one of them. A compiled model is not compiled again if the
+    ranks stay the same. (PEFT's own `hotswap_adapter` only supports LoRA.) Dropouts, and a scale set by `set_scale`,
+    are kept. If the new adapter has a different alpha, its core is multiplied by the ratio. The components are new
+    parameters: create optimizers afterwards.
 
     Args:
         model ([`PeftModel`]): The model with the loaded adapter, compiled or not.
@@ -101,13 +101,14 @@ def hotswap_adapter(
 
     # Passes that have begun hold this dict (`ForwardPass.replaced`). A layer reads the components first, and the dict
     # second, so that such a pass has the former ones throughout. Later passes get the new dict below.
-    for layer in layers.values():
-        tuner.replaced[id(layer), adapter_name] = layer.get_components(adapter_name)
-    for name, layer in layers.items():
-        layer.replace_components(adapter_name, replacements[name])
-    for parameter, tensor in saved:
-        parameter.copy_(tensor)
-    tuner.replaced = {}
+    with tuner.swap_lock:
+        for layer in layers.values():
+            tuner.replaced[id(layer), adapter_name] = layer.get_components(adapter_name)
+        for name, layer in layers.items():
+            layer.replace_components(adapter_name, replacements[name])
+        for parameter, tensor in saved:
+            parameter.copy_(tensor)
+        tuner.replaced = {}
 
 
 def _fit_to(present: Tucker, components: Tucker, ratio: float, target_rank: int | None, name: str) -> Tucker:

@@ -18,7 +18,7 @@ from torch import nn
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.registry import short_name
 from ..layers.slim import SlimLayer
-from ..modules.calls import PREFIX, freeze_norms, is_compiled, is_tracing, places, read_at_rest, set_mode
+from ..modules.calls import PREFIX, LayerLock, freeze_norms, is_compiled, is_tracing, places, read_at_rest, set_mode
 from ..tucker import COMPONENTS
 from .base_record import check_base, record_layer
 from .by_row import FORWARD_PASS, ForwardPass, Replaced, check_batch, check_names, find_row_counts, pass_names
@@ -102,6 +102,7 @@ class LoTRAModel(BaseTuner):
         self._injection = ExitStack()
         self._requires_grad_of_base = []
         self.replaced: Replaced = {}  # see `hotswap_adapter`
+        self.swap_lock = LayerLock()  # held while components are exchanged or read for a file
         super().__init__(model, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -185,6 +186,10 @@ class LoTRAModel(BaseTuner):
                     component.data = component.data.float()
 
     # --- saving and loading ---
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        with self.swap_lock:
+            return super().state_dict(*args, **kwargs)
 
     @classmethod
     def _get_adapter_state_dict(

@@ -4,14 +4,16 @@
 """Threads serve different adapters while another one is exchanged, and one more is loaded."""
 
 from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 
 import pytest
 import torch
 from helpers import KINDS, X, adapt, add_adapter, net
+from peft import PeftModel
 from torch import nn
 from torch.testing import assert_close
 
-from peft_lotra import hotswap_adapter
+from peft_lotra import LoTRALayer, hotswap_adapter
 
 
 def several(kind):
@@ -59,6 +61,28 @@ def test_no_answer_is_wrong_while_threads_swap_and_load(kind, tmp_path):
             jobs = [threads.submit(serve, index) for index in range(len(rows))]
             jobs += [threads.submit(swap), threads.submit(load)]
             assert [job.result() for job in jobs] == [0] * len(jobs)
+
+
+def test_a_save_during_a_hotswap_writes_one_of_both_adapters(tmp_path, monkeypatch):
+    model, other = adapt(net()), adapt(net())
+    other.save_pretrained(tmp_path / "new")
+    replace = LoTRALayer.replace_components
+    saves = []
+
+    def replace_while_another_thread_saves(layer, *args):
+        replace(layer, *args)
+        if not saves:  # the other layer still has the former components
+            saves.append(Thread(target=model.save_pretrained, args=(tmp_path / "saved",)))
+            saves[0].start()
+            saves[0].join(timeout=2)
+
+    monkeypatch.setattr(LoTRALayer, "replace_components", replace_while_another_thread_saves)
+    hotswap_adapter(model, tmp_path / "new")
+    saves[0].join()
+    monkeypatch.undo()
+
+    loaded = PeftModel.from_pretrained(net(), tmp_path / "saved").eval()
+    assert_close(loaded(X), other(X), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["own", "fast-kan", "cheby-kan"])
