@@ -246,6 +246,12 @@ def test_a_number_of_steps_is_noted_without_a_warning():
     assert "The budget ended" in str(result)
 
 
+def test_a_network_of_unit_size_is_too_large_for_a_tiny_solution():
+    result = run(lambda model, x: poisson(model, x) - 1 + 1e-8, steps=12)
+
+    assert any("the solution may be wrong" in note for note in result.notes)
+
+
 def test_a_solution_is_continued_from_a_copy():
     first = run(steps=3)
     state = copy.deepcopy(first.model.state_dict())
