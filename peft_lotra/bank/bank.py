@@ -462,7 +462,7 @@ class AdapterBank:
     ) -> BankPass:
         """Return the pass of rows with these adapters; without them the pass that is set, or a pass of the base."""
         if adapters is None:
-            current: Any = find_pass(self)
+            current: Any = find_pass(self)  # pyright: ignore[reportArgumentType]
             return current or BankPass(self, {}, set())
         snapshot = self.snapshot
         distinct, groups = group_rows(snapshot.rows_of(adapters))
