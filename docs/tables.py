@@ -317,7 +317,7 @@ def fronts() -> str:
         rows.append(row)
     header = (
         "| members | predicted | one step | POD of exact solutions "
-        "| best of its modes | POD of the members | shifted POD |"
+        "| projection error | POD of the members | shifted POD |"
     )
     return table(header, rows)
 
@@ -512,6 +512,9 @@ PAGES: dict[str, Callable[[], str]] = {
     "pde/unknowns": lambda: record_of("unknowns"),
     "rivals": lambda: study("few_labels").as_text(load("rivals")["results"]),
     "scoreboard": TABLES["scoreboard"],
+    "unseen": lambda: study("few_labels").chosen_as_text(
+        load("unseen")["results"]
+    ),
 }
 
 

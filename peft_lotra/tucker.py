@@ -110,9 +110,7 @@ class Tucker(tuple):
     def padded(self, basis: int) -> Tucker:
         """Return the tensor with zeros up to `basis` slices of the basis mode."""
         added = basis - self.shape[2]
-        if self.factor_basis is None:
-            return self._replace(core=_pad_mode(self.core, added, 2))
-        return self._replace(factor_basis=_pad_mode(self.factor_basis, added, 0))
+        return self._map_basis(lambda tensor, dim: _pad_mode(tensor, added, dim))
 
     def sliced(self, functions: slice) -> Tucker:
         """Return the tensor of some slices of the basis mode."""
@@ -122,11 +120,18 @@ class Tucker(tuple):
 
     def on_basis(self, transfer: Tensor) -> Tucker:
         """Multiply the basis mode by `transfer` (basis', basis), in its dtype."""
+
+        def multiply(tensor: Tensor, dim: int) -> Tensor:
+            product = multiply_mode(tensor.to(transfer), transfer, dim)
+            return product.to(tensor).contiguous()
+
+        return self._map_basis(multiply)
+
+    def _map_basis(self, function: Callable[[Tensor, int], Tensor]) -> Tucker:
+        """Apply a function of a tensor and a dimension to the basis mode, of its factor or else of the core."""
         if self.factor_basis is None:
-            core = multiply_mode(self.core.to(transfer), transfer, 2)
-            return self._replace(core=core.to(self.core).contiguous())
-        factor = transfer @ self.factor_basis.to(transfer)
-        return self._replace(factor_basis=factor.to(self.factor_basis))
+            return self._replace(core=function(self.core, 2))
+        return self._replace(factor_basis=function(self.factor_basis, 0))
 
     def raised(self, ranks: Sequence[int]) -> Tucker:
         """Return the same tensor with these ranks, none of which is lower.
@@ -169,9 +174,7 @@ class Tucker(tuple):
         rates suit them.
         """
         core, *factors = self
-        norms = [1.0] * len(factors)
-        norms[0] = math.sqrt(self.shape[0])
-        norms[2] = math.sqrt(self.shape[2])
+        norms = (math.sqrt(self.shape[0]), 1.0, math.sqrt(self.shape[2]), 1.0)
         for mode, factor in enumerate(self.factors):
             if factor is not None:
                 core = core / norms[mode]
@@ -223,9 +226,8 @@ def multiply_mode(tensor: Tensor, factor: Tensor | None, mode: int) -> Tensor:
     """Multiply a mode of a tensor by a factor. None is the identity."""
     if factor is None:
         return tensor
-    unfolded = tensor.movedim(mode, 0)
-    product = factor @ unfolded.flatten(1)
-    return product.unflatten(1, unfolded.shape[1:]).movedim(0, mode)
+    product = torch.tensordot(factor, tensor, ([1], [mode]))  # pyright: ignore[reportArgumentType] (its stub has int)
+    return product.movedim(0, mode)
 
 
 def reconstruct(core: Tensor, *factors: Tensor | None) -> Tensor:
@@ -239,7 +241,7 @@ def reconstruct(core: Tensor, *factors: Tensor | None) -> Tensor:
         return core.clone()  # the dense tensor does not change with the parameter
     tensor = core
     for factor in reversed(factors):
-        # multiply the last mode, and put it first
+        # multiply the last mode, and put it first; `torch.tensordot` takes longer
         sizes = tensor.shape[:-1]
         tensor = tensor.movedim(-1, 0)
         if factor is not None:
@@ -275,14 +277,13 @@ def direct_sum(tensors: Sequence[Tucker]) -> Tucker:
     starts = [0] * core.dim()
     for tensor in tensors:
         block = tensor.core
-        for mode, factor in enumerate(factors):
-            if factor is None:
-                block = multiply_mode(block, tensor.factors[mode], mode)
         target = core
-        for mode, factor in enumerate(factors):
-            if factor is not None:
-                target = target.narrow(mode, starts[mode], block.shape[mode])
-                starts[mode] += block.shape[mode]
+        for mode, rank in enumerate(tensor.ranks):
+            if factors[mode] is None:
+                block = multiply_mode(block, tensor.factors[mode], mode)
+            else:
+                target = target.narrow(mode, starts[mode], rank)
+                starts[mode] += rank
         target += block
     return Tucker(core, *factors)
 
@@ -311,7 +312,7 @@ def tucker(tensor: Tensor, ranks: tuple[int, ...]) -> Tucker:
         error = (norm**2 - core.norm() ** 2).clamp(min=0).sqrt()  # since the factors are orthonormal
         if abs(previous - error) <= 1e-6 * norm:
             break
-    return Tucker(core, *factors).map(lambda component: component.to(tensor.device, tensor.dtype))
+    return Tucker(core, *factors).map(lambda component: component.to(tensor))
 
 
 @torch.no_grad()

@@ -13,11 +13,13 @@
 # The layers of torch-conv-kan (KAGN, KALN, KACN, FastKAN, wavelets) are recognized, in one to three dimensions and with
 # groups. ResNet, DenseNet, and U-Net work the same way. You do not have to register them.
 #
-# The coefficients of a convolution have four [modes](../glossary.md#mode): out, in, basis, and kernel. So `r` is one rank
-# for all modes, or four ranks. Three ranks leave the kernel full ([more](../convolutions.md#convolutions-have-four-ranks)).
+# The coefficients of a convolution have four [modes](../glossary.md#mode): out, in, basis, and kernel. Pass one rank
+# for all modes, four ranks, or three. With three ranks, the kernel mode stays full
+# ([more](../convolutions.md#convolutions-have-four-ranks)).
 #
-# This page runs with a small network that needs no download. Its layer copies the parameters of a KAGN convolution,
-# which identify the kind of layer: `poly_weights`, `base_conv`, and `beta_weights`.
+# This page runs with a small network that needs no download. Run `pip install -e ".[examples]"` first. Its layer has
+# the parameter names of a KAGN convolution: `poly_weights`, `base_conv`, and `beta_weights`. The package recognizes the
+# layer by these names.
 
 # %%
 import copy
@@ -119,6 +121,7 @@ torch.testing.assert_close(
 assert list(merged.state_dict()) == list(start.state_dict())
 
 # %% [markdown]
-# PEFT's LoRA can adapt the `nn.Conv2d` inside such a layer too. Here it reaches only the
-# [base branch](../glossary.md#base-branch). In spline convolutions it mixes inputs and basis functions. [The
-# comparison](../comparison.md#lotra-and-lora-draw-on-convolutions) shows both at equal sizes.
+# PEFT's LoRA can adapt the `nn.Conv2d` inside such a layer too. Here the only `nn.Conv2d` is the [base
+# branch](../glossary.md#base-branch), so LoRA adapts nothing else. In a `spline_conv`, LoRA does not separate inputs
+# from basis functions. [The comparison](../comparison.md#lotra-and-lora-are-equally-accurate-on-convolutions) shows
+# LoTRA and LoRA at equal sizes.

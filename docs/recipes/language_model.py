@@ -2,7 +2,8 @@
 # # Adapt a language model with KAN layers
 #
 # Train a transformer with KAN feed-forward blocks on one text, and adapt its KAN layers to another. The model is GPT-2
-# from `transformers`. The KANs are `qkan`'s copies of efficient-kan. Models such as kan-gpt have the same form.
+# from `transformers`. The KANs are `qkan`'s copies of efficient-kan. Models such as kan-gpt have the same form. Run
+# `pip install qkan` first.
 
 # %%
 import torch
@@ -44,7 +45,7 @@ def make_model():
 print(find_kan_layers(make_model()))
 
 # %% [markdown]
-# Define two texts with one token per letter, and a training loop for both models:
+# Define two texts with one token per letter. One training loop serves the base and the adapted model:
 
 # %%
 CHEMISTRY = (

@@ -86,11 +86,14 @@ train(full, torch.optim.Adam(full.parameters(), lr=3e-3), new)
 report("all parameters", full, new)
 
 # %% [markdown]
+# An adapter on the head is not enough for a published network either. From FashionMNIST to MNIST, LoTRA on its KAN head
+# raises the accuracy from 11.6 to 44 %. Training all parameters raises it to 87 % (one run each).
+#
 # ## Attach both adapters
 #
 # Attach LoTRA first, then LoRA **under another name**. PEFT warns that the model has a second method; ignore it. Both
 # adapters are active and trained. LoRA also gets the rate `lr`, unless you pass `other_lr`. Too high a rate ruins the
-# features: with `other_lr=4e-2`, the accuracy is 0.8 %.
+# features: with `other_lr=4e-2`, the accuracy was 10 % in three of four runs, as by guessing.
 
 # %%
 model = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=(8, 8, 6)))
@@ -135,7 +138,3 @@ merged = loaded.merge_and_unload()
 print(type(merged).__name__, type(merged.features[0]).__name__)
 difference = (merged(new[500:]) - outputs).abs().max().item()
 print(f"largest difference: {difference:.0e}")
-
-# %% [markdown]
-# The same holds for a published network. From FashionMNIST to MNIST, LoTRA on its KAN head raises the accuracy from
-# 11.6 to 44 %. Training all parameters raises it to 87 % (one run each).

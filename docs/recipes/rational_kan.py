@@ -4,7 +4,8 @@
 # LoTRA does not apply to the Kolmogorov-Arnold Transformer (KAT). Use PEFT's LoRA, with the configuration at the end of
 # this page.
 #
-# KAT consists of group-rational layers (GR-KAN). Each applies a rational function to every input, and then a linear layer:
+# KAT consists of group-rational layers (GR-KAN). Each applies a rational function to every input, and then a linear
+# layer. Each input i belongs to a group g(i), whose inputs share one rational function:
 #
 # $$y_o = \sum_i W_{oi}\, R_{g(i)}(x_i),$$
 #
@@ -15,8 +16,8 @@
 #
 # ## Build a small KAT
 #
-# The network has KAT's names for its parts: `act1`, `fc1`, `act2`, `fc2`. The published version computes the rational
-# functions in CUDA. The configuration is the same for both.
+# The network has KAT's names for its parts: `act1`, `fc1`, `act2`, `fc2`. The LoRA configuration below also fits the
+# published version, which computes the rational functions in CUDA.
 
 # %%
 import torch

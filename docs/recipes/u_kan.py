@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Adapt U-KAN and its head
 #
-# U-KAN segments images. Another scanner or stain changes the images. Then adapt its KAN layers, and train a copy of its
-# head. With the authors' network this takes two lines:
+# U-KAN segments images. If a new scanner or stain changes the images, adapt U-KAN's KAN layers. Also train a copy of
+# the head. With the authors' network this takes two lines:
 #
 # ```text
 # model = UKAN(num_classes=1)  # from their archs.py, with its weights
@@ -12,8 +12,9 @@
 #
 # `modules_to_save` trains a copy of the head, and saves it in the file of the adapter.
 #
-# This page runs in seconds with a small network of the same parts: an encoder, a tokenized block of efficient-kan layers
-# (from `qkan`), a decoder, and the head `final`. Between its KAN layers, the block has a convolution and a batch norm.
+# Run `pip install qkan` first. This page runs in seconds with a small network of the same parts: an encoder, a
+# tokenized block of efficient-kan layers (from `qkan`), a decoder, and the head `final`. Between its KAN layers, the
+# block has a convolution and a batch norm.
 
 # %%
 import copy
@@ -127,8 +128,8 @@ for name, network in (
 assert dice(model, *unseen) > dice(start, *unseen) + 0.3
 
 # %% [markdown]
-# Batch norms of the base are frozen, including their statistics. To train one, name it in `modules_to_save`. The file
-# therefore holds everything that changed, and the base stays as it was:
+# To train a batch norm, name it in `modules_to_save`. Here all batch norms are frozen, with their statistics. So the
+# file holds everything that changed, and the base stays as it was:
 
 # %%
 model.save_pretrained("darker-discs")

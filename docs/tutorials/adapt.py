@@ -44,17 +44,21 @@ torch.manual_seed(0)
 STEPS = 300  # for each training run
 
 
-def task(x, a):  # the old task has a = 1, the new one a = 1.4
+def task(x, scale):  # 1 for the old task, 1.4 for the new one
     return torch.cat(
-        [torch.sin(a * torch.pi * x[:, :1]), x[:, 1:] ** 2 - a * x[:, :1]], 1
+        [
+            torch.sin(scale * torch.pi * x[:, :1]),
+            x[:, 1:] ** 2 - scale * x[:, :1],
+        ],
+        1,
     )
 
 
-def train(model, optimizer, a):
+def train(model, optimizer, scale):
     bar = tqdm(range(STEPS), mininterval=2)
     for _ in bar:
         x = torch.rand(256, 2) * 2 - 1
-        loss = torch.nn.functional.mse_loss(model(x), task(x, a))
+        loss = torch.nn.functional.mse_loss(model(x), task(x, scale))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -70,7 +74,7 @@ def train(model, optimizer, a):
 kan = KAN([2, 16, 2])
 print(
     "loss on the old task:",
-    train(kan, torch.optim.Adam(kan.parameters(), lr=1e-2), a=1.0),
+    train(kan, torch.optim.Adam(kan.parameters(), lr=1e-2), scale=1.0),
 )
 base = copy.deepcopy(kan)  # stands for a base that is loaded from a file
 find_kan_layers(kan)
@@ -79,8 +83,8 @@ find_kan_layers(kan)
 # ## Train an adapter
 #
 # Attach an adapter, which freezes the base. `r=(4, 2, 4)` sets its ranks for outputs, inputs, and basis functions. The
-# table below shows a rank as `full` if it is as large as its mode. `start_from_gradient` points the adapter along the
-# directions of steepest descent of the new task's loss. The outputs do not change yet. Use a learning rate of
+# table below shows a rank as `full` if it is at least the size of its mode. `start_from_gradient` points the adapter
+# along the directions of steepest descent of the new task's loss. The outputs do not change yet. Use a learning rate of
 # 1e-2 to 3e-2, about a hundred times the usual rate for LoRA.
 
 # %%
@@ -90,14 +94,14 @@ start_from_gradient(
     model, lambda: torch.nn.functional.mse_loss(model(x), task(x, 1.4))
 )
 optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=3e-2)
-print("loss on the new task:", train(model, optimizer, a=1.4))
+print("loss on the new task:", train(model, optimizer, scale=1.4))
 model_summary(model)
 
 # %% [markdown]
 # ## See what changed
 #
-# Each edge of a KAN is a function of one input. For each input of the first layer, plot the edge whose change matters
-# most, before and after. The marks at the bottom show where the data lie:
+# Each edge of a KAN is a function of one input. Plot the edges of the first layer whose changes matter most, before and
+# after. The marks at the bottom show where the data lie:
 
 # %%
 plot_edge_functions(model, "layers.0", x=x, inputs=["a", "b"])
@@ -113,17 +117,17 @@ plot_network_change(model, x, inputs=["a", "b"], outputs=["u", "v"])
 #
 # * `effect` is the contribution of an edge's change to the outputs of the network: a root mean square over the samples
 #   and all outputs.
-# * `share` is its square, as a share of the sum over all edges.
-# * `in the layer` is the contribution to the one output of the layer that the edge leads to. In the last layer, it is
-#   1.4 times the effect here, because the effect averages over two outputs.
+# * `share` is `effect` squared, divided by its sum over all edges.
+# * `in the layer` is the contribution to the edge's own output, before later layers. In the last layer, it is 1.4 times
+#   the effect here, because the effect averages over two outputs.
 # * `shift` is the mean change of the function, which the other columns leave out.
 
 # %%
 edge_changes(model, x)
 
 # %% [markdown]
-# Split the change of the outputs into a shift, a linear part, a sum of functions of one input, and a rest that
-# depends on inputs acting together:
+# Split the change of the outputs into a shift, a linear part, a sum of functions of one input, and a rest that depends
+# on inputs acting together. The row of an input shows what the fit loses without the functions of this input:
 
 # %%
 what_changed(model, x, names=["a", "b"])

@@ -134,7 +134,7 @@ plot_history(adapted.history)
 # %% [markdown]
 # ## Further: plot the error
 #
-# The picture on the right shows where the error is largest: at the end of the time, near `x = 0.1`, with 3e-4. Where the
+# The right panel shows the error. Its largest absolute value is 2.7e-4, at `x = 0.1` and `t = 1.8`. Where the
 # conditions hold exactly, at both ends of `x` and at the start, the error is zero.
 
 # %%

@@ -60,8 +60,8 @@ print("new data, adapted:", model.evaluate(new)["test_loss"])
 #
 # ## See what changed
 #
-# For each input of the first layer, plot the edge whose change matters most, before and after. The marks at the bottom
-# show where the data lie:
+# Plot the edges of the first layer whose changes matter most, before and after. The marks at the bottom show where the
+# data lie:
 
 # %%
 x = new["train_input"]
@@ -71,14 +71,14 @@ edges
 
 # %% [markdown]
 # Plot the whole network, and list the edges. The color of an edge shows its share of the change of the output. In the
-# list, `effect` says how much the change of an edge adds to the output (root mean square), and `share` is its square,
-# as a share of all edges. `in the layer` is the same, measured at the output of the layer. All three leave out the mean
-# of the change, which is the `shift`.
+# list, `effect` is the root mean square of what the change of an edge adds to the output. `share` is `effect` squared,
+# divided by its sum over all edges. `in the layer` is the `effect` measured at the output of the layer. All three leave
+# out the mean of the change, which is the `shift`.
 #
-# These figures describe what the trained adapter did. The changes of several edges can cancel. So the effect of a single
-# edge can be larger than the whole change, and an edge can have a large share although its input did not change
-# anything. To ask which inputs matter, use `what_changed`, below. With the new targets, `what_changed(model, x, targets)`
-# compares the new data with the base, whatever the adapter did.
+# These figures describe what the trained adapter did. The changes of several edges can cancel. So the effect of a
+# single edge can be larger than the whole change. An edge can have a large share even if the whole change does not
+# depend on its input. To ask which inputs matter, use `what_changed`, below. With the new targets,
+# `what_changed(model, x, targets)` compares the new data with the base, whatever the adapter did.
 
 # %%
 network = plot_network_change(model, x, inputs=["a", "b"], outputs=["y"])
@@ -88,8 +88,9 @@ network
 
 # %% [markdown]
 # Split the change of the output into a shift, a linear part, a sum of functions of one input, and the rest, such as
-# functions of two inputs together. `what_changed` fits splines of its own, from coarse to fine; they are not the splines
-# of the network. To write the change as a formula, use [the recipe](../recipes/what_changed.md).
+# functions of two inputs together. `what_changed` fits splines of its own, from coarse to fine; they are not the
+# splines of the network. The row of an input shows what the fit loses without the functions of this input, so the rows
+# need not add up. To write the change as a formula, use [the recipe](../recipes/what_changed.md).
 
 # %%
 what_changed(model, x, names=["a", "b"])

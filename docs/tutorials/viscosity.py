@@ -31,7 +31,7 @@ import torch
 
 from peft_lotra import ParametricAdapter
 from peft_lotra.kan import KAN, jet
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.least_squares import LevenbergMarquardt
 from peft_lotra.pde import HardConstraint
 
 

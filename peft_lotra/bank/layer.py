@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -156,27 +155,22 @@ class BankModel(nn.Module):
             finally:
                 bank.traced_pass = None
 
+        count = 0 if adapters is None else len(adapters)
+
+        def count_rows() -> set[int]:
+            layers = [module for module in self.model.modules() if "lotra_bank" in vars(module)]
+            with ROWS.set(BankPass(bank, {}, set())):
+                return find_row_counts(self.model, layers, count, args, kwargs)
+
         with bank.rows(adapters):
             current = ROWS.get()
             if adapters is not None:
-                size = len(adapters)
-                check_batch(size, args, kwargs, "ids" if adapter_names is None else "adapter_names")
-                current = current._replace(find_row_counts=partial(self._find_row_counts, size, args, kwargs))
+                check_batch(count, args, kwargs, "ids" if adapter_names is None else "adapter_names")
+                current = current._replace(find_row_counts=count_rows)
             with ROWS.set(current):
                 outputs = self.model(*args, **kwargs)
                 ROWS.keep(outputs)
         return outputs
-
-    def _find_row_counts(
-        self,
-        size: int,
-        args: tuple,
-        kwargs: dict[str, Any],
-    ) -> set[int]:
-        """Find the numbers of rows of layers, see `ForwardPass`, by passes of the base."""
-        layers = [module for module in self.model.modules() if "lotra_bank" in vars(module)]
-        with ROWS.set(BankPass(self.bank, {}, set())):
-            return find_row_counts(self.model, layers, size, args, kwargs)
 
     def _trace_pass(
         self,

@@ -257,14 +257,15 @@ class Snapshot(NamedTuple):
         if form not in forms:
             forms = (*forms, form)
         entry = Entry(snapshot.next_id, forms.index(form))
-        room = len(snapshot.row_of)
-        is_full = entry.id + 2 == room
-        row_of = F.pad(snapshot.row_of, (0, room * is_full), value=NO_ROW)
+        next_id = entry.id + 1
+        row_of = snapshot.row_of.clone()
+        if next_id + 1 == len(row_of):
+            row_of = F.pad(row_of, (0, len(row_of)), value=NO_ROW)
         if name in self.entries:
             row_of[self.entries[name].id + 1] = NO_ROW
-        row_of[entry.id + 1] = row
+        row_of[next_id] = row
         entries = {**self.entries, name: entry}
-        return snapshot._replace(forms=forms, entries=entries, row_of=row_of, next_row=row + 1, next_id=entry.id + 1)
+        return snapshot._replace(forms=forms, entries=entries, row_of=row_of, next_row=row + 1, next_id=next_id)
 
     def without_adapter(self, name: str) -> Snapshot:
         """Remove an adapter; its id belongs to none from then on."""

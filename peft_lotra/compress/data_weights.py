@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from ..layers.formula import find_formula
 from ..layers.slim import call_with_coefficients
 from ..modules.calls import call_with_inputs, call_with_parameters, modes_kept, set_mode
 from ..tucker import Tucker, full_shape, project, tucker
+from ..tuner.by_row import first_argument
 from ..tuner.grids import warn_of_far_inputs
 from ..tuner.layer import Target
 from ..tuner.targets import locate_target
@@ -217,30 +219,30 @@ def sample_layers(
         x = torch.cat(received[name])
         warn_of_far_inputs(name, target.spec.read_grid(target.layer), target.tensor.shape, x)
         samples[name] = LayerSamples(x, functions_at(target, x))
-    if samples and output.requires_grad:
-        for name, derivative in _probe(output, returned, probes):
-            total = samples[name].moments
-            mean = moment(derivative) / (probes * output.numel())
-            samples[name] = samples[name]._replace(moments=mean if total is None else total + mean)
+    if samples and probes and output.requires_grad:
+        for name, moments in _mean_moments(output, returned, moment, probes).items():
+            samples[name] = samples[name]._replace(moments=moments)
     return samples
 
 
-def _probe(
+def _mean_moments(
     output: Tensor,
     returned: Mapping[str, list[Tensor]],
+    moment: Callable[[Tensor], Tensor],
     probes: int,
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield s^T J (rows, out) for each layer and probe, see `sample_layers`, given what the layers returned."""
+) -> dict[str, Tensor]:
+    """Return the mean moment of s^T J (rows, out) by layer, see `sample_layers`, given what the layers returned."""
     leaves = sum(returned.values(), [])
     generator = torch.Generator().manual_seed(0)
+    moments: dict[str, Any] = dict.fromkeys(returned, 0.0)
     for _ in range(probes):
         bits = torch.randint(0, 2, output.shape, generator=generator, device="cpu")
         signs = bits.to(output) * 2 - 1
-        gradients = torch.autograd.grad(output, leaves, signs, retain_graph=True, materialize_grads=True)
-        rows = [gradient.flatten(0, -2) for gradient in gradients]
+        gradients = iter(torch.autograd.grad(output, leaves, signs, retain_graph=True, materialize_grads=True))
         for name, outputs in returned.items():
-            yield name, torch.cat(rows[: len(outputs)])
-            rows = rows[len(outputs) :]
+            rows = [gradient.flatten(0, -2) for gradient in islice(gradients, len(outputs))]
+            moments[name] += moment(torch.cat(rows)) / (probes * output.numel())
+    return moments
 
 
 @torch.no_grad()
@@ -268,7 +270,8 @@ def functions_at(target: Target, x: Tensor) -> Tensor:
     for start in range(0, zeros.shape[1], out):
         unit = zeros.clone()
         diagonal = unit[:, start : start + out].fill_diagonal_(1)
-        columns.append((run(unit) - bias)[:, : diagonal.shape[1]])
+        functions = run(unit) - bias
+        columns.append(functions[:, : diagonal.shape[1]])
     return torch.cat(columns, dim=1).unflatten(1, shape)
 
 
@@ -284,8 +287,7 @@ def recorded_calls(
 
     def run(name: str, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         y = forward(*args, **kwargs)
-        x, *_ = (*args, *kwargs.values())
-        record(name, x, y)
+        record(name, first_argument(args, kwargs), y)
         return y
 
     former = {name: vars(layer).get("forward") for name, layer in layers.items()}

@@ -121,9 +121,8 @@ def spectrum_of(tensor: Tensor) -> LayerSpectrum:
     energies = squares / total if total > 0 else torch.ones_like(squares)
     # ranks above the product of the others keep no more energy, but a full mode costs less
     for mode, size in enumerate(tensor.shape):
-        last = energies.narrow(mode, energies.shape[mode] - 1, 1)
-        missing = size - energies.shape[mode]
-        energies = torch.cat([energies, *[last] * missing], mode)
+        index = torch.arange(size, device=energies.device)
+        energies = energies.index_select(mode, index.clamp(max=energies.shape[mode] - 1))
     norm = tensor.double().norm().item()
     return LayerSpectrum(tuple(tensor.shape), norm, singular_values, energies)
 
@@ -200,19 +199,22 @@ def _allocate(layers: Mapping[str, LayerSpectrum], budget: int) -> LayerRanks:
             f"`budget` is {budget}, but ranks of 1 in {len(layers)} layers take {budget - left} parameters."
         )
     while True:
-        best_rate, best_name, best_index = 0.0, "", 0
+        best_rate = 0.0
+        best_name = ""
+        best_index = 0
         for name, (costs, energies, _) in frontiers.items():
             prices = costs - costs[0]
             rates = (energies - energies[0]) / prices.clamp(min=1)
             rate, index = torch.where(prices <= left, rates, 0).max(0)
             if rate > best_rate:
-                best_rate, best_name, best_index = rate.item(), name, int(index)
+                best_rate = rate.item()
+                best_name = name
+                best_index = int(index)
         if best_rate == 0:
-            break
+            return {name: _ranks_at(layers[name], indices[0]) for name, (_, _, indices) in frontiers.items()}
         costs = frontiers[best_name][0]
         left -= int(costs[best_index] - costs[0])
         frontiers[best_name] = [column[best_index:] for column in frontiers[best_name]]
-    return {name: _ranks_at(layers[name], indices[0]) for name, (_, _, indices) in frontiers.items()}
 
 
 def _frontier(layer: LayerSpectrum) -> list[Tensor]:

@@ -20,7 +20,7 @@ from ..modules.checks import check_count
 from .chain_rule import Jet, compose, row_counts
 from .layers import evaluate_layer
 from .norms import NORMS, check_rows_apart, through_norm
-from .stages import Stage, composed_jet, stages_of
+from .stages import Stage, composed_jet, entry_of, stages_of
 from .torch_fallback import activation_derivatives, jet_by_transforms
 
 
@@ -116,11 +116,12 @@ def _compute(
     stages = stages_of(model)
     if stages is None or not any(stage.formula for stage in stages):
         check_rows_apart(model)
-        _warn(
-            type(model),
-            f"`jet` knows no closed form for a {type(model).__name__}, and differentiates it by transforms of "
-            "`torch.func`, which are exact but slower.",
-        )
+        if entry_of(type(model)).jet is None:  # else hooks, which `solve` uses too, prevent the closed form
+            _warn(
+                type(model),
+                f"`jet` knows no closed form for a {type(model).__name__}, and differentiates it by transforms of "
+                "`torch.func`, which are exact but slower.",
+            )
         _warn_of_low_degree(model.modules(), order)
         return jet_by_transforms(model, x, directions, order, weights)
 

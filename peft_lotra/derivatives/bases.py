@@ -10,7 +10,7 @@ each is (..., K), a view of memory in which the K functions come first.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,18 +29,19 @@ def num_functions(basis: Basis) -> int:
 
 def evaluate_functions(basis: FunctionBasis, z: Tensor, highest: int) -> list[Tensor]:
     """Return the functions at z (I, N) and their derivatives up to the order `highest`, each (K, I, N)."""
-    x = z.T
-    functions = basis.derivatives(x, highest)
+    functions = basis.derivatives(z.T, highest)
     last = len(functions) - 1
     if last < highest:
-        missing = elementwise_derivatives(lambda x: basis.derivatives(x, last)[last], x, highest - last)
+        missing = elementwise_derivatives(lambda x: basis.derivatives(x, last)[last], z.T, highest - last)
         functions = [*functions[:-1], *missing]
     return [function.permute(2, 1, 0) for function in functions]
 
 
 def tensors_of(basis: Basis) -> tuple[Tensor, ...]:
     """Return the tensors that the functions depend on, for `save_for_backward`, which notices changes."""
-    return (basis.low, basis.high) if isinstance(basis, UniformGrid) else basis.tensors
+    if isinstance(basis, UniformGrid):
+        return basis.low, basis.high
+    return basis.tensors
 
 
 class FunctionFeatures:
@@ -82,8 +83,9 @@ class FunctionFeatures:
             evaluated: The result of `evaluate` for all points, if it is known.
         """
         count = z.shape[1]
-        num_blocks = max(1, -(-count // self.block_size))
-        for block in blocks(0, count, max(1, -(-count // num_blocks))):
+        num_blocks = math.ceil(count / self.block_size)
+        size = math.ceil(count / max(1, num_blocks))
+        for block in blocks(0, count, max(1, size)):
             self.load(orders, evaluated or self.evaluate(z[:, block], orders))
             yield block
 
@@ -93,11 +95,13 @@ class FunctionFeatures:
 
     def memory(self, name: str, count: int) -> Tensor:
         """Return memory for `count` tensors of the shape of the functions."""
-        return workspace(name, self.functions[0], count, *self.functions[0].shape)
+        like = self.functions[0]
+        return workspace(name, like, count, *like.shape)
 
     def matrices(self, rows: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Yield tensors (K, I, R) as matrices (K I, R), each with its number."""
-        yield from enumerate(row.flatten(0, 1) for row in rows)
+        for number, row in enumerate(rows):
+            yield number, row.flatten(0, 1)
 
     def pull_back(self, transposed: Tensor, gradients: Sequence[Tensor]) -> Tensor:
         """Return the products of (K I, O) and each gradient (O, R), (S, K, I, R)."""
@@ -124,19 +128,23 @@ def spline_derivatives(
     is_inside = (knots[:-1] <= x) & (x < knots[1:])
     if closed is not None:
         interval = torch.arange(len(is_inside), device=z.device)[:, None, None]
-        is_inside = is_inside | ((interval == closed[:, None]) & (x == knots[1:]))
+        is_closed = interval == closed[:, None]
+        is_inside = is_inside | (is_closed & (x == knots[1:]))
     derivatives = [is_inside.to(z.dtype)]
-    for p in range(1, order + 1):
-        span = knots[p:] - knots[:-p]
+    for degree in range(1, order + 1):
+        span = knots[degree:] - knots[:-degree]
         inverse = span.masked_fill(span == 0, math.inf).reciprocal()
-        rising = (x - knots[:-p]) * inverse
-        falling = (knots[p:] - x) * inverse
+        rising = (x - knots[:-degree]) * inverse
+        falling = (knots[degree:] - x) * inverse
         lower = derivatives[0]
         splines = rising[:-1] * lower[:-1] + falling[1:] * lower[1:]
         # the derivatives are differences of splines of lower degree
-        needed = max(0, highest - (order - p))
-        slopes = [derivative * (p * inverse) for derivative in derivatives[:needed]]
-        derivatives = [splines, *(slope[:-1] - slope[1:] for slope in slopes)]
+        needed = max(0, highest - (order - degree))
+        previous = derivatives[:needed]
+        derivatives = [splines]
+        for derivative in previous:
+            slope = derivative * (degree * inverse)
+            derivatives.append(slope[:-1] - slope[1:])
     derivatives += [torch.zeros_like(derivatives[0])] * (highest - order)
     return [derivative.permute(2, 1, 0) for derivative in derivatives]
 
@@ -173,22 +181,24 @@ def chebyshev_derivatives(degree: int, z: Tensor, highest: int) -> list[Tensor]:
     current = [torch.ones_like(z), *[torch.zeros_like(z)] * highest]
     polynomials = [current]
     for _ in range(degree):
-        # T_n = 2 u T_{n-1} - T_{n-2}, differentiated d times
         following = []
-        for d in range(highest + 1):
-            derivative = -previous[d]
-            for e in range(d + 1):
-                derivative = torch.addcmul(derivative, u[e], current[d - e], value=2 * math.comb(d, e))
+        for order in range(highest + 1):
+            # the derivative of T_n = 2 u T_{n-1} - T_{n-2}
+            derivative = -previous[order]
+            for k in range(order + 1):
+                factor = 2 * math.comb(order, k)
+                derivative = torch.addcmul(derivative, u[k], current[order - k], value=factor)
             following.append(derivative)
         previous, current = current, following
         polynomials.append(current)
-    return _functions_last([_functions_first(derivatives) for derivatives in zip(*polynomials, strict=True)])
+    derivatives = map(_functions_first, zip(*polynomials, strict=True))
+    return _functions_last(derivatives)
 
 
 def harmonic_derivatives(count: int, z: Tensor, highest: int) -> list[Tensor]:
     """Evaluate cos(k z) for k = 1 ... count, and then sin(k z)."""
     k = torch.arange(1, count + 1, dtype=z.dtype, device=z.device)
-    k = k.view(-1, *[1] * z.dim())
+    k = _before_dims(k, z)
     cosine = torch.cos(k * z)
     sine = torch.sin(k * z)
     derivatives = []
@@ -199,7 +209,12 @@ def harmonic_derivatives(count: int, z: Tensor, highest: int) -> list[Tensor]:
 
 
 def _offsets(z: Tensor, centers: Tensor) -> Tensor:
-    return z - centers.view(-1, *[1] * z.dim())
+    return z - _before_dims(centers, z)
+
+
+def _before_dims(values: Tensor, z: Tensor) -> Tensor:
+    """Return values (K,) with a dimension of length one for each dimension of z."""
+    return values.view(-1, *[1] * z.dim())
 
 
 def _functions_first(functions: Sequence[Tensor]) -> Tensor:
@@ -209,5 +224,5 @@ def _functions_first(functions: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(functions))
 
 
-def _functions_last(derivatives: Sequence[Tensor]) -> list[Tensor]:
+def _functions_last(derivatives: Iterable[Tensor]) -> list[Tensor]:
     return [derivative.movedim(0, -1) for derivative in derivatives]

@@ -43,7 +43,8 @@ class LayerJet(torch.autograd.Function):
         z = jet[0]
         features = make_features(basis, z)
         jet_rows = JetRows(features.scale, jet, order, weights, row_counts(jet, order, weights))
-        ctx.orders = range(order + 1 + any(ctx.needs_input_grad[5:]))
+        needs_jet = any(ctx.needs_input_grad[5:])
+        ctx.orders = range(order + 1 + needs_jet)
         evaluated = []
         if any(ctx.needs_input_grad) and z.shape[1] <= features.block_size:
             evaluated = features.evaluate(z, ctx.orders)
@@ -53,21 +54,25 @@ class LayerJet(torch.autograd.Function):
         outputs = [value]
         for derivative in derivatives:
             outputs += derivative.unbind()
-        for block in features.blocks(z, ctx.orders if evaluated else range(order + 1), evaluated):
+        orders = ctx.orders if evaluated else range(order + 1)
+        for block in features.blocks(z, orders, evaluated):
             for number, row in features.matrices(jet_rows.rows(features, block)):
                 torch.mm(matrix, row, out=outputs[number][:, block])
 
         ctx.save_for_backward(matrix, weights, *jet, *evaluated, *tensors_of(basis))
         ctx.set_materialize_grads(False)
-        ctx.order, ctx.plain, ctx.make_features = order, plain, partial(make_features, basis)
-        ctx.stops = (len(jet), len(jet) + len(evaluated))
+        ctx.order = order
+        ctx.plain = plain
+        ctx.make_features = partial(make_features, basis)
+        ctx.num_evaluated = len(evaluated)
         return value, *derivatives
 
     @staticmethod
     def backward(ctx, *grads):
         matrix, weights, *saved = ctx.saved_tensors
-        jet = saved[: ctx.stops[0]]
-        evaluated = saved[slice(*ctx.stops)]
+        num_jet = len(ctx.needs_input_grad) - 5
+        jet = saved[:num_jet]
+        evaluated = saved[num_jet : num_jet + ctx.num_evaluated]
         if is_plain_backward(*grads):
             needed = ctx.needs_input_grad[4:]
             return *[None] * 4, *plain_gradients(ctx.plain, [matrix, *jet], needed, grads)
@@ -76,9 +81,12 @@ class LayerJet(torch.autograd.Function):
         counts = []
         gradients = []
         for n, grad in enumerate(grads):
-            rows = ()
-            if grad is not None:
-                rows = grad.unbind() if n else (grad,)
+            if grad is None:
+                rows = ()
+            elif n == 0:
+                rows = (grad,)
+            else:
+                rows = grad.unbind()
             counts.append(len(rows))
             gradients += rows
         features = ctx.make_features(jet[0])
@@ -101,7 +109,7 @@ class LayerJet(torch.autograd.Function):
                 gradient.mul_(features.scale)
         if matrix_gradient is not None:
             matrix_gradient = matrix_gradient.t()
-        return *[None] * 4, matrix_gradient, *(jet_gradients or [None] * len(jet))
+        return *[None] * 4, matrix_gradient, *(jet_gradients or [None] * num_jet)
 
 
 def use_layer_jet(
@@ -117,7 +125,9 @@ def use_layer_jet(
 
 def make_features(basis: Basis, z: Tensor) -> FunctionFeatures:
     """Return the functions of a basis for inputs z (I, N). A uniform grid has silu too."""
-    return SplineFeatures(basis, z) if isinstance(basis, UniformGrid) else FunctionFeatures(basis, z)
+    if isinstance(basis, UniformGrid):
+        return SplineFeatures(basis, z)
+    return FunctionFeatures(basis, z)
 
 
 class JetRows:
@@ -137,7 +147,9 @@ class JetRows:
         weights: Tensor | None,
         counts: list[int],
     ) -> None:
-        derivatives = jet[1:] if scale is None else [derivative * scale for derivative in jet[1:]]
+        derivatives = jet[1:]
+        if scale is not None:
+            derivatives = [derivative * scale for derivative in derivatives]
         self.bells, self.weighted = bell_polynomials(derivatives, order, weights)
         self.counts = counts
         self.order = order
@@ -145,19 +157,19 @@ class JetRows:
     def rows(self, features: FunctionFeatures, block: slice) -> list[Tensor]:
         """Return the rows for a block of points, each of the shape of the functions."""
         functions = features.functions
-        memory = features.memory("rows", sum(self.counts[1:]))
-        rows_of_order: Sequence[Tensor] = ()
-        if self.order:
-            rows_of_order = (functions[0], *memory.split(self.counts[1:]))
+        counts = self.counts[1:]
+        memory = features.memory("rows", sum(counts))
+        rows_of_order = memory.split(counts) if counts else ()
         last = 0
         for (n, j), bell in self.bells.items():
             if self.counts[n] == 0:
                 continue
+            rows = rows_of_order[n - 1]
             bell = bell[..., block].unsqueeze(1)
             if n > last:
-                torch.mul(functions[j], bell, out=rows_of_order[n])
+                torch.mul(functions[j], bell, out=rows)
             else:
-                rows_of_order[n].addcmul_(functions[j], bell)
+                rows.addcmul_(functions[j], bell)
             last = n
         return [functions[0]] * self.counts[0] + list(memory.unbind())
 
@@ -212,8 +224,8 @@ class JetRows:
 
 def _sum_over_functions(row_gradients: Tensor, functions: Tensor) -> Tensor:
     """Return the sums over K of row gradients (S, K, I, R) times functions (K, I, R)."""
-    pairs = list(zip(row_gradients.unbind(1), functions, strict=True))
-    total = pairs[0][0] * pairs[0][1]
-    for gradient, function in pairs[1:]:
+    gradients = row_gradients.unbind(1)
+    total = gradients[0] * functions[0]
+    for gradient, function in zip(gradients[1:], functions[1:], strict=True):
         total.addcmul_(gradient, function)
     return total

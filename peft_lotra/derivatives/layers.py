@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..kan.basis import UniformGrid, bspline_basis, cardinal_spline, in_transform, silu_derivatives
 from ..kan.formula import Basis, FunctionBasis, LayerFormula
+from ..kan.product import concatenate
 from ..tucker import Update
 from .bases import evaluate_functions, num_functions, tensors_of
 from .chain_rule import Jet, compose, row_counts
@@ -43,26 +44,29 @@ def evaluate_layer(formula: LayerFormula, jet: Jet, order: int, weights: Tensor 
 
     # adapters may be in float32 and the base in half precision
     convert = partial(Tensor.to, dtype=z.dtype)
-    updates = [Update(scale, tensor.map(convert)) for scale, tensor in formula.updates]
-    factored: list[Update] = []
+    updates = tuple(Update(scale, tensor.map(convert)) for scale, tensor in formula.updates)
+    factored: tuple[Update, ...] = ()
     if in_transform() and formula.scale is None:
         # no gradient of the size of the coefficients for each row
         updates, factored = factored, updates
     coefficients = None
     if formula.coefficients is not None or updates:
-        coefficients = formula._replace(updates=tuple(updates)).joined()
-    total: Any = None
+        coefficients = formula._replace(updates=updates).joined()
+
+    terms = []
     start = 0
     for basis, inputs in _terms(formula, jet, order, weights):
         stop = start + num_functions(basis)
         matrix = None if coefficients is None else coefficients[:, start:stop]
         sliced = [Update(scale, tensor.sliced(slice(start, stop))) for scale, tensor in factored]
-        term = _evaluate_term(basis, matrix, sliced, inputs, order, weights)
-        total = term if total is None else list(map(torch.add, total, term))
+        terms.append(_evaluate_term(basis, matrix, sliced, inputs, order, weights))
         start = stop
+    outputs, *branches = terms
+    for branch in branches:
+        outputs = list(map(torch.add, outputs, branch))
     if formula.bias is not None:
-        total[0] = total[0] + formula.bias
-    return total
+        outputs[0] = outputs[0] + formula.bias
+    return outputs
 
 
 def _terms(
@@ -77,11 +81,10 @@ def _terms(
     """
     basis: Any = formula.basis
     normalized = jet if formula.norm is None else through_norm(formula.norm, jet, order, weights)
-    if formula.residual is None:
+    is_grid = isinstance(basis, UniformGrid)
+    if formula.residual is None or (is_grid and formula.activation is F.silu):
         return [(basis, normalized)]
-    if isinstance(basis, UniformGrid):
-        if formula.activation is F.silu:
-            return [(basis, normalized)]
+    if is_grid:
         basis = FunctionBasis(basis.num_basis, partial(_spline_functions, basis), (basis.low, basis.high))
     activation = FunctionBasis(1, partial(_activation_functions, formula.activation), basis.tensors)
     return [(basis, normalized), (activation, jet)]
@@ -92,7 +95,10 @@ def _spline_functions(grid: UniformGrid, z: Tensor, highest: int) -> list[Tensor
 
 
 def _activation_functions(activation: Callable[[Tensor], Tensor], z: Tensor, highest: int) -> list[Tensor]:
-    functions = silu_derivatives(z, highest) if activation is F.silu else [activation(z)]
+    if activation is F.silu:
+        functions = silu_derivatives(z, highest)
+    else:
+        functions = [activation(z)]
     return [function.unsqueeze(-1) for function in functions]
 
 
@@ -108,11 +114,9 @@ def _evaluate_term(
     plain = partial(_evaluate_plainly, basis, factored, order, weights)
     matrix = None if coefficients is None else coefficients.flatten(1)
     transposed = _transpose(jet)  # all operations run along the points
-    # the weights of the directions, and the tensors that functions depend on, must be constants
-    is_constant = not any(tensor.requires_grad for tensor in tensors_of(basis))
-    if weights is not None and weights.requires_grad:
-        is_constant = False
-    if is_constant and use_layer_jet(jet, order, weights, coefficients):
+    constants = [weights, *tensors_of(basis)]
+    is_trained = any(tensor is not None and tensor.requires_grad for tensor in constants)
+    if not is_trained and use_layer_jet(jet, order, weights, coefficients):
         outputs = LayerJet.apply(basis, order, weights, plain, matrix, *transposed)
     else:
         outputs = plain(matrix, *transposed)
@@ -190,7 +194,7 @@ def jet_rows(formula: LayerFormula, jet: Jet, order: int, weights: Tensor | None
     rows = []
     for basis, inputs in _terms(formula, jet, order, weights):
         rows.append(_rows_of_basis(basis, inputs, order, weights))
-    return rows[0] if len(rows) == 1 else torch.cat(rows, 2)
+    return concatenate(rows, 2)
 
 
 def _rows_of_basis(basis: Basis, jet: Jet, order: int, weights: Tensor | None) -> Tensor:

@@ -168,12 +168,13 @@ def is_batched(tensor: Tensor) -> bool:
     return _functorch.is_legacy_batchedtensor(tensor)
 
 
-def spline_offsets(position: Tensor, grid: UniformGrid) -> Tensor:
+def spline_offsets(position: Tensor, grid: UniformGrid, out: Tensor | None = None) -> Tensor:
     """Return the offsets (N, K, I) of positions (N, I) from the centers of the basis functions.
 
     The evaluation takes less time in this order.
     """
-    return position.unsqueeze(1) - grid.centers(position).unsqueeze(1)
+    centers = grid.centers(position).unsqueeze(1)
+    return torch.sub(position.unsqueeze(1), centers, out=out)
 
 
 def cardinal_spline(offset: Tensor, spline_order: int, derivative: int = 0, overwrites: bool = False) -> Tensor:
@@ -186,17 +187,26 @@ def cardinal_spline(offset: Tensor, spline_order: int, derivative: int = 0, over
         return torch.zeros_like(offset)
     is_traced = is_tracing() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     if is_traced or in_transform() or forward_ad.unpack_dual(offset).tangent is not None:
-        # not `abs`, to which torch gives the slope 0 at the center: the second derivative needs that of one side
-        distance = torch.sub(offset, offset.relu(), alpha=2) + (spline_order + 1) / 2
-        total = _sum_powers(_distances_to_ends(distance, spline_order), spline_order, power)
-        if derivative % 2:
-            one = torch.ones((), dtype=offset.dtype, device=offset.device)
-            total = total * (one.copysign(offset) if power else offset.sign())
+        total = _evaluate_differentiably(offset, spline_order, derivative)
     elif offset.requires_grad:
         return _CardinalSpline.apply(offset, spline_order, derivative)
     else:
-        total = evaluate_splines(offset, spline_order, [derivative], overwrites)[0]
+        (total,) = evaluate_splines(offset, spline_order, [derivative], overwrites)
     return total.mul_((-1) ** derivative / math.factorial(power))
+
+
+def _evaluate_differentiably(offset: Tensor, spline_order: int, derivative: int) -> Tensor:
+    """Compute one result of `evaluate_splines` by operations that transforms and compilers differentiate."""
+    # not `abs`, to which torch gives the slope 0 at the center: the second derivative needs that of one side
+    distance = torch.sub(offset, offset.relu(), alpha=2) + (spline_order + 1) / 2
+    power = spline_order - derivative
+    total = _sum_powers(_distances_to_ends(distance, spline_order), spline_order, power)
+    if derivative % 2 == 0:
+        return total
+    if power == 0:
+        return total * offset.sign()
+    one = torch.ones((), dtype=offset.dtype, device=offset.device)
+    return total * one.copysign(offset)
 
 
 class _CardinalSpline(torch.autograd.Function):
@@ -223,19 +233,21 @@ def evaluate_splines(
     The factors would cost further passes over memory. If it may overwrite the offsets and no derivative is odd, the
     last result is in their memory.
     """
-    needs_sign = any(derivative % 2 for derivative in derivatives)
-    distance = offset.abs_() if overwrites and not needs_sign else offset.abs()
+    has_odd = any(derivative % 2 for derivative in derivatives)
+    memory = offset if overwrites else None
+    distance = torch.abs(offset, out=None if has_odd else memory)
     half_width = torch.tensor((spline_order + 1) / 2, dtype=offset.dtype, device=offset.device)
     torch.sub(half_width, distance, out=distance)
     distances = _distances_to_ends(distance, spline_order)
-    sign: Any = None
-    if needs_sign:
-        sign = torch.sign(offset, out=offset if overwrites else None)
+    sign = torch.sign(offset, out=memory) if has_odd else offset
     results = []
+    last = len(derivatives) - 1
     for number, derivative in enumerate(derivatives):
-        is_last = number == len(derivatives) - 1
-        total = _sum_powers(distances, spline_order, spline_order - derivative, overwrites=is_last)
-        results.append(total.mul_(sign) if derivative % 2 else total)
+        power = spline_order - derivative
+        total = _sum_powers(distances, spline_order, power, overwrites=number == last)
+        if derivative % 2:
+            total.mul_(sign)
+        results.append(total)
     return results
 
 
@@ -276,44 +288,46 @@ def spline_pieces(order: int, dtype: torch.dtype, device: torch.device) -> Tenso
     Returns:
         (6, p + 1, p + 1), powers ascending, with the spline that begins first in row 0.
     """
-    numbers = torch.arange(order + 1, dtype=torch.float64, device="cpu")
-    start = (order - 1) / 2 - numbers
+    powers = torch.arange(order + 1, dtype=torch.float64, device="cpu")
+    start = (order - 1) / 2 - powers
     coefficients = []
     for power in range(order + 1):
         point = start + 0.5 if power == order else start  # the last derivative jumps at the start
         coefficients.append(cardinal_spline(point, order, power) / math.factorial(power))
     derivatives = [torch.stack(coefficients, -1)]
     for _ in range(5):
-        lower = derivatives[-1] * numbers
-        derivatives.append(F.pad(lower[:, 1:], (0, 1)))
+        multiplied = derivatives[-1] * powers
+        derivatives.append(F.pad(multiplied[:, 1:], (0, 1)))
     return torch.stack(derivatives).to(device, dtype)
 
 
 def silu_derivatives(x: Tensor, highest: int) -> list[Tensor]:
     """Return silu and its derivatives up to the order `highest`."""
-    return times_argument(x, logistic_derivatives(torch.sigmoid(x), highest))
+    sigmoids = logistic_derivatives(torch.sigmoid(x), highest)
+    derivatives = [x * sigmoids[0]]
+    for n in range(1, highest + 1):
+        # the n-th derivative of x f(x) is n f^(n-1) + x f^(n)
+        lower = sigmoids[n - 1] * n if n > 1 else sigmoids[0]
+        derivatives.append(torch.addcmul(lower, x, sigmoids[n]))
+    return derivatives
 
 
 def logistic_derivatives(y: Tensor, highest: int, of_tanh: bool = False) -> list[Tensor]:
     """Return the derivatives up to an order of the sigmoid, y' = y - y^2, or tanh, y' = 1 - y^2, from its values y."""
     derivatives = [y]
     for n in range(highest):
-        total = torch.full_like(y, float(n == 0)) if of_tanh else derivatives[n]
+        if of_tanh:
+            total = torch.full_like(y, float(n == 0))
+        else:
+            total = derivatives[n]
         # the sum of binom(n, k) y^(k) y^(n-k) is symmetric
         for k in range(n // 2 + 1):
-            factor = math.comb(n, k) if 2 * k == n else 2 * math.comb(n, k)
+            factor = math.comb(n, k)
+            if 2 * k < n:
+                factor *= 2
             total = torch.addcmul(total, derivatives[k], derivatives[n - k], value=-factor)
         derivatives.append(total)
     return derivatives
-
-
-def times_argument(x: Tensor, functions: list[Tensor]) -> list[Tensor]:
-    """Return x f(x) and its derivatives, given f and its derivatives."""
-    products = [x * functions[0]]
-    for n in range(1, len(functions)):
-        lower = functions[n - 1] * n if n > 1 else functions[n - 1]
-        products.append(torch.addcmul(lower, x, functions[n]))
-    return products
 
 
 def change_of_basis(new: Tensor, old: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..tucker import Update, expand_inputs
 from .basis import UniformGrid, bspline_basis
-from .product import plain_product, spline_product
+from .product import concatenate, plain_product, spline_product
 
 
 # Multiplications for each output and row, in units of K, from which a second evaluation of the functions costs less
@@ -103,11 +103,13 @@ class LayerFormula(NamedTuple):
             if total is None:
                 total = delta
             else:
-                total = total + F.pad(delta, (0, 0, 0, total.shape[1] - delta.shape[1]))
+                missing = total.shape[1] - delta.shape[1]
+                total = total + F.pad(delta, (0, 0, 0, missing))
         assert total is not None
         if self.scale is None:
             return total
-        return torch.cat([total[:, :-1] * self.scale.unsqueeze(1), total[:, -1:]], 1)
+        splines, last = total.split([total.shape[1] - 1, 1], 1)
+        return torch.cat([splines * self.scale.unsqueeze(1), last], 1)
 
     def output(self, x: Tensor) -> Tensor:
         """Return y (..., O) for x (..., I)."""
@@ -117,23 +119,27 @@ class LayerFormula(NamedTuple):
         rows = x if x.dim() == 2 else x.reshape(-1, in_features)
         z = rows if self.norm is None else self.norm(rows)
 
-        weights = [coefficients] if factored is None else [coefficients, factored[1]]
+        weights = [coefficients]
+        if factored is not None:
+            weights.append(factored.right)
         functions: Any = None
         if isinstance(self.basis, UniformGrid):
             products = spline_product(z, self.basis, *weights)
         else:
             functions = self._evaluate_basis(z)
             products = plain_product(functions, *weights)
-        y, sums = products[:, :out], products[:, out:]
-        activated: Any = None if residual is None else self.activation(rows)
+        y = products[:, :out]
+        sums = products[:, out:]
+
+        activated: Any = None
         if residual is not None:
+            activated = self.activation(rows)
             # in the backward pass, `addmm` computes no gradient of a frozen weight
             y = torch.addmm(y, activated, residual.t())
+            if factored is not None:
+                sums = torch.addmm(sums, activated, factored.right_of_residual.t())
         if factored is not None:
-            left, _, right_of_residual = factored
-            if residual is not None:
-                sums = torch.addmm(sums, activated, right_of_residual.t())
-            y = torch.addmm(y, sums, left.t())
+            y = torch.addmm(y, sums, factored.left.t())
         for core, weight in shapes:
             values = self._evaluate_shapes(z, functions, activated, weight)
             y = torch.addmm(y, values.flatten(1), core.flatten(1).t())
@@ -149,8 +155,10 @@ class LayerFormula(NamedTuple):
             count = basis.num_basis
             # the inputs are points of one grid
             points = ((z - basis.low) * basis.per_unit).reshape(-1, 1)
-            grid = basis._replace(low=points.new_zeros(1), high=points.new_full((1,), basis.grid_size))
-            values = spline_product(points, grid, weights[:count].t().unsqueeze(1)).view(*z.shape, -1)
+            low = points.new_zeros(1)
+            grid = basis._replace(low=low, high=low + basis.grid_size)
+            of_splines = weights[:count].t().unsqueeze(1)  # (r, 1, K)
+            values = spline_product(points, grid, of_splines).view(*z.shape, -1)
         else:
             count = functions.shape[-1]
             values = functions @ weights[:count]
@@ -158,7 +166,7 @@ class LayerFormula(NamedTuple):
             return values
         return values + activated.unsqueeze(-1) * weights[count]
 
-    def _add_updates(self) -> tuple[Tensor, Any, tuple[Tensor, Tensor, Any] | None, list[tuple[Tensor, Tensor]]]:
+    def _add_updates(self) -> tuple[Tensor, Any, _FactoredUpdate | None, list[tuple[Tensor, Tensor]]]:
         """Add the updates to the coefficients and the residual weights, but those that cost less by themselves.
 
         Updates with factor_out stay in factors where two thin products cost less than a sum with the coefficients.
@@ -166,40 +174,35 @@ class LayerFormula(NamedTuple):
         output ranks. In wide layers, updates with a full out mode are evaluated as r functions of each input.
 
         Returns:
-            scale (A + updates); R + updates; of updates in factors left (O, R), right (R, I, K) and right (R, I) of
-            the base branch, or None; and of updates as functions the cores (O, I, r) and weights (K + 1, r).
+            scale (A + updates), R + updates, the updates in factors, and of updates as functions the cores (O, I, r)
+            and weights (K + 1, r).
         """
         coefficients: Any = self.coefficients
         residual = self.residual
         out, in_features, count = coefficients.shape
-        lefts, rights, shapes = [], [], []
+        lefts, rights, rights_of_residual, shapes = [], [], [], []
         for gain, (core, left, factor_in, weights) in self.updates:
             scaled = core if isinstance(gain, float) and gain == 1.0 else gain * core
             rank = count if weights is None else weights.shape[1]
             if left is None and self.scale is None and _SHAPES_FROM * count < out * (count - 3 * rank):
                 shapes.append((expand_inputs(scaled, factor_in, None), weights))
                 continue
-            right = expand_inputs(scaled, factor_in, weights)
+            right, right_of_residual = _split_residual(expand_inputs(scaled, factor_in, weights), count)
             if left is not None:
-                if residual is not None and right.shape[-1] == count:
-                    right = F.pad(right, (0, 1))
                 lefts.append(left)
                 rights.append(right)
+                rights_of_residual.append(right_of_residual)
                 continue
-            of_splines, of_residual = right.split([count, right.shape[2] - count], dim=-1)
-            coefficients = coefficients + of_splines
-            if residual is not None and right.shape[2] > count:
-                residual = residual + of_residual.squeeze(-1)
+            coefficients = coefficients + right
+            if residual is not None:
+                residual = residual + right_of_residual
+
         factored = None
         if lefts:
-            left = lefts[0] if len(lefts) == 1 else torch.cat(lefts, 1)
-            right = rights[0] if len(rights) == 1 else torch.cat(rights)
-            right_of_residual: Any = None
-            if residual is not None:
-                right, last = right.split([count, 1], dim=-1)
-                right_of_residual = last.squeeze(-1)
+            update = _FactoredUpdate(concatenate(lefts, 1), concatenate(rights, 0), concatenate(rights_of_residual, 0))
+            left, right, right_of_residual = update
             if self.scale is None and 2 * len(right) * (in_features * count + out) < out * in_features * count:
-                factored = left, right, right_of_residual
+                factored = update
             else:
                 coefficients = torch.addmm(coefficients.flatten(1), left, right.flatten(1)).view(coefficients.shape)
                 if residual is not None:
@@ -207,3 +210,25 @@ class LayerFormula(NamedTuple):
         if self.scale is not None:
             coefficients = coefficients * self.scale.unsqueeze(-1)
         return coefficients, residual, factored, shapes
+
+
+class _FactoredUpdate(NamedTuple):
+    """The update left x right of the coefficients, and left x right_of_residual of the residual weights.
+
+    Attributes:
+        left: (O, R).
+        right: (R, I, K).
+        right_of_residual: (R, I).
+    """
+
+    left: Tensor
+    right: Tensor
+    right_of_residual: Tensor
+
+
+def _split_residual(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Split weights (..., K + 1) into the first K = `count` and the last, which is zero for weights (..., K)."""
+    if weights.shape[-1] == count:
+        return weights, weights.new_zeros(weights.shape[:-1])
+    of_basis, of_residual = weights.split([count, 1], dim=-1)
+    return of_basis, of_residual.squeeze(-1)

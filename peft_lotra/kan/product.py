@@ -56,7 +56,12 @@ def spline_product(x: Tensor, grid: UniformGrid, *weights: Tensor) -> Tensor:
 def plain_product(functions: Tensor, *weights: Tensor) -> Tensor:
     """Compute the product (N, O) of functions (N, I, K) with weights (O, I, K), see `spline_product`."""
     products = [F.linear(functions.flatten(1), weight.flatten(1)) for weight in weights]
-    return products[0] if len(products) == 1 else torch.cat(products, 1)
+    return concatenate(products, 1)
+
+
+def concatenate(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """Return `torch.cat(tensors, dim)`, which would copy a single tensor."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors), dim)
 
 
 def needs_plain_operations(x: Tensor, *tensors: Tensor | None) -> bool:
@@ -83,7 +88,7 @@ class _SplineProduct(torch.autograd.Function):
         ctx.sizes = grid_size, spline_order
         ctx.save_for_backward(x, low, high, *weights)
         grid = UniformGrid(low, high, grid_size, spline_order)
-        weight = _join(weights)
+        weight = concatenate(weights, 0)
         if is_sparse(x, grid):
             return sparse_product(x, grid, weight)
         matrix = weight.mT.flatten(1)  # (O, K I)
@@ -99,60 +104,65 @@ class _SplineProduct(torch.autograd.Function):
     def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride] (torch declares *grad_outputs)
         x, low, high, *weights = ctx.saved_tensors
         grid = UniformGrid(low, high, *ctx.sizes)
-        needs_x, *needs_weights = ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]
+        needs_x, *_ = ctx.needs_input_grad
+        needs_weights = ctx.needs_input_grad[5:]
         if is_plain_backward(gradient):
             evaluate = lambda x, *weights: [plain_product(bspline_basis(x, *grid), *weights)]  # noqa: E731
-            grads = plain_gradients(evaluate, (x, *weights), (needs_x, *needs_weights), [gradient])
-            return grads[0], *[None] * 4, *grads[1:]
+            grad_x, *grad_weights = plain_gradients(evaluate, (x, *weights), (needs_x, *needs_weights), [gradient])
+            return grad_x, *[None] * 4, *grad_weights
 
         sizes = [len(weight) for weight in weights]
-        columns = [column for column, needed in zip(gradient.split(sizes, 1), needs_weights, strict=True) if needed]
-        of_weights = torch.cat(columns, 1) if columns else None
+        columns = gradient.split(sizes, 1)
+        trained = [index for index, is_needed in enumerate(needs_weights) if is_needed]
+        weight = concatenate(weights, 0) if needs_x else None
+        of_trained = torch.cat([columns[index] for index in trained], 1) if trained else None
         gradients = _sparse_gradients if is_sparse(x, grid) else _dense_gradients
-        grad_x, grad_weight = gradients(x, grid, _join(weights) if needs_x else None, gradient, of_weights)
+        grad_x, grad_trained = gradients(x, grid, weight, gradient, of_trained)
         grad_weights: list[Any] = [None] * len(weights)
-        if grad_weight is not None:
-            needed = [index for index, is_needed in enumerate(needs_weights) if is_needed]
-            for index, grad in zip(needed, grad_weight.split([sizes[index] for index in needed]), strict=True):
-                grad_weights[index] = grad
+        if grad_trained is not None:
+            sizes_of_trained = [sizes[index] for index in trained]
+            for index, grad_weight in zip(trained, grad_trained.split(sizes_of_trained), strict=True):
+                grad_weights[index] = grad_weight
         return grad_x, *[None] * 4, *grad_weights
 
 
 def _sparse_gradients(
-    x: Tensor, grid: UniformGrid, weight: Tensor | None, gradient: Tensor, of_weights: Tensor | None
+    x: Tensor, grid: UniformGrid, weight: Tensor | None, gradient: Tensor, of_trained: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     grad_x = None if weight is None else sparse_point_gradient(x, grid, weight, gradient)
-    grad_weight = None if of_weights is None else sparse_weight_gradient(x, grid, of_weights)
-    return grad_x, grad_weight
+    grad_trained = None if of_trained is None else sparse_weight_gradient(x, grid, of_trained)
+    return grad_x, grad_trained
 
 
 def _dense_gradients(
-    x: Tensor, grid: UniformGrid, weight: Tensor | None, gradient: Tensor, of_weights: Tensor | None
+    x: Tensor, grid: UniformGrid, weight: Tensor | None, gradient: Tensor, of_trained: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of the points and of the weights, from the gradients of the outputs."""
-    matrix = None if weight is None else weight.mT.flatten(1)  # (O, K I)
+    """Return the gradients of the points and of the trained weights, from the gradients of the outputs."""
     position = grid.positions(x)
-    grad_x = torch.empty_like(position)
-    width = x.shape[1] * grid.num_basis
-    grad_matrix = None if of_weights is None else x.new_zeros(of_weights.shape[1], width)
-    derivatives = [1] * (matrix is not None) + [0] * (of_weights is not None)
+    matrix: Any = None
+    grad_x = grad_matrix = None
+    derivatives = []
+    if weight is not None:
+        matrix = weight.mT.flatten(1)  # (O, K I)
+        grad_x = torch.empty_like(position)
+        derivatives.append(1)
+    if of_trained is not None:
+        grad_matrix = x.new_zeros(of_trained.shape[1], grid.num_basis * x.shape[1])
+        derivatives.append(0)
     for rows in _row_blocks(x, grid):
         offsets = spline_offsets(position[rows], grid)
         functions = evaluate_splines(offsets, grid.spline_order, derivatives, overwrites=True)
-        if matrix is not None:
+        if grad_x is not None:
             grad_functions = torch.mm(gradient[rows], matrix).view_as(offsets)
             torch.sum(grad_functions.mul_(functions[0]), 1, out=grad_x[rows])
-        if grad_matrix is not None and of_weights is not None:
-            grad_matrix.addmm_(of_weights[rows].t(), functions[-1].flatten(1))
+        if grad_matrix is not None and of_trained is not None:
+            grad_matrix.addmm_(of_trained[rows].t(), functions[-1].flatten(1))
+    if grad_x is not None:
+        grad_x.mul_(grid.per_unit / -math.factorial(grid.spline_order - 1))
     if grad_matrix is not None:
         grad_matrix.div_(math.factorial(grid.spline_order))
         grad_matrix = grad_matrix.unflatten(1, (grid.num_basis, -1)).mT
-    factor = -grid.per_unit / math.factorial(grid.spline_order - 1)
-    return None if matrix is None else grad_x * factor, grad_matrix
-
-
-def _join(weights: Sequence[Tensor]) -> Tensor:
-    return weights[0] if len(weights) == 1 else torch.cat(tuple(weights))
+    return grad_x, grad_matrix
 
 
 def block_size(x: Tensor, grid: UniformGrid) -> int:
@@ -176,19 +186,15 @@ def plain_gradients(
     function: Callable[..., Sequence[Tensor]],
     inputs: Sequence[Tensor | None],
     needed: Sequence[bool],
-    grads: Sequence[Tensor | None] | Callable[..., Sequence[Tensor | None]],
+    grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Return the gradients in the inputs, as differentiable functions of these and of the gradients in the outputs.
-
-    `grads` may be a function of the outputs.
-    """
+    """Return the gradients in the inputs, as differentiable functions of these and of the gradients in the outputs."""
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]  # one may depend on another
         results = function(*inputs)
-    if callable(grads):
-        grads = grads(*results)
-    outputs, grad_outputs = [], []
+    outputs = []
+    grad_outputs = []
     for output, grad in zip(results, grads, strict=True):
         if grad is not None:
             outputs.append(output)

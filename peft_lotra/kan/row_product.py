@@ -66,22 +66,21 @@ class PackedTucker(NamedTuple):
 
     def width(self) -> int:
         """Return the length of a row."""
-        return sum([math.prod(shape) for shape in self.component_shapes()])
+        return sum(map(math.prod, self.component_shapes()))
 
     def unpack(self, rows: Tensor) -> list[Any]:
         """Return views (R, ...) of the components of each row (R, width); None for the factor of a full mode."""
         shapes = self.component_shapes()
-        columns = rows.split([math.prod(shape) for shape in shapes], dim=1)
-        core = columns[0].unflatten(1, shapes[0][::-1])
-        components = [core.permute(0, *range(len(self.shape), 0, -1))]
-        for mode, flat in enumerate(columns[1:]):
-            shape = shapes[1 + mode]
-            if not shape[1]:
+        core, *factors = rows.split(list(map(math.prod, shapes)), dim=1)
+        ranks, *factor_shapes = shapes
+        components: list[Any] = [_reverse_modes(core.unflatten(1, ranks[::-1]))]
+        for mode, (size, rank) in enumerate(factor_shapes):
+            if rank == 0:
                 components.append(None)
             elif mode < 2:
-                components.append(flat.unflatten(1, shape[::-1]).transpose(1, 2))
+                components.append(factors[mode].unflatten(1, (rank, size)).mT)
             else:
-                components.append(flat.unflatten(1, shape))
+                components.append(factors[mode].unflatten(1, (size, rank)))
         return components
 
     def pack(self, updates: Sequence[Update | None], like: Tensor) -> Tensor:
@@ -90,18 +89,24 @@ class PackedTucker(NamedTuple):
         No rank of an update is above this form. The base branch may be missing.
         """
         columns = []
-        for n, shape in enumerate(self.component_shapes()):
-            zero = like.new_zeros(shape)
-            padded = [zero if update is None else _pad_to(shape, update.tensor[n], like) for update in updates]
-            component = torch.stack(padded)
-            if n == 0:
-                scales = [0.0 if update is None else update.scale for update in updates]
-                scale = torch.tensor(scales, dtype=torch.float64, device="cpu")
-                component = component * scale.to(component).view(-1, *[1] * len(shape))
-            if n < 3:
-                component = component.permute(0, *range(component.dim() - 1, 0, -1))
-            columns.append(component.flatten(1))
+        for number, shape in enumerate(self.component_shapes()):
+            components = []
+            for update in updates:
+                if update is None:
+                    components.append(like.new_zeros(shape))
+                    continue
+                component = _pad_to(shape, update.tensor[number], like)
+                components.append(update.scale * component if number == 0 else component)
+            stacked = torch.stack(components)
+            if number < 3:
+                stacked = _reverse_modes(stacked)
+            columns.append(stacked.flatten(1))
         return torch.cat(columns, dim=1).to(like)
+
+
+def _reverse_modes(tensors: Tensor) -> Tensor:
+    """Reverse the modes of each of several tensors (R, ...)."""
+    return tensors.permute(0, *range(tensors.dim() - 1, 0, -1))
 
 
 def _pad_to(shape: Sequence[int], tensor: Tensor | None, like: Tensor) -> Tensor:
@@ -114,7 +119,8 @@ def _pad_to(shape: Sequence[int], tensor: Tensor | None, like: Tensor) -> Tensor
     padding = []
     for size, length in zip(reversed(shape), reversed(tensor.shape), strict=True):
         padding += [0, size - length]
-    return F.pad(tensor, padding).to(like.device, torch.promote_types(tensor.dtype, like.dtype))
+    dtype = torch.promote_types(tensor.dtype, like.dtype)
+    return F.pad(tensor, padding).to(like.device, dtype)
 
 
 class RowGroups(NamedTuple):
@@ -211,22 +217,25 @@ class RowProduct(NamedTuple):
 
         The splines are evaluated in blocks that fit the cache, and for groups again in the backward pass.
         """
-        size = self.updates.groups.size
         tensors = self._tensors_of_groups(x)
         if is_tracing() or not len(x):
             return self._multiply(_evaluate(x, grid, residual), *tensors)
 
-        count = max(1, block_size(x, grid) // size)  # groups of a block
-        points = x.split(count * size)
-        residuals: Any = [None] * len(points) if residual is None else residual.split(count * size)
+        size = self.updates.groups.size
         recomputes = size > 1 and not needs_plain_operations(x, grid.low, grid.high, residual, *tensors)
         add_update = partial(_add_update, self.matrix, self._full_scale())
+        groups_per_block = max(1, block_size(x, grid) // size)
+        rows_per_block = groups_per_block * size
+        points = x.split(rows_per_block)
+        residuals: Any = [None] * len(points)
+        if residual is not None:
+            residuals = residual.split(rows_per_block)
+        tensors_of_blocks = [tensor.split(groups_per_block) for tensor in tensors]
         products = []
-        for block in zip(points, residuals, *[tensor.split(count) for tensor in tensors], strict=True):
+        for x, residual, *factors in zip(points, residuals, *tensors_of_blocks, strict=True):
             if recomputes:
-                product = _GroupProduct.apply(grid, add_update, *block).flatten(0, 1)
+                product = _GroupProduct.apply(grid, add_update, x, residual, *factors).flatten(0, 1)
             else:
-                x, residual, *factors = block
                 product = self._multiply(_evaluate(x, grid, residual), *factors)
             products.append(product)
         return torch.cat(products)
@@ -240,15 +249,19 @@ class RowProduct(NamedTuple):
         packed, groups, _ = self.updates
         if groups.size > 1:
             return [factor.index_select(0, groups.index) for factor in self._factors(like)]
-        return [packed.index_select(0, groups.index.to(packed.device)).to(like)]
+        index = groups.index.to(packed.device)
+        return [packed.index_select(0, index).to(like)]
 
     def _multiply(self, functions: Tensor, *tensors: Tensor) -> Tensor:
         """Compute the product (R, O) of functions (R, K, I) with the result of `_tensors_of_groups`."""
         if self.updates.groups.size > 1:
             weights = _add_update(self.matrix, self._full_scale(), *tensors)
             return _multiply_groups(functions, weights).flatten(0, 1)
-        product = self._multiply_updates(functions, *self.updates.form.unpack(tensors[0]))
-        return product if self.matrix is None else torch.addmm(product, functions.flatten(1), self.matrix)
+        update = self.updates.form.unpack(tensors[0])
+        product = self._multiply_updates(functions, update)
+        if self.matrix is None:
+            return product
+        return torch.addmm(product, functions.flatten(1), self.matrix)
 
     def _factors(self, like: Tensor) -> list[Tensor]:
         """Return one or two factors of each update (M, ...), see `_add_update`."""
@@ -258,46 +271,46 @@ class RowProduct(NamedTuple):
         if factor_out is None and factor_in is None:
             return [edges] if factor_basis is None else [factor_basis, edges]
         if factor_basis is not None:
-            edges = torch.bmm(factor_basis, edges.flatten(2)).unflatten(2, edges.shape[2:])
+            edges = torch.einsum("mkb,mbio->mkio", factor_basis, edges)
         if factor_in is not None:
-            of_inputs = torch.bmm(factor_in, edges.transpose(1, 2).flatten(2))  # (M, I, K ro)
-            edges = of_inputs.unflatten(2, (-1, core.shape[1])).transpose(1, 2)  # (M, K, I, ro)
-        edges = edges.flatten(1, 2)
-        return [edges] if factor_out is None else [edges, factor_out.transpose(1, 2)]
+            edges = torch.einsum("mji,mkio->mkjo", factor_in, edges)
+        edges = edges.flatten(1, 2)  # (M, K I, ro)
+        return [edges] if factor_out is None else [edges, factor_out.mT]
 
     def _full_scale(self) -> Tensor | None:
         """Return the factor of each coefficient (K I, O)."""
         if self.scale is None:
             return None
         num_splines = self.updates.form.shape[2] - self.has_residual
-        full = self.scale.t().repeat(num_splines, 1)
-        return F.pad(full, (0, 0, 0, self.scale.shape[1]), value=1.0) if self.has_residual else full
+        scales = [self.scale.t()] * num_splines
+        if self.has_residual:
+            scales.append(torch.ones_like(scales[0]))
+        return torch.cat(scales)
 
-    def _multiply_updates(
-        self, functions: Tensor, core: Tensor, factor_out: Any, factor_in: Any, factor_basis: Any
-    ) -> Tensor:
+    def _multiply_updates(self, functions: Tensor, update: list[Any]) -> Tensor:
         """Compute the products (R, O) with updates of these components (R, ...)."""
+        factor_out = update[1]
         if self.scale is None:
-            sums = _multiply_thin(functions, core, factor_in, factor_basis)
+            sums = _multiply_thin(functions, update)
         else:
-            sizes = [functions.shape[1] - self.has_residual, int(self.has_residual)]
-            splines, residual = functions.split(sizes, 1)
-            if factor_basis is None:
-                of_splines, of_residual = core.split(sizes, 3)
-            else:
-                factor_basis, last = factor_basis.split(sizes, 1)
-                of_splines = core
-                of_residual: Any = None
-                if self.has_residual:
-                    of_residual = _dot(core, last.unsqueeze(1), 3).unsqueeze(3)
-            sums = _multiply_scaled(self.scale, splines, of_splines, factor_out, factor_in, factor_basis)
+            count = functions.shape[1] - self.has_residual  # of splines
+            sums = _multiply_scaled(self.scale, functions[:, :count], _slice_basis(update, 0, count))
             if self.has_residual:
-                sums = sums + _multiply_thin(residual, of_residual, factor_in, None)
+                sums = sums + _multiply_thin(functions[:, count:], _slice_basis(update, count, None))
         return sums.squeeze(2) if factor_out is None else _dot(sums, factor_out.mT, 1)
 
 
-def _multiply_thin(functions: Tensor, core: Tensor, factor_in: Any, factor_basis: Any) -> Tensor:
+def _slice_basis(update: list[Any], start: int, stop: int | None) -> list[Any]:
+    """Return the components of some slices of the basis mode."""
+    core, factor_out, factor_in, factor_basis = update
+    if factor_basis is None:
+        return [core[..., start:stop], factor_out, factor_in, None]
+    return [core, factor_out, factor_in, factor_basis[:, start:stop]]
+
+
+def _multiply_thin(functions: Tensor, update: list[Any]) -> Tensor:
     """Compute the products (R, ro, 1) of functions (R, K, I) with Tucker tensors (R, ...) without factor_out."""
+    core, _, factor_in, factor_basis = update
     if factor_basis is not None:
         functions = torch.bmm(factor_basis.mT, functions)  # (R, rb, I)
     if factor_in is not None:
@@ -306,9 +319,7 @@ def _multiply_thin(functions: Tensor, core: Tensor, factor_in: Any, factor_basis
     return torch.bmm(functions.flatten(1).unsqueeze(1), matrix).mT
 
 
-def _multiply_scaled(
-    scale: Tensor, functions: Tensor, core: Tensor, factor_out: Any, factor_in: Any, factor_basis: Any
-) -> Tensor:
+def _multiply_scaled(scale: Tensor, functions: Tensor, update: list[Any]) -> Tensor:
     """Compute the products with Tucker tensors that are multiplied by a scale (O, I) for each edge.
 
     The sum over the inputs comes last, since it contains the scale.
@@ -316,11 +327,12 @@ def _multiply_scaled(
     Returns:
         (R, ro, O), or (R, O, 1) without factor_out.
     """
+    core, factor_out, factor_in, factor_basis = update
     if factor_basis is not None:
         functions = torch.bmm(factor_basis.mT, functions)  # (R, rb, I)
-    of_inputs = core.mT  # (R, ro, rb, I)
+    of_inputs = core.mT  # (R, ro, rb, ri)
     if factor_in is not None:
-        of_inputs = _dot(core.unsqueeze(4), factor_in.mT[:, None, :, None], 2)
+        of_inputs = _dot(core.unsqueeze(4), factor_in.mT[:, None, :, None], 2)  # (R, ro, rb, I)
     edges = _dot(of_inputs, functions.unsqueeze(1), 2)  # (R, ro, I)
     if factor_out is None:
         return (edges * scale).sum(2, keepdim=True)
@@ -329,10 +341,11 @@ def _multiply_scaled(
 
 def _dot(first: Tensor, second: Tensor, dim: int) -> Tensor:
     """Sum the products over a dimension of few entries, for which `torch.bmm` and `sum` are slower."""
-    pairs = zip(first.unbind(dim), second.unbind(dim), strict=True)
-    total: Any = None
-    for left, right in pairs:
-        total = left * right if total is None else torch.addcmul(total, left, right)
+    lefts = first.unbind(dim)
+    rights = second.unbind(dim)
+    total = lefts[0] * rights[0]
+    for left, right in zip(lefts[1:], rights[1:], strict=True):
+        total = torch.addcmul(total, left, right)
     return total
 
 
@@ -364,12 +377,15 @@ def _add_update(matrix: Tensor | None, scale: Tensor | None, first: Tensor, seco
         shape = first.shape[0], -1, second.shape[-1]
         second = second.flatten(2)
         if matrix is not None and scale is None:
+            rows = matrix.view(first.shape[1], -1)
             add = torch.addcmul if first.shape[2] == 1 else torch.baddbmm  # an outer product takes less time
-            return add(matrix.view(first.shape[1], -1), first, second).view(shape)
+            return add(rows, first, second).view(shape)
         update = torch.bmm(first, second).view(shape)
     if matrix is None:
         return update
-    return matrix + update if scale is None else torch.addcmul(matrix, update, scale)
+    if scale is None:
+        return matrix + update
+    return torch.addcmul(matrix, update, scale)
 
 
 class _GroupProduct(torch.autograd.Function):
@@ -384,10 +400,9 @@ class _GroupProduct(torch.autograd.Function):
         ctx.save_for_backward(x, residual, *factors)
         # times p!, which is divided out of the smaller product
         factorial = math.factorial(grid.spline_order)
-        position, centers = grid.positions(x).unsqueeze(1), grid.centers(x).unsqueeze(1)
         functions = x.new_empty(len(x), grid.num_basis + (residual is not None), x.shape[1])
-        splines = functions[:, : grid.num_basis]
-        evaluate_splines(torch.sub(position, centers, out=splines), grid.spline_order, [0], overwrites=True)
+        offsets = spline_offsets(grid.positions(x), grid, out=functions[:, : grid.num_basis])
+        evaluate_splines(offsets, grid.spline_order, [0], overwrites=True)
         if residual is not None:
             torch.mul(residual, factorial, out=functions[:, -1])
         return _multiply_groups(functions, add_update(*factors)).div_(factorial)
@@ -404,25 +419,24 @@ class _GroupProduct(torch.autograd.Function):
 
             return None, None, *plain_gradients(product, (x, residual, *factors), needed, [gradient])
 
-        needs_x, needs_residual, *needed = needed
-        order, num_basis = grid.spline_order, grid.num_basis
+        needs_x, needs_residual, *needs_factors = needed
+        with torch.set_grad_enabled(any(needs_factors)):
+            leaves = [factor.detach().requires_grad_(needs_factors[0]) for factor in factors]
+            weights = add_update(*leaves)
+        order = grid.spline_order
+        factorial = math.factorial(order)
         offsets = spline_offsets(grid.positions(x), grid)
         slopes, functions = evaluate_splines(offsets, order, [1, 0], overwrites=True)
-        factorial = math.factorial(order)
         if residual is not None:
             functions = torch.cat([functions, factorial * residual.unsqueeze(1)], 1)
         grad_x = grad_residual = None
-
-        def multiply(weights: Tensor) -> list[Tensor | None]:
-            nonlocal grad_x, grad_residual
-            if needs_x or needs_residual:
-                grad_functions = torch.bmm(gradient, weights.detach().mT).view_as(functions)
-                grad_residual = grad_functions[:, -1] if needs_residual else None
-                sums = slopes.mul_(grad_functions[:, :num_basis]).sum(1)
-                grad_x = sums * (grid.per_unit / -math.factorial(order - 1))
-            if not weights.requires_grad:
-                return [None]
-            return [torch.bmm(_by_group(functions, len(weights)).mT, gradient / factorial)]
-
-        grad_factors = plain_gradients(lambda *factors: [add_update(*factors)], factors, needed, multiply)
+        grad_factors: Sequence[Any] = [None] * len(factors)
+        if needs_x or needs_residual:
+            grad_functions = torch.bmm(gradient, weights.detach().mT).view_as(functions)
+            grad_residual = grad_functions[:, -1] if needs_residual else None
+            sums = slopes.mul_(grad_functions[:, : grid.num_basis]).sum(1)
+            grad_x = sums * (grid.per_unit / -math.factorial(order - 1))
+        if any(needs_factors):
+            grad_weights = torch.bmm(_by_group(functions, len(weights)).mT, gradient / factorial)
+            grad_factors = torch.autograd.grad(weights, leaves, grad_weights)
         return None, None, grad_x, grad_residual, *grad_factors

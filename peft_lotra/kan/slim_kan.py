@@ -88,7 +88,13 @@ class SlimKANLinear(SplineLayer):
         ranks = check_ranks(ranks, "ranks", kernel=False)
         shape = (out_features, in_features, self.grid.num_basis + 1)
         capped = cap_ranks(ranks, shape)
-        warn_capped({f"SlimKANLinear({in_features}, {out_features})": (ranks, shape, capped)})
+        requested = ranks if isinstance(ranks, tuple) else (ranks,) * 3
+        if any(rank not in ("full", capped_rank) for rank, capped_rank in zip(requested, capped, strict=True)):
+            warnings.warn(
+                "Ranks are larger than the modes (out, in, basis), where more make no difference: capped. "
+                f"SlimKANLinear({in_features}, {out_features}): {ranks} for {shape}, made {capped}",
+                stacklevel=2,
+            )
         for name in Tucker._fields[:4]:
             self.register_parameter(name, None)
         for name, sizes in component_shapes(capped, shape).items():
@@ -281,15 +287,3 @@ class SlimKAN(LayerStack):
             if isinstance(layer, SlimKANLinear):
                 kan.layers[number] = layer.to_dense()
         return kan.train(self.training)
-
-
-def warn_capped(layers: dict[str, tuple]) -> None:
-    """Warn of ranks above the sizes of modes; name of a layer: (ranks in the call, shape of the tensor, ranks)."""
-    capped = []
-    for name, (requested, shape, ranks) in layers.items():
-        modes = requested if isinstance(requested, tuple) else (requested,) * 3
-        if any(rank != "full" and rank > size for rank, size in zip(modes, shape, strict=False)):
-            capped.append(f"{name}: {requested} for {shape}, made {ranks}")
-    if capped:
-        message = "Ranks are larger than the modes (out, in, basis), where more make no difference: capped. "
-        warnings.warn(message + "; ".join(capped), stacklevel=3)

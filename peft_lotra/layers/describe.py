@@ -24,10 +24,10 @@ from .infer import NORMS, candidate_sizes, infer
 from .probe import CannotProbe, Probe, cached_by_class, isolated
 
 
-NOT_LINEAR = "it shapes the functions: the output is not linear in it"
-FACTOR = "a factor of the functions of each edge, and few of the layer's elements"
+NOT_LINEAR = "the output is not linear in it"
+FACTOR = "it is a factor of the functions of each edge, with few of the layer's elements"
 UNUSED = "the output did not depend on it when the layer was run"
-OTHER = "the description has it neither in the coefficients nor in `residual`"
+OTHER = "it is not a coefficient or a weight of the base branch"
 
 
 class Description(NamedTuple):
@@ -183,7 +183,7 @@ def _find_doubts(evidence: Evidence, spec: KANLayerSpec, tensor: CoefficientTens
         if gradient is None:
             doubts[name] = UNUSED
         elif not evidence.stays(tensor, [name], observed):
-            is_factor = not observed and evidence.stays(tensor, [name], of_edges=True)
+            is_factor = not observed and evidence.stays_on_edges(tensor, [name])
             doubts[name] = FACTOR if is_factor else NOT_LINEAR
         elif gradient.dim() > 1 and layout is None:
             doubts[name] = OTHER

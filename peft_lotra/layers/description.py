@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import chain
 from numbers import Number
 from operator import attrgetter
 from typing import Any
@@ -24,8 +25,16 @@ Grid = dict[str, "Tensor | int | float"]
 
 # The fields in a file, which are no functions; of `axes` it has the lengths.
 _IN_FILES = (
-    *("coefficients", "residual", "edge_scale", "groups", "axes", "bias"),
-    *("grid", "grid_methods", "network_methods", "checkpoint_methods"),
+    "coefficients",
+    "residual",
+    "edge_scale",
+    "groups",
+    "axes",
+    "bias",
+    "grid",
+    "grid_methods",
+    "network_methods",
+    "checkpoint_methods",
 )
 
 
@@ -117,8 +126,9 @@ class KANLayerSpec:
     def parts(self) -> tuple[Described, ...]:
         """Name and pattern of each part of the coefficients."""
         coefficients: Any = self.coefficients
-        is_pair = coefficients and isinstance(coefficients[0], str)
-        return tuple(tuple(pair) for pair in ([coefficients] if is_pair else coefficients))
+        if coefficients and isinstance(coefficients[0], str):
+            coefficients = [coefficients]
+        return tuple(map(tuple, coefficients))
 
     def __reduce_ex__(self, protocol):
         # Predicates may be lambdas, which do not pickle: a description is found again in the registry.
@@ -212,9 +222,8 @@ class KANLayerSpec:
 
     def describe(self, layer: nn.Module) -> dict[str, Any]:
         """Return the entry of a file that locates the coefficients without the registration, as in JSON."""
-        entry = {name: getattr(self, name) for name in _IN_FILES}
-        entry["axes"] = self.axes_of(layer)
-        entry = {name: value for name, value in entry.items() if value}
+        fields = {**vars(self), "axes": self.axes_of(layer)}
+        entry = {name: fields[name] for name in _IN_FILES if fields[name]}
         return json.loads(json.dumps(entry))
 
 
@@ -244,40 +253,46 @@ def _solve(
 
     # each member of a list has its own lengths, a single parameter determines the lengths of all members
     lengths = [dict(axes) for _ in range(max(counts.values(), default=1))]
-    entries = []
-    for position, (name, pattern, members) in enumerate(parts):
+    targets = {}
+    unsolved: list[list[Member]] = []
+    for position, (name, pattern, shapes) in enumerate(parts):
         is_list = "*" in name
         is_later = 0 < position < count
-        for n, (member, shape) in enumerate(members):
+        members = []
+        for n, (member, shape) in enumerate(shapes):
             layout = parse_layout(pattern, groups, len(shape), may_share=is_later)
             if is_later:
-                layout = layout.share(entries[0][2], is_list)
-            entries.append((member, shape, layout, [lengths[n]] if is_list else lengths))
+                layout = layout.share(unsolved[0][0].layout, is_list)
+            members.append(Member(member, layout, lengths[n], shape, ()))
+            targets[member] = [lengths[n]] if is_list else lengths
+        unsolved.append(members)
 
-    def count_unknown(entry: Any) -> int:
-        _, _, layout, targets = entry
-        return max(len({*dim} - {*targets[0]}) for dim in layout.blocks[0])
-
-    for member, shape, layout, targets in sorted(entries, key=count_unknown):  # one may determine another's lengths
+    # one may determine another's lengths
+    for member in sorted(chain.from_iterable(unsolved), key=_count_unknown):
         try:
-            solved = layout.axis_lengths(shape, targets[0])
+            solved_lengths = member.layout.axis_lengths(member.stored, member.lengths)
         except ValueError as error:
-            raise ValueError(f"`{member}` is not as described. {error}") from error
-        for target in targets:
-            target.update(solved | target)
+            raise ValueError(f"`{member.name}` is not as described. {error}") from error
+        for target in targets[member.name]:
+            target.update(solved_lengths | target)
 
-    solved_members = {}
-    for member, shape, layout, targets in entries:
-        canonical_shape = layout.canonical_shape(targets[0])
-        solved_members[member] = Member(member, layout, targets[0], shape, canonical_shape)
-    solved_parts = tuple(tuple(solved_members[member] for member, _ in members) for _, _, members in parts)
-    tensor = CoefficientTensor(kind, solved_parts, len(parts) > count)
-    outer = {}
-    for part, size in zip(solved_parts, tensor.part_shapes, strict=True):
-        outer[part[0].name] = size[:2]
+    solved = []
+    for members in unsolved:
+        with_shapes = []
+        for member in members:
+            shape = member.layout.canonical_shape(member.lengths)
+            with_shapes.append(member._replace(shape=shape))
+        solved.append(tuple(with_shapes))
+    tensor = CoefficientTensor(kind, tuple(solved), len(parts) > count)
+    outer = {part[0].name: shape[:2] for part, shape in zip(solved, tensor.part_shapes, strict=True)}
     if len(set(outer.values())) > 1:
         raise ValueError(f"shapes are not as described. Those of (out, in) must be equal, and are {outer}.")
     return tensor
+
+
+def _count_unknown(member: Member) -> int:
+    """Return the largest number of unknown lengths in a dimension."""
+    return max(len({*dim} - member.lengths.keys()) for dim in member.layout.blocks[0])
 
 
 def spec_from_file(kind: str, description: Mapping[str, Any]) -> KANLayerSpec:

@@ -86,9 +86,11 @@ class Evidence:
 
     def exchanged(self, count: int) -> list[tuple[slice, Gradients]]:
         """Return gradients after half of `count` inputs were exchanged, each with the slice of the other half."""
-        if count in self._exchanged:
-            return self._exchanged[count]
-        samples = self._exchanged[count] = []
+        if count not in self._exchanged:
+            self._exchanged[count] = list(self._exchange(count))
+        return self._exchanged[count]
+
+    def _exchange(self, count: int) -> Iterator[tuple[slice, Gradients]]:
         blocks = self.x.unflatten(-1, (-1, count))
         half = count // 2
         for start in (0, count - half):
@@ -101,8 +103,7 @@ class Evidence:
             for change in changes:
                 x = blocks.clone()
                 x[..., varied] = change
-                samples.append((constant, self.gradients(x.flatten(-2))))
-        return samples
+                yield constant, self.gradients(x.flatten(-2))
 
     # What a description says
 
@@ -121,12 +122,11 @@ class Evidence:
         # a normalization notices each change of one of two inputs
         if has_size and outputs is not False and tensor.shape[1] > 2:
             inputs = self._compare_inputs(tensor)
-        if outputs is None and inputs is None:
-            reason = "the layer has one output and fewer than three inputs"
-            if not has_size:
-                reason = f"it takes inputs of {self.size} features"
-            return f"not checked: {reason}", False
-        return f"outputs {_AXES[outputs]}, inputs {_AXES[inputs]}", False in (outputs, inputs)
+        if outputs is not None or inputs is not None:
+            return f"outputs {_AXES[outputs]}, inputs {_AXES[inputs]}", False in (outputs, inputs)
+        if not has_size:
+            return f"not checked: it takes inputs of {self.size} features", False
+        return "not checked: the layer has one output and fewer than three inputs", False
 
     def is_sum(self, tensor: CoefficientTensor) -> bool:
         """Return whether the layer is a sum with these coefficients, of at least two functions of one input each.
@@ -135,16 +135,20 @@ class Evidence:
         inputs, and a single function makes the layer a linear map.
         """
         out, inputs, *_ = tensor.shape
-        gradients = [self.base[name] for name in tensor.parameters]
-        if not all(gradient is not None and gradient.any() for gradient in gradients):
-            return False
+        for name in tensor.parameters:
+            gradient = self.base[name]
+            if gradient is None or not gradient.any():
+                return False
         has_outputs = self._compare_outputs(tensor)
         if out > 1 and not has_outputs:
             return False
-        has_inputs = self._compare_inputs(tensor) if inputs > 1 else True
-        if has_inputs is None:
-            has_inputs = inputs == 2 and has_outputs  # a norm of two inputs hides their changes
-        return bool(has_inputs) and self._has_functions(tensor) and self.is_nonlinear
+        if inputs > 1:
+            has_inputs = self._compare_inputs(tensor)
+            if has_inputs is None:
+                has_inputs = inputs == 2 and has_outputs  # a norm of two inputs hides their changes
+            if not has_inputs:
+                return False
+        return self._has_functions(tensor) and self.is_nonlinear
 
     def _compare_outputs(self, tensor: CoefficientTensor) -> bool | None:
         if tensor.shape[0] == 1:
@@ -175,10 +179,13 @@ class Evidence:
     def _has_functions(self, tensor: CoefficientTensor) -> bool:
         """Return whether an input has at least two functions: gradients at several inputs have rank two at least."""
         inputs = tensor.shape[1]
-        changed = self.scaled if inputs < 4 else [gradients for _, gradients in self.exchanged(inputs)]
-        samples = [join(gradients, tensor) for gradients in (self.base, *changed)]
-        row = _largest_row(samples[0])
-        matrices = torch.stack([sample[row, :_ROWS] for sample in samples], dim=1)
+        samples = [self.base]
+        if inputs < 4:
+            samples += self.scaled
+        else:
+            samples += [gradients for _, gradients in self.exchanged(inputs)]
+        row = _largest_row(join(self.base, tensor))
+        matrices = torch.stack([join(gradients, tensor)[row, :_ROWS] for gradients in samples], dim=1)
         if not matrices.isfinite().all():
             return False
         singular = torch.linalg.svdvals(matrices.double())
@@ -206,46 +213,45 @@ class Evidence:
             if y is None or y.shape[:-1] != leading:
                 return False
             outputs.append(y.flatten(0, -2)[:3])
-        first, second = outputs
-        rounding = 1e3 * torch.finfo(first.dtype).eps * first.abs().max()
-        if not (first - second).abs().max() <= rounding:
+        y, again = outputs
+        rounding = 1e3 * torch.finfo(y.dtype).eps * y.abs().max()
+        if not (y - again).abs().max() <= rounding:
             return False
-        start, middle, end = first
+        start, middle, end = y
         curvature = (start - 2 * middle + end).abs().max()
         is_affine = curvature <= rounding < (start - end).abs().max()
         return not is_affine
 
     # What parameters do
 
-    def stays(
-        self, tensor: CoefficientTensor, names: Collection[str], observed: str = "", of_edges: bool = False
-    ) -> bool:
+    def stays(self, tensor: CoefficientTensor, names: Collection[str], observed: str = "") -> bool:
         """Return whether perturbed parameters change a gradient only by a factor for each output.
 
         Args:
             tensor: The coefficients whose gradient is compared.
             names: The parameters that are perturbed.
             observed: Compare only the part of the coefficients with this parameter.
-            of_edges: Allow a factor for each edge and branch. The base branch may have its own factors.
         """
-        if observed:
-            parts = [part for part in tensor.parts if observed in {member.name for member in part}]
-            tensor = CoefficientTensor(tensor.kind, tuple(parts))
-        pair = [join(gradients, tensor) for gradients in (self.base, self.perturb(names))]
-        if not of_edges:
-            return is_parallel(*pair)
-        edges = [gradient.flatten(0, 1).unsqueeze(1) for gradient in pair]  # (out * in, 1, rest)
-        count = tensor.shape[2] if len(tensor.shape) == 3 else edges[0].shape[2]
-        branches = zip(*(gradient.split(count, -1) for gradient in edges), strict=True)
-        return all(is_parallel(*branch) for branch in branches)
+        for part in tensor.parts:
+            if observed in {member.name for member in part}:
+                tensor = CoefficientTensor(tensor.kind, (part,))
+        return is_parallel(join(self.base, tensor), join(self.perturb(names), tensor))
+
+    def stays_on_edges(self, tensor: CoefficientTensor, names: Collection[str]) -> bool:
+        """Return whether perturbed parameters change a gradient only by a factor for each edge and branch."""
+        pair = (join(self.base, tensor), join(self.perturb(names), tensor))
+        first, second = (gradient.flatten(0, 1).unsqueeze(1) for gradient in pair)  # (out * in, 1, rest)
+        count = tensor.shape[2] if len(tensor.shape) == 3 else first.shape[2]
+        return all(map(is_parallel, first.split(count, -1), second.split(count, -1)))
 
     def is_additive(self, names: Collection[str]) -> bool:
         """Return whether parameters add to the output: if they are perturbed, no other gradient changes."""
-        after: Any = self.perturb(names) if names else self.base
+        perturbed_gradients: Any = self.perturb(names) if names else self.base
         for name, gradient in self.base.items():
             if gradient is None or name in names:
                 continue
-            if not (gradient - after[name]).abs().max() <= _ROUNDING * gradient.abs().max():
+            change = gradient - perturbed_gradients[name]
+            if not change.abs().max() <= _ROUNDING * gradient.abs().max():
                 return False
         return True
 
@@ -256,7 +262,8 @@ class Evidence:
             x = self.probe.make_input((4, *x.shape[1:]))
         ends = []
         for factor in (-2.0, 2.0):  # so far apart that a ReLU behind the sum is met on both sides
-            gradients = self.gradients(x, parameters=perturbed(self.probe.parameters, names, torch.randn, factor))
+            parameters = perturbed(self.probe.parameters, names, torch.randn, factor)
+            gradients = self.gradients(x, parameters=parameters)
             named = [gradients[name] for name in names]
             ends.append(torch.cat([gradient.flatten() for gradient in named if gradient is not None]))
         first, second = ends
@@ -268,19 +275,7 @@ class Evidence:
 
 def run_at_sizes(probe: Probe, size: int, kernel: Sequence[int] = ()) -> Iterator[Evidence]:
     """Yield the outputs of the layer for inputs of `size` features, or channels of a convolution, if it takes them."""
-    inputs: list[tuple[Tensor, int]] = []
-    if probe.x is not None:
-        for channel in (-1, 1 - probe.x.dim()):
-            x = probe.x.movedim(channel, -1)
-            if channel < 0 and x.shape[-1] == size:
-                inputs.append((x, channel))
-    elif kernel:
-        lengths = [4 * length + 3 for length in kernel]
-        inputs = [(probe.make_input((1, *lengths, size)), -1 - len(kernel))]
-    else:
-        tokens = probe.make_input((1, 1, size))
-        inputs = [(tokens[0], -1), (tokens, -1), (tokens, -2)]
-    for x, channel in inputs:
+    for x, channel in _make_inputs(probe, size, kernel):
         y = probe.attempt(x, channel)
         if y is None:
             continue
@@ -298,10 +293,27 @@ def run_at_sizes(probe: Probe, size: int, kernel: Sequence[int] = ()) -> Iterato
             return
 
 
+def _make_inputs(probe: Probe, size: int, kernel: Sequence[int]) -> list[tuple[Tensor, int]]:
+    """Return inputs with `size` features in the last axis, and the axis of the features in the layer's own order."""
+    if probe.x is not None:
+        inputs = []
+        for channel in (-1, 1 - probe.x.dim()):
+            x = probe.x.movedim(channel, -1)
+            if channel < 0 and x.shape[-1] == size:
+                inputs.append((x, channel))
+        return inputs
+    if kernel:
+        lengths = [4 * length + 3 for length in kernel]
+        return [(probe.make_input((1, *lengths, size)), -1 - len(kernel))]
+    tokens = probe.make_input((1, 1, size))
+    return [(tokens[0], -1), (tokens, -1), (tokens, -2)]
+
+
 def count_inputs(tensor: CoefficientTensor) -> int:
     """Return the number of inputs of a layer: of all blocks of a convolution with groups."""
-    first, *_ = members = tensor.parts[0]
-    groups = math.prod([first.lengths[axis] for axis in first.layout.groups])
+    members = tensor.parts[0]
+    lengths = members[0].lengths
+    groups = math.prod([lengths[axis] for axis in members[0].layout.groups])
     return len(members) * groups * tensor.shape[1]
 
 
@@ -309,12 +321,11 @@ def join(gradients: Gradients, tensor: CoefficientTensor) -> Tensor:
     """Return gradients as one tensor (out, in, rest). They are zero for parameters that all outputs share."""
     like = next(gradient for gradient in gradients.values() if gradient is not None)
     tensors = []
-    for part in tensor.parts:
-        for member in part:
-            gradient = gradients[member.name]
-            if gradient is None or member.layout.shared:
-                gradient = like.new_zeros(member.stored)
-            tensors.append(gradient)
+    for member in tensor.members:
+        gradient = gradients[member.name]
+        if gradient is None or member.layout.shared:
+            gradient = like.new_zeros(member.stored)
+        tensors.append(gradient)
     return tensor.join(tensors).flatten(2)
 
 
@@ -326,7 +337,8 @@ def _largest_row(gradient: Tensor) -> int:
 def _change(first: Tensor, second: Tensor, fitted: slice) -> Tensor:
     """Return the difference of two gradients (out, in, rest), up to the factor of each output that fits a slice."""
     # the smaller of two rows is a multiple of the larger one: a ReLU may have made it zero
-    first_size, second_size = (tensor[:, fitted].flatten(1).norm(dim=1) for tensor in (first, second))
+    first_size = first[:, fitted].flatten(1).norm(dim=1)
+    second_size = second[:, fitted].flatten(1).norm(dim=1)
     is_smaller = (first_size < second_size)[:, None, None]
     larger = torch.where(is_smaller, second, first)
     smaller = torch.where(is_smaller, first, second)

@@ -9,7 +9,7 @@ formula, such as a subclass that clamps its inputs, has no formula and runs itse
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -95,11 +95,15 @@ class FormulaReader(NamedTuple):
         self, layer: nn.Module, stored: Tensor, updates: Sequence[Update], args: tuple, kwargs: dict[str, Any]
     ) -> bool:
         """Return whether the formula may evaluate a call. If not, the layer runs."""
-        x: Any = args[0] if len(args) == 1 and not kwargs else None
+        if len(args) != 1 or kwargs:
+            return False
+        x = args[0]
         if not isinstance(x, Tensor) or x.is_nested or x.is_meta or x.layout != torch.strided:
             return False
         # layers of other libraries may flatten the leading dimensions
-        if x.shape[-1:] != self.tensor.shape[1:2] or not (x.dim() == 2 or self.is_own):
+        if x.dim() != 2 and not self.is_own:
+            return False
+        if x.shape[-1:] != self.tensor.shape[1:2]:
             return False
         is_sharded = hasattr(stored, "placements")
         if is_sharded or torch.is_autocast_enabled(x.device.type) or runs_more_than_its_class(layer):
@@ -121,7 +125,8 @@ def state_of(layer: nn.Module) -> State:
         if isinstance(value, _SETTINGS):
             state.append(value)
         elif isinstance(value, Tensor):
-            state.append(id(value) if value.is_inference() else (id(value), value._version))
+            version = None if value.is_inference() else value._version
+            state += [id(value), version]
         elif callable(value):
             state.append(id(value))
     for child in layer._modules.values():
@@ -172,19 +177,26 @@ def find_formula(
     if in_transform() or (state in answers and same_grid(verified_grid, grid)):
         return reader  # in transforms nothing can be compared
 
-    reader = None
-    if find_obstacle(layer, spec, tensor) is None:
-        with attributes_kept(layer) as has_set, isolated(stored), torch.no_grad():
-            for is_uniform in (True, False):
-                # foreign code may want more arguments, or other shapes
-                with suppress(Exception):
-                    reader = reader or _verify(layer, spec, tensor, is_uniform, for_jets)
-            if has_set():
-                _recorders.add(layer)
-                reader = None
     if len(answers) > 8:  # states that come and go
         answers.clear()
+    reader = _search(layer, spec, tensor, for_jets)
     answers[state] = copy_grid(grid), reader
+    return reader
+
+
+def _search(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, for_jets: bool) -> FormulaReader | None:
+    """Return the formula with the splines of the kind, or else with its basis, that gives the outputs of the layer."""
+    if find_obstacle(layer, spec, tensor) is not None:
+        return None
+    reader = None
+    with attributes_kept(layer) as has_set, isolated(tensor.get_parameter(layer)), torch.no_grad():
+        for is_uniform in (True, False):
+            # foreign code may want more arguments, or other shapes
+            with suppress(Exception):
+                reader = reader or _verify(layer, spec, tensor, is_uniform, for_jets)
+        if has_set():
+            _recorders.add(layer)
+            return None
     return reader
 
 
@@ -203,26 +215,32 @@ def _verify(
 
     # first with other parameters, which a layer may initialize in place at its first input
     functions = spec.basis, spec.splines, spec.derivatives, spec.activation, spec.normalization
-    for compare in (_has_right_slopes, _has_right_jets) if for_jets else (_has_right_slopes,):
+    comparisons = [_has_right_slopes]
+    if for_jets:
+        comparisons.append(_has_right_jets)
+    for compare in comparisons:
         # a class may be registered again with other functions
         question = compare.__name__, functions, is_uniform, is_silu, layer.training
         answer = partial(_at_other_parameters, reader, layer, points, compare)
         if not cached_by_class(layer, question, answer):
             return None
+    return reader if _has_right_values(reader, layer, x) else None
 
+
+def _has_right_values(reader: FormulaReader, layer: nn.Module, x: Tensor) -> bool:
+    """Compare values, and check that the layer does not update buffers, as the formula would not."""
     buffers = dict(layer.named_buffers())
+    tolerance = _TOLERANCE[reader.tensor.get_parameter(layer).dtype]
 
-    def has_right_values() -> bool:
+    def run() -> bool:
         expected = layer(x)
         result = reader.read(layer).output(x)
-        if result.dtype != expected.dtype:
+        if result.dtype != expected.dtype or not _agree(result, expected, tolerance):
             return False
-        if not _agree(result, expected, _TOLERANCE[stored.dtype]):
-            return False
-        return same_grid(buffers, dict(layer.named_buffers()))  # the formula would not update them
+        return same_grid(buffers, dict(layer.named_buffers()))
 
     copies = {name: buffer.clone() for name, buffer in buffers.items()}
-    return reader if call_with_parameters(layer, copies, has_right_values, (), {}) else None
+    return call_with_parameters(layer, copies, run, (), {})
 
 
 def _grid_ends(layer: nn.Module, spec: Any, tensor: CoefficientTensor, is_uniform: bool) -> tuple[Any, Any] | None:
@@ -231,7 +249,9 @@ def _grid_ends(layer: nn.Module, spec: Any, tensor: CoefficientTensor, is_unifor
         grid = spec.splines and spec.splines(layer)
         if not isinstance(grid, UniformGrid) or grid.spline_order not in SPLINE_ORDERS:
             return None
-        return (grid.low, grid.high) if grid.num_basis == tensor.shape[2] else None
+        if grid.num_basis != tensor.shape[2]:
+            return None
+        return grid.low, grid.high
     if not (spec.basis or spec.derivatives):
         return None
     values = spec.read_grid(layer).values()
@@ -250,21 +270,23 @@ def _points_around(low: Any, high: Any, width: int) -> Tensor:
         width: Number of inputs.
     """
     options: Any = {"dtype": torch.float64, "device": "cpu"}
-    low, high = (torch.as_tensor(end, **options).expand(width) for end in (low, high))
+    low = torch.as_tensor(low, **options).expand(width)
+    high = torch.as_tensor(high, **options).expand(width)
     distances = torch.tensor(_DISTANCES, **options).repeat_interleave(_BLOCK)
-    rows = _NEAR + len(distances) + _BLOCK
+    sizes = [_NEAR, len(distances), _BLOCK]
     # with steps of the golden ratio, no input repeats another's points
-    share = torch.arange(rows * width, **options).mul(GOLDEN_RATIO).frac().view(rows, width)
-    points = torch.lerp(low, high, 3 * share - 1)
+    steps = torch.arange(sum(sizes) * width, **options)
+    shares = steps.mul(GOLDEN_RATIO).frac().view(-1, width)
+    near, far, last = shares.split(sizes)
 
     signs = torch.tensor([-1.0, 1.0], **options).repeat(len(distances) // 2)
-    lengths = (signs * distances).unsqueeze(1) * (1 + share[_NEAR:-_BLOCK])
-    points[_NEAR:-_BLOCK] = (low + high) / 2 + lengths * (high - low).clamp(min=2)
+    lengths = (signs * distances).unsqueeze(1) * (1 + far)
+    far_points = (low + high) / 2 + lengths * (high - low).clamp(min=2)
 
-    last = points[-_BLOCK:]
-    last[share[-_BLOCK:] < 0.5] = 0
-    last[-1] = 0
-    return points
+    last_points = torch.lerp(low, high, 3 * last - 1)
+    last_points[last < 0.5] = 0
+    last_points[-1] = 0
+    return torch.cat([torch.lerp(low, high, 3 * near - 1), far_points, last_points])
 
 
 def _agree(result: Tensor, expected: Tensor, tolerance: float, floor: float = 0.0) -> bool:
@@ -300,12 +322,16 @@ def _at_other_parameters(reader: FormulaReader, layer: nn.Module, points: Tensor
     """
     stored = reader.tensor.get_parameter(layer)
     grid = reader.spec.read_grid(layer)
-    parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
+    parameters = dict(layer.named_parameters())
+    buffers = dict(layer.named_buffers())
+    floating = []
     values = {}
     for name, value in (parameters | buffers).items():
         value = value.detach().clone()
-        values[name] = value.double() if value.is_floating_point() else value
-    floating = [name for name, value in values.items() if value.is_floating_point()]
+        if value.is_floating_point():
+            floating.append(name)
+            value = value.double()
+        values[name] = value
     values = perturbed(values, buffers.keys() & floating - grid.keys())
     values = perturbed(values, parameters.keys() - grid.keys(), torch.randn)
 
@@ -317,18 +343,8 @@ def _at_other_parameters(reader: FormulaReader, layer: nn.Module, points: Tensor
 
 def _has_right_slopes(formula: LayerFormula, layer: nn.Module, x: Tensor, tolerances: Sequence[float]) -> bool:
     """Compare values, slopes, a single row, and what becomes of NaN."""
-    row = x[:1]
-    with_nan = row.clone()
-    with_nan[0, 0] = torch.nan
-    results = []
-    for function in (formula.output, layer):
-        with torch.enable_grad():
-            point = x.clone().requires_grad_()
-            y = function(point)
-            weights = torch.linspace(0.5, 1.5, y.shape[-1], dtype=y.dtype, device=y.device)
-            slope = torch.autograd.grad((y * weights).sum(), point)[0]
-        results.append((y.detach(), slope, function(row.clone()), function(with_nan.clone()).isnan()))
-    (y, slope, single, is_nan), (expected, expected_slope, expected_single, is_expected_nan) = results
+    y, slope, single, is_nan = _observe(formula.output, x)
+    expected, expected_slope, expected_single, is_expected_nan = _observe(layer, x)
     # slopes may be zero to rounding, e.g. behind the norm of a single input
     floor = 1e-3 * float(expected[:_NEAR].abs().max())
     return (
@@ -339,6 +355,19 @@ def _has_right_slopes(formula: LayerFormula, layer: nn.Module, x: Tensor, tolera
     )
 
 
+def _observe(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return values and slopes at x, the values of a single row, and which of them are NaN for an input of NaN."""
+    with torch.enable_grad():
+        point = x.clone().requires_grad_()
+        y = function(point)
+        weights = torch.linspace(0.5, 1.5, y.shape[-1], dtype=y.dtype, device=y.device)
+        (slope,) = torch.autograd.grad(y, point, weights.expand_as(y))
+    row = x[:1]
+    with_nan = row.clone()
+    with_nan[0, 0] = torch.nan
+    return y.detach(), slope, function(row.clone()), function(with_nan).isnan()
+
+
 def _has_right_jets(formula: LayerFormula, layer: nn.Module, x: Tensor, tolerances: Sequence[float]) -> bool:
     """Compare values, slopes and second derivatives, and the higher derivatives of the functions."""
     generator = torch.Generator().manual_seed(0)
@@ -347,8 +376,9 @@ def _has_right_jets(formula: LayerFormula, layer: nn.Module, x: Tensor, toleranc
     result = evaluate_layer(formula, [x, directions.unsqueeze(1)], 2, None)
     if not all(map(_agree, result, expected, tolerances, [1e-3] * 3)):
         return False
-    basis: Any = formula.basis
-    return isinstance(basis, UniformGrid) or _has_right_higher_derivatives(basis, x)
+    if isinstance(formula.basis, FunctionBasis):
+        return _has_right_higher_derivatives(formula.basis, x)
+    return True
 
 
 def _has_right_higher_derivatives(basis: FunctionBasis, x: Tensor) -> bool:

@@ -30,9 +30,21 @@ KIND = "generic"
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 # Modules that are no KAN layers. Neither are classes that are derived from them.
 _NO_LAYERS = (
-    *(nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention),
-    *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, *NORMS),
-    *(nn.modules.conv._ConvNd, torch.jit.ScriptModule),
+    nn.Linear,
+    nn.Bilinear,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+    nn.Sequential,
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.ParameterList,
+    nn.ParameterDict,
+    *NORMS,
+    nn.modules.conv._ConvNd,
+    torch.jit.ScriptModule,
 )
 # Libraries whose modules with large parameters are attention, experts and the like.
 _LIBRARIES = {"torch", "torchvision", "transformers", "timm", "diffusers", "peft"}
@@ -78,9 +90,9 @@ def _find_candidates(layer: nn.Module) -> Tensors:
     candidates: dict[str, Tensor] = {}
     size_of_functions = 0
     for path, module in layer.named_modules():
-        parent = layer.get_submodule(path.rpartition(".")[0])
-        is_in_list = path.count(".") == 1 and type(parent) in (nn.Sequential, nn.ModuleList)
-        is_near = "." not in path or is_in_list
+        parent_path, _, _ = path.rpartition(".")
+        is_in_list = type(layer.get_submodule(parent_path)) in (nn.Sequential, nn.ModuleList)
+        is_near = "." not in path or (is_in_list and "." not in parent_path)
         if path and is_near and registered_spec(module) is not None:
             return {}
         matrices = {}
@@ -89,14 +101,16 @@ def _find_candidates(layer: nn.Module) -> Tensors:
                 return {}
             if value.dim() > 1 and value.numel():
                 matrices[name] = value
+        if not matrices or "parametrizations" in path or isinstance(module, NORMS):
+            continue
 
         if not path or (is_near and isinstance(module, (nn.Linear, nn.ParameterList))):
             candidates |= matrices
-        elif matrices and "parametrizations" not in path and not isinstance(module, NORMS):
-            is_of_torch = type(module).__module__.startswith("torch.")
-            if is_of_torch or "." in path or any(value.dim() > 2 for value in matrices.values()):
-                return {}
-            size_of_functions += _count_elements(matrices)
+            continue
+        is_of_torch = type(module).__module__.startswith("torch.")
+        if is_of_torch or "." in path or any(value.dim() > 2 for value in matrices.values()):
+            return {}
+        size_of_functions += _count_elements(matrices)
     if size_of_functions > _count_elements(candidates):
         return {}
     return {name: value for name, value in candidates.items() if value.is_floating_point()}
@@ -114,13 +128,9 @@ def _find_spec(layer: nn.Module, candidates: Tensors, args: Any, kwargs: Any) ->
     if len(fixed) == len(parameters):  # the layer is frozen as a whole, which says nothing
         fixed = set()
     fixed |= knots
-    grid: dict[str, Tensor] = {}
-    for name, value in layer.named_buffers():
-        if value.is_floating_point() and "running" not in name:
-            grid[name] = value
-    for name in parameters:
-        if name in fixed:
-            grid[name] = parameters[name]
+    buffers = {name: value for name, value in layer.named_buffers() if "running" not in name}
+    grid = {name: value for name, value in buffers.items() if value.is_floating_point()}
+    grid |= {name: value for name, value in parameters.items() if name in fixed}
 
     reason = ""
     with isolated(probe.like):
@@ -172,7 +182,8 @@ def _run_everywhere(probe: Probe, grid: Collection[Tensor]) -> Iterator[Evidence
     for name, child in probe.layer.named_children():
         if isinstance(child, nn.Linear) and child.in_features == 1:
             first.append(f"{name}.weight")
-    for tensors in (grid, ()) if grid else ((),):
+    grids = [grid, ()] if grid else [()]
+    for tensors in grids:
         probe.place_inputs(tensors)
         is_broadcast = False
         for size in candidate_sizes(probe.layer):
@@ -189,7 +200,8 @@ def _find_coefficients(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | N
     """Describe the coefficients of a layer, its base branch, and the factors of its edges if they are many."""
     spec = None
     parts: tuple[Described, ...] = ()
-    for name, value in sorted(tensors.items(), key=lambda item: item[1].dim() == 2):
+    for name in sorted(tensors, key=lambda name: tensors[name].dim() == 2):  # matrices come last
+        value = tensors[name]
         letter = "kmnpqrst"[len(parts) % 8]
         axes = spec and spec.axes
         if value.dim() == 2:
@@ -207,18 +219,23 @@ def _find_coefficients(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | N
 
 def _patterns(shape: torch.Size, evidence: Evidence, letter: str) -> Iterator[str]:
     """Yield the layouts of coefficients: each in its own axis, or two of the three in one axis of a matrix."""
-    inputs, outputs = evidence.size, evidence.outputs
-    if len(shape) in (3, 4):  # more axes have too many orders
-        basis = [axis for axis in range(len(shape)) if shape[axis] > 1]
-        for o, i in permutations(range(len(shape)), 2):
-            if (shape[o], shape[i]) != (outputs, inputs):
+    if len(shape) == 2:
+        yield from _patterns_of_matrix(shape, evidence, letter)
+    elif len(shape) in (3, 4):  # more axes have too many orders
+        axes = range(len(shape))
+        for o, i in permutations(axes, 2):
+            if (shape[o], shape[i]) != (evidence.outputs, evidence.size):
                 continue
-            letters = {axis: f"{letter}{axis}" for axis in basis if axis not in (o, i)}
-            if len(letters) == 1:
-                letters = dict.fromkeys(letters, letter)
-            letters |= {o: "o", i: "i"}
-            yield " ".join(letters.get(axis, "()") for axis in range(len(shape)))
-    for axis in (1, 0) if len(shape) == 2 else ():
+            names = {o: "o", i: "i"}
+            basis = [axis for axis in axes if shape[axis] > 1 and axis not in names]
+            for axis in basis:
+                names[axis] = letter if len(basis) == 1 else f"{letter}{axis}"
+            yield " ".join(names.get(axis, "()") for axis in axes)
+
+
+def _patterns_of_matrix(shape: torch.Size, evidence: Evidence, letter: str) -> Iterator[str]:
+    inputs, outputs = evidence.size, evidence.outputs
+    for axis in (1, 0):
         flat, single = shape[axis], shape[1 - axis]
         layouts = []
         if single == outputs and flat % inputs == 0 and flat >= 2 * inputs:
@@ -252,9 +269,8 @@ def _is_coefficient(evidence: Evidence, spec: KANLayerSpec, name: str, tensors: 
     if evidence.outputs > 1 or any("o" in pattern.split() for _, pattern in spec.parts):
         return True
     for edges, value in tensors.items():
-        if edges == name or sorted(value.shape) != [1, evidence.size] or evidence.base[edges] is None:
-            continue
-        if not evidence.stays(tensor, [edges]):
+        has_edges = edges != name and sorted(value.shape) == [1, evidence.size]
+        if has_edges and evidence.base[edges] is not None and not evidence.stays(tensor, [edges]):
             return False
     return True
 
@@ -262,12 +278,10 @@ def _is_coefficient(evidence: Evidence, spec: KANLayerSpec, name: str, tensors: 
 def _find_matrices(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | None:
     """Describe coefficients in several matrices: one for each function, or scale, shift and weight of wavelets."""
     lengths = {"o": evidence.outputs, "i": evidence.size}
+    used = [name for name in tensors if evidence.base[name] is not None]
     for pattern in ("o i", "i o"):
         shape = tuple(lengths[axis] for axis in pattern.split())
-        coefficients = []
-        for name, value in tensors.items():
-            if value.shape == shape and evidence.base[name] is not None:
-                coefficients.append((name, pattern))
+        coefficients = [(name, pattern) for name in used if tensors[name].shape == shape]
         if len(coefficients) > 1:
             spec = _hypothesis(coefficients)
             if _fits(evidence, spec):

@@ -26,11 +26,13 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import islice
 
-import torch
 from einops import EinopsError, reduce, repeat
 from einops.parsing import ParsedExpression
 from torch import Tensor
+
+from ..kan.product import concatenate
 
 
 Axes = tuple[str, ...]
@@ -67,8 +69,8 @@ class Layout:
     @cached_property
     def basis(self) -> Axes:
         """The axes that make up the basis mode."""
-        others = {"o", "i", *self.groups, *self.kernel}
-        return tuple(axis for axis in self.axes if axis not in others)
+        other_modes = {"o", "i", *self.groups, *self.kernel}
+        return tuple(axis for axis in self.axes if axis not in other_modes)
 
     @cached_property
     def _modes(self) -> list[Axes]:
@@ -89,14 +91,15 @@ class Layout:
             is_list: Whether the part is a list of parameters. They are the blocks, and need no axis of blocks.
         """
         groups = self.groups if is_list else first.groups
-        missing = tuple(axis for axis in (*groups, "o", "i", *first.kernel) if axis not in self.axes)
+        needed = (*groups, "o", "i", *first.kernel)
+        missing = tuple(axis for axis in needed if axis not in self.axes)
         if not missing:
             return self
         return replace(self, shared=missing, groups=groups, kernel=first.kernel)
 
     def canonical_shape(self, lengths: Lengths) -> tuple[int, ...]:
         """Return (out, in, basis) or (out, in, basis, kernel), with a packed base branch in the basis mode."""
-        sizes = [math.prod([lengths[axis] for axis in mode]) for mode in self._modes]
+        sizes = [_multiply(mode, lengths) for mode in self._modes]
         sizes[2] += self.has_residual
         return tuple(sizes)
 
@@ -111,15 +114,7 @@ class Layout:
             ValueError: The pattern does not fit the shape, or leaves a length open.
         """
         lengths = dict(given)
-        problem = ""
-        if len(shape) != sum(self.stored_over):
-            problem = f"it names {sum(self.stored_over)} dimensions"
-        sizes = iter(shape)
-        for count, dim, *packed in zip(self.stored_over, *self.blocks, strict=True):
-            size = math.prod([next(sizes, 0) for _ in range(count)])
-            blocks = {dim, *packed}  # equal, but where the blocks are concatenated
-            if not problem and not _solve_length(blocks, dim, size, lengths):
-                problem = f"{_write([dim])} cannot be {size}"
+        problem = self._solve_lengths(shape, lengths)
         if problem:
             known = {axis: given[axis] for axis in self.axes if axis in given}
             raise ValueError(
@@ -127,6 +122,18 @@ class Layout:
                 "Correct it, or give lengths of axes by `axes`."
             )
         return lengths
+
+    def _solve_lengths(self, shape: Sequence[int], lengths: dict[str, int]) -> str:
+        """Add the unknown lengths of axes to `lengths`. Return the contradiction, or an empty string."""
+        if len(shape) != sum(self.stored_over):
+            return f"it names {sum(self.stored_over)} dimensions"
+        sizes = iter(shape)
+        for count, dim, *packed in zip(self.stored_over, *self.blocks, strict=True):
+            size = math.prod(islice(sizes, count))
+            blocks = {dim, *packed}  # equal, but where the blocks are concatenated
+            if not _solve_length(blocks, dim, size, lengths):
+                return f"{_write([dim])} cannot be {size}"
+        return ""
 
     def to_canonical(self, parameter: Tensor, lengths: Lengths) -> Tensor:
         """Return a stored parameter as (out, in, basis[, kernel]), with packed residual weights as the last slice."""
@@ -180,15 +187,12 @@ class Layout:
         """The einops expressions of the stored and of the canonical order, and the axes, of each block."""
         expressions = []
         for dims in self.blocks:
-            axes = _flatten(dims)
-            present = [tuple(axis for axis in mode if axis in axes + self.shared) for mode in self._modes]
-            expressions.append((_write(dims), _write(present), axes + self.shared))
+            axes = _flatten(dims) + self.shared
+            modes = []
+            for mode in self._modes:
+                modes.append(tuple(axis for axis in mode if axis in axes))
+            expressions.append((_write(dims), _write(modes), axes))
         return expressions
-
-
-def concatenate(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    """Return `torch.cat(tensors, dim)`, which would copy a single tensor."""
-    return tensors[0] if len(tensors) == 1 else torch.cat([*tensors], dim)
 
 
 def _flatten(dims: Sequence[Axes]) -> Axes:

@@ -52,16 +52,16 @@ def cached_by_class(layer: nn.Module, question: tuple, answer: Callable[[], T]) 
     It makes no difference whether a layer is frozen as a whole.
     """
     is_trained = any(parameter.requires_grad for parameter in layer.parameters())
-    entries: list[Any] = [*question]
+    entries: list[Any] = [question]
     for module in layer.modules():
         entries.append(type(module))
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 is_fixed = is_trained and not parameter.requires_grad
-                entries.append((name, parameter.shape, parameter.dtype, is_fixed))
+                entries += [name, parameter.shape, parameter.dtype, is_fixed]
         for name, setting in vars(module).items():
             if isinstance(setting, _SETTINGS) and name != "training":
-                entries.append((name, getattr(setting, "__qualname__", setting)))
+                entries += [name, getattr(setting, "__qualname__", setting)]
 
     answers = _cache.setdefault(type(layer), {})
     key = tuple(entries)
@@ -133,14 +133,12 @@ class Probe:
 
     def place_inputs(self, grid: Iterable[Any]) -> None:
         """Make up inputs where all grids overlap, or on the first grid. Without a grid they are in [-1, 1]."""
-        ranges = [(-1.0, 1.0)]
         tensors = [value for value in grid if isinstance(value, Tensor) and value.numel() > 1]
-        if tensors:
-            ranges = [(value.min().item(), value.max().item()) for value in tensors]
-        lows, highs = zip(*ranges, strict=True)
+        lows = [value.min().item() for value in tensors] or [-1.0]
+        highs = [value.max().item() for value in tensors] or [1.0]
         self.low, self.high = max(lows), min(highs)
         if not self.low < self.high:
-            self.low, self.high = ranges[0]
+            self.low, self.high = lows[0], highs[0]
 
     def make_input(self, shape: Sequence[int]) -> Tensor:
         """Return points of this shape in the middle of the grid. None of them is repeated."""
@@ -221,13 +219,15 @@ def _copy_module(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Mo
     attributes = vars(copy)
     for name, value in vars(module).items():
         attributes[name] = OrderedDict() if name.endswith("_hooks") else value
-    attributes.update(training=False, _parameters=dict(module._parameters))
-    attributes["_buffers"] = buffers = dict(module._buffers)
+    buffers = dict(module._buffers)
     for name, buffer in buffers.items():
-        buffers[name] = buffer if buffer is None else _widen(buffer).clone()
-    attributes["_modules"] = children = dict(module._modules)
+        if buffer is not None:
+            buffers[name] = _widen(buffer).clone()
+    children = dict(module._modules)
     for name, child in children.items():
-        children[name] = child if child is None else _copy_module(child, copies)
+        if child is not None:
+            children[name] = _copy_module(child, copies)
+    attributes.update(training=False, _parameters=dict(module._parameters), _buffers=buffers, _modules=children)
     return copy
 
 

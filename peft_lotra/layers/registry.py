@@ -197,8 +197,10 @@ class FoundKANLayers(Report, list[FoundKANLayer]):
         for name, kind, shape, _, parameters, doubts in self:
             rows.append([name or "(the model)", kind, str(shape), ", ".join(parameters)])
             for parameter, reason in doubts.items():
-                verb = "adapts" if parameter in parameters else "leaves out"
-                notes.append(f"{name or 'the model'} {verb} {parameter}: {reason}")
+                layer = name or "the model"
+                is_adapted = parameter in parameters
+                role = f"adapts {parameter}, although" if is_adapted else f"leaves out {parameter}, because"
+                notes.append(f"{layer} {role} {reason}")
         if not rows:
             notes.append("no KAN layer was found")
         for module in self.unrecognized:

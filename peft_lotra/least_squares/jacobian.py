@@ -88,33 +88,26 @@ class Recorder:
     def _can_record(self, x: Tensor, *constants: Tensor | None) -> bool:
         if not torch.is_grad_enabled() or needs_plain_operations(x):
             return False
-        is_constant = not any(tensor is not None and tensor.requires_grad for tensor in (x, *constants))
-        return is_constant and x.dim() == 2 and len(x) == self.rows
+        if any(tensor is not None and tensor.requires_grad for tensor in (x, *constants)):
+            return False
+        return x.dim() == 2 and len(x) == self.rows
 
     def _record_layer(self, formula: LayerFormula, *inputs: Any) -> Jet:
         """Evaluate a layer, see `evaluate_layer`, and record it."""
-        tensors = [formula.coefficients, formula.residual, formula.bias]
+        components: list[Any] = [formula.coefficients, formula.residual, formula.bias]
         for update in formula.updates:
-            tensors += [update.scale, *update.tensor]
-        trained = [id(tensor) for tensor in tensors if isinstance(tensor, Tensor) and tensor.requires_grad]
+            components += [update.scale, *update.tensor]
+        trained = {id(tensor) for tensor in components if isinstance(tensor, Tensor) and tensor.requires_grad}
         # with a scale of the edges, the coefficients are no product of factors, and `vmap` takes as long
-        if not trained or formula.scale is not None or not self._parameters.issuperset(trained):
+        if not trained or formula.scale is not None or not trained <= self._parameters:
             return evaluate_layer(formula, *inputs)
-        fixed = formula._replace(
-            coefficients=_detach(formula.coefficients),
-            residual=_detach(formula.residual),
-            bias=_detach(formula.bias),
-            updates=tuple(Update(scale, tensor.map(Tensor.detach)) for scale, tensor in formula.updates),
-        )
-        outputs = evaluate_layer(fixed, *inputs)
+        tensors = {name: value.detach() for name, value in formula._asdict().items() if isinstance(value, Tensor)}
+        updates = tuple(Update(scale, tensor.map(Tensor.detach)) for scale, tensor in formula.updates)
+        outputs = evaluate_layer(formula._replace(updates=updates, **tensors), *inputs)
         for output in outputs:
             output.requires_grad_()
         self.layers.append(LayerRecord(formula, inputs, outputs))
         return outputs
-
-
-def _detach(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
 
 
 def row_gradients(
@@ -163,18 +156,24 @@ def row_gradients(
     first = 0
     for layer in recorder.layers:
         last = first + len(layer.outputs)
-        layer_gradients = []
-        for gradients in output_gradients:
-            for output, gradient in zip(layer.outputs, gradients[first:last], strict=True):
-                gradient = torch.zeros_like(output) if gradient is None else gradient
-                layer_gradients.append(gradient.view(-1, *output.shape[-2:]))
-        g = torch.cat(layer_gradients).unflatten(0, (m, -1))
-        _add_layer(blocks, layer, g.permute(2, 0, 1, 3))
+        gradients_of_layer = [gradients[first:last] for gradients in output_gradients]
+        _add_layer(blocks, layer, _stack_gradients(layer.outputs, gradients_of_layer))
         first = last
     for index, column in enumerate(values.unbind(1)):
         for scalar, derivatives in zip(scalars, _scalar_derivatives(column, scalars), strict=True):
             blocks[id(scalar)][:, index] = derivatives
     return jacobian
+
+
+def _stack_gradients(outputs: Jet, gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
+    """Stack gradients of m values in the S rows (n, O) of the outputs, (n, m, S, O)."""
+    stacked = []
+    for gradients_of_value in gradients:
+        for output, gradient in zip(outputs, gradients_of_value, strict=True):
+            if gradient is None:
+                gradient = torch.zeros_like(output)
+            stacked.append(gradient.view(-1, *output.shape[-2:]))
+    return torch.cat(stacked).unflatten(0, (len(gradients), -1)).permute(2, 0, 1, 3)
 
 
 def _scalar_derivatives(column: Tensor, scalars: Sequence[Tensor]) -> list[Tensor]:

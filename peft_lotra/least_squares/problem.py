@@ -104,9 +104,9 @@ def check_terms(terms: Iterable[Any]) -> list[Term]:
     for index, term in enumerate(terms):
         function, rows, weight, *_ = (*term, 1.0)
         rows = tuple(rows) if isinstance(rows, Sequence) else (rows,)
-        lengths = [len(row) if isinstance(row, Tensor) and row.dim() else None for row in rows]
-        has_rows = len(set(lengths)) == 1 and lengths[0] is not None
-        if not (isinstance(function, Callable) and has_rows and weight > 0):
+        lengths = list(map(_count_rows, rows))
+        has_rows = len(set(lengths)) == 1 and None not in lengths
+        if not (callable(function) and has_rows and weight > 0):
             raise ValueError(
                 f"A residual term must be (function, rows) or (function, rows, weight), with tensors of one length as "
                 f"rows and a weight above 0. But {name_term(index, function)} has rows of lengths {lengths} and the "
@@ -116,6 +116,10 @@ def check_terms(terms: Iterable[Any]) -> list[Term]:
     if not checked:
         raise ValueError("There are no residual terms.")
     return checked
+
+
+def _count_rows(rows: Any) -> int | None:
+    return len(rows) if isinstance(rows, Tensor) and rows.dim() else None
 
 
 def name_term(index: int, function: Callable) -> str:
@@ -220,8 +224,8 @@ class LeastSquares:
         self.shards = shards or Shards()
         self.trainable = trainable_parameters(model)
         self.fixed = in_double(model)  # the trainable ones are always replaced
-        parameters = self.trainable.values()
-        self.start = torch.cat([parameter.detach().double().flatten() for parameter in parameters])
+        flat = [parameter.detach().double().flatten() for parameter in self.trainable.values()]
+        self.start = torch.cat(flat)
         self.num_parameters = len(self.start)
         self.trials: Trials = {}
         self.terms = self._prepare(terms)
@@ -239,12 +243,14 @@ class LeastSquares:
         lengths = [len(rows[0]) for _, rows, _ in terms]
         counts = self.shards.sum(torch.tensor(lengths, device=self.start.device)).tolist()
         prepared = []
-        for (name, weight), (function, rows, _), count in zip(weights, terms, counts, strict=True):
-            if count == 0:
+        for index, (function, rows, weight) in enumerate(terms):
+            name = name_term(index, function)
+            if counts[index] == 0:
                 raise ValueError(f"The {name} has no rows.")
             requires_grad = [row.requires_grad for row in rows]
             rows = tuple(row.detach().double() if row.is_floating_point() else row for row in rows)
-            prepared.append(PreparedTerm(name, function, rows, requires_grad, math.sqrt(weight / count)))
+            scale = math.sqrt(weight / counts[index])
+            prepared.append(PreparedTerm(name, function, rows, requires_grad, scale))
         return prepared
 
     def _key(self, term: PreparedTerm) -> tuple:
@@ -275,11 +281,12 @@ class LeastSquares:
     ) -> Tensor:
         """Return the scaled residuals (n, m) of n rows, with tensors in place of parameters."""
         with torch.enable_grad(), Intercepted() if term.trial.intercepted else nullcontext():
-            # copies, since the function may write into its rows
-            marked = zip(rows, term.requires_grad, strict=True)
-            copies = tuple(row.detach().clone().requires_grad_(is_marked) for row, is_marked in marked)
+            # the function may write into its rows
+            copies = [row.detach().clone() for row in rows]
+            for copy, requires_grad in zip(copies, term.requires_grad, strict=True):
+                copy.requires_grad_(requires_grad)
             evaluate = partial(term.function, self.model)
-            values = call_with_parameters(self.model, {**self.fixed, **tensors}, evaluate, copies, {})
+            values = call_with_parameters(self.model, {**self.fixed, **tensors}, evaluate, tuple(copies), {})
         return term.scale * check_residuals(values, term.name, len(rows[0]))
 
     # How a function is evaluated
@@ -427,15 +434,17 @@ class LeastSquares:
             if jacobian is not None:
                 return jacobian
         jacobian = self._jacobian_by_vmap(term, rows)
-        return jacobian if out is None else out[: len(jacobian)].copy_(jacobian)
+        if out is None:
+            return jacobian
+        return out[: len(jacobian)].copy_(jacobian)
 
     def _jacobian_by_vmap(self, term: PreparedTerm, rows: Sequence[Tensor]) -> Tensor:
         def differentiate_row(flat: Tensor, *row: Tensor) -> Tensor:
             batch = [tensor.unsqueeze(0) for tensor in row]
             evaluate = lambda flat: self._call(term, batch, split_vector(self.trainable, flat))[0]  # noqa: E731
-            values, pull, *_ = torch.func.vjp(evaluate, flat)
-            units = torch.eye(len(values), device=values.device).to(values)
-            return torch.stack([pull(unit)[0] for unit in units])
+            values, pull_back, *_ = torch.func.vjp(evaluate, flat)
+            units = torch.eye(len(values), dtype=values.dtype, device=values.device)
+            return torch.stack([pull_back(unit)[0] for unit in units])
 
         in_dims = (None, *[0] * len(rows))
         differentiate_rows = torch.func.vmap(differentiate_row, in_dims, randomness="different")

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -51,7 +52,7 @@ class _BankOptimizer(Optimizer):
 
     def _by_id(self, values: Tensor, default: float) -> Tensor:
         """Return values (capacity,) of the rows of the matrix by the id of the adapter, (room,)."""
-        return torch.cat([values, values.new_tensor([default])])[self._row_of]
+        return F.pad(values, (0, 1), value=default)[self._row_of]
 
     @torch.no_grad()
     def keep_best(self, losses: Tensor, patience: int | None = None) -> Tensor:
@@ -66,14 +67,15 @@ class _BankOptimizer(Optimizer):
             `torch.Tensor`: Whether each adapter is still trained, (room,), by id.
         """
         packed, state = self.packed, self.state[self.packed]
-        by_row = packed.new_full((len(packed) + 1,), torch.nan)
-        by_row[self._row_of[: len(losses)]] = losses.to(packed)
-        losses = by_row[:-1]
+        losses_of_rows = packed.new_full((len(packed) + 1,), torch.nan)
+        losses_of_rows[self._row_of[: len(losses)]] = losses.to(packed)
+        losses = losses_of_rows[:-1]
 
         is_less = self._is_active & (losses < state["least"])
         state["best"][is_less] = packed[is_less]
         state["least"][is_less] = losses[is_less]
-        state["waited"] = torch.where(is_less, 0, state["waited"] + ~losses.isnan())
+        state["waited"] += ~losses.isnan()
+        state["waited"][is_less] = 0
         if patience is not None:
             self._is_active &= state["waited"] < patience
         return self._by_id(self._is_active, False)
@@ -160,11 +162,13 @@ class BankAdamW(_BankOptimizer):
         packed = self.packed
         if packed.grad is None:
             return loss
-        (group,), state = self.param_groups, self.state[packed]
+        (group,) = self.param_groups
+        state = self.state[packed]
         gradient = packed.grad.coalesce()
         rows = gradient.indices()[0]
         is_active = self._is_active[rows]
-        rows, values = rows[is_active], gradient.values()[is_active]
+        rows = rows[is_active]
+        values = gradient.values()[is_active]
 
         step = state["step"][rows] + 1
         average = state["exp_avg"][rows].lerp_(values, 1 - BETA1)
@@ -290,7 +294,8 @@ class BankLevenbergMarquardt(_BankOptimizer):
             rows = int(counts[pending[0]])
             bytes_of_adapter = 8 * width * (16 * rows + min(rows, width))
             size = max(1, MEMORY // bytes_of_adapter)
-            adapters, pending = pending[:size], pending[size:]
+            adapters = pending[:size]
+            pending = pending[size:]
             losses[adapters], accepted[adapters] = self._step_of(adapters, checked)
         damping = self._by_id(self.state[self.packed]["damping"], self.defaults["damping"])
         return BankStep(self._by_id(losses, torch.nan), self._by_id(accepted, False), damping)
@@ -312,8 +317,12 @@ class BankLevenbergMarquardt(_BankOptimizer):
         jacobian /= lengths.unsqueeze(1)
         gradient = (jacobian.mT @ residuals.unsqueeze(2)).squeeze(2)
         is_dual = jacobian.shape[1] < jacobian.shape[2]
-        right, matrix = (residuals, jacobian @ jacobian.mT) if is_dual else (gradient, jacobian.mT @ jacobian)
-        identity = torch.eye(matrix.shape[1], device=matrix.device).to(matrix)
+        if is_dual:
+            right = residuals
+            matrix = jacobian @ jacobian.mT
+        else:
+            right = gradient
+            matrix = jacobian.mT @ jacobian
 
         dampings = self.state[packed]["damping"]
         damping = dampings[adapters]
@@ -322,7 +331,8 @@ class BankLevenbergMarquardt(_BankOptimizer):
         is_solvable = loss.isfinite() & squares.isfinite().all(1) & gradient.any(1)
         pending = is_solvable.nonzero().squeeze(1)
         while len(pending):
-            damped = matrix[pending] + damping[pending, None, None] * identity
+            damped = matrix[pending]
+            damped.diagonal(dim1=1, dim2=2).add_(damping[pending].unsqueeze(1))
             triangle, failed = torch.linalg.cholesky_ex(damped)
             step = -torch.cholesky_solve(right[pending].unsqueeze(2), triangle)
             if is_dual:
@@ -339,12 +349,14 @@ class BankLevenbergMarquardt(_BankOptimizer):
             agreement = (decrease / predicted)[is_less].tolist()
             factors = [damping_factor(ratio, raised=factor > 2) for ratio in agreement]
 
-            done, pending = pending[is_less], pending[~is_less]
+            done = pending[is_less]
             packed[adapters[done]] = candidate[is_less]
             lowered = damping[done] * damping.new_tensor(factors)
             dampings[adapters[done]] = lowered.clamp(min=SMALLEST_DAMPING)
             loss[done] -= decrease[is_less]
             accepted[done] = True
+
+            pending = pending[~is_less]
             damping[pending] *= factor
             factor *= 2
             pending = pending[damping[pending] <= LARGEST_DAMPING]
@@ -364,11 +376,13 @@ class BankLevenbergMarquardt(_BankOptimizer):
         """
         slot_of = torch.full_like(self._is_active, -1, dtype=torch.int64)
         slot_of[adapters] = torch.arange(len(adapters), device=slot_of.device)
-        all_residuals, jacobian = [], []
+        all_residuals = []
+        jacobian = []
         for number, (function, (index, *rows), weight) in enumerate(terms):
             slots, order = slot_of[index].sort(stable=True)
             is_chosen = slots >= 0
-            slots, order = slots[is_chosen], order[is_chosen]
+            slots = slots[is_chosen]
+            order = order[is_chosen]
             if not len(slots):
                 continue
             counts = slots.bincount(minlength=len(adapters))
@@ -377,7 +391,8 @@ class BankLevenbergMarquardt(_BankOptimizer):
             entries = slots, numbers - starts[slots]
             if differentiates:
                 # a copy of the adapter for each row: one backward pass has the gradients of all rows
-                packed, groups = values[slots].requires_grad_(), RowGroups(numbers)
+                packed = values[slots].requires_grad_()
+                groups = RowGroups(numbers)
             else:
                 distinct, groups = group_rows(slots)
                 packed = values[distinct]

@@ -112,8 +112,9 @@ def minimize(
     is_at_end = bool(((position - low < WIDTH) | (high - position < WIDTH)).any())
     if is_outside.any() or is_misfit(solution.fun, at_starts, dim, is_at_end):
         raise ValueError(
-            "The data ask for a parameter outside of the fitted members, or for another family: the best one inside, "
-            f"{text_of(point)}, is at their end, or fits no better than a constant. Fit the family farther."
+            "The data ask for a parameter outside of the fitted members, or for another equation. The best one "
+            f"inside, {text_of(point)}, is at their end, or does not explain the data. Fit members farther out, or "
+            "check the data and the equation."
         )
     # the derivative of the parameter in the position
     scale = space.extent * torch.where(space.log, position.new_tensor(point), 1.0)

@@ -100,8 +100,9 @@ class Fitting:
     def _run(self, jobs: Mapping[Point, Job]) -> None:
         """Add the members of jobs, unless there are better ones."""
         points = [point for point in jobs if argument(point) not in self.failed]
-        fit_all = map if self.executor is None else self.executor.map
-        results = fit_all(partial(attempt, self.model, self.problem), [jobs[point] for point in points])
+        run_all = map if self.executor is None else self.executor.map
+        fit_member = partial(attempt, self.model, self.problem)
+        results = run_all(fit_member, [jobs[point] for point in points])
         for point, result in zip(points, results, strict=True):
             if isinstance(result, str):
                 self.failed[argument(point)] = result
@@ -145,18 +146,7 @@ class Fitting:
         self.walk(space.points_at(grid(dim, 2**level)))
         while space.members:
             level += 1
-            positions = grid(dim, 2**level)
-            distances = torch.cdist(positions, space.positions)
-            is_new = distances.amin(1) > 1e-9
-            near = distances[is_new].argsort(stable=True)[:, :2].numpy()
-            fitted = np.array([member.indicator for member in space.members])
-            bounds = tolerance or GAIN * fitted[near].max(1)
-
-            points = space.points_at(positions[is_new])
-            indicators = [self._indicator(point, space.vector_at(point)) for point in points]
-            shares = np.array(indicators) / bounds
-            shares[np.isnan(shares)] = math.inf
-            shares[[argument(point) in self.failed for point in points]] = 0.0
+            points, shares = self._rate_predictions(grid(dim, 2**level), tolerance)
             self.largest = float(shares.max())
             room = max(most - len(space.members), 0)
             worst = np.argsort(-shares, kind="stable")[:room]
@@ -166,6 +156,26 @@ class Fitting:
             added = [self.new[point] for point in chosen if point in self.new]
             if not any(tolerance or member.predicted > GAIN * member.indicator for member in added):
                 return
+
+    def _rate_predictions(self, positions: Tensor, tolerance: float | None) -> tuple[list[Point], np.ndarray]:
+        """Return the points at positions without a member, and their indicators as shares of the bound.
+
+        The bound is the tolerance, or it follows from both nearest members.
+        """
+        space = self.space
+        distances = torch.cdist(positions, space.positions)
+        is_new = distances.amin(1) > 1e-9
+        near = distances[is_new].argsort(stable=True)[:, :2].numpy()
+        fitted = np.array([member.indicator for member in space.members])
+        bounds = tolerance or GAIN * fitted[near].max(1)
+
+        points = space.points_at(positions[is_new])
+        indicators = [self._indicator(point, space.vector_at(point)) for point in points]
+        shares = np.array(indicators) / bounds
+        shares[np.isnan(shares)] = math.inf
+        has_failed = [argument(point) in self.failed for point in points]
+        shares[has_failed] = 0.0
+        return points, shares
 
     def report(self) -> FamilyReport:
         """Return the members that were added; a RuntimeError if the family has none."""

@@ -163,9 +163,10 @@ class MemberSpace:
         position = self.positions_of([point])
         used = self.nearest(point)[: position.numel() + 1]
         distances = (self.positions[used] - position).norm(dim=1)
-        weights = 1 / distances.clamp(min=1e-12)
-        weights = (weights / weights.sum()).tolist()
-        return [(self.members[index], weight) for index, weight in zip(used, weights, strict=True)]
+        inverse = 1 / distances.clamp(min=1e-12)
+        weights = inverse / inverse.sum()
+        members = [self.members[index] for index in used]
+        return list(zip(members, weights.tolist(), strict=True))
 
     def vector_at(self, point: Point) -> np.ndarray:
         """Interpolate the coordinates (P,); outside of the members, extrapolate them from the nearest."""
@@ -189,15 +190,16 @@ def weights_at(points: Tensor, positions: Tensor) -> Tensor:
     """
     count = len(points)
     for degree in (2, 1, 0):
-        tail = _monomials(points, degree)
-        number = tail.shape[1]
-        if torch.linalg.matrix_rank(tail, rtol=1e-8) == number:
+        monomials = _monomials(points, degree)
+        number = monomials.shape[1]
+        if torch.linalg.matrix_rank(monomials, rtol=1e-8) == number:
             break
     power = 2 * degree + 1
+    # SciPy's RBFInterpolator of unit values inverts the matrix, which loses digits where points are close
     matrix = points.new_zeros(count + number, count + number)
     matrix[:count, :count] = pairwise_distances(points, points) ** power
-    matrix[:count, count:] = tail
-    matrix[count:, :count] = tail.T
+    matrix[:count, count:] = monomials
+    matrix[count:, :count] = monomials.T
     splines = pairwise_distances(points, positions) ** power
     right = torch.cat([splines, _monomials(positions, degree).T])
     return torch.linalg.solve(matrix, right)[:count]
@@ -216,6 +218,6 @@ def _monomials(points: Tensor, degree: int) -> Tensor:
 def is_inside(points: Tensor, position: Tensor) -> bool:
     """Return whether a position (dim,) lies in the convex hull of points (m, dim)."""
     # a convex combination: non-negative weights whose sum is 1
-    matrix = np.column_stack([points.numpy(), np.ones(len(points))]).T
+    matrix = np.vstack([points.numpy().T, np.ones(len(points))])
     _, distance = nnls(matrix, np.append(position.numpy(), 1.0))
     return distance <= 1e-7

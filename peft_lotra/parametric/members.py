@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial, update_wrapper
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,8 @@ from .interpolation import Member, Point
 # The damping of all steps, as a share of the largest diagonal entry of J^T J. It stops directions in which the
 # residuals hardly change, and members stay comparable.
 MEMBER_DAMPING = 1e-6
-WINDOW, SLOW = 4, 0.7  # a fit ends when so many steps left more than this share of the loss
+WINDOW = 4  # steps that are compared
+SLOW = 0.7  # a fit ends when these steps left more than this share of the loss
 
 TermsOf = Callable[[Any], Iterable]  # a function of the parameter
 OfModel = Callable[[nn.Module, Any], Any]  # a function of a network, or a solution, and the parameter
@@ -76,10 +77,14 @@ class Problem:
         if self.solution_of is None:
             return terms
 
-        def of_network(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            return wraps(function)(lambda model, *rows: function(self.solution(model, parameter), *rows))
+        def call_solution(function: Callable[..., Tensor], model: nn.Module, *rows: Tensor) -> Tensor:
+            return function(self.solution(model, parameter), *rows)
 
-        return [(of_network(function), rows, weight) for function, rows, weight in terms]
+        of_networks = []
+        for function, rows, weight in terms:
+            of_network = update_wrapper(partial(call_solution, function), function)
+            of_networks.append((of_network, rows, weight))
+        return of_networks
 
     def fit(
         self,
@@ -92,7 +97,9 @@ class Problem:
 
         The fit starts from the coordinates `start` and follows a path of parameters. The last one is the member's.
         """
-        start_time, steps, parameter = time.perf_counter(), 0, path[-1]
+        start_time = time.perf_counter()
+        steps = 0
+        parameter = path[-1]
         model = copy.deepcopy(model)  # other threads fit other members
         write(model, start)
         predicted = self.indicator(model, parameter)
@@ -105,11 +112,13 @@ class Problem:
             coordinates = trainable_parameters(trained)
             self.train(trained, argument(parameter))
             write(model, read(coordinates))
-        vector, indicator = read(trainable_parameters(model)), self.indicator(model, parameter)
+        vector = read(trainable_parameters(model))
+        indicator = self.indicator(model, parameter)
         has_loss = self.terms_of is not None or self.loss_of is not None
         if not np.isfinite(vector).all() or (has_loss and not math.isfinite(indicator)):
             raise ValueError(f"The fitted member has NaN or infinite coordinates or residuals: {indicator}.")
-        return Member(parameter, vector, predicted, indicator, steps, time.perf_counter() - start_time)
+        seconds = time.perf_counter() - start_time
+        return Member(parameter, vector, predicted, indicator, steps, seconds)
 
     def indicator(self, model: nn.Module, parameter: Point) -> float:
         """Return the loss of `loss_of`, or else the root of the loss at held-out points; NaN without terms.

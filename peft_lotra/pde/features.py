@@ -1,7 +1,10 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Features of the coordinates of a box: scaled to the grid, periodic, even at the ends, or oscillating."""
+"""Maps around a network: features of the coordinates of a box, and the scale of the outputs.
+
+Coordinates are scaled to the grid, periodic, even at the ends, or oscillating.
+"""
 
 from __future__ import annotations
 
@@ -125,6 +128,24 @@ class BoxFeatures(InputMap):
     def extra_repr(self) -> str:
         box = f"low={self.low.tolist()}, high={self.high.tolist()}"
         return f"{box}, periodic={self.periodic}, neumann={self.neumann}, frequencies={self.frequencies}"
+
+
+class OutputScale(InputMap):
+    """Multiply the outputs of a network by a fixed factor, the size of the solution in the units of the user.
+
+    Args:
+        in_features: The number of outputs.
+        factor: The factor.
+    """
+
+    def __init__(self, in_features: int, factor: float) -> None:
+        super().__init__(in_features, range(in_features))
+        self.factor = factor
+
+    def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
+        """See `InputMap`."""
+        constants = [self.factor, *[0.0] * highest][:highest]
+        return [self.factor * z, *(torch.full_like(z, constant) for constant in constants)]
 
 
 def check_frequencies(frequencies: Frequencies, count: int) -> list[list[float]]:

@@ -17,7 +17,7 @@ from ..kan.network import pairs
 from ..least_squares.problem import check_trainable
 from ..modules.calls import unwrap
 from .constraints import HardConstraint
-from .features import BoxFeatures, Frequencies
+from .features import BoxFeatures, Frequencies, OutputScale
 
 
 WIDTHS = (16, 20, 20)  # of a new network: a layer of splines, then tanh layers
@@ -29,9 +29,17 @@ SMALLEST_GRID = 3
 
 
 def new_network(
-    features: BoxFeatures, outputs: int, seed: int, first: str = "splines", is_small: bool = False
+    features: BoxFeatures,
+    outputs: int,
+    seed: int,
+    first: str = "splines",
+    is_small: bool = False,
+    scale: float = 1.0,
 ) -> nn.Module:
-    """Return a network of tanh layers behind features. Its first layer has splines, or tanh too for `first="tanh"`."""
+    """Return a network of tanh layers behind features. Its first layer has splines, or tanh too for `first="tanh"`.
+
+    Its outputs are multiplied by `scale`.
+    """
     widths = WIDTHS if first == "splines" else TANH_WIDTHS
     if is_small or any(features.frequencies):
         widths = SMALL_WIDTHS
@@ -46,6 +54,8 @@ def new_network(
         layers: list[nn.Module] = [features, first_layer]
         for pair in pairs([*widths, outputs]):
             layers += [nn.Tanh(), nn.Linear(*pair)]
+    if scale != 1.0:
+        layers.append(OutputScale(outputs, scale))
     return nn.Sequential(*layers)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from .adaptive import ResidualSampler
 from .boxes import box_points, side_points
 from .budget import Budget
 from .constraints import HardConstraint, Part
-from .features import BoxFeatures
+from .features import BoxFeatures, OutputScale
 from .networks import new_network
 from .solution import Solution
 from .training import FAILED, Training
@@ -31,6 +32,8 @@ KINDS: tuple[str, ...] = ("splines", "tanh")  # the first layer of the networks 
 SHARE = 0.1  # of the budget, for each start
 FEWEST_STEPS = 8  # of a start, for a race
 WINDOWS = 8  # in time, where the whole box fails
+UNUSUAL = 1e3  # the scale of outputs from which networks of unit size fail; below its inverse they do, too
+LARGE = 50.0  # the same, where `lift` is as large
 PROMISING = 0.1  # times the residual on the whole box: where the first window shows that windows help
 
 
@@ -45,6 +48,7 @@ class Starts:
         budget: The steps or seconds that all starts share.
         callback: As for `solve`.
         differentiates: Whether the residual needs points that require a gradient.
+        scale: The factor of the outputs of new networks.
     """
 
     result: Solution
@@ -58,6 +62,7 @@ class Starts:
     budget: Budget
     callback: Callable[[Solution, LevenbergMarquardtStep], Any] | None
     differentiates: bool = False
+    scale: float = 1.0
 
     def new_training(
         self, model: HardConstraint, network: str = "", ends: Tensor | None = None, **options: Any
@@ -85,7 +90,7 @@ class Starts:
 
     def new_model(self, kind: str, seed: int) -> HardConstraint:
         """Return a new network with the conditions."""
-        network = new_network(self.features, self.outputs, seed, kind)
+        network = new_network(self.features, self.outputs, seed, kind, scale=self.scale)
         return HardConstraint(network, self.distance, self.lift).double()
 
     def race(self, first: Training) -> Training:
@@ -144,7 +149,8 @@ class Starts:
             ends = box.tolist()
             features = BoxFeatures(ends[0], ends[1], self.features.periodic, frequencies=frequencies)
             boxes.append(box)
-            networks.append(new_network(features, self.outputs, self.seed + k, kind, is_small=True))
+            network = new_network(features, self.outputs, self.seed + k, kind, is_small=True, scale=self.scale)
+            networks.append(network)
         windows = Windows(networks, edges.tolist(), time, smoothness)
         model = HardConstraint(windows, self.distance, self.lift).double()
         try:
@@ -188,12 +194,46 @@ class Starts:
 @torch.no_grad()
 def continue_network(before: nn.Module, network: nn.Module) -> None:
     """Start a network behind its features with the hidden layers of another one, and an output of zero."""
-    _, *layers, output = network.children()
-    _, *layers_before, _ = before.children()
+    _, *layers, output = _unscaled(network)
+    _, *layers_before, _ = _unscaled(before)
     for layer, other in zip(layers, layers_before, strict=True):
         layer.load_state_dict(other.state_dict())
     for parameter in output.parameters():
         parameter.zero_()
+
+
+def _unscaled(network: nn.Module) -> list[nn.Module]:
+    """Return the layers of a new network before the scale of its outputs."""
+    return [layer for layer in network.children() if not isinstance(layer, OutputScale)]
+
+
+@torch.no_grad()
+def scale_outputs(training: Training, network: Any) -> float:
+    """Scale the outputs of a new network for a solution whose size is far from 1, and return the factor, else 1.
+
+    Scaled by it, the network changes the residuals by as much as they are without it. This factor is also large for
+    solutions that oscillate, but then `lift` is not large.
+    """
+
+    def evaluate() -> tuple[Tensor, Tensor]:
+        return training.evaluate_held()[1], training.model(training.held)
+
+    residuals, values = evaluate()
+    output = network[-1]
+    state = copy.deepcopy(output.state_dict())
+    for parameter in output.parameters():
+        parameter.zero_()
+    of_lift, lift = evaluate()
+    output.load_state_dict(state)
+
+    scale = (of_lift.norm() / (residuals - of_lift).norm()).item()
+    size = (lift.norm() / (values - lift).norm()).item()
+    if LARGE < min(scale, size) < math.inf:
+        scale = min(scale, size)
+    elif not (0 < scale < 1 / UNUSUAL or UNUSUAL < scale < math.inf):
+        return 1.0
+    network.append(OutputScale(output.out_features, scale))
+    return scale
 
 
 def rows_in_box(term: Any, low: Tensor, high: Tensor) -> Any:

@@ -18,7 +18,8 @@ from ..modules.checks import check_count, check_number
 
 
 SLACK = 1e-6  # relative to a length: closer points are equal
-STEP = 1e-7  # relative to the length of an edge: from its middle to both sides
+STEP = 1e-7  # relative to the length of an edge: from one of its points to both sides
+SHARE = 0.618  # of the length to this point: at the middle, other edges often touch an edge
 FAR = 1e3  # relative to the diameter of a circle: the distance to its ends
 
 
@@ -67,40 +68,54 @@ class Edges(NamedTuple):
         return middle, torch.where(is_circle, FAR * radius, radius)
 
     def cut(self, cutters: Edges) -> Edges:
-        """Split the edges where they meet the cutters."""
+        """Split the edges where they meet the cutters, and where a cutter on the same line or circle starts."""
         edges = self.select((slice(None), None))  # (E, 1)
         curvature, length = edges.curvature, edges.length
         offset = edges.start - cutters.start
         normal = 1j * cutters.direction
 
         # With q = tan(curvature s / 2) / (curvature length / 2), p(s) = start + direction q length / bend. Times
-        # |bend|^2, the equation of the cutter's line or circle is then quadratic in q.
+        # |bend|^2, the equation of the cutter's line or circle is then quadratic in q. Three values determine it.
         def equation(q: float) -> Tensor:
             bend = 1 - 0.5j * curvature * length * q
             point = offset * bend + edges.direction * length * q
             height = (normal.conj() * point * bend.conj()).real
             return height - cutters.curvature / 2 * point.abs().square()
 
-        below, constant, above = equation(-1), equation(0), equation(1)
+        below = equation(-1)
+        constant = equation(0)
+        above = equation(1)
         linear = (above - below) / 2
         square = (above + below) / 2 - constant
         root = (linear.square() - 4 * square * constant).sqrt()
-        numerator = -linear - torch.where(linear < 0, -root, root)
-        q = torch.cat([2 * constant / numerator, numerator / (2 * square)], 1)
+        # the sum of two terms of one sign does not cancel
+        numerator = -linear - root.copysign(linear)
+        q = torch.stack([2 * constant / numerator, numerator / (2 * square)])
 
         turn = 2 * (curvature * length * q / 2).atan() * curvature.sign()
         along_arc = turn.remainder(2 * math.pi) / curvature.abs()
         s = torch.where(curvature == 0, length * q, along_arc)
         center, radius = cutters.disks()
-        distance = (edges.points(s) - center.repeat(2)).abs()
-        is_near = distance < (1 + SLACK) * radius.repeat(2)
-        is_met = (s >= 0) & (s <= length) & is_near
+        distance = (edges.points(s) - center).abs()
+        is_on_cutter = distance < (1 + SLACK) * radius
 
-        cuts = torch.where(is_met, s, length)
-        stops = torch.cat([torch.zeros_like(length), cuts, length], 1).sort(1).values
-        low, high = stops[:, :-1], stops[:, 1:]
-        lengths = high - low
-        pieces = Edges(edges.points(low), edges.directions(low), curvature.expand_as(low), lengths)
+        # edges on one line or circle, whose equation is zero to rounding, are cut where cutters start
+        is_same = below.abs() + constant.abs() + above.abs() < SLACK * length
+        local = (cutters.start - edges.start) / edges.direction
+        turn = (1 + 1j * curvature * local).angle() * curvature.sign()
+        along_arc = turn.remainder(2 * math.pi) / curvature.abs()
+        at_start = torch.where(curvature == 0, local.real, along_arc)
+        gap = (edges.points(at_start) - cutters.start).abs()
+        is_at_start = is_same & (gap < SLACK * length)
+
+        s = torch.stack([*s, at_start])
+        is_on_cutter = torch.stack([*(is_on_cutter & ~is_same), is_at_start])
+        is_on_edge = (s >= 0) & (s <= length)
+        cuts = torch.where(is_on_cutter & is_on_edge, s, length)
+        stops = torch.cat([torch.zeros_like(length), *cuts, length], 1).sort(1).values
+        starts = stops[:, :-1]
+        lengths = stops.diff(dim=1)
+        pieces = Edges(edges.points(starts), edges.directions(starts), curvature.expand_as(lengths), lengths)
         return pieces.select(lengths > SLACK * length)
 
     def join(self) -> Edges:
@@ -144,22 +159,27 @@ class Region:
     """
 
     def __init__(self, inside: Callable[[Tensor], Tensor], edges: Edges) -> None:
+        s = SHARE * edges.length
+        point = edges.points(s)
+        to_left = 1j * STEP * edges.length * edges.directions(s)
+        left = inside(torch.view_as_real(point + to_left))
+        right = inside(torch.view_as_real(point - to_left))
+
+        # repeated edges have the same middle, and the same curvature there, which tells a line from a circle
         middle, _ = edges.disks()
-        to_left = 1j * STEP * edges.length * edges.directions(edges.length / 2)
-        left = inside(torch.view_as_real(middle + to_left))
-        right = inside(torch.view_as_real(middle - to_left))
-        is_near = (middle.unsqueeze(1) - middle).abs() < SLACK * edges.length
-        is_repeated = is_near.tril(-1).any(1)
+        bend = edges.curvature * edges.directions(edges.length / 2)
+        gap = (middle.unsqueeze(1) - middle).abs() + edges.length**2 * (bend.unsqueeze(1) - bend).abs()
+        is_repeated = (gap < SLACK * edges.length).tril(-1).any(1)
         is_edge = (left != right) & ~is_repeated
         if not is_edge.any():
             raise ValueError("The region has no edges: it is empty, or `select` takes none.")
-        forward, backward = edges.select(is_edge & left), edges.select(is_edge & right)
+        forward = edges.select(is_edge & left)
+        backward = edges.select(is_edge & right)
         edges = _concatenate(forward, backward.reversed()).join()
 
         middle, radius = edges.disks()
-        points = torch.cat([edges.start, middle, edges.ends()])
-        corners = torch.view_as_real(points)
-        extent = corners.amax(0) - corners.amin(0)
+        points = torch.view_as_real(torch.cat([edges.start, middle, edges.ends()]))
+        extent = points.amax(0) - points.amin(0)
         self.size = size = extent.max().item() / 2
         self._inside = inside
         self._edges = edges
@@ -182,9 +202,8 @@ class Region:
     ) -> Region:
         if not isinstance(other, Region):
             return NotImplemented
-        pieces, other_pieces = self._edges.cut(other._edges), other._edges.cut(self._edges)
-        edges = _concatenate(pieces, other_pieces)
-        return Region(partial(_is_in_both, self._inside, other._inside, rule), edges)
+        edges = _concatenate(self._edges, other._edges)
+        return Region(partial(_is_in_both, self._inside, other._inside, rule), edges.cut(edges))
 
     def select(self, where: Callable[[Tensor], Tensor]) -> Region:
         """Return the region with some of its edges only, for `distance` and `boundary` of a part of its boundary.
@@ -323,16 +342,17 @@ def disk(center: Sequence[float], radius: float) -> Region:
 # Functions of a module, which can be pickled
 
 
-def _is_in_polygon(corners: list[list[float]], x: Tensor) -> Tensor:
+def _is_in_polygon(corners: list[list[float]], points: Tensor) -> Tensor:
     """Return whether a ray from each point to the right crosses an odd number of sides."""
-    is_inside = torch.zeros_like(x[..., 0], dtype=torch.bool)
+    x, y = points.unbind(-1)
+    is_inside = torch.zeros_like(x, dtype=torch.bool)
     x1, y1 = corners[-1]
     for x2, y2 in corners:
         if y1 != y2:
-            is_level = (x[..., 1] < y1) != (x[..., 1] < y2)
+            is_level = (y < y1) != (y < y2)
             slope = (x2 - x1) / (y2 - y1)
-            crossing = x1 + (x[..., 1] - y1) * slope
-            is_inside ^= is_level & (x[..., 0] < crossing)
+            crossing = x1 + (y - y1) * slope
+            is_inside ^= is_level & (x < crossing)
         x1, y1 = x2, y2
     return is_inside
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -26,6 +25,8 @@ PACKAGES = ("torch.nn.modules.", "peft_lotra.kan", "peft_lotra.pde")  # whose cl
 ARGUMENTS = {"kan": "network", "distance": "distance", "lift": "lift"}  # that replace children of a `HardConstraint`
 POINTS = 64  # at which a loaded model is compared with the saved one
 TOLERANCE = 1e-8  # of the largest value there
+
+Node = dict[str, Any] | None  # the description of a module; None if it cannot be described
 
 
 def save_model(folder: str | os.PathLike, model: nn.Module, points: Tensor, settings: dict[str, Any]) -> None:
@@ -49,7 +50,10 @@ def read_file(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tens
 
 
 def build_model(
-    node: dict[str, Any] | None, tensors: dict[str, Tensor], points: Tensor, replacements: dict[str, Any]
+    node: Node,
+    tensors: dict[str, Tensor],
+    points: Tensor,
+    replacements: dict[str, Any],
 ) -> Any:
     """Build a model from its description.
 
@@ -72,54 +76,67 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def _evaluate(model: nn.Module, points: Tensor) -> dict[str, Tensor]:
     """Return the values of distance, lift and model at some points, the model last, which depends on the others."""
-    functions: dict[str, Any] = {name: getattr(model, name, None) for name in ("distance", "lift")}
-    functions["network"] = model
     values = {}
-    for name, function in functions.items():
+    for name in ("distance", "lift"):
+        function = getattr(model, name, None)
         if callable(function):
             values[name] = function(points)
+    values["network"] = model(points)
     return values
 
 
-def _describe(module: Any) -> dict[str, Any] | None:
+def _describe(module: Any) -> Node:
     """Describe a module by classes and plain attributes; None if they do not tell all."""
-    name_of_class = f"{type(module).__module__}.{type(module).__qualname__}"
+    name_of_class = _name_of_class(type(module))
     if name_of_class not in _classes() or runs_more_than_its_class(module):
         return None
     attributes = own_attributes(module)
     children = {name: _describe(child) for name, child in module._modules.items()}
     if isinstance(module, HardConstraint):
-        functions = {name: None for name in ("distance", "lift") if callable(attributes.get(name))}
-        attributes = {name: value for name, value in attributes.items() if name not in functions}
-        children |= functions
+        for name in ("distance", "lift"):
+            if callable(attributes.get(name)):
+                del attributes[name]
+                children[name] = None
     elif None in children.values():
         return None
     text = repr(attributes)
-    with suppress(ValueError, SyntaxError):  # of what is no number, string, tuple, list or dict
-        if ast.literal_eval(text) == attributes:
-            return {
-                "class": name_of_class,
-                "attributes": text,
-                "parameters": {name: p is not None and p.requires_grad for name, p in module._parameters.items()},
-                "buffers": {name: name not in module._non_persistent_buffers_set for name in module._buffers},
-                "children": children,
-            }
-    return None
+    try:
+        is_plain = ast.literal_eval(text) == attributes
+    except (ValueError, SyntaxError):  # not only numbers, strings, tuples, lists and dicts
+        is_plain = False
+    if not is_plain:
+        return None
+    return {
+        "class": name_of_class,
+        "attributes": text,
+        "parameters": {name: p is not None and p.requires_grad for name, p in module._parameters.items()},
+        "buffers": {name: name not in module._non_persistent_buffers_set for name in module._buffers},
+        "children": children,
+    }
 
 
 def _classes() -> dict[str, type[nn.Module]]:
     """Return the classes that a file may name. Nothing is imported for it."""
-    classes, bases = {}, [nn.Module]
-    while bases:
-        base = bases.pop()
-        bases += base.__subclasses__()
-        if base.__module__.startswith(PACKAGES):
-            classes[f"{base.__module__}.{base.__qualname__}"] = base
+    classes = {}
+    pending = [nn.Module]
+    while pending:
+        cls = pending.pop()
+        pending += cls.__subclasses__()
+        if cls.__module__.startswith(PACKAGES):
+            classes[_name_of_class(cls)] = cls
     return classes
 
 
+def _name_of_class(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def _build(
-    node: dict[str, Any] | None, place: str, argument: str, tensors: dict[str, Tensor], replacements: dict[str, Any]
+    node: Node,
+    place: str,
+    argument: str,
+    tensors: dict[str, Tensor],
+    replacements: dict[str, Any],
 ) -> Any:
     """Build the module at a place of the model, or return what replaces it."""
     if argument in replacements:
@@ -148,17 +165,21 @@ def _fill(replacement: Any, place: str, argument: str, tensors: dict[str, Tensor
     """Copy the tensors of a place into the module that replaces it. Nothing is changed if it has others."""
     present = _named_tensors(replacement) if isinstance(replacement, nn.Module) else {}
     saved = {name.removeprefix(place): tensor for name, tensor in tensors.items() if name.startswith(place)}
-    shapes, expected = ({name: tuple(t.shape) for name, t in named.items()} for named in (present, saved))
-    differing = sorted(name for name in shapes | expected if shapes.get(name) != expected.get(name))
-    if differing:
-        name = differing[0]
-        raise ValueError(
-            f"`{argument}` has {name} of shape {shapes.get(name)}, but {expected.get(name)} was saved. Build it as "
-            "before, with the same adapters and grids."
-        )
+    for name in sorted(present | saved):
+        shape = _shape_of(present.get(name))
+        expected = _shape_of(saved.get(name))
+        if shape != expected:
+            raise ValueError(
+                f"`{argument}` has {name} of shape {shape}, but {expected} was saved. Build it as before, with the "
+                "same adapters and grids."
+            )
     if present:
         replacement.double()
         with torch.no_grad():
             for name, tensor in _named_tensors(replacement).items():
                 tensor.copy_(saved[name])
     return replacement
+
+
+def _shape_of(tensor: Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)

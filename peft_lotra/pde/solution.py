@@ -132,7 +132,8 @@ class Solution(Report):
         periodic = [] if features is None else features.periodic
         points = box_points(self.low.tolist(), self.high.tolist(), POINTS)
         mask = None if self.inside is None else contains(self.inside, points).tolist()
-        save_model(folder, self.model, points, {**self.as_dict(), "periodic": periodic, "inside": mask})
+        settings = {**self.as_dict(), "periodic": periodic, "inside": mask}
+        save_model(folder, self.model, points, settings)
 
     @classmethod
     def load(
@@ -163,12 +164,12 @@ class Solution(Report):
         record, tensors = read_file(folder)
         with naming_damage(os.path.join(folder, FILE)):
             values = _nan_for_none({entry.name: record[entry.name] for entry in fields(cls)})
-            low, high = values["low"], values["high"] = check_box(values["low"], values["high"])
+            low, high = check_box(values["low"], values["high"])
             values["history"] = [_restore(LevenbergMarquardtStep, step) for step in values["history"]]
             values["phases"] = [_restore(Phase, phase) for phase in values["phases"]]
-            values["unknowns"] = {name: _restore(Estimate, of) for name, of in values["unknowns"].items()}
+            unknowns = values["unknowns"].items()
+            values["unknowns"] = {name: _restore(Estimate, constant) for name, constant in unknowns}
         points = box_points(low.tolist(), high.tolist(), POINTS)
-        values["inside"] = inside
         mask = None if inside is None else contains(inside, points).tolist()
         if mask != record["inside"]:
             raise ValueError("`inside` is not that of the saved solution. Pass the one that `solve` got, if any.")
@@ -176,7 +177,8 @@ class Solution(Report):
             network = prepare_network(network, low, high, None, record["periodic"], 0)
         arguments = {"distance": distance, "lift": lift, "network": network}
         replacements = {name: value for name, value in arguments.items() if value is not None}
-        values["model"] = build_model(record["model"], tensors, points, replacements)
+        model = build_model(record["model"], tensors, points, replacements)
+        values |= {"model": model, "low": low, "high": high, "inside": inside}
         return cls(**values)
 
     def plot(self, count: int = 101) -> Any:
@@ -208,7 +210,10 @@ class Solution(Report):
 def _restore(cls: Any, record: dict[str, Any]) -> Any:
     """Return a record from its plain values."""
     values = _nan_for_none(record)
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    for name, value in values.items():
+        if isinstance(value, list):
+            values[name] = tuple(value)
+    return cls(**values)
 
 
 def _nan_for_none(record: dict[str, Any]) -> dict[str, Any]:

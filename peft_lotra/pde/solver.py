@@ -24,7 +24,7 @@ from .diagnostics import describe_outcome, find_doubts
 from .features import BoxFeatures, Frequencies
 from .networks import first_module, prepare_network
 from .noise import FITTED, check_effects, estimate_constants
-from .race import HELD_POINTS, KINDS, Starts
+from .race import HELD_POINTS, KINDS, Starts, scale_outputs
 from .solution import Solution
 from .training import STAGES
 from .unknowns import Interval, NetworkWithConstants
@@ -189,6 +189,9 @@ def solve(
         training = starts.new_training(model, KINDS[0] if is_new else "", constants=constants, data=data)
         result.first_residual = training.norm(start)
         starts.differentiates = training.differentiates
+        if is_new:
+            starts.scale = scale_outputs(training, network)
+            result.first_residual = training.norm(start)
         for doubt in find_doubts(training.trained, low_end, high_end, inside, training.held_terms()):
             warn(doubt)
         if constants is not None:
@@ -221,7 +224,10 @@ def solve(
                 untrained = starts.new_model(KINDS[0], seed)
                 if constants is not None:
                     constants = NetworkWithConstants(untrained, unknowns or {}, bounds or {})
-                scale = starts.new_training(untrained, constants=constants).norm(stop)
+                first = starts.new_training(untrained, constants=constants)
+                first.norm(stop)
+                scale_outputs(first, untrained.kan)
+                scale = first.norm(stop)
 
     outcome = describe_outcome(result, scale)
     if outcome and steps is not None and result.phases[-1].reason == "budget":

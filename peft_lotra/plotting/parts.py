@@ -54,7 +54,7 @@ class ChangeParts(Report):
         constant: The mean of each output.
         linear: The gain by a linear function of the inputs.
         additive: The gain by a sum of functions of one input.
-        rest: The part that is no such sum. The four shares sum to 1.
+        rest: The part that is not a sum of functions of one input. The four shares sum to 1.
         size: The root mean square of the change.
         inputs: The inputs whose functions explain at least 1 % of the change each, the largest share first.
         pairs: The pairs of inputs that explain at least a tenth of the rest each, the largest share first.
@@ -77,15 +77,15 @@ class ChangeParts(Report):
             ["additive", f"{self.additive:.1%}", "a sum of functions of one input"],
         ]
         for name, share in self.inputs:
-            rows.append(["", f"{share:.1%}", f"a function of {name} alone, linear or not"])
+            rows.append(["", f"{share:.1%}", f"explained only by a function of {name}, linear or not"])
         rows.append(["rest", f"{self.rest:.1%}", "not a sum of functions of one input"])
         for first, second, share in self.pairs:
             rows.append(["", f"{share:.1%}", f"a function of {first} and {second} together"])
         notes = [f"root mean square of the change: {self.size:.3g}"]
         if self.rest >= SMALL:
             notes.append(
-                f"{self.rest:.0%} of the change is not such a sum: one layer of edges cannot express it, "
-                "hidden units or a product of inputs can."
+                f"{self.rest:.0%} of the change is not a sum of functions of one input. "
+                "It needs hidden units or products of inputs."
             )
         elif self.size > 0:
             notes.append("The change is a sum of functions of one input.")

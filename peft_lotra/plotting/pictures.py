@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from ..least_squares.levenberg_marquardt import LevenbergMarquardtStep
 from ..tuner.grids import grid_ends
 from ..tuner.layer import LoTRALayer, Target
 from ..tuner.targets import locate_target
-from .edges import edge_coefficients, layer_changes, measure_change
+from .edges import LayerChange, edge_coefficients, layer_changes, measure_change
 
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ def plot_edge_functions(
     Args:
         model: The model, adapted or not; it stays unchanged.
         layer_name: The name of the layer, as `find_kan_layers` or PEFT gives it.
-        edges: Pairs (output, input). By default the edge of the largest effect for each input, up to six of them;
-            without adapters of the largest function.
+        edges: Pairs (output, input). By default the six edges with the largest effects; without adapters, with the
+            largest functions.
         x: Inputs of the model, as for `edge_changes`. The functions are drawn over the range of the inputs of the
             layer, with a mark at each value; by default over its grids, or from -1 to 1.
         inputs: The names of the layer's inputs.
@@ -122,19 +122,17 @@ def plot_edge_functions(
     is_adapted = isinstance(module, LoTRALayer) and bool(module.applied_updates())
     if is_adapted and x is not None:
         changes = layer_changes(model, x)
-        effect = changes[layer_name].effect
-        squares = torch.cat([layer.effect.square().flatten() for layer in changes.values()])
     else:
-        effect = measure_change(functions, change if is_adapted else base).layer_effect
-        squares = effect.square().flatten()
-    shares = effect.square() / squares.sum().clamp(min=1e-300)
-    top = squares.max() / squares.sum().clamp(min=1e-300)
+        measured = measure_change(functions, change if is_adapted else base)
+        changes = {layer_name: measured._replace(effect=measured.layer_effect)}
+    all_shares, top = _shares(changes)
+    shares = all_shares[layer_name]
     if edges is None:
-        largest = effect.amax(0).argsort(descending=True)[:6].tolist()
-        edges = [(int(effect[:, index].argmax()), index) for index in largest]
+        largest = shares.flatten().argsort(descending=True)[:6].tolist()
+        edges = [divmod(number, shares.shape[1]) for number in largest]
 
     columns = min(len(edges), 3)
-    rows = -(-len(edges) // columns)
+    rows = math.ceil(len(edges) / columns)
     figure = figure or new_figure((3 * columns, 2.3 * rows + 0.3 * is_adapted))
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, (output, index) in zip(axes, edges, strict=False):
@@ -149,7 +147,7 @@ def plot_edge_functions(
         axis.plot(at, curve.cpu(), label="base", color="0.5", ls="--")
         if is_adapted:
             curve = curve + functions[:, index] @ change[output, index]
-            color = _color_map()((shares[output, index] / top.clamp(min=1e-300)).item())
+            color = _color_map()(float(shares[output, index]) / top)
             label = "adapted; % and darkness: share of the change, without constant shifts"
             axis.plot(at, curve.cpu(), label=label, color=color)
         if z is not None:
@@ -158,11 +156,24 @@ def plot_edge_functions(
             axis.plot(marks, torch.zeros_like(marks), "|", color="0.3", alpha=0.3, transform=bottom)
     for axis in axes[len(edges) :]:
         axis.remove()
-    figure.supxlabel("input of the edge" if z is None else "input of the edge, with marks at the data", fontsize=8)
+    xlabel = "input of the edge"
+    if z is not None:
+        xlabel += ", with marks at the data"
+    if len(edges) < shares.numel():
+        xlabel += f"; {len(edges)} of {shares.numel():,} edges"
+    figure.supxlabel(xlabel, fontsize=8)
     figure.supylabel("edge function", fontsize=8)
     if is_adapted:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
     return figure
+
+
+def _shares(changes: Mapping[str, LayerChange]) -> tuple[dict[str, Tensor], float]:
+    """Return the share of each edge in the squared effects of all layers, and the largest share."""
+    squares = {name: change.effect.square() for name, change in changes.items()}
+    total = sum(square.sum().item() for square in squares.values()) or 1.0
+    shares = {name: square / total for name, square in squares.items()}
+    return shares, max(share.max().item() for share in shares.values()) or 1.0
 
 
 def _sample_functions(target: Target, z: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -172,13 +183,10 @@ def _sample_functions(target: Target, z: Tensor | None) -> tuple[Tensor, Tensor]
         ValueError: The functions of one input depend on the others.
     """
     layer, spec, tensor = target
-    ends = grid_ends(spec.read_grid(layer), tensor.shape)
+    ones = torch.ones(tensor.shape[1])
+    low, high = grid_ends(spec.read_grid(layer), tensor.shape) or (-ones, ones)
     if z is not None:
-        ends = z.aminmax(dim=0)
-    elif ends is None:
-        ones = torch.ones(tensor.shape[1])
-        ends = -ones, ones
-    low, high = ends
+        low, high = z.aminmax(dim=0)
     high = high.clamp(min=low + 1e-6)  # a unit may be constant
     share = torch.linspace(0, 1, POINTS, device=low.device).unsqueeze(1)
     points = torch.lerp(low, high, share.to(low))
@@ -236,37 +244,39 @@ def plot_network_change(
         >>> model = get_peft_model(KAN([2, 5, 3]), config)
         >>> figure = plot_network_change(model, torch.rand(100, 2), inputs=["x", "t"])
     """
-    changes = layer_changes(model, x)
-    squares = {name: change.effect.square() for name, change in changes.items()}
-    total = sum(effect.sum().item() for effect in squares.values()) or 1.0
-    top = max(effect.max().item() for effect in squares.values()) / total or 1.0
-    figure = new_figure((1.5 + 2.2 * len(squares), 4))
+    shares, top = _shares(layer_changes(model, x))
+    figure = new_figure((1.5 + 2.2 * len(shares), 4))
     from matplotlib.collections import LineCollection  # matplotlib is installed, if there is a figure
     from matplotlib.ticker import PercentFormatter
 
     axis = figure.subplots()
-    column, names, units = 0.0, inputs, None
-    for layer, effect in squares.items():
-        count_out, count_in = effect.shape
+    column = 0.0
+    names = inputs
+    units = None
+    for layer, layer_shares in shares.items():
+        count_out, count_in = layer_shares.shape
         if units not in (None, count_in):  # does not follow the layer before
             column += 0.6
-        left, right = _heights(count_in), _heights(count_out)
-        order = effect.flatten().argsort()[-MOST_EDGES:]  # the largest above the others
-        shares = effect.flatten()[order] / total
+        left = _heights(count_in)
+        right = _heights(count_out)
+        drawn_shares, order = layer_shares.flatten().sort()  # the largest above the others
+        drawn_shares = drawn_shares[-MOST_EDGES:]
         segments = []
-        for edge in order.tolist():
+        for edge in order[-MOST_EDGES:].tolist():
             output, index = divmod(edge, count_in)
             segments.append([(column, left[index]), (column + 1, right[output])])
-        widths = 0.5 + 2.5 * shares / top
+        widths = 0.5 + 2.5 * drawn_shares / top
         lines = LineCollection(segments, cmap=_color_map(), linewidths=widths)
-        lines.set_array(shares.numpy())
+        lines.set_array(drawn_shares.numpy())
         lines.set_clim(0, top)
         axis.add_collection(lines)
         for units_at, heights in ((column, left), (column + 1, right)):
             axis.plot([units_at] * len(heights), heights, "o", color="0.25", markersize=4, zorder=3)
         axis.text(column + 0.5, 1.06, f"{layer}\n{count_in} to {count_out}", ha="center", va="bottom")
         _write_names(axis, column - 0.05, "inputs", names, left)
-        column, names, units = column + 1, (), count_out
+        column += 1
+        names = ()
+        units = count_out
     _write_names(axis, column + 0.05, "outputs", outputs, right)
     axis.set(xlim=(-0.1, column + 0.1), ylim=(-0.05, 1.05))
     axis.set_axis_off()

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from copy import deepcopy
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import safetensors.torch
@@ -77,7 +78,7 @@ def choose_forms(base: nn.Module, task: Task, budget: float) -> dict[str, Form]:
     if all(ranks[:2] == ("full", "full") for ranks in by_size.values()):
         forms[FULL_MATRICES] = Form(by_size, start_from_gradient)
     batches = torch.arange(len(task.x)).split(BATCH)
-    start_from_training(model, lambda batch: task.loss(model(task.x[batch]), task.y[batch]), batches)
+    start_from_training(model, partial(_batch_loss, model, task), batches)
     forms[LOW_RANK] = Form(configs["default"].rank_pattern, start_from_training)
     return forms
 
@@ -86,14 +87,18 @@ def start_adapter(base: nn.Module, task: Task, form: Form, rows: Sequence[Tensor
     """Start an adapter on the rows of each fold."""
     model = adapt(deepcopy(base), rank_pattern=form.ranks)
     network = unwrap(model)
+    loss = partial(_batch_loss, model, task)
     values = []
     for of_fold in rows:
-        batches = of_fold.split(BATCH)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The start overwrites")  # the adapter of the former fold
-            form.begin(model, lambda batch: task.loss(model(task.x[batch]), task.y[batch]), batches)
+            form.begin(model, loss, of_fold.split(BATCH))
         values.append(trained_values(network))
     return Start(network.requires_grad_(False), values, relative=form.begin is start_from_training)
+
+
+def _batch_loss(model: nn.Module, task: Task, batch: Tensor) -> Tensor:
+    return task.loss(model(task.x[batch]), task.y[batch])
 
 
 def trained_values(network: nn.Module) -> Tensors:
@@ -117,13 +122,11 @@ def make_references(base: nn.Module, task: Task) -> dict[str, Start]:
     network.requires_grad_(False)
     outputs = network(task.x[:2])
     fresh = _draw_anew(network)
-    trained = {
-        "last layer": _find_last_layer(network, task.x[:CHUNK], values),
-        "full": values,
-        "scratch": {name: fresh[name] for name in values},
-    }
-    folds = len(task.rows)
-    references = {name: Start(network, [of_start] * folds) for name, of_start in trained.items()}
+    scratch = {name: fresh[name] for name in values}
+    last_layer = _find_last_layer(network, task.x[:CHUNK], values)
+    references = {}
+    for name, of_start in (("last layer", last_layer), ("full", values), ("scratch", scratch)):
+        references[name] = Start(network, [of_start] * len(task.rows))
     if task.x.is_floating_point():
         references["linear"] = _start_linear(task, outputs)
     return references
@@ -145,18 +148,15 @@ def _find_last_layer(network: nn.Module, x: Tensor, values: Tensors) -> Tensors:
         with recorded_calls(layers, lambda name, x, y: calls.append(name)):
             outputs = functional_call(network, parameters, (x,)).flatten()
         total = outputs @ torch.linspace(1, 2, len(outputs)).to(outputs)
-        gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-    with_effect = set()
-    for name, gradient in zip(values, gradients, strict=True):
-        if gradient is not None and gradient.any():
-            with_effect.add(name)
+        gradients = torch.autograd.grad(total, list(parameters.values()), materialize_grads=True)
+    with_effect = {name for name, gradient in zip(values, gradients, strict=True) if gradient.any()}
 
     last = values
     for name in calls:
         prefix = f"{name}."
         of_layer = {key: value for key, value in values.items() if key.startswith(prefix)}
-        is_container = any(other.startswith(prefix) for other in calls)
-        if not is_container and not with_effect.isdisjoint(of_layer):
+        is_container = any(call.startswith(prefix) for call in calls)
+        if not is_container and with_effect & of_layer.keys():
             last = of_layer
     return last
 
@@ -177,9 +177,7 @@ def _draw_anew(network: nn.Module) -> Tensors:
 def _start_linear(task: Task, outputs: Tensor) -> Start:
     """Start a linear model at zero, of inputs that are standardized by the rows of each fold, and clipped."""
     width = task.x[0].numel()
-    last: nn.Module = nn.Flatten(0)
-    if outputs.dim() > 1:
-        last = nn.Unflatten(1, outputs.shape[1:])
+    last = nn.Unflatten(1, outputs.shape[1:]) if outputs.dim() > 1 else nn.Flatten(0)
     linear = nn.Linear(width, outputs[0].numel())
     # what was rarely active in the training rows may be far outside of them
     standardize = nn.BatchNorm1d(width, affine=False)

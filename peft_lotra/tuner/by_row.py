@@ -124,9 +124,12 @@ def _find_batch(size: int, value: Any) -> int | None:
     It is the first, or the second of three, as in recurrent networks. With one sample, a second dimension of that
     size may also be a channel.
     """
-    shape = value.shape if isinstance(value, Tensor) else ()
-    dims = shape[:2] if len(shape) == 3 and size != 1 else shape[:1]
-    return dims.index(size) if size in dims else None
+    if not isinstance(value, Tensor):
+        return None
+    sizes = value.shape[:1]
+    if value.dim() == 3 and size != 1:
+        sizes = value.shape[:2]
+    return sizes.index(size) if size in sizes else None
 
 
 def pass_names(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -198,8 +201,7 @@ def run_mixed_batch(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict) ->
             f"`{layer.lotra_name}` ({layer.lotra_spec.kind}) runs once for each adapter, which a graph cannot do. "
             "Give its kind `basis` in `register_kan_layer`, or call the model that is not compiled."
         )
-    adapters = [adapter for adapter in batch.read_adapters() for _ in range(rows_per_sample)]
-    return _run_by_adapter(adapters, batch.run, args, kwargs)
+    return _run_by_adapter(batch.read_adapters(), rows_per_sample, batch.run, args, kwargs)
 
 
 def _count_rows(layer: str, batch: MixedBatch, args: tuple, kwargs: dict) -> int:
@@ -215,7 +217,8 @@ def _count_rows(layer: str, batch: MixedBatch, args: tuple, kwargs: dict) -> int
     x = first_argument(args, kwargs)
     if is_tracing() or not isinstance(x, Tensor) or x.dim() == 0:
         return 1
-    if len(x) == batch.size:
+    count = len(x)
+    if count == batch.size:
         is_square = x.dim() > 2 and x.shape[0] == x.shape[1]
         if is_square and 0 < x.stride(0) < x.stride(1) and batch.has_several_adapters():
             raise ValueError(
@@ -224,20 +227,20 @@ def _count_rows(layer: str, batch: MixedBatch, args: tuple, kwargs: dict) -> int
             )
         return 1
 
-    rows_per_sample, remainder = divmod(len(x), batch.size) if batch.size else (0, 1)
-    if not remainder and len(x) not in batch.row_counts:
+    is_multiple = batch.size > 0 and count % batch.size == 0
+    if is_multiple and count not in batch.row_counts:
         if _is_view_of_samples(x, batch.size) or not batch.has_several_adapters():
-            batch.row_counts.add(len(x))
+            batch.row_counts.add(count)
         else:
             with suppress(Exception):  # a model may refuse noise
                 batch.row_counts.update(batch.find_row_counts())
-    if len(x) not in batch.row_counts:
+    if count not in batch.row_counts:
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{batch.size} and {len(x)} respectively, in `{layer}`. Let it have inputs (batch, ..., in), or call "
+            f"{batch.size} and {count} respectively, in `{layer}`. Let it have inputs (batch, ..., in), or call "
             "the model for the rows of each adapter."
         )
-    return rows_per_sample
+    return count // batch.size
 
 
 def _is_view_of_samples(x: Tensor, size: int) -> bool:
@@ -264,7 +267,8 @@ def find_row_counts(model: nn.Module, layers: Iterable[nn.Module], size: int, ar
     inputs = _record_inputs(model, layers, *noisy)
     rolled_inputs = _record_inputs(model, layers, *rolled)
 
-    in_order = {}
+    in_order: set[int] = set()
+    unclear: set[int] = set()
     for x, x_rolled in zip(inputs, rolled_inputs, strict=False):
         rows_per_sample, remainder = divmod(len(x), size)
         if remainder or x.shape != x_rolled.shape:
@@ -274,8 +278,9 @@ def find_row_counts(model: nn.Module, layers: Iterable[nn.Module], size: int, ar
         # rows that are equal do not show their order
         shows = (expected - x).abs().max() > 10 * rounding
         follows = (x_rolled - expected).abs().max() <= rounding
-        in_order[len(x)] = shows and follows and in_order.get(len(x), True)
-    return {count for count, follows in in_order.items() if follows}
+        counts = in_order if shows and follows else unclear
+        counts.add(len(x))
+    return in_order - unclear
 
 
 def _add_noise(size: int, value: Any) -> Any:
@@ -301,7 +306,7 @@ def _record_inputs(model: nn.Module, layers: Iterable[nn.Module], args: tuple, k
 
     with ExitStack() as stack:
         for layer in layers:
-            stack.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
+            stack.enter_context(layer.register_forward_pre_hook(record, with_kwargs=True))
         stack.enter_context(FORWARD_PASS.set(None))
         # in training, dropout would hide the order
         stack.enter_context(evaluating_without_trace(model))
@@ -309,36 +314,41 @@ def _record_inputs(model: nn.Module, layers: Iterable[nn.Module], args: tuple, k
     return inputs
 
 
-def _run_by_adapter(adapters: Sequence[Any], run: Run, args: tuple, kwargs: dict) -> Any:
-    """Evaluate the rows of each adapter in turn, and return the outputs in the order of the batch."""
-    rows: dict[Any, list[int]] = {}
-    for row, adapter in enumerate(adapters):
-        rows.setdefault(adapter, []).append(row)
-    if len(rows) == 1:
+def _run_by_adapter(adapters: Sequence[Any], rows_per_sample: int, run: Run, args: tuple, kwargs: dict) -> Any:
+    """Evaluate the samples of each adapter in turn, and return the outputs in the order of the batch."""
+    samples: dict[Any, list[int]] = {}
+    for sample, adapter in enumerate(adapters):
+        samples.setdefault(adapter, []).append(sample)
+    if len(samples) == 1:
         return run(adapters[0], args, kwargs)
 
-    def pick(value: Any, index: Tensor) -> Any:
-        is_batch = isinstance(value, Tensor) and value.dim() and len(value) == len(adapters)
-        return value[index.to(value.device)] if is_batch else value
+    count = len(adapters) * rows_per_sample
+
+    def pick(value: Any) -> Any:
+        is_batch = isinstance(value, Tensor) and value.dim() and len(value) == count
+        return _select_samples(value, len(adapters), index) if is_batch else value
 
     outputs = []
-    order = []
-    for adapter, indices in rows.items():
-        order.append(torch.tensor(indices, device="cpu"))
-        picked_args = tuple(pick(value, order[-1]) for value in args)
-        picked_kwargs = {key: pick(value, order[-1]) for key, value in kwargs.items()}
-        outputs.append(run(adapter, picked_args, picked_kwargs))
-    return _join(outputs, torch.cat(order).argsort())
+    indices = []
+    for adapter, of_adapter in samples.items():
+        index = torch.tensor(of_adapter, device="cpu")
+        indices.append(index)
+        picked_kwargs = {key: pick(value) for key, value in kwargs.items()}
+        outputs.append(run(adapter, tuple(map(pick, args)), picked_kwargs))
+    return _join(outputs, torch.cat(indices).argsort())
 
 
 def _join(outputs: Sequence[Any], order: Tensor) -> Any:
-    """Join outputs, or each of their entries (pykan returns four), and put the rows in order."""
+    """Join outputs, or each of their entries (pykan returns four), and put the samples in order."""
     if isinstance(outputs[0], tuple):
         return tuple(_join(entries, order) for entries in zip(*outputs, strict=True))
-    joined = torch.cat(list(outputs))
-    per_row = len(joined) // len(order)  # several where a layer flattens the leading dimensions (ChebyKAN)
-    rows = joined.unflatten(0, (len(order), per_row))[order.to(joined.device)]
-    return rows.flatten(0, 1)
+    return _select_samples(torch.cat(list(outputs)), len(order), order)
+
+
+def _select_samples(rows: Tensor, size: int, index: Tensor) -> Tensor:
+    """Select samples from the rows of `size` samples. A sample has several rows where a layer or a model flattens."""
+    samples = rows.unflatten(0, (size, -1))
+    return samples[index.to(rows.device)].flatten(0, 1)
 
 
 def find_row_evaluation(layer: Any, args: tuple, kwargs: dict) -> Callable[[RowUpdates], Tensor] | None:
@@ -403,13 +413,15 @@ def _updates_by_name(layer: Any, names: Sequence[str], current: ForwardPass) -> 
     distinct, groups = _group_names(tuple(names))
     if len(distinct) == 1:
         return None
-    updates = [next(iter(layer._updates([name], current)), None) for name in distinct]
+    updates = []
+    for name in distinct:
+        updates += layer._updates([name], current) or [None]
     tensors = [update.tensor for update in updates if update is not None]
     if names and not tensors:
         return None
     shape = full_shape(layer.lotra_tensor)
     form = PackedTucker(shape, (0,) * len(shape))
-    if not names:  # the shape of the output is all that matters
+    if not names:  # layers of other libraries refuse empty batches, but here only the shape of the output matters
         updates = [None]
         form = PackedTucker(shape, (1,) * len(shape))
     for tensor in tensors:

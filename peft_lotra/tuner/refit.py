@@ -86,13 +86,13 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
     unusable = [name for name, layer in layers.items() if layer.merged or layer.disable_adapters]
     if unusable:
         raise ValueError(f"The adapters of {unusable} are merged or disabled: unmerge or enable them first.")
-    report = RefitReport({})
+    errors = {}
 
     def refit(name: str, layer: LoTRALayer, args: tuple, kwargs: dict) -> None:
         if _is_moved(layer):
             x = first_argument(args, kwargs)
             for adapter in layer.lotra_r:
-                report.errors[name, adapter] = _refit(name, layer, adapter, x)
+                errors[name, adapter] = _refit(name, layer, adapter, x)
             layer.remember_grid()
 
     with _unchanged_on_error(layers), modes_kept(model), torch.no_grad(), ExitStack() as hooks:
@@ -101,12 +101,12 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
             with base_layers_in_place(model):
                 move(unwrap(model))
         for name, layer in layers.items():
-            hooks.callback(layer.register_forward_pre_hook(partial(refit, name), with_kwargs=True).remove)
+            hooks.enter_context(layer.register_forward_pre_hook(partial(refit, name), with_kwargs=True))
         call_with_inputs(model, inputs)
         unreached = [name for name, layer in layers.items() if _is_moved(layer)]
         if unreached:
             raise ValueError(f"The grids of the layers {unreached} have moved, but `inputs` do not reach them.")
-    return report
+    return RefitReport(errors)
 
 
 def _is_moved(layer: LoTRALayer) -> bool:
@@ -153,15 +153,16 @@ def _refit(name: str, layer: LoTRALayer, adapter: str, x: Any) -> float:
 
     components = _on_cpu(layer.get_components(adapter))
     old = components.dense()
-    transfer = change_of_basis(weight * new_splines, weight * old_splines)
+    weighted = weight * new_splines
+    transfer = change_of_basis(weighted, weight * old_splines)
     projected = old.clone()  # its residual slice, if there is one, stays
     projected[..., :num_basis] = einsum(transfer, old[..., :num_basis], "i new old, o i old -> o i new")
 
     # brings the coefficients of an edge to the values of its function; the base branch is a block of its own,
     # since the layer may scale its splines edge by edge
-    metric = torch.linalg.qr((weight * new_splines).transpose(0, 1)).R
+    metric = torch.linalg.qr(weighted.transpose(0, 1)).R
     has_residual = old.shape[-1] > num_basis
-    residual = F.silu(points.double().cpu()).unsqueeze(-1)[..., :has_residual]
+    residual = F.silu(points.double().cpu()).unsqueeze(-1)[..., :has_residual]  # else without columns
     residual_norm = (weight * residual).norm(dim=0)
 
     def edge_functions(tensor: Tensor) -> Tensor:

@@ -132,8 +132,8 @@ def _no_layer_message(model: nn.Module) -> str:
     if candidates:
         message += f"; candidates are {list_first(candidates)}. `find_kan_layers(model)` shows why they are none"
     return (
-        f"{message}. `register_kan_layer` describes other layers. Functions shared by all outputs (KAT, GR-KAN) take "
-        "plain LoRA on their linear layers."
+        f"{message}. Call `register_kan_layer` to add a layer that is not recognized. Functions shared by all outputs "
+        "(KAT, GR-KAN) take plain LoRA on their linear layers."
     )
 
 

@@ -262,7 +262,7 @@ def test_an_error_without_layers_tells_what_to_do():
     assert plain.startswith("No KAN layer was found")
     assert "candidates are" not in plain
     assert "KAT, GR-KAN" in plain
-    assert "`register_kan_layer` describes other layers" in plain
+    assert "Call `register_kan_layer` to add a layer that is not recognized" in plain
 
     message = message_of(nn.ModuleDict({f"block{index}": Experts() for index in range(5)}))
 

@@ -172,7 +172,7 @@ def test_coefficients_that_other_slices_of_the_input_use_are_seen():
     assert layer.parameters == ("powers",)
     assert layer.doubts == {"waves": "the output did not depend on it when the layer was run"}
     assert module.reason == "with the arguments of this call it has more coefficients: waves."
-    assert "slices leaves out waves: the output did not depend on it" in str(rows)
+    assert "slices leaves out waves, because the output did not depend on it" in str(rows)
 
 
 def test_the_registration_of_coefficients_that_other_slices_use(tmp_path):
@@ -283,7 +283,7 @@ def test_parameters_that_shape_the_functions_are_named_in_one_warning():
 
     (message,) = [str(warning.message) for warning in records]
     for name in ("0.centers", "0.log_width", "1.centers"):
-        assert f"`{name}`: it shapes the functions: the output is not linear in it" in message
+        assert f"`{name}`: the output is not linear in it" in message
     assert "and 1 more" in message
 
 

@@ -168,7 +168,7 @@ def test_too_few_data_that_are_not_missing_are_refused(family):
 @pytest.mark.parametrize("c", [0.25, 0.8, 1.5, 5.25, 7.0, 10.5, 17.5, 35.0])
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_data_far_outside_of_the_members_are_refused(family, c, noise):
-    """The best parameter inside fits them no better than a constant."""
+    """The best parameter inside does not explain them."""
     generator = torch.Generator().manual_seed(0)
     data = problems.exact(c) + noise * torch.randn(X.shape, generator=generator, dtype=torch.float64)
 

@@ -127,6 +127,41 @@ def test_polygons_are_combined_as_by_shapely(operator):
     assert shapely.distance(shape.boundary, shapely.points(points.numpy())).max() < 1e-12
 
 
+HALF_CIRCLE = math.pi * 0.5
+TRIANGLE = [(0, -0.5), (0.8, -0.5), (0, 0.3)]
+TOUCHING = {
+    "a disk in a square": (lambda: rectangle(*SQUARE) & disk((0, 0), 1), 2 * math.pi),
+    "a square without this disk": (lambda: rectangle(*SQUARE) - disk((0, 0), 1), 8 + 2 * math.pi),
+    "a disk beside a square": (lambda: rectangle((-1, -0.5), (0, 0.5)) | disk((0.5, 0), 0.5), 4 + 2 * HALF_CIRCLE),
+    "a corner on an edge that another one continues": (
+        lambda: (
+            (rectangle((0, 0), (1, 0.5)) | polygon([(-0.5, -0.5), (0.5, -0.5), (-0.5, 0.5)]))
+            | polygon([(-0.25, -0.75), (0.75, -0.75), (-0.25, 0.25)])
+        ),
+        None,
+    ),
+    "a disk that is cut out of its own union": (
+        lambda: (disk((0, 0), 0.5) | polygon(TRIANGLE)) & disk((0, 0), 0.5),
+        2 * HALF_CIRCLE,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOUCHING)
+def test_shapes_that_touch_have_their_whole_boundary_once(name):
+    make, length = TOUCHING[name]
+    region = make()
+
+    points, normals = region.boundary(4000)
+
+    whole = region._edges.length.sum().item()
+    assert length is None or whole == pytest.approx(length)
+    torch.testing.assert_close(normals.mean(0), torch.zeros(2, dtype=torch.float64), atol=3e-3, rtol=0)
+    area = whole * (points * normals).sum(1).mean().item() / 2  # divergence theorem
+    share = region.inside(box_points(*SQUARE, 40_000)).double().mean().item()
+    assert area == pytest.approx(4 * share, rel=2e-2)
+
+
 SAME_VERTICES = {
     "reversed": L_CORNERS[::-1],
     "closed": [*L_CORNERS, L_CORNERS[0]],
@@ -208,7 +243,8 @@ WRONG_REGIONS = {
     r"has 4 points.* each once": lambda: polygon([(0, 0), (1, 0), (1, 0), (0, 1)]),
     "cross or touch": lambda: polygon([(0, 0), (1, 1), (1, 0), (0, 1)]),
     "cross or touch. Give": lambda: polygon([(0, 0), (2, 0), (2, 1), (1, 0), (0, 1)]),
-    "no edges": lambda: polygon([(0, 0), (1, 1), (2, 2)]),
+    "Edges between the `vertices` cross": lambda: polygon([(0, 0), (1, 1), (2, 2)]),
+    "no edges": lambda: disk((0, 0), 1) - disk((0, 0), 1),
     r"must be points of two finite numbers": lambda: polygon([(0, 0, 0), (1, 0, 0), (0, 1, 0)]),
     r"`vertices` is \[\(0, 0\), \(1, nan\)": lambda: polygon([(0, 0), (1, math.nan), (0, 1)]),
     r"`center` is \[\(0, 0, 0\)\]": lambda: disk((0, 0, 0), 1),

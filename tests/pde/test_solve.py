@@ -52,6 +52,26 @@ def test_a_box_far_from_the_grid_is_scaled():
     assert result.model(torch.ones(3, 1, dtype=torch.float64)).shape == (3, 1)
 
 
+@pytest.mark.parametrize(("size", "time"), [(100.0, 1.0), (1e-6, 1.0), (1.0, 1e6)])
+def test_the_units_of_the_solution_and_of_the_time_do_not_matter(size, time):
+    def fading(model, t):  # u' = -2 u / time
+        u, (du,), _ = jet(model, t)
+        return du + 2 * u / time
+
+    result = solve(fading, [0], [time], distance=lambda t: t, lift=size, steps=16, progress=False)
+
+    assert error(result, lambda t: size * torch.exp(-2 * t / time)) < 1e-3
+
+
+def test_a_tiny_load_has_an_accurate_solution():
+    def loaded(model, x):
+        return jet(model, x)[2][0] + 1e-8
+
+    result = solve(loaded, [0], [10], distance=line, steps=12, progress=False)
+
+    assert error(result, lambda x: 1e-8 * line(x) / 2) < 1e-3
+
+
 def by_autograd(model: nn.Module, x: Tensor) -> Tensor:
     """Differentiate at points that require a gradient, as PINNs are written."""
     u = model(x)

@@ -15,8 +15,9 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from peft_lotra import LoTRAConfig
+from peft_lotra.derivatives import api
 from peft_lotra.kan import KAN, jet
-from peft_lotra.pde import BoxDistance, BoxFeatures, budget, disk, polygon, solve
+from peft_lotra.pde import BoxDistance, BoxFeatures, budget, disk, neumann, polygon, side_points, solve
 
 
 UNIT = (0.0, 0.0), (1.0, 1.0)
@@ -212,6 +213,16 @@ def test_data_inside_of_the_box_do_not_warn(case):
         run(distance=lambda x: x[..., 1:] * (1 - x[..., 1:]), periodic=periodic, terms=[(function, (x, x[:, :1]))])
 
 
+def test_a_flux_does_not_warn_of_its_derivatives(monkeypatch):
+    monkeypatch.setattr(api, "_warned", set())  # other tests may have warned already
+    points, normals = side_points(*UNIT, 5, sides=[(0, "high")])
+    distance = BoxDistance(*UNIT, sides=[(0, "low"), (1, "low"), (1, "high")])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(distance=distance, terms=[neumann(points, normals)])
+
+
 def test_a_training_that_stalls_far_from_a_solution_warns(monkeypatch):
     monkeypatch.setattr(budget, "UNSOLVED_PATIENCE", 20)
     message = r"stalled at .* of the residual of an untrained.*`continuation=`.*`network=`"
@@ -233,6 +244,12 @@ def test_a_number_of_steps_is_noted_without_a_warning():
         result = run()
 
     assert "The budget ended" in str(result)
+
+
+def test_a_network_of_unit_size_is_too_large_for_a_tiny_solution():
+    result = run(lambda model, x: poisson(model, x) - 1 + 1e-8, steps=12)
+
+    assert any("the solution may be wrong" in note for note in result.notes)
 
 
 def test_a_solution_is_continued_from_a_copy():

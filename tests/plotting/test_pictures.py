@@ -99,15 +99,20 @@ def test_splines_of_other_libraries_are_drawn_between_the_inner_knots():
 
 
 @pytest.mark.parametrize("name", ["kan", "base_model.model.kan"])  # PEFT writes the longer one
-def test_the_edges_with_the_largest_effect_are_drawn_one_for_each_input(name):
+def test_the_six_edges_with_the_largest_changes_are_drawn_by_default(name):
     model = adapt(base("own"), r=(2, 2, 4))
     factor = model.base_model.model.kan.lotra_factor_in["default"]
     with torch.no_grad():
-        factor.copy_(torch.tensor([[0.1] * 2, [3.0] * 2, [1.0] * 2]))
+        factor.copy_(torch.tensor([[0.1] * 2, [9.0] * 2, [3.0] * 2]))
 
     figure = plot_edge_functions(model, name, inputs=["a", "b", "c"])
 
-    assert [axis.get_title()[0] for axis in figure.axes] == ["b", "c", "a"]
+    edges = len(figure.axes)
+    shares = [int(axis.get_title().split(": ")[1][:-1]) for axis in figure.axes]
+    assert edges == 6
+    assert shares == sorted(shares, reverse=True)
+    assert figure.axes[0].get_title().startswith("b")
+    assert figure.get_supxlabel().endswith("6 of 12 edges")
 
 
 def test_a_title_has_the_share_of_the_edge_in_the_whole_change(adapted):
