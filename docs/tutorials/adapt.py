@@ -98,6 +98,8 @@ print("loss on the new task:", train(model, optimizer, scale=1.4))
 model_summary(model)
 
 # %% [markdown]
+# `kB` counts the tensors. A saved file also has a header of about 1 kB.
+#
 # ## See what changed
 #
 # Each edge of a KAN is a function of one input. Plot the edges of the first layer whose changes matter most, before and

@@ -37,7 +37,7 @@ from peft_lotra.optim import BankAdamW
 torch.set_num_threads(1)  # small networks: much faster on a busy machine
 torch.manual_seed(0)
 customers, measurements = 1000, 168
-names = [f"customer {number}" for number in range(customers)]
+names = [f"customer_{number}" for number in range(customers)]
 x = torch.rand(customers, measurements, 3) * 2 - 1
 hour, temperature, weekday = x.unbind(2)
 peak, heating, weekend = torch.rand(3, customers, 1)
@@ -145,19 +145,19 @@ print(f"{size / customers:.0f} bytes for each customer")
 bank.detach()
 served = AdapterBank.load(base, "households").attach().eval()
 with torch.no_grad():
-    rows = ["customer 7", "__base__", "customer 999"]
+    rows = ["customer_7", "__base__", "customer_999"]
     print(served(torch.zeros(3, 3), adapter_names=rows)[:, 0])
 
 # %% [markdown]
 # ## Take out one customer
 #
-# `names=` reads only these adapters. After `bank.push_to_hub("user/households")`
-# it downloads only these. `export` writes an adapter as a folder for
+# `AdapterBank.load(..., names=[...])` reads only the named adapters. From a bank
+# on the Hub, it downloads only those. `export` writes an adapter as a folder for
 # `PeftModel.from_pretrained`.
 
 # %%
-one = AdapterBank.load(base, "households", names=["customer 7"])
-one.export("customer 7", "customer_7")
+one = AdapterBank.load(base, "households", names=["customer_7"])
+one.export("customer_7", "customer_7")
 print(one.names, sorted(path.name for path in Path("customer_7").iterdir()))
 
 # %% [markdown]
@@ -169,4 +169,4 @@ print(one.names, sorted(path.name for path in Path("customer_7").iterdir()))
 # * **A new customer?** Train on a copy of the base that you made before
 #   `attach()`. Call `bank.add` while others are served, then `bank.save`.
 # * **A web server?** [Many adapters and serving](../serving.md#run-a-web-server) has one
-#   to copy.
+#   to copy. Save `base.state_dict()` as `base.pt` for it.

@@ -96,8 +96,8 @@ network
 what_changed(model, x, names=["a", "b"])
 
 # %% [markdown]
-# With two inputs, the whole rest depends on both together. The row below it shows the part that coarse functions of both
-# explain. The rest needs hidden units that combine the inputs, and this network has five of them. The last line says
+# With two inputs, all of `rest` depends on both together. The row below it shows how much of it coarse functions
+# explain. All of `rest` needs hidden units that combine the inputs, and this network has five of them. The last line says
 # that the finest of the fitted splines had the smallest error.
 #
 # ## Further: which layers are adapted
