@@ -34,6 +34,7 @@ FEWEST_STEPS = 8  # of a start, for a race
 WINDOWS = 8  # in time, where the whole box fails
 UNUSUAL = 1e3  # the scale of outputs from which networks of unit size fail; below its inverse they do, too
 LARGE = 50.0  # the same, where `lift` is as large
+INEXACT = 1e-6  # of the first residual's square: above it, a network that stalls may solve another problem
 PROMISING = 0.1  # times the residual on the whole box: where the first window shows that windows help
 
 
@@ -96,9 +97,12 @@ class Starts:
     def race(self, first: Training) -> Training:
         """Train several networks for a share of the budget each, and the best one of them on.
 
-        Where that one stalls, there are more points for a small residual, and for a large one new starts.
+        Where that one stalls, windows in time may do better. Else there are more points for a small residual, and for a
+        large one new starts.
         """
-        unsolved = FAILED * self.result.first_residual**2
+        first_square = self.result.first_residual**2
+        unsolved = FAILED * first_square
+        inexact = INEXACT * first_square
         best, least = first, first.fit("start", math.nan, SHARE)
         if self.budget.allows_step(1.0) and len(self.result.history) < FEWEST_STEPS:
             first.finish(math.nan, refine=False)
@@ -119,7 +123,12 @@ class Starts:
                     return windows
             if not self.budget.allows_step(1.0):
                 return best
-            least = min(least, best.fit_on("coarse", math.nan, 1.0, unsolved))
+            least = min(least, best.fit("coarse", math.nan, 1.0))
+            if best.is_stalled and inexact < least <= unsolved:
+                windows = self._try_windows(best.network, least)
+                if windows is not None:
+                    return windows
+            least = min(least, best.fit_on_more_points("coarse", math.nan, 1.0, least, unsolved))
             if not best.is_stalled or least <= unsolved:
                 return best
             number += 1

@@ -127,9 +127,18 @@ class Training:
             least = fit("fine" if is_finer else "coarse", parameter, 1.0)
         return least
 
-    def fit_on(self, name: str, parameter: float, until: float, solved: float = math.inf) -> float:
-        """As `fit`, on more points after a stall if the held-out loss is at most `solved`."""
+    def fit_on(self, name: str, parameter: float, until: float) -> float:
+        """As `fit`, on more points after a stall."""
         least = self.fit(name, parameter, until)
+        return self.fit_on_more_points(name, parameter, until, least)
+
+    def fit_on_more_points(
+        self, name: str, parameter: float, until: float, least: float, solved: float = math.inf
+    ) -> float:
+        """As `fit`, again and again on twice as many points, while it stalls at a held-out loss of at most `solved`.
+
+        `least` is the least held-out loss before.
+        """
         while self.is_stalled and least <= solved and self.sampler.count < MOST_POINTS * self.first_count:
             self.sampler.count *= 2
             least = min(least, self.fit(name, parameter, until))

@@ -125,6 +125,21 @@ def test_windows_are_tried_where_the_whole_box_fails(monkeypatch):
     assert isinstance(result.model.kan, Windows) == (names[-1].endswith("in window 1"))
 
 
+def test_windows_are_tried_where_the_best_network_stalls_before_it_is_exact(monkeypatch):
+    monkeypatch.setattr(budget, "PATIENCE", 1)
+    monkeypatch.setattr(budget, "STALLED", 0.0)
+    monkeypatch.setattr(race, "INEXACT", 0.0)
+    monkeypatch.setattr(race, "PROMISING", math.inf)
+    monkeypatch.setattr(race, "WINDOWS", 2)
+
+    result = solved(growth, distance=lambda x: x, lift=torch.ones_like, steps=60)
+
+    names = [phase.network for phase in result.phases]
+    stalled = [phase.name for phase in result.phases].index("coarse")
+    assert names[stalled + 1].endswith("in window 0")
+    assert names.count(names[stalled + 1]) == 1
+
+
 def test_frequencies_are_features_of_the_network():
     result = solved(fast, frequencies=20, steps=20)
 
