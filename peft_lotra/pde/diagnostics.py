@@ -31,6 +31,9 @@ JUMP = 0.05  # the least jump near an edge, where distances may have corners
 
 PERIODIC = 1e-5  # of the largest value, or slope
 
+UNMET = 0.3  # of the first residual of a condition
+ROUNDING = 1e-20  # the loss of a condition that always holds, as a share of that of the equation
+
 SMALL = 0.02  # of the first residual: 94 % of solutions with more had errors above 1e-2
 
 
@@ -245,6 +248,24 @@ def _find_untrained(
             if leaf is not None and id(leaf) not in seen and TRIAL_ROWS not in leaf.shape:
                 seen.add(id(leaf))
                 yield name, leaf
+
+
+def find_unmet(first: dict[int, float], last: dict[int, float], size: float) -> list[str]:
+    """Return a message for each condition whose residual is hardly below that of an untrained network.
+
+    Args:
+        first, last: The losses of the conditions before and after the training, by the number of the term.
+        size: The first loss of the equation. Conditions that always hold have far smaller losses, by rounding.
+    """
+    messages = []
+    for number, loss in last.items():
+        if loss > UNMET**2 * first[number] > ROUNDING * size:
+            ratio = math.sqrt(loss / first[number])
+            messages.append(
+                f"Term {number} of `terms` ends at {ratio:.1g} of its residual before training, and the solution is "
+                "likely wrong. Give it a larger weight, or divide the equation by its size."
+            )
+    return messages
 
 
 def describe_outcome(result: Solution, scale: float) -> str:

@@ -20,7 +20,7 @@ from .boxes import Inside, box_points, check_box, edge_points, side_points
 from .budget import Budget
 from .checks import check_model, outside_grids
 from .constraints import HardConstraint, Part
-from .diagnostics import describe_outcome, find_doubts
+from .diagnostics import describe_outcome, find_doubts, find_unmet
 from .features import BoxFeatures, Frequencies
 from .networks import first_module, prepare_network
 from .noise import FITTED, check_effects, estimate_constants
@@ -192,6 +192,7 @@ def solve(
         if is_new:
             starts.scale = scale_outputs(training, network)
             result.first_residual = training.norm(start)
+        first_losses = training.condition_losses()
         for doubt in find_doubts(training.trained, low_end, high_end, inside, training.held_terms()):
             warn(doubt)
         if constants is not None:
@@ -217,6 +218,11 @@ def solve(
             training.fit_network("estimated constants", stop, 1.0)
             result.unknowns = estimates  # callbacks have seen them without errors
         result.residual = training.norm(stop)
+        if is_new and result.phases[-1].reason != "callback":  # another network may meet them before
+            for doubt in find_unmet(first_losses, training.condition_losses(), result.first_residual**2):
+                result.notes.append(doubt)
+                if steps is None:
+                    warnings.warn(doubt, stacklevel=3)
 
         scale = result.first_residual
         if not is_new:  # `network` may be a solution already

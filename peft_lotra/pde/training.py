@@ -48,6 +48,7 @@ FIXED = 0.1  # the share of a fit for the equation, and then with data, before c
 ROBUST = 0.45  # after which outliers of the equation count less
 HEAVY = 0.65  # after which data are light
 LIGHT = 0.01  # the factor of the weights then
+CONDITION = 100.0  # the least weight of a condition; penalties and data have less
 SLOPE = 0.1  # of `gradient_weights`, for a solution of unit size on [-1, 1]
 OUTLIER = 3.0  # multiples of the median residual from which points count less
 
@@ -230,6 +231,13 @@ class Training:
         if message := problem.find_not_finite(residuals):
             raise ValueError(f"The {message}")
         return math.sqrt(problem.losses(residuals)[0])
+
+    def condition_losses(self) -> dict[int, float]:
+        """Return the losses of the terms of the caller that are conditions by their weight, by number."""
+        problem, residuals = self.evaluate_held()
+        losses = enumerate(problem.losses(residuals)[1:])
+        weights = [weight for _, _, weight in check_terms(self.terms)] if self.terms else []
+        return {number: loss for number, loss in losses if weights[number] >= CONDITION}
 
     def evaluate_held(self) -> tuple[LeastSquares, Tensor]:
         """Return the least-squares problem of the held-out points and the terms, and its residuals."""

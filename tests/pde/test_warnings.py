@@ -252,6 +252,33 @@ def test_a_network_of_unit_size_is_too_large_for_a_tiny_solution():
     assert any("the solution may be wrong" in note for note in result.notes)
 
 
+def beam(factor: float, steps: int):
+    """Return the solution of a cantilever, factor u_xxxx = 10, and its relative error."""
+
+    def equation(model, x):
+        return factor * jet(model, x, order=4)[4][0] - 10
+
+    def free_end(model, x):
+        _, _, second, third = jet(model, x, order=3)
+        return torch.cat([second[0], third[0]], 1)
+
+    terms = [(free_end, torch.ones(1, 1, dtype=torch.float64), 100.0)]
+    result = solve(equation, [0], [1], distance=lambda x: x**2, terms=terms, steps=steps, progress=False)
+    x = torch.linspace(0, 1, 50, dtype=torch.float64).unsqueeze(1)
+    exact = 10 / factor * x**2 * (x**2 + 6 - 4 * x) / 24
+    return result, ((result.model(x) - exact).norm() / exact.norm()).item()
+
+
+def test_a_condition_that_a_large_equation_drowns_is_noted():
+    drowned, wrong = beam(2e3, steps=12)
+    met, right = beam(1.0, steps=12)
+
+    assert wrong > 0.3
+    assert any("Term 0 of `terms` ends at" in note for note in drowned.notes)
+    assert right < 0.01
+    assert not met.notes
+
+
 def test_a_solution_is_continued_from_a_copy():
     first = run(steps=3)
     state = copy.deepcopy(first.model.state_dict())
