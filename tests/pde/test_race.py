@@ -137,7 +137,6 @@ def test_windows_are_tried_where_the_best_network_stalls_before_it_is_exact(monk
     names = [phase.network for phase in result.phases]
     stalled = [phase.name for phase in result.phases].index("coarse")
     assert names[stalled + 1].endswith("in window 0")
-    assert names.count(names[stalled + 1]) == 1
 
 
 def test_frequencies_are_features_of_the_network():
