@@ -97,8 +97,8 @@ class Starts:
     def race(self, first: Training) -> Training:
         """Train several networks for a share of the budget each, and the best one of them on.
 
-        Where that one stalls, windows in time may do better. Else there are more points for a small residual, and for a
-        large one new starts.
+        Where that one stalls, windows in time may do better. Else there are more points for a small residual, and new
+        starts for a large one.
         """
         first_square = self.result.first_residual**2
         unsolved = FAILED * first_square
