@@ -66,8 +66,9 @@ def solve(
     fall, and keeps the parameters with the least one. After a stall, steps have twice as many points.
 
     Without `network`, `windows`, `continuation` and `unknowns`, two networks race: this one, and one of tanh layers.
-    Each gets a tenth of the budget, and the one with the lower held-out residual goes on. If both fail, eight windows
-    in time are tried. A network that stalls with a large residual is followed by new starts.
+    Each gets a tenth of the budget, and the one with the lower held-out residual goes on. If both fail, or the better
+    one stalls before it is exact, eight windows in time are tried. A network that stalls with a large residual is
+    followed by new starts.
 
     If a `KAN` is given, its knots move to where the solution bends before each step of a continuation, and its grids
     are twice as fine for the last fifth of the budget.
