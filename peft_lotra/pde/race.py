@@ -32,8 +32,8 @@ KINDS: tuple[str, ...] = ("splines", "tanh")  # the first layer of the networks 
 SHARE = 0.1  # of the budget, for each start
 FEWEST_STEPS = 8  # of a start, for a race
 WINDOWS = 8  # in time, where the whole box fails
-UNUSUAL = 1e3  # the scale of outputs from which networks of unit size fail; below its inverse they do, too
-LARGE = 50.0  # the same, where `lift` is as large
+SMALL = 1e-3  # the scale of outputs below which networks of unit size fail
+LARGE = 50.0  # the scale above which they fail, where `lift` is as large
 INEXACT = 1e-6  # of the first residual's square: above it, a network that stalls may solve another problem
 PROMISING = 0.1  # times the residual on the whole box: where the first window shows that windows help
 
@@ -221,7 +221,7 @@ def scale_outputs(training: Training, network: Any) -> float:
     """Scale the outputs of a new network for a solution whose size is far from 1, and return the factor, else 1.
 
     Scaled by it, the network changes the residuals by as much as they are without it. This factor is also large for
-    solutions that oscillate, but then `lift` is not large.
+    solutions that oscillate, but then `lift` is not large. Networks of unit size reach large solutions of large loads.
     """
 
     def evaluate() -> tuple[Tensor, Tensor]:
@@ -239,7 +239,7 @@ def scale_outputs(training: Training, network: Any) -> float:
     size = (lift.norm() / (values - lift).norm()).item()
     if LARGE < min(scale, size) < math.inf:
         scale = min(scale, size)
-    elif not (0 < scale < 1 / UNUSUAL or UNUSUAL < scale < math.inf):
+    elif not 0 < scale < SMALL:
         return 1.0
     network.append(OutputScale(output.out_features, scale))
     return scale
