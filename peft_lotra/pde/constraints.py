@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from ..derivatives.chain_rule import Jet, multiply, row_counts
 from ..derivatives.stages import Entry, composed_jet, register, stages_of
 from ..kan.basis import in_transform
 from ..modules.calls import check_module, is_tracing
-from ..modules.checks import check_number
+from ..modules.checks import as_number
 from .boxes import Side, check_box, check_sides, sides_of_box
 from .point_cache import compute_once, is_constant
 
@@ -81,7 +82,13 @@ class HardConstraint(nn.Module):
         self.kan = kan
         for name, function in (("distance", distance), ("lift", lift)):
             if not callable(function):
-                function = check_number(function, name, "(-inf, inf)")
+                number = as_number(function)
+                if math.isnan(number):
+                    raise ValueError(
+                        f"`{name}` is {function!r:.100}, but must be a finite number, or a function of x: (..., I) to "
+                        "(..., O)."
+                    )
+                function = number
             setattr(self, name, function)
 
     def forward(self, x: Tensor) -> Tensor:

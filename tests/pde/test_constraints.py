@@ -168,6 +168,7 @@ WRONG = {
     "`distance` is 'x'": lambda: HardConstraint(network(), "x"),
     "`distance` is None": lambda: HardConstraint(network(), None),
     "`lift` is nan": lambda: HardConstraint(network(), walls, math.nan),
+    r"`lift` is \(1.0, 2.0\), .* or a function of x": lambda: HardConstraint(network(), walls, (1.0, 2.0)),
     r"`sides` has \(2, 'low'\)": lambda: BoxDistance(*BOX, sides=[(2, "low")]),
     r"`twice` has \(1, 'high'\)": lambda: BoxDistance(*BOX, sides=[(1, "low")], twice=[(1, "high")]),
     "the box has 2 coordinates": lambda: BoxDistance(*BOX)(torch.rand(3, 3)),
