@@ -114,6 +114,7 @@ class Probe:
         CannotProbe: A parameter has no values.
     """
 
+    @torch.inference_mode(False)  # copies made in that mode have no gradients
     def __init__(self, layer: nn.Module, names: Iterable[str], args: Sequence[Any] = (), kwargs: Any = None) -> None:
         self.layer = layer
         self.args = [*args]
@@ -128,7 +129,7 @@ class Probe:
         for position, arg in enumerate(args):
             if isinstance(arg, Tensor) and arg.is_floating_point():
                 self._position = position
-                self.x = arg.detach().to(self.like)
+                self.x = arg.detach().to(self.like, copy=True)
                 break
 
     def place_inputs(self, grid: Iterable[Any]) -> None:
