@@ -4,6 +4,7 @@
 """`fit_adapter`: the choice that it makes, its comparison with references, and what it leaves alone."""
 
 import copy
+import functools
 import itertools
 import json
 
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from peft_lotra import LoTRAConfig, fit_adapter, start_from_training
 from peft_lotra.kan import KAN
-from peft_lotra.selection import fit
+from peft_lotra.selection import fit, starts
 from peft_lotra.selection.data import assign_folds
 
 
@@ -43,6 +44,16 @@ def quick_fit(base: nn.Module, data, loss=mse_loss, **kwargs):
 def shifted(base: nn.Module, x: Tensor) -> Tensor:
     """Targets near the outputs of the base."""
     return base(x).detach() + 0.3 * x[:, :1] ** 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_starts():
+    """Start adapters by five steps of training, and not by sixty, which would take most of the time."""
+    short = functools.partial(start_from_training, steps=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(starts, "start_from_training", short)
+        patch.setattr(fit, "start_from_training", short)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +129,7 @@ def test_the_chosen_adapter_is_trained_on_all_rows_by_adam(rows, report):
     """The learning rate of a component is proportional to its size and decays along a cosine."""
     x, y = rows
     model = get_peft_model(make_base(), LoTRAConfig(rank_pattern=report.chosen.ranks))
-    start_from_training(model, lambda: mse_loss(model(x), y))
+    fit.start_from_training(model, lambda: mse_loss(model(x), y))
     groups = []
     for parameter in model.parameters():
         if parameter.requires_grad:
