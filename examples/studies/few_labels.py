@@ -170,7 +170,7 @@ def mnist(folder: Path, seed: int, labels: int) -> Split:
 def cancer(seed: int, labels: int) -> Split:
     """By the mean texture, the second feature."""
     records, targets = load_breast_cancer(return_X_y=True)
-    x = torch.tensor(((records - records.mean(0)) / records.std(0) / 3).clip(-1, 1), dtype=torch.float32)
+    x = standardize(records)
     y, new = torch.tensor(targets), x[:, 1] > x[:, 1].median()
     return Split([30, 16, 2], (x[~new], y[~new]), *parts(x[new], y[new], seed, labels, 60, 120), F.cross_entropy)
 

@@ -192,7 +192,8 @@ def solve(
         starts.differentiates = training.differentiates
         if is_new:
             starts.scale = scale_outputs(training, network)
-            result.first_residual = training.norm(start)
+            if starts.scale != 1.0:
+                result.first_residual = training.norm(start)
         first_losses = training.condition_losses()
         for doubt in find_doubts(training.trained, low_end, high_end, inside, training.held_terms()):
             warn(doubt)

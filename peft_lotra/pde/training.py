@@ -234,10 +234,12 @@ class Training:
 
     def condition_losses(self) -> dict[int, float]:
         """Return the losses of the terms of the caller that are conditions by their weight, by number."""
+        if not self.terms:
+            return {}
         problem, residuals = self.evaluate_held()
-        losses = enumerate(problem.losses(residuals)[1:])
-        weights = [weight for _, _, weight in check_terms(self.terms)] if self.terms else []
-        return {number: loss for number, loss in losses if weights[number] >= CONDITION}
+        losses = problem.losses(residuals)[1:]
+        weights = [weight for _, _, weight in check_terms(self.terms)]
+        return {number: loss for number, loss in enumerate(losses) if weights[number] >= CONDITION}
 
     def evaluate_held(self) -> tuple[LeastSquares, Tensor]:
         """Return the least-squares problem of the held-out points and the terms, and its residuals."""
