@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = ROOT / "docs" / "tutorials"
 # what a notebook needs beside the package
 REQUIREMENTS = {"adapt": [], "pykan": ["pykan", "pandas"], "pde": []}
-WIDTH = 800  # of a picture, in pixels
+WIDTH = 1000  # of a picture, in pixels
 
 COMMENT = re.compile(r"<!--.*?-->\n*", re.DOTALL)
 BLOCK = re.compile(
@@ -80,7 +80,7 @@ def picture_output(path: Path) -> dict[str, Any]:
         height = round(image.height * WIDTH / image.width)
         image = image.resize((WIDTH, height), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
-    image.quantize(64).save(stream, "png", optimize=True)
+    image.quantize(48).save(stream, "png", optimize=True)
     return {
         "data": {"image/png": base64.b64encode(stream.getvalue()).decode()},
         "metadata": {"original_sha256": hashlib.sha256(content).hexdigest()},

@@ -33,7 +33,7 @@ def test_a_notebook_is_small_and_has_text_and_pictures(name):
 
     kinds = {output["output_type"] for output in outputs}
     assert kinds == {"stream", "display_data"}
-    assert (ROOT / "docs" / "tutorials" / f"{name}.ipynb").stat().st_size < 120_000
+    assert (ROOT / "docs" / "tutorials" / f"{name}.ipynb").stat().st_size < 100_000
 
 
 @pytest.mark.parametrize("name", NAMES)
