@@ -111,9 +111,28 @@ def solve_reaction(data: Data, **options: Any) -> Solution:
     box = (0, 0), (1, 10)
     distance = BoxDistance(*box, sides=[(0, "low"), (0, "high"), (1, "low")])
     lift = lambda x: torch.exp(-20 * x[..., :1]) - x[..., :1] * math.exp(-20)  # noqa: E731
-    terms, unknowns, bounds = [(observed, data)], {"D": 1e-3, "k": 0.05}, {"D": (0, None), "k": (0, None)}
-    options |= {"distance": distance, "lift": lift, "outputs": 2}
-    return solve(reaction, *box, terms=terms, unknowns=unknowns, bounds=bounds, **options)
+    terms, bounds = [(observed, data)], {"D": (0, None), "k": (0, None)}
+    options |= {"distance": distance, "outputs": 2, "terms": terms, "bounds": bounds}
+
+    seconds = options.pop("seconds")
+    first = solve(reaction, *box, lift=lift, unknowns={"D": 1e-3, "k": 0.05}, seconds=seconds / 3, **options)
+    D, k = (first.unknowns[name].value for name in ("D", "k"))  # noqa: N806
+    slopes = torch.tensor([400 * D - k, 400 * D - 2 * k], dtype=torch.float64)
+    lift_of_corner = lambda x: lift(x) + slopes * corner(x, D)  # noqa: E731
+    unknowns = {"D": D, "k": k}
+    return solve(reaction, *box, lift=lift_of_corner, unknowns=unknowns, seconds=2 * seconds / 3, **options)
+
+
+def corner(x: Tensor, diffusion: float) -> Tensor:
+    """The part of a solution that is not smooth at (0, 0), for a slope of one.
+
+    The equation asks for u_t = slope there, the boundary value for u_t = 0. This is the solution of u_t = D u_xx for
+    x > 0 with u = 0 at t = 0 and u = -t at x = 0, plus t, which makes it zero on both sides.
+    """
+    place, time = x[..., :1], x[..., 1:]
+    z = place / (4 * diffusion * time.clamp(min=1e-12)).sqrt()
+    decay = (1 + 2 * z**2) * torch.erfc(z) - 2 * z * torch.exp(-(z**2)) / math.sqrt(math.pi)
+    return (1 - place) * torch.exp(-time) * time * (1 - decay)
 
 
 @dataclass

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -120,19 +121,21 @@ def lotra_small(base: KAN, setting: Setting, seed: int) -> nn.Module:
     return get_peft_model(copy.deepcopy(base), LoTRAConfig(r=setting.small))
 
 
-def newton_start(base: KAN, adapted: nn.Module, terms: list[tuple]) -> PeftModel:
-    """An adapter of the ranks of `adapted` that holds what one step of Levenberg-Marquardt makes of all parameters.
+def extract_adapter(base: KAN, tuned: nn.Module, adapted: nn.Module, terms: list[tuple]) -> PeftModel:
+    """An adapter that comes closest to `tuned`, with the ranks of `adapted`, or with a tenth of the parameters.
 
-    Random factors must turn first, which takes steps; these have the directions at once, for the time of two to three
-    steps. It pays on the elliptic family, at all targets; on the others random factors are as good after as many
-    seconds, and better far from the base. `inputs` make the adapter keep what the step does to the outputs, not to
+    After one step of all parameters, it has the directions that random factors must learn first, for the time of two
+    to three steps. It pays on the elliptic family, at all targets; on the others random factors are as good after as
+    many seconds, and better far from the base. `inputs` make the adapter keep what the steps do to the outputs, not to
     the coefficients: without them it begins with five to ten times the error.
     """
-    stepped = copy.deepcopy(base)
-    LevenbergMarquardt(stepped, floor=1e-6).step(terms)
-    config = adapted.peft_config["default"]
     _, (points, *_), _ = terms[0]
-    return extract_lotra(copy.deepcopy(base), stepped, config.r, rank_pattern=config.rank_pattern, inputs=points[:300])
+    inputs = points[:300]
+    if isinstance(adapted, PeftModel):
+        config: Any = adapted.peft_config["default"]
+        return extract_lotra(copy.deepcopy(base), tuned, config.r, rank_pattern=config.rank_pattern, inputs=inputs)
+    size = sum(parameter.numel() for parameter in base.parameters())
+    return extract_lotra(copy.deepcopy(base), tuned, budget=size // 10, inputs=inputs)
 
 
 def lora(base: KAN, setting: Setting, seed: int) -> nn.Module:
@@ -157,14 +160,14 @@ class Method:
         model: `model(base, setting, seed)`.
         lr: the rate of Adam by target, or by family and target; None for Levenberg-Marquardt.
         policy: multipliers of the rate by component of LoTRA; None for one rate.
-        newton: whether the first step of Levenberg-Marquardt takes all parameters, see `newton_start`.
+        full_steps: the first steps of Levenberg-Marquardt take all parameters, see `extract_adapter`.
     """
 
     title: str
     model: Callable[[KAN, Setting, int], nn.Module]
     lr: dict[str, float] | dict[tuple[str, str], float] | None = None
     policy: dict[str, float] | None = None
-    newton: bool = False
+    full_steps: int = 0
 
     def rate(self, family: str, target: str) -> float | None:
         return None if self.lr is None else self.lr.get(target) or self.lr[family, target]
@@ -204,10 +207,11 @@ METHODS = {
     "lotra_small_adam": Method("LoTRA small, Adam", lotra_small, LOTRA_LR, COMPONENT_RATES),
     "lotra_adam": Method("LoTRA large, Adam", lotra, LOTRA_LR, COMPONENT_RATES),
     "lotra_uniform_adam": Method("LoTRA large, Adam, one rate", lotra, {"near": 1e-2, "middle": 2e-2, "far": 2e-2}),
-    "lotra_small_lm": Method("LoTRA small, LM", lotra_small, newton=True),
-    "lotra_lm": Method("LoTRA large, LM", lotra, newton=True),
+    "lotra_small_lm": Method("LoTRA small, LM", lotra_small, full_steps=1),
+    "lotra_lm": Method("LoTRA large, LM", lotra, full_steps=1),
     "lotra_random_lm": Method("LoTRA large, LM, random start", lotra),
     "full_lm": Method("full fine-tuning, LM", full),
+    "tenth_lm": Method("LM: 10 full steps, then a tenth of the parameters", full, full_steps=10),
 }
 
 
@@ -236,11 +240,15 @@ def train(
         started = time.process_time()
 
     if method.lr is None:
-        if method.newton:
-            model = newton_start(base, model, terms)
-            record(1)
+        if method.full_steps:
+            tuned = copy.deepcopy(base)
+            optimizer = LevenbergMarquardt(tuned, floor=1e-6)
+            for _ in range(method.full_steps):
+                optimizer.step(terms)
+            model = extract_adapter(base, tuned, model, terms)
+            record(method.full_steps)
         optimizer = LevenbergMarquardt(model, floor=1e-6)
-        for step in range(len(curve), setting.lm_steps + 1):
+        for step in range(1 + method.full_steps, setting.lm_steps + 1):
             accepted = optimizer.step(terms).accepted
             record(step)
             if not accepted:
@@ -277,7 +285,7 @@ def run_path(method: str, family: Family, target: str, setting: Setting, seed: i
     """The cache file of one line of the results; each setting has its own name."""
     rate = METHODS[method].rate(family.name, target)
     problem = (family.title, family.base, family.targets[target], weights_of(family))
-    kind = (method, rate, METHODS[method].policy, METHODS[method].newton, *problem, seed, setting)
+    kind = (method, rate, METHODS[method].policy, METHODS[method].full_steps, *problem, seed, setting)
     digest = hashlib.sha256(repr(kind).encode()).hexdigest()[:12]
     return cache / "runs" / f"{family.name}-{target}-{seed}-{method}-{digest}.json"
 
