@@ -239,14 +239,13 @@ def evaluate_splines(
     half_width = torch.tensor((spline_order + 1) / 2, dtype=offset.dtype, device=offset.device)
     torch.sub(half_width, distance, out=distance)
     distances = _distances_to_ends(distance, spline_order)
-    sign = torch.sign(offset, out=memory) if has_odd else offset
     results = []
     last = len(derivatives) - 1
     for number, derivative in enumerate(derivatives):
         power = spline_order - derivative
         total = _sum_powers(distances, spline_order, power, overwrites=number == last)
         if derivative % 2:
-            total.mul_(sign)
+            total.mul_(torch.sign(offset, out=memory))
         results.append(total)
     return results
 
