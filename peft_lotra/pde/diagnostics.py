@@ -34,7 +34,7 @@ PERIODIC = 1e-5  # of the largest value, or slope
 UNMET = 0.3  # of the first residual of a condition
 ROUNDING = 1e-20  # the loss of a condition that always holds, as a share of that of the equation
 
-SMALL = 0.02  # of the first residual: 94 % of solutions with more had errors above 1e-2
+SMALL_RESIDUAL = 0.02  # of the first residual: 94 % of solutions with more had errors above 1e-2
 
 
 def list_functions(model: nn.Module) -> list[tuple[str, Any]]:
@@ -275,7 +275,7 @@ def describe_outcome(result: Solution, scale: float) -> str:
     """
     reason = result.phases[-1].reason
     ratio = result.residual / scale
-    if ratio <= SMALL or reason == "callback":
+    if ratio <= SMALL_RESIDUAL or reason == "callback":
         return ""
     end = "The budget ended" if reason == "budget" else "The training stalled"
     return (

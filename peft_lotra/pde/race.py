@@ -32,8 +32,8 @@ KINDS: tuple[str, ...] = ("splines", "tanh")  # the first layer of the networks 
 SHARE = 0.1  # of the budget, for each start
 FEWEST_STEPS = 8  # of a start, for a race
 WINDOWS = 8  # in time, where the whole box fails
-SMALL = 1e-3  # the scale of outputs below which networks of unit size fail
-LARGE = 50.0  # the scale above which they fail, where `lift` is as large
+SMALL_SCALE = 1e-3  # the scale of outputs below which networks of unit size fail
+LARGE_SCALE = 50.0  # the scale above which they fail, where `lift` is as large
 INEXACT = 1e-6  # of the first residual's square: above it, a network that stalls may solve another problem
 PROMISING = 0.1  # times the residual on the whole box: where the first window shows that windows help
 
@@ -237,9 +237,9 @@ def scale_outputs(training: Training, network: Any) -> float:
 
     scale = (of_lift.norm() / (residuals - of_lift).norm()).item()
     size = (lift.norm() / (values - lift).norm()).item()
-    if LARGE < min(scale, size) < math.inf:
+    if LARGE_SCALE < min(scale, size) < math.inf:
         scale = min(scale, size)
-    elif not 0 < scale < SMALL:
+    elif not 0 < scale < SMALL_SCALE:
         return 1.0
     network.append(OutputScale(output.out_features, scale))
     return scale
