@@ -70,6 +70,11 @@ def run_in_bank(
             raise RuntimeError("A compiled bank must be one graph: pass `fullgraph=True` to find the break.")
     if current is None:
         return forward(*args, **kwargs)
+    if layer.merged_adapters:  # by `layer.merge()`; the model refuses to merge
+        raise ValueError(
+            f"Adapters are merged into `{layer.lotra_name}`, to which the bank would add its own. Call "
+            "`unmerge_adapter()` first."
+        )
     if name not in current.updates:
         return layer._run((), None, args, kwargs)
     if not is_traced:

@@ -694,6 +694,23 @@ def test_adapters_are_not_merged_while_a_bank_is_attached(method):
     getattr(model, method)()
 
 
+def test_a_pass_is_refused_while_adapters_are_merged_into_a_single_layer():
+    model = adapt(net())
+    bank = AdapterBank(model)
+    bank.add("own", model)
+    served = bank.attach(model)
+    expected = served(X, adapter_names=["own"] * 8)
+    layer = model.get_submodule("base_model.model.kan.layers.1")
+
+    layer.merge()
+
+    for names in (["own"] * 8, None):
+        with pytest.raises(ValueError, match="merged into `kan.layers.1`"):
+            served(X, adapter_names=names)
+    layer.unmerge()
+    assert_equal(served(X, adapter_names=["own"] * 8), expected)
+
+
 def test_a_forward_that_was_replaced_stays():
     """As accelerate replaces it."""
     model = adapt(net())
