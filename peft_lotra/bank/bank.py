@@ -404,12 +404,20 @@ class AdapterBank:
 
         Raises:
             ValueError: The bank is attached; the model is another base, or has merged adapters, or adapters of other
-                methods.
+                methods; the base has changed since the bank was created.
         """
         network = unwrap(self.base if model is None else model)
         check_unmerged(network)
         check_methods(network, "The model")
-        targets, names = match_layers(self.record, network, "error")
+        try:
+            targets, names = match_layers(self.record, network, "error")
+        except ValueError as error:
+            if network is not self.base:
+                raise
+            raise ValueError(
+                "The base has changed since the bank was created. Load its weights first, then create the bank and "
+                "add the adapters."
+            ) from error
         if self._replaced or any("lotra_bank" in vars(module) for module in network.modules()):
             raise ValueError("The bank, or another bank of the model, is attached: call its `detach()` first.")
         self._replaced = [(module, "training", module.training) for module in network.modules()]

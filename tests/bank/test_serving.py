@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers import CONVS, KINDS, X, adapt, assert_equal, assert_near, bank_of, net, relative, row_by_row, state
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from torch.testing import assert_close
 
@@ -575,6 +575,19 @@ def test_a_model_that_does_not_fit_the_bank_is_refused(make, message):
 
     assert_equal(state(model), before)
     assert bank.attach() is not None
+
+
+def test_a_base_whose_weights_were_loaded_after_the_bank_was_created_is_refused():
+    base, trained = net(seed=8), net()
+    bank = AdapterBank(base)
+    bank.add("a", get_peft_model_state_dict(adapt(net())))
+    base.load_state_dict(trained.state_dict())
+    before = state(base)
+
+    with pytest.raises(ValueError, match="has changed since the bank was created. Load its weights first"):
+        bank.attach()
+
+    assert_equal(state(base), before)
 
 
 def test_a_detached_model_is_as_before():
