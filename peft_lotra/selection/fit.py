@@ -203,7 +203,9 @@ def fit_adapter(
         sizes = {name: stored_size(start) for name, start in references.items()}
         sizes |= {"base": Size(0, 0), "adapter": file_size(model)}
     notes = []
-    if FULL_MATRICES not in forms:
+    if not forms:
+        notes.append("the gradient of the loss is zero at the base: no adapter was trained")
+    elif FULL_MATRICES not in forms:
         notes.append(f"{FULL_MATRICES} exceed {limit}: {best} was taken instead")
     choice = advise({name: fit.losses for name, fit in fits.items()}, sizes, max_bytes or math.inf)
     rates = {name: fit.rate for name, fit in fits.items() if fit.rate}

@@ -23,7 +23,7 @@ from ..compress.training_start import start_from_training
 from ..layers.registry import walk_kan_layers
 from ..modules.calls import evaluating_without_trace, set_mode, unwrap
 from ..tuner.config import LoTRAConfig
-from ..tuner.gradients import start_from_gradient
+from ..tuner.gradients import NoGradientError, start_from_gradient
 from ..tuner.saving import cast_to_storage
 from .training import BATCH, CHUNK, Start, Task, Tensors
 
@@ -70,7 +70,10 @@ def _measure(tensors: Tensors) -> Size:
 
 
 def choose_forms(base: nn.Module, task: Task, budget: float) -> dict[str, Form]:
-    """Return the forms within a budget by name: full matrices if they fit, and ranks chosen by all rows."""
+    """Return the forms within a budget by name: full matrices if they fit, and ranks chosen by all rows.
+
+    There are none if the gradient of the loss is zero.
+    """
     model = adapt(deepcopy(base), budget=budget)
     configs: Any = model.peft_config
     by_size = configs["default"].rank_pattern
@@ -78,7 +81,10 @@ def choose_forms(base: nn.Module, task: Task, budget: float) -> dict[str, Form]:
     if all(ranks[:2] == ("full", "full") for ranks in by_size.values()):
         forms[FULL_MATRICES] = Form(by_size, start_from_gradient)
     batches = torch.arange(len(task.x)).split(BATCH)
-    start_from_training(model, partial(_batch_loss, model, task), batches)
+    try:
+        start_from_training(model, partial(_batch_loss, model, task), batches)
+    except NoGradientError:
+        return {}
     forms[LOW_RANK] = Form(configs["default"].rank_pattern, start_from_training)
     return forms
 
@@ -88,11 +94,16 @@ def start_adapter(base: nn.Module, task: Task, form: Form, rows: Sequence[Tensor
     model = adapt(deepcopy(base), rank_pattern=form.ranks)
     network = unwrap(model)
     loss = partial(_batch_loss, model, task)
+    without_update = trained_values(network)
     values = []
     for of_fold in rows:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The start overwrites")  # the adapter of the former fold
-            form.begin(model, loss, of_fold.split(BATCH))
+            try:
+                form.begin(model, loss, of_fold.split(BATCH))
+            except NoGradientError:  # the rows with a gradient are held out
+                values.append(without_update)
+                continue
         values.append(trained_values(network))
     return Start(network.requires_grad_(False), values, relative=form.begin is start_from_training)
 

@@ -183,6 +183,10 @@ def compute_losses(loss: Callable[..., Tensor], batches: Iterable[Any] | None) -
         yield value
 
 
+class NoGradientError(ValueError):
+    """The gradient of a loss is zero."""
+
+
 def check_changes(subject: str, changes: Mapping[str, Tensor | None]) -> None:
     """Raise a ValueError for gradients or updates of layers that are missing, not finite, or all zero."""
     is_zero = True
@@ -193,4 +197,7 @@ def check_changes(subject: str, changes: Mapping[str, Tensor | None]) -> None:
             raise ValueError(f"The {subject} of `{name}` is not finite: look at the loss and its data.")
         is_zero = is_zero and not tensor.any()
     if is_zero:
-        raise ValueError("The gradient of the loss is zero: no direction in the coefficients would change the loss.")
+        raise NoGradientError(
+            "The gradient of the loss is zero: no direction in the coefficients would change the loss. If the loss is "
+            "small, the base fits the data and needs no adapter. Otherwise look at the loss and its data."
+        )

@@ -158,6 +158,31 @@ def test_no_adaptation_is_chosen_where_the_base_is_right():
     torch.testing.assert_close(report.model(x), y, rtol=0, atol=0)
 
 
+def test_the_base_is_advised_where_its_loss_is_zero():
+    base, x = make_base(), make_rows()
+    y = base(x).detach()
+
+    report = quick_fit(base, (x, y), ensemble=True)
+
+    assert (report.advice, report.chosen.form, report.bank) == ("base", "no adaptation", None)
+    assert report.scores["base"] == report.scores["adapter"] == 0
+    assert "the gradient of the loss is zero at the base" in str(report)
+    assert "exceed" not in str(report)
+    torch.testing.assert_close(report.model(x), y, rtol=0, atol=0)
+
+
+def test_a_fold_without_a_gradient_has_no_update():
+    """A single row differs from the base: its fold trains on rows that the base fits."""
+    base, x = make_base(), make_rows(100)
+    y = base(x).detach()
+    y[0] += 1
+
+    report = quick_fit(base, (x, y))
+
+    assert report.scores.keys() == NAMES
+    assert report.chosen.form == "no adaptation"
+
+
 def test_a_linear_model_is_advised_where_the_base_does_not_help():
     x = make_rows(40)
     y = x @ torch.tensor([[1.0, 3.0], [-2.0, 1.0], [0.5, 2.0]], dtype=torch.float64)
