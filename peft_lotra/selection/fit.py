@@ -38,7 +38,7 @@ from .starts import (
     stored_size,
     stored_tensors,
 )
-from .training import CHUNK, Fit, Task
+from .training import CHUNK, Fit, Task, weigh_rows
 
 
 _NO_ADAPTATION = "no adaptation"
@@ -88,8 +88,9 @@ def fit_adapter(
         base: The trained network, without adapters. It returns a tensor with one entry for each row.
         data: The labeled rows of the new task: inputs and targets as tensors, or a Dataset or a DataLoader of such
             pairs.
-        loss: The loss of outputs and targets, a mean over the rows, such as `torch.nn.functional.cross_entropy`. The
-            scores are means of the losses of single rows, without weights of classes.
+        loss: The loss of outputs and targets, a mean or a sum over the rows, such as
+            `torch.nn.functional.cross_entropy`. The scores are means of the losses of single rows, with the weights of
+            their classes if the loss has such.
         budget: The number of parameters of the adapter, as a share of the coefficients of the KAN layers.
         max_bytes: The size of adapter_model.safetensors, at most; also of the model that is advised.
         storage: The dtype of the adapter in its file, see [`LoTRAConfig`]. The losses are measured before rounding.
@@ -145,7 +146,7 @@ def fit_adapter(
         rows = read_rows(data, needs_order=blocked or groups is not None)
         x, y = (tensor.to(device) for tensor in rows)
         torch.manual_seed(seed)  # a loader draws numbers too
-        network, are_classes = _copy_checked(original, x[:CHUNK], y[:CHUNK], loss)
+        network, output, are_classes = _copy_checked(original, x[:CHUNK], y[:CHUNK], loss)
         smallest = adapt(deepcopy(network), r=1, storage=storage)
         layers = [layer for _, layer in lotra_layers(smallest)]
         coefficients = sum(layer.get_base_weight().numel() for layer in layers)
@@ -165,7 +166,9 @@ def fit_adapter(
             fold = torch.where(fold == folds - 1, 0, -1)
             folds = 1
 
-        task = Task(x, y, loss, fold, are_classes, steps, bar)
+        has_weights = are_classes and output.dim() == 2 and y.min() >= 0
+        weights = weigh_rows(loss, y, output) if has_weights else None
+        task = Task(x, y, loss, fold, are_classes, steps, bar, weights)
         forms = choose_forms(network, task, budget)
         references = make_references(network, task)
         bar.total = steps * (len(references) + len(forms) + 1)
@@ -215,8 +218,8 @@ def fit_adapter(
 
 def _copy_checked(
     network: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Any, Tensor], Tensor]
-) -> tuple[nn.Module, bool]:
-    """Return a copy, and whether targets are classes.
+) -> tuple[nn.Module, Tensor, bool]:
+    """Return a copy, the output of the first row, and whether targets are classes.
 
     Raises:
         ValueError: The network returns no tensor by rows, or the loss cannot train all models.
@@ -252,7 +255,7 @@ def _copy_checked(
             "`nll_loss`: for such outputs they are equal."
         )
     are_integers = y.dim() == 1 and not y.is_floating_point()
-    return network, bool(is_invariant and are_integers and y.max() < width)
+    return network, outputs[:1].detach(), bool(is_invariant and are_integers and y.max() < width)
 
 
 def _limit_parameters(max_bytes: int, smallest: PeftModel, layers: Sequence[LoTRALayer]) -> int:

@@ -74,10 +74,44 @@ def mapped(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run_all
 
 
+def weigh_rows(loss: Callable[[Any, Tensor], Tensor], y: Tensor, output: Tensor) -> Tensor:
+    """Return the weights (rows,) of classes in the mean that a loss computes, all 1 if it has none.
+
+    Let a and b be the losses of two rows with the weights v and w. The loss of both is (v a + w b) / (v + w).
+
+    Args:
+        loss: The loss.
+        y: The class of each row.
+        output: An output of the network (1, classes).
+    """
+    classes, index = y.unique(return_inverse=True)
+    outputs = torch.zeros_like(output).repeat(len(classes), 1)
+    outputs[torch.arange(len(classes)), classes] = 1  # not the loss of zeros
+    zeros = torch.zeros_like(output)
+    first = classes[:1]
+    loss_of_zeros = loss(zeros, first)
+    losses = []
+    weights = []
+    for number, label in enumerate(classes.split(1)):
+        row = outputs[number : number + 1]
+        loss_of_row = loss(row, label)
+        loss_of_both = loss(torch.cat([zeros, row]), torch.cat([first, label]))
+        losses.append(loss_of_row)
+        weights.append((loss_of_both - loss_of_zeros) / (loss_of_row - loss_of_both))
+    of_class = torch.stack(weights)
+    mean = (of_class * torch.stack(losses)).sum() / of_class.sum()
+    is_mean = bool((of_class > 0).all()) and torch.isclose(mean, loss(outputs, classes), rtol=1e-3)
+    is_weighted = (of_class - 1).abs().max() > 1e-3  # not by rounding
+    if not (is_mean and is_weighted):
+        of_class = torch.ones_like(of_class)
+    return of_class[index]
+
+
 class Task(NamedTuple):
     """The rows of a new task, and how to train on them.
 
     `fold` (repeats, rows) is the fold that holds out each row in each assignment; -1 for a row that is never held out.
+    `weights` (rows,) are the weights of the rows in the loss; None if all are equal.
     """
 
     x: Tensor
@@ -87,6 +121,7 @@ class Task(NamedTuple):
     are_classes: bool
     steps: int
     bar: Any
+    weights: Tensor | None = None
 
     @property
     def rows(self) -> list[Tensor]:
@@ -155,8 +190,8 @@ class Task(NamedTuple):
     def held_out_losses(self, network: nn.Module, values: Tensors) -> list[Tensor]:
         """Compute the loss of each held-out row by the values (folds, rates, ...) of its folds, for each rate.
 
-        The loss of a row is the mean over the assignments. The outputs for classes are divided by the best temperature
-        of all rows.
+        The loss of a row is the mean over the assignments, times the weight of the row as a share of the mean weight.
+        The outputs for classes are divided by the best temperature of all rows.
         """
         set_mode(network, False)
         outputs_of = mapped(lambda values, x: functional_call(network, values, (x,)))
@@ -176,6 +211,9 @@ class Task(NamedTuple):
             by_row = [self.loss(output, target) for output, target in pairs]
             by_row = torch.stack(by_row).nan_to_num(math.inf, math.inf)
             losses.append(by_row.view(repeats, -1).mean(0))
+        if self.weights is not None:
+            shares = self.weights[rows] / self.weights[rows].mean()
+            losses = [shares * of_rate for of_rate in losses]
         return losses
 
     def _find_scale(self, outputs: Tensor, y: Tensor) -> float:

@@ -260,6 +260,32 @@ def test_integers_that_are_no_classes_are_held_out_and_measured_as_they_are():
     assert quick_fit(base, (x, y), loss).scores["base"] == pytest.approx(expected)
 
 
+def test_scores_have_the_class_weights_of_the_loss():
+    base, x = make_base(3, 8, 3), make_rows()
+    y = torch.arange(30) % 5 % 3  # 12, 12 and 6 rows
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64))
+    logits = base(x).detach()
+    expected = min(loss(scale * logits, y).item() for scale in torch.logspace(-1.3, 1.3, 5001).tolist())
+
+    report = quick_fit(base, (x, y), loss)
+
+    assert report.scores["base"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_sums_of_weighted_rows_are_taken_as_means(rows):
+    x, _ = rows
+    y = torch.arange(30) % 3 % 2
+    weight = torch.tensor([1.0, 4.0], dtype=torch.float64)
+
+    of_mean, of_sum = [
+        quick_fit(make_base(), (x, y), nn.CrossEntropyLoss(weight, reduction=reduction))
+        for reduction in ("mean", "sum")
+    ]
+
+    # a sum also has the mean weight of a row, 2
+    assert {name: score / 2 for name, score in of_sum.scores.items()} == pytest.approx(of_mean.scores, rel=1e-3)
+
+
 def test_sizes_are_of_files(report, tmp_path):
     file = tmp_path / "base.safetensors"
     safetensors.torch.save_file(dict(make_base().named_parameters()), file, {"format": "pt"})
