@@ -135,7 +135,10 @@ def _find_spec(layer: nn.Module, candidates: Tensors, args: Any, kwargs: Any) ->
     reason = ""
     with isolated(probe.like):
         for evidence in _run_everywhere(probe, grid.values()):
-            reason = "its output is no sum, over its inputs, of at least two functions of each of them."
+            reason = (
+                "no parameter holds the coefficients of a sum, over its inputs, of at least two functions of each "
+                "(computed coefficients, such as normalized ones, do not count)."
+            )
             # a grid is coefficients if nothing else is: of a layer whose functions start as increasing ones
             for excluded in (fixed, knots, ()):
                 tensors = {name: value for name, value in candidates.items() if name not in excluded}

@@ -287,12 +287,25 @@ def test_parameters_that_shape_the_functions_are_named_in_one_warning():
     assert "and 1 more" in message
 
 
+class Normalized(nn.Module):
+    """A sum of functions whose coefficients are divided by their norm."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(outputs, inputs, 3))
+
+    def forward(self, x):
+        functions = torch.stack([x, x**2, x.sin()], -1)
+        return torch.einsum("bik,oik->bo", functions, self.weights / self.weights.norm())
+
+
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
         (nn.Linear(3, 4), "Linear is a container, a module of a library, or derived from one"),
         (nn.Sequential(nn.Tanh()), "Sequential is a container"),
-        (RadialFunctions(3, 4), "its output is no sum, over its inputs, of at least two functions of each of them"),
+        (RadialFunctions(3, 4), "no parameter holds the coefficients of a sum, over its inputs"),
+        (Normalized(3, 4), "no parameter holds the coefficients of a sum.*normalized ones, do not count"),
         (Edges(), "the layer raised TypeError: Edges.forward.. missing 2 required positional arguments"),
         (FixedFunctions(3, 4).to("meta"), "`head.weight` has no values"),
     ],
