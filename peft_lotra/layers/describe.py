@@ -185,6 +185,6 @@ def _find_doubts(evidence: Evidence, spec: KANLayerSpec, tensor: CoefficientTens
         elif not evidence.stays(tensor, [name], observed):
             is_factor = not observed and evidence.stays_on_edges(tensor, [name])
             doubts[name] = FACTOR if is_factor else NOT_LINEAR
-        elif gradient.dim() > 1 and layout is None:
+        elif layout is None and (gradient.dim() > 1 or not evidence.is_additive([name])):  # a bias is additive
             doubts[name] = OTHER
     return doubts

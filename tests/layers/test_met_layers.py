@@ -86,6 +86,25 @@ class WithLinearBase(TrainedGaussians):
         return super().forward(x) + self.base(nn.functional.silu(x))
 
 
+class WithOutputScale(TrainedGaussians):
+    """Multiplies each output, and adds a bias."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.scale, self.bias = (nn.Parameter(torch.rand(outputs) + 0.5) for _ in range(2))
+
+    def forward(self, x):
+        return self.scale * super().forward(x) + self.bias
+
+
+def test_a_scale_of_each_output_is_left_out_with_a_reason():
+    (row,) = find_kan_layers(nn.Sequential(WithOutputScale(3, 4)))
+
+    assert row.parameters == ("coefficients",)
+    assert row.doubts["scale"] == "it is not a coefficient or a weight of the base branch"
+    assert "bias" not in row.doubts
+
+
 @pytest.mark.parametrize("outputs", [1, 3])
 @pytest.mark.parametrize("inputs", [1, 2, 5])
 def test_a_linear_layer_beside_functions_is_the_residual_branch_of_one_input_too(inputs, outputs):
