@@ -66,10 +66,12 @@ class _BankOptimizer(Optimizer):
         Returns:
             `torch.Tensor`: Whether each adapter is still trained, (room,), by id.
         """
-        packed, state = self.packed, self.state[self.packed]
-        losses_of_rows = packed.new_full((len(packed) + 1,), torch.nan)
-        losses_of_rows[self._row_of[: len(losses)]] = losses.to(packed)
-        losses = losses_of_rows[:-1]
+        packed = self.packed
+        state = self.state[packed]
+        rows = self._row_of[: len(losses)]
+        losses_by_row = packed.new_full((len(packed) + 1,), torch.nan)
+        losses_by_row[rows] = losses.to(packed)
+        losses = losses_by_row[:-1]  # the last one is for ids without an adapter
 
         is_less = self._is_active & (losses < state["least"])
         state["best"][is_less] = packed[is_less]
@@ -178,8 +180,9 @@ class BankAdamW(_BankOptimizer):
         state["exp_avg_sq"][rows] = square
 
         lr = group["lr"] * self._multipliers[rows]
+        mean = average / (1 - BETA1**step)
         deviation = square.sqrt() / (1 - BETA2**step).sqrt()
-        update = average / (1 - BETA1**step) / (deviation + 1e-8)
+        update = mean / (deviation + 1e-8)
         decayed = packed[rows] * (1 - group["weight_decay"] * lr)
         packed[rows] = decayed - lr * update
         return loss
@@ -276,17 +279,20 @@ class BankLevenbergMarquardt(_BankOptimizer):
         snapshot = self.bank.snapshot
         if snapshot.packed is not self.packed:
             raise ValueError("`finish()` has ended the training. Make another optimizer.")
-        with_rows = []
+        indexed = []
         for function, rows, ids, *weight in terms:
-            rows = rows if isinstance(rows, Sequence) else (rows,)
-            with_rows.append((function, (snapshot.rows_of(ids), *rows), *weight))
-        checked = check_terms(with_rows)
+            if not isinstance(rows, Sequence):
+                rows = (rows,)
+            index = snapshot.rows_of(ids)
+            indexed.append((function, (index, *rows), *weight))
+        checked = check_terms(indexed)
 
         counts = torch.zeros_like(self._is_active, dtype=torch.int64)
         for _, (index, *_), _ in checked:
             counts += index.bincount(minlength=len(counts))
         counts *= self._is_active
-        pending = counts.argsort(descending=True)[: counts.count_nonzero()]
+        by_count = counts.argsort(descending=True)
+        pending = by_count[: counts.count_nonzero()]
         losses = torch.full_like(counts, torch.nan, dtype=torch.float64)
         accepted = torch.zeros_like(self._is_active)
         width = self.packed.shape[1]
@@ -297,8 +303,12 @@ class BankLevenbergMarquardt(_BankOptimizer):
             adapters = pending[:size]
             pending = pending[size:]
             losses[adapters], accepted[adapters] = self._step_of(adapters, checked)
-        damping = self._by_id(self.state[self.packed]["damping"], self.defaults["damping"])
-        return BankStep(self._by_id(losses, torch.nan), self._by_id(accepted, False), damping)
+        dampings = self.state[self.packed]["damping"]
+        return BankStep(
+            losses=self._by_id(losses, torch.nan),
+            accepted=self._by_id(accepted, False),
+            damping=self._by_id(dampings, self.defaults["damping"]),
+        )
 
     def _step_of(
         self,
@@ -310,12 +320,14 @@ class BankLevenbergMarquardt(_BankOptimizer):
         start = packed[adapters].double()
         residuals, jacobian = self._evaluate(adapters, terms, start, differentiates=True)
         loss = residuals.square().sum(1)
+
+        # in coordinates whose damping is the identity: sqrt(S) step
         squares = jacobian.square().sum(1)
         least = self.defaults["floor"] * squares.amax(1, keepdim=True)
         lengths = squares.maximum(least).clamp(min=1e-300).sqrt()
-        # in coordinates whose damping is the identity: sqrt(S) step
         jacobian /= lengths.unsqueeze(1)
         gradient = (jacobian.mT @ residuals.unsqueeze(2)).squeeze(2)
+
         is_dual = jacobian.shape[1] < jacobian.shape[2]
         if is_dual:
             right = residuals
@@ -331,8 +343,9 @@ class BankLevenbergMarquardt(_BankOptimizer):
         is_solvable = loss.isfinite() & squares.isfinite().all(1) & gradient.any(1)
         pending = is_solvable.nonzero().squeeze(1)
         while len(pending):
+            shift = damping[pending].unsqueeze(1)
             damped = matrix[pending]
-            damped.diagonal(dim1=1, dim2=2).add_(damping[pending].unsqueeze(1))
+            damped.diagonal(dim1=1, dim2=2).add_(shift)
             triangle, failed = torch.linalg.cholesky_ex(damped)
             step = -torch.cholesky_solve(right[pending].unsqueeze(2), triangle)
             if is_dual:
@@ -340,14 +353,16 @@ class BankLevenbergMarquardt(_BankOptimizer):
             step = step.squeeze(2)
             step[failed > 0] = torch.nan
 
-            candidate = (start[pending] + step / lengths[pending]).to(packed.dtype)
+            candidate = start[pending] + step / lengths[pending]
+            candidate = candidate.to(packed.dtype)
             (new_residuals,) = self._evaluate(adapters[pending], terms, candidate.double(), differentiates=False)
             decrease = loss[pending] - new_residuals.square().sum(1)
             is_less = decrease > 0  # not if one is NaN
-            curvature = damping[pending].unsqueeze(1) * step
-            predicted = (step * (curvature - gradient[pending])).sum(1)
-            agreement = (decrease / predicted)[is_less].tolist()
-            factors = [damping_factor(ratio, raised=factor > 2) for ratio in agreement]
+
+            slopes = shift * step - gradient[pending]
+            predicted = (step * slopes).sum(1)
+            agreement = decrease / predicted
+            factors = [damping_factor(ratio, raised=factor > 2) for ratio in agreement[is_less].tolist()]
 
             done = pending[is_less]
             packed[adapters[done]] = candidate[is_less]
@@ -389,6 +404,7 @@ class BankLevenbergMarquardt(_BankOptimizer):
             starts = counts.cumsum(0) - counts
             numbers = torch.arange(len(slots), device=slots.device)
             entries = slots, numbers - starts[slots]
+
             if differentiates:
                 # a copy of the adapter for each row: one backward pass has the gradients of all rows
                 packed = values[slots].requires_grad_()
@@ -398,15 +414,18 @@ class BankLevenbergMarquardt(_BankOptimizer):
                 packed = values[distinct]
             rows = [row[order.to(row.device)] for row in rows]
             residuals = self._call(name_term(number, function), function, rows, packed, groups)
-            residuals = residuals * (weight / counts[slots].double()).sqrt().unsqueeze(1)
+            weights = weight / counts[slots].double()
+            residuals = residuals * weights.sqrt().unsqueeze(1)
             all_residuals.append(_pad(residuals, entries, counts))
-            if differentiates:
-                is_component = self._is_component[adapters[slots]]
-                derivatives = []
-                for column in residuals.T:
-                    (gradient,) = torch.autograd.grad(column.sum(), packed, retain_graph=True)
-                    derivatives.append(gradient * is_component)
-                jacobian.append(_pad(torch.stack(derivatives, 1), entries, counts))
+            if not differentiates:
+                continue
+            is_component = self._is_component[adapters[slots]]
+            gradients = []
+            for column in residuals.T:
+                (gradient,) = torch.autograd.grad(column.sum(), packed, retain_graph=True)
+                gradients.append(gradient * is_component)
+            derivatives = torch.stack(gradients, 1)
+            jacobian.append(_pad(derivatives, entries, counts))
         return [torch.cat(blocks, 1) for blocks in (all_residuals, jacobian) if blocks]
 
     def _call(
@@ -420,15 +439,16 @@ class BankLevenbergMarquardt(_BankOptimizer):
         """Compute the values (n, m) of a residual function for n rows, whose adapters are rows of `packed`."""
         model = self.model
         args = tuple(row.double() if row.is_floating_point() else row for row in rows)
-        current = BankPass(self.bank, self.bank.snapshot.updates_of_samples(packed, groups), set())
-        with ROWS.set(current), Intercepted():
+        updates = self.bank.snapshot.updates_of_samples(packed, groups)
+        with ROWS.set(BankPass(self.bank, updates, set())), Intercepted():
             values = call_with_parameters(model, in_double(model), partial(function, model), args, {})
         count = len(rows[0])
         values = check_residuals(values, name, count)
         if values.shape == (count, count) and count > 1:
-            first = RowGroups(groups.of_rows()[:1])
-            of_first = self._call(name, function, [row[:1] for row in rows], packed, first)
-            if of_first.shape[1] != count:
+            first_row = [row[:1] for row in rows]
+            first_group = RowGroups(groups.of_rows()[:1])
+            values_of_first = self._call(name, function, first_row, packed, first_group)
+            if values_of_first.shape[1] != count:
                 raise ValueError(
                     f"The {name} returns ({count}, {count}): values (n, 1) minus data (n,) are all pairs; squeeze one."
                 )
@@ -438,5 +458,6 @@ class BankLevenbergMarquardt(_BankOptimizer):
 def _pad(values: Tensor, entries: tuple[Tensor, Tensor], counts: Tensor) -> Tensor:
     """Put values (n, m, ...) of rows at the entries (adapter, row) of zeros, and return (adapters, M, ...)."""
     most = int(counts.max())
-    padded = values.new_zeros(len(counts), most, *values.shape[1:])
-    return padded.index_put(entries, values.detach()).flatten(1, 2)
+    zeros = values.new_zeros(len(counts), most, *values.shape[1:])
+    padded = zeros.index_put(entries, values.detach())
+    return padded.flatten(1, 2)

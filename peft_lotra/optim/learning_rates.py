@@ -48,15 +48,14 @@ def component_multipliers(
             f'`policy` is {policy!r:.100}, but must be "width", "uniform", or multipliers of at least 0 for some of '
             f"{Tucker._fields}."
         )
-    if policy != "width":
-        return {} if policy == "uniform" else policy
-    multipliers = {}
-    for side, width in widths.items():
-        # a side narrower than the reference keeps lr
-        multipliers[side] = math.sqrt(REFERENCE_WIDTH / max(width, REFERENCE_WIDTH))
+    if isinstance(policy, Mapping):
+        return policy
+    if policy == "uniform":
+        return {}
+    multipliers = {side: _width_multiplier(width) for side, width in widths.items()}
     if ranks and ranks[0] == widths["factor_out"]:
         # without factor_out, the core is the component that starts at zero
-        multipliers["core"] = _RATE_OF_SHAPES * math.sqrt(REFERENCE_WIDTH / max(ranks[1], REFERENCE_WIDTH))
+        multipliers["core"] = _RATE_OF_SHAPES * _width_multiplier(ranks[1])
         multipliers["factor_basis"] = _RATE_OF_SHAPES
     elif from_gradient:
         multipliers["factor_out"] *= 0.5
@@ -65,6 +64,11 @@ def component_multipliers(
         multipliers["factor_out"] *= REFERENCE_RANK / max(ranks[0], REFERENCE_RANK)
         multipliers["core"] = REFERENCE_RANK**2 / max(ranks[1] * ranks[2], REFERENCE_RANK**2)
     return multipliers
+
+
+def _width_multiplier(width: int) -> float:
+    """Return the multiplier of a side; one narrower than the reference keeps lr."""
+    return math.sqrt(REFERENCE_WIDTH / max(width, REFERENCE_WIDTH))
 
 
 def _find_starts(
@@ -102,9 +106,13 @@ def _trained_components(
             if start == "training" and policy == "width":
                 multipliers = parameters.map(_root_mean_square)._asdict()
             for component, parameter in parameters._asdict().items():
-                if parameter.requires_grad:
-                    group = f"{component}/{widths[component]}" if component in widths else component
-                    yield group, float(multipliers.get(component, 1.0)), parameter
+                if not parameter.requires_grad:
+                    continue
+                group = component
+                if component in widths:
+                    group = f"{component}/{widths[component]}"
+                multiplier = float(multipliers.get(component, 1.0))
+                yield group, multiplier, parameter
 
 
 def _root_mean_square(tensor: Tensor) -> Any:
@@ -177,8 +185,7 @@ def create_lotra_optimizer(
     check_number(lr, "lr", "(0, inf)")
     if other_lr is None:
         other_lr = lr
-    else:
-        check_number(other_lr, "other_lr", "(0, inf)")
+    check_number(other_lr, "other_lr", "(0, inf)")
     # the name counts, also of classes that follow torch.optim.SGD without deriving from it
     bases = {cls.__name__ for cls in getattr(optimizer_cls, "__mro__", ())}
     if policy == "width" and bases & {"SGD", "ASGD"}:
@@ -186,8 +193,9 @@ def create_lotra_optimizer(
     groups: dict[tuple[str, float], dict[str, Any]] = {}
     components = set()
     for name, multiplier, parameter in _trained_components(model, policy):
-        group = {"name": name, "params": [], "lr": lr * multiplier}
-        groups.setdefault((name, multiplier), group)["params"].append(parameter)
+        empty = {"name": name, "params": [], "lr": lr * multiplier}
+        group = groups.setdefault((name, multiplier), empty)
+        group["params"].append(parameter)
         components.add(parameter)
     if not groups:
         raise ValueError(
