@@ -81,25 +81,27 @@ class DataWeights:
         factors: list[Tensor | None] = [None]
         for root, factor in zip(self.roots, weighted, strict=True):
             if factor is not None:
-                factor = torch.linalg.qr(torch.linalg.solve(root, factor)).Q
+                unweighted = torch.linalg.solve(root, factor)
+                factor = torch.linalg.qr(unweighted).Q
             factors.append(factor)
         features = project(self.values, factors).flatten(1)
 
         # there may be more features than samples: the ridge draws their weights to the projected tensor
         gram = features.T @ features
         ridge = RIDGE * gram.diagonal().mean().clamp(min=TINY)
-        start = project(tensor, factors).flatten(1).T
-        right_side = features.T @ self.outputs(tensor) + ridge * start
+        projected = project(tensor, factors).flatten(1).T
+        right_side = features.T @ self.outputs(tensor) + ridge * projected
         gram.diagonal().add_(ridge)
         weights = torch.linalg.solve(gram, right_side)  # (ri rb, out)
 
-        if ranks[0] < len(self.output_root):
+        rank, *inner_ranks = ranks
+        if rank < len(self.output_root):
             weights = weights @ self.output_root
-            spectrum = torch.linalg.svd(features @ weights, full_matrices=len(features) < ranks[0])
-            leading = spectrum.Vh[: ranks[0]].T
+            spectrum = torch.linalg.svd(features @ weights, full_matrices=len(features) < rank)
+            leading = spectrum.Vh[:rank].T
             weights = weights @ leading
             factors[0] = torch.linalg.solve(self.output_root, leading)
-        core = weights.T.reshape(-1, *ranks[1:])
+        core = weights.T.reshape(-1, *inner_ranks)
         return Tucker(core, *factors).orthogonal()
 
     def outputs(self, tensor: Tensor) -> Tensor:
@@ -116,7 +118,8 @@ def _square_root(moments: Tensor, ridge: float) -> Tensor:
     values, vectors = torch.linalg.eigh(moments)
     values = values.clamp(min=0)
     values = values + ridge * values.mean().clamp(min=TINY)
-    return vectors * values.sqrt() @ vectors.T
+    roots = values.sqrt()
+    return vectors * roots @ vectors.T
 
 
 def gather_weights(
@@ -137,7 +140,7 @@ def gather_weights(
     for name, (_, functions, metric) in samples.items():
         out, _, basis = tensors[name].shape
         values = functions[..., :basis].double()
-        if metric is None or not (metric.isfinite().all() and metric.any()):
+        if metric is None or not metric.isfinite().all() or not metric.any():
             metric = torch.eye(out, device="cpu").to(values)
         weights[name] = DataWeights(values, metric)
     return weights
@@ -188,12 +191,14 @@ def sample_layers(
         TypeError: The model returns no tensor.
     """
     targets = {}
+    received: dict[str, list[Tensor]] = {}
+    returned: dict[str, list[Tensor]] = {}
     for name, module in modules.items():
         target = locate_target(name, module)
         if len(target.tensor.shape) == 3 and is_linear(*target):
             targets[name] = target
-    received: dict[str, list[Tensor]] = {name: [] for name in targets}
-    returned: dict[str, list[Tensor]] = {name: [] for name in targets}
+            received[name] = []
+            returned[name] = []
 
     def record(name: str, x: Tensor, y: Any) -> None:
         if x.dim() < 2:
@@ -207,6 +212,7 @@ def sample_layers(
         inputs = inputs.clone()
     with recorded_calls({name: modules[name] for name in targets}, record):
         output = model_outputs(model, inputs)
+
     if output.shape[1:] == (1,):
         probes = min(probes, 1)  # signs of a single output square to one
     samples = {}
@@ -217,7 +223,8 @@ def sample_layers(
                 "another model in its place (a function that holds it is not copied with a model)."
             )
         x = torch.cat(received[name])
-        warn_of_far_inputs(name, target.spec.read_grid(target.layer), target.tensor.shape, x)
+        grid = target.spec.read_grid(target.layer)
+        warn_of_far_inputs(name, grid, target.tensor.shape, x)
         samples[name] = LayerSamples(x, functions_at(target, x))
     if samples and probes and output.requires_grad:
         for name, moments in _mean_moments(output, returned, moment, probes).items():
@@ -235,13 +242,16 @@ def _mean_moments(
     leaves = sum(returned.values(), [])
     generator = torch.Generator().manual_seed(0)
     moments: dict[str, Any] = dict.fromkeys(returned, 0.0)
+    count = probes * output.numel()
     for _ in range(probes):
         bits = torch.randint(0, 2, output.shape, generator=generator, device="cpu")
         signs = bits.to(output) * 2 - 1
-        gradients = iter(torch.autograd.grad(output, leaves, signs, retain_graph=True, materialize_grads=True))
+        gradients = torch.autograd.grad(output, leaves, signs, retain_graph=True, materialize_grads=True)
+        remaining = iter(gradients)
         for name, outputs in returned.items():
-            rows = [gradient.flatten(0, -2) for gradient in islice(gradients, len(outputs))]
-            moments[name] += moment(torch.cat(rows)) / (probes * output.numel())
+            of_layer = islice(remaining, len(outputs))  # one for each call
+            rows = [gradient.flatten(0, -2) for gradient in of_layer]
+            moments[name] += moment(torch.cat(rows)) / count
     return moments
 
 
@@ -252,15 +262,18 @@ def functions_at(target: Target, x: Tensor) -> Tensor:
     The function of the base branch is the last one. Scales of the edges are not contained.
     """
     layer, spec, tensor = target
-    if reader := find_formula(layer, spec, tensor):
+    reader = find_formula(layer, spec, tensor)
+    if reader is not None:
         return reader.read(layer).functions(x)
     out, *shape = full_shape(tensor)
+    scales = {}
     scale = spec.find_edge_scale(layer)
-    scales = {} if scale is None else {scale: torch.ones_like(getattr(layer, scale))}
+    if scale is not None:
+        scales[scale] = torch.ones_like(getattr(layer, scale))
 
     def run(matrix: Tensor) -> Tensor:
-        arguments = (layer, tensor, matrix.view(out, *shape), x)
-        y = call_with_parameters(layer, scales, call_with_coefficients, arguments, {})
+        coefficients = matrix.view(out, *shape)
+        y = call_with_parameters(layer, scales, call_with_coefficients, (layer, tensor, coefficients, x), {})
         return first_output(y).flatten(0, -2)
 
     # A layer is linear in its coefficients: unit tensors give the functions, one for each output at a time.
@@ -306,7 +319,9 @@ def model_outputs(model: nn.Module, inputs: Inputs) -> Tensor:
     """Return the output (..., out) of the model in evaluation mode."""
     with modes_kept(model):
         set_mode(model, False)
-        return first_output(inputs(model) if callable(inputs) else call_with_inputs(model, inputs))
+        if callable(inputs):
+            return first_output(inputs(model))
+        return first_output(call_with_inputs(model, inputs))
 
 
 def first_output(result: Any) -> Tensor:

@@ -118,7 +118,10 @@ def extract_lotra(
     check_one_given(r=r if rank_pattern is None else rank_pattern, energy=energy, budget=budget)
     check_module(base, "base")
     check_without_adapters(base, "base")
-    tuned = copy.deepcopy(tuned).merge_and_unload() if isinstance(tuned, PeftModel) else unwrap(tuned)
+    if isinstance(tuned, PeftModel):
+        tuned = copy.deepcopy(tuned).merge_and_unload()
+    else:
+        tuned = unwrap(tuned)
     modules_to_save, not_saved = _find_other_changes(base, tuned)
     updates = coefficient_updates(base, tuned, scaled=inputs is not None)
     updates = {name: update for name, update in updates.items() if update.tensor.any()}
@@ -128,7 +131,8 @@ def extract_lotra(
     weights = {} if inputs is None else gather_weights(tuned, tensors, inputs)
     if energy is None and budget is None:
         ranks = ranks_by_layer(tensors, rank_pattern or {}, r)
-        if missing := tensors.keys() - ranks.keys():
+        missing = tensors.keys() - ranks.keys()
+        if missing:
             raise ValueError(f"`rank_pattern` has no ranks for {sorted(missing)}, and `r` is not given.")
     else:
         ranks = choose_ranks(weighted_spectra(tensors, weights), energy, budget)
@@ -142,11 +146,14 @@ def extract_lotra(
         for name, layer in lotra_layers(base):
             update, scale = updates[name]
             stored = layer.get_delta_weight(adapter_name).to(update)
-            error = update - (stored if scale is None else scale * stored)
+            if scale is not None:
+                stored = scale * stored
+            error = update - stored
             report.errors[name] = relative_energy(error, update).sqrt().item()
             if name in weights:
                 outputs = weights[name].outputs
-                report.output_errors[name] = relative_energy(outputs(error), outputs(update)).sqrt().item()
+                energy_of_error = relative_energy(outputs(error), outputs(update))
+                report.output_errors[name] = energy_of_error.sqrt().item()
     model.__dict__["extraction_report"] = report
     if not_saved:
         warnings.warn(
@@ -165,11 +172,12 @@ def decompose_updates(
     """Compute the components of each layer that come closest to its update; with weights, in its outputs."""
     components = {}
     for name, (tensor, scale) in updates.items():
-        of_layer = weights.get(name)
+        data_weights = weights.get(name)
         if scale is not None:
-            fitted = tucker_scaled(tensor, scale, ranks[name], of_layer and of_layer.measure)
-        elif of_layer is not None:
-            fitted = of_layer.fit(tensor, ranks[name])
+            measure = None if data_weights is None else data_weights.measure
+            fitted = tucker_scaled(tensor, scale, ranks[name], measure)
+        elif data_weights is not None:
+            fitted = data_weights.fit(tensor, ranks[name])
         else:
             fitted = tucker(tensor, ranks[name])
         components[name] = fitted.balanced()
@@ -195,7 +203,8 @@ def _attach(
         layer.set_components(adapter_name, components[name])
     for name in modules_to_save:
         wrapper: Any = base.get_submodule(name)
-        wrapper.modules_to_save[adapter_name].load_state_dict(tuned.get_submodule(name).state_dict())
+        state = tuned.get_submodule(name).state_dict()
+        wrapper.modules_to_save[adapter_name].load_state_dict(state)
     return model
 
 
@@ -205,7 +214,8 @@ def _find_other_changes(base: nn.Module, tuned: nn.Module) -> tuple[list[str], l
     Raises:
         ValueError: The models have different architectures or grids.
     """
-    base_state, tuned_state = base.state_dict(), tuned.state_dict()
+    base_state = base.state_dict()
+    tuned_state = tuned.state_dict()
     different = base_state.keys() ^ tuned_state.keys()
     changed = {}
     for name, value in base_state.items():
@@ -219,15 +229,17 @@ def _find_other_changes(base: nn.Module, tuned: nn.Module) -> tuple[list[str], l
     layers = [layer.name for layer in find_kan_layers(base)]
     for name in layers:
         layer, spec, tensor = locate_target(name, base.get_submodule(name))
-        if not same_grid(spec.read_grid(layer), spec.read_grid(tuned.get_submodule(name))):
+        tuned_grid = spec.read_grid(tuned.get_submodule(name))
+        if not same_grid(spec.read_grid(layer), tuned_grid):
             raise ValueError(
                 f"The grid of `{name}` differs between the models, so that their coefficients multiply different "
                 "functions. Fine-tune without moving the grids (no `update_grid`), or move those of the base model "
                 "first, and fine-tune from there."
             )
         # the scales of the edges are part of the update, and the components of a Slim layer are its coefficients
+        scales = (spec.edge_scale or ())[:1]
         components = getattr(layer, "components", Tucker)._fields
-        for parameter in (*tensor.parameters, *(spec.edge_scale or ())[:1], *components):
+        for parameter in (*tensor.parameters, *scales, *components):
             changed.pop(f"{name}.{parameter}".lstrip("."), None)
 
     # PEFT copies all modules whose names end with a name: not those that contain a KAN layer, or are inside of one

@@ -125,18 +125,21 @@ def slim(
     check_one_given(ranks=ranks, energy=energy, budget=budget)
     model = unwrap(model)
     check_without_adapters(model, "model")
-    compression = _Compression(model if inplace else _copy(model), inputs)
-    hint = ""
+    if not inplace:
+        model = _copy(model)
+    compression = _Compression(model, inputs)
     if ranks is not None:
         chosen = compression.named_ranks(ranks)
     elif energy is not None and inputs is not None:
         chosen = compression.ranks_for(energy)
     else:
         chosen = choose_ranks(compression.spectra, energy, budget)
-        hint = " Pass `inputs`: on data there is mostly less to keep." * (energy is not None)
     layers, report = compression.compress(chosen)
     grown = [name for name in report.dense if name in chosen]
     if grown:
+        hint = ""
+        if energy is not None and inputs is None:
+            hint = " Pass `inputs`: on data there is mostly less to keep."
         warnings.warn(
             f"Left dense, since their factors would take more parameters: {', '.join(grown)}.{hint}", stacklevel=2
         )
@@ -168,7 +171,8 @@ def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
     """
     model = unwrap(model)
     check_without_adapters(model, "model")
-    model = model if inplace else _copy(model)
+    if not inplace:
+        model = _copy(model)
     dense = {}
     for module in model.modules():
         if isinstance(module, (SlimKANLinear, SlimLayer)):
@@ -191,17 +195,21 @@ class _Compression:
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs | None) -> None:
-        self.model, self.inputs = model, inputs
+        self.model = model
+        self.inputs = inputs
         self.layers = {}
         self.tensors = {}
         for name, _, shape, *_ in find_kan_layers(model):
             layer = model.get_submodule(name)
             if len(shape) > 3:
                 raise ValueError(f"`{name}` is a convolution: compress the part of the model without them.")
-            if not isinstance(layer, (SlimKANLinear, SlimLayer)):
-                self.layers[name] = layer
-                tensor, scale = read_coefficients(name, layer)
-                self.tensors[name] = (tensor if scale is None else tensor * scale).detach()
+            if isinstance(layer, (SlimKANLinear, SlimLayer)):
+                continue
+            tensor, scale = read_coefficients(name, layer)
+            if scale is not None:
+                tensor = tensor * scale
+            self.layers[name] = layer
+            self.tensors[name] = tensor.detach()
         if not self.layers:
             raise ValueError(
                 "No KAN layer that could be compressed was found in the model. The known kinds of layers are "
@@ -212,7 +220,8 @@ class _Compression:
             self.weights = gather_weights(model, self.tensors, inputs)
             with torch.no_grad():
                 self.outputs = model_outputs(model, inputs).double()
-            if relative_energy(self.outputs - self.outputs.mean(0), self.outputs) < 1e-12:
+            deviations = self.outputs - self.outputs.mean(0)
+            if relative_energy(deviations, self.outputs) < 1e-12:
                 raise ValueError("The output is the same for all `inputs`: pass samples that differ.")
 
     @cached_property
@@ -221,10 +230,11 @@ class _Compression:
 
     def named_ranks(self, ranks: Ranks | Mapping[str, Ranks]) -> LayerRanks:
         """Return the ranks of each layer; a layer that a mapping does not name is left out."""
-        pattern, default = (ranks, None) if isinstance(ranks, Mapping) else ({}, ranks)
-        by_layer = ranks_by_layer(self.tensors, pattern, default, "ranks")
+        if not isinstance(ranks, Mapping):
+            return ranks_by_layer(self.tensors, {}, ranks, "ranks")
+        by_layer = ranks_by_layer(self.tensors, ranks, None, "ranks")
         if not by_layer:
-            raise ValueError(f"`ranks` names none of the KAN layers {list(self.tensors)}: {list(pattern)}.")
+            raise ValueError(f"`ranks` names none of the KAN layers {list(self.tensors)}: {list(ranks)}.")
         return by_layer
 
     def ranks_for(self, energy: float) -> LayerRanks:
@@ -242,38 +252,43 @@ class _Compression:
             if report.model_error is not None and report.model_error > largest_error:
                 low = middle
             else:
-                high, best = middle, ranks
+                high = middle
+                best = ranks
         return best
 
     @torch.no_grad()
     def compress(self, ranks: LayerRanks) -> tuple[LayerMap, SlimReport]:
         """Return Slim layers by the dense ones that they replace, where they save parameters, and their report."""
-        size = sum(tensor.numel() for tensor in self.tensors.values())
-        report = SlimReport({}, {}, [], (size, size))
+        dense_size = sum(tensor.numel() for tensor in self.tensors.values())
+        report = SlimReport({}, {}, [], (dense_size, dense_size))
         updates = {}
         for name, tensor in self.tensors.items():
             if name in ranks and count_parameters(ranks[name], tensor.shape) < tensor.numel():
                 updates[name] = CoefficientUpdate(tensor)
             else:
                 report.dense.append(name)
+        size = dense_size
         slim_layers = {}
         for name, components in decompose_updates(updates, self.weights, ranks).items():
-            layer, tensor = self.layers[name], self.tensors[name]
-            slim_layer = slim_layers[layer] = _make_slim(name, layer, components)
+            layer = self.layers[name]
+            slim_layer = _make_slim(name, layer, components)
+            slim_layers[layer] = slim_layer
+            tensor = self.tensors[name]
+            size += components.numel() - tensor.numel()
             stored = slim_layer.components.map(Tensor.double).dense()
             report.ranks[name] = ranks[name]
             report.errors[name] = relative_energy(tensor - stored, tensor).sqrt().item()
             if name in self.weights:
                 outputs = self.weights[name].outputs
                 report.output_errors[name] = _relative_error(outputs(tensor), outputs(stored))
-            size += components.numel() - tensor.numel()
-        report.parameters = report.parameters[0], size
+        report.parameters = dense_size, size
         if self.inputs is not None:
             model = _exchange(self.model, slim_layers)
             try:
-                report.model_error = _relative_error(self.outputs, model_outputs(model, self.inputs))
+                outputs = model_outputs(model, self.inputs)
             finally:
                 _exchange(self.model, {slim_layer: layer for layer, slim_layer in slim_layers.items()})
+            report.model_error = _relative_error(self.outputs, outputs)
         return slim_layers, report
 
 
@@ -292,7 +307,8 @@ def _relative_error(y: Tensor, approximation: Tensor) -> float:
     """Compute ||y - approximation|| / ||y - mean(y)|| of outputs (..., out); a large mean would hide any error."""
     y = y.double().flatten(0, -2)
     error = approximation.double().flatten(0, -2) - y
-    return relative_energy(error, y - y.mean(0)).sqrt().item()
+    deviations = y - y.mean(0)
+    return relative_energy(error, deviations).sqrt().item()
 
 
 def _exchange(model: nn.Module, layers: LayerMap) -> nn.Module:
@@ -317,4 +333,5 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _has_kan_layers(cell: Any) -> bool:
-    return isinstance(cell.cell_contents, nn.Module) and bool(find_kan_layers(cell.cell_contents))
+    value = cell.cell_contents
+    return isinstance(value, nn.Module) and bool(find_kan_layers(value))

@@ -53,9 +53,10 @@ class LayerSpectrum:
         """Return the number of parameters of an adapter, for all ranks; laid out as `energies`."""
         modes = [torch.arange(1, size + 1, device=self.energies.device) for size in self.shape]
         ranks = torch.meshgrid(modes, indexing="ij")
-        costs = torch.stack(ranks).prod(0)
+        costs = torch.stack(ranks).prod(0)  # of the core
         for ranks_of_mode, size in zip(ranks, self.shape, strict=True):
-            costs += ranks_of_mode * size * (ranks_of_mode < size)  # a full mode has no factor
+            has_factor = ranks_of_mode < size
+            costs += ranks_of_mode * size * has_factor
         return costs
 
 
@@ -71,8 +72,11 @@ class Spectrum(Report):
 
     def energy(self, r: Ranks) -> float:
         """Return the share of the energy of all layers that ranks keep together."""
-        total = sum(layer.norm**2 for layer in self.layers.values())
-        retained = sum(layer.norm**2 * layer.energy(r) for layer in self.layers.values())
+        total = 0.0
+        retained = 0.0
+        for layer in self.layers.values():
+            total += layer.norm**2
+            retained += layer.norm**2 * layer.energy(r)
         return retained / total if total else 1.0
 
     def _table(self) -> TextTable:
@@ -81,7 +85,8 @@ class Spectrum(Report):
         for name, layer in self.layers.items():
             sizes = " x ".join(map(str, layer.shape))
             share = layer.energy((4, 4, 4))
-            rows.append([name, sizes, f"{layer.norm:.3g}", f"{share:.1%}", str(cheapest(layer, 0.95))])
+            ranks = cheapest(layer, 0.95)
+            rows.append([name, sizes, f"{layer.norm:.3g}", f"{share:.1%}", str(ranks)])
         return TextTable(columns, rows, ["kept: the share of the squared norm"])
 
 
@@ -119,10 +124,12 @@ def spectrum_of(tensor: Tensor) -> LayerSpectrum:
         squares = squares.cumsum(mode)
     total = squares.flatten()[-1]
     energies = squares / total if total > 0 else torch.ones_like(squares)
+
     # ranks above the product of the others keep no more energy, but a full mode costs less
     for mode, size in enumerate(tensor.shape):
-        index = torch.arange(size, device=energies.device)
-        energies = energies.index_select(mode, index.clamp(max=energies.shape[mode] - 1))
+        last = energies.shape[mode] - 1
+        index = torch.arange(size, device=energies.device).clamp(max=last)
+        energies = energies.index_select(mode, index)
     norm = tensor.double().norm().item()
     return LayerSpectrum(tuple(tensor.shape), norm, singular_values, energies)
 
@@ -137,10 +144,11 @@ def weighted_spectra(
     alike.
     """
     spectra = {}
+    are_comparable = len(weights) in (0, len(tensors))
     for name, tensor in tensors.items():
         if name in weights:
             tensor = weights[name].weigh(tensor)
-        if 0 < len(weights) < len(tensors):
+        if not are_comparable:
             tensor = tensor / tensor.norm().clamp(min=TINY)
         spectra[name] = spectrum_of(tensor)
     return spectra
@@ -163,7 +171,8 @@ def ranks_by_layer(
     """Return the ranks of layers by a pattern, as in [`LoTRAConfig`], or else the default; none without both."""
     ranks = {}
     for name, tensor in tensors.items():
-        r = pattern.get(get_pattern_key(list(pattern), name), default)
+        key = get_pattern_key(list(pattern), name)
+        r = pattern.get(key, default)
         if r is not None:
             ranks[name] = cap_ranks(check_ranks(r, argument), tensor.shape)
     return ranks
@@ -193,38 +202,42 @@ def _allocate(layers: Mapping[str, LayerSpectrum], budget: int) -> LayerRanks:
     """
     # the first entry of a frontier is the choice so far
     frontiers = {name: _frontier(layer) for name, layer in layers.items()}
-    left = budget - sum(int(costs[0]) for costs, _, _ in frontiers.values())
+    least = sum(int(costs[0]) for costs, _, _ in frontiers.values())
+    left = budget - least
     if not left >= 0:  # or NaN
-        raise ValueError(
-            f"`budget` is {budget}, but ranks of 1 in {len(layers)} layers take {budget - left} parameters."
-        )
+        raise ValueError(f"`budget` is {budget}, but ranks of 1 in {len(layers)} layers take {least} parameters.")
     while True:
         best_rate = 0.0
         best_name = ""
         best_index = 0
         for name, (costs, energies, _) in frontiers.items():
             prices = costs - costs[0]
-            rates = (energies - energies[0]) / prices.clamp(min=1)
+            gains = energies - energies[0]
+            rates = gains / prices.clamp(min=1)
             rate, index = torch.where(prices <= left, rates, 0).max(0)
             if rate > best_rate:
                 best_rate = rate.item()
                 best_name = name
                 best_index = int(index)
         if best_rate == 0:
-            return {name: _ranks_at(layers[name], indices[0]) for name, (_, _, indices) in frontiers.items()}
+            break
         costs = frontiers[best_name][0]
         left -= int(costs[best_index] - costs[0])
         frontiers[best_name] = [column[best_index:] for column in frontiers[best_name]]
+    return {name: _ranks_at(layers[name], indices[0]) for name, (_, _, indices) in frontiers.items()}
 
 
 def _frontier(layer: LayerSpectrum) -> list[Tensor]:
     """Return parameters, energy and flat index of all ranks that keep more energy than any cheaper ones."""
     costs, order = layer.costs().flatten().sort(stable=True)
     energies = layer.energies.flatten()[order]
-    gains = energies.cummax(0).values.diff(prepend=energies.new_tensor([-1.0]))
+    largest_so_far = energies.cummax(0).values
+    gains = largest_so_far.diff(prepend=energies.new_tensor([-1.0]))
     is_better = gains > 1e-12
-    return [costs[is_better], layer.norm**2 * energies[is_better], order[is_better]]
+    energies = layer.norm**2 * energies
+    return [column[is_better] for column in (costs, energies, order)]
 
 
 def _ranks_at(layer: LayerSpectrum, flat_index: Tensor) -> tuple[int, ...]:
-    return tuple(int(index) + 1 for index in torch.unravel_index(flat_index, layer.shape))
+    indices = torch.unravel_index(flat_index, layer.shape)
+    return tuple(int(index) + 1 for index in indices)

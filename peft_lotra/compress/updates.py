@@ -48,7 +48,8 @@ def coefficient_updates(
 
     With `scaled`, updates of edges with scales are of coefficient times scale even if no scale changed.
     """
-    base, tuned = unwrap(base), unwrap(tuned)
+    base = unwrap(base)
+    tuned = unwrap(tuned)
     layers = find_kan_layers(base)
     for first, second in zip_longest(layers, find_kan_layers(tuned)):
         if first != second:
@@ -84,7 +85,8 @@ def read_coefficients(name: str, module: nn.Module) -> tuple[Tensor, Tensor | No
         if isinstance(module, LoTRALayer):
             coefficients = module.effective_coefficients(torch.float64)
         else:
-            coefficients = target.tensor.read(target.layer).double().clone()  # `read` may return the parameter itself
+            # a copy, since `read` may return the parameter itself
+            coefficients = target.tensor.read(target.layer).to(torch.float64, copy=True)
         scale = edge_scales(target, coefficients)
     if coefficients.is_meta or not coefficients.isfinite().all():
         raise ValueError(f"The coefficients of `{name}` are not finite, or not loaded (on the meta device).")
@@ -108,6 +110,7 @@ def error_table(
     """Return the columns and rows of a report by layer: ranks, error, and error of the outputs if it is known."""
     rows = []
     for name, error in errors.items():
-        of_outputs = f"{output_errors[name]:.2%}" if name in output_errors else "-"
-        rows.append([name, str(ranks[name]), f"{error:.2%}", of_outputs])
-    return ["layer", "ranks", ">error of the coefficients", ">error of the outputs"], rows
+        output_error = f"{output_errors[name]:.2%}" if name in output_errors else "-"
+        rows.append([name, str(ranks[name]), f"{error:.2%}", output_error])
+    columns = ["layer", "ranks", ">error of the coefficients", ">error of the outputs"]
+    return columns, rows
