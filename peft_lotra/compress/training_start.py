@@ -103,19 +103,25 @@ def start_from_training(
         updates = {}
         for name, layer in layers.items():
             tensor = cores[name].detach().double()
-            scale = edge_scales(layer.base_before_merge(), tensor) if name in weights else None
-            updates[name] = CoefficientUpdate(tensor if scale is None else scale * tensor, scale)
+            scale = None
+            if name in weights:
+                scale = edge_scales(layer.base_before_merge(), tensor)
+            if scale is not None:
+                tensor = scale * tensor
+            updates[name] = CoefficientUpdate(tensor, scale)
     ranks = {name: tensor.ranks for name, tensor in components.items()}
     if config.budget is not None:
         tensors = {name: update.tensor for name, update in updates.items()}
         size = sum(tensor.numel() for tensor in tensors.values())
-        ranks = choose_ranks(weighted_spectra(tensors, weights), budget=int(config.budget * size + 1e-6))
+        budget = int(config.budget * size + 1e-6)
+        ranks = choose_ranks(weighted_spectra(tensors, weights), budget=budget)
     started = decompose_updates(updates, weights, ranks)
 
     frozen = {}
     for name, tensor in started.items():
-        frozen[name], _ = config.frozen_and_zero(tensor._asdict())
-        if len(frozen[name]) == len(tensor._asdict()):
+        names = tensor._asdict()
+        frozen[name], _ = config.frozen_and_zero(names)
+        if len(frozen[name]) == len(names):
             raise ValueError(
                 f"`train={config.train}` leaves nothing to train in `{name}`, which gets the ranks "
                 f"{form_text(tensor.form)}. Train the core too, or pass another budget."
@@ -129,6 +135,7 @@ def start_from_training(
         if config.budget is None:
             layer.set_components(adapter, tensor)
             continue
+
         is_trained = any(component.requires_grad for component in former._asdict().values())
         layer.replace_components(adapter, tensor)
         layer.frozen_peft_weight_names[adapter] = tuple(f"lotra_{component}" for component in frozen[name])
@@ -208,8 +215,10 @@ def _weigh(
     def run(network: nn.Module) -> Tensor:
         outputs = []
         for args, kwargs in calls:
-            if sum(map(len, outputs)) < ROWS:
-                outputs.append(first_output(network(*args, **kwargs)).flatten(0, -2))
+            if sum(map(len, outputs)) >= ROWS:
+                break
+            output = first_output(network(*args, **kwargs))
+            outputs.append(output.flatten(0, -2))
         return torch.cat(outputs)
 
     with ExitStack() as stack:
