@@ -90,16 +90,19 @@ def jet(
     if check_count(order, "order") > HIGHEST_ORDER:
         raise ValueError(f"`order` is {order}, but must be 1 to {HIGHEST_ORDER}: nest `torch.func.jvp` for more.")
     directions = _check_directions(x, directions)
+
     weights = None
     if collapse is not False:
-        numbers = [1.0] * len(directions) if collapse is True else collapse
+        count = len(directions)
+        numbers = [1.0] * count if collapse is True else collapse
         weights = torch.as_tensor(numbers, dtype=x.dtype, device=x.device)
-        if weights.shape != (len(directions),) or order == 1:
+        if weights.shape != (count,) or order == 1:
             raise ValueError(
-                f"`collapse` has {weights.numel()} weights for {len(directions)} directions and order {order}. It "
-                "must have one for each direction, and order 2 or more. For a sum of slopes, give one direction."
+                f"`collapse` has {weights.numel()} weights for {count} directions and order {order}. It must have "
+                "one for each direction, and order 2 or more. For a sum of slopes, give one direction."
             )
-    return tuple(_compute(model, x, directions, order, weights))  # `torch.func.vmap` has tuples of `out_dims`
+    derivatives = _compute(model, x, directions, order, weights)
+    return tuple(derivatives)  # `torch.func.vmap` has tuples of `out_dims`
 
 
 def _compute(
@@ -116,38 +119,46 @@ def _compute(
     stages = stages_of(model)
     if stages is None or not any(stage.formula for stage in stages):
         check_rows_apart(model)
-        if entry_of(type(model)).jet is None:  # else hooks, which `solve` uses too, prevent the closed form
+        kind = type(model)
+        if entry_of(kind).jet is None:  # else hooks, which `solve` uses too, prevent the closed form
             _warn(
-                type(model),
-                f"`jet` knows no closed form for a {type(model).__name__}, and differentiates it by transforms of "
+                kind,
+                f"`jet` knows no closed form for a {kind.__name__}, and differentiates it by transforms of "
                 "`torch.func`, which are exact but slower.",
             )
         _warn_of_low_degree(model.modules(), order)
         return jet_by_transforms(model, x, directions, order, weights)
 
     _warn_of_low_degree([stage.module for stage in stages], order)
-    size = next((stage.in_features for stage in stages if stage.in_features is not None), None)
-    if size not in (None, x.shape[-1]):
-        raise ValueError(f"`x` has shape {tuple(x.shape)}, but its last dimension must be {size}.")
+    *batch, width = x.shape
+    sizes = [stage.in_features for stage in stages if stage.in_features is not None]
+    if sizes and sizes[0] != width:
+        raise ValueError(f"`x` has shape {tuple(x.shape)}, but its last dimension must be {sizes[0]}.")
+
+    rows = x if x.dim() == 2 else x.reshape(-1, width)
     through = partial(through_stages, stages, order)
     hook = current_hook()
-    batch = x.shape[:-1]
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    result = None if hook is None else hook.jet(through, rows, directions, weights)
-    if result is None:
-        result = through(evaluate_layer, rows, directions, weights)
+    derivatives = None
+    if hook is not None:
+        derivatives = hook.jet(through, rows, directions, weights)
+    if derivatives is None:
+        derivatives = through(evaluate_layer, rows, directions, weights)
+
     if x.dim() == 2:
-        return result
-    return [derivative.unflatten(-2, batch) if batch else derivative.squeeze(-2) for derivative in result]
+        return derivatives
+    if not batch:
+        return [derivative.squeeze(-2) for derivative in derivatives]
+    return [derivative.unflatten(-2, batch) for derivative in derivatives]
 
 
 def _check_directions(x: Tensor, directions: Tensor | None) -> Tensor:
     """Return the directions (D, I) in the space of inputs x (..., I), by default its axes."""
+    width = x.shape[-1]
     if directions is None:
-        return torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    if directions.dim() != 2 or directions.shape[1] != x.shape[-1] or not len(directions):
+        return torch.eye(width, dtype=x.dtype, device=x.device)
+    if directions.dim() != 2 or directions.shape[1] != width or not len(directions):
         raise ValueError(
-            f"`directions` has shape {tuple(directions.shape)}, but must be (D, {x.shape[-1]}): one direction in the "
+            f"`directions` has shape {tuple(directions.shape)}, but must be (D, {width}): one direction in the "
             "space of inputs in each row, at least one."
         )
     return directions.to(x)
@@ -189,9 +200,15 @@ def through_stages(
             jet = through_norm(stage.module, jet, order, weights)
         else:
             jet = _through_functions(stage.module, jet, order, weights)
-    for count in row_counts(jet, order, weights)[len(jet) :]:
+
+    # the derivatives of high orders that are zero
+    counts = row_counts(jet, order, weights)
+    for count in counts[len(jet) :]:
         jet.append(torch.zeros_like(jet[1][:count]))
-    return jet if weights is None else [*jet[:-1], jet[-1][0]]
+    if weights is None:
+        return jet
+    *lower, highest = jet
+    return [*lower, highest[0]]
 
 
 def _through_functions(
@@ -275,14 +292,18 @@ def curl(model: nn.Module, x: Tensor, dims: int | None = None) -> Tensor:
     du = _slopes(model, x, dims)
     if len(du) not in (2, 3):
         raise ValueError(f"The curl needs 2 or 3 coordinates, but there are {len(du)}: give `dims`.")
-    planes = [(0, 1)] if len(du) == 2 else [(1, 2), (2, 0), (0, 1)]
-    return torch.stack([du[i, ..., j] - du[j, ..., i] for i, j in planes], -1)
+    planes = [(1, 2), (2, 0), (0, 1)]
+    if len(du) == 2:
+        planes = [(0, 1)]
+    components = [du[i, ..., j] - du[j, ..., i] for i, j in planes]
+    return torch.stack(components, -1)
 
 
 def _slopes(model: nn.Module, x: Tensor, dims: int | None) -> Tensor:
     """Return the derivatives of the first n outputs in the first n coordinates, (n, ..., n)."""
     n = x.shape[-1] if dims is None else dims
-    _, du = jet(model, x, _check_directions(x, None)[:n], order=1)
+    axes = _check_directions(x, None)[:n]
+    _, du = jet(model, x, axes, order=1)
     components = du.shape[-1]
     if len(du) != n or components < n or (dims is None and components > n):
         raise ValueError(
@@ -319,10 +340,14 @@ def hessian(
     count = len(directions)
     first, second = torch.tril_indices(count, count, -1, device=x.device)
     sums = directions[first] + directions[second]
-    u, du, d2u = jet(model, x, torch.cat([directions, sums]))
+    all_directions = torch.cat([directions, sums])
+    u, du, d2u = jet(model, x, all_directions)
+
+    pure = d2u[:count]
     mixed = (d2u[count:] - d2u[first] - d2u[second]) / 2
-    # the index of each entry of the matrix, with the mixed derivatives last
-    index = torch.arange(count, device=x.device).diag()
-    index[first, second] = torch.arange(count, len(d2u), device=x.device)
-    index[second, first] = index[first, second]
-    return u, du[:count], torch.cat([d2u[:count], mixed])[index]
+    entries = torch.cat([pure, mixed])
+    numbers = torch.arange(len(entries), device=x.device)
+    index = numbers[:count].diag()
+    index[first, second] = numbers[count:]
+    index[second, first] = numbers[count:]
+    return u, du[:count], entries[index]

@@ -29,10 +29,12 @@ def num_functions(basis: Basis) -> int:
 
 def evaluate_functions(basis: FunctionBasis, z: Tensor, highest: int) -> list[Tensor]:
     """Return the functions at z (I, N) and their derivatives up to the order `highest`, each (K, I, N)."""
-    functions = basis.derivatives(z.T, highest)
+    points = z.T
+    functions = basis.derivatives(points, highest)
     last = len(functions) - 1
     if last < highest:
-        missing = elementwise_derivatives(lambda x: basis.derivatives(x, last)[last], z.T, highest - last)
+        last_function = lambda x: basis.derivatives(x, last)[last]  # noqa: E731
+        missing = elementwise_derivatives(last_function, points, highest - last)
         functions = [*functions[:-1], *missing]
     return [function.permute(2, 1, 0) for function in functions]
 
@@ -61,7 +63,8 @@ class FunctionFeatures:
         self.shape = (num_functions(basis), len(z))
         self.functions: dict[int, Tensor] = {}
         size = JET_BLOCK if z.device.type == "cpu" else OFF_CPU
-        self.block_size = max(128, size // max(1, math.prod(self.shape)))
+        values_per_point = max(1, math.prod(self.shape))
+        self.block_size = max(128, size // values_per_point)
 
     def evaluate(self, z: Tensor, orders: Sequence[int]) -> list[Tensor]:
         """Return the derivatives of these orders at z (I, R), each (K, I, R)."""
@@ -86,7 +89,8 @@ class FunctionFeatures:
         num_blocks = math.ceil(count / self.block_size)
         size = math.ceil(count / max(1, num_blocks))
         for block in blocks(0, count, max(1, size)):
-            self.load(orders, evaluated or self.evaluate(z[:, block], orders))
+            values = evaluated or self.evaluate(z[:, block], orders)
+            self.load(orders, values)
             yield block
 
     def load(self, orders: Sequence[int], values: Sequence[Tensor]) -> None:
@@ -112,7 +116,11 @@ class FunctionFeatures:
 
 
 def spline_derivatives(
-    knots: Tensor, order: int, z: Tensor, highest: int, closed: Tensor | None = None
+    knots: Tensor,
+    order: int,
+    z: Tensor,
+    highest: int,
+    closed: Tensor | None = None,
 ) -> list[Tensor]:
     """Evaluate the M - 1 - order B-splines of degree `order` on knots (I, M), by the Cox-de Boor recursion.
 
@@ -125,17 +133,22 @@ def spline_derivatives(
     """
     x = z.T  # (I, N)
     knots = knots.T.contiguous().unsqueeze(-1)  # (M, I, 1)
-    is_inside = (knots[:-1] <= x) & (x < knots[1:])
+    start = knots[:-1]
+    end = knots[1:]
+    is_inside = (start <= x) & (x < end)
     if closed is not None:
-        interval = torch.arange(len(is_inside), device=z.device)[:, None, None]
-        is_closed = interval == closed[:, None]
-        is_inside = is_inside | (is_closed & (x == knots[1:]))
+        numbers = torch.arange(len(start), device=z.device)
+        is_closed = numbers[:, None, None] == closed[:, None]
+        is_inside = is_inside | (is_closed & (x == end))
+
     derivatives = [is_inside.to(z.dtype)]
     for degree in range(1, order + 1):
-        span = knots[degree:] - knots[:-degree]
+        start = knots[:-degree]
+        end = knots[degree:]
+        span = end - start
         inverse = span.masked_fill(span == 0, math.inf).reciprocal()
-        rising = (x - knots[:-degree]) * inverse
-        falling = (knots[degree:] - x) * inverse
+        rising = (x - start) * inverse
+        falling = (end - x) * inverse
         lower = derivatives[0]
         splines = rising[:-1] * lower[:-1] + falling[1:] * lower[1:]
         # the derivatives are differences of splines of lower degree
@@ -145,7 +158,8 @@ def spline_derivatives(
         for derivative in previous:
             slope = derivative * (degree * inverse)
             derivatives.append(slope[:-1] - slope[1:])
-    derivatives += [torch.zeros_like(derivatives[0])] * (highest - order)
+    zero = torch.zeros_like(derivatives[0])
+    derivatives += [zero] * (highest - order)
     return [derivative.permute(2, 1, 0) for derivative in derivatives]
 
 
@@ -156,7 +170,7 @@ def gaussian_derivatives(
     highest: int,
 ) -> list[Tensor]:
     """Evaluate exp(-((z - c) / width)^2) for centers c (K,)."""
-    half = _offsets(z / 2, centers / 2)
+    half = z / 2 - _before_dims(centers / 2, z)
     rate = 2 / (width * width)
     slope = half * (-2 * rate)  # of the exponent
     derivatives = [(half * slope).exp_()]
@@ -170,15 +184,17 @@ def gaussian_derivatives(
 
 def bump_derivatives(centers: Tensor, z: Tensor, highest: int) -> list[Tensor]:
     """Evaluate 1 - tanh(z - c)^2, the slope of tanh, for centers c (K,)."""
-    derivatives = logistic_derivatives(torch.tanh(_offsets(z, centers)), highest + 1, of_tanh=True)
-    return _functions_last(derivatives[1:])
+    y = torch.tanh(z - _before_dims(centers, z))
+    _, *derivatives = logistic_derivatives(y, highest + 1, of_tanh=True)
+    return _functions_last(derivatives)
 
 
 def chebyshev_derivatives(degree: int, z: Tensor, highest: int) -> list[Tensor]:
     """Evaluate the Chebyshev polynomials T_0 ... T_degree of u = tanh(z)."""
     u = logistic_derivatives(torch.tanh(z), highest, of_tanh=True)
+    zero = torch.zeros_like(z)
     previous = u  # T_{-1} = T_1 = u
-    current = [torch.ones_like(z), *[torch.zeros_like(z)] * highest]
+    current = [torch.ones_like(z), *[zero] * highest]
     polynomials = [current]
     for _ in range(degree):
         following = []
@@ -203,13 +219,10 @@ def harmonic_derivatives(count: int, z: Tensor, highest: int) -> list[Tensor]:
     sine = torch.sin(k * z)
     derivatives = []
     for _ in range(highest + 1):
-        derivatives.append(_functions_first([*cosine, *sine]))
+        functions = _functions_first([*cosine, *sine])
+        derivatives.append(functions)
         cosine, sine = -k * sine, k * cosine
     return _functions_last(derivatives)
-
-
-def _offsets(z: Tensor, centers: Tensor) -> Tensor:
-    return z - _before_dims(centers, z)
 
 
 def _before_dims(values: Tensor, z: Tensor) -> Tensor:

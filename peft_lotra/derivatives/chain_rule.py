@@ -35,7 +35,9 @@ def row_counts(
 
 
 def bell_polynomials(
-    derivatives: Sequence[Tensor], order: int, weights: Tensor | None
+    derivatives: Sequence[Tensor],
+    order: int,
+    weights: Tensor | None,
 ) -> tuple[Polynomials, Polynomials]:
     r"""Compute the polynomials B_nj in z', z'', ... of the n-th derivative of f(z) (Faà di Bruno):
 
@@ -55,11 +57,16 @@ def bell_polynomials(
         for j in range(2, n + 1):
             pairs = []
             for i, derivative in enumerate(derivatives[: n - j + 1], 1):
-                if (n - i, j - 1) in factors:
-                    factor = factors[n - i, j - 1]
-                    pairs.append((derivative, times(factor, math.comb(n - 1, i - 1))))
-            if pairs:
-                bells[n, j] = _sum_over_directions(pairs) if is_sum else sum_of_products(pairs)
+                factor = factors.get((n - i, j - 1))
+                if factor is not None:
+                    factor = times(factor, math.comb(n - 1, i - 1))
+                    pairs.append((derivative, factor))
+            if pairs and is_sum:
+                bells[n, j] = _sum_over_directions(pairs)
+            elif pairs:
+                bells[n, j] = sum_of_products(pairs)
+
+        # the factors of the highest order
         if weights is not None and not is_sum:
             for j in range(1, n + 1):
                 if (n, j) in bells:
@@ -92,13 +99,15 @@ def multiply(left: Jet, right: Jet, order: int, weights: Tensor | None) -> Jet:
     """
     product = [left[0] * right[0]]
     for n in range(1, order + 1):
-        total = torch.addcmul(left[0] * right[n], left[n], right[0])
+        first = left[0] * right[n]
+        total = torch.addcmul(first, left[n], right[0])
         pairs = []
         for k in range(1, n):
             factor = times(right[n - k], math.comb(n, k))
             pairs.append((left[k], factor))
         if pairs and weights is not None and n == order:
-            pairs = [(first, _weigh(second, weights)) for first, second in pairs]
+            # in these terms no factor is a sum over the directions yet
+            pairs = [(factor, _weigh(other, weights)) for factor, other in pairs]
             total = total + sum_of_products(pairs).sum(0, keepdim=True)
         elif pairs:
             total = total + sum_of_products(pairs)
@@ -125,7 +134,8 @@ def _sum_over_directions(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
 
 def _weigh(tensor: Tensor, weights: Tensor) -> Tensor:
     """Multiply each direction of (D, ...) by its weight."""
-    return tensor * weights.view(-1, *[1] * (tensor.dim() - 1))
+    ones = [1] * (tensor.dim() - 1)
+    return tensor * weights.view(-1, *ones)
 
 
 def times(tensor: Tensor, factor: int) -> Tensor:

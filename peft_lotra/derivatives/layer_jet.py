@@ -42,7 +42,8 @@ class LayerJet(torch.autograd.Function):
     def forward(ctx, basis, order, weights, plain, matrix, *jet):
         z = jet[0]
         features = make_features(basis, z)
-        jet_rows = JetRows(features.scale, jet, order, weights, row_counts(jet, order, weights))
+        counts = row_counts(jet, order, weights)
+        jet_rows = JetRows(features.scale, jet, order, weights, counts)
         needs_jet = any(ctx.needs_input_grad[5:])
         ctx.orders = range(order + 1 + needs_jet)
         evaluated = []
@@ -50,13 +51,14 @@ class LayerJet(torch.autograd.Function):
             evaluated = features.evaluate(z, ctx.orders)
 
         value = z.new_empty(len(matrix), z.shape[1])  # no view, since views cannot be changed in place
-        derivatives = [z.new_empty(count, *value.shape) for count in jet_rows.counts[1:]]
+        derivatives = [z.new_empty(count, *value.shape) for count in counts[1:]]
         outputs = [value]
         for derivative in derivatives:
             outputs += derivative.unbind()
         orders = ctx.orders if evaluated else range(order + 1)
         for block in features.blocks(z, orders, evaluated):
-            for number, row in features.matrices(jet_rows.rows(features, block)):
+            rows = jet_rows.rows(features, block)
+            for number, row in features.matrices(rows):
                 torch.mm(matrix, row, out=outputs[number][:, block])
 
         ctx.save_for_backward(matrix, weights, *jet, *evaluated, *tensors_of(basis))
@@ -73,8 +75,9 @@ class LayerJet(torch.autograd.Function):
         num_jet = len(ctx.needs_input_grad) - 5
         jet = saved[:num_jet]
         evaluated = saved[num_jet : num_jet + ctx.num_evaluated]
+        _, _, _, _, needs_matrix, *needs_jet = ctx.needs_input_grad
         if is_plain_backward(*grads):
-            needed = ctx.needs_input_grad[4:]
+            needed = [needs_matrix, *needs_jet]
             return *[None] * 4, *plain_gradients(ctx.plain, [matrix, *jet], needed, grads)
 
         # each row of a gradient that is not None
@@ -89,21 +92,29 @@ class LayerJet(torch.autograd.Function):
                 rows = grad.unbind()
             counts.append(len(rows))
             gradients += rows
-        features = ctx.make_features(jet[0])
+
+        z = jet[0]
+        features = ctx.make_features(z)
         jet_rows = JetRows(features.scale, jet, ctx.order, weights, counts)
+        transposed = matrix.t()
+        matrix_gradient = None
+        if needs_matrix:
+            # transposed, since this product takes less time
+            matrix_gradient = torch.zeros_like(transposed)
         jet_gradients = []
-        if any(ctx.needs_input_grad[5:]):
+        if any(needs_jet):
             jet_gradients = [torch.zeros_like(derivative) for derivative in jet]
-        # transposed, since this product takes less time
-        matrix_gradient = torch.zeros_like(matrix.t()) if ctx.needs_input_grad[4] else None
-        for block in features.blocks(jet[0], ctx.orders, evaluated):
+        for block in features.blocks(z, ctx.orders, evaluated):
             of_block = [gradient[:, block] for gradient in gradients]
             if matrix_gradient is not None:
-                for number, row in features.matrices(jet_rows.rows(features, block)):
+                rows = jet_rows.rows(features, block)
+                for number, row in features.matrices(rows):
                     matrix_gradient.addmm_(row, of_block[number].t())
             if jet_gradients:
-                row_gradients = features.pull_back(matrix.t(), of_block)
-                jet_rows.add_input_gradients([g[..., block] for g in jet_gradients], features, block, row_gradients)
+                row_gradients = features.pull_back(transposed, of_block)
+                sums = [gradient[..., block] for gradient in jet_gradients]
+                jet_rows.add_input_gradients(sums, features, block, row_gradients)
+
         if features.scale is not None:
             for gradient in jet_gradients:
                 gradient.mul_(features.scale)
@@ -165,16 +176,21 @@ class JetRows:
             if self.counts[n] == 0:
                 continue
             rows = rows_of_order[n - 1]
-            bell = bell[..., block].unsqueeze(1)
+            factor = bell[..., block].unsqueeze(1)
             if n > last:
-                torch.mul(functions[j], bell, out=rows)
+                torch.mul(functions[j], factor, out=rows)
             else:
-                rows.addcmul_(functions[j], bell)
+                rows.addcmul_(functions[j], factor)
             last = n
-        return [functions[0]] * self.counts[0] + list(memory.unbind())
+        rows_of_value = [functions[0]] * self.counts[0]
+        return [*rows_of_value, *memory.unbind()]
 
     def add_input_gradients(
-        self, jet_gradients: Jet, features: FunctionFeatures, block: slice, row_gradients: Tensor
+        self,
+        jet_gradients: Jet,
+        features: FunctionFeatures,
+        block: slice,
+        row_gradients: Tensor,
     ) -> None:
         """Add the gradients in z, z', ... of a block of points.
 
@@ -194,13 +210,16 @@ class JetRows:
             if start == stop:
                 continue
             sums = _sum_over_functions(row_gradients[start:stop], features.functions[j + 1])
-            for n, gradient in enumerate(sums.split(self.counts[j : last + 1]), j):
+            sums_of_order = sums.split(self.counts[j : last + 1])
+            for n, gradient in enumerate(sums_of_order, j):
                 if self.counts[n] == 0:
                     continue
-                if j == 0:
-                    jet_gradients[n] += gradient if n else gradient[0]
-                else:
+                if j > 0:
                     self._add(jet_gradients, gradient, n, j, block)
+                elif n > 0:
+                    jet_gradients[n] += gradient
+                else:
+                    jet_gradients[n] += gradient[0]
 
     def _add(
         self,
@@ -216,9 +235,11 @@ class JetRows:
             for left, right in zip(gradient.unbind(), bell.unbind(), strict=True):
                 jet_gradients[0].addcmul_(left, right)
         factors = self.weighted if n == self.order else self.bells
-        for i in range(1, min(n - j + 1, len(jet_gradients))):
-            if (n - i, j) in factors:
-                factor = factors[n - i, j][..., block]
+        highest = min(n - j, len(jet_gradients) - 1)
+        for i in range(1, highest + 1):
+            factor = factors.get((n - i, j))
+            if factor is not None:
+                factor = factor[..., block]
                 jet_gradients[i].addcmul_(gradient, factor, value=comb(n, i))
 
 

@@ -39,12 +39,15 @@ def evaluate_layer(formula: LayerFormula, jet: Jet, order: int, weights: Tensor 
     z, *derivatives = jet
     if formula.basis is None:
         matrix: Any = formula.residual
-        slopes = [derivative.expand(-1, *z.shape) @ matrix.mT for derivative in derivatives]
-        return [F.linear(z, matrix, formula.bias), *slopes]
+        outputs = [F.linear(z, matrix, formula.bias)]
+        for derivative in derivatives:
+            outputs.append(derivative.expand(-1, *z.shape) @ matrix.mT)
+        return outputs
 
     # adapters may be in float32 and the base in half precision
     convert = partial(Tensor.to, dtype=z.dtype)
-    updates = tuple(Update(scale, tensor.map(convert)) for scale, tensor in formula.updates)
+    converted = [Update(scale, tensor.map(convert)) for scale, tensor in formula.updates]
+    updates = tuple(converted)
     factored: tuple[Update, ...] = ()
     if in_transform() and formula.scale is None:
         # no gradient of the size of the coefficients for each row
@@ -57,8 +60,11 @@ def evaluate_layer(formula: LayerFormula, jet: Jet, order: int, weights: Tensor 
     start = 0
     for basis, inputs in _terms(formula, jet, order, weights):
         stop = start + num_functions(basis)
-        matrix = None if coefficients is None else coefficients[:, start:stop]
-        sliced = [Update(scale, tensor.sliced(slice(start, stop))) for scale, tensor in factored]
+        columns = slice(start, stop)
+        matrix = None
+        if coefficients is not None:
+            matrix = coefficients[:, columns].flatten(1)
+        sliced = [Update(scale, tensor.sliced(columns)) for scale, tensor in factored]
         terms.append(_evaluate_term(basis, matrix, sliced, inputs, order, weights))
         start = stop
     outputs, *branches = terms
@@ -80,13 +86,18 @@ def _terms(
     In the terms, the functions of a uniform grid are the B-splines and silu.
     """
     basis: Any = formula.basis
-    normalized = jet if formula.norm is None else through_norm(formula.norm, jet, order, weights)
     is_grid = isinstance(basis, UniformGrid)
+    normalized = jet
+    if formula.norm is not None:
+        normalized = through_norm(formula.norm, jet, order, weights)
     if formula.residual is None or (is_grid and formula.activation is F.silu):
         return [(basis, normalized)]
     if is_grid:
-        basis = FunctionBasis(basis.num_basis, partial(_spline_functions, basis), (basis.low, basis.high))
-    activation = FunctionBasis(1, partial(_activation_functions, formula.activation), basis.tensors)
+        # without silu
+        splines = partial(_spline_functions, basis)
+        basis = FunctionBasis(basis.num_basis, splines, tensors_of(basis))
+    functions = partial(_activation_functions, formula.activation)
+    activation = FunctionBasis(1, functions, basis.tensors)
     return [(basis, normalized), (activation, jet)]
 
 
@@ -104,19 +115,18 @@ def _activation_functions(activation: Callable[[Tensor], Tensor], z: Tensor, hig
 
 def _evaluate_term(
     basis: Basis,
-    coefficients: Tensor | None,
+    matrix: Tensor | None,
     factored: Sequence[Update],
     jet: Jet,
     order: int,
     weights: Tensor | None,
 ) -> Jet:
-    """Evaluate a term for coefficients (O, K, I), functions first, and updates that are added in factored form."""
+    """Evaluate a term for coefficients as a matrix (O, K I), and updates that are added in factored form."""
     plain = partial(_evaluate_plainly, basis, factored, order, weights)
-    matrix = None if coefficients is None else coefficients.flatten(1)
     transposed = _transpose(jet)  # all operations run along the points
     constants = [weights, *tensors_of(basis)]
     is_trained = any(tensor is not None and tensor.requires_grad for tensor in constants)
-    if not is_trained and use_layer_jet(jet, order, weights, coefficients):
+    if not is_trained and use_layer_jet(jet, order, weights, matrix):
         outputs = LayerJet.apply(basis, order, weights, plain, matrix, *transposed)
     else:
         outputs = plain(matrix, *transposed)
@@ -126,7 +136,10 @@ def _evaluate_term(
 def _transpose(jet: Jet) -> Jet:
     """Return z (I, N) and its derivatives, each (D, I, N)."""
     z, *derivatives = jet
-    return [z.T, *(derivative.expand(-1, *z.shape).mT for derivative in derivatives)]
+    transposed = [z.T]
+    for derivative in derivatives:
+        transposed.append(derivative.expand(-1, *z.shape).mT)
+    return transposed
 
 
 def _evaluate_plainly(
@@ -153,8 +166,10 @@ def _jet_rows(
     weights: Tensor | None,
 ) -> Tensor:
     """Return the jet rows (S, K + 1, I, N), for z (I, N) and its derivatives (D, I, N)."""
-    derivatives = [derivative.unsqueeze(1) for derivative in jet[1:]]
-    value, *rows = compose(_functions(basis, jet[0], order), derivatives, order, weights)
+    z, *derivatives = jet
+    functions = _functions(basis, z, order)
+    factors = [derivative.unsqueeze(1) for derivative in derivatives]
+    value, *rows = compose(functions, factors, order, weights)
     return torch.cat([value.unsqueeze(0), *rows])
 
 
@@ -166,8 +181,10 @@ def _functions(basis: Basis, z: Tensor, highest: int) -> list[Tensor]:
     if not isinstance(basis, UniformGrid):
         return evaluate_functions(basis, z, highest)
     per_unit = basis.per_unit.unsqueeze(-1)
-    position = (z - basis.low.unsqueeze(-1)) * per_unit
-    offset = position - basis.centers(z)[:, None, None]
+    distance = z - basis.low.unsqueeze(-1)
+    position = distance * per_unit
+    centers = basis.centers(z)[:, None, None]
+    offset = position - centers
     functions = []
     for order, silu in enumerate(silu_derivatives(z, highest)):
         splines = cardinal_spline(offset, basis.spline_order, order)
@@ -200,13 +217,17 @@ def jet_rows(formula: LayerFormula, jet: Jet, order: int, weights: Tensor | None
 def _rows_of_basis(basis: Basis, jet: Jet, order: int, weights: Tensor | None) -> Tensor:
     transposed = _transpose(jet)
     if not use_layer_jet(jet, order, weights):
-        return _jet_rows(basis, transposed, order, weights).permute(3, 0, 1, 2)
-    features = make_features(basis, transposed[0])
+        rows = _jet_rows(basis, transposed, order, weights)
+        return rows.permute(3, 0, 1, 2)
+
+    z = transposed[0]
+    features = make_features(basis, z)
     counts = row_counts(jet, order, weights)
-    rows = jet[0].new_empty(len(jet[0]), sum(counts), *features.shape)
     factors = JetRows(features.scale, transposed, order, weights, counts)
-    for block in features.blocks(transposed[0], range(order + 1)):
-        for number, matrix in features.matrices(factors.rows(features, block)):
+    rows = z.new_empty(z.shape[1], sum(counts), *features.shape)
+    for block in features.blocks(z, range(order + 1)):
+        rows_of_block = factors.rows(features, block)
+        for number, matrix in features.matrices(rows_of_block):
             rows[block, number].flatten(1).copy_(matrix.T)
     return rows
 
@@ -214,12 +235,15 @@ def _rows_of_basis(basis: Basis, jet: Jet, order: int, weights: Tensor | None) -
 def _contract(rows: Tensor, update: Update) -> Tensor:
     """Multiply jet rows (S, K + 1, I, N) by an update, (S, O, N), without a gradient larger than a factor."""
     core, factor_out, factor_in, factor_basis = update.tensor
-    product = rows[:, : update.tensor.shape[2]]
+    count = update.tensor.shape[2]
+    product = rows[:, :count]
     if factor_basis is not None:
-        product = (factor_basis.T @ product.flatten(2)).unflatten(2, rows.shape[2:])  # (S, rb, I, N)
+        product = factor_basis.T @ product.flatten(2)
+        product = product.unflatten(2, rows.shape[2:])  # (S, rb, I, N)
     if factor_in is not None:
         product = factor_in.T @ product  # (S, rb, ri, N)
-    product = core.transpose(1, 2).flatten(1) @ product.flatten(1, 2)  # (S, ro, N)
+    matrix = core.transpose(1, 2).flatten(1)
+    product = matrix @ product.flatten(1, 2)  # (S, ro, N)
     if factor_out is not None:
         product = factor_out @ product
     return update.scale * product

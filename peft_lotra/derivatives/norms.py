@@ -42,9 +42,10 @@ def through_norm(
     if isinstance(norm, nn.LayerNorm):
         jet = _normalize(norm.eps, jet, order, weights)
     else:
+        z, *derivatives = jet
         scale = torch.rsqrt(norm.running_var + norm.eps)
-        jet = [jet[0] - norm.running_mean, *jet[1:]]
-        jet = [derivative * scale for derivative in jet]
+        centered = [z - norm.running_mean, *derivatives]
+        jet = [derivative * scale for derivative in centered]
     if norm.weight is not None:
         jet = [derivative * norm.weight for derivative in jet]
     if norm.bias is not None:
@@ -55,12 +56,16 @@ def through_norm(
 def _normalize(eps: float, jet: Jet, order: int, weights: Tensor | None) -> Jet:
     """Return the jet of layer normalization without scale and shift, for z (N, I) and its derivatives (D, N, I)."""
     zero = jet[0].new_zeros(1, 1, 1)
-    jet = [*jet, *[zero] * (order + 1 - len(jet))]
-    m = [derivative - derivative.mean(-1, keepdim=True) for derivative in jet]
+    missing = [zero] * (order + 1 - len(jet))
+    m = [derivative - derivative.mean(-1, keepdim=True) for derivative in (*jet, *missing)]
     squares = multiply(m, m, order, weights)
     v, *derivatives = [square.mean(-1, keepdim=True) for square in squares]
+
+    # v^(-1/2) and its derivatives in v
     v = v + eps
     powers = [torch.rsqrt(v)]
     for n in range(order):
-        powers.append(powers[-1] * (-0.5 - n) / v)
-    return multiply(m, compose(powers, derivatives, order, weights), order, weights)
+        power = powers[-1] * (-0.5 - n) / v
+        powers.append(power)
+    s = compose(powers, derivatives, order, weights)
+    return multiply(m, s, order, weights)

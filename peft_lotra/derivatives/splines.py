@@ -58,10 +58,12 @@ class SplineFeatures(FunctionFeatures):
                 torch.div(silu[order], self.scale**order, out=value[-1])
 
         count = z.numel()
-        first = start.nan_to_num_().long().add_(self.margin).mul_(count)
-        first = first.flatten().add_(torch.arange(count, device=z.device))
+        first = start.nan_to_num_().long().add_(self.margin)
+        first = first.mul_(count).flatten()
+        first.add_(torch.arange(count, device=z.device))
         steps = count * torch.arange(degree + 1, device=z.device)
-        return [*values, (first + steps.unsqueeze(-1)).flatten()]
+        indices = first + steps.unsqueeze(-1)
+        return [*values, indices.flatten()]
 
     def load(self, orders: Sequence[int], values: Sequence[Tensor]) -> None:
         """Make the results of `evaluate` the present block."""
@@ -71,16 +73,19 @@ class SplineFeatures(FunctionFeatures):
     def _dense(self) -> tuple[Tensor, Tensor]:
         """Return memory for all functions with margins of splines outside of the grid, and the view without them."""
         count = self.shape[0]
-        _, *shape = self.functions[0].shape
-        dense = workspace("dense", self.functions[0], count + 2 * self.margin - 1, *shape)
+        like = self.functions[0]
+        total = count + 2 * self.margin - 1
+        dense = workspace("dense", like, total, *like.shape[1:])
         return dense, dense[self.margin : self.margin + count]
 
     def matrices(self, rows: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Yield tensors (p + 2, I, R) as matrices ((K + 1) I, R), each with its number, to be used before the next."""
         dense, functions = self._dense()
         functions.zero_()
+        flat = dense.view(-1)
         for number, row in enumerate(rows):
-            dense.view(-1).scatter_(0, self.indices, row[:-1].reshape(-1))
+            splines = row[:-1].reshape(-1)
+            flat.scatter_(0, self.indices, splines)
             functions[-1].copy_(row[-1])
             yield number, functions.flatten(0, 1)
 
@@ -96,5 +101,6 @@ class SplineFeatures(FunctionFeatures):
             silu = functions[-1]
             product[-1].copy_(silu)
             silu.zero_()
-            torch.index_select(flat, 0, self.indices, out=product[:-1].view(-1))
+            splines = product[:-1].view(-1)
+            torch.index_select(flat, 0, self.indices, out=splines)
         return products

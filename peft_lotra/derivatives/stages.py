@@ -52,8 +52,9 @@ class Stage(NamedTuple):
     @property
     def in_features(self) -> int | None:
         """The size I of the last dimension of the inputs. None for any size."""
-        if self.formula is not None and self.formula.coefficients is not None:
-            return self.formula.coefficients.shape[1]
+        coefficients = None if self.formula is None else self.formula.coefficients
+        if coefficients is not None:
+            return coefficients.shape[1]
         if isinstance(self.module, nn.LayerNorm):
             return self.module.normalized_shape[0]
         return getattr(self.module, "in_features", None)
@@ -145,35 +146,50 @@ def _is_elementwise(module: nn.Module) -> bool:
     if module not in _elementwise and not is_tracing() and not in_transform():
         z = torch.tensor([-1.7, 0.3, 2.1, -0.4, 1.1])
         try:
-            outputs = module(z)
+            together = module(z)
             separate = [module(number.view(1, 1)).view(1) for number in z]
         except Exception:  # the module may need another shape
             return False
-        if outputs.shape == z.shape and torch.allclose(outputs, torch.cat(separate)):
+        if together.shape == z.shape and torch.allclose(together, torch.cat(separate)):
             _elementwise.add(module)
     return module in _elementwise
 
 
 def _is_changed(model: nn.Module) -> bool:
     """Return whether a module has forward hooks, or a `forward` that is not defined by its class."""
-    return bool(model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model))
+    has_hooks = model._forward_hooks or model._forward_pre_hooks
+    return bool(has_hooks) or "forward" in vars(model)
 
 
 def _linear(module: nn.Linear) -> list[Stage] | None:
     # a subclass may do more, and a Slim layer or a parametrization computes the weight
     if type(module) is not nn.Linear or "weight" not in module._parameters:
         return None
-    return [Stage(module, LayerFormula(None, None, module.weight, bias=module.bias))]
-
-
-def _register_exact(cls: type[nn.Module], stages: Callable[[Any], list[Stage] | None]) -> None:
-    """Register a class, but not the derived classes with another `forward`."""
-    register(cls, Entry(lambda module: stages(module) if type(module).forward is cls.forward else None))
+    formula = LayerFormula(None, None, module.weight, bias=module.bias)
+    return [Stage(module, formula)]
 
 
 def _slim_kan_linear(layer: SlimKANLinear) -> list[Stage]:
     updates = (Update(1.0, layer.components),)
-    return [Stage(layer, LayerFormula(layer.grid, None, updates=updates))]
+    formula = LayerFormula(layer.grid, None, updates=updates)
+    return [Stage(layer, formula)]
+
+
+def _norm(module: nn.Module) -> list[Stage] | None:
+    return [Stage(module)] if is_norm(module) else None
+
+
+def _kan_of(model: KANModel) -> nn.Module | None:
+    return model.kan if type(model).forward is KANModel.forward else None
+
+
+def _register_exact(cls: type[nn.Module], stages: Callable[[Any], list[Stage] | None]) -> None:
+    """Register a class, but not the derived classes with another `forward`."""
+
+    def stages_or_none(module: nn.Module) -> list[Stage] | None:
+        return stages(module) if type(module).forward is cls.forward else None
+
+    register(cls, Entry(stages_or_none))
 
 
 _register_exact(KANLinear, lambda layer: [Stage(layer, layer.formula)])
@@ -182,7 +198,7 @@ _register_exact(LayerStack, lambda net: join_stages(net.layers))
 _register_exact(nn.Sequential, join_stages)
 for cls in (InputMap, *ACTIVATIONS):
     _register_exact(cls, lambda module: [Stage(module)])
-register(KANModel, Entry(inner=lambda model: model.kan if type(model).forward is KANModel.forward else None))
+register(KANModel, Entry(inner=_kan_of))
 register(nn.Linear, Entry(_linear))
 for cls in NORMS:
-    register(cls, Entry(lambda module: [Stage(module)] if is_norm(module) else None))
+    register(cls, Entry(_norm))

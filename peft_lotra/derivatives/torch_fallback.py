@@ -44,10 +44,14 @@ def jet_by_transforms(
         eager = torch.compiler.set_stance("force_eager")
         with torch.inference_mode(False), torch.enable_grad(), attributes_kept(model), eager:
             # a graph cannot hold tensors of the inference mode
-            x, directions = x + 0, directions + 0
-            weights = None if weights is None else weights + 0
+            x = x + 0
+            directions = directions + 0
+            if weights is not None:
+                weights = weights + 0
             jet = _differentiate(model, x, directions, order, weights)
-    return jet if records_gradients else [derivative.detach() for derivative in jet]
+    if not records_gradients:
+        jet = [derivative.detach() for derivative in jet]
+    return jet
 
 
 def pull_back(function: Callable[[Tensor], Tensors], x: Tensor) -> tuple[Tensors, Callable[[Tensor], Tensor]]:
@@ -69,9 +73,11 @@ def pull_back(function: Callable[[Tensor], Tensors], x: Tensor) -> tuple[Tensors
     values = function(x)
 
     def pull_recorded(gradient: Tensor) -> Tensor:
-        if not values[0].requires_grad:
+        value = values[0]
+        if not value.requires_grad:
             return torch.zeros_like(x)
-        return torch.autograd.grad(values[0], x, gradient, create_graph=True, materialize_grads=True)[0]
+        (grad_x,) = torch.autograd.grad(value, x, gradient, create_graph=True, materialize_grads=True)
+        return grad_x
 
     return values, pull_recorded
 
@@ -93,25 +99,31 @@ def _differentiate(
         output = getattr(output, "logits", output)
         if isinstance(output, tuple):  # a layer of pykan
             output = output[0]
+
         batch = point.shape[:-1]
-        if not isinstance(output, Tensor) or output.shape[: len(batch)] != batch:
-            returned = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        is_tensor = isinstance(output, Tensor)
+        if not is_tensor or output.shape[: len(batch)] != batch:
+            returned = f"shape {tuple(output.shape)}" if is_tensor else type(output).__name__
             raise ValueError(
                 f"The model returns {returned} for `x` of shape {tuple(point.shape)}, but must return (..., O) for "
                 "(..., I): a row of outputs for each row of inputs."
             )
         shape = output.shape[len(batch) :]
-        return (output.reshape(*batch, shape.numel()),)
+        row = output.reshape(*batch, shape.numel())
+        return (row,)
 
-    jets = []
     # one gradient of the value serves all directions, but of each slope only its own: up to order 2 that pays
-    for group in [directions] if order <= 2 else directions.split(1):
+    groups = [directions] if order <= 2 else directions.split(1)
+    jets = []
+    for group in groups:
         function = evaluate
         for n in range(order):
             function = _slopes(function, group, of_value=n == 0)
-        jets.append(function(x)[::-1])
-    value, *derivatives = zip(*jets, strict=True)
-    jet = [value[0], *map(torch.cat, derivatives)]
+        highest_first = function(x)
+        jets.append(highest_first[::-1])
+
+    values, *derivatives = zip(*jets, strict=True)
+    jet = [values[0], *map(torch.cat, derivatives)]
     if weights is not None:
         jet[-1] = torch.tensordot(weights, jet[-1], 1)
     return [derivative.reshape(*derivative.shape[:-1], *shape) for derivative in jet]
@@ -141,6 +153,7 @@ def _slopes(
             if not of_value:
                 pushed = [derivatives[d] for d, derivatives in enumerate(pushed)]
             return torch.stack(pushed), *values
+
         # of one output the gradient costs less
         if of_value:
             gradients = [pull(torch.ones_like(y))] * count
@@ -148,7 +161,8 @@ def _slopes(
             units = torch.eye(count, dtype=y.dtype, device=y.device)
             units = units.view(count, count, *[1] * (y.dim() - 1))
             gradients = [pull(unit.expand_as(y)) for unit in units]
-        derivatives = [gradient @ direction for gradient, direction in zip(gradients, directions, strict=True)]
+        pairs = zip(gradients, directions, strict=True)
+        derivatives = [gradient @ direction for gradient, direction in pairs]
         return torch.stack(derivatives).unsqueeze(-1), *values
 
     return slopes
@@ -156,11 +170,12 @@ def _slopes(
 
 def activation_derivatives(module: nn.Module, z: Tensor, highest: int) -> Sequence[Tensor]:
     """Return the values of an activation and its derivatives up to an order, in closed form for the usual ones."""
-    if type(module) is nn.Tanh:
+    kind = type(module)
+    if kind is nn.Tanh:
         return logistic_derivatives(torch.tanh(z), highest, of_tanh=True)
-    if type(module) is nn.SiLU:
+    if kind is nn.SiLU:
         return silu_derivatives(z, highest)
-    if type(module) is nn.Sigmoid:
+    if kind is nn.Sigmoid:
         return logistic_derivatives(torch.sigmoid(z), highest)
     return elementwise_derivatives(module, z, highest)
 
@@ -172,8 +187,9 @@ def elementwise_derivatives(
 ) -> list[Tensor]:
     """Return a function of each number, with one or several values, and its derivatives up to an order."""
     evaluate = lambda point: function(point.squeeze(-1))  # noqa: E731
+    points = z.unsqueeze(-1)
     direction = z.new_ones(1, 1)
-    value, *derivatives = jet_by_transforms(evaluate, z.unsqueeze(-1), direction, highest, None)
+    value, *derivatives = jet_by_transforms(evaluate, points, direction, highest, None)
     return [value, *(derivative.squeeze(0) for derivative in derivatives)]
 
 
