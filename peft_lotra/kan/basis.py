@@ -79,8 +79,9 @@ def check_grid(grid_size: int, spline_order: int) -> None:
 def check_input(x: Any, in_features: int, layer: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
     """Raise a `TypeError` unless `x` is a floating point tensor, a `ValueError` for another shape or dtype."""
     name = type(layer).__name__
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        kind = x.dtype if isinstance(x, Tensor) else type(x)
+    is_tensor = isinstance(x, Tensor)
+    if not is_tensor or not x.is_floating_point():
+        kind = x.dtype if is_tensor else type(x)
         raise TypeError(f"The input is of {kind}, but {name} takes a floating point tensor (..., {in_features}).")
     if x.shape[-1:] != (in_features,):
         raise ValueError(
@@ -177,7 +178,12 @@ def spline_offsets(position: Tensor, grid: UniformGrid, out: Tensor | None = Non
     return torch.sub(position.unsqueeze(1), centers, out=out)
 
 
-def cardinal_spline(offset: Tensor, spline_order: int, derivative: int = 0, overwrites: bool = False) -> Tensor:
+def cardinal_spline(
+    offset: Tensor,
+    spline_order: int,
+    derivative: int = 0,
+    overwrites: bool = False,
+) -> Tensor:
     """Evaluate the cardinal spline M_p of `bspline_basis`, or its derivative, at offsets from its center.
 
     Offsets that need no gradient may be overwritten, which saves memory.
@@ -192,15 +198,18 @@ def cardinal_spline(offset: Tensor, spline_order: int, derivative: int = 0, over
         return _CardinalSpline.apply(offset, spline_order, derivative)
     else:
         (total,) = evaluate_splines(offset, spline_order, [derivative], overwrites)
-    return total.mul_((-1) ** derivative / math.factorial(power))
+    factor = (-1) ** derivative / math.factorial(power)
+    return total.mul_(factor)
 
 
 def _evaluate_differentiably(offset: Tensor, spline_order: int, derivative: int) -> Tensor:
     """Compute one result of `evaluate_splines` by operations that transforms and compilers differentiate."""
     # not `abs`, to which torch gives the slope 0 at the center: the second derivative needs that of one side
-    distance = torch.sub(offset, offset.relu(), alpha=2) + (spline_order + 1) / 2
+    minus_distance = torch.sub(offset, offset.relu(), alpha=2)
+    half_width = (spline_order + 1) / 2
+    distances = _distances_to_ends(minus_distance + half_width, spline_order)
     power = spline_order - derivative
-    total = _sum_powers(_distances_to_ends(distance, spline_order), spline_order, power)
+    total = _sum_powers(distances, spline_order, power)
     if derivative % 2 == 0:
         return total
     if power == 0:
@@ -222,11 +231,15 @@ class _CardinalSpline(torch.autograd.Function):
     def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride] (torch declares *grad_outputs)
         (offset,) = ctx.saved_tensors
         spline_order, derivative = ctx.arguments
-        return gradient * cardinal_spline(offset, spline_order, derivative + 1), None, None
+        slope = cardinal_spline(offset, spline_order, derivative + 1)
+        return gradient * slope, None, None
 
 
 def evaluate_splines(
-    offset: Tensor, spline_order: int, derivatives: Sequence[int], overwrites: bool = False
+    offset: Tensor,
+    spline_order: int,
+    derivatives: Sequence[int],
+    overwrites: bool = False,
 ) -> list[Tensor]:
     """Evaluate derivatives of the cardinal spline, each of order d times (-1)^d (p - d)!, without gradients.
 
@@ -239,6 +252,7 @@ def evaluate_splines(
     half_width = torch.tensor((spline_order + 1) / 2, dtype=offset.dtype, device=offset.device)
     torch.sub(half_width, distance, out=distance)
     distances = _distances_to_ends(distance, spline_order)
+
     results = []
     last = len(derivatives) - 1
     for number, derivative in enumerate(derivatives):
@@ -253,17 +267,27 @@ def evaluate_splines(
 def _distances_to_ends(distance: Tensor, spline_order: int) -> list[Tensor]:
     """Return the arguments of the truncated powers, given the distance to the nearer end of the support."""
     distances = [distance.relu_()]
-    while len(distances) <= spline_order // 2:
-        distances.append((distances[-1] - 1).relu_())
+    for _ in range(spline_order // 2):
+        following = distances[-1] - 1
+        distances.append(following.relu_())
     return distances
 
 
-def _sum_powers(distances: Sequence[Tensor], spline_order: int, power: int, overwrites: bool = False) -> Tensor:
+def _sum_powers(
+    distances: Sequence[Tensor],
+    spline_order: int,
+    power: int,
+    overwrites: bool = False,
+) -> Tensor:
     """Return sum_m (-1)^m binom(p+1, m) distances[m]^power, for p = `spline_order`."""
-    powers = [_integer_power(distance, power, out=distance if overwrites else None) for distance in distances]
-    total = powers[0]
-    for m, term in enumerate(powers[1:], 1):
-        total.add_(term, alpha=(-1) ** m * math.comb(spline_order + 1, m))
+    powers = []
+    for distance in distances:
+        memory = distance if overwrites else None
+        powers.append(_integer_power(distance, power, out=memory))
+    total, *terms = powers
+    for m, term in enumerate(terms, 1):
+        factor = (-1) ** m * math.comb(spline_order + 1, m)
+        total.add_(term, alpha=factor)
     return total
 
 
@@ -292,12 +316,15 @@ def spline_pieces(order: int, dtype: torch.dtype, device: torch.device) -> Tenso
     coefficients = []
     for power in range(order + 1):
         point = start + 0.5 if power == order else start  # the last derivative jumps at the start
-        coefficients.append(cardinal_spline(point, order, power) / math.factorial(power))
-    derivatives = [torch.stack(coefficients, -1)]
+        derivative = cardinal_spline(point, order, power)
+        coefficients.append(derivative / math.factorial(power))
+
+    polynomials = [torch.stack(coefficients, -1)]
     for _ in range(5):
-        multiplied = derivatives[-1] * powers
-        derivatives.append(F.pad(multiplied[:, 1:], (0, 1)))
-    return torch.stack(derivatives).to(device, dtype)
+        multiplied = polynomials[-1] * powers
+        derivative = F.pad(multiplied[:, 1:], (0, 1))
+        polynomials.append(derivative)
+    return torch.stack(polynomials).to(device, dtype)
 
 
 def silu_derivatives(x: Tensor, highest: int) -> list[Tensor]:
@@ -336,7 +363,9 @@ def change_of_basis(new: Tensor, old: Tensor) -> Tensor:
         new, old: Values of the new and the old functions at the same points, (N, I, K') and (N, I, K), multiplied by
             the square roots of the points' weights.
     """
-    return torch.linalg.lstsq(new.transpose(0, 1), old.transpose(0, 1)).solution
+    matrices = new.transpose(0, 1)
+    targets = old.transpose(0, 1)
+    return torch.linalg.lstsq(matrices, targets).solution
 
 
 def spread_points(samples: Tensor, low: Tensor, high: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -347,9 +376,10 @@ def spread_points(samples: Tensor, low: Tensor, high: Tensor, count: int) -> tup
     """
     fractions = torch.linspace(0, 1, count, dtype=samples.dtype, device=samples.device)
     spread = torch.lerp(low, high, fractions[:, None])
-    weight = samples.new_ones(len(samples) + count, 1, 1)
+    points = torch.cat([samples, spread])
+    weight = points.new_ones(len(points), 1, 1)
     weight[len(samples) :] = math.sqrt(0.01 * len(samples) / count)
-    return torch.cat([samples, spread]), weight
+    return points, weight
 
 
 def moments(grid_range: tuple[float, float], grid_size: int, spline_order: int) -> tuple[float, Tensor]:
@@ -363,6 +393,9 @@ def moments(grid_range: tuple[float, float], grid_size: int, spline_order: int) 
     z = torch.linspace(-6, 6, 1025, dtype=torch.float64, device="cpu")
     probability = torch.softmax(-(z**2) / 2, dim=0)
     x = (low + high) / 2 + variance**0.5 * z
+
     basis = bspline_basis(x, low, high, grid_size, spline_order)
-    functions = torch.cat([basis, F.silu(x).unsqueeze(-1)], dim=-1)
-    return variance, (functions.T * probability) @ functions
+    silu = F.silu(x).unsqueeze(-1)
+    functions = torch.cat([basis, silu], dim=-1)
+    products = (functions.T * probability) @ functions
+    return variance, products

@@ -68,16 +68,20 @@ class KANConfig(PretrainedConfig):
         self.grid_range: tuple[float, float] = _as_tuples(grid_range)  # pyright: ignore[reportAttributeAccessIssue]
         self.ranks = _as_tuples(ranks)
         self.norm: Norm = norm
+
+        last = self.widths[-1]
         if kwargs.get("id2label") is None and kwargs.get("num_labels") is None:
-            kwargs["num_labels"] = self.widths[-1]
+            kwargs["num_labels"] = last
         super().__init__(problem_type=problem_type, **kwargs)
-        if self.num_labels != self.widths[-1]:
+        if self.num_labels != last:
             raise ValueError(
                 f"`num_labels` (the length of `id2label`) is {self.num_labels}, but the last of `widths` = "
-                f"{self.widths} is {self.widths[-1]}. Give only `widths`, or make the two agree."
+                f"{self.widths} is {last}. Give only `widths`, or make the two agree."
             )
 
 
-def _as_tuples(ranks):
+def _as_tuples(value):
     """Return lists, also nested ones, as tuples."""
-    return tuple(map(_as_tuples, ranks)) if isinstance(ranks, (list, tuple)) else ranks
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_as_tuples, value))
+    return value

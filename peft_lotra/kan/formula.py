@@ -96,7 +96,9 @@ class LayerFormula(NamedTuple):
         """Return scale (A + updates) and R + updates as one tensor (O, K + 1, I). Zeros stand for a missing R."""
         total = None
         if self.coefficients is not None:
-            residual = torch.zeros_like(self.coefficients[:, :, 0]) if self.residual is None else self.residual
+            residual = self.residual
+            if residual is None:
+                residual = torch.zeros_like(self.coefficients[:, :, 0])
             total = torch.cat([self.coefficients.mT, residual.unsqueeze(1)], 1)
         for update in self.updates:
             delta = update.dense().mT
@@ -109,7 +111,8 @@ class LayerFormula(NamedTuple):
         if self.scale is None:
             return total
         splines, last = total.split([total.shape[1] - 1, 1], 1)
-        return torch.cat([splines * self.scale.unsqueeze(1), last], 1)
+        scaled = splines * self.scale.unsqueeze(1)
+        return torch.cat([scaled, last], 1)
 
     def output(self, x: Tensor) -> Tensor:
         """Return y (..., O) for x (..., I)."""
@@ -154,11 +157,13 @@ class LayerFormula(NamedTuple):
         if isinstance(basis, UniformGrid):
             count = basis.num_basis
             # the inputs are points of one grid
-            points = ((z - basis.low) * basis.per_unit).reshape(-1, 1)
+            positions = (z - basis.low) * basis.per_unit
+            points = positions.reshape(-1, 1)
             low = points.new_zeros(1)
             grid = basis._replace(low=low, high=low + basis.grid_size)
             of_splines = weights[:count].t().unsqueeze(1)  # (r, 1, K)
-            values = spline_product(points, grid, of_splines).view(*z.shape, -1)
+            values = spline_product(points, grid, of_splines)
+            values = values.view(*z.shape, -1)
         else:
             count = functions.shape[-1]
             values = functions @ weights[:count]
@@ -180,14 +185,20 @@ class LayerFormula(NamedTuple):
         coefficients: Any = self.coefficients
         residual = self.residual
         out, in_features, count = coefficients.shape
-        lefts, rights, rights_of_residual, shapes = [], [], [], []
+        lefts = []
+        rights = []
+        rights_of_residual = []
+        shapes = []
         for gain, (core, left, factor_in, weights) in self.updates:
-            scaled = core if isinstance(gain, float) and gain == 1.0 else gain * core
+            if not isinstance(gain, float) or gain != 1.0:
+                core = gain * core
             rank = count if weights is None else weights.shape[1]
             if left is None and self.scale is None and _SHAPES_FROM * count < out * (count - 3 * rank):
-                shapes.append((expand_inputs(scaled, factor_in, None), weights))
+                core = expand_inputs(core, factor_in, None)
+                shapes.append((core, weights))
                 continue
-            right, right_of_residual = _split_residual(expand_inputs(scaled, factor_in, weights), count)
+            expanded = expand_inputs(core, factor_in, weights)
+            right, right_of_residual = _split_residual(expanded, count)
             if left is not None:
                 lefts.append(left)
                 rights.append(right)
@@ -199,12 +210,15 @@ class LayerFormula(NamedTuple):
 
         factored = None
         if lefts:
-            update = _FactoredUpdate(concatenate(lefts, 1), concatenate(rights, 0), concatenate(rights_of_residual, 0))
-            left, right, right_of_residual = update
-            if self.scale is None and 2 * len(right) * (in_features * count + out) < out * in_features * count:
-                factored = update
+            left = concatenate(lefts, 1)
+            right = concatenate(rights, 0)
+            right_of_residual = concatenate(rights_of_residual, 0)
+            width = in_features * count
+            if self.scale is None and 2 * len(right) * (width + out) < out * width:
+                factored = _FactoredUpdate(left, right, right_of_residual)
             else:
-                coefficients = torch.addmm(coefficients.flatten(1), left, right.flatten(1)).view(coefficients.shape)
+                matrix = torch.addmm(coefficients.flatten(1), left, right.flatten(1))
+                coefficients = matrix.view(coefficients.shape)
                 if residual is not None:
                     residual = torch.addmm(residual, left, right_of_residual)
         if self.scale is not None:

@@ -29,7 +29,8 @@ class InputMap(nn.Module):
     def __init__(self, in_features: int, sources: Sequence[int]) -> None:
         super().__init__()
         self.in_features = in_features
-        self.register_buffer("sources", torch.as_tensor(sources, dtype=torch.long), persistent=False)
+        indices = torch.as_tensor(sources, dtype=torch.long)
+        self.register_buffer("sources", indices, persistent=False)
 
     def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
         """Return the outputs (..., J) and their derivatives up to an order with respect to their inputs z (..., J)."""
@@ -42,7 +43,8 @@ class InputMap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the outputs (..., J) for inputs (..., I)."""
-        return self.evaluate(self.select(x), 0)[0]
+        outputs, *_ = self.evaluate(self.select(x), 0)
+        return outputs
 
 
 class TanhBound(InputMap):
@@ -72,14 +74,17 @@ class TanhBound(InputMap):
         if not -math.inf < low < high < math.inf:
             raise ValueError(f"`low` is {low} and `high` {high}, but they must be finite, and `low` below `high`.")
         super().__init__(in_features, range(in_features))
-        self.low, self.high = float(low), float(high)
+        self.low = float(low)
+        self.high = float(high)
 
     def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
         """See `InputMap`."""
-        middle, half = (self.low + self.high) / 2, (self.high - self.low) / 2
-        derivatives = logistic_derivatives(torch.tanh((z - middle) / half), highest, of_tanh=True)
-        scaled = [derivative * half ** (1 - d) for d, derivative in enumerate(derivatives)]
-        return [middle + scaled[0], *scaled[1:]]
+        middle = (self.low + self.high) / 2
+        half = (self.high - self.low) / 2
+        y = torch.tanh((z - middle) / half)
+        derivatives = logistic_derivatives(y, highest, of_tanh=True)
+        value, *slopes = [derivative * half ** (1 - d) for d, derivative in enumerate(derivatives)]
+        return [middle + value, *slopes]
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, low={self.low:g}, high={self.high:g}"

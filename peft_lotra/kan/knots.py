@@ -52,9 +52,9 @@ class KnotMap(InputMap):
     pieces: Tensor  # (I, cells, 5): the polynomials in the share of the cell, powers ascending
 
     def __init__(self, low: Tensor, high: Tensor, density: Tensor) -> None:
-        is_valid = low.dim() == 1 and low.shape == high.shape == density.shape[:-1]
-        is_valid = is_valid and density.numel() > 0 and bool((low < high).all())
-        if not is_valid or not density.isfinite().all() or not (density > 0).all():
+        fits = low.dim() == 1 and low.shape == high.shape == density.shape[:-1]
+        is_positive = density.numel() > 0 and ((density > 0) & density.isfinite()).all()
+        if not (fits and is_positive and (low < high).all()):
             raise ValueError(
                 f"`low` {tuple(low.shape)}, `high` {tuple(high.shape)} and `density` {tuple(density.shape)} must be "
                 "(I,), (I,) and (I, C), each `low` below its `high`, and `density` finite and above zero."
@@ -66,11 +66,14 @@ class KnotMap(InputMap):
         # Four cells for each of the density, so that the mean over four that follows is local.
         cells = density.double().repeat_interleave(_DEGREE, 1)
         steps = cells.unfold(1, _DEGREE, 1).mean(-1)
+
         # The slope is a spline of degree 3, constant at the ends, where the tangent goes on.
         padded = F.pad(steps, (_DEGREE - 1, _DEGREE - 1), mode="replicate")
         coefficients = F.pad(padded, (1, 0)).cumsum(1)
-        polynomials = spline_pieces(_DEGREE, steps.dtype, steps.device)[0]
+        polynomials, *_ = spline_pieces(_DEGREE, steps.dtype, steps.device)
         pieces = coefficients.unfold(1, _DEGREE + 1, 1) @ polynomials
+
+        # The map takes the ends of the intervals to themselves.
         start = pieces[:, 0, 0]
         end = pieces[:, -1].sum(-1)
         scale = (high - low).double() / (end - start)
@@ -82,14 +85,17 @@ class KnotMap(InputMap):
     def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
         """See `InputMap`."""
         num_cells = self.pieces.shape[1]
-        low, high = self.low.to(z), self.high.to(z)
-        inside = torch.clamp(z, low, high)
+        low = self.low.to(z)
+        high = self.high.to(z)
         per_unit = num_cells / (high - low)
+        inside = torch.clamp(z, low, high)
         position = (inside - low) * per_unit
-        cell = position.detach().nan_to_num().long().clamp(0, num_cells - 1)
+        cell = position.detach().nan_to_num().long()
+        cell = cell.clamp(0, num_cells - 1)
         fraction = position - cell
-        columns = torch.arange(len(low), device=z.device).expand_as(cell)
-        coefficients = self.pieces.to(z)[columns, cell]
+        inputs = torch.arange(len(low), device=z.device)
+        pieces = self.pieces.to(z)
+        coefficients = pieces[inputs.expand_as(cell), cell]
 
         # the polynomial and its derivatives by Horner's rule, from the highest power on
         derivatives = [torch.zeros_like(z)] * (max(highest, 1) + 1)
@@ -98,9 +104,14 @@ class KnotMap(InputMap):
                 derivatives[d] = derivatives[d] * fraction + d * derivatives[d - 1]
             derivatives[0] = derivatives[0] * fraction + coefficient
         value, slope, *higher = [derivative * per_unit**d for d, derivative in enumerate(derivatives)]
+
+        # outside of the interval, the tangent
         tangent = value + slope * (z - inside)
         is_inside = inside == z
-        return [tangent, slope, *(derivative * is_inside for derivative in higher)][: highest + 1]
+        derivatives = [tangent, slope]
+        for derivative in higher:
+            derivatives.append(derivative * is_inside)
+        return derivatives[: highest + 1]
 
     @torch.no_grad()
     def inverse(self, s: Tensor) -> Tensor:

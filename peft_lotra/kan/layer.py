@@ -28,7 +28,14 @@ class SplineLayer(nn.Module):
     base_weight: Tensor
 
     def __init__(
-        self, in_features: int, out_features: int, grid_size: int, spline_order: int, grid_range, device, dtype
+        self,
+        in_features: int,
+        out_features: int,
+        grid_size: int,
+        spline_order: int,
+        grid_range: tuple[float, float],
+        device,
+        dtype,
     ) -> None:
         check_grid(grid_size, spline_order)
         low, high = grid_range
@@ -40,11 +47,13 @@ class SplineLayer(nn.Module):
         self.grid_size = grid_size
         self.spline_order = spline_order
         self.grid_range: tuple[float, float] = (low, high)
-        self.register_buffer("grid_bounds", torch.empty(in_features, 2, device=device, dtype=dtype))
+        bounds = torch.empty(in_features, 2, device=device, dtype=dtype)
+        self.register_buffer("grid_bounds", bounds)
 
     def reset_parameters(self) -> None:
         """Reset the grids to `grid_range`."""
-        self.grid_bounds.copy_(torch.tensor(self.grid_range, dtype=torch.float64, device="cpu"))
+        ends = torch.tensor(self.grid_range, dtype=torch.float64, device="cpu")
+        self.grid_bounds.copy_(ends)
 
     @property
     def grid(self) -> UniformGrid:
@@ -109,8 +118,10 @@ class KANLinear(SplineLayer):
     ) -> None:
         super().__init__(in_features, out_features, grid_size, spline_order, grid_range, device, dtype)
         shape = (out_features, in_features, self.grid.num_basis)
-        self.spline_weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.base_weight = nn.Parameter(torch.empty(shape[:2], device=device, dtype=dtype))
+        spline_weight = torch.empty(shape, device=device, dtype=dtype)
+        base_weight = torch.empty(shape[:2], device=device, dtype=dtype)
+        self.spline_weight = nn.Parameter(spline_weight)
+        self.base_weight = nn.Parameter(base_weight)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -127,8 +138,10 @@ class KANLinear(SplineLayer):
         variance, products = moments(self.grid_range, self.grid_size, self.spline_order)
         # Python numbers, so that a layer on the meta device needs no special case
         *spline_squares, silu_square = products.diagonal().tolist()
-        spline_variance = SPLINE_VARIANCE_SHARE * variance / (self.in_features * sum(spline_squares))
-        silu_variance = (1 - SPLINE_VARIANCE_SHARE) * variance / (self.in_features * silu_square)
+        spline_square = self.in_features * sum(spline_squares)
+        silu_square = self.in_features * silu_square
+        spline_variance = SPLINE_VARIANCE_SHARE * variance / spline_square
+        silu_variance = (1 - SPLINE_VARIANCE_SHARE) * variance / silu_square
         nn.init.normal_(self.spline_weight, std=math.sqrt(spline_variance))
         nn.init.normal_(self.base_weight, std=math.sqrt(silu_variance))
 
@@ -168,8 +181,8 @@ class KANLinear(SplineLayer):
         Raises:
             ValueError: Wrong shape, no samples, or values that are not finite. The layer is as before then.
         """
-        is_empty = x.shape[-1:] != (self.in_features,) or x.numel() == 0
-        if is_empty or not x.isfinite().all():
+        fits = x.shape[-1:] == (self.in_features,) and x.numel() > 0
+        if not fits or not x.isfinite().all():
             raise ValueError(
                 f"The samples have shape {tuple(x.shape)}, but must be (..., {self.in_features}), not empty, and "
                 "finite. Remove those with NaN or infinite values."
@@ -179,6 +192,7 @@ class KANLinear(SplineLayer):
         pad = margin * (high - low)
         ends = torch.stack([low - pad, high + pad], dim=-1)
         bounds = ends.to(self.grid_bounds.dtype)
+
         # An interval must be wider than the spacing of the numbers there, or the basis is noise.
         largest = bounds.double().abs().amax(-1, keepdim=True)
         spacing = torch.finfo(bounds.dtype).eps * largest
@@ -190,7 +204,8 @@ class KANLinear(SplineLayer):
         new_grid = UniformGrid.between(bounds.double(), self.grid_size, self.spline_order)
         points, weight = spread_points(samples, new_grid.low, new_grid.high, 4 * new_grid.num_basis)
         # Each old basis function in terms of the new ones: the cost does not depend on the number of outputs.
-        old_basis, new_basis = bspline_basis(points, *old_grid), bspline_basis(points, *new_grid)
+        old_basis = bspline_basis(points, *old_grid)
+        new_basis = bspline_basis(points, *new_grid)
         transfer = change_of_basis(weight * new_basis, weight * old_basis)
         refitted = einsum(transfer, self.spline_weight.double(), "i new old, o i old -> o i new")
         self.grid_bounds.copy_(bounds)

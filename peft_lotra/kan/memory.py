@@ -54,4 +54,5 @@ def workspace(name: str, like: Tensor, *shape: int) -> Tensor:
 
 def blocks(start: int, stop: int, step: int) -> list[slice]:
     """Return slices of `step` rows from `start` to `stop`."""
-    return [slice(row, min(row + step, stop)) for row in range(start, stop, step)]
+    starts = range(start, stop, step)
+    return [slice(row, min(row + step, stop)) for row in starts]

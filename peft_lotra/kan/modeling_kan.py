@@ -94,8 +94,8 @@ class KANModel(PreTrainedModel):
             )
         if sizes:
             self.config.grid_size = sizes.pop()
-        ranks = tuple(layer.ranks if isinstance(layer, SlimKANLinear) else None for layer in layers)
-        self.config.ranks = ranks if any(ranks) else None
+        ranks = [layer.ranks if isinstance(layer, SlimKANLinear) else None for layer in layers]
+        self.config.ranks = tuple(ranks) if any(ranks) else None
         super().save_pretrained(*args, **kwargs)
 
     @can_return_tuple  # for `return_dict=False`, here or in the configuration
@@ -130,10 +130,11 @@ class KANModel(PreTrainedModel):
             kind = "multi_label_classification"
         elif kind is None and not labels.is_floating_point():
             kind = "single_label_classification"
-        if kind not in get_args(ProblemType):
+        kinds = get_args(ProblemType)
+        if kind not in kinds:
             raise ValueError(
                 f"`config.problem_type` is {kind!r}, and labels of {labels.dtype} for several outputs do not tell it. "
-                f"Set it to one of {get_args(ProblemType)}."
+                f"Set it to one of {kinds}."
             )
         if kind == "regression" and labels.shape + (1,) == logits.shape:
             labels = labels.unsqueeze(-1)
@@ -144,9 +145,12 @@ class KANModel(PreTrainedModel):
                 f"The labels have shape {tuple(labels.shape)}, but {kind} expects {tuple(expected)} here."
             )
         if kind == "single_label_classification":
-            return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long())
-        loss = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
-        return loss(logits, labels.to(logits.dtype))
+            rows = logits.reshape(-1, logits.shape[-1])
+            return F.cross_entropy(rows, labels.reshape(-1).long())
+        labels = labels.to(logits.dtype)
+        if kind == "regression":
+            return F.mse_loss(logits, labels)
+        return F.binary_cross_entropy_with_logits(logits, labels)
 
 
 AutoConfig.register("kan", KANConfig, exist_ok=True)

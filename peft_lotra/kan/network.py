@@ -126,19 +126,23 @@ def with_norms(layers: Sequence[Any], norm: Norm, device=None, dtype=None) -> li
     """Put a normalization after each layer but the last; raise a `ValueError` for an unknown `norm`."""
     if norm not in (None, "batch", "layer", "tanh"):
         raise ValueError(f"`norm` is {norm!r}, but must be None, 'batch', 'layer' or 'tanh'.")
+    if norm is None:
+        return list(layers)
+
     modules: list[nn.Module] = []
     for layer in layers:
         modules.append(layer)
         low, high = layer.grid_range
         if norm == "tanh":
             modules.append(TanhBound(layer.out_features, low, high))
-        elif norm is not None:
-            cls = BatchNorm if norm == "batch" else nn.LayerNorm
-            module = cls(layer.out_features, device=device, dtype=dtype)
-            nn.init.constant_(module.weight, (high - low) / math.sqrt(12))
-            nn.init.constant_(module.bias, (low + high) / 2)
-            modules.append(module)
-    return modules if norm is None else modules[:-1]
+            continue
+        cls = BatchNorm if norm == "batch" else nn.LayerNorm
+        module = cls(layer.out_features, device=device, dtype=dtype)
+        # the mean and the deviation of the uniform law on the grid
+        nn.init.constant_(module.weight, (high - low) / math.sqrt(12))
+        nn.init.constant_(module.bias, (low + high) / 2)
+        modules.append(module)
+    return modules[:-1]
 
 
 def is_norm(module: nn.Module) -> bool:

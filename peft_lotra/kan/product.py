@@ -15,14 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..modules.calls import is_tracing
-from .basis import (
-    UniformGrid,
-    bspline_basis,
-    evaluate_splines,
-    in_transform,
-    is_batched,
-    spline_offsets,
-)
+from .basis import UniformGrid, bspline_basis, evaluate_splines, in_transform, is_batched, spline_offsets
 from .memory import EVALUATED, MULTIPLIED_ROWS, OFF_CPU, blocks
 from .sparse_product import is_sparse, sparse_point_gradient, sparse_product, sparse_weight_gradient
 
@@ -49,13 +42,15 @@ def spline_product(x: Tensor, grid: UniformGrid, *weights: Tensor) -> Tensor:
     is_small = not is_tracing() and x.numel() * grid.num_basis <= _PLAIN_UP_TO
     ends_vary = grid.low.requires_grad or grid.high.requires_grad
     if is_small or ends_vary or needs_plain_operations(x, grid.low, grid.high, *weights):
-        return plain_product(bspline_basis(x, *grid), *weights)
+        functions = bspline_basis(x, *grid)
+        return plain_product(functions, *weights)
     return _SplineProduct.apply(x, *grid, *weights)
 
 
 def plain_product(functions: Tensor, *weights: Tensor) -> Tensor:
     """Compute the product (N, O) of functions (N, I, K) with weights (O, I, K), see `spline_product`."""
-    products = [F.linear(functions.flatten(1), weight.flatten(1)) for weight in weights]
+    matrix = functions.flatten(1)
+    products = [F.linear(matrix, weight.flatten(1)) for weight in weights]
     return concatenate(products, 1)
 
 
@@ -91,12 +86,13 @@ class _SplineProduct(torch.autograd.Function):
         weight = concatenate(weights, 0)
         if is_sparse(x, grid):
             return sparse_product(x, grid, weight)
+
         matrix = weight.mT.flatten(1)  # (O, K I)
         result = x.new_empty(len(x), len(matrix))
         position = grid.positions(x)
         for rows in _row_blocks(x, grid):
             offsets = spline_offsets(position[rows], grid)
-            functions = evaluate_splines(offsets, spline_order, [0], overwrites=True)[0]
+            (functions,) = evaluate_splines(offsets, spline_order, [0], overwrites=True)
             torch.mm(functions.flatten(1), matrix.t(), out=result[rows])
         return result.div_(math.factorial(spline_order))
 
@@ -104,39 +100,57 @@ class _SplineProduct(torch.autograd.Function):
     def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride] (torch declares *grad_outputs)
         x, low, high, *weights = ctx.saved_tensors
         grid = UniformGrid(low, high, *ctx.sizes)
-        needs_x, *_ = ctx.needs_input_grad
-        needs_weights = ctx.needs_input_grad[5:]
+        needs_x, _, _, _, _, *needs_weights = ctx.needs_input_grad
         if is_plain_backward(gradient):
-            evaluate = lambda x, *weights: [plain_product(bspline_basis(x, *grid), *weights)]  # noqa: E731
-            grad_x, *grad_weights = plain_gradients(evaluate, (x, *weights), (needs_x, *needs_weights), [gradient])
+
+            def product(x: Tensor, *weights: Tensor) -> list[Tensor]:
+                return [plain_product(bspline_basis(x, *grid), *weights)]
+
+            needed = [needs_x, *needs_weights]
+            grad_x, *grad_weights = plain_gradients(product, [x, *weights], needed, [gradient])
             return grad_x, *[None] * 4, *grad_weights
 
-        sizes = [len(weight) for weight in weights]
-        columns = gradient.split(sizes, 1)
-        trained = [index for index, is_needed in enumerate(needs_weights) if is_needed]
         weight = concatenate(weights, 0) if needs_x else None
-        of_trained = torch.cat([columns[index] for index in trained], 1) if trained else None
+        columns = gradient.split([len(weight) for weight in weights], 1)
+        columns_of_trained = [column for column, is_trained in zip(columns, needs_weights, strict=True) if is_trained]
+        of_trained = None
+        if columns_of_trained:
+            of_trained = torch.cat(columns_of_trained, 1)
         gradients = _sparse_gradients if is_sparse(x, grid) else _dense_gradients
         grad_x, grad_trained = gradients(x, grid, weight, gradient, of_trained)
+
         grad_weights: list[Any] = [None] * len(weights)
-        if grad_trained is not None:
-            sizes_of_trained = [sizes[index] for index in trained]
-            for index, grad_weight in zip(trained, grad_trained.split(sizes_of_trained), strict=True):
-                grad_weights[index] = grad_weight
+        start = 0
+        for number, is_trained in enumerate(needs_weights):
+            if is_trained:
+                stop = start + len(weights[number])
+                grad_weights[number] = grad_trained[start:stop]
+                start = stop
         return grad_x, *[None] * 4, *grad_weights
 
 
 def _sparse_gradients(
-    x: Tensor, grid: UniformGrid, weight: Tensor | None, gradient: Tensor, of_trained: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    grad_x = None if weight is None else sparse_point_gradient(x, grid, weight, gradient)
-    grad_trained = None if of_trained is None else sparse_weight_gradient(x, grid, of_trained)
+    x: Tensor,
+    grid: UniformGrid,
+    weight: Tensor | None,
+    gradient: Tensor,
+    of_trained: Tensor | None,
+) -> tuple[Any, Any]:
+    grad_x = grad_trained = None
+    if weight is not None:
+        grad_x = sparse_point_gradient(x, grid, weight, gradient)
+    if of_trained is not None:
+        grad_trained = sparse_weight_gradient(x, grid, of_trained)
     return grad_x, grad_trained
 
 
 def _dense_gradients(
-    x: Tensor, grid: UniformGrid, weight: Tensor | None, gradient: Tensor, of_trained: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
+    x: Tensor,
+    grid: UniformGrid,
+    weight: Tensor | None,
+    gradient: Tensor,
+    of_trained: Tensor | None,
+) -> tuple[Any, Any]:
     """Return the gradients of the points and of the trained weights, from the gradients of the outputs."""
     position = grid.positions(x)
     matrix: Any = None
@@ -153,10 +167,15 @@ def _dense_gradients(
         offsets = spline_offsets(position[rows], grid)
         functions = evaluate_splines(offsets, grid.spline_order, derivatives, overwrites=True)
         if grad_x is not None:
+            slopes = functions[0]
             grad_functions = torch.mm(gradient[rows], matrix).view_as(offsets)
-            torch.sum(grad_functions.mul_(functions[0]), 1, out=grad_x[rows])
+            grad_functions.mul_(slopes)
+            torch.sum(grad_functions, 1, out=grad_x[rows])
         if grad_matrix is not None and of_trained is not None:
-            grad_matrix.addmm_(of_trained[rows].t(), functions[-1].flatten(1))
+            values = functions[-1].flatten(1)
+            grad_matrix.addmm_(of_trained[rows].t(), values)
+
+    # the factors that `evaluate_splines` leaves out
     if grad_x is not None:
         grad_x.mul_(grid.per_unit / -math.factorial(grid.spline_order - 1))
     if grad_matrix is not None:
@@ -168,7 +187,8 @@ def _dense_gradients(
 def block_size(x: Tensor, grid: UniformGrid) -> int:
     """Return how many of the points (N, I) are evaluated at a time."""
     size = EVALUATED if x.device.type == "cpu" else OFF_CPU
-    return max(MULTIPLIED_ROWS, size // (x.shape[1] * grid.num_basis))
+    values_per_point = x.shape[1] * grid.num_basis
+    return max(MULTIPLIED_ROWS, size // values_per_point)
 
 
 def _row_blocks(x: Tensor, grid: UniformGrid) -> list[slice]:
@@ -191,8 +211,10 @@ def plain_gradients(
     """Return the gradients in the inputs, as differentiable functions of these and of the gradients in the outputs."""
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
-        inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]  # one may depend on another
+        # as views, since one may depend on another
+        inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
         results = function(*inputs)
+
     outputs = []
     grad_outputs = []
     for output, grad in zip(results, grads, strict=True):
@@ -201,6 +223,7 @@ def plain_gradients(
             grad_outputs.append(grad)
     if not outputs:
         return [None] * len(inputs)
+
     leaves: Any = [tensor for tensor, is_needed in zip(inputs, needed, strict=True) if is_needed]
     gradients = torch.autograd.grad(outputs, leaves, grad_outputs, create_graph=differentiable, allow_unused=True)
     remaining = iter(gradients)

@@ -100,7 +100,7 @@ def refine_grid(
             "such as `model.kan`."
         )
     splines = _find_spline_layers(kan, grid_size)
-    first = next(iter(splines.values()))
+    first, *_ = splines.values()
     has_adapters = any(layer is not kan.layers.get_submodule(name) for name, layer in splines.items())
     sizes = [layer.grid_size for layer in splines.values()]
     is_nested = density is None and not any(grid_size % size for size in sizes)
@@ -115,7 +115,8 @@ def refine_grid(
     leading: Any = kan.layers[0]
     old_map = new_map = leading if isinstance(leading, KnotMap) else None
     if density is not None:
-        if first is not kan.layers[0 if old_map is None else 1] or isinstance(first, SlimKANLinear):
+        number = 0 if old_map is None else 1
+        if first is not kan.layers[number] or isinstance(first, SlimKANLinear):
             raise ValueError("`density` needs a dense KAN layer as the first, but for a KnotMap; see `to_dense()`.")
         low, high = first.grid_bounds.unbind(-1)
         new_map = KnotMap(low, high, density.to(low))
@@ -126,16 +127,18 @@ def refine_grid(
     for name, layer in kan.layers.named_children():
         base = splines.get(name)
         if base is not None:
-            bounds, size = base.grid_bounds, grid_size
+            bounds = base.grid_bounds
+            size = grid_size
             if samples is not None:
                 bounds, size = _extend_grid(base, samples, grid_size)
             maps = (old_map, new_map) if base is first else (None, None)
-            refined, transfer, errors[name] = _refine_layer(base, size, bounds, *maps)
-            if not errors[name] <= tolerance:
+            refined, transfer, error = _refine_layer(base, size, bounds, *maps)
+            if not error <= tolerance:
                 raise ValueError(
-                    f"`layers.{name}` changes by {errors[name]:.1e} of its size on a grid of {size} intervals, more "
+                    f"`layers.{name}` changes by {error:.1e} of its size on a grid of {size} intervals, more "
                     f"than `tolerance` ({tolerance:g}). Its old grid has {base.grid_size}: take a larger `grid_size`."
                 )
+            errors[name] = error
             if layer is base:
                 layers.append(refined)
             else:
@@ -158,8 +161,8 @@ def _find_spline_layers(kan: LayerStack, grid_size: int) -> dict[str, SplineLaye
     splines = {}
     for name, layer in kan.layers.named_children():
         layer: Any = getattr(layer, "base_to_refine", layer)  # if its adapters can be refined too
-        names = dict(layer.named_parameters()).keys() - set(Tucker._fields[1:])
-        if parameters.get(type(layer)) == names:
+        names = {parameter_name for parameter_name, _ in layer.named_parameters()}
+        if parameters.get(type(layer)) == names - set(Tucker._fields[1:]):
             check_grid(grid_size, layer.spline_order)
             splines[name] = layer
         elif not (isinstance(layer, InputMap) or is_norm(layer)):
@@ -177,13 +180,21 @@ def _extend_grid(layer: SplineLayer, z: Tensor, grid_size: int) -> tuple[Tensor,
     counts = []
     for distance in (low - z.amin(0), z.amax(0) - high):
         intervals = (distance / width).amax().ceil()
-        counts.append(int(intervals.clamp(0, layer.spline_order)))
-    ends = torch.stack([low - counts[0] * width, high + counts[1] * width], -1)
-    return ends, grid_size // layer.grid_size * (layer.grid_size + sum(counts))
+        count = intervals.clamp(0, layer.spline_order)
+        counts.append(int(count))
+    below, above = counts
+
+    ends = torch.stack([low - below * width, high + above * width], -1)
+    refinement = grid_size // layer.grid_size
+    return ends, refinement * (layer.grid_size + below + above)
 
 
 def _refine_layer(
-    layer: SplineLayer, grid_size: int, bounds: Tensor, old_map: KnotMap | None, new_map: KnotMap | None
+    layer: SplineLayer,
+    grid_size: int,
+    bounds: Tensor,
+    old_map: KnotMap | None,
+    new_map: KnotMap | None,
 ) -> tuple[SplineLayer, Tensor, float]:
     """Fit a layer on another grid.
 
@@ -200,16 +211,19 @@ def _refine_layer(
     if old_map is not new_map:
         x = new_points if new_map is None else new_map.inverse(new_points)
         old_points = x if old_map is None else old_map(x)
-    new_basis, old_basis = bspline_basis(new_points, *new_grid), bspline_basis(old_points, *old_grid)
+    new_basis = bspline_basis(new_points, *new_grid)
+    old_basis = bspline_basis(old_points, *old_grid)
     new_silu = F.silu(new_points).unsqueeze(-1)
     old_silu = F.silu(old_points).unsqueeze(-1)
     # the map also moves the base branch, for which the splines make up
-    transfer = change_of_basis(new_basis, torch.cat([old_basis, old_silu - new_silu], -1))  # (I, K', K + 1)
+    targets = torch.cat([old_basis, old_silu - new_silu], -1)
+    transfer = change_of_basis(new_basis, targets)  # (I, K', K + 1)
 
     if isinstance(layer, SlimKANLinear):
         silu_row = transfer.new_zeros(1, transfer.shape[2])
         silu_row[:, -1] = 1
-        parameters = layer.components.on_basis(torch.cat([transfer[0], silu_row]))._asdict()
+        matrix = torch.cat([transfer[0], silu_row])
+        parameters = layer.components.on_basis(matrix)._asdict()
     else:
         weight = einsum(transfer, _all_coefficients(layer), "i new old, o i old -> o i new")
         parameters = {"spline_weight": weight, "base_weight": layer.base_weight}
@@ -219,13 +233,21 @@ def _refine_layer(
         parameter.requires_grad_(layer.get_parameter(name).requires_grad)
     share_hooks(layer, refined)
 
-    old_values = einsum(_all_coefficients(layer), torch.cat([old_basis, old_silu], -1), "o i k, n i k -> o i n")
-    new_values = einsum(_all_coefficients(refined), torch.cat([new_basis, new_silu], -1), "o i k, n i k -> o i n")
-    largest = old_values.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    old_values = _edge_functions(layer, old_basis, old_silu)
+    new_values = _edge_functions(refined, new_basis, new_silu)
+    smallest = torch.finfo(torch.float64).tiny
+    largest = old_values.abs().max().clamp(min=smallest)
     error = (new_values - old_values).abs().max() / largest
     return refined, transfer[0, :, :-1], error.item()
 
 
 def _all_coefficients(layer: SplineLayer) -> Tensor:
     """Return the coefficients of the splines and of silu, (O, I, K + 1)."""
-    return torch.cat([layer.spline_weight, layer.base_weight.unsqueeze(-1)], -1).double()
+    base_weight = layer.base_weight.unsqueeze(-1)
+    return torch.cat([layer.spline_weight, base_weight], -1).double()
+
+
+def _edge_functions(layer: SplineLayer, basis: Tensor, silu: Tensor) -> Tensor:
+    """Return the values (O, I, N) of the functions of all edges, from the values (N, I, K) and (N, I, 1)."""
+    functions = torch.cat([basis, silu], -1)
+    return einsum(_all_coefficients(layer), functions, "o i k, n i k -> o i n")

@@ -60,8 +60,10 @@ class PackedTucker(NamedTuple):
         larger = map(max, self.ranks(), tensor.ranks)
         for rank, new_rank, larger_rank in zip(self.form, tensor.form, larger, strict=True):
             # a rank of 0 means that there are no tensors yet
-            is_full = new_rank == "full" and rank in ("full", 0)
-            form.append("full" if is_full else larger_rank)
+            if new_rank == "full" and rank in ("full", 0):
+                form.append("full")
+            else:
+                form.append(larger_rank)
         return self._replace(form=tuple(form))
 
     def width(self) -> int:
@@ -71,16 +73,18 @@ class PackedTucker(NamedTuple):
     def unpack(self, rows: Tensor) -> list[Any]:
         """Return views (R, ...) of the components of each row (R, width); None for the factor of a full mode."""
         shapes = self.component_shapes()
-        core, *factors = rows.split(list(map(math.prod, shapes)), dim=1)
+        widths = list(map(math.prod, shapes))
+        core, *factors = rows.split(widths, dim=1)
         ranks, *factor_shapes = shapes
-        components: list[Any] = [_reverse_modes(core.unflatten(1, ranks[::-1]))]
+        core = core.unflatten(1, ranks[::-1])
+        components: list[Any] = [_reverse_modes(core)]
         for mode, (size, rank) in enumerate(factor_shapes):
-            if rank == 0:
-                components.append(None)
-            elif mode < 2:
-                components.append(factors[mode].unflatten(1, (rank, size)).mT)
-            else:
-                components.append(factors[mode].unflatten(1, (size, rank)))
+            factor = None
+            if rank > 0 and mode < 2:
+                factor = factors[mode].unflatten(1, (rank, size)).mT
+            elif rank > 0:
+                factor = factors[mode].unflatten(1, (size, rank))
+            components.append(factor)
         return components
 
     def pack(self, updates: Sequence[Update | None], like: Tensor) -> Tensor:
@@ -96,7 +100,9 @@ class PackedTucker(NamedTuple):
                     components.append(like.new_zeros(shape))
                     continue
                 component = _pad_to(shape, update.tensor[number], like)
-                components.append(update.scale * component if number == 0 else component)
+                if number == 0:  # the core
+                    component = update.scale * component
+                components.append(component)
             stacked = torch.stack(components)
             if number < 3:
                 stacked = _reverse_modes(stacked)
@@ -106,7 +112,8 @@ class PackedTucker(NamedTuple):
 
 def _reverse_modes(tensors: Tensor) -> Tensor:
     """Reverse the modes of each of several tensors (R, ...)."""
-    return tensors.permute(0, *range(tensors.dim() - 1, 0, -1))
+    modes = range(1, tensors.dim())
+    return tensors.permute(0, *reversed(modes))
 
 
 def _pad_to(shape: Sequence[int], tensor: Tensor | None, like: Tensor) -> Tensor:
@@ -142,14 +149,16 @@ class RowGroups(NamedTuple):
     def batch(self) -> int:
         """Return the number N of rows."""
         # not `len`, which `torch.export` makes a constant
-        per_row = self.index if self.positions is None else self.positions
-        return per_row.shape[0]
+        if self.positions is None:
+            return self.index.shape[0]
+        return self.positions.shape[0]
 
     def of_rows(self) -> Tensor:
         """Return the update of each row of the batch (N,)."""
         if self.positions is None:
             return self.index
-        return self.index.repeat_interleave(self.size)[self.positions]
+        of_positions = self.index.repeat_interleave(self.size)
+        return of_positions[self.positions]
 
 
 def group_rows(index: Tensor) -> tuple[Tensor, RowGroups]:
@@ -170,14 +179,21 @@ def group_rows(index: Tensor) -> tuple[Tensor, RowGroups]:
 
     size = _SIZES[cheapest]
     groups = num_groups[:, cheapest]
+    updates = torch.arange(len(distinct), device=index.device)
+    of_group = updates.repeat_interleave(groups)
+
+    # Sort the rows by their updates. Each update begins at a position that is a multiple of the size.
     first_position = (groups.cumsum(0) - groups) * size
     first_row = counts.cumsum(0) - counts
     gaps = first_position - first_row
     sorted_rows = inverse.argsort(stable=True)
-    sorted_positions = torch.arange(len(index), device=index.device) + gaps.repeat_interleave(counts)
-    of_group = torch.arange(len(distinct), device=index.device).repeat_interleave(groups)
-    order = index.new_zeros(len(of_group) * size).index_copy(0, sorted_positions, sorted_rows)
-    positions = torch.empty_like(inverse).index_copy(0, sorted_rows, sorted_positions)
+    numbers = torch.arange(len(index), device=index.device)
+    sorted_positions = numbers + gaps.repeat_interleave(counts)
+
+    order = index.new_zeros(len(of_group) * size)
+    order.index_copy_(0, sorted_positions, sorted_rows)
+    positions = torch.empty_like(inverse)
+    positions.index_copy_(0, sorted_rows, sorted_positions)
     return distinct, RowGroups(of_group, size, order, positions)
 
 
@@ -219,7 +235,8 @@ class RowProduct(NamedTuple):
         """
         tensors = self._tensors_of_groups(x)
         if is_tracing() or not len(x):
-            return self._multiply(_evaluate(x, grid, residual), *tensors)
+            functions = _evaluate(x, grid, residual)
+            return self._multiply(functions, *tensors)
 
         size = self.updates.groups.size
         recomputes = size > 1 and not needs_plain_operations(x, grid.low, grid.high, residual, *tensors)
@@ -234,15 +251,18 @@ class RowProduct(NamedTuple):
         products = []
         for x, residual, *factors in zip(points, residuals, *tensors_of_blocks, strict=True):
             if recomputes:
-                product = _GroupProduct.apply(grid, add_update, x, residual, *factors).flatten(0, 1)
+                product = _GroupProduct.apply(grid, add_update, x, residual, *factors)
+                product = product.flatten(0, 1)
             else:
-                product = self._multiply(_evaluate(x, grid, residual), *factors)
+                functions = _evaluate(x, grid, residual)
+                product = self._multiply(functions, *factors)
             products.append(product)
         return torch.cat(products)
 
     def of_functions(self, functions: Tensor) -> Tensor:
         """Compute the product (N, O) of functions (N, K, I)."""
-        return self._multiply(functions, *self._tensors_of_groups(functions))
+        tensors = self._tensors_of_groups(functions)
+        return self._multiply(functions, *tensors)
 
     def _tensors_of_groups(self, like: Tensor) -> list[Tensor]:
         """Return the factors of the update of each group (C, ...), see `_add_update`; of a single row, packed ones."""
@@ -294,10 +314,14 @@ class RowProduct(NamedTuple):
             sums = _multiply_thin(functions, update)
         else:
             count = functions.shape[1] - self.has_residual  # of splines
-            sums = _multiply_scaled(self.scale, functions[:, :count], _slice_basis(update, 0, count))
+            of_splines = _slice_basis(update, 0, count)
+            sums = _multiply_scaled(self.scale, functions[:, :count], of_splines)
             if self.has_residual:
-                sums = sums + _multiply_thin(functions[:, count:], _slice_basis(update, count, None))
-        return sums.squeeze(2) if factor_out is None else _dot(sums, factor_out.mT, 1)
+                of_residual = _slice_basis(update, count, None)
+                sums = sums + _multiply_thin(functions[:, count:], of_residual)
+        if factor_out is None:
+            return sums.squeeze(2)
+        return _dot(sums, factor_out.mT, 1)
 
 
 def _slice_basis(update: list[Any], start: int, stop: int | None) -> list[Any]:
@@ -316,7 +340,8 @@ def _multiply_thin(functions: Tensor, update: list[Any]) -> Tensor:
     if factor_in is not None:
         functions = torch.bmm(functions, factor_in)  # (R, rb, ri)
     matrix = core.permute(0, 3, 2, 1).flatten(1, 2)  # (R, rb ri, ro)
-    return torch.bmm(functions.flatten(1).unsqueeze(1), matrix).mT
+    rows = functions.flatten(1).unsqueeze(1)
+    return torch.bmm(rows, matrix).mT
 
 
 def _multiply_scaled(scale: Tensor, functions: Tensor, update: list[Any]) -> Tensor:
@@ -332,11 +357,13 @@ def _multiply_scaled(scale: Tensor, functions: Tensor, update: list[Any]) -> Ten
         functions = torch.bmm(factor_basis.mT, functions)  # (R, rb, I)
     of_inputs = core.mT  # (R, ro, rb, ri)
     if factor_in is not None:
-        of_inputs = _dot(core.unsqueeze(4), factor_in.mT[:, None, :, None], 2)  # (R, ro, rb, I)
+        rows = factor_in.mT[:, None, :, None]
+        of_inputs = _dot(core.unsqueeze(4), rows, 2)  # (R, ro, rb, I)
     edges = _dot(of_inputs, functions.unsqueeze(1), 2)  # (R, ro, I)
     if factor_out is None:
         return (edges * scale).sum(2, keepdim=True)
-    return (edges.flatten(0, 1) @ scale.t()).view_as(factor_out.mT)
+    sums = edges.flatten(0, 1) @ scale.t()
+    return sums.view_as(factor_out.mT)
 
 
 def _dot(first: Tensor, second: Tensor, dim: int) -> Tensor:
@@ -353,7 +380,9 @@ def _evaluate(x: Tensor, grid: UniformGrid, residual: Tensor | None) -> Tensor:
     """Return the splines at x (R, I), and the factors (R, I) of the base branch, as functions (R, K, I)."""
     offsets = spline_offsets(grid.positions(x), grid)
     splines = cardinal_spline(offsets, grid.spline_order, overwrites=True).to(x.dtype)
-    return splines if residual is None else torch.cat([splines, residual.unsqueeze(1)], 1)
+    if residual is None:
+        return splines
+    return torch.cat([splines, residual.unsqueeze(1)], 1)
 
 
 def _by_group(functions: Tensor, count: int) -> Tensor:
@@ -365,7 +394,12 @@ def _multiply_groups(functions: Tensor, weights: Tensor) -> Tensor:
     return torch.bmm(_by_group(functions, len(weights)), weights)
 
 
-def _add_update(matrix: Tensor | None, scale: Tensor | None, first: Tensor, second: Tensor | None = None) -> Tensor:
+def _add_update(
+    matrix: Tensor | None,
+    scale: Tensor | None,
+    first: Tensor,
+    second: Tensor | None = None,
+) -> Tensor:
     """Return the matrix (K I, O) plus the scaled update of each group, (C, K I, O).
 
     The update is (C, K I, ro) times (C, ro, O). If outputs and inputs are full, it is (C, K, rb) times (C, rb, I, O),
@@ -396,16 +430,21 @@ class _GroupProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, grid, add_update, x, residual, *factors):
-        ctx.grid, ctx.add_update = grid, add_update
+        ctx.grid = grid
+        ctx.add_update = add_update
         ctx.save_for_backward(x, residual, *factors)
+
         # times p!, which is divided out of the smaller product
         factorial = math.factorial(grid.spline_order)
-        functions = x.new_empty(len(x), grid.num_basis + (residual is not None), x.shape[1])
-        offsets = spline_offsets(grid.positions(x), grid, out=functions[:, : grid.num_basis])
+        count = grid.num_basis
+        has_residual = residual is not None
+        functions = x.new_empty(len(x), count + has_residual, x.shape[1])
+        offsets = spline_offsets(grid.positions(x), grid, out=functions[:, :count])
         evaluate_splines(offsets, grid.spline_order, [0], overwrites=True)
-        if residual is not None:
+        if has_residual:
             torch.mul(residual, factorial, out=functions[:, -1])
-        return _multiply_groups(functions, add_update(*factors)).div_(factorial)
+        weights = add_update(*factors)
+        return _multiply_groups(functions, weights).div_(factorial)
 
     @staticmethod
     def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride] (torch declares *grad_outputs)
@@ -415,7 +454,8 @@ class _GroupProduct(torch.autograd.Function):
         if is_plain_backward(gradient):
 
             def product(x: Tensor, residual: Tensor | None, *factors: Tensor) -> list[Tensor]:
-                return [_multiply_groups(_evaluate(x, grid, residual), add_update(*factors))]
+                functions = _evaluate(x, grid, residual)
+                return [_multiply_groups(functions, add_update(*factors))]
 
             return None, None, *plain_gradients(product, (x, residual, *factors), needed, [gradient])
 
@@ -423,12 +463,15 @@ class _GroupProduct(torch.autograd.Function):
         with torch.set_grad_enabled(any(needs_factors)):
             leaves = [factor.detach().requires_grad_(needs_factors[0]) for factor in factors]
             weights = add_update(*leaves)
+
         order = grid.spline_order
         factorial = math.factorial(order)
         offsets = spline_offsets(grid.positions(x), grid)
         slopes, functions = evaluate_splines(offsets, order, [1, 0], overwrites=True)
         if residual is not None:
-            functions = torch.cat([functions, factorial * residual.unsqueeze(1)], 1)
+            scaled = factorial * residual.unsqueeze(1)
+            functions = torch.cat([functions, scaled], 1)
+
         grad_x = grad_residual = None
         grad_factors: Sequence[Any] = [None] * len(factors)
         if needs_x or needs_residual:
@@ -437,6 +480,7 @@ class _GroupProduct(torch.autograd.Function):
             sums = slopes.mul_(grad_functions[:, : grid.num_basis]).sum(1)
             grad_x = sums * (grid.per_unit / -math.factorial(order - 1))
         if any(needs_factors):
-            grad_weights = torch.bmm(_by_group(functions, len(weights)).mT, gradient / factorial)
+            of_groups = _by_group(functions, len(weights))
+            grad_weights = torch.bmm(of_groups.mT, gradient / factorial)
             grad_factors = torch.autograd.grad(weights, leaves, grad_weights)
         return None, None, grad_x, grad_residual, *grad_factors

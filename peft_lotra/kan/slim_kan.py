@@ -89,7 +89,8 @@ class SlimKANLinear(SplineLayer):
         shape = (out_features, in_features, self.grid.num_basis + 1)
         capped = cap_ranks(ranks, shape)
         requested = ranks if isinstance(ranks, tuple) else (ranks,) * 3
-        if any(rank not in ("full", capped_rank) for rank, capped_rank in zip(requested, capped, strict=True)):
+        pairs_of_ranks = zip(requested, capped, strict=True)
+        if any(rank not in ("full", capped_rank) for rank, capped_rank in pairs_of_ranks):
             warnings.warn(
                 "Ranks are larger than the modes (out, in, basis), where more make no difference: capped. "
                 f"SlimKANLinear({in_features}, {out_features}): {ranks} for {shape}, made {capped}",
@@ -98,7 +99,8 @@ class SlimKANLinear(SplineLayer):
         for name in Tucker._fields[:4]:
             self.register_parameter(name, None)
         for name, sizes in component_shapes(capped, shape).items():
-            setattr(self, name, nn.Parameter(torch.empty(sizes, device=device, dtype=dtype)))
+            component = torch.empty(sizes, device=device, dtype=dtype)
+            setattr(self, name, nn.Parameter(component))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -127,18 +129,21 @@ class SlimKANLinear(SplineLayer):
             factor_basis = GAIN_BASIS * scales.unsqueeze(1) * noise
             self.factor_basis.copy_(factor_basis)
             products = factor_basis.T @ products @ factor_basis
+
         core_variance = self.out_features * variance
-        gains = (math.sqrt(self.out_features), GAIN_IN)
-        for factor, gain in zip((self.factor_out, self.factor_in), gains, strict=True):
+        gains = ((self.factor_out, math.sqrt(self.out_features)), (self.factor_in, GAIN_IN))
+        for factor, gain in gains:
             if factor is not None:
                 factor.copy_(_orthogonal(factor) * gain)
                 core_variance = core_variance / gain**2
-        core = _orthogonal(self.core.flatten(1)).view(self.core.shape)
-        core = core.double().cpu()
+
+        matrix = _orthogonal(self.core.flatten(1))
+        core = matrix.view(self.core.shape).double().cpu()
         if self.factor_basis is None:
             core = core * scales
         size = (core * (core @ products)).sum()
-        self.core.copy_(core * (core_variance / size).sqrt())
+        scale = (core_variance / size).sqrt()
+        self.core.copy_(core * scale)
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -153,12 +158,14 @@ class SlimKANLinear(SplineLayer):
     @property
     def spline_weight(self) -> Tensor:
         """The coefficient tensor (O, I, K) of the equivalent dense layer, computed on each access; differentiable."""
-        return self.components.sliced(slice(-1)).dense()
+        splines = self.components.sliced(slice(-1))
+        return splines.dense()
 
     @property
     def base_weight(self) -> Tensor:
         """The residual weights (O, I) of the equivalent dense layer, computed on each access; differentiable."""
-        return self.components.sliced(slice(-1, None)).dense().squeeze(-1)
+        residual = self.components.sliced(slice(-1, None))
+        return residual.dense().squeeze(-1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the outputs (..., O) for inputs (..., I). Raise as `KANLinear.forward`."""
@@ -168,22 +175,24 @@ class SlimKANLinear(SplineLayer):
         core, factor_out, factor_in, factor_basis = components
         if is_tracing() or factor_in is None or len(rows) >= _EXPAND_FROM:  # a graph is for any number of rows
             splines, _, *factors = components.sliced(slice(-1))
-            y = spline_product(rows, self.grid, expand_inputs(splines, *factors))
+            weight = expand_inputs(splines, *factors)
+            y = spline_product(rows, self.grid, weight)
             residual, _, *factors = components.sliced(slice(-1, None))
             residual_weight = expand_inputs(residual, *factors).squeeze(-1)
             y = y + F.linear(F.silu(rows), residual_weight)
         else:
             functions = self._functions(rows).mT @ factor_in  # (N, K + 1, ri)
-            matrix = expand_inputs(core, None, factor_basis)  # (ro, ri, K + 1)
-            y = functions.flatten(1) @ matrix.mT.flatten(1).T
+            weight = expand_inputs(core, None, factor_basis)  # (ro, ri, K + 1)
+            y = F.linear(functions.flatten(1), weight.mT.flatten(1))
         if factor_out is not None:
             y = y @ factor_out.T
         return y.view(*x.shape[:-1], self.out_features)
 
     def forward_with(self, delta: Tensor, x: Tensor) -> Tensor:
         """Compute the output with a dense tensor (O, I, K + 1) added to the coefficients."""
-        y = self._functions(x).flatten(-2) @ delta.flatten(1).T
-        return SlimKANLinear.forward(self, x) + y
+        functions = self._functions(x).flatten(-2)
+        update = functions @ delta.flatten(1).T
+        return SlimKANLinear.forward(self, x) + update
 
     def _functions(self, x: Tensor) -> Tensor:
         """Return the basis functions and silu at x (..., I): (..., I, K + 1)."""
@@ -192,7 +201,8 @@ class SlimKANLinear(SplineLayer):
 
     def to_dense(self) -> KANLinear:
         """Return the `KANLinear` that computes the same, up to rounding."""
-        return copy_with_parameters(self, {"spline_weight": self.spline_weight, "base_weight": self.base_weight})
+        parameters = {"spline_weight": self.spline_weight, "base_weight": self.base_weight}
+        return copy_with_parameters(self, parameters)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ranks={self.ranks}"
@@ -203,11 +213,15 @@ def copy_with_parameters(layer: SplineLayer, parameters: Mapping[str, Tensor], g
     sizes = (layer.in_features, layer.out_features)
     grid = (grid_size or layer.grid_size, layer.spline_order, layer.grid_range)
     if "core" in parameters:
-        new = SlimKANLinear(*sizes, tuple(parameters["core"].shape), *grid, device="meta")
+        ranks = tuple(parameters["core"].shape)
+        new = SlimKANLinear(*sizes, ranks, *grid, device="meta")
     else:
         new = KANLinear(*sizes, *grid, device="meta")
-    new = new.to_empty(device=layer.grid_bounds.device).to(layer.grid_bounds.dtype)
-    new.requires_grad_(any(parameter.requires_grad for parameter in layer.parameters()))
+    new = new.to_empty(device=layer.grid_bounds.device)
+    new = new.to(layer.grid_bounds.dtype)
+
+    is_trained = any(parameter.requires_grad for parameter in layer.parameters())
+    new.requires_grad_(is_trained)
     with torch.no_grad():
         new.grid_bounds.copy_(layer.grid_bounds)
         for name, value in parameters.items():
@@ -219,7 +233,8 @@ def _orthogonal(like: Tensor) -> Tensor:
     """Return a random matrix of this shape and device with orthonormal columns or rows."""
     # QR does not exist in half precision
     dtype = torch.promote_types(like.dtype, torch.float32)
-    return nn.init.orthogonal_(torch.empty_like(like, dtype=dtype))
+    matrix = torch.empty_like(like, dtype=dtype)
+    return nn.init.orthogonal_(matrix)
 
 
 class SlimKAN(LayerStack):
@@ -262,21 +277,25 @@ class SlimKAN(LayerStack):
         sizes = pairs(widths)
         all_ranks: Any = ranks
         entries = all_ranks if isinstance(ranks, (list, tuple)) else ()
-        if not any(entry is None or isinstance(entry, (list, tuple)) for entry in entries):
+        is_by_layer = any(entry is None or isinstance(entry, (list, tuple)) for entry in entries)
+        if not is_by_layer:
             # one rank, or three integers, for all layers
-            all_ranks = [check_ranks(all_ranks, "ranks", kernel=False)] * len(sizes)
+            checked = check_ranks(all_ranks, "ranks", kernel=False)
+            all_ranks = [checked] * len(sizes)
         if len(all_ranks) != len(sizes):
             raise ValueError(
                 f"`ranks` has {len(all_ranks)} entries, but the network has {len(sizes)} layers: give (ro, ri, rb) or "
                 "None for each of them, or one (ro, ri, rb) for all."
             )
+
         arguments = (grid_size, spline_order, grid_range, device, dtype)
         layers = []
         for size, layer_ranks in zip(sizes, all_ranks, strict=True):
             if layer_ranks is None:
-                layers.append(KANLinear(*size, *arguments))
+                layer = KANLinear(*size, *arguments)
             else:
-                layers.append(SlimKANLinear(*size, layer_ranks, *arguments))
+                layer = SlimKANLinear(*size, layer_ranks, *arguments)
+            layers.append(layer)
         super().__init__(with_norms(layers, norm, device, dtype))
 
     def to_dense(self) -> KAN:

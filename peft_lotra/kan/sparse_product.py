@@ -24,8 +24,10 @@ _SPARSE_MIN_ROWS = 64
 
 def is_sparse(x: Tensor, grid: UniformGrid) -> bool:
     """Return whether to gather the coefficients of the p + 1 functions that are not zero at a point."""
-    is_large = grid.num_basis >= _SPARSE_FROM * (grid.spline_order + 1) and len(x) >= _SPARSE_MIN_ROWS
-    return is_large and x.device.type == "cpu" and x.dtype == torch.float32
+    nonzero = grid.spline_order + 1
+    if grid.num_basis < _SPARSE_FROM * nonzero or len(x) < _SPARSE_MIN_ROWS:
+        return False
+    return x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def sparse_product(x: Tensor, grid: UniformGrid, weight: Tensor) -> Tensor:
@@ -34,8 +36,13 @@ def sparse_product(x: Tensor, grid: UniformGrid, weight: Tensor) -> Tensor:
     products = []
     for rows in _row_blocks(x, grid):
         start, values, _ = _evaluate(x[rows], grid)
-        index = _table_index(start, grid)
-        product = F.embedding_bag(index.flatten(1), table, mode="sum", per_sample_weights=values.flatten(1))
+        index = _table_index(start, grid).flatten(1)
+        product = F.embedding_bag(
+            index,
+            table,
+            mode="sum",
+            per_sample_weights=values.flatten(1),
+        )
         products.append(product)
     return torch.cat(products)
 
@@ -49,36 +56,60 @@ def sparse_point_gradient(x: Tensor, grid: UniformGrid, weight: Tensor, gradient
         # input after input: the coefficients of one stay in the cache for all rows, which halves the time
         index = _table_index(start, grid).transpose(0, 1)
         numbers = torch.arange(len(start), device="cpu")
-        row_of_entry = numbers.repeat_interleave(grid.spline_order + 1).repeat(x.shape[1])
+        row_of_entry = numbers.repeat_interleave(grid.spline_order + 1)
+        row_of_entry = row_of_entry.repeat(x.shape[1])
         grad_values = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            gradient[rows].contiguous(), table, index.flatten(), numbers, row_of_entry, 0, -1
+            gradient[rows].contiguous(),
+            table,
+            index.flatten(),
+            numbers,
+            row_of_entry,
+            0,
+            -1,
         )
-        grad_offsets = grad_values.view_as(index).transpose(0, 1) * slopes
-        grad_x[rows] = grad_offsets.sum(-1) * grid.per_unit
+        grad_values = grad_values.view_as(index).transpose(0, 1)
+        grad_positions = (grad_values * slopes).sum(-1)
+        grad_x[rows] = grad_positions * grid.per_unit
     return grad_x
 
 
 def sparse_weight_gradient(x: Tensor, grid: UniformGrid, gradient: Tensor) -> Tensor:
     """Compute sum_n gradient[n, o] B_k(x[n, i]) (O, I, K), from sums over the points in each interval of an input."""
-    order, width = grid.spline_order, x.shape[1]
+    order = grid.spline_order
+    width = x.shape[1]
     intervals = grid.num_basis + order + 1
     start, values, _ = _evaluate(x, grid)
-    keys = start.t() + torch.arange(width, device="cpu").unsqueeze(-1) * intervals
+
+    # Sort the points by their input and interval.
+    first_keys = intervals * torch.arange(width, device="cpu")
+    keys = start.t() + first_keys.unsqueeze(-1)
     keys, permutation = keys.flatten().sort(stable=True)
-    bags = torch.searchsorted(keys, torch.arange(width * intervals, device="cpu"))
-    values = values.transpose(0, 1).flatten(0, 1)[permutation]
+    all_keys = torch.arange(width * intervals, device="cpu")
+    bags = torch.searchsorted(keys, all_keys)
+    values = values.transpose(0, 1).flatten(0, 1)
+    values = values[permutation]
     rows = permutation % len(x)
+
+    # In interval j, the m-th function that is not zero is function j + m, counted from p before the basis.
     gradient = gradient.contiguous()
     result = gradient.new_zeros(width, intervals + order, gradient.shape[1])
     for m, value in enumerate(values.unbind(-1)):
-        sums = F.embedding_bag(rows, gradient, bags, mode="sum", per_sample_weights=value.contiguous())
+        sums = F.embedding_bag(
+            rows,
+            gradient,
+            bags,
+            mode="sum",
+            per_sample_weights=value.contiguous(),
+        )
         result[:, m : m + intervals] += sums.unflatten(0, (width, intervals))
-    return result[:, order : order + grid.num_basis].permute(2, 0, 1).contiguous()
+    of_basis = result[:, order : order + grid.num_basis]
+    return of_basis.permute(2, 0, 1).contiguous()
 
 
 def _row_blocks(x: Tensor, grid: UniformGrid) -> list[slice]:
     width = x.shape[1] * (grid.spline_order + 1)
-    return blocks(0, len(x), max(1, EVALUATED // width))
+    size = max(1, EVALUATED // width)
+    return blocks(0, len(x), size)
 
 
 def _evaluate(x: Tensor, grid: UniformGrid, with_slopes: bool = False) -> tuple[Tensor, Tensor, Any]:
@@ -90,10 +121,16 @@ def _evaluate(x: Tensor, grid: UniformGrid, with_slopes: bool = False) -> tuple[
     order = grid.spline_order
     position = grid.positions(x).clamp_(-order, grid.num_basis)
     start = position.floor()
+    fraction = position - start
     centers = torch.arange(order + 1, device="cpu") - (order - 1) / 2
-    offsets = (position - start).unsqueeze(-1) - centers
-    slopes = cardinal_spline(offsets, order, derivative=1) if with_slopes else None
-    return start.nan_to_num_().long() + order, cardinal_spline(offsets, order), slopes
+    offsets = fraction.unsqueeze(-1) - centers
+
+    first = start.nan_to_num_().long() + order
+    values = cardinal_spline(offsets, order)
+    slopes = None
+    if with_slopes:
+        slopes = cardinal_spline(offsets, order, derivative=1)
+    return first, values, slopes
 
 
 def _table(weight: Tensor, grid: UniformGrid) -> Tensor:
@@ -104,6 +141,8 @@ def _table(weight: Tensor, grid: UniformGrid) -> Tensor:
 
 def _table_index(start: Tensor, grid: UniformGrid) -> Tensor:
     """Return the rows of the table (R, I, p + 1) of the functions that `_evaluate` evaluates."""
-    size = grid.num_basis + 2 * grid.spline_order + 1
-    first = start + torch.arange(start.shape[1], device="cpu") * size
-    return first.unsqueeze(-1) + torch.arange(grid.spline_order + 1, device="cpu")
+    rows_per_input = grid.num_basis + 2 * grid.spline_order + 1
+    inputs = torch.arange(start.shape[1], device="cpu")
+    first = start + inputs * rows_per_input
+    steps = torch.arange(grid.spline_order + 1, device="cpu")
+    return first.unsqueeze(-1) + steps
