@@ -467,6 +467,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "slim-digits": slim_digits,
     "standard": standard,
     "starts": starts,
+    "steps": lambda: study("steps").markdown(load("steps")["results"]),
     "ten": lambda: without_first_paragraph(record_of("ten")),
     "unknowns": lambda: without_first_paragraph(record_of("unknowns")),
 }
@@ -512,6 +513,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "pde/unknowns": lambda: record_of("unknowns"),
     "rivals": lambda: study("few_labels").as_text(load("rivals")["results"]),
     "scoreboard": TABLES["scoreboard"],
+    "steps": TABLES["steps"],
     "unseen": lambda: study("few_labels").chosen_as_text(
         load("unseen")["results"]
     ),

@@ -33,6 +33,7 @@ STUDIES: list[tuple[str, list[str], list[str] | None]] = [
     ("many_series.py", [], []),
     ("fifty_tasks.py", [], []),
     ("initialization.py", [], []),
+    ("steps.py", [], []),
     ("learning_rates.py", [], []),
     ("learning_rates.py", ["--sweep", "ranks"], None),
     ("low_rank_evidence.py", [], []),
