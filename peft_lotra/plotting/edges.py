@@ -56,7 +56,9 @@ class EdgeChanges(Report, list[EdgeChange]):
         for layer, output, index, effect, share, layer_effect, shift in self[:10]:
             numbers = [f"{effect:.3g}", f"{share:.1%}", f"{layer_effect:.3g}", f"{shift:+.3g}"]
             rows.append([layer, str(output), str(index), *numbers])
-        notes = [f"the 10 of {len(self):,} edges with the largest effect"] if len(self) > 10 else []
+        notes = []
+        if len(self) > 10:
+            notes.append(f"the 10 of {len(self):,} edges with the largest effect")
         return TextTable(columns, rows, notes)
 
 
@@ -122,10 +124,12 @@ def edge_changes(model: nn.Module, inputs: Inputs) -> EdgeChanges:
 def layer_changes(model: nn.Module, inputs: Inputs) -> dict[str, LayerChange]:
     """Compute the changes of all edges by layer, see `edge_changes`."""
     layers = {name: layer for name, layer in lotra_layers(unwrap(model)) if layer.applied_updates()}
-    if isinstance(inputs, Tensor) and not inputs.numel():
-        raise ValueError(f"`inputs` has no rows: its shape is {tuple(inputs.shape)}.")
-    if isinstance(inputs, Tensor) and len(inputs) > ROWS:
-        inputs = inputs[torch.linspace(0, len(inputs) - 1, ROWS).long()]
+    if isinstance(inputs, Tensor):
+        if not inputs.numel():
+            raise ValueError(f"`inputs` has no rows: its shape is {tuple(inputs.shape)}.")
+        if len(inputs) > ROWS:
+            chosen = torch.linspace(0, len(inputs) - 1, ROWS).long()
+            inputs = inputs[chosen]
     changes = {}
     samples = sample_layers(model, layers, inputs, torch.square, PROBES)
     for name, (_, functions, squares) in samples.items():
@@ -153,7 +157,10 @@ def edge_coefficients(name: str, module: nn.Module) -> tuple[Tensor, Tensor]:
         module.add_updates(change)
     if not change.isfinite().all():
         raise ValueError(f"The update of `{name}` has NaN or infinite values.")
-    return (base, change) if scale is None else (base * scale, change * scale)
+    if scale is not None:
+        base *= scale
+        change *= scale
+    return base, change
 
 
 def measure_change(functions: Tensor, change: Tensor, squares: Tensor | None = None) -> LayerChange:
@@ -165,19 +172,25 @@ def measure_change(functions: Tensor, change: Tensor, squares: Tensor | None = N
         squares: The squared derivatives (rows, out) of the outputs of the network, divided by their number.
     """
     change = change.to(functions)
-    rows, out = len(functions), len(change)
+    rows = len(functions)
+    out = len(change)
     mean = functions.mean(0)
     shift = torch.einsum("ik,oik->oi", mean, change)
-    weights = functions.new_zeros(1, rows) if squares is None else squares.T.contiguous()  # (out, rows)
-    effects, variances = [], []
+    if squares is None:
+        squares = functions.new_zeros(rows, 1)
+    weights = squares.T.contiguous()  # (out, rows)
+    effects = []
+    variances = []
     # all edges at once would not fit into the cache
     count = max(1, CACHED // (rows * out))
     for start in range(0, len(mean), count):
         block = slice(start, start + count)
         centered = functions[:, block] - mean[block]
-        moved = change[:, block].transpose(0, 1) @ centered.permute(1, 2, 0)  # (in, out, rows)
+        coefficients = change[:, block].transpose(0, 1)
+        moved = coefficients @ centered.permute(1, 2, 0)  # (in, out, rows)
         moved.square_()
         variances.append(moved.mean(-1))
         effects.append(moved.mul_(weights).sum(-1))
-    effect, layer_effect = (torch.cat(parts).T.sqrt() for parts in (effects, variances))
+    effect = torch.cat(effects).T.sqrt()
+    layer_effect = torch.cat(variances).T.sqrt()
     return LayerChange(effect.cpu(), layer_effect.cpu(), shift.cpu())

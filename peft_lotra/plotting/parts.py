@@ -134,7 +134,8 @@ def what_changed(
     if inputs.dim() != 2:
         raise ValueError(f"`inputs` has shape {tuple(inputs.shape)}, but must have rows and columns.")
     rows, width = inputs.shape
-    names = [f"input {index}" for index in range(width)] if names is None else list(names)
+    if names is None:
+        names = [f"input {index}" for index in range(width)]
     if len(names) != width:
         raise ValueError(f"`names` has {len(names)} entries, but `inputs` has {width} columns.")
     if targets is not None and len(targets) != rows:
@@ -146,6 +147,7 @@ def what_changed(
         )
     chosen = torch.linspace(0, rows - 1, min(ROWS, rows)).long()
     inputs = inputs[chosen]
+
     outputs = model_outputs(model, inputs) if targets is None else targets[chosen]
     with ExitStack() as stack:
         # unlike `disable_adapter` of PEFT, it keeps what requires a gradient, and merged adapters
@@ -155,10 +157,10 @@ def what_changed(
                 stack.callback(setattr, module, "_disable_adapters", module._disable_adapters)
                 module._disable_adapters = True
         base_outputs = model_outputs(model, inputs)
-    x = inputs.double().cpu()
     if outputs.shape != base_outputs.shape:
         shape = tuple(base_outputs.shape)
         raise ValueError(f"`targets` has shape {tuple(outputs.shape)}, but the outputs have {shape}.")
+    x = inputs.double().cpu()
     change = outputs.double().cpu() - base_outputs.double().cpu()
     if not x.isfinite().all() or not change.isfinite().all():
         raise ValueError("`inputs` or the change of the outputs have NaN or infinite values.")
@@ -175,16 +177,19 @@ def _divide(change: Tensor, x: Tensor, names: Sequence[str]) -> ChangeParts:
 
     rows, width = x.shape
     low, high = x.aminmax(dim=0)
-    notes = [f"{name} is constant" for name, extent in zip(names, high - low, strict=True) if extent == 0]
+    extents = high - low
+    notes = [f"{name} is constant" for name, extent in zip(names, extents, strict=True) if extent == 0]
     one = torch.ones(rows, 1, dtype=x.dtype)
-    scaled = (x - low) / (high - low).clamp(min=1e-300)
+    scaled = (x - low) / extents.clamp(min=1e-300)
     linear_terms = torch.cat([one, scaled], 1)
     ranks = _rank(x)
     spline_fits = []
     for intervals in INTERVALS:
-        if not spline_fits or width * (intervals + 2) < min(rows / 2, MOST_TERMS):
+        number = width * (intervals + 2)  # of terms
+        if not spline_fits or number < min(rows / 2, MOST_TERMS):
             splines = _splines(ranks, intervals, 3).flatten(1)
-            spline_fits.append(_Fit(torch.cat([linear_terms, splines], 1), change))
+            terms = torch.cat([linear_terms, splines], 1)
+            spline_fits.append(_Fit(terms, change))
     additive_fit = min(spline_fits, key=lambda fit: fit.variance)
 
     # the correction may exceed what a term explains
@@ -192,6 +197,7 @@ def _divide(change: Tensor, x: Tensor, names: Sequence[str]) -> ChangeParts:
     after_linear = min(after_constant, _Fit(linear_terms, change).variance)
     after_additive = min(after_linear, additive_fit.variance)
     unexplained = after_additive / total
+
     count = additive_fit.basis.shape[1]
     if rows < FEW_ROWS * count:
         notes.append(f"{rows} rows are few for {count} terms: the shares are rough")
@@ -232,9 +238,12 @@ class _Fit:
         independent = sizes > 1e-10 * sizes[-1]
         self.basis = terms @ vectors[:, independent] / sizes[independent].sqrt()
         self.residual = values - self.basis @ (self.basis.T @ values)
+
+        self.variance = float("inf")
         freedom = len(values) - self.basis.shape[1] - earlier_terms
-        squares = self.residual.square().sum().item()
-        self.variance = squares / (freedom * values.shape[1]) if freedom > 0 else float("inf")
+        if freedom > 0:
+            squares = self.residual.square().sum().item()
+            self.variance = squares / (freedom * values.shape[1])
 
 
 def _rank(x: Tensor) -> Tensor:
@@ -243,12 +252,14 @@ def _rank(x: Tensor) -> Tensor:
     ordered = columns.sort(dim=1).values
     below = torch.searchsorted(ordered, columns)
     not_above = torch.searchsorted(ordered, columns, right=True)
-    return (below + not_above).T.double() / (2 * len(x))
+    middle = (below + not_above).T.double() / 2  # of equal values
+    return middle / len(x)
 
 
 def _splines(ranks: Tensor, intervals: int, order: int) -> Tensor:
     """Return the splines (rows, in, count) of each input without the last one: all of them sum to one."""
-    return bspline_basis(ranks, 0.0, 1.0, intervals, order)[:, :, :-1]
+    splines = bspline_basis(ranks, 0.0, 1.0, intervals, order)
+    return splines[:, :, :-1]
 
 
 def _find_inputs(
@@ -267,16 +278,19 @@ def _find_inputs(
     gram.diagonal().add_(RIDGE * gram.diagonal().max())
     inverse = torch.linalg.inv(gram)
     coefficients = inverse @ (additive.terms.T @ change)
+
     width = len(names)
     numbers = torch.arange(1 + width, len(gram)).view(width, -1)  # of splines, behind constant and linear terms
     inputs = []
     for index, name in enumerate(names):
-        block = torch.cat([torch.tensor([1 + index]), numbers[index]])
+        linear = torch.tensor([1 + index])
+        block = torch.cat([linear, numbers[index]])
         values = coefficients[block]
         losses = torch.linalg.solve(inverse[block][:, block], values)
         loss = (values * losses).sum().item() / change.numel()
+        noise = additive.variance * len(block) / rows
         others = additive.basis.shape[1] - len(block)
-        share = (loss - additive.variance * len(block) / rows) / total * rows / (rows - others)
+        share = (loss - noise) / total * rows / (rows - others)
         if share >= SMALL:
             inputs.append(InputShare(name, share))
     return sorted(inputs, key=lambda entry: -entry.share)
@@ -293,7 +307,8 @@ def _find_pairs(
     splines = _splines(ranks, PAIR_INTERVALS, PAIR_ORDER)
     pairs = []
     for i, j in combinations(range(len(names)), 2):
-        products = torch.einsum("na,nb->nab", splines[:, i], splines[:, j]).flatten(1)
+        products = torch.einsum("na,nb->nab", splines[:, i], splines[:, j])
+        products = products.flatten(1)
         beyond = products - additive.basis @ (additive.basis.T @ products)
         fit = _Fit(beyond, additive.residual, additive.basis.shape[1])
         share = unexplained - fit.variance / total

@@ -55,8 +55,9 @@ def plot_spectra(spectrum: Spectrum) -> Figure:
     axes = figure.subplots(1, modes, sharey=True)
     for name, layer in changed.items():
         for axis, values in zip(axes, layer.singular_values, strict=False):  # dense layers have no kernel
-            shares = (values / layer.norm).cpu()
-            axis.plot(range(1, len(shares) + 1), shares, marker=".", label=name or "layer")
+            numbers = range(1, len(values) + 1)
+            shares = values / layer.norm
+            axis.plot(numbers, shares.cpu(), marker=".", label=name or "layer")
     for axis, mode in zip(axes, MODES, strict=False):
         axis.set(title=f"{mode} mode", xlabel="index", yscale="log")
         axis.grid(alpha=0.25)
@@ -128,12 +129,14 @@ def plot_edge_functions(
     all_shares, top = _shares(changes)
     shares = all_shares[layer_name]
     if edges is None:
-        largest = shares.flatten().argsort(descending=True)[:6].tolist()
-        edges = [divmod(number, shares.shape[1]) for number in largest]
+        order = shares.flatten().argsort(descending=True)
+        edges = [divmod(number, shares.shape[1]) for number in order[:6].tolist()]
 
     columns = min(len(edges), 3)
     rows = math.ceil(len(edges) / columns)
-    figure = figure or new_figure((3 * columns, 2.3 * rows + 0.3 * is_adapted))
+    if figure is None:
+        legend_height = 0.3 * is_adapted
+        figure = new_figure((3 * columns, 2.3 * rows + legend_height))
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, (output, index) in zip(axes, edges, strict=False):
         name = f"input {index}" if inputs is None else inputs[index]
@@ -147,15 +150,16 @@ def plot_edge_functions(
         axis.plot(at, curve.cpu(), label="base", color="0.5", ls="--")
         if is_adapted:
             curve = curve + functions[:, index] @ change[output, index]
-            color = _color_map()(float(shares[output, index]) / top)
+            darkness = float(shares[output, index]) / top
             label = "adapted; % and darkness: share of the change, without constant shifts"
-            axis.plot(at, curve.cpu(), label=label, color=color)
+            axis.plot(at, curve.cpu(), label=label, color=_color_map()(darkness))
         if z is not None:
             marks = z[:MARKS, index].float().cpu()
             bottom = axis.get_xaxis_transform()
             axis.plot(marks, torch.zeros_like(marks), "|", color="0.3", alpha=0.3, transform=bottom)
     for axis in axes[len(edges) :]:
         axis.remove()
+
     xlabel = "input of the edge"
     if z is not None:
         xlabel += ", with marks at the data"
@@ -164,16 +168,18 @@ def plot_edge_functions(
     figure.supxlabel(xlabel, fontsize=8)
     figure.supylabel("edge function", fontsize=8)
     if is_adapted:
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=8)
     return figure
 
 
 def _shares(changes: Mapping[str, LayerChange]) -> tuple[dict[str, Tensor], float]:
     """Return the share of each edge in the squared effects of all layers, and the largest share."""
     squares = {name: change.effect.square() for name, change in changes.items()}
-    total = sum(square.sum().item() for square in squares.values()) or 1.0
-    shares = {name: square / total for name, square in squares.items()}
-    return shares, max(share.max().item() for share in shares.values()) or 1.0
+    total = sum(square.sum().item() for square in squares.values())
+    shares = {name: square / (total or 1.0) for name, square in squares.items()}
+    largest = max(share.max().item() for share in shares.values())
+    return shares, largest or 1.0
 
 
 def _sample_functions(target: Target, z: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -183,10 +189,14 @@ def _sample_functions(target: Target, z: Tensor | None) -> tuple[Tensor, Tensor]
         ValueError: The functions of one input depend on the others.
     """
     layer, spec, tensor = target
-    ones = torch.ones(tensor.shape[1])
-    low, high = grid_ends(spec.read_grid(layer), tensor.shape) or (-ones, ones)
     if z is not None:
-        low, high = z.aminmax(dim=0)
+        ends = z.aminmax(dim=0)
+    else:
+        ends = grid_ends(spec.read_grid(layer), tensor.shape)
+    if ends is None:
+        ones = torch.ones(tensor.shape[1])
+        ends = -ones, ones
+    low, high = ends
     high = high.clamp(min=low + 1e-6)  # a unit may be constant
     share = torch.linspace(0, 1, POINTS, device=low.device).unsqueeze(1)
     points = torch.lerp(low, high, share.to(low))
@@ -209,7 +219,8 @@ def _color_map() -> Any:
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
-    return ListedColormap(colormaps["viridis_r"](torch.linspace(0.15, 1, 256).numpy()))
+    shares = torch.linspace(0.15, 1, 256).numpy()
+    return ListedColormap(colormaps["viridis_r"](shares))
 
 
 def plot_network_change(
@@ -259,17 +270,21 @@ def plot_network_change(
             column += 0.6
         left = _heights(count_in)
         right = _heights(count_out)
+
         drawn_shares, order = layer_shares.flatten().sort()  # the largest above the others
         drawn_shares = drawn_shares[-MOST_EDGES:]
         segments = []
         for edge in order[-MOST_EDGES:].tolist():
             output, index = divmod(edge, count_in)
-            segments.append([(column, left[index]), (column + 1, right[output])])
+            start = column, left[index]
+            end = column + 1, right[output]
+            segments.append([start, end])
         widths = 0.5 + 2.5 * drawn_shares / top
         lines = LineCollection(segments, cmap=_color_map(), linewidths=widths)
         lines.set_array(drawn_shares.numpy())
         lines.set_clim(0, top)
         axis.add_collection(lines)
+
         for units_at, heights in ((column, left), (column + 1, right)):
             axis.plot([units_at] * len(heights), heights, "o", color="0.25", markersize=4, zorder=3)
         axis.text(column + 0.5, 1.06, f"{layer}\n{count_in} to {count_out}", ha="center", va="bottom")
@@ -293,7 +308,8 @@ def _write_names(
 ) -> None:
     """Write the names of units; by default their numbers, as in `plot_edge_functions`, unless they would overlap."""
     count = len(heights)
-    names = names or [str(number) for number in range(count) if count <= MOST_NUMBERS]
+    if not names and count <= MOST_NUMBERS:
+        names = list(map(str, range(count)))
     if len(names) not in (0, count):
         raise ValueError(f"`{argument}` has {len(names)} names, but there are {count} units. Pass a name for each.")
     side = "right" if argument == "inputs" else "left"
@@ -334,9 +350,10 @@ def plot_history(history: Sequence[LevenbergMarquardtStep], names: Sequence[str]
     left.plot(steps, [step.loss for step in history], color="black", label="loss")
     terms = list(zip(*(step.losses for step in history), strict=True))
     if len(terms) > 1:
+        styles = ("--", ":", "-.")
         for index, losses in enumerate(terms):
             name = names[index] if names else f"term {index}"
-            left.plot(steps, losses, ("--", ":", "-.")[index % 3], label=name)
+            left.plot(steps, losses, styles[index % 3], label=name)
     held_out = [step.held_loss for step in history]
     if not all(map(math.isnan, held_out)):
         left.plot(steps, held_out, color="tab:red", marker=".", label="held out")
