@@ -17,6 +17,7 @@ from ..modules.report import Report, TextTable
 from ..plotting.pictures import new_figure
 from ..tucker import Rank
 from .starts import Size
+from .training import are_within_error, standard_error
 
 
 if TYPE_CHECKING:
@@ -124,12 +125,8 @@ def advise(
     scores = {name: losses[name].mean().item() for name in names}
     small = [name for name in names if sizes[name].bytes <= max_bytes]
     least = losses[min(small, key=scores.__getitem__)]
-    errors = {}
-    for name in names:
-        deviation = (losses[name] - least).std().item()
-        errors[name] = deviation / len(least) ** 0.5
-    limit = least.mean().item()
-    advice = next(name for name in small if scores[name] <= limit + errors[name])
+    errors = {name: standard_error(losses[name], least) for name in names}
+    advice = next(name for name in small if are_within_error(losses[name], least))
 
     subject = f"{_SUBJECTS[advice]} ({sizes[advice].bytes / 1000:.1f} kB)"
     change = (scores[advice] - scores["adapter"]) / abs(scores["adapter"] or 1.0)

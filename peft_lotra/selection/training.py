@@ -18,6 +18,7 @@ from ..modules.calls import freeze_norms, set_mode
 
 
 RATES = (3e-3, 1e-2, 3e-2)
+USUAL_RATE = 1e-2  # of adapters
 BATCH = 128  # rows of a training step
 CHUNK = 1024  # rows that are evaluated at once
 
@@ -107,6 +108,18 @@ def weigh_rows(loss: Callable[[Any, Tensor], Tensor], y: Tensor, output: Tensor)
     return of_class[index]
 
 
+def standard_error(losses: Tensor, least: Tensor) -> float:
+    """Return the standard error of the mean difference between the losses (rows,) of two models."""
+    deviation = (losses - least).std().item()
+    return deviation / len(least) ** 0.5
+
+
+def are_within_error(losses: Tensor, least: Tensor) -> bool:
+    """Return whether the mean of losses (rows,) is within one standard error of the mean of the least ones."""
+    change = (losses - least).mean().item()
+    return change <= standard_error(losses, least)
+
+
 class Task(NamedTuple):
     """The rows of a new task, and how to train on them.
 
@@ -172,11 +185,18 @@ class Task(NamedTuple):
         with torch.no_grad():
             return moved()
 
-    def compare(self, start: Start) -> Fit:
-        """Train at all rates in all folds, and return the fit with the least mean loss of held-out rows."""
+    def compare(self, start: Start, usual: float | None = None) -> Fit:
+        """Train at all rates in all folds, and return the fit with the least mean loss of held-out rows.
+
+        The fit at the rate `usual` is returned if its loss is within one standard error of the least.
+        """
         values = self.train(start, RATES, self.rows)
         losses = self.held_out_losses(start.network, values)
         best = min(range(len(RATES)), key=lambda index: losses[index].mean())
+        if usual is not None:
+            index = RATES.index(usual)
+            if are_within_error(losses[index], losses[best]):
+                best = index
         best_values = {name: value[:, best] for name, value in values.items()}
         return Fit(RATES[best], best_values, losses[best])
 

@@ -125,9 +125,24 @@ def test_the_configuration_says_how_the_adapter_started(report):
 # --- the choice ---
 
 
-def test_the_chosen_adapter_is_trained_on_all_rows_by_adam(rows, report):
+@pytest.mark.parametrize("seed", range(3))
+def test_the_usual_adapter_is_chosen_unless_another_is_better_by_more_than_one_standard_error(seed):
+    """With seeds 0 and 2, ranks chosen by the data have less loss by chance."""
+    generator = torch.Generator().manual_seed(seed)
+    base = make_base()
+    x = torch.rand(20, 3, dtype=torch.float64, generator=generator) * 2 - 1
+    noise = torch.randn(20, 2, dtype=torch.float64, generator=generator)
+    y = shifted(base, x) + 0.1 * noise
+
+    report = quick_fit(base, (x, y), steps=10)
+
+    assert (report.chosen.form, report.chosen.rate) == ("full matrices", 1e-2)
+
+
+def test_the_chosen_adapter_is_trained_on_all_rows_by_adam(rows):
     """The learning rate of a component is proportional to its size and decays along a cosine."""
     x, y = rows
+    report = quick_fit(make_base(), rows, budget=0.15)  # full matrices exceed it
     model = get_peft_model(make_base(), LoTRAConfig(rank_pattern=report.chosen.ranks))
     fit.start_from_training(model, lambda: mse_loss(model(x), y))
     groups = []
