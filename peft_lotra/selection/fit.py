@@ -74,7 +74,7 @@ def fit_adapter(
        (full fine-tuning), and all parameters from scratch. The unchanged base counts too.
     4. One adapter is trained again, on all rows: full matrices at a rate of 1e-2, or ranks chosen by the data where
        these exceed the budget, unless another form or rate has less loss on held-out rows, by more than one standard
-       error. If the base is as much better than all of them, `model` has an update of zero.
+       error. If the base has less loss than all of them, `model` has an update of zero.
     5. `advice` names the model to use: the smallest one whose loss is within one standard error of the least. With
        `max_bytes`, larger ones are left out.
 
@@ -182,8 +182,8 @@ def fit_adapter(
             start = start_adapter(network, task, form, task.rows)
             adapters[name] = task.compare(start, usual=USUAL_RATE)
         best = min(adapters, key=lambda name: adapters[name].losses.mean())
-        usual = next(iter(forms), _NO_ADAPTATION)
-        if are_within_error(adapters[usual].losses, adapters[best].losses):
+        usual = next(iter(forms), best)
+        if best != _NO_ADAPTATION and are_within_error(adapters[usual].losses, adapters[best].losses):
             best = usual
         rate, by_fold, _ = fits["adapter"] = adapters[best]
         config: dict[str, Any] = {"r": 1}
