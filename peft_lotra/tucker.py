@@ -93,7 +93,8 @@ class Tucker(tuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Tucker:
         """Apply a function to each component."""
-        return Tucker(*(None if component is None else function(component) for component in self))
+        components = [None if component is None else function(component) for component in self]
+        return Tucker(*components)
 
     def dense(self, scale: float | Tensor | None = None) -> Tensor:
         """Return the dense tensor, multiplied by `scale`, in the dtype of the components."""
@@ -186,7 +187,8 @@ class Tucker(tuple):
 
         Its factors have orthonormal columns too. The squared error is the decrease of the squared norm of the core.
         """
-        core, *rotations = tucker(self.core, cap_ranks(r, self.ranks))
+        ranks = cap_ranks(r, self.ranks)
+        core, *rotations = tucker(self.core, ranks)
         factors = list(self.factors)
         for mode, rotation in enumerate(rotations):
             if rotation is not None:
@@ -200,9 +202,10 @@ COMPONENTS = tuple(f"lotra_{name}" for name in Tucker._fields)
 
 def read_components(tensors: Mapping[str, Tensor], prefix: str = "") -> Tucker:
     """Return the Tucker tensor whose components have these names, after a prefix, in a state dict."""
-    core = tensors[f"{prefix}{COMPONENTS[0]}"]
-    names = COMPONENTS[1 : 1 + core.dim()]
-    return Tucker(core, *(tensors.get(f"{prefix}{name}") for name in names))
+    names = [prefix + name for name in COMPONENTS]
+    core = tensors[names[0]]
+    factors = [tensors.get(name) for name in names[1 : 1 + core.dim()]]
+    return Tucker(core, *factors)
 
 
 class Update(NamedTuple):
@@ -245,7 +248,8 @@ def reconstruct(core: Tensor, *factors: Tensor | None) -> Tensor:
         sizes = tensor.shape[:-1]
         tensor = tensor.movedim(-1, 0)
         if factor is not None:
-            tensor = (factor @ tensor.flatten(1)).unflatten(1, sizes)
+            product = factor @ tensor.flatten(1)
+            tensor = product.unflatten(1, sizes)
     return tensor.contiguous()
 
 
@@ -254,9 +258,11 @@ def expand_inputs(core: Tensor, factor_in: Tensor | None, *factors: Tensor | Non
     factor_basis = factors[0]
     if len(factors) > 1:
         return reconstruct(core, None, factor_in, *factors)
+
     # half the operations of `reconstruct`, which counts in small layers
     if factor_in is not None:
-        core = torch.bmm(factor_in.expand(len(core), -1, -1), core)
+        matrices = factor_in.expand(len(core), -1, -1)
+        core = torch.bmm(matrices, core)
     return core if factor_basis is None else core @ factor_basis.T
 
 
@@ -269,9 +275,14 @@ def direct_sum(tensors: Sequence[Tucker]) -> Tucker:
     ranks = []
     for mode, size in enumerate(tensors[0].shape):
         mode_factors: list[Any] = [tensor.factors[mode] for tensor in tensors]
-        is_full = any(factor is None for factor in mode_factors)
-        factors.append(None if is_full else torch.cat(mode_factors, dim=1))
-        ranks.append(size if is_full else factors[-1].shape[1])
+        if any(factor is None for factor in mode_factors):
+            factors.append(None)
+            ranks.append(size)
+            continue
+        factor = torch.cat(mode_factors, dim=1)
+        factors.append(factor)
+        ranks.append(factor.shape[1])
+
     # `vmap` over the cores of the last tensor needs zeros like these
     core = tensors[-1].core.new_zeros(ranks)
     starts = [0] * core.dim()
@@ -309,7 +320,8 @@ def tucker(tensor: Tensor, ranks: tuple[int, ...]) -> Tucker:
         core = project(target, factors)
 
         previous = error
-        error = (norm**2 - core.norm() ** 2).clamp(min=0).sqrt()  # since the factors are orthonormal
+        square = norm**2 - core.norm() ** 2  # since the factors are orthonormal
+        error = square.clamp(min=0).sqrt()
         if abs(previous - error) <= 1e-6 * norm:
             break
     return Tucker(core, *factors).map(lambda component: component.to(tensor))
@@ -346,13 +358,17 @@ def truncated_hosvd(tensor: Tensor, ranks: tuple[int, ...]) -> Tucker:
     tensor = tensor.detach().double()
     factors: list[Tensor | None] = []
     for mode, (rank, size) in enumerate(zip(ranks, tensor.shape, strict=True)):
-        factors.append(None if rank == size else _leading_vectors(tensor, mode, rank))
+        factor = None
+        if rank != size:
+            factor = _leading_vectors(tensor, mode, rank)
+        factors.append(factor)
     return Tucker(project(tensor, factors), *factors)
 
 
 def project(tensor: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
     """Multiply a tensor by the transposed factor of each mode."""
-    return reconstruct(tensor, *(None if factor is None else factor.T for factor in factors))
+    transposed = [None if factor is None else factor.T for factor in factors]
+    return reconstruct(tensor, *transposed)
 
 
 def _leading_vectors(tensor: Tensor, mode: int, rank: int) -> Tensor:
@@ -363,18 +379,26 @@ def _leading_vectors(tensor: Tensor, mode: int, rank: int) -> Tensor:
     unfolding = tensor.movedim(mode, 0).flatten(1)
     # the triangle has the same left singular vectors; the right ones would cost more
     triangle = torch.linalg.qr(unfolding.T, mode="r").R.T
-    vectors = torch.linalg.svd(triangle, full_matrices=rank > triangle.shape[1]).U
+    needs_more = rank > triangle.shape[1]
+    vectors = torch.linalg.svd(triangle, full_matrices=needs_more).U
     return vectors[:, :rank].contiguous()
 
 
 @torch.enable_grad()
 def fit(start: Tucker, loss: Callable[[Tensor], Tensor], steps: int) -> Tucker:
     """Minimize a function of the dense tensor by L-BFGS; return factors with orthonormal columns."""
-    minimum = start.map(lambda component: component.detach().clone(memory_format=torch.contiguous_format))
-    parameters = list(minimum._asdict().values())
-    for parameter in parameters:
-        parameter.requires_grad_()
-    optimizer = torch.optim.LBFGS(parameters, max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
+
+    def make_leaf(component: Tensor) -> Tensor:
+        copy = component.detach().clone(memory_format=torch.contiguous_format)
+        return copy.requires_grad_()
+
+    minimum = start.map(make_leaf)
+    optimizer = torch.optim.LBFGS(
+        list(minimum._asdict().values()),
+        max_iter=steps,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -408,14 +432,16 @@ def tucker_scaled(
         energy = relative_energy(error, tensor)
         if measure is None:
             return energy
-        return 1e-3 * energy + relative_energy(measure(error), measured)
+        measured_energy = relative_energy(measure(error), measured)
+        return 1e-3 * energy + measured_energy
 
     return fit(start, loss, steps=400)
 
 
 def relative_energy(tensor: Tensor, whole: Tensor) -> Tensor:
     """Return the squared norm of a tensor as a share of the squared norm of the whole. 0 if both are zero."""
-    energy = whole.square().sum().clamp(min=torch.finfo(whole.dtype).tiny)
+    smallest = torch.finfo(whole.dtype).tiny
+    energy = whole.square().sum().clamp(min=smallest)
     return tensor.square().sum() / energy
 
 
@@ -475,12 +501,15 @@ def component_shapes(ranks: Sequence[int], shape: Sequence[int]) -> dict[str, tu
 
 def count_parameters(ranks: Sequence[int], shape: Sequence[int]) -> int:
     """Return the number of parameters of a Tucker tensor of these ranks and this shape."""
-    return sum(map(math.prod, component_shapes(ranks, shape).values()))
+    shapes = component_shapes(ranks, shape)
+    return sum(map(math.prod, shapes.values()))
 
 
 def form_text(form: Sequence[Rank] | None) -> str:
     """Return ranks as text, e.g. "(full, full, 1)"."""
-    return "" if form is None else f"({', '.join(map(str, form))})"
+    if form is None:
+        return ""
+    return f"({', '.join(map(str, form))})"
 
 
 def full_shape(tensor: Any) -> tuple[int, ...]:
