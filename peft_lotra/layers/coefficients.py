@@ -63,7 +63,8 @@ class CoefficientTensor:
         """The canonical shape of each part: the outputs of its members follow each other."""
         shapes = []
         for part in self.parts:
-            out, *others = zip(*(member.shape for member in part), strict=True)
+            member_shapes = [member.shape for member in part]
+            out, *others = zip(*member_shapes, strict=True)
             shapes.append((sum(out), *map(max, others)))
         return shapes
 
@@ -145,17 +146,21 @@ class CoefficientTensor:
         for part, part_shape in zip(parts, self.part_shapes, strict=False):
             out = 0
             for name, layout, lengths, stored, shape in part:
-                block = tensor[out : out + shape[0], : shape[1], basis : basis + shape[2]]
+                rows, inputs, count, *_ = shape
+                block = tensor[out : out + rows, :inputs, basis : basis + count]
                 parameters[name] = layout.from_canonical(block, lengths, stored)
-                out += shape[0]
+                out += rows
             basis += part_shape[2]
         return parameters
 
 
 def _pad(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """Add zeros at the end of the inputs and basis functions, up to a shape."""
-    kernel = (0, 0) * (tensor.dim() - 3)
-    return F.pad(tensor, (*kernel, 0, shape[2] - tensor.shape[2], 0, shape[1] - tensor.shape[1]))
+    _, inputs, basis, *kernel = tensor.shape
+    padding = [0, 0] * len(kernel)
+    padding += [0, shape[2] - basis]
+    padding += [0, shape[1] - inputs]
+    return F.pad(tensor, padding)
 
 
 def expand_name(layer: nn.Module, name: str) -> list[str]:
@@ -169,7 +174,10 @@ def expand_name(layer: nn.Module, name: str) -> list[str]:
     members = owner._modules if after else owner._parameters
     if not members and isinstance(owner, nn.ParameterList):  # sharded: plain tensors
         members = range(len(owner))
-    return [full for member in members for full in expand_name(layer, f"{before}{member}{after}")]
+    names = []
+    for member in members:
+        names += expand_name(layer, f"{before}{member}{after}")
+    return names
 
 
 def get_or_none(layer: nn.Module, name: str, default: Any = None) -> Any:

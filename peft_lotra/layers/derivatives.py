@@ -44,9 +44,11 @@ def find_stages(module: nn.Module) -> list[Stage] | None:
     if not module._modules or in_transform():
         return None
     state = _registered_kinds(), *state_of(module)
-    if module not in _networks or _networks[module][0] != state:
-        _networks[module] = state, _trace(module)
-    return join_stages(_networks[module][1])
+    traced_state, stages = _networks.get(module, (None, []))
+    if traced_state != state:
+        stages = _trace(module)
+        _networks[module] = state, stages
+    return join_stages(stages)
 
 
 def formula_of(layer: nn.Module) -> LayerFormula | None:
@@ -68,7 +70,8 @@ def formula_of(layer: nn.Module) -> LayerFormula | None:
     for name, value in (*layer.named_parameters(), *layer.named_buffers()):
         if name not in terms and not name.startswith(f"{spec.normalization}."):
             tensors.append(value)
-    return formula._replace(basis=basis._replace(tensors=tuple(tensors)))
+    basis = basis._replace(tensors=tuple(tensors))
+    return formula._replace(basis=basis)
 
 
 def _registered_kinds() -> State:
@@ -78,8 +81,9 @@ def _registered_kinds() -> State:
 def _locate(module: nn.Module) -> Located | None:
     """Return the kind of a layer and where its coefficients are; None if it has no formula by its kind."""
     kinds = _registered_kinds()
-    if module in _layers and _layers[module][0] == kinds:
-        return _layers[module][1]
+    known_kinds, located = _layers.get(module, (None, None))
+    if known_kinds == kinds:
+        return located
     located = None
     spec = get_kan_spec(module)
     if spec is not None and (spec.basis or spec.splines or spec.derivatives):
@@ -103,14 +107,17 @@ def _possible_stages(network: nn.Module) -> Iterator[nn.Module]:
 def _trace(network: nn.Module) -> list[nn.Module]:
     """Return the modules that run one after the other, each on the very output of the one before."""
     modules = list(dict.fromkeys(_possible_stages(network)))
-    stages = [stage for module in modules for stage in stages_of(module) or ()]
+    stages: list[Stage] = []
+    for module in modules:
+        stages += stages_of(module) or ()
     sizes = [stage.in_features for stage in stages if stage.in_features is not None]
     if not any(stage.formula for stage in stages):
         return []
     calls: list[tuple[nn.Module, Any, Any]] = []
 
     def record(module: nn.Module, args: tuple, output: Any) -> None:
-        calls.append((module, args[0] if len(args) == 1 else None, output))
+        received = args[0] if len(args) == 1 else None
+        calls.append((module, received, output))
 
     with torch.inference_mode(False), torch.no_grad(), attributes_kept(network), buffers_kept(network):
         generator = torch.Generator().manual_seed(0)
@@ -121,12 +128,13 @@ def _trace(network: nn.Module) -> list[nn.Module]:
                 break
         handles = [module.register_forward_hook(record) for module in modules]
         try:
-            calls.append((network, network(value), None))
+            output = network(value)
         except Exception:  # foreign code: another width, or more arguments
             return []
         finally:
             for handle in handles:
                 handle.remove()
+    calls.append((network, output, None))
     for _, received, returned in calls:
         if received is not value:
             return []

@@ -81,7 +81,12 @@ def describe(layer: nn.Module, *args: Any, **kwargs: Any) -> Description:
     return Description(spec, "" if spec else reason)
 
 
-def compare(layer: nn.Module, spec: KANLayerSpec, *args: Any, **kwargs: Any) -> Description:
+def compare(
+    layer: nn.Module,
+    spec: KANLayerSpec,
+    *args: Any,
+    **kwargs: Any,
+) -> Description:
     """Compare a layer with a description. The `reason` says how the layer contradicts it.
 
     A built-in kind must fit. A user's description is taken at its word, unless gradients verify another layout.
@@ -89,7 +94,10 @@ def compare(layer: nn.Module, spec: KANLayerSpec, *args: Any, **kwargs: Any) -> 
     find = partial(_compare, layer, spec, args, kwargs)
     question = "compared", spec.kind, spec.parts, tuple(spec.residual or ())
     try:
-        description = find() if args or kwargs else cached_by_class(layer, question, find)
+        if args or kwargs:
+            description = find()
+        else:
+            description = cached_by_class(layer, question, find)
     except CannotProbe as reason:  # it may have values later
         return Description(spec, axes=f"not checked: {reason}")
     except ValueError:  # a pattern does not fit: raised again where the coefficients are read
@@ -99,15 +107,23 @@ def compare(layer: nn.Module, spec: KANLayerSpec, *args: Any, **kwargs: Any) -> 
 
 def is_linear(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> bool:
     """Return whether the output is an affine function of the coefficients, or that is not known."""
-    return spec.is_of_this_package(layer) or compare(layer, spec).is_linear is not False
+    if spec.is_of_this_package(layer):
+        return True
+    return compare(layer, spec).is_linear is not False
 
 
-def _compare(layer: nn.Module, spec: KANLayerSpec, args: Any, kwargs: Any) -> Description:
+def _compare(
+    layer: nn.Module,
+    spec: KANLayerSpec,
+    args: Any,
+    kwargs: Any,
+) -> Description:
     tensor = spec.locate(layer)
     if len(tensor.shape) == 3 and any(len(part) > 1 for part in tensor.parts):
         return Description(spec, axes="not checked: the module consists of several layers", is_linear=False)
     floating = [name for name, value in layer.named_parameters() if value.is_floating_point()]
-    probe = Probe(layer, dict.fromkeys([*tensor.parameters, *floating]), args, kwargs)
+    names = dict.fromkeys([*tensor.parameters, *floating])
+    probe = Probe(layer, names, args, kwargs)
     probe.place_inputs(spec.read_grid(layer).values())
     with isolated(probe.like):
         try:
@@ -130,7 +146,14 @@ def _compare(layer: nn.Module, spec: KANLayerSpec, args: Any, kwargs: Any) -> De
         used = {}
         for name, gradient in evidence.base.items():
             used[name] = gradient is not None and bool(gradient.any())
-        return Description(spec, reason, doubts, axes, evidence.is_linear([*tensor.parameters]), used)
+        return Description(
+            spec,
+            reason,
+            doubts,
+            axes,
+            is_linear=evidence.is_linear([*tensor.parameters]),
+            used=used,
+        )
 
 
 def _find_evidence(probe: Probe, tensor: CoefficientTensor) -> Evidence:
@@ -150,32 +173,43 @@ def _find_evidence(probe: Probe, tensor: CoefficientTensor) -> Evidence:
     raise CannotProbe(probe.error or "it takes no input that was made up")
 
 
-def _find_contradiction(layer: nn.Module, tensor: CoefficientTensor, args: Any, kwargs: Any) -> str:
+def _find_contradiction(
+    layer: nn.Module,
+    tensor: CoefficientTensor,
+    args: Any,
+    kwargs: Any,
+) -> str:
     """Return how the layout that gradients verify differs from the described one, or an empty string."""
     spec, _ = infer(layer, args, kwargs)
     if spec is None:
         return ""
     verified = {member.name: member for member in spec.locate(layer).members}
     for described in tensor.members:
-        if described.name not in verified:
+        name, layout, lengths, stored, _ = described
+        if name not in verified:
             continue
-        pair = described, verified[described.name]
-        positions = torch.arange(math.prod(described.stored)).view(described.stored)
-        if not torch.equal(*(member.layout.to_canonical(positions, member.lengths) for member in pair)):
-            pattern, verified_pattern = (member.layout.pattern for member in pair)
+        _, verified_layout, verified_lengths, *_ = verified[name]
+        positions = torch.arange(math.prod(stored)).view(stored)
+        canonical = layout.to_canonical(positions, lengths)
+        if not torch.equal(canonical, verified_layout.to_canonical(positions, verified_lengths)):
             return (
-                f"`{described.name}` {described.stored} is not laid out as {pattern!r}, its gradients are those of "
-                f"{verified_pattern!r}"
+                f"`{name}` {stored} is not laid out as {layout.pattern!r}, its gradients are those of "
+                f"{verified_layout.pattern!r}"
             )
     return ""
 
 
-def _find_doubts(evidence: Evidence, spec: KANLayerSpec, tensor: CoefficientTensor) -> dict[str, str]:
+def _find_doubts(
+    evidence: Evidence,
+    spec: KANLayerSpec,
+    tensor: CoefficientTensor,
+) -> dict[str, str]:
     """Say what speaks against adapting a parameter, or why it is left out."""
     doubts = {}
     described = {*spec.grid, spec.bias, *(spec.edge_scale or ())}
     for name, gradient in evidence.base.items():
-        module = evidence.probe.layer.get_submodule(name.rpartition(".")[0])
+        path, _, _ = name.rpartition(".")
+        module = evidence.probe.layer.get_submodule(path)
         if name in described or isinstance(module, NORMS):
             continue
         layout = tensor.parameters.get(name)

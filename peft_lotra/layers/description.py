@@ -157,7 +157,8 @@ class KANLayerSpec:
                 for name, parameter in members.items():
                     if not isinstance(parameter, Tensor):
                         raise ValueError(f"`{name}` is not as described. There is no such parameter.")
-                    shapes.append((name, tuple(parameter.shape)))
+                    shape = tuple(parameter.shape)
+                    shapes.append((name, shape))
                 parts.append((*pair, tuple(shapes)))
             axes = tuple(self.axes_of(layer).items())
             return _solve(self.kind, self.groups, tuple(parts), len(self.parts), axes)
@@ -208,7 +209,9 @@ class KANLayerSpec:
             return None
         name, pattern = self.edge_scale
         scale = get_or_none(layer, name)
-        return scale.t() if scale is not None and pattern == "i o" else scale
+        if scale is not None and pattern == "i o":
+            scale = scale.t()
+        return scale
 
     def read_edge_scale(self, layer: nn.Module, tensor: CoefficientTensor) -> Tensor | None:
         """Return the scales of the edges, (out, in, 1) or (out, in, 1, kernel); None without such a parameter."""
@@ -218,7 +221,9 @@ class KANLayerSpec:
             return None
         layout = parse_layout(pattern, self.groups, scale.dim())
         values = layout.to_canonical(scale, tensor.parts[0][0].lengths)
-        return values if values.dim() == len(tensor.shape) else values.unsqueeze(-1)
+        if values.dim() < len(tensor.shape):
+            values = values.unsqueeze(-1)
+        return values
 
     def describe(self, layer: nn.Module) -> dict[str, Any]:
         """Return the entry of a file that locates the coefficients without the registration, as in JSON."""
@@ -284,7 +289,9 @@ def _solve(
             with_shapes.append(member._replace(shape=shape))
         solved.append(tuple(with_shapes))
     tensor = CoefficientTensor(kind, tuple(solved), len(parts) > count)
-    outer = {part[0].name: shape[:2] for part, shape in zip(solved, tensor.part_shapes, strict=True)}
+    outer = {}
+    for members, shape in zip(solved, tensor.part_shapes, strict=True):
+        outer[members[0].name] = shape[:2]
     if len(set(outer.values())) > 1:
         raise ValueError(f"shapes are not as described. Those of (out, in) must be equal, and are {outer}.")
     return tensor
@@ -292,7 +299,8 @@ def _solve(
 
 def _count_unknown(member: Member) -> int:
     """Return the largest number of unknown lengths in a dimension."""
-    return max(len({*dim} - member.lengths.keys()) for dim in member.layout.blocks[0])
+    unknown = [{*dim} - member.lengths.keys() for dim in member.layout.blocks[0]]
+    return max(map(len, unknown))
 
 
 def spec_from_file(kind: str, description: Mapping[str, Any]) -> KANLayerSpec:
@@ -320,7 +328,8 @@ def has(attributes: str, where: Callable[[Any], bool] | None = None) -> Callable
     """
     words = [word.partition(":") for word in attributes.split()]
     getters = [(attrgetter(name), axes) for name, _, axes in words]
-    root = words[0][0].partition(".")[0]
+    first, *_ = words[0]
+    root, *_ = first.split(".")
 
     def matches(module: Any) -> bool:
         # an AttributeError, which says no, takes ten times as long

@@ -59,11 +59,14 @@ class Evidence:
 
     def gradients(self, x: Tensor | None = None, **options: Any) -> Gradients:
         """Return the gradients at an input, by default at `x`. See `Probe.gradients` for the options."""
-        return self.probe.gradients(self.x if x is None else x, self.channel, **options)
+        if x is None:
+            x = self.x
+        return self.probe.gradients(x, self.channel, **options)
 
     def perturb(self, names: Collection[str]) -> Gradients:
         """Return the gradients at perturbed parameters."""
-        return self.gradients(parameters=perturbed(self.probe.parameters, names))
+        parameters = perturbed(self.probe.parameters, names)
+        return self.gradients(parameters=parameters)
 
     @cached_property
     def base(self) -> Gradients:
@@ -94,12 +97,14 @@ class Evidence:
         blocks = self.x.unflatten(-1, (-1, count))
         half = count // 2
         for start in (0, count - half):
-            constant = slice(start, start + half)
-            varied = [*range(start), *range(start + half, count)]
+            stop = start + half
+            constant = slice(start, stop)
+            varied = [*range(start), *range(stop, count)]
             values = blocks[..., varied]
-            changes = [values.roll(step, -1) for step in (1, 2) if step < len(varied)]
             if count == 2:  # there is nothing to exchange
                 changes = [blocks.mean(-1, keepdim=True)]
+            else:
+                changes = [values.roll(step, -1) for step in (1, 2) if step < len(varied)]
             for change in changes:
                 x = blocks.clone()
                 x[..., varied] = change
@@ -157,7 +162,8 @@ class Evidence:
         reweighted = join(self.reweighted, tensor)
         if not is_parallel(gradient, reweighted):
             return False
-        if not is_parallel(gradient.reshape(1, 1, -1), reweighted.reshape(1, 1, -1)):
+        together = gradient.reshape(1, 1, -1)
+        if not is_parallel(together, reweighted.reshape(1, 1, -1)):
             return True
         # one factor for all outputs says little, as behind a softmax, or a norm of two outputs
         largest = gradient[_largest_row(gradient)]
@@ -168,12 +174,14 @@ class Evidence:
         result = None
         for constant, gradients in self.exchanged(tensor.shape[1]):
             exchanged = join(gradients, tensor)
+            size = torch.maximum(gradient.abs().max(), exchanged.abs().max())
             change = _change(gradient, exchanged, constant)
             largest = change.max()
-            if largest > _EFFECT * torch.maximum(gradient.abs().max(), exchanged.abs().max()):
-                result = True
-                if change[:, constant].max() > _ROUNDING * largest:
-                    return False
+            if not largest > _EFFECT * size:
+                continue
+            result = True
+            if change[:, constant].max() > _ROUNDING * largest:
+                return False
         return result
 
     def _has_functions(self, tensor: CoefficientTensor) -> bool:
@@ -185,11 +193,13 @@ class Evidence:
         else:
             samples += [gradients for _, gradients in self.exchanged(inputs)]
         row = _largest_row(join(self.base, tensor))
-        matrices = torch.stack([join(gradients, tensor)[row, :_ROWS] for gradients in samples], dim=1)
+        functions = [join(gradients, tensor)[row, :_ROWS] for gradients in samples]
+        matrices = torch.stack(functions, dim=1)
         if not matrices.isfinite().all():
             return False
         singular = torch.linalg.svdvals(matrices.double())
-        return bool((singular[:, 1:2] > _EFFECT**2 * singular.max()).any())
+        smallest = _EFFECT**2 * singular.max()
+        return bool((singular[:, 1:2] > smallest).any())
 
     @cached_property
     def is_nonlinear(self) -> bool:
@@ -205,6 +215,7 @@ class Evidence:
         if self.size > 1:
             rows[2] = rows[0].roll(1)  # a normalization does not make them equal
         rows[1] = (rows[0] + rows[2]) / 2
+
         parameters = perturbed(self.probe.parameters, self.probe.parameters)
         outputs = []
         for last in (2, 0):  # one row or the other: a norm by the extremes of all rows does not notice
@@ -224,7 +235,12 @@ class Evidence:
 
     # What parameters do
 
-    def stays(self, tensor: CoefficientTensor, names: Collection[str], observed: str = "") -> bool:
+    def stays(
+        self,
+        tensor: CoefficientTensor,
+        names: Collection[str],
+        observed: str = "",
+    ) -> bool:
         """Return whether perturbed parameters change a gradient only by a factor for each output.
 
         Args:
@@ -235,14 +251,17 @@ class Evidence:
         for part in tensor.parts:
             if observed in {member.name for member in part}:
                 tensor = CoefficientTensor(tensor.kind, (part,))
-        return is_parallel(join(self.base, tensor), join(self.perturb(names), tensor))
+        changed = self.perturb(names)
+        return is_parallel(join(self.base, tensor), join(changed, tensor))
 
     def stays_on_edges(self, tensor: CoefficientTensor, names: Collection[str]) -> bool:
         """Return whether perturbed parameters change a gradient only by a factor for each edge and branch."""
-        pair = (join(self.base, tensor), join(self.perturb(names), tensor))
-        first, second = (gradient.flatten(0, 1).unsqueeze(1) for gradient in pair)  # (out * in, 1, rest)
-        count = tensor.shape[2] if len(tensor.shape) == 3 else first.shape[2]
-        return all(map(is_parallel, first.split(count, -1), second.split(count, -1)))
+        branches = []
+        for gradients in (self.base, self.perturb(names)):
+            edges = join(gradients, tensor).flatten(0, 1).unsqueeze(1)  # (out * in, 1, rest)
+            count = tensor.shape[2] if len(tensor.shape) == 3 else edges.shape[2]
+            branches.append(edges.split(count, -1))
+        return all(map(is_parallel, *branches))
 
     def is_additive(self, names: Collection[str]) -> bool:
         """Return whether parameters add to the output: if they are perturbed, no other gradient changes."""
@@ -265,7 +284,8 @@ class Evidence:
             parameters = perturbed(self.probe.parameters, names, torch.randn, factor)
             gradients = self.gradients(x, parameters=parameters)
             named = [gradients[name] for name in names]
-            ends.append(torch.cat([gradient.flatten() for gradient in named if gradient is not None]))
+            flat = [gradient.flatten() for gradient in named if gradient is not None]
+            ends.append(torch.cat(flat))
         first, second = ends
         size = (first.abs() + second.abs()).max()
         if not 0 < size < math.inf:
@@ -284,8 +304,8 @@ def run_at_sizes(probe: Probe, size: int, kernel: Sequence[int] = ()) -> Iterato
             continue
         has_rows = y.dim() == x.dim() if kernel else y.shape[:-1] == x.shape[:-1]
         if not has_rows:
-            shapes = [tuple(value.movedim(-1, channel).shape) for value in (x, y)]
-            probe.error = probe.error or f"for an input {shapes[0]} it returns {shapes[1]}"
+            x_shape, y_shape = [tuple(value.movedim(-1, channel).shape) for value in (x, y)]
+            probe.error = probe.error or f"for an input {x_shape} it returns {y_shape}"
             continue
         evidence = Evidence(probe, x, channel, y.shape[-1])
         yield evidence
@@ -304,7 +324,8 @@ def _make_inputs(probe: Probe, size: int, kernel: Sequence[int]) -> list[tuple[T
         return inputs
     if kernel:
         lengths = [4 * length + 3 for length in kernel]
-        return [(probe.make_input((1, *lengths, size)), -1 - len(kernel))]
+        image = probe.make_input((1, *lengths, size))
+        return [(image, -1 - len(kernel))]
     tokens = probe.make_input((1, 1, size))
     return [(tokens[0], -1), (tokens, -1), (tokens, -2)]
 
@@ -312,8 +333,8 @@ def _make_inputs(probe: Probe, size: int, kernel: Sequence[int]) -> list[tuple[T
 def count_inputs(tensor: CoefficientTensor) -> int:
     """Return the number of inputs of a layer: of all blocks of a convolution with groups."""
     members = tensor.parts[0]
-    lengths = members[0].lengths
-    groups = math.prod([lengths[axis] for axis in members[0].layout.groups])
+    _, layout, lengths, *_ = members[0]
+    groups = math.prod([lengths[axis] for axis in layout.groups])
     return len(members) * groups * tensor.shape[1]
 
 
@@ -331,7 +352,8 @@ def join(gradients: Gradients, tensor: CoefficientTensor) -> Tensor:
 
 def _largest_row(gradient: Tensor) -> int:
     """Return the output with the largest gradient."""
-    return int(gradient.flatten(1).abs().amax(1).argmax())
+    sizes = gradient.flatten(1).abs().amax(1)
+    return int(sizes.argmax())
 
 
 def _change(first: Tensor, second: Tensor, fitted: slice) -> Tensor:
@@ -342,6 +364,8 @@ def _change(first: Tensor, second: Tensor, fitted: slice) -> Tensor:
     is_smaller = (first_size < second_size)[:, None, None]
     larger = torch.where(is_smaller, second, first)
     smaller = torch.where(is_smaller, first, second)
+
+    # the factor by least squares
     x = larger[:, fitted].flatten(1)
     y = smaller[:, fitted].flatten(1)
     squares = (x * x).sum(1).clamp(min=1e-30)

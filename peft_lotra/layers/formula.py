@@ -23,13 +23,7 @@ from ..derivatives.layers import evaluate_layer
 from ..derivatives.torch_fallback import elementwise_derivatives, jet_by_transforms
 from ..kan.basis import SPLINE_ORDERS, UniformGrid, in_transform
 from ..kan.formula import FunctionBasis, LayerFormula
-from ..modules.calls import (
-    attributes_kept,
-    call_with_parameters,
-    is_tracing,
-    own_attributes,
-    runs_more_than_its_class,
-)
+from ..modules.calls import attributes_kept, call_with_parameters, is_tracing, own_attributes, runs_more_than_its_class
 from ..tucker import Update
 from .coefficients import CoefficientTensor, get_or_none
 from .describe import is_linear
@@ -82,7 +76,8 @@ class FormulaReader(NamedTuple):
         if self.is_uniform:
             basis = spec.splines(layer)
         else:
-            basis = FunctionBasis(self.tensor.shape[2], partial(_evaluate_basis, spec, layer))
+            functions = partial(_evaluate_basis, spec, layer)
+            basis = FunctionBasis(self.tensor.shape[2], functions)
         bias = spec.bias and get_or_none(layer, spec.bias)
         norm = spec.normalization and get_or_none(layer, spec.normalization)
         activation: Any = F.silu
@@ -92,7 +87,12 @@ class FormulaReader(NamedTuple):
         return LayerFormula(basis, coefficients, residual, (), spec.scale(layer), bias, activation, norm)
 
     def accepts(
-        self, layer: nn.Module, stored: Tensor, updates: Sequence[Update], args: tuple, kwargs: dict[str, Any]
+        self,
+        layer: nn.Module,
+        stored: Tensor,
+        updates: Sequence[Update],
+        args: tuple,
+        kwargs: dict[str, Any],
     ) -> bool:
         """Return whether the formula may evaluate a call. If not, the layer runs."""
         if len(args) != 1 or kwargs:
@@ -112,7 +112,12 @@ class FormulaReader(NamedTuple):
         return all(component.dtype == x.dtype for component in components)
 
 
-def _evaluate_basis(spec: Any, layer: nn.Module, z: Tensor, highest: int) -> list[Tensor]:
+def _evaluate_basis(
+    spec: Any,
+    layer: nn.Module,
+    z: Tensor,
+    highest: int,
+) -> list[Tensor]:
     if spec.basis is not None and (highest == 0 or spec.derivatives is None):
         return [spec.basis(layer, z)]
     return spec.derivatives(layer, z, highest)
@@ -135,7 +140,11 @@ def state_of(layer: nn.Module) -> State:
     return tuple(state)
 
 
-def find_obstacle(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> str | None:
+def find_obstacle(
+    layer: nn.Module,
+    spec: KANLayerSpec,
+    tensor: CoefficientTensor,
+) -> str | None:
     """Return why no formula can give the outputs of the layer; None if one may."""
     dtype = tensor.get_parameter(layer).dtype
     if tensor.shape[3:]:
@@ -153,7 +162,10 @@ def find_obstacle(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTenso
 
 @torch.no_grad()
 def find_formula(
-    layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, for_jets: bool = False
+    layer: nn.Module,
+    spec: KANLayerSpec,
+    tensor: CoefficientTensor,
+    for_jets: bool = False,
 ) -> FormulaReader | None:
     """Return the formula of the outputs of the layer in its present mode; None if there is none.
 
@@ -169,7 +181,10 @@ def find_formula(
     if stored.is_meta or layer in _recorders or runs_more_than_its_class(layer):
         return None
     if spec.is_of_this_package(layer):
-        return None if find_obstacle(layer, spec, tensor) else FormulaReader(spec, tensor, is_own=True)
+        if find_obstacle(layer, spec, tensor) is not None:
+            return None
+        return FormulaReader(spec, tensor, is_own=True)
+
     answers = _answers.setdefault(layer, {})
     grid = spec.read_grid(layer)
     state = (id(spec), for_jets, stored.dtype, state_of(layer))
@@ -177,19 +192,25 @@ def find_formula(
     if in_transform() or (state in answers and same_grid(verified_grid, grid)):
         return reader  # in transforms nothing can be compared
 
+    reader = _search(layer, spec, tensor, for_jets)
     if len(answers) > 8:  # states that come and go
         answers.clear()
-    reader = _search(layer, spec, tensor, for_jets)
     answers[state] = copy_grid(grid), reader
     return reader
 
 
-def _search(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, for_jets: bool) -> FormulaReader | None:
+def _search(
+    layer: nn.Module,
+    spec: KANLayerSpec,
+    tensor: CoefficientTensor,
+    for_jets: bool,
+) -> FormulaReader | None:
     """Return the formula with the splines of the kind, or else with its basis, that gives the outputs of the layer."""
     if find_obstacle(layer, spec, tensor) is not None:
         return None
     reader = None
-    with attributes_kept(layer) as has_set, isolated(tensor.get_parameter(layer)), torch.no_grad():
+    stored = tensor.get_parameter(layer)
+    with attributes_kept(layer) as has_set, isolated(stored), torch.no_grad():
         for is_uniform in (True, False):
             # foreign code may want more arguments, or other shapes
             with suppress(Exception):
@@ -201,16 +222,21 @@ def _search(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, for
 
 
 def _verify(
-    layer: nn.Module, spec: Any, tensor: CoefficientTensor, is_uniform: bool, for_jets: bool
+    layer: nn.Module,
+    spec: Any,
+    tensor: CoefficientTensor,
+    is_uniform: bool,
+    for_jets: bool,
 ) -> FormulaReader | None:
     """Return the formula if it gives the outputs of the layer."""
     ends = _grid_ends(layer, spec, tensor, is_uniform)
     if ends is None:
         return None
-    stored = tensor.get_parameter(layer)
     points = _points_around(*ends, tensor.shape[1])
-    x = points.to(stored)
-    is_silu = not tensor.has_residual or torch.equal(spec.activation(layer, x), F.silu(x))
+    x = points.to(tensor.get_parameter(layer))
+    is_silu = True
+    if tensor.has_residual:
+        is_silu = torch.equal(spec.activation(layer, x), F.silu(x))
     reader = FormulaReader(spec, tensor, is_uniform, is_silu)
 
     # first with other parameters, which a layer may initialize in place at its first input
@@ -230,7 +256,8 @@ def _verify(
 def _has_right_values(reader: FormulaReader, layer: nn.Module, x: Tensor) -> bool:
     """Compare values, and check that the layer does not update buffers, as the formula would not."""
     buffers = dict(layer.named_buffers())
-    tolerance = _TOLERANCE[reader.tensor.get_parameter(layer).dtype]
+    dtype = reader.tensor.get_parameter(layer).dtype
+    tolerance = _TOLERANCE[dtype]
 
     def run() -> bool:
         expected = layer(x)
@@ -243,7 +270,12 @@ def _has_right_values(reader: FormulaReader, layer: nn.Module, x: Tensor) -> boo
     return call_with_parameters(layer, copies, run, (), {})
 
 
-def _grid_ends(layer: nn.Module, spec: Any, tensor: CoefficientTensor, is_uniform: bool) -> tuple[Any, Any] | None:
+def _grid_ends(
+    layer: nn.Module,
+    spec: Any,
+    tensor: CoefficientTensor,
+    is_uniform: bool,
+) -> tuple[Any, Any] | None:
     """Return both ends of the grid, numbers or (in,); None if the layer has no such basis."""
     if is_uniform:
         grid = spec.splines and spec.splines(layer)
@@ -256,7 +288,9 @@ def _grid_ends(layer: nn.Module, spec: Any, tensor: CoefficientTensor, is_unifor
         return None
     values = spec.read_grid(layer).values()
     tensors = [value.flatten() for value in values if isinstance(value, Tensor) and value.numel()]
-    return torch.cat(tensors).aminmax() if tensors else (-2.0, 2.0)
+    if not tensors:
+        return -2.0, 2.0
+    return torch.cat(tensors).aminmax()
 
 
 def _points_around(low: Any, high: Any, width: int) -> Tensor:
@@ -279,17 +313,25 @@ def _points_around(low: Any, high: Any, width: int) -> Tensor:
     shares = steps.mul(GOLDEN_RATIO).frac().view(-1, width)
     near, far, last = shares.split(sizes)
 
+    near_points = torch.lerp(low, high, 3 * near - 1)
+
     signs = torch.tensor([-1.0, 1.0], **options).repeat(len(distances) // 2)
     lengths = (signs * distances).unsqueeze(1) * (1 + far)
-    far_points = (low + high) / 2 + lengths * (high - low).clamp(min=2)
+    unit = (high - low).clamp(min=2)
+    far_points = (low + high) / 2 + lengths * unit
 
     last_points = torch.lerp(low, high, 3 * last - 1)
     last_points[last < 0.5] = 0
     last_points[-1] = 0
-    return torch.cat([torch.lerp(low, high, 3 * near - 1), far_points, last_points])
+    return torch.cat([near_points, far_points, last_points])
 
 
-def _agree(result: Tensor, expected: Tensor, tolerance: float, floor: float = 0.0) -> bool:
+def _agree(
+    result: Tensor,
+    expected: Tensor,
+    tolerance: float,
+    floor: float = 0.0,
+) -> bool:
     """Return whether two results (..., rows, out) at `_points_around` agree.
 
     Each difference is a share of the largest number among eight rows, or among those near the grid. Numbers that are
@@ -315,12 +357,19 @@ def _largest_of_blocks(values: Tensor) -> Tensor:
     return blocks.flatten(1).abs().amax(1)
 
 
-def _at_other_parameters(reader: FormulaReader, layer: nn.Module, points: Tensor, compare: Any) -> bool:
+def _at_other_parameters(
+    reader: FormulaReader,
+    layer: nn.Module,
+    points: Tensor,
+    compare: Any,
+) -> bool:
     """Return `compare(formula, layer, x, tolerances)` in float64, at parameters that each have an effect.
 
     Buffers outside of the grid are perturbed too: a mask, or a temperature, may be set later.
     """
     stored = reader.tensor.get_parameter(layer)
+    x = points.to(stored.device)
+    tolerances = _JET_TOLERANCES[stored.dtype]
     grid = reader.spec.read_grid(layer)
     parameters = dict(layer.named_parameters())
     buffers = dict(layer.named_buffers())
@@ -336,23 +385,28 @@ def _at_other_parameters(reader: FormulaReader, layer: nn.Module, points: Tensor
     values = perturbed(values, parameters.keys() - grid.keys(), torch.randn)
 
     def run() -> bool:
-        return compare(reader.read(layer), layer, points.to(stored.device), _JET_TOLERANCES[stored.dtype])
+        return compare(reader.read(layer), layer, x, tolerances)
 
     return call_with_parameters(layer, values, run, (), {})
 
 
-def _has_right_slopes(formula: LayerFormula, layer: nn.Module, x: Tensor, tolerances: Sequence[float]) -> bool:
+def _has_right_slopes(
+    formula: LayerFormula,
+    layer: nn.Module,
+    x: Tensor,
+    tolerances: Sequence[float],
+) -> bool:
     """Compare values, slopes, a single row, and what becomes of NaN."""
     y, slope, single, is_nan = _observe(formula.output, x)
     expected, expected_slope, expected_single, is_expected_nan = _observe(layer, x)
+    if not _agree(y, expected, tolerances[0]):
+        return False
     # slopes may be zero to rounding, e.g. behind the norm of a single input
     floor = 1e-3 * float(expected[:_NEAR].abs().max())
-    return (
-        _agree(y, expected, tolerances[0])
-        and _agree(slope, expected_slope, tolerances[1], floor)
-        and torch.allclose(single, expected_single, rtol=1e-6, atol=1e-6)
-        and torch.equal(is_nan, is_expected_nan)
-    )
+    if not _agree(slope, expected_slope, tolerances[1], floor):
+        return False
+    is_same_row = torch.allclose(single, expected_single, rtol=1e-6, atol=1e-6)
+    return is_same_row and torch.equal(is_nan, is_expected_nan)
 
 
 def _observe(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -362,13 +416,21 @@ def _observe(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, T
         y = function(point)
         weights = torch.linspace(0.5, 1.5, y.shape[-1], dtype=y.dtype, device=y.device)
         (slope,) = torch.autograd.grad(y, point, weights.expand_as(y))
-    row = x[:1]
-    with_nan = row.clone()
+
+    # the function may write into its input
+    single = function(x[:1].clone())
+    with_nan = x[:1].clone()
     with_nan[0, 0] = torch.nan
-    return y.detach(), slope, function(row.clone()), function(with_nan).isnan()
+    is_nan = function(with_nan).isnan()
+    return y.detach(), slope, single, is_nan
 
 
-def _has_right_jets(formula: LayerFormula, layer: nn.Module, x: Tensor, tolerances: Sequence[float]) -> bool:
+def _has_right_jets(
+    formula: LayerFormula,
+    layer: nn.Module,
+    x: Tensor,
+    tolerances: Sequence[float],
+) -> bool:
     """Compare values, slopes and second derivatives, and the higher derivatives of the functions."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(2, x.shape[1], generator=generator, device="cpu").to(x)
@@ -385,7 +447,9 @@ def _has_right_higher_derivatives(basis: FunctionBasis, x: Tensor) -> bool:
     """Compare each derivative from the third on, which gradients need, with the slope of the one before."""
     derivatives = basis.derivatives(x, 5)
     for order in range(2, len(derivatives) - 1):
-        _, slope = elementwise_derivatives(lambda z, order=order: basis.derivatives(z, order)[order], x, 1)
-        if not _agree(derivatives[order + 1].flatten(1), slope.flatten(1), 1e-9, 1e-3):
+        derivative = lambda z, order=order: basis.derivatives(z, order)[order]  # noqa: E731
+        _, slope = elementwise_derivatives(derivative, x, 1)
+        following = derivatives[order + 1]
+        if not _agree(following.flatten(1), slope.flatten(1), 1e-9, 1e-3):
             return False
     return True

@@ -56,7 +56,11 @@ Tensors = Mapping[str, Tensor]
 _hypothesis = partial(KANLayerSpec, KIND, matches_nothing)
 
 
-def infer(layer: nn.Module, args: Any = (), kwargs: Any = None) -> tuple[KANLayerSpec | None, str]:
+def infer(
+    layer: nn.Module,
+    args: Any = (),
+    kwargs: Any = None,
+) -> tuple[KANLayerSpec | None, str]:
     """Infer the description of a layer from its outputs; return None and the reason in one sentence if there is none.
 
     Args:
@@ -70,15 +74,19 @@ def infer(layer: nn.Module, args: Any = (), kwargs: Any = None) -> tuple[KANLaye
         return None, "it has no matrices of its own, or parts that may be layers of their own."
     find = partial(_find_spec, layer, candidates, args, kwargs)
     try:
-        return find() if args or kwargs else cached_by_class(layer, (KIND,), find)
+        if args or kwargs:
+            return find()
+        return cached_by_class(layer, (KIND,), find)
     except CannotProbe as reason:
         return None, f"{reason}."
 
 
 def is_no_layer(module: nn.Module) -> bool:
     """Return whether a module is no KAN layer by its class, or holds the formulas of pykan's networks."""
-    library = type(module).__module__.partition(".")[0]
-    return library in _LIBRARIES or isinstance(module, _NO_LAYERS) or "funs_sympy" in vars(module)
+    library, *_ = type(module).__module__.split(".")
+    if library in _LIBRARIES or isinstance(module, _NO_LAYERS):
+        return True
+    return "funs_sympy" in vars(module)
 
 
 def _find_candidates(layer: nn.Module) -> Tensors:
@@ -120,7 +128,12 @@ def _count_elements(tensors: Tensors) -> int:
     return sum(value.numel() for value in tensors.values())
 
 
-def _find_spec(layer: nn.Module, candidates: Tensors, args: Any, kwargs: Any) -> tuple[KANLayerSpec | None, str]:
+def _find_spec(
+    layer: nn.Module,
+    candidates: Tensors,
+    args: Any,
+    kwargs: Any,
+) -> tuple[KANLayerSpec | None, str]:
     parameters = {name: value for name, value in layer.named_parameters() if value.is_floating_point()}
     probe = Probe(layer, parameters, args, kwargs)
     knots = {name for name, value in parameters.items() if _has_increasing_rows(value)}
@@ -151,9 +164,11 @@ def _find_spec(layer: nn.Module, candidates: Tensors, args: Any, kwargs: Any) ->
 def _add_grid(spec: KANLayerSpec, layer: nn.Module, grid: Iterable[str]) -> KANLayerSpec:
     """Add the tensors that are no coefficients as a grid, and the methods that move it."""
     adapted = spec.locate(layer).parameters
-    names = tuple(name for name in grid if name not in adapted)
-    methods = tuple(name for name in dir(type(layer)) if re.match(_MOVES_GRID, name))
-    return replace(spec, grid=names, grid_methods=methods if names else ())
+    names = [name for name in grid if name not in adapted]
+    methods = []
+    if names:
+        methods = [name for name in dir(type(layer)) if re.match(_MOVES_GRID, name)]
+    return replace(spec, grid=tuple(names), grid_methods=tuple(methods))
 
 
 def _has_increasing_rows(value: Tensor) -> bool:
@@ -163,7 +178,8 @@ def _has_increasing_rows(value: Tensor) -> bool:
     steps = value.detach().diff()
     if steps.numel() < 8 or (steps < 0).any():
         return False
-    return bool((steps.sum(-1) > 0).all())
+    rises = steps.sum(-1)
+    return bool((rises > 0).all())
 
 
 def candidate_sizes(layer: nn.Module) -> list[int]:
@@ -233,13 +249,16 @@ def _patterns(shape: torch.Size, evidence: Evidence, letter: str) -> Iterator[st
             basis = [axis for axis in axes if shape[axis] > 1 and axis not in names]
             for axis in basis:
                 names[axis] = letter if len(basis) == 1 else f"{letter}{axis}"
-            yield " ".join(names.get(axis, "()") for axis in axes)
+            words = [names.get(axis, "()") for axis in axes]
+            yield " ".join(words)
 
 
 def _patterns_of_matrix(shape: torch.Size, evidence: Evidence, letter: str) -> Iterator[str]:
-    inputs, outputs = evidence.size, evidence.outputs
+    inputs = evidence.size
+    outputs = evidence.outputs
     for axis in (1, 0):
-        flat, single = shape[axis], shape[1 - axis]
+        flat = shape[axis]
+        single = shape[1 - axis]
         layouts = []
         if single == outputs and flat % inputs == 0 and flat >= 2 * inputs:
             layouts += [("o", f"(i {letter})"), ("o", f"({letter} i)")]
@@ -258,7 +277,12 @@ def _fits(evidence: Evidence, spec: KANLayerSpec) -> bool:
         return False
 
 
-def _is_coefficient(evidence: Evidence, spec: KANLayerSpec, name: str, tensors: Tensors) -> bool:
+def _is_coefficient(
+    evidence: Evidence,
+    spec: KANLayerSpec,
+    name: str,
+    tensors: Tensors,
+) -> bool:
     """Return whether a matrix has an axis of outputs.
 
     For one output, shapes do not tell: centers of functions have the same, and so have functions of each unit, which a
@@ -280,10 +304,9 @@ def _is_coefficient(evidence: Evidence, spec: KANLayerSpec, name: str, tensors: 
 
 def _find_matrices(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | None:
     """Describe coefficients in several matrices: one for each function, or scale, shift and weight of wavelets."""
-    lengths = {"o": evidence.outputs, "i": evidence.size}
     used = [name for name in tensors if evidence.base[name] is not None]
-    for pattern in ("o i", "i o"):
-        shape = tuple(lengths[axis] for axis in pattern.split())
+    edges = (evidence.outputs, evidence.size)
+    for pattern, shape in (("o i", edges), ("i o", edges[::-1])):
         coefficients = [(name, pattern) for name in used if tensors[name].shape == shape]
         if len(coefficients) > 1:
             spec = _hypothesis(coefficients)
@@ -309,6 +332,7 @@ def _add_branches(evidence: Evidence, spec: KANLayerSpec, tensors: Tensors) -> K
                     factors[name] = pattern
                 break
     size = sum(tensors[name].numel() for name in coefficients)
-    if sum(tensors[name].numel() for name in factors) > _SMALL * size:
+    size_of_factors = sum(tensors[name].numel() for name in factors)
+    if size_of_factors > _SMALL * size:
         spec = replace(spec, coefficients=(*spec.parts, *factors.items()))
     return spec

@@ -23,10 +23,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import islice
+from itertools import chain, islice
 
 from einops import EinopsError, reduce, repeat
 from einops.parsing import ParsedExpression
@@ -125,8 +125,9 @@ class Layout:
 
     def _solve_lengths(self, shape: Sequence[int], lengths: dict[str, int]) -> str:
         """Add the unknown lengths of axes to `lengths`. Return the contradiction, or an empty string."""
-        if len(shape) != sum(self.stored_over):
-            return f"it names {sum(self.stored_over)} dimensions"
+        dimensions = sum(self.stored_over)
+        if len(shape) != dimensions:
+            return f"it names {dimensions} dimensions"
         sizes = iter(shape)
         for count, dim, *packed in zip(self.stored_over, *self.blocks, strict=True):
             size = math.prod(islice(sizes, count))
@@ -139,19 +140,27 @@ class Layout:
         """Return a stored parameter as (out, in, basis[, kernel]), with packed residual weights as the last slice."""
         if self._is_canonical:  # einops takes as long as the arithmetic of a small layer
             return parameter if parameter.dim() == 3 else parameter.unsqueeze(2)
+
         if len(self.stored_over) < parameter.dim():
-            parameter = parameter.reshape([_multiply(dim, lengths) for dim in self.blocks[0]])
+            shape = [_multiply(dim, lengths) for dim in self.blocks[0]]
+            parameter = parameter.reshape(shape)
         blocks: Sequence[Tensor] = [parameter]
         if self.has_residual:
-            packed = [dims[self._packed_dim] for dims in self.blocks]
-            blocks = parameter.split([_multiply(dim, lengths) for dim in packed], self._packed_dim)
+            sizes = [_multiply(dims[self._packed_dim], lengths) for dims in self.blocks]
+            blocks = parameter.split(sizes, self._packed_dim)
         tensors = []
         for block, (stored, canonical, axes) in zip(blocks, self._expressions, strict=True):
-            sizes = {axis: lengths[axis] for axis in axes}
-            tensors.append(repeat(block, f"{stored} -> {canonical}", **sizes))
+            lengths_of_axes = {axis: lengths[axis] for axis in axes}
+            tensor = repeat(block, f"{stored} -> {canonical}", **lengths_of_axes)
+            tensors.append(tensor)
         return concatenate(tensors, 2)
 
-    def from_canonical(self, tensor: Tensor, lengths: Lengths, shape: Sequence[int]) -> Tensor:
+    def from_canonical(
+        self,
+        tensor: Tensor,
+        lengths: Lengths,
+        shape: Sequence[int],
+    ) -> Tensor:
         """Return (out, in, basis[, kernel]) in the stored shape, the inverse of `to_canonical`. It is differentiable.
 
         Along the axes in `shared` the mean is stored.
@@ -163,8 +172,9 @@ class Layout:
             blocks = [tensor[:, :, :-1], tensor[:, :, -1:]]
         tensors = []
         for block, (stored, canonical, axes) in zip(blocks, self._expressions, strict=True):
-            sizes = {axis: lengths[axis] for axis in axes}
-            tensors.append(reduce(block, f"{canonical} -> {stored}", "mean", **sizes))
+            lengths_of_axes = {axis: lengths[axis] for axis in axes}
+            tensor = reduce(block, f"{canonical} -> {stored}", "mean", **lengths_of_axes)
+            tensors.append(tensor)
         return concatenate(tensors, self._packed_dim).reshape(shape)
 
     @cached_property
@@ -178,9 +188,10 @@ class Layout:
     @cached_property
     def _is_canonical(self) -> bool:
         """Whether the parameter is stored as "o i k" or "o i"."""
-        if self.kernel or self.groups or self.has_residual or self.shared or sum(self.stored_over) > 3:
+        if self.kernel or self.groups or self.has_residual or self.shared:
             return False
-        return self.blocks[0][:2] == (("o",), ("i",))
+        is_edge = self.blocks[0][:2] == (("o",), ("i",))
+        return is_edge and sum(self.stored_over) <= 3
 
     @cached_property
     def _expressions(self) -> list[tuple[str, str, Axes]]:
@@ -190,20 +201,26 @@ class Layout:
             axes = _flatten(dims) + self.shared
             modes = []
             for mode in self._modes:
-                modes.append(tuple(axis for axis in mode if axis in axes))
+                present = [axis for axis in mode if axis in axes]
+                modes.append(tuple(present))
             expressions.append((_write(dims), _write(modes), axes))
         return expressions
 
 
-def _flatten(dims: Sequence[Axes]) -> Axes:
-    return tuple(axis for dim in dims for axis in dim)
+def _flatten(dims: Iterable[Axes]) -> Axes:
+    return tuple(chain.from_iterable(dims))
 
 
 def _multiply(axes: Sequence[str], lengths: Lengths) -> int:
     return math.prod([lengths[axis] for axis in axes])
 
 
-def _solve_length(blocks: Collection[Axes], dim: Axes, size: int, lengths: dict[str, int]) -> bool:
+def _solve_length(
+    blocks: Collection[Axes],
+    dim: Axes,
+    size: int,
+    lengths: dict[str, int],
+) -> bool:
     """Add the unknown length of a dimension to `lengths`. Return whether the blocks in it then have its size."""
     unknown = [axis for axis in dim if axis not in lengths]
     if len(unknown) > 1:
@@ -217,17 +234,27 @@ def _solve_length(blocks: Collection[Axes], dim: Axes, size: int, lengths: dict[
         else:
             constant += product
     for axis in unknown:
-        lengths[axis] = (size - constant) // max(slope, 1)
-        constant += slope * lengths[axis]
+        length = (size - constant) // max(slope, 1)
+        constant += slope * length
+        lengths[axis] = length
     return size == constant > 0
 
 
 def _write(dims: Sequence[Axes]) -> str:
-    return " ".join(dim[0] if len(dim) == 1 else f"({' '.join(dim)})" for dim in dims)
+    words = []
+    for dim in dims:
+        word = " ".join(dim)
+        words.append(word if len(dim) == 1 else f"({word})")
+    return " ".join(words)
 
 
 @lru_cache(1024)
-def parse_layout(pattern: str, groups: str = "", dimensions: int | None = None, may_share: bool = False) -> Layout:
+def parse_layout(
+    pattern: str,
+    groups: str = "",
+    dimensions: int | None = None,
+    may_share: bool = False,
+) -> Layout:
     """Parse a pattern.
 
     Args:
@@ -254,16 +281,20 @@ def parse_layout(pattern: str, groups: str = "", dimensions: int | None = None, 
             composition = ParsedExpression(text).composition
         except EinopsError as error:
             raise ValueError(f"{problem}{error}.") from error
-        dims = [tuple(dim) for dim in composition]
-        axes = _flatten(dims)
-        if not all(isinstance(axis, str) for axis in axes):
-            raise ValueError(f"{problem}an axis must have a name.")
-        stored_over = [_OVER.get(dim[-1], 1) if dim else 1 for dim in dims]
-        blocks.append([tuple(axis for axis in dim if axis not in _OVER) for dim in dims])
+        dims = []
+        stored_over = []
+        for dim in composition:
+            if not all(isinstance(axis, str) for axis in dim):
+                raise ValueError(f"{problem}an axis must have a name.")
+            dims.append(tuple(axis for axis in dim if axis not in _OVER))
+            stored_over.append(_OVER.get(dim[-1], 1) if dim else 1)
+        blocks.append(dims)
 
     kernel: Axes = ()
     if ("kernel",) in blocks[0]:
-        count = 2 if dimensions is None else max(dimensions - sum(stored_over) + 1, 0)
+        count = 2
+        if dimensions is not None:
+            count = max(dimensions - sum(stored_over) + 1, 0)
         kernel = tuple(f"kernel{n}" for n in range(count))
         position = blocks[0].index(("kernel",))
         stored_over[position : position + 1] = [1] * count
@@ -283,7 +314,8 @@ def parse_layout(pattern: str, groups: str = "", dimensions: int | None = None, 
 
 def _split_blocks(pattern: str) -> list[str]:
     """Return the pattern of each block of a `+`, in the syntax of einops, which has no `+` and no `:N`."""
-    text = re.sub(r"\):([2-9])", r" over\1)", pattern.replace("...", "kernel"))
+    text = pattern.replace("...", "kernel")
+    text = re.sub(r"\):([2-9])", r" over\1)", text)
     inner = r"((?:[^()+]|\([^()+]*\))*)"  # a block, perhaps with parentheses
     packed = re.search(rf"\({inner}\+{inner}\)", text)
     if packed is None:

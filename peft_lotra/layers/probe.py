@@ -94,11 +94,12 @@ def perturbed(
     generator = torch.Generator().manual_seed(_SEED)
     result = dict(parameters)
     for name in parameters:
-        if name in names:
-            parameter = parameters[name].detach()
-            scale = factor * (float(parameter.abs().mean()) or 1.0)
-            noise = draw(parameter.shape, generator=generator, device="cpu")
-            result[name] = parameter + scale * noise.to(parameter)
+        if name not in names:
+            continue
+        parameter = parameters[name].detach()
+        size = float(parameter.abs().mean()) or 1.0
+        noise = draw(parameter.shape, generator=generator, device="cpu")
+        result[name] = parameter + factor * size * noise.to(parameter)
     return result
 
 
@@ -115,14 +116,21 @@ class Probe:
     """
 
     @torch.inference_mode(False)  # copies made in that mode have no gradients
-    def __init__(self, layer: nn.Module, names: Iterable[str], args: Sequence[Any] = (), kwargs: Any = None) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        names: Iterable[str],
+        args: Sequence[Any] = (),
+        kwargs: Any = None,
+    ) -> None:
         self.layer = layer
         self.args = [*args]
         self.kwargs = dict(kwargs or {})
         self.parameters = {name: _copy_parameter(layer, name) for name in names}
         self.like = next(iter(self.parameters.values()))
         self.error = ""
-        self.low, self.high = -1.0, 1.0
+        self.low = -1.0
+        self.high = 1.0
 
         self._position = 0  # of the input among the arguments
         self.x: Tensor | None = None
@@ -137,19 +145,27 @@ class Probe:
         tensors = [value for value in grid if isinstance(value, Tensor) and value.numel() > 1]
         lows = [value.min().item() for value in tensors] or [-1.0]
         highs = [value.max().item() for value in tensors] or [1.0]
-        self.low, self.high = max(lows), min(highs)
+        self.low = max(lows)
+        self.high = min(highs)
         if not self.low < self.high:
-            self.low, self.high = lows[0], highs[0]
+            self.low = lows[0]
+            self.high = highs[0]
 
     def make_input(self, shape: Sequence[int]) -> Tensor:
         """Return points of this shape in the middle of the grid. None of them is repeated."""
         steps = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64, device="cpu")
         share = (steps * GOLDEN_RATIO).frac().view(*shape)
-        points = self.low + (self.high - self.low) * (0.25 + 0.5 * share)
+        middle_share = 0.25 + 0.5 * share
+        points = self.low + (self.high - self.low) * middle_share
         return points.to(self.like)
 
     @_reporting_errors()
-    def run(self, x: Tensor, channel: int, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+    def run(
+        self,
+        x: Tensor,
+        channel: int,
+        parameters: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Return the first output of the layer, with its features in the last axis.
 
         Args:
@@ -161,7 +177,8 @@ class Probe:
         args[self._position] = x.movedim(-1, channel)
         layer = _copy_module(self.layer, {})
         # the layer's own parameters are never used: it may initialize them in place at its first input
-        y = call_with_parameters(layer, dict(parameters or self.parameters), layer, tuple(args), self.kwargs)
+        copies = dict(parameters or self.parameters)
+        y = call_with_parameters(layer, copies, layer, tuple(args), self.kwargs)
         if isinstance(y, (tuple, list)) and y:
             y = y[0]
         if not isinstance(y, Tensor) or not y.is_floating_point():
@@ -179,7 +196,11 @@ class Probe:
 
     @_reporting_errors()
     def gradients(
-        self, x: Tensor, channel: int, parameters: Mapping[str, Tensor] | None = None, seed: int = 1
+        self,
+        x: Tensor,
+        channel: int,
+        parameters: Mapping[str, Tensor] | None = None,
+        seed: int = 1,
     ) -> Gradients:
         """Return the gradient of a weighted sum of the outputs with respect to each parameter.
 
@@ -190,11 +211,13 @@ class Probe:
         y = self.run(x, channel, leaves)
         if not y.requires_grad:
             raise CannotProbe("the outputs have no gradient with respect to its parameters")
+
         generator = torch.Generator().manual_seed(0)
         # none is zero; both signs, so that the positions of a kernel do not cancel
         weights = torch.rand(y.shape, generator=generator, device="cpu") - 0.5
         weights += weights.sign()
-        factors = torch.rand(y.shape[-1], generator=generator.manual_seed(seed), device="cpu")
+        generator.manual_seed(seed)
+        factors = torch.rand(y.shape[-1], generator=generator, device="cpu")
         weights *= factors + 0.5
         total = (y * weights.to(y)).sum()
         gradients = torch.autograd.grad(total, [*leaves.values()], allow_unused=True)
@@ -220,6 +243,7 @@ def _copy_module(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Mo
     attributes = vars(copy)
     for name, value in vars(module).items():
         attributes[name] = OrderedDict() if name.endswith("_hooks") else value
+
     buffers = dict(module._buffers)
     for name, buffer in buffers.items():
         if buffer is not None:
@@ -228,7 +252,12 @@ def _copy_module(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Mo
     for name, child in children.items():
         if child is not None:
             children[name] = _copy_module(child, copies)
-    attributes.update(training=False, _parameters=dict(module._parameters), _buffers=buffers, _modules=children)
+    attributes.update(
+        training=False,
+        _parameters=dict(module._parameters),
+        _buffers=buffers,
+        _modules=children,
+    )
     return copy
 
 

@@ -117,9 +117,12 @@ def get_recorded_spec(layer: nn.Module, record: Mapping[str, Any] | None) -> KAN
     spec = get_kan_spec(layer)
     if record is None:
         return spec
-    name, description = record["kind"], record.get("description")
-    if spec is not None and spec.kind == name and (description is None or spec.matches is not matches_nothing):
-        return spec
+    name = record["kind"]
+    description = record.get("description")
+    if spec is not None and spec.kind == name:
+        is_registered = spec.matches is not matches_nothing
+        if description is None or is_registered:
+            return spec
     if description is not None:  # of a layer of no registered kind, as the version read it that wrote the file
         return spec_from_file(name, description)
     if name in REGISTERED:  # a kind that was registered later takes the layer too
@@ -193,14 +196,15 @@ class FoundKANLayers(Report, list[FoundKANLayer]):
         return {"layers": layers, "unrecognized": [module._asdict() for module in self.unrecognized]}
 
     def _table(self) -> TextTable:
-        rows, notes = [], []
+        rows = []
+        notes = []
         for name, kind, shape, _, parameters, doubts in self:
             rows.append([name or "(the model)", kind, str(shape), ", ".join(parameters)])
             for parameter, reason in doubts.items():
-                layer = name or "the model"
-                is_adapted = parameter in parameters
-                role = f"adapts {parameter}, although" if is_adapted else f"leaves out {parameter}, because"
-                notes.append(f"{layer} {role} {reason}")
+                role = f"leaves out {parameter}, because"
+                if parameter in parameters:
+                    role = f"adapts {parameter}, although"
+                notes.append(f"{name or 'the model'} {role} {reason}")
         if not rows:
             notes.append("no KAN layer was found")
         for module in self.unrecognized:
@@ -244,23 +248,32 @@ def find_kan_layers(model: nn.Module, *inputs: Any, **kwargs: Any) -> FoundKANLa
             recognized[name] = layer
             tensor = spec.locate(layer)
             is_adapted = layer is not network.get_submodule(name)
-            doubts = {} if is_adapted else describe(layer).doubts
-            parameters = tuple(tensor.parameters)
-            layers.append(FoundKANLayer(name, spec.kind, tensor.shape, tensor.has_residual, parameters, doubts))
+            layers.append(
+                FoundKANLayer(
+                    name,
+                    spec.kind,
+                    tensor.shape,
+                    tensor.has_residual,
+                    parameters=tuple(tensor.parameters),
+                    doubts={} if is_adapted else describe(layer).doubts,
+                )
+            )
         layers.unrecognized = _find_unrecognized(network, recognized, recorded)
     return layers
 
 
 def _find_unrecognized(
-    model: nn.Module, recognized: Mapping[str, nn.Module], recorded: Mapping[nn.Module, Any]
+    model: nn.Module,
+    recognized: Mapping[str, nn.Module],
+    recorded: Mapping[nn.Module, Any],
 ) -> list[UnrecognizedModule]:
     """Return modules that may be KAN layers, or have more coefficients with the arguments of a call."""
     result: dict[Any, UnrecognizedModule] = {}
     likely = {module for _, module in unrecognized_modules(model, recognized)}
     inside: set[nn.Module] = set()
     for name in recognized:
-        layer = model.get_submodule(name)
-        inside.update(module for module in layer.modules() if module is not layer)
+        _, *inner = model.get_submodule(name).modules()
+        inside.update(inner)
     for name, module in model.named_modules():
         if module in inside or is_no_layer(module):
             continue
@@ -271,8 +284,8 @@ def _find_unrecognized(
             if module in likely or spec is not None:
                 reason = describe(module).reason
         elif spec is not None:
-            adapted = get_kan_spec(module)
-            more = {*spec.locate(module).parameters} - {*(adapted or spec).locate(module).parameters}
+            adapted = get_kan_spec(module) or spec
+            more = spec.locate(module).parameters.keys() - adapted.locate(module).parameters.keys()
             if more:
                 reason = f"with the arguments of this call it has more coefficients: {', '.join(sorted(more))}."
         if reason:
@@ -286,13 +299,13 @@ def _find_unrecognized(
 def _write_registration(module: nn.Module, spec: KANLayerSpec) -> str:
     """Return a call that registers the kind of a module."""
     name = type(module).__name__
-    fields = {
-        "coefficients": spec.parts[0] if len(spec.parts) == 1 else [*spec.parts],
-        "residual": spec.residual,
-        "grid": spec.grid,
-    }
+    coefficients = spec.parts[0] if len(spec.parts) == 1 else [*spec.parts]
+    fields = {"coefficients": coefficients, "residual": spec.residual, "grid": spec.grid}
     lines = [f'"{name}",', f'matches=lambda m: type(m).__name__ == "{name}",']
-    lines += [f"{field}={value!r},".replace("'", '"') for field, value in fields.items() if value]
+    for field, value in fields.items():
+        if value:
+            text = repr(value).replace("'", '"')
+            lines.append(f"{field}={text},")
     if spec.axes:
         axes = spec.axes
         for attribute in _INPUT_SIZES.split():
@@ -300,12 +313,15 @@ def _write_registration(module: nn.Module, spec: KANLayerSpec) -> str:
                 axes = f'lambda m: {{"i": m.{attribute}}}'
                 break
         lines.append(f"axes={axes},")
-    return "register_kan_layer(\n" + "".join(f"    {line}\n" for line in lines) + ")"
+    indented = [f"    {line}\n" for line in lines]
+    return f"register_kan_layer(\n{''.join(indented)})"
 
 
 def unrecognized_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
     """Return the modules that may be KAN layers: they look like one, or another of their class is one."""
-    inside = {inner for name in layers for inner in model.get_submodule(name).modules()}
+    inside: set[nn.Module] = set()
+    for name in layers:
+        inside.update(model.get_submodule(name).modules())
     classes = {type(layer) for layer in layers.values()}
     modules = []
     for name, module in model.named_modules():
@@ -321,7 +337,10 @@ def _may_be_kan(module: nn.Module) -> bool:
     """
     if is_no_layer(module):
         return False
-    names = {name for spec in REGISTERED.values() for name, _ in spec.parts} - {"weight", "scale", "coefficients"}
+    names: set[str] = set()
+    for spec in REGISTERED.values():
+        names |= dict(spec.parts).keys()
+    names -= {"weight", "scale", "coefficients"}
     for name, value in module.named_parameters(recurse=False):
         if name in names or (value.dim() > 2 and len(value) > 1):
             return True
@@ -329,15 +348,21 @@ def _may_be_kan(module: nn.Module) -> bool:
 
 
 def record_arguments(
-    model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
 ) -> dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]:
     """Run a model once in evaluation mode, without a trace; return the arguments of the first call of each module."""
     recorded: dict[nn.Module, Any] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recorded.setdefault(module, (args, kwargs))
+
     with ExitStack() as stack:
         stack.enter_context(evaluating_without_trace(model))
         for module in model.modules():
-            keep = lambda module, args, kwargs: recorded.setdefault(module, (args, kwargs)) and None  # noqa: E731
-            stack.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
+            handle = module.register_forward_pre_hook(record, with_kwargs=True)
+            stack.callback(handle.remove)
         model(*inputs, **kwargs)
     return recorded
 
@@ -358,7 +383,9 @@ def short_name(name: str) -> str:
 
 
 def walk_kan_layers(
-    module: nn.Module, name: str = "", seen: set[int] | None = None
+    module: nn.Module,
+    name: str = "",
+    seen: set[int] | None = None,
 ) -> Iterator[tuple[str, nn.Module, KANLayerSpec]]:
     """Yield the KAN layers of a model with their names and kinds. An adapted layer yields its base layer.
 
@@ -376,8 +403,9 @@ def walk_kan_layers(
     if spec is not None:
         yield name, module, spec
         return
+    prefix = f"{name}." if name else ""
     for child_name, child in module.named_children():
-        yield from walk_kan_layers(child, f"{name}.{child_name}" if name else child_name, seen)
+        yield from walk_kan_layers(child, prefix + child_name, seen)
 
 
 def copy_grid(grid: Mapping[str, Any]) -> Grid:

@@ -38,7 +38,8 @@ class SlimLayer(nn.Module):
         coefficients = self.tensor.get_parameter(layer)
         for name, value in zip(Tucker._fields, components, strict=False):
             if value is not None:
-                value = nn.Parameter(value.to(coefficients).contiguous(), requires_grad=coefficients.requires_grad)
+                value = value.to(coefficients).contiguous()
+                value = nn.Parameter(value, requires_grad=coefficients.requires_grad)
             self.register_parameter(name, value)
         self.scale = spec.find_edge_scale(layer)
         # the shapes of the parameters that are taken out of the layer
@@ -56,17 +57,20 @@ class SlimLayer(nn.Module):
     @property
     def coefficients(self) -> Tensor:
         """The coefficient tensor (out, in, basis), built from the factors without the base branch."""
-        return self.components.sliced(slice(self.tensor.shape[-1])).dense()
+        count = self.tensor.shape[-1]
+        return self.components.sliced(slice(count)).dense()
 
     @property
     def residual(self) -> Tensor | None:
         """The residual weights (out, in), built from the factors, or None without a base branch."""
-        last = self.components.sliced(slice(self.tensor.shape[-1], None))
+        count = self.tensor.shape[-1]
+        last = self.components.sliced(slice(count, None))
         return last.dense().squeeze(-1) if last.shape[2] else None
 
     def effective_parameters(self, delta: Tensor | float = 0.0) -> dict[str, Tensor]:
         """Return the parameters, as the layer stores them, of the factors' tensor plus `delta` of the same shape."""
-        parameters = self.tensor.split((self.components.dense() + delta).contiguous())
+        dense = self.components.dense() + delta
+        parameters = self.tensor.split(dense.contiguous())
         if self.scale is not None:
             parameters[self.scale] = self.core.new_ones(self.removed[self.scale])
         return parameters
@@ -77,7 +81,8 @@ class SlimLayer(nn.Module):
     def forward_with(self, delta: Tensor | float, *args: Any, **kwargs: Any) -> Any:
         """Return the output with a dense tensor added to the factors' tensor."""
         with nullcontext() if is_tracing() else self.lotra_lock:
-            return call_with_parameters(self.layer, self.effective_parameters(delta), self.layer, args, kwargs)
+            parameters = self.effective_parameters(delta)
+            return call_with_parameters(self.layer, parameters, self.layer, args, kwargs)
 
     def to_dense(self) -> nn.Module:
         """Return a layer of the original class that computes the same, up to rounding."""
@@ -85,7 +90,8 @@ class SlimLayer(nn.Module):
         with torch.no_grad():
             parameters = self.effective_parameters()
         for name, value in parameters.items():
-            _set_parameter(layer, name, nn.Parameter(value.contiguous(), requires_grad=self.core.requires_grad))
+            parameter = nn.Parameter(value.contiguous(), requires_grad=self.core.requires_grad)
+            _set_parameter(layer, name, parameter)
         return layer
 
     def __getattr__(self, name: str) -> Any:
@@ -102,7 +108,8 @@ class SlimLayer(nn.Module):
 
     def _call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         with self.lotra_lock:
-            return call_with_parameters(self.layer, self.effective_parameters(), function, args, kwargs)
+            parameters = self.effective_parameters()
+            return call_with_parameters(self.layer, parameters, function, args, kwargs)
 
     def extra_repr(self) -> str:
         return f"kind={self.spec.kind}, ranks={self.ranks}"
@@ -118,11 +125,15 @@ class _SlimSpec(KANLayerSpec):
 
     def read_grid(self, layer: nn.Module) -> Grid:
         assert isinstance(layer, SlimLayer)
-        return {f"layer.{name}": value for name, value in layer.spec.read_grid(layer.layer).items()}
+        grid = layer.spec.read_grid(layer.layer)
+        return {f"layer.{name}": value for name, value in grid.items()}
 
 
 SlimLayer.kan_spec = REGISTERED["slim"] = _SlimSpec(
-    "slim", matches=SlimLayer, coefficients=("coefficients", "o i k"), residual=("residual", "o i")
+    "slim",
+    matches=SlimLayer,
+    coefficients=("coefficients", "o i k"),
+    residual=("residual", "o i"),
 )
 
 
@@ -133,8 +144,15 @@ def _refuse_grid_method(name: str, *args: Any, **kwargs: Any) -> None:
     )
 
 
-def call_with_coefficients(layer: nn.Module, tensor: CoefficientTensor, coefficients: Tensor, *args: Any) -> Any:
+def call_with_coefficients(
+    layer: nn.Module,
+    tensor: CoefficientTensor,
+    coefficients: Tensor,
+    *args: Any,
+) -> Any:
     """Call a layer with other coefficients in the canonical order. In a Slim layer they are a product."""
     if isinstance(layer, (SlimKANLinear, SlimLayer)):
-        return layer.forward_with(coefficients - tensor.read(layer), *args)
-    return call_with_parameters(layer, tensor.split(coefficients), layer, args, {})
+        delta = coefficients - tensor.read(layer)
+        return layer.forward_with(delta, *args)
+    parameters = tensor.split(coefficients)
+    return call_with_parameters(layer, parameters, layer, args, {})
