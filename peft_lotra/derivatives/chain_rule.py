@@ -92,7 +92,12 @@ def compose(
     return jet
 
 
-def multiply(left: Jet, right: Jet, order: int, weights: Tensor | None) -> Jet:
+def multiply(
+    left: Jet,
+    right: Jet,
+    order: int,
+    weights: Tensor | None,
+) -> Jet:
     """Compute the jet of a product: (f g)^(n) = sum_k binom(n, k) f^(k) g^(n-k), for jets that reach the order.
 
     `right` is the smaller factor.

@@ -39,7 +39,15 @@ class LayerJet(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, basis, order, weights, plain, matrix, *jet):
+    def forward(
+        ctx,
+        basis,
+        order,
+        weights,
+        plain,
+        matrix,
+        *jet,
+    ):
         z = jet[0]
         features = make_features(basis, z)
         counts = row_counts(jet, order, weights)

@@ -27,7 +27,12 @@ from .layer_jet import JetRows, LayerJet, make_features, use_layer_jet
 from .norms import through_norm
 
 
-def evaluate_layer(formula: LayerFormula, jet: Jet, order: int, weights: Tensor | None) -> Jet:
+def evaluate_layer(
+    formula: LayerFormula,
+    jet: Jet,
+    order: int,
+    weights: Tensor | None,
+) -> Jet:
     """Return the jet of a layer's outputs.
 
     Args:
@@ -105,7 +110,11 @@ def _spline_functions(grid: UniformGrid, z: Tensor, highest: int) -> list[Tensor
     return [bspline_basis(z, *grid, derivative=order) for order in range(highest + 1)]
 
 
-def _activation_functions(activation: Callable[[Tensor], Tensor], z: Tensor, highest: int) -> list[Tensor]:
+def _activation_functions(
+    activation: Callable[[Tensor], Tensor],
+    z: Tensor,
+    highest: int,
+) -> list[Tensor]:
     if activation is F.silu:
         functions = silu_derivatives(z, highest)
     else:
@@ -195,7 +204,12 @@ def _functions(basis: Basis, z: Tensor, highest: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def jet_rows(formula: LayerFormula, jet: Jet, order: int, weights: Tensor | None) -> Tensor:
+def jet_rows(
+    formula: LayerFormula,
+    jet: Jet,
+    order: int,
+    weights: Tensor | None,
+) -> Tensor:
     """Return the jet rows (N, S, K, I) of a layer in `evaluate_layer`, with its arguments, for the points z (N, I).
 
     K counts all functions, including the activation of the base branch. An `nn.Linear` has one function, the
@@ -214,7 +228,12 @@ def jet_rows(formula: LayerFormula, jet: Jet, order: int, weights: Tensor | None
     return concatenate(rows, 2)
 
 
-def _rows_of_basis(basis: Basis, jet: Jet, order: int, weights: Tensor | None) -> Tensor:
+def _rows_of_basis(
+    basis: Basis,
+    jet: Jet,
+    order: int,
+    weights: Tensor | None,
+) -> Tensor:
     transposed = _transpose(jet)
     if not use_layer_jet(jet, order, weights):
         rows = _jet_rows(basis, transposed, order, weights)

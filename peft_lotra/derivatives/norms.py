@@ -53,7 +53,12 @@ def through_norm(
     return jet
 
 
-def _normalize(eps: float, jet: Jet, order: int, weights: Tensor | None) -> Jet:
+def _normalize(
+    eps: float,
+    jet: Jet,
+    order: int,
+    weights: Tensor | None,
+) -> Jet:
     """Return the jet of layer normalization without scale and shift, for z (N, I) and its derivatives (D, N, I)."""
     zero = jet[0].new_zeros(1, 1, 1)
     missing = [zero] * (order + 1 - len(jet))

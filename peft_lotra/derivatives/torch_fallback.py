@@ -200,7 +200,13 @@ class ExactNorms(TorchFunctionMode):
     third derivatives, which are the gradients of a second-order residual.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func,
+        types,
+        args=(),
+        kwargs=None,
+    ):
         exact = _layer_norm if func in (F.layer_norm, torch.layer_norm) else func
         return exact(*args, **(kwargs or {}))
 

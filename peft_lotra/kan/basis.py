@@ -38,7 +38,12 @@ class UniformGrid(NamedTuple):
     spline_order: int
 
     @classmethod
-    def between(cls, bounds: Tensor, grid_size: int, spline_order: int) -> UniformGrid:
+    def between(
+        cls,
+        bounds: Tensor,
+        grid_size: int,
+        spline_order: int,
+    ) -> UniformGrid:
         """Return the grids with the ends `bounds` (I, 2)."""
         low, high = bounds.unbind(-1)
         return cls(low, high, grid_size, spline_order)
@@ -76,7 +81,12 @@ def check_grid(grid_size: int, spline_order: int) -> None:
         raise ValueError(f"`spline_order` is {spline_order}, but must be from 1 (piecewise linear) to 5; 3 is cubic.")
 
 
-def check_input(x: Any, in_features: int, layer: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
+def check_input(
+    x: Any,
+    in_features: int,
+    layer: torch.nn.Module,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Raise a `TypeError` unless `x` is a floating point tensor, a `ValueError` for another shape or dtype."""
     name = type(layer).__name__
     is_tensor = isinstance(x, Tensor)
@@ -222,7 +232,12 @@ class _CardinalSpline(torch.autograd.Function):
     """A derivative of the cardinal spline, whose backward pass evaluates the next derivative."""
 
     @staticmethod
-    def forward(ctx, offset, spline_order, derivative):
+    def forward(
+        ctx,
+        offset,
+        spline_order,
+        derivative,
+    ):
         ctx.save_for_backward(offset)
         ctx.arguments = spline_order, derivative
         return cardinal_spline(offset.detach(), spline_order, derivative)
@@ -368,7 +383,12 @@ def change_of_basis(new: Tensor, old: Tensor) -> Tensor:
     return torch.linalg.lstsq(matrices, targets).solution
 
 
-def spread_points(samples: Tensor, low: Tensor, high: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def spread_points(
+    samples: Tensor,
+    low: Tensor,
+    high: Tensor,
+    count: int,
+) -> tuple[Tensor, Tensor]:
     """Return samples (N, I) and `count` points spread over [low, high]; the roots of their weights (N + count, 1, 1).
 
     The spread points have a hundredth of the weight of the samples: enough to determine coefficients where no sample
@@ -382,7 +402,11 @@ def spread_points(samples: Tensor, low: Tensor, high: Tensor, count: int) -> tup
     return points, weight
 
 
-def moments(grid_range: tuple[float, float], grid_size: int, spline_order: int) -> tuple[float, Tensor]:
+def moments(
+    grid_range: tuple[float, float],
+    grid_size: int,
+    spline_order: int,
+) -> tuple[float, Tensor]:
     """Return the variance of the uniform law on `grid_range`, and E[f_j(x) f_k(x)] (K + 1, K + 1).
 
     The f are the B-splines and silu, and x is normal with the mean and the variance of that law. The expectations are

@@ -151,7 +151,13 @@ class LayerFormula(NamedTuple):
         # a view would cost compiled code a tenth of a step
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out)
 
-    def _evaluate_shapes(self, z: Tensor, functions: Tensor, activated: Tensor | None, weights: Tensor) -> Tensor:
+    def _evaluate_shapes(
+        self,
+        z: Tensor,
+        functions: Tensor,
+        activated: Tensor | None,
+        weights: Tensor,
+    ) -> Tensor:
         """Return r functions of each input (N, I, r), with weights (K, r) or (K + 1, r), of normalized inputs z."""
         basis: Any = self.basis
         if isinstance(basis, UniformGrid):

@@ -83,7 +83,7 @@ class KAN(LayerStack):
 
     @torch.no_grad()
     def update_grid(self, x: Tensor, margin: float = 0.01) -> None:
-        """Move the grids of all layers to the samples that reach them, first layer first, and keeps the function.
+        """Move the grids of all layers to the samples that reach them, first layer first, and keep the function.
 
         Args:
             x: Samples of the network's input, shape (..., widths[0]).
@@ -122,7 +122,12 @@ def pairs(widths: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(sizes[:-1], sizes[1:], strict=True))
 
 
-def with_norms(layers: Sequence[Any], norm: Norm, device=None, dtype=None) -> list[nn.Module]:
+def with_norms(
+    layers: Sequence[Any],
+    norm: Norm,
+    device=None,
+    dtype=None,
+) -> list[nn.Module]:
     """Put a normalization after each layer but the last; raise a `ValueError` for an unknown `norm`."""
     if norm not in (None, "batch", "layer", "tanh"):
         raise ValueError(f"`norm` is {norm!r}, but must be None, 'batch', 'layer' or 'tanh'.")

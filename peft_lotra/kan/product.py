@@ -79,7 +79,15 @@ def needs_plain_operations(x: Tensor, *tensors: Tensor | None) -> bool:
 
 class _SplineProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, low, high, grid_size, spline_order, *weights):
+    def forward(
+        ctx,
+        x,
+        low,
+        high,
+        grid_size,
+        spline_order,
+        *weights,
+    ):
         ctx.sizes = grid_size, spline_order
         ctx.save_for_backward(x, low, high, *weights)
         grid = UniformGrid(low, high, grid_size, spline_order)

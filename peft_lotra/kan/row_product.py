@@ -429,7 +429,14 @@ class _GroupProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, grid, add_update, x, residual, *factors):
+    def forward(
+        ctx,
+        grid,
+        add_update,
+        x,
+        residual,
+        *factors,
+    ):
         ctx.grid = grid
         ctx.add_update = add_update
         ctx.save_for_backward(x, residual, *factors)

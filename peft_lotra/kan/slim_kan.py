@@ -208,7 +208,11 @@ class SlimKANLinear(SplineLayer):
         return f"{super().extra_repr()}, ranks={self.ranks}"
 
 
-def copy_with_parameters(layer: SplineLayer, parameters: Mapping[str, Tensor], grid_size: int | None = None) -> Any:
+def copy_with_parameters(
+    layer: SplineLayer,
+    parameters: Mapping[str, Tensor],
+    grid_size: int | None = None,
+) -> Any:
     """Return a layer like another one, but with these parameters: a `SlimKANLinear` if they have a core."""
     sizes = (layer.in_features, layer.out_features)
     grid = (grid_size or layer.grid_size, layer.spline_order, layer.grid_range)

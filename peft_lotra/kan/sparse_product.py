@@ -47,7 +47,12 @@ def sparse_product(x: Tensor, grid: UniformGrid, weight: Tensor) -> Tensor:
     return torch.cat(products)
 
 
-def sparse_point_gradient(x: Tensor, grid: UniformGrid, weight: Tensor, gradient: Tensor) -> Tensor:
+def sparse_point_gradient(
+    x: Tensor,
+    grid: UniformGrid,
+    weight: Tensor,
+    gradient: Tensor,
+) -> Tensor:
     """Compute the gradient (N, I) of the points from the gradient (N, O) of the product."""
     table = _table(weight, grid)
     grad_x = torch.empty_like(x)
@@ -112,7 +117,11 @@ def _row_blocks(x: Tensor, grid: UniformGrid) -> list[slice]:
     return blocks(0, len(x), size)
 
 
-def _evaluate(x: Tensor, grid: UniformGrid, with_slopes: bool = False) -> tuple[Tensor, Tensor, Any]:
+def _evaluate(
+    x: Tensor,
+    grid: UniformGrid,
+    with_slopes: bool = False,
+) -> tuple[Tensor, Tensor, Any]:
     """Evaluate the p + 1 basis functions whose support holds a point.
 
     Returns:
