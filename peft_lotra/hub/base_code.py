@@ -42,16 +42,21 @@ def source_of_base(
         base: The base, if it is in memory.
         model: The repository of the base, if it has one.
     """
-    mapping = config.get("auto_mapping") or {}
-    module, name = mapping.get("parent_library"), mapping.get("base_model_class")
     if base is not None:
-        module, name = type(base).__module__, type(base).__name__
+        module = type(base).__module__
+        name = type(base).__name__
+    else:
+        mapping = config.get("auto_mapping") or {}
+        module = mapping.get("parent_library")
+        name = mapping.get("base_model_class")
     if not CLASS.fullmatch(f"{module}.{name}"):  # a file may contain any text, which must not become code
         module, name = "torch.nn", "Module"
     base_class = f"{module}.{name}"
     cls = getattr(sys.modules.get(str(module)), str(name), None)  # None: not imported here
     if model and (cls is None or hasattr(cls, "from_pretrained")):
-        revision = f", revision={json.dumps(config['revision'])}" if config.get("revision") else ""
+        revision = ""
+        if config.get("revision"):
+            revision = f", revision={json.dumps(config['revision'])}"
         return base_class, f'from {module} import {name}\n\nbase = {name}.from_pretrained("{model}"{revision})'
     constructor = _constructor_of_kan(base) if type(base) is KAN else None
     if constructor is None:
@@ -62,7 +67,7 @@ def source_of_base(
 
 def _constructor_of_kan(kan: KAN) -> str | None:
     """Return the call that builds a KAN of the same shape; None if its layers are not plain, or have several grids."""
-    layers: list[Any] = [getattr(layer, "base_layer", layer) for layer in kan.layers]
+    layers = [getattr(layer, "base_layer", layer) for layer in kan.layers]
     if any(type(layer) is not KANLinear for layer in layers):  # norms, or Slim layers
         return None
     grids = {(layer.grid_size, layer.spline_order, layer.grid_range) for layer in layers}

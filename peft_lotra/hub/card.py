@@ -93,12 +93,17 @@ def write_model_card(
     config, tensors = read_adapter(folders[first])
     companions = [name for name in saved_adapters(folder) if name not in folders]
     path = Path(folder, README)
-    card, title = load_card(path), (repo_id or "LoTRA adapter").rpartition("/")[2]
+    card = load_card(path)
+    title = (repo_id or "LoTRA adapter").rpartition("/")[2]
+
     data = card.data
     # PEFT writes paths of local folders there too, which the Hub refuses
     source = base_model or hub_id(config.get("base_model_name_or_path")) or hub_id(data.base_model)
-    data.base_model, data.license = source, license or data.license
-    tags = [*(data.tags or []), *([tags] if isinstance(tags, str) else tags)]
+    data.base_model = source
+    data.license = license or data.license
+    if isinstance(tags, str):
+        tags = [tags]
+    tags = [*(data.tags or []), *tags]
     data.tags = [tag for tag in tags if not tag.startswith("base_model:adapter:")]
     if source:
         data.tags.append(f"base_model:adapter:{source}")
@@ -109,7 +114,8 @@ def write_model_card(
         value = check_number(value, f"metrics[{name!r}]", "(-inf, inf)")
         results.append(EvalResult("other", "unknown", "Unknown", name, value))
     if results:
-        data.model_name, data.eval_results = title, results
+        data.model_name = title
+        data.eval_results = results
 
     base_class, code = source_of_base(config, model and model.get_base_model(), source)
     save_section(
@@ -146,13 +152,12 @@ def save_section(
         title: The title of a card without a text by a person.
         fields: The fields of the template.
     """
-    card.data.library_name = "peft"
-    tags = card.data.tags or []
-    card.data.tags = sorted({*tags, "kan", "lotra", "peft-plugin"})
-    fields = {**card.data.to_dict(), **fields, "card_data": card.data.to_yaml()}
-    made = ModelCard(_read_template(template).render(fields))  # an error if the front matter cannot be read again
-
-    body = made.text.strip()
+    data = card.data
+    data.library_name = "peft"
+    data.tags = sorted({*(data.tags or []), "kan", "lotra", "peft-plugin"})
+    fields = {**data.to_dict(), **fields, "card_data": data.to_yaml()}
+    rendered = _read_template(template).render(fields)
+    body = ModelCard(rendered).text.strip()  # an error if the front matter cannot be read again
     if is_generated(card.text):
         card.text = ""
         body = f"# {title}\n\n{body}"
@@ -189,7 +194,10 @@ def write_card(folder: str | os.PathLike, has_companions: bool = False) -> None:
 
 def load_card(path: Path) -> Any:
     """Read the card in a file, empty if there is none."""
-    return ModelCard(path.read_text(encoding="utf-8") if path.is_file() else "---\n{}\n---\n")
+    content = "---\n{}\n---\n"
+    if path.is_file():
+        content = path.read_text(encoding="utf-8")
+    return ModelCard(content)
 
 
 def is_generated(text: str) -> bool:
@@ -201,8 +209,9 @@ def is_generated(text: str) -> bool:
 @cache
 def _template_lines() -> set[str]:
     """Return the lines of PEFT's template, which is the template of huggingface_hub."""
-    lines = ModelCard.from_template(ModelCardData()).text.splitlines()
-    return {"", "### Framework versions", *map(str.strip, lines)}
+    template = ModelCard.from_template(ModelCardData())
+    lines = map(str.strip, template.text.splitlines())
+    return {"", "### Framework versions", *lines}
 
 
 def write_bank_card(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
 from ..modules.calls import PREFIX
+from ..modules.checks import natural_order
 from ..modules.folders import naming_damage
 from ..modules.report import Report, TextTable
 from ..tucker import COMPONENTS, Rank, form_text, read_components
@@ -63,10 +65,10 @@ class AdapterContents(Report):
         tensors: Mapping[str, torch.Tensor],
     ) -> AdapterContents:
         """Make the contents of an adapter, from its configuration and its tensors."""
-        layers: dict[str, dict[str, torch.Tensor]] = {}
+        layers = defaultdict(dict)
         for key, tensor in tensors.items():
             name, _, component = key.removeprefix(PREFIX).rpartition(".")
-            layers.setdefault(name, {})[component] = tensor
+            layers[name][component] = tensor
         rows = []
         for name, components in layers.items():
             parameters = sum(tensor.numel() for tensor in components.values())
@@ -74,15 +76,16 @@ class AdapterContents(Report):
                 rows.append(AdapterRow(name, "saved copy", parameters=parameters))
                 continue
             patterns = config["alpha_pattern"]
-            alpha = float(patterns.get(get_pattern_key(list(patterns), name), config["alpha"]))
-            kind = config["base_layers"].get(name, {}).get("kind", "unknown")
+            key = get_pattern_key(list(patterns), name)
+            alpha = float(patterns.get(key, config["alpha"]))
+            record = config["base_layers"].get(name, {})
+            kind = record.get("kind", "unknown")
             update = read_components(components).map(torch.Tensor.double)
             # once the factors are orthonormal, the norm of the core is the norm of the whole tensor
             norm = abs(alpha) * update.orthogonal().core.norm().item()
             rows.append(AdapterRow(name, kind, update.shape, update.form, alpha, norm, parameters))
-        rows.sort(key=_sort_key)
+        rows.sort(key=lambda row: (row.ranks is None, natural_order(row.name)))  # saved copies come last
         dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
-        broken = [key for key, tensor in tensors.items() if not tensor.float().isfinite().all()]
         return cls(
             adapter=adapter,
             base_model=config["base_model_name_or_path"],
@@ -90,27 +93,21 @@ class AdapterContents(Report):
             dtype=sorted(dtypes),
             parameters=sum(row.parameters for row in rows),
             bytes=sum(tensor.nbytes for tensor in tensors.values()),
-            finite=not broken,
+            finite=all(tensor.float().isfinite().all() for tensor in tensors.values()),
             layers=rows,
         )
 
     def _table(self) -> TextTable:
         rows = []
         for name, kind, shape, ranks, alpha, norm, parameters in self.layers:
-            scale = ["", ""] if alpha is None else [f"{alpha:.3g}", f"{norm:.3g}"]
-            forms = [form_text(shape), form_text(ranks)]
-            rows.append([name, kind, *forms, *scale, str(parameters)])
+            row = [name, kind, form_text(shape), form_text(ranks)]
+            row += ["", ""] if alpha is None else [f"{alpha:.3g}", f"{norm:.3g}"]
+            rows.append([*row, str(parameters)])
         notes = [f"{self.parameters:,} parameters, {self.bytes / 1000:.1f} kB of {' and '.join(self.dtype)}"]
         if not self.finite:
             notes.append("The adapter is broken: it has values that are NaN or infinite.")
         columns = ["layer", "kind", "update (out, in, basis)", "ranks", ">alpha", ">norm", ">parameters"]
         return TextTable(columns, rows, notes)
-
-
-def _sort_key(row: AdapterRow) -> tuple[bool, str]:
-    """Sort saved copies to the end, and layers.2 before layers.10."""
-    name = re.sub(r"\d+", lambda number: number[0].zfill(9), row.name)
-    return row.ranks is None, name
 
 
 def read_adapter(
@@ -121,11 +118,12 @@ def read_adapter(
     Raises:
         ValueError: It is no LoTRA adapter, or one of its files is damaged.
     """
-    path, weights = Path(folder, CONFIG_NAME), Path(folder, SAFETENSORS_WEIGHTS_NAME)
-    for file in (path, weights):
+    folder = Path(folder)
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
+    for file in (folder / CONFIG_NAME, weights):
         if not file.is_file():
             raise ValueError(f"{folder} is no adapter: it has no {file.name}.")
-    config = read_config(path.parent)
+    config = read_config(folder)
     method = config["peft_type"]
     if method != "LOTRA":
         raise ValueError(f"{folder} holds a {method} adapter, and not one of LoTRA.")
@@ -151,17 +149,12 @@ def saved_adapters(folder: str | os.PathLike) -> dict[str, Path]:
     return adapters
 
 
-def read_method(folder: Path) -> str:
-    """Return the PEFT method of a saved adapter, such as "LOTRA"; raise as `read_config`."""
-    return read_config(folder)["peft_type"]
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the configuration of a saved adapter; raise a ValueError if it is damaged."""
     path = folder / CONFIG_NAME
     with naming_damage(path):
         config = json.loads(path.read_text(encoding="utf-8"))
-        config["peft_type"]  # each has one
+        config["peft_type"]  # the PEFT method, such as "LOTRA", which each has
         return config
 
 
@@ -192,8 +185,9 @@ def fetch_folder(
     Raises:
         ValueError: There is no such file or folder, and no such repository.
     """
-    if Path(source).exists():
-        return Path(source)
+    path = Path(source)
+    if path.exists():
+        return path
     try:
         return Path(snapshot_download(str(source), revision=revision, token=token, allow_patterns=files))
     except (OSError, ValueError) as error:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..modules.checks import list_first
 from ..modules.folders import naming_damage
-from .contents import fetch_folder, read_config, read_method, saved_adapters
+from .contents import fetch_folder, read_config, saved_adapters
 
 
 def load_adapters(
@@ -126,13 +126,12 @@ def _find_folders(
     token: str | None,
 ) -> dict[str, Path]:
     """Return the folders of the adapters to load, by name."""
-    files = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
+    prefixes = ["", "*/"]
+    if names is not None:
+        prefixes = ["" if name == "default" else f"{name}/" for name in names]
     patterns = []
-    for file in files:
-        if names is None:
-            patterns += [file, f"*/{file}"]
-        else:
-            patterns += [file if name == "default" else f"{name}/{file}" for name in names]
+    for prefix in prefixes:
+        patterns += [f"{prefix}{CONFIG_NAME}", f"{prefix}{SAFETENSORS_WEIGHTS_NAME}"]
     folders = saved_adapters(fetch_folder(source, patterns, revision, token))
     if names is None:
         return folders
@@ -146,10 +145,9 @@ def _find_lotra_adapter(source: str | os.PathLike, folders: Mapping[str, Path]) 
     """Return the name of the LoTRA adapter among these; raise a ValueError unless there is exactly one."""
     lotra_names = []
     for name, folder in folders.items():
-        path = folder / CONFIG_NAME
-        if not path.is_file():
+        if not (folder / CONFIG_NAME).is_file():
             raise ValueError(f"{folder} holds tensors without {CONFIG_NAME}. Save or download the adapter again.")
-        if read_method(folder) == "LOTRA":
+        if read_config(folder)["peft_type"] == "LOTRA":
             lotra_names.append(name)
     if not lotra_names:
         raise ValueError(f"{source} has no LoTRA adapter among {list(folders)}.")
@@ -203,7 +201,12 @@ def _read_other_adapter(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
         return config, load_file(path)
 
 
-def _inject(model: PeftModel, name: str, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
+def _inject(
+    model: PeftModel,
+    name: str,
+    config: PeftConfig,
+    tensors: Mapping[str, Tensor],
+) -> None:
     """Inject an adapter of another method into the model; raise a ValueError unless these tensors fit."""
     with warnings.catch_warnings():
         # here a second method is what the user asks for

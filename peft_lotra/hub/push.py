@@ -17,7 +17,7 @@ from peft.utils import CONFIG_NAME
 
 from .base_code import hub_id
 from .card import README, write_model_card
-from .contents import saved_adapters
+from .contents import read_config, saved_adapters
 
 
 def push_to_hub(
@@ -64,13 +64,15 @@ def push_to_hub(
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder, selected_adapters=selected_adapters)
         for path in saved_adapters(folder).values():
-            config = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+            config = read_config(path)
             # no path of this machine
-            config["base_model_name_or_path"] = card.get("base_model") or hub_id(config.get("base_model_name_or_path"))
+            base_model = card.get("base_model") or hub_id(config.get("base_model_name_or_path"))
+            config["base_model_name_or_path"] = base_model
             text = json.dumps(config, indent=2, sort_keys=True)
             (path / CONFIG_NAME).write_text(text, encoding="utf-8")
         repo_id = fetch_card(folder, repo_id, revision, token)
-        write_model_card(model, folder, repo_id=repo_id, revision=None if create_pr else revision, **card)
+        branch = None if create_pr else revision
+        write_model_card(model, folder, repo_id=repo_id, revision=branch, **card)
         return upload(
             folder, repo_id, commit_message, private=private, token=token, revision=revision, create_pr=create_pr
         )
@@ -89,7 +91,8 @@ def fetch_card(
     if revision and not api.revision_exists(repo_id, revision):
         revision = None
     if api.file_exists(repo_id, README, revision=revision):
-        shutil.copyfile(api.hf_hub_download(repo_id, README, revision=revision), Path(folder, README))
+        card = api.hf_hub_download(repo_id, README, revision=revision)
+        shutil.copyfile(card, Path(folder, README))
     return repo_id
 
 

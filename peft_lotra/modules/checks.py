@@ -9,6 +9,7 @@ import inspect
 import math
 import operator
 import os
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
@@ -67,6 +68,11 @@ def list_first(words: Iterable[str]) -> str:
     words = list(words)
     more = f" and {len(words) - 3} more" if len(words) > 3 else ""
     return ", ".join(words[:3]) + more
+
+
+def natural_order(name: str) -> str:
+    """Return a key that sorts `layers.2` before `layers.10`."""
+    return re.sub(r"\d+", lambda number: number[0].zfill(9), name)
 
 
 def check_path(path: Any, argument: str) -> None:

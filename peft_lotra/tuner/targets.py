@@ -21,7 +21,7 @@ from ..layers.describe import NOT_LINEAR, UNUSED, compare, describe
 from ..layers.description import is_built_in
 from ..layers.registry import get_recorded_spec, unrecognized_modules, walk_kan_layers
 from ..layers.slim import SlimLayer
-from ..modules.checks import list_first
+from ..modules.checks import list_first, natural_order
 from ..tucker import Tucker
 from .config import LoTRAConfig
 from .initialization import check_start
@@ -85,8 +85,8 @@ def _list_kan_layers(model: nn.Module) -> str:
 
 
 def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> Targets:
-    specs = {}
     layers = {}
+    specs = {}
     for name, layer, spec in walk_kan_layers(model):
         layers[name] = layer
         specs[name] = spec
@@ -111,7 +111,8 @@ def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> Targets:
             continue
         module = model.get_submodule(name)
         if module is layers[name]:
-            targets[name] = Target(module, specs[name], specs[name].locate(module))
+            spec = specs[name]
+            targets[name] = Target(module, spec, spec.locate(module))
         else:
             targets[name] = locate_target(name, module)  # it has adapters
 
@@ -153,14 +154,15 @@ def _find_recorded(recorded: Mapping[str, Record], model: nn.Module) -> Targets:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     names = {name: name for name in recorded if name in modules}
-    absent = sorted(recorded.keys() - names.keys(), key=_natural_order)
+    absent = sorted(recorded.keys() - names.keys(), key=natural_order)  # a file sorts its entries as strings
     free = {}
     for name, layer, spec in walk_kan_layers(model) if absent else ():
         if name not in recorded:
             free[name] = spec.kind, spec.locate(layer).shape
 
     for name in absent:
-        kind, shape = recorded[name]["kind"], tuple(recorded[name]["shape"])
+        kind = recorded[name]["kind"]
+        shape = tuple(recorded[name]["shape"])
         alike = [candidate for candidate, description in free.items() if description == (kind, shape)]
         if not alike:
             raise ValueError(
@@ -182,11 +184,6 @@ def _find_recorded(recorded: Mapping[str, Record], model: nn.Module) -> Targets:
         present_name = names[name]
         targets[present_name] = locate_target(present_name, modules[present_name], record)
     return targets
-
-
-def _natural_order(name: str) -> list[str | int]:
-    """Return a key that sorts `layers.2` before `layers.10`: the entries of a file are sorted as strings."""
-    return [int(text) if text.isdigit() else text for text in re.split(r"(\d+)", name)]
 
 
 def bare_name(name: str) -> str:
@@ -247,7 +244,8 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Targets) -> No
         if config.train is not None:
             _check_trained(name, target, config)
         if isinstance(config.init_weights, str):
-            check_start(config.init_weights, target.tensor.read(target.layer).detach())
+            coefficients = target.tensor.read(target.layer).detach()
+            check_start(config.init_weights, coefficients)
 
 
 def _check_saved(config: LoTRAConfig, model: nn.Module, targets: Targets) -> None:
@@ -279,7 +277,12 @@ def _check_description(name: str, target: Target) -> None:
         )
 
 
-def _check_parameter(name: str, layer: nn.Module, parameter: str, owners: Owners) -> None:
+def _check_parameter(
+    name: str,
+    layer: nn.Module,
+    parameter: str,
+    owners: Owners,
+) -> None:
     """Raise a ValueError for a parameter that is computed, of integers, or adapted in another layer too.
 
     `owners` gets the layer of each parameter.
