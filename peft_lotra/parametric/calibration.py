@@ -96,11 +96,16 @@ def minimize(
         return values
 
     at_starts = np.stack([residuals_of(start) for start in starts])
-    start = starts[np.linalg.norm(at_starts, axis=1).argmin()]
+    norms = np.linalg.norm(at_starts, axis=1)
+    start = starts[norms.argmin()]
+    # scipy's tolerance of the gradient would depend on the units of the residuals
+    unit = norms.min() or 1.0
     bounds = low.numpy() + SHIFT, high.maximum(low + WIDTH).numpy() + SHIFT
-    solution = least_squares(residuals_of, start, bounds=bounds, diff_step=WIDTH, xtol=CONVERGED, ftol=1e-6)
+    scaled = lambda shifted: residuals_of(shifted) / unit  # noqa: E731
+    solution = least_squares(scaled, start, bounds=bounds, diff_step=WIDTH, xtol=CONVERGED, ftol=1e-6)
+    least = unit * solution.fun
 
-    position, residuals, slopes = map(torch.from_numpy, (solution.x - SHIFT, solution.fun, solution.jac))
+    position, residuals, slopes = map(torch.from_numpy, (solution.x - SHIFT, least, unit * solution.jac))
     (point,) = space.points_at(position.unsqueeze(0))
     noise = residuals.norm().item() / math.sqrt(len(residuals) - dim)
     _, values, directions = torch.linalg.svd(slopes, full_matrices=False)
@@ -110,7 +115,7 @@ def minimize(
     ahead = position - torch.linalg.pinv(slopes, rtol=1e-8) @ residuals
     is_outside = torch.maximum(low - ahead, ahead - high) > BEYOND * covariance.diagonal().sqrt()
     is_at_end = bool(((position - low < WIDTH) | (high - position < WIDTH)).any())
-    if is_outside.any() or is_misfit(solution.fun, at_starts, dim, is_at_end):
+    if is_outside.any() or is_misfit(least, at_starts, dim, is_at_end):
         raise ValueError(
             "The data ask for a parameter outside of the fitted members, or for another equation. The best one "
             f"inside, {text_of(point)}, is at their end, or does not explain the data. Fit members farther out, or "

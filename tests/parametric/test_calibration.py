@@ -54,6 +54,16 @@ def test_intervals_cover_the_truth(family):
     assert covered >= 25  # 28 or 29 are expected
 
 
+def test_the_parameter_does_not_depend_on_the_units_of_the_data(family):
+    difference = residuals(noisy(2.9))
+
+    result = family.calibrate(difference)
+    scaled = family.calibrate(lambda model: 1e-6 * difference(model))
+
+    assert scaled.parameter == pytest.approx(result.parameter, rel=1e-6)
+    assert scaled.error == pytest.approx(result.error, rel=1e-3)
+
+
 def test_the_result_is_the_least_sum_of_squares(family):
     data = noisy(2.9)
 
