@@ -380,11 +380,12 @@ def _find_locations(model: nn.Module) -> Locations:
 
 
 def _check_adapter_name(name: Any, config: LoTRAConfig, model: nn.Module) -> None:
-    """Raise a ValueError for a name that no parameter can have, or that stands for the base model or a module."""
-    is_usable = isinstance(name, str) and "." not in name and name not in ("", "__base__")
+    """Raise a ValueError for a name that no parameter or folder can have, or that stands for the base or a module."""
+    is_usable = isinstance(name, str) and not any(mark in name for mark in "./\\") and name not in ("", "__base__")
     if not is_usable or hasattr(nn.ParameterDict(), name):
         raise ValueError(
-            f"An adapter cannot be called {name!r:.100}: take a string without dots that torch does not use."
+            f"An adapter cannot be called {name!r:.100}: take a string without dots and slashes that torch does "
+            "not use."
         )
     # PEFT removes the names of adapters from those of tensors
     for module, key, _ in saved_tensors(config, model, ()):

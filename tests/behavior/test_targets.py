@@ -172,6 +172,8 @@ def test_of_a_layer_in_a_layer_the_outer_one_is_adapted():
 
 
 NAMES = [(name, "") for name in ("", "__base__", "keys", "training", "with.dot", 3)]
+# PEFT would save it into a folder in a folder, or outside of the folder
+NAMES += [(name, "without dots and slashes") for name in ("in/folders", "/absolute", r"in\folders")]
 # PEFT would write `head.head.weight` as `weight`
 NAMES += [(name, f"cannot be called '{name}'") for name in ("head", "weight", "model")]
 
