@@ -55,8 +55,8 @@ class KANLayerSpec:
             one of a number for each edge is shared along a kernel. See layout.py.
         residual (`tuple[str, str]`, *optional*): The parameter of the base branch and its layout, of `o` and `i`
             `...` and the axis of `groups`. A layer on which it is absent or `None` has no base branch.
-        groups (`str`): The axis of blocks with separate inputs, e.g. `"g"`. They are a part of the output
-            mode, and `i` counts the inputs of one block. The members of a list by `*` are such blocks too.
+        groups (`str`): The axis that counts groups with inputs of their own, e.g. `"g"`. They are a part of the output
+            mode, and `i` counts the inputs of one group. The members of a list by `*` are such groups too.
         grid (`tuple[str, ...]`): The attributes, tensors and numbers, that give the coefficients their meaning.
         grid_methods (`tuple[str, ...]`): The layer's methods that change that state, or cut or permute the
             coefficients. They raise while an adapter is attached and not merged.
@@ -244,7 +244,7 @@ def _solve(
 
     Args:
         kind: The name of the kind.
-        groups: The axis of blocks.
+        groups: The group axis.
         parts: Name and pattern of each part and of the base branch, with the name and shape of each parameter.
         count: The number of parts without the base branch.
         axes: The lengths that no shape determines.

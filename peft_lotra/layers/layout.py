@@ -3,20 +3,29 @@
 
 """Layouts: how a library stores its coefficients, as an einops pattern, and the canonical order (out, in, basis).
 
-A pattern names the axes of the stored parameter. `o` and `i` are the output and input features, or channels, and `...`
-the axes of the kernel of a convolution, which make up a fourth mode. An axis of blocks, each with its own inputs (the
-groups of a convolution), is named by `groups`. It belongs to the output mode, and `i` counts the inputs of one block.
-Every other name belongs to the basis mode, in the order in which it appears. Without one the basis has length one.
+A pattern names the axes of the stored parameter:
 
-Parentheses flatten axes as in einops, and `()` is an axis of length one. As in einx, a `+` inside parentheses
-concatenates two blocks: the coefficients come first, the residual weights second. `(i k):2` is a flattened axis that
-is stored over two dimensions. A part after the first may lack `o`, `i` or the axes of the kernel: it is shared along
-them. Each edge then has the same values, and an update of the parameter is the mean of the updates of the edges.
+* `o` and `i` are the outputs and the inputs, features or channels.
+* `...` stands for the axes of the kernel of a convolution, which make up a fourth mode.
+* A group axis, whose name `groups` gives, counts the groups of a grouped convolution. It belongs to the output mode,
+  and `i` then counts the inputs of one group.
+* Every other name belongs to the basis mode, in the order in which it appears. Without one, the basis has length one.
 
-    "o i k"          efficient-kan    "t o i g"            FourierKAN: the basis mode is (t g)
-    "o (i k)"        FastKAN          "o ((i k) + i)"      inkan: coefficients and residual weights packed in one
-    "o (k i) ..."    convolutions     "o () (i k):2"       ReLU-KAN: a view of (i k), which splits neither i nor k
-                                      "i k"                its phases, which all outputs share
+Parentheses flatten axes as in einops, and `()` is an axis of length one. Two marks are not of einops:
+
+* `(i k):2` is a flattened axis that is stored as two dimensions, of any sizes with this product.
+* `+` inside parentheses concatenates two blocks, as in einx: first the coefficients, then the residual weights.
+
+A parameter that is added to another one of its layer may lack `o`, `i` or the axes of the kernel. It is then shared
+along them: each edge has the same values, and an update of the parameter is the mean of the updates of the edges.
+
+    "o i k"          efficient-kan
+    "t o i g"        FourierKAN: the basis mode is (t g)
+    "o (i k)"        FastKAN
+    "o ((i k) + i)"  inkan: coefficients and residual weights in one parameter
+    "o (k i) ..."    convolutions
+    "o () (i k):2"   ReLU-KAN: the two dimensions are not those of i and k
+    "i k"            ReLU-KAN's phases, which all outputs share
 """
 
 from __future__ import annotations
@@ -38,8 +47,8 @@ from ..kan.product import concatenate
 Axes = tuple[str, ...]
 Dims = tuple[Axes, ...]  # the axes of each dimension
 Lengths = Mapping[str, int]  # by axis
-# What `:N` is replaced by, as an axis for einops, which knows no axis that is stored over several dimensions.
-_OVER = {f"over{count}": count for count in range(2, 10)}
+# `(i k):2` is "(i k over2)" for the parser of einops, which has no `:2`: these names are marks, not axes.
+_STORED_OVER = {f"over{count}": count for count in range(2, 10)}
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class Layout:
     Attributes:
         blocks: The axes of each dimension of the coefficients, then of residual weights in the same parameter.
         kernel: The axes of the kernel mode.
-        groups: The axes of blocks with separate inputs.
+        groups: The group axes.
         stored_over: The number of stored dimensions of each dimension.
         shared: The axes that the parameter lacks, and is shared along.
     """
@@ -88,7 +97,7 @@ class Layout:
 
         Args:
             first: The layout of the first part.
-            is_list: Whether the part is a list of parameters. They are the blocks, and need no axis of blocks.
+            is_list: Whether the part is a list of parameters. Each has a group, and no group axis.
         """
         groups = self.groups if is_list else first.groups
         needed = (*groups, "o", "i", *first.kernel)
@@ -100,7 +109,8 @@ class Layout:
     def canonical_shape(self, lengths: Lengths) -> tuple[int, ...]:
         """Return (out, in, basis) or (out, in, basis, kernel), with a packed base branch in the basis mode."""
         sizes = [_multiply(mode, lengths) for mode in self._modes]
-        sizes[2] += self.has_residual
+        if self.has_residual:
+            sizes[2] += 1
         return tuple(sizes)
 
     def axis_lengths(self, shape: Sequence[int], given: Lengths) -> dict[str, int]:
@@ -131,7 +141,8 @@ class Layout:
         sizes = iter(shape)
         for count, dim, *packed in zip(self.stored_over, *self.blocks, strict=True):
             size = math.prod(islice(sizes, count))
-            blocks = {dim, *packed}  # equal, but where the blocks are concatenated
+            # the blocks have the same axes in all dimensions but the one in which they are concatenated
+            blocks = {dim, *packed}
             if not _solve_length(blocks, dim, size, lengths):
                 return f"{_write([dim])} cannot be {size}"
         return ""
@@ -190,8 +201,9 @@ class Layout:
         """Whether the parameter is stored as "o i k" or "o i"."""
         if self.kernel or self.groups or self.has_residual or self.shared:
             return False
-        is_edge = self.blocks[0][:2] == (("o",), ("i",))
-        return is_edge and sum(self.stored_over) <= 3
+        begins_with_edges = self.blocks[0][:2] == (("o",), ("i",))
+        has_one_more = sum(self.stored_over) <= 3  # dimension at most, for the basis
+        return begins_with_edges and has_one_more
 
     @cached_property
     def _expressions(self) -> list[tuple[str, str, Axes]]:
@@ -225,19 +237,22 @@ def _solve_length(
     unknown = [axis for axis in dim if axis not in lengths]
     if len(unknown) > 1:
         return False
+    # the size is constant + slope * unknown length: a block has the unknown axis once, or lacks it
     constant = slope = 0
     for block in blocks:
         product = math.prod([lengths.get(axis, 1) for axis in block])
-        # each block is proportional to the unknown length, or lacks this axis
         if unknown and unknown[0] in block:
             slope += product
         else:
             constant += product
-    for axis in unknown:
-        length = (size - constant) // max(slope, 1)
-        constant += slope * length
-        lengths[axis] = length
-    return size == constant > 0
+
+    if not unknown:
+        return size == constant > 0
+    if slope == 0:  # of an axis of length zero
+        return False
+    length = (size - constant) // slope
+    lengths[unknown[0]] = length
+    return size == constant + slope * length > 0
 
 
 def _write(dims: Sequence[Axes]) -> str:
@@ -259,7 +274,7 @@ def parse_layout(
 
     Args:
         pattern: The pattern of a parameter.
-        groups: The axis of blocks, which the pattern may lack.
+        groups: The group axis, which the pattern may lack.
         dimensions: The number of dimensions of the parameter. It gives the number of axes in `...`.
         may_share: Whether the pattern may lack `o` or `i`, as the patterns of later parts may.
 
@@ -286,15 +301,17 @@ def parse_layout(
         for dim in composition:
             if not all(isinstance(axis, str) for axis in dim):
                 raise ValueError(f"{problem}an axis must have a name.")
-            dims.append(tuple(axis for axis in dim if axis not in _OVER))
-            stored_over.append(_OVER.get(dim[-1], 1) if dim else 1)
+            dims.append(tuple(axis for axis in dim if axis not in _STORED_OVER))
+            mark = dim[-1] if dim else ""
+            stored_over.append(_STORED_OVER.get(mark, 1))
         blocks.append(dims)
 
     kernel: Axes = ()
     if ("kernel",) in blocks[0]:
         count = 2
         if dimensions is not None:
-            count = max(dimensions - sum(stored_over) + 1, 0)
+            others = sum(stored_over) - 1
+            count = max(dimensions - others, 0)
         kernel = tuple(f"kernel{n}" for n in range(count))
         position = blocks[0].index(("kernel",))
         stored_over[position : position + 1] = [1] * count
@@ -305,15 +322,20 @@ def parse_layout(
     if not (may_share or {"o", "i"} <= axes):
         raise ValueError(problem + "`o` and `i` must appear once each.")
     group_axes = tuple(axis for axis in groups.split() if axis in axes)
-    layout = Layout(pattern, tuple(map(tuple, blocks)), kernel, group_axes, tuple(stored_over))
+    frozen_blocks = tuple(tuple(dims) for dims in blocks)
+    layout = Layout(pattern, frozen_blocks, kernel, group_axes, tuple(stored_over))
+    axes_of_residual = axes - {*layout.basis}
     for residual in layout.blocks[1:]:
-        if not layout.basis or {*_flatten(residual)} != axes - {*layout.basis}:
+        if not layout.basis or {*_flatten(residual)} != axes_of_residual:
             raise ValueError(problem + "the second block of a `+` is the residual weights, of axes `o` and `i` alone.")
     return layout
 
 
 def _split_blocks(pattern: str) -> list[str]:
-    """Return the pattern of each block of a `+`, in the syntax of einops, which has no `+` and no `:N`."""
+    """Return the pattern of each block of a `+`, in the syntax of einops, which has no `+` and no `:N`.
+
+    "o ((i k) + i)" is split into "o ( i k )" and "o (i)", and "(i k):2" becomes "(i k over2)".
+    """
     text = pattern.replace("...", "kernel")
     text = re.sub(r"\):([2-9])", r" over\1)", text)
     inner = r"((?:[^()+]|\([^()+]*\))*)"  # a block, perhaps with parentheses
