@@ -38,7 +38,7 @@ from .starts import (
     stored_size,
     stored_tensors,
 )
-from .training import CHUNK, USUAL_RATE, Fit, Task, are_within_error, weigh_rows
+from .training import CHUNK, Fit, Task, are_within_error, weigh_rows
 
 
 _NO_ADAPTATION = "no adaptation"
@@ -72,9 +72,9 @@ def fit_adapter(
        [`start_from_gradient`]; and ranks chosen by the data, which start by [`start_from_training`].
     3. The references are trained in the same way: a linear model of the inputs, only the last layer, all parameters
        (full fine-tuning), and all parameters from scratch. The unchanged base counts too.
-    4. One adapter is trained again, on all rows: full matrices at a rate of 1e-2, or ranks chosen by the data where
-       these exceed the budget, unless another form or rate has less loss on held-out rows, by more than one standard
-       error. If the base has less loss than all of them, `model` has an update of zero.
+    4. One adapter is trained again, on all rows: full matrices at a rate of 1e-2, or where these exceed the budget,
+       ranks chosen by the data at 3e-3, unless another form or rate has less loss on held-out rows, by more than one
+       standard error. If the base has less loss than all of them, `model` has an update of zero.
     5. `advice` names the model to use: the smallest one whose loss is within one standard error of the least. With
        `max_bytes`, larger ones are left out.
 
@@ -180,7 +180,7 @@ def fit_adapter(
         adapters = {_NO_ADAPTATION: fits["base"]}
         for name, form in forms.items():
             start = start_adapter(network, task, form, task.rows)
-            adapters[name] = task.compare(start, usual=USUAL_RATE)
+            adapters[name] = task.compare(start, usual=form.rate)
         best = min(adapters, key=lambda name: adapters[name].losses.mean())
         usual = next(iter(forms), best)
         if best != _NO_ADAPTATION and are_within_error(adapters[usual].losses, adapters[best].losses):

@@ -32,10 +32,11 @@ FULL_MATRICES, LOW_RANK = "full matrices", "low rank"
 
 
 class Form(NamedTuple):
-    """The ranks of an adapter, a `rank_pattern`, and the function that starts it."""
+    """The ranks of an adapter, a `rank_pattern`, the function that starts it, and its usual learning rate."""
 
     ranks: dict[str, Any]
     begin: Callable[..., None]
+    rate: float
 
 
 class Size(NamedTuple):
@@ -79,13 +80,13 @@ def choose_forms(base: nn.Module, task: Task, budget: float) -> dict[str, Form]:
     by_size = configs["default"].rank_pattern
     forms = {}
     if all(ranks[:2] == ("full", "full") for ranks in by_size.values()):
-        forms[FULL_MATRICES] = Form(by_size, start_from_gradient)
+        forms[FULL_MATRICES] = Form(by_size, start_from_gradient, rate=1e-2)
     batches = torch.arange(len(task.x)).split(BATCH)
     try:
         start_from_training(model, partial(_batch_loss, model, task), batches)
     except NoGradientError:
         return {}
-    forms[LOW_RANK] = Form(configs["default"].rank_pattern, start_from_training)
+    forms[LOW_RANK] = Form(configs["default"].rank_pattern, start_from_training, rate=3e-3)
     return forms
 
 

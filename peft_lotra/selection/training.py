@@ -18,7 +18,6 @@ from ..modules.calls import freeze_norms, set_mode
 
 
 RATES = (3e-3, 1e-2, 3e-2)
-USUAL_RATE = 1e-2  # of adapters
 BATCH = 128  # rows of a training step
 CHUNK = 1024  # rows that are evaluated at once
 
