@@ -74,7 +74,12 @@ class Forgetting:
         if past is not None and not (self.counts and torch.equal(past.parameters, problem.start)):
             self.past = None
 
-    def _are_rows_drawn(self, problem: LeastSquares, terms: list[Term], num_residuals: int) -> bool:
+    def _are_rows_drawn(
+        self,
+        problem: LeastSquares,
+        terms: list[Term],
+        num_residuals: int,
+    ) -> bool:
         """Return whether the terms of the last step have other rows now, at least half as many as parameters."""
         last_terms = self._terms
         self._terms = []
@@ -89,8 +94,9 @@ class Forgetting:
         processes = problem.shards.gather((is_same, is_drawn, num_residuals))
         are_same, are_drawn, sizes = zip(*processes, strict=True)
         size = problem.num_parameters
-        is_possible = size <= 2 * sum(sizes) and bytes_of_matrices(size) <= problem.memory
-        return is_possible and all(are_same) and any(are_drawn)
+        if size > 2 * sum(sizes) or bytes_of_matrices(size) > problem.memory:
+            return False
+        return all(are_same) and any(are_drawn)
 
     def discounted(self, factor: float | str, loss: float) -> tuple[Tensor, Tensor] | None:
         """Return the former J^T J and J^T r times the forgetting factor.
@@ -110,10 +116,15 @@ class Forgetting:
         trust = 1.0 if past.agreement > 0.25 else 0.2
         if isinstance(factor, str):
             loss_before, loss_after = past.losses
-            self._slope += 0.2 * (math.log(max(loss, 1e-300) / loss_before) - self._slope)
-            largest = min(1 - 1 / LONGEST_SPAN, math.exp(min(0.0, 10 * self._slope)))
+            slope = math.log(max(loss, 1e-300) / loss_before)
+            self._slope += 0.2 * (slope - self._slope)
+            largest = math.exp(min(0.0, 10 * self._slope))
+            largest = min(largest, 1 - 1 / LONGEST_SPAN)
+            longest = 1 / (1 - largest)
+
             growth = 1.25 if loss > 1.5 * loss_after else 0.8
-            self._span = max(1.0, min(self._span * growth, 1 / (1 - largest)))
+            span = min(self._span * growth, longest)
+            self._span = max(1.0, span)
             factor = max(1 - 1 / self._span, SMALLEST_FACTOR * trust)
         else:
             factor *= trust

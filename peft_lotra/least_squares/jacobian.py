@@ -97,13 +97,16 @@ class Recorder:
         components: list[Any] = [formula.coefficients, formula.residual, formula.bias]
         for update in formula.updates:
             components += [update.scale, *update.tensor]
-        trained = {id(tensor) for tensor in components if isinstance(tensor, Tensor) and tensor.requires_grad}
+        tensors = [component for component in components if isinstance(component, Tensor)]
+        trained = {id(tensor) for tensor in tensors if tensor.requires_grad}
         # with a scale of the edges, the coefficients are no product of factors, and `vmap` takes as long
         if not trained or formula.scale is not None or not trained <= self._parameters:
             return evaluate_layer(formula, *inputs)
-        tensors = {name: value.detach() for name, value in formula._asdict().items() if isinstance(value, Tensor)}
-        updates = tuple(Update(scale, tensor.map(Tensor.detach)) for scale, tensor in formula.updates)
-        outputs = evaluate_layer(formula._replace(updates=updates, **tensors), *inputs)
+
+        detached = {name: value.detach() for name, value in formula._asdict().items() if isinstance(value, Tensor)}
+        updates = [Update(scale, tensor.map(Tensor.detach)) for scale, tensor in formula.updates]
+        constant = formula._replace(updates=tuple(updates), **detached)
+        outputs = evaluate_layer(constant, *inputs)
         for output in outputs:
             output.requires_grad_()
         self.layers.append(LayerRecord(formula, inputs, outputs))
@@ -133,15 +136,23 @@ def row_gradients(
     with torch.enable_grad(), recording(Recorder(parameters, rows)) as recorder:
         values = function()
     m = values.shape[1]
-    outputs = [output for layer in recorder.layers for output in layer.outputs]
+    outputs: list[Tensor] = []
+    for layer in recorder.layers:
+        outputs += layer.outputs
     if not outputs or not values.requires_grad or m > MOST_COLUMNS:
         return None
+
     tensors = [parameter for parameter in parameters if parameter.dim()]
     scalars = [parameter for parameter in parameters if not parameter.dim()]
     output_gradients = []
     for column in values.unbind(1):
-        ones = torch.ones_like(column)
-        gradients = torch.autograd.grad(column, [*outputs, *tensors], ones, retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(
+            column,
+            [*outputs, *tensors],
+            torch.ones_like(column),
+            retain_graph=True,
+            allow_unused=True,
+        )
         if any(gradient is not None for gradient in gradients[len(outputs) :]):
             return None
         output_gradients.append(gradients)
@@ -150,18 +161,21 @@ def row_gradients(
     if out is None:
         out = parameters[0].new_empty(rows * m, sum(sizes))
     jacobian = out[: rows * m].zero_()
+    columns_of_parameters = jacobian.split(sizes, dim=-1)
     blocks = {}
-    for parameter, block in zip(parameters, jacobian.split(sizes, dim=-1), strict=True):
-        blocks[id(parameter)] = block.view(rows, m, *parameter.shape)
+    for parameter, columns in zip(parameters, columns_of_parameters, strict=True):
+        blocks[id(parameter)] = columns.view(rows, m, *parameter.shape)
     first = 0
     for layer in recorder.layers:
         last = first + len(layer.outputs)
         gradients_of_layer = [gradients[first:last] for gradients in output_gradients]
-        _add_layer(blocks, layer, _stack_gradients(layer.outputs, gradients_of_layer))
+        stacked = _stack_gradients(layer.outputs, gradients_of_layer)
+        _add_layer(blocks, layer, stacked)
         first = last
     for index, column in enumerate(values.unbind(1)):
-        for scalar, derivatives in zip(scalars, _scalar_derivatives(column, scalars), strict=True):
-            blocks[id(scalar)][:, index] = derivatives
+        derivatives = _scalar_derivatives(column, scalars)
+        for scalar, derivative in zip(scalars, derivatives, strict=True):
+            blocks[id(scalar)][:, index] = derivative
     return jacobian
 
 
@@ -173,7 +187,8 @@ def _stack_gradients(outputs: Jet, gradients: Sequence[Sequence[Tensor | None]])
             if gradient is None:
                 gradient = torch.zeros_like(output)
             stacked.append(gradient.view(-1, *output.shape[-2:]))
-    return torch.cat(stacked).unflatten(0, (len(gradients), -1)).permute(2, 0, 1, 3)
+    by_value = torch.cat(stacked).unflatten(0, (len(gradients), -1))
+    return by_value.permute(2, 0, 1, 3)
 
 
 def _scalar_derivatives(column: Tensor, scalars: Sequence[Tensor]) -> list[Tensor]:
@@ -213,13 +228,19 @@ def _add_layer(blocks: Blocks, record: LayerRecord, g: Tensor) -> None:
         dense = dense.view(*g.shape[:2], -1, *phi.shape[2:])  # (n, m, O, K + 1, I)
         _add(blocks, formula.residual, dense[..., -1, :])
         if coefficients is not None:
-            _add(blocks, coefficients, dense[..., : coefficients.shape[2], :].mT)
+            count = coefficients.shape[2]
+            _add(blocks, coefficients, dense[..., :count, :].mT)
     for update in formula.updates:
         if any(id(component) in blocks for component in update.tensor):
             _add_tucker(blocks, phi, update, g)
 
 
-def _add_tucker(blocks: Blocks, phi: Tensor, update: Update, g: Tensor) -> None:
+def _add_tucker(
+    blocks: Blocks,
+    phi: Tensor,
+    update: Update,
+    g: Tensor,
+) -> None:
     """Add the gradients of a Tucker update.
 
     With phi (n, S, K, I) contracted by factor_in to v (n, S, ri, K), by both factors to t (n, S, ri, rb), and the
@@ -233,12 +254,15 @@ def _add_tucker(blocks: Blocks, phi: Tensor, update: Update, g: Tensor) -> None:
     """
     scale, (core, factor_out, factor_in, factor_basis) = update
     n, m = g.shape[:2]
-    phi = phi[:, :, : update.tensor.shape[2]].contiguous()
+    count = update.tensor.shape[2]
+    phi = phi[:, :, :count].contiguous()
     v = phi if factor_in is None else phi @ factor_in
     v = v.mT.contiguous()
     t = v if factor_basis is None else v @ factor_basis
     t = t.flatten(2)
-    f = scale * g if factor_out is None else scale * g @ factor_out
+    f = scale * g
+    if factor_out is not None:
+        f = f @ factor_out
 
     def product(left: Tensor, right: Tensor) -> Tensor:
         """Return sum_x left[x, i] right[m, x, j], (n, m, i, j), for left (n, S, X / S, i) and right (n, m, S, ...)."""
@@ -255,6 +279,8 @@ def _add_tucker(blocks: Blocks, phi: Tensor, update: Update, g: Tensor) -> None:
         _add(blocks, factor_out, g.mT.flatten(1, 2) @ contracted)
     if id(factor_in) in blocks:
         expanded = expand_inputs(core, None, factor_basis)
-        _add(blocks, factor_in, product(phi, f @ expanded.mT.flatten(1)))
+        q = f @ expanded.mT.flatten(1)
+        _add(blocks, factor_in, product(phi, q))
     if id(factor_basis) in blocks:
-        _add(blocks, factor_basis, product(v, f @ core.flatten(1)))
+        h = f @ core.flatten(1)
+        _add(blocks, factor_basis, product(v, h))

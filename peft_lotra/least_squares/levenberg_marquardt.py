@@ -124,7 +124,9 @@ class LevenbergMarquardt:
         self.model = model
         self.damping = check_number(damping, "damping", f"(0, {LARGEST_DAMPING:g}]")
         self.floor = check_number(floor, "floor", "(0, 1]")
-        self.forgetting = forgetting if forgetting == "auto" else check_number(forgetting, "forgetting", "[0, 1)")
+        if forgetting != "auto":
+            forgetting = check_number(forgetting, "forgetting", "[0, 1)")
+        self.forgetting = forgetting
         self.memory = int(memory)
         self._former = Forgetting()
         self._trials: Trials = {}  # of the terms of the last step
@@ -172,11 +174,12 @@ class LevenbergMarquardt:
             True
         """
         terms = check_terms(terms)
-        problem = LeastSquares(self.model, terms, self.memory, self._held_trials | self._trials, self._shards)
+        problem = self._make_problem(terms)
         self._trials = problem.trials
         residuals = problem.residuals(problem.start)
         losses = problem.losses(residuals)
         loss = sum(losses)
+
         former = self._former
         former.start_step(self.forgetting, problem, terms, len(residuals))
         if not math.isfinite(loss):
@@ -198,7 +201,14 @@ class LevenbergMarquardt:
                     f"No damping up to {LARGEST_DAMPING:g} makes the loss fall below {loss:.6g}: the parameters are "
                     "at a minimum to rounding, or the normal equations are singular."
                 )
-                return LevenbergMarquardtStep(loss, self.damping, False, attempts, reason=reason, losses=losses)
+                return LevenbergMarquardtStep(
+                    loss,
+                    self.damping,
+                    False,
+                    attempts,
+                    reason=reason,
+                    losses=losses,
+                )
             attempts += 1
             candidate = self._attempt(problem, linear, damping, loss)
             if candidate is not None:
@@ -214,8 +224,18 @@ class LevenbergMarquardt:
             sums = linear.after(candidate.change, candidate.residuals)
             former.past = Past(*sums, candidate.parameters, (loss, new_loss), candidate.agreement)
         write_vector(problem.trainable, candidate.parameters)
-        decrease = 1 - new_loss / loss
-        return LevenbergMarquardtStep(new_loss, self.damping, True, attempts, decrease, losses=candidate.losses)
+        return LevenbergMarquardtStep(
+            new_loss,
+            self.damping,
+            True,
+            attempts,
+            decrease=1 - new_loss / loss,
+            losses=candidate.losses,
+        )
+
+    def _make_problem(self, terms: list[Term]) -> LeastSquares:
+        trials = self._held_trials | self._trials
+        return LeastSquares(self.model, terms, self.memory, trials, self._shards)
 
     def _refuse(self, error: str, losses: tuple[float, ...]) -> LevenbergMarquardtStep:
         """Warn that there is no step, and return its record. The damping stays."""
@@ -241,9 +261,10 @@ class LevenbergMarquardt:
         change = parameters - problem.start
         residuals = problem.residuals(parameters)
         losses = problem.losses(residuals)
-        decrease = loss - sum(losses) - linear.rise_of_past(change)
+        new_loss = sum(losses)
+        decrease = loss - new_loss - linear.rise_of_past(change)
         # a loss that is NaN fails both comparisons
-        if not (sum(losses) < loss and decrease > 0):
+        if not (new_loss < loss and decrease > 0):
             return None
         agreement = decrease / linear.predicted_decrease(damping, step)
         return _Candidate(parameters, change, residuals, losses, agreement)
@@ -281,11 +302,13 @@ class LevenbergMarquardt:
 
         terms = terms if callable(terms) else check_terms(terms)
         held = list(held)
-        best, least = None, math.inf
+        best = None
+        least = math.inf
         if held:
             held = check_terms(held)
             best, residuals = self.evaluate_held(held)
-            least = min(least, sum(best.losses(residuals)))  # infinite if the loss is NaN
+            held_loss = sum(best.losses(residuals))
+            least = min(least, held_loss)  # infinite if the loss is NaN
             message = best.find_not_finite(residuals)
             if message:
                 warnings.warn(f"Held-out {message}", RuntimeWarning, stacklevel=3)
@@ -295,7 +318,8 @@ class LevenbergMarquardt:
         is_hidden = not (progress and self._shards.is_first)
         with tqdm(total=steps, unit="step", desc="Levenberg-Marquardt", disable=is_hidden) as bar:
             for number in range(steps):
-                record = self.step(terms(number) if callable(terms) else terms)
+                terms_of_step = terms(number) if callable(terms) else terms
+                record = self.step(terms_of_step)
                 shown = {"loss": record.loss, "damping": record.damping}
                 is_slow = record.decrease < tolerance
                 if held:
@@ -304,7 +328,8 @@ class LevenbergMarquardt:
                     shown["held"] = record.held_loss
                     is_slow = not record.held_loss < least
                     if not is_slow:
-                        best, least = problem, record.held_loss
+                        best = problem
+                        least = record.held_loss
                 history.append(record)
                 bar.update()
                 bar.set_postfix(shown)
@@ -320,9 +345,10 @@ class LevenbergMarquardt:
 
     def evaluate_held(self, terms: list[Term]) -> tuple[LeastSquares, Tensor]:
         """Return the problem of checked terms that are not trained, and its residuals."""
-        problem = LeastSquares(self.model, terms, self.memory, self._held_trials | self._trials, self._shards)
+        problem = self._make_problem(terms)
         self._held_trials = problem.trials
-        return problem, problem.residuals(problem.start)
+        residuals = problem.residuals(problem.start)
+        return problem, residuals
 
 
 def damping_factor(agreement: float, raised: bool) -> float:

@@ -67,7 +67,8 @@ class LinearModel:
         lowest = floor * squares.max().item()
         self.scaling = squares.clamp(min=max(lowest, 1e-300))
         if self.in_residual_space:
-            _add_gram(self.matrix, (self.jacobian / self.scaling.sqrt()).T)
+            scaled = self.jacobian / self.scaling.sqrt()
+            _add_gram(self.matrix, scaled.T)
 
         self.error = ""
         is_finite = self.matrix.isfinite().all() and self.gradient.isfinite().all()
@@ -79,7 +80,8 @@ class LinearModel:
     def _choose_space(self, in_parameter_space: bool) -> int:
         """Choose the space of the matrix, and whether J is kept; return the size of the matrix."""
         problem = self.problem
-        rows, count = len(self.residuals), problem.num_parameters
+        rows = len(self.residuals)
+        count = problem.num_parameters
         bytes_of_jacobian = 2 * 8 * rows * count  # and of a scaled copy
         self.jacobian: Any = None
         if bytes_of_jacobian <= problem.memory:
@@ -145,14 +147,16 @@ class LinearModel:
 
     def predicted_decrease(self, damping: float, step: Tensor) -> float:
         """Return |r|^2 - |r + J step|^2 for the step of this damping, where (J^T J + damping S) step = -J^T r."""
-        return (damping * self.scaling * step.square() - self.gradient * step).sum().item()
+        decreases = damping * self.scaling * step.square() - self.gradient * step
+        return decreases.sum().item()
 
     def rise_of_past(self, step: Tensor) -> float:
         """Return by how much a step increases the sum of squares of the former residuals."""
         if self.past is None:
             return 0.0
         matrix, gradient = self.past
-        return (step @ (matrix @ step) + 2 * (gradient @ step)).item()
+        rise = step @ (matrix @ step) + 2 * (gradient @ step)
+        return rise.item()
 
     def after(self, step: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
         """Return J^T J and J^T r after a step to these residuals. Former residuals follow their linear model."""
@@ -162,7 +166,8 @@ class LinearModel:
             gradient = self.jacobian.T @ residuals
         self.problem.shards.sum(gradient)
         if self.past is not None:
-            gradient += self.past[1] + self.past[0] @ step
+            matrix, past_gradient = self.past
+            gradient += past_gradient + matrix @ step
         return self.matrix, gradient
 
 
@@ -177,7 +182,7 @@ def _add_gram(gram: Tensor, matrix: Tensor) -> None:
     Six strips leave out most of the products that the symmetry repeats.
     """
     size = matrix.shape[1]
-    width = max(1, -(-size // 6))
+    width = max(1, math.ceil(size / 6))
     for first in range(0, size, width):
         last = first + width
         strip = matrix[:, first:last].T @ matrix[:, first:]

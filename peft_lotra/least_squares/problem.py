@@ -85,7 +85,13 @@ class Intercepted(ExactNorms):
 
     is_needed = False
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func,
+        types,
+        args=(),
+        kwargs=None,
+    ):
         kwargs = kwargs or {}
         if func is torch.autograd.grad and not kwargs.get("create_graph"):
             kwargs = {**kwargs, "create_graph": True}
@@ -103,8 +109,9 @@ def check_terms(terms: Iterable[Any]) -> list[Term]:
     checked = []
     for index, term in enumerate(terms):
         function, rows, weight, *_ = (*term, 1.0)
-        rows = tuple(rows) if isinstance(rows, Sequence) else (rows,)
-        lengths = list(map(_count_rows, rows))
+        if not isinstance(rows, Sequence):
+            rows = (rows,)
+        lengths = [len(row) if isinstance(row, Tensor) and row.dim() else None for row in rows]
         has_rows = len(set(lengths)) == 1 and None not in lengths
         if not (callable(function) and has_rows and weight > 0):
             raise ValueError(
@@ -112,19 +119,16 @@ def check_terms(terms: Iterable[Any]) -> list[Term]:
                 f"rows and a weight above 0. But {name_term(index, function)} has rows of lengths {lengths} and the "
                 f"weight {weight!r:.100}."
             )
-        checked.append((function, rows, float(weight)))
+        checked.append((function, tuple(rows), float(weight)))
     if not checked:
         raise ValueError("There are no residual terms.")
     return checked
 
 
-def _count_rows(rows: Any) -> int | None:
-    return len(rows) if isinstance(rows, Tensor) and rows.dim() else None
-
-
 def name_term(index: int, function: Callable) -> str:
     """Return the name of a term in messages."""
-    return f"residual term {index} ({getattr(function, '__name__', type(function).__name__)})"
+    function_name = getattr(function, "__name__", type(function).__name__)
+    return f"residual term {index} ({function_name})"
 
 
 def check_residuals(values: Any, name: str, count: int) -> Tensor:
@@ -161,7 +165,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def check_trainable(model: nn.Module) -> None:
     """Raise a `ValueError` unless the model can be trained."""
-    if any(parameter.is_inference() for parameter in trainable_parameters(model).values()):
+    trainable = trainable_parameters(model)
+    if any(parameter.is_inference() for parameter in trainable.values()):
         raise ValueError("The model was made under `torch.inference_mode()`, and cannot be trained: make it outside.")
 
 
@@ -230,27 +235,33 @@ class LeastSquares:
         self.trials: Trials = {}
         self.terms = self._prepare(terms)
         for term in self.terms:
-            if len(term.rows[0]):
-                key = self._key(term)
-                term.trial = self.trials.get(key) or trials.get(key) or self._try(term)
-                self.trials[key] = term.trial
+            if len(term.rows[0]) == 0:
+                continue
+            key = self._key(term)
+            term.trial = self.trials.get(key) or trials.get(key) or self._try(term)
+            self.trials[key] = term.trial
 
     def _prepare(self, terms: list[Term]) -> list[PreparedTerm]:
         """Convert the rows to float64, and count them in all processes."""
-        weights = [(name_term(index, function), weight) for index, (function, _, weight) in enumerate(terms)]
+        weights = []
+        lengths = []
+        for index, (function, rows, weight) in enumerate(terms):
+            weights.append((name_term(index, function), weight))
+            lengths.append(len(rows[0]))
         if any(weights_of_process != weights for weights_of_process in self.shards.gather(weights)):
             raise ValueError(f"The processes have different residual terms or weights. This one has {weights}.")
-        lengths = [len(rows[0]) for _, rows, _ in terms]
-        counts = self.shards.sum(torch.tensor(lengths, device=self.start.device)).tolist()
+
+        counts = torch.tensor(lengths, device=self.start.device)
+        counts = self.shards.sum(counts).tolist()
         prepared = []
         for index, (function, rows, weight) in enumerate(terms):
             name = name_term(index, function)
             if counts[index] == 0:
                 raise ValueError(f"The {name} has no rows.")
             requires_grad = [row.requires_grad for row in rows]
-            rows = tuple(row.detach().double() if row.is_floating_point() else row for row in rows)
+            converted = [row.detach().double() if row.is_floating_point() else row for row in rows]
             scale = math.sqrt(weight / counts[index])
-            prepared.append(PreparedTerm(name, function, rows, requires_grad, scale))
+            prepared.append(PreparedTerm(name, function, tuple(converted), requires_grad, scale))
         return prepared
 
     def _key(self, term: PreparedTerm) -> tuple:
@@ -270,7 +281,9 @@ class LeastSquares:
         """Return the values as the parameters store them, with fewer digits in a float32 model."""
         rounded = []
         for name, values in split_vector(self.trainable, flat).items():
-            rounded.append(values.to(self.trainable[name].dtype).double().flatten())
+            dtype = self.trainable[name].dtype
+            stored = values.to(dtype)
+            rounded.append(stored.double().flatten())
         return torch.cat(rounded)
 
     def _call(
@@ -280,14 +293,17 @@ class LeastSquares:
         tensors: dict[str, Tensor],
     ) -> Tensor:
         """Return the scaled residuals (n, m) of n rows, with tensors in place of parameters."""
-        with torch.enable_grad(), Intercepted() if term.trial.intercepted else nullcontext():
+        mode = Intercepted() if term.trial.intercepted else nullcontext()
+        with torch.enable_grad(), mode:
             # the function may write into its rows
             copies = [row.detach().clone() for row in rows]
             for copy, requires_grad in zip(copies, term.requires_grad, strict=True):
                 copy.requires_grad_(requires_grad)
             evaluate = partial(term.function, self.model)
-            values = call_with_parameters(self.model, {**self.fixed, **tensors}, evaluate, tuple(copies), {})
-        return term.scale * check_residuals(values, term.name, len(rows[0]))
+            parameters = {**self.fixed, **tensors}
+            values = call_with_parameters(self.model, parameters, evaluate, tuple(copies), {})
+        residuals = check_residuals(values, term.name, len(rows[0]))
+        return term.scale * residuals
 
     # How a function is evaluated
 
@@ -313,7 +329,8 @@ class LeastSquares:
             if values.shape != expected.shape:
                 return True
             largest = values.nan_to_num(0, 0, 0).abs().max().item()
-            return not torch.allclose(values, expected, 1e-7, 1e-7 * largest + 1e-10, equal_nan=True)
+            tolerance = 1e-7 * largest + 1e-10
+            return not torch.allclose(values, expected, 1e-7, tolerance, equal_nan=True)
 
         with Intercepted() as mode:
             residuals = evaluate(0, -1)
@@ -325,7 +342,8 @@ class LeastSquares:
                 f"The {term.name} is random. Draw before the step and pass the draws as rows. Turn dropout off by "
                 "`model.eval()`."
             )
-        if differ(residuals, evaluate(0, -1, 0)[:2]):
+        of_three_rows = evaluate(0, -1, 0)
+        if differ(residuals, of_three_rows[:2]):
             raise ValueError(
                 f"The {term.name} returns residuals of a row that depend on other rows. Pass all that a residual "
                 "needs in its row, and put batch normalization into evaluation mode by `model.eval()`. Shapes (n,) "
@@ -366,10 +384,10 @@ class LeastSquares:
             if jacobian is None:
                 return
             # a function that reorders its rows is not differentiated row by row
-            weights = jacobian.new_ones(len(jacobian)).cumsum(0).cos()
+            weights = torch.cos(jacobian.new_ones(len(jacobian)).cumsum(0))
             expected = self._pull_back(term, rows, weights)
-            error = jacobian.T @ weights - expected
-            if error.abs().max() <= 1e-6 * expected.abs().max():  # not if it is NaN
+            error = (jacobian.T @ weights - expected).abs().max()
+            if error <= 1e-6 * expected.abs().max():  # not if it is NaN
                 trial.by_layers = True
                 trial.row_bytes = measure_row()
 
@@ -377,10 +395,12 @@ class LeastSquares:
 
     def chunks(self) -> Iterator[tuple[PreparedTerm, list[Tensor]]]:
         """Yield each term with its rows, in chunks of as many rows as fit."""
+        bytes_of_chunk = min(self.memory // 2, CHUNK)
         for term in self.terms:
-            size = max(1, min(self.memory // 2, CHUNK) // term.trial.row_bytes)
+            size = max(1, bytes_of_chunk // term.trial.row_bytes)
             for first in range(0, len(term.rows[0]), size):
-                yield term, [row[first : first + size] for row in term.rows]
+                chunk = slice(first, first + size)
+                yield term, [row[chunk] for row in term.rows]
 
     @torch.no_grad()
     def residuals(self, flat: Tensor) -> Tensor:
@@ -388,17 +408,20 @@ class LeastSquares:
         tensors = split_vector(self.trainable, flat)
         residuals = [self.start.new_empty(0)]
         for term, rows in self.chunks():
-            residuals.append(self._call(term, rows, tensors).detach().flatten())
+            residuals_of_rows = self._call(term, rows, tensors)
+            residuals.append(residuals_of_rows.detach().flatten())
         return torch.cat(residuals)
 
     def split(self, residuals: Tensor) -> Sequence[Tensor]:
         """Return the residuals of each term."""
-        return residuals.split([len(term.rows[0]) * term.columns for term in self.terms])
+        counts = [len(term.rows[0]) * term.columns for term in self.terms]
+        return residuals.split(counts)
 
     def losses(self, residuals: Tensor) -> tuple[float, ...]:
         """Return the sum of squares of each term, in all processes."""
         squares = [residuals_of_term.square().sum() for residuals_of_term in self.split(residuals)]
-        return tuple(self.shards.sum(torch.stack(squares)).tolist())
+        losses = self.shards.sum(torch.stack(squares))
+        return tuple(losses.tolist())
 
     def find_not_finite(self, residuals: Tensor) -> str:
         """Return a message that names the terms whose residuals are NaN or infinite; empty without any."""
@@ -444,7 +467,8 @@ class LeastSquares:
             evaluate = lambda flat: self._call(term, batch, split_vector(self.trainable, flat))[0]  # noqa: E731
             values, pull_back, *_ = torch.func.vjp(evaluate, flat)
             units = torch.eye(len(values), dtype=values.dtype, device=values.device)
-            return torch.stack([pull_back(unit)[0] for unit in units])
+            gradients = [pull_back(unit)[0] for unit in units]
+            return torch.stack(gradients)
 
         in_dims = (None, *[0] * len(rows))
         differentiate_rows = torch.func.vmap(differentiate_row, in_dims, randomness="different")
@@ -461,10 +485,16 @@ class LeastSquares:
             first = last
         return total
 
-    def _pull_back(self, term: PreparedTerm, rows: Sequence[Tensor], vector: Tensor) -> Tensor:
+    def _pull_back(
+        self,
+        term: PreparedTerm,
+        rows: Sequence[Tensor],
+        vector: Tensor,
+    ) -> Tensor:
         leaves = self._leaves()
         values = self._call(term, rows, leaves)
         if not values.requires_grad:
             return torch.zeros_like(self.start)
-        gradients = torch.autograd.grad(values.flatten(), list(leaves.values()), vector, materialize_grads=True)
+        parameters = list(leaves.values())
+        gradients = torch.autograd.grad(values.flatten(), parameters, vector, materialize_grads=True)
         return torch.cat([gradient.flatten() for gradient in gradients])
