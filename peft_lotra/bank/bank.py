@@ -86,13 +86,15 @@ class AdapterBank:
             self.record[name] = record_layer(LoTRALayer(*target, name))
             shape = full_shape(target.tensor)
             layers[name] = PackedTucker(shape, (0,) * len(shape))
-            dtype = dtype or torch.promote_types(target.tensor.get_parameter(target.layer).dtype, torch.float32)
+            if dtype is None:
+                stored = target.tensor.get_parameter(target.layer)
+                dtype = torch.promote_types(stored.dtype, torch.float32)
         packed = torch.zeros(1, 0, dtype=dtype, device="cpu")
         # read once by whoever needs several of its fields, and replaced as a whole, under the lock
         self.snapshot = Snapshot.of_rows(packed, layers, [Form({})], {BASE: 0})
         self.traced_pass: BankPass | None = None  # the pass that a compiler traces
         self._lock = LayerLock()
-        self._agreeing_records: list[Any] = []  # records of bases that agreed with this one
+        self._agreeing_records = []  # records of bases that agreed with this one
         self._replaced: list[tuple[nn.Module, str, Any]] = []  # attributes before `attach`; None for new ones
         self._loaded_from: str | None = None  # a folder or repository, if only some of its adapters were loaded
 
@@ -113,8 +115,10 @@ class AdapterBank:
             kwargs: Arguments of `add`.
         """
         bank = cls(base, dtype)
-        has_names = isinstance(folders, Mapping)
-        pairs = folders.items() if has_names else [(Path(path).name, path) for path in folders]
+        if isinstance(folders, Mapping):
+            pairs = folders.items()
+        else:
+            pairs = [(Path(path).name, path) for path in folders]
         for name, path in pairs:
             bank.add(name, path, **kwargs)
         return bank
@@ -183,8 +187,7 @@ class AdapterBank:
                     raise ValueError("the other bank has another base. Load it by `AdapterBank.load(base, folder)`.")
                 updates, start = adapter.snapshot.updates_of(name)
             else:
-                records = self._agreeing_records
-                updates, start = read_adapter(adapter, self.base, alpha, check_base, records)
+                updates, start = read_adapter(adapter, self.base, alpha, check_base, self._agreeing_records)
             with self._change() as snapshot:
                 if name in self and not replace:
                     raise ValueError("the bank has an adapter of this name already. Pass `replace=True`.")
@@ -215,7 +218,8 @@ class AdapterBank:
         """Move the adapters to a device. A pass moves the adapters of its rows to the device of each layer."""
         with self._change() as snapshot:
             snapshot = snapshot.rebuild()
-            packed, row_of = snapshot.packed.to(device), snapshot.row_of.to(device)
+            packed = snapshot.packed.to(device)
+            row_of = snapshot.row_of.to(device)
             self.snapshot = snapshot._replace(packed=packed, row_of=row_of)
         return self
 
@@ -249,13 +253,14 @@ class AdapterBank:
             trained[rows] = True
             is_component = snapshot.fill_components(lambda form, layer: {}).bool()
             self.snapshot = snapshot._replace(packed=packed)
-            return packed, is_component & trained.unsqueeze(1)
+        return packed, is_component & trained.unsqueeze(1)
 
     def stop_training(self) -> None:
         """End what `start_training` began; the adapters stay as they are trained."""
         with self._lock, torch.inference_mode(False):
             # a copy, since the optimizer still has the parameter
-            self.snapshot = self.snapshot._replace(packed=self.snapshot.packed.detach().clone())
+            packed = self.snapshot.packed.detach().clone()
+            self.snapshot = self.snapshot._replace(packed=packed)
 
     def mean_by_adapter(self, errors: Tensor, ids: Tensor) -> Tensor:
         """Return the mean error of each adapter, (room,), at its id; NaN without rows.
@@ -274,7 +279,8 @@ class AdapterBank:
         room = len(snapshot.row_of) - 1
         index = ids.to(errors.device, torch.int64) + 1  # the base comes first, and is left out
         sums = errors.new_zeros(room).index_add(0, index, errors)
-        return (sums / index.bincount(minlength=room))[1:]
+        means = sums / index.bincount(minlength=room)
+        return means[1:]
 
     # --- files ---
 
@@ -299,7 +305,8 @@ class AdapterBank:
             snapshot = self.snapshot  # not earlier: another thread may have saved a later one while this one waited
             skipped = {skip} if isinstance(skip, str) else set(skip)
             check_known(skipped, list(snapshot.entries)[1:])
-            write_bank(stage, snapshot, [name for name in snapshot.entries if name not in skipped], self.record)
+            names = [name for name in snapshot.entries if name not in skipped]
+            write_bank(stage, snapshot, names, self.record)
 
     def _check_whole(self, target: str) -> None:
         """Raise a ValueError if the target has adapters that `load(names=...)` left out."""
@@ -347,7 +354,8 @@ class AdapterBank:
             check_finite(snapshot.packed, snapshot.entries, "Load the bank in another `dtype`.")
         bank.snapshot = snapshot
         if names is not None:
-            bank._loaded_from = os.path.realpath(folder) if os.path.isdir(folder) else folder
+            is_folder = os.path.isdir(folder)
+            bank._loaded_from = os.path.realpath(folder) if is_folder else folder
         return bank
 
     def push_to_hub(
@@ -421,18 +429,21 @@ class AdapterBank:
         if self._replaced or any("lotra_bank" in vars(module) for module in network.modules()):
             raise ValueError("The bank, or another bank of the model, is attached: call its `detach()` first.")
         self._replaced = [(module, "training", module.training) for module in network.modules()]
-        bank_layers: dict[Any, BankLayer] = {}
+        bank_layers: dict[Any, LoTRALayer] = {}
         for name, name_in_model in names.items():
             layer = network.get_submodule(name_in_model)
-            if isinstance(layer, LoTRALayer):  # PEFT goes on to find it
+            if isinstance(layer, LoTRALayer):  # stays, since PEFT goes on to find it
                 for key in ("forward", "lotra_bank"):
                     self._replaced.append((layer, key, vars(layer).get(key)))
                 vars(layer)["forward"] = partial(run_in_bank, layer, layer.forward)
+                bank_layer = layer
             else:
-                cls = SlimBankLayer if isinstance(layer, (SlimKANLinear, SlimLayer)) else BankLayer
-                bank_layers[layer] = cls(*targets[name_in_model], name)
-                bank_layers[layer].training = layer.training
-            vars(bank_layers.get(layer, layer)).update(lotra_bank=self, lotra_bank_name=name)
+                is_slim = isinstance(layer, (SlimKANLinear, SlimLayer))
+                cls = SlimBankLayer if is_slim else BankLayer
+                bank_layer = cls(*targets[name_in_model], name)
+                bank_layer.training = layer.training
+                bank_layers[layer] = bank_layer
+            vars(bank_layer).update(lotra_bank=self, lotra_bank_name=name)
         for parent, name, child in places(network):
             if child in bank_layers:
                 self._replaced.append((parent, name, child))
@@ -444,7 +455,10 @@ class AdapterBank:
     def detach(self) -> None:
         """Take the bank out of the model that it is attached to, which is as before, also in its modes."""
         for module, name, value in self._replaced:
-            delattr(module, name) if value is None else setattr(module, name, value)
+            if value is None:
+                delattr(module, name)
+            else:
+                setattr(module, name, value)
         self._replaced = []
 
     @contextmanager
@@ -461,7 +475,7 @@ class AdapterBank:
         """
         if rows is not None and not self._replaced:
             raise ValueError("The bank is attached to no model: call `attach()` first.")
-        with ROWS.set(self._pass_of(rows)._replace(outer=ROWS.get())):
+        with ROWS.set(self._pass_of(rows)):
             yield
 
     def _pass_of(
@@ -469,13 +483,16 @@ class AdapterBank:
         adapters: Sequence[str] | Sequence[int] | Tensor | None,
     ) -> BankPass:
         """Return the pass of rows with these adapters; without them the pass that is set, or a pass of the base."""
+        current: Any
         if adapters is None:
-            current: Any = find_pass(self)  # pyright: ignore[reportArgumentType]
-            return current or BankPass(self, {}, set())
-        snapshot = self.snapshot
-        distinct, groups = group_rows(snapshot.rows_of(adapters))
-        if snapshot.packed.requires_grad and torch.is_grad_enabled():
-            packed = embedding(distinct, snapshot.packed, sparse=True)
+            current = find_pass(self) or BankPass(self, {}, set())  # pyright: ignore[reportArgumentType]
         else:
-            packed = snapshot.gather(distinct)
-        return BankPass(self, snapshot.updates_of_samples(packed, groups), set())
+            snapshot = self.snapshot
+            distinct, groups = group_rows(snapshot.rows_of(adapters))
+            if snapshot.packed.requires_grad and torch.is_grad_enabled():
+                packed = embedding(distinct, snapshot.packed, sparse=True)
+            else:
+                packed = snapshot.gather(distinct)
+            updates = snapshot.updates_of_samples(packed, groups)
+            current = BankPass(self, updates, set())
+        return current._replace(outer=ROWS.get())

@@ -61,7 +61,8 @@ def run_in_bank(
     In passes of the bank, samples have its adapters. Other passes take `forward`.
     """
     is_traced = is_tracing()
-    bank, name = layer.lotra_bank, layer.lotra_bank_name
+    bank = layer.lotra_bank
+    name = layer.lotra_bank_name
     current = bank.traced_pass  # not None inside of a compiled `BankModel`
     if not is_traced or current is None:
         is_compiled = current is not None
@@ -84,12 +85,14 @@ def run_in_bank(
 
     def run(row: int, args: tuple, kwargs: dict[str, Any]) -> Any:
         stored = layer.lotra_tensor.get_parameter(layer._modules["base_layer"])
-        components = Tucker(*form.unpack(packed[row : row + 1]))
-        update = Update(1.0, components.map(lambda component: component[0].to(stored)))
-        return layer._call_base([update], args, kwargs)
+        packed_components = Tucker(*form.unpack(packed[row : row + 1]))
+        components = packed_components.map(lambda component: component[0].to(stored))
+        return layer._call_base([Update(1.0, components)], args, kwargs)
 
-    read_rows = lambda: groups.of_rows().tolist()  # noqa: E731
-    batch = MixedBatch(groups.batch(), current.row_counts, read_rows, lambda: updates, run, current.find_row_counts)
+    def read_rows() -> list[int]:
+        return groups.of_rows().tolist()
+
+    batch = MixedBatch(groups.batch(), current, read_rows, lambda: updates, run)
     return run_mixed_batch(layer, batch, args, kwargs)
 
 
@@ -167,14 +170,14 @@ class BankModel(nn.Module):
             with ROWS.set(BankPass(bank, {}, set())):
                 return find_row_counts(self.model, layers, count, args, kwargs)
 
-        with bank.rows(adapters):
-            current = ROWS.get()
-            if adapters is not None:
-                check_batch(count, args, kwargs, "ids" if adapter_names is None else "adapter_names")
-                current = current._replace(find_row_counts=count_rows)
-            with ROWS.set(current):
-                outputs = self.model(*args, **kwargs)
-                ROWS.keep(outputs)
+        current = bank._pass_of(adapters)
+        if adapters is not None:
+            argument = "ids" if adapter_names is None else "adapter_names"
+            check_batch(count, args, kwargs, argument)
+            current = current._replace(find_row_counts=count_rows)
+        with ROWS.set(current):
+            outputs = self.model(*args, **kwargs)
+            ROWS.keep(outputs)
         return outputs
 
     def _trace_pass(
@@ -200,4 +203,5 @@ class BankModel(nn.Module):
                 if isinstance(leaf, torch.Tensor) and leaf.dim() > 1 and leaf.shape[0] == ids.shape[0]:
                     columns.append(leaf.flatten(1)[:, 0].to(rows))
             rows = torch.stack(columns)[0]
-        return BankPass(self.bank, snapshot.updates_of_samples(snapshot.packed, RowGroups(rows)), set())
+        updates = snapshot.updates_of_samples(snapshot.packed, RowGroups(rows))
+        return BankPass(self.bank, updates, set())

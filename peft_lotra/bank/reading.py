@@ -56,16 +56,11 @@ def read_adapter(
         ValueError: The adapter is none of LoTRA, does not fit the base, or has values that are not finite.
     """
     record = None
-    updates, targets, tensors = {}, {}, {}
+    targets = {}
+    tensors = {}
+    updates = {}
     if isinstance(adapter, (str, os.PathLike)):
-        config: Any = LoTRAConfig.from_pretrained(str(adapter), check_base=check_base)
-        if not isinstance(config, LoTRAConfig):
-            raise ValueError("it is no LoTRA adapter.")
-        if config.companions:
-            raise ValueError(
-                f"it was saved with adapters of other methods, {config.companions}, which a bank does not hold. Load "
-                "them by `load_adapters`, or save the LoTRA adapter alone, by `selected_adapters=`."
-            )
+        config: Any = _read_config(adapter, check_base)
         record = config.base_layers
         if record in agreeing:
             config.check_base = "ignore"
@@ -76,26 +71,24 @@ def read_adapter(
         config = copy(adapter)
         updates = _start(config, base)
     elif isinstance(adapter, PeftModel):
-        check_methods(adapter, "it")
-        names = adapter.active_adapters
-        if len(names) != 1:
-            raise ValueError(
-                f"it has the active adapters {names}, and one is added. Activate one by `set_adapter`, or sum them by "
-                "`add_weighted_adapter`."
-            )
-        active = names[0]
+        active = _find_active(adapter)
         config = adapter.peft_config[active]
         layers = dict(lotra_layers(adapter.get_base_model(), active))
         record = {name: record_layer(layer) for name, layer in layers.items()}
-        _, names_in_base = match_layers(record, base, "ignore" if record in agreeing else check_base)
-        updates = {names_in_base[name]: layer.update_of(active) for name, layer in layers.items()}
+        if record in agreeing:
+            check_base = "ignore"
+        _, names_in_base = match_layers(record, base, check_base)
+        for name, layer in layers.items():
+            updates[names_in_base[name]] = layer.update_of(active)
     elif isinstance(adapter, Mapping):
-        config, tensors = LoTRAConfig(alpha=alpha, adapt_residual=False), adapter
+        config = LoTRAConfig(alpha=alpha, adapt_residual=False)
+        tensors = adapter
         targets = _match_state_dict(adapter, config, base)
     else:
         raise TypeError(f"it must be a PeftModel, a folder, a state dict or a LoTRAConfig, not a {type(adapter)}.")
     for name in targets:
-        updates[name] = Update(config.alpha_of(name), read_components(tensors, f"{PREFIX}{name}."))
+        components = read_components(tensors, f"{PREFIX}{name}.")
+        updates[name] = Update(config.alpha_of(name), components)
     if config.modules_to_save:
         raise ValueError("it saves modules, which a bank does not hold.")
     if not updates:
@@ -105,18 +98,42 @@ def read_adapter(
     return updates, config.init_weights
 
 
+def _read_config(folder: str | os.PathLike, check_base: str | None) -> LoTRAConfig:
+    """Return the configuration of an adapter in a folder; raise a ValueError if a bank cannot hold the adapter."""
+    config = LoTRAConfig.from_pretrained(str(folder), check_base=check_base)
+    if not isinstance(config, LoTRAConfig):
+        raise ValueError("it is no LoTRA adapter.")
+    if config.companions:
+        raise ValueError(
+            f"it was saved with adapters of other methods, {config.companions}, which a bank does not hold. Load "
+            "them by `load_adapters`, or save the LoTRA adapter alone, by `selected_adapters=`."
+        )
+    return config
+
+
+def _find_active(model: PeftModel) -> str:
+    """Return the name of the active adapter; raise a ValueError unless it is the only one, and of LoTRA."""
+    check_methods(model, "it")
+    names = model.active_adapters
+    if len(names) != 1:
+        raise ValueError(
+            f"it has the active adapters {names}, and one is added. Activate one by `set_adapter`, or sum them by "
+            "`add_weighted_adapter`."
+        )
+    return names[0]
+
+
 def check_methods(model: nn.Module, name: str) -> None:
     """Raise a ValueError if a model has adapters of other methods, which a bank would leave out or always add."""
-    methods = {type(module).__module__.split(".")[-2] for module in model.modules() if _is_of_other_method(module)}
+    methods = set()
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, LoTRALayer):
+            methods.add(type(module).__module__.split(".")[-2])
     if methods:
         raise ValueError(
             f"{name} has adapters of other methods ({', '.join(sorted(methods))}), which a bank does not hold. Merge "
             "them into the base, or remove them."
         )
-
-
-def _is_of_other_method(module: nn.Module) -> bool:
-    return isinstance(module, BaseTunerLayer) and not isinstance(module, LoTRALayer)
 
 
 def _match_state_dict(
@@ -129,13 +146,15 @@ def _match_state_dict(
     targets = {}
     for name, target in find_targets(LoTRAConfig(), base).items():
         prefix = f"{PREFIX}{name}.lotra_"
-        if f"{prefix}core" in tensors:
-            targets[name] = target
-            ranks = tensors[f"{prefix}core"].shape
-            factor = tensors.get(f"{prefix}factor_basis")
-            size = ranks[2:3] if factor is None else factor.shape[:1]
-            config.rank_pattern[pattern_key(name)] = tuple(ranks)
-            config.adapt_residual |= size > target.tensor.shape[2:3]
+        core = tensors.get(f"{prefix}core")
+        if core is None:
+            continue
+        targets[name] = target
+        config.rank_pattern[pattern_key(name)] = tuple(core.shape)
+        factor = tensors.get(f"{prefix}factor_basis")
+        # slices, since a damaged tensor may have fewer dimensions
+        size = core.shape[2:3] if factor is None else factor.shape[:1]
+        config.adapt_residual |= size > target.tensor.shape[2:3]
     check_tensors(tensors, config, base, targets)
     return targets
 
@@ -143,7 +162,7 @@ def _match_state_dict(
 def _start(config: LoTRAConfig, base: nn.Module) -> dict[str, Update]:
     """Return the updates of a new adapter."""
     targets = find_targets(config, base)
-    config.spend_budget({name: target.tensor for name, target in targets.items()})
+    config.spend_budget(targets)
     if config.rank_dropout or config.module_dropout or config.train is not None:
         raise ValueError("a bank has no dropout, and trains all components.")
     check_targets(config, base, targets)

@@ -97,7 +97,8 @@ class Snapshot(NamedTuple):
     def columns(self, packed: Tensor) -> dict[str, Tensor]:
         """Split rows (n, width) by layer, into views (n, width of the layer)."""
         widths = [layer.width() for layer in self.layers.values()]
-        return dict(zip(self.layers, packed.split(widths, dim=1), strict=True))
+        columns = packed.split(widths, dim=1)
+        return dict(zip(self.layers, columns, strict=True))
 
     def updates_of_samples(self, packed: Tensor, groups: RowGroups) -> dict[str, RowUpdates]:
         """Return the updates of samples, by layer, whose groups refer to these rows (n, width)."""
@@ -132,18 +133,20 @@ class Snapshot(NamedTuple):
             raise ValueError(f"`ids` must be integers (rows,), got {ids.dtype} of the shape {tuple(ids.shape)}.")
         last = self.row_of.shape[0] - 1
         index = ids.to(self.row_of.device, torch.int64) + 1
-        return self.row_of[torch.where(index < 0, last, index).clamp(max=last)]
+        index = torch.where(index < 0, last, index).clamp(max=last)
+        return self.row_of[index]
 
     def rows_of(self, adapters: Sequence[str] | Sequence[int] | Tensor) -> Tensor:
         """Return the rows (n,) of adapters, by name or id; raise a ValueError if one is unknown."""
-        if not isinstance(adapters, Tensor) and isinstance(next(iter(adapters), ""), str):
+        first = None if isinstance(adapters, Tensor) else next(iter(adapters), "")
+        if isinstance(first, str):
             return self.row_of[self.ids_of(adapters) + 1]  # pyright: ignore[reportArgumentType]
         ids = torch.as_tensor(adapters, device=self.row_of.device)
         rows = self.find_rows(ids)
         unknown = ids[rows == NO_ROW]
         if len(unknown):
-            first = list_first(map(str, unknown.unique().tolist()))
-            raise ValueError(f"No adapter has the id {first}. `bank.ids(names)` returns the ids.")
+            texts = map(str, unknown.unique().tolist())
+            raise ValueError(f"No adapter has the id {list_first(texts)}. `bank.ids(names)` returns the ids.")
         return rows
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -168,7 +171,8 @@ class Snapshot(NamedTuple):
             return gathered
         damaged = []
         for name, row, content in zip(names, rows.tolist(), bytes_of(gathered), strict=True):
-            if row < len(self.checksums) and zlib.crc32(content) != self.checksums[row]:
+            is_mapped = row < len(self.checksums)
+            if is_mapped and zlib.crc32(content) != self.checksums[row]:
                 damaged.append(repr(name))
         if damaged:
             raise ValueError(
@@ -195,7 +199,8 @@ class Snapshot(NamedTuple):
             components = []
             for component, shape in zip(padded, form.component_shapes(), strict=True):
                 is_full = 0 in shape
-                components.append(None if is_full else component[0][_block(shape)])
+                block = (0, *_block(shape))
+                components.append(None if is_full else component[block])
             updates[layer] = Update(1.0, Tucker(*components))
         return updates, start
 
@@ -217,14 +222,16 @@ class Snapshot(NamedTuple):
                 values = values_of(form, layer)
                 components = []
                 for component, shape in zip(Tucker._fields, layer.component_shapes(), strict=False):
-                    components.append(self.packed.new_full(shape, values.get(component, 1.0)))
+                    value = values.get(component, 1.0)
+                    components.append(self.packed.new_full(shape, value))
                 updates[name] = Update(1.0, Tucker(*components))
             rows_of_forms.append(self.pack(updates))
 
         entries = list(self.entries.values())
         ids, forms = torch.tensor(entries, device=self.row_of.device).T
+        rows = self.row_of[ids + 1]
         filled = torch.zeros_like(self.packed)
-        filled[self.row_of[ids + 1]] = torch.stack(rows_of_forms)[forms]
+        filled[rows] = torch.stack(rows_of_forms)[forms]
         return filled
 
     # --- changing ---
@@ -257,6 +264,7 @@ class Snapshot(NamedTuple):
         if form not in forms:
             forms = (*forms, form)
         entry = Entry(snapshot.next_id, forms.index(form))
+
         next_id = entry.id + 1
         row_of = snapshot.row_of.clone()
         if next_id + 1 == len(row_of):
@@ -264,8 +272,13 @@ class Snapshot(NamedTuple):
         if name in self.entries:
             row_of[self.entries[name].id + 1] = NO_ROW
         row_of[next_id] = row
-        entries = {**self.entries, name: entry}
-        return snapshot._replace(forms=forms, entries=entries, row_of=row_of, next_row=row + 1, next_id=next_id)
+        return snapshot._replace(
+            forms=forms,
+            entries={**self.entries, name: entry},
+            row_of=row_of,
+            next_row=row + 1,
+            next_id=next_id,
+        )
 
     def without_adapter(self, name: str) -> Snapshot:
         """Remove an adapter; its id belongs to none from then on."""
@@ -286,11 +299,13 @@ class Snapshot(NamedTuple):
         packed = self.gather_checked(names)
         if has_room:
             # a power of two compiles few graphs, and half as many rows again moves few adapters
-            capacity = max(4, 1 << (3 * len(names) // 2).bit_length())
+            needed = 3 * len(names) // 2
+            capacity = max(4, 1 << needed.bit_length())
             packed = F.pad(packed, (0, 0, 0, capacity - len(names)))
         next_row = start + len(names)
+        index = self.ids_of(names) + 1
         row_of = self.row_of.clone()
-        row_of[self.ids_of(names) + 1] = torch.arange(start, next_row, device=row_of.device)
+        row_of[index] = torch.arange(start, next_row, device=row_of.device)
         snapshot = self._replace(packed=packed, row_of=row_of, next_row=next_row)
         return snapshot if start else snapshot._replace(mapped=None, checksums=())
 
@@ -314,7 +329,8 @@ class Snapshot(NamedTuple):
                     component[_block(narrow_component.shape)] = narrow_component
                 elif component is not None:
                     # full modes get the identity as factor, but in the row of the base
-                    component[1:] = torch.eye(*component.shape[1:]).to(component)
+                    identity = torch.eye(*component.shape[1:])
+                    component[1:] = identity.to(component)
         return wide
 
 

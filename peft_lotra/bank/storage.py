@@ -52,7 +52,7 @@ def write_bank(
     table = {
         "format": _FORMAT,
         "adapters": {name: snapshot.entries[name].form for name in names},
-        "checksums": [zlib.crc32(content) for content in bytes_of(packed)],
+        "checksums": list(map(zlib.crc32, bytes_of(packed))),
         "layers": snapshot.layers,
         "forms": snapshot.forms,
         "base_layers": record,
@@ -81,26 +81,11 @@ def read_bank(
         ValueError: There is no such file or adapter, it is of another base, or damaged; the message names damaged
             adapters.
     """
-    names = names and check_names(names)
-    path = os.path.join(folder, FILE_NAME)
-    open_file = _open_file
-    if not os.path.isfile(path):
-        repo_id = None if os.path.isdir(folder) else hub_id(folder)
-        if repo_id is None:
-            raise ValueError(f"There is no {FILE_NAME} in {folder}. `AdapterBank.save(folder)` writes one.")
-        if names is None:
-            try:
-                path = hf_hub_download(repo_id, FILE_NAME, revision=revision)
-            except LocalEntryNotFoundError as error:  # without a connection
-                raise ValueError(
-                    f"There is no folder {folder}, and no such repository could be read: {error}"
-                ) from error
-        else:
-            path = hf_hub_url(repo_id, FILE_NAME, revision=revision)
-            open_file = _open_remote
-
+    if names is not None:
+        names = check_names(names)
+    path, is_remote = _find_file(folder, has_names=names is not None, revision=revision)
     with naming_damage(path):
-        metadata, read_rows = open_file(path)
+        metadata, read_rows = _open_remote(path) if is_remote else _open_file(path)
         table = json.loads(metadata[_TABLE])
         is_newer = table["format"] > _FORMAT
         if not is_newer and metadata[_CHECKSUM] != _checksum(metadata[_TABLE]):
@@ -128,9 +113,9 @@ def read_bank(
     # a copy: otherwise all of the file stays mapped, and changes with it
     packed = packed.clone()
     packed[0] = 0  # the base, whatever the file has
-    checksums_now = [zlib.crc32(content) for content in bytes_of(packed)]
-    if checksums_now != checksums:
-        is_intact = np.equal(checksums_now, checksums)
+    checksums_now = list(map(zlib.crc32, bytes_of(packed)))
+    is_intact = np.equal(checksums_now, checksums)
+    if not is_intact.all():
         damaged = [name for name, intact in zip(form_of, is_intact, strict=True) if not intact]
         message = f"{path} has damaged adapters: {list_first(map(repr, damaged))}."
         if not skip_damaged:
@@ -140,6 +125,22 @@ def read_bank(
         for name in damaged:
             del form_of[name]
     return Snapshot.of_rows(packed, layers, forms, form_of)
+
+
+def _find_file(folder: str, has_names: bool, revision: str | None) -> tuple[str, bool]:
+    """Return the path of the file, and False; or its address, and True, if only rows of these names are downloaded."""
+    path = os.path.join(folder, FILE_NAME)
+    if os.path.isfile(path):
+        return path, False
+    repo_id = None if os.path.isdir(folder) else hub_id(folder)
+    if repo_id is None:
+        raise ValueError(f"There is no {FILE_NAME} in {folder}. `AdapterBank.save(folder)` writes one.")
+    if has_names:
+        return hf_hub_url(repo_id, FILE_NAME, revision=revision), True
+    try:
+        return hf_hub_download(repo_id, FILE_NAME, revision=revision), False
+    except LocalEntryNotFoundError as error:  # without a connection
+        raise ValueError(f"There is no folder {folder}, and no such repository could be read: {error}") from error
 
 
 def _open_file(
@@ -162,8 +163,9 @@ def _open_remote(
         count, width = entry["shape"]
         first, last = entry["data_offsets"]
         size = (last - first) // count
-        starts = [start + first + row * size for row in rows]
-        content = b"".join([_download(url, begin, begin + size) for begin in starts])
+        begin = start + first
+        starts = [begin + row * size for row in rows]
+        content = b"".join([_download(url, offset, offset + size) for offset in starts])
         # a file with these rows
         entry = entry | {"shape": [len(rows), width], "data_offsets": [0, len(content)]}
         text = json.dumps({_TENSOR: entry}).encode()
@@ -188,4 +190,7 @@ def _read_layers(
     names: dict[str, str],
 ) -> dict[str, PackedTucker]:
     """Return the layers of a table by their names in the base; JSON has made lists of their tuples."""
-    return {names[name]: PackedTucker(*map(tuple, layer)) for name, layer in table.items()}
+    layers = {}
+    for name, (shape, form) in table.items():
+        layers[names[name]] = PackedTucker(tuple(shape), tuple(form))
+    return layers

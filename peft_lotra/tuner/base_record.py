@@ -62,17 +62,19 @@ def sketch(values: Mapping[str, Any]) -> list[float]:
     norms = []
     projections = torch.zeros(8, dtype=torch.float64, device="cpu")
     for index, (_, value) in enumerate(sorted(values.items())):
-        flat = torch.as_tensor(value, device="cpu").detach().flatten().cpu()
+        flat = torch.as_tensor(value, device="cpu").flatten()
         if flat.dtype not in (torch.float32, torch.float64):
             flat = flat.float()
         norms.append(flat.norm().item())
         missing = -len(flat) % _ROW_LENGTH
         rows = pad(flat, (0, missing)).view(-1, _ROW_LENGTH)
+        column_waves = _waves(0, _ROW_LENGTH).to(rows.dtype)
         with torch.autocast("cpu", enabled=False):
-            projected = rows @ _waves(0, _ROW_LENGTH).to(rows.dtype)
+            projected = rows @ column_waves
         # 4,096 rows of waves for each tensor, so that exchanged tensors differ
         first = index * 4096
-        projections += (projected.double() * _waves(first, first + len(rows))).sum(0)
+        row_waves = _waves(first, first + len(rows))
+        projections += (projected.double() * row_waves).sum(0)
     return [math.hypot(*norms), *projections.tolist()]
 
 
@@ -97,7 +99,7 @@ def check_base(config: LoTRAConfig, targets: Targets, model: nn.Module) -> None:
     """
     choice = config.check_base
     records = config.base_layers or {}
-    different: dict[str, list[str]] = {"grid": [], "parameters": []}
+    different = {"grid": [], "parameters": []}
     before_merge = {name: layer.before_merge for name, layer in lotra_layers(model)}
     for (name, target), record in zip(targets.items(), records.values(), strict=True):
         recorded_kind = record["kind"], tuple(record["shape"])
@@ -109,12 +111,14 @@ def check_base(config: LoTRAConfig, targets: Targets, model: nn.Module) -> None:
                 f"The adapter is for another base: it was saved with the layer {recorded_kind} at `{name}`, and this "
                 f"model has {kind}."
             )
-        if choice != "ignore":
-            dtype = target.tensor.get_parameter(target.layer).dtype
-            rounding = _ROUNDING.get(dtype, 0.02)
-            for field, present in _sketches(target, before_merge.get(name, {})).items():
-                if field in record and not _agree(record[field], present, rounding):
-                    different[field].append(name)
+        if choice == "ignore":
+            continue
+        dtype = target.tensor.get_parameter(target.layer).dtype
+        rounding = _ROUNDING.get(dtype, 0.02)
+        sketches = _sketches(target, before_merge.get(name, {}))
+        for field, present in sketches.items():
+            if field in record and not _agree(record[field], present, rounding):
+                different[field].append(name)
 
     for field, names in different.items():
         if not names:
@@ -130,6 +134,8 @@ def _agree(first: Sequence[float], second: Sequence[float], rounding: float) -> 
 
     The norm of a difference is the standard deviation of its projections. Four of them are allowed.
     """
-    limit = 4 * rounding * max(second[0], 1e-12)
-    differences = [abs(a - b) for a, b in zip(first, second, strict=False)]
-    return len(first) == len(second) and max(differences) <= limit
+    if len(first) != len(second):
+        return False
+    norm = max(second[0], 1e-12)
+    differences = [abs(a - b) for a, b in zip(first, second, strict=True)]
+    return max(differences) <= 4 * rounding * norm

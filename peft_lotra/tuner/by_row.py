@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
@@ -95,7 +96,8 @@ def check_names(names: Any) -> tuple[str, ...]:
     """Return the names of the adapters of samples; raise a ValueError unless they are a list of strings."""
     is_list = isinstance(names, Iterable) and not isinstance(names, str)
     values: Any = tuple(names) if is_list else (None,)
-    if not all(issubclass(kind, str) for kind in set(map(type, values))):
+    kinds = set(map(type, values))  # few, of thousands of names
+    if not all(issubclass(kind, str) for kind in kinds):
         raise ValueError(
             '`adapter_names` must be a list with the name of an adapter for each row, such as `["default"] * len(x)`, '
             f'or "__base__" for none, got {names!r:.100}.'
@@ -103,14 +105,20 @@ def check_names(names: Any) -> tuple[str, ...]:
     return values
 
 
-def check_batch(count: int, args: tuple, kwargs: dict, argument: str = "adapter_names") -> None:
+def check_batch(
+    count: int,
+    args: tuple,
+    kwargs: dict,
+    argument: str = "adapter_names",
+) -> None:
     """Raise a ValueError unless the inputs of a model have `count` rows, one for each adapter in `argument`.
 
     Vectors count only if all inputs are vectors.
     """
     leaves = tree_leaves((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
-    tensors = [tensor for tensor in tensors if tensor.dim() > 1] or tensors
+    matrices = [tensor for tensor in tensors if tensor.dim() > 1]
+    tensors = matrices or tensors
     if tensors and all(_find_batch(count, tensor) is None for tensor in tensors):
         raise ValueError(
             f"Length of `{argument}` should be the same as the number of inputs, but got "
@@ -156,25 +164,29 @@ class MixedBatch(NamedTuple):
 
     Attributes:
         size: The number of samples.
-        row_counts: See `ForwardPass`.
+        current: The pass, a `ForwardPass` or the pass of a bank, which has the same numbers of rows.
         read_adapters: Returns the adapter of each sample, as any key.
         find_updates: Returns the updates of the samples; None if all have the same, or none.
         run: `run(adapter, args, kwargs)` evaluates the layer for samples of one adapter.
-        find_row_counts: See `ForwardPass`.
     """
 
     size: int
-    row_counts: set[int]
+    current: Any
     read_adapters: Callable[[], Sequence[Any]]
     find_updates: Callable[[], RowUpdates | None]
     run: Run
-    find_row_counts: Callable[[], set[int]] = set
 
     def has_several_adapters(self) -> bool:
         return len(set(self.read_adapters())) > 1
 
 
-def run_named_rows(layer: Any, names: Sequence[str], current: ForwardPass | None, args: tuple, kwargs: dict) -> Any:
+def run_named_rows(
+    layer: Any,
+    names: Sequence[str],
+    current: ForwardPass | None,
+    args: tuple,
+    kwargs: dict,
+) -> Any:
     """Evaluate a `LoTRALayer` for samples with adapters of these names."""
 
     def run(name: str, args: tuple, kwargs: dict) -> Any:
@@ -182,7 +194,7 @@ def run_named_rows(layer: Any, names: Sequence[str], current: ForwardPass | None
 
     current = current or ForwardPass(None, {}, set())
     find_updates = partial(_updates_by_name, layer, names, current)
-    batch = MixedBatch(len(names), current.row_counts, lambda: names, find_updates, run, current.find_row_counts)
+    batch = MixedBatch(len(names), current, lambda: names, find_updates, run)
     return run_mixed_batch(layer, batch, args, kwargs)
 
 
@@ -227,14 +239,15 @@ def _count_rows(layer: str, batch: MixedBatch, args: tuple, kwargs: dict) -> int
             )
         return 1
 
+    row_counts = batch.current.row_counts
     is_multiple = batch.size > 0 and count % batch.size == 0
-    if is_multiple and count not in batch.row_counts:
+    if is_multiple and count not in row_counts:
         if _is_view_of_samples(x, batch.size) or not batch.has_several_adapters():
-            batch.row_counts.add(count)
+            row_counts.add(count)
         else:
             with suppress(Exception):  # a model may refuse noise
-                batch.row_counts.update(batch.find_row_counts())
-    if count not in batch.row_counts:
+                row_counts.update(batch.current.find_row_counts())
+    if count not in row_counts:
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{batch.size} and {count} respectively, in `{layer}`. Let it have inputs (batch, ..., in), or call "
@@ -246,16 +259,23 @@ def _count_rows(layer: str, batch: MixedBatch, args: tuple, kwargs: dict) -> int
 def _is_view_of_samples(x: Tensor, size: int) -> bool:
     """Return whether x is a view of the first `size` samples of a contiguous tensor (batch, ..., in)."""
     whole = x._base
-    if whole is None or whole.dim() <= 2 or not (x.is_contiguous() and whole.is_contiguous()):
+    if whole is None or whole.dim() <= 2:
         return False
-    return x.numel() == size * whole[0].numel()
+    are_contiguous = x.is_contiguous() and whole.is_contiguous()
+    return are_contiguous and x.numel() == size * whole[0].numel()
 
 
 def first_argument(args: tuple, kwargs: dict) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def find_row_counts(model: nn.Module, layers: Iterable[nn.Module], size: int, args: tuple, kwargs: dict) -> set[int]:
+def find_row_counts(
+    model: nn.Module,
+    layers: Iterable[nn.Module],
+    size: int,
+    args: tuple,
+    kwargs: dict,
+) -> set[int]:
     """Return the numbers of rows of layers that see several rows per sample, in the order of the samples.
 
     A model may fold channels into the batch and flatten them, which no layer sees. It is therefore run twice: if a
@@ -267,8 +287,8 @@ def find_row_counts(model: nn.Module, layers: Iterable[nn.Module], size: int, ar
     inputs = _record_inputs(model, layers, *noisy)
     rolled_inputs = _record_inputs(model, layers, *rolled)
 
-    in_order: set[int] = set()
-    unclear: set[int] = set()
+    in_order = set()
+    unclear = set()
     for x, x_rolled in zip(inputs, rolled_inputs, strict=False):
         rows_per_sample, remainder = divmod(len(x), size)
         if remainder or x.shape != x_rolled.shape:
@@ -289,7 +309,8 @@ def _add_noise(size: int, value: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(value.shape, generator=generator, device="cpu").to(value)
     value = value.detach().nan_to_num(0, 0, 0)
-    return value + noise * (2 * value.abs().max() or 1)
+    size = 2 * value.abs().max() or 1
+    return value + size * noise
 
 
 def _roll(size: int, value: Any) -> Any:
@@ -297,9 +318,14 @@ def _roll(size: int, value: Any) -> Any:
     return value if dim is None else value.roll(1, dim)
 
 
-def _record_inputs(model: nn.Module, layers: Iterable[nn.Module], args: tuple, kwargs: dict) -> list[Tensor]:
+def _record_inputs(
+    model: nn.Module,
+    layers: Iterable[nn.Module],
+    args: tuple,
+    kwargs: dict,
+) -> list[Tensor]:
     """Run a model with its active adapters, and return the inputs of its layers."""
-    inputs: list[Tensor] = []
+    inputs = []
 
     def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
         inputs.append(first_argument(args, kwargs))
@@ -314,28 +340,37 @@ def _record_inputs(model: nn.Module, layers: Iterable[nn.Module], args: tuple, k
     return inputs
 
 
-def _run_by_adapter(adapters: Sequence[Any], rows_per_sample: int, run: Run, args: tuple, kwargs: dict) -> Any:
+def _run_by_adapter(
+    adapters: Sequence[Any],
+    rows_per_sample: int,
+    run: Run,
+    args: tuple,
+    kwargs: dict,
+) -> Any:
     """Evaluate the samples of each adapter in turn, and return the outputs in the order of the batch."""
-    samples: dict[Any, list[int]] = {}
+    samples = defaultdict(list)
     for sample, adapter in enumerate(adapters):
-        samples.setdefault(adapter, []).append(sample)
+        samples[adapter].append(sample)
     if len(samples) == 1:
         return run(adapters[0], args, kwargs)
 
-    count = len(adapters) * rows_per_sample
+    size = len(adapters)
+    count = size * rows_per_sample
 
     def pick(value: Any) -> Any:
         is_batch = isinstance(value, Tensor) and value.dim() and len(value) == count
-        return _select_samples(value, len(adapters), index) if is_batch else value
+        return _select_samples(value, size, index) if is_batch else value
 
     outputs = []
     indices = []
     for adapter, of_adapter in samples.items():
         index = torch.tensor(of_adapter, device="cpu")
         indices.append(index)
+        picked_args = tuple(map(pick, args))
         picked_kwargs = {key: pick(value) for key, value in kwargs.items()}
-        outputs.append(run(adapter, tuple(map(pick, args)), picked_kwargs))
-    return _join(outputs, torch.cat(indices).argsort())
+        outputs.append(run(adapter, picked_args, picked_kwargs))
+    order = torch.cat(indices).argsort()
+    return _join(outputs, order)
 
 
 def _join(outputs: Sequence[Any], order: Tensor) -> Any:
@@ -362,10 +397,17 @@ def find_row_evaluation(layer: Any, args: tuple, kwargs: dict) -> Callable[[RowU
             return None
         return partial(_evaluate_rows, base_layer, None, args[0])
     formula = layer._find_formula((), args, kwargs)
-    return None if formula is None else partial(_evaluate_rows, base_layer, formula, args[0])
+    if formula is None:
+        return None
+    return partial(_evaluate_rows, base_layer, formula, args[0])
 
 
-def _evaluate_rows(base_layer: Any, formula: LayerFormula | None, x: Tensor, updates: RowUpdates) -> Tensor:
+def _evaluate_rows(
+    base_layer: Any,
+    formula: LayerFormula | None,
+    x: Tensor,
+    updates: RowUpdates,
+) -> Tensor:
     """Return the output for inputs (batch, ..., in), or (batch * count, in) with `count` rows per sample."""
     base_output = base_layer(x) if formula is None else None  # of a Slim layer; first, since it checks x
     index, size, order, positions = updates.groups
@@ -386,7 +428,12 @@ def _evaluate_rows(base_layer: Any, formula: LayerFormula | None, x: Tensor, upd
     return y if base_output is None else base_output + y
 
 
-def _product(base_layer: Any, formula: LayerFormula | None, updates: RowUpdates, rows: Tensor) -> Tensor:
+def _product(
+    base_layer: Any,
+    formula: LayerFormula | None,
+    updates: RowUpdates,
+    rows: Tensor,
+) -> Tensor:
     """Return the output (N, O) at rows (N, I) in the order of their groups. Without a formula, it lacks the base."""
     if formula is None:
         product = RowProduct(None, updates, None, True)
@@ -402,9 +449,11 @@ def _product(base_layer: Any, formula: LayerFormula | None, updates: RowUpdates,
 
     product = RowProduct(matrix, updates, scale, has_residual)
     if isinstance(formula.basis, UniformGrid):
-        y = product.of_splines(rows, formula.basis, formula.activation(rows) if has_residual else None)
+        activation = formula.activation(rows) if has_residual else None
+        y = product.of_splines(rows, formula.basis, activation)
     else:
-        y = product.of_functions(formula.functions(rows).transpose(1, 2))
+        functions = formula.functions(rows)
+        y = product.of_functions(functions.transpose(1, 2))
     return y if formula.bias is None else y + formula.bias
 
 
@@ -415,7 +464,7 @@ def _updates_by_name(layer: Any, names: Sequence[str], current: ForwardPass) -> 
         return None
     updates = []
     for name in distinct:
-        updates += layer._updates([name], current) or [None]
+        updates += layer._updates([name], current) or [None]  # without one, the base
     tensors = [update.tensor for update in updates if update is not None]
     if names and not tensors:
         return None
@@ -434,6 +483,8 @@ def _updates_by_name(layer: Any, names: Sequence[str], current: ForwardPass) -> 
 @torch.inference_mode(False)
 def _group_names(names: tuple[str, ...]) -> tuple[list[str], RowGroups]:
     """Return the distinct names, and groups of the rows by the index of their names among them."""
-    indices = {name: index for index, name in enumerate(dict.fromkeys(names))}
-    index = torch.tensor([indices[name] for name in names], dtype=torch.long, device="cpu")
-    return list(indices), group_rows(index)[1]
+    distinct = list(dict.fromkeys(names))
+    index_of = {name: index for index, name in enumerate(distinct)}
+    index = torch.tensor([index_of[name] for name in names], dtype=torch.long, device="cpu")
+    _, groups = group_rows(index)
+    return distinct, groups

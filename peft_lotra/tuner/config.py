@@ -168,8 +168,9 @@ class LoTRAConfig(PeftConfig):
                 "file was written by a newer version: upgrade peft-lotra."
             )
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r:.200}.")
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {value!r:.200}.")
         is_regex = isinstance(self.target_modules, str) and self.target_modules != ALL_KAN
         if is_regex and self.layers_to_transform is not None:
             raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
@@ -197,12 +198,8 @@ class LoTRAConfig(PeftConfig):
             if not trained or not trained <= set(Tucker._fields):
                 raise ValueError(f"`train` must have some of {Tucker._fields}, got {self.train!r:.200}.")
             self.train = [name for name in Tucker._fields if name in trained]
-            modes = self.r if isinstance(self.r, tuple) else [self.r] * 4
-            for name, rank in zip(Tucker._fields[1:], modes, strict=False):
-                if rank == "full" and name in trained and not (self.rank_pattern or self.is_from_file):
-                    raise ValueError(
-                        f"`train` has {name!r}, but `r={self.r}` has no such factor: train the core instead."
-                    )
+            if not self.rank_pattern and not self.is_from_file:
+                self._check_trained_factors(trained)
         if self.rank_dropout and not self.is_from_file:  # in a file, a hotswap may have made the mode full
             self._check_rank_dropout()
 
@@ -230,6 +227,13 @@ class LoTRAConfig(PeftConfig):
     def allows_other_shapes(self) -> bool:
         """Whether tensors of a file may have other shapes than in the model, which then keeps its values."""
         return self.source is not None and self.source.ignore_mismatched_sizes
+
+    def _check_trained_factors(self, trained: set[str]) -> None:
+        """Raise a ValueError if `train` has the factor of a mode that is full."""
+        ranks = self.r if isinstance(self.r, tuple) else [self.r] * 4
+        for name, rank in zip(Tucker._fields[1:], ranks, strict=False):
+            if rank == "full" and name in trained:
+                raise ValueError(f"`train` has {name!r}, but `r={self.r}` has no such factor: train the core instead.")
 
     def _check_rank_dropout(self) -> None:
         """Raise a ValueError for rank dropout where the out mode is full, and has no components to drop."""
@@ -260,7 +264,7 @@ class LoTRAConfig(PeftConfig):
             ranks = 4 if tensor.kind in ("slim", "slim-kan") else ("full", "full", 1)
         return component_shapes(cap_ranks(ranks, shape), shape)
 
-    def spend_budget(self, tensors: Mapping[str, CoefficientTensor]) -> None:
+    def spend_budget(self, targets: Mapping[str, Any]) -> None:
         """Write the ranks that `budget` allows into `rank_pattern`, by size, for the layers that it does not name.
 
         Raises:
@@ -268,17 +272,18 @@ class LoTRAConfig(PeftConfig):
         """
         if self.budget is None or self.is_from_file:
             return
-        shapes = [self.adapted_shape(tensor) for tensor in tensors.values()]
+        shapes = [self.adapted_shape(target.tensor) for target in targets.values()]
         total = sum(map(prod, shapes))
         smallest = total
         for r in _ranks_by_size(shapes):
             self.r = r
             parameters = 0
-            for name, tensor in tensors.items():
-                parameters += sum(map(prod, self.component_shapes(name, tensor).values()))
+            for name, target in targets.items():
+                components = self.component_shapes(name, target.tensor)
+                parameters += sum(map(prod, components.values()))
             smallest = min(smallest, parameters)
             if parameters <= self.budget * total + 1e-6:
-                chosen = {pattern_key(name): r for name in tensors}
+                chosen = {pattern_key(name): r for name in targets}
                 # the first key that matches holds
                 self.rank_pattern = {**self.rank_pattern, **chosen, **self.rank_pattern}
                 self.r = None
@@ -350,9 +355,11 @@ def _check_scale(value: Any, argument: str) -> float:
 
 def _ranks_by_size(shapes: Iterable[Sequence[int]]) -> Iterator[Ranks]:
     """Yield the ranks that a budget may take for layers of these shapes, from the largest to the smallest."""
-    for count in range(max(shape[2] for shape in shapes), 0, -1):
+    largest_basis = max(shape[2] for shape in shapes)
+    for count in range(largest_basis, 0, -1):
         yield "full", "full", count
-    for rank in range(max(map(max, shapes)), 0, -1):
+    largest = max(map(max, shapes))
+    for rank in range(largest, 0, -1):
         yield rank, rank, 1
 
 
@@ -367,7 +374,8 @@ def _find_staged_config(folder: str) -> str | None:
     weights = path / SAFETENSORS_WEIGHTS_NAME
     for stage in (path / STAGE, path.parent / STAGE / path.name):
         config = stage / CONFIG_NAME
-        if config.is_file() and weights.is_file() and _hash_file(weights) in config.read_text(encoding="utf-8"):
+        are_present = config.is_file() and weights.is_file()
+        if are_present and _hash_file(weights) in config.read_text(encoding="utf-8"):
             return str(stage)
     return None
 

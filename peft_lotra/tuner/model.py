@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from typing import Any
@@ -115,10 +115,13 @@ class LoTRAModel(BaseTuner):
         with self._injection:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._requires_grad_of_base = self._requires_grad_of_base or requires_grad
-        for module in model.modules() if config.modules_to_save else ():
-            if isinstance(module, AuxiliaryTrainingWrapper) and pass_names not in module._forward_pre_hooks.values():
-                module.register_forward_pre_hook(pass_names, with_kwargs=True)
-        self._targets, self._locations = {}, {}
+        if config.modules_to_save:
+            for module in model.modules():
+                is_wrapper = isinstance(module, AuxiliaryTrainingWrapper)
+                if is_wrapper and pass_names not in module._forward_pre_hooks.values():
+                    module.register_forward_pre_hook(pass_names, with_kwargs=True)
+        self._targets = {}
+        self._locations = {}
         freeze_norms(model)
 
     def _prepare_adapter_config(self, peft_config: LoTRAConfig, model_config: dict) -> LoTRAConfig:
@@ -129,8 +132,9 @@ class LoTRAModel(BaseTuner):
         if peft_config.target_modules == DUMMY_TARGET_MODULES:
             return
         with read_at_rest(model):
-            self._targets = targets = find_targets(peft_config, model)
-            peft_config.spend_budget({name: target.tensor for name, target in targets.items()})
+            targets = find_targets(peft_config, model)
+            self._targets = targets
+            peft_config.spend_budget(targets)
             check_targets(peft_config, model, targets)
         if not peft_config.is_from_file and peft_config.source is None:
             warn_of_doubts(targets)
@@ -198,32 +202,17 @@ class LoTRAModel(BaseTuner):
         # by their ends, since PEFT does not find the names of layers that FSDP has wrapped
         endings = tuple(f".{component}.{adapter_name}" for component in COMPONENTS)
         tensors = {key: tensor for key, tensor in state_dict.items() if key.endswith(endings)}
-        prefix, base = "", model
+        prefix = ""
+        base = model
         if hasattr(model, "get_base_model"):
-            prefix, base = PREFIX, model.get_base_model()
+            prefix = PREFIX
+            base = model.get_base_model()
         save = find_save()
-        if save is not None:  # PEFT writes the configuration after the tensors
-            layers = {bare_name(name): layer for name, layer in lotra_layers(base, adapter_name)}
-            if not layers and config.target_modules != DUMMY_TARGET_MODULES:
-                raise ValueError(
-                    "The model has no LoTRA layers, so that nothing was saved: they were merged or unloaded. Save "
-                    "before `merge_and_unload`, or save the model that it returns."
-                )
+        if save is not None:
             check_complete(adapter_name, tensors, state_dict)
             if config.storage is not None:
                 tensors = cast_to_storage(tensors, config.storage)
-            configs = getattr(base, "peft_config", {})
-            config.saved_with = [adapter_name]
-            for name in save.get("selected_adapters") or ():
-                if name in configs and configs[name].peft_type != "LOTRA":
-                    config.saved_with.append(name)
-            # the object may serve other models too
-            config.layers_to_record = {name: record_layer(layer) for name, layer in layers.items()}
-            config.ranks_to_record = {}
-            for name, layer in layers.items():
-                shapes = config.component_shapes(name, layer.lotra_tensor)
-                if config.r is None or shapes["core"] != layer.lotra_r[adapter_name]:
-                    config.ranks_to_record[name] = layer.get_components(adapter_name).form
+            _record_save(config, base, adapter_name, save.get("selected_adapters") or ())
         # PEFT would go on to add the embeddings of the base if they were resized
         for key in state_dict.keys() - tensors.keys():
             if ".modules_to_save." not in key:
@@ -307,9 +296,9 @@ class LoTRAModel(BaseTuner):
         names = check_names(names)
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        unknown = sorted(set(names) - self.peft_config.keys() - {"__base__"})
+        unknown = set(names) - self.peft_config.keys() - {"__base__"}
         if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
         check_batch(len(names), args, kwargs)
         if is_tracing() or any(is_compiled(module) for module in self.modules()):
             raise ValueError("`adapter_names` do not reach compiled modules: call the model that is not compiled.")
@@ -379,6 +368,33 @@ def _find_locations(model: nn.Module) -> Locations:
     return locations
 
 
+def _record_save(config: LoTRAConfig, base: nn.Module, adapter_name: str, saved: Iterable[str]) -> None:
+    """Let the configuration, which PEFT writes after the tensors, record the base and the adapters of this save.
+
+    Raises:
+        ValueError: The base has no layers with this adapter.
+    """
+    layers = {bare_name(name): layer for name, layer in lotra_layers(base, adapter_name)}
+    if not layers and config.target_modules != DUMMY_TARGET_MODULES:
+        raise ValueError(
+            "The model has no LoTRA layers, so that nothing was saved: they were merged or unloaded. Save before "
+            "`merge_and_unload`, or save the model that it returns."
+        )
+    configs = getattr(base, "peft_config", {})
+    config.saved_with = [adapter_name]
+    for name in saved:
+        if name in configs and configs[name].peft_type != "LOTRA":
+            config.saved_with.append(name)
+
+    # both are replaced, since the object may serve other models too
+    config.layers_to_record = {name: record_layer(layer) for name, layer in layers.items()}
+    config.ranks_to_record = {}
+    for name, layer in layers.items():
+        shapes = config.component_shapes(name, layer.lotra_tensor)
+        if config.r is None or shapes["core"] != layer.lotra_r[adapter_name]:
+            config.ranks_to_record[name] = layer.get_components(adapter_name).form
+
+
 def _check_adapter_name(name: Any, config: LoTRAConfig, model: nn.Module) -> None:
     """Raise a ValueError for a name that no parameter or folder can have, or that stands for the base or a module."""
     is_usable = isinstance(name, str) and not any(mark in name for mark in "./\\") and name not in ("", "__base__")
@@ -425,7 +441,9 @@ def _rename_pattern(pattern: dict[str, Any], old: str, new: str) -> None:
     """Let the entry of `rank_pattern` or `alpha_pattern` for a layer hold for its new name."""
     key = get_pattern_key(list(pattern), old)
     if key in pattern:
-        pattern[pattern_key(new)] = pattern.pop(key) if key == pattern_key(old) else pattern[key]
+        pattern[pattern_key(new)] = pattern[key]
+        if key == pattern_key(old):
+            del pattern[key]
 
 
 def _rename_layers(tensors: Tensors, names: dict[str, str]) -> Tensors:

@@ -85,8 +85,9 @@ def check_tensors(tensors: Mapping[str, Tensor], config: LoTRAConfig, model: nn.
             errors.append(f"{name} has the shape {tuple(tensor.shape)} instead of {shape}")
         if not tensor.is_floating_point() or tensor.itemsize < 2:
             errors.append(f"{name} is of {tensor.dtype}")
+    errors += _not_finite(tensors)
     location = f" at {config.source.path}" if config.source else ""
-    raise_if_any(f"The file{location} does not hold an adapter of this model", [*errors, *_not_finite(tensors)])
+    raise_if_any(f"The file{location} does not hold an adapter of this model", errors)
 
 
 def saved_tensors(config: LoTRAConfig, model: nn.Module, targets: Iterable[str]) -> Iterator[tuple[str, str, Tensor]]:
@@ -114,7 +115,8 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return an error for each tensor with values that are not finite."""
     errors = []
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.is_meta and not tensor.float().isfinite().all():
+        has_values = tensor.is_floating_point() and not tensor.is_meta
+        if has_values and not tensor.float().isfinite().all():
             errors.append(f"{name} has values that are not finite")
     return errors
 
@@ -177,7 +179,8 @@ def cast_to_storage(tensors: Tensors, storage: str) -> Tensors:
     raise_if_any(f'The adapter is not saved in {storage}, take `storage="bfloat16"` or None', _not_finite(stored))
     for key, tensor in tensors.items():
         exact = tensor.cpu().double()  # squares of small float32 values would be zero
-        error = stored[key].cpu().double() - exact
+        rounded = stored[key].cpu().double()
+        error = rounded - exact
         if error.norm() > 0.01 * exact.norm():
             warnings.warn(
                 f'{key} loses more than 1 % in {storage}: its values are too small. Take `storage="bfloat16"`.',
@@ -248,27 +251,30 @@ def write_updates(
         record: The record of the base.
         base: The base.
     """
-    num_basis = {name: record[name]["shape"][2] for name in updates}
     # one field of the configuration covers all layers
-    adapt_residual = any(update.tensor.shape[2] > num_basis[name] for name, update in updates.items())
+    adapt_residual = False
+    for name, update in updates.items():
+        adapt_residual |= update.tensor.shape[2] > record[name]["shape"][2]
     tensors = {}
     rank_pattern = {}
     for name, update in updates.items():
         has_residual = adapt_residual and record[name]["has_residual"]
-        components = update.tensor.padded(num_basis[name] + has_residual)
+        components = update.tensor.padded(record[name]["shape"][2] + has_residual)
         rank_pattern[pattern_key(name)] = components.form
         for component, value in components._asdict().items():
             tensors[f"{PREFIX}{name}.lotra_{component}"] = value.cpu().contiguous()
     dtype = next(iter(tensors.values())).dtype
+    storage = {torch.float16: "float16", torch.bfloat16: "bfloat16"}.get(dtype)
     config = LoTRAConfig(
         r=next(iter(rank_pattern.values())),
         rank_pattern=rank_pattern,
         target_modules=exact_targets(updates, base),
         adapt_residual=adapt_residual,
         init_weights=start,  # pyright: ignore[reportArgumentType]
-        storage={torch.float16: "float16", torch.bfloat16: "bfloat16"}.get(dtype),  # pyright: ignore[reportArgumentType]
+        storage=storage,  # pyright: ignore[reportArgumentType]
         base_layers={name: record[name] for name in updates},
         inference_mode=True,
     )
-    save_file(tensors, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    save_file(tensors, path, metadata={"format": "pt"})
     config.save_pretrained(folder)
