@@ -64,22 +64,25 @@ class Prediction:
     ) -> None:
         self.parameter = argument(point)
         self.extrapolated = extrapolated
-        self._family, self._point, self._vector = family, point, vector
+        self._family = family
+        self._point = point
+        self._vector = vector
 
     @cached_property
     def indicator(self) -> float:
-        """Computed at the first access: an evaluation of the residuals, and the first time near members some more."""
+        """The error indicator. It is computed at the first access, by a few evaluations of the residuals."""
         family = self._family
         if family._estimates is not None:
             around = family._space.around(self._point)
-            estimate = family._estimates.at(family._copy(self._vector), self._point, around)
+            model = family._copy(self._vector)
+            estimate = family._estimates.at(model, self._point, around)
             if not math.isnan(estimate):
                 return estimate
         return self._call(family._problem.indicator, self._point)
 
     @property
     def residual(self) -> float:
-        """Computed at each access."""
+        """The root of the loss of the residual terms, computed at each access."""
         terms = self._family._problem.terms(self._point)
         return self._call(residuals_of, terms).norm().item() if terms else math.nan
 
@@ -94,8 +97,9 @@ class Prediction:
 
     def _call(self, function: Callable[..., Any], *args: Any) -> Any:
         family = self._family
-        tensors = split_vector(family._trainable, torch.from_numpy(self._vector))
-        values = {name: value.to(family._trainable[name]) for name, value in tensors.items()}
+        trainable = family._trainable
+        tensors = split_vector(trainable, torch.from_numpy(self._vector))
+        values = {name: value.to(trainable[name]) for name, value in tensors.items()}
         # the tensors of the shared model are exchanged meanwhile: one thread at a time
         with family._lock:
             return call_with_parameters(family.model, values, partial(function, family.model), args, {})
@@ -167,7 +171,8 @@ class ParametricAdapter:
             warnings.filterwarnings("ignore", "Adapters have more parameters")  # many members share them
             lotra_config = LoTRAConfig(r=ranks, train=["core"], init_weights="hosvd", **config)
             model: Any = get_peft_model(copy.deepcopy(base), lotra_config)
-        self._set(model, log, Problem(terms_of, held_terms_of, solution_of, loss_of, values_of))
+        problem = Problem(terms_of, held_terms_of, solution_of, loss_of, values_of)
+        self._set(model, log, problem)
 
     def _set(
         self,
@@ -180,9 +185,11 @@ class ParametricAdapter:
         self._lock = LayerLock()
         # taken once, since the model has other tensors while another thread predicts
         self._trainable = trainable_parameters(model)
-        self._space = MemberSpace(len(read(self._trainable)), log)
-        has_estimates = problem.terms_of is not None and problem.loss_of is None
-        self._estimates = ErrorEstimates(problem) if has_estimates else None
+        size = sum(parameter.numel() for parameter in self._trainable.values())
+        self._space = MemberSpace(size, log)
+        self._estimates = None
+        if problem.terms_of is not None and problem.loss_of is None:
+            self._estimates = ErrorEstimates(problem)
 
     @property
     def parameters(self) -> list[float | tuple[float, ...]]:
@@ -218,7 +225,7 @@ class ParametricAdapter:
         executor: Executor | None = None,
         progress: bool = True,
     ) -> FamilyReport:
-        """Fits members at given parameters, or in a range where the predictions are worst.
+        """Fit members at given parameters, or in a range where the predictions are worst.
 
         The first member is fitted where the base has the least loss. Others start from the extrapolation of their
         neighbors, outward in strides, and from the interpolation between members. A member
@@ -257,8 +264,10 @@ class ParametricAdapter:
         if between is not None:
             check_count(max_members, "max_members", low=2**dim)  # the corners of the range
         problem = replace(self._problem, train=train)
-        has_terms, has_loss = problem.terms_of is not None, problem.loss_of is not None
-        if has_terms == (train is not None) or not (has_terms or has_loss or between is None):
+        has_terms = problem.terms_of is not None
+        has_indicator = has_terms or problem.loss_of is not None
+        lacks_indicator = between is not None and not has_indicator
+        if has_terms == (train is not None) or lacks_indicator:
             raise ValueError("Give `terms_of` to the constructor, or `train`; `between` and `train` need `loss_of`.")
 
         space.spread(points)
@@ -276,7 +285,7 @@ class ParametricAdapter:
         return fitting.report()
 
     def predict(self, parameter: Parameter, *, force: bool = False) -> Prediction:
-        """Interpolates the members; no training.
+        """Interpolate the members, without any training.
 
         Args:
             parameter: A parameter between the fitted ones.
@@ -288,11 +297,13 @@ class ParametricAdapter:
         Raises:
             ValueError: No member was fitted, or the parameter lies outside of them.
         """
-        members, space = self._members(), self._space
+        members = self._members()
+        space = self._space
         point = space.point(parameter)
         extrapolated = not space.is_inside(point)
         if extrapolated and not force:
-            ranges = ", ".join(ranges_of([member.parameter for member in members]))
+            points = [member.parameter for member in members]
+            ranges = ", ".join(ranges_of(points))
             raise ValueError(
                 f"The parameter {argument(point)} lies outside of the fitted members ({ranges}). Fit the family "
                 "there, or pass `force=True` and look at the indicator."
@@ -306,17 +317,19 @@ class ParametricAdapter:
         *,
         force: bool = False,
     ) -> Prediction:
-        """The prediction after one or more Levenberg-Marquardt steps, which are not kept.
+        """Predict, and take one or more Levenberg-Marquardt steps. The family does not keep them.
 
         Raises:
             ValueError: As `predict`, or the family has no terms.
         """
         prediction = self.predict(parameter, force=force)
+        point = prediction._point
         model = self._copy(prediction._vector)
         if steps:
             with torch.inference_mode(False):  # enables gradients, too
-                take_steps(model, self._problem.terms(prediction._point), steps, least=steps)
-        return Prediction(self, prediction._point, read(trainable_parameters(model)), prediction.extrapolated)
+                take_steps(model, self._problem.terms(point), steps, least=steps)
+        vector = read(trainable_parameters(model))
+        return Prediction(self, point, vector, prediction.extrapolated)
 
     def calibrate(
         self,
@@ -354,11 +367,12 @@ class ParametricAdapter:
         self._members()
 
         def residuals_at(point: Point, vector: np.ndarray) -> Any:
-            return Prediction(self, point, vector, extrapolated=False).apply(residuals)
+            prediction = Prediction(self, point, vector, extrapolated=False)
+            return prediction.apply(residuals)
 
         point, covariance, noise = minimize(self._space, residuals_at, ignore_missing)
-        error = argument(tuple(np.sqrt(covariance.diagonal()).tolist()))
-        return Calibration(argument(point), error, covariance, noise, self.predict(point))
+        errors = np.sqrt(covariance.diagonal()).tolist()
+        return Calibration(argument(point), argument(tuple(errors)), covariance, noise, self.predict(point))
 
     def as_adapter(
         self,
@@ -367,14 +381,15 @@ class ParametricAdapter:
         steps: int = 0,
         force: bool = False,
     ) -> PeftModel:
-        """A separate PEFT model, with the predicted adapter, refined by `steps` steps: to save, merge or serve.
+        """Return a separate PEFT model with the predicted adapter, refined by `steps` steps, to save, merge or serve.
 
         It is the network, without `solution_of`.
         """
-        return self._copy(self.refine(parameter, steps, force=force)._vector)
+        prediction = self.refine(parameter, steps, force=force)
+        return self._copy(prediction._vector)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Saves the family as one file, the shared factors and the members, with a model card.
+        """Save the family as one file, the shared factors and the members, with a model card.
 
         If the process is killed, the family there is the old one or the new one. Text that a person wrote in README.md
         is kept.
@@ -388,7 +403,8 @@ class ParametricAdapter:
         self._members()
         with replacing_files(folder, README) as stage:
             space = self._space  # not earlier: another thread may have saved a later one while this one waited
-            save_family(self._copy(np.zeros(self.size)), space, Path(stage, FILE))
+            model = self._copy(np.zeros(self.size))
+            save_family(model, space, Path(stage, FILE))
             write_card(Path(stage, README), space.members)
 
     @classmethod
@@ -405,7 +421,7 @@ class ParametricAdapter:
         check_base: str = "error",
         **hub_kwargs: Any,
     ) -> ParametricAdapter:
-        """Loads a family.
+        """Load a family.
 
         Args:
             base: The base that it was fitted on. It is copied.
@@ -423,14 +439,15 @@ class ParametricAdapter:
         if not path.parent.is_dir():
             path = Path(hf_hub_download(str(folder), FILE, **hub_kwargs))
         model, saved = load_family(copy.deepcopy(base), path, check_base)
+        problem = Problem(terms_of, held_terms_of, solution_of, loss_of, values_of)
         family = cls.__new__(cls)
-        family._set(model, saved.log, Problem(terms_of, held_terms_of, solution_of, loss_of, values_of))
+        family._set(model, saved.log, problem)
         family._space.members = list(saved.report)
         family._space.spread([])
         return family
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
-        """Pushes the file and the card of the family to the Hugging Face Hub, as one commit.
+        """Push the file and the card of the family to the Hugging Face Hub, as one commit.
 
         Text that a person wrote in the README.md of the repository is kept.
 
@@ -441,4 +458,5 @@ class ParametricAdapter:
         with TemporaryDirectory() as folder:
             repo_id = fetch_card(folder, repo_id, kwargs.get("revision"), kwargs.get("token"))
             self.save_pretrained(folder)
-            return upload(folder, repo_id, **{"commit_message": "Upload a family of LoTRA adapters", **kwargs})
+            kwargs.setdefault("commit_message", "Upload a family of LoTRA adapters")
+            return upload(folder, repo_id, **kwargs)

@@ -68,7 +68,8 @@ def minimize(
 
     def evaluate(shifted: np.ndarray) -> np.ndarray:
         position = torch.from_numpy(shifted - SHIFT).unsqueeze(0)
-        (point,), (vector,) = space.points_at(position), space.vectors_at(position)
+        (point,) = space.points_at(position)
+        (vector,) = space.vectors_at(position)
         residuals = residuals_at(point, vector)
         count = len(residuals)
         if count > 1 and residuals.shape == (count, count):
@@ -97,15 +98,21 @@ def minimize(
 
     at_starts = np.stack([residuals_of(start) for start in starts])
     norms = np.linalg.norm(at_starts, axis=1)
-    start = starts[norms.argmin()]
     # scipy's tolerance of the gradient would depend on the units of the residuals
     unit = norms.min() or 1.0
-    bounds = low.numpy() + SHIFT, high.maximum(low + WIDTH).numpy() + SHIFT
-    scaled = lambda shifted: residuals_of(shifted) / unit  # noqa: E731
-    solution = least_squares(scaled, start, bounds=bounds, diff_step=WIDTH, xtol=CONVERGED, ftol=1e-6)
+
+    def scaled_residuals(shifted: np.ndarray) -> np.ndarray:
+        return residuals_of(shifted) / unit
+
+    start = starts[norms.argmin()]
+    upper = high.maximum(low + WIDTH)
+    bounds = low.numpy() + SHIFT, upper.numpy() + SHIFT
+    solution = least_squares(scaled_residuals, start, bounds=bounds, diff_step=WIDTH, xtol=CONVERGED, ftol=1e-6)
     least = unit * solution.fun
 
-    position, residuals, slopes = map(torch.from_numpy, (solution.x - SHIFT, least, unit * solution.jac))
+    position = torch.from_numpy(solution.x - SHIFT)
+    residuals = torch.from_numpy(least)
+    slopes = torch.from_numpy(unit * solution.jac)
     (point,) = space.points_at(position.unsqueeze(0))
     noise = residuals.norm().item() / math.sqrt(len(residuals) - dim)
     _, values, directions = torch.linalg.svd(slopes, full_matrices=False)
@@ -113,8 +120,10 @@ def minimize(
 
     # where a Gauss-Newton step without bounds would lead
     ahead = position - torch.linalg.pinv(slopes, rtol=1e-8) @ residuals
-    is_outside = torch.maximum(low - ahead, ahead - high) > BEYOND * covariance.diagonal().sqrt()
-    is_at_end = bool(((position - low < WIDTH) | (high - position < WIDTH)).any())
+    beyond = torch.maximum(low - ahead, ahead - high)
+    is_outside = beyond > BEYOND * covariance.diagonal().sqrt()
+    to_end = torch.minimum(position - low, high - position)
+    is_at_end = bool((to_end < WIDTH).any())
     if is_outside.any() or is_misfit(least, at_starts, dim, is_at_end):
         raise ValueError(
             "The data ask for a parameter outside of the fitted members, or for another equation. The best one "
@@ -129,14 +138,15 @@ def minimize(
             f"The data do not determine the parameter: near {text_of(point)} the residuals hardly change along the "
             f"direction ({text_of(weak)}). Give data that do, or a family of fewer parameters."
         )
-    return point, (scale.unsqueeze(1) * covariance * scale).numpy(), noise
+    covariance = scale.unsqueeze(1) * covariance * scale  # of the parameter
+    return point, covariance.numpy(), noise
 
 
 def check_equal(residuals: np.ndarray, again: np.ndarray) -> None:
     """Raise a `ValueError` if two evaluations of the same model differ by more than rounding."""
     largest = np.abs(residuals[np.isfinite(residuals)]).max(initial=0.0)
-    is_equal = residuals.shape == again.shape and np.allclose(residuals, again, 0.0, REPEATED * largest, True)
-    if not is_equal:
+    tolerance = REPEATED * largest
+    if residuals.shape != again.shape or not np.allclose(residuals, again, 0.0, tolerance, equal_nan=True):
         raise ValueError(
             "`residuals` returns different values for the same model: noise, dropout, or a batch that it draws. Draw "
             "once, outside of the function."
@@ -164,13 +174,15 @@ def is_misfit(
     if is_at_end and share > POOR_AT_END:
         return True
 
+    count = len(residuals)
     _, sizes, directions = np.linalg.svd(changes, full_matrices=False)
     rank = int((sizes > SINGULAR * sizes[0]).sum())
-    rank = min(rank, len(residuals) // 3)
+    rank = min(rank, count // 3)
     if rank <= dim:
         return False
     explained = np.square(directions[:rank] @ residuals).sum()
     unexplained = max(squares - explained, 1e-300)
-    degrees = rank - dim, len(residuals) - rank
-    ratio = (explained / degrees[0]) / (unexplained / degrees[1])
-    return bool(fdtrc(*degrees, ratio) < CHANCE)
+    freedom = rank - dim
+    rest = count - rank
+    ratio = (explained / freedom) / (unexplained / rest)
+    return bool(fdtrc(freedom, rest, ratio) < CHANCE)

@@ -38,7 +38,7 @@ class ErrorEstimates:
     where another one becomes the nearest.
 
     Attributes:
-        problem: The terms of the fit, those that are held_out out, and the values whose error counts, by default the
+        problem: The terms of the fit, those that are held out, and the values whose error counts, by default the
             outputs at some of the rows of the first term.
 
     Source: R. Becker and R. Rannacher, "An optimal control approach to a posteriori error estimation", Acta Numerica
@@ -63,19 +63,23 @@ class ErrorEstimates:
         with torch.inference_mode(False):  # enables gradients, too
             held_out = self.problem.held_terms(model, point)
             for member, _ in around:
-                if member.parameter not in self._held_out:
-                    self._held_out[member.parameter] = list(self.problem.held_terms(model, member.parameter))
+                parameter = member.parameter
+                if parameter not in self._held_out:
+                    self._held_out[parameter] = list(self.problem.held_terms(model, parameter))
                 # data may be smooth at one parameter, and not at another
-                numbers = self._held_out[member.parameter]
+                numbers = self._held_out[parameter]
                 held_out = {number: term for number, term in held_out.items() if number in numbers}
             residuals = residuals_of(model, [*self.problem.terms(point), *held_out.values()])
+
             for member, weight in around:
                 key = (member.parameter, member.vector.tobytes(), *held_out)
                 if key not in self._changes:
                     write(model, member.vector)
                     self._changes[key] = self._change(model, member.parameter, held_out)
                 change = self._changes[key]
-                total += math.nan if change is None else weight * (residuals @ change).norm().item()
+                if change is None:
+                    return math.nan
+                total += weight * (residuals @ change).norm().item()
         return total
 
     def _change(
@@ -89,7 +93,7 @@ class ErrorEstimates:
         None if the inputs of the network are not known, or the step does not exist.
         """
         held_out = self.problem.held_terms(model, point)
-        terms = [*self.problem.terms(point), *(held_out[number] for number in numbers)]
+        terms = self.problem.terms(point) + [held_out[number] for number in numbers]
         residuals = residuals_of(model, terms)
         network = copy.deepcopy(model).merge_and_unload().requires_grad_()
         count = sum(parameter.numel() for parameter in network.parameters())
@@ -133,9 +137,11 @@ class ErrorEstimates:
             inputs, _ = inputs_of(terms[0][1], solution)
             if inputs is None:
                 return None
-            values = solution(inputs[:: -(-len(inputs) // VALUES)]).flatten()
+            stride = math.ceil(len(inputs) / VALUES)
+            values = solution(inputs[::stride]).flatten()
         if len(values) > VALUES:
             generator = torch.Generator().manual_seed(0)
-            signs = torch.randint(2, (VALUES, len(values)), generator=generator, device="cpu")
-            values = (2 * signs - 1).to(values) @ values / math.sqrt(VALUES)
+            bits = torch.randint(2, (VALUES, len(values)), generator=generator, device="cpu")
+            signs = 2 * bits - 1
+            values = signs.to(values) @ values / math.sqrt(VALUES)
         return values

@@ -59,7 +59,8 @@ class Fitting:
         """Fit members at all points, wave after wave."""
         space = self.space
         while True:
-            done = {argument(member.parameter) for member in space.members} | self.failed.keys()
+            done = {argument(member.parameter) for member in space.members}
+            done |= self.failed.keys()
             pending = [point for point in sorted(points) if argument(point) not in done]
             if not pending:
                 break
@@ -73,7 +74,8 @@ class Fitting:
         base = np.zeros(self.space.size)
         losses = np.array([self._indicator(point, base) for point in pending])
         from_middle = abs(np.arange(len(pending)) - len(pending) // 2)
-        return int(np.lexsort([from_middle, losses])[0])  # NaN comes last
+        order = np.lexsort([from_middle, losses])  # NaN comes last
+        return int(order[0])
 
     def _indicator(self, point: Point, vector: np.ndarray) -> float:
         """Return the indicator of a prediction, NaN where a function of the user fails."""
@@ -91,7 +93,8 @@ class Fitting:
         for point in points:
             start = space.vector_at(point)
             if space.members and (self.problem.train is not None or not space.is_inside(point)):
-                closest = space.members[space.nearest(point)[0]].vector
+                index = space.nearest(point)[0]
+                closest = space.members[index].vector
                 if not self._indicator(point, start) < self._indicator(point, closest):
                     start = closest
             jobs[point] = [point], start, self.max_steps
@@ -99,11 +102,11 @@ class Fitting:
 
     def _run(self, jobs: Mapping[Point, Job]) -> None:
         """Add the members of jobs, unless there are better ones."""
-        points = [point for point in jobs if argument(point) not in self.failed]
+        pending = {point: job for point, job in jobs.items() if argument(point) not in self.failed}
         run_all = map if self.executor is None else self.executor.map
         fit_member = partial(attempt, self.model, self.problem)
-        results = run_all(fit_member, [jobs[point] for point in points])
-        for point, result in zip(points, results, strict=True):
+        results = run_all(fit_member, list(pending.values()))
+        for point, result in zip(pending, results, strict=True):
             if isinstance(result, str):
                 self.failed[argument(point)] = result
                 continue
@@ -118,7 +121,8 @@ class Fitting:
         if len(members) < 3:
             return
         for member in self.new.values():
-            neighbors = [members[index] for index in self.space.nearest(member.parameter)[1:]]
+            indices = self.space.nearest(member.parameter)
+            neighbors = [members[index] for index in indices[1:]]
             best = min(neighbors, key=lambda neighbor: neighbor.indicator)
             if member.indicator > FAR * best.indicator:
                 yield member, best
@@ -129,11 +133,12 @@ class Fitting:
         jobs = {}
         for member, best in self._find_bad():
             point = member.parameter
-            if point not in self.refitted and self.problem.train is None:
-                start, end = space.positions_of([best.parameter, point])
-                strides = grid(1, STRIDES)[1:]
-                path = space.points_at(torch.lerp(start, end, strides))
-                jobs[point] = [*path[:-1], point], best.vector, 2 * self.max_steps
+            if point in self.refitted or self.problem.train is not None:
+                continue
+            start, end = space.positions_of([best.parameter, point])
+            strides = grid(1, STRIDES)[1:-1]
+            path = space.points_at(torch.lerp(start, end, strides))
+            jobs[point] = [*path, point], best.vector, 2 * self.max_steps
         self.refitted |= jobs.keys()
         self._run(jobs)
 

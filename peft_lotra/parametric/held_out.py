@@ -34,11 +34,13 @@ def held_out_terms(terms: Sequence[Term], network: Callable) -> dict[int, Term]:
     """
     held_out = {}
     for number, (function, rows, weight) in enumerate(terms):
-        rows = [row[:: math.ceil(len(row) / MOST)] for row in rows]
+        stride = math.ceil(len(rows[0]) / MOST)
+        rows = [row[::stride] for row in rows]
         inputs, indices = inputs_of(rows, network)
         if inputs is None or len(inputs) < FEWEST:
             continue
-        gaps = _find_gaps(inputs.cpu().numpy().tobytes(), inputs.shape[1])
+        content = inputs.cpu().numpy().tobytes()
+        gaps = _find_gaps(content, inputs.shape[1])
         between = []
         for index, row in enumerate(rows):
             between.append(gaps.line(row) if index in indices else gaps.data(row))
@@ -92,15 +94,19 @@ class _Gaps:
 
         is_equal = points.unsqueeze(1) == points
         is_shared = is_equal.sum(1) > SHARED * len(points)
-        distances[(is_shared.unsqueeze(1) & ~is_equal).any(2)] = math.inf
+        leaves_side = is_shared.unsqueeze(1) & ~is_equal
+        distances[leaves_side.any(2)] = math.inf
 
         near = distances.topk(NEAR, largest=False)
         # neighbors in the Gabriel graph: the ball between them is empty
         middles = torch.lerp(scaled.unsqueeze(1), scaled[near.indices], 0.5)
-        is_empty = pairwise_distances(middles, scaled).amin(-1) > 0.499 * near.values
+        closest = pairwise_distances(middles, scaled).amin(-1)
+        is_empty = closest > 0.499 * near.values
         longest = near.values.where(is_empty, 0.0).topk(ROWS)
+        ends = near.indices.gather(1, longest.indices)
         self.first, rank = longest.values.nonzero(as_tuple=True)
-        self.second = near.indices.gather(1, longest.indices)[self.first, rank]
+        self.second = ends[self.first, rank]
+
         distinct = scaled[self._is_first]
         self._weights = weights_at(distinct, self.line(scaled))
         self._weights_of_half = weights_at(distinct[::2], distinct[1::2])
@@ -117,7 +123,8 @@ class _Gaps:
         values = values.reshape(len(values), -1)
         half = values[1::2]
         error = self._weights_of_half.T @ values[::2] - half
-        if not error.norm() <= SMOOTH * (half - half.mean(0)).norm():
+        deviations = half - half.mean(0)
+        if not error.norm() <= SMOOTH * deviations.norm():
             return None
         interpolated = self._weights.T @ values
         return interpolated.to(row).view(-1, *row.shape[1:])

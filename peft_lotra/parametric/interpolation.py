@@ -60,8 +60,8 @@ class FamilyReport(Report, list[Member]):
     def _table(self) -> TextTable:
         rows = []
         for member in self:
-            numbers = f"{member.predicted:.2e} {member.indicator:.2e} {member.steps} {member.seconds:.2f}"
-            cells = numbers.replace("nan", "-").split()
+            cells = [f"{member.predicted:.2e}", f"{member.indicator:.2e}", str(member.steps), f"{member.seconds:.2f}"]
+            cells = [cell.replace("nan", "-") for cell in cells]
             rows.append([text_of(member.parameter), *cells])
         notes = [f"{len(self)} members of {self.coordinates:,} coordinates"]
         if not math.isnan(self.largest):
@@ -107,7 +107,8 @@ class MemberSpace:
 
     def point(self, parameter: Any) -> Point:
         """Return the parameter as a tuple, with as many numbers as the members have."""
-        point = tuple(map(as_number, np.ravel(parameter).tolist()))
+        values = np.ravel(parameter).tolist()
+        point = tuple(map(as_number, values))
         dim = len(point)
         if self.log.dim():
             dim = len(self.log)
@@ -120,7 +121,8 @@ class MemberSpace:
 
     def spread(self, points: Sequence[Point]) -> None:
         """Set the range of parameters to the range of these points and the members."""
-        raw = self._raw([*points, *(member.parameter for member in self.members)])
+        fitted = [member.parameter for member in self.members]
+        raw = self._raw([*points, *fitted])
         self._low = raw.amin(0)
         self.extent = raw.amax(0) - self._low
         self.add(())
@@ -128,9 +130,10 @@ class MemberSpace:
     def add(self, members: Iterable[Member]) -> None:
         """Add members, which replace members of the same parameters."""
         merged = {member.parameter: member for member in [*self.members, *members]}
-        self.members = [merged[point] for point in sorted(merged)]
-        if self.members:
-            self.positions = self.positions_of(sorted(merged))
+        points = sorted(merged)
+        self.members = [merged[point] for point in points]
+        if points:
+            self.positions = self.positions_of(points)
             self._vectors = np.stack([member.vector for member in self.members])
 
     def _raw(self, points: Sequence[Point]) -> Tensor:
@@ -154,7 +157,8 @@ class MemberSpace:
 
     def nearest(self, point: Point) -> list[int]:
         """Return the indices of the nearest members, as many as determine a quadratic polynomial, in order."""
-        distances = (self.positions - self.positions_of([point])).norm(dim=1)
+        position = self.positions_of([point])
+        distances = (self.positions - position).norm(dim=1)
         count = math.comb(self.positions.shape[1] + 2, 2)
         return distances.argsort(stable=True)[:count].tolist()
 
@@ -162,10 +166,10 @@ class MemberSpace:
         """Return the nearest members, one more than there are parameters, with weights by their distances."""
         position = self.positions_of([point])
         used = self.nearest(point)[: position.numel() + 1]
+        members = [self.members[index] for index in used]
         distances = (self.positions[used] - position).norm(dim=1)
         inverse = 1 / distances.clamp(min=1e-12)
         weights = inverse / inverse.sum()
-        members = [self.members[index] for index in used]
         return list(zip(members, weights.tolist(), strict=True))
 
     def vector_at(self, point: Point) -> np.ndarray:
@@ -177,7 +181,8 @@ class MemberSpace:
 
     def vectors_at(self, positions: Tensor, used: Any = slice(None)) -> np.ndarray:
         """Interpolate the coordinates (n, P) at positions (n, dim) from the members of some indices, or from all."""
-        return weights_at(self.positions[used], positions).numpy().T @ self._vectors[used]
+        weights = weights_at(self.positions[used], positions).numpy()
+        return weights.T @ self._vectors[used]
 
 
 def weights_at(points: Tensor, positions: Tensor) -> Tensor:
@@ -202,7 +207,8 @@ def weights_at(points: Tensor, positions: Tensor) -> Tensor:
     matrix[count:, :count] = monomials.T
     splines = pairwise_distances(points, positions) ** power
     right = torch.cat([splines, _monomials(positions, degree).T])
-    return torch.linalg.solve(matrix, right)[:count]
+    solution = torch.linalg.solve(matrix, right)
+    return solution[:count]
 
 
 def _monomials(points: Tensor, degree: int) -> Tensor:
@@ -219,5 +225,6 @@ def is_inside(points: Tensor, position: Tensor) -> bool:
     """Return whether a position (dim,) lies in the convex hull of points (m, dim)."""
     # a convex combination: non-negative weights whose sum is 1
     matrix = np.vstack([points.numpy().T, np.ones(len(points))])
-    _, distance = nnls(matrix, np.append(position.numpy(), 1.0))
+    right = np.append(position.numpy(), 1.0)
+    _, distance = nnls(matrix, right)
     return distance <= 1e-7

@@ -61,7 +61,9 @@ class Problem:
 
     def terms(self, parameter: Point) -> list[Term]:
         """Return the terms of the fit, as functions of the network; none without `terms_of`."""
-        return [] if self.terms_of is None else self._of_networks(self.terms_of, parameter)
+        if self.terms_of is None:
+            return []
+        return self._of_networks(self.terms_of, parameter)
 
     def held_terms(self, model: nn.Module, parameter: Point) -> dict[int, Term]:
         """Return terms, by number, at points that no member is fitted to, by default between the points of the fit."""
@@ -97,7 +99,7 @@ class Problem:
 
         The fit starts from the coordinates `start` and follows a path of parameters. The last one is the member's.
         """
-        start_time = time.perf_counter()
+        begin = time.perf_counter()
         steps = 0
         parameter = path[-1]
         model = copy.deepcopy(model)  # other threads fit other members
@@ -114,10 +116,11 @@ class Problem:
             write(model, read(coordinates))
         vector = read(trainable_parameters(model))
         indicator = self.indicator(model, parameter)
-        has_loss = self.terms_of is not None or self.loss_of is not None
-        if not np.isfinite(vector).all() or (has_loss and not math.isfinite(indicator)):
+        has_indicator = self.terms_of is not None or self.loss_of is not None
+        is_broken = has_indicator and not math.isfinite(indicator)
+        if is_broken or not np.isfinite(vector).all():
             raise ValueError(f"The fitted member has NaN or infinite coordinates or residuals: {indicator}.")
-        seconds = time.perf_counter() - start_time
+        seconds = time.perf_counter() - begin
         return Member(parameter, vector, predicted, indicator, steps, seconds)
 
     def indicator(self, model: nn.Module, parameter: Point) -> float:
@@ -127,7 +130,8 @@ class Problem:
         """
         if self.loss_of is not None:
             with torch.no_grad():
-                return float(self.loss_of(self.solution(model, parameter), argument(parameter)))
+                solution = self.solution(model, parameter)
+                return float(self.loss_of(solution, argument(parameter)))
         terms = self.held_terms(model, parameter).values() or self.terms(parameter)
         return residuals_of(model, terms).norm().item() if terms else math.nan
 
@@ -154,9 +158,10 @@ def residuals_of(model: nn.Module, terms: Iterable[Term]) -> Tensor:
     residuals = []
     for index, (function, rows, weight) in enumerate(terms):
         rows = tuple(row.double() if row.is_floating_point() else row for row in rows)
+        count = len(rows[0])
         values = call_with_parameters(model, exact, partial(function, model), rows, {})
-        values = check_residuals(values, name_term(index, function), len(rows[0]))
-        residuals.append(math.sqrt(weight / len(rows[0])) * values.flatten())
+        values = check_residuals(values, name_term(index, function), count)
+        residuals.append(math.sqrt(weight / count) * values.flatten())
     return torch.cat(residuals)
 
 
@@ -178,9 +183,12 @@ def take_steps(
     def is_done(number: int, record: LevenbergMarquardtStep) -> bool:
         optimizer.damping = max(optimizer.damping, MEMBER_DAMPING)
         losses.append(record.held_loss if held_out else record.loss)
-        return number >= max(WINDOW, least) and losses[-1] > SLOW * losses[-1 - WINDOW]
+        if number < max(WINDOW, least):
+            return False
+        return losses[-1] > SLOW * losses[-1 - WINDOW]
 
-    return len(optimizer.fit(terms, most, held=held_out, callback=is_done, progress=False))
+    history = optimizer.fit(terms, most, held=held_out, callback=is_done, progress=False)
+    return len(history)
 
 
 Job = tuple[Sequence[Point], np.ndarray, int]  # the arguments of `Problem.fit`

@@ -60,7 +60,8 @@ def save_family(model: PeftModel, space: MemberSpace, path: Path) -> None:
     tensors["indicators"] = torch.from_numpy(np.array(indicators))
     log = space.log.expand(len(points[0])).tolist()
     text = json.dumps({"version": _VERSION, "config": config, "log": log})
-    save_file(tensors, path, {"format": "pt", "family": text, "sha256": _hash(tensors, text)})
+    metadata = {"format": "pt", "family": text, "sha256": _hash(tensors, text)}
+    save_file(tensors, path, metadata)
 
 
 def _hash(tensors: dict[str, Tensor], text: str) -> str:
@@ -108,7 +109,8 @@ def load_family(
     with TemporaryDirectory() as folder:
         Path(folder, CONFIG_NAME).write_text(json.dumps(family.config), encoding="utf-8")
         save_file(family.tensors, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), {"format": "pt"})
-        return PeftModel.from_pretrained(base, folder, is_trainable=True, check_base=check_base), family
+        model = PeftModel.from_pretrained(base, folder, is_trainable=True, check_base=check_base)
+    return model, family
 
 
 def write_card(path: Path, members: Sequence[Member]) -> None:
