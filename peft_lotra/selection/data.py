@@ -22,7 +22,9 @@ def read_rows(data: Any, needs_order: bool = False) -> tuple[Tensor, Tensor]:
             Or it shuffles the rows, although their order is needed.
     """
     if not isinstance(data, (tuple, list)):
-        loader = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=256)
+        loader = data
+        if not isinstance(loader, DataLoader):
+            loader = DataLoader(data, batch_size=256)
         if needs_order and isinstance(loader.sampler, (RandomSampler, SubsetRandomSampler)):
             raise ValueError(
                 "`groups` and `blocked` need the order of the rows, but `data` shuffles them. Pass a Dataset."
@@ -81,8 +83,9 @@ def assign_folds(
     elif groups is not None:
         if len(groups) != count:
             raise ValueError(f"`groups` has {len(groups)} entries, but `data` has {count} rows.")
-        numbers = {label: number for number, label in enumerate(dict.fromkeys(groups[row] for row in order))}
-        fold = torch.tensor([numbers[label] % folds for label in groups])
+        labels = dict.fromkeys(groups[row] for row in order)
+        number_of = {label: number for number, label in enumerate(labels)}
+        fold = torch.tensor([number_of[label] % folds for label in groups])
     else:
         frequency = Counter(classes)
         rows = [row for row in order if frequency[classes[row]] > 1]

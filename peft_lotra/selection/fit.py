@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Literal
 
@@ -160,8 +160,11 @@ def fit_adapter(
             groups = groups.tolist() if isinstance(groups, Tensor) else list(groups)
         is_large = coefficients > _MANY_COEFFICIENTS or len(x) > _MANY_ROWS
         if is_large:
-            folds = min(10, len(x) // 2, 10 if groups is None else len(set(groups)))
-        repeats = 1 if blocked or is_large or len(x) >= _FEW_ROWS else _REPEATS
+            folds = min(10, len(x) // 2)
+            if groups is not None:
+                folds = min(folds, len(set(groups)))
+        is_single = blocked or is_large or len(x) >= _FEW_ROWS
+        repeats = 1 if is_single else _REPEATS
         fold = assign_folds_repeatedly(y, folds, groups, blocked, are_classes, repeats)
         if is_large:
             fold = torch.where(fold == folds - 1, 0, -1)
@@ -173,10 +176,13 @@ def fit_adapter(
         forms = choose_forms(network, task, budget)
         references = make_references(network, task)
         bar.total = steps * (len(references) + len(forms) + 1)
-        fits = {"base": Fit(0.0, {}, task.losses_before_training(references["full"]))}
-        if not fits["base"].losses.isfinite().all():
+        losses_of_base = task.losses_before_training(references["full"])
+        if not losses_of_base.isfinite().all():
             raise ValueError("`loss` of single rows is not finite. It must be a mean over rows: remove those without.")
-        fits |= {name: task.compare(start) for name, start in references.items()}
+        fits = {"base": Fit(0.0, {}, losses_of_base)}
+        for name, start in references.items():
+            fits[name] = task.compare(start)
+
         adapters = {_NO_ADAPTATION: fits["base"]}
         for name, form in forms.items():
             start = start_adapter(network, task, form, task.rows)
@@ -185,20 +191,19 @@ def fit_adapter(
         usual = next(iter(forms), best)
         if best != _NO_ADAPTATION and are_within_error(adapters[usual].losses, adapters[best].losses):
             best = usual
-        rate, by_fold, _ = fits["adapter"] = adapters[best]
+        fits["adapter"] = adapters[best]
+        rate, values_of_folds, _ = adapters[best]
         config: dict[str, Any] = {"r": 1}
         values = {}
         if best in forms:
             config = {"rank_pattern": forms[best].ranks}
             every_row = [torch.arange(len(x))]
-            values = task.train(start_adapter(network, task, forms[best], every_row), [rate], every_row)
+            start = start_adapter(network, task, forms[best], every_row)
+            values = task.train(start, [rate], every_row)
 
         bank = None
         if ensemble and best in forms:
-            bank = AdapterBank(network)
-            for number in range(folds):
-                state = {f"{PREFIX}{name}".removesuffix(".default"): value[number] for name, value in by_fold.items()}
-                bank.add(f"fold {number}", state)
+            bank = _make_bank(network, values_of_folds, folds)
         # the base changes from here
         model = adapt(original, storage=storage, **config)
         for name, value in values.items():
@@ -207,22 +212,50 @@ def fit_adapter(
             is_from_training = forms[best].begin is start_from_training
             configs: Any = model.peft_config
             configs["default"].init_weights = "training" if is_from_training else "gradient"
+
         ranks = {name: layer.get_components("default").form for name, layer in lotra_layers(original)}
         sizes = {name: stored_size(start) for name, start in references.items()}
-        sizes |= {"base": Size(0, 0), "adapter": file_size(model)}
+        sizes["base"] = Size(0, 0)
+        sizes["adapter"] = file_size(model)
     notes = []
     if not forms:
         notes.append("the gradient of the loss is zero at the base: no adapter was trained")
     elif FULL_MATRICES not in forms:
         notes.append(f"{FULL_MATRICES} exceed {limit}: {best} was taken instead")
-    choice = advise({name: fit.losses for name, fit in fits.items()}, sizes, max_bytes or math.inf)
-    rates = {name: fit.rate for name, fit in fits.items() if fit.rate}
-    seconds = time.perf_counter() - begin
-    return AdapterFit(model, bank, Chosen(best, ranks, rate), *choice, rates, sizes, notes, seconds)
+    losses = {name: fit.losses for name, fit in fits.items()}
+    advice, reason, scores, errors = advise(losses, sizes, max_bytes or math.inf)
+    return AdapterFit(
+        model=model,
+        bank=bank,
+        chosen=Chosen(best, ranks, rate),
+        advice=advice,
+        reason=reason,
+        scores=scores,
+        errors=errors,
+        rates={name: fit.rate for name, fit in fits.items() if fit.rate},
+        sizes=sizes,
+        notes=notes,
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def _make_bank(network: nn.Module, values: Mapping[str, Tensor], folds: int) -> AdapterBank:
+    """Return a bank of the adapters of the first folds, given the components (folds, ...) of all."""
+    bank = AdapterBank(network)
+    for number in range(folds):
+        state = {}
+        for name, value in values.items():
+            key = f"{PREFIX}{name}".removesuffix(".default")
+            state[key] = value[number]
+        bank.add(f"fold {number}", state)
+    return bank
 
 
 def _copy_checked(
-    network: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Any, Tensor], Tensor]
+    network: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    loss: Callable[[Any, Tensor], Tensor],
 ) -> tuple[nn.Module, Tensor, bool]:
     """Return a copy, the output of the first row, and whether targets are classes.
 
@@ -252,7 +285,7 @@ def _copy_checked(
                 "`loss` does not take all outputs. Let `base` return logits, without a sigmoid."
             ) from error
         is_invariant = torch.isclose(raised, value, rtol=1e-3, atol=1e-3).item()
-        width = outputs.shape[1] if outputs.dim() > 1 else 1
+        width = 1 if outputs.dim() == 1 else outputs.shape[1]
         is_normalized = width > 1 and outputs.logsumexp(1).abs().max() < 1e-2
     if is_normalized and not is_invariant and raised < value:
         raise ValueError(
@@ -270,4 +303,5 @@ def _limit_parameters(max_bytes: int, smallest: PeftModel, layers: Sequence[LoTR
     if max_bytes < needed:
         raise ValueError(f"`max_bytes` is {max_bytes}, but ranks of 1 and the header may take {needed} bytes.")
     stored = next(iter(stored_tensors(smallest).values()))
-    return size.parameters + (max_bytes - needed) // stored.itemsize
+    added = (max_bytes - needed) // stored.itemsize
+    return size.parameters + added

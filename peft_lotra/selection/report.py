@@ -94,17 +94,23 @@ class AdapterFit(Report):
             parameters, size = self.sizes[name]
             error = f"{self.errors[name]:.2g}" if self.errors[name] else ""
             rows.append([name, f"{score:.4g}", error, f"{parameters:,}", f"{size / 1000:.1f}"])
-        form = f"adapter: {self.chosen.form}, rate {self.chosen.rate:g}, chosen in {self.seconds:.1f} s"
-        notes = [form, *self.notes, f"advice: {self.advice}. {self.reason}"]
+        form, _, rate = self.chosen
+        notes = [
+            f"adapter: {form}, rate {rate:g}, chosen in {self.seconds:.1f} s",
+            *self.notes,
+            f"advice: {self.advice}. {self.reason}",
+        ]
         return TextTable(["", ">out-of-fold loss", ">+-", ">parameters", ">kB"], rows, notes)
 
     def plot(self) -> Figure:
         """Draw the scores with their standard errors; needs matplotlib."""
         figure = new_figure((5, 3))
         axis = figure.subplots()
-        colors = ["tab:green" if name == self.advice else "0.6" for name in self.scores]
+        names = list(self.scores)
+        colors = ["tab:green" if name == self.advice else "0.6" for name in names]
         widths = list(self.scores.values())
-        axis.barh(list(self.scores), widths, xerr=list(self.errors.values()), color=colors)
+        errors = list(self.errors.values())
+        axis.barh(names, widths, xerr=errors, color=colors)
         axis.set(xlabel="loss of held-out rows", title=f"advice: {self.advice}")
         return figure
 
@@ -124,12 +130,14 @@ def advise(
     names = sorted(losses, key=lambda name: sizes[name].bytes)
     scores = {name: losses[name].mean().item() for name in names}
     small = [name for name in names if sizes[name].bytes <= max_bytes]
-    least = losses[min(small, key=scores.__getitem__)]
+    best = min(small, key=scores.__getitem__)
+    least = losses[best]
     errors = {name: standard_error(losses[name], least) for name in names}
     advice = next(name for name in small if are_within_error(losses[name], least))
 
     subject = f"{_SUBJECTS[advice]} ({sizes[advice].bytes / 1000:.1f} kB)"
-    change = (scores[advice] - scores["adapter"]) / abs(scores["adapter"] or 1.0)
+    score = scores["adapter"]
+    change = (scores[advice] - score) / abs(score or 1.0)
     if advice == "adapter":
         reason = f"{subject} is within one standard error of the least loss, and nothing smaller is."
     elif sizes[advice].bytes < sizes["adapter"].bytes:

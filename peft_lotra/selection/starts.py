@@ -67,7 +67,8 @@ def stored_tensors(model: PeftModel) -> Tensors:
 def _measure(tensors: Tensors) -> Size:
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     file = safetensors.torch.save(contiguous, {"format": "pt"})
-    return Size(sum(tensor.numel() for tensor in tensors.values()), len(file))
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    return Size(parameters, len(file))
 
 
 def choose_forms(base: nn.Module, task: Task, budget: float) -> dict[str, Form]:
@@ -90,7 +91,12 @@ def choose_forms(base: nn.Module, task: Task, budget: float) -> dict[str, Form]:
     return forms
 
 
-def start_adapter(base: nn.Module, task: Task, form: Form, rows: Sequence[Tensor]) -> Start:
+def start_adapter(
+    base: nn.Module,
+    task: Task,
+    form: Form,
+    rows: Sequence[Tensor],
+) -> Start:
     """Start an adapter on the rows of each fold."""
     model = adapt(deepcopy(base), rank_pattern=form.ranks)
     network = unwrap(model)
@@ -120,7 +126,8 @@ def trained_values(network: nn.Module) -> Tensors:
     if not trained:
         grids = set()  # pykan stores them as parameters
         for layer, module, spec in walk_kan_layers(network):
-            grids |= {f"{layer}.{name}".removeprefix(".") for name in spec.read_grid(module)}
+            for name in spec.read_grid(module):
+                grids.add(f"{layer}.{name}".removeprefix("."))
         trained = [name for name in parameters if name not in grids]
     return {name: parameters[name].detach().clone() for name in trained}
 
@@ -136,9 +143,12 @@ def make_references(base: nn.Module, task: Task) -> dict[str, Start]:
     fresh = _draw_anew(network)
     scratch = {name: fresh[name] for name in values}
     last_layer = _find_last_layer(network, task.x[:CHUNK], values)
-    references = {}
-    for name, of_start in (("last layer", last_layer), ("full", values), ("scratch", scratch)):
-        references[name] = Start(network, [of_start] * len(task.rows))
+    folds = len(task.rows)
+    references = {
+        "last layer": Start(network, [last_layer] * folds),
+        "full": Start(network, [values] * folds),
+        "scratch": Start(network, [scratch] * folds),
+    }
     if task.x.is_floating_point():
         references["linear"] = _start_linear(task, outputs)
     return references
@@ -159,17 +169,18 @@ def _find_last_layer(network: nn.Module, x: Tensor, values: Tensors) -> Tensors:
         parameters = {name: value.clone().requires_grad_() for name, value in values.items()}
         with recorded_calls(layers, lambda name, x, y: calls.append(name)):
             outputs = functional_call(network, parameters, (x,)).flatten()
-        total = outputs @ torch.linspace(1, 2, len(outputs)).to(outputs)
+        weights = torch.linspace(1, 2, len(outputs))
+        total = outputs @ weights.to(outputs)
         gradients = torch.autograd.grad(total, list(parameters.values()), materialize_grads=True)
     with_effect = {name for name, gradient in zip(values, gradients, strict=True) if gradient.any()}
 
     last = values
     for name in calls:
         prefix = f"{name}."
-        of_layer = {key: value for key, value in values.items() if key.startswith(prefix)}
+        layer_values = {key: value for key, value in values.items() if key.startswith(prefix)}
         is_container = any(call.startswith(prefix) for call in calls)
-        if not is_container and with_effect & of_layer.keys():
-            last = of_layer
+        if not is_container and with_effect & layer_values.keys():
+            last = layer_values
     return last
 
 
@@ -189,17 +200,18 @@ def _draw_anew(network: nn.Module) -> Tensors:
 def _start_linear(task: Task, outputs: Tensor) -> Start:
     """Start a linear model at zero, of inputs that are standardized by the rows of each fold, and clipped."""
     width = task.x[0].numel()
-    last = nn.Unflatten(1, outputs.shape[1:]) if outputs.dim() > 1 else nn.Flatten(0)
+    last = nn.Flatten(0) if outputs.dim() == 1 else nn.Unflatten(1, outputs.shape[1:])
     linear = nn.Linear(width, outputs[0].numel())
     # what was rarely active in the training rows may be far outside of them
     standardize = nn.BatchNorm1d(width, affine=False)
-    network = nn.Sequential(nn.Flatten(), standardize, nn.Hardtanh(-3, 3), linear, last).to(outputs)
-    network.requires_grad_(False)
+    network = nn.Sequential(nn.Flatten(), standardize, nn.Hardtanh(-3, 3), linear, last)
+    network.to(outputs).requires_grad_(False)
     zeros = {name: torch.zeros_like(parameter) for name, parameter in network.named_parameters()}
     values = []
     for rows in task.rows:
         inputs = task.x[rows].flatten(1)
-        variance, mean = torch.var_mean(inputs, 0, correction=int(len(rows) > 1))
+        correction = min(len(rows) - 1, 1)
+        variance, mean = torch.var_mean(inputs, 0, correction=correction)
         variance[variance < 1e-12] = 1
         values.append({**zeros, "1.running_mean": mean, "1.running_var": variance})
     return Start(network, values)
@@ -207,5 +219,6 @@ def _start_linear(task: Task, outputs: Tensor) -> Start:
 
 def stored_size(start: Start) -> Size:
     """Return the size of a file with the trained values."""
-    trained = dict(start.network.named_parameters())
-    return _measure({name: value for name, value in start.values[0].items() if name in trained})
+    parameters = dict(start.network.named_parameters())
+    trained = {name: value for name, value in start.values[0].items() if name in parameters}
+    return _measure(trained)

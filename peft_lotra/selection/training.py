@@ -53,7 +53,8 @@ def mapped(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def in_turn(values: Tensors, *rows: Tensor) -> Tensor:
         results = []
         for entry, arguments in enumerate(zip(*rows, strict=True)):
-            results.append(function({name: value[entry] for name, value in values.items()}, *arguments))
+            values_of_entry = {name: value[entry] for name, value in values.items()}
+            results.append(function(values_of_entry, *arguments))
         return torch.stack(results)
 
     run = vmap(function, randomness="different")
@@ -138,8 +139,11 @@ class Task(NamedTuple):
     @property
     def rows(self) -> list[Tensor]:
         """The rows on which each fold trains."""
-        folds = int(self.fold.max()) + 1
-        return [(self.fold != fold).all(0).nonzero().flatten() for fold in range(folds)]
+        rows = []
+        for fold in range(int(self.fold.max()) + 1):
+            is_trained = (self.fold != fold).all(0)
+            rows.append(is_trained.nonzero().flatten())
+        return rows
 
     def train(self, start: Start, rates: Sequence[float], rows: Sequence[Tensor]) -> Tensors:
         """Train by Adam on batches of the rows of each fold, at rates that fall to zero along a cosine.
@@ -151,14 +155,18 @@ class Task(NamedTuple):
         set_mode(network, True)
         freeze_norms(network)
         buffers = dict(network.named_buffers())
-        origins, units, moves = {}, {}, {}
+        origins = {}
+        units = {}
+        moves = {}
         for name, value in start.values[0].items():
-            origins[name] = origin = torch.stack([values[name] for values in start.values]).unsqueeze(1)
+            origin = torch.stack([values[name] for values in start.values]).unsqueeze(1)
+            origins[name] = origin
             sizes = value.new_ones(1)
             if start.relative:
                 sizes = origin.flatten(1).square().mean(1).sqrt()
             unit = torch.outer(sizes, value.new_tensor(rates))
-            units[name] = unit.view(-1, len(rates), *[1] * value.dim())
+            singles = [1] * value.dim()
+            units[name] = unit.view(-1, len(rates), *singles)
             move = value.new_zeros(len(rows), len(rates), *value.shape)
             moves[name] = move.requires_grad_(name not in buffers)
 
@@ -175,9 +183,14 @@ class Task(NamedTuple):
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         size = min(BATCH, *map(len, rows))
         for _ in range(self.steps):
-            batch = torch.stack([of_fold[torch.randperm(len(of_fold))[:size]] for of_fold in rows])
+            batches = []
+            for rows_of_fold in rows:
+                order = torch.randperm(len(rows_of_fold))
+                batches.append(rows_of_fold[order[:size]])
+            batch = torch.stack(batches)
             optimizer.zero_grad()
-            losses_of(moved(), self.x[batch], self.y[batch]).sum().backward()
+            losses = losses_of(moved(), self.x[batch], self.y[batch])
+            losses.sum().backward()
             optimizer.step()
             scheduler.step()
             self.bar.update()
@@ -202,7 +215,9 @@ class Task(NamedTuple):
     def losses_before_training(self, start: Start) -> Tensor:
         """Compute the loss of each held-out row."""
         folds = len(self.rows)
-        values = {name: value.expand(folds, 1, *value.shape) for name, value in start.values[0].items()}
+        values = {}
+        for name, value in start.values[0].items():
+            values[name] = value.expand(folds, 1, *value.shape)
         return self.held_out_losses(start.network, values)[0]
 
     @torch.no_grad()
@@ -220,10 +235,13 @@ class Task(NamedTuple):
         for chunk in rows.split(CHUNK):
             x = self.x[chunk]
             outputs = outputs_of(values, x.expand(len(self.rows), *x.shape))
-            chunks.append(outputs[self.fold[:, chunk], :, torch.arange(len(chunk))])
-        y = self.y[rows].repeat(repeats, *[1] * (self.y.dim() - 1))
+            numbers = torch.arange(len(chunk))
+            chunks.append(outputs[self.fold[:, chunk], :, numbers])
+        outputs_of_rates = torch.cat(chunks, 1).flatten(0, 1).unbind(1)
+
+        y = torch.cat([self.y[rows]] * repeats)
         losses = []
-        for outputs in torch.cat(chunks, 1).flatten(0, 1).unbind(1):
+        for outputs in outputs_of_rates:
             if self.are_classes and outputs.dim() == 2:
                 outputs = outputs * self._find_scale(outputs, y)
             pairs = zip(outputs.split(1), y.split(1), strict=True)
