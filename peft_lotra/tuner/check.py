@@ -69,9 +69,10 @@ class KANLayerReport(Report):
             f"axes: {self.axes}",
             f"linear in the coefficients: {self.linear}",
             f"fast path: {self.fast_path}",
-            *filter(None, [self.contradiction]),
-            *(f"{name}: {reason}" for name, reason in self.doubts.items()),
         ]
+        if self.contradiction:
+            notes.append(self.contradiction)
+        notes += [f"{name}: {reason}" for name, reason in self.doubts.items()]
         return TextTable(["parameter", "role", ">elements", "used"], rows, notes)
 
 
@@ -104,9 +105,9 @@ def check_kan_layer(layer: nn.Module, x: Tensor | tuple[Any, ...] | None = None)
         fast path: yes, by splines in closed form
     """
     check_module(layer, "layer")
-    if x is None:
-        x = ()
-    args = x if isinstance(x, tuple) else (x,)
+    args: tuple[Any, ...] = ()
+    if x is not None:
+        args = x if isinstance(x, tuple) else (x,)
     with read_at_rest(layer):
         target = locate_target("", layer)
         layer, spec, tensor = target
@@ -114,13 +115,18 @@ def check_kan_layer(layer: nn.Module, x: Tensor | tuple[Any, ...] | None = None)
         fast_path = _fast_path(target)
     roles = _roles(target)
     sizes = {name: parameter.numel() for name, parameter in layer.named_parameters()}
-    used = None if description.used is None else {name: description.used.get(name, False) for name in roles}
-    adapted = total = 0
+    used = None
+    if description.used is not None:
+        used = {name: description.used.get(name, False) for name in roles}
+    adapted = 0
+    total = 0
     for name, role in roles.items():
-        is_adapted = role in ("coefficients", "residual")
         is_used = used is None or used[name]
-        adapted += sizes[name] * is_adapted
-        total += sizes[name] * (is_adapted or (is_used and role not in ("grid", "constant")))
+        if role in ("coefficients", "residual"):
+            adapted += sizes[name]
+            total += sizes[name]
+        elif is_used and role not in ("grid", "constant"):
+            total += sizes[name]
     return KANLayerReport(
         kind=spec.kind,
         shape=tensor.shape,
@@ -146,21 +152,22 @@ def _roles(target: Target) -> dict[str, str]:
     described = {
         "grid": spec.grid,
         "bias": [spec.bias or ""],
-        "edge scale": [*(spec.edge_scale or ())][:1],
+        "edge scale": (spec.edge_scale or ())[:1],
         "residual": tensor.parameters,
         "coefficients": tensor.names,
     }
     for role, names in described.items():
         for name in names:
-            members = expand_name(layer, name)
-            roles.update({member: role for member in members if member in roles})
+            for member in expand_name(layer, name):
+                if member in roles:
+                    roles[member] = role
     return roles
 
 
 def _fast_path(target: Target) -> str:
     reader = find_formula(*target)
     if reader is not None:
-        return f"yes, by {'splines in closed form' if reader.is_uniform else 'the `basis` of its kind'}"
+        return "yes, by splines in closed form" if reader.is_uniform else "yes, by the `basis` of its kind"
     reason = find_obstacle(*target)
     if reason is None:
         reason = "the functions of its kind give other outputs (name a bias by `bias`, a norm by `normalization`)"

@@ -165,7 +165,8 @@ def dense_updates(
             layer._active_adapter = [DENSE]
             layer._disable_adapters = False
             core = layer.get_components(DENSE).core
-            core.data = core.data.to(torch.promote_types(core.dtype, torch.float32))
+            if core.itemsize < 4:
+                core.data = core.data.float()
             updates[name] = core
         yield updates
 

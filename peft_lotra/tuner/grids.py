@@ -32,9 +32,9 @@ def grid_ends(grid: Grid, shape: Sequence[int]) -> tuple[Tensor, Tensor] | None:
     The knots of B-splines beyond the grid are left out.
     """
     _, in_features, num_basis = shape[:3]
-    for knots in grid.values():
-        if isinstance(knots, Tensor) and knots.dim() == 2 and len(knots) == in_features:
-            knots = knots.detach().sort(dim=1).values
+    for value in grid.values():
+        if isinstance(value, Tensor) and value.dim() == 2 and len(value) == in_features:
+            knots = value.detach().sort(dim=1).values
             beyond = max(0, knots.shape[1] - num_basis - 1)  # the order of the splines
             return knots[:, beyond], knots[:, -1 - beyond]
     return None
@@ -43,11 +43,11 @@ def grid_ends(grid: Grid, shape: Sequence[int]) -> tuple[Tensor, Tensor] | None:
 def warn_of_far_inputs(name: str, grid: Grid, shape: Sequence[int], x: Any) -> None:
     """Warn if most inputs of a layer (out, in, basis) lie further from its grid than it is long."""
     ends = grid_ends(grid, shape)
-    is_input = isinstance(x, Tensor) and x.shape[-1:] == (shape[1],) and not x.is_meta
-    if ends is None or not is_input:
+    if ends is None or not isinstance(x, Tensor) or x.is_meta or x.shape[-1:] != (shape[1],):
         return
     low, high = ends
-    distance = (x.detach() - (low + high) / 2).abs()
+    middle = (low + high) / 2
+    distance = (x.detach() - middle).abs()
     is_far = distance > 1.5 * (high - low)
     if is_far.double().mean() > 0.5:
         warnings.warn(

@@ -30,14 +30,14 @@ def guard_network(model: nn.Module, layer_name: str, spec: KANLayerSpec) -> None
         layer_name = layer_name.rpartition(".")[0]
         network = model.get_submodule(layer_name)
         guards = {}
-        # in __dict__, where an attribute hides a method; a partial survives deepcopy and pickle
+        # a partial survives deepcopy and pickle
         for name, argument in spec.network_methods.items():
             guards[name] = partial(_refuse, network, name, argument)
         for name in spec.checkpoint_methods:
             guards[name] = partial(_with_adapters_merged, network, name)
         guards = {name: guard for name, guard in guards.items() if hasattr(type(network), name)}
         if guards:
-            network.__dict__.update(guards)
+            vars(network).update(guards)  # attributes, which hide the methods
             return
 
 
@@ -80,12 +80,13 @@ def _refuse(network: nn.Module, name: str, argument: str | None, *args: Any, **k
 
 def _with_adapters_merged(network: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
     """Call a method of the network with its base layers, which hold the effective coefficients."""
+    method = getattr(type(network), name)
     layers = [layer for _, layer in lotra_layers(network) if not (layer.merged or layer.disable_adapters)]
     for layer in layers:
         layer.merge()
     try:
         with base_layers_in_place(network):
-            return getattr(type(network), name)(network, *args, **kwargs)
+            return method(network, *args, **kwargs)
     finally:
         for layer in layers:
             if layer.merged:

@@ -111,19 +111,30 @@ def hotswap_adapter(
         tuner.replaced = {}
 
 
-def _fit_to(present: Tucker, components: Tucker, ratio: float, target_rank: int | None, name: str) -> Tucker:
+def _fit_to(
+    present: Tucker,
+    components: Tucker,
+    ratio: float,
+    target_rank: int | None,
+    name: str,
+) -> Tucker:
     """Return components times a ratio, filled up to the present ranks or `target_rank`, in the present dtype.
 
     Raises:
         ValueError: The shapes differ, or ranks are too large.
     """
-    ranks = present.ranks if target_rank is None else cap_ranks(target_rank, present.shape)
-    missing = [rank - size for rank, size in zip(ranks, components.ranks, strict=True)]
-    if components.shape != present.shape or min(missing) < 0 or (target_rank is None and any(missing)):
+    if target_rank is None:
+        ranks = present.ranks
+        fits = components.ranks == ranks
+    else:
+        ranks = cap_ranks(target_rank, present.shape)
+        fits = all(rank <= most for rank, most in zip(components.ranks, ranks, strict=False))
+    if components.shape != present.shape or not fits:
         raise ValueError(
             f"`{name}` has the sizes {components.shape} and ranks {form_text(components.form)} in the new adapter, "
             f"{present.shape} and {ranks} in the model. Pass `target_rank`, or load it as another adapter: "
             "`model.load_adapter(...)`."
         )
-    raised = components.map(lambda component: component.to(present.core)).raised(ranks)
+    components = components.map(lambda component: component.to(present.core))
+    raised = components.raised(ranks)
     return raised._replace(core=raised.core * ratio)

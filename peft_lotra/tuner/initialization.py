@@ -17,7 +17,12 @@ from ..tucker import Tucker, truncated_hosvd, tucker
 
 
 @torch.no_grad()
-def initialize(components: Tucker, start: bool | str, zero: str, source: Tensor | None = None) -> None:
+def initialize(
+    components: Tucker,
+    start: bool | str,
+    zero: str,
+    source: Tensor | None = None,
+) -> None:
     """Fill the components of an adapter in place, except on the meta device.
 
     Args:
@@ -68,9 +73,11 @@ def _at_random(components: Tucker, draw_out: bool) -> None:
     for factor, gain in zip(inner, gains, strict=False):
         if factor is not None:
             # the QR decomposition does not exist in half precision
-            draws = torch.randn_like(factor, dtype=torch.promote_types(factor.dtype, torch.float32))
+            dtype = torch.promote_types(factor.dtype, torch.float32)
+            draws = torch.randn_like(factor, dtype=dtype)
             q, r = torch.linalg.qr(draws)
-            factor.copy_(q * (gain * r.diagonal().sign()))  # as `nn.init.orthogonal_`, in half the time
+            signs = r.diagonal().sign()
+            factor.copy_(q * (gain * signs))  # as `nn.init.orthogonal_`, in half the time
     if draw_out and factor_out is not None:  # else the random numbers of the next layer would change
         factor_out.normal_(std=1 / math.sqrt(len(core)))
 
@@ -86,7 +93,8 @@ def _from_gradient(components: Tucker, zero: str, gradient: Tensor) -> None:
     If `zero` is not factor_out, which is frozen or absent, all factors come from the approximation.
     """
     core = components.core
-    approximation = tucker(gradient[:, :, : components.shape[2]], components.ranks)
+    adapted = gradient[:, :, : components.shape[2]]
+    approximation = tucker(adapted, components.ranks)
     projected = approximation.core
     for name, factor in approximation.balanced()._asdict().items():
         if name != "core":
@@ -95,11 +103,13 @@ def _from_gradient(components: Tucker, zero: str, gradient: Tensor) -> None:
         norm = projected.norm().clamp(min=1e-30)
         core.copy_(projected * (math.sqrt(len(core)) / norm))
         return
-    rows = torch.linalg.svd(projected.double().flatten(1), full_matrices=False).Vh  # no more than ri rb [rk]
+
+    unfolding = projected.double().flatten(1)
+    rows = torch.linalg.svd(unfolding, full_matrices=False).Vh  # no more than ri rb [rk]
     size = _size_of_core(components)
     core.normal_(std=size)  # rows above these stay random
-    rows = rows.to(core) * (size * math.sqrt(rows.shape[1]))
-    core.flatten(1)[: len(rows)] = rows
+    norm = size * math.sqrt(rows.shape[1])
+    core.flatten(1)[: len(rows)] = norm * rows.to(core)
 
 
 def _size_of_core(components: Tucker) -> float:
@@ -115,6 +125,7 @@ def _from_base(components: Tucker, coefficients: Tensor) -> None:
 
     Source: Y. Gao, K. C. Cheung and M. K. Ng, "SVD-PINNs", arXiv 2211.08760, for matrices.
     """
-    values = truncated_hosvd(coefficients[:, :, : components.shape[2]], components.ranks).balanced()
+    adapted = coefficients[:, :, : components.shape[2]]
+    values = truncated_hosvd(adapted, components.ranks).balanced()
     for name, component in components._asdict().items():
         component.copy_(getattr(values, name))

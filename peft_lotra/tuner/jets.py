@@ -32,8 +32,9 @@ def _lotra_layer(model: LoTRALayer) -> list[Stage] | None:
     stage = _only_stage(model)
     if stage is None:
         return None
-    updates = (*stage.formula.updates, *model.applied_updates())
-    return [stage._replace(formula=stage.formula._replace(updates=updates))]
+    formula = stage.formula
+    updates = (*formula.updates, *model.applied_updates())
+    return [stage._replace(formula=formula._replace(updates=updates))]
 
 
 def _lora_on_parameter(model: ParamWrapper) -> list[Stage] | None:
@@ -50,7 +51,8 @@ def _lora_on_parameter(model: ParamWrapper) -> list[Stage] | None:
     # compared by identity, since other libraries may lay out a parameter of the same name in another order
     for field in ("coefficients", "residual"):
         if getattr(stage.formula, field) is parameter:
-            return [stage._replace(formula=stage.formula._replace(**{field: weight}))]
+            formula = stage.formula._replace(**{field: weight})
+            return [stage._replace(formula=formula)]
     return None
 
 

@@ -88,7 +88,13 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     lotra_tensor: CoefficientTensor
     _modules: dict[str, Any]
 
-    def __init__(self, base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, name: str) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        spec: KANLayerSpec,
+        tensor: CoefficientTensor,
+        name: str,
+    ) -> None:
         super().__init__()
         self._modules["base_layer"] = base_layer
         # `__setattr__` would pass on the names that the base layer has, and take a tenth of the time to attach
@@ -122,8 +128,10 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: LoTRAConfig) -> None:
         """Add an adapter."""
         shapes = config.component_shapes(self.lotra_name, self.lotra_tensor)
+        alpha = config.alpha_of(self.lotra_name)
         self.lotra_r[adapter_name] = shapes["core"]
-        self.lotra_alpha[adapter_name] = self.lotra_scaling[adapter_name] = config.alpha_of(self.lotra_name)
+        self.lotra_alpha[adapter_name] = alpha
+        self.lotra_scaling[adapter_name] = alpha
         self.lotra_rank_dropout[adapter_name] = config.rank_dropout
         self.lotra_module_dropout[adapter_name] = config.module_dropout
 
@@ -137,8 +145,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         if frozen:
             self.frozen_peft_weight_names[adapter_name] = tuple(f"lotra_{name}" for name in frozen)
 
-        # the tensors of a file replace these values
-        start = bool(config.init_weights) if config.is_from_file else config.init_weights
+        start = config.init_weights
+        if config.is_from_file:
+            start = bool(start)  # the tensors of the file replace these values
         coefficients = self.get_base_weight() if start == "hosvd" else None
         initialize(self.get_components(adapter_name), start, zero, coefficients)
         if stored.dtype != dtype:
@@ -185,19 +194,22 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
         With `dropout`, rank and module dropout are drawn for a training step.
         """
-        components, scale = self.get_components(adapter), self.lotra_scaling[adapter]
+        components = self.get_components(adapter)
+        scale = self.lotra_scaling[adapter]
         if not dropout:
             return Update(scale, components)
 
         # drawn as tensors, so that a compiled graph draws at each step
         core = components.core
-        if p := self.lotra_rank_dropout[adapter]:
+        rank_dropout = self.lotra_rank_dropout[adapter]
+        if rank_dropout:
             # drops whole channels, the second dimension, and scales up the others
-            dropped = torch.feature_dropout(core.unsqueeze(0), p, True)
+            dropped = torch.feature_dropout(core.unsqueeze(0), rank_dropout, True)
             components = components._replace(core=dropped.squeeze(0))
-        if p := self.lotra_module_dropout[adapter]:
-            mask = torch.rand((), device=core.device) >= p
-            scale = scale * mask.to(core)
+        module_dropout = self.lotra_module_dropout[adapter]
+        if module_dropout:
+            is_kept = torch.rand((), device=core.device) >= module_dropout
+            scale = scale * is_kept.to(core)
         return Update(scale, components)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -264,7 +276,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             `torch.Tensor`: (out, in, basis [, kernel]), or (out, in, basis + 1 [, kernel]) with the base branch
                 as the last slice of the basis mode.
         """
-        coefficients = self.lotra_tensor.read(self.get_base_layer()).to(dtype, copy=True)
+        stored = self.lotra_tensor.read(self.get_base_layer())
+        coefficients = stored.to(dtype, copy=True)
         self.add_updates(coefficients)
         return coefficients
 
@@ -361,8 +374,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         self.remember_grid()
         for adapter in self.lotra_r:
             components = self.get_components(adapter)
-            residual = torch.eye(components.shape[2] - transfer.shape[1]).to(transfer)  # stays
-            components = components.on_basis(torch.block_diag(transfer, residual))
+            residual_size = components.shape[2] - transfer.shape[1]
+            identity = torch.eye(residual_size).to(transfer)  # the base branch stays
+            components = components.on_basis(torch.block_diag(transfer, identity))
             self.replace_components(adapter, components)
 
     # --- the forward pass ---
@@ -373,7 +387,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             with loaded(self):
                 return self.forward(*args, **kwargs)
         is_traced = is_tracing()
-        current = None if is_traced else FORWARD_PASS.now.get() or FORWARD_PASS.get()  # the first without a call
+        current = None
+        if not is_traced:
+            current = FORWARD_PASS.now.get() or FORWARD_PASS.get()  # the first without a call
         names = kwargs.pop("adapter_names", None)
         if names is None and current is not None:
             names = current.names
@@ -392,7 +408,13 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             return run_named_rows(self, names, current, args, kwargs)
         return self._run(self.active_adapters, current, args, kwargs)
 
-    def _run(self, adapters: Iterable[str], current: ForwardPass | None, args: tuple, kwargs: dict) -> Any:
+    def _run(
+        self,
+        adapters: Iterable[str],
+        current: ForwardPass | None,
+        args: tuple,
+        kwargs: dict,
+    ) -> Any:
         """Evaluate the layer with the same adapters for all rows, by its formula if there is one."""
         updates = self._updates(adapters, current)
         formula = self._find_formula(updates, args, kwargs) if updates else None
@@ -428,7 +450,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 stack.enter_context(self._lock)
                 if updates:
                     stack.enter_context(loaded(self))
-            return call_with_parameters(base_layer, self._parameters_with(updates), base_layer, args, kwargs)
+            parameters = self._parameters_with(updates)
+            return call_with_parameters(base_layer, parameters, base_layer, args, kwargs)
 
     def _find_reader(self, stored: Tensor, is_new: bool = False) -> FormulaReader | None:
         """Return the reader of the formula in the present mode and dtype; it is verified in an eager pass."""
@@ -462,7 +485,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             ValueError: `safe_merge`, and the merged weights are not finite. The base weights are unchanged.
             RuntimeError: The grid has moved since the adapters were made.
         """
-        names = self._available(dict.fromkeys(check_adapters_to_merge(self, adapter_names)))
+        unmerged = check_adapters_to_merge(self, adapter_names)
+        names = self._available(dict.fromkeys(unmerged))
         if not names:
             return
         self.check_merge(names, safe_merge)
@@ -488,7 +512,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         for name in adapter_names:
             update = self.update_of(name)
             updates.append(update)
-            values = (update.dense(), *self._parameters_with(updates).values())  # of a Slim layer, its components
+            parameters = self._parameters_with(updates)  # of a Slim layer, its components
+            values = [update.dense(), *parameters.values()]
             if not all(value is None or value.isfinite().all() for value in values):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
@@ -587,7 +612,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         modules = self.__dict__.get("_modules", {})
         base_layer = modules.get("base_layer")
         # frameworks, such as accelerate and FSDP, set private names on each module
-        is_own = name.startswith("_") or name in modules or name in self.__dict__ or hasattr(type(self), name)
+        is_private = name.startswith("_")
+        is_own = is_private or name in modules or name in self.__dict__ or hasattr(type(self), name)
         if base_layer is None or is_own or not hasattr(base_layer, name):
             super().__setattr__(name, value)
             return
@@ -617,7 +643,7 @@ def check_stored(name: str, layer: nn.Module, parameter: str) -> nn.Module:
 
 def further_names(model: nn.Module) -> dict[str, str]:
     """Return the second and later names of adapted layers that a model has in several places, with the first one."""
-    first_names: dict[nn.Module, str] = {}
+    first_names = {}
     names = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, LoTRALayer):

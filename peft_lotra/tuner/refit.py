@@ -44,7 +44,8 @@ class RefitReport(Report):
 
     def _table(self) -> TextTable:
         rows = [[*key, f"error {error:.2%}"] for key, error in self.errors.items()]
-        return TextTable(["", "", ">"], rows, [] if rows else ["no grid had moved"])
+        notes = [] if rows else ["no grid had moved"]
+        return TextTable(["", "", ">"], rows, notes)
 
 
 def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], Any] | None = None) -> RefitReport:
@@ -121,7 +122,8 @@ def _unchanged_on_error(layers: Mapping[str, LoTRALayer]) -> Iterator[None]:
     for layer in layers.values():
         for tensor in layer.state_dict(keep_vars=True).values():
             tensors[tensor] = tensor.detach().clone()
-        grids.append((layer, layer.lotra_grid, layer.lotra_spec.read_grid(layer.base_layer)))
+        grid = layer.lotra_spec.read_grid(layer.base_layer)
+        grids.append((layer, layer.lotra_grid, grid))
     try:
         yield
     except BaseException:
@@ -139,7 +141,7 @@ def _refit(name: str, layer: LoTRALayer, adapter: str, x: Any) -> float:
     """Refit one adapter of one layer, and return the error of its function."""
     width = layer.in_features
     is_input = isinstance(x, Tensor) and x.is_floating_point() and x.shape[-1:] == (width,)
-    if not is_input or not x.numel() or not x.isfinite().all():
+    if not (is_input and x.numel() and x.isfinite().all()):
         raise ValueError(f"`inputs` that reach `{name}` must be finite floating numbers (rows, {width}).")
     samples = x.detach().reshape(-1, width)
     shape = layer.lotra_tensor.shape
@@ -161,23 +163,29 @@ def _refit(name: str, layer: LoTRALayer, adapter: str, x: Any) -> float:
     # brings the coefficients of an edge to the values of its function; the base branch is a block of its own,
     # since the layer may scale its splines edge by edge
     metric = torch.linalg.qr(weighted.transpose(0, 1)).R
-    has_residual = old.shape[-1] > num_basis
-    residual = F.silu(points.double().cpu()).unsqueeze(-1)[..., :has_residual]  # else without columns
+    residual_columns = old.shape[-1] - num_basis  # 1 or 0
+    residual = F.silu(points.double().cpu()).unsqueeze(-1)
+    residual = residual[..., :residual_columns]
     residual_norm = (weight * residual).norm(dim=0)
 
     def edge_functions(tensor: Tensor) -> Tensor:
         splines = einsum(metric, tensor[..., :num_basis], "i m k, o i k -> o i m")
-        return torch.cat([splines, residual_norm * tensor[..., num_basis:]], dim=-1)
+        base_branch = residual_norm * tensor[..., num_basis:]
+        return torch.cat([splines, base_branch], dim=-1)
 
     target = edge_functions(projected)
+
+    def loss(tensor: Tensor) -> Tensor:
+        return relative_energy(edge_functions(tensor - projected), target)
+
     start = tucker(projected, components.ranks)
-    fitted = fit(start, lambda tensor: relative_energy(edge_functions(tensor - projected), target), steps=100)
+    fitted = fit(start, loss, steps=100)
     layer.set_components(adapter, fitted.balanced())
     stored = _on_cpu(layer.get_components(adapter)).dense()
 
     def outputs(splines: Tensor, tensor: Tensor) -> Tensor:
-        functions = torch.cat([splines, residual], dim=-1)[: len(samples)]
-        return einsum(functions, tensor, "n i k, o i k -> n o")
+        functions = torch.cat([splines, residual], dim=-1)
+        return einsum(functions[: len(samples)], tensor, "n i k, o i k -> n o")
 
     old_outputs = outputs(old_splines, old)
     error = (outputs(new_splines, stored) - old_outputs).norm().item()
@@ -198,6 +206,7 @@ def _basis(name: str, layer: LoTRALayer, grid: Mapping[str, Any], x: Tensor) -> 
         if isinstance(value, Tensor):
             tensors[key] = value.to(x.device)
     norm = get_or_none(base, spec.normalization or "")
-    z = x if norm is None else norm(x)
-    basis = call_with_parameters(base, tensors, spec.basis, (base, z), {})
+    if norm is not None:
+        x = norm(x)
+    basis = call_with_parameters(base, tensors, spec.basis, (base, x), {})
     return basis.double().cpu()

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Makes LOTRA a PEFT method. PEFT has no plugin discovery: importing `peft_lotra` is what registers it."""
+"""Register LOTRA as a PEFT method. PEFT discovers no plugins, so importing `peft_lotra` does it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAME = "LOTRA"
 
 
 def register(config_cls: type, model_cls: type) -> None:
-    """Enters the config and the model of LoTRA in PEFT's mappings; after a reload, the newest classes."""
+    """Add the config and the model of LoTRA to PEFT's mappings. After a reload, they hold the newest classes."""
     mappings: list[dict[Any, Any]] = [mapping.PEFT_TYPE_TO_CONFIG_MAPPING, mapping.PEFT_TYPE_TO_TUNER_MAPPING]
     former = mappings[0].get(NAME, config_cls)  # a member of PeftType equals its name
     if former.__module__ != config_cls.__module__:

@@ -30,11 +30,12 @@ class SlimLoTRALayer(LoTRALayer):
             return {}
         base: Tucker = self.base_layer.components
         terms = [base]
+        dtype = base.core.dtype
         with without_autocast(base.core):
             for scale, tensor in updates:
                 tensor = tensor.padded(base.shape[2])  # without the base branch, its slice is zero
                 tensor = tensor._replace(core=scale * tensor.core)
-                terms.append(tensor.map(lambda component: component.to(base.core.dtype)))
+                terms.append(tensor.map(lambda component: component.to(dtype)))
             # a mode that the updates make full loses its factor: None
             return dict(zip(Tucker._fields, direct_sum(terms), strict=False))
 
@@ -43,7 +44,8 @@ class SlimLoTRALayer(LoTRALayer):
 
     def _add(self, updates: Sequence[Update]) -> None:
         merged = Tucker(*self._parameters_with(updates).values())
-        if any(factor is not None and factor.shape[1] >= len(factor) for factor in merged.factors):
+        factors = [factor for factor in merged.factors if factor is not None]
+        if any(factor.shape[1] >= len(factor) for factor in factors):
             # a mode whose rank reaches its size needs no factor; QR does not exist in half precision
             dtype = torch.promote_types(merged.core.dtype, torch.float32)
             with without_autocast(merged.core):

@@ -58,7 +58,8 @@ class ModelSummary(Report, list[LayerSummary]):
         rows = []
         for line in self:
             sizes = list(map(str, line.shape))
-            sizes[2] += "+1" * line.has_residual
+            if line.has_residual:
+                sizes[2] += "+1"
             row = [line.layer, line.kind, f"({', '.join(sizes)})"]
             if line.adapter is None:
                 row += [*["-"] * 5, "not adapted"]
@@ -110,6 +111,8 @@ def model_summary(model: nn.Module) -> ModelSummary:
         for adapter in layer.lotra_r:
             components = layer.get_components(adapter)
             tensors = components._asdict().values()
+            trainable = [tensor.numel() for tensor in tensors if tensor.requires_grad]
+            is_active = adapter in layer.active_adapters and not layer.disable_adapters
             line = LayerSummary(
                 name,
                 kind,
@@ -118,10 +121,10 @@ def model_summary(model: nn.Module) -> ModelSummary:
                 adapter,
                 components.form,
                 parameters=components.numel(),
-                trainable=sum(tensor.numel() for tensor in tensors if tensor.requires_grad),
+                trainable=sum(trainable),
                 kilobytes=_kilobytes(tensors),
                 scale=float(layer.lotra_scaling[adapter]),
-                active=adapter in layer.active_adapters and not layer.disable_adapters,
+                active=is_active,
                 merged=adapter in layer.merged_adapters,
             )
             lines.append(line)
@@ -129,4 +132,4 @@ def model_summary(model: nn.Module) -> ModelSummary:
 
 
 def _kilobytes(tensors: Iterable[Tensor]) -> float:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1000
+    return sum(tensor.nbytes for tensor in tensors) / 1000

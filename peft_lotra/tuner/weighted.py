@@ -75,16 +75,18 @@ def add_weighted_adapter(
         tensors = []
         shares = []
         for adapter, weight in zip(adapters, weights, strict=True):
-            if adapter in layer.lotra_r:
-                components = layer.get_components(adapter).map(lambda component: component.detach().double())
-                scale = weight * layer.lotra_scaling[adapter]
-                tensors.append(components._replace(core=scale * components.core))
-                shares.append(weight)
+            if adapter not in layer.lotra_r:
+                continue
+            components = layer.get_components(adapter).map(lambda component: component.detach().double())
+            scale = weight * layer.lotra_scaling[adapter]
+            tensors.append(components._replace(core=scale * components.core))
+            shares.append(weight)
         if not tensors:
             continue
         basis = max(tensor.shape[2] for tensor in tensors)  # without or with a residual slice
         tensors = [tensor.padded(basis) for tensor in tensors]
-        sums[name] = torch.stack([tensor.dense() for tensor in tensors]).sum(0)
+        dense = [tensor.dense() for tensor in tensors]
+        sums[name] = torch.stack(dense).sum(0)
         if combination_type == "linear":
             totals[name] = _average(name, tensors, shares)
             continue
@@ -105,13 +107,15 @@ def add_weighted_adapter(
         # the sum has no factors of modes that become full
         if train is not None and total._asdict().keys().isdisjoint(train):
             train = None
+    rank_pattern = {pattern_key(name): total.form for name, total in totals.items()}
+    adapt_residual = any(configs[adapter].adapt_residual for adapter in adapters)
     configs[adapter_name] = LoTRAConfig(
         task_type=first.task_type,
         base_model_name_or_path=first.base_model_name_or_path,
         revision=first.revision,
-        rank_pattern={pattern_key(name): total.form for name, total in totals.items()},
+        rank_pattern=rank_pattern,
         target_modules=exact_targets(totals, model.model),
-        adapt_residual=any(configs[adapter].adapt_residual for adapter in adapters),
+        adapt_residual=adapt_residual,
         rank_dropout=0.0 if has_full_outputs else first.rank_dropout,
         module_dropout=first.module_dropout,
         storage=first.storage,
@@ -126,8 +130,9 @@ def add_weighted_adapter(
     for name, layer in lotra_layers(model.model, adapter_name):
         layer.set_components(adapter_name, totals[name])
         stored = layer.get_delta_weight(adapter_name).detach().double()
+        error = stored - sums[name]
         norm = sums[name].norm().item()
-        errors[name] = (stored - sums[name]).norm().item() / (norm or 1.0)
+        errors[name] = error.norm().item() / (norm or 1.0)
     return errors
 
 
@@ -140,7 +145,14 @@ def check_known(adapters: Iterable[str], configs: Mapping[str, object]) -> None:
         raise ValueError(f"Adapter(s) {unknown} not found, the model has {list(configs)}.")
 
 
-def _check(configs: dict[str, LoTRAConfig], adapters, weights, adapter_name, combination_type, ranks) -> None:
+def _check(
+    configs: dict[str, LoTRAConfig],
+    adapters,
+    weights,
+    adapter_name,
+    combination_type,
+    ranks,
+) -> None:
     """Raise a ValueError for arguments of `add_weighted_adapter` that cannot be used."""
     check_known(adapters, configs)
     are_finite = not any(math.isnan(as_number(weight)) for weight in weights)
@@ -165,7 +177,8 @@ def _average(name: str, tensors: list[Tucker], weights: list[float]) -> Tucker:
         reason = f"the weights {weights} sum up to 0" if total == 0 else f"the ranks differ: {forms}"
         raise ValueError(f'`combination_type="linear"` is an average, but at `{name}` {reason}. Use "cat" or "svd".')
     shares = tensors[0].core.new_tensor(weights) / total
-    average = {"core": torch.stack([tensor.core for tensor in tensors]).sum(0)}
+    cores = torch.stack([tensor.core for tensor in tensors])
+    average = {"core": cores.sum(0)}
     for factor in tensors[0]._asdict().keys() - {"core"}:
         factors = torch.stack([getattr(tensor, factor) for tensor in tensors])
         average[factor] = torch.tensordot(shares, factors, 1)
