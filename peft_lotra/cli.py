@@ -77,6 +77,11 @@ def _say(text: str) -> None:
     print(printable(" ".join(text.split())), file=sys.stderr)
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    if issubclass(category, UserWarning):
+        _say(f"warning: {message}")
+
+
 def _command(function: Callable) -> Callable:
     """Register a command. Its errors and warnings are one line on stderr."""
 
@@ -84,10 +89,11 @@ def _command(function: Callable) -> Callable:
     @functools.wraps(function)
     def run(**kwargs):
         with warnings.catch_warnings():
-            warnings.showwarning = lambda text, kind, *_: issubclass(kind, UserWarning) and _say(f"warning: {text}")
+            warnings.showwarning = _show_warning
             try:
                 out = Path(kwargs.get("out") or os.devnull)
-                if out.is_file() or (out.is_dir() and any(out.iterdir())):
+                is_full = out.is_dir() and any(out.iterdir())
+                if is_full or out.is_file():
                     raise ValueError(f"{out} exists already: choose another name, or remove it.")
                 return function(**kwargs)
             except (ValueError, OSError, ImportError) as error:
@@ -104,7 +110,8 @@ def _command(function: Callable) -> Callable:
 def find(model: Network, as_json: Json = False) -> None:
     """Show the KAN layers of a model, and modules that may be KAN layers, with a registration to paste."""
     is_factory = ":" in model and not Path(model).exists()
-    layers = find_kan_layers(_call_factory(model) if is_factory else _load_model(model))
+    network = _call_factory(model) if is_factory else _load_model(model)
+    layers = find_kan_layers(network)
     _print(layers.as_dict(), str(layers), as_json)
 
 
@@ -112,7 +119,8 @@ def find(model: Network, as_json: Json = False) -> None:
 def inspect(adapter: Adapter, revision: Revision = None, subfolder: Subfolder = None, as_json: Json = False) -> None:
     """Show the layers, ranks, sizes and norms of an adapter."""
     _, folder, _ = _find_adapter(adapter, revision, subfolder)
-    contents = AdapterContents.of(adapter, *read_adapter(folder))
+    config, tensors = read_adapter(folder)
+    contents = AdapterContents.of(adapter, config, tensors)
     base = contents.base_model or f"a {contents.base_class or 'model'}"
     _print(contents.as_dict(), f"LoTRA adapter {adapter}, for {base}\n\n{contents}", as_json)
 
@@ -135,7 +143,8 @@ def merge(
     config, tensors = read_adapter(folder)
     contents = AdapterContents.of(adapter, config, tensors)
     companions = (config.get("saved_with") or [])[1:]
-    model: Any = load_adapters(_load_model(base, factory), root, [name, *companions])
+    network = _load_model(base, factory)
+    model: Any = load_adapters(network, root, [name, *companions])
     merged = model.merge_and_unload(safe_merge=True)
     if hasattr(merged, "save_pretrained"):
         merged.save_pretrained(out)
@@ -157,10 +166,13 @@ def extract(
     as_json: Json = False,
 ) -> None:
     """Make an adapter from a model before (BASE) and after (TUNED) full fine-tuning."""
-    model = extract_lotra(_load_model(base, factory), _load_model(tuned, factory), energy=energy)
+    base_network = _load_model(base, factory)
+    tuned_network = _load_model(tuned, factory)
+    model = extract_lotra(base_network, tuned_network, energy=energy)
     model.save_pretrained(out)
     report = model.extraction_report
-    _print({"out": out, **report.as_dict()}, f"{report}\nadapter saved in {out}", as_json)
+    info = {"out": out, **report.as_dict()}
+    _print(info, f"{report}\nadapter saved in {out}", as_json)
 
 
 def _find_adapter(source: str, revision: str | None, subfolder: str | None) -> tuple[str, Path, Path]:
@@ -169,10 +181,10 @@ def _find_adapter(source: str, revision: str | None, subfolder: str | None) -> t
     root = fetch_folder(source, files, revision)
     folders = adapter_folders(root)
     name = subfolder or "default"
-    if name not in folders and (subfolder or len(folders) > 1):
-        raise ValueError(f"{source} has the adapters {', '.join(folders)}: choose one by --subfolder.")
     if name not in folders:
-        name = next(iter(folders))
+        if subfolder or len(folders) > 1:
+            raise ValueError(f"{source} has the adapters {', '.join(folders)}: choose one by --subfolder.")
+        (name,) = folders
     return name, folders[name], root
 
 
@@ -183,7 +195,8 @@ def _load_model(source: str, factory: str | None = None) -> nn.Module:
         load_model(model, source)
         return model
     # AutoConfig would ask the Hub five times
-    if not (fetch_folder(source, ["config.json"]) / "config.json").is_file():
+    folder = fetch_folder(source, ["config.json"])
+    if not (folder / "config.json").is_file():
         raise ValueError(
             f"{source} is no transformers model: it has no config.json. Other networks: `find MODULE:CALLABLE`, or a "
             "file of weights and the function that builds its network, `--factory MODULE:CALLABLE`."
@@ -206,6 +219,6 @@ def _call_factory(factory: str) -> nn.Module:
 
 def _print(info: dict[str, Any], text: str, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(info, indent=2, allow_nan=False))
-    else:
-        print("\n".join(map(printable, text.split("\n"))))
+        text = json.dumps(info, indent=2, allow_nan=False)
+    for line in text.split("\n"):
+        print(printable(line))
