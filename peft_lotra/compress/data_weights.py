@@ -11,6 +11,7 @@ in the outputs of the layer, as in the Gauss-Newton matrix.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -191,14 +192,12 @@ def sample_layers(
         TypeError: The model returns no tensor.
     """
     targets = {}
-    received: dict[str, list[Tensor]] = {}
-    returned: dict[str, list[Tensor]] = {}
     for name, module in modules.items():
         target = locate_target(name, module)
         if len(target.tensor.shape) == 3 and is_linear(*target):
             targets[name] = target
-            received[name] = []
-            returned[name] = []
+    received = defaultdict(list)
+    returned = defaultdict(list)
 
     def record(name: str, x: Tensor, y: Any) -> None:
         if x.dim() < 2:

@@ -30,7 +30,7 @@ MEMORY = 2**26  # about the bytes of a Levenberg-Marquardt step: so many adapter
 
 
 class _BankOptimizer(Optimizer):
-    """Trains the adapters of a bank, and keeps the best values of each."""
+    """Train the adapters of a bank, and keep the best values of each."""
 
     def __init__(
         self,

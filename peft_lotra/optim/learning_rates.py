@@ -190,7 +190,7 @@ def create_lotra_optimizer(
     bases = {cls.__name__ for cls in getattr(optimizer_cls, "__mro__", ())}
     if policy == "width" and bases & {"SGD", "ASGD"}:
         policy = "uniform"
-    groups: dict[tuple[str, float], dict[str, Any]] = {}
+    groups = {}
     components = set()
     for name, multiplier, parameter in _trained_components(model, policy):
         empty = {"name": name, "params": [], "lr": lr * multiplier}
