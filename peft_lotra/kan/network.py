@@ -97,7 +97,10 @@ class KAN(LayerStack):
             if hasattr(layer, "update_grid"):  # not normalizations and Slim layers; adapted layers refuse
                 layer.update_grid(x, margin)  # pyright: ignore[reportCallIssue] (torch declares Tensor | Module)
             x = layer(x)
-        self.layers.load_state_dict(moved.state_dict())
+        # not of batch norms: the samples have moved the running statistics of the copies
+        for layer, moved_layer in zip(self.layers, moved, strict=True):
+            if hasattr(layer, "update_grid"):
+                layer.load_state_dict(moved_layer.state_dict())
 
 
 class BatchNorm(nn.BatchNorm1d):

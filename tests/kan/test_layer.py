@@ -282,6 +282,18 @@ def test_update_grid_gives_each_layer_what_reaches_it():
         x = layer(x)
 
 
+def test_update_grid_keeps_the_running_statistics_of_batch_norms():
+    net = KAN([3, 8, 2], norm="batch").train()
+    x = 3 * torch.randn(400, 3)
+    statistics = state(net.layers[1])
+
+    net.update_grid(x)
+
+    assert not torch.equal(net.layers[2].grid_bounds, KAN([8, 2]).layers[0].grid_bounds)
+    for name, value in net.layers[1].state_dict().items():
+        assert torch.equal(value, statistics[name]), name
+
+
 @pytest.mark.parametrize("widths", [[], [3], [3, 0], [3, 2.0], 3, "32"])
 def test_wrong_widths_are_refused(widths):
     with pytest.raises(ValueError, match="`widths` is .* at least two positive integers"):
