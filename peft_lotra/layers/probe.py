@@ -60,8 +60,9 @@ def cached_by_class(layer: nn.Module, question: tuple, answer: Callable[[], T]) 
                 is_fixed = is_trained and not parameter.requires_grad
                 entries += [name, parameter.shape, parameter.dtype, is_fixed]
         for name, setting in vars(module).items():
-            if isinstance(setting, _SETTINGS) and name != "training":
-                entries += [name, getattr(setting, "__qualname__", setting)]
+            settings = setting if isinstance(setting, (tuple, list)) else (setting,)
+            if name != "training" and all(isinstance(value, _SETTINGS) for value in settings):
+                entries += [name, tuple(getattr(value, "__qualname__", value) for value in settings)]
 
     answers = _cache.setdefault(type(layer), {})
     key = tuple(entries)

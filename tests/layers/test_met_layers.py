@@ -307,15 +307,27 @@ def test_parameters_that_shape_the_functions_are_named_in_one_warning():
 
 
 class Normalized(nn.Module):
-    """A sum of functions whose coefficients are divided by their norm."""
+    """A sum of functions whose coefficients are divided by their norm, along these axes."""
 
-    def __init__(self, inputs, outputs):
+    def __init__(self, inputs, outputs, axes=(1, 2)):
         super().__init__()
         self.weights = nn.Parameter(torch.randn(outputs, inputs, 3))
+        self.axes = axes
 
     def forward(self, x):
         functions = torch.stack([x, x**2, x.sin()], -1)
-        return torch.einsum("bik,oik->bo", functions, self.weights / self.weights.norm())
+        return torch.einsum("bik,oik->bo", functions, self.weights / self.weights.norm(dim=self.axes, keepdim=True))
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_layers_of_one_class_may_differ_in_a_setting_with_several_values(kind):
+    """The functions of an edge may have a norm of their own, a norm of an output mixes the inputs."""
+    model = nn.Sequential(*[Normalized(3, 4, kind(axes)) for axes in ((1, 2), (2,))])
+
+    rows = find_kan_layers(model)
+
+    assert [row.name for row in rows] == ["1"]
+    assert [module.name for module in rows.unrecognized] == ["0"]
 
 
 @pytest.mark.parametrize(
