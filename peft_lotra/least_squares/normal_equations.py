@@ -75,7 +75,7 @@ class LinearModel:
         if not is_finite:
             self.error = "the Jacobian has NaN or infinite entries. The parameters are unchanged."
         elif not self.gradient.any():
-            self.error = "the gradient is zero: no parameter has an effect on the residuals."
+            self.error = "the gradient is zero: the loss is at a minimum, or no parameter changes it."
 
     def _choose_space(self, in_parameter_space: bool) -> int:
         """Choose the space of the matrix, and whether J is kept; return the size of the matrix."""

@@ -200,6 +200,17 @@ def nan_where_negative(model: nn.Module, x: Tensor) -> Tensor:
     return torch.where(x[:, :1] < 0, torch.nan, model(x))
 
 
+def test_a_step_from_residuals_of_zero_says_that_the_loss_is_at_a_minimum():
+    model = network()
+    x = torch.rand(5, 2, dtype=torch.float64)
+    optimizer = LevenbergMarquardt(model)
+
+    with pytest.warns(RuntimeWarning, match="the gradient is zero: the loss is at a minimum"):
+        record = optimizer.step([(lambda model, x: 0 * model(x), x)])
+
+    assert (record.loss, record.accepted) == (0, False)
+
+
 def test_residuals_that_are_not_finite_are_named_and_change_nothing():
     model, data = network(), terms()
     state = snapshot(model)
