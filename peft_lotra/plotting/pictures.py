@@ -97,8 +97,9 @@ def plot_edge_functions(
         The figure.
 
     Raises:
-        ValueError: There is no such KAN layer, it is a convolution, or it normalizes its inputs together.
-        IndexError: There is no such edge, or not a name for each input.
+        ValueError: There is no such KAN layer, it is a convolution, or it normalizes its inputs together; or there is
+            not a name for each input.
+        IndexError: There is no such edge.
         ImportError: Matplotlib is not installed.
 
     Example:
@@ -114,6 +115,9 @@ def plot_edge_functions(
             f"`{layer_name}` is a convolution, or not linear in its coefficients: it has no functions of one input. "
             "`plot_spectra` draws such layers."
         )
+    width = target.tensor.shape[1]
+    if inputs is not None and len(inputs) != width:
+        raise ValueError(f"`inputs` has {len(inputs)} names, but `{layer_name}` has {width} inputs.")
     z = None
     if x is not None:
         samples = sample_layers(model, {layer_name: module}, x, torch.square, probes=0)
@@ -332,7 +336,7 @@ def plot_history(history: Sequence[LevenbergMarquardtStep], names: Sequence[str]
         names: The names of the terms, in their order.
 
     Raises:
-        IndexError: There are fewer names than terms.
+        ValueError: There are names, but not one for each term.
         ImportError: Matplotlib is not installed.
 
     Example:
@@ -344,11 +348,13 @@ def plot_history(history: Sequence[LevenbergMarquardtStep], names: Sequence[str]
         >>> history = optimizer.fit(terms, steps=3, progress=False)
         >>> figure = plot_history(history, ["data"])
     """
+    terms = list(zip(*(step.losses for step in history), strict=True))
+    if names and len(names) != len(terms):
+        raise ValueError(f"`names` has {len(names)} entries, but the loss has {len(terms)} terms.")
     figure = new_figure((7, 3))
     left, right = figure.subplots(1, 2)
     steps = range(1, len(history) + 1)
     left.plot(steps, [step.loss for step in history], color="black", label="loss")
-    terms = list(zip(*(step.losses for step in history), strict=True))
     if len(terms) > 1:
         styles = ("--", ":", "-.")
         for index, losses in enumerate(terms):
