@@ -42,6 +42,7 @@ OUTPUT_RIDGE = 1e-2  # of the outputs of a layer
 
 PROBES = 16  # random directions of the model's outputs whose gradients reach the layers
 TINY = 1e-300  # in place of a norm of zero
+SHARED = 1e-3  # the relative error of functions that all outputs share
 
 
 class DataWeights:
@@ -130,6 +131,8 @@ def gather_weights(
 ) -> dict[str, DataWeights]:
     """Compute the data weights of the layers that `sample_layers` samples, by name.
 
+    Layers whose outputs have functions of their own are left out.
+
     Args:
         model: The model.
         tensors: The tensors (out, in, basis) to weigh, by layer; their basis may end before the base branch.
@@ -139,6 +142,8 @@ def gather_weights(
     weights = {}
     samples = sample_layers(model, modules, inputs, _second_moments, PROBES)
     for name, (_, functions, metric) in samples.items():
+        if functions is None:
+            continue
         out, _, basis = tensors[name].shape
         values = functions[..., :basis].double()
         if metric is None or not metric.isfinite().all() or not metric.any():
@@ -157,13 +162,14 @@ class LayerSamples(NamedTuple):
 
     Attributes:
         inputs: The inputs (rows, in) of the layer.
-        functions: The functions (rows, in, basis) that its coefficients multiply, see `functions_at`.
+        functions: The functions (rows, in, basis) that its coefficients multiply, see `functions_at`; None if they
+            differ between the outputs.
         moments: A moment of the derivatives of the model's output in the outputs of the layer, see `sample_layers`;
             None without a graph.
     """
 
     inputs: Tensor
-    functions: Tensor
+    functions: Tensor | None
     moments: Tensor | None = None
 
 
@@ -255,36 +261,74 @@ def _mean_moments(
 
 
 @torch.no_grad()
-def functions_at(target: Target, x: Tensor) -> Tensor:
+def functions_at(target: Target, x: Tensor) -> Tensor | None:
     """Return the functions (samples, in, basis) that the coefficients of a layer multiply at x (samples, in).
 
-    The function of the base branch is the last one. Scales of the edges are not contained.
+    The function of the base branch is the last one. Scales of the edges are not contained. None if the outputs do not
+    share the functions: of a layer with a gate for each output, or with masks of edges.
     """
     layer, spec, tensor = target
     reader = find_formula(layer, spec, tensor)
     if reader is not None:
         return reader.read(layer).functions(x)
     out, *shape = full_shape(tensor)
-    scales = {}
-    scale = spec.find_edge_scale(layer)
-    if scale is not None:
-        scales[scale] = torch.ones_like(getattr(layer, scale))
-
-    def run(matrix: Tensor) -> Tensor:
-        coefficients = matrix.view(out, *shape)
-        y = call_with_parameters(layer, scales, call_with_coefficients, (layer, tensor, coefficients, x), {})
-        return first_output(y).flatten(0, -2)
 
     # A layer is linear in its coefficients: unit tensors give the functions, one for each output at a time.
     zeros = tensor.get_parameter(layer).new_zeros(out, math.prod(shape))
-    bias = run(zeros)
+    bias = _run_linear(target, zeros, x)
     columns = []
     for start in range(0, zeros.shape[1], out):
         unit = zeros.clone()
         diagonal = unit[:, start : start + out].fill_diagonal_(1)
-        functions = run(unit) - bias
+        functions = _run_linear(target, unit, x) - bias
         columns.append(functions[:, : diagonal.shape[1]])
-    return torch.cat(columns, dim=1).unflatten(1, shape)
+    functions = torch.cat(columns, dim=1)
+
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(zeros.shape, generator=generator, device="cpu").to(zeros)
+    expected = functions @ random.T
+    error = _run_linear(target, random, x) - bias - expected
+    if error.norm() > SHARED * expected.norm():
+        return None
+    return functions.unflatten(1, shape)
+
+
+@torch.no_grad()
+def edge_values(target: Target, coefficients: Tensor, x: Tensor) -> Tensor:
+    """Return the function on each edge (samples, out, in) by coefficients (out, in, basis), at x (samples, in).
+
+    Scales of the edges are not contained.
+    """
+    functions = functions_at(target, x)
+    if functions is not None:
+        return torch.einsum("nik,oik->noi", functions, coefficients.to(functions))
+    layer, _, tensor = target
+    coefficients = coefficients.to(tensor.get_parameter(layer))
+    zeros = torch.zeros_like(coefficients)
+    bias = _run_linear(target, zeros, x)
+    values = []
+    for index in range(coefficients.shape[1]):
+        of_input = zeros.clone()
+        of_input[:, index] = coefficients[:, index]
+        y = _run_linear(target, of_input, x)
+        values.append(y - bias)
+    return torch.stack(values, -1)
+
+
+def _run_linear(target: Target, coefficients: Tensor, x: Tensor) -> Tensor:
+    """Run a layer with coefficients (out, in, basis), or a matrix of these, and scales of one.
+
+    Returns:
+        (samples, out).
+    """
+    layer, spec, tensor = target
+    scales = {}
+    scale = spec.find_edge_scale(layer)
+    if scale is not None:
+        scales[scale] = torch.ones_like(getattr(layer, scale))
+    coefficients = coefficients.view(full_shape(tensor))
+    y = call_with_parameters(layer, scales, call_with_coefficients, (layer, tensor, coefficients, x), {})
+    return first_output(y).flatten(0, -2)
 
 
 @contextmanager

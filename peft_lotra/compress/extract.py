@@ -42,7 +42,7 @@ class ExtractionReport(Report):
         modules_to_save: The modules that changed and are no KAN layers.
         not_saved: The parameters and buffers that changed and that no adapter can hold.
         output_errors: With `inputs`, by layer, ||change of the outputs - change by the adapter|| / ||change||; layers
-            whose output is not linear in their coefficients have none.
+            for which `inputs` do not count have none.
     """
 
     errors: dict[str, float]
@@ -92,8 +92,9 @@ def extract_lotra(
         rank_pattern: Ranks by layer, as in [`LoTRAConfig`]; alone, or with `r` for the others.
         inputs: Samples of the model's input: a tensor, a tuple of arguments, a dict of named ones, or a function of
             the model that runs it and returns its output. The basis functions of all layers at these samples are kept
-            in memory in float64. The energy is then that of the layers' outputs; in layers whose output is not linear
-            in their coefficients, and in convolutions, it stays that of the coefficients.
+            in memory in float64. The energy is then that of the layers' outputs. It stays that of the coefficients in
+            convolutions, and in layers whose output is not linear in their coefficients, or whose outputs do not share
+            the basis functions (by a gate for each output, or by masks of edges).
         adapter_name: The name of the adapter.
 
     Returns:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..compress.data_weights import Inputs, sample_layers
+from ..compress.data_weights import Inputs, edge_values, sample_layers
 from ..compress.updates import read_coefficients
 from ..modules.calls import unwrap
 from ..modules.report import Report, TextTable
@@ -132,9 +132,13 @@ def layer_changes(model: nn.Module, inputs: Inputs) -> dict[str, LayerChange]:
             inputs = inputs[chosen]
     changes = {}
     samples = sample_layers(model, layers, inputs, torch.square, PROBES)
-    for name, (_, functions, squares) in samples.items():
+    for name, (x, functions, squares) in samples.items():
         _, change = edge_coefficients(name, layers[name])
-        changes[name] = measure_change(functions, change, squares)
+        if functions is None:
+            values = edge_values(locate_target(name, layers[name]), change, x)
+            changes[name] = measure_values(values, squares)
+        else:
+            changes[name] = measure_change(functions, change, squares)
     if not changes:
         raise ValueError(
             "The model has no dense KAN layer with an active adapter. Adapters that are merged (`unmerge_adapter`), "
@@ -151,10 +155,12 @@ def edge_coefficients(name: str, module: nn.Module) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: The coefficients or their change are not finite.
     """
-    base, scale = read_coefficients(name, locate_target(name, module).layer)
-    change = torch.zeros_like(base)
+    # of an adapted layer, not of its base: there, all parameters are frozen, as constants are
+    coefficients, scale = read_coefficients(name, module)
+    change = torch.zeros_like(coefficients)
     if isinstance(module, LoTRALayer):
         module.add_updates(change)
+    base = coefficients - change
     if not change.isfinite().all():
         raise ValueError(f"The update of `{name}` has NaN or infinite values.")
     if scale is not None:
@@ -193,4 +199,15 @@ def measure_change(functions: Tensor, change: Tensor, squares: Tensor | None = N
         effects.append(moved.mul_(weights).sum(-1))
     effect = torch.cat(effects).T.sqrt()
     layer_effect = torch.cat(variances).T.sqrt()
+    return LayerChange(effect.cpu(), layer_effect.cpu(), shift.cpu())
+
+
+def measure_values(values: Tensor, squares: Tensor | None = None) -> LayerChange:
+    """As `measure_change`, of the changes (rows, out, in) of the functions at the inputs of the layer."""
+    shift = values.mean(0)
+    moved = (values - shift).square()
+    layer_effect = moved.mean(0).sqrt()
+    if squares is None:
+        squares = values.new_zeros(1, 1)
+    effect = (moved * squares.unsqueeze(-1)).sum(0).sqrt()
     return LayerChange(effect.cpu(), layer_effect.cpu(), shift.cpu())

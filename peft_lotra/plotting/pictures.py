@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..compress.data_weights import Inputs, functions_at, sample_layers
+from ..compress.data_weights import Inputs, edge_values, sample_layers
 from ..compress.spectra import Spectrum
 from ..layers.describe import is_linear
 from ..layers.registry import find_layer, short_name
 from ..least_squares.levenberg_marquardt import LevenbergMarquardtStep
+from ..tucker import full_shape
 from ..tuner.grids import grid_ends
 from ..tuner.layer import LoTRALayer, Target
 from ..tuner.targets import locate_target
-from .edges import LayerChange, edge_coefficients, layer_changes, measure_change
+from .edges import LayerChange, edge_coefficients, layer_changes, measure_values
 
 
 if TYPE_CHECKING:
@@ -122,13 +123,15 @@ def plot_edge_functions(
     if x is not None:
         samples = sample_layers(model, {layer_name: module}, x, torch.square, probes=0)
         z = samples[layer_name].inputs
-    points, functions = _sample_functions(target, z)
-    base, change = edge_coefficients(layer_name, module)
+    points = _spread_points(target, z)
+    coefficients, change = edge_coefficients(layer_name, module)
+    curves = edge_values(target, coefficients, points).double()
+    moves = edge_values(target, change, points).double()
     is_adapted = isinstance(module, LoTRALayer) and bool(module.applied_updates())
     if is_adapted and x is not None:
         changes = layer_changes(model, x)
     else:
-        measured = measure_change(functions, change if is_adapted else base)
+        measured = measure_values(moves if is_adapted else curves)
         changes = {layer_name: measured._replace(effect=measured.layer_effect)}
     all_shares, top = _shares(changes)
     shares = all_shares[layer_name]
@@ -150,10 +153,10 @@ def plot_edge_functions(
         axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.25)
         at = points[:, index].cpu()
-        curve = functions[:, index] @ base[output, index]
+        curve = curves[:, output, index]
         axis.plot(at, curve.cpu(), label="base", color="0.5", ls="--")
         if is_adapted:
-            curve = curve + functions[:, index] @ change[output, index]
+            curve = curve + moves[:, output, index]
             darkness = float(shares[output, index]) / top
             label = "adapted; % and darkness: share of the change, without constant shifts"
             axis.plot(at, curve.cpu(), label=label, color=_color_map()(darkness))
@@ -186,11 +189,11 @@ def _shares(changes: Mapping[str, LayerChange]) -> tuple[dict[str, Tensor], floa
     return shares, largest or 1.0
 
 
-def _sample_functions(target: Target, z: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return points (rows, in) over the range of its inputs, or of its grid, and its functions there.
+def _spread_points(target: Target, z: Tensor | None) -> Tensor:
+    """Return points (rows, in) over the range of the inputs of a layer, or of its grid.
 
     Raises:
-        ValueError: The functions of one input depend on the others.
+        ValueError: The function of one input depends on the others.
     """
     layer, spec, tensor = target
     if z is not None:
@@ -205,17 +208,20 @@ def _sample_functions(target: Target, z: Tensor | None) -> tuple[Tensor, Tensor]
     share = torch.linspace(0, 1, POINTS, device=low.device).unsqueeze(1)
     points = torch.lerp(low, high, share.to(low))
     points = points.to(tensor.get_parameter(layer))
-    functions = functions_at(target, points)
 
     mixed = points.clone()
     mixed[:, ::2] = points[:, ::2].flip(0)
-    mixed_functions = functions_at(target, mixed)
-    mixed_functions[:, ::2] = mixed_functions[:, ::2].flip(0)
-    if not torch.allclose(functions, mixed_functions, rtol=1e-3, atol=1e-5):
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(full_shape(tensor), generator=generator, device="cpu")
+    values = edge_values(target, random, points)
+    mixed_values = edge_values(target, random, mixed)
+    mixed_values[..., ::2] = mixed_values[..., ::2].flip(0)
+    if not torch.allclose(values, mixed_values, rtol=1e-3, atol=1e-5):
         raise ValueError(
-            f"This {tensor.kind} layer has no functions of one input to draw: it normalizes its inputs together."
+            f"This {tensor.kind} layer has no functions of one input to draw: each depends on the other inputs, by a "
+            "norm or a gate."
         )
-    return points.float(), functions.double()
+    return points
 
 
 def _color_map() -> Any:

@@ -7,12 +7,14 @@ import json
 
 import pytest
 import torch
+from foreign import make_foreign
 from helpers import adapt, assert_same, base, nested, snapshot
 from stand_ins import LAYER_KINDS
+from torch import nn
 
 from peft_lotra import LoTRAConfig
 from peft_lotra.kan import KAN
-from peft_lotra.plotting import edge_changes
+from peft_lotra.plotting import edge_changes, plot_edge_functions
 
 
 @pytest.mark.parametrize("kind", [kind for kind in LAYER_KINDS if kind not in ("fast-kan", "faster-kan")])
@@ -33,6 +35,79 @@ def test_an_edge_counts_as_what_its_change_adds_to_the_output(kind):
             with model.disable_adapter():
                 change = y - model(only_input)[:, edge.output]
         assert edge.layer_effect == pytest.approx(change.std(correction=0).item(), abs=1e-4, rel=1e-3)
+
+
+class Sines(nn.Module):
+    """Sines of each input, with a factor or with phases that the outputs do not share."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.coefficients = nn.Parameter(torch.randn(4, 3, 5))
+        self.gate = nn.Parameter(torch.linspace(0, 2, 4), requires_grad=False)
+        self.phase = nn.Parameter(torch.rand(4, 3, 5), requires_grad=False)
+        self.weight = nn.Parameter(torch.randn(4, 3), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        angle = x[:, None, :, None] * torch.arange(1, 6)  # (rows, 1, in, basis)
+        if self.kind == "phases":
+            angle = angle + self.phase
+        y = (torch.sin(angle) * self.coefficients).sum((2, 3))
+        if self.kind == "gate of each output":
+            y = self.gate * y
+        if self.kind == "gate of the inputs":
+            y = torch.sigmoid(x @ self.weight.T) * y
+        return y
+
+
+@pytest.mark.parametrize("kind", ["phases", "gate of each output", "gate of the inputs"])
+def test_outputs_may_have_functions_of_their_own(kind):
+    torch.manual_seed(0)
+    model = adapt(nn.Sequential(Sines(kind)))
+    x = torch.rand(200, 3) * 2 - 1
+
+    changes = edge_changes(model, x)
+
+    layer = model.base_model.model[0]
+    delta = layer.get_delta_weight("default").detach()
+    base_layer = layer.get_base_layer()
+    for edge in changes:
+        base_layer.coefficients.data.zero_()
+        base_layer.coefficients.data[edge.output, edge.input] = delta[edge.output, edge.input]
+        y = base_layer(x)[:, edge.output]
+        assert edge.layer_effect == pytest.approx(y.std(correction=0).item(), abs=1e-5)
+        assert edge.shift == pytest.approx(y.mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["phases", "gate of each output"])
+def test_edges_of_outputs_with_functions_of_their_own_are_drawn(kind):
+    torch.manual_seed(0)
+    layer = Sines(kind)
+
+    figure = plot_edge_functions(nn.Sequential(layer), "0", edges=[(3, 1)])
+
+    x, y = figure.axes[0].lines[0].get_data()
+    rows = torch.zeros(len(x), 3)
+    rows[:, 1] = torch.as_tensor(x)
+    angle = torch.as_tensor(x).unsqueeze(1) * torch.arange(1, 6)
+    if kind == "phases":
+        expected = torch.sin(angle + layer.phase[3, 1]) @ layer.coefficients[3, 1]
+    else:
+        expected = 2 * torch.sin(angle) @ layer.coefficients[3, 1]
+    torch.testing.assert_close(torch.as_tensor(y).float(), expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_removed_edges_of_pykan_have_no_effect():
+    kan = make_foreign("pykan").float()
+    x = torch.rand(100, 2) * 2 - 1
+    kan(x)
+    kan.remove_edge(0, 0, 1)
+    kan.fix_symbolic(0, 1, 2, "sin", fit_params_bool=False, verbose=False)
+
+    changes = edge_changes(adapt(kan), x)
+
+    effects = {(edge.output, edge.input): edge.layer_effect for edge in changes if edge.layer == "act_fun.0"}
+    assert [edge for edge, effect in effects.items() if effect == 0] == [(1, 0), (2, 1)]
 
 
 def test_the_effect_on_the_network_is_a_derivative():
