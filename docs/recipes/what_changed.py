@@ -70,11 +70,11 @@ plot_network_change(model, x, inputs=["$x_0$", "$x_1$"], outputs=["y"])
 #
 # 1. Each $g$ has up to two constants, as in $\sin(b (x - c))$. Try values of both, and
 #    refine the best two pairs.
-# 2. For each pair, fit the multipliers $a$ by least squares. Polynomials stand for
-#    functions that are not chosen yet.
+# 2. For each pair, fit the multipliers $a$ by least squares. Until the functions of
+#    the other terms are chosen, use polynomials for them.
 # 3. Choose the function with the best BIC (Bayesian information criterion). Treat a
-#    misfit below 1 % as 1 %. Double the penalty of the BIC for each constant: the error
-#    of the base is systematic, not noise.
+#    misfit below 1 % as 1 %. Use twice the usual penalty for each constant, since the
+#    errors of the base are no independent noise.
 # 4. Drop terms below 1 % of the change. Skip terms that one row dominates, such as
 #    $1/(x - c)$ with $c$ close to that row.
 #

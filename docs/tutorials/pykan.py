@@ -77,8 +77,9 @@ edges
 #
 # These figures describe what the trained adapter did. The changes of several edges can cancel. So the effect of a
 # single edge can be larger than the whole change. An edge can have a large share even if the whole change does not
-# depend on its input. To ask which inputs matter, use `what_changed`, below. With the new targets,
-# `what_changed(model, x, targets)` compares the new data with the base, whatever the adapter did.
+# depend on its input. To ask which inputs matter, use `what_changed`, below. It measures the
+# change that the adapter made. With targets, `what_changed(model, x, targets)` measures the change that the data ask
+# for: targets minus base.
 
 # %%
 network = plot_network_change(model, x, inputs=["a", "b"], outputs=["y"])
@@ -89,8 +90,8 @@ network
 # %% [markdown]
 # Split the change of the output into a shift, a linear part, a sum of functions of one input, and the rest, such as
 # functions of two inputs together. `what_changed` fits splines of its own, from coarse to fine; they are not the
-# splines of the network. The row of an input shows what the fit loses without the functions of this input, so the rows
-# need not add up. To write the change as a formula, use [the recipe](../recipes/what_changed.md).
+# splines of the network. The row of an input shows how much
+# worse the fit becomes without this input. These rows need not add up to 100 %. To write the change as a formula, use [the recipe](../recipes/what_changed.md).
 
 # %%
 what_changed(model, x, names=["a", "b"])

@@ -204,13 +204,15 @@ def _find_doubts(
     spec: KANLayerSpec,
     tensor: CoefficientTensor,
 ) -> dict[str, str]:
-    """Say what speaks against adapting a parameter, or why it is left out."""
+    """Say what speaks against adapting a parameter, or why it is left out. Constants are left out without a word."""
     doubts = {}
     described = {*spec.grid, spec.bias, *(spec.edge_scale or ())}
+    layer = evidence.probe.layer
+    is_trained = any(layer.get_parameter(name).requires_grad for name in tensor.parameters)
     for name, gradient in evidence.base.items():
         path, _, _ = name.rpartition(".")
-        module = evidence.probe.layer.get_submodule(path)
-        if name in described or isinstance(module, NORMS):
+        is_constant = is_trained and not layer.get_parameter(name).requires_grad
+        if name in described or is_constant or isinstance(layer.get_submodule(path), NORMS):
             continue
         layout = tensor.parameters.get(name)
         observed = name if layout is not None and not layout.shared else ""

@@ -119,6 +119,10 @@ class KANLayerSpec:
             )
         for position, pattern in enumerate(patterns.values()):
             parse_layout(pattern, self.groups, may_share=0 < position < len(self.parts))
+        for name in ("grid", "grid_methods", "checkpoint_methods"):
+            value = getattr(self, name)
+            if isinstance(value, str):  # a single name
+                object.__setattr__(self, name, (value,))
         if isinstance(self.matches, type):  # a predicate in C: it is called for each module of a model
             object.__setattr__(self, "matches", self.matches.__instancecheck__)
 

@@ -42,6 +42,7 @@ from .training import CHUNK, Fit, Task, are_within_error, weigh_rows
 
 
 _NO_ADAPTATION = "no adaptation"
+_BUDGET = 0.12
 _HEADER_ROOM = 100  # bytes for longer numbers in the header of a file, by layer
 _MANY_COEFFICIENTS, _MANY_ROWS = 1_000_000, 20_000  # above which one tenth of the rows is held out
 _FEW_ROWS, _REPEATS = 100, 3  # below which the losses of one assignment of folds depend too much on chance
@@ -52,7 +53,7 @@ def fit_adapter(
     data: tuple[Tensor, Tensor] | Dataset | DataLoader,
     loss: Callable[[Any, Tensor], Tensor],
     *,
-    budget: float = 0.12,
+    budget: float | None = None,
     max_bytes: int | None = None,
     storage: Literal["float16", "bfloat16"] | None = None,
     steps: int = 300,
@@ -92,7 +93,8 @@ def fit_adapter(
         loss: The loss of outputs and targets, a mean or a sum over the rows, such as
             `torch.nn.functional.cross_entropy`. The scores are means of the losses of single rows, with the weights of
             their classes if the loss has such.
-        budget: The number of parameters of the adapter, as a share of the coefficients of the KAN layers.
+        budget: The number of parameters of the adapter, as a share of the coefficients of the KAN layers. By default
+            0.12, or what ranks of 1 take in smaller networks.
         max_bytes: The size of adapter_model.safetensors, at most; also of the model that is advised.
         storage: The dtype of the adapter in its file, see [`LoTRAConfig`]. The losses are measured before rounding.
         steps: The number of training steps, of up to 128 rows each.
@@ -151,6 +153,9 @@ def fit_adapter(
         smallest = adapt(deepcopy(network), r=1, storage=storage)
         layers = [layer for _, layer in lotra_layers(smallest)]
         coefficients = sum(layer.get_base_weight().numel() for layer in layers)
+        if budget is None:
+            least = (file_size(smallest).parameters + 0.5) / coefficients
+            budget = max(_BUDGET, min(least, 1.0))
         limit = "the budget"
         if max_bytes is not None:
             share = _limit_parameters(max_bytes, smallest, layers) / coefficients
@@ -218,6 +223,8 @@ def fit_adapter(
         sizes["base"] = Size(0, 0)
         sizes["adapter"] = file_size(model)
     notes = []
+    if are_classes:
+        notes.append("losses after the outputs of each model are divided by its best temperature")
     if not forms:
         notes.append("the gradient of the loss is zero at the base: no adapter was trained")
     elif FULL_MATRICES not in forms:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 from helpers import adapt, inputs, relative
 from orders import Layer
+from peft import get_peft_model
 from stand_ins import ChebyKANLayer, as_model
-from torch import nn
+from torch import Tensor, nn
 
-from peft_lotra import KANLayerSpec, find_kan_layers, register_kan_layer
+from peft_lotra import KANLayerSpec, LoTRAConfig, find_kan_layers, register_kan_layer
 from peft_lotra.layers.registry import get_kan_spec, known_kinds
 
 
@@ -99,6 +101,41 @@ def test_a_layer_may_carry_its_description():
 
     assert get_kan_spec(Carrier(3, 4, degree=2)).kind == "carried"
     assert "carried" not in known_kinds()
+
+
+class Phases(nn.Module):
+    """Sines with a constant phase for each input and frequency."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3, 5))
+        self.phase = nn.Parameter(torch.rand(3, 5), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        angle = x.unsqueeze(-1) * torch.arange(1, 6) + self.phase
+        return torch.einsum("bik,oik->bo", torch.sin(angle), self.weight)
+
+
+def test_a_constant_of_a_registered_layer_is_left_out_without_a_doubt(recwarn):
+    register_kan_layer("phases", matches=Phases, coefficients=("weight", "o i k"))
+    network = nn.Sequential(Phases())
+
+    layers = find_kan_layers(network, torch.rand(5, 3))
+    get_peft_model(network, LoTRAConfig(r=2))
+
+    assert "leaves out" not in str(layers)
+    assert len(recwarn) == 0
+
+
+def test_a_single_name_may_be_a_string():
+    register_kan_layer("phases", matches=Phases, coefficients=("weight", "o i k"), grid="phase")
+
+    model = get_peft_model(nn.Sequential(Phases()), LoTRAConfig(r=2))
+
+    with torch.no_grad():
+        model.base_model.model[0].phase.add_(1)
+    with pytest.raises(RuntimeError, match="grid"):
+        model(torch.rand(5, 3))
 
 
 @pytest.mark.parametrize("changes", [{"grid": ("typo",)}, {"grid": ("A", "of.*.typo")}, {"grid_methods": ("typo",)}])

@@ -378,6 +378,25 @@ def test_the_starts_of_the_folds_do_not_warn(rows):
     quick_fit(make_base(), rows)
 
 
+def test_a_small_network_gets_the_smallest_adapter():
+    """Ranks of 1 take 35 of 216 coefficients, more than the default budget."""
+    x = make_rows()
+
+    report = fit_adapter(make_base(3, 6, 1), (x, x[:, :1] ** 2), mse_loss, steps=4, folds=2, progress=False)
+
+    assert report.parameters <= 35
+    assert report.scores.keys() == NAMES
+
+
+def test_the_report_says_that_losses_of_classes_are_those_at_the_best_temperature(rows):
+    x, y = rows
+
+    of_classes = quick_fit(make_base(), (x, (x[:, 0] > 0).long()), cross_entropy)
+
+    assert "divided by its best temperature" in str(of_classes)
+    assert "temperature" not in str(quick_fit(make_base(), (x, y)))
+
+
 def test_the_report_says_that_full_matrices_exceed_the_budget():
     base, x = make_base(3, 16, 2), make_rows()
 
