@@ -26,9 +26,9 @@ def is_tracing() -> bool:
 
     `torch.compiler.is_compiling()` is true in all threads while one is traced. Modes are of one thread.
     """
-    return torch.compiler.is_dynamo_compiling() or (
-        torch.compiler.is_compiling() and bool(_get_current_dispatch_mode_stack())
-    )
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return torch.compiler.is_compiling() and bool(_get_current_dispatch_mode_stack())
 
 
 def check_module(model: Any, argument: str = "model") -> None:
@@ -52,11 +52,12 @@ def places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Restore the mode of each module, training or evaluation, at the end."""
-    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]  # not frozen ones
+    modules = [module for module in model.modules() if hasattr(module, "training")]  # not frozen ones
+    modes = {module: module.training for module in modules}
     try:
         yield
     finally:
-        for module, mode in modes:
+        for module, mode in modes.items():
             module.training = mode
 
 
@@ -198,9 +199,9 @@ class _FixedParameters(dict):
 
     def __setitem__(self, name: str, value: Any) -> None:
         current = self.get(name)
-        is_self_assignment = isinstance(value, nn.Parameter) and current is not None and _is_same(value, current)
-        if not is_self_assignment:
-            super().__setitem__(name, value)
+        if isinstance(value, nn.Parameter) and current is not None and _is_same(value, current):
+            return
+        super().__setitem__(name, value)
 
 
 def _is_same(first: Tensor, second: Tensor) -> bool:
@@ -219,8 +220,10 @@ def _replaceable(owners: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
     saved = []
     for owner, name in owners:
         attributes = vars(owner)
-        saved.append((attributes, name, owner._parameters, attributes.pop(name, None)))
-        attributes["_parameters"] = _FixedParameters(owner._parameters)
+        parameters = owner._parameters
+        view = attributes.pop(name, None)
+        saved.append((attributes, name, parameters, view))
+        attributes["_parameters"] = _FixedParameters(parameters)
     try:
         yield
     finally:
@@ -235,11 +238,17 @@ def call_with_inputs(model: nn.Module, inputs: Any) -> Any:
     """Call a model with a tensor, a tuple or list of arguments, or a mapping of named ones."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
-    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
 
 
 def call_with_parameters(
-    layer: nn.Module, parameters: dict[str, Tensor], function: Callable, args: tuple, kwargs: dict
+    layer: nn.Module,
+    parameters: dict[str, Tensor],
+    function: Callable,
+    args: tuple,
+    kwargs: dict,
 ) -> Any:
     """Call a function while tensors replace parameters of a layer."""
     if not parameters:
@@ -253,16 +262,24 @@ def call_with_parameters(
         module = _Call(layer, function)
         parameters = {f"layer.{name}": value for name, value in parameters.items()}
     has_views = any(name in vars(owner) for owner, name in owners)
-    with nullcontext() if is_tracing() and not has_views else _replaceable(owners):
+    needs_nothing = is_tracing() and not has_views
+    with nullcontext() if needs_nothing else _replaceable(owners):
         return torch.func.functional_call(module, parameters, args, kwargs)
 
 
-def attribute_by(call: Callable, layer: nn.Module, name: str, computed: Collection[str]) -> Any:
+def attribute_by(
+    call: Callable,
+    layer: nn.Module,
+    name: str,
+    computed: Collection[str],
+) -> Any:
     """Return an attribute of a layer. `call` evaluates `computed` names and properties, and runs methods."""
     if name in computed or isinstance(inspect.getattr_static(type(layer), name, None), property):
         return call(getattr, layer, name)
     value = getattr(layer, name)
-    return partial(call, value) if inspect.ismethod(value) and value.__self__ is layer else value
+    if inspect.ismethod(value) and value.__self__ is layer:
+        return partial(call, value)
+    return value
 
 
 @contextmanager
@@ -280,10 +297,11 @@ def loaded(layer: nn.Module) -> Iterator[None]:
                 forwards[module] = vars(module).pop("forward")
         yield
     finally:
+        outputs = torch.tensor([], device="cpu")
         for module in hooked:
             if module in forwards:
                 vars(module)["forward"] = forwards[module]
-            module._hf_hook.post_forward(module, torch.tensor([], device="cpu"))  # pyright: ignore
+            module._hf_hook.post_forward(module, outputs)  # pyright: ignore
 
 
 def runs_more_than_its_class(layer: nn.Module) -> bool:

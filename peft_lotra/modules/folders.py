@@ -58,8 +58,9 @@ def replacing_files(folder: str | os.PathLike, *copied: str) -> Iterator[str]:
             os.mkdir(draft)
             try:
                 for name in copied:
+                    source = os.path.join(folder, name)
                     with suppress(FileNotFoundError):
-                        shutil.copyfile(os.path.join(folder, name), os.path.join(draft, name))
+                        shutil.copyfile(source, os.path.join(draft, name))
                 yield draft
                 _flush_files(draft)
             except BaseException:
@@ -81,7 +82,8 @@ def _flush_files(draft: str) -> None:
     """Write all files to the disk."""
     for parent, _, names in os.walk(draft):
         for name in names:
-            with open(os.path.join(parent, name), "rb+") as file:  # Windows cannot flush a file that is only read
+            path = os.path.join(parent, name)
+            with open(path, "rb+") as file:  # Windows cannot flush a file that is only read
                 os.fsync(file.fileno())
 
 
@@ -106,9 +108,11 @@ def _list_moves(stage: str, folder: str) -> list[tuple[str, str]]:
     moves = []
     for parent, _, names in os.walk(stage):
         subfolder = os.path.relpath(parent, stage)
-        target = os.path.normpath(os.path.join(folder, subfolder))
+        target_folder = os.path.normpath(os.path.join(folder, subfolder))
         for name in sorted(names, reverse=True):
-            moves.append((os.path.join(parent, name), os.path.join(target, name)))
+            source = os.path.join(parent, name)
+            target = os.path.join(target_folder, name)
+            moves.append((source, target))
     return moves
 
 
@@ -140,8 +144,9 @@ def _acquire(path: str) -> IO[bytes]:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             file = open(path, "wb")
             _wait_for(file)
+            own_status = os.fstat(file.fileno())
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                if os.path.samestat(own_status, os.stat(path)):
                     return file
             file.close()
     raise FileNotFoundError(f"{path} cannot be created, or is removed again and again.")

@@ -28,7 +28,9 @@ def printable(text: str) -> str:
     """
     escaped = ""
     for char in text:
-        escaped += char if char.isprintable() else char.encode("unicode_escape").decode()
+        if not char.isprintable():
+            char = char.encode("unicode_escape").decode()
+        escaped += char
     return escaped
 
 
@@ -64,9 +66,12 @@ class Report(ABC):
         for row in cells:
             padded = []
             for cell, width, column in zip(row, widths, columns, strict=True):
-                padded.append(cell.rjust(width) if column.startswith(">") else cell.ljust(width))
-            lines.append("  ".join(padded).rstrip())
-        return "\n".join([*lines, *map(printable, notes)])
+                align = str.rjust if column.startswith(">") else str.ljust
+                padded.append(align(cell, width))
+            line = "  ".join(padded)
+            lines.append(line.rstrip())
+        lines += map(printable, notes)
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         from html import escape  # notebooks only: its table of entities takes a millisecond
