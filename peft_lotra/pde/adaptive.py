@@ -72,11 +72,7 @@ class ResidualSampler:
         self.seed = seed
 
     @torch.inference_mode(False)
-    def draw(
-        self,
-        residual: Callable[[Tensor], Tensor],
-        knots: KnotMap | None = None,
-    ) -> Tensor:
+    def draw(self, residual: Callable[[Tensor], Tensor], knots: KnotMap | None = None) -> Tensor:
         """Return the next points.
 
         Args:
@@ -93,22 +89,30 @@ class ResidualSampler:
             candidates = self._spread(self.pool * count, self.seed + 2, knots)
             residuals = check_residuals(residual(candidates), "`residual`", len(candidates))
             size = residuals.detach().norm(dim=1)
-            if not size.isfinite().all():
-                raise ValueError(f"`residual` is not finite at {candidates[~size.isfinite()][0].tolist()}.")
-            largest = size.max().clamp(min=torch.finfo(size.dtype).tiny)
+            is_finite = size.isfinite()
+            if not is_finite.all():
+                point = candidates[~is_finite][0]
+                raise ValueError(f"`residual` is not finite at {point.tolist()}.")
+
+            smallest = torch.finfo(size.dtype).tiny
+            largest = size.max().clamp(min=smallest)
             probability = size / largest + 1e-12
             generator = torch.Generator().manual_seed(self.seed + 2)
             index = torch.multinomial(probability, count, generator=generator)
-            points = torch.cat([points, candidates.detach()[index]])
+            drawn = candidates.detach()[index]
+            points = torch.cat([points, drawn])
         self.seed += 2
         return points
 
     def _spread(self, count: int, seed: int, knots: KnotMap | None) -> Tensor:
         def move(shares: Tensor) -> Tensor:
-            if knots is not None:
-                low, high = knots.low.double(), knots.high.double()
-                features = knots.inverse(torch.lerp(low, high, shares[1::2]))
-                shares[1::2] = (features - low) / (high - low)
+            if knots is None:
+                return shares
+            low = knots.low.double()
+            high = knots.high.double()
+            outputs = torch.lerp(low, high, shares[1::2])
+            inputs = knots.inverse(outputs)
+            shares[1::2] = (inputs - low) / (high - low)
             return shares
 
         return spread_points(self.low, self.high, count, self.inside, seed, move)
@@ -187,21 +191,25 @@ def knot_density(
     cells = check_count(cells, "cells")
     across = box_points(low, high, ACROSS)
     count = cells * ALONG
-    along = (torch.arange(count, dtype=torch.float64, device="cpu") + 0.5) / count
+    numbers = torch.arange(count, dtype=torch.float64, device="cpu")
+    along = (numbers + 0.5) / count
     like = next(model.parameters(), low_end)
     densities = []
     axes = torch.eye(len(low_end), dtype=torch.float64, device="cpu")
-    for i, direction in enumerate(axes):
+    for i, axis in enumerate(axes):
         points = across.repeat(count, 1)
         coordinates = torch.lerp(low_end[i], high_end[i], along)
         points[:, i] = coordinates.repeat_interleave(ACROSS)
-        *_, bends = jet(model, points.to(like), direction.unsqueeze(0).to(like))
+        directions = axis.unsqueeze(0).to(like)
+        *_, bends = jet(model, points.to(like), directions)
         squares = bends.double().square().view(cells, ALONG * ACROSS, -1)
         means = squares.sum(-1).mean(1)
         if not means.isfinite().all():
             raise ValueError(f"The second derivatives of the model along coordinate {i} are not finite.")
+
         density = torch.ones_like(means)
         if means.any():
-            density = means.pow(1 / 6) / means.pow(1 / 6).mean()
+            roots = means.pow(1 / 6)
+            density = roots / roots.mean()
         densities.append(0.4 + 0.6 * density)
     return torch.stack(densities)

@@ -80,9 +80,10 @@ def robin(
     lengths = normals.norm(dim=1)
     if not ((lengths - 1).abs() < 1e-3).all():
         raise ValueError(f"`normals` must have length 1, but they have {lengths.min():.4g} to {lengths.max():.4g}.")
-    arguments = {"a": a, "b": b, "values": values}
-    columns = [_column(name, value, points) for name, value in arguments.items()]
-    return _residual, (points, normals.to(points), *columns), weight
+    rows = [points, normals.to(points)]
+    for name, argument in (("a", a), ("b", b), ("values", values)):
+        rows.append(_column(name, argument, points))
+    return _residual, tuple(rows), weight
 
 
 def _residual(
@@ -104,8 +105,9 @@ def _column(name: str, values: Any, points: Tensor) -> Tensor:
     if callable(values):
         values = values(points)
     column = torch.as_tensor(values, dtype=points.dtype, device=points.device).detach()
+    count = len(points)
     if column.dim() < 2:
-        column = column.expand(len(points)).unsqueeze(1)
-    if len(column) != len(points) or not column.isfinite().all():
-        raise ValueError(f"`{name}` has shape {tuple(column.shape)}, but must be finite, with {len(points)} rows.")
+        column = column.expand(count).unsqueeze(1)
+    if len(column) != count or not column.isfinite().all():
+        raise ValueError(f"`{name}` has shape {tuple(column.shape)}, but must be finite, with {count} rows.")
     return column

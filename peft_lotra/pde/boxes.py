@@ -22,10 +22,7 @@ CANDIDATES = 2**16  # points that estimate the share
 BISECTIONS = 50  # reach rounding
 
 
-def check_box(
-    low: Sequence[float],
-    high: Sequence[float],
-) -> tuple[Tensor, Tensor]:
+def check_box(low: Sequence[float], high: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Return the ends of a box as float64 tensors (I,); raise a `ValueError` if it is empty or not finite."""
     low_end = torch.as_tensor(low, dtype=torch.float64, device="cpu").detach()
     high_end = torch.as_tensor(high, dtype=torch.float64, device="cpu").detach()
@@ -74,8 +71,8 @@ def spread_points(
     low: Tensor,
     high: Tensor,
     count: int,
-    inside: Inside | None,
-    seed: int,
+    inside: Inside | None = None,
+    seed: int = 0,
     move: Callable[[Tensor], Tensor] = lambda shares: shares,
 ) -> Tensor:
     """Return scrambled Sobol points of a box, or of the part of it that is inside.
@@ -123,7 +120,8 @@ def edge_points(
     exterior = x[~contains(inside, x)]
     if not len(exterior):
         raise ValueError(f"`inside` is true at all of {len(x)} points of the box: leave it out, or look at its units.")
-    exterior = exterior[torch.arange(count) % len(exterior)]
+    index = torch.arange(count) % len(exterior)
+    exterior = exterior[index]
     for _ in range(BISECTIONS):
         middle = (interior + exterior) / 2
         is_inside = contains(inside, middle).unsqueeze(1)
@@ -192,15 +190,14 @@ def side_points(
         (torch.Size([100, 2]), [-1.0, 0.0])
     """
     low_end, high_end = check_box(low, high)
-    points, normals = [], []
+    points = []
+    normals = []
     sides = check_sides(sides, sides_of_box(len(low_end)))
     for number, (i, end) in enumerate(sides):
         on_side = box_points(low, high, count, seed=seed + number)
+        on_side[:, i] = low_end[i] if end == "low" else high_end[i]
         normal = torch.zeros_like(on_side)
-        if end == "low":
-            on_side[:, i], normal[:, i] = low_end[i], -1.0
-        else:
-            on_side[:, i], normal[:, i] = high_end[i], 1.0
+        normal[:, i] = -1.0 if end == "low" else 1.0
         points.append(on_side)
         normals.append(normal)
     return torch.cat(points), torch.cat(normals)

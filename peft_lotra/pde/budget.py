@@ -54,7 +54,8 @@ class Budget:
         spent = self.spent()
         self.last_step = spent - self._spent
         self._spent = spent
-        self._bar.n = min(self._bar.total, round(spent * self._bar.total))
+        total = self._bar.total
+        self._bar.n = min(total, round(spent * total))
         self._bar.set_postfix(phase=phase, loss=record.loss, held=record.held_loss)
 
     def allows_step(self, until: float) -> bool:
@@ -79,9 +80,19 @@ class PhaseEnd:
         is_over: Whether the budget allows no more steps.
     """
 
-    def __init__(self, budget: Budget, until: float, target: float, solved: float, width: float) -> None:
-        self.budget, self.until, self.target = budget, until, target
-        self.solved, self.wait = solved, STALLED * width
+    def __init__(
+        self,
+        budget: Budget,
+        until: float,
+        target: float,
+        solved: float,
+        width: float,
+    ) -> None:
+        self.budget = budget
+        self.until = until
+        self.target = target
+        self.solved = solved
+        self.wait = STALLED * width
         self.least = math.inf
         self.is_over = False
         self._steps_since = 0

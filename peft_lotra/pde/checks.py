@@ -19,7 +19,11 @@ OUTSIDE = 0.01  # share of activations outside of a grid; a larger one warns
 
 @torch.no_grad()
 def check_model(
-    model: HardConstraint, x: Tensor, sides: Sequence[Tensor], has_terms: bool, outputs: int | None
+    model: HardConstraint,
+    x: Tensor,
+    sides: Sequence[Tensor],
+    has_terms: bool,
+    outputs: int | None,
 ) -> int:
     """Return the number of outputs.
 
@@ -59,17 +63,15 @@ def layer_inputs(model: nn.Module, x: Tensor, layer: nn.Module) -> Tensor:
     return inputs[0]
 
 
-def outside_grids(
-    model: nn.Module,
-    x: Tensor,
-) -> Iterator[tuple[str, float]]:
+def outside_grids(model: nn.Module, x: Tensor) -> Iterator[tuple[str, float]]:
     """Yield the layers with activations outside of their grids, and the share of these."""
     for name, layer in model.named_modules():
-        if isinstance(layer, SplineLayer):
-            low, high = layer.grid_bounds.unbind(-1)
-            slack = 1e-6 * (high - low)
-            z = layer_inputs(model, x, layer)
-            is_outside = (z < low - slack) | (z > high + slack)
-            share = is_outside.double().mean().item()
-            if share > OUTSIDE:
-                yield name, share
+        if not isinstance(layer, SplineLayer):
+            continue
+        low, high = layer.grid_bounds.unbind(-1)
+        slack = 1e-6 * (high - low)
+        z = layer_inputs(model, x, layer)
+        is_outside = (z < low - slack) | (z > high + slack)
+        share = is_outside.double().mean().item()
+        if share > OUTSIDE:
+            yield name, share

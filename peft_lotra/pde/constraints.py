@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -80,16 +79,8 @@ class HardConstraint(nn.Module):
         super().__init__()
         check_module(kan, "kan")
         self.kan = kan
-        for name, function in (("distance", distance), ("lift", lift)):
-            if not callable(function):
-                number = as_number(function)
-                if math.isnan(number):
-                    raise ValueError(
-                        f"`{name}` is {function!r:.100}, but must be a finite number, or a function of x: (..., I) to "
-                        "(..., O)."
-                    )
-                function = number
-            setattr(self, name, function)
+        self.distance = _check_part("distance", distance)
+        self.lift = _check_part("lift", lift)
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs (..., I) to outputs (..., O)."""
@@ -106,6 +97,18 @@ class HardConstraint(nn.Module):
         values: Any = function(x)
         _check_shape(name, values, like)
         return values
+
+
+def _check_part(name: str, part: Any) -> Any:
+    """Return a function as it is, and a number as a float; raise a `ValueError` for anything else."""
+    if callable(part):
+        return part
+    number = as_number(part)
+    if math.isnan(number):
+        raise ValueError(
+            f"`{name}` is {part!r:.100}, but must be a finite number, or a function of x: (..., I) to (..., O)."
+        )
+    return number
 
 
 def _check_shape(name: str, values: Any, like: Tensor) -> None:
@@ -128,20 +131,25 @@ def _jet(
 ) -> Jet:
     """Compute the jet of lift + distance * network, along each direction, or in the weighted sum."""
     network = _closed_jet(model.kan, x, directions, order, weights)
+    value, *derivatives = network
 
     def jet_of(name: str) -> Jet:
         function = getattr(model, name)
         if not callable(function):
-            return [torch.full_like(network[0], function), *map(torch.zeros_like, network[1:])]
-        compute = partial(compute_once, jet_of_function) if is_constant(function) else jet_of_function
-        derivatives = compute(function, x, directions, order, weights)
-        _check_shape(name, derivatives[0], network[0])
-        return derivatives
+            zeros = map(torch.zeros_like, derivatives)
+            return [torch.full_like(value, function), *zeros]
+        arguments = (function, x, directions, order, weights)
+        if is_constant(function):
+            jet_of_part = compute_once(jet_of_function, *arguments)
+        else:
+            jet_of_part = jet_of_function(*arguments)
+        _check_shape(name, jet_of_part[0], value)
+        return jet_of_part
 
     product = multiply(network, jet_of("distance"), order, weights)
     if weights is not None:
         product[-1] = product[-1][0]
-    return [*map(torch.add, jet_of("lift"), product)]
+    return list(map(torch.add, jet_of("lift"), product))
 
 
 def jet_of_function(
@@ -165,7 +173,8 @@ def _closed_jet(
     weights: Tensor | None,
 ) -> Jet:
     collapse = False if weights is None else weights
-    return list(jet(model, x, directions, order=order, collapse=collapse))
+    derivatives = jet(model, x, directions, order=order, collapse=collapse)
+    return list(derivatives)
 
 
 register(HardConstraint, Entry(jet=_jet))
@@ -244,8 +253,9 @@ class BoxDistance(nn.Module):
         slack = 1e-5 * (self.high - self.low)
         is_outside = (points < self.low - slack) | (points > self.high + slack)
         if is_outside.any():
-            *row, i = is_outside.nonzero()[0].tolist()
-            value = points[(*row, i)].item()
+            index = is_outside.nonzero()[0].tolist()
+            value = points[tuple(index)].item()
+            *row, i = index
             raise ValueError(
                 f"x is outside of the box: coordinate {i} is {value:g} in row {row}, but the box has "
                 f"{self.low[i].item():g} to {self.high[i].item():g}."
@@ -262,8 +272,10 @@ def _jet_of_box(
     """Compute the jet of a product of factors that are linear along each direction."""
     value = torch.full_like(x[..., :1], box.scale)
     slopes = directions / (box.high - box.low).to(x)
-    counts = row_counts([value, slopes], order, weights)
-    product = [value, *(x.new_zeros(count, *value.shape) for count in counts[1:])]
+    _, *counts = row_counts([value, slopes], order, weights)
+    product = [value]
+    for count in counts:
+        product.append(x.new_zeros(count, *value.shape))
 
     sides = (*box.sides, *box.twice)
     for (i, end), share in zip(sides, box.shares(x), strict=True):

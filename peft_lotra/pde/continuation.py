@@ -95,7 +95,8 @@ def continuation(
         return start + share * (stop - start)
 
     path: list[ContinuationStep] = []
-    solved, length = -1.0, 1 / steps  # shares of the path; negative before the start is solved
+    solved = -1.0  # the share of the path; negative before the start is solved
+    length = 1 / steps
     while solved < 1.0:
         share = 0.0 if solved < 0 else solved + length
         if share > 1.0 - 1e-9 or start == stop:
@@ -113,12 +114,15 @@ def continuation(
         accepted = loss <= target  # false for NaN
         path.append(ContinuationStep(value, loss, accepted))
         if accepted:
-            solved, length = share, min(1 / steps, 2 * length)
+            solved = share
+            length = min(1 / steps, 2 * length)
             continue
         model.load_state_dict(state)
         length /= 4
         if solved < 0 or length < SHORTEST:
-            advice = "Train longer, or start elsewhere." if solved < 0 else f"It is solved at {value_at(solved):g}."
+            advice = "Train longer, or start elsewhere."
+            if solved >= 0:
+                advice = f"It is solved at {value_at(solved):g}."
             raise RuntimeError(f"At {value:g} the loss is {loss:.3g}, more than `target` ({target:g}). {advice}")
     return path
 
@@ -127,5 +131,7 @@ def _last_loss(result: Any) -> float:
     """Return the loss from the result of `solve`: a number, or the history of `LevenbergMarquardt.fit`."""
     if not isinstance(result, list):
         return float(result)
-    losses = [step.held_loss for step in result]
-    return result[-1].loss if math.isnan(losses[-1]) else min(losses)
+    held_losses = [step.held_loss for step in result]
+    if math.isnan(held_losses[-1]):
+        return result[-1].loss
+    return min(held_losses)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..least_squares.problem import TRIAL_ROWS, Intercepted
-from .boxes import Inside, box_points, contains
+from .boxes import Inside, box_points, contains, spread_points
 from .constraints import HardConstraint, jet_of_function
 from .features import BoxFeatures
 from .networks import first_module
@@ -96,7 +96,8 @@ def find_doubts(
                     "values and slopes at both ends."
                 )
 
-    for number, (function, rows, _) in enumerate(terms[1:]):
+    _, *other_terms = terms
+    for number, (function, rows, _) in enumerate(other_terms):
         count = _count_outside(model, function, rows, low, high, periodic)
         if count:
             doubts.append(
@@ -129,7 +130,8 @@ def find_kink(
     lines[near_edges] = lines[near_edges].round().clamp(NEAR, 1 - NEAR)
     for i in range(dimensions):
         centers = torch.full((LINES, 1), 0.5, dtype=torch.float64)
-        reach, step = INTERVALS // 2, 1 / INTERVALS
+        reach = INTERVALS // 2
+        step = 1 / INTERVALS
         scale = 0.0
         sizes = []
         for _ in range(HALVINGS + 1):
@@ -140,7 +142,8 @@ def find_kink(
             x = torch.lerp(low, high, x)
             values = function(x)
             if inside is not None:
-                values = values.where(contains(inside, x).unsqueeze(1), math.nan)
+                is_inside = contains(inside, x).unsqueeze(1)
+                values = values.where(is_inside, math.nan)
             values = values.view(LINES, len(offsets), -1)
             largest = values.nan_to_num(0, 0, 0).abs().max()
             scale = max(scale, largest.item())
@@ -148,11 +151,16 @@ def find_kink(
             differences = values.diff(4, dim=1).nan_to_num(0, 0, 0)
             size, index = differences.abs().amax(2).max(1)
             sizes.append(size)
-            reach, step = 4, step / 2
-            margin = reach * step
-            centers = shares.gather(1, index.unsqueeze(1) + 2).clamp(margin, 1 - margin)
 
-        smallest = torch.full((LINES,), KINK * 2 * step * scale, dtype=torch.float64)
+            # around the middle of the five values of the largest difference
+            reach = 4
+            step /= 2
+            margin = reach * step
+            centers = shares.gather(1, index.unsqueeze(1) + 2)
+            centers = centers.clamp(margin, 1 - margin)
+
+        last_step = 2 * step
+        smallest = torch.full((LINES,), KINK * last_step * scale, dtype=torch.float64)
         smallest[near_edges] = JUMP * scale
         # the first size may be at another point
         decay = 2 ** (ROUGH * (HALVINGS - 1))
@@ -173,11 +181,11 @@ def is_periodic(
     i: int,
 ) -> bool:
     """Return whether values and slopes along coordinate i are equal at the two ends."""
-    x = box_points(low.tolist(), high.tolist(), 50).repeat(3, 1)
+    x = spread_points(low, high, 50).repeat(3, 1)
     x[:50, i] = low[i]
     x[50:100, i] = high[i]
-    direction = torch.eye(len(low), dtype=torch.float64)[i : i + 1]
-    for values in jet_of_function(function, x, direction, 1, None):
+    axes = torch.eye(len(low), dtype=torch.float64)
+    for values in jet_of_function(function, x, axes[i : i + 1], 1, None):
         at_low, at_high, _ = values.split(50, dim=-2)
         jump = (at_low - at_high).abs().max()
         if jump > PERIODIC * values.abs().max():
@@ -205,7 +213,8 @@ def _count_outside(
         nonlocal count
         x = args[0].detach()
         is_outside = (x < low - margin) | (x > high + margin)
-        count = max(count, int(is_outside.any(-1).sum()))
+        num_outside = is_outside.any(-1).sum()
+        count = max(count, int(num_outside))
 
     with first_module(model, HardConstraint).register_forward_pre_hook(check):
         _evaluate(function, model, rows)
@@ -228,16 +237,14 @@ def _evaluate(
         return function(model, *copies)
 
 
-def _find_untrained(
-    model: nn.Module,
-    terms: Sequence[Any],
-) -> Iterator[tuple[str, Tensor]]:
+def _find_untrained(model: nn.Module, terms: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
     """Yield the leaves of the graphs of residuals that are neither points nor parameters of the model."""
     seen: set[Any] = set(map(id, model.parameters()))
     for number, (function, rows, _) in enumerate(terms):
         name = f"Term {number - 1} of `terms`" if number else "`residual`, `lift` or `distance`"
         trial = [row[torch.arange(TRIAL_ROWS) % len(row)] for row in rows]
-        nodes = [_evaluate(function, model, trial).grad_fn]
+        residuals = _evaluate(function, model, trial)
+        nodes = [residuals.grad_fn]
         while nodes:
             node = nodes.pop()
             if node is None or node in seen:

@@ -81,11 +81,12 @@ class BoxFeatures(InputMap):
             for i in indices:
                 if isinstance(i, bool) or i not in range(count):
                     raise ValueError(f"`{name}` has {i!r:.100}, but the box has coordinates 0 to {count - 1}.")
-        if set(periodic) & set(neumann):
-            i = min(set(periodic) & set(neumann))
-            raise ValueError(f"Coordinate {i} is both `periodic` and `neumann`, which exclude each other.")
+        both = set(periodic) & set(neumann)
+        if both:
+            raise ValueError(f"Coordinate {min(both)} is both `periodic` and `neumann`, which exclude each other.")
 
-        sources, waves = [], []
+        sources = []
+        waves = []
         for i in range(count):
             features = [LINEAR]
             if i in periodic:
@@ -116,13 +117,15 @@ class BoxFeatures(InputMap):
         turns, phase = self.waves.to(z).unbind(1)
         s = (z - low) / width
         rate = math.pi * turns
-        lines = [2 * s - 1, 2 / width, *[torch.zeros_like(width)] * highest]
+        zero = torch.zeros_like(width)
+        lines = [2 * s - 1, 2 / width, *[zero] * highest]
         outputs = []
         for order in range(highest + 1):
             # a derivative of the cosine is the cosine a quarter turn ahead
             angle = rate * s + math.pi / 2 * (phase + order)
             wave = torch.cos(angle) * (rate / width) ** order
-            outputs.append(torch.where(turns == 0, lines[order], wave))
+            output = torch.where(turns == 0, lines[order], wave)
+            outputs.append(output)
         return outputs
 
     def extra_repr(self) -> str:
@@ -144,8 +147,11 @@ class OutputScale(InputMap):
 
     def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
         """See `InputMap`."""
-        constants = [self.factor, *[0.0] * highest][:highest]
-        return [self.factor * z, *(torch.full_like(z, constant) for constant in constants)]
+        derivatives = [self.factor * z]
+        for order in range(1, highest + 1):
+            constant = self.factor if order == 1 else 0.0
+            derivatives.append(torch.full_like(z, constant))
+        return derivatives
 
 
 def check_frequencies(frequencies: Frequencies, count: int) -> list[list[float]]:

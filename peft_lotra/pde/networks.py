@@ -83,12 +83,16 @@ def prepare_network(
             raise ValueError(f"`periodic` is {periodic}, but the network's own `BoxFeatures` have {present.periodic}.")
         return network
     layer = first_module(network, SplineLayer)
-    box = torch.stack([low, high], 1)
-    if layer is not None and torch.equal(layer.grid_bounds.double(), box) and not periodic:
-        return network
+    if layer is not None and not periodic:
+        box = torch.stack([low, high], 1)
+        if torch.equal(layer.grid_bounds.double(), box):
+            return network
     return nn.Sequential(features, network)
 
 
 def first_module(model: nn.Module, kind: type) -> Any:
     """Return the first module of a kind in the model; None if there is none."""
-    return next((module for module in model.modules() if isinstance(module, kind)), None)
+    for module in model.modules():
+        if isinstance(module, kind):
+            return module
+    return None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..least_squares.normal_equations import LinearModel
 from ..least_squares.problem import LeastSquares
-from .boxes import box_points
+from .boxes import spread_points
 from .training import Training
 from .unknowns import Constant, Estimate
 
@@ -37,8 +37,10 @@ def check_effects(training: Training) -> None:
     """Raise a `ValueError` if a constant has no effect on the residuals."""
     module: Any = training.constants
     problem, residuals = training.evaluate_held()
-    gradient = problem.pull_back(torch.ones_like(residuals).cumsum(0).cos())
-    for name, derivative in zip(module.names, gradient[-len(module.names) :].tolist(), strict=True):
+    weights = torch.ones_like(residuals).cumsum(0).cos()
+    gradient = problem.pull_back(weights)
+    derivatives = gradient[-len(module.names) :].tolist()
+    for name, derivative in zip(module.names, derivatives, strict=True):
         if derivative == 0:
             raise ValueError(
                 f"`unknowns` has {name!r}, but no residual depends on it at its start. Use the tensor as it is "
@@ -56,22 +58,27 @@ def estimate_constants(training: Training, parameter: float) -> tuple[dict[str, 
     module: Any = training.constants
     training.set_robustness(0.0)
     training.scale_data(LIGHTER)
-    moves, errors = [math.nan] * len(module.names), [math.inf] * len(module.names)
+    moves: list[float] = []
+    errors: list[float] = []
     for number in range(ROUNDS):
-        if number:
+        if moves:
             _move(module, moves)
-        until = FITTED + (SETTLED - FITTED) * (number + 1) / ROUNDS
+        share = (number + 1) / ROUNDS
+        until = FITTED + (SETTLED - FITTED) * share
         training.fit_network("fixed constants", parameter, until)
         correction = _correct(training)
         if correction is None:
-            estimates = {name: Estimate(value.item(), math.inf) for name, value in module.values().items()}
+            values = module.values().items()
+            estimates = {name: Estimate(value.item(), math.inf) for name, value in values}
             return estimates, ["The errors of `unknowns` are not known: derivatives of a residual are not finite."]
         moves, errors = correction
-        has_converged = all(abs(move) <= CONVERGED * error for move, error in zip(moves, errors, strict=True))
+        pairs = zip(moves, errors, strict=True)
+        has_converged = all(abs(move) <= CONVERGED * error for move, error in pairs)
         if (number and has_converged) or training.budget.is_stopped:
             break
 
-    estimates, doubts = {}, []
+    estimates = {}
+    doubts = []
     for name, constant, move, error in zip(module.names, module.constants, moves, errors, strict=True):
         estimates[name], doubt = _judge(name, constant, move, error)
         doubts += doubt
@@ -86,11 +93,20 @@ def _move(module: Any, moves: list[float]) -> None:
         most = MOST_MOVE * constant.size
         lowest = max(value - most, (value + constant.low) / 2)
         highest = min(value + most, (value + constant.high) / 2)
-        values[name] = min(max(value + move, lowest), highest)
+        values[name] = _clamp(value + move, lowest, highest)
     module.assign(values)
 
 
-def _judge(name: str, constant: Constant, move: float, error: float) -> tuple[Estimate, list[str]]:
+def _clamp(value: float, low: float, high: float) -> float:
+    return min(max(value, low), high)
+
+
+def _judge(
+    name: str,
+    constant: Constant,
+    move: float,
+    error: float,
+) -> tuple[Estimate, list[str]]:
     """Return the estimate after the last move, which counts as an error too, and what is doubtful about it."""
     value = constant().item()
     size = constant.size
@@ -108,9 +124,10 @@ def _judge(name: str, constant: Constant, move: float, error: float) -> tuple[Es
             f"error. Give more `seconds`, or start nearer than {constant.start:g}."
         )
     most = MOST_MOVE * size
-    value += min(max(move, -most), most)
-    value = min(max(value, constant.low), constant.high)
-    return Estimate(value, math.hypot(error, move)), doubts
+    value += _clamp(move, -most, most)
+    value = _clamp(value, constant.low, constant.high)
+    estimate = Estimate(value, math.hypot(error, move))
+    return estimate, doubts
 
 
 def _correct(training: Training) -> tuple[list[float], list[float]] | None:
@@ -130,38 +147,51 @@ def _correct(training: Training) -> tuple[list[float], list[float]] | None:
     module: Any = training.constants
     count = len(module.names)
     problem, conditions = _problem_with_plain_data(training)
-    scales = [function.scale for function, *_ in training.terms]
-    for function, *_ in training.terms:
+    # the residuals of the data without their weights
+    functions = [function for function, *_ in training.terms]
+    scales = [function.scale for function in functions]
+    for function in functions:
         function.scale = None
     residuals = problem.residuals(problem.start)
     data = problem.terms[conditions:]
-    no_rows = residuals.new_empty(0, problem.num_parameters)
-    jacobian = torch.cat([no_rows, *(problem.jacobian(term, term.rows) for term in data)])
-    for (function, *_), scale in zip(training.terms, scales, strict=True):
+    jacobians = [residuals.new_empty(0, problem.num_parameters)]
+    for term in data:
+        jacobians.append(problem.jacobian(term, term.rows))
+    jacobian = torch.cat(jacobians)
+    for function, scale in zip(functions, scales, strict=True):
         function.scale = scale
 
+    # the linear model of the equation and the conditions
     of_points, of_data = residuals.tensor_split([len(residuals) - len(jacobian)])
     problem.terms = problem.terms[:conditions]
     linear = LinearModel(problem, of_points, DAMPING, in_parameter_space=True)
-    columns = _number_columns(data)
-    units = torch.eye(problem.num_parameters, dtype=torch.float64, device=jacobian.device)[:, -count:]
+
     # the equation outweighs the data, also where these are exact
+    columns = _number_columns(data)
     mean_squares = torch.bincount(columns, of_data.square()) / torch.bincount(columns)
-    sizes = mean_squares.clamp(min=1e-300).sqrt()[columns]
-    scaled = jacobian / sizes.unsqueeze(1)
+    sizes = mean_squares.clamp(min=1e-300).sqrt()
+    scaled = jacobian / sizes[columns].unsqueeze(1)
     linear.matrix = EXACT * linear.matrix + scaled.T @ scaled
     linear.scaling = linear.matrix.diagonal().clamp(min=1e-300)
+
+    # one factorization serves the projection, the leverages and the step
+    identity = torch.eye(problem.num_parameters, dtype=torch.float64, device=jacobian.device)
+    units = identity[:, -count:]
     gradient = EXACT * linear.gradient.unsqueeze(1)
     solution = _solve(linear, torch.cat([units, scaled.T, gradient], 1))
     if solution is None or not solution.isfinite().all():
         return None
     of_units, of_rows, of_gradient = solution.tensor_split([count, count + len(scaled)], dim=1)
     followed = of_units @ torch.linalg.pinv(of_units[-count:])
+
     # at fixed constants, the step of the equation
     step = followed @ of_gradient[-count:] - of_gradient
     solved = of_data + jacobian @ step.squeeze(1)
+
+    effects = jacobian @ followed
     leverages = (scaled * of_rows.T).sum(1)
-    moves, errors = _regress_columns(jacobian @ followed, solved, leverages, columns)
+    moves, errors = _regress_columns(effects, solved, leverages, columns)
+    # from the trained parameters z of the constants to the constants
     slopes = torch.tensor([constant.slope() for constant in module.constants], dtype=torch.float64)
     moves = slopes * moves.cpu()
     errors = slopes.abs() * errors.cpu()
@@ -177,11 +207,12 @@ def _problem_with_plain_data(training: Training) -> tuple[LeastSquares, int]:
     held, held_residuals = training.evaluate_held()
     of_equation, *_ = held.losses(held_residuals)
     columns = held.terms[0].columns
-    low, high = training.sampler.low.tolist(), training.sampler.high.tolist()
     size = sum(parameter.numel() for parameter in training.optimizer.model.parameters())
     count = 2 * size // columns + 1
-    points = box_points(low, high, count, inside=training.sampler.inside, seed=training.sampler.seed)
+    sampler = training.sampler
+    points = spread_points(sampler.low, sampler.high, count, sampler.inside, sampler.seed)
     points.requires_grad_(training.differentiates)
+
     weight = len(points) * columns / max(of_equation, 1e-300)
     conditions: list[Any] = [(training.residual, (points, training.weights(points)), weight)]
     data = []
@@ -190,15 +221,19 @@ def _problem_with_plain_data(training: Training) -> tuple[LeastSquares, int]:
             conditions.append((function, rows, weight * of_term))
         else:
             data.append((function, rows, len(rows[0])))
-    return training.optimizer.evaluate_held([*conditions, *data])[0], len(conditions)
+    problem, _ = training.optimizer.evaluate_held([*conditions, *data])
+    return problem, len(conditions)
 
 
 def _number_columns(terms: list[Any]) -> Tensor:
     """Return the number of the column of each residual, counted through all terms."""
-    numbers, first = [torch.empty(0, dtype=torch.long)], 0
+    numbers = [torch.empty(0, dtype=torch.long)]
+    first = 0
     for term in terms:
-        numbers.append(torch.arange(first, first + term.columns).repeat(len(term.rows[0])))
-        first += term.columns
+        last = first + term.columns
+        columns = torch.arange(first, last)
+        numbers.append(columns.repeat(len(term.rows[0])))
+        first = last
     return torch.cat(numbers)
 
 
@@ -227,12 +262,13 @@ def _regress_columns(
     counts = torch.bincount(columns)
     freedom = torch.bincount(columns, 1 - leverages).clamp(min=LEAST_FREEDOM)
     count = effects.shape[1]
-    moves, errors = effects.new_zeros(count), effects.new_zeros(count)
+    moves = errors = effects.new_zeros(count)
     for _ in range(PASSES):
         misfit = residuals + effects @ moves
         variances = torch.bincount(columns, misfit.square()) / freedom
         variances = variances.where(counts > count, math.inf)
-        noise = variances.clamp(min=1e-300).sqrt()[columns]
+        noise = variances.clamp(min=1e-300).sqrt()
+        noise = noise[columns]
         moves, errors = _regress(effects / noise.unsqueeze(1), residuals / noise)
     return moves, errors
 
@@ -245,7 +281,11 @@ def _regress(effects: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
     sizes = effects.norm(dim=0).clamp(min=1e-150)
     unit = effects / sizes
     values, vectors = torch.linalg.eigh(unit.T @ unit)
+
     inverse = (1 / values).where(values > LEAST_EFFECT, 0.0)
-    moves = -vectors @ (inverse * (vectors.T @ (unit.T @ residuals)))
-    errors = (vectors.square() @ (1 / values.clamp(min=LEAST_EFFECT))).sqrt()
+    gradient = vectors.T @ (unit.T @ residuals)
+    moves = -vectors @ (inverse * gradient)
+
+    covariance = 1 / values.clamp(min=LEAST_EFFECT)
+    errors = (vectors.square() @ covariance).sqrt()
     return moves / sizes, errors / sizes

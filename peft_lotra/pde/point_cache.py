@@ -35,8 +35,10 @@ class PointCache(dict[Hashable, Any]):
         def evaluate() -> list[Tensor]:
             return [function(x) for function in functions]
 
-        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        perturbed = {name: 1.1 * parameter + 0.1 for name, parameter in trained.items()}
+        perturbed = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                perturbed[name] = 1.1 * parameter + 0.1
         values = evaluate()
         perturbed_values = call_with_parameters(model, perturbed, evaluate, (), {})
         self.functions = []
@@ -51,7 +53,9 @@ current_cache: ContextVar[PointCache | None] = ContextVar("current_cache", defau
 def is_constant(function: Callable[..., Any]) -> bool:
     """Return whether the trained parameters do not change a function, as far as the current cache knows."""
     cache = None if is_tracing() else current_cache.get()
-    return cache is not None and any(function is constant for constant in cache.functions)
+    if cache is None:
+        return False
+    return any(function is constant for constant in cache.functions)
 
 
 def compute_once(

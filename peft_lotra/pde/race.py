@@ -66,7 +66,11 @@ class Starts:
     scale: float = 1.0
 
     def new_training(
-        self, model: HardConstraint, network: str = "", ends: Tensor | None = None, **options: Any
+        self,
+        model: HardConstraint,
+        network: str = "",
+        ends: Tensor | None = None,
+        **options: Any,
     ) -> Training:
         """Prepare the training of a model on the box, or on a smaller one with other ends (2, I).
 
@@ -75,18 +79,29 @@ class Starts:
         result = self.result
         if model is not result.model:
             result = replace(result, model=model)  # with the same lists of steps, phases and notes
-        low, high = [self.result.low, self.result.high] if ends is None else ends
+        low, high = [result.low, result.high] if ends is None else ends
         box = low.tolist(), high.tolist()
         inside = result.inside
         points = box_points(*box, HELD_POINTS, inside=inside, seed=self.seed)
         count = POINTS if len(low) > 1 else POINTS // 2
         sampler = ResidualSampler(*box, count, inside=inside, seed=1000 * self.seed)
+
         terms = self.terms
         if ends is not None:
             terms = [rows_in_box(term, low, high) for term in terms]
             terms = [term for term in terms if len(term[1][0])]
-        training = Training(result, self.equation, terms, points, sampler, self.budget, self.callback, **options)
-        training.network, training.differentiates = network, self.differentiates
+        training = Training(
+            result,
+            self.equation,
+            terms,
+            points,
+            sampler,
+            self.budget,
+            self.callback,
+            network=network,
+            **options,
+        )
+        training.differentiates = self.differentiates
         return training
 
     def new_model(self, kind: str, seed: int) -> HardConstraint:
@@ -103,7 +118,8 @@ class Starts:
         first_square = self.result.first_residual**2
         unsolved = FAILED * first_square
         inexact = INEXACT * first_square
-        best, least = first, first.fit("start", math.nan, SHARE)
+        best = first
+        least = first.fit("start", math.nan, SHARE)
         if self.budget.allows_step(1.0) and len(self.result.history) < FEWEST_STEPS:
             first.finish(math.nan, refine=False)
             return first
@@ -113,22 +129,30 @@ class Starts:
                 is_tried = number == 0 and kind == first.network
                 if is_tried or not self.budget.allows_step(1.0):
                     continue
-                start = self.new_training(self.new_model(kind, self.seed + 1000 * number), kind)
-                start_least = start.fit("start", math.nan, min(1.0, self.budget.spent() + SHARE))
+                model = self.new_model(kind, self.seed + 1000 * number)
+                start = self.new_training(model, kind)
+                until = min(1.0, self.budget.spent() + SHARE)
+                start_least = start.fit("start", math.nan, until)
                 if start_least < least:
-                    best, least = start, start_least
+                    best = start
+                    least = start_least
+
+            # all starts failed on the whole box
             if number == 0 and least > unsolved:
                 windows = self._try_windows(best.network, least)
                 if windows is not None:
                     return windows
             if not self.budget.allows_step(1.0):
                 return best
-            least = min(least, best.fit("coarse", math.nan, 1.0))
+
+            fitted = best.fit("coarse", math.nan, 1.0)
+            least = min(least, fitted)
             if best.is_stalled and inexact < least <= unsolved:
                 windows = self._try_windows(best.network, least)
                 if windows is not None:
                     return windows
-            least = min(least, best.fit_on_more_points("coarse", math.nan, 1.0, least, unsolved))
+            fitted = best.fit_on_more_points("coarse", math.nan, 1.0, least, unsolved)
+            least = min(least, fitted)
             if not best.is_stalled or least <= unsolved:
                 return best
             number += 1
@@ -139,27 +163,38 @@ class Starts:
         if time is None or self.terms or not self.budget.allows_step(1.0):
             return None
         windows = self.fit_windows(WINDOWS, kind, target=PROMISING * least)
-        return windows if windows is not None and windows.norm(math.nan) ** 2 < least else None
+        if windows is None or not windows.norm(math.nan) ** 2 < least:
+            return None
+        return windows
 
     def fit_windows(
-        self, count: int, kind: str, target: float = math.inf, path: tuple[float, float] = (math.nan, math.nan)
+        self,
+        count: int,
+        kind: str,
+        target: float = math.inf,
+        path: tuple[float, float] = (math.nan, math.nan),
     ) -> Training | None:
         """Train networks in windows in time, one after another; None if the first one misses the target."""
         time, smoothness = self.find_time()
         if time is None:
             raise ValueError("`windows` needs a time coordinate: one at whose low side alone `distance` is zero.")
-        low, high = self.result.low, self.result.high
+        low = self.result.low
+        high = self.result.high
         edges = torch.linspace(low[time].item(), high[time].item(), count + 1, dtype=torch.float64)
-        frequencies = [[] if i == time else values for i, values in enumerate(self.features.frequencies)]
-        boxes, networks = [], []
+        frequencies = list(self.features.frequencies)
+        frequencies[time] = []
+        boxes = []
+        networks = []
         for k in range(count):
             box = torch.stack([low, high])
             box[:, time] = edges[k : k + 2]
-            ends = box.tolist()
-            features = BoxFeatures(ends[0], ends[1], self.features.periodic, frequencies=frequencies)
+            start, end = box.tolist()
+            features = BoxFeatures(start, end, self.features.periodic, frequencies=frequencies)
+            seed = self.seed + k
+            network = new_network(features, self.outputs, seed, kind, is_small=True, scale=self.scale)
             boxes.append(box)
-            network = new_network(features, self.outputs, self.seed + k, kind, is_small=True, scale=self.scale)
             networks.append(network)
+
         windows = Windows(networks, edges.tolist(), time, smoothness)
         model = HardConstraint(windows, self.distance, self.lift).double()
         try:
@@ -185,18 +220,21 @@ class Starts:
         It is the last coordinate at whose low side, and not at its high side, a distance is zero: in proportion to
         the time, or to its square.
         """
-        low, high = self.result.low.tolist(), self.result.high.tolist()
+        low = self.result.low.tolist()
+        high = self.result.high.tolist()
         model = self.result.model
         for i in reversed(range(len(low))):
             sizes = []
             for share in (0.0, 1e-4, 2e-4, 1.0):
                 points, _ = side_points(low, high, 50, [(i, "low")])
                 points[:, i] = low[i] + share * (high[i] - low[i])
-                sizes.append(model.part("distance", points, model.kan(points)).detach().abs().amax(0))
+                distance = model.part("distance", points, model.kan(points))
+                sizes.append(distance.detach().abs().amax(0))
             start, near, farther, end = sizes
             is_prescribed = (start <= 1e-9 * end) & (end > 0)
             if is_prescribed.any():
-                return i, 1 if (farther < 3 * near)[is_prescribed].any() else 2
+                is_proportional = farther < 3 * near
+                return i, 1 if is_proportional[is_prescribed].any() else 2
         return None, 1
 
 
@@ -225,7 +263,8 @@ def scale_outputs(training: Training, network: Any) -> float:
     """
 
     def evaluate() -> tuple[Tensor, Tensor]:
-        return training.evaluate_held()[1], training.model(training.held)
+        _, residuals = training.evaluate_held()
+        return residuals, training.model(training.held)
 
     residuals, values = evaluate()
     output = network[-1]
@@ -248,12 +287,16 @@ def scale_outputs(training: Training, network: Any) -> float:
 def rows_in_box(term: Any, low: Tensor, high: Tensor) -> Any:
     """Return a term with the rows whose points, its first tensor (n, I), are in the box."""
     function, rows, *weight = term
-    rows = tuple(rows) if isinstance(rows, Sequence) else (rows,)
-    if rows[0].dim() != 2 or rows[0].shape[1] != len(low):
+    if not isinstance(rows, Sequence):
+        rows = (rows,)
+    points, *_ = rows
+    if points.dim() != 2 or points.shape[1] != len(low):
         raise ValueError(
-            f"The first tensor of a term has shape {tuple(rows[0].shape)}, but with `windows` it must be points "
+            f"The first tensor of a term has shape {tuple(points.shape)}, but with `windows` it must be points "
             f"(n, {len(low)}) of the box, each for one window."
         )
     slack = 1e-9 * (high - low)
-    inside = ((rows[0] >= low - slack) & (rows[0] <= high + slack)).all(1)
-    return (function, tuple(row[inside] for row in rows), *weight)
+    is_inside = (points >= low - slack) & (points <= high + slack)
+    mask = is_inside.all(1)
+    selected = tuple(row[mask] for row in rows)
+    return (function, selected, *weight)

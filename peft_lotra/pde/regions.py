@@ -41,12 +41,14 @@ class Edges(NamedTuple):
     def points(self, s: Tensor) -> Tensor:
         """Return p(s)."""
         turn = self.curvature * s
-        chord = s * torch.sinc(turn / (2 * math.pi)) * torch.exp(0.5j * turn)
+        length = s * torch.sinc(turn / (2 * math.pi))
+        chord = length * torch.exp(0.5j * turn)
         return self.start + self.direction * chord
 
     def directions(self, s: Tensor) -> Tensor:
         """Return the unit tangents p'(s)."""
-        return self.direction * torch.exp(1j * self.curvature * s)
+        turn = self.curvature * s
+        return self.direction * torch.exp(1j * turn)
 
     def ends(self) -> Tensor:
         """Return the last points."""
@@ -54,11 +56,13 @@ class Edges(NamedTuple):
 
     def select(self, index: Any) -> Edges:
         """Index all columns."""
-        return Edges(*(column[index] for column in self))
+        columns = [column[index] for column in self]
+        return Edges(*columns)
 
     def reversed(self) -> Edges:
         """Return the edges traversed from their ends to their starts."""
-        return Edges(self.ends(), -self.directions(self.length), -self.curvature, self.length)
+        direction = -self.directions(self.length)
+        return Edges(self.ends(), direction, -self.curvature, self.length)
 
     def disks(self) -> tuple[Tensor, Tensor]:
         """Return the center and the radius of a disk around each edge: its middle, and the distance to its ends."""
@@ -70,7 +74,8 @@ class Edges(NamedTuple):
     def cut(self, cutters: Edges) -> Edges:
         """Split the edges where they meet the cutters, and where a cutter on the same line or circle starts."""
         edges = self.select((slice(None), None))  # (E, 1)
-        curvature, length = edges.curvature, edges.length
+        curvature = edges.curvature
+        length = edges.length
         offset = edges.start - cutters.start
         normal = 1j * cutters.direction
 
@@ -80,7 +85,8 @@ class Edges(NamedTuple):
             bend = 1 - 0.5j * curvature * length * q
             point = offset * bend + edges.direction * length * q
             height = (normal.conj() * point * bend.conj()).real
-            return height - cutters.curvature / 2 * point.abs().square()
+            square = point.abs().square()
+            return height - cutters.curvature / 2 * square
 
         below = equation(-1)
         constant = equation(0)
@@ -92,19 +98,22 @@ class Edges(NamedTuple):
         numerator = -linear - root.copysign(linear)
         q = torch.stack([2 * constant / numerator, numerator / (2 * square)])
 
-        turn = 2 * (curvature * length * q / 2).atan() * curvature.sign()
-        along_arc = turn.remainder(2 * math.pi) / curvature.abs()
-        s = torch.where(curvature == 0, length * q, along_arc)
+        def arc_length(turn: Tensor, straight: Tensor) -> Tensor:
+            turn = (turn * curvature.sign()).remainder(2 * math.pi)
+            return torch.where(curvature == 0, straight, turn / curvature.abs())
+
+        half_turn = (curvature * length * q / 2).atan()
+        s = arc_length(2 * half_turn, length * q)
         center, radius = cutters.disks()
         distance = (edges.points(s) - center).abs()
         is_on_cutter = distance < (1 + SLACK) * radius
 
         # edges on one line or circle, whose equation is zero to rounding, are cut where cutters start
-        is_same = below.abs() + constant.abs() + above.abs() < SLACK * length
+        size = below.abs() + constant.abs() + above.abs()
+        is_same = size < SLACK * length
         local = (cutters.start - edges.start) / edges.direction
-        turn = (1 + 1j * curvature * local).angle() * curvature.sign()
-        along_arc = turn.remainder(2 * math.pi) / curvature.abs()
-        at_start = torch.where(curvature == 0, local.real, along_arc)
+        turn = (1 + 1j * curvature * local).angle()
+        at_start = arc_length(turn, local.real)
         gap = (edges.points(at_start) - cutters.start).abs()
         is_at_start = is_same & (gap < SLACK * length)
 
@@ -112,10 +121,16 @@ class Edges(NamedTuple):
         is_on_cutter = torch.stack([*(is_on_cutter & ~is_same), is_at_start])
         is_on_edge = (s >= 0) & (s <= length)
         cuts = torch.where(is_on_cutter & is_on_edge, s, length)
-        stops = torch.cat([torch.zeros_like(length), *cuts, length], 1).sort(1).values
+        stops = torch.cat([torch.zeros_like(length), *cuts, length], 1)
+        stops = stops.sort(1).values
         starts = stops[:, :-1]
         lengths = stops.diff(dim=1)
-        pieces = Edges(edges.points(starts), edges.directions(starts), curvature.expand_as(lengths), lengths)
+        pieces = Edges(
+            edges.points(starts),
+            edges.directions(starts),
+            curvature.expand_as(lengths),
+            lengths,
+        )
         return pieces.select(lengths > SLACK * length)
 
     def join(self) -> Edges:
@@ -126,17 +141,21 @@ class Edges(NamedTuple):
             bends = edges.curvature * size
             ends = torch.stack([edges.ends() / size, edges.directions(edges.length), bends])
             starts = torch.stack([edges.start / size, edges.direction, bends])
-            gaps = (ends.unsqueeze(2) - starts.unsqueeze(1)).abs().sum(0)
-            pairs = (gaps < SLACK).fill_diagonal_(False).nonzero()
+            differences = ends.unsqueeze(2) - starts.unsqueeze(1)
+            gaps = differences.abs().sum(0)
+            follows = (gaps < SLACK).fill_diagonal_(False)
+            pairs = follows.nonzero()
             if not len(pairs):
                 return edges
             first, second = pairs[0]
             edges.length[first] += edges.length[second]
-            edges = edges.select(torch.arange(len(edges.length)) != second)
+            numbers = torch.arange(len(edges.length))
+            edges = edges.select(numbers != second)
 
 
 def _concatenate(first: Edges, second: Edges) -> Edges:
-    return Edges(*map(torch.cat, zip(first, second, strict=True)))
+    columns = zip(first, second, strict=True)
+    return Edges(*map(torch.cat, columns))
 
 
 class Region:
@@ -159,6 +178,7 @@ class Region:
     """
 
     def __init__(self, inside: Callable[[Tensor], Tensor], edges: Edges) -> None:
+        # an edge bounds the region if just one of its sides is inside
         s = SHARE * edges.length
         point = edges.points(s)
         to_left = 1j * STEP * edges.length * edges.directions(s)
@@ -168,11 +188,14 @@ class Region:
         # repeated edges have the same middle, and the same curvature there, which tells a line from a circle
         middle, _ = edges.disks()
         bend = edges.curvature * edges.directions(edges.length / 2)
-        gap = (middle.unsqueeze(1) - middle).abs() + edges.length**2 * (bend.unsqueeze(1) - bend).abs()
+        distance = (middle.unsqueeze(1) - middle).abs()
+        turn = (bend.unsqueeze(1) - bend).abs()
+        gap = distance + edges.length**2 * turn
         is_repeated = (gap < SLACK * edges.length).tril(-1).any(1)
         is_edge = (left != right) & ~is_repeated
         if not is_edge.any():
             raise ValueError("The region has no edges: it is empty, or `select` takes none.")
+        # with the interior on the left, normals point outward
         forward = edges.select(is_edge & left)
         backward = edges.select(is_edge & right)
         edges = _concatenate(forward, backward.reversed()).join()
@@ -180,11 +203,13 @@ class Region:
         middle, radius = edges.disks()
         points = torch.view_as_real(torch.cat([edges.start, middle, edges.ends()]))
         extent = points.amax(0) - points.amin(0)
-        self.size = size = extent.max().item() / 2
+        size = extent.max().item() / 2
+        self.size = size
         self._inside = inside
         self._edges = edges
         vectors = [edges.start / size, 1j * edges.direction, middle / size]
-        self._scaled = [*map(torch.view_as_real, vectors), edges.curvature * size, radius / size]
+        numbers = [edges.curvature * size, radius / size]
+        self._scaled = [*map(torch.view_as_real, vectors), *numbers]
 
     def __or__(self, other: Region) -> Region:
         return self._combine(other, operator.or_)
@@ -195,15 +220,12 @@ class Region:
     def __sub__(self, other: Region) -> Region:
         return self._combine(other, operator.gt)  # inside the first one, and not inside the second one
 
-    def _combine(
-        self,
-        other: Region,
-        rule: Callable[[Tensor, Tensor], Tensor],
-    ) -> Region:
+    def _combine(self, other: Region, rule: Callable[[Tensor, Tensor], Tensor]) -> Region:
         if not isinstance(other, Region):
             return NotImplemented
         edges = _concatenate(self._edges, other._edges)
-        return Region(partial(_is_in_both, self._inside, other._inside, rule), edges.cut(edges))
+        inside = partial(_is_in_both, self._inside, other._inside, rule)
+        return Region(inside, edges.cut(edges))
 
     def select(self, where: Callable[[Tensor], Tensor]) -> Region:
         """Return the region with some of its edges only, for `distance` and `boundary` of a part of its boundary.
@@ -220,7 +242,8 @@ class Region:
             [False, True]
         """
         middle, _ = self._edges.disks()
-        return Region(self._inside, self._edges.select(where(torch.view_as_real(middle))))
+        mask = where(torch.view_as_real(middle))
+        return Region(self._inside, self._edges.select(mask))
 
     def inside(self, x: Tensor) -> Tensor:
         """Return whether points are inside, x (..., I) to (...) bool."""
@@ -255,12 +278,7 @@ class Region:
         distance = (f.square() + trimming.square()).sqrt()
         return 1 / (1 / distance).sum(-1, keepdim=True)
 
-    def boundary(
-        self,
-        count: int,
-        *,
-        seed: int = 0,
-    ) -> tuple[Tensor, Tensor]:
+    def boundary(self, count: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Return points that are spread evenly by length over the edges, and outward unit normals.
 
         Args:
@@ -278,10 +296,13 @@ class Region:
         shares = (torch.arange(count, device="cpu") + shift) / count
         s = shares * ends[-1]
         index = torch.searchsorted(ends, s).clamp(max=len(ends) - 1)
-        s = s - (ends - edges.length)[index]
+        starts = ends - edges.length
+        s = s - starts[index]
+
         edges = edges.select(index)
+        points = edges.points(s)
         normals = -1j * edges.directions(s)
-        return torch.view_as_real(edges.points(s)), torch.view_as_real(normals)
+        return torch.view_as_real(points), torch.view_as_real(normals)
 
 
 def polygon(vertices: Sequence[Sequence[float]] | Tensor) -> Region:
@@ -335,7 +356,8 @@ def disk(center: Sequence[float], radius: float) -> Region:
     radius = check_number(radius, "radius", "(0, inf)")
     start = torch.complex(*middle.T) + radius
     length = torch.full_like(start.real, 2 * math.pi * radius)
-    circle = Edges(start, torch.full_like(start, 1j), 2 * math.pi / length, length)
+    upward = torch.full_like(start, 1j)
+    circle = Edges(start, upward, 2 * math.pi / length, length)
     return Region(partial(_is_in_disk, middle[0], radius), circle)
 
 
@@ -358,10 +380,16 @@ def _is_in_polygon(corners: list[list[float]], points: Tensor) -> Tensor:
 
 
 def _is_in_disk(center: Tensor, radius: float, x: Tensor) -> Tensor:
-    return (x - center.to(x.device)).norm(dim=-1) < radius
+    offset = x - center.to(x.device)
+    return offset.norm(dim=-1) < radius
 
 
-def _is_in_both(first: Callable, second: Callable, rule: Callable, x: Tensor) -> Tensor:
+def _is_in_both(
+    first: Callable,
+    second: Callable,
+    rule: Callable,
+    x: Tensor,
+) -> Tensor:
     return rule(first(x), second(x))
 
 

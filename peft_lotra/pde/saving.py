@@ -29,10 +29,16 @@ TOLERANCE = 1e-8  # of the largest value there
 Node = dict[str, Any] | None  # the description of a module; None if it cannot be described
 
 
-def save_model(folder: str | os.PathLike, model: nn.Module, points: Tensor, settings: dict[str, Any]) -> None:
+def save_model(
+    folder: str | os.PathLike,
+    model: nn.Module,
+    points: Tensor,
+    settings: dict[str, Any],
+) -> None:
     """Write a model, its values at some points, and settings for JSON into a folder."""
     tensors = _named_tensors(model)
-    tensors |= {f"values.{name}": values for name, values in _evaluate(model, points).items()}
+    for name, values in _evaluate(model, points).items():
+        tensors[f"values.{name}"] = values
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps({**settings, "model": _describe(model)}, allow_nan=False)
     with replacing_files(folder) as draft:
@@ -46,7 +52,8 @@ def read_file(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tens
         raise ValueError(f"{folder} has no {FILE}. Write one by `solution.save(folder)`.")
     with naming_damage(path), safe_open(path, "pt") as file:
         settings = json.loads(file.metadata()["solution"])
-        return settings, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    return settings, tensors
 
 
 def build_model(
@@ -63,14 +70,17 @@ def build_model(
     model = _build(node, "", "model", tensors, replacements).eval()
     for name, values in _evaluate(model, points).items():
         saved = tensors[f"values.{name}"]
-        if saved.shape != values.shape or (saved - values).abs().max() > TOLERANCE * saved.abs().max():
+        tolerance = TOLERANCE * saved.abs().max()
+        if saved.shape != values.shape or (saved - values).abs().max() > tolerance:
             raise ValueError(f"`{name}` has other values than when the solution was saved. Pass the same `{name}`.")
     return model
 
 
 def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return all parameters and buffers, also buffers that a state dict leaves out."""
-    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    return tensors
 
 
 @torch.no_grad()
@@ -106,11 +116,18 @@ def _describe(module: Any) -> Node:
         is_plain = False
     if not is_plain:
         return None
+
+    parameters = {}
+    for name, parameter in module._parameters.items():
+        parameters[name] = parameter is not None and parameter.requires_grad
+    buffers = {}
+    for name in module._buffers:
+        buffers[name] = name not in module._non_persistent_buffers_set
     return {
         "class": name_of_class,
         "attributes": text,
-        "parameters": {name: p is not None and p.requires_grad for name, p in module._parameters.items()},
-        "buffers": {name: name not in module._non_persistent_buffers_set for name in module._buffers},
+        "parameters": parameters,
+        "buffers": buffers,
         "children": children,
     }
 
@@ -152,19 +169,31 @@ def _build(
     vars(module).update(ast.literal_eval(node["attributes"]))
     for name, requires_grad in node["parameters"].items():
         tensor = tensors.get(place + name)
-        module.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad))
+        parameter = None if tensor is None else nn.Parameter(tensor, requires_grad)
+        module.register_parameter(name, parameter)
     for name, is_persistent in node["buffers"].items():
         module.register_buffer(name, tensors.get(place + name), is_persistent)
     for name, child in node["children"].items():
         role = ARGUMENTS[name] if cls is HardConstraint else argument
-        setattr(module, name, _build(child, f"{place}{name}.", role, tensors, replacements))
+        built = _build(child, f"{place}{name}.", role, tensors, replacements)
+        setattr(module, name, built)
     return module
 
 
-def _fill(replacement: Any, place: str, argument: str, tensors: dict[str, Tensor]) -> Any:
+def _fill(
+    replacement: Any,
+    place: str,
+    argument: str,
+    tensors: dict[str, Tensor],
+) -> Any:
     """Copy the tensors of a place into the module that replaces it. Nothing is changed if it has others."""
-    present = _named_tensors(replacement) if isinstance(replacement, nn.Module) else {}
-    saved = {name.removeprefix(place): tensor for name, tensor in tensors.items() if name.startswith(place)}
+    present = {}
+    if isinstance(replacement, nn.Module):
+        present = _named_tensors(replacement)
+    saved = {}
+    for name, tensor in tensors.items():
+        if name.startswith(place):
+            saved[name.removeprefix(place)] = tensor
     for name in sorted(present | saved):
         shape = _shape_of(present.get(name))
         expected = _shape_of(saved.get(name))

@@ -18,7 +18,7 @@ from ..least_squares.levenberg_marquardt import LevenbergMarquardtStep
 from ..modules.checks import check_path
 from ..modules.folders import naming_damage
 from ..modules.report import Report, TextTable
-from .boxes import Inside, box_points, check_box, contains
+from .boxes import Inside, check_box, contains, spread_points
 from .constraints import HardConstraint
 from .features import BoxFeatures
 from .networks import first_module, prepare_network
@@ -92,7 +92,9 @@ class Solution(Report):
             cells = form.format(*numbers).replace("nan", "-").split()
             rows.append([name, *cells, reason, network])
 
-        notes = [f"{name} = {constant.value:.6g} +- {constant.error:.2g}" for name, constant in self.unknowns.items()]
+        notes = []
+        for name, (value, error) in self.unknowns.items():
+            notes.append(f"{name} = {value:.6g} +- {error:.2g}")
         count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         notes.append(
             f"{count:,} parameters. Residual between the points (root mean square): {self.residual:.1e}, "
@@ -130,7 +132,7 @@ class Solution(Report):
         """
         features = first_module(self.model, BoxFeatures)
         periodic = [] if features is None else features.periodic
-        points = box_points(self.low.tolist(), self.high.tolist(), POINTS)
+        points = spread_points(self.low, self.high, POINTS)
         mask = None if self.inside is None else contains(self.inside, points).tolist()
         settings = {**self.as_dict(), "periodic": periodic, "inside": mask}
         save_model(folder, self.model, points, settings)
@@ -163,13 +165,14 @@ class Solution(Report):
         check_path(folder, "folder")
         record, tensors = read_file(folder)
         with naming_damage(os.path.join(folder, FILE)):
-            values = _nan_for_none({entry.name: record[entry.name] for entry in fields(cls)})
+            plain = {entry.name: record[entry.name] for entry in fields(cls)}
+            values = _nan_for_none(plain)
             low, high = check_box(values["low"], values["high"])
             values["history"] = [_restore(LevenbergMarquardtStep, step) for step in values["history"]]
             values["phases"] = [_restore(Phase, phase) for phase in values["phases"]]
             unknowns = values["unknowns"].items()
             values["unknowns"] = {name: _restore(Estimate, constant) for name, constant in unknowns}
-        points = box_points(low.tolist(), high.tolist(), POINTS)
+        points = spread_points(low, high, POINTS)
         mask = None if inside is None else contains(inside, points).tolist()
         if mask != record["inside"]:
             raise ValueError("`inside` is not that of the saved solution. Pass the one that `solve` got, if any.")
@@ -193,7 +196,8 @@ class Solution(Report):
         figure, axis = plt.subplots(figsize=(4.5, 3.4), layout="constrained")
         share = torch.linspace(0, 1, count, dtype=torch.float64).unsqueeze(1)
         lines = torch.lerp(self.low, self.high, share).unbind(1)[:2]
-        x = ((self.low + self.high) / 2).repeat(count ** len(lines), 1)
+        middle = (self.low + self.high) / 2
+        x = middle.repeat(count ** len(lines), 1)
         x[:, : len(lines)] = torch.cartesian_prod(*lines).view(-1, len(lines))
         u = self.model(x)[:, 0].detach()
         if self.inside is not None:
@@ -202,7 +206,9 @@ class Solution(Report):
             axis.plot(*lines, u)
             axis.set(xlabel="coordinate 0", ylabel="u")
         else:
-            figure.colorbar(axis.pcolormesh(*lines, u.view(count, count).T, cmap="RdBu_r"))
+            image = u.view(count, count).T
+            mesh = axis.pcolormesh(*lines, image, cmap="RdBu_r")
+            figure.colorbar(mesh)
             axis.set(title="u", xlabel="coordinate 0", ylabel="coordinate 1")
         return figure
 

@@ -62,8 +62,8 @@ def solve(
     Levenberg-Marquardt. Each step has new points, a third of them where the residual is large, and residuals count
     less where u is steep. A continuation goes from an easy parameter to the wanted one in six steps of equal ratio, or
     of equal length if zero is between them; a step that ends in a poor minimum is undone, and a quarter of it taken.
-    Each phase ends by its share of the budget, or when the residual at points that are never trained has stopped to
-    fall, and keeps the parameters with the least one. After a stall, steps have twice as many points.
+    Each phase ends by its share of the budget, or when the residual at points that are never trained no longer falls,
+    and keeps the parameters with the least one. After a stall, steps have twice as many points.
 
     Without `network`, `windows`, `continuation` and `unknowns`, two networks race: this one, and one of tanh layers.
     Each gets a tenth of the budget, and the one with the lower held-out residual goes on. If both fail, or the better
@@ -97,7 +97,7 @@ def solve(
             The time is the last coordinate with `distance` zero at its low side only. The first tensor of each term
             must be points (n, I).
         frequencies: Periods across the box, for features of new networks, as for `BoxFeatures`.
-        seconds: The time to take. No step is begun that, as long as the last one, would end later.
+        seconds: The time budget. No step begins that would exceed it if it took as long as the last one.
         steps: The number of steps to take instead: the same result on a busy machine.
         refine: Whether the grids of a `KAN` get finer at the end. Steps there that do not lower the held-out residual
             are undone.
@@ -174,7 +174,8 @@ def solve(
     model = HardConstraint(network, distance, lift).double()
     held = box_points(low, high, HELD_POINTS, inside=inside, seed=seed)
     outputs = check_model(model, held, sides, bool(terms), outputs)
-    constants, data = None, []
+    constants = None
+    data = []
     if unknowns:
         constants = NetworkWithConstants(model, unknowns, bounds or {})
         residual, terms, data = constants.bind(residual, positional, terms)
@@ -187,7 +188,8 @@ def solve(
     with Budget(seconds, steps, progress) as budget:
         features = BoxFeatures(low, high, periodic, frequencies=frequencies)
         starts = Starts(result, residual, terms, distance, lift, outputs, seed, features, budget, callback)
-        training = starts.new_training(model, KINDS[0] if is_new else "", constants=constants, data=data)
+        kind = KINDS[0] if is_new else ""
+        training = starts.new_training(model, kind, constants=constants, data=data)
         result.first_residual = training.norm(start)
         starts.differentiates = training.differentiates
         if is_new:
@@ -195,7 +197,8 @@ def solve(
             if starts.scale != 1.0:
                 result.first_residual = training.norm(start)
         first_losses = training.condition_losses()
-        for doubt in find_doubts(training.trained, low_end, high_end, inside, training.held_terms()):
+        held_terms = training.held_terms()
+        for doubt in find_doubts(training.trained, low_end, high_end, inside, held_terms):
             warn(doubt)
         if constants is not None:
             check_effects(training)
@@ -216,12 +219,14 @@ def solve(
             estimates, doubts = estimate_constants(training, stop)
             for doubt in doubts:
                 warn(doubt)
-            constants.assign({name: estimate.value for name, estimate in estimates.items()})
+            values = {name: estimate.value for name, estimate in estimates.items()}
+            constants.assign(values)
             training.fit_network("estimated constants", stop, 1.0)
             result.unknowns = estimates  # callbacks have seen them without errors
         result.residual = training.norm(stop)
         if is_new and result.phases[-1].reason != "callback":  # another network may meet them before
-            for doubt in find_unmet(first_losses, training.condition_losses(), result.first_residual**2):
+            last_losses = training.condition_losses()
+            for doubt in find_unmet(first_losses, last_losses, result.first_residual**2):
                 result.notes.append(doubt)
                 if steps is None:
                     warnings.warn(doubt, stacklevel=3)

@@ -84,10 +84,13 @@ class Training:
     network: str = ""
 
     def __post_init__(self) -> None:
-        self.model, self.history, self.phases = self.result.model, self.result.history, self.result.phases
-        self.trained: nn.Module = self.model if self.constants is None else self.constants
+        self.model = self.result.model
+        self.history = self.result.history
+        self.phases = self.result.phases
+        self.trained: nn.Module = self.constants or self.model
         self.optimizer = LevenbergMarquardt(self.trained, floor=1e-6, memory=2**32)
-        self.first_count, self.first_share = self.sampler.count, self.sampler.share
+        self.first_count = self.sampler.count
+        self.first_share = self.sampler.share
         self.share = 0.0, 1.0  # of the budget: where this training begins, and ends
         self.kan: Any = first_module(self.model, LayerStack)  # None if there is none
         self.features: BoxFeatures | None = first_module(self.model, BoxFeatures)
@@ -99,10 +102,12 @@ class Training:
 
     def continue_from(self, start: float, stop: float) -> None:
         """Solve the equation at parameters from `start` on, each from the solution of the one before."""
-        first, before = self.result.first_residual**2, len(self.phases)
+        first = self.result.first_residual**2
+        before = len(self.phases)
 
         def stage(parameter: float) -> float:
-            until = min(CONTINUED * (len(self.phases) - before + 1) / STAGES, COARSE)
+            number = len(self.phases) - before + 1
+            until = min(CONTINUED * number / STAGES, COARSE)
             least = self.fit("continuation", parameter, until, SOLVED * first)
             stages = self.phases[before:]
             failures = sum(phase.held > FAILED * first for phase in stages)
@@ -110,7 +115,15 @@ class Training:
                 return 0.0  # neither the first stage nor one that is out of time can be tried again
             return least / first
 
-        continuation(self.trained, stage, start, stop, target=FAILED, prepare=self.move_knots, steps=STAGES - 1)
+        continuation(
+            self.trained,
+            stage,
+            start,
+            stop,
+            target=FAILED,
+            prepare=self.move_knots,
+            steps=STAGES - 1,
+        )
 
     def finish(self, parameter: float, refine: bool) -> float:
         """Train until the budget is used up, the last fifth of it on finer grids if the network has some.
@@ -120,13 +133,17 @@ class Training:
         """
         kan = self.kan if refine else None
         fit = self.fit_with_data if self.data else self.fit_on
-        least = fit("coarse", parameter, 1.0 if kan is None else COARSE)
-        if kan is not None and self.budget.spent() < 1:
-            is_finer = self.regrid(2, samples=layer_inputs(self.model, self.held, kan))
-            if is_finer:
-                self.sampler.count = round(FINE_POINTS * self.sampler.count)
-            least = fit("fine" if is_finer else "coarse", parameter, 1.0)
-        return least
+        until = 1.0 if kan is None else COARSE
+        least = fit("coarse", parameter, until)
+        if kan is None or self.budget.spent() >= 1:
+            return least
+
+        name = "coarse"
+        samples = layer_inputs(self.model, self.held, kan)
+        if self.regrid(2, samples=samples):
+            name = "fine"
+            self.sampler.count = round(FINE_POINTS * self.sampler.count)
+        return fit(name, parameter, 1.0)
 
     def fit_on(self, name: str, parameter: float, until: float) -> float:
         """As `fit`, on more points after a stall."""
@@ -134,15 +151,22 @@ class Training:
         return self.fit_on_more_points(name, parameter, until, least)
 
     def fit_on_more_points(
-        self, name: str, parameter: float, until: float, least: float, solved: float = math.inf
+        self,
+        name: str,
+        parameter: float,
+        until: float,
+        least: float,
+        solved: float = math.inf,
     ) -> float:
         """As `fit`, again and again on twice as many points, while it stalls at a held-out loss of at most `solved`.
 
         `least` is the least held-out loss before.
         """
-        while self.is_stalled and least <= solved and self.sampler.count < MOST_POINTS * self.first_count:
+        most = MOST_POINTS * self.first_count
+        while self.is_stalled and least <= solved and self.sampler.count < most:
             self.sampler.count *= 2
-            least = min(least, self.fit(name, parameter, until))
+            fitted = self.fit(name, parameter, until)
+            least = min(least, fitted)
         return least
 
     def fit_with_data(self, name: str, parameter: float, until: float) -> float:
@@ -155,8 +179,11 @@ class Training:
         """
         if all(function.scale is not None for function in self.data):  # not for the first time
             return self.fit_on(name, parameter, until)
+
+        # the equation alone, and then with data, before constants are trained
         self._set_weights(parameter)
-        terms, self.terms = self.terms, []
+        terms = self.terms
+        self.terms = []
         self.fit_network("fixed constants", parameter, FIXED * until)
         self.terms = terms
         self.fit_network("fixed constants", parameter, 2 * FIXED * until)
@@ -182,22 +209,24 @@ class Training:
 
     def fit_network(self, name: str, parameter: float, until: float) -> None:
         """As `fit`, with fixed constants."""
-        constants: Any = self.constants
-        if self.budget.allows_step(self.end_of(until)):
-            constants.constants.requires_grad_(False)
-            self.restart_optimizer()
-            self.fit(name, parameter, until)
-            constants.constants.requires_grad_(True)
-            self.optimizer.forget()
+        if not self.budget.allows_step(self.end_of(until)):
+            return
+        module: Any = self.constants
+        module.constants.requires_grad_(False)
+        self.restart_optimizer()
+        self.fit(name, parameter, until)
+        module.constants.requires_grad_(True)
+        self.optimizer.forget()
 
     def _set_weights(self, parameter: float) -> None:
         """Give each column of data the mean square of the equation's residual, times `FIRST_WEIGHT`."""
         self.parameter = parameter
         problem, residuals = self.evaluate_held()
-        of_equation = problem.losses(residuals)[0]
-        for term, part in zip(problem.terms, problem.split(residuals), strict=True):
+        of_equation, *_ = problem.losses(residuals)
+        for term, residuals_of_term in zip(problem.terms, problem.split(residuals), strict=True):
             if term.function in self.data:
-                mean_squares = (part / term.scale).view(-1, term.columns).square().mean(0)
+                rows = (residuals_of_term / term.scale).view(-1, term.columns)
+                mean_squares = rows.square().mean(0)
                 weights = (FIRST_WEIGHT * of_equation / mean_squares).clamp(1e-12, 1e12)
                 term.function.scale = weights.sqrt()  # pyright: ignore[reportFunctionMemberAccess]
 
@@ -228,18 +257,23 @@ class Training:
         except RuntimeError:  # of `torch.autograd.grad`
             self.differentiates = True
             problem, residuals = self.evaluate_held()
-        if message := problem.find_not_finite(residuals):
+        message = problem.find_not_finite(residuals)
+        if message:
             raise ValueError(f"The {message}")
-        return math.sqrt(problem.losses(residuals)[0])
+        of_equation, *_ = problem.losses(residuals)
+        return math.sqrt(of_equation)
 
     def condition_losses(self) -> dict[int, float]:
         """Return the losses of the terms of the caller that are conditions by their weight, by number."""
         if not self.terms:
             return {}
         problem, residuals = self.evaluate_held()
-        losses = problem.losses(residuals)[1:]
-        weights = [weight for _, _, weight in check_terms(self.terms)]
-        return {number: loss for number, loss in enumerate(losses) if weights[number] >= CONDITION}
+        _, *losses = problem.losses(residuals)
+        conditions = {}
+        for number, (_, _, weight) in enumerate(check_terms(self.terms)):
+            if weight >= CONDITION:
+                conditions[number] = losses[number]
+        return conditions
 
     def evaluate_held(self) -> tuple[LeastSquares, Tensor]:
         """Return the least-squares problem of the held-out points and the terms, and its residuals."""
@@ -248,13 +282,17 @@ class Training:
     def held_terms(self) -> list[Any]:
         """Return the equation at the held-out points, and the terms of the caller."""
         points = self.held.requires_grad_(self.differentiates)
-        weights = self.weights(points) if self.robustness else torch.ones_like(points[:, :1])
-        return check_terms([(self.residual, (points, weights)), *self.terms])
+        weights = torch.ones_like(points[:, :1])
+        if self.robustness:
+            weights = self.weights(points)
+        equation = (self.residual, (points, weights))
+        return check_terms([equation, *self.terms])
 
     def residual(self, model: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         """Evaluate the equation: one function in all phases, so that Levenberg-Marquardt tries it once."""
         arguments = (x,) if math.isnan(self.parameter) else (x, self.parameter)
-        return weight * check_residuals(self.equation(model, *arguments), "`residual`", len(x))
+        values = self.equation(model, *arguments)
+        return weight * check_residuals(values, "`residual`", len(x))
 
     def weights(self, x: Tensor) -> Tensor:
         """Compute the weights of points, (n, 1): small where the solution is steep, or the residual an outlier.
@@ -270,9 +308,13 @@ class Training:
             weights = torch.ones_like(x[:, :1])
         if not self.robustness:
             return weights
-        sizes = self.residual(self.trained, x, weights).detach().norm(dim=1, keepdim=True)
-        scale = OUTLIER * sizes.median().clamp(min=torch.finfo(sizes.dtype).tiny)
-        return weights / (1 + (sizes / scale).square()) ** (self.robustness / 2)
+
+        residuals = self.residual(self.trained, x, weights)
+        sizes = residuals.detach().norm(dim=1, keepdim=True)
+        smallest = torch.finfo(sizes.dtype).tiny
+        scale = OUTLIER * sizes.median().clamp(min=smallest)
+        squares = (sizes / scale).square()
+        return weights / (1 + squares) ** (self.robustness / 2)
 
     def _steepness_weights(self, x: Tensor) -> Tensor:
         """Compute `gradient_weights` for slopes across half of the box, and u of unit size."""
@@ -282,7 +324,13 @@ class Training:
         directions = (self.sampler.high - self.sampler.low).diag() / 2
         return gradient_weights(self.model, x, SLOPE / size, directions)
 
-    def fit(self, name: str, parameter: float, until: float, target: float = 0.0) -> float:
+    def fit(
+        self,
+        name: str,
+        parameter: float,
+        until: float,
+        target: float = 0.0,
+    ) -> float:
         """Take steps until a share of the budget is used up, the residual is at the target, or no longer falls.
 
         Returns:
@@ -292,10 +340,12 @@ class Training:
             return math.inf
         self.parameter = parameter
         solved = FAILED * self.result.first_residual**2
-        width = self.share[1] - self.share[0]
+        first, last = self.share
+        width = last - first
         if name == "continuation":  # another equation, and a way back
             self.restart_optimizer()
-            solved, width = math.inf, 0.0
+            solved = math.inf
+            width = 0.0
         end = PhaseEnd(self.budget, self.end_of(until), target, solved, width)
         held = self.held_terms()
 
@@ -318,7 +368,12 @@ class Training:
             token = current_cache.set(self.cache)
             try:
                 self.optimizer.fit(
-                    self._draw_terms, 10**9, held=restored, patience=10**9, callback=finish_step, progress=False
+                    self._draw_terms,
+                    10**9,
+                    held=restored,
+                    patience=10**9,
+                    callback=finish_step,
+                    progress=False,
                 )
             finally:
                 current_cache.reset(token)
@@ -326,26 +381,38 @@ class Training:
             record = self.history[-1]
             if record.accepted or end.is_over:
                 break
+
         self.is_over = end.is_over
-        steps = len(self.history) - steps_before
-        seconds = time.monotonic() - begin
-        reason = end.reason(record.accepted)
-        phase = Phase(name, parameter, steps, seconds, record.loss, end.least, reason, self.network)
+        phase = Phase(
+            name,
+            parameter,
+            steps=len(self.history) - steps_before,
+            seconds=time.monotonic() - begin,
+            loss=record.loss,
+            held=end.least,
+            reason=end.reason(record.accepted),
+            network=self.network,
+        )
         self.phases.append(phase)
         return end.least
 
     def _draw_terms(self, number: int) -> list[Any]:
         """Return the equation at new points, and the terms of the caller."""
+        # the last points may have needed far more damping than new ones
         self.optimizer.damping = min(self.optimizer.damping, LARGEST_START_DAMPING)
 
         def weighted(x: Tensor) -> Tensor:
             weights = self.weights(x)
-            return self.residual(self.trained, x.requires_grad_(self.differentiates), weights)
+            x.requires_grad_(self.differentiates)
+            return self.residual(self.trained, x, weights)
 
-        is_linear = self.features is not None and not self.features.waves.any()
-        knots = first_module(self.model, KnotMap) if is_linear else None  # of the box's coordinates
-        x = self.sampler.draw(weighted, knots).requires_grad_(self.differentiates)
-        return [(self.residual, (x, self.weights(x))), *self.terms]
+        knots = None
+        if self.features is not None and not self.features.waves.any():
+            knots = first_module(self.model, KnotMap)  # of the box's coordinates
+        x = self.sampler.draw(weighted, knots)
+        x.requires_grad_(self.differentiates)
+        equation = (self.residual, (x, self.weights(x)))
+        return [equation, *self.terms]
 
     def _call_back(self, record: LevenbergMarquardtStep) -> None:
         """Show the solution, with all of its windows, to the caller, who may end the training."""
@@ -364,19 +431,23 @@ class Training:
 
     def move_knots(self, parameter: float) -> None:
         """Move the knots of the first layer to where the solution bends, once there is one."""
-        if self.phases and self.features is not None and self.kan is not None and not self.budget.is_stopped:
-            density = torch.ones(self.features.out_features, 64, dtype=torch.float64)
-            of_coordinates = knot_density(self.model, self.sampler.low.tolist(), self.sampler.high.tolist())
-            for j, i in enumerate(self.features.sources.tolist()):
-                if i not in self.features.periodic:
-                    density[j] = of_coordinates[i]
-            self.regrid(1, density=density, tolerance=math.inf)
+        features = self.features
+        if features is None or self.kan is None:
+            return
+        if not self.phases or self.budget.is_stopped:
+            return
+        density = torch.ones(features.out_features, 64, dtype=torch.float64)
+        of_coordinates = knot_density(self.model, self.sampler.low.tolist(), self.sampler.high.tolist())
+        for j, i in enumerate(features.sources.tolist()):
+            if i not in features.periodic:
+                density[j] = of_coordinates[i]
+        self.regrid(1, density=density, tolerance=math.inf)
 
     def regrid(self, factor: int, **options: Any) -> bool:
         """Change the grids if they can be changed."""
-        size = max(getattr(layer, "grid_size", 0) for layer in self.kan.layers)
+        sizes = [getattr(layer, "grid_size", 0) for layer in self.kan.layers]
         try:
-            refine_grid(self.kan, factor * size, **options)
+            refine_grid(self.kan, factor * max(sizes), **options)
         except (TypeError, ValueError) as error:  # adapters, Slim layers
             note = f"The grids stay as they are: {error}"
             if note not in self.result.notes:

@@ -63,16 +63,21 @@ class Constant(nn.Module):
 
     def __init__(self, start: float, low: float, high: float) -> None:
         super().__init__()
-        self.start, self.low, self.high = start, low, high
-        self.has_low, self.has_high = math.isfinite(low), math.isfinite(high)
+        self.start = start
+        self.low = low
+        self.high = high
+        self.has_low = math.isfinite(low)
+        self.has_high = math.isfinite(high)
         self.unit = abs(start) or 1.0
-        self.z = nn.Parameter(torch.zeros((), dtype=torch.float64, device="cpu"))
+        zero = torch.zeros((), dtype=torch.float64, device="cpu")
+        self.z = nn.Parameter(zero)
         self.assign(start)
 
     def assign(self, value: float) -> None:
         """Let the constant have a value between its ends."""
         if self.has_low and self.has_high:
-            z = math.asin((2 * value - self.low - self.high) / (self.high - self.low))
+            share = (2 * value - self.low - self.high) / (self.high - self.low)
+            z = math.asin(share)
         elif self.has_low or self.has_high:
             end = self.low if self.has_low else self.high
             factor = (value - end) / (self.start - end)
@@ -133,7 +138,8 @@ class NetworkWithConstants(nn.Module):
         self.names = list(starts)
         self.constants = nn.ModuleList()
         for name, start in starts.items():
-            low, high = _check_interval(name, bounds.get(name, (None, None)))
+            interval = bounds.get(name, (None, None))
+            low, high = _check_interval(name, interval)
             start = check_number(start, f"unknowns[{name!r}]", "(-inf, inf)")
             if not low < start < high:
                 raise ValueError(f"`unknowns` starts {name!r} at {start:g}, but `bounds` has ({low:g}, {high:g}).")
@@ -141,7 +147,8 @@ class NetworkWithConstants(nn.Module):
 
     def values(self) -> dict[str, Tensor]:
         """Return the constants by name, of shape ()."""
-        return {name: constant() for name, constant in zip(self.names, self.constants, strict=True)}
+        values = [constant() for constant in self.constants]
+        return dict(zip(self.names, values, strict=True))
 
     def assign(self, values: Mapping[str, float]) -> None:
         """Let constants have these values."""
@@ -149,7 +156,10 @@ class NetworkWithConstants(nn.Module):
             constant.assign(values[name])  # pyright: ignore[reportCallIssue]
 
     def bind(
-        self, equation: Callable[..., Tensor], count: int, terms: Sequence[Any]
+        self,
+        equation: Callable[..., Tensor],
+        count: int,
+        terms: Sequence[Any],
     ) -> tuple[BoundFunction, list[Term], list[BoundFunction]]:
         """Give an equation, which is called with `count` positional arguments, and terms their constants.
 
@@ -160,17 +170,19 @@ class NetworkWithConstants(nn.Module):
             TypeError: The equation cannot be called with these arguments.
             ValueError: No function takes one of the constants, or a term is malformed.
         """
-        bound_equation = BoundFunction(equation, accepted_names(equation, self.names))
-        with_constants = partial(equation, **dict.fromkeys(bound_equation.names))
+        names = accepted_names(equation, self.names)
+        bound_equation = BoundFunction(equation, names)
+        with_constants = partial(equation, **dict.fromkeys(names))
         check_function(with_constants, "residual", count)
 
         bound_terms: list[Term] = []
         data: list[BoundFunction] = []
-        unused = set(self.names) - set(bound_equation.names)
+        unused = set(self.names) - set(names)
         checked_terms = check_terms(terms) if terms else []
         for term, (function, rows, weight) in zip(terms, checked_terms, strict=True):
-            bound = BoundFunction(function, accepted_names(function, self.names))
-            unused -= set(bound.names)
+            names = accepted_names(function, self.names)
+            bound = BoundFunction(function, names)
+            unused -= set(names)
             bound_terms.append((bound, rows, weight))
             if len(term) == 2:
                 data.append(bound)
@@ -190,11 +202,7 @@ class BoundFunction:
         scale: A factor of each residual of a row, (m,); None for 1.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Tensor],
-        names: list[str],
-    ) -> None:
+    def __init__(self, function: Callable[..., Tensor], names: list[str]) -> None:
         self.function = function
         self.names = names
         self.scale: Tensor | None = None
@@ -212,7 +220,8 @@ class BoundFunction:
 def accepted_names(function: Callable, names: list[str]) -> list[str]:
     """Return the names that a function takes as arguments: all of them with `**kwargs`."""
     parameters = inspect.signature(function).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+    kinds = [parameter.kind for parameter in parameters.values()]
+    if inspect.Parameter.VAR_KEYWORD in kinds:
         return names
     return [name for name in names if name in parameters]
 

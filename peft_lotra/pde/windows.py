@@ -71,7 +71,8 @@ class Windows(nn.Module):
         super().__init__()
         times = torch.as_tensor(ends, dtype=torch.float64, device="cpu")
         count = len(networks) + 1
-        if times.shape != (count,) or not (times.diff() > 0).all():
+        is_increasing = (times.diff() > 0).all()
+        if times.shape != (count,) or not is_increasing:
             raise ValueError(f"`ends` is {ends}, but must be {count} increasing times.")
         if smoothness not in POLYNOMIALS:
             raise ValueError(f"`smoothness` is {smoothness}, but must be 1 or 2.")
@@ -102,12 +103,14 @@ class Windows(nn.Module):
         """Return the value and the derivatives up to an order, in the format of `multiply`."""
         if self.active is not None:
             return self._jet_in_window(x, self.active, directions, order, weights)
+
         outputs = self._jet_in_window(x, 0, directions, order, weights)
         times = x[..., self.time].unsqueeze(-1)
         for k in range(1, len(self.networks)):
-            values = self._jet_in_window(x, k, directions, order, weights)
             is_later = times >= self.ends[k].to(x)
-            outputs = [torch.where(is_later, *pair) for pair in zip(values, outputs, strict=True)]
+            values = self._jet_in_window(x, k, directions, order, weights)
+            pairs = zip(values, outputs, strict=True)
+            outputs = [torch.where(is_later, *pair) for pair in pairs]
         return outputs
 
     def _jet_in_window(
@@ -129,13 +132,15 @@ class Windows(nn.Module):
 
         start, end = self.ends[k : k + 2].to(x)
         width = end - start
-        s = (x[..., self.time].unsqueeze(-1) - start) / width
-        rates = directions[:, self.time].view(-1, *[1] * x.dim()) / width
+        times = x[..., self.time].unsqueeze(-1)
+        s = (times - start) / width
+        rates = directions[:, self.time] / width
+        rates = rates.view(-1, *[1] * x.dim())
         total: Jet = []
         for coefficients, values in zip(POLYNOMIALS[self.smoothness], jets, strict=True):
             factor = _polynomial(coefficients, s, rates, order, weights)
             product = multiply(values, factor, order, weights)
-            total = [*map(torch.add, total, product)] if total else product
+            total = list(map(torch.add, total, product)) if total else product
         return total
 
     def _start(
@@ -149,8 +154,11 @@ class Windows(nn.Module):
         """Return the jets of a_k and, to continue the slope, h b_k, as functions of the other coordinates."""
         network = self.networks[k - 1]
         previous, start, end = self.ends[k - 1 : k + 2].to(x)
-        x, across = x.clone(), directions.clone()
+
+        # at the start of the window, and across time
+        x = x.clone()
         x[..., self.time] = start
+        across = directions.clone()
         across[:, self.time] = 0.0
         if self.smoothness == 1:
             return [_jet_of(network, x, across, order, weights)]
@@ -160,7 +168,8 @@ class Windows(nn.Module):
         values, slopes = _jet_and_slope(network, x, across, along, order, weights)
         if k > 1:  # the slope of s^2 N at its end
             rate = 2 * (end - start) / (start - previous)
-            slopes = [rate * value + slope for value, slope in zip(values, slopes, strict=True)]
+            pairs = zip(values, slopes, strict=True)
+            slopes = [rate * value + slope for value, slope in pairs]
         return [values, slopes]
 
 
@@ -182,25 +191,35 @@ def _jet_of(
 
 
 def _jet_and_slope(
-    network: nn.Module, x: Tensor, directions: Tensor, along: Tensor, order: int, weights: Tensor | None
+    network: nn.Module,
+    x: Tensor,
+    directions: Tensor,
+    along: Tensor,
+    order: int,
+    weights: Tensor | None,
 ) -> tuple[Jet, Jet]:
     """Return the jet of a network, and of its derivative along one more direction e.
 
     D_{v + c e}^{n + 1} is a polynomial in c of degree n + 1, whose slope at c = 0 is (n + 1) D_v^n D_e. Five points
     give this slope exactly up to degree 4.
     """
-    shifted = [directions + c * along for c in (0, 1, -1, 2, -2)]
-    lines = torch.cat([*shifted, along.unsqueeze(0)])
-    derivatives = _jet_of(network, x, lines, order + 1, None)
-    values, slopes = [derivatives[0]], [derivatives[1][-1]]
+    lines = [directions + c * along for c in (0, 1, -1, 2, -2)]
+    lines.append(along.unsqueeze(0))
+    derivatives = _jet_of(network, x, torch.cat(lines), order + 1, None)
+
+    count = len(directions)
+    values = [derivatives[0]]
+    slopes = [derivatives[1][-1]]
     for n in range(1, order + 1):
-        _, up, down, far_up, far_down = derivatives[n + 1][:-1].split(len(directions))
+        values.append(derivatives[n][:count])
+        _, up, down, far_up, far_down, _ = derivatives[n + 1].split(count)
         slope = (8 * (up - down) - (far_up - far_down)) / 12
         slopes.append(slope / (n + 1))
-        values.append(derivatives[n][: len(directions)])
+
     if weights is not None:
         for jet_of_all in (values, slopes):
-            jet_of_all[-1] = torch.tensordot(weights, jet_of_all[-1], 1).unsqueeze(0)
+            total = torch.tensordot(weights, jet_of_all[-1], 1)
+            jet_of_all[-1] = total.unsqueeze(0)
     return values, slopes
 
 
@@ -216,7 +235,8 @@ def _polynomial(
     for n in range(order + 1):
         value = torch.zeros_like(s)
         for power in reversed(range(n, len(coefficients))):  # Horner's rule
-            value = value * s + coefficients[power] * math.perm(power, n)
+            coefficient = coefficients[power] * math.perm(power, n)
+            value = value * s + coefficient
         derivatives.append(value)
     return compose(derivatives, [rates], order, weights)
 
