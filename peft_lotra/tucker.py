@@ -286,6 +286,7 @@ def direct_sum(tensors: Sequence[Tucker]) -> Tucker:
     # `vmap` over the cores of the last tensor needs zeros like these
     core = tensors[-1].core.new_zeros(ranks)
     starts = [0] * core.dim()
+    # each core is added to its own block, which is the whole length of modes that are full in the sum
     for tensor in tensors:
         block = tensor.core
         target = core

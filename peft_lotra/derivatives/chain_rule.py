@@ -50,6 +50,7 @@ def bell_polynomials(
     bells: Polynomials = {}
     weighted = bells if weights is None else {}
     for n in range(1, order + 1):
+        # the weighted sum is linear in one factor of each product: weights on that factor are enough
         is_sum = weights is not None and n == order
         factors = weighted if is_sum else bells
         if n <= len(derivatives):

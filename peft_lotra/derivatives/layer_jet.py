@@ -52,6 +52,7 @@ class LayerJet(torch.autograd.Function):
         features = make_features(basis, z)
         counts = row_counts(jet, order, weights)
         jet_rows = JetRows(features.scale, jet, order, weights, counts)
+        # the gradient in z needs one more derivative of the functions
         needs_jet = any(ctx.needs_input_grad[5:])
         ctx.orders = range(order + 1 + needs_jet)
         evaluated = []
@@ -123,6 +124,7 @@ class LayerJet(torch.autograd.Function):
                 sums = [gradient[..., block] for gradient in jet_gradients]
                 jet_rows.add_input_gradients(sums, features, block, row_gradients)
 
+        # from the unit of the functions to the unit of the inputs
         if features.scale is not None:
             for gradient in jet_gradients:
                 gradient.mul_(features.scale)
@@ -185,6 +187,7 @@ class JetRows:
                 continue
             rows = rows_of_order[n - 1]
             factor = bell[..., block].unsqueeze(1)
+            # the first term of an order overwrites what the memory held
             if n > last:
                 torch.mul(functions[j], factor, out=rows)
             else:

@@ -57,6 +57,7 @@ class SplineFeatures(FunctionFeatures):
             else:
                 torch.div(silu[order], self.scale**order, out=value[-1])
 
+        # the indices in memory of shape (splines with margins, I, R)
         count = z.numel()
         first = start.nan_to_num_().long().add_(self.margin)
         first = first.mul_(count).flatten()
@@ -100,6 +101,7 @@ class SplineFeatures(FunctionFeatures):
             torch.mm(transposed, gradient, out=functions.flatten(0, 1))
             silu = functions[-1]
             product[-1].copy_(silu)
+            # its memory is in the margin of the splines, which must be zero
             silu.zero_()
             splines = product[:-1].view(-1)
             torch.index_select(flat, 0, self.indices, out=splines)

@@ -200,12 +200,14 @@ class LayerFormula(NamedTuple):
                 core = gain * core
             rank = count if weights is None else weights.shape[1]
             if left is None and self.scale is None and _SHAPES_FROM * count < out * (count - 3 * rank):
+                # evaluated as functions of each input
                 core = expand_inputs(core, factor_in, None)
                 shapes.append((core, weights))
                 continue
             expanded = expand_inputs(core, factor_in, weights)
             right, right_of_residual = _split_residual(expanded, count)
             if left is not None:
+                # all of these together are one product, with the sum of their ranks
                 lefts.append(left)
                 rights.append(right)
                 rights_of_residual.append(right_of_residual)

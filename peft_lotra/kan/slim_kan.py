@@ -119,6 +119,8 @@ class SlimKANLinear(SplineLayer):
         super().reset_parameters()
         if self.core.is_meta:
             return
+
+        # the scale of each row of factor_basis: of the splines, and of silu as the last one
         variance, products = moments(self.grid_range, self.grid_size, self.spline_order)
         squares = products.diagonal()
         variances = torch.full_like(squares, SLIM_VARIANCE_SHARE) / squares[:-1].sum()
@@ -130,6 +132,7 @@ class SlimKANLinear(SplineLayer):
             self.factor_basis.copy_(factor_basis)
             products = factor_basis.T @ products @ factor_basis
 
+        # what the core contributes, after the gains of factor_out and factor_in
         core_variance = self.out_features * variance
         gains = ((self.factor_out, math.sqrt(self.out_features)), (self.factor_in, GAIN_IN))
         for factor, gain in gains:
@@ -141,6 +144,7 @@ class SlimKANLinear(SplineLayer):
         core = matrix.view(self.core.shape).double().cpu()
         if self.factor_basis is None:
             core = core * scales
+        # `products` has the means of the products of two functions, and the inputs are independent
         size = (core * (core @ products)).sum()
         scale = (core_variance / size).sqrt()
         self.core.copy_(core * scale)

@@ -89,6 +89,7 @@ def sparse_weight_gradient(x: Tensor, grid: UniformGrid, gradient: Tensor) -> Te
     first_keys = intervals * torch.arange(width, device="cpu")
     keys = start.t() + first_keys.unsqueeze(-1)
     keys, permutation = keys.flatten().sort(stable=True)
+    # where each interval begins among the sorted points, as `embedding_bag` wants it
     all_keys = torch.arange(width * intervals, device="cpu")
     bags = torch.searchsorted(keys, all_keys)
     values = values.transpose(0, 1).flatten(0, 1)

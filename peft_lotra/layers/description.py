@@ -276,7 +276,7 @@ def _solve(
             targets[member] = [lengths[n]] if is_list else lengths
         unsolved.append(members)
 
-    # one may determine another's lengths
+    # one parameter may determine lengths of another: those with the fewest unknown ones come first
     for member in sorted(chain.from_iterable(unsolved), key=_count_unknown):
         try:
             solved_lengths = member.layout.axis_lengths(member.stored, member.lengths)
@@ -285,6 +285,7 @@ def _solve(
         for target in targets[member.name]:
             target.update(solved_lengths | target)
 
+    # all lengths are known, and with them the canonical shapes
     solved = []
     for members in unsolved:
         with_shapes = []

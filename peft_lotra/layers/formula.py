@@ -234,6 +234,7 @@ def _verify(
         return None
     points = _points_around(*ends, tensor.shape[1])
     x = points.to(tensor.get_parameter(layer))
+    # bit for bit: the closed form then replaces the activation of the layer
     is_silu = True
     if tensor.has_residual:
         is_silu = torch.equal(spec.activation(layer, x), F.silu(x))

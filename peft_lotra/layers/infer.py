@@ -141,8 +141,12 @@ def _find_spec(
     if len(fixed) == len(parameters):  # the layer is frozen as a whole, which says nothing
         fixed = set()
     fixed |= knots
-    buffers = {name: value for name, value in layer.named_buffers() if "running" not in name}
-    grid = {name: value for name, value in buffers.items() if value.is_floating_point()}
+
+    # inputs are tried where these tensors are; statistics of a normalization say nothing about the grid
+    grid = {}
+    for name, value in layer.named_buffers():
+        if value.is_floating_point() and "running" not in name:
+            grid[name] = value
     grid |= {name: value for name, value in parameters.items() if name in fixed}
 
     reason = ""

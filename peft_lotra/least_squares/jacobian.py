@@ -142,6 +142,7 @@ def row_gradients(
     if not outputs or not values.requires_grad or m > MOST_COLUMNS:
         return None
 
+    # one backward pass for each residual of a row; parameters outside of the recorded layers must have no part in it
     tensors = [parameter for parameter in parameters if parameter.dim()]
     scalars = [parameter for parameter in parameters if not parameter.dim()]
     output_gradients = []

@@ -216,6 +216,7 @@ class LevenbergMarquardt:
             damping *= growth
             growth *= 2
 
+        # the damping that the next step tries
         damping *= damping_factor(candidate.agreement, raised=attempts > 1)
         smallest = SMALLEST_WITH_PAST if former.counts else SMALLEST_DAMPING
         self.damping = min(max(damping, smallest), LARGEST_DAMPING)

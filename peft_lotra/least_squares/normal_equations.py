@@ -54,6 +54,7 @@ class LinearModel:
         self.gradient = torch.zeros_like(problem.start)
         self._accumulate()
 
+        # S is the diagonal of J^T J
         if self.in_residual_space:
             squares = self.jacobian.norm(dim=0).square()
         else:
