@@ -429,6 +429,7 @@ class AdapterBank:
         if self._replaced or any("lotra_bank" in vars(module) for module in network.modules()):
             raise ValueError("The bank, or another bank of the model, is attached: call its `detach()` first.")
         self._replaced = [(module, "training", module.training) for module in network.modules()]
+
         bank_layers: dict[Any, LoTRALayer] = {}
         for name, name_in_model in names.items():
             layer = network.get_submodule(name_in_model)
@@ -444,10 +445,12 @@ class AdapterBank:
                 bank_layer.training = layer.training
                 bank_layers[layer] = bank_layer
             vars(bank_layer).update(lotra_bank=self, lotra_bank_name=name)
+
         for parent, name, child in places(network):
             if child in bank_layers:
                 self._replaced.append((parent, name, child))
                 parent._modules[name] = bank_layers[child]
+
         served = BankModel(network, self)
         self._replaced.append((served, "is_attached", False))
         return served

@@ -76,10 +76,12 @@ def run_in_bank(
             f"Adapters are merged into `{layer.lotra_name}`, to which the bank would add its own. Call "
             "`unmerge_adapter()` first."
         )
+
     if name not in current.updates:
         return layer._run((), None, args, kwargs)
     if not is_traced:
         layer.check_grid(args)
+
     updates = current.updates[name]
     packed, groups, form = updates
 

@@ -86,9 +86,11 @@ def read_adapter(
         targets = _match_state_dict(adapter, config, base)
     else:
         raise TypeError(f"it must be a PeftModel, a folder, a state dict or a LoTRAConfig, not a {type(adapter)}.")
+
     for name in targets:
         components = read_components(tensors, f"{PREFIX}{name}.")
         updates[name] = Update(config.alpha_of(name), components)
+
     if config.modules_to_save:
         raise ValueError("it saves modules, which a bank does not hold.")
     if not updates:

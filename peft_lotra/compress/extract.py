@@ -124,10 +124,12 @@ def extract_lotra(
     else:
         tuned = unwrap(tuned)
     modules_to_save, not_saved = _find_other_changes(base, tuned)
+
     updates = coefficient_updates(base, tuned, scaled=inputs is not None)
     updates = {name: update for name, update in updates.items() if update.tensor.any()}
     if not updates:
         raise ValueError("The KAN layers have the same coefficients in both models: there is nothing to extract.")
+
     tensors = {name: update.tensor for name, update in updates.items()}
     weights = {} if inputs is None else gather_weights(tuned, tensors, inputs)
     if energy is None and budget is None:
@@ -142,6 +144,7 @@ def extract_lotra(
     model = _attach(base, tuned, components, modules_to_save, adapter_name)
     parameters = sum(tensor.numel() for tensor in components.values())
     ranks = {name: tensor.ranks for name, tensor in components.items()}
+
     report = ExtractionReport({}, ranks, parameters, modules_to_save, not_saved)
     with torch.no_grad():
         for name, layer in lotra_layers(base):
@@ -156,6 +159,7 @@ def extract_lotra(
                 energy_of_error = relative_energy(outputs(error), outputs(update))
                 report.output_errors[name] = energy_of_error.sqrt().item()
     model.__dict__["extraction_report"] = report
+
     if not_saved:
         warnings.warn(
             f"The fine-tuning also changed {', '.join(not_saved)}, which a LoTRA adapter cannot hold: the adapted "

@@ -128,12 +128,14 @@ def slim(
     if not inplace:
         model = _copy(model)
     compression = _Compression(model, inputs)
+
     if ranks is not None:
         chosen = compression.named_ranks(ranks)
     elif energy is not None and inputs is not None:
         chosen = compression.ranks_for(energy)
     else:
         chosen = choose_ranks(compression.spectra, energy, budget)
+
     layers, report = compression.compress(chosen)
     grown = [name for name in report.dense if name in chosen]
     if grown:
@@ -143,6 +145,7 @@ def slim(
         warnings.warn(
             f"Left dense, since their factors would take more parameters: {', '.join(grown)}.{hint}", stacklevel=2
         )
+
     small = _exchange(compression.model, layers)
     small.__dict__["slim_report"] = report
     if not isinstance(small, (SlimKANLinear, SlimLayer)):  # they have the method
@@ -210,11 +213,13 @@ class _Compression:
                 tensor = tensor * scale
             self.layers[name] = layer
             self.tensors[name] = tensor.detach()
+
         if not self.layers:
             raise ValueError(
                 "No KAN layer that could be compressed was found in the model. The known kinds of layers are "
                 f"{', '.join(known_kinds())}; describe another one with `peft_lotra.register_kan_layer`."
             )
+
         self.weights = {}
         if inputs is not None:
             self.weights = gather_weights(model, self.tensors, inputs)
@@ -275,12 +280,14 @@ class _Compression:
             slim_layers[layer] = slim_layer
             tensor = self.tensors[name]
             size += components.numel() - tensor.numel()
+
             stored = slim_layer.components.map(Tensor.double).dense()
             report.ranks[name] = ranks[name]
             report.errors[name] = relative_energy(tensor - stored, tensor).sqrt().item()
             if name in self.weights:
                 outputs = self.weights[name].outputs
                 report.output_errors[name] = _relative_error(outputs(tensor), outputs(stored))
+
         report.parameters = dense_size, size
         if self.inputs is not None:
             model = _exchange(self.model, slim_layers)

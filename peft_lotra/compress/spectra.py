@@ -206,6 +206,7 @@ def _allocate(layers: Mapping[str, LayerSpectrum], budget: int) -> LayerRanks:
     left = budget - least
     if not left >= 0:  # or NaN
         raise ValueError(f"`budget` is {budget}, but ranks of 1 in {len(layers)} layers take {least} parameters.")
+
     while True:
         best_rate = 0.0
         best_name = ""

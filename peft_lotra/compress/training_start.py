@@ -109,6 +109,7 @@ def start_from_training(
             if scale is not None:
                 tensor = scale * tensor
             updates[name] = CoefficientUpdate(tensor, scale)
+
     ranks = {name: tensor.ranks for name, tensor in components.items()}
     if config.budget is not None:
         tensors = {name: update.tensor for name, update in updates.items()}
@@ -126,6 +127,7 @@ def start_from_training(
                 f"`train={config.train}` leaves nothing to train in `{name}`, which gets the ranks "
                 f"{form_text(tensor.form)}. Train the core too, or pass another budget."
             )
+
     config.init_weights = "training"
     pattern = {}
     for name, layer in layers.items():

@@ -59,6 +59,7 @@ def coefficient_updates(
             )
     if not layers:
         raise ValueError("No KAN layer was found in the models, see `find_kan_layers` and `register_kan_layer`.")
+
     updates = {}
     for name, *_ in layers:
         coefficients, scale = read_coefficients(name, base.get_submodule(name))

@@ -75,6 +75,7 @@ class AdapterContents(Report):
             if COMPONENTS[0] not in components:
                 rows.append(AdapterRow(name, "saved copy", parameters=parameters))
                 continue
+
             patterns = config["alpha_pattern"]
             key = get_pattern_key(list(patterns), name)
             alpha = float(patterns.get(key, config["alpha"]))
@@ -84,6 +85,7 @@ class AdapterContents(Report):
             # once the factors are orthonormal, the norm of the core is the norm of the whole tensor
             norm = abs(alpha) * update.orthogonal().core.norm().item()
             rows.append(AdapterRow(name, kind, update.shape, update.form, alpha, norm, parameters))
+
         rows.sort(key=lambda row: (row.ranks is None, natural_order(row.name)))  # saved copies come last
         dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
         return cls(

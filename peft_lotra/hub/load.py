@@ -84,6 +84,7 @@ def load_adapters(
         raise ValueError("The base has adapters. Take them out by `model.unload()`, or build the base again.")
     if isinstance(names, str):
         names = [names]
+
     folders = _find_folders(source, names, revision, token)
     lotra_name = _find_lotra_adapter(source, folders)
     if names is None:

@@ -52,6 +52,7 @@ def component_multipliers(
         return policy
     if policy == "uniform":
         return {}
+
     multipliers = {side: _width_multiplier(width) for side, width in widths.items()}
     if ranks and ranks[0] == widths["factor_out"]:
         # without factor_out, the core is the component that starts at zero
@@ -105,6 +106,7 @@ def _trained_components(
             multipliers = component_multipliers(policy, widths, ranks, start == "gradient")
             if start == "training" and policy == "width":
                 multipliers = parameters.map(_root_mean_square)._asdict()
+
             for component, parameter in parameters._asdict().items():
                 if not parameter.requires_grad:
                     continue
@@ -190,6 +192,7 @@ def create_lotra_optimizer(
     bases = {cls.__name__ for cls in getattr(optimizer_cls, "__mro__", ())}
     if policy == "width" and bases & {"SGD", "ASGD"}:
         policy = "uniform"
+
     groups = {}
     components = set()
     for name, multiplier, parameter in _trained_components(model, policy):
@@ -197,12 +200,14 @@ def create_lotra_optimizer(
         group = groups.setdefault((name, multiplier), empty)
         group["params"].append(parameter)
         components.add(parameter)
+
     if not groups:
         raise ValueError(
             f"No component of a LoTRA or Slim layer of the {type(model).__name__} requires a gradient. Adapt it by "
             "`get_peft_model(model, LoTRAConfig(...))`, load the adapter with `is_trainable=True`, or activate it by "
             "`model.set_adapter(name)`."
         )
+
     other_parameters = [p for p in model.parameters() if p.requires_grad and p not in components]
     if other_parameters:
         groups["other", 1.0] = {"name": "other", "params": other_parameters, "lr": other_lr}

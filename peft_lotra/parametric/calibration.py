@@ -113,6 +113,7 @@ def minimize(
     position = torch.from_numpy(solution.x - SHIFT)
     residuals = torch.from_numpy(least)
     slopes = torch.from_numpy(unit * solution.jac)
+
     (point,) = space.points_at(position.unsqueeze(0))
     noise = residuals.norm().item() / math.sqrt(len(residuals) - dim)
     _, values, directions = torch.linalg.svd(slopes, full_matrices=False)
@@ -130,6 +131,7 @@ def minimize(
             f"inside, {text_of(point)}, is at their end, or does not explain the data. Fit members farther out, or "
             "check the data and the equation."
         )
+
     # the derivative of the parameter in the position
     scale = space.extent * torch.where(space.log, position.new_tensor(point), 1.0)
     if not values[-1] > max(SINGULAR * values[0], noise / FLAT):

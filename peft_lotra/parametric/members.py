@@ -105,6 +105,7 @@ class Problem:
         model = copy.deepcopy(model)  # other threads fit other members
         write(model, start)
         predicted = self.indicator(model, parameter)
+
         if self.train is None:
             for point in path:
                 held_out = self.held_terms(model, point).values()
@@ -114,6 +115,7 @@ class Problem:
             coordinates = trainable_parameters(trained)
             self.train(trained, argument(parameter))
             write(model, read(coordinates))
+
         vector = read(trainable_parameters(model))
         indicator = self.indicator(model, parameter)
         has_indicator = self.terms_of is not None or self.loss_of is not None

@@ -185,6 +185,7 @@ def measure_change(functions: Tensor, change: Tensor, squares: Tensor | None = N
     if squares is None:
         squares = functions.new_zeros(rows, 1)
     weights = squares.T.contiguous()  # (out, rows)
+
     effects = []
     variances = []
     # all edges at once would not fit into the cache

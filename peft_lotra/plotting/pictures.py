@@ -119,10 +119,12 @@ def plot_edge_functions(
     width = target.tensor.shape[1]
     if inputs is not None and len(inputs) != width:
         raise ValueError(f"`inputs` has {len(inputs)} names, but `{layer_name}` has {width} inputs.")
+
     z = None
     if x is not None:
         samples = sample_layers(model, {layer_name: module}, x, torch.square, probes=0)
         z = samples[layer_name].inputs
+
     points = _spread_points(target, z)
     coefficients, change = edge_coefficients(layer_name, module)
     curves = edge_values(target, coefficients, points).double()
@@ -366,9 +368,11 @@ def plot_history(history: Sequence[LevenbergMarquardtStep], names: Sequence[str]
         for index, losses in enumerate(terms):
             name = names[index] if names else f"term {index}"
             left.plot(steps, losses, styles[index % 3], label=name)
+
     held_out = [step.held_loss for step in history]
     if not all(map(math.isnan, held_out)):
         left.plot(steps, held_out, color="tab:red", marker=".", label="held out")
+
     left.set(title="The loss", xlabel="step", ylabel="weighted mean square", yscale="log")
     left.legend(fontsize=8)
     right.plot(steps, [step.damping for step in history], color="0.4")

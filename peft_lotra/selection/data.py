@@ -76,6 +76,7 @@ def assign_folds(
     """
     count = len(y)
     classes = y.tolist() if are_classes else [0] * count
+
     order = torch.randperm(count).tolist()
     fold = torch.full((count,), -1)
     if blocked:
@@ -91,6 +92,7 @@ def assign_folds(
         rows = [row for row in order if frequency[classes[row]] > 1]
         rows.sort(key=classes.__getitem__)
         fold[rows] = torch.arange(len(rows)) % folds  # each class is spread over the folds
+
     for number in range(folds):
         training = (fold != number).nonzero().flatten().tolist()
         if len(training) in (0, count):

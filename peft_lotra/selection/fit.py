@@ -150,6 +150,7 @@ def fit_adapter(
         x, y = (tensor.to(device) for tensor in rows)
         torch.manual_seed(seed)  # a loader draws numbers too
         network, output, are_classes = _copy_checked(original, x[:CHUNK], y[:CHUNK], loss)
+
         smallest = adapt(deepcopy(network), r=1, storage=storage)
         layers = [layer for _, layer in lotra_layers(smallest)]
         coefficients = sum(layer.get_base_weight().numel() for layer in layers)
@@ -163,6 +164,7 @@ def fit_adapter(
                 budget, limit = share, "`max_bytes`"
         if groups is not None:
             groups = groups.tolist() if isinstance(groups, Tensor) else list(groups)
+
         is_large = coefficients > _MANY_COEFFICIENTS or len(x) > _MANY_ROWS
         if is_large:
             folds = min(10, len(x) // 2)
@@ -170,6 +172,7 @@ def fit_adapter(
                 folds = min(folds, len(set(groups)))
         is_single = blocked or is_large or len(x) >= _FEW_ROWS
         repeats = 1 if is_single else _REPEATS
+
         fold = assign_folds_repeatedly(y, folds, groups, blocked, are_classes, repeats)
         if is_large:
             fold = torch.where(fold == folds - 1, 0, -1)
@@ -178,6 +181,7 @@ def fit_adapter(
         has_weights = are_classes and output.dim() == 2 and y.min() >= 0
         weights = weigh_rows(loss, y, output) if has_weights else None
         task = Task(x, y, loss, fold, are_classes, steps, bar, weights)
+
         forms = choose_forms(network, task, budget)
         references = make_references(network, task)
         bar.total = steps * (len(references) + len(forms) + 1)
@@ -198,6 +202,7 @@ def fit_adapter(
             best = usual
         fits["adapter"] = adapters[best]
         rate, values_of_folds, _ = adapters[best]
+
         config: dict[str, Any] = {"r": 1}
         values = {}
         if best in forms:
@@ -209,6 +214,7 @@ def fit_adapter(
         bank = None
         if ensemble and best in forms:
             bank = _make_bank(network, values_of_folds, folds)
+
         # the base changes from here
         model = adapt(original, storage=storage, **config)
         for name, value in values.items():
@@ -222,6 +228,7 @@ def fit_adapter(
         sizes = {name: stored_size(start) for name, start in references.items()}
         sizes["base"] = Size(0, 0)
         sizes["adapter"] = file_size(model)
+
     notes = []
     if are_classes:
         notes.append("losses after the outputs of each model are divided by its best temperature")
@@ -229,6 +236,7 @@ def fit_adapter(
         notes.append("the gradient of the loss is zero at the base: no adapter was trained")
     elif FULL_MATRICES not in forms:
         notes.append(f"{FULL_MATRICES} exceed {limit}: {best} was taken instead")
+
     losses = {name: fit.losses for name, fit in fits.items()}
     advice, reason, scores, errors = advise(losses, sizes, max_bytes or math.inf)
     return AdapterFit(

@@ -111,6 +111,7 @@ def check_base(config: LoTRAConfig, targets: Targets, model: nn.Module) -> None:
                 f"The adapter is for another base: it was saved with the layer {recorded_kind} at `{name}`, and this "
                 f"model has {kind}."
             )
+
         if choice == "ignore":
             continue
         dtype = target.tensor.get_parameter(target.layer).dtype

@@ -113,11 +113,13 @@ def check_kan_layer(layer: nn.Module, x: Tensor | tuple[Any, ...] | None = None)
         layer, spec, tensor = target
         description = compare(layer, spec, *args)
         fast_path = _fast_path(target)
+
     roles = _roles(target)
     sizes = {name: parameter.numel() for name, parameter in layer.named_parameters()}
     used = None
     if description.used is not None:
         used = {name: description.used.get(name, False) for name in roles}
+
     adapted = 0
     total = 0
     for name, role in roles.items():
@@ -127,6 +129,7 @@ def check_kan_layer(layer: nn.Module, x: Tensor | tuple[Any, ...] | None = None)
             total += sizes[name]
         elif is_used and role not in ("grid", "constant"):
             total += sizes[name]
+
     return KANLayerReport(
         kind=spec.kind,
         shape=tensor.shape,

@@ -274,6 +274,7 @@ class LoTRAConfig(PeftConfig):
             return
         shapes = [self.adapted_shape(target.tensor) for target in targets.values()]
         total = sum(map(prod, shapes))
+
         smallest = total
         for r in _ranks_by_size(shapes):
             self.r = r

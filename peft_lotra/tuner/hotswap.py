@@ -69,14 +69,17 @@ def hotswap_adapter(
     check_known([adapter_name], tuner.peft_config)
     if target_rank is not None:
         target_rank = check_count(target_rank, "target_rank")
+
     old = tuner.peft_config[adapter_name]
     new = LoTRAConfig.from_pretrained(model_name_or_path, **kwargs)
     if not isinstance(new, LoTRAConfig):
         raise ValueError(f"The adapter at {model_name_or_path} is of the type {new.peft_type}, not LOTRA.")
+
     base = unwrap(model)
     layers = dict(lotra_layers(base, adapter_name))
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"The adapter {adapter_name!r} is merged: call `model.unmerge_adapter()` first.")
+
     targets = find_targets(new, base) if new.base_layers else {}
     are_modules_equal = set(new.modules_to_save or ()) == set(old.modules_to_save or ())
     if targets.keys() != layers.keys() or not are_modules_equal:
@@ -91,6 +94,7 @@ def hotswap_adapter(
         components = read_components(tensors, f"{PREFIX}{name}.")
         ratio = new.alpha_of(name) / layer.lotra_alpha[adapter_name]
         replacements[name] = _fit_to(layer.get_components(adapter_name), components, ratio, target_rank, name)
+
     saved = []
     # shares the memory of the parameters; another thread may add adapters while it is made
     state = model.state_dict() if new.modules_to_save else {}

@@ -119,6 +119,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             _base_type=type(base_layer),
             _has_seen_inputs=False,
         )
+
         for component in self.adapter_layer_names:
             self._modules[component] = nn.ParameterDict()
         self.remember_grid()

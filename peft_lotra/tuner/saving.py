@@ -255,6 +255,7 @@ def write_updates(
     adapt_residual = False
     for name, update in updates.items():
         adapt_residual |= update.tensor.shape[2] > record[name]["shape"][2]
+
     tensors = {}
     rank_pattern = {}
     for name, update in updates.items():
@@ -263,6 +264,7 @@ def write_updates(
         rank_pattern[pattern_key(name)] = components.form
         for component, value in components._asdict().items():
             tensors[f"{PREFIX}{name}.lotra_{component}"] = value.cpu().contiguous()
+
     dtype = next(iter(tensors.values())).dtype
     storage = {torch.float16: "float16", torch.bfloat16: "bfloat16"}.get(dtype)
     config = LoTRAConfig(
@@ -275,6 +277,7 @@ def write_updates(
         base_layers={name: record[name] for name in updates},
         inference_mode=True,
     )
+
     path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
     save_file(tensors, path, metadata={"format": "pt"})
     config.save_pretrained(folder)

@@ -68,6 +68,7 @@ class ModelSummary(Report, list[LayerSummary]):
                 row += [line.adapter, form_text(line.ranks), f"{line.trainable:,} / {line.parameters:,}"]
                 row += [f"{line.kilobytes:.1f}", f"{line.scale:g}", ", ".join(states) or "inactive"]
             rows.append(row)
+
         share = self.trainable_parameters / max(self.all_parameters, 1)
         adapters_kilobytes = sum(line.kilobytes for line in self)
         notes = [

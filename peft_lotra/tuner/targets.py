@@ -90,6 +90,7 @@ def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> Targets:
     for name, layer, spec in walk_kan_layers(model):
         layers[name] = layer
         specs[name] = spec
+
     if "" in layers:
         raise ValueError(
             f"The model is itself a KAN layer ({type(model).__name__}), and PEFT adapts layers inside a model. Wrap "
@@ -103,6 +104,7 @@ def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> Targets:
         names = [name for name in layers if _has_index(name, indices)]
     if not names:
         raise ValueError(f"None of the KAN layers {list(layers)} has an index in `layers_to_transform`={indices}.")
+
     chosen = copy(config)
     chosen.target_modules = set(names)
     targets = {}
@@ -155,6 +157,7 @@ def _find_recorded(recorded: Mapping[str, Record], model: nn.Module) -> Targets:
     modules = dict(model.named_modules(remove_duplicate=False))
     names = {name: name for name in recorded if name in modules}
     absent = sorted(recorded.keys() - names.keys(), key=natural_order)  # a file sorts its entries as strings
+
     free = {}
     for name, layer, spec in walk_kan_layers(model) if absent else ():
         if name not in recorded:
@@ -174,6 +177,7 @@ def _find_recorded(recorded: Mapping[str, Record], model: nn.Module) -> Targets:
             if f".{candidate}".endswith(f".{name}") or name.endswith(f".{candidate}"):
                 names[name] = candidate
         del free[names[name]]
+
     renamed = [f"`{name}` as `{names[name]}`" for name in absent if bare_name(names[name]) != name]
     if renamed:
         warnings.warn(

@@ -81,8 +81,10 @@ def add_weighted_adapter(
             scale = weight * layer.lotra_scaling[adapter]
             tensors.append(components._replace(core=scale * components.core))
             shares.append(weight)
+
         if not tensors:
             continue
+
         basis = max(tensor.shape[2] for tensor in tensors)  # without or with a residual slice
         tensors = [tensor.padded(basis) for tensor in tensors]
         dense = [tensor.dense() for tensor in tensors]
@@ -90,6 +92,7 @@ def add_weighted_adapter(
         if combination_type == "linear":
             totals[name] = _average(name, tensors, shares)
             continue
+
         total = direct_sum(tensors).orthogonal()
         if combination_type == "svd":
             modes = zip(*(tensor.ranks for tensor in tensors), strict=True)
@@ -109,6 +112,7 @@ def add_weighted_adapter(
             train = None
     rank_pattern = {pattern_key(name): total.form for name, total in totals.items()}
     adapt_residual = any(configs[adapter].adapt_residual for adapter in adapters)
+
     configs[adapter_name] = LoTRAConfig(
         task_type=first.task_type,
         base_model_name_or_path=first.base_model_name_or_path,
