@@ -28,7 +28,9 @@ Adapter = nn.Module | str | os.PathLike | Mapping[str, Tensor] | LoTRAConfig
 
 
 def match_layers(
-    record: Mapping[str, Any], base: nn.Module, check_base: str | None
+    record: Mapping[str, Any],
+    base: nn.Module,
+    check_base: str | None,
 ) -> tuple[dict[str, Target], dict[str, str]]:
     """Return the recorded layers of a base by their names there, and these names by the recorded ones.
 

@@ -179,7 +179,9 @@ def ranks_by_layer(
 
 
 def choose_ranks(
-    layers: Mapping[str, LayerSpectrum], energy: float | None = None, budget: int | None = None
+    layers: Mapping[str, LayerSpectrum],
+    energy: float | None = None,
+    budget: int | None = None,
 ) -> LayerRanks:
     """Return the ranks of each layer for an energy or for a budget."""
     if energy is None:

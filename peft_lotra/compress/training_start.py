@@ -149,7 +149,11 @@ def start_from_training(
     warn_of_optimizers(layers, adapter)
 
 
-def _check_replaceable(model: nn.Module, components: Mapping[str, Tucker], config: LoTRAConfig) -> None:
+def _check_replaceable(
+    model: nn.Module,
+    components: Mapping[str, Tucker],
+    config: LoTRAConfig,
+) -> None:
     """Raise a ValueError for models wrapped for training in parallel, or components that an optimizer holds."""
     for module in model.modules():
         wrappers = WRAPPERS & {cls.__name__ for cls in type(module).__mro__}

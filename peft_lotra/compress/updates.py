@@ -106,7 +106,9 @@ def edge_scales(target: Target, coefficients: Tensor) -> Tensor | None:
 
 
 def error_table(
-    errors: Mapping[str, float], ranks: LayerRanks, output_errors: Mapping[str, float]
+    errors: Mapping[str, float],
+    ranks: LayerRanks,
+    output_errors: Mapping[str, float],
 ) -> tuple[list[str], list[list[str]]]:
     """Return the columns and rows of a report by layer: ranks, error, and error of the outputs if it is known."""
     rows = []

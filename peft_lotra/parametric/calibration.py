@@ -53,7 +53,9 @@ class Calibration:
 
 
 def minimize(
-    space: MemberSpace, residuals_at: Callable[[Point, np.ndarray], Any], ignore_missing: bool
+    space: MemberSpace,
+    residuals_at: Callable[[Point, np.ndarray], Any],
+    ignore_missing: bool,
 ) -> tuple[Point, np.ndarray, float]:
     """Find the parameter in the range of the members with the least sum of squared residuals.
 

@@ -169,7 +169,11 @@ def edge_coefficients(name: str, module: nn.Module) -> tuple[Tensor, Tensor]:
     return base, change
 
 
-def measure_change(functions: Tensor, change: Tensor, squares: Tensor | None = None) -> LayerChange:
+def measure_change(
+    functions: Tensor,
+    change: Tensor,
+    squares: Tensor | None = None,
+) -> LayerChange:
     """Compute the effects of a change (out, in, basis) of the coefficients.
 
     Args:

@@ -254,7 +254,11 @@ def fit_adapter(
     )
 
 
-def _make_bank(network: nn.Module, values: Mapping[str, Tensor], folds: int) -> AdapterBank:
+def _make_bank(
+    network: nn.Module,
+    values: Mapping[str, Tensor],
+    folds: int,
+) -> AdapterBank:
     """Return a bank of the adapters of the first folds, given the components (folds, ...) of all."""
     bank = AdapterBank(network)
     for number in range(folds):
@@ -311,7 +315,11 @@ def _copy_checked(
     return network, outputs[:1].detach(), bool(is_invariant and are_integers and y.max() < width)
 
 
-def _limit_parameters(max_bytes: int, smallest: PeftModel, layers: Sequence[LoTRALayer]) -> int:
+def _limit_parameters(
+    max_bytes: int,
+    smallest: PeftModel,
+    layers: Sequence[LoTRALayer],
+) -> int:
     """Return how many parameters an adapter may have in a file, given the smallest adapter."""
     size = file_size(smallest)
     needed = size.bytes + _HEADER_ROOM * len(layers)

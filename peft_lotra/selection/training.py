@@ -75,7 +75,11 @@ def mapped(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run_all
 
 
-def weigh_rows(loss: Callable[[Any, Tensor], Tensor], y: Tensor, output: Tensor) -> Tensor:
+def weigh_rows(
+    loss: Callable[[Any, Tensor], Tensor],
+    y: Tensor,
+    output: Tensor,
+) -> Tensor:
     """Return the weights (rows,) of classes in the mean that a loss computes, all 1 if it has none.
 
     Let a and b be the losses of two rows with the weights v and w. The loss of both is (v a + w b) / (v + w).
@@ -145,7 +149,12 @@ class Task(NamedTuple):
             rows.append(is_trained.nonzero().flatten())
         return rows
 
-    def train(self, start: Start, rates: Sequence[float], rows: Sequence[Tensor]) -> Tensors:
+    def train(
+        self,
+        start: Start,
+        rates: Sequence[float],
+        rows: Sequence[Tensor],
+    ) -> Tensors:
         """Train by Adam on batches of the rows of each fold, at rates that fall to zero along a cosine.
 
         Returns:

@@ -386,7 +386,11 @@ def _select_samples(rows: Tensor, size: int, index: Tensor) -> Tensor:
     return samples[index.to(rows.device)].flatten(0, 1)
 
 
-def find_row_evaluation(layer: Any, args: tuple, kwargs: dict) -> Callable[[RowUpdates], Tensor] | None:
+def find_row_evaluation(
+    layer: Any,
+    args: tuple,
+    kwargs: dict,
+) -> Callable[[RowUpdates], Tensor] | None:
     """Return the function of the updates that evaluates a call of a `LoTRALayer` for all rows at once.
 
     It is None unless the layer has a formula or is a Slim layer.
@@ -457,7 +461,11 @@ def _product(
     return y if formula.bias is None else y + formula.bias
 
 
-def _updates_by_name(layer: Any, names: Sequence[str], current: ForwardPass) -> RowUpdates | None:
+def _updates_by_name(
+    layer: Any,
+    names: Sequence[str],
+    current: ForwardPass,
+) -> RowUpdates | None:
     """Return the updates of the rows of a `LoTRALayer`; None if all have the same, or none."""
     distinct, groups = _group_names(tuple(names))
     if len(distinct) == 1:

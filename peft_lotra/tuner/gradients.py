@@ -29,7 +29,11 @@ DENSE = "dense update"  # the name of an adapter that layers have while a start 
 OPTIMIZERS: WeakSet[Optimizer] = WeakSet()
 
 
-def start_from_gradient(model: nn.Module, loss: Callable[..., Tensor], batches: Iterable[Any] | None = None) -> None:
+def start_from_gradient(
+    model: nn.Module,
+    loss: Callable[..., Tensor],
+    batches: Iterable[Any] | None = None,
+) -> None:
     """Initialize the active adapter with the directions that full fine-tuning would take first.
 
     Let G be the gradient of the loss with respect to the coefficients of a layer. factor_in, factor_basis and core
@@ -141,7 +145,9 @@ def _find_configs(network: nn.Module, adapter: str) -> Iterator[dict[str, LoTRAC
 
 @contextmanager
 def dense_updates(
-    model: nn.Module, layers: Mapping[str, LoTRALayer], config: LoTRAConfig
+    model: nn.Module,
+    layers: Mapping[str, LoTRALayer],
+    config: LoTRAConfig,
 ) -> Iterator[dict[str, nn.Parameter]]:
     """Make dense updates, initialized to zero, the only active adapters and the only trained parameters.
 

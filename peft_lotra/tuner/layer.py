@@ -423,7 +423,12 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             return formula._replace(updates=tuple(updates)).output(*args)
         return self._call_base(updates, args, kwargs)
 
-    def _find_formula(self, updates: Sequence[Update], args: tuple, kwargs: dict) -> LayerFormula | None:
+    def _find_formula(
+        self,
+        updates: Sequence[Update],
+        args: tuple,
+        kwargs: dict,
+    ) -> LayerFormula | None:
         """Return the formula of the base layer, without the updates; None if it cannot evaluate this call."""
         base_layer = self._modules["base_layer"]
         stored = self.lotra_tensor.get_parameter(base_layer)
@@ -556,7 +561,10 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         return Target(self._modules["base_layer"], self.lotra_spec, self.lotra_tensor)
 
     def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+        self,
+        merge: bool,
+        safe_merge: bool,
+        adapter_names: list[str] | None,
     ) -> nn.Module:
         """Return the base layer, merged if asked, with the trained copies of the modules inside it."""
         if merge:

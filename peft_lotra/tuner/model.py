@@ -168,7 +168,13 @@ class LoTRAModel(BaseTuner):
             target.remember_grid()  # it may have moved while there was no adapter
         target.update_layer(adapter_name, peft_config)
 
-    def _replace_module(self, parent: Any, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+    def _replace_module(
+        self,
+        parent: Any,
+        child_name: str,
+        new_module: nn.Module,
+        child: nn.Module,
+    ) -> None:
         # a shared layer has several parents, and PEFT passes one
         locations = self._locations or _find_locations(self.model)
         for module, name in locations.get(child, []):
@@ -197,7 +203,12 @@ class LoTRAModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: Any, config: Any, adapter_name: str, state_dict: Tensors, unwanted_adapter_names: Any
+        cls,
+        model: Any,
+        config: Any,
+        adapter_name: str,
+        state_dict: Tensors,
+        unwanted_adapter_names: Any,
     ) -> Tensors:
         # by their ends, since PEFT does not find the names of layers that FSDP has wrapped
         endings = tuple(f".{component}.{adapter_name}" for component in COMPONENTS)
@@ -233,7 +244,11 @@ class LoTRAModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Tensors
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: Tensors,
     ) -> Tensors:
         # PEFT reads the file again, and passes state dicts of users too
         check_state_dict(state_dict)
@@ -291,7 +306,12 @@ class LoTRAModel(BaseTuner):
                 stack.callback(handle.remove)
             yield
 
-    def _check_adapter_names(self, names: Any, args: tuple, kwargs: dict) -> tuple[str, ...]:
+    def _check_adapter_names(
+        self,
+        names: Any,
+        args: tuple,
+        kwargs: dict,
+    ) -> tuple[str, ...]:
         """Return the adapter of each sample; raise a ValueError if the inputs or the model do not take them."""
         names = check_names(names)
         if self.training:
@@ -368,7 +388,12 @@ def _find_locations(model: nn.Module) -> Locations:
     return locations
 
 
-def _record_save(config: LoTRAConfig, base: nn.Module, adapter_name: str, saved: Iterable[str]) -> None:
+def _record_save(
+    config: LoTRAConfig,
+    base: nn.Module,
+    adapter_name: str,
+    saved: Iterable[str],
+) -> None:
     """Let the configuration, which PEFT writes after the tensors, record the base and the adapters of this save.
 
     Raises:
@@ -412,7 +437,12 @@ def _check_adapter_name(name: Any, config: LoTRAConfig, model: nn.Module) -> Non
             )
 
 
-def read_checked(config: LoTRAConfig, model: nn.Module, targets: Targets, is_strict: bool = False) -> Tensors:
+def read_checked(
+    config: LoTRAConfig,
+    model: nn.Module,
+    targets: Targets,
+    is_strict: bool = False,
+) -> Tensors:
     """Compare an adapter from a file, its base and its tensors, with a model.
 
     The layers of the file are paired with those of the model. The patterns in `config` are renamed accordingly, since

@@ -48,7 +48,11 @@ class RefitReport(Report):
         return TextTable(["", "", ">"], rows, notes)
 
 
-def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], Any] | None = None) -> RefitReport:
+def refit_adapters(
+    model: nn.Module,
+    inputs: Any,
+    move: Callable[[nn.Module], Any] | None = None,
+) -> RefitReport:
     """Express the adapters of all layers whose grid has moved in the new bases.
 
     Methods that move the grid of an adapted layer raise. Move the grids of the base layers and refit, or pass the

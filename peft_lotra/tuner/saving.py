@@ -31,7 +31,11 @@ from .layer import Targets, Tensors
 from .targets import exact_targets
 
 
-def read_tensors(source: Source, sha256: str | None = None, is_strict: bool = False) -> Tensors:
+def read_tensors(
+    source: Source,
+    sha256: str | None = None,
+    is_strict: bool = False,
+) -> Tensors:
     """Return the tensors of a saved adapter by name; warn, or raise, if their SHA-256 differs from the one given.
 
     Raises:
@@ -59,7 +63,12 @@ def read_tensors(source: Source, sha256: str | None = None, is_strict: bool = Fa
     return tensors
 
 
-def check_tensors(tensors: Mapping[str, Tensor], config: LoTRAConfig, model: nn.Module, targets: Targets) -> None:
+def check_tensors(
+    tensors: Mapping[str, Tensor],
+    config: LoTRAConfig,
+    model: nn.Module,
+    targets: Targets,
+) -> None:
     """Compare the tensors of a file with those that an adapter of this configuration has in this model.
 
     Raises:
@@ -90,7 +99,11 @@ def check_tensors(tensors: Mapping[str, Tensor], config: LoTRAConfig, model: nn.
     raise_if_any(f"The file{location} does not hold an adapter of this model", errors)
 
 
-def saved_tensors(config: LoTRAConfig, model: nn.Module, targets: Iterable[str]) -> Iterator[tuple[str, str, Tensor]]:
+def saved_tensors(
+    config: LoTRAConfig,
+    model: nn.Module,
+    targets: Iterable[str],
+) -> Iterator[tuple[str, str, Tensor]]:
     """Yield the tensors of `modules_to_save`: the module's name in a file, the tensor's name in it, the tensor.
 
     A module inside a target gets `base_layer` in its name.
@@ -240,7 +253,11 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> 
 
 
 def write_updates(
-    folder: str, updates: dict[str, Update], start: bool | str, record: dict[str, Any], base: nn.Module
+    folder: str,
+    updates: dict[str, Update],
+    start: bool | str,
+    record: dict[str, Any],
+    base: nn.Module,
 ) -> None:
     """Write an adapter into a folder like `PeftModel.save_pretrained`; the cores include `alpha`.
 
