@@ -19,6 +19,7 @@ from torch._functorch.eager_transforms import enable_inplace_requires_grad
 
 from ..derivatives.torch_fallback import ExactNorms
 from ..modules.calls import call_with_parameters
+from ..modules.checks import as_number
 from .jacobian import row_gradients
 from .shards import Shards
 
@@ -108,12 +109,12 @@ def check_terms(terms: Iterable[Any]) -> list[Term]:
     """
     checked = []
     for index, term in enumerate(terms):
-        function, rows, weight, *_ = (*term, 1.0)
+        function, rows, weight, *rest = (*term, 1.0)
         if not isinstance(rows, Sequence):
             rows = (rows,)
         lengths = [len(row) if isinstance(row, Tensor) and row.dim() else None for row in rows]
         has_rows = len(set(lengths)) == 1 and None not in lengths
-        if not (callable(function) and has_rows and weight > 0):
+        if not (callable(function) and has_rows and as_number(weight) > 0 and len(rest) < 2):
             raise ValueError(
                 f"A residual term must be (function, rows) or (function, rows, weight), with tensors of one length as "
                 f"rows and a weight above 0. But {name_term(index, function)} has rows of lengths {lengths} and the "
@@ -165,9 +166,16 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def check_trainable(model: nn.Module) -> None:
     """Raise a `ValueError` unless the model can be trained."""
-    trainable = trainable_parameters(model)
-    if any(parameter.is_inference() for parameter in trainable.values()):
-        raise ValueError("The model was made under `torch.inference_mode()`, and cannot be trained: make it outside.")
+    for name, parameter in trainable_parameters(model).items():
+        if parameter.is_inference():
+            raise ValueError(
+                "The model was made under `torch.inference_mode()`, and cannot be trained: make it outside."
+            )
+        if parameter.is_complex():
+            raise ValueError(
+                f"`{name}` is complex, but trained parameters must be real. Train its real and imaginary parts, see "
+                "`torch.view_as_real`."
+            )
 
 
 def split_vector(parameters: Mapping[str, Tensor], vector: Tensor) -> dict[str, Tensor]:

@@ -40,11 +40,20 @@ def laplacian_and_value(model: nn.Module, x: Tensor) -> Tensor:
         ((fit, (torch.zeros(2, 2), torch.zeros(3, 1))), r"has rows of lengths \[2, 3\]"),
         ((fit, (torch.zeros(0, 2),)), "residual term 0 .fit. has no rows"),
         ((fit, (torch.zeros(2, 2),), -1.0), "and the weight -1.0"),
+        ((fit, torch.zeros(2, 2), torch.zeros(2, 1)), "and the weight tensor"),
+        ((fit, (torch.zeros(2, 2),), 1.0, 2.0), "must be .function, rows. or .function, rows, weight."),
     ],
 )
 def test_a_malformed_term_is_refused(term, message):
     with pytest.raises(ValueError, match=message):
         LevenbergMarquardt(deep_network()).step([term])
+
+
+def test_a_complex_parameter_is_refused():
+    model = nn.Linear(2, 1, dtype=torch.complex64)
+
+    with pytest.raises(ValueError, match="`weight` is complex"):
+        LevenbergMarquardt(model)
 
 
 def test_a_step_needs_a_list_of_terms():
