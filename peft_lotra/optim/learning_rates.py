@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -189,7 +190,8 @@ def create_lotra_optimizer(
         other_lr = lr
     check_number(other_lr, "other_lr", "(0, inf)")
     # the name counts, also of classes that follow torch.optim.SGD without deriving from it
-    bases = {cls.__name__ for cls in getattr(optimizer_cls, "__mro__", ())}
+    cls = optimizer_cls.func if isinstance(optimizer_cls, partial) else optimizer_cls
+    bases = {base.__name__ for base in getattr(cls, "__mro__", ())}
     if policy == "width" and bases & {"SGD", "ASGD"}:
         policy = "uniform"
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_rates_of_adam_fall_with_ranks_above_4():
     assert list(rates.values()) == [1 / 4, 1 / 8, 1 / 2, 1]  # core, factor_out, factor_in, factor_basis
 
 
-@pytest.mark.parametrize("optimizer_cls", [torch.optim.SGD, torch.optim.ASGD])
+@pytest.mark.parametrize("optimizer_cls", [torch.optim.SGD, torch.optim.ASGD, partial(torch.optim.SGD, momentum=0.9)])
 def test_sgd_has_one_rate(optimizer_cls):
     model = wide()
 
