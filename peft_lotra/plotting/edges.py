@@ -128,8 +128,8 @@ def layer_changes(model: nn.Module, inputs: Inputs) -> dict[str, LayerChange]:
         if not inputs.numel():
             raise ValueError(f"`inputs` has no rows: its shape is {tuple(inputs.shape)}.")
         if len(inputs) > ROWS:
-            chosen = torch.linspace(0, len(inputs) - 1, ROWS).long()
-            inputs = inputs[chosen]
+            numbers = torch.linspace(0, len(inputs) - 1, ROWS, dtype=torch.float64, device=inputs.device)
+            inputs = inputs[numbers.long()]
     changes = {}
     samples = sample_layers(model, layers, inputs, torch.square, PROBES)
     for name, (x, functions, squares) in samples.items():

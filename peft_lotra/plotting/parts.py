@@ -145,10 +145,12 @@ def what_changed(
         raise ValueError(
             f"`inputs` has {rows} rows, but a sum of functions of {width} inputs needs more than {terms}."
         )
-    chosen = torch.linspace(0, rows - 1, min(ROWS, rows)).long()
+    chosen = torch.linspace(0, rows - 1, min(ROWS, rows), dtype=torch.float64, device=inputs.device).long()
     inputs = inputs[chosen]
 
     outputs = model_outputs(model, inputs) if targets is None else targets[chosen]
+    if outputs.dim() == 1:  # as `model_outputs` has it
+        outputs = outputs.unsqueeze(1)
     with ExitStack() as stack:
         # unlike `disable_adapter` of PEFT, it keeps what requires a gradient, and merged adapters
         for module in model.modules():

@@ -141,6 +141,14 @@ def test_wrong_arguments_are_named(columns, rows, options, message):
         what_changed(adapt(KAN([2, 1])), inputs(columns, rows).float(), **options)
 
 
+def test_targets_of_one_output_need_no_column():
+    base, x = KAN([2, 1]).double(), inputs(2)
+
+    report = what_changed(base, x, targets=x[:, 0])
+
+    assert str(report) == str(what_changed(base, x, targets=x[:, :1]))
+
+
 def test_inputs_with_nan_are_refused():
     with pytest.raises(ValueError, match="NaN"):
         what_changed(adapt(KAN([2, 1])), inputs(2).float() * torch.nan)
