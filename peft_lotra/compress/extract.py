@@ -119,6 +119,8 @@ def extract_lotra(
     check_one_given(r=r if rank_pattern is None else rank_pattern, energy=energy, budget=budget)
     check_module(base, "base")
     check_without_adapters(base, "base")
+    base = unwrap(base)
+    tuned = getattr(tuned, "_orig_mod", tuned)  # torch.compile
     if isinstance(tuned, PeftModel):
         tuned = copy.deepcopy(tuned).merge_and_unload()
     else:
@@ -231,7 +233,9 @@ def _find_other_changes(base: nn.Module, tuned: nn.Module) -> tuple[list[str], l
             changed[name] = tuned_value
     if different:
         raise ValueError(f"The models have different architectures. They differ in {list_first(sorted(different))}.")
-    layers = [layer.name for layer in find_kan_layers(base)]
+    kan_layers = {base.get_submodule(layer.name) for layer in find_kan_layers(base)}
+    # a layer that a model calls twice has two names
+    layers = [name for name, module in base.named_modules(remove_duplicate=False) if module in kan_layers]
     for name in layers:
         layer, spec, tensor = locate_target(name, base.get_submodule(name))
         tuned_grid = spec.read_grid(tuned.get_submodule(name))

@@ -14,7 +14,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from peft_lotra import extract_lotra, slim, update_spectrum
-from peft_lotra.kan import KAN
+from peft_lotra.kan import KAN, KANLinear
 from peft_lotra.layers.registry import get_kan_spec
 
 
@@ -318,6 +318,33 @@ def test_layers_that_are_not_linear_are_not_weighted_by_inputs():
 
     assert not extracted.extraction_report.output_errors
     assert_close(extracted(x), tuned(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_that_the_model_calls_twice():
+    layer = KANLinear(3, 3)
+    model = nn.Sequential(layer, layer, nn.Linear(3, 1))
+    tuned, x = copy.deepcopy(model), torch.rand(5, 3)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+    extracted = extract_lotra(model, tuned, r="full")
+
+    assert extracted.extraction_report.modules_to_save == ["2"]
+    assert_close(extracted(x), tuned(x))
+
+
+def test_compiled_models_are_their_networks():
+    model = KAN([3, 4])
+    tuned, x = copy.deepcopy(model), torch.rand(5, 3)
+    tuned.layers[0].spline_weight.data += 0.1
+    adapted = adapt(copy.deepcopy(model))
+
+    extracted = extract_lotra(torch.compile(copy.deepcopy(model)), torch.compile(tuned), r="full")
+    again = extract_lotra(model, torch.compile(adapted), r="full")
+
+    assert_close(extracted(x), tuned(x))
+    assert_close(again(x), adapted(x))
 
 
 def test_a_head_whose_name_a_kan_layer_ends_with():
