@@ -277,6 +277,20 @@ def test_a_subclass_with_a_forward_of_its_own_keeps_it():
     assert_close(small(x), small(x.clamp(-1, 1)))
 
 
+def test_a_subclass_with_a_formula_of_its_own_keeps_it():
+    class Shifted(KANLinear):
+        @property
+        def formula(self):
+            return super().formula._replace(bias=torch.full((8,), 3.0))
+
+    model, x = nn.Sequential(Shifted(8, 8)), torch.rand(4, 8)
+
+    small = slim(model, (6, 6, 4))
+
+    assert_close(small(x), model(x), rtol=0.0, atol=1.5)
+    assert type(small.to_dense()[0]) is Shifted
+
+
 def test_a_compressed_kan_model_is_saved_and_loaded(tmp_path):
     model = KANModel(KANConfig(widths=(20, 16, 3))).eval()
     model.kan.update_grid(torch.randn(50, 20))
