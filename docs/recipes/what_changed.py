@@ -247,7 +247,7 @@ print("d:", find_inside(kan, x, y))
 
 # %% [markdown]
 # The hidden unit has its own scale. In the data, $x_2$ has the factor 0.5; in the
-# network, it has 0.768. So the factor of tanh is 0.307 x 0.5 / 0.768 = 0.2, as planted.
+# network, it has 0.768. So the factor of tanh is 0.307 × 0.5 / 0.768 = 0.2, as planted.
 #
 # ## Real data
 #
