@@ -111,12 +111,12 @@ def plot_edge_functions(
     layer_name = short_name(layer_name)
     module = find_layer(model, layer_name)
     target = locate_target(layer_name, module)
+    width = target.tensor.shape[1]
     if len(target.tensor.shape) > 3 or not is_linear(*target):
         raise ValueError(
             f"`{layer_name}` is a convolution, or not linear in its coefficients: it has no functions of one input. "
             "`plot_spectra` draws such layers."
         )
-    width = target.tensor.shape[1]
     if inputs is not None and len(inputs) != width:
         raise ValueError(f"`inputs` has {len(inputs)} names, but `{layer_name}` has {width} inputs.")
 
