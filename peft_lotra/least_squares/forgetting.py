@@ -43,15 +43,15 @@ class Forgetting:
 
     Attributes:
         past: The former residuals. None without any.
-        counts: Whether former residuals count in the present step.
-        keeps: Whether the residuals of the present step are kept for the next one. The first step of "auto" does not
+        uses_past: Whether former residuals count in the present step.
+        keeps_step: Whether the residuals of the present step are kept for the next one. The first step of "auto" does not
             know yet if the next rows are other rows.
     """
 
     def __init__(self) -> None:
         self.past: Past | None = None
-        self.counts = False
-        self.keeps = False
+        self.uses_past = False
+        self.keeps_step = False
         self._terms: list[tuple[Any, float, list[Tensor]]] = []  # of the last step, with copies of the rows
         self._span = 1.0  # steps that count
         self._slope = -1.0  # the mean slope of the log loss
@@ -63,15 +63,15 @@ class Forgetting:
         terms: list[Term],
         num_residuals: int,
     ) -> None:
-        """Set `counts` and `keeps`. Drop former residuals that do not count, or are at other parameters."""
+        """Set `uses_past` and `keeps_step`. Drop former residuals that do not count, or are at other parameters."""
         if isinstance(factor, str):
             is_first = not self._terms
-            self.counts = self._are_rows_drawn(problem, terms, num_residuals)
-            self.keeps = self.counts or is_first
+            self.uses_past = self._are_rows_drawn(problem, terms, num_residuals)
+            self.keeps_step = self.uses_past or is_first
         else:
-            self.counts = self.keeps = factor > 0
+            self.uses_past = self.keeps_step = factor > 0
         past = self.past
-        if past is not None and not (self.counts and torch.equal(past.parameters, problem.start)):
+        if past is not None and not (self.uses_past and torch.equal(past.parameters, problem.start)):
             self.past = None
 
     def _are_rows_drawn(

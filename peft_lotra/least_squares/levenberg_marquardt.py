@@ -23,7 +23,8 @@ from .shards import Shards
 
 LARGEST_DAMPING = 1e12  # a step gives up above it
 SMALLEST_DAMPING = 1e-16  # less is lost in the rounding of the normal equations
-SMALLEST_WITH_PAST = 1e-7  # damping while former residuals count: with less, a step fits only its own rows
+# Of steps that count the residuals of former rows, see `forgetting`: with less, a step fits its own rows alone.
+SMALLEST_WITH_PAST = 1e-7
 
 
 class LevenbergMarquardtStep(NamedTuple):
@@ -89,10 +90,10 @@ class LevenbergMarquardt:
         damping: The damping that the first step tries.
         floor: The lower bound of S, as a share of its largest entry.
         forgetting: The factor, from 0 to below 1, that reduces the weight of former residuals after each step
-            (recursive least squares). It is for rows that are drawn again before each step. "auto" chooses a larger
-            factor where steps fit only their own rows, and a smaller one where the loss falls fast. It chooses 0 if
-            the rows do not change, or are less than half as many as the parameters, or a function or weight changes.
-            The former residuals need a matrix of the size of J^T J.
+            (recursive least squares). It is for rows that are drawn again before each step. The former residuals need
+            a matrix of the size of J^T J. "auto" raises the factor when a step fits its own rows and no others, and
+            lowers it when the loss falls fast. It is 0 if the rows stay the same, if they are less than half as many
+            as the parameters, or after a change of a function or a weight.
         memory: Bytes for matrices and chunks of rows.
         group: A process group of `torch.distributed`, e.g. `torch.distributed.group.WORLD`. Each process has its own
             rows of the same terms. J^T J, J^T r and losses are summed over the processes. All start from the
@@ -129,7 +130,8 @@ class LevenbergMarquardt:
         self.forgetting = forgetting
         self.memory = int(memory)
         self._former = Forgetting()
-        self._trials: Trials = {}  # of the terms of the last step
+        # how to evaluate the functions of the last step's terms, and of the held-out ones: tried once
+        self._trials: Trials = {}
         self._held_trials: Trials = {}
         self._shards = Shards(group)
         for parameter in trainable_parameters(model).values():
@@ -187,7 +189,7 @@ class LevenbergMarquardt:
             return self._refuse(error, losses)
 
         past = former.discounted(self.forgetting, loss)
-        linear = LinearModel(problem, residuals, self.floor, past, in_parameter_space=former.counts)
+        linear = LinearModel(problem, residuals, self.floor, past, in_parameter_space=former.uses_past)
         if linear.error:
             return self._refuse(linear.error, losses)
 
@@ -218,10 +220,11 @@ class LevenbergMarquardt:
 
         # the damping that the next step tries
         damping *= damping_factor(candidate.agreement, raised=attempts > 1)
-        smallest = SMALLEST_WITH_PAST if former.counts else SMALLEST_DAMPING
+        smallest = SMALLEST_WITH_PAST if former.uses_past else SMALLEST_DAMPING
         self.damping = min(max(damping, smallest), LARGEST_DAMPING)
         new_loss = sum(candidate.losses)
-        if former.keeps and not linear.in_residual_space:
+        # in the space of residuals there is no J^T J to keep
+        if former.keeps_step and not linear.in_residual_space:
             sums = linear.after(candidate.change, candidate.residuals)
             former.past = Past(*sums, candidate.parameters, (loss, new_loss), candidate.agreement)
         write_vector(problem.trainable, candidate.parameters)
@@ -240,6 +243,7 @@ class LevenbergMarquardt:
 
     def _refuse(self, error: str, losses: tuple[float, ...]) -> LevenbergMarquardtStep:
         """Warn that there is no step, and return its record. The damping stays."""
+        # the level is that of the caller of `step`, behind its decorator
         warnings.warn(f"Step refused: {error}", RuntimeWarning, stacklevel=4)
         return LevenbergMarquardtStep(sum(losses), self.damping, False, reason=error, losses=losses)
 
@@ -253,13 +257,14 @@ class LevenbergMarquardt:
         """Solve the damped system, and evaluate the parameters that its solution leads to.
 
         Returns:
-            None if the system is singular, or the loss does not decrease. Former residuals that count belong to it.
+            None if the system is singular, or the loss does not decrease: that of the rows of this step, or that with
+            the former residuals.
         """
         step = linear.solve(damping)
         if step is None:
             return None
         parameters = problem.round(problem.start + step)
-        change = parameters - problem.start
+        change = parameters - problem.start  # after rounding to the dtype of the model
         residuals = problem.residuals(parameters)
         losses = problem.losses(residuals)
         new_loss = sum(losses)
@@ -303,13 +308,14 @@ class LevenbergMarquardt:
 
         terms = terms if callable(terms) else check_terms(terms)
         held = list(held)
-        best = None
+        best = None  # the problem whose start has the least held loss
         least = math.inf
         if held:
             held = check_terms(held)
             best, residuals = self.evaluate_held(held)
             held_loss = sum(best.losses(residuals))
-            least = min(least, held_loss)  # infinite if the loss is NaN
+            if not math.isnan(held_loss):
+                least = held_loss
             message = best.find_not_finite(residuals)
             if message:
                 warnings.warn(f"Held-out {message}", RuntimeWarning, stacklevel=3)
@@ -327,7 +333,7 @@ class LevenbergMarquardt:
                     problem, residuals = self.evaluate_held(held)
                     record = record._replace(held_losses=problem.losses(residuals))
                     shown["held"] = record.held_loss
-                    is_slow = not record.held_loss < least
+                    is_slow = not record.held_loss < least  # also if it is NaN
                     if not is_slow:
                         best = problem
                         least = record.held_loss
@@ -338,6 +344,7 @@ class LevenbergMarquardt:
                 slow_steps = slow_steps + 1 if is_slow else 0
                 is_stopped = callback is not None and callback(number, record) is True
                 is_over = is_stopped or not record.accepted or record.loss == 0 or slow_steps >= patience
+                # a callback may stop one process only: then all stop
                 if any(self._shards.gather(is_over)):
                     break
         if best is not None:

@@ -64,7 +64,7 @@ class LinearModel:
                 self.matrix += past[0]
                 self.gradient += past[1]
             squares = self.matrix.diagonal()
-        # parameters without any effect get the bound, and are not moved
+        # parameters without any effect get the bound; their gradient is zero, so that they do not move
         lowest = floor * squares.max().item()
         self.scaling = squares.clamp(min=max(lowest, 1e-300))
         if self.in_residual_space:
@@ -83,7 +83,7 @@ class LinearModel:
         problem = self.problem
         rows = len(self.residuals)
         count = problem.num_parameters
-        bytes_of_jacobian = 2 * 8 * rows * count  # and of a scaled copy
+        bytes_of_jacobian = 2 * 8 * rows * count  # J, and its scaled copy in the space of residuals
         self.jacobian: Any = None
         if bytes_of_jacobian <= problem.memory:
             self.jacobian = self.residuals.new_empty(rows, count)
@@ -142,12 +142,15 @@ class LinearModel:
             step = -(self.jacobian.T @ solution.squeeze(1)) / self.scaling
         else:
             step = -solution.squeeze(1)
-        # the last digits depend on the machine
+        # all processes take the step of the first: the last digits depend on the machine
         step = self.problem.shards.broadcast(step)
         return step if step.isfinite().all() else None
 
     def predicted_decrease(self, damping: float, step: Tensor) -> float:
-        """Return |r|^2 - |r + J step|^2 for the step of this damping, where (J^T J + damping S) step = -J^T r."""
+        """Return |r|^2 - |r + J step|^2, the decrease by the linear model.
+
+        J^T J is not needed, since (J^T J + damping S) step = -J^T r.
+        """
         decreases = damping * self.scaling * step.square() - self.gradient * step
         return decreases.sum().item()
 
@@ -160,7 +163,10 @@ class LinearModel:
         return rise.item()
 
     def after(self, step: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
-        """Return J^T J and J^T r after a step to these residuals. Former residuals follow their linear model."""
+        """Return J^T J and J^T r after a step to these residuals, former residuals included.
+
+        J stays that of the parameters before the step. The former residuals change as their linear model predicts.
+        """
         if self.jacobian is None:
             gradient = self.problem.pull_back(residuals)
         else:
@@ -180,7 +186,8 @@ def bytes_of_matrices(size: int) -> int:
 def _add_gram(gram: Tensor, matrix: Tensor) -> None:
     """Add matrix^T matrix, of (n, p), to (p, p).
 
-    Six strips leave out most of the products that the symmetry repeats.
+    The result is symmetric: each of six strips of rows is computed from its diagonal block on, and copied to the
+    columns below. This leaves out almost half of the products.
     """
     size = matrix.shape[1]
     width = max(1, math.ceil(size / 6))
