@@ -44,8 +44,8 @@ class Forgetting:
     Attributes:
         past: The former residuals. None without any.
         uses_past: Whether former residuals count in the present step.
-        keeps_step: Whether the residuals of the present step are kept for the next one. The first step of "auto" does not
-            know yet if the next rows are other rows.
+        keeps_step: Whether the residuals of the present step are kept for the next one. The first step of "auto" does
+            not know yet if the next rows are other rows.
     """
 
     def __init__(self) -> None:

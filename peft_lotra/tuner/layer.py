@@ -97,9 +97,10 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     ) -> None:
         super().__init__()
         self._modules["base_layer"] = base_layer
-        # `__setattr__` would pass on the names that the base layer has, and take a tenth of the time to attach
+        # not by `__setattr__`: it passes on names that the base layer has, and takes a tenth of the time of attach
+        count = 1 + len(tensor.shape)  # the core, and a factor for each mode
         vars(self).update(
-            adapter_layer_names=COMPONENTS[: 1 + len(tensor.shape)],
+            adapter_layer_names=COMPONENTS[:count],
             frozen_peft_weight_names={},
             lotra_r={},
             lotra_alpha={},
@@ -148,7 +149,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
         start = config.init_weights
         if config.is_from_file:
-            start = bool(start)  # the tensors of the file replace these values
+            # the file replaces these values: an HOSVD, or another start that takes time, would be for nothing
+            start = bool(start)
         coefficients = self.get_base_weight() if start == "hosvd" else None
         initialize(self.get_components(adapter_name), start, zero, coefficients)
         if stored.dtype != dtype:
@@ -204,7 +206,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         core = components.core
         rank_dropout = self.lotra_rank_dropout[adapter]
         if rank_dropout:
-            # drops whole channels, the second dimension, and scales up the others
+            # drops whole output ranks, and scales up the others: the channels are the second dimension
             dropped = torch.feature_dropout(core.unsqueeze(0), rank_dropout, True)
             components = components._replace(core=dropped.squeeze(0))
         module_dropout = self.lotra_module_dropout[adapter]
@@ -310,6 +312,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                     owner = base_layer.get_submodule(path)
                     is_stored = leaf in owner._parameters or leaf in vars(owner)
                     stored = parameters[name] if name in parameters else getattr(owner, leaf)
+                    # one of both is a DTensor; or FSDP has replaced the parameter by a view, or flattened it
                     is_sharded = hasattr(stored, "placements") != hasattr(delta, "placements")
                     if is_sharded or not is_stored or stored.shape != delta.shape:
                         raise RuntimeError(
@@ -383,14 +386,15 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     # --- the forward pass ---
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # a hook of accelerate: `loaded` loads what it has offloaded, and removes it for the inner call
+        # accelerate offloads the components by a hook: `loaded` loads them, without the hook until the inner call ends
         if "forward" in vars(self._modules["lotra_core"]):
             with loaded(self):
                 return self.forward(*args, **kwargs)
         is_traced = is_tracing()
         current = None
         if not is_traced:
-            current = FORWARD_PASS.now.get() or FORWARD_PASS.get()  # the first without a call
+            # `get` also finds a pass that gradient checkpointing repeats; `now` saves its Python call where it is set
+            current = FORWARD_PASS.now.get() or FORWARD_PASS.get()
         names = kwargs.pop("adapter_names", None)
         if names is None and current is not None:
             names = current.names
@@ -441,7 +445,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         """Return the updates of the adapters that the layer has, as they were when the pass began."""
         names = [name for name in adapters if name in self.lotra_scaling]
         updates = [self.update_of(name, self.training) for name in names]
-        # read after the components, see `hotswap_adapter`
+        # An adapter that was exchanged during the pass keeps its former components until the pass ends. They are read
+        # after the present ones: `hotswap_adapter` stores them before it exchanges.
         if current is not None and current.replaced:
             for index, name in enumerate(names):
                 former = current.replaced.get((id(self), name), updates[index].tensor)
@@ -506,7 +511,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def check_merge(self, adapter_names: list[str], safe_merge: bool = False) -> None:
         """Raise what `merge` would raise, and a ValueError for parameters that are computed from others."""
-        if not adapter_names:  # the grid may have moved
+        if not adapter_names:  # nothing is merged, so that a grid that has moved does not matter
             return
         self.check_grid()
         base_layer = self.get_base_layer()
@@ -518,7 +523,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         for name in adapter_names:
             update = self.update_of(name)
             updates.append(update)
-            parameters = self._parameters_with(updates)  # of a Slim layer, its components
+            # the parameters of a Slim layer are its components, of which full modes have none
+            parameters = self._parameters_with(updates)
             values = [update.dense(), *parameters.values()]
             if not all(value is None or value.isfinite().all() for value in values):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
