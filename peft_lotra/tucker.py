@@ -175,7 +175,8 @@ class Tucker(tuple):
         rates suit them.
         """
         core, *factors = self
-        norms = (math.sqrt(self.shape[0]), 1.0, math.sqrt(self.shape[2]), 1.0)
+        out, _, basis, *_ = self.shape
+        norms = (math.sqrt(out), 1.0, math.sqrt(basis), 1.0)
         for mode, factor in enumerate(self.factors):
             if factor is not None:
                 core = core / norms[mode]

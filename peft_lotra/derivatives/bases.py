@@ -150,7 +150,9 @@ def spline_derivatives(
         rising = (x - start) * inverse
         falling = (end - x) * inverse
         lower = derivatives[0]
-        splines = rising[:-1] * lower[:-1] + falling[1:] * lower[1:]
+        from_left = rising[:-1] * lower[:-1]
+        from_right = falling[1:] * lower[1:]
+        splines = from_left + from_right
         # the derivatives are differences of splines of lower degree
         needed = max(0, highest - (order - degree))
         previous = derivatives[:needed]

@@ -161,7 +161,9 @@ def _evaluate_plainly(
 ) -> Jet:
     """Do the same as `LayerJet` by operations that autograd differentiates, and add updates. `matrix` may be None."""
     rows = _jet_rows(basis, jet, order, weights)
-    y: Any = 0 if matrix is None else matrix @ rows.flatten(1, 2)
+    y: Any = 0
+    if matrix is not None:
+        y = matrix @ rows.flatten(1, 2)
     for update in factored:
         y = y + _contract(rows, update)
     value, *derivatives = y.split(row_counts(jet, order, weights))

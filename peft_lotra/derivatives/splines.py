@@ -49,9 +49,11 @@ class SplineFeatures(FunctionFeatures):
 
         pieces = spline_pieces(degree, z.dtype, z.device)
         silu = silu_derivatives(z, max(orders))
+        matrix = powers.flatten(1)
         values = z.new_empty(len(orders), degree + 2, *z.shape)
         for order, value in zip(orders, values, strict=True):
-            torch.mm(pieces[order], powers.flatten(1), out=value[:-1].flatten(1))
+            splines = value[:-1].flatten(1)
+            torch.mm(pieces[order], matrix, out=splines)
             if order == 0:
                 value[-1].copy_(silu[0])
             else:

@@ -149,7 +149,9 @@ class LayerFormula(NamedTuple):
         if self.bias is not None:
             y = y + self.bias
         # a view would cost compiled code a tenth of a step
-        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out)
+        if x.dim() == 2:
+            return y
+        return y.reshape(*x.shape[:-1], out)
 
     def _evaluate_shapes(
         self,

@@ -52,9 +52,9 @@ class KnotMap(InputMap):
     pieces: Tensor  # (I, cells, 5): the polynomials in the share of the cell, powers ascending
 
     def __init__(self, low: Tensor, high: Tensor, density: Tensor) -> None:
-        fits = low.dim() == 1 and low.shape == high.shape == density.shape[:-1]
-        is_positive = density.numel() > 0 and ((density > 0) & density.isfinite()).all()
-        if not (fits and is_positive and (low < high).all()):
+        fits = low.dim() == 1 and low.shape == high.shape == density.shape[:-1] and density.numel() > 0
+        is_usable = (density > 0) & density.isfinite()
+        if not (fits and is_usable.all() and (low < high).all()):
             raise ValueError(
                 f"`low` {tuple(low.shape)}, `high` {tuple(high.shape)} and `density` {tuple(density.shape)} must be "
                 "(I,), (I,) and (I, C), each `low` below its `high`, and `density` finite and above zero."

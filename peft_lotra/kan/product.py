@@ -56,7 +56,9 @@ def plain_product(functions: Tensor, *weights: Tensor) -> Tensor:
 
 def concatenate(tensors: Sequence[Tensor], dim: int) -> Tensor:
     """Return `torch.cat(tensors, dim)`, which would copy a single tensor."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors), dim)
+    if len(tensors) == 1:
+        return tensors[0]
+    return torch.cat(tuple(tensors), dim)
 
 
 def needs_plain_operations(x: Tensor, *tensors: Tensor | None) -> bool:

@@ -119,7 +119,8 @@ def _compare(
     kwargs: Any,
 ) -> Description:
     tensor = spec.locate(layer)
-    if len(tensor.shape) == 3 and any(len(part) > 1 for part in tensor.parts):
+    has_lists = any(len(part) > 1 for part in tensor.parts)
+    if has_lists and len(tensor.shape) == 3:
         return Description(spec, axes="not checked: the module consists of several layers", is_linear=False)
     floating = [name for name, value in layer.named_parameters() if value.is_floating_point()]
     names = dict.fromkeys([*tensor.parameters, *floating])

@@ -101,10 +101,11 @@ class Evidence:
             constant = slice(start, stop)
             varied = [*range(start), *range(stop, count)]
             values = blocks[..., varied]
+            changes = [values.roll(1, -1)]
+            if len(varied) > 2:
+                changes.append(values.roll(2, -1))
             if count == 2:  # there is nothing to exchange
                 changes = [blocks.mean(-1, keepdim=True)]
-            else:
-                changes = [values.roll(step, -1) for step in (1, 2) if step < len(varied)]
             for change in changes:
                 x = blocks.clone()
                 x[..., varied] = change
@@ -300,11 +301,17 @@ def run_at_sizes(probe: Probe, size: int, kernel: Sequence[int] = ()) -> Iterato
         if y is None:
             continue
         # in channels, one point must not be taken for one feature
-        if channel == -2 and not kernel and probe.attempt(x.repeat(1, 3, 1), channel) is None:
-            continue
-        has_rows = y.dim() == x.dim() if kernel else y.shape[:-1] == x.shape[:-1]
+        if channel == -2 and not kernel:
+            three_points = x.repeat(1, 3, 1)
+            if probe.attempt(three_points, channel) is None:
+                continue
+        if kernel:
+            has_rows = y.dim() == x.dim()
+        else:
+            has_rows = y.shape[:-1] == x.shape[:-1]
         if not has_rows:
-            x_shape, y_shape = [tuple(value.movedim(-1, channel).shape) for value in (x, y)]
+            x_shape = tuple(x.movedim(-1, channel).shape)
+            y_shape = tuple(y.movedim(-1, channel).shape)
             probe.error = probe.error or f"for an input {x_shape} it returns {y_shape}"
             continue
         evidence = Evidence(probe, x, channel, y.shape[-1])

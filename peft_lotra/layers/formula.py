@@ -316,8 +316,9 @@ def _points_around(low: Any, high: Any, width: int) -> Tensor:
 
     near_points = torch.lerp(low, high, 3 * near - 1)
 
-    signs = torch.tensor([-1.0, 1.0], **options).repeat(len(distances) // 2)
-    lengths = (signs * distances).unsqueeze(1) * (1 + far)
+    signs = torch.tensor([-1.0, 1.0], **options)
+    signed = distances.view(-1, 2) * signs
+    lengths = signed.view(-1, 1) * (1 + far)
     unit = (high - low).clamp(min=2)
     far_points = (low + high) / 2 + lengths * unit
 
@@ -434,7 +435,8 @@ def _has_right_jets(
 ) -> bool:
     """Compare values, slopes and second derivatives, and the higher derivatives of the functions."""
     generator = torch.Generator().manual_seed(0)
-    directions = torch.randn(2, x.shape[1], generator=generator, device="cpu").to(x)
+    directions = torch.randn(2, x.shape[1], generator=generator, device="cpu")
+    directions = directions.to(x)
     expected = jet_by_transforms(layer, x, directions, 2, None)
     result = evaluate_layer(formula, [x, directions.unsqueeze(1)], 2, None)
     if not all(map(_agree, result, expected, tolerances, [1e-3] * 3)):

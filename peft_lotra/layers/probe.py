@@ -154,7 +154,8 @@ class Probe:
 
     def make_input(self, shape: Sequence[int]) -> Tensor:
         """Return points of this shape in the middle of the grid. None of them is repeated."""
-        steps = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64, device="cpu")
+        count = math.prod(shape)
+        steps = torch.arange(1, count + 1, dtype=torch.float64, device="cpu")
         share = (steps * GOLDEN_RATIO).frac().view(*shape)
         middle_share = 0.25 + 0.5 * share
         points = self.low + (self.high - self.low) * middle_share

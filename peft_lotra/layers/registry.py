@@ -285,7 +285,8 @@ def _find_unrecognized(
                 reason = describe(module).reason
         elif spec is not None:
             adapted = get_kan_spec(module) or spec
-            more = spec.locate(module).parameters.keys() - adapted.locate(module).parameters.keys()
+            parameters = spec.locate(module).parameters.keys()
+            more = parameters - adapted.locate(module).parameters.keys()
             if more:
                 reason = f"with the arguments of this call it has more coefficients: {', '.join(sorted(more))}."
         if reason:

@@ -103,7 +103,10 @@ class Recorder:
         if not trained or formula.scale is not None or not trained <= self._parameters:
             return evaluate_layer(formula, *inputs)
 
-        detached = {name: value.detach() for name, value in formula._asdict().items() if isinstance(value, Tensor)}
+        detached = {}
+        for name, value in formula._asdict().items():
+            if isinstance(value, Tensor):
+                detached[name] = value.detach()
         updates = [Update(scale, tensor.map(Tensor.detach)) for scale, tensor in formula.updates]
         constant = formula._replace(updates=tuple(updates), **detached)
         outputs = evaluate_layer(constant, *inputs)
@@ -268,8 +271,9 @@ def _add_tucker(
     def product(left: Tensor, right: Tensor) -> Tensor:
         """Return sum_x left[x, i] right[m, x, j], (n, m, i, j), for left (n, S, X / S, i) and right (n, m, S, ...)."""
         left = left.flatten(1, 2)
-        right = right.reshape(n, m, left.shape[1], -1).transpose(1, 2)
-        sums = left.mT @ right.flatten(2)
+        right = right.reshape(n, m, left.shape[1], -1)
+        matrix = right.transpose(1, 2).flatten(2)
+        sums = left.mT @ matrix
         return sums.unflatten(2, (m, -1)).transpose(1, 2)
 
     # gradients that nothing asks for are not computed

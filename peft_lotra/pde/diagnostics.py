@@ -164,7 +164,9 @@ def find_kink(
         smallest[near_edges] = JUMP * scale
         # the first size may be at another point
         decay = 2 ** (ROUGH * (HALVINGS - 1))
-        is_rough = (sizes[1] < decay * sizes[-1]) & (sizes[-1] > smallest)
+        last_size = sizes[-1]
+        decays_slowly = sizes[1] < decay * last_size
+        is_rough = decays_slowly & (last_size > smallest)
         if is_rough.any():
             line = is_rough.nonzero()[0]
             point = lines[line].squeeze(0)

@@ -214,7 +214,8 @@ def _problem_with_plain_data(training: Training) -> tuple[LeastSquares, int]:
     points.requires_grad_(training.differentiates)
 
     weight = len(points) * columns / max(of_equation, 1e-300)
-    conditions: list[Any] = [(training.residual, (points, training.weights(points)), weight)]
+    rows = (points, training.weights(points))
+    conditions: list[Any] = [(training.residual, rows, weight)]
     data = []
     for function, rows, of_term in training.terms:
         if training.data and function not in training.data:

@@ -396,7 +396,8 @@ def _is_in_both(
 def _check_points(values: Any, argument: str) -> Tensor:
     """Return points of the plane as a float64 tensor; raise a `ValueError` for another shape."""
     points = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
-    if points.dim() != 2 or points.shape[1] != 2 or not points.isfinite().all():
+    has_shape = points.dim() == 2 and points.shape[1] == 2
+    if not has_shape or not points.isfinite().all():
         raise ValueError(f"`{argument}` is {values!r:.100}, but must be points of two finite numbers each.")
     return points
 

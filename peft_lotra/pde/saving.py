@@ -39,7 +39,10 @@ def save_model(
     tensors = _named_tensors(model)
     for name, values in _evaluate(model, points).items():
         tensors[f"values.{name}"] = values
-    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    copies = {}
+    for name, tensor in tensors.items():
+        # clones, since safetensors refuses shared memory
+        copies[name] = tensor.detach().cpu().contiguous().clone()
     text = json.dumps({**settings, "model": _describe(model)}, allow_nan=False)
     with replacing_files(folder) as draft:
         save_file(copies, os.path.join(draft, FILE), {"solution": text})

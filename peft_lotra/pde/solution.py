@@ -198,7 +198,8 @@ class Solution(Report):
         lines = torch.lerp(self.low, self.high, share).unbind(1)[:2]
         middle = (self.low + self.high) / 2
         x = middle.repeat(count ** len(lines), 1)
-        x[:, : len(lines)] = torch.cartesian_prod(*lines).view(-1, len(lines))
+        points = torch.cartesian_prod(*lines).view(len(x), -1)
+        x[:, : len(lines)] = points
         u = self.model(x)[:, 0].detach()
         if self.inside is not None:
             u[~contains(self.inside, x)] = math.nan

@@ -437,7 +437,9 @@ class Training:
         if not self.phases or self.budget.is_stopped:
             return
         density = torch.ones(features.out_features, 64, dtype=torch.float64)
-        of_coordinates = knot_density(self.model, self.sampler.low.tolist(), self.sampler.high.tolist())
+        low = self.sampler.low.tolist()
+        high = self.sampler.high.tolist()
+        of_coordinates = knot_density(self.model, low, high)
         for j, i in enumerate(features.sources.tolist()):
             if i not in features.periodic:
                 density[j] = of_coordinates[i]
