@@ -32,11 +32,14 @@ WHOLE = {
     "changelog.md": "CHANGELOG.md",
 }
 UNIT = r" (?:%|▲|s\b|ms\b|h\b|kB\b|MB\b|GB\b|KiB\b|MiB\b|GiB\b)"
-# 1e-3, 7.2 s, 80 %, (8, 8, 4): browsers would break lines inside
+# 1e-3, 7.2 s, 80 %, (8, 8, 4), 8 × 8, 0.4 ± 0.1, (3-D): browsers would break lines inside
 NUMBER = re.compile(
-    rf"\d[\d.,]*(?:e-\d+)?(?:{UNIT})+|\d[\d.,]*e-\d+"
+    rf"\d[\d.,]*(?:e-\d+)?(?:{UNIT})+|[+-]?\d[\d.]* ± \d[\d.]*|\d[\d.,]*e-\d+"
     r"|\(\d+(?:, (?:\d+|full)){1,3}\)|\[\d+(?:, \d+){1,4}\]|\d+ -&gt; \d+"
+    r"|\d[\d.]*(?: × \d[\d.]*)+|\(\d-D\)"
 )
+# the unit of a column stays with the last word of its heading
+HEADING_UNIT = re.compile(r"\w+ (?:s|ms|%)(?=</th>)")
 FORMULA = re.compile(r'class="arithmatex">\\([(\[])(.*?)\\[)\]]<', re.DOTALL)
 TAG = re.compile(r"<[^>]*>")
 BLOCK = re.compile(
@@ -44,6 +47,8 @@ BLOCK = re.compile(
 )
 # before a dot, and after an opening bracket
 CODE_BREAK = re.compile(r'(?=<span class="o">\.</span>)|(?<=[(\[]</span>)(?=<)')
+# the full name of an object in the reference
+NAME = re.compile(r'(<span class="doc doc-object-name[^"]*">)([^<]*)(?=</span>)')
 INLINE = re.compile(r"<code>([^<]*)</code>(?!</pre>)")
 CELL = re.compile(r"<t[dh][ >].*?</t[dh]>", re.DOTALL)
 HEADING_ROW = re.compile(
@@ -52,8 +57,12 @@ HEADING_ROW = re.compile(
 IMAGE = re.compile(
     r'<img ([^>]*src="([^"]*assets/((?:results|pages)/[^"]+))"[^>]*)>'
 )
+# an option of a command, which would break after its two hyphens
+OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 # of code in a sentence: a longer one may break
 LONGEST_UNBROKEN = 34
+# of code in a table
+LONGEST_UNBROKEN_IN_CELL = 12
 # a phone shows this many pixels of a picture; a wider one scrolls, at this many pixels an inch
 PHONE, PIXELS_PER_INCH = 358, 62
 
@@ -128,9 +137,11 @@ def on_page_content(content, page, config, files):
 
     content = FORMULA.sub(formula, content)
     content = in_text(content, unbroken_numbers)
+    content = HEADING_UNIT.sub(r"<nobr>\g<0></nobr>", content)
     content = CELL.sub(breakable_names, content)
     content = INLINE.sub(unbroken_code, content)
     content = HEADING_ROW.sub(spanning_row, content)
+    content = NAME.sub(lambda name: name[1] + breakable(name[2]), content)
     content = BLOCK.sub(indented_lines, content)
     return IMAGE.sub(linked_picture, content)
 
@@ -160,16 +171,18 @@ def unbroken_code(match: re.Match) -> str:
 
 
 def breakable(name: str) -> str:
-    return re.sub(r"([_.(=/])(?=\w)", r"\1<wbr>", name)
+    return re.sub(r"([_(=/]|\.(?!\d))(?=\w)", r"\1<wbr>", name)
 
 
 def breakable_names(match: re.Match) -> str:
-    """Names in a table break after their underscores, dots and brackets, not before a comma."""
-    return re.sub(
-        r"(<code[^>]*>)([^<]*)(</code>[,.;:]?)",
-        lambda code: f"<nobr>{code[1]}{breakable(code[2])}{code[3]}</nobr>",
-        match[0],
-    )
+    """Names in a table break after their underscores, dots and brackets, not before a comma. Short ones do not break."""
+
+    def breakable_name(code: re.Match) -> str:
+        if len(html.unescape(code[1])) <= LONGEST_UNBROKEN_IN_CELL:
+            return f'<nobr><code class="short">{code[1]}</code>{code[2]}</nobr>'
+        return f"<nobr><code>{breakable(code[1])}</code>{code[2]}</nobr>"
+
+    return re.sub(r"<code>([^<]*)</code>([,.;:]?)", breakable_name, match[0])
 
 
 def spanning_row(match: re.Match) -> str:
@@ -185,6 +198,7 @@ def indented_lines(match: re.Match) -> str:
         text = html.unescape(TAG.sub("", line))
         indent = len(text) - len(text.lstrip())
         line = CODE_BREAK.sub("<wbr>", line)
+        line = OPTION.sub(r"<nobr>\g<0></nobr>", line)
         lines.append(
             f'<span class="line" style="--indent: {indent}ch">{line}\n</span>'
         )
