@@ -48,7 +48,9 @@ BLOCK = re.compile(
 # before a dot, and after an opening bracket
 CODE_BREAK = re.compile(r'(?=<span class="o">\.</span>)|(?<=[(\[]</span>)(?=<)')
 # the full name of an object in the reference
-NAME = re.compile(r'(<span class="doc doc-object-name[^"]*">)([^<]*)(?=</span>)')
+NAME = re.compile(
+    r'(<span class="doc doc-object-name[^"]*">)([^<]*)(?=</span>)'
+)
 INLINE = re.compile(r"<code>([^<]*)</code>(?!</pre>)")
 CELL = re.compile(r"<t[dh][ >].*?</t[dh]>", re.DOTALL)
 HEADING_ROW = re.compile(

@@ -3,7 +3,7 @@
 #
 # Adapt a VGG from torch-conv-kan in two lines:
 #
-# ```text
+# ```python3
 # # vggkagn is in torch-conv-kan
 # model = vggkagn(3, 10, groups=1, degree=3, vgg_type="VGG11")
 # config = LoTRAConfig(r=(8, 8, 4, 4), modules_to_save=["classifier"])

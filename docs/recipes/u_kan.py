@@ -4,7 +4,7 @@
 # U-KAN segments images. If a new scanner or stain changes the images, adapt U-KAN's KAN layers. Also train a copy of
 # the head. With the authors' network this takes two lines:
 #
-# ```text
+# ```python3
 # model = UKAN(num_classes=1)  # from their archs.py, with its weights
 # config = LoTRAConfig(r=4, modules_to_save=["final"])
 # model = get_peft_model(model, config)
