@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,17 @@ from torch import nn
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.registry import short_name
 from ..layers.slim import SlimLayer
-from ..modules.calls import PREFIX, LayerLock, freeze_norms, is_compiled, is_tracing, places, read_at_rest, set_mode
+from ..modules.calls import (
+    PREFIX,
+    LayerLock,
+    freeze_norms,
+    is_compiled,
+    is_tracing,
+    places,
+    read_at_rest,
+    set_mode,
+    unwrap,
+)
 from ..tucker import COMPONENTS
 from .base_record import check_base, record_layer
 from .by_row import FORWARD_PASS, ForwardPass, Replaced, check_batch, check_names, find_row_counts, pass_names
@@ -32,6 +43,7 @@ from .saving import (
     check_shapes,
     check_state_dict,
     check_tensors,
+    find_reload,
     find_save,
     read_tensors,
     saved_tensors,
@@ -252,6 +264,9 @@ class LoTRAModel(BaseTuner):
     ) -> Tensors:
         # PEFT reads the file again, and passes state dicts of users too
         check_state_dict(state_dict)
+        reload = find_reload()
+        if reload is not None:
+            _check_reload(unwrap(model), adapter_name, reload["model_id"], reload.get("hf_hub_download_kwargs", {}))
         state_dict = _rename_layers(state_dict, config.names_in_model)
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_no_base(model, tensors)
@@ -465,6 +480,35 @@ def read_checked(
     tensors = _rename_layers(tensors, config.names_in_model)
     check_tensors(tensors, config, model, targets)
     return tensors
+
+
+def _check_reload(model: nn.Module, adapter_name: str, folder: str | os.PathLike, hub_kwargs: dict[str, Any]) -> None:
+    """Compare the configuration of a file with the adapter whose tensors it replaces.
+
+    Raises:
+        ValueError: The file is none of LoTRA, or has other layers, another scale, or another grid.
+    """
+    config = LoTRAConfig.from_pretrained(folder, **hub_kwargs)
+    if not isinstance(config, LoTRAConfig):
+        raise ValueError(f"The adapter at {folder} is of the type {config.peft_type}, not LOTRA.")
+    if config.base_layers is None:
+        return
+    layers = dict(lotra_layers(model, adapter_name))
+    targets = find_targets(config, model)
+    if targets.keys() != layers.keys():
+        raise ValueError(
+            f"The adapter at {folder} has the layers {list(targets)}, and {adapter_name!r} has {list(layers)}. Load "
+            "it under another name."
+        )
+    for recorded_name, name in zip(config.base_layers, targets, strict=True):
+        alpha = config.alpha_of(recorded_name)
+        present = layers[name].lotra_alpha[adapter_name]
+        if alpha != present:
+            raise ValueError(
+                f"The adapter at {folder} has the alpha {alpha} in `{recorded_name}`, and `load_adapter` would keep "
+                f"the {present} of {adapter_name!r}. Load it under another name, or by `hotswap_adapter`."
+            )
+    check_base(config, targets, model)
 
 
 def _rename_pattern(pattern: dict[str, Any], old: str, new: str) -> None:

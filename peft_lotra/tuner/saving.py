@@ -221,6 +221,20 @@ def find_save() -> Mapping[str, Any] | None:
     return frame.f_locals
 
 
+def find_reload() -> Mapping[str, Any] | None:
+    """Return the variables of the `PeftModel.load_adapter` that runs for an adapter of the model; None if none does.
+
+    PEFT then keeps the configuration of the adapter, and does not read the one in the file.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "load_adapter":
+        frame = frame.f_back
+    if frame is None or frame.f_back.f_code.co_name == "from_pretrained":
+        return None
+    is_new = "peft_config" in frame.f_locals
+    return None if is_new or "model_id" not in frame.f_locals else frame.f_locals
+
+
 def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> None:
     """Save adapters like `model.save_pretrained(folder)`, so that an interruption loses nothing.
 

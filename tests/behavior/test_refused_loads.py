@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 from helpers import KINDS, X, adapt, assert_equal, lotra_layers, net, state
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_lotra import AdapterBank, LoTRAConfig, hotswap_adapter
@@ -52,6 +52,49 @@ def test_a_base_of_another_architecture_is_refused(folder, base):
     assert_equal(state(model), before)
     assert_equal(model(X), y)
     assert list(model.peft_config) == ["default"]
+
+
+RELOADS = {
+    "another alpha": (lambda: adapt(alpha=2.0), "alpha 2.0 in `kan.layers.0`.*keep the 1.0"),
+    "another alpha of a layer": (lambda: adapt(alpha_pattern={"layers.1": 0.5}), "alpha 0.5 in `kan.layers.1`"),
+    "fewer layers": (lambda: adapt(target_modules=["layers.1"]), "has the layers .'kan.layers.1'."),
+    "another grid": (lambda: adapt(moved_grid()), "grid of kan.layers.0"),
+    "LoRA": (lambda: get_peft_model(net(), LoraConfig(target_modules=["head"])), "LORA"),
+}
+
+
+def moved_grid():
+    base = net()
+    base.kan.layers[0].grid_bounds += 1
+    return base
+
+
+@pytest.mark.parametrize("case", RELOADS)
+def test_tensors_for_another_configuration_are_not_loaded_into_an_adapter(tmp_path, case):
+    make, message = RELOADS[case]
+    make().save_pretrained(tmp_path)
+    model = adapt()
+    before = state(model)
+
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(tmp_path, "default")
+
+    assert_equal(state(model), before)
+
+
+def test_tensors_of_the_same_configuration_are_loaded_into_an_adapter(tmp_path):
+    saved = adapt(alpha=2.0, alpha_pattern={"layers.1": 0.5})
+    saved.save_pretrained(tmp_path / "first")
+    renamed = torch.nn.Sequential(net().kan)
+    with pytest.warns(UserWarning, match="other names"):
+        model = PeftModel.from_pretrained(renamed, tmp_path / "first")
+    adapt(alpha=2.0, alpha_pattern={"layers.1": 0.5}).save_pretrained(tmp_path / "second")
+
+    with pytest.warns(UserWarning, match="other names"):
+        model.load_adapter(tmp_path / "second", "default")
+
+    other = PeftModel.from_pretrained(net(), tmp_path / "second")
+    assert_equal(model(X), other.base_model.model.kan(X))
 
 
 def test_a_renamed_parent_is_a_warning(folder):
