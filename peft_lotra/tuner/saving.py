@@ -211,9 +211,7 @@ def find_save() -> Mapping[str, Any] | None:
     Raises:
         ValueError: It would write a pickle.
     """
-    frame: Any = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "save_pretrained":
-        frame = frame.f_back
+    frame = _find_frame("save_pretrained")
     if frame is None:
         return None
     if not frame.f_locals.get("safe_serialization", True):
@@ -226,13 +224,20 @@ def find_reload() -> Mapping[str, Any] | None:
 
     PEFT then keeps the configuration of the adapter, and does not read the one in the file.
     """
-    frame: Any = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "load_adapter":
-        frame = frame.f_back
+    frame = _find_frame("load_adapter")
     if frame is None or frame.f_back.f_code.co_name == "from_pretrained":
         return None
     is_new = "peft_config" in frame.f_locals
-    return None if is_new or "model_id" not in frame.f_locals else frame.f_locals
+    is_of_peft = "model_id" in frame.f_locals
+    return frame.f_locals if is_of_peft and not is_new else None
+
+
+def _find_frame(function: str) -> Any:
+    """Return the frame of the innermost call of a function; None if none is running."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != function:
+        frame = frame.f_back
+    return frame
 
 
 def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> None:
