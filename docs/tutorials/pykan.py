@@ -46,7 +46,8 @@ print("new data, before adapting:", kan.evaluate(new)["test_loss"])
 # coefficients on the present [grid](../glossary.md#grid), and would be wrong on another one. The last layer has only
 # one output, so lower ranks are enough there.
 #
-# The base does not change, so you keep the old fit and the new one.
+# The base does not change, so you keep the old fit and the new one. If you want a second network, call `kan.copy()` before
+# you attach the adapter: `copy.deepcopy` fails on a pykan network that has run.
 
 # %%
 config = LoTRAConfig(r=(3, 2, 3), rank_pattern={"act_fun.1": (1, 2, 2)})
