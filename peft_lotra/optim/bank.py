@@ -43,7 +43,8 @@ class _BankOptimizer(Optimizer):
         self._is_active = self._is_component.any(1)
         # by id, the row after the last one without an adapter; adapters come and go only after the training
         capacity = len(self.packed)
-        self._row_of = bank.snapshot.row_of[1:-1].clamp(max=capacity)
+        rows = bank.snapshot.row_of[1:-1]
+        self._row_of = rows.clamp(max=capacity)
         super().__init__([self.packed], defaults)
         state = self.state[self.packed]
         state["best"] = self.packed.detach().clone()
@@ -52,7 +53,8 @@ class _BankOptimizer(Optimizer):
 
     def _by_id(self, values: Tensor, default: float) -> Tensor:
         """Return values (capacity,) of the rows of the matrix by the id of the adapter, (room,)."""
-        return F.pad(values, (0, 1), value=default)[self._row_of]
+        padded = F.pad(values, (0, 1), value=default)
+        return padded[self._row_of]
 
     @torch.no_grad()
     def keep_best(self, losses: Tensor, patience: int | None = None) -> Tensor:
@@ -257,8 +259,8 @@ class BankLevenbergMarquardt(_BankOptimizer):
         check_number(damping, "damping", "(0, inf)")
         super().__init__(model.bank, names, {"damping": damping, "floor": floor})
         self.model = model
-        dampings = torch.full_like(self.packed[:, 0], damping, dtype=torch.float64)
-        self.state[self.packed]["damping"] = dampings.detach()
+        capacity = len(self.packed)
+        self.state[self.packed]["damping"] = self.packed.new_full((capacity,), damping, dtype=torch.float64)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -298,7 +300,8 @@ class BankLevenbergMarquardt(_BankOptimizer):
         width = self.packed.shape[1]
         while len(pending):
             rows = int(counts[pending[0]])
-            bytes_of_adapter = 8 * width * (16 * rows + min(rows, width))
+            columns = 16 * rows + min(rows, width)
+            bytes_of_adapter = 8 * width * columns
             size = max(1, MEMORY // bytes_of_adapter)
             adapters = pending[:size]
             pending = pending[size:]
@@ -324,7 +327,8 @@ class BankLevenbergMarquardt(_BankOptimizer):
         # in coordinates whose damping is the identity: sqrt(S) step
         squares = jacobian.square().sum(1)
         least = self.defaults["floor"] * squares.amax(1, keepdim=True)
-        lengths = squares.maximum(least).clamp(min=1e-300).sqrt()
+        bounded = squares.maximum(least).clamp(min=1e-300)
+        lengths = bounded.sqrt()
         jacobian /= lengths.unsqueeze(1)
         gradient = (jacobian.mT @ residuals.unsqueeze(2)).squeeze(2)
 
@@ -340,7 +344,8 @@ class BankLevenbergMarquardt(_BankOptimizer):
         damping = dampings[adapters]
         factor = 2.0
         accepted = torch.zeros_like(loss, dtype=torch.bool)
-        is_solvable = loss.isfinite() & squares.isfinite().all(1) & gradient.any(1)
+        is_finite = loss.isfinite() & squares.isfinite().all(1)
+        is_solvable = is_finite & gradient.any(1)
         pending = is_solvable.nonzero().squeeze(1)
         while len(pending):
             shift = damping[pending].unsqueeze(1)
@@ -366,7 +371,8 @@ class BankLevenbergMarquardt(_BankOptimizer):
 
             done = pending[is_less]
             packed[adapters[done]] = candidate[is_less]
-            lowered = damping[done] * damping.new_tensor(factors)
+            factors = damping.new_tensor(factors)
+            lowered = damping[done] * factors
             dampings[adapters[done]] = lowered.clamp(min=SMALLEST_DAMPING)
             loss[done] -= decrease[is_less]
             accepted[done] = True
@@ -413,7 +419,8 @@ class BankLevenbergMarquardt(_BankOptimizer):
                 distinct, groups = group_rows(slots)
                 packed = values[distinct]
             rows = [row[order.to(row.device)] for row in rows]
-            residuals = self._call(name_term(number, function), function, rows, packed, groups)
+            name = name_term(number, function)
+            residuals = self._call(name, function, rows, packed, groups)
             weights = weight / counts[slots].double()
             residuals = residuals * weights.sqrt().unsqueeze(1)
             all_residuals.append(_pad(residuals, entries, counts))
