@@ -29,7 +29,7 @@ from ..hub.card import README
 from ..hub.push import fetch_card, upload
 from ..least_squares.problem import split_vector, trainable_parameters
 from ..modules.calls import LayerLock, call_with_parameters
-from ..modules.checks import check_count
+from ..modules.checks import check_count, check_number
 from ..modules.folders import replacing_files
 from ..tucker import Ranks
 from ..tuner.config import LoTRAConfig
@@ -248,6 +248,7 @@ class ParametricAdapter:
         Returns:
             A table of the members. In `failed`, and in a warning, are the parameters at which a function of yours
             failed, which have no member, and the parameters of members whose residual stays ten times a neighbor's.
+            A parameter next to a fitted one, far nearer than others, has no member either.
 
         Raises:
             ValueError: The arguments contradict each other, or there are neither terms nor `train`.
@@ -262,7 +263,12 @@ class ParametricAdapter:
             raise ValueError("`parameters` is empty, but must have at least one parameter.")
         dim = len(points[0])
         if between is not None:
+            if len(between) != 2:
+                raise ValueError(f"`between` is {between!r:.100}, but must be two parameters, the bounds of a range.")
             check_count(max_members, "max_members", low=2**dim)  # the corners of the range
+        if tolerance is not None:
+            check_number(tolerance, "tolerance", "(0, inf)")
+        check_count(max_steps, "max_steps", low=0)
         problem = replace(self._problem, train=train)
         has_terms = problem.terms_of is not None
         has_indicator = has_terms or problem.loss_of is not None

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .interpolation import FamilyReport, Member, MemberSpace, Point
+from .interpolation import FamilyReport, Member, MemberSpace, Point, pairwise_distances
 from .members import Job, Problem, argument, attempt, write
 
 
 GAIN = 1.2  # a prediction is good up to this share of the indicators of members: a fit would gain little
 FAR = 10.0  # a member failed above this share of the least indicator of its neighbors
+NEAR = 0.02  # a member is too near to another one below this share of that one's distance to a third
 STRIDES = 4  # of a second fit, from a neighbor
 STRIDE = 1 / 8  # of the range: how far a member may start from the nearest one
 
@@ -58,6 +59,7 @@ class Fitting:
     def walk(self, points: Sequence[Point]) -> None:
         """Fit members at all points, wave after wave."""
         space = self.space
+        self._refuse_near(points)
         while True:
             done = {argument(member.parameter) for member in space.members}
             done |= self.failed.keys()
@@ -68,6 +70,28 @@ class Fitting:
             wave = next_wave(space.positions_of(pending), space.positions, start)
             self._fit([pending[index] for index in wave])
         self._fit_again()
+
+    def _refuse_near(self, points: Sequence[Point]) -> None:
+        """Refuse points that are far nearer to another one than that one is to a third.
+
+        Members differ by how far they were trained. An interpolation through two near ones magnifies the difference.
+        """
+        fitted = [member.parameter for member in self.space.members]
+        new = sorted(set(points) - set(fitted))
+        together = [*fitted, *new]
+        positions = self.space.positions_of(together)
+        distances = pairwise_distances(positions, positions).fill_diagonal_(math.inf)
+        for index, point in enumerate(new, len(fitted)):
+            nearest = int(distances[index].argmin())
+            distance = distances[index, nearest].item()
+            others = distances[nearest].clone()
+            others[index] = math.inf
+            to_third = others.min().item()
+            if distance < NEAR * to_third < math.inf:
+                text = f"it is too near to {argument(together[nearest])}, whose member serves both"
+                self.failed[argument(point)] = f"{text}: between two near members, interpolation is wrong elsewhere"
+                distances[index] = math.inf
+                distances[:, index] = math.inf
 
     def _first(self, pending: list[Point]) -> int:
         """Return the index of the point with the least loss of the base; of equal ones, the middle one."""

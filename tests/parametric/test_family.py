@@ -121,6 +121,20 @@ def test_the_indicator_of_a_forced_extrapolation_is_large(family):
     assert family.refine(4.5, 3, force=True).indicator < forced.indicator
 
 
+def test_a_parameter_next_to_a_member_gets_none(base):
+    x = problems.POINTS
+    family = make(base)
+    family.fit([2.6, 2.8, 3.0, 3.2], progress=False)
+    before = family.predict(2.7)(x)
+
+    with pytest.warns(RuntimeWarning, match="3.0005: it is too near to 3.0, whose member serves both"):
+        report = family.fit([3.0005, 3.4], progress=False)
+
+    assert family.parameters == [2.6, 2.8, 3.0, 3.2, 3.4]
+    assert list(report.failed) == [3.0005]
+    assert (family.predict(2.7)(x) - before).norm() < 0.01 * before.norm()
+
+
 def test_an_adapter_is_a_plain_one(family, base, tmp_path):
     x = problems.POINTS
 
@@ -177,6 +191,9 @@ def test_a_list_of_scales_needs_as_many_parameters(base):
         ({"parameters": ["2.9", "3.0"]}, "parameter is '2.9', but must be"),
         ({"parameters": [1j]}, "parameter is 1j, but must be"),
         ({"between": ("a", "b")}, "parameter is 'a', but must be"),
+        ({"between": (1.0, 2.0, 3.0)}, "must be two parameters"),
+        ({"between": (1.0, 2.0), "tolerance": -1.0}, "`tolerance` is -1.0"),
+        ({"parameters": [1.0], "max_steps": -1}, "`max_steps` is -1"),
         ({"parameters": [1.0], "train": problems.train_by_adam}, "Give `terms_of` to the constructor, or `train`"),
     ],
 )
