@@ -221,8 +221,7 @@ def fit_adapter(
             original.get_parameter(name).data.copy_(value[0, 0])
         if best in forms:  # `create_lotra_optimizer` goes on at the rates of this start
             is_from_training = forms[best].begin is start_from_training
-            configs: Any = model.peft_config
-            configs["default"].init_weights = "training" if is_from_training else "gradient"
+            model.peft_config["default"].init_weights = "training" if is_from_training else "gradient"
 
         ranks = {name: layer.get_components("default").form for name, layer in lotra_layers(original)}
         sizes = {name: stored_size(start) for name, start in references.items()}

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -46,21 +46,20 @@ class Size(NamedTuple):
     bytes: int
 
 
-def adapt(base: nn.Module, **config: Any) -> PeftModel:
-    """Adapt the KAN layers of a base, in place."""
-    return cast(PeftModel, get_peft_model(base, LoTRAConfig(**config)))
+def adapt(base: nn.Module, **config: Any) -> Any:
+    """Adapt the KAN layers of a base, in place, and return the `PeftModel`."""
+    return get_peft_model(base, LoTRAConfig(**config))
 
 
-def file_size(model: PeftModel) -> Size:
+def file_size(model: Any) -> Size:
     """Return the size of the file that PEFT writes for the adapter."""
     return _measure(stored_tensors(model))
 
 
-def stored_tensors(model: PeftModel) -> Tensors:
+def stored_tensors(model: Any) -> Tensors:
     """Return the tensors of an adapter in the dtype of its file."""
     tensors = get_peft_model_state_dict(model)
-    configs: Any = model.peft_config
-    storage = configs["default"].storage
+    storage = model.peft_config["default"].storage
     return tensors if storage is None else cast_to_storage(tensors, storage)
 
 
@@ -77,7 +76,7 @@ def choose_forms(base: nn.Module, task: Task, budget: float) -> dict[str, Form]:
     There are none if the gradient of the loss is zero.
     """
     model = adapt(deepcopy(base), budget=budget)
-    configs: Any = model.peft_config
+    configs = model.peft_config
     by_size = configs["default"].rank_pattern
     forms = {}
     if all(ranks[:2] == ("full", "full") for ranks in by_size.values()):
