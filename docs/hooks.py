@@ -173,7 +173,7 @@ def unbroken_code(match: re.Match) -> str:
 
 
 def breakable(name: str) -> str:
-    return re.sub(r"([_(=/]|\.(?!\d))(?=\w)", r"\1<wbr>", name)
+    return re.sub(r"((?<!\.)_|[(=/]|\.(?!\d))(?=\w)", r"\1<wbr>", name)
 
 
 def breakable_names(match: re.Match) -> str:

@@ -18,7 +18,7 @@ RESULT = re.compile(r"^(Returns:\n +)`[\w.]+`: ", re.MULTILINE)
 OF_CLASS = re.compile(r"^Returns:\n(?: .*\n?)+\n*", re.MULTILINE)
 # several of one description
 ATTRIBUTES = re.compile(r"(?<=^Attributes:\n)(?: .*\n?)+", re.MULTILINE)
-NAMES = re.compile(r"^( +\w+(?:, \w+)+)(?=: )", re.MULTILINE)
+NAMES = re.compile(r"^ {4}(\w+(?:, \w+)*)(?=: )", re.MULTILINE)
 ERRORS = re.compile(r"^( +)(\w+Error), (\w+Error)(: .*)$", re.MULTILINE)
 # the attributes of a class in PEFT's way
 LISTED = re.compile(r"^(\*\*Attributes\*\*:\n)((?: .*\n?)+)", re.MULTILINE)
@@ -31,9 +31,18 @@ INTERNAL = re.compile(
 DOCTEST = re.compile(r"^([ \t]*)>>> .*\n(?:[ \t]*\S.*\n)*", re.MULTILINE)
 
 
-def without_spaces(names: re.Match) -> str:
-    """Names with spaces that do not break: griffe takes what follows a space for a type."""
-    return names[0].replace(", ", ",\xa0")
+def with_type(names: re.Match, obj: griffe.Object) -> str:
+    """Names with their type, or with an empty one: griffe would repeat the type of the line before.
+
+    The spaces between names do not break: griffe takes what follows a space for a type.
+    """
+    members = [obj.members.get(name) for name in names[1].split(", ")]
+    annotations = [getattr(member, "annotation", None) for member in members]
+    if len(members) == 1 and None not in annotations:
+        return names[0]  # griffe finds the type
+    types = {str(annotation or "") for annotation in annotations}
+    joined = names[0].replace(", ", ",\xa0")
+    return f"{joined} ({types.pop() if len(types) == 1 else ''})"
 
 
 class Docstrings(griffe.Extension):
@@ -65,7 +74,10 @@ class Docstrings(griffe.Extension):
                 else RESULT.sub(r"\1", text)
             )
             text = ATTRIBUTES.sub(
-                lambda found: NAMES.sub(without_spaces, found[0]), text
+                lambda found: NAMES.sub(
+                    lambda names: with_type(names, obj), found[0]
+                ),
+                text,
             )
             text = ERRORS.sub(r"\1\2\4\n\1\3\4", text)
             text = LISTED.sub(
