@@ -196,10 +196,7 @@ def fit_adapter(
         for name, form in forms.items():
             start = start_adapter(network, task, form, task.rows)
             adapters[name] = task.compare(start, usual=form.rate)
-        best = min(adapters, key=lambda name: adapters[name].losses.mean())
-        usual = next(iter(forms), best)
-        if best != _NO_ADAPTATION and are_within_error(adapters[usual].losses, adapters[best].losses):
-            best = usual
+        best = _choose(adapters)
         fits["adapter"] = adapters[best]
         rate, values_of_folds, _ = adapters[best]
 
@@ -251,6 +248,20 @@ def fit_adapter(
         notes=notes,
         seconds=time.perf_counter() - begin,
     )
+
+
+def _choose(adapters: dict[str, Fit]) -> str:
+    """Return the name of the adapter to train on all rows, given the base and then the forms, the usual one first.
+
+    The least of several losses is partly chance, so that the usual form is kept unless another is clearly better. A
+    base with the least loss stays: on time series, where rows are not independent, the usual form may do harm.
+    """
+    best = min(adapters, key=lambda name: adapters[name].losses.mean())
+    _, *forms = adapters
+    if best == _NO_ADAPTATION:
+        return best
+    usual = forms[0]
+    return usual if are_within_error(adapters[usual].losses, adapters[best].losses) else best
 
 
 def _make_bank(
