@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Adapt a VGG of convolutional KANs
 #
-# Adapt a VGG from torch-conv-kan in two lines:
+# Adapt a VGG from torch-conv-kan:
 #
 # ```python3
 # # vggkagn is in torch-conv-kan

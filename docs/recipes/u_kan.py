@@ -2,7 +2,7 @@
 # # Adapt U-KAN and its head
 #
 # U-KAN segments images. If a new scanner or stain changes the images, adapt U-KAN's KAN layers. Also train a copy of
-# the head. With the authors' network this takes two lines:
+# the head. With the authors' network, write:
 #
 # ```python3
 # model = UKAN(num_classes=1)  # from their archs.py, with its weights
