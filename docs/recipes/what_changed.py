@@ -43,9 +43,9 @@ print(edge_changes(model, x))
 plot_network_change(model, x, inputs=["$x_0$", "$x_1$"], outputs=["y"])
 
 # %% [markdown]
-# `what_changed` divides the change into parts. The row of an input shows what the fit
-# loses without the functions of this input. Here, 30 % of the change is not a sum of
-# functions of single inputs: inputs 0 and 1 act together.
+# `what_changed` divides the change into parts. The row of an input shows how much worse
+# the fit becomes without this input. Here, 30 % of the change is not a sum of functions
+# of single inputs: inputs 0 and 1 act together.
 #
 # `edge_changes` and the picture show the edges with the largest effect. They describe
 # what the trained adapter did. The changes of several edges can cancel: here, the first
@@ -212,8 +212,9 @@ print(find_formula(x.numpy(), change))
 # `find_inside` finds $d$:
 #
 # 1. An adapter of the first layer learns $u + d$ roughly.
-# 2. Linearize $h$: the difference $y - h(u + f)$ is about $h'\,(d - f)$. Fit a formula
-#    $f$ to $d$ from this. Two such (Gauss-Newton) steps suffice.
+# 2. Let $f$ be the present estimate of $d$. The difference $y - h(u + f)$ is about
+#    $h'\,(d - f)$. Fit a better formula $f$ from this. Two such (Gauss-Newton) steps
+#    suffice.
 
 
 # %%

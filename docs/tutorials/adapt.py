@@ -102,8 +102,8 @@ model_summary(model)
 #
 # ## See what changed
 #
-# Each edge of a KAN is a function of one input. Plot the edges of the first layer whose changes matter most, before and
-# after. The marks at the bottom show where the data lie:
+# Each edge of a KAN is a function of one input. In the first layer, plot the edges whose changes matter most, before
+# and after. The marks at the bottom show where the data lie:
 
 # %%
 plot_edge_functions(model, "layers.0", x=x, inputs=["a", "b"])
@@ -120,8 +120,8 @@ plot_network_change(model, x, inputs=["a", "b"], outputs=["u", "v"])
 # * `effect` is the contribution of an edge's change to the outputs of the network: a root mean square over the samples
 #   and all outputs.
 # * `share` is `effect` squared, divided by its sum over all edges.
-# * `in the layer` is the contribution to the edge's own output, before later layers. In the last layer, it is 1.4 times
-#   the effect here, because the effect averages over two outputs.
+# * `in the layer` is the contribution to the edge's own output, before later layers. This network has two outputs, over
+#   which `effect` averages. In the last layer, `in the layer` is therefore 1.4 times `effect`.
 # * `shift` is the mean change of the function, which the other columns leave out.
 
 # %%
@@ -129,7 +129,8 @@ edge_changes(model, x)
 
 # %% [markdown]
 # Split the change of the outputs into a shift, a linear part, a sum of functions of one input, and a rest that depends
-# on inputs acting together. The row of an input shows what the fit loses without the functions of this input:
+# on inputs acting together. The row of an input shows how much worse the fit becomes without this input. It counts
+# linear functions too, so it can exceed `additive`:
 
 # %%
 what_changed(model, x, names=["a", "b"])

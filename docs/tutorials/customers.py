@@ -17,7 +17,8 @@
 # One batch serves all five, and one repository on the Hub holds them. Install `pip install -e ".[examples]" qkan`: qkan
 # ships efficient-kan's layers, which are not on PyPI themselves.
 #
-# The code above *Further* takes half a minute. You do not need an account: a clone has a stand-in for the Hub:
+# The code above *Further* takes half a minute. You need no account. In docs/tutorials of a clone, this command starts a
+# local server in place of the Hub, and runs the script with it:
 #
 #     python PATH/TO/THE/CLONE/tests/support/hub_server.py customers.py
 #
@@ -147,7 +148,7 @@ model_summary(served)
 # %% [markdown]
 # ## Further: replace an adapter
 #
-# `hotswap_adapter` writes new weights into a loaded adapter. A compiled model is not compiled again.
+# `hotswap_adapter` writes new weights into a loaded adapter. If you compiled the model, it need not be compiled again.
 
 # %%
 from peft_lotra import hotswap_adapter

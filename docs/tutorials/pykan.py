@@ -61,7 +61,7 @@ print("new data, adapted:", model.evaluate(new)["test_loss"])
 #
 # ## See what changed
 #
-# Plot the edges of the first layer whose changes matter most, before and after. The marks at the bottom show where the
+# In the first layer, plot the edges whose changes matter most, before and after. The marks at the bottom show where the
 # data lie:
 
 # %%
@@ -98,9 +98,9 @@ network
 what_changed(model, x, names=["a", "b"])
 
 # %% [markdown]
-# With two inputs, all of `rest` depends on both together. The row below it shows how much of it coarse functions
-# explain. All of `rest` needs hidden units that combine the inputs, and this network has five of them. The last line says
-# that the finest of the fitted splines had the smallest error.
+# With two inputs, all of `rest` depends on both together. The row below `rest` shows the part that coarse functions of
+# both inputs explain. All of `rest` needs hidden units that combine the inputs, and this network has five of them. The
+# last line says that the finest of the fitted splines had the smallest error.
 #
 # ## Further: which layers are adapted
 #

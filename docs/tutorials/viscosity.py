@@ -78,8 +78,8 @@ members = np.geomspace(0.03, 0.15, 7).tolist()
 print(family.fit(members, progress=False))
 
 # %% [markdown]
-# Each row is one member: an adapter fitted at one viscosity. `predicted` and `fitted` are its residuals before and after
-# the fit. A member has 1,056 coordinates, its trained numbers: as many as the base has coefficients.
+# Each row is one member: an adapter fitted at one viscosity. `predicted` and `fitted` are its residuals before and
+# after the fit. Each member trains 1,056 numbers, its coordinates, as many as the base has coefficients.
 #
 # ## Make the data
 #
