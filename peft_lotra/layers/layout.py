@@ -7,17 +7,17 @@ A pattern names the axes of the stored parameter:
 
 * `o` and `i` are the outputs and the inputs, features or channels.
 * `...` stands for the axes of the kernel of a convolution, which make up a fourth mode.
-* A group axis, whose name `groups` gives, counts the groups of a grouped convolution. It belongs to the output mode,
-  and `i` then counts the inputs of one group.
+* A group axis, whose name is the argument `groups` of `parse_layout`, counts the groups of a grouped convolution. It
+  belongs to the output mode, and `i` then counts the inputs of one group.
 * Every other name belongs to the basis mode, in the order in which it appears. Without one, the basis has length one.
 
 Parentheses flatten axes as in einops, and `()` is an axis of length one. Two marks are not of einops:
 
-* `(i k):2` is a flattened axis that is stored as two dimensions, of any sizes with this product.
+* `(i k):2` is a flattened axis that is stored as two dimensions. They need not be i and k: their product counts.
 * `+` inside parentheses concatenates two blocks, as in einx: first the coefficients, then the residual weights.
 
-A parameter that is added to another one of its layer may lack `o`, `i` or the axes of the kernel. It is then shared
-along them: each edge has the same values, and an update of the parameter is the mean of the updates of the edges.
+A layer may have several parameters, its *parts*, whose basis functions follow one another. A later part may lack `o`,
+`i` or the axes of the kernel, and has the same values for all edges along them. The mean of their updates is stored.
 
     "o i k"          efficient-kan
     "t o i g"        FourierKAN: the basis mode is (t g)
@@ -97,7 +97,7 @@ class Layout:
 
         Args:
             first: The layout of the first part.
-            is_list: Whether the part is a list of parameters. Each has a group, and no group axis.
+            is_list: Whether the part is a list with a parameter for each group, which needs no group axis.
         """
         groups = self.groups if is_list else first.groups
         needed = (*groups, "o", "i", *first.kernel)
@@ -141,7 +141,7 @@ class Layout:
         sizes = iter(shape)
         for count, dim, *packed in zip(self.stored_over, *self.blocks, strict=True):
             size = math.prod(islice(sizes, count))
-            # the blocks have the same axes in all dimensions but the one in which they are concatenated
+            # a set, in which equal blocks count once: they differ only in the dimension of the `+`, where sizes add up
             blocks = {dim, *packed}
             if not _solve_length(blocks, dim, size, lengths):
                 return f"{_write([dim])} cannot be {size}"
@@ -202,8 +202,8 @@ class Layout:
         if self.kernel or self.groups or self.has_residual or self.shared:
             return False
         begins_with_edges = self.blocks[0][:2] == (("o",), ("i",))
-        has_one_more = sum(self.stored_over) <= 3  # dimension at most, for the basis
-        return begins_with_edges and has_one_more
+        dimensions = sum(self.stored_over)  # two, or three with the basis
+        return begins_with_edges and dimensions <= 3
 
     @cached_property
     def _expressions(self) -> list[tuple[str, str, Axes]]:
@@ -248,7 +248,7 @@ def _solve_length(
 
     if not unknown:
         return size == constant > 0
-    if slope == 0:  # of an axis of length zero
+    if slope == 0:  # an axis beside the unknown one has length zero
         return False
     length = (size - constant) // slope
     lengths[unknown[0]] = length

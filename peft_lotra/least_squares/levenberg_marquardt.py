@@ -23,7 +23,7 @@ from .shards import Shards
 
 LARGEST_DAMPING = 1e12  # a step gives up above it
 SMALLEST_DAMPING = 1e-16  # less is lost in the rounding of the normal equations
-# Of steps that count the residuals of former rows, see `forgetting`: with less, a step fits its own rows alone.
+# The lower bound in steps that also count former residuals, see `forgetting`: with less, they fit only their own rows.
 SMALLEST_WITH_PAST = 1e-7
 
 
@@ -92,8 +92,9 @@ class LevenbergMarquardt:
         forgetting: The factor, from 0 to below 1, that reduces the weight of former residuals after each step
             (recursive least squares). It is for rows that are drawn again before each step. The former residuals need
             a matrix of the size of J^T J. "auto" raises the factor when a step fits its own rows and no others, and
-            lowers it when the loss falls fast. It is 0 if the rows stay the same, if they are less than half as many
-            as the parameters, or after a change of a function or a weight.
+            lowers it when the loss falls fast. "auto" is 0 if the rows stay the same, if they are less than half as
+            many as the parameters, or after a change of a function or a weight. A number always counts: call `forget`
+            after a change of the terms.
         memory: Bytes for matrices and chunks of rows.
         group: A process group of `torch.distributed`, e.g. `torch.distributed.group.WORLD`. Each process has its own
             rows of the same terms. J^T J, J^T r and losses are summed over the processes. All start from the
@@ -185,7 +186,10 @@ class LevenbergMarquardt:
         former = self._former
         former.start_step(self.forgetting, problem, terms, len(residuals))
         if not math.isfinite(loss):
-            error = problem.find_not_finite(residuals) or "the loss is infinite, or residuals of another process are."
+            error = (
+                problem.find_not_finite(residuals)
+                or "the loss is infinite, or residuals of another process are NaN or infinite."
+            )
             return self._refuse(error, losses)
 
         past = former.discounted(self.forgetting, loss)
@@ -225,8 +229,9 @@ class LevenbergMarquardt:
         new_loss = sum(candidate.losses)
         # in the space of residuals there is no J^T J to keep
         if former.keeps_step and not linear.in_residual_space:
-            sums = linear.after(candidate.change, candidate.residuals)
-            former.past = Past(*sums, candidate.parameters, (loss, new_loss), candidate.agreement)
+            matrix, gradient = linear.after(candidate.change, candidate.residuals)
+            losses_of_step = loss, new_loss
+            former.past = Past(matrix, gradient, candidate.parameters, losses_of_step, candidate.agreement)
         write_vector(problem.trainable, candidate.parameters)
         return LevenbergMarquardtStep(
             new_loss,

@@ -24,10 +24,11 @@ class LinearModel:
         problem: The problem.
         residuals: Its residuals r at the parameters of the model, (M,).
         floor: The lower bound of S, as a share of its largest entry.
-        past: J^T J and J^T r of former residuals, which are added.
+        past: J^T J and J^T r of former residuals, which are added. It needs `in_parameter_space`.
         in_parameter_space: Whether the matrix must be J^T J.
 
     Attributes:
+        in_residual_space: Whether the matrix is J S^-1 J^T.
         jacobian: J, (M, P). None if it takes more than half of the memory.
         matrix: J^T J or J S^-1 J^T.
         scaling: S, (P,), the diagonal of J^T J, bounded from below.
@@ -121,7 +122,7 @@ class LinearModel:
         Returns:
             None if the matrix is singular to rounding.
         """
-        diagonal = self.matrix.diagonal()  # damped in place, and restored: a copy of the matrix would cost as much
+        diagonal = self.matrix.diagonal()  # damped in place and restored, which saves a copy of the matrix
         undamped = diagonal.clone()
         diagonal += damping if self.in_residual_space else damping * self.scaling
         triangle, info = torch.linalg.cholesky_ex(self.matrix)
@@ -136,7 +137,7 @@ class LinearModel:
         right = self.residuals if self.in_residual_space else self.gradient
         solution = self.inverse(damping, right.unsqueeze(1))
         if solution is None:
-            step = torch.full_like(self.gradient, math.nan)
+            step = torch.full_like(self.gradient, math.nan)  # since all processes must take part in the broadcast
         elif self.in_residual_space:
             # S^-1 J^T (J S^-1 J^T + damping)^-1 r is the same step
             step = -(self.jacobian.T @ solution.squeeze(1)) / self.scaling
@@ -186,8 +187,8 @@ def bytes_of_matrices(size: int) -> int:
 def _add_gram(gram: Tensor, matrix: Tensor) -> None:
     """Add matrix^T matrix, of (n, p), to (p, p).
 
-    The result is symmetric: each of six strips of rows is computed from its diagonal block on, and copied to the
-    columns below. This leaves out almost half of the products.
+    The result is symmetric. It is computed in six strips of rows, each only from the diagonal to the right. What is
+    right of the diagonal block is also added, transposed, below it. This leaves out almost half of the products.
     """
     size = matrix.shape[1]
     width = max(1, math.ceil(size / 6))

@@ -97,8 +97,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     ) -> None:
         super().__init__()
         self._modules["base_layer"] = base_layer
-        # not by `__setattr__`: it passes on names that the base layer has, and takes a tenth of the time of attach
         count = 1 + len(tensor.shape)  # the core, and a factor for each mode
+        # not by assignment: `__setattr__` would write attributes that the base layer has into it, and is slow
         vars(self).update(
             adapter_layer_names=COMPONENTS[:count],
             frozen_peft_weight_names={},
@@ -124,8 +124,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         for component in self.adapter_layer_names:
             self._modules[component] = nn.ParameterDict()
         self.remember_grid()
-        tensor.read_parts(base_layer)  # computes cached properties, which a compiler cannot
-        self._find_reader(tensor.get_parameter(base_layer), is_new=True)
+        # fill the caches of both, which compiled code cannot
+        tensor.read_parts(base_layer)
+        self._find_reader(tensor.get_parameter(base_layer), even_if_traced=True)
 
     def update_layer(self, adapter_name: str, config: LoTRAConfig) -> None:
         """Add an adapter."""
@@ -149,7 +150,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
         start = config.init_weights
         if config.is_from_file:
-            # the file replaces these values: an HOSVD, or another start that takes time, would be for nothing
+            # The file replaces these values: True is a random start, which takes less time than an HOSVD.
             start = bool(start)
         coefficients = self.get_base_weight() if start == "hosvd" else None
         initialize(self.get_components(adapter_name), start, zero, coefficients)
@@ -176,7 +177,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def set_components(self, adapter_name: str, components: Tucker) -> None:
         """Overwrite the components of an adapter in place."""
-        for name, parameter in self.get_components(adapter_name)._asdict().items():
+        for name, parameter in self.get_components(adapter_name)._asdict().items():  # without those of full modes
             parameter.data.copy_(getattr(components, name))
 
     def replace_components(self, adapter_name: str, components: Tucker) -> None:
@@ -184,6 +185,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         present = self.get_components(adapter_name)
         for name, former, value in zip(self.adapter_layer_names, present, components, strict=True):
             if value is not None:
+                # the new factor of a mode that was full trains if the core does
                 requires_grad = (present.core if former is None else former).requires_grad
                 # other strides would change the last digits, which a file could not restore
                 value = value.detach().contiguous()
@@ -206,7 +208,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         core = components.core
         rank_dropout = self.lotra_rank_dropout[adapter]
         if rank_dropout:
-            # drops whole output ranks, and scales up the others: the channels are the second dimension
+            # `feature_dropout` drops slices of dimension 1, here of the output rank, and scales up the others
             dropped = torch.feature_dropout(core.unsqueeze(0), rank_dropout, True)
             components = components._replace(core=dropped.squeeze(0))
         module_dropout = self.lotra_module_dropout[adapter]
@@ -289,6 +291,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         with without_autocast(coefficients):
             for update in self.applied_updates():
                 delta = update.dense().to(coefficients.dtype)
+                # an update without `adapt_residual` lacks the base branch, which is the last slice
                 coefficients[:, :, : delta.shape[2]] += delta
 
     def effective_parameters(self) -> Tensors:
@@ -386,14 +389,15 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     # --- the forward pass ---
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # accelerate offloads the components by a hook: `loaded` loads them, without the hook until the inner call ends
+        # accelerate sets `forward` of modules whose tensors it offloads. `loaded` loads them, and removes this
+        # attribute, so that the inner call goes on behind this line.
         if "forward" in vars(self._modules["lotra_core"]):
             with loaded(self):
                 return self.forward(*args, **kwargs)
         is_traced = is_tracing()
         current = None
         if not is_traced:
-            # `get` also finds a pass that gradient checkpointing repeats; `now` saves its Python call where it is set
+            # `get` alone would do: it also finds a pass that gradient checkpointing repeats. `now` takes less time.
             current = FORWARD_PASS.now.get() or FORWARD_PASS.get()
         names = kwargs.pop("adapter_names", None)
         if names is None and current is not None:
@@ -445,8 +449,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         """Return the updates of the adapters that the layer has, as they were when the pass began."""
         names = [name for name in adapters if name in self.lotra_scaling]
         updates = [self.update_of(name, self.training) for name in names]
-        # An adapter that was exchanged during the pass keeps its former components until the pass ends. They are read
-        # after the present ones: `hotswap_adapter` stores them before it exchanges.
+        # An adapter that is exchanged during the pass keeps its former components until the pass ends. Those must be
+        # looked up after the present ones were read: `hotswap_adapter` stores the former ones, and then exchanges.
         if current is not None and current.replaced:
             for index, name in enumerate(names):
                 former = current.replaced.get((id(self), name), updates[index].tensor)
@@ -464,21 +468,27 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             parameters = self._parameters_with(updates)
             return call_with_parameters(base_layer, parameters, base_layer, args, kwargs)
 
-    def _find_reader(self, stored: Tensor, is_new: bool = False) -> FormulaReader | None:
-        """Return the reader of the formula in the present mode and dtype; it is verified in an eager pass."""
+    def _find_reader(self, stored: Tensor, even_if_traced: bool = False) -> FormulaReader | None:
+        """Return the reader of the formula in the present mode and dtype; None without a formula.
+
+        A reader is kept with the state of the base layer in which it was verified, and looked for again if this has
+        changed. While code is traced, the one that is kept counts. That of a `KANLinear` (`is_own`) always holds.
+        """
         base_layer = self._modules["base_layer"]
         if type(base_layer) is not self._base_type:  # FSDP has wrapped it, or `call_with_parameters` is at work
             return None
         key = base_layer.training, stored.dtype
         verified_state, reader = self._readers.get(key, (None, None))
-        is_final = reader is not None and reader.is_own
-        if is_final or (not is_new and (is_tracing() or in_transform())):
+        always_holds = reader is not None and reader.is_own
+        can_verify = even_if_traced or not (is_tracing() or in_transform())
+        if always_holds or not can_verify:
             return reader
         state = state_of(base_layer)
         if state != verified_state:
             reader = find_formula(base_layer, self.lotra_spec, self.lotra_tensor)
             self._readers[key] = state, reader
-            if reader is not None and reader.is_own:  # in both modes, since compiled code cannot look for it
+            # for the other mode too, since compiled code cannot look for it
+            if reader is not None and reader.is_own:
                 self._readers[not base_layer.training, stored.dtype] = state, reader
         return reader
 
@@ -523,7 +533,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         for name in adapter_names:
             update = self.update_of(name)
             updates.append(update)
-            # the parameters of a Slim layer are its components, of which full modes have none
+            # of a Slim layer, `_parameters_with` returns the components, and None for the factor of a full mode
             parameters = self._parameters_with(updates)
             values = [update.dense(), *parameters.values()]
             if not all(value is None or value.isfinite().all() for value in values):

@@ -78,5 +78,5 @@ def test_what_is_wrong_in_one_process_ends_all(ranks):
         for case in ("other terms", "other weights"):
             assert errors[case].startswith("ValueError: The processes have different residual terms")
         assert errors["no rows at all"] == "ValueError: The residual term 1 (fit) has no rows."
-    assert first["one is not finite"].endswith("residuals of another process are.")
+    assert first["one is not finite"].endswith("residuals of another process are NaN or infinite.")
     assert second["one is not finite"].startswith("residuals are NaN or infinite: 27 of")
