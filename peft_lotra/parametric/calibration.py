@@ -76,7 +76,8 @@ def minimize(
         count = len(residuals)
         if count > 1 and residuals.shape == (count, count):
             raise ValueError(
-                f"`residuals` returns ({count}, {count}): values (n, 1) minus data (n,) are all pairs; reshape one."
+                f"`residuals` returns ({count}, {count}): values (n, 1) minus data (n,) are all pairs. Reshape one, "
+                "or flatten the residuals if each of them counts."
             )
         return residuals.detach().double().cpu().flatten().numpy()
 

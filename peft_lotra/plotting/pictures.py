@@ -141,6 +141,8 @@ def plot_edge_functions(
         order = shares.flatten().argsort(descending=True)
         edges = [divmod(number, shares.shape[1]) for number in order[:6].tolist()]
 
+    if not edges:
+        raise ValueError("`edges` is empty: give at least one pair (output, input), or leave it out.")
     columns = min(len(edges), 3)
     rows = math.ceil(len(edges) / columns)
     if figure is None:

@@ -143,6 +143,7 @@ def test_functions_are_drawn_into_a_given_figure():
         (lambda: plot_edge_functions(base("own"), "head"), "no module 'head'.*'kan'"),
         (lambda: plot_edge_functions(nested(), "head"), "`head` is a Linear, which is not a KAN layer"),
         (lambda: plot_edge_functions(base("own"), "kan", [(4, 0), (0, 0)]), "out of bounds"),
+        (lambda: plot_edge_functions(base("own"), "kan", []), "`edges` is empty"),
         (lambda: plot_edge_functions(base("fast-kan"), "kan"), "each depends on the other inputs"),
         (lambda: plot_edge_functions(base("own"), "kan", inputs=["a"]), "inputs. has 1 names.*`kan` has 3 inputs"),
         (lambda: plot_network_change(adapt(base("own")), torch.rand(9, 3), outputs="wxy"), "outputs. has 3 names.* 4"),
