@@ -234,7 +234,7 @@ class ParametricAdapter:
         the largest residuals.
 
         Args:
-            parameters: The parameters, numbers or tuples.
+            parameters: The parameters, numbers or tuples. Those that have a member keep it.
             between: The lowest and the highest parameter of a range, instead of `parameters`.
             tolerance: The largest held-out residual (or loss of `loss_of`) of predictions in the range. By default
                 members are added until new ones lower it by a fifth at most.
