@@ -297,11 +297,9 @@ def functions_at(target: Target, x: Tensor) -> Tensor | None:
 def edge_values(target: Target, coefficients: Tensor, x: Tensor) -> Tensor:
     """Return the function on each edge (samples, out, in) by coefficients (out, in, basis), at x (samples, in).
 
-    Scales of the edges are not contained.
+    The layer runs once for each input. Where the outputs share the functions, `functions_at` costs less. Scales of the
+    edges are not contained.
     """
-    functions = functions_at(target, x)
-    if functions is not None:
-        return torch.einsum("nik,oik->noi", functions, coefficients.to(functions))
     layer, _, tensor = target
     coefficients = coefficients.to(tensor.get_parameter(layer))
     zeros = torch.zeros_like(coefficients)

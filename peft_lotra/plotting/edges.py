@@ -16,7 +16,7 @@ from ..compress.data_weights import Inputs, edge_values, sample_layers
 from ..compress.updates import read_coefficients
 from ..modules.calls import unwrap
 from ..modules.report import Report, TextTable
-from ..tuner.layer import LoTRALayer, lotra_layers
+from ..tuner.layer import LoTRALayer, Target, lotra_layers
 from ..tuner.targets import locate_target
 
 
@@ -134,11 +134,8 @@ def layer_changes(model: nn.Module, inputs: Inputs) -> dict[str, LayerChange]:
     samples = sample_layers(model, layers, inputs, torch.square, PROBES)
     for name, (x, functions, squares) in samples.items():
         _, change = edge_coefficients(name, layers[name])
-        if functions is None:
-            values = edge_values(locate_target(name, layers[name]), change, x)
-            changes[name] = measure_values(values, squares)
-        else:
-            changes[name] = measure_change(functions, change, squares)
+        target = locate_target(name, layers[name])
+        changes[name] = measure_change(target, x, functions, change, squares)
     if not changes:
         raise ValueError(
             "The model has no dense KAN layer with an active adapter. Adapters that are merged (`unmerge_adapter`), "
@@ -170,17 +167,24 @@ def edge_coefficients(name: str, module: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def measure_change(
-    functions: Tensor,
+    target: Target,
+    x: Tensor,
+    functions: Tensor | None,
     change: Tensor,
     squares: Tensor | None = None,
 ) -> LayerChange:
-    """Compute the effects of a change (out, in, basis) of the coefficients.
+    """Compute the effects of a change (out, in, basis) of the coefficients of a layer.
 
     Args:
-        functions: The basis functions (rows, in, basis) at the inputs of the layer.
+        target: The layer.
+        x: Its inputs (rows, in).
+        functions: Its basis functions (rows, in, basis) there; None if they differ between the outputs.
         change: The change of the coefficients.
         squares: The squared derivatives (rows, out) of the outputs of the network, divided by their number.
     """
+    if functions is None:
+        values = edge_values(target, change, x)
+        return _measure_values(values, squares)
     change = change.to(functions)
     rows = len(functions)
     out = len(change)
@@ -207,7 +211,7 @@ def measure_change(
     return LayerChange(effect.cpu(), layer_effect.cpu(), shift.cpu())
 
 
-def measure_values(values: Tensor, squares: Tensor | None = None) -> LayerChange:
+def _measure_values(values: Tensor, squares: Tensor | None) -> LayerChange:
     """As `measure_change`, of the changes (rows, out, in) of the functions at the inputs of the layer."""
     shift = values.mean(0)
     moved = (values - shift).square()

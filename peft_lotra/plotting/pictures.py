@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..compress.data_weights import Inputs, edge_values, sample_layers
+from ..compress.data_weights import Inputs, edge_values, functions_at, sample_layers
 from ..compress.spectra import Spectrum
 from ..layers.describe import is_linear
 from ..layers.registry import find_layer, short_name
@@ -22,7 +22,7 @@ from ..tucker import full_shape
 from ..tuner.grids import grid_ends
 from ..tuner.layer import LoTRALayer, Target
 from ..tuner.targets import locate_target
-from .edges import LayerChange, edge_coefficients, layer_changes, measure_values
+from .edges import LayerChange, edge_coefficients, layer_changes, measure_change
 
 
 if TYPE_CHECKING:
@@ -126,14 +126,13 @@ def plot_edge_functions(
         z = samples[layer_name].inputs
 
     points = _spread_points(target, z)
+    functions = _find_functions(target, points)
     coefficients, change = edge_coefficients(layer_name, module)
-    curves = edge_values(target, coefficients, points).double()
-    moves = edge_values(target, change, points).double()
     is_adapted = isinstance(module, LoTRALayer) and bool(module.applied_updates())
     if is_adapted and x is not None:
         changes = layer_changes(model, x)
     else:
-        measured = measure_values(moves if is_adapted else curves)
+        measured = measure_change(target, points, functions, change if is_adapted else coefficients)
         changes = {layer_name: measured._replace(effect=measured.layer_effect)}
     all_shares, top = _shares(changes)
     shares = all_shares[layer_name]
@@ -143,13 +142,16 @@ def plot_edge_functions(
 
     if not edges:
         raise ValueError("`edges` is empty: give at least one pair (output, input), or leave it out.")
+    curves = _evaluate_edges(target, points, functions, coefficients, edges)
+    moves = _evaluate_edges(target, points, functions, change, edges)
     columns = min(len(edges), 3)
     rows = math.ceil(len(edges) / columns)
     if figure is None:
         legend_height = 0.3 * is_adapted
         figure = new_figure((3 * columns, 2.3 * rows + legend_height))
     axes = figure.subplots(rows, columns, squeeze=False).flat
-    for axis, (output, index) in zip(axes, edges, strict=False):
+    for number, (output, index) in enumerate(edges):
+        axis = axes[number]
         name = f"input {index}" if inputs is None else inputs[index]
         share = f": {shares[output, index]:.0%}" if is_adapted else ""
         axis.set_title(f"{name} to unit {output}{share}", fontsize=9)
@@ -157,10 +159,10 @@ def plot_edge_functions(
         axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.25)
         at = points[:, index].cpu()
-        curve = curves[:, output, index]
+        curve = curves[number]
         axis.plot(at, curve.cpu(), label="base", color="0.5", ls="--")
         if is_adapted:
-            curve = curve + moves[:, output, index]
+            curve = curve + moves[number]
             darkness = float(shares[output, index]) / top
             label = "adapted; % and darkness: share of the change, without constant shifts"
             axis.plot(at, curve.cpu(), label=label, color=_color_map()(darkness))
@@ -194,11 +196,7 @@ def _shares(changes: Mapping[str, LayerChange]) -> tuple[dict[str, Tensor], floa
 
 
 def _spread_points(target: Target, z: Tensor | None) -> Tensor:
-    """Return points (rows, in) over the range of the inputs of a layer, or of its grid.
-
-    Raises:
-        ValueError: The function of one input depends on the others.
-    """
+    """Return points (rows, in) over the range of the inputs of a layer, or of its grid."""
     layer, spec, tensor = target
     if z is not None:
         ends = z.aminmax(dim=0)
@@ -211,21 +209,47 @@ def _spread_points(target: Target, z: Tensor | None) -> Tensor:
     high = high.clamp(min=low + 1e-6)  # a unit may be constant
     share = torch.linspace(0, 1, POINTS, device=low.device).unsqueeze(1)
     points = torch.lerp(low, high, share.to(low))
-    points = points.to(tensor.get_parameter(layer))
+    return points.to(tensor.get_parameter(layer))
 
+
+def _find_functions(target: Target, points: Tensor) -> Tensor | None:
+    """Return the basis functions (rows, in, basis) of a layer at points; None if they differ between the outputs.
+
+    Raises:
+        ValueError: The function of one input depends on the others.
+    """
     mixed = points.clone()
     mixed[:, ::2] = points[:, ::2].flip(0)
-    generator = torch.Generator().manual_seed(0)
-    random = torch.randn(full_shape(tensor), generator=generator, device="cpu")
-    values = edge_values(target, random, points)
-    mixed_values = edge_values(target, random, mixed)
-    mixed_values[..., ::2] = mixed_values[..., ::2].flip(0)
+    functions = functions_at(target, points)
+    values = functions
+    mixed_values = functions_at(target, mixed)
+    if values is None or mixed_values is None:
+        generator = torch.Generator().manual_seed(0)
+        random = torch.randn(full_shape(target.tensor), generator=generator, device="cpu")
+        values = edge_values(target, random, points).transpose(1, 2)  # (rows, in, out)
+        mixed_values = edge_values(target, random, mixed).transpose(1, 2)
+    mixed_values[:, ::2] = mixed_values[:, ::2].flip(0)
     if not torch.allclose(values, mixed_values, rtol=1e-3, atol=1e-5):
         raise ValueError(
-            f"This {tensor.kind} layer has no functions of one input to draw: each depends on the other inputs, by a "
-            "norm or a gate."
+            f"This {target.tensor.kind} layer has no functions of one input to draw: each depends on the other "
+            "inputs, by a norm or a gate."
         )
-    return points
+    return functions
+
+
+def _evaluate_edges(
+    target: Target,
+    points: Tensor,
+    functions: Tensor | None,
+    coefficients: Tensor,
+    edges: Sequence[tuple[int, int]],
+) -> list[Tensor]:
+    """Return the function on each of the edges (output, input) at the points, by coefficients (out, in, basis)."""
+    if functions is None:
+        values = edge_values(target, coefficients, points).double()
+        return [values[:, output, index] for output, index in edges]
+    functions = functions.double()
+    return [functions[:, index] @ coefficients[output, index] for output, index in edges]
 
 
 def _color_map() -> Any:
