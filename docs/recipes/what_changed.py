@@ -207,9 +207,9 @@ print(find_formula(x.numpy(), change))
 # %% [markdown]
 # ## Find a change inside of the network
 #
-# Let a network have two layers: $y = h(u(x))$. Sensor $x_2$ drifts by $d$:
-# $y = h(u(x) + d(x_2))$. At the output, this change has no simple formula.
-# `find_inside` finds $d$:
+# Let a network have two layers, a single hidden unit and one output: $y = h(u(x))$.
+# Sensor $x_2$ drifts by $d$: $y = h(u(x) + d(x_2))$. At the output, this change has no
+# simple formula. `find_inside` finds $d$:
 #
 # 1. An adapter of the first layer learns $u + d$ roughly.
 # 2. Let $f$ be the present estimate of $d$. The difference $y - h(u + f)$ is about

@@ -42,9 +42,9 @@ print("new data, before adapting:", kan.evaluate(new)["test_loss"])
 # %% [markdown]
 # ## Adapt to the second data set
 #
-# Attach an adapter, and train it with pykan's own `fit`. Pass `update_grid=False`, because the adapter is an update of
-# coefficients on the present [grid](../glossary.md#grid), and would be wrong on another one. The last layer has only
-# one output, so lower ranks are enough there.
+# Attach an adapter, and train it with pykan's own `fit`, which uses L-BFGS and needs no learning rate. Pass
+# `update_grid=False`, because the adapter is an update of coefficients on the present [grid](../glossary.md#grid), and
+# would be wrong on another one. The last layer has only one output, so lower ranks are enough there.
 #
 # The base does not change, so you keep the old fit and the new one. If you want a second network, call `kan.copy()` before
 # you attach the adapter: `copy.deepcopy` fails on a pykan network that has run.
