@@ -129,6 +129,8 @@ def state_of(layer: nn.Module) -> State:
     for value in own_attributes(layer).values():
         if isinstance(value, _SETTINGS):
             state.append(value)
+        elif isinstance(value, (tuple, list)) and all(isinstance(entry, _SETTINGS) for entry in value):
+            state.append(tuple(value))
         elif isinstance(value, Tensor):
             version = None if value.is_inference() else value._version
             state += [id(value), version]

@@ -156,6 +156,25 @@ def test_a_setting_that_changes_after_the_first_pass_counts():
     assert_same_function(model, layer)
 
 
+class Scaled(OldEfficientKANLayer):
+    """Multiplies its output by the first of two gains."""
+
+    gains = (1.0, 1.0)
+
+    def forward(self, x):
+        return self.gains[0] * super().forward(x)
+
+
+def test_a_tuple_of_settings_that_changes_after_the_first_pass_counts():
+    layer = make_layer(Scaled)
+    model = adapt(copy.deepcopy(layer))
+
+    for scaled in (layer, model.base_model.model[0].base_layer):
+        scaled.gains = (2.0, 1.0)
+
+    assert_same_function(model, layer)
+
+
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU])
 def test_an_activation_that_is_exchanged_after_the_first_pass_counts(activation):
     layer = make_layer(FastKANLayer)
