@@ -105,7 +105,7 @@ def start_from_training(
             tensor = cores[name].detach().double()
             scale = None
             if name in weights:
-                scale = edge_scales(layer.base_before_merge(), tensor)
+                scale = edge_scales(layer.base_target(), tensor)
             if scale is not None:
                 tensor = scale * tensor
             updates[name] = CoefficientUpdate(tensor, scale)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kan.slim_kan import SlimKANLinear
-from ..modules.calls import LayerLock, attribute_by, call_with_parameters, is_tracing
+from ..modules.calls import LayerLock, call_with_parameters, is_tracing, read_attribute
 from ..tucker import Tucker
 from .coefficients import CoefficientTensor
 from .description import REGISTERED, Grid, KANLayerSpec
@@ -104,7 +104,7 @@ class SlimLayer(nn.Module):
         if name in self.spec.grid_methods:
             getattr(layer, name)  # an AttributeError if the layer does not have it either
             return partial(_refuse_grid_method, name)
-        return attribute_by(self._call, layer, name, self.removed)
+        return read_attribute(self._call, layer, name, self.removed)
 
     def _call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         with self.lotra_lock:

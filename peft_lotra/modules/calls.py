@@ -267,7 +267,7 @@ def call_with_parameters(
         return torch.func.functional_call(module, parameters, args, kwargs)
 
 
-def attribute_by(
+def read_attribute(
     call: Callable,
     layer: nn.Module,
     name: str,

@@ -28,7 +28,7 @@ _PRIMES = (2.0, 3.0, 5.0, 7.0, 11.0, 13.0, 17.0, 19.0)
 
 def record_layer(layer: LoTRALayer) -> dict[str, Any]:
     """Return the kind, shape, grid and parameters of a base layer, as a file has them in `base_layers`."""
-    target = layer.base_before_merge()
+    target = layer.base_target()
     base_layer, spec, tensor = target
     return {
         "kind": spec.kind,

@@ -23,12 +23,12 @@ from ..layers.formula import FormulaReader, find_formula, state_of
 from ..layers.registry import Grid, KANLayerSpec, copy_grid, same_grid
 from ..modules.calls import (
     LayerLock,
-    attribute_by,
     call_with_parameters,
     freeze_norms,
     is_tracing,
     loaded,
     places,
+    read_attribute,
     without_autocast,
 )
 from ..tucker import COMPONENTS, Tucker, Update
@@ -572,8 +572,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             else:
                 parameter.data.copy_(value)
 
-    def base_before_merge(self) -> Target:
-        """Return the base layer without its adapters."""
+    def base_target(self) -> Target:
+        """Return the base layer as a target. While adapters are merged, its coefficients contain them."""
         return Target(self._modules["base_layer"], self.lotra_spec, self.lotra_tensor)
 
     def unload_and_optionally_merge_module(
@@ -625,7 +625,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         if name in self.lotra_spec.grid_methods and not self.merged and self.lotra_r:
             getattr(base_layer, name)  # an AttributeError if the base layer lacks it
             return partial(refuse_grid_change, name)
-        return attribute_by(self._with_effective_parameters, base_layer, name, self.lotra_tensor.parameters)
+        return read_attribute(self._with_effective_parameters, base_layer, name, self.lotra_tensor.parameters)
 
     def _with_effective_parameters(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a function while the base layer has the applied updates."""

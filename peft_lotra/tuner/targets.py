@@ -201,7 +201,7 @@ def locate_target(name: str, module: nn.Module, record: Record | None = None) ->
     `record` is the entry of the layer in the file of an adapter.
     """
     if isinstance(module, LoTRALayer):
-        return module.base_before_merge()
+        return module.base_target()
     spec = get_recorded_spec(module, record)
     if spec is None:
         subject = f"Target module `{name}`" if name else "The layer"
@@ -230,7 +230,7 @@ def warn_of_doubts(targets: Targets) -> None:
 def check_targets(config: LoTRAConfig, model: nn.Module, targets: Targets) -> None:
     """Raise a ValueError for targets that cannot be adapted as the configuration says."""
     owners = {}
-    adapted = {name: layer.base_before_merge() for name, layer in lotra_layers(model)}
+    adapted = {name: layer.base_target() for name, layer in lotra_layers(model)}
     for name, target in {**adapted, **targets}.items():
         if isinstance(target.layer, (SlimKANLinear, SlimLayer)):  # whose coefficients are a product
             continue
