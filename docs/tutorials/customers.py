@@ -31,6 +31,8 @@
 # The base learns upright scans. The first 500 are for testing.
 
 # %%
+from functools import partial
+
 import torch
 from huggingface_hub import upload_file
 from peft import get_peft_model
@@ -39,7 +41,12 @@ from scipy.ndimage import rotate
 from sklearn.datasets import load_digits
 from sklearn.utils import shuffle
 
-from peft_lotra import LoTRAConfig, create_lotra_optimizer, push_to_hub
+from peft_lotra import (
+    LoTRAConfig,
+    create_lotra_optimizer,
+    push_to_hub,
+    start_from_gradient,
+)
 
 
 torch.set_num_threads(1)  # small networks: much faster on a busy machine
@@ -53,9 +60,14 @@ def scans(angle):
     return torch.tensor(turned / 8 - 1).float().flatten(1)
 
 
+def loss_of(model, batch):
+    x, y = batch
+    return torch.nn.functional.cross_entropy(model(x), y)
+
+
 def train(model, optimizer, x, y):
     for _ in range(80):
-        loss = torch.nn.functional.cross_entropy(model(x), y)
+        loss = loss_of(model, (x, y))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -69,7 +81,8 @@ torch.save(kan.state_dict(), "base.pt")
 # %% [markdown]
 # ## Train one adapter per customer
 #
-# Each scanner turns the page by an angle. Each customer has 200 labels. `set_adapter` selects the adapter to train.
+# Each scanner turns the page by an angle. Each customer has 200 labels. `set_adapter` selects the adapter to train, and
+# `start_from_gradient` starts it with what the labels ask for.
 
 # %%
 angles = {"anna": -40, "ben": -20, "cleo": 20, "dora": 40, "emil": 180}
@@ -79,8 +92,10 @@ for name, angle in angles.items():
     if name != "anna":
         model.add_adapter(name, config)
     model.set_adapter(name)
+    labeled = scans(angle)[500:700], y[500:700]
+    start_from_gradient(model, partial(loss_of, model), [labeled])
     optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=2e-2)
-    train(model, optimizer, scans(angle)[500:700], y[500:700])
+    train(model, optimizer, *labeled)
 
 # %% [markdown]
 # ## Serve all in one batch
