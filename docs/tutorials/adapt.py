@@ -120,8 +120,8 @@ plot_network_change(model, x, inputs=["a", "b"], outputs=["u", "v"])
 # * `effect` is the contribution of an edge's change to the outputs of the network: a root mean square over the samples
 #   and all outputs.
 # * `share` is `effect` squared, divided by its sum over all edges.
-# * `in the layer` is the contribution to the edge's own output, before later layers. This network has two outputs, over
-#   which `effect` averages. In the last layer, `in the layer` is therefore 1.4 times `effect`.
+# * `in the layer` is the contribution to the edge's own output, before later layers. An edge of the last layer changes
+#   only one of the two outputs, and `effect` averages over both. So there, `in the layer` is √2 (1.4) times `effect`.
 # * `shift` is the mean change of the function, which the other columns leave out.
 
 # %%
