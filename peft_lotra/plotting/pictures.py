@@ -143,7 +143,9 @@ def plot_edge_functions(
     if not edges:
         raise ValueError("`edges` is empty: give at least one pair (output, input), or leave it out.")
     curves = _evaluate_edges(target, points, functions, coefficients, edges)
-    moves = _evaluate_edges(target, points, functions, change, edges)
+    moves = []
+    if is_adapted:
+        moves = _evaluate_edges(target, points, functions, change, edges)
     columns = min(len(edges), 3)
     rows = math.ceil(len(edges) / columns)
     if figure is None:
