@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kan.basis import in_transform
-from ..modules.calls import unwrap
+from ..modules.calls import is_tracing, unwrap
 from ..modules.checks import check_count, check_function, check_number
 from ..tucker import Tucker, form_text
 from ..tuner.config import LoTRAConfig, pattern_key
@@ -188,7 +188,7 @@ def _train(
     calls: list[Call] = []
 
     def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not in_transform():
+        if not is_tracing() and not in_transform():
             calls.append((args, kwargs))
 
     optimizer = torch.optim.Adam(cores.values(), lr=lr)

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kan.basis import UniformGrid, bspline_basis, cardinal_spline, in_transform, silu_derivatives
+from ..kan.basis import UniformGrid, cardinal_spline, in_transform, silu_derivatives
 from ..kan.formula import Basis, FunctionBasis, LayerFormula
 from ..kan.product import concatenate
+from ..modules.calls import is_tracing
 from ..tucker import Update
 from .bases import evaluate_functions, num_functions, tensors_of
 from .chain_rule import Jet, compose, row_counts
@@ -54,7 +55,7 @@ def evaluate_layer(
     converted = [Update(scale, tensor.map(convert)) for scale, tensor in formula.updates]
     updates = tuple(converted)
     factored: tuple[Update, ...] = ()
-    if in_transform() and formula.scale is None:
+    if formula.scale is None and not is_tracing() and in_transform():
         # no gradient of the size of the coefficients for each row
         updates, factored = factored, updates
     coefficients = None
@@ -107,7 +108,7 @@ def _terms(
 
 
 def _spline_functions(grid: UniformGrid, z: Tensor, highest: int) -> list[Tensor]:
-    return [bspline_basis(z, *grid, derivative=order) for order in range(highest + 1)]
+    return [grid.functions(z, order) for order in range(highest + 1)]
 
 
 def _activation_functions(

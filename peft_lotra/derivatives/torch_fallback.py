@@ -60,7 +60,7 @@ def pull_back(function: Callable[[Tensor], Tensors], x: Tensor) -> tuple[Tensors
     Under transforms or a compiler, it is `torch.func.vjp`. Else it is autograd, under which hooks of saved tensors and
     all custom functions run.
     """
-    if in_transform() or is_tracing():
+    if is_tracing() or in_transform():
 
         def first_and_all(point: Tensor) -> tuple[Tensor, Tensors]:
             values = function(point)

@@ -66,7 +66,19 @@ class UniformGrid(NamedTuple):
         dtype = torch.promote_types(x.dtype, torch.float32)
         distance = x.to(dtype) - self.low.to(dtype)
         position = distance * self.per_unit.to(dtype)
-        return position.clamp(-self.spline_order - 1, self.num_basis + 1)
+        margin = self.spline_order + 1
+        return position.clamp(-margin, self.grid_size + margin)
+
+    def functions(self, x: Tensor, derivative: int = 0) -> Tensor:
+        """Return the basis functions at points (..., I), or their derivatives: (..., I, K), see `bspline_basis`."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        grid = self._replace(low=self.low.to(dtype), high=self.high.to(dtype))
+        position = grid.positions(x)
+        offset = position.unsqueeze(-1) - grid.centers(position)
+        values = cardinal_spline(offset, self.spline_order, derivative, overwrites=True)
+        if derivative:
+            values = values * grid.per_unit.unsqueeze(-1) ** derivative
+        return values.to(x.dtype)
 
     def centers(self, like: Tensor) -> Tensor:
         """Return the centers (K,) of the basis functions as positions, in the dtype of `like`."""
@@ -160,18 +172,12 @@ def bspline_basis(
     dtype = torch.promote_types(x.dtype, torch.float32)
     low = torch.as_tensor(low, dtype=dtype, device=x.device)
     high = torch.as_tensor(high, dtype=dtype, device=x.device)
-    grid = UniformGrid(low, high, grid_size, spline_order)
-    position = grid.positions(x)
-    offset = position.unsqueeze(-1) - grid.centers(position)
-    values = cardinal_spline(offset, spline_order, derivative, overwrites=True)
-    if derivative:
-        values = values * grid.per_unit.unsqueeze(-1) ** derivative
-    return values.to(x.dtype)
+    return UniformGrid(low, high, grid_size, spline_order).functions(x, derivative)
 
 
 def in_transform() -> bool:
-    """Return whether a transform of `torch.func` is at work."""
-    return not is_tracing() and _functorch.peek_interpreter_stack() is not None
+    """Return whether a transform of `torch.func` is at work. Ask `is_tracing` first: compilers cannot trace this."""
+    return _functorch.peek_interpreter_stack() is not None
 
 
 def is_batched(tensor: Tensor) -> bool:
@@ -208,8 +214,12 @@ def cardinal_spline(
         return _CardinalSpline.apply(offset, spline_order, derivative)
     else:
         (total,) = evaluate_splines(offset, spline_order, [derivative], overwrites)
-    factor = (-1) ** derivative / math.factorial(power)
-    return total.mul_(factor)
+    return total.mul_(_factor(spline_order, derivative))
+
+
+def _factor(spline_order: int, derivative: int) -> float:
+    """Return the factor that `evaluate_splines` leaves out."""
+    return (-1) ** derivative / math.factorial(spline_order - derivative)
 
 
 def _evaluate_differentiably(offset: Tensor, spline_order: int, derivative: int) -> Tensor:
@@ -240,7 +250,8 @@ class _CardinalSpline(torch.autograd.Function):
     ):
         ctx.save_for_backward(offset)
         ctx.arguments = spline_order, derivative
-        return cardinal_spline(offset.detach(), spline_order, derivative)
+        (total,) = evaluate_splines(offset, spline_order, [derivative])
+        return total.mul_(_factor(spline_order, derivative))
 
     @staticmethod
     def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride] (torch declares *grad_outputs)

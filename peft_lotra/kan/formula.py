@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..tucker import Update, expand_inputs
-from .basis import UniformGrid, bspline_basis
-from .product import concatenate, plain_product, spline_product
+from .basis import UniformGrid
+from .product import plain_product, spline_product
 
 
 # Multiplications for each output and row, in units of K, from which a second evaluation of the functions costs less
@@ -89,7 +89,7 @@ class LayerFormula(NamedTuple):
     def _evaluate_basis(self, z: Tensor) -> Tensor:
         basis: Any = self.basis
         if isinstance(basis, UniformGrid):
-            return bspline_basis(z, *basis)
+            return basis.functions(z)
         return basis.derivatives(z, 0)[0]
 
     def joined(self) -> Tensor:
@@ -193,9 +193,7 @@ class LayerFormula(NamedTuple):
         coefficients: Any = self.coefficients
         residual = self.residual
         out, in_features, count = coefficients.shape
-        lefts = []
-        rights = []
-        rights_of_residual = []
+        thin = []
         shapes = []
         for gain, (core, left, factor_in, weights) in self.updates:
             if not isinstance(gain, float) or gain != 1.0:
@@ -209,24 +207,19 @@ class LayerFormula(NamedTuple):
             expanded = expand_inputs(core, factor_in, weights)
             right, right_of_residual = _split_residual(expanded, count)
             if left is not None:
-                # all of these together are one product, with the sum of their ranks
-                lefts.append(left)
-                rights.append(right)
-                rights_of_residual.append(right_of_residual)
+                thin.append(_FactoredUpdate(left, right, right_of_residual))
                 continue
             coefficients = coefficients + right
             if residual is not None:
                 residual = residual + right_of_residual
 
         factored = None
-        if lefts:
-            left = concatenate(lefts, 1)
-            right = concatenate(rights, 0)
-            right_of_residual = concatenate(rights_of_residual, 0)
+        if thin:
+            factored = thin[0] if len(thin) == 1 else _concatenate(thin)
+            left, right, right_of_residual = factored
             width = in_features * count
-            if self.scale is None and 2 * len(right) * (width + out) < out * width:
-                factored = _FactoredUpdate(left, right, right_of_residual)
-            else:
+            if self.scale is not None or 2 * len(right) * (width + out) >= out * width:
+                factored = None
                 matrix = torch.addmm(coefficients.flatten(1), left, right.flatten(1))
                 coefficients = matrix.view(coefficients.shape)
                 if residual is not None:
@@ -248,6 +241,12 @@ class _FactoredUpdate(NamedTuple):
     left: Tensor
     right: Tensor
     right_of_residual: Tensor
+
+
+def _concatenate(updates: Sequence[_FactoredUpdate]) -> _FactoredUpdate:
+    """Return the sum of updates as one product, with the sum of their ranks."""
+    lefts, rights, rights_of_residual = zip(*updates, strict=True)
+    return _FactoredUpdate(torch.cat(lefts, 1), torch.cat(rights), torch.cat(rights_of_residual))
 
 
 def _split_residual(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:

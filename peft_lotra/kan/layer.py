@@ -204,8 +204,8 @@ class KANLinear(SplineLayer):
         new_grid = UniformGrid.between(bounds.double(), self.grid_size, self.spline_order)
         points, weight = spread_points(samples, new_grid.low, new_grid.high, 4 * new_grid.num_basis)
         # Each old basis function in terms of the new ones: the cost does not depend on the number of outputs.
-        old_basis = bspline_basis(points, *old_grid)
-        new_basis = bspline_basis(points, *new_grid)
+        old_basis = old_grid.functions(points)
+        new_basis = new_grid.functions(points)
         transfer = change_of_basis(weight * new_basis, weight * old_basis)
         refitted = einsum(transfer, self.spline_weight.double(), "i new old, o i old -> o i new")
         self.grid_bounds.copy_(bounds)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..modules.calls import is_tracing
-from .basis import UniformGrid, bspline_basis, evaluate_splines, in_transform, is_batched, spline_offsets
+from .basis import UniformGrid, evaluate_splines, in_transform, is_batched, spline_offsets
 from .memory import EVALUATED, MULTIPLIED_ROWS, OFF_CPU, blocks
 from .sparse_product import is_sparse, sparse_point_gradient, sparse_product, sparse_weight_gradient
 
@@ -42,7 +42,7 @@ def spline_product(x: Tensor, grid: UniformGrid, *weights: Tensor) -> Tensor:
     is_small = not is_tracing() and x.numel() * grid.num_basis <= _PLAIN_UP_TO
     ends_vary = grid.low.requires_grad or grid.high.requires_grad
     if is_small or ends_vary or needs_plain_operations(x, grid.low, grid.high, *weights):
-        functions = bspline_basis(x, *grid)
+        functions = grid.functions(x)
         return plain_product(functions, *weights)
     return _SplineProduct.apply(x, *grid, *weights)
 
@@ -114,7 +114,7 @@ class _SplineProduct(torch.autograd.Function):
         if is_plain_backward(gradient):
 
             def product(x: Tensor, *weights: Tensor) -> list[Tensor]:
-                return [plain_product(bspline_basis(x, *grid), *weights)]
+                return [plain_product(grid.functions(x), *weights)]
 
             needed = [needs_x, *needs_weights]
             grad_x, *grad_weights = plain_gradients(product, [x, *weights], needed, [gradient])

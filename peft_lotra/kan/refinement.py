@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..modules.calls import share_hooks, unwrap
 from ..tucker import Tucker
-from .basis import UniformGrid, bspline_basis, change_of_basis, check_grid
+from .basis import UniformGrid, change_of_basis, check_grid
 from .input_map import InputMap
 from .knots import KnotMap
 from .layer import KANLinear, SplineLayer
@@ -211,8 +211,8 @@ def _refine_layer(
     if old_map is not new_map:
         x = new_points if new_map is None else new_map.inverse(new_points)
         old_points = x if old_map is None else old_map(x)
-    new_basis = bspline_basis(new_points, *new_grid)
-    old_basis = bspline_basis(old_points, *old_grid)
+    new_basis = new_grid.functions(new_points)
+    old_basis = old_grid.functions(old_points)
     new_silu = F.silu(new_points).unsqueeze(-1)
     old_silu = F.silu(old_points).unsqueeze(-1)
     # the map also moves the base branch, for which the splines make up

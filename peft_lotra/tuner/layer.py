@@ -479,9 +479,10 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             return None
         key = base_layer.training, stored.dtype
         verified_state, reader = self._readers.get(key, (None, None))
-        always_holds = reader is not None and reader.is_own
+        if reader is not None and reader.is_own:
+            return reader
         can_verify = even_if_traced or not (is_tracing() or in_transform())
-        if always_holds or not can_verify:
+        if not can_verify:
             return reader
         state = state_of(base_layer)
         if state != verified_state:
