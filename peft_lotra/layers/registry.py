@@ -383,30 +383,27 @@ def short_name(name: str) -> str:
     return name.removeprefix(PREFIX)
 
 
-def walk_kan_layers(
-    module: nn.Module,
-    name: str = "",
-    seen: set[int] | None = None,
-) -> Iterator[tuple[str, nn.Module, KANLayerSpec]]:
+def walk_kan_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, KANLayerSpec]]:
     """Yield the KAN layers of a model with their names and kinds. An adapted layer yields its base layer.
 
     Left out are KAN layers inside of KAN layers and in the copies that PEFT's `modules_to_save` makes.
     """
-    seen = set() if seen is None else seen
-    if id(module) in seen or isinstance(module, tuple(NOT_SEARCHED)):
-        return
-    seen.add(id(module))
-    spec = None
-    while isinstance(base_layer := module._modules.get("base_layer"), nn.Module):
-        spec = spec or vars(module).get("lotra_spec")  # of a kind that may not be registered
-        module = base_layer
-    spec = spec or get_kan_spec(module)
-    if spec is not None:
-        yield name, module, spec
-        return
-    prefix = f"{name}." if name else ""
-    for child_name, child in module.named_children():
-        yield from walk_kan_layers(child, prefix + child_name, seen)
+    skipped: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in skipped:
+            continue
+        if isinstance(module, tuple(NOT_SEARCHED)):
+            skipped.update(module.modules())
+            continue
+        layer = module
+        spec = None
+        while isinstance(base_layer := layer._modules.get("base_layer"), nn.Module):
+            spec = spec or vars(layer).get("lotra_spec")  # of a kind that may not be registered
+            layer = base_layer
+        spec = spec or get_kan_spec(layer)
+        if spec is not None:
+            skipped.update(module.modules())
+            yield name, layer, spec
 
 
 def copy_grid(grid: Mapping[str, Any]) -> Grid:
