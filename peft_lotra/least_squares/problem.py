@@ -149,6 +149,37 @@ def check_residuals(values: Any, name: str, count: int) -> Tensor:
     return values.reshape(count, -1).double()
 
 
+def check_rows(name: str, evaluate: Callable[..., Tensor]) -> None:
+    """Raise a `ValueError` if residuals are random, or a row depends on other rows.
+
+    Args:
+        name: The name of the residual term.
+        evaluate: Returns the residuals (n, m) of the rows with the n indices that are its arguments.
+    """
+
+    def differ(values: Tensor, expected: Tensor) -> bool:
+        if values.shape != expected.shape:
+            return True
+        largest = values.nan_to_num(0, 0, 0).abs().max().item()
+        tolerance = 1e-7 * largest + 1e-10
+        return not torch.allclose(values, expected, 1e-7, tolerance, equal_nan=True)
+
+    residuals = evaluate(0, -1)
+    # dropout often draws the same twice
+    if any(differ(residuals, evaluate(0, -1)) for _ in range(3)):
+        raise ValueError(
+            f"The {name} is random. Draw before the step and pass the draws as rows. Turn dropout off by "
+            "`model.eval()`."
+        )
+    of_three_rows = evaluate(0, -1, 0)
+    if differ(residuals, of_three_rows[:2]):
+        raise ValueError(
+            f"The {name} returns residuals of a row that depend on other rows. Pass all that a residual needs in its "
+            "row, and put batch normalization into evaluation mode by `model.eval()`. Shapes (n,) and (n, 1) subtract "
+            "to (n, n): squeeze one of them."
+        )
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that require a gradient, by name.
 
@@ -333,30 +364,10 @@ class LeastSquares:
             rows = [row[list(indices)] for row in term.rows]
             return self._call(term, rows, tensors).detach()
 
-        def differ(values: Tensor, expected: Tensor) -> bool:
-            if values.shape != expected.shape:
-                return True
-            largest = values.nan_to_num(0, 0, 0).abs().max().item()
-            tolerance = 1e-7 * largest + 1e-10
-            return not torch.allclose(values, expected, 1e-7, tolerance, equal_nan=True)
-
         with Intercepted() as mode:
-            residuals = evaluate(0, -1)
+            evaluate(0, -1)
         term.trial.intercepted = mode.is_needed
-
-        # dropout often draws the same twice
-        if any(differ(residuals, evaluate(0, -1)) for _ in range(3)):
-            raise ValueError(
-                f"The {term.name} is random. Draw before the step and pass the draws as rows. Turn dropout off by "
-                "`model.eval()`."
-            )
-        of_three_rows = evaluate(0, -1, 0)
-        if differ(residuals, of_three_rows[:2]):
-            raise ValueError(
-                f"The {term.name} returns residuals of a row that depend on other rows. Pass all that a residual "
-                "needs in its row, and put batch normalization into evaluation mode by `model.eval()`. Shapes (n,) "
-                "and (n, 1) subtract to (n, n): squeeze one of them."
-            )
+        check_rows(term.name, evaluate)
 
     def _measure(self, term: PreparedTerm) -> None:
         """Find the number of columns, the memory of a row, and whether `row_gradients` computes the Jacobian."""

@@ -19,7 +19,7 @@ from ..bank.layer import ROWS, BankModel, BankPass
 from ..bank.snapshot import Form
 from ..kan.row_product import PackedTucker, RowGroups, group_rows
 from ..least_squares.levenberg_marquardt import LARGEST_DAMPING, SMALLEST_DAMPING, damping_factor
-from ..least_squares.problem import Intercepted, Term, check_residuals, check_terms, in_double, name_term
+from ..least_squares.problem import Intercepted, Term, check_residuals, check_rows, check_terms, in_double, name_term
 from ..modules.calls import call_with_parameters
 from ..modules.checks import check_number
 from .learning_rates import Policy, component_multipliers
@@ -259,6 +259,7 @@ class BankLevenbergMarquardt(_BankOptimizer):
         check_number(damping, "damping", "(0, inf)")
         super().__init__(model.bank, names, {"damping": damping, "floor": floor})
         self.model = model
+        self._checked: list[Callable[..., Tensor]] = []  # the functions of the last step
         capacity = len(self.packed)
         self.state[self.packed]["damping"] = self.packed.new_full((capacity,), damping, dtype=torch.float64)
 
@@ -288,6 +289,7 @@ class BankLevenbergMarquardt(_BankOptimizer):
             index = snapshot.rows_of(ids)
             indexed.append((function, (index, *rows), *weight))
         checked = check_terms(indexed)
+        self._check_rows(checked)
 
         counts = torch.zeros_like(self._is_active, dtype=torch.int64)
         for _, (index, *_), _ in checked:
@@ -312,6 +314,31 @@ class BankLevenbergMarquardt(_BankOptimizer):
             accepted=self._by_id(accepted, False),
             damping=self._by_id(dampings, self.defaults["damping"]),
         )
+
+    def _check_rows(self, terms: list[Term]) -> None:
+        """Raise a ValueError if the residuals of a new function are random, or a row depends on other rows."""
+        for number, term in enumerate(terms):
+            function, (index, *_), _ = term
+            trained = self._is_active[index].nonzero().squeeze(1)
+            if function not in self._checked and len(trained):
+                check_rows(name_term(number, function), partial(self._evaluate_rows, number, term, trained))
+        self._checked = [function for function, *_ in terms]
+
+    @torch.enable_grad()
+    def _evaluate_rows(
+        self,
+        number: int,
+        term: Term,
+        trained: Tensor,
+        *indices: int,
+    ) -> Tensor:
+        """Compute the residuals of the `indices` of the `trained` rows of a term."""
+        function, (index, *rows), _ = term
+        chosen = trained[list(indices)]
+        packed = self.packed[index[chosen]].double()
+        chosen_rows = [row[chosen.to(row.device)] for row in rows]
+        groups = RowGroups(torch.arange(len(chosen), device=chosen.device))
+        return self._call(name_term(number, function), function, chosen_rows, packed, groups).detach()
 
     def _step_of(
         self,
@@ -449,17 +476,7 @@ class BankLevenbergMarquardt(_BankOptimizer):
         updates = self.bank.snapshot.updates_of_samples(packed, groups)
         with ROWS.set(BankPass(self.bank, updates, set())), Intercepted():
             values = call_with_parameters(model, in_double(model), partial(function, model), args, {})
-        count = len(rows[0])
-        values = check_residuals(values, name, count)
-        if values.shape == (count, count) and count > 1:
-            first_row = [row[:1] for row in rows]
-            first_group = RowGroups(groups.of_rows()[:1])
-            values_of_first = self._call(name, function, first_row, packed, first_group)
-            if values_of_first.shape[1] != count:
-                raise ValueError(
-                    f"The {name} returns ({count}, {count}): values (n, 1) minus data (n,) are all pairs; squeeze one."
-                )
-        return values.to(packed)
+        return check_residuals(values, name, len(rows[0])).to(packed)
 
 
 def _pad(values: Tensor, entries: tuple[Tensor, Tensor], counts: Tensor) -> Tensor:

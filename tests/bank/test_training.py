@@ -519,8 +519,10 @@ WRONG_TERMS = {
     "too few ids": (lambda x, y, ids: [(error, (x, y), ids[:3])], "lengths"),
     "an unknown id": (lambda x, y, ids: [(error, (x, y), ids + 7)], "id 7"),
     "a negative weight": (lambda x, y, ids: [(error, (x, y), ids, -1.0)], "weight"),
-    "a mean": (lambda x, y, ids: [(lambda model, x: model(x).mean(), x, ids)], r"\(8,\)"),
-    "all pairs": (lambda x, y, ids: [(lambda model, x, y: model(x) - y, (x, y), ids)], "all pairs"),
+    "a mean": (lambda x, y, ids: [(lambda model, x: model(x).mean(), x, ids)], "without a mean"),
+    "all pairs": (lambda x, y, ids: [(lambda model, x, y: model(x) - y, (x, y), ids)], "subtract to"),
+    "random": (lambda x, y, ids: [(lambda model, x: model(x) * torch.rand(len(x), 1), x, ids)], "is random"),
+    "a norm": (lambda x, y, ids: [(lambda model, x: model(x) - model(x).mean(), x, ids)], "depend on other rows"),
     "no terms": (lambda x, y, ids: [], "no residual terms"),
 }
 
