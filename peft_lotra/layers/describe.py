@@ -137,7 +137,8 @@ def _compare(
         reason = ""
         doubts = {}
         if is_built_in(spec):
-            if contradicts or any(evidence.base[name] is None for name in tensor.parameters):
+            is_unused = any(evidence.base[name] is None for name in tensor.parameters)
+            if contradicts or is_unused or OTHER in _find_doubts(evidence, spec, tensor).values():
                 reason = "it computes something else"
         else:
             if contradicts:
@@ -209,6 +210,8 @@ def _find_doubts(
     doubts = {}
     described = {*spec.grid, spec.bias, *(spec.edge_scale or ())}
     layer = evidence.probe.layer
+    # then nothing follows the sum that makes the output nonlinear in all of them
+    has_linear = any(evidence.is_linear([name]) for name in tensor.parameters)
     is_trained = any(layer.get_parameter(name).requires_grad for name in tensor.parameters)
     for name, gradient in evidence.base.items():
         path, _, _ = name.rpartition(".")
@@ -222,6 +225,10 @@ def _find_doubts(
         elif not evidence.stays(tensor, [name], observed):
             is_factor = not observed and evidence.stays_on_edges(tensor, [name])
             doubts[name] = FACTOR if is_factor else NOT_LINEAR
-        elif layout is None and (gradient.dim() > 1 or not evidence.is_additive([name])):  # a bias is additive
-            doubts[name] = OTHER
+        elif layout is not None and has_linear and not evidence.is_linear([name]):
+            doubts[name] = NOT_LINEAR
+        elif layout is None:
+            may_be_bias = gradient.dim() == 1 or evidence.is_constant(name)
+            if not may_be_bias or not evidence.is_additive([name]):
+                doubts[name] = OTHER
     return doubts

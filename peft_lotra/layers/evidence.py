@@ -275,6 +275,15 @@ class Evidence:
                 return False
         return True
 
+    def is_constant(self, name: str) -> bool:
+        """Return whether the gradient of a parameter is the same at all inputs, as that of a bias."""
+        base = self.base[name]
+        if base is None:
+            return True
+        largest = _ROUNDING * base.abs().max()
+        changes = [(gradients[name] - base).abs().max() for gradients in self.scaled]  # pyright: ignore[reportOptionalOperand]
+        return all(change <= largest for change in changes)
+
     def is_linear(self, names: Collection[str]) -> bool | None:
         """Return whether the output is an affine function of parameters. None if their gradient says nothing."""
         x = self.x
@@ -286,7 +295,7 @@ class Evidence:
             gradients = self.gradients(x, parameters=parameters)
             named = [gradients[name] for name in names]
             flat = [gradient.flatten() for gradient in named if gradient is not None]
-            ends.append(torch.cat(flat))
+            ends.append(torch.cat([*flat, x.new_zeros(1)]))
         first, second = ends
         size = (first.abs() + second.abs()).max()
         if not 0 < size < math.inf:

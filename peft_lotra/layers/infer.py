@@ -324,7 +324,7 @@ def _add_branches(evidence: Evidence, spec: KANLayerSpec, tensors: Tensors) -> K
     coefficients = dict(spec.parts)
     factors: dict[str, str] = {}
     for name, value in tensors.items():
-        if value.dim() != 2 or name in coefficients:
+        if value.dim() != 2 or name in coefficients or evidence.is_constant(name):
             continue
         for pattern in ("o i", "i o"):
             extended = replace(spec, residual=(name, pattern))

@@ -13,10 +13,12 @@ from functools import partial
 import pytest
 import torch
 from helpers import relative, saved_and_merged
+from orders import Wavelets
 from peft import get_peft_model
 from stand_ins import (
     FixedFunctions,
     FunctionsOfSlices,
+    PhysicsNeMoFourierLayer,
     PolynomialsOfChannels,
     PolynomialUnits,
     ProjectedChebyshev,
@@ -304,6 +306,31 @@ def test_parameters_that_shape_the_functions_are_named_in_one_warning():
     for name in ("0.centers", "0.log_width", "1.centers"):
         assert f"`{name}`: the output is not linear in it" in message
     assert "and 1 more" in message
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (1, 5), (2, 1), (2, 2), (7, 3)])
+def test_scales_and_translations_of_wavelets_are_named_at_all_sizes(inputs, outputs):
+    (layer,) = find_kan_layers(nn.Sequential(Wavelets(inputs, outputs, norm=False)))
+
+    assert layer.doubts.keys() == {"scale", "translation"}
+
+
+class FourierWithBase(PhysicsNeMoFourierLayer):
+    """ikan's FourierKANLinear: a known parameter, and weights of silu that this kind does not have."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.base_weight = nn.Parameter(torch.randn(outputs, inputs))
+
+    def forward(self, x):
+        return super().forward(x) + nn.functional.silu(x) @ self.base_weight.T
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(3, 5), (4, 4), (1, 1), (7, 1)])
+def test_a_copy_of_a_known_layer_with_further_weights_gets_adapters_of_these_too(inputs, outputs):
+    (layer,) = find_kan_layers(nn.Sequential(FourierWithBase(inputs, outputs)))
+
+    assert set(layer.parameters) == {"fourier_coeffs", "base_weight"}
 
 
 class Normalized(nn.Module):
