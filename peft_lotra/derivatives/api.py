@@ -156,12 +156,13 @@ def _check_directions(x: Tensor, directions: Tensor | None) -> Tensor:
     width = x.shape[-1]
     if directions is None:
         return torch.eye(width, dtype=x.dtype, device=x.device)
+    directions = torch.as_tensor(directions).to(x)
     if directions.dim() != 2 or directions.shape[1] != width or not len(directions):
         raise ValueError(
             f"`directions` has shape {tuple(directions.shape)}, but must be (D, {width}): one direction in the "
             "space of inputs in each row, at least one."
         )
-    return directions.to(x)
+    return directions
 
 
 def _warn_of_low_degree(modules: Iterable[nn.Module], order: int) -> None:

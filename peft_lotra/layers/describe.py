@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -212,10 +213,12 @@ def _find_doubts(
     layer = evidence.probe.layer
     # then nothing follows the sum that makes the output nonlinear in all of them
     has_linear = any(evidence.is_linear([name]) for name in tensor.parameters)
-    is_trained = any(layer.get_parameter(name).requires_grad for name in tensor.parameters)
+    # no `get_parameter`: in `functional_call` they are tensors
+    requires_grad = {name: attrgetter(name)(layer).requires_grad for name in evidence.base}
+    is_trained = any(requires_grad[name] for name in tensor.parameters)
     for name, gradient in evidence.base.items():
         path, _, _ = name.rpartition(".")
-        is_constant = is_trained and not layer.get_parameter(name).requires_grad
+        is_constant = is_trained and not requires_grad[name]
         if name in described or is_constant or isinstance(layer.get_submodule(path), NORMS):
             continue
         layout = tensor.parameters.get(name)

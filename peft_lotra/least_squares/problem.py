@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
@@ -475,7 +476,18 @@ class LeastSquares:
             jacobian = row_gradients(evaluate, list(leaves.values()), len(rows[0]), out)
             if jacobian is not None:
                 return jacobian
-        jacobian = self._jacobian_by_vmap(term, rows)
+        try:
+            jacobian = self._jacobian_by_vmap(term, rows)
+        except RuntimeError as error:
+            # JacobiKAN, for instance, writes functions of its inputs into a tensor that it makes
+            if "vmap: inplace" not in str(error):
+                raise
+            warnings.warn(
+                f"The {term.name} writes into a tensor, which `torch.func.vmap` does not allow. It is differentiated "
+                "row by row, which is slow.",
+                stacklevel=2,
+            )
+            jacobian = self._jacobian_by_rows(term, rows)
         if out is None:
             return jacobian
         return out[: len(jacobian)].copy_(jacobian)
@@ -493,6 +505,14 @@ class LeastSquares:
         differentiate_rows = torch.func.vmap(differentiate_row, in_dims, randomness="different")
         with enable_inplace_requires_grad(True):  # for functions that call `x.requires_grad_()`
             return differentiate_rows(self.start, *rows).flatten(0, 1)
+
+    def _jacobian_by_rows(self, term: PreparedTerm, rows: Sequence[Tensor]) -> Tensor:
+        units = torch.eye(term.columns, dtype=self.start.dtype, device=self.start.device)
+        gradients = []
+        for number in range(len(rows[0])):
+            row = [tensor[number : number + 1] for tensor in rows]
+            gradients += [self._pull_back(term, row, unit) for unit in units]
+        return torch.stack(gradients)
 
     def pull_back(self, vector: Tensor) -> Tensor:
         """Return J^T vector, (M,) to (P,), by one backward pass."""

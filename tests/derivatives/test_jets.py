@@ -355,10 +355,10 @@ def test_derivatives_that_splines_do_not_have_warn_once(warn_again):
 
 
 @pytest.mark.parametrize("function", [jet, hessian])
-@pytest.mark.parametrize("shape", [(3,), (2, 2), (0, 3), (1, 2, 3)])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2), (0, 3), (1, 2, 3)])
 def test_directions_of_a_wrong_shape_are_refused(shape, function):
     with pytest.raises(ValueError, match=r"`directions` has shape .*must be \(D, 3\)"):
-        function(network(), points(), torch.zeros(shape, dtype=torch.float64))
+        function(network(), points(), torch.zeros(shape, dtype=torch.float64).tolist())
 
 
 WRONG = {

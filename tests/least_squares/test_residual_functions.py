@@ -104,6 +104,36 @@ def test_functions_may_write_into_their_rows():
     assert torch.equal(x, rows())
 
 
+class WrittenPolynomials(nn.Module):
+    """JacobiKAN's polynomials, which it writes into a tensor one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coefficients = nn.Parameter(torch.randn(1, 2, 3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        functions = torch.ones(*x.shape, 3, dtype=x.dtype)
+        functions[..., 1] = x
+        functions[..., 2] = 2 * x * functions[..., 1].clone() - 1
+        return torch.einsum("bik,oik->bo", functions, self.coefficients)
+
+
+@pytest.mark.parametrize("function", [by_jet, by_columns])
+def test_networks_that_write_into_tensors_are_differentiated_row_by_row(function):
+    torch.manual_seed(0)
+    model = WrittenPolynomials()
+    written = copy.deepcopy(model)
+    written.forward = lambda x: torch.einsum(
+        "bik,oik->bo", torch.stack([torch.ones_like(x), x, 2 * x * x - 1], -1), written.coefficients
+    )
+    expected = steps(written, function, rows())
+
+    with pytest.warns(UserWarning, match="row by row"):
+        losses = steps(model, function, rows())
+
+    assert losses == pytest.approx(expected)
+
+
 def test_gradients_through_normalizations_are_right():
     """Torch's own derivatives of third order are not."""
 

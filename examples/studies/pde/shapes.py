@@ -227,7 +227,7 @@ def draw(results: dict[str, Solution], path: Path) -> None:
             axis.grid(False)
     points, normals = HOLE.boundary(24)
     axes[0, 1].quiver(*points.T, *-normals.T, color=pictures.RED, scale=14, width=0.005)
-    figure.suptitle("`solve` on shapes: arrows are the normals of the Neumann data")
+    figure.suptitle("Solutions on shapes: arrows are the normals of the Neumann data")
     figure.savefig(path)
     plt.close(figure)
 
