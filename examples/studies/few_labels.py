@@ -552,7 +552,7 @@ def choose(split: Split, base: nn.Module, mlp: nn.Module, seed: int, blocked: bo
     x, y = split.labeled
     torch.manual_seed(seed)
     are_classes = y.dim() == 1 and not y.is_floating_point()
-    fold = assign_folds(y, 5, None, blocked, are_classes).unsqueeze(0)
+    fold = assign_folds(y, 5, None, blocked, are_classes)
     task = Task(x, y, split.loss, fold, are_classes, steps, tqdm(disable=True))
     every_row = [torch.arange(len(x))]
 

@@ -18,8 +18,8 @@ def read_rows(data: Any, needs_order: bool = False) -> tuple[Tensor, Tensor]:
     """Return the inputs and the targets of all rows, of a pair of tensors, a Dataset or a DataLoader.
 
     Raises:
-        ValueError: `data` is something else, has no rows, different numbers of both, or values that are not finite.
-            Or it shuffles the rows, although their order is needed.
+        ValueError: There are no rows, different numbers of both, or values that are not finite. Or `data` shuffles the
+            rows, although their order is needed.
     """
     if not isinstance(data, (tuple, list)):
         loader = data
@@ -29,37 +29,15 @@ def read_rows(data: Any, needs_order: bool = False) -> tuple[Tensor, Tensor]:
             raise ValueError(
                 "`groups` and `blocked` need the order of the rows, but `data` shuffles them. Pass a Dataset."
             )
-        try:
-            data = [torch.cat(tensors) for tensors in zip(*loader, strict=True)]
-        except TypeError as error:
-            raise ValueError("`data` must have pairs of tensors, inputs and targets, as its entries.") from error
-    are_tensors = all(isinstance(tensor, Tensor) for tensor in data)
-    lengths = [len(tensor) for tensor in data] if are_tensors else []
-    if len(lengths) != 2 or lengths[0] != lengths[1] or lengths[0] == 0:
-        raise ValueError("`data` must have inputs and targets as tensors, the same number of both, and at least one.")
+        data = map(torch.cat, zip(*loader, strict=True))
     x, y = data
-    if not (x.isfinite().all() and y.isfinite().all()):
-        raise ValueError("`data` has NaN or infinite values. Remove these rows.")
+    are_finite = torch.isfinite(x).all() and torch.isfinite(y).all()
+    if not are_finite or len(x) != len(y) or len(x) == 0:
+        raise ValueError(
+            f"`data` has {len(x)} inputs and {len(y)} targets, but must have as many of both, at least one, and no "
+            "NaN or infinite values."
+        )
     return x, y
-
-
-def assign_folds_repeatedly(
-    y: Tensor,
-    folds: int,
-    groups: Sequence[Any] | None,
-    blocked: bool,
-    are_classes: bool,
-    repeats: int,
-) -> Tensor:
-    """Return the folds (repeats, n) that hold out each row in each of several random assignments.
-
-    The folds of the second assignment are numbered after those of the first one, and so on.
-    """
-    assignments = []
-    for repeat in range(repeats):
-        fold = assign_folds(y, folds, groups, blocked, are_classes)
-        assignments.append(torch.where(fold < 0, fold, fold + repeat * folds))
-    return torch.stack(assignments)
 
 
 def assign_folds(
@@ -68,39 +46,43 @@ def assign_folds(
     groups: Sequence[Any] | None,
     blocked: bool,
     are_classes: bool,
+    repeats: int = 1,
 ) -> Tensor:
-    """Return the fold (n,) that holds out each row; -1 for a row that is the only one of its class.
+    """Return the folds (repeats, n) that hold out each row in each of several random assignments.
+
+    It is -1 for a row that is the only one of its class. The folds of the second assignment are numbered after those
+    of the first one, and so on.
 
     Raises:
         ValueError: There are not enough rows or groups, or a fold would train without a class.
     """
     count = len(y)
+    if groups is not None and len(groups) != count:
+        raise ValueError(f"`groups` has {len(groups)} entries, but `data` has {count} rows.")
     classes = y.tolist() if are_classes else [0] * count
+    frequency = Counter(classes)
+    assignments = []
+    for repeat in range(repeats):
+        order = torch.randperm(count).tolist()
+        fold = torch.full((count,), -1)
+        if blocked:
+            fold = torch.arange(count) * folds // count
+        elif groups is not None:
+            labels = dict.fromkeys(groups[row] for row in order)
+            number_of = {label: number for number, label in enumerate(labels)}
+            fold = torch.tensor([number_of[label] % folds for label in groups])
+        else:
+            rows = [row for row in order if frequency[classes[row]] > 1]
+            rows.sort(key=classes.__getitem__)
+            fold[rows] = torch.arange(len(rows)) % folds  # each class is spread over the folds
 
-    order = torch.randperm(count).tolist()
-    fold = torch.full((count,), -1)
-    if blocked:
-        fold = torch.arange(count) * folds // count
-    elif groups is not None:
-        if len(groups) != count:
-            raise ValueError(f"`groups` has {len(groups)} entries, but `data` has {count} rows.")
-        labels = dict.fromkeys(groups[row] for row in order)
-        number_of = {label: number for number, label in enumerate(labels)}
-        fold = torch.tensor([number_of[label] % folds for label in groups])
-    else:
-        frequency = Counter(classes)
-        rows = [row for row in order if frequency[classes[row]] > 1]
-        rows.sort(key=classes.__getitem__)
-        fold[rows] = torch.arange(len(rows)) % folds  # each class is spread over the folds
-
-    for number in range(folds):
-        training = (fold != number).nonzero().flatten().tolist()
-        if len(training) in (0, count):
-            raise ValueError(f"`folds` is {folds}, but `data` has too few rows or groups. Pass fewer folds.")
-        missing = set(classes) - {classes[row] for row in training}
-        if missing:
-            raise ValueError(
-                f"A fold would train without the classes {sorted(missing)[:3]}. Pass fewer folds, or other `groups`, "
-                "or leave out `blocked`."
-            )
-    return fold
+        for number in range(folds):
+            training = (fold != number).nonzero().flatten().tolist()
+            missing = set(classes) - {classes[row] for row in training}
+            if missing or len(training) == count:
+                raise ValueError(
+                    f"`folds` is {folds}, but a fold would have no rows, or train without classes. Pass fewer folds, "
+                    "or other `groups`, or leave out `blocked`."
+                )
+        assignments.append(torch.where(fold < 0, fold, fold + repeat * folds))
+    return torch.stack(assignments)

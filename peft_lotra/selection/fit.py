@@ -13,7 +13,6 @@ from copy import deepcopy
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -24,8 +23,8 @@ from ..compress.updates import check_without_adapters
 from ..modules.calls import PREFIX, evaluating_without_trace, unwrap
 from ..modules.checks import check_count, check_function
 from ..tuner.gradients import compute_losses
-from ..tuner.layer import LoTRALayer, lotra_layers
-from .data import assign_folds_repeatedly, read_rows
+from ..tuner.layer import lotra_layers
+from .data import assign_folds, read_rows
 from .report import AdapterFit, Chosen, advise
 from .starts import (
     FULL_MATRICES,
@@ -35,7 +34,6 @@ from .starts import (
     file_size,
     make_references,
     start_adapter,
-    stored_size,
     stored_tensors,
 )
 from .training import CHUNK, Fit, Task, are_within_error, weigh_rows
@@ -113,9 +111,9 @@ def fit_adapter(
     Raises:
         ValueError: Before training: there are no rows, fewer rows or groups than folds, a fold without a class, or
             values that are not finite; a DataLoader shuffles the rows, despite `groups` or `blocked`; the loss is no
-            scalar, not finite for a single row, or does not take all outputs (it needs probabilities, or their
-            logarithms); the budget is above 1, or it or `max_bytes` is below what ranks of 1 take; `base` has
-            adapters.
+            scalar, not finite for a single row, or takes logarithms of probabilities; the budget is above 1, or it or
+            `max_bytes` is below what ranks of 1 take; `base` has adapters. A loss that broadcasts, or takes only
+            probabilities, raises the warning or error of torch.
 
     Example:
         >>> from peft_lotra import fit_adapter
@@ -154,12 +152,18 @@ def fit_adapter(
         smallest = adapt(deepcopy(network), r=1, storage=storage)
         layers = [layer for _, layer in lotra_layers(smallest)]
         coefficients = sum(layer.get_base_weight().numel() for layer in layers)
+        tensors = stored_tensors(smallest)
+        size = file_size(tensors)
         if budget is None:
-            least = (file_size(smallest).parameters + 0.5) / coefficients
+            least = (size.parameters + 0.5) / coefficients
             budget = max(_BUDGET, min(least, 1.0))
         limit = "the budget"
         if max_bytes is not None:
-            share = _limit_parameters(max_bytes, smallest, layers) / coefficients
+            needed = size.bytes + _HEADER_ROOM * len(layers)
+            if max_bytes < needed:
+                raise ValueError(f"`max_bytes` is {max_bytes}, but ranks of 1 and the header may take {needed} bytes.")
+            added = (max_bytes - needed) // next(iter(tensors.values())).itemsize
+            share = (size.parameters + added) / coefficients
             if share < budget:
                 budget, limit = share, "`max_bytes`"
         if groups is not None:
@@ -173,7 +177,7 @@ def fit_adapter(
         is_single = blocked or is_large or len(x) >= _FEW_ROWS
         repeats = 1 if is_single else _REPEATS
 
-        fold = assign_folds_repeatedly(y, folds, groups, blocked, are_classes, repeats)
+        fold = assign_folds(y, folds, groups, blocked, are_classes, repeats)
         if is_large:
             fold = torch.where(fold == folds - 1, 0, -1)
             folds = 1
@@ -185,10 +189,9 @@ def fit_adapter(
         forms = choose_forms(network, task, budget)
         references = make_references(network, task)
         bar.total = steps * (len(references) + len(forms) + 1)
-        losses_of_base = task.losses_before_training(references["full"])
-        if not losses_of_base.isfinite().all():
+        fits = {"base": task._replace(steps=0).compare(references["full"])._replace(rate=0.0)}
+        if not fits["base"].losses.isfinite().all():
             raise ValueError("`loss` of single rows is not finite. It must be a mean over rows: remove those without.")
-        fits = {"base": Fit(0.0, {}, losses_of_base)}
         for name, start in references.items():
             fits[name] = task.compare(start)
 
@@ -221,9 +224,11 @@ def fit_adapter(
             model.peft_config["default"].init_weights = "training" if is_from_training else "gradient"
 
         ranks = {name: layer.get_components("default").form for name, layer in lotra_layers(original)}
-        sizes = {name: stored_size(start) for name, start in references.items()}
-        sizes["base"] = Size(0, 0)
-        sizes["adapter"] = file_size(model)
+        sizes = {"base": Size(0, 0), "adapter": file_size(stored_tensors(model))}
+        for name, start in references.items():
+            buffers = dict(start.network.named_buffers())
+            trained = {key: value for key, value in start.values[0].items() if key not in buffers}
+            sizes[name] = file_size(trained)
 
     notes = []
     if are_classes:
@@ -298,21 +303,12 @@ def _copy_checked(
         raise ValueError(f"`base` must return a tensor with one entry for each row, not a {type(outputs).__name__}.")
     outputs.requires_grad_()
     with warnings.catch_warnings():
+        # torch warns of outputs and targets that broadcast
         warnings.filterwarnings("error", "Using a target size")
-        try:
-            (value,) = compute_losses(lambda: loss(outputs, y), None)
-        except UserWarning as error:
-            raise ValueError(
-                f"`loss` broadcasts outputs {tuple(outputs.shape)} and targets {tuple(y.shape)}."
-            ) from error
+        (value,) = compute_losses(lambda: loss(outputs, y), None)
 
     with torch.no_grad():
-        try:
-            raised = loss(outputs + 1, y)
-        except Exception as error:
-            raise ValueError(
-                "`loss` does not take all outputs. Let `base` return logits, without a sigmoid."
-            ) from error
+        raised = loss(outputs + 1, y)
         is_invariant = torch.isclose(raised, value, rtol=1e-3, atol=1e-3).item()
         width = 1 if outputs.dim() == 1 else outputs.shape[1]
         is_normalized = width > 1 and outputs.logsumexp(1).abs().max() < 1e-2
@@ -323,18 +319,3 @@ def _copy_checked(
         )
     are_integers = y.dim() == 1 and not y.is_floating_point()
     return network, outputs[:1].detach(), bool(is_invariant and are_integers and y.max() < width)
-
-
-def _limit_parameters(
-    max_bytes: int,
-    smallest: PeftModel,
-    layers: Sequence[LoTRALayer],
-) -> int:
-    """Return how many parameters an adapter may have in a file, given the smallest adapter."""
-    size = file_size(smallest)
-    needed = size.bytes + _HEADER_ROOM * len(layers)
-    if max_bytes < needed:
-        raise ValueError(f"`max_bytes` is {max_bytes}, but ranks of 1 and the header may take {needed} bytes.")
-    stored = next(iter(stored_tensors(smallest).values()))
-    added = (max_bytes - needed) // stored.itemsize
-    return size.parameters + added

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from copy import deepcopy
@@ -51,23 +50,19 @@ def adapt(base: nn.Module, **config: Any) -> Any:
     return get_peft_model(base, LoTRAConfig(**config))
 
 
-def file_size(model: Any) -> Size:
-    """Return the size of the file that PEFT writes for the adapter."""
-    return _measure(stored_tensors(model))
-
-
-def stored_tensors(model: Any) -> Tensors:
-    """Return the tensors of an adapter in the dtype of its file."""
-    tensors = get_peft_model_state_dict(model)
-    storage = model.peft_config["default"].storage
-    return tensors if storage is None else cast_to_storage(tensors, storage)
-
-
-def _measure(tensors: Tensors) -> Size:
+def file_size(tensors: Tensors) -> Size:
+    """Return the size of a safetensors file with these tensors."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     file = safetensors.torch.save(contiguous, {"format": "pt"})
     parameters = sum(tensor.numel() for tensor in tensors.values())
     return Size(parameters, len(file))
+
+
+def stored_tensors(model: Any) -> Tensors:
+    """Return the tensors of an adapter in the dtype of the file that PEFT writes."""
+    tensors = get_peft_model_state_dict(model)
+    storage = model.peft_config["default"].storage
+    return tensors if storage is None else cast_to_storage(tensors, storage)
 
 
 def choose_forms(base: nn.Module, task: Task, budget: float) -> dict[str, Form]:
@@ -97,19 +92,13 @@ def start_adapter(
     rows: Sequence[Tensor],
 ) -> Start:
     """Start an adapter on the rows of each fold."""
-    model = adapt(deepcopy(base), rank_pattern=form.ranks)
-    network = unwrap(model)
-    loss = partial(_batch_loss, model, task)
-    without_update = trained_values(network)
     values = []
+    network = base
     for of_fold in rows:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The start overwrites")  # the adapter of the former fold
-            try:
-                form.begin(model, loss, of_fold.split(BATCH))
-            except NoGradientError:  # the rows with a gradient are held out
-                values.append(without_update)
-                continue
+        model = adapt(deepcopy(base), rank_pattern=form.ranks)
+        network = unwrap(model)
+        with suppress(NoGradientError):  # the rows with a gradient are held out: no update
+            form.begin(model, partial(_batch_loss, model, task), of_fold.split(BATCH))
         values.append(trained_values(network))
     return Start(network.requires_grad_(False), values, relative=form.begin is start_from_training)
 
@@ -214,10 +203,3 @@ def _start_linear(task: Task, outputs: Tensor) -> Start:
         variance[variance < 1e-12] = 1
         values.append({**zeros, "1.running_mean": mean, "1.running_var": variance})
     return Start(network, values)
-
-
-def stored_size(start: Start) -> Size:
-    """Return the size of a file with the trained values."""
-    parameters = dict(start.network.named_parameters())
-    trained = {name: value for name, value in start.values[0].items() if name in parameters}
-    return _measure(trained)

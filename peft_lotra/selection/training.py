@@ -82,7 +82,7 @@ def weigh_rows(
 ) -> Tensor:
     """Return the weights (rows,) of classes in the mean that a loss computes, all 1 if it has none.
 
-    Let a and b be the losses of two rows with the weights v and w. The loss of both is (v a + w b) / (v + w).
+    The weight of a row is by what factor its gradient is smaller than that of the loss of this row.
 
     Args:
         loss: The loss.
@@ -90,26 +90,19 @@ def weigh_rows(
         output: An output of the network (1, classes).
     """
     classes, index = y.unique(return_inverse=True)
-    outputs = torch.zeros_like(output).repeat(len(classes), 1)
-    outputs[torch.arange(len(classes)), classes] = 1  # not the loss of zeros
-    zeros = torch.zeros_like(output)
-    first = classes[:1]
-    loss_of_zeros = loss(zeros, first)
-    losses = []
-    weights = []
-    for number, label in enumerate(classes.split(1)):
-        row = outputs[number : number + 1]
-        loss_of_row = loss(row, label)
-        loss_of_both = loss(torch.cat([zeros, row]), torch.cat([first, label]))
-        losses.append(loss_of_row)
-        weights.append((loss_of_both - loss_of_zeros) / (loss_of_row - loss_of_both))
-    of_class = torch.stack(weights)
-    mean = (of_class * torch.stack(losses)).sum() / of_class.sum()
-    is_mean = bool((of_class > 0).all()) and torch.isclose(mean, loss(outputs, classes), rtol=1e-3)
-    is_weighted = (of_class - 1).abs().max() > 1e-3  # not by rounding
+    outputs = torch.zeros_like(output).repeat(len(classes), 1).requires_grad_()
+    mean = loss(outputs, classes)
+    single_losses = [loss(*pair) for pair in zip(outputs.split(1), classes.split(1), strict=True)]
+    losses = torch.stack(single_losses)
+    (gradient,) = torch.autograd.grad(mean, outputs)
+    (single_gradients,) = torch.autograd.grad(losses.sum(), outputs)
+    weights = gradient.norm(dim=1) / single_gradients.norm(dim=1)
+    is_mean = torch.isclose(weights @ losses, mean, rtol=1e-3)
+    # not by rounding
+    is_weighted = weights.max() > 1.001 * weights.min()
     if not (is_mean and is_weighted):
-        of_class = torch.ones_like(of_class)
-    return of_class[index]
+        weights = torch.ones_like(weights)
+    return weights[index].detach()
 
 
 def standard_error(losses: Tensor, least: Tensor) -> float:
@@ -220,14 +213,6 @@ class Task(NamedTuple):
                 best = index
         best_values = {name: value[:, best] for name, value in values.items()}
         return Fit(RATES[best], best_values, losses[best])
-
-    def losses_before_training(self, start: Start) -> Tensor:
-        """Compute the loss of each held-out row."""
-        folds = len(self.rows)
-        values = {}
-        for name, value in start.values[0].items():
-            values[name] = value.expand(folds, 1, *value.shape)
-        return self.held_out_losses(start.network, values)[0]
 
     @torch.no_grad()
     def held_out_losses(self, network: nn.Module, values: Tensors) -> list[Tensor]:

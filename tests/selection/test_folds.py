@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, Ten
 
 from peft_lotra import fit_adapter
 from peft_lotra.kan import KAN
-from peft_lotra.selection.data import assign_folds_repeatedly
+from peft_lotra.selection.data import assign_folds
 from peft_lotra.selection.report import advise
 from peft_lotra.selection.starts import Size
 
@@ -21,7 +21,7 @@ QUICK = {"steps": 1, "folds": 2, "progress": False}
 def test_each_row_is_held_out_once_in_each_division():
     targets = torch.arange(4).repeat(6)
 
-    fold = assign_folds_repeatedly(targets, 3, None, False, True, repeats=2)
+    fold = assign_folds(targets, 3, None, False, True, repeats=2)
 
     assert fold.shape == (2, 24)
     assert fold[0].bincount().tolist() == [8, 8, 8]
