@@ -177,10 +177,6 @@ class AdapterBank:
         Raises:
             ValueError: The name is known, or the adapter is of another base, grid or kind of layer, or damaged.
         """
-        if not isinstance(name, str) or name in ("", BASE):
-            raise ValueError(
-                f"An adapter cannot be called {name!r:.100}: pass a string; '__base__' stands for the base."
-            )
         try:
             if isinstance(adapter, AdapterBank):
                 if adapter.base is not self.base:
@@ -189,8 +185,8 @@ class AdapterBank:
             else:
                 updates, start = read_adapter(adapter, self.base, alpha, check_base, self._agreeing_records)
             with self._change() as snapshot:
-                if name in self and not replace:
-                    raise ValueError("the bank has an adapter of this name already. Pass `replace=True`.")
+                if name == BASE or (name in self and not replace):
+                    raise ValueError("the name is of the base, or of an adapter of the bank. Pass `replace=True`.")
                 self.snapshot = snapshot.with_adapter(name, updates, start)
         except (ValueError, TypeError, OSError) as error:
             raise ValueError(f"The adapter {name!r} was not added: {error}") from error
@@ -245,10 +241,11 @@ class AdapterBank:
             snapshot = snapshot.rebuild()  # a matrix of its own, since passes that have begun read the former one
             rows = snapshot.rows_of(self.names if names is None else names)
             packed = nn.Parameter(snapshot.packed)
-            if packed.itemsize < 4:
-                raise ValueError("Only adapters of float32 or float64 are trained: load the bank with such a `dtype`.")
-            if not len(rows) or 0 in rows:
-                raise ValueError("There is no adapter to train, or '__base__' is named, which has none.")
+            if packed.itemsize < 4 or not len(rows) or 0 in rows:
+                raise ValueError(
+                    f"There is no adapter to train, or '__base__' is named, or {packed.dtype} is not precise enough: "
+                    "load the bank with the `dtype` float32 or float64."
+                )
             trained = torch.zeros(len(packed), dtype=torch.bool, device=rows.device)
             trained[rows] = True
             is_component = snapshot.fill_components(lambda form, layer: {}).bool()
@@ -270,11 +267,10 @@ class AdapterBank:
             ids (`torch.Tensor`): The id of the adapter of each row, (rows,).
 
         Raises:
-            ValueError: An id belongs to no adapter, or there is not one for each error.
+            ValueError: An id belongs to no adapter.
+            RuntimeError: There is not one id for each error.
         """
         snapshot = self.snapshot
-        if errors.shape != ids.shape:
-            raise ValueError(f"`errors` {tuple(errors.shape)} and `ids` {tuple(ids.shape)} must both be (rows,).")
         snapshot.rows_of(ids)  # refuses unknown ids
         room = len(snapshot.row_of) - 1
         index = ids.to(errors.device, torch.int64) + 1  # the base comes first, and is left out
@@ -412,20 +408,13 @@ class AdapterBank:
 
         Raises:
             ValueError: The bank is attached; the model is another base, or has merged adapters, or adapters of other
-                methods; the base has changed since the bank was created.
+                methods; the base has changed since the bank was created: load its weights first.
         """
         network = unwrap(self.base if model is None else model)
         check_unmerged(network)
         check_methods(network, "The model")
-        try:
-            targets, names = match_layers(self.record, network, "error")
-        except ValueError as error:
-            if network is not self.base:
-                raise
-            raise ValueError(
-                "The base has changed since the bank was created. Load its weights first, then create the bank and "
-                "add the adapters."
-            ) from error
+        # also of the base of the bank, which may have changed since
+        targets, names = match_layers(self.record, network, "error")
         if self._replaced or any("lotra_bank" in vars(module) for module in network.modules()):
             raise ValueError("The bank, or another bank of the model, is attached: call its `detach()` first.")
         self._replaced = [(module, "training", module.training) for module in network.modules()]

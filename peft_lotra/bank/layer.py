@@ -151,14 +151,14 @@ class BankModel(nn.Module):
             RuntimeError: The same of an id in a compiled or exported model.
         """
         bank = self.bank
-        if adapter_names is not None and ids is not None:
-            raise ValueError("Pass `adapter_names` or `ids`, not both.")
+        if adapter_names is not None and (ids is not None or is_tracing()):
+            raise ValueError(
+                "Pass `adapter_names` or `ids`, not both. A compiled model takes only `ids=bank.ids(names)`."
+            )
         adapters = ids if adapter_names is None else adapter_names
         if adapters is not None and not self.is_attached:
             raise ValueError("The bank was detached from this model: use the model that `bank.attach()` returns.")
         if is_tracing():
-            if adapter_names is not None:
-                raise ValueError("A compiled model takes `ids`, not `adapter_names`: pass `ids=bank.ids(names)`.")
             bank.traced_pass = self._trace_pass(ids, args, kwargs)
             try:
                 return self.model(*args, **kwargs)

@@ -59,10 +59,16 @@ def read_adapter(
     """
     record = None
     targets = {}
-    tensors = {}
+    tensors: Any = {}
     updates = {}
     if isinstance(adapter, (str, os.PathLike)):
-        config: Any = _read_config(adapter, check_base)
+        config: Any = LoTRAConfig.from_pretrained(str(adapter), check_base=check_base)
+        companions = getattr(config, "companions", config.peft_type)
+        if companions:
+            raise ValueError(
+                f"it was saved with adapters of other methods, {companions}, which a bank does not hold. Load them by "
+                "`load_adapters`, or save the LoTRA adapter alone, by `selected_adapters=`."
+            )
         record = config.base_layers
         if record in agreeing:
             config.check_base = "ignore"
@@ -73,7 +79,14 @@ def read_adapter(
         config = copy(adapter)
         updates = _start(config, base)
     elif isinstance(adapter, PeftModel):
-        active = _find_active(adapter)
+        check_methods(adapter, "it")
+        names = adapter.active_adapters
+        if len(names) != 1:
+            raise ValueError(
+                f"it has the active adapters {names}, and one is added. Activate one by `set_adapter`, or sum them by "
+                "`add_weighted_adapter`."
+            )
+        (active,) = names
         config = adapter.peft_config[active]
         layers = dict(lotra_layers(adapter.get_base_model(), active))
         record = {name: record_layer(layer) for name, layer in layers.items()}
@@ -82,62 +95,30 @@ def read_adapter(
         _, names_in_base = match_layers(record, base, check_base)
         for name, layer in layers.items():
             updates[names_in_base[name]] = layer.update_of(active)
-    elif isinstance(adapter, Mapping):
+    else:
         config = LoTRAConfig(alpha=alpha, adapt_residual=False)
         tensors = adapter
-        targets = _match_state_dict(adapter, config, base)
-    else:
-        raise TypeError(f"it must be a PeftModel, a folder, a state dict or a LoTRAConfig, not a {type(adapter)}.")
+        targets = _match_state_dict(tensors, config, base)
 
     for name in targets:
         components = read_components(tensors, f"{PREFIX}{name}.")
         updates[name] = Update(config.alpha_of(name), components)
 
-    if config.modules_to_save:
-        raise ValueError("it saves modules, which a bank does not hold.")
-    if not updates:
-        raise ValueError("it adapts no KAN layer of the base.")
+    if config.modules_to_save or not updates:
+        raise ValueError("it adapts no KAN layer of the base, or saves modules, which a bank does not hold.")
     if record is not None and record not in agreeing:
         agreeing.append(record)
     return updates, config.init_weights
 
 
-def _read_config(folder: str | os.PathLike, check_base: str | None) -> LoTRAConfig:
-    """Return the configuration of an adapter in a folder; raise a ValueError if a bank cannot hold the adapter."""
-    config = LoTRAConfig.from_pretrained(str(folder), check_base=check_base)
-    if not isinstance(config, LoTRAConfig):
-        raise ValueError("it is no LoTRA adapter.")
-    if config.companions:
-        raise ValueError(
-            f"it was saved with adapters of other methods, {config.companions}, which a bank does not hold. Load "
-            "them by `load_adapters`, or save the LoTRA adapter alone, by `selected_adapters=`."
-        )
-    return config
-
-
-def _find_active(model: PeftModel) -> str:
-    """Return the name of the active adapter; raise a ValueError unless it is the only one, and of LoTRA."""
-    check_methods(model, "it")
-    names = model.active_adapters
-    if len(names) != 1:
-        raise ValueError(
-            f"it has the active adapters {names}, and one is added. Activate one by `set_adapter`, or sum them by "
-            "`add_weighted_adapter`."
-        )
-    return names[0]
-
-
 def check_methods(model: nn.Module, name: str) -> None:
     """Raise a ValueError if a model has adapters of other methods, which a bank would leave out or always add."""
-    methods = set()
     for module in model.modules():
         if isinstance(module, BaseTunerLayer) and not isinstance(module, LoTRALayer):
-            methods.add(type(module).__module__.split(".")[-2])
-    if methods:
-        raise ValueError(
-            f"{name} has adapters of other methods ({', '.join(sorted(methods))}), which a bank does not hold. Merge "
-            "them into the base, or remove them."
-        )
+            raise ValueError(
+                f"{name} has adapters of other methods ({type(module).__module__}), which a bank does not hold. Merge "
+                "them into the base, or remove them."
+            )
 
 
 def _match_state_dict(

@@ -133,8 +133,7 @@ class Snapshot(NamedTuple):
             raise ValueError(f"`ids` must be integers (rows,), got {ids.dtype} of the shape {tuple(ids.shape)}.")
         last = self.row_of.shape[0] - 1
         index = ids.to(self.row_of.device, torch.int64) + 1
-        index = torch.where(index < 0, last, index).clamp(max=last)
-        return self.row_of[index]
+        return self.row_of[index.clamp(-1, last)]  # the last one, also at -1, belongs to no adapter
 
     def rows_of(self, adapters: Sequence[str] | Sequence[int] | Tensor) -> Tensor:
         """Return the rows (n,) of adapters, by name or id; raise a ValueError if one is unknown."""

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from huggingface_hub import hf_hub_download, hf_hub_url
-from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from safetensors import safe_open
 from safetensors.torch import load, save_file
@@ -137,10 +136,7 @@ def _find_file(folder: str, has_names: bool, revision: str | None) -> tuple[str,
         raise ValueError(f"There is no {FILE_NAME} in {folder}. `AdapterBank.save(folder)` writes one.")
     if has_names:
         return hf_hub_url(repo_id, FILE_NAME, revision=revision), True
-    try:
-        return hf_hub_download(repo_id, FILE_NAME, revision=revision), False
-    except LocalEntryNotFoundError as error:  # without a connection
-        raise ValueError(f"There is no folder {folder}, and no such repository could be read: {error}") from error
+    return hf_hub_download(repo_id, FILE_NAME, revision=revision), False
 
 
 def _open_file(

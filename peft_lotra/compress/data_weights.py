@@ -15,12 +15,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..layers.describe import is_linear
 from ..layers.formula import find_formula
@@ -206,10 +205,11 @@ def sample_layers(
     returned = defaultdict(list)
 
     def record(name: str, x: Tensor, y: Any) -> None:
-        if x.dim() < 2:
-            raise ValueError(f"`inputs` reach `{name}` as one sample of shape {tuple(x.shape)}: pass a batch.")
-        if not x.isfinite().all():
-            raise ValueError(f"`inputs` lead to NaN or infinite values at `{name}`.")
+        if x.dim() < 2 or not x.isfinite().all():
+            raise ValueError(
+                f"`inputs` reach `{name}` as values of shape {tuple(x.shape)}. Pass a batch, without samples that "
+                "lead to NaN or infinite values."
+            )
         received[name].append(x.detach().flatten(0, -2))
         returned[name].append(first_output(y).requires_grad_())  # the model may be frozen
 
@@ -244,7 +244,7 @@ def _mean_moments(
     probes: int,
 ) -> dict[str, Tensor]:
     """Return the mean moment of s^T J (rows, out) by layer, see `sample_layers`, given what the layers returned."""
-    leaves = sum(returned.values(), [])
+    leaves, structure = tree_flatten(dict(returned))
     generator = torch.Generator().manual_seed(0)
     moments: dict[str, Any] = dict.fromkeys(returned, 0.0)
     count = probes * output.numel()
@@ -252,10 +252,8 @@ def _mean_moments(
         bits = torch.randint(0, 2, output.shape, generator=generator, device="cpu")
         signs = bits.to(output) * 2 - 1
         gradients = torch.autograd.grad(output, leaves, signs, retain_graph=True, materialize_grads=True)
-        remaining = iter(gradients)
-        for name, outputs in returned.items():
-            of_layer = islice(remaining, len(outputs))  # one for each call
-            rows = [gradient.flatten(0, -2) for gradient in of_layer]
+        for name, of_calls in tree_unflatten(gradients, structure).items():
+            rows = [gradient.flatten(0, -2) for gradient in of_calls]
             moments[name] += moment(torch.cat(rows)) / count
     return moments
 

@@ -129,12 +129,20 @@ def slim(
         model = _copy(model)
     compression = _Compression(model, inputs)
 
-    if ranks is not None:
-        chosen = compression.named_ranks(ranks)
+    tensors = compression.tensors
+    if isinstance(ranks, Mapping):
+        chosen = ranks_by_layer(tensors, ranks, None, "ranks")
+    elif ranks is not None:
+        chosen = ranks_by_layer(tensors, {}, ranks, "ranks")
     elif energy is not None and inputs is not None:
         chosen = compression.ranks_for(energy)
     else:
         chosen = choose_ranks(compression.spectra, energy, budget)
+    if not chosen:
+        raise ValueError(
+            f"No KAN layer to compress: the model has {list(tensors)}, and `ranks` is {ranks}. The known kinds of "
+            f"layers are {', '.join(known_kinds())}; describe another one with `peft_lotra.register_kan_layer`."
+        )
 
     layers, report = compression.compress(chosen)
     grown = [name for name in report.dense if name in chosen]
@@ -214,12 +222,6 @@ class _Compression:
             self.layers[name] = layer
             self.tensors[name] = tensor.detach()
 
-        if not self.layers:
-            raise ValueError(
-                "No KAN layer that could be compressed was found in the model. The known kinds of layers are "
-                f"{', '.join(known_kinds())}; describe another one with `peft_lotra.register_kan_layer`."
-            )
-
         self.weights = {}
         if inputs is not None:
             self.weights = gather_weights(model, self.tensors, inputs)
@@ -233,15 +235,6 @@ class _Compression:
     def spectra(self) -> dict[str, LayerSpectrum]:
         return weighted_spectra(self.tensors, self.weights)
 
-    def named_ranks(self, ranks: Ranks | Mapping[str, Ranks]) -> LayerRanks:
-        """Return the ranks of each layer; a layer that a mapping does not name is left out."""
-        if not isinstance(ranks, Mapping):
-            return ranks_by_layer(self.tensors, {}, ranks, "ranks")
-        by_layer = ranks_by_layer(self.tensors, ranks, None, "ranks")
-        if not by_layer:
-            raise ValueError(f"`ranks` names none of the KAN layers {list(self.tensors)}: {list(ranks)}.")
-        return by_layer
-
     def ranks_for(self, energy: float) -> LayerRanks:
         """Find the ranks for the smallest budget that keeps this share of the model's outputs, by bisection."""
         best = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}  # leaves all layers dense
@@ -254,7 +247,7 @@ class _Compression:
             middle = round(math.sqrt(low * high))
             ranks = choose_ranks(self.spectra, budget=middle)
             _, report = self.compress(ranks)
-            if report.model_error is not None and report.model_error > largest_error:
+            if (report.model_error or 0.0) > largest_error:
                 low = middle
             else:
                 high = middle

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..kan.basis import in_transform
 from ..modules.calls import is_tracing, unwrap
 from ..modules.checks import check_count, check_function, check_number
-from ..tucker import Tucker, form_text
+from ..tucker import Tucker
 from ..tuner.config import LoTRAConfig, pattern_key
 from ..tuner.gradients import (
     DENSE,
@@ -72,10 +72,9 @@ def start_from_training(
 
     Raises:
         TypeError: `loss` is no function.
-        ValueError: There is no active adapter, or more than one; adapters are merged; an alpha is 0; `train` leaves
-            nothing to train with the chosen ranks; the model is wrapped for training in parallel; an optimizer
-            holds components that a budget would replace; there are no batches; the loss does not depend on the
-            coefficients, or becomes infinite. The adapter is as before then.
+        ValueError: There is no active adapter, or more than one; adapters are merged; an alpha is 0; the model is
+            wrapped for training in parallel; an optimizer holds components that a budget would replace; there are no
+            batches; the loss does not depend on the coefficients, or becomes infinite. The adapter is as before then.
         RuntimeError: The grid is not the one that the adapter was made on.
 
     Example:
@@ -118,16 +117,6 @@ def start_from_training(
         ranks = choose_ranks(weighted_spectra(tensors, weights), budget=budget)
     started = decompose_updates(updates, weights, ranks)
 
-    frozen = {}
-    for name, tensor in started.items():
-        names = tensor._asdict()
-        frozen[name], _ = config.frozen_and_zero(names)
-        if len(frozen[name]) == len(names):
-            raise ValueError(
-                f"`train={config.train}` leaves nothing to train in `{name}`, which gets the ranks "
-                f"{form_text(tensor.form)}. Train the core too, or pass another budget."
-            )
-
     config.init_weights = "training"
     pattern = {}
     for name, layer in layers.items():
@@ -140,9 +129,10 @@ def start_from_training(
 
         is_trained = any(component.requires_grad for component in former._asdict().values())
         layer.replace_components(adapter, tensor)
-        layer.frozen_peft_weight_names[adapter] = tuple(f"lotra_{component}" for component in frozen[name])
+        frozen, _ = config.frozen_and_zero(tensor._asdict())
+        layer.frozen_peft_weight_names[adapter] = tuple(f"lotra_{component}" for component in frozen)
         for component, parameter in layer.get_components(adapter)._asdict().items():
-            parameter.requires_grad_(is_trained and component not in frozen[name])
+            parameter.requires_grad_(is_trained and component not in frozen)
         pattern[pattern_key(layer.lotra_name)] = tensor.form
     config.rank_pattern = pattern or config.rank_pattern
     replace_config(network, adapter, config)

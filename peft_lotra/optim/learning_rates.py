@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -39,20 +38,15 @@ def component_multipliers(
     Raises:
         ValueError: `policy` is unknown, or has a component or a multiplier that cannot be.
     """
-    if isinstance(policy, Mapping):
-        are_positive = [as_number(multiplier) >= 0 for multiplier in policy.values()]
-        is_valid = all(are_positive) and policy.keys() <= set(Tucker._fields)
-    else:
-        is_valid = policy in ("width", "uniform")
-    if not is_valid:
+    by_component = {} if policy in ("width", "uniform") else policy
+    is_mapping = isinstance(by_component, Mapping) and by_component.keys() <= set(Tucker._fields)
+    if not is_mapping or not all(as_number(multiplier) >= 0 for multiplier in by_component.values()):
         raise ValueError(
             f'`policy` is {policy!r:.100}, but must be "width", "uniform", or multipliers of at least 0 for some of '
             f"{Tucker._fields}."
         )
-    if isinstance(policy, Mapping):
-        return policy
-    if policy == "uniform":
-        return {}
+    if policy != "width":
+        return by_component
 
     multipliers = {side: _width_multiplier(width) for side, width in widths.items()}
     if ranks and ranks[0] == widths["factor_out"]:
@@ -190,7 +184,7 @@ def create_lotra_optimizer(
         other_lr = lr
     check_number(other_lr, "other_lr", "(0, inf)")
     # the name counts, also of classes that follow torch.optim.SGD without deriving from it
-    cls = optimizer_cls.func if isinstance(optimizer_cls, partial) else optimizer_cls
+    cls = getattr(optimizer_cls, "func", optimizer_cls)  # of a `partial`
     bases = {base.__name__ for base in getattr(cls, "__mro__", ())}
     if policy == "width" and bases & {"SGD", "ASGD"}:
         policy = "uniform"

@@ -34,7 +34,7 @@ def make_model(lotra_name: str = "default", lora_name: str = "head") -> PeftMode
 def test_a_model_with_lora_is_not_added():
     bank = AdapterBank(make_base())
 
-    with pytest.raises(ValueError, match=r"other methods \(lora\)"):
+    with pytest.raises(ValueError, match=r"other methods \(peft.tuners.lora"):
         bank.add("both", make_model())
 
     assert bank.names == []
@@ -126,9 +126,9 @@ def test_a_base_with_lora_is_refused_before_and_after_the_bank_is_made():
     bank = AdapterBank(base)
     add_lora(base)
 
-    with pytest.raises(ValueError, match=r"The model has adapters of other methods \(lora\)"):
+    with pytest.raises(ValueError, match="The model has adapters of other methods"):
         bank.attach()
-    with pytest.raises(ValueError, match=r"The base has adapters of other methods \(lora\)"):
+    with pytest.raises(ValueError, match="The base has adapters of other methods"):
         AdapterBank(base)
 
 
