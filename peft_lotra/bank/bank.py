@@ -28,8 +28,9 @@ from ..tuner.base_record import record_layer
 from ..tuner.config import LoTRAConfig
 from ..tuner.layer import LoTRALayer, check_unmerged
 from ..tuner.saving import write_updates
+from ..tuner.slim import SlimLoTRALayer
 from ..tuner.targets import find_targets
-from .layer import ROWS, BankLayer, BankModel, BankPass, SlimBankLayer, find_pass, run_in_bank
+from .layer import ROWS, BankModel, BankPass, find_pass, refuse_adapters, run_in_bank
 from .reading import Adapter, check_methods, match_layers, read_adapter
 from .snapshot import BASE, Form, Snapshot, check_finite, check_known
 from .storage import read_bank, write_bank
@@ -422,18 +423,18 @@ class AdapterBank:
         bank_layers: dict[Any, LoTRALayer] = {}
         for name, name_in_model in names.items():
             layer = network.get_submodule(name_in_model)
-            if isinstance(layer, LoTRALayer):  # stays, since PEFT goes on to find it
-                for key in ("forward", "lotra_bank"):
-                    self._replaced.append((layer, key, vars(layer).get(key)))
-                vars(layer)["forward"] = partial(run_in_bank, layer, layer.forward)
-                bank_layer = layer
-            else:
+            bank_layer = layer
+            if not isinstance(layer, LoTRALayer):  # others stay, since PEFT goes on to find them
                 is_slim = isinstance(layer, (SlimKANLinear, SlimLayer))
-                cls = SlimBankLayer if is_slim else BankLayer
+                cls = SlimLoTRALayer if is_slim else LoTRALayer
                 bank_layer = cls(*targets[name_in_model], name)
-                bank_layer.training = layer.training
+                vars(bank_layer).update(training=layer.training, update_layer=refuse_adapters)
                 bank_layers[layer] = bank_layer
-            vars(bank_layer).update(lotra_bank=self, lotra_bank_name=name)
+            attributes = vars(bank_layer)
+            for key in ("forward", "lotra_bank"):
+                self._replaced.append((bank_layer, key, attributes.get(key)))
+            forward = partial(run_in_bank, bank_layer, bank_layer.forward)
+            attributes.update(forward=forward, lotra_bank=self, lotra_bank_name=name)
 
         for parent, name, child in places(network):
             if child in bank_layers:

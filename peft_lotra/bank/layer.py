@@ -16,8 +16,6 @@ from ..kan.row_product import RowGroups, RowUpdates
 from ..modules.calls import is_tracing
 from ..tucker import Tucker, Update
 from ..tuner.by_row import MixedBatch, PassVariable, check_batch, find_row_counts, run_mixed_batch
-from ..tuner.layer import LoTRALayer
-from ..tuner.slim import SlimLoTRALayer
 from .snapshot import NO_ROW
 
 
@@ -98,24 +96,12 @@ def run_in_bank(
     return run_mixed_batch(layer, batch, args, kwargs)
 
 
-class BankLayer(LoTRALayer):
-    """A KAN layer whose samples have the adapters of a bank, and otherwise its base layer."""
-
-    lotra_bank: Any  # set by the bank, with its name of the layer
-    lotra_bank_name: str
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return run_in_bank(self, super().forward, *args, **kwargs)
-
-    def update_layer(self, adapter_name: str, config: Any) -> None:  # PEFT would leave the base trainable
-        raise ValueError(
-            "The network serves an AdapterBank, perhaps as a copy of one. Adapt a copy made before `attach()`, or "
-            "train in the bank, by `bank.add(name, LoTRAConfig(...))` and `BankAdamW`."
-        )
-
-
-class SlimBankLayer(BankLayer, SlimLoTRALayer):
-    """A Slim layer whose samples have the adapters of a bank."""
+def refuse_adapters(adapter_name: str, config: Any) -> None:
+    """Raise a ValueError in place of `update_layer`, since PEFT would leave the base trainable."""
+    raise ValueError(
+        "The network serves an AdapterBank, perhaps as a copy of one. Adapt a copy made before `attach()`, or train "
+        "in the bank, by `bank.add(name, LoTRAConfig(...))` and `BankAdamW`."
+    )
 
 
 class BankModel(nn.Module):

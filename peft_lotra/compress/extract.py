@@ -143,13 +143,23 @@ def extract_lotra(
         ranks = choose_ranks(weighted_spectra(tensors, weights), energy, budget)
     components = decompose_updates(updates, weights, ranks)
 
-    model = _attach(base, tuned, components, modules_to_save, adapter_name)
+    config = LoTRAConfig(
+        target_modules=exact_targets(components, base),
+        rank_pattern={pattern_key(name): tensor.form for name, tensor in components.items()},
+        modules_to_save=modules_to_save or None,
+    )
+    model: Any = get_peft_model(base, config, adapter_name)
+    for name in modules_to_save:
+        wrapper: Any = base.get_submodule(name)
+        state = tuned.get_submodule(name).state_dict()
+        wrapper.modules_to_save[adapter_name].load_state_dict(state)
     parameters = sum(tensor.numel() for tensor in components.values())
     ranks = {name: tensor.ranks for name, tensor in components.items()}
 
     report = ExtractionReport({}, ranks, parameters, modules_to_save, not_saved)
     with torch.no_grad():
         for name, layer in lotra_layers(base):
+            layer.set_components(adapter_name, components[name])
             update, scale = updates[name]
             stored = layer.get_delta_weight(adapter_name).to(update)
             if scale is not None:
@@ -189,30 +199,6 @@ def decompose_updates(
             fitted = tucker(tensor, ranks[name])
         components[name] = fitted.balanced()
     return components
-
-
-@torch.no_grad()
-def _attach(
-    base: nn.Module,
-    tuned: nn.Module,
-    components: dict[str, Tucker],
-    modules_to_save: list[str],
-    adapter_name: str,
-) -> PeftModel:
-    """Adapt the base with these components, and with copies of modules of the tuned model."""
-    config = LoTRAConfig(
-        target_modules=exact_targets(components, base),
-        rank_pattern={pattern_key(name): tensor.form for name, tensor in components.items()},
-        modules_to_save=modules_to_save or None,
-    )
-    model: Any = get_peft_model(base, config, adapter_name)
-    for name, layer in lotra_layers(base):
-        layer.set_components(adapter_name, components[name])
-    for name in modules_to_save:
-        wrapper: Any = base.get_submodule(name)
-        state = tuned.get_submodule(name).state_dict()
-        wrapper.modules_to_save[adapter_name].load_state_dict(state)
-    return model
 
 
 def _find_other_changes(base: nn.Module, tuned: nn.Module) -> tuple[list[str], list[str]]:

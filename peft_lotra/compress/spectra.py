@@ -183,29 +183,18 @@ def choose_ranks(
     energy: float | None = None,
     budget: int | None = None,
 ) -> LayerRanks:
-    """Return the ranks of each layer for an energy or for a budget."""
-    if energy is None:
-        return _allocate(layers, budget or 0)
-    return {name: cheapest(layer, energy) for name, layer in layers.items()}
+    """Return the ranks of each layer for an energy, or the most energy for a budget of parameters.
 
-
-def cheapest(layer: LayerSpectrum, energy: float) -> tuple[int, ...]:
-    """Return the ranks with the fewest parameters that keep the energy."""
-    enough = layer.energies >= energy - 1e-12  # the table is rounded
-    costs = torch.where(enough, layer.costs(), torch.iinfo(torch.int64).max)
-    return _ranks_at(layer, costs.argmin())
-
-
-def _allocate(layers: Mapping[str, LayerSpectrum], budget: int) -> LayerRanks:
-    """Find the ranks that keep the most energy for at most `budget` parameters in all.
-
-    Each greedy step raises the ranks of the layer that gains the most energy per parameter. The result is optimal
-    until the first step above the budget, since the steps follow concave hulls.
+    For a budget, each greedy step raises the ranks of the layer that gains the most energy per parameter. The result
+    is optimal until the first step above the budget, since the steps follow concave hulls.
     """
+    if energy is not None:
+        return {name: cheapest(layer, energy) for name, layer in layers.items()}
+
     # the first entry of a frontier is the choice so far
     frontiers = {name: _frontier(layer) for name, layer in layers.items()}
     least = sum(int(costs[0]) for costs, _, _ in frontiers.values())
-    left = budget - least
+    left = (budget or 0) - least
     if not left >= 0:  # or NaN
         raise ValueError(f"`budget` is {budget}, but ranks of 1 in {len(layers)} layers take {least} parameters.")
 
@@ -228,6 +217,13 @@ def _allocate(layers: Mapping[str, LayerSpectrum], budget: int) -> LayerRanks:
         left -= int(costs[best_index] - costs[0])
         frontiers[best_name] = [column[best_index:] for column in frontiers[best_name]]
     return {name: _ranks_at(layers[name], indices[0]) for name, (_, _, indices) in frontiers.items()}
+
+
+def cheapest(layer: LayerSpectrum, energy: float) -> tuple[int, ...]:
+    """Return the ranks with the fewest parameters that keep the energy."""
+    enough = layer.energies >= energy - 1e-12  # the table is rounded
+    costs = torch.where(enough, layer.costs(), torch.iinfo(torch.int64).max)
+    return _ranks_at(layer, costs.argmin())
 
 
 def _frontier(layer: LayerSpectrum) -> list[Tensor]:

@@ -157,9 +157,8 @@ def _find_last_layer(network: nn.Module, x: Tensor, values: Tensors) -> Tensors:
         parameters = {name: value.clone().requires_grad_() for name, value in values.items()}
         with recorded_calls(layers, lambda name, x, y: calls.append(name)):
             outputs = functional_call(network, parameters, (x,)).flatten()
-        weights = torch.linspace(1, 2, len(outputs))
-        total = outputs @ weights.to(outputs)
-        gradients = torch.autograd.grad(total, list(parameters.values()), materialize_grads=True)
+        weights = torch.linspace(1, 2, len(outputs)).to(outputs)
+        gradients = torch.autograd.grad(outputs, list(parameters.values()), weights, materialize_grads=True)
     with_effect = {name for name, gradient in zip(values, gradients, strict=True) if gradient.any()}
 
     last = values
