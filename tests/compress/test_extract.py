@@ -199,8 +199,10 @@ def move_grid(model):
         (lambda: broken(set_nan), {}, r"coefficients of `layers\.1` are not finite"),
         (lambda: broken(move_grid), {}, r"grid of `layers\.1` differs.*update_grid"),
         (lambda: broken(lambda _: None), {"r": 2, "inputs": torch.full((9, 3), torch.nan)}, "NaN"),
-        (lambda: broken(lambda _: None), {"r": 2, "energy": 0.5}, "Pass one of"),
-        (lambda: broken(lambda _: None), {"r": None}, "Pass one of"),
+        (lambda: broken(lambda _: None), {"r": 2, "energy": 0.5}, "one of r, energy, budget"),
+        (lambda: broken(lambda _: None), {"r": None}, "one of r, energy, budget"),
+        (lambda: broken(lambda _: None), {"energy": 0.0}, r"`energy` is 0.0, but must be a number in \(0, 1\]"),
+        (lambda: broken(lambda _: None), {"budget": 31}, "2 layers take 3[0-9]"),
         (lambda: broken(lambda _: None), {"r": 0}, "positive integer"),
         (lambda: broken(lambda _: None), {"rank_pattern": {"layers.0": 2}}, r"no ranks for \['layers\.1'\]"),
         (lambda: broken(lambda model: model.add_module("head", nn.Linear(2, 2))), {}, "differ in .*head.weight"),
@@ -258,19 +260,6 @@ def test_scales_of_the_edges_count_with_inputs_even_if_they_did_not_change():
     error = ((tuned(x) - extracted(x)).norm() / (tuned(x) - bare(x)).norm()).item()
 
     assert extracted.extraction_report.output_errors["kan"] == pytest.approx(error, abs=1e-5)
-
-
-def test_inputs_far_outside_of_a_grid_warn():
-    torch.manual_seed(0)
-    model, x = KAN([6, 8, 4]), inputs(40, in_features=6).clamp(-1, 1)
-    tuned = copy.deepcopy(model)
-    tuned.layers[0].spline_weight.data += 0.1
-
-    with pytest.warns(UserWarning, match="Most inputs of `layers.0` lie far outside of its grid, from -1 to 1"):
-        extract_lotra(copy.deepcopy(model), tuned, 2, inputs=100 * x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        extract_lotra(model, tuned, 2, inputs=x)
 
 
 def test_with_inputs_ranks_are_chosen_by_the_outputs():

@@ -197,7 +197,7 @@ def test_inputs_are_tensors_mappings_or_functions(data):
         ({"x": X / 0}, "NaN or infinite"),
         (X[:0], "pass samples that differ"),
         (X[:1], "pass samples that differ"),
-        (X[0], "`layers.0` as one sample"),
+        (X[0], "`layers.0` as values of shape .* Pass a batch"),
         (lambda: X, "takes 0 positional arguments but 1 was given"),
         (lambda model: 3, "must return a floating point tensor.* it returned int"),
         (lambda model: model(X).long(), "must return a floating point tensor"),
@@ -400,12 +400,13 @@ def test_a_model_in_a_wrapper_is_its_network():
         ({"ranks": 2, "energy": 0.5}, "Pass one of"),
         ({"energy": 1.1}, r"`energy` is 1.1, but must be a number in \(0, 1\]"),
         ({"ranks": 0}, "`ranks` should be a positive integer"),
-        ({"ranks": {"elsewhere": 2}}, "`ranks` names none of the KAN layers"),
+        ({"ranks": {"elsewhere": 2}}, r"the model has \['layers.0', 'layers.1'\], and `ranks` is {'elsewhere': 2}"),
+        ({"ranks": 2, "model": nn.Linear(2, 2)}, r"No KAN layer to compress: the model has \[\]"),
     ],
 )
 def test_contradictory_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        slim(KAN([20, 16, 8]), **arguments)
+        slim(**{"model": KAN([20, 16, 8]), **arguments})
 
 
 @pytest.mark.parametrize("call", [lambda model: slim(model, 2), to_dense])
@@ -415,16 +416,3 @@ def test_a_model_with_adapters_is_refused(call, inner):
 
     with pytest.raises(ValueError, match="has adapters: merge them first"):
         call(model.get_submodule(inner))
-
-
-def test_a_model_without_kan_layers_is_refused():
-    with pytest.raises(ValueError, match="No KAN layer that could be compressed"):
-        slim(nn.Linear(2, 2), 2)
-
-
-def test_coefficients_that_are_not_finite_are_refused():
-    model = KAN([20, 16, 8])
-    model.layers[1].base_weight.data[0] = torch.nan
-
-    with pytest.raises(ValueError, match=r"coefficients of `layers\.1` are not finite"):
-        slim(model, 2)
