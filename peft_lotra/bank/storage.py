@@ -82,7 +82,15 @@ def read_bank(
     """
     if names is not None:
         names = check_names(names)
-    path, is_remote = _find_file(folder, has_names=names is not None, revision=revision)
+    path = os.path.join(folder, FILE_NAME)
+    is_remote = False
+    if not os.path.isfile(path):
+        repo_id = None if os.path.isdir(folder) else hub_id(folder)
+        if repo_id is None:
+            raise ValueError(f"There is no {FILE_NAME} in {folder}. `AdapterBank.save(folder)` writes one.")
+        is_remote = names is not None  # only their rows are downloaded
+        find_path = hf_hub_url if is_remote else hf_hub_download
+        path = find_path(repo_id, FILE_NAME, revision=revision)
     with naming_damage(path):
         metadata, read_rows = _open_remote(path) if is_remote else _open_file(path)
         table = json.loads(metadata[_TABLE])
@@ -124,19 +132,6 @@ def read_bank(
         for name in damaged:
             del form_of[name]
     return Snapshot.of_rows(packed, layers, forms, form_of)
-
-
-def _find_file(folder: str, has_names: bool, revision: str | None) -> tuple[str, bool]:
-    """Return the path of the file, and False; or its address, and True, if only rows of these names are downloaded."""
-    path = os.path.join(folder, FILE_NAME)
-    if os.path.isfile(path):
-        return path, False
-    repo_id = None if os.path.isdir(folder) else hub_id(folder)
-    if repo_id is None:
-        raise ValueError(f"There is no {FILE_NAME} in {folder}. `AdapterBank.save(folder)` writes one.")
-    if has_names:
-        return hf_hub_url(repo_id, FILE_NAME, revision=revision), True
-    return hf_hub_download(repo_id, FILE_NAME, revision=revision), False
 
 
 def _open_file(

@@ -169,7 +169,7 @@ class LayerSamples(NamedTuple):
 
     inputs: Tensor
     functions: Tensor | None
-    moments: Tensor | None = None
+    moments: Tensor | None
 
 
 @torch.inference_mode(False)  # enables gradients, too
@@ -220,6 +220,9 @@ def sample_layers(
 
     if output.shape[1:] == (1,):
         probes = min(probes, 1)  # signs of a single output square to one
+    moments = {}
+    if returned and probes and output.requires_grad:
+        moments = _mean_moments(output, returned, moment, probes)
     samples = {}
     for name, target in targets.items():
         if not received[name]:
@@ -230,10 +233,7 @@ def sample_layers(
         x = torch.cat(received[name])
         grid = target.spec.read_grid(target.layer)
         warn_of_far_inputs(name, grid, target.tensor.shape, x)
-        samples[name] = LayerSamples(x, functions_at(target, x))
-    if samples and probes and output.requires_grad:
-        for name, moments in _mean_moments(output, returned, moment, probes).items():
-            samples[name] = samples[name]._replace(moments=moments)
+        samples[name] = LayerSamples(x, functions_at(target, x), moments.get(name))
     return samples
 
 

@@ -100,7 +100,8 @@ def _trained_components(
             start = starts.get((layer, adapter))
             multipliers = component_multipliers(policy, widths, ranks, start == "gradient")
             if start == "training" and policy == "width":
-                multipliers = parameters.map(_root_mean_square)._asdict()
+                sizes = parameters.map(lambda tensor: tensor.detach().double().square().mean().sqrt())
+                multipliers = sizes._asdict()
 
             for component, parameter in parameters._asdict().items():
                 if not parameter.requires_grad:
@@ -110,10 +111,6 @@ def _trained_components(
                     group = f"{component}/{widths[component]}"
                 multiplier = float(multipliers.get(component, 1.0))
                 yield group, multiplier, parameter
-
-
-def _root_mean_square(tensor: Tensor) -> Any:
-    return tensor.detach().double().square().mean().sqrt().item()
 
 
 def create_lotra_optimizer(

@@ -277,10 +277,7 @@ def _make_bank(
     """Return a bank of the adapters of the first folds, given the components (folds, ...) of all."""
     bank = AdapterBank(network)
     for number in range(folds):
-        state = {}
-        for name, value in values.items():
-            key = f"{PREFIX}{name}".removesuffix(".default")
-            state[key] = value[number]
+        state = {f"{PREFIX}{name}".removesuffix(".default"): value[number] for name, value in values.items()}
         bank.add(f"fold {number}", state)
     return bank
 
