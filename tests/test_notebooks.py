@@ -3,18 +3,16 @@
 
 """The notebooks of docs/tutorials are those of the pages, with their outputs, and install the package."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from helpers import load_script
 
 
 ROOT = Path(__file__).parents[1]
-SPEC = importlib.util.spec_from_file_location("notebooks", ROOT / "docs" / "notebooks.py")
-notebooks = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(notebooks)
+notebooks = load_script(ROOT / "docs" / "notebooks.py")
 NAMES = sorted(notebooks.REQUIREMENTS)
 
 

@@ -7,7 +7,7 @@ The python snippets of a page run in one process, one after the other, without a
 The pages that docs/render.py makes are those of their scripts; `.ci/examples` runs the scripts.
 """
 
-import importlib.util
+import importlib
 import re
 import shutil
 import socket
@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import load_script
 from matplotlib import pyplot
 
 import peft_lotra
@@ -42,9 +43,7 @@ PROSE = {page: FENCE.sub("", text) for page, text in TEXTS.items()}
 LINKS = sorted(
     {(page, link) for page, text in PROSE.items() for link in re.findall(r"\]\((?!http|#)([^)\s]+)\)", text)}
 )
-SPEC = importlib.util.spec_from_file_location("render", ROOT / "docs" / "render.py")
-render = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(render)
+render = load_script(ROOT / "docs" / "render.py")
 SHOWN = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
 
 

@@ -3,10 +3,10 @@
 
 """What the extension of griffe makes of docstrings, for the API reference (extra `docs`)."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
+from helpers import load_script
 
 
 griffe = pytest.importorskip("griffe")
@@ -15,14 +15,9 @@ PATH = Path(__file__).parents[1] / "docs" / "reference_docstrings.py"
 
 def sections(text: str, kind: str = "Class") -> dict:
     """The sections of a class, or a function, with this docstring, by kind."""
-    spec = importlib.util.spec_from_file_location(PATH.stem, PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     shown = getattr(griffe, kind)("Shown")
     shown.docstring = griffe.Docstring(text, parent=shown)
-    module.Docstrings().on_object(obj=shown)
+    load_script(PATH).Docstrings().on_object(obj=shown)
     return {part.kind.value: part.value for part in griffe.parse_google(shown.docstring, warnings=False)}
 
 
@@ -81,9 +76,6 @@ def test_a_result_has_its_type_once() -> None:
 
 
 def test_fields_that_only_files_have_are_not_shown() -> None:
-    spec = importlib.util.spec_from_file_location(PATH.stem, PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     text = (
         "It is.\n\nArgs:\n    r (`int`):\n        The rank.\n    digest (`Optional[str]`):\n"
         "        Internal. In a file,\n        the digest.\n    s (`int`):\n        The size."
@@ -92,7 +84,7 @@ def test_fields_that_only_files_have_are_not_shown() -> None:
     for name in ("r", "digest", "s"):
         shown.set_member(name, griffe.Attribute(name))
 
-    module.Docstrings().on_class_members(cls=shown)
+    load_script(PATH).Docstrings().on_class_members(cls=shown)
 
     assert list(shown.members) == ["r", "s"]
     assert shown.docstring.value == text.replace(text[text.index("    digest") : text.index("    s (")], "")

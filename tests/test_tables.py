@@ -3,10 +3,11 @@
 
 """The tables of README.md and of the pages are those of the results: docs/tables.py."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+
+from helpers import load_script
 
 
 SCRIPT = Path(__file__).parents[1] / "docs" / "tables.py"
@@ -20,9 +21,7 @@ def test_the_tables_are_current():
 
 
 def test_an_old_table_is_named_and_rendered(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("tables", SCRIPT)
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
+    tables = load_script(SCRIPT)
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(OLD)
     monkeypatch.setattr(tables, "ROOT", tmp_path)

@@ -94,6 +94,7 @@ def test_the_report_has_all_references_and_prints_and_draws_them(report):
     assert len(report.plot().axes[0].patches) == len(NAMES)
 
 
+@pytest.mark.filterwarnings("error:The start overwrites")
 def test_a_seed_makes_the_result_and_the_global_generator_stays(rows):
     base = make_base()
     state = torch.random.get_rng_state()
@@ -160,28 +161,20 @@ def test_the_chosen_adapter_is_trained_on_all_rows_by_adam(rows):
         scheduler.step()
 
     assert report.chosen.form == "low rank"
+    assert "full matrices exceed the budget" in str(report)
     torch.testing.assert_close(report.model(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_no_adaptation_is_chosen_where_the_base_is_right():
+@pytest.mark.parametrize("noise", [0.01, 0])
+def test_no_adaptation_is_chosen_where_the_base_is_right(noise):
     base, x = make_base(), make_rows()
     y = base(x).detach()
 
-    report = quick_fit(base, (x, y + 0.01 * make_rows(inputs=2)), ensemble=True)
+    report = quick_fit(base, (x, y + noise * make_rows(inputs=2)), ensemble=True)
 
     assert (report.advice, report.chosen.form, report.bank) == ("base", "no adaptation", None)
-    torch.testing.assert_close(report.model(x), y, rtol=0, atol=0)
-
-
-def test_the_base_is_advised_where_its_loss_is_zero():
-    base, x = make_base(), make_rows()
-    y = base(x).detach()
-
-    report = quick_fit(base, (x, y), ensemble=True)
-
-    assert (report.advice, report.chosen.form, report.bank) == ("base", "no adaptation", None)
-    assert report.scores["base"] == report.scores["adapter"] == 0
-    assert "the gradient of the loss is zero at the base" in str(report)
+    assert report.scores["base"] == report.scores["adapter"] == pytest.approx(0, abs=noise**2)
+    assert ("the gradient of the loss is zero at the base" in str(report)) == (noise == 0)
     assert "exceed" not in str(report)
     torch.testing.assert_close(report.model(x), y, rtol=0, atol=0)
 
@@ -208,25 +201,17 @@ def test_a_linear_model_is_advised_where_the_base_does_not_help():
     assert "linear" in report.reason
 
 
-def test_the_saved_file_stays_below_max_bytes(tmp_path):
-    base, x = make_base(3, 16, 2), make_rows()
-
-    report = quick_fit(base, (x, shifted(base, x)), max_bytes=2500)
-    report.model.save_pretrained(tmp_path)
-
-    assert report.chosen.form != "no adaptation"
-    assert (tmp_path / "adapter_model.safetensors").stat().st_size <= 2500
-
-
-def test_half_precision_leaves_room_for_more_parameters(tmp_path):
+def test_files_stay_below_max_bytes_and_half_precision_leaves_room_for_more_parameters(tmp_path):
     base, x = make_base(3, 16, 2), make_rows()
     data = x, shifted(base, x)
 
     whole = quick_fit(copy.deepcopy(base), data, max_bytes=1500)
     half = quick_fit(base, data, max_bytes=1500, storage="float16")
-    half.model.save_pretrained(tmp_path)
 
-    assert half.bytes == (tmp_path / "adapter_model.safetensors").stat().st_size <= 1500
+    for report in (whole, half):
+        report.model.save_pretrained(tmp_path)
+        assert report.chosen.form != "no adaptation"
+        assert report.bytes == (tmp_path / "adapter_model.safetensors").stat().st_size <= 1500
     assert half.parameters > whole.parameters
     assert "full matrices exceed `max_bytes`" in str(whole)
     assert "exceed" not in str(half)
@@ -373,11 +358,6 @@ def test_the_last_layer_is_trained_alone_and_counted(case):
     assert report.scores["last layer"] != report.scores["full"]
 
 
-@pytest.mark.filterwarnings("error:The start overwrites")
-def test_the_starts_of_the_folds_do_not_warn(rows):
-    quick_fit(make_base(), rows)
-
-
 def test_a_small_network_gets_the_smallest_adapter():
     """Ranks of 1 take 35 of 216 coefficients, more than the default budget."""
     x = make_rows()
@@ -395,15 +375,6 @@ def test_the_report_says_that_losses_of_classes_are_those_at_the_best_temperatur
 
     assert "divided by its best temperature" in str(of_classes)
     assert "temperature" not in str(quick_fit(make_base(), (x, y)))
-
-
-def test_the_report_says_that_full_matrices_exceed_the_budget():
-    base, x = make_base(3, 16, 2), make_rows()
-
-    report = quick_fit(base, (x, shifted(base, x)), budget=0.11)
-
-    assert report.chosen.form == "low rank"
-    assert "full matrices" in str(report)
 
 
 @pytest.mark.parametrize("as_loader", [False, True])

@@ -4,6 +4,7 @@
 """Models, inputs and comparisons that several test files share."""
 
 import copy
+import importlib.util
 import inspect
 import math
 import os
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -194,7 +196,15 @@ def assert_same(model: nn.Module, before: dict[str, Any]) -> None:
     assert after == {key: value for key, value in before.items() if key != "state"}
 
 
-# Processes and threads
+# Scripts, processes and threads
+
+
+def load_script(path: Path) -> ModuleType:
+    """Return a script as a module."""
+    spec: Any = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_python(script: str, folder: Path) -> str:
