@@ -157,17 +157,6 @@ def test_files_and_growing_keep_the_forms(tmp_path, forms, mapped):
         assert_near(exported.eval()(X), model(X))
 
 
-def test_adapters_are_replaced_removed_and_compacted():
-    base = net()
-    bank, alone = bank_of_forms(base, ["shape", "factors", "dense"])
-
-    bank.add("shape", alone["dense"], replace=True)
-    bank.remove("dense")
-    bank.compact()
-
-    check_rows(bank, {"shape": alone["dense"], "factors": alone["factors"]})
-
-
 @pytest.mark.parametrize("name", FORMS)
 def test_a_state_dict_says_the_form(name):
     """Its ranks and sizes: with the base branch or without."""
@@ -180,15 +169,6 @@ def test_a_state_dict_says_the_form(name):
     for layer, update in bank.snapshot.updates_of(name)[0].items():
         assert update.tensor.form == before[layer].tensor.form
         assert update.tensor.shape == before[layer].tensor.shape
-
-
-def test_a_state_dict_that_lacks_a_factor_is_refused():
-    bank, alone = bank_of_forms(net(), ["shape"])
-    tensors = get_peft_model_state_dict(alone["shape"])
-    del tensors["base_model.model.kan.layers.0.lotra_factor_basis"]
-
-    with pytest.raises(ValueError, match="'x' was not added.*missing"):
-        bank.add("x", tensors)
 
 
 def error(model, x, y, **rows):
@@ -225,17 +205,6 @@ def test_adamw_trains_each_as_alone(names, rows):
             assert_close(model(x, adapter_names=[name] * rows), single(x), rtol=1e-10, atol=1e-10)
 
 
-def test_an_adapter_is_copied_without_what_the_others_need():
-    bank, _ = bank_of_forms(KAN([3, 20, 2]).double(), ["shape", "inputs", "dense"])
-
-    for name in bank.names:
-        copied = AdapterBank(bank.base)
-        copied.add(name, bank)
-        updates = copied.snapshot.updates_of(name)[0]
-        for layer, update in bank.snapshot.updates_of(name)[0].items():
-            assert_close(updates[layer].dense(), update.dense())
-
-
 @pytest.mark.parametrize("names", [["shape"], ["shape", "factors", "dense splines"]], ids=", ".join)
 def test_levenberg_marquardt_trains_each_as_alone(names):
     bank, alone = bank_of_forms(KAN([3, 4, 1]).double(), names)
@@ -260,7 +229,7 @@ def test_threads_serve_and_save_while_the_layout_changes(tmp_path):
     bank, alone = bank_of_forms(net(), ["shape", "splines"])
     later = {name: adapt(net(), **FORMS[name]) for name in ("factors", "dense", "inputs")}
     model = bank.attach()
-    names = ["shape", "splines"] * 4
+    names = ["shape"] * 8
     base = net()  # in threads, the seed of one would change the parameters of the other
 
     @torch.no_grad()
@@ -282,6 +251,8 @@ def test_threads_serve_and_save_while_the_layout_changes(tmp_path):
             bank.add(name, adapter)
             bank.add("shape", alone["shape"], replace=True)
             bank.compact()
+        bank.add("splines", later["dense"], replace=True)
+        bank.remove("dense")
 
     with ThreadPoolExecutor(8) as threads:
         jobs = [threads.submit(serve) for _ in range(5)]
@@ -290,6 +261,7 @@ def test_threads_serve_and_save_while_the_layout_changes(tmp_path):
     for job in jobs:
         job.result()
     bank.detach()
+    alone["splines"] = later.pop("dense")
     check_rows(bank, {**alone, **later})
 
 

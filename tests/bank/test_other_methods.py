@@ -31,77 +31,62 @@ def make_model(lotra_name: str = "default", lora_name: str = "head") -> PeftMode
     return model
 
 
-def test_a_model_with_lora_is_not_added():
-    bank = AdapterBank(make_base())
-
-    with pytest.raises(ValueError, match=r"other methods \(peft.tuners.lora"):
-        bank.add("both", make_model())
-
-    assert bank.names == []
+def saved(folder, *names):
+    make_model(*names).save_pretrained(folder / "model")
+    return folder / "model"
 
 
-def test_a_folder_with_lora_is_not_added(tmp_path):
-    make_model().save_pretrained(tmp_path)
-    bank = AdapterBank(make_base())
-
-    with pytest.raises(ValueError, match=r"other methods, \['head'\]"):
-        bank.add("both", tmp_path)
-
-    assert bank.names == []
+def renamed(folder):
+    (saved(folder) / "head").rename(folder / "model" / "other")
+    return folder / "model"
 
 
-@pytest.mark.parametrize("change", ["renamed", "removed", "moved"])
-def test_lora_that_is_no_longer_beside_its_adapter_is_not_forgotten(change, tmp_path):
-    """What was trained and saved with LoRA computes something else without it, wherever its files are now."""
-    folder = tmp_path / "model"
-    make_model().save_pretrained(folder)
-    if change == "renamed":
-        (folder / "head").rename(folder / "other")
-    elif change == "removed":
-        shutil.rmtree(folder / "head")
-    else:
-        (folder / "head").rename(tmp_path / "head")
-    bank = AdapterBank(make_base())
-
-    with pytest.raises(ValueError, match=r"other methods, \['head'\]"):
-        bank.add("both", folder)
-
-    assert bank.names == []
+def removed(folder):
+    shutil.rmtree(saved(folder) / "head")
+    return folder / "model"
 
 
-@pytest.mark.parametrize("names", [("anna", "head"), ("anna", "default")])
-def test_a_subfolder_whose_neighbor_is_lora_is_not_added(names, tmp_path):
-    make_model(*names).save_pretrained(tmp_path)
-    bank = AdapterBank(make_base())
-
-    with pytest.raises(ValueError, match="other methods"):
-        bank.add("anna", tmp_path / "anna")
-
-    assert bank.names == []
+def moved(folder):
+    (saved(folder) / "head").rename(folder / "head")
+    return folder / "model"
 
 
-def test_a_repository_with_lora_is_not_added(hub):
+def pushed(folder):
     push_to_hub(make_model(), "user/both")
-    bank = AdapterBank(make_base())
+    return "user/both"
 
-    with pytest.raises(ValueError, match=r"other methods, \['head'\]"):
-        bank.add("both", "user/both")
+
+WITH_LORA = {
+    "a model": (lambda folder: make_model(), r"methods \(peft.tuners.lora"),
+    "a folder": (saved, r"methods, \['head'\]"),
+    # what was trained and saved with LoRA computes something else without it, wherever its files are now
+    "a renamed folder": (renamed, r"methods, \['head'\]"),
+    "a removed folder": (removed, r"methods, \['head'\]"),
+    "a moved folder": (moved, r"methods, \['head'\]"),
+    "a neighbor of LoRA": (lambda folder: saved(folder, "anna", "head") / "anna", "methods"),
+    "a neighbor of the default": (lambda folder: saved(folder, "anna", "default") / "anna", "methods"),
+    "a repository": (pushed, r"methods, \['head'\]"),
+}
+
+
+@pytest.mark.parametrize("kind", WITH_LORA)
+def test_an_adapter_with_lora_is_not_added(kind, tmp_path, hub):
+    bank = AdapterBank(make_base())
+    make, message = WITH_LORA[kind]
+
+    with pytest.raises(ValueError, match=f"other {message}"):
+        bank.add("both", make(tmp_path))
 
     assert bank.names == []
 
 
-def test_lotra_that_is_saved_without_its_lora_is_added(tmp_path):
-    make_model().save_pretrained(tmp_path, selected_adapters=["default"])
-    bank = AdapterBank(make_base())
-
-    bank.add("alone", tmp_path)
-
-    assert bank.names == ["alone"]
-
-
-def test_a_folder_with_lora_of_an_earlier_save_is_added(tmp_path):
-    make_model().save_pretrained(tmp_path)
-    get_peft_model(make_base(), LoTRAConfig(r=2)).save_pretrained(tmp_path)
+@pytest.mark.parametrize("selected", [["default"], None])
+def test_lotra_that_is_saved_without_lora_is_added(selected, tmp_path):
+    """Also over an earlier save with LoRA."""
+    model = make_model()
+    model.save_pretrained(tmp_path, selected_adapters=selected)
+    if selected is None:
+        get_peft_model(make_base(), LoTRAConfig(r=2)).save_pretrained(tmp_path)
     bank = AdapterBank(make_base())
 
     bank.add("alone", tmp_path)

@@ -83,17 +83,6 @@ def test_many_rows_and_their_gradient():
         assert_near(model(x, adapter_names=names), y)
 
 
-def test_adapters_of_different_layers():
-    configs = {name: {"target_modules": [f"kan.layers.{place}"]} for place, name in enumerate("ab")}
-    bank, alone = several(net(), configs)
-    names = ["a", "b", "__base__", "b"] * 2
-
-    with torch.no_grad():
-        y = bank.attach()(X, adapter_names=names)
-
-    assert_near(y, row_by_row(alone, names, X))
-
-
 NAMES_OF_FOUR = ["a", "b", "__base__", "c"]
 
 
@@ -470,8 +459,8 @@ def test_no_rows_give_no_outputs(kind):
         ({"ids": torch.tensor([3] * 8)}, "3"),
         ({"ids": torch.tensor([-2] * 8)}, "-2"),
         ({"ids": torch.tensor([1] * 8)}, "1"),
-        ({"ids": torch.tensor([0.5] * 8)}, "integers"),
         ({"ids": torch.tensor([0] * 7)}, "Length of `ids`"),
+        ({"ids": torch.tensor([0] * 8), "adapter_names": ["a"] * 8}, "not both"),
     ],
 )
 def test_a_refused_call_leaves_nothing_behind(rows, message):
@@ -626,14 +615,6 @@ def test_rows_of_a_bank_that_is_not_attached_are_refused():
 
     with pytest.raises(ValueError, match="attached to no model"), bank.rows(["a"] * 8):
         net()(X)
-
-
-def test_names_and_ids_together_are_refused():
-    bank, _ = several(net())
-    model = bank.attach()
-
-    with pytest.raises(ValueError, match="not both"):
-        model(X, ids=bank.ids(["a"] * 8), adapter_names=["b"] * 8)
 
 
 def test_an_attached_bank_grows_and_is_pickled_with_its_model():
