@@ -67,25 +67,18 @@ def _width_multiplier(width: int) -> float:
     return math.sqrt(REFERENCE_WIDTH / max(width, REFERENCE_WIDTH))
 
 
-def _find_starts(
-    network: nn.Module,
-) -> dict[tuple[nn.Module, str], Any]:
-    """Return how adapters started, by layer and name."""
-    starts = {}
-    for owner in network.modules():
-        for adapter, config in vars(owner).get("peft_config", {}).items():
-            for layer in owner.modules():
-                starts[layer, adapter] = getattr(config, "init_weights", None)
-    return starts
-
-
 def _trained_components(
     model: nn.Module,
     policy: Policy,
 ) -> Iterator[tuple[str, float, Tensor]]:
     """Yield the group, the multiplier and the parameter of each component that requires a gradient."""
     network = unwrap(model)
-    starts = _find_starts(network)
+    starts = {}
+    for owner in network.modules():
+        for adapter, config in vars(owner).get("peft_config", {}).items():
+            for layer in owner.modules():
+                starts[layer, adapter] = getattr(config, "init_weights", None)
+
     for layer in network.modules():
         if isinstance(layer, LoTRALayer):
             adapters = {adapter: layer.get_components(adapter) for adapter in layer.lotra_core}

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..bank.bank import AdapterBank
-from ..compress.training_start import start_from_training
 from ..compress.updates import check_without_adapters
 from ..modules.calls import PREFIX, evaluating_without_trace, unwrap
 from ..modules.checks import check_count, check_function
@@ -204,24 +203,24 @@ def fit_adapter(
         rate, values_of_folds, _ = adapters[best]
 
         config: dict[str, Any] = {"r": 1}
+        init_weights: bool | str = True
         values = {}
+        bank = None
         if best in forms:
             config = {"rank_pattern": forms[best].ranks}
             every_row = [torch.arange(len(x))]
             start = start_adapter(network, task, forms[best], every_row)
             values = task.train(start, [rate], every_row)
-
-        bank = None
-        if ensemble and best in forms:
-            bank = _make_bank(network, values_of_folds, folds)
+            init_weights = "training" if start.relative else "gradient"
+            if ensemble:
+                bank = _make_bank(network, values_of_folds, folds)
 
         # the base changes from here
         model = adapt(original, storage=storage, **config)
+        # `create_lotra_optimizer` goes on at the rates of this start
+        model.peft_config["default"].init_weights = init_weights
         for name, value in values.items():
             original.get_parameter(name).data.copy_(value[0, 0])
-        if best in forms:  # `create_lotra_optimizer` goes on at the rates of this start
-            is_from_training = forms[best].begin is start_from_training
-            model.peft_config["default"].init_weights = "training" if is_from_training else "gradient"
 
         ranks = {name: layer.get_components("default").form for name, layer in lotra_layers(original)}
         sizes = {"base": Size(0, 0), "adapter": file_size(stored_tensors(model))}

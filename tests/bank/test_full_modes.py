@@ -13,11 +13,9 @@ import torch
 from helpers import CONVS, KINDS, X, adapt, add_adapter, assert_equal, assert_near, bank_of, net, row_by_row
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
-from torch.testing import assert_close
 
-from peft_lotra import AdapterBank, create_lotra_optimizer
+from peft_lotra import AdapterBank
 from peft_lotra.kan import KAN, SlimKAN
-from peft_lotra.optim import BankAdamW, BankLevenbergMarquardt, LevenbergMarquardt
 
 
 FULL = {"r": ("full", "full", 1)}
@@ -169,59 +167,6 @@ def test_a_state_dict_says_the_form(name):
     for layer, update in bank.snapshot.updates_of(name)[0].items():
         assert update.tensor.form == before[layer].tensor.form
         assert update.tensor.shape == before[layer].tensor.shape
-
-
-def error(model, x, y, **rows):
-    return model(x, **rows)[:, 0] - y
-
-
-@pytest.mark.parametrize("rows", [8, 80])
-@pytest.mark.parametrize("names", [["shape", "splines"], ["shape", "wide", "dense"]], ids=", ".join)
-def test_adamw_trains_each_as_alone(names, rows):
-    """With weight decay, which leaves the identity of a full mode as it is, and ranks above 4, with lower rates."""
-    configs = {**FORMS, "wide": {"r": (7, 5, 4)}, "dense": {"r": "full"}}
-    bank, alone = bank_of(KAN([3, 20, 2]).double(), {name: configs[name] for name in names}, random=False)
-    x = torch.rand(rows, 3, dtype=torch.float64) * 2 - 1
-    y = torch.sin(4 * x.sum(1))
-    ids = bank.ids(names).repeat_interleave(rows)
-    options = {"lr": 3e-2, "weight_decay": 0.1}
-
-    model = bank.attach()
-    optimizer = BankAdamW(bank, **options)
-    for _ in range(6):
-        errors = error(model, x.repeat(len(names), 1), y.repeat(len(names)), ids=ids).square()
-        optimizer.zero_grad()
-        bank.mean_by_adapter(errors, ids).nansum().backward()
-        optimizer.step()
-    optimizer.finish()
-
-    for name, single in alone.items():
-        optimizer = create_lotra_optimizer(single, torch.optim.AdamW, **options)
-        for _ in range(6):
-            optimizer.zero_grad()
-            error(single, x, y).square().mean().backward()
-            optimizer.step()
-        with torch.no_grad():
-            assert_close(model(x, adapter_names=[name] * rows), single(x), rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("names", [["shape"], ["shape", "factors", "dense splines"]], ids=", ".join)
-def test_levenberg_marquardt_trains_each_as_alone(names):
-    bank, alone = bank_of_forms(KAN([3, 4, 1]).double(), names)
-    x = torch.rand(60, 3, dtype=torch.float64) * 2 - 1
-    y = torch.sin(4 * x.sum(1))
-    ids = bank.ids(names).repeat_interleave(60)
-
-    optimizer = BankLevenbergMarquardt(bank.attach())
-    for _ in range(3):
-        record = optimizer.step([(error, (x.repeat(len(names), 1), y.repeat(len(names))), ids)])
-    optimizer.finish()
-
-    for name, single in alone.items():
-        optimizer = LevenbergMarquardt(single, forgetting=0)
-        for _ in range(3):
-            expected = optimizer.step([(error, (x, y))])
-        assert float(record.losses[bank.ids([name])]) == pytest.approx(expected.loss, rel=1e-5)
 
 
 def test_threads_serve_and_save_while_the_layout_changes(tmp_path):

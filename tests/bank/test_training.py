@@ -19,6 +19,8 @@ from peft_lotra.optim import BankAdamW, BankLevenbergMarquardt, LevenbergMarquar
 
 
 CONFIGS = {"a": {"r": 2}, "b": {"r": (3, 1, 2)}, "c": {"r": 1, "adapt_residual": False}}
+# full modes have no factor, and ranks above 4 lower rates
+LARGE_CONFIGS = {"a": {"r": ("full", "full", 1)}, "b": {"r": (7, 5, 4)}, "c": {"r": "full", "adapt_residual": False}}
 BASES = {
     "own": lambda: KAN([3, 20, 2]),
     "slim": lambda: SlimKAN([3, 5, 2], ranks=(2, 2, 3)),
@@ -26,9 +28,9 @@ BASES = {
 }
 
 
-def attached_bank(base, random=False):
+def attached_bank(base, random=False, configs=CONFIGS):
     """A bank, its model, and for each adapter a model that has it alone."""
-    bank, alone = bank_of(base, CONFIGS, random=random)
+    bank, alone = bank_of(base, configs, random=random)
     return bank, bank.attach().eval(), alone
 
 
@@ -91,17 +93,17 @@ def step_on_all(optimizer, model, names):
     optimizer.step()
 
 
-@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize(("kind", "configs"), [*[(kind, CONFIGS) for kind in BASES], ("own", LARGE_CONFIGS)])
 @pytest.mark.parametrize("counts", [[(16, 16, 16)] * 4, [(3, 1, 2), (0, 9, 1), (40, 3, 0), (1, 1, 1)]])
-def test_adamw_trains_each_adapter_as_alone(kind, counts):
+def test_adamw_trains_each_adapter_as_alone(kind, configs, counts):
     dtype, tolerance = (torch.float32, 1e-5) if kind == "pykan" else (torch.float64, 1e-11)
-    bank, model, alone = attached_bank(BASES[kind]().to(dtype))
+    bank, model, alone = attached_bank(BASES[kind]().to(dtype), configs=configs)
     starts = {name: copy.deepcopy(get_peft_model_state_dict(single)) for name, single in alone.items()}
     steps = counts[:2] if kind == "pykan" else counts
     batches = [draw_batch(*rows, dtype=dtype) for rows in steps]
 
-    train_together(bank, model, batches)
-    train_alone(alone, batches)
+    train_together(bank, model, batches, weight_decay=0.1)
+    train_alone(alone, batches, weight_decay=0.1)
 
     check_same_outputs(model, alone, tolerance)
     for name, start in starts.items():
@@ -401,14 +403,16 @@ def check_steps(model, alone, terms, names, steps, tolerance):
 
 @pytest.mark.parametrize(
     ("kind", "memory"),
-    [("own", 1), ("own", 2**26), ("slim", 2**26), ("efficient-kan-old", 2**26), ("pykan", 2**26)],
+    [("own", 1), *[(kind, 2**26) for kind in ("own", "full modes", "slim", "efficient-kan-old", "pykan")]],
 )
 def test_least_squares_train_each_adapter_as_alone(kind, memory, monkeypatch):
     """With more rows than parameters and with fewer, two terms, and adapters one by one or all at once."""
     monkeypatch.setattr("peft_lotra.optim.bank.MEMORY", memory)
     torch.manual_seed(0)
     bases = {**BASES, "own": lambda: KAN([3, 7, 1]), "slim": lambda: SlimKAN([3, 5, 1], ranks=(1, 2, 3))}
-    bank, model, alone = attached_bank(bases[kind]().double(), random=True)
+    bases["full modes"] = lambda: KAN([3, 4, 1])
+    configs = LARGE_CONFIGS if kind == "full modes" else CONFIGS
+    bank, model, alone = attached_bank(bases[kind]().double(), random=True, configs=configs)
     x, y, names = draw_batch(9, 2, 4) if kind == "pykan" else draw_batch(90, 9, 40)
     terms = [(error, (x, y), 1.0), (size, (x[: len(x) - 3],), 0.01)]
 

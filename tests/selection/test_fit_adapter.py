@@ -52,7 +52,6 @@ def short_starts():
     short = functools.partial(start_from_training, steps=5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(starts, "start_from_training", short)
-        patch.setattr(fit, "start_from_training", short)
         yield
 
 
@@ -145,7 +144,7 @@ def test_the_chosen_adapter_is_trained_on_all_rows_by_adam(rows):
     x, y = rows
     report = quick_fit(make_base(), rows, budget=0.15)  # full matrices exceed it
     model = get_peft_model(make_base(), LoTRAConfig(rank_pattern=report.chosen.ranks))
-    fit.start_from_training(model, lambda: mse_loss(model(x), y))
+    starts.start_from_training(model, lambda: mse_loss(model(x), y))
     groups = []
     for parameter in model.parameters():
         if parameter.requires_grad:
