@@ -122,8 +122,8 @@ def read_bank(
     packed[0] = 0  # the base, whatever the file has
     checksums_now = list(map(zlib.crc32, bytes_of(packed)))
     is_intact = np.equal(checksums_now, checksums)
-    if not is_intact.all():
-        damaged = [name for name, intact in zip(form_of, is_intact, strict=True) if not intact]
+    damaged = [name for name, intact in zip(form_of, is_intact, strict=True) if not intact]
+    if damaged:
         message = f"{path} has damaged adapters: {list_first(map(repr, damaged))}."
         if not skip_damaged:
             raise ValueError(f"{message} `skip_damaged=True` loads the others.")

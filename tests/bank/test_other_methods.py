@@ -51,6 +51,11 @@ def moved(folder):
     return folder / "model"
 
 
+def lora_alone(folder):
+    get_peft_model(make_base(), LoraConfig(r=2, target_modules=["1"])).save_pretrained(folder)
+    return folder
+
+
 def pushed(folder):
     push_to_hub(make_model(), "user/both")
     return "user/both"
@@ -65,6 +70,7 @@ WITH_LORA = {
     "a moved folder": (moved, r"methods, \['head'\]"),
     "a neighbor of LoRA": (lambda folder: saved(folder, "anna", "head") / "anna", "methods"),
     "a neighbor of the default": (lambda folder: saved(folder, "anna", "default") / "anna", "methods"),
+    "LoRA alone": (lora_alone, "methods, .*LORA"),
     "a repository": (pushed, r"methods, \['head'\]"),
 }
 
