@@ -197,8 +197,7 @@ def _start_linear(task: Task, outputs: Tensor) -> Start:
     values = []
     for rows in task.rows:
         inputs = task.x[rows].flatten(1)
-        correction = min(len(rows) - 1, 1)
-        variance, mean = torch.var_mean(inputs, 0, correction=correction)
+        variance, mean = torch.var_mean(inputs, 0, correction=0)
         variance[variance < 1e-12] = 1
         values.append({**zeros, "1.running_mean": mean, "1.running_var": variance})
     return Start(network, values)
