@@ -72,7 +72,7 @@ def start_from_training(
 
     Raises:
         TypeError: `loss` is no function.
-        ValueError: There is no active adapter, or more than one; adapters are merged; an alpha is 0; the model is
+        ValueError: There is no active adapter, or more than one; adapters are merged; the model is
             wrapped for training in parallel; an optimizer holds components that a budget would replace; there are no
             batches; the loss does not depend on the coefficients, or becomes infinite. The adapter is as before then.
         RuntimeError: The grid is not the one that the adapter was made on.
