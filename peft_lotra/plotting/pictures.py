@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..compress.data_weights import Inputs, edge_values, functions_at, sample_layers
+from ..compress.data_weights import Inputs, functions_at, sample_layers
 from ..compress.spectra import Spectrum
 from ..layers.describe import is_linear
 from ..layers.registry import find_layer, short_name
@@ -22,7 +22,7 @@ from ..tucker import full_shape
 from ..tuner.grids import grid_ends
 from ..tuner.layer import LoTRALayer, Target
 from ..tuner.targets import locate_target
-from .edges import LayerChange, edge_coefficients, layer_changes, measure_change
+from .edges import LayerChange, edge_coefficients, edge_functions, layer_changes, measure_change
 
 
 if TYPE_CHECKING:
@@ -142,10 +142,8 @@ def plot_edge_functions(
 
     if not edges:
         raise ValueError("`edges` is empty: give at least one pair (output, input), or leave it out.")
-    curves = _evaluate_edges(target, points, functions, coefficients, edges)
-    moves = []
-    if is_adapted:
-        moves = _evaluate_edges(target, points, functions, change, edges)
+    curves = edge_functions(target, points, functions, coefficients).cpu()
+    moves = edge_functions(target, points, functions, change).cpu()
     columns = min(len(edges), 3)
     rows = math.ceil(len(edges) / columns)
     if figure is None:
@@ -161,13 +159,13 @@ def plot_edge_functions(
         axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.25)
         at = points[:, index].cpu()
-        curve = curves[number]
-        axis.plot(at, curve.cpu(), label="base", color="0.5", ls="--")
+        curve = curves[index, output]
+        axis.plot(at, curve, label="base", color="0.5", ls="--")
         if is_adapted:
-            curve = curve + moves[number]
+            curve = curve + moves[index, output]
             darkness = float(shares[output, index]) / top
             label = "adapted; % and darkness: share of the change, without constant shifts"
-            axis.plot(at, curve.cpu(), label=label, color=_color_map()(darkness))
+            axis.plot(at, curve, label=label, color=_color_map()(darkness))
         if z is not None:
             marks = z[:MARKS, index].float().cpu()
             bottom = axis.get_xaxis_transform()
@@ -222,36 +220,18 @@ def _find_functions(target: Target, points: Tensor) -> Tensor | None:
     """
     mixed = points.clone()
     mixed[:, ::2] = points[:, ::2].flip(0)
+    generator = torch.Generator().manual_seed(0)
+    coefficients = torch.randn(full_shape(target.tensor), generator=generator, device="cpu")
     functions = functions_at(target, points)
-    values = functions
-    mixed_values = functions_at(target, mixed)
-    if values is None or mixed_values is None:
-        generator = torch.Generator().manual_seed(0)
-        random = torch.randn(full_shape(target.tensor), generator=generator, device="cpu")
-        values = edge_values(target, random, points).transpose(1, 2)  # (rows, in, out)
-        mixed_values = edge_values(target, random, mixed).transpose(1, 2)
-    mixed_values[:, ::2] = mixed_values[:, ::2].flip(0)
+    values = edge_functions(target, points, functions, coefficients)
+    mixed_values = edge_functions(target, mixed, functions_at(target, mixed), coefficients)
+    mixed_values[::2] = mixed_values[::2].flip(-1)
     if not torch.allclose(values, mixed_values, rtol=1e-3, atol=1e-5):
         raise ValueError(
             f"This {target.tensor.kind} layer has no functions of one input to draw: each depends on the other "
             "inputs, by a norm or a gate."
         )
     return functions
-
-
-def _evaluate_edges(
-    target: Target,
-    points: Tensor,
-    functions: Tensor | None,
-    coefficients: Tensor,
-    edges: Sequence[tuple[int, int]],
-) -> list[Tensor]:
-    """Return the function on each of the edges (output, input) at the points, by coefficients (out, in, basis)."""
-    if functions is None:
-        values = edge_values(target, coefficients, points).double()
-        return [values[:, output, index] for output, index in edges]
-    functions = functions.double()
-    return [functions[:, index] @ coefficients[output, index] for output, index in edges]
 
 
 def _color_map() -> Any:
