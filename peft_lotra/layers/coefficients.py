@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,14 +21,19 @@ from .layout import Layout, concatenate
 Described = tuple[str, str]
 
 
-class Member(NamedTuple):
-    """One parameter: its name, layout, the lengths of all axes, stored shape, and shape in the canonical order."""
+@dataclass(frozen=True)
+class Member:
+    """One parameter: its name, layout, the lengths of all axes, and the stored shape."""
 
     name: str
     layout: Layout
-    lengths: Mapping[str, int]
+    lengths: dict[str, int]
     stored: tuple[int, ...]
-    shape: tuple[int, ...]
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """The shape in the canonical order."""
+        return self.layout.canonical_shape(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -145,10 +150,10 @@ class CoefficientTensor:
         basis = 0
         for part, part_shape in zip(parts, self.part_shapes, strict=False):
             out = 0
-            for name, layout, lengths, stored, shape in part:
-                rows, inputs, count, *_ = shape
+            for member in part:
+                rows, inputs, count, *_ = member.shape
                 block = tensor[out : out + rows, :inputs, basis : basis + count]
-                parameters[name] = layout.from_canonical(block, lengths, stored)
+                parameters[member.name] = member.layout.from_canonical(block, member.lengths, member.stored)
                 out += rows
             basis += part_shape[2]
         return parameters

@@ -187,17 +187,14 @@ def _find_contradiction(
     if spec is None:
         return ""
     verified = {member.name: member for member in spec.locate(layer).members}
-    for described in tensor.members:
-        name, layout, lengths, stored, _ = described
-        if name not in verified:
-            continue
-        _, verified_layout, verified_lengths, *_ = verified[name]
-        positions = torch.arange(math.prod(stored)).view(stored)
-        canonical = layout.to_canonical(positions, lengths)
-        if not torch.equal(canonical, verified_layout.to_canonical(positions, verified_lengths)):
+    for member in tensor.members:
+        other = verified.get(member.name, member)
+        positions = torch.arange(math.prod(member.stored)).view(member.stored)
+        canonical = member.layout.to_canonical(positions, member.lengths)
+        if not torch.equal(canonical, other.layout.to_canonical(positions, other.lengths)):
             return (
-                f"`{name}` {stored} is not laid out as {layout.pattern!r}, its gradients are those of "
-                f"{verified_layout.pattern!r}"
+                f"`{member.name}` {member.stored} is not laid out as {member.layout.pattern!r}, its gradients are "
+                f"those of {other.layout.pattern!r}"
             )
     return ""
 

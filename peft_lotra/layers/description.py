@@ -105,17 +105,16 @@ class KANLayerSpec:
     groups: str = ""
 
     def __post_init__(self) -> None:
-        if not callable(self.matches):
-            raise ValueError(f"`matches` of {self.kind!r} is {self.matches!r:.80}. Give a class, or a predicate.")
         try:
             pairs = [*self.parts, *filter(None, [self.residual, self.edge_scale])]
             patterns = dict(pairs)
         except (TypeError, ValueError):
             pairs, patterns = [self.coefficients], {}
-        if not self.coefficients or len(patterns) < len(pairs):
+        if not callable(self.matches) or not self.coefficients or len(patterns) < len(pairs):
             raise ValueError(
-                f"The coefficients and other parameters of {self.kind!r} are {pairs}. Expected a name and its "
-                'pattern, e.g. ("weight", "o i k"), or a list of such pairs, with each name once.'
+                f"{self.kind!r} matches {self.matches!r:.80}, and its coefficients and other parameters are {pairs}. "
+                "Expected a class, or a predicate, and a name and its pattern, e.g. "
+                '("weight", "o i k"), or a list of such pairs, with each name once.'
             )
         for position, pattern in enumerate(patterns.values()):
             parse_layout(pattern, self.groups, may_share=0 < position < len(self.parts))
@@ -153,17 +152,16 @@ class KANLayerSpec:
         """
         try:
             parts = []
-            for pair in filter(None, (*self.parts, self.residual)):
-                members = {name: get_or_none(layer, name) for name in expand_name(layer, pair[0])}
-                if pair is self.residual and all(parameter is None for parameter in members.values()):
+            for name, pattern in filter(None, (*self.parts, self.residual)):
+                members = {member: get_or_none(layer, member) for member in expand_name(layer, name)}
+                if len(parts) == len(self.parts) and {*members.values()} <= {None}:  # without a base branch
                     continue
                 shapes = []
-                for name, parameter in members.items():
+                for member, parameter in members.items():
                     if not isinstance(parameter, Tensor):
-                        raise ValueError(f"`{name}` is not as described. There is no such parameter.")
-                    shape = tuple(parameter.shape)
-                    shapes.append((name, shape))
-                parts.append((*pair, tuple(shapes)))
+                        raise ValueError(f"`{member}` is not as described. There is no such parameter.")
+                    shapes.append((member, tuple(parameter.shape)))
+                parts.append((name, pattern, tuple(shapes)))
             axes = tuple(self.axes_of(layer).items())
             return _solve(self.kind, self.groups, tuple(parts), len(self.parts), axes)
         except ValueError as error:
@@ -247,37 +245,36 @@ def _solve(
     """Find the lengths of all axes. They are the same for all layers of a kind that have the same shapes.
 
     Args:
-        kind: The name of the kind.
-        groups: The group axis.
-        parts: Name and pattern of each part and of the base branch, with the name and shape of each parameter.
-        count: The number of parts without the base branch.
-        axes: The lengths that no shape determines.
+        kind, groups: As in `KANLayerSpec`.
+        parts: The name and the pattern of each part, and the names and shapes of its members.
+        count: The number of parts of the coefficients. A further one is the residual weights.
+        axes: Given lengths of axes.
 
     Raises:
         ValueError: A pattern does not fit.
     """
-    counts = {name: len(members) for name, _, members in parts if "*" in name}
+    counts = {name: len(shapes) for name, _, shapes in parts if "*" in name}
     if 0 in counts.values() or len(set(counts.values())) > 1:
         raise ValueError(f"lists are not as described. Their numbers of members are {counts}.")
 
     # each member of a list has its own lengths, a single parameter determines the lengths of all members
     lengths = [dict(axes) for _ in range(max(counts.values(), default=1))]
     targets = {}
-    unsolved: list[list[Member]] = []
-    for position, (name, pattern, shapes) in enumerate(parts):
+    solved: list[tuple[Member, ...]] = []
+    for name, pattern, shapes in parts:
         is_list = "*" in name
-        is_later = 0 < position < count
+        is_later = 0 < len(solved) < count
         members = []
-        for n, (member, shape) in enumerate(shapes):
-            layout = parse_layout(pattern, groups, len(shape), may_share=is_later)
+        for (member, shape), lengths_of_member in zip(shapes, lengths, strict=False):
+            layout = parse_layout(pattern, groups, len(shape), is_later)
             if is_later:
-                layout = layout.share(unsolved[0][0].layout, is_list)
-            members.append(Member(member, layout, lengths[n], shape, ()))
-            targets[member] = [lengths[n]] if is_list else lengths
-        unsolved.append(members)
+                layout = layout.share(solved[0][0].layout, is_list)
+            members.append(Member(member, layout, lengths_of_member, shape))
+            targets[member] = [lengths_of_member] if is_list else lengths
+        solved.append(tuple(members))
 
     # one parameter may determine lengths of another: those with the fewest unknown ones come first
-    for member in sorted(chain.from_iterable(unsolved), key=_count_unknown):
+    for member in sorted(chain.from_iterable(solved), key=_count_unknown):
         try:
             solved_lengths = member.layout.axis_lengths(member.stored, member.lengths)
         except ValueError as error:
@@ -285,20 +282,10 @@ def _solve(
         for target in targets[member.name]:
             target.update(solved_lengths | target)
 
-    # all lengths are known, and with them the canonical shapes
-    solved = []
-    for members in unsolved:
-        with_shapes = []
-        for member in members:
-            shape = member.layout.canonical_shape(member.lengths)
-            with_shapes.append(member._replace(shape=shape))
-        solved.append(tuple(with_shapes))
     tensor = CoefficientTensor(kind, tuple(solved), len(parts) > count)
-    outer = {}
-    for members, shape in zip(solved, tensor.part_shapes, strict=True):
-        outer[members[0].name] = shape[:2]
-    if len(set(outer.values())) > 1:
-        raise ValueError(f"shapes are not as described. Those of (out, in) must be equal, and are {outer}.")
+    edges = {name: shape[:2] for (name, *_), shape in zip(parts, tensor.part_shapes, strict=True)}
+    if len(set(edges.values())) > 1:
+        raise ValueError(f"shapes are not as described. Those of (out, in) must be equal, and are {edges}.")
     return tensor
 
 
@@ -315,10 +302,7 @@ def spec_from_file(kind: str, description: Mapping[str, Any]) -> KANLayerSpec:
         ValueError: The description is damaged.
     """
     try:
-        fields: dict[str, Any] = {}
-        for name, value in description.items():
-            if name in _IN_FILES:
-                fields[name] = tuple(value) if isinstance(value, list) else value
+        fields: dict[str, Any] = {name: value for name, value in description.items() if name in _IN_FILES}
         return KANLayerSpec(kind, matches_nothing, **fields)
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"The description of the kind of layer {kind!r} in the file is broken: {error}") from error
@@ -387,5 +371,8 @@ def registered_spec(module: nn.Module, kinds: Iterable[KANLayerSpec] = ()) -> KA
 def get_registered(kind: str) -> KANLayerSpec:
     """Return the registered kind of layer of a name."""
     if kind not in REGISTERED:
-        raise ValueError(f"The kind of KAN layer {kind!r} is not registered. Call `register_kan_layer` first.")
+        raise ValueError(
+            f"An adapter is for KAN layers of the kind {kind!r}, which is neither registered nor described in its "
+            "file. Call `peft_lotra.register_kan_layer` for it first."
+        )
     return REGISTERED[kind]

@@ -57,21 +57,18 @@ class Evidence:
         """The number of input features."""
         return self.x.shape[-1]
 
-    def gradients(self, x: Tensor | None = None, **options: Any) -> Gradients:
-        """Return the gradients at an input, by default at `x`. See `Probe.gradients` for the options."""
-        if x is None:
-            x = self.x
+    def gradients(self, x: Tensor, **options: Any) -> Gradients:
+        """Return the gradients at an input. See `Probe.gradients` for the options."""
         return self.probe.gradients(x, self.channel, **options)
 
     def perturb(self, names: Collection[str]) -> Gradients:
         """Return the gradients at perturbed parameters."""
-        parameters = perturbed(self.probe.parameters, names)
-        return self.gradients(parameters=parameters)
+        return self.gradients(self.x, parameters=perturbed(self.probe.parameters, names))
 
     @cached_property
     def base(self) -> Gradients:
         """The gradients that all others are compared with."""
-        gradients = self.gradients()
+        gradients = self.gradients(self.x)
         for gradient in gradients.values():
             if gradient is not None and not gradient.isfinite().all():
                 raise CannotProbe("the outputs have no finite gradient with respect to its parameters")
@@ -80,7 +77,7 @@ class Evidence:
     @cached_property
     def reweighted(self) -> Gradients:
         """The gradients with other weights of the outputs."""
-        return self.gradients(seed=2)
+        return self.gradients(self.x, seed=2)
 
     @cached_property
     def scaled(self) -> list[Gradients]:
@@ -96,17 +93,13 @@ class Evidence:
     def _exchange(self, count: int) -> Iterator[tuple[slice, Gradients]]:
         blocks = self.x.unflatten(-1, (-1, count))
         half = count // 2
-        for start in (0, count - half):
-            stop = start + half
-            constant = slice(start, stop)
-            varied = [*range(start), *range(stop, count)]
+        for constant in (slice(half), slice(count - half, count)):
+            varied = list(range(count))
+            del varied[constant]
             values = blocks[..., varied]
-            changes = [values.roll(1, -1)]
-            if len(varied) > 2:
-                changes.append(values.roll(2, -1))
-            if count == 2:  # there is nothing to exchange
-                changes = [blocks.mean(-1, keepdim=True)]
-            for change in changes:
+            changes = [values.roll(step, -1) for step in (1, 2) if step < len(varied)]
+            # a single one is exchanged with nothing
+            for change in changes or [blocks.mean(-1, keepdim=True)]:
                 x = blocks.clone()
                 x[..., varied] = change
                 yield constant, self.gradients(x.flatten(-2))
@@ -141,10 +134,9 @@ class Evidence:
         inputs, and a single function makes the layer a linear map.
         """
         out, inputs, *_ = tensor.shape
-        for name in tensor.parameters:
-            gradient = self.base[name]
-            if gradient is None or not gradient.any():
-                return False
+        gradients = [self.base[name] for name in tensor.parameters]
+        if any(gradient is None or not gradient.any() for gradient in gradients):
+            return False
         has_outputs = self._compare_outputs(tensor)
         if out > 1 and not has_outputs:
             return False
@@ -163,8 +155,7 @@ class Evidence:
         reweighted = join(self.reweighted, tensor)
         if not is_parallel(gradient, reweighted):
             return False
-        together = gradient.reshape(1, 1, -1)
-        if not is_parallel(together, reweighted.reshape(1, 1, -1)):
+        if not is_parallel(gradient.reshape(1, 1, -1), reweighted.reshape(1, 1, -1)):
             return True
         # one factor for all outputs says little, as behind a softmax, or a norm of two outputs
         largest = gradient[_largest_row(gradient)]
@@ -178,29 +169,25 @@ class Evidence:
             size = torch.maximum(gradient.abs().max(), exchanged.abs().max())
             change = _change(gradient, exchanged, constant)
             largest = change.max()
-            if not largest > _EFFECT * size:
-                continue
-            result = True
-            if change[:, constant].max() > _ROUNDING * largest:
-                return False
+            if largest > _EFFECT * size:
+                result = True
+                if change[:, constant].max() > _ROUNDING * largest:
+                    return False
         return result
 
     def _has_functions(self, tensor: CoefficientTensor) -> bool:
         """Return whether an input has at least two functions: gradients at several inputs have rank two at least."""
         inputs = tensor.shape[1]
-        samples = [self.base]
-        if inputs < 4:
-            samples += self.scaled
-        else:
-            samples += [gradients for _, gradients in self.exchanged(inputs)]
+        samples = self.scaled
+        if inputs >= 4:
+            samples = [gradients for _, gradients in self.exchanged(inputs)]
         row = _largest_row(join(self.base, tensor))
-        functions = [join(gradients, tensor)[row, :_ROWS] for gradients in samples]
+        functions = [join(gradients, tensor)[row, :_ROWS] for gradients in (self.base, *samples)]
         matrices = torch.stack(functions, dim=1)
         if not matrices.isfinite().all():
             return False
         singular = torch.linalg.svdvals(matrices.double())
-        smallest = _EFFECT**2 * singular.max()
-        return bool((singular[:, 1:2] > smallest).any())
+        return bool((singular[:, 1:2] > _EFFECT**2 * singular.max()).any())
 
     @cached_property
     def is_nonlinear(self) -> bool:
@@ -348,10 +335,9 @@ def _make_inputs(probe: Probe, size: int, kernel: Sequence[int]) -> list[tuple[T
 
 def count_inputs(tensor: CoefficientTensor) -> int:
     """Return the number of inputs of a layer: of all blocks of a convolution with groups."""
-    members = tensor.parts[0]
-    _, layout, lengths, *_ = members[0]
-    groups = math.prod([lengths[axis] for axis in layout.groups])
-    return len(members) * groups * tensor.shape[1]
+    first, *others = tensor.parts[0]
+    groups = math.prod([first.lengths[axis] for axis in first.layout.groups])
+    return (1 + len(others)) * groups * tensor.shape[1]
 
 
 def join(gradients: Gradients, tensor: CoefficientTensor) -> Tensor:
@@ -374,19 +360,20 @@ def _largest_row(gradient: Tensor) -> int:
 
 def _change(first: Tensor, second: Tensor, fitted: slice) -> Tensor:
     """Return the difference of two gradients (out, in, rest), up to the factor of each output that fits a slice."""
+    size = _multiply(first, first, fitted)
+    other_size = _multiply(second, second, fitted)
     # the smaller of two rows is a multiple of the larger one: a ReLU may have made it zero
-    first_size = first[:, fitted].flatten(1).norm(dim=1)
-    second_size = second[:, fitted].flatten(1).norm(dim=1)
-    is_smaller = (first_size < second_size)[:, None, None]
+    is_smaller = size < other_size
     larger = torch.where(is_smaller, second, first)
     smaller = torch.where(is_smaller, first, second)
+    # by least squares
+    factors = _multiply(first, second, fitted) / torch.maximum(size, other_size).clamp(min=1e-30)
+    return (smaller - factors * larger).abs()
 
-    # the factor by least squares
-    x = larger[:, fitted].flatten(1)
-    y = smaller[:, fitted].flatten(1)
-    squares = (x * x).sum(1).clamp(min=1e-30)
-    factors = (x * y).sum(1) / squares
-    return (smaller - factors[:, None, None] * larger).abs()
+
+def _multiply(first: Tensor, second: Tensor, fitted: slice) -> Tensor:
+    """Return the products (out, 1, 1) of the rows of two gradients, in a slice of the inputs."""
+    return (first * second)[:, fitted].sum((1, 2), keepdim=True)
 
 
 def is_parallel(first: Tensor, second: Tensor) -> bool:

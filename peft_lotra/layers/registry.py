@@ -26,6 +26,7 @@ from .description import (
     BUILT_IN,
     REGISTERED,
     KANLayerSpec,
+    get_registered,
     is_built_in,
     matches_nothing,
     registered_spec,
@@ -125,12 +126,8 @@ def get_recorded_spec(layer: nn.Module, record: Mapping[str, Any] | None) -> KAN
             return spec
     if description is not None:  # of a layer of no registered kind, as the version read it that wrote the file
         return spec_from_file(name, description)
-    if name in REGISTERED:  # a kind that was registered later takes the layer too
-        return registered_spec(layer, [REGISTERED[name]]) or spec
-    raise ValueError(
-        f"The adapter is for KAN layers of the kind {name!r}, which its file does not describe. Call "
-        "`peft_lotra.register_kan_layer` for it before the adapter is loaded."
-    )
+    # a kind that was registered later takes the layer too
+    return registered_spec(layer, [get_registered(name)]) or spec
 
 
 def known_kinds() -> list[str]:

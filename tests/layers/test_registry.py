@@ -149,10 +149,10 @@ def test_names_that_the_layer_does_not_have_are_refused(changes):
 @pytest.mark.parametrize(
     "changes, problem",
     [
-        ({"coefficients": []}, "Expected a name and its pattern"),
-        ({"coefficients": "A"}, "Expected a name and its pattern"),
+        ({"coefficients": []}, "and a name and its pattern"),
+        ({"coefficients": "A"}, "and a name and its pattern"),
         ({"coefficients": [("a", "o i k"), ("a", "o i")]}, "with each name once"),
-        ({"matches": "MyKANLayer"}, "Give a class, or a predicate"),
+        ({"matches": "MyKANLayer"}, "Expected a class, or a predicate"),
         ({"basys": None}, "unexpected keyword argument 'basys'"),
     ],
 )
