@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from ..tuner.grids import grid_ends
 from ..tuner.layer import LoTRALayer, Target
 from ..tuner.targets import locate_target
 from .edges import LayerChange, edge_coefficients, edge_functions, layer_changes, measure_change
+from .parts import complete_names
 
 
 if TYPE_CHECKING:
@@ -111,14 +113,13 @@ def plot_edge_functions(
     layer_name = short_name(layer_name)
     module = find_layer(model, layer_name)
     target = locate_target(layer_name, module)
-    width = target.tensor.shape[1]
-    if len(target.tensor.shape) > 3 or not is_linear(*target):
+    _, width, _, *kernel = target.tensor.shape
+    if kernel or not is_linear(*target):
         raise ValueError(
             f"`{layer_name}` is a convolution, or not linear in its coefficients: it has no functions of one input. "
             "`plot_spectra` draws such layers."
         )
-    if inputs is not None and len(inputs) != width:
-        raise ValueError(f"`inputs` has {len(inputs)} names, but `{layer_name}` has {width} inputs.")
+    names = complete_names(inputs, "input", width)
 
     z = None
     if x is not None:
@@ -136,12 +137,10 @@ def plot_edge_functions(
         changes = {layer_name: measured._replace(effect=measured.layer_effect)}
     all_shares, top = _shares(changes)
     shares = all_shares[layer_name]
-    if edges is None:
+    if not edges:
         order = shares.flatten().argsort(descending=True)
         edges = [divmod(number, shares.shape[1]) for number in order[:6].tolist()]
 
-    if not edges:
-        raise ValueError("`edges` is empty: give at least one pair (output, input), or leave it out.")
     curves = edge_functions(target, points, functions, coefficients).cpu()
     moves = edge_functions(target, points, functions, change).cpu()
     columns = min(len(edges), 3)
@@ -149,12 +148,10 @@ def plot_edge_functions(
     if figure is None:
         legend_height = 0.3 * is_adapted
         figure = new_figure((3 * columns, 2.3 * rows + legend_height))
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for number, (output, index) in enumerate(edges):
-        axis = axes[number]
-        name = f"input {index}" if inputs is None else inputs[index]
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, (output, index) in zip(axes, edges, strict=False):
         share = f": {shares[output, index]:.0%}" if is_adapted else ""
-        axis.set_title(f"{name} to unit {output}{share}", fontsize=9)
+        axis.set_title(f"{names[index]} to unit {output}{share}", fontsize=9)
         axis.tick_params(labelsize=8)
         axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.25)
@@ -308,11 +305,11 @@ def plot_network_change(
         for units_at, heights in ((column, left), (column + 1, right)):
             axis.plot([units_at] * len(heights), heights, "o", color="0.25", markersize=4, zorder=3)
         axis.text(column + 0.5, 1.06, f"{layer}\n{count_in} to {count_out}", ha="center", va="bottom")
-        _write_names(axis, column - 0.05, "inputs", names, left)
+        _write_names(axis, column - 0.05, "input", names, left)
         column += 1
         names = ()
         units = count_out
-    _write_names(axis, column + 0.05, "outputs", outputs, right)
+    _write_names(axis, column + 0.05, "output", outputs, right)
     axis.set(xlim=(-0.1, column + 0.1), ylim=(-0.05, 1.05))
     axis.set_axis_off()
     figure.colorbar(lines, ax=axis, label="share of the change", format=PercentFormatter(1.0))
@@ -322,18 +319,18 @@ def plot_network_change(
 def _write_names(
     axis: Any,
     column: float,
-    argument: str,
-    names: Sequence[str],
+    noun: str,
+    names: Sequence[Any],
     heights: Sequence[float],
 ) -> None:
     """Write the names of units; by default their numbers, as in `plot_edge_functions`, unless they would overlap."""
     count = len(heights)
-    if not names and count <= MOST_NUMBERS:
-        names = list(map(str, range(count)))
-    if len(names) not in (0, count):
-        raise ValueError(f"`{argument}` has {len(names)} names, but there are {count} units. Pass a name for each.")
-    side = "right" if argument == "inputs" else "left"
-    for name, height in zip(names, heights, strict=bool(names)):
+    if len(names):
+        names = complete_names(names, noun, count)
+    elif count <= MOST_NUMBERS:
+        names = range(count)
+    side = "right" if noun == "input" else "left"
+    for name, height in zip(names, heights, strict=False):
         axis.text(column, height, name, ha=side, va="center")
 
 
@@ -365,17 +362,15 @@ def plot_history(history: Sequence[LevenbergMarquardtStep], names: Sequence[str]
         >>> figure = plot_history(history, ["data"])
     """
     terms = list(zip(*(step.losses for step in history), strict=True))
-    if names and len(names) != len(terms):
-        raise ValueError(f"`names` has {len(names)} entries, but the loss has {len(terms)} terms.")
+    names = complete_names(names, "term", len(terms))
     figure = new_figure((7, 3))
     left, right = figure.subplots(1, 2)
     steps = range(1, len(history) + 1)
     left.plot(steps, [step.loss for step in history], color="black", label="loss")
     if len(terms) > 1:
-        styles = ("--", ":", "-.")
-        for index, losses in enumerate(terms):
-            name = names[index] if names else f"term {index}"
-            left.plot(steps, losses, styles[index % 3], label=name)
+        styles = cycle(("--", ":", "-."))
+        for name, losses, style in zip(names, terms, styles, strict=False):
+            left.plot(steps, losses, style, label=name)
 
     held_out = [step.held_loss for step in history]
     if not all(map(math.isnan, held_out)):
