@@ -221,7 +221,7 @@ def _search(
                 reader = reader or _verify(layer, spec, tensor, is_uniform, for_jets)
         if has_set():
             _recorders.add(layer)
-            return None
+            reader = None
     return reader
 
 
@@ -246,10 +246,7 @@ def _verify(
 
     # first with other parameters, which a layer may initialize in place at its first input
     functions = spec.basis, spec.splines, spec.derivatives, spec.activation, spec.normalization
-    comparisons = [_has_right_slopes]
-    if for_jets:
-        comparisons.append(_has_right_jets)
-    for compare in comparisons:
+    for compare in (_has_right_slopes, _has_right_jets)[: 1 + for_jets]:
         # a class may be registered again with other functions
         question = compare.__name__, functions, is_uniform, is_silu, layer.training
         answer = partial(_at_other_parameters, reader, layer, points, compare)
@@ -261,13 +258,11 @@ def _verify(
 def _has_right_values(reader: FormulaReader, layer: nn.Module, x: Tensor) -> bool:
     """Compare values, and check that the layer does not update buffers, as the formula would not."""
     buffers = dict(layer.named_buffers())
-    dtype = reader.tensor.get_parameter(layer).dtype
-    tolerance = _TOLERANCE[dtype]
 
     def run() -> bool:
         expected = layer(x)
         result = reader.read(layer).output(x)
-        if result.dtype != expected.dtype or not _agree(result, expected, tolerance):
+        if result.dtype != expected.dtype or not _agree(result, expected, _TOLERANCE[x.dtype]):
             return False
         return same_grid(buffers, dict(layer.named_buffers()))
 
@@ -293,9 +288,7 @@ def _grid_ends(
         return None
     values = spec.read_grid(layer).values()
     tensors = [value.flatten() for value in values if isinstance(value, Tensor) and value.numel()]
-    if not tensors:
-        return -2.0, 2.0
-    return torch.cat(tensors).aminmax()
+    return torch.cat(tensors).aminmax() if tensors else (-2.0, 2.0)
 
 
 def _points_around(low: Any, high: Any, width: int) -> Tensor:
@@ -312,24 +305,18 @@ def _points_around(low: Any, high: Any, width: int) -> Tensor:
     low = torch.as_tensor(low, **options).expand(width)
     high = torch.as_tensor(high, **options).expand(width)
     distances = torch.tensor(_DISTANCES, **options).repeat_interleave(_BLOCK)
-    sizes = [_NEAR, len(distances), _BLOCK]
+    distances[::2] *= -1
+    stop = _NEAR + len(distances)
     # with steps of the golden ratio, no input repeats another's points
-    steps = torch.arange(sum(sizes) * width, **options)
+    steps = torch.arange((stop + _BLOCK) * width, **options)
     shares = steps.mul(GOLDEN_RATIO).frac().view(-1, width)
-    near, far, last = shares.split(sizes)
 
-    near_points = torch.lerp(low, high, 3 * near - 1)
-
-    signs = torch.tensor([-1.0, 1.0], **options)
-    signed = distances.view(-1, 2) * signs
-    lengths = signed.view(-1, 1) * (1 + far)
-    unit = (high - low).clamp(min=2)
-    far_points = (low + high) / 2 + lengths * unit
-
-    last_points = torch.lerp(low, high, 3 * last - 1)
-    last_points[last < 0.5] = 0
-    last_points[-1] = 0
-    return torch.cat([near_points, far_points, last_points])
+    points = torch.lerp(low, high, 3 * shares - 1)
+    lengths = distances.unsqueeze(1) * (1 + shares[_NEAR:stop])
+    points[_NEAR:stop] = (low + high) / 2 + lengths * (high - low).clamp(min=2)
+    points[stop:][shares[stop:] < 0.5] = 0
+    points[-1] = 0
+    return points
 
 
 def _agree(
@@ -379,15 +366,11 @@ def _at_other_parameters(
     grid = reader.spec.read_grid(layer)
     parameters = dict(layer.named_parameters())
     buffers = dict(layer.named_buffers())
-    floating = []
     values = {}
     for name, value in (parameters | buffers).items():
         value = value.detach().clone()
-        if value.is_floating_point():
-            floating.append(name)
-            value = value.double()
-        values[name] = value
-    values = perturbed(values, buffers.keys() & floating - grid.keys())
+        values[name] = value.double() if value.is_floating_point() else value
+    values = perturbed(values, buffers.keys() - grid.keys())
     values = perturbed(values, parameters.keys() - grid.keys(), torch.randn)
 
     def run() -> bool:
@@ -403,32 +386,31 @@ def _has_right_slopes(
     tolerances: Sequence[float],
 ) -> bool:
     """Compare values, slopes, a single row, and what becomes of NaN."""
-    y, slope, single, is_nan = _observe(formula.output, x)
-    expected, expected_slope, expected_single, is_expected_nan = _observe(layer, x)
+    y, slope = _differentiate(formula.output, x)
+    expected, expected_slope = _differentiate(layer, x)
     if not _agree(y, expected, tolerances[0]):
         return False
     # slopes may be zero to rounding, e.g. behind the norm of a single input
     floor = 1e-3 * float(expected[:_NEAR].abs().max())
     if not _agree(slope, expected_slope, tolerances[1], floor):
         return False
-    is_same_row = torch.allclose(single, expected_single, rtol=1e-6, atol=1e-6)
-    return is_same_row and torch.equal(is_nan, is_expected_nan)
+    with_nan = x[:1].clone()
+    with_nan[0, 0] = torch.nan
+    for row in (x[:1], with_nan):
+        # the layer may write into its input
+        if not torch.allclose(formula.output(row), layer(row.clone()), 1e-6, 1e-6, equal_nan=True):
+            return False
+    return True
 
 
-def _observe(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return values and slopes at x, the values of a single row, and which of them are NaN for an input of NaN."""
+def _differentiate(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return values and slopes at x."""
     with torch.enable_grad():
         point = x.clone().requires_grad_()
         y = function(point)
         weights = torch.linspace(0.5, 1.5, y.shape[-1], dtype=y.dtype, device=y.device)
         (slope,) = torch.autograd.grad(y, point, weights.expand_as(y))
-
-    # the function may write into its input
-    single = function(x[:1].clone())
-    with_nan = x[:1].clone()
-    with_nan[0, 0] = torch.nan
-    is_nan = function(with_nan).isnan()
-    return y.detach(), slope, single, is_nan
+    return y.detach(), slope
 
 
 def _has_right_jets(

@@ -50,6 +50,7 @@ _NO_LAYERS = (
 _LIBRARIES = {"torch", "torchvision", "transformers", "timm", "diffusers", "peft"}
 _LARGEST = 2**26  # elements of a parameter that is copied to be probed
 _SMALL = 0.125  # factors of the edges up to this share of the coefficients are not adapted
+_PATTERNS_OF_MATRICES = "o (i k)|o (k i)|(i k) o|(k i) o|k (i o)|k (o i)|(i o) k|(o i) k".split("|")
 _MOVES_GRID = "(update|refine|initialize|adapt|move|reset|set)_\\w*(grid|knots)"
 
 Tensors = Mapping[str, Tensor]
@@ -243,7 +244,9 @@ def _find_coefficients(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | N
 def _patterns(shape: torch.Size, evidence: Evidence, letter: str) -> Iterator[str]:
     """Yield the layouts of coefficients: each in its own axis, or two of the three in one axis of a matrix."""
     if len(shape) == 2:
-        yield from _patterns_of_matrix(shape, evidence, letter)
+        if shape.numel() >= 2 * evidence.outputs * evidence.size:  # at least two functions
+            for pattern in _PATTERNS_OF_MATRICES:
+                yield pattern.replace("k", letter)
     elif len(shape) in (3, 4):  # more axes have too many orders
         axes = range(len(shape))
         for o, i in permutations(axes, 2):
@@ -257,26 +260,13 @@ def _patterns(shape: torch.Size, evidence: Evidence, letter: str) -> Iterator[st
             yield " ".join(words)
 
 
-def _patterns_of_matrix(shape: torch.Size, evidence: Evidence, letter: str) -> Iterator[str]:
-    inputs = evidence.size
-    outputs = evidence.outputs
-    for axis in (1, 0):
-        flat = shape[axis]
-        single = shape[1 - axis]
-        layouts = []
-        if single == outputs and flat % inputs == 0 and flat >= 2 * inputs:
-            layouts += [("o", f"(i {letter})"), ("o", f"({letter} i)")]
-        if flat == inputs * outputs and inputs > 1 and single >= 2:
-            layouts += [(letter, "(i o)"), (letter, "(o i)")]
-        for names in layouts:
-            yield " ".join(names if axis else names[::-1])
-
-
 def _fits(evidence: Evidence, spec: KANLayerSpec) -> bool:
     """Return whether a hypothesis fits the shapes of the parameters, and the gradients of the layer."""
     try:
         tensor = spec.locate(evidence.probe.layer)
-        return tensor.shape[2] >= 2 and evidence.is_sum(tensor)
+        out, inputs, basis = tensor.shape
+        has_size = (out, inputs) == (evidence.outputs, evidence.size)
+        return has_size and basis >= 2 and evidence.is_sum(tensor)
     except (CannotProbe, ValueError):
         return False
 

@@ -94,10 +94,10 @@ def perturbed(
     """
     generator = torch.Generator().manual_seed(_SEED)
     result = dict(parameters)
-    for name in parameters:
-        if name not in names:
+    for name, parameter in parameters.items():
+        if name not in names or not parameter.is_floating_point():
             continue
-        parameter = parameters[name].detach()
+        parameter = parameter.detach()
         size = float(parameter.abs().mean()) or 1.0
         noise = draw(parameter.shape, generator=generator, device="cpu")
         result[name] = parameter + factor * size * noise.to(parameter)
