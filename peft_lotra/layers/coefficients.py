@@ -68,8 +68,7 @@ class CoefficientTensor:
         """The canonical shape of each part: the outputs of its members follow each other."""
         shapes = []
         for part in self.parts:
-            member_shapes = [member.shape for member in part]
-            out, *others = zip(*member_shapes, strict=True)
+            out, *others = zip(*(member.shape for member in part), strict=True)
             shapes.append((sum(out), *map(max, others)))
         return shapes
 
@@ -112,12 +111,10 @@ class CoefficientTensor:
         The residual weights are None without a base branch. Both are views if the layout allows it.
         """
         tensors = self._to_canonical(self.read_parameters(layer).values())
-        if self.separate_residual:
-            residual = tensors.pop()[:, :, 0]
-            return concatenate(tensors, 2), residual
+        residual = tensors.pop()[:, :, 0] if self.separate_residual else None
         tensor = concatenate(tensors, 2)
-        if not self.has_residual:
-            return tensor, None
+        if tensor.shape[2] == self.shape[2]:
+            return tensor, residual
         return tensor[:, :, :-1], tensor[:, :, -1]
 
     def join(self, tensors: Iterable[Tensor]) -> Tensor:

@@ -141,22 +141,14 @@ def _compare(
             is_unused = any(evidence.base[name] is None for name in tensor.parameters)
             if contradicts or is_unused or OTHER in _find_doubts(evidence, spec, tensor).values():
                 reason = "it computes something else"
-        else:
-            if contradicts:
-                reason = _find_contradiction(layer, tensor, args, kwargs)
-            if not reason:
-                doubts = _find_doubts(evidence, spec, tensor)
+        elif contradicts:
+            reason = _find_contradiction(layer, tensor, args, kwargs)
+        if not is_built_in(spec) and not reason:
+            doubts = _find_doubts(evidence, spec, tensor)
         used = {}
         for name, gradient in evidence.base.items():
             used[name] = gradient is not None and bool(gradient.any())
-        return Description(
-            spec,
-            reason,
-            doubts,
-            axes,
-            is_linear=evidence.is_linear([*tensor.parameters]),
-            used=used,
-        )
+        return Description(spec, reason, doubts, axes, evidence.is_linear(tensor), used)
 
 
 def _find_evidence(probe: Probe, tensor: CoefficientTensor) -> Evidence:

@@ -283,7 +283,9 @@ def _solve(
             target.update(solved_lengths | target)
 
     tensor = CoefficientTensor(kind, tuple(solved), len(parts) > count)
-    edges = {name: shape[:2] for (name, *_), shape in zip(parts, tensor.part_shapes, strict=True)}
+    edges = {}
+    for (name, *_), shape in zip(parts, tensor.part_shapes, strict=True):
+        edges[name] = shape[:2]
     if len(set(edges.values())) > 1:
         raise ValueError(f"shapes are not as described. Those of (out, in) must be equal, and are {edges}.")
     return tensor

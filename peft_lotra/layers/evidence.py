@@ -280,6 +280,7 @@ class Evidence:
         for factor in (-2.0, 2.0):  # so far apart that a ReLU behind the sum is met on both sides
             parameters = perturbed(self.probe.parameters, names, torch.randn, factor)
             gradients = self.gradients(x, parameters=parameters)
+            # `join` leaves out what the outputs share, in which a sum is seldom linear
             named = [gradients[name] for name in names]
             flat = [gradient.flatten() for gradient in named if gradient is not None]
             ends.append(torch.cat([*flat, x.new_zeros(1)]))
@@ -321,9 +322,8 @@ def _make_inputs(probe: Probe, size: int, kernel: Sequence[int]) -> list[tuple[T
     if probe.x is not None:
         inputs = []
         for channel in (-1, 1 - probe.x.dim()):
-            x = probe.x.movedim(channel, -1)
-            if channel < 0 and x.shape[-1] == size:
-                inputs.append((x, channel))
+            if channel < 0 and probe.x.shape[channel] == size:
+                inputs.append((probe.x.movedim(channel, -1), channel))
         return inputs
     if kernel:
         lengths = [4 * length + 3 for length in kernel]

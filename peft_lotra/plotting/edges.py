@@ -195,7 +195,8 @@ def measure_change(
         shift = values.mean(-1, keepdim=True)
         moved = (values - shift).square()
         effect = (moved * weights).sum(-1)
-        changes.append((effect.sqrt(), moved.mean(-1).sqrt(), shift.squeeze(-1)))
+        variance = moved.mean(-1)
+        changes.append((effect.sqrt(), variance.sqrt(), shift.squeeze(-1)))
     columns = [torch.cat(column).T.cpu() for column in zip(*changes, strict=True)]
     return LayerChange(*columns)
 
