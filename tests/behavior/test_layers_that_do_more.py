@@ -107,122 +107,59 @@ def test_the_jet_of_a_layer_whose_forward_was_replaced_is_that_of_the_new_one():
 
 
 class Gained(OldEfficientKANLayer):
-    """Adds inputs by a factor, which is zero in a new layer."""
+    """Adds inputs by a factor, and multiplies outputs by a mask, both without effect in a new layer."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features)
         self.gain = nn.Parameter(torch.zeros(()))
+        self.register_buffer("mask", torch.ones(out_features))
 
     def forward(self, x):
-        return super().forward(x) + self.gain * x.sum(-1, keepdim=True)
-
-
-def test_a_parameter_of_a_subclass_counts_when_it_is_loaded_later():
-    layer = make_layer(Gained)
-    model = adapt(copy.deepcopy(layer))
-
-    for gained in (layer, model.base_model.model[0].base_layer):
-        gained.gain.data.fill_(2.0)
-
-    assert_same_function(model, layer)
-
-
-def test_hooks_on_a_part_of_the_layer_run():
-    layer = make_layer(FastKANLayer)
-    model = adapt(copy.deepcopy(layer))
-
-    for hooked in (layer, model.base_model.model[0].base_layer):
-        hooked.base_linear.register_forward_hook(lambda module, args, output: 2 * output)
-
-    assert_same_function(model, layer)
+        return self.mask * super().forward(x) + self.gain * x.sum(-1, keepdim=True)
 
 
 class Switched(OldEfficientKANLayer):
-    """Doubles its output once `gain` is set."""
+    """Multiplies its output by settings, which are one in a new layer."""
 
     gain = 1.0
-
-    def forward(self, x):
-        return self.gain * super().forward(x)
-
-
-def test_a_setting_that_changes_after_the_first_pass_counts():
-    layer = make_layer(Switched)
-    model = adapt(copy.deepcopy(layer))
-
-    for switched in (layer, model.base_model.model[0].base_layer):
-        switched.gain = 2.0
-
-    assert_same_function(model, layer)
-
-
-class Scaled(OldEfficientKANLayer):
-    """Multiplies its output by the first of two gains."""
-
     gains = (1.0, 1.0)
 
     def forward(self, x):
-        return self.gains[0] * super().forward(x)
-
-
-def test_a_tuple_of_settings_that_changes_after_the_first_pass_counts():
-    layer = make_layer(Scaled)
-    model = adapt(copy.deepcopy(layer))
-
-    for scaled in (layer, model.base_model.model[0].base_layer):
-        scaled.gains = (2.0, 1.0)
-
-    assert_same_function(model, layer)
-
-
-@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU])
-def test_an_activation_that_is_exchanged_after_the_first_pass_counts(activation):
-    layer = make_layer(FastKANLayer)
-    model = adapt(copy.deepcopy(layer))
-
-    for exchanged in (layer, model.base_model.model[0].base_layer):
-        exchanged.base_activation = activation()
-
-    assert_same_function(model, layer)
+        return self.gain * self.gains[0] * super().forward(x)
 
 
 class Swish(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.beta = 1.0
+    beta = 1.0
 
     def forward(self, x):
         return nn.functional.silu(self.beta * x) / self.beta
 
 
-def test_a_setting_of_the_activation_that_changes_after_the_first_pass_counts():
-    torch.manual_seed(0)
-    layer = OldEfficientKANLayer(3, 4, base_activation=Swish)
-    model = adapt(copy.deepcopy(layer))
-
-    for changed_layer in (layer, model.base_model.model[0].base_layer):
-        changed_layer.base_activation.beta = 2.0
-
-    assert_same_function(model, layer)
-
-
-class Masked(OldEfficientKANLayer):
-    """Multiplies its outputs by a mask, which is one in a new layer."""
-
+class WithSwish(OldEfficientKANLayer):
     def __init__(self, in_features, out_features):
-        super().__init__(in_features, out_features)
-        self.register_buffer("mask", torch.ones(out_features))
-
-    def forward(self, x):
-        return super().forward(x) * self.mask
+        super().__init__(in_features, out_features, base_activation=Swish)
 
 
-def test_a_buffer_that_is_set_after_the_first_pass_counts():
-    layer = make_layer(Masked)
+LATER = {
+    "a parameter of a subclass": (Gained, lambda m: m.gain.data.fill_(2.0)),
+    "a buffer": (Gained, lambda m: m.mask[0].zero_()),
+    "a setting": (Switched, lambda m: setattr(m, "gain", 2.0)),
+    "a tuple of settings": (Switched, lambda m: setattr(m, "gains", (2.0, 1.0))),
+    "a setting of the activation": (WithSwish, lambda m: setattr(m.base_activation, "beta", 2.0)),
+    "the activation": (FastKANLayer, lambda m: setattr(m, "base_activation", nn.ReLU())),
+    "an activation near silu": (FastKANLayer, lambda m: setattr(m, "base_activation", nn.GELU())),
+    "a hook on a part": (FastKANLayer, lambda m: m.base_linear.register_forward_hook(lambda _, args, y: 2 * y)),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_what_changes_after_the_first_pass_counts(name):
+    cls, change = LATER[name]
+    layer = make_layer(cls)
     model = adapt(copy.deepcopy(layer))
 
-    for masked in (layer, model.base_model.model[0].base_layer):
-        masked.mask[0] = 0.0
+    change(layer)
+    change(model.base_model.model[0].base_layer)
 
     assert_same_function(model, layer)
 

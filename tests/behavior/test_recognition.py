@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_equal, relative, train
-from orders import KnotsAsParameter, Legendre
+from orders import Flat, KnotsAsParameter, Layer, Legendre
 from peft import PeftModel, get_peft_model
 from stand_ins import ChebyKANLayer, FastKANLayer, OldEfficientKANLayer
 from torch import nn
@@ -76,26 +76,11 @@ def test_attention_and_linear_layers_in_a_row_are_no_layers(block):
     assert find_kan_layers(nn.Sequential(block)) == []
 
 
-class Powers(nn.Module):
+class Powers(Layer):
     """A layer that nobody described."""
 
     def __init__(self, i, o, after=None):
-        super().__init__()
-        self.in_features, self.out_features = np.prod((i,)), np.int64(o)
-        self.w, self.after = nn.Parameter(torch.randn(o, i, 4)), after or nn.Identity()
-
-    def forward(self, x):
-        powers = torch.tanh(x)[..., None] ** torch.arange(4)
-        return self.after(torch.einsum("...ik,oik->...o", powers, self.w))
-
-
-class FlatPowers(Powers):
-    def __init__(self, i, o):
-        super().__init__(i, o)
-        self.w = nn.Parameter(self.w.detach().flatten(1))
-
-    def forward(self, x):
-        return (torch.tanh(x)[..., None] ** torch.arange(4)).flatten(-2) @ self.w.T
+        super().__init__(i, o, 4, before=torch.tanh, after=after)
 
 
 def test_modules_after_the_sum_leave_the_kind_of_layer():
@@ -107,8 +92,7 @@ def test_modules_after_the_sum_leave_the_kind_of_layer():
 @pytest.mark.parametrize(
     "make",
     [
-        Powers,
-        FlatPowers,
+        lambda i, o: Flat(np.prod((i,)), np.int64(o)),
         lambda i, o: KAN([np.prod((1, i)), np.int64(o)]),  # as `np.prod(space.shape)` in reinforcement learning
         lambda i, o: OldEfficientKANLayer(np.int64(i), np.int64(o)),
         lambda i, o: FastKANLayer(np.int64(i), np.int64(o), num_grids=np.int64(5)),
@@ -120,11 +104,9 @@ def test_sizes_may_be_numpy_integers(make, tmp_path):
 
 
 def test_a_description_may_hold_numpy_values(tmp_path):
-    register_kan_layer("flat", matches=FlatPowers, coefficients=("w", "o (i k)"), axes=lambda m: {"i": m.in_features})
-    model = get_peft_model(
-        nn.Sequential(FlatPowers(3, 4)), LoTRAConfig(r=np.int64(2), rank_pattern={"0": np.int64(1)})
-    )
-    model.save_pretrained(tmp_path)
+    register_kan_layer("flat", matches=Flat, coefficients=("table", "o (i k)"), axes=lambda m: {"i": m.in_features})
+    config = LoTRAConfig(r=np.int64(2), rank_pattern={"0": np.int64(1)})
+    get_peft_model(nn.Sequential(Flat(np.int64(3), 4)), config).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
 
     assert (config["r"], config["rank_pattern"], config["base_layers"]["0"]["shape"]) == (2, {"0": 1}, [4, 3, 4])
@@ -137,13 +119,13 @@ def changed(cls, forward):
 
 class Moved(Powers):
     def forward(self, x):
-        self.w = nn.Parameter(self.w.to(x.device))
+        self.A = nn.Parameter(self.A.to(x.device))
         return super().forward(x)
 
 
 class MovedData(Powers):
     def forward(self, x):
-        self.w.data = self.w.data.to(x.device)
+        self.A.data = self.A.data.to(x.device)
         return super().forward(x)
 
 

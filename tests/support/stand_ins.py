@@ -10,6 +10,7 @@ lists the stand-ins and the layers of installed libraries: a test runs over ever
 import math
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,6 @@ class OldEfficientKANLayer(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.grid_size, self.spline_order = grid_size, spline_order
-        self.enable_standalone_scale_spline = True
         self.base_activation = base_activation()
 
         knots = torch.arange(-spline_order, grid_size + spline_order + 1) * (2 / grid_size) - 1
@@ -111,7 +111,7 @@ class FastKANLayer(nn.Module):
         self.layernorm = nn.LayerNorm(input_dim) if use_layernorm else None
         self.rbf = Gaussians(-2, 2, num_grids)
         self.spline_linear = _SplineLinear(input_dim * num_grids, output_dim)
-        self.use_base_update, self.base_activation = True, F.silu
+        self.base_activation = F.silu
         self.base_linear = nn.Linear(input_dim, output_dim)
 
     def forward(self, x: Tensor, use_layernorm: bool = True) -> Tensor:
@@ -148,20 +148,24 @@ class ChebyKANLayer(nn.Module):
         return torch.einsum("bid,iod->bo", torch.cos(self.arange * angle), self.cheby_coeffs)
 
 
+def sum_harmonics(x: Tensor, coefficients: Tensor) -> Tensor:
+    """Cosines and sines of x (..., I), whose coefficients are (2, O, I, K)."""
+    cosine, sine = coefficients
+    angle = x[..., None, :, None] * torch.arange(1, cosine.shape[-1] + 1, device=x.device)
+    return (angle.cos() * cosine + angle.sin() * sine).sum((-2, -1))
+
+
 class NaiveFourierKANLayer(nn.Module):
     """Stands for FourierKAN's NaiveFourierKANLayer, which sums over all edges without a matrix product."""
 
     def __init__(self, inputdim: int, outdim: int, gridsize: int) -> None:
         super().__init__()
-        self.inputdim, self.outdim, self.gridsize, self.addbias = inputdim, outdim, gridsize, True
+        self.inputdim, self.outdim, self.gridsize = inputdim, outdim, gridsize
         self.fouriercoeffs = nn.Parameter(torch.randn(2, outdim, inputdim, gridsize) / math.sqrt(inputdim * gridsize))
         self.bias = nn.Parameter(torch.zeros(1, outdim))
 
     def forward(self, x: Tensor) -> Tensor:
-        angle = x.reshape(-1, 1, self.inputdim, 1) * torch.arange(1, self.gridsize + 1, device=x.device)
-        cosine, sine = self.fouriercoeffs
-        y = (angle.cos() * cosine + angle.sin() * sine).sum((-2, -1)) + self.bias
-        return y.reshape(*x.shape[:-1], self.outdim)
+        return sum_harmonics(x, self.fouriercoeffs) + self.bias
 
 
 class PhysicsNeMoFourierLayer(nn.Module):
@@ -170,14 +174,13 @@ class PhysicsNeMoFourierLayer(nn.Module):
     def __init__(self, input_dim: int, output_dim: int, num_harmonics: int = 5) -> None:
         super().__init__()
         self.input_dim, self.output_dim = input_dim, output_dim
-        self.num_harmonics, self.add_bias = num_harmonics, True
+        self.num_harmonics = num_harmonics
         scale = math.sqrt(input_dim * num_harmonics)
         self.fourier_coeffs = nn.Parameter(torch.randn(2, output_dim, input_dim, num_harmonics) / scale)
         self.bias = nn.Parameter(torch.zeros(1, output_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        angle = x.view(x.size(0), self.input_dim, 1) * torch.arange(1, self.num_harmonics + 1, device=x.device)
-        return torch.einsum("tbih,toih->bo", torch.stack([angle.cos(), angle.sin()]), self.fourier_coeffs) + self.bias
+        return sum_harmonics(x, self.fourier_coeffs) + self.bias
 
 
 class KanxKANLinear(nn.Module):
@@ -221,20 +224,14 @@ class VectorizedSpline(nn.Module):
         self._control_points = nn.Parameter(control_points)
 
     @property
-    def control_points(self) -> Tensor:
-        return self._control_points
-
-    @property
     def knots(self) -> Tensor:
         return self._knots
 
     def basis(self, x: Tensor) -> Tensor:
-        if x.ndim != 2:
-            raise ValueError(f"The input must have shape (batch, s). Got {x.shape}.")
         return b_splines(x.to(self.knots.dtype), self.knots, self.order - 1, self._boundary_interval_idx)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("bsc,soc->bso", self.basis(x), self.control_points)
+        return torch.einsum("bsc,soc->bso", self.basis(x), self._control_points)
 
 
 class PINAKANBlock(nn.Module):
@@ -382,54 +379,34 @@ class FunctionsOfSlices(nn.Module):
         return torch.stack(outputs)
 
 
-def _efficient_kan(in_features: int, out_features: int, **kwargs: object) -> nn.Module:
-    from qkan.kan import KANLinear
+def imported(path: str, **options: object) -> Callable[..., nn.Module]:
+    """Return a builder of layers of a class, by its dotted name, which is imported when a layer is made."""
 
-    return KANLinear(in_features, out_features, **kwargs)
+    def make(*sizes: int, **others: object) -> nn.Module:
+        module, _, name = path.rpartition(".")
+        return getattr(import_module(module), name)(*sizes, **options, **others)
 
-
-def _pykan(in_features: int, out_features: int) -> nn.Module:
-    from kan.KANLayer import KANLayer
-
-    return KANLayer(in_features, out_features, device="cpu")
-
-
-def _inkan(in_features: int, out_features: int) -> nn.Module:
-    from inkan import KANLayer
-
-    return KANLayer(in_features, out_features, compile_basis=False)
-
-
-def _flashkan(in_features: int, out_features: int) -> nn.Module:
-    from flashkan import KANLayer
-
-    return KANLayer(in_features, out_features)
-
-
-def _own(in_features: int, out_features: int) -> nn.Module:
-    from peft_lotra.kan import KANLinear
-
-    return KANLinear(in_features, out_features)
+    return make
 
 
 def _fast_kan(in_features: int, out_features: int) -> nn.Module:
     return FastKANLayer(in_features, out_features, use_layernorm=in_features > 1)
 
 
-# (in_features, out_features) -> layer. Libraries are imported when their layer is made.
+# (in_features, out_features) -> layer
 LAYER_KINDS: dict[str, Callable[[int, int], nn.Module]] = {
-    "own": _own,
-    "efficient-kan": _efficient_kan,
-    "efficient-kan-no-scaler": partial(_efficient_kan, enable_standalone_scale_spline=False),
+    "own": imported("peft_lotra.kan.KANLinear"),
+    "efficient-kan": imported("qkan.kan.KANLinear"),
+    "efficient-kan-no-scaler": imported("qkan.kan.KANLinear", enable_standalone_scale_spline=False),
     "efficient-kan-old": OldEfficientKANLayer,
-    "pykan": _pykan,
+    "pykan": imported("kan.KANLayer.KANLayer", device="cpu"),
     "fast-kan": _fast_kan,
     "faster-kan": FasterKANLayer,
     "cheby-kan": partial(ChebyKANLayer, degree=4),
     "fourier-kan": partial(NaiveFourierKANLayer, gridsize=4),
     "physicsnemo": PhysicsNeMoFourierLayer,
-    "flashkan": _flashkan,
-    "inkan": _inkan,
+    "flashkan": imported("flashkan.KANLayer"),
+    "inkan": imported("inkan.KANLayer", compile_basis=False),
     "kanx": KanxKANLinear,
     "pina": partial(PINAKANBlock, grid_range=(-1.0, 1.0)),
 }
@@ -447,16 +424,11 @@ class Single(nn.Module):
         return y[0] if isinstance(y, tuple) else y
 
 
-def as_model(layer: nn.Module) -> Single:
-    return Single(layer)
+as_model = Single
 
 
 # Convolutional layers of torch-conv-kan, which no package on PyPI has. With groups, inputs and outputs are split into
 # blocks, and each block has its own parameters.
-
-_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_NORMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 
 
 class _ConvKAN(nn.Module):
@@ -468,16 +440,18 @@ class _ConvKAN(nn.Module):
         super().__init__()
         self.inputdim, self.outdim, self.kernel_size, self.ndim = input_dim, output_dim, kernel_size, ndim
         self.groups, self.padding = groups, padding
-        self.layer_norm = nn.ModuleList([_NORMS[ndim](output_dim // groups) for _ in range(groups)])
+        self.layer_norm = self.norms(output_dim)
+
+    def norms(self, channels: int) -> nn.ModuleList:
+        """One norm for each block."""
+        cls = getattr(nn, f"InstanceNorm{self.ndim}d")
+        return nn.ModuleList([cls(channels // self.groups) for _ in range(self.groups)])
 
     def convolutions(self, functions: int = 1) -> nn.ModuleList:
         """One convolution for each block, of `functions` channels for each input."""
         inputs, outputs = functions * self.inputdim // self.groups, self.outdim // self.groups
-        cls, sizes = _CONVOLUTIONS[self.ndim], {"padding": self.padding, "bias": False}
+        cls, sizes = getattr(nn, f"Conv{self.ndim}d"), {"padding": self.padding, "bias": False}
         return nn.ModuleList([cls(inputs, outputs, self.kernel_size, **sizes) for _ in range(self.groups)])
-
-    def block(self, x: Tensor, group: int) -> Tensor:
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.block(part, group) for group, part in enumerate(x.chunk(self.groups, dim=1))], dim=1)
@@ -495,12 +469,10 @@ class _PolynomialConv(_ConvKAN):
         shape = (self.groups, self.outdim // self.groups, inputs, *kernel)
         self.poly_weights = nn.Parameter(torch.randn(shape) / (inputs * math.prod(kernel)) ** 0.5)
 
-    def polynomials(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
     def block(self, x: Tensor, group: int) -> Tensor:
         base = self.base_conv[group](self.base_activation(x))
-        y = _FUNCTIONS[self.ndim](self.polynomials(x), self.poly_weights[group], padding=self.padding)
+        convolve = getattr(F, f"conv{self.ndim}d")
+        y = convolve(self.polynomials(x), self.poly_weights[group], padding=self.padding)
         return self.base_activation(self.layer_norm[group](base + y))
 
 
@@ -558,7 +530,7 @@ class FastKANConvNDLayer(_ConvKAN):
         self.grid_size = grid_size
         self.base_activation = nn.SiLU()
         self.base_conv, self.spline_conv = self.convolutions(), self.convolutions(grid_size)
-        self.layer_norm = nn.ModuleList([_NORMS[self.ndim](self.inputdim // self.groups) for _ in range(self.groups)])
+        self.layer_norm = self.norms(self.inputdim)
         self.rbf = Gaussians(-2, 2, grid_size)
 
     def block(self, x: Tensor, group: int) -> Tensor:
