@@ -243,13 +243,6 @@ def test_functions_that_start_as_increasing_ones_are_coefficients():
     assert get_kan_spec(layer).parts == (("A", "o i k"),)
 
 
-def test_a_frozen_layer_and_a_trained_one_are_found():
-    network = nn.Sequential(KnotsAsParameter(3, 4), KnotsAsParameter(4, 2))
-    network[0].requires_grad_(False)
-
-    assert [layer.shape for layer in find_kan_layers(network)] == [(4, 3, 8), (2, 4, 8)]
-
-
 def test_a_submodule_with_submodules_or_more_parameters_is_not_searched():
     deep, large = RadialPart(5, 3), RadialPart(5, 3)
     deep.gaussians = nn.Sequential(Gaussians(5))  # a module of torch with parts
