@@ -148,7 +148,7 @@ def _compare(
         used = {}
         for name, gradient in evidence.base.items():
             used[name] = gradient is not None and bool(gradient.any())
-        return Description(spec, reason, doubts, axes, evidence.is_linear(tensor), used)
+        return Description(spec, reason, doubts, axes, evidence.is_linear(tensor.parameters), used)
 
 
 def _find_evidence(probe: Probe, tensor: CoefficientTensor) -> Evidence:

@@ -222,7 +222,6 @@ def test_what_does_not_fit_together_is_named(shapes, coefficients, words):
     "pattern, groups, shape, lengths, expected",
     [
         ("o ((i k) + i)", "", (4, 12), {"k": 3}, {"o": 4, "i": 3, "k": 3}),
-        ("o ((i k) + i)", "", (4, 12), {"i": 3}, {"o": 4, "i": 3, "k": 3}),
         ("(g o) ((i k) + i)", "g", (6, 12), {"i": 3, "g": 2}, {"g": 2, "o": 3, "i": 3, "k": 3}),
     ],
 )

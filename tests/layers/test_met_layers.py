@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import relative, saved_and_merged
+from helpers import relative
 from orders import Wavelets
 from peft import get_peft_model
 from stand_ins import (
@@ -45,12 +45,6 @@ def test_a_linear_layer_on_fixed_functions_is_found(inputs, outputs, inner, func
 
     assert row.shape == (outputs, inputs, 6)
     assert row.parameters == ("head.weight",)
-
-
-def test_a_linear_layer_on_fixed_functions_is_trained_saved_and_merged(tmp_path):
-    base = nn.Sequential(FixedFunctions(16, 20, inner="k i"))
-
-    saved_and_merged(lambda: copy.deepcopy(base), torch.rand(6, 16), tmp_path)
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [*SIZES, (20, 2), (8, 2), (7, 2), (4, 4), (3, 20)])
@@ -176,12 +170,11 @@ class Network(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.norm, self.dropout = nn.BatchNorm1d(3), nn.Dropout(0.5)
+        self.norm = nn.BatchNorm1d(3)
         self.slices = FunctionsOfSlices(3, 4)
 
     def forward(self, x, scale):
-        x = self.dropout(self.norm(x))
-        self.last = x
+        x = self.norm(x)
         return self.slices(torch.stack([x, scale * x])).sum(0)
 
 
@@ -211,19 +204,6 @@ def test_the_registration_of_coefficients_that_other_slices_use(tmp_path):
     assert not torch.equal(merged.slices.waves, base.slices.waves)
 
 
-def test_a_model_is_left_as_it_was_by_the_run():
-    model, x = Network().train(), torch.rand(6, 3)
-    state = copy.deepcopy(model.state_dict())
-    generator_state = torch.get_rng_state()
-
-    find_kan_layers(model, x, 0.5)
-
-    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
-    assert torch.equal(torch.get_rng_state(), generator_state)
-    assert all(module.training and not module._forward_pre_hooks for module in model.modules())
-    assert not hasattr(model, "last")
-
-
 class Counting(nn.Module):
     """Counts its passes, keeps the last output, and refuses more than four samples."""
 
@@ -236,20 +216,23 @@ class Counting(nn.Module):
     def forward(self, x):
         self.passes += 1
         self.steps += 1
-        self.last = self.layer(self.norm(x))
+        self.last = self.layer(self.norm(x + torch.rand(())))
         assert len(x) <= 4
         return self.last
 
 
 @pytest.mark.parametrize("samples, expectation", [(4, nullcontext()), (5, pytest.raises(AssertionError))])
-def test_counters_and_buffers_are_left_as_they_were_also_by_a_run_that_fails(samples, expectation):
+def test_a_model_is_left_as_it_was_also_by_a_run_that_fails(samples, expectation):
     model = Counting()
+    state, generator_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
 
     with expectation:
-        find_kan_layers(model, torch.rand(samples, 3))
+        find_kan_layers(model, torch.ones(samples, 3))
 
-    assert model.passes == model.steps == 0
-    assert model.training
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), generator_state)
+    assert all(module.training and not module._forward_pre_hooks for module in model.modules())
+    assert model.passes == 0
     assert not hasattr(model, "last")
 
 
@@ -262,26 +245,6 @@ class Edges(nn.Module):
 
     def forward(self, x, edges, scale):
         return torch.einsum("bik,oik->bo", torch.tanh(x)[..., None] ** torch.arange(5), self.weights) * scale
-
-
-class Graph(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.edges = Edges()
-
-    def forward(self, x, edges):
-        return self.edges(x.flatten(0, 1), edges, scale=2.0)
-
-
-def test_a_layer_of_several_arguments_is_described_with_those_that_it_gets():
-    model, x = Graph(), torch.rand(2, 3, 3)
-
-    (alone,) = find_kan_layers(model).unrecognized
-    (called,) = find_kan_layers(model, x, torch.ones(2, 2)).unrecognized
-
-    assert alone.registration == ""
-    assert "missing 2 required positional arguments: 'edges' and 'scale'" in alone.reason
-    assert 'coefficients=("weights", "o i k")' in called.registration
 
 
 def test_modules_of_a_class_that_is_recognized_elsewhere_are_named_in_one_warning():

@@ -49,7 +49,7 @@ class Between(nn.Module):
         self.first, self.layer, self.last = nn.Linear(2, i), layer, nn.Linear(o, 2)
 
     def forward(self, x, edges):
-        return self.last(self.layer(self.first(x), edges))
+        return self.last(self.layer(self.first(x), edges=edges))
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -57,9 +57,12 @@ def test_the_registration_can_be_pasted(kind):
     cls, coefficients, residual = LAYERS[kind]
     model = Between(with_edges(cls)(4, 4), 4, 4)
 
+    (alone,) = find_kan_layers(model).unrecognized
     (candidate,) = find_kan_layers(model, torch.rand(5, 2), torch.ones(3)).unrecognized
     exec(candidate.registration, {"register_kan_layer": register_kan_layer})
 
+    assert alone.registration == ""
+    assert "missing 1 required positional argument: 'edges'" in alone.reason
     assert isinstance(candidate, UnrecognizedModule)
     assert candidate[:2] == ("layer", cls.__name__)
     assert f"coefficients={coefficients}," in candidate.registration

@@ -148,7 +148,6 @@ def test_functions_are_drawn_into_a_given_figure():
         (lambda: plot_network_change(adapt(base("own")), torch.rand(9, 3), outputs="wxy"), "3 names for 4 outputs"),
         (lambda: plot_network_change(adapt(base("own")), torch.rand(9, 3), ["a"]), "1 names for 3 inputs"),
         (lambda: plot_network_change(base("own"), torch.rand(9, 3)), "no dense KAN layer with an active"),
-        (lambda: plot_network_change(torch.nn.Linear(2, 3), torch.rand(9, 2)), "no dense KAN layer with an active"),
     ],
 )
 def test_wrong_arguments_are_named(call, message):
