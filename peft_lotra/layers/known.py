@@ -42,9 +42,9 @@ def _register(table: str, where: Callable[[Any], bool] | None = None, **others: 
         register_kan_layer(
             kind,
             matches=has(attributes, where),
-            coefficients=[part.split(" ", 1) for part in coefficients.split(", ")],
-            residual=tuple(residual.split(" ", 1)) if residual else None,
-            edge_scale=tuple(edge_scale.split(" ", 1)) if edge_scale else None,
+            coefficients=[part.split(maxsplit=1) for part in coefficients.split(", ")],
+            residual=tuple(residual.split(maxsplit=1)) or None,
+            edge_scale=tuple(edge_scale.split(maxsplit=1)) or None,
             grid=tuple(name for name in grid.split() if "()" not in name),
             grid_methods=tuple(name[:-2] for name in grid.split() if "()" in name),
             **others,

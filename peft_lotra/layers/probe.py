@@ -211,8 +211,6 @@ class Probe:
         values = parameters or self.parameters
         leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
         y = self.run(x, channel, leaves)
-        if not y.requires_grad:
-            raise CannotProbe("the outputs have no gradient with respect to its parameters")
 
         generator = torch.Generator().manual_seed(0)
         # none is zero; both signs, so that the positions of a kernel do not cancel
@@ -230,10 +228,9 @@ def _copy_parameter(layer: nn.Module, name: str) -> Tensor:
     """Return a copy of a parameter, in float32 at least."""
     path, _, attribute = name.rpartition(".")
     parameter = layer.get_submodule(path)._parameters.get(attribute)
-    if parameter is None or hasattr(parameter, "placements"):
-        raise CannotProbe(f"`{name}` is sharded, or computed from other parameters")
-    if parameter.is_meta or not parameter.is_floating_point():
-        raise CannotProbe(f"`{name}` has no values that could be run: {parameter.dtype}, {parameter.device.type}")
+    is_stored = parameter is not None and not hasattr(parameter, "placements")
+    if not is_stored or parameter.is_meta or not parameter.is_floating_point():
+        raise CannotProbe(f"`{name}` has no values: it is computed, sharded, on the meta device, or of integers")
     return _widen(parameter.detach()).clone()
 
 
