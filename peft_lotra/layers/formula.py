@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..derivatives.layers import evaluate_layer
 from ..derivatives.torch_fallback import elementwise_derivatives, jet_by_transforms
-from ..kan.basis import SPLINE_ORDERS, UniformGrid, in_transform
+from ..kan.basis import SPLINE_ORDERS, in_transform
 from ..kan.formula import FunctionBasis, LayerFormula
 from ..modules.calls import attributes_kept, call_with_parameters, is_tracing, own_attributes, runs_more_than_its_class
 from ..tucker import Update
@@ -233,15 +233,13 @@ def _verify(
     for_jets: bool,
 ) -> FormulaReader | None:
     """Return the formula if it gives the outputs of the layer."""
-    ends = _grid_ends(layer, spec, tensor, is_uniform)
+    ends = _grid_ends(layer, spec, is_uniform)
     if ends is None:
         return None
     points = _points_around(*ends, tensor.shape[1])
     x = points.to(tensor.get_parameter(layer))
     # bit for bit: the closed form then replaces the activation of the layer
-    is_silu = True
-    if tensor.has_residual:
-        is_silu = torch.equal(spec.activation(layer, x), F.silu(x))
+    is_silu = not tensor.has_residual or torch.equal(spec.activation(layer, x), F.silu(x))
     reader = FormulaReader(spec, tensor, is_uniform, is_silu)
 
     # first with other parameters, which a layer may initialize in place at its first input
@@ -270,18 +268,11 @@ def _has_right_values(reader: FormulaReader, layer: nn.Module, x: Tensor) -> boo
     return call_with_parameters(layer, copies, run, (), {})
 
 
-def _grid_ends(
-    layer: nn.Module,
-    spec: Any,
-    tensor: CoefficientTensor,
-    is_uniform: bool,
-) -> tuple[Any, Any] | None:
+def _grid_ends(layer: nn.Module, spec: Any, is_uniform: bool) -> tuple[Any, Any] | None:
     """Return both ends of the grid, numbers or (in,); None if the layer has no such basis."""
     if is_uniform:
         grid = spec.splines and spec.splines(layer)
-        if not isinstance(grid, UniformGrid) or grid.spline_order not in SPLINE_ORDERS:
-            return None
-        if grid.num_basis != tensor.shape[2]:
+        if not grid or grid.spline_order not in SPLINE_ORDERS:
             return None
         return grid.low, grid.high
     if not (spec.basis or spec.derivatives):

@@ -228,8 +228,7 @@ def _copy_parameter(layer: nn.Module, name: str) -> Tensor:
     """Return a copy of a parameter, in float32 at least."""
     path, _, attribute = name.rpartition(".")
     parameter = layer.get_submodule(path)._parameters.get(attribute)
-    is_stored = parameter is not None and not hasattr(parameter, "placements")
-    if not is_stored or parameter.is_meta or not parameter.is_floating_point():
+    if parameter is None or hasattr(parameter, "placements") or parameter.is_meta or not parameter.is_floating_point():
         raise CannotProbe(f"`{name}` has no values: it is computed, sharded, on the meta device, or of integers")
     return _widen(parameter.detach()).clone()
 
