@@ -205,9 +205,8 @@ def test_layers_in_one_module_are_blocks_of_the_whole():
         ({"a": [{"v": (2, 3)}]}, ("a.*.w", "o i"), ["`a.0.w`", "no such parameter"]),
         ({"a": (2, 3, 5), "b": (2, 4)}, [("a", "o i k"), ("b", "o i")], ["`b`", "'i': 3", "(2, 4)"]),
         ({"a": (2, 3, 5)}, ("a", "o i k g"), ["`a`", "'o i k g'", "(2, 3, 5)", "it names 4 dimensions"]),
-        ({"a": (4, 15)}, ("a", "o (i k)"), ["`a`", "(i k) cannot be 15", "by `axes`"]),
+        ({"a": (4, 18)}, ("a", "o ((i k) + i)"), ["(4, 18), with {}", "((i k) + i)", "by `axes`"]),
         ({"a": (3, 15, 2)}, ("a", "i (z k) o"), ["(3, 15, 2), with {'z': 4}", "(z k) cannot be 15"]),
-        ({"a": (4, 18)}, ("a", "o ((i k) + i)"), ["(4, 18), with {}", "by `axes`"]),
     ],
 )
 def test_what_does_not_fit_together_is_named(shapes, coefficients, words):
