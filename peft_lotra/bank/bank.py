@@ -178,6 +178,10 @@ class AdapterBank:
         Raises:
             ValueError: The name is known, or the adapter is of another base, grid or kind of layer, or damaged.
         """
+        if not isinstance(name, str) or name in ("", BASE):
+            raise ValueError(
+                f"An adapter cannot be called {name!r:.100}: pass a string; '__base__' stands for the base."
+            )
         try:
             if isinstance(adapter, AdapterBank):
                 if adapter.base is not self.base:
@@ -186,8 +190,8 @@ class AdapterBank:
             else:
                 updates, start = read_adapter(adapter, self.base, alpha, check_base, self._agreeing_records)
             with self._change() as snapshot:
-                if name == BASE or (name in self and not replace):
-                    raise ValueError("the name is of the base, or of an adapter of the bank. Pass `replace=True`.")
+                if name in self and not replace:
+                    raise ValueError("the bank has an adapter of this name already. Pass `replace=True`.")
                 self.snapshot = snapshot.with_adapter(name, updates, start)
         except (ValueError, TypeError, OSError) as error:
             raise ValueError(f"The adapter {name!r} was not added: {error}") from error

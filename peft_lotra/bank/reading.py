@@ -95,10 +95,12 @@ def read_adapter(
         _, names_in_base = match_layers(record, base, check_base)
         for name, layer in layers.items():
             updates[names_in_base[name]] = layer.update_of(active)
-    else:
+    elif isinstance(adapter, Mapping):
         config = LoTRAConfig(alpha=alpha, adapt_residual=False)
         tensors = adapter
         targets = _match_state_dict(tensors, config, base)
+    else:
+        raise TypeError(f"it must be a PeftModel, a folder, a state dict or a LoTRAConfig, not a {type(adapter)}.")
 
     for name in targets:
         components = read_components(tensors, f"{PREFIX}{name}.")

@@ -224,7 +224,7 @@ class BankLevenbergMarquardt(_BankOptimizer):
         floor (`float`): The lower bound of S_a, as a share of its largest entry.
 
     Raises:
-        AttributeError: `model` has no bank.
+        TypeError: `model` has no bank.
         ValueError: A name is unknown, `damping` is not above 0, or the bank cannot be trained, see
             `AdapterBank.start_training`.
 
@@ -254,6 +254,8 @@ class BankLevenbergMarquardt(_BankOptimizer):
         *,
         floor: float = 1e-3,
     ) -> None:
+        if not isinstance(model, BankModel):
+            raise TypeError(f"`model` is a {type(model).__name__}, but must be what `bank.attach()` returns.")
         check_number(damping, "damping", "(0, inf)")
         super().__init__(model.bank, names, {"damping": damping, "floor": floor})
         self.model = model
