@@ -55,9 +55,7 @@ from .targets import (
     exact_targets,
     find_targets,
     locate_target,
-    warn_of_doubts,
-    warn_of_large_adapters,
-    warn_of_unused_patterns,
+    warn_of_choices,
 )
 from .weighted import add_weighted_adapter, check_known
 
@@ -149,9 +147,7 @@ class LoTRAModel(BaseTuner):
             peft_config.spend_budget(targets)
             check_targets(peft_config, model, targets)
         if not peft_config.is_from_file and peft_config.source is None:
-            warn_of_doubts(targets)
-            warn_of_unused_patterns(peft_config, targets)
-            warn_of_large_adapters(peft_config, targets)
+            warn_of_choices(peft_config, targets)
         read_checked(peft_config, model, targets)  # PEFT reads the tensors again, to load them
         if peft_config.source is not None and peft_config.companions:
             warnings.warn(
