@@ -63,10 +63,9 @@ def read_adapter(
     updates = {}
     if isinstance(adapter, (str, os.PathLike)):
         config: Any = LoTRAConfig.from_pretrained(str(adapter), check_base=check_base)
-        companions = getattr(config, "companions", config.peft_type)
-        if companions:
+        if config.companions:
             raise ValueError(
-                f"it was saved with adapters of other methods, {companions}, which a bank does not hold. Load them by "
+                f"it was saved with adapters of other methods, {config.companions}, which a bank does not hold. Load them by "
                 "`load_adapters`, or save the LoTRA adapter alone, by `selected_adapters=`."
             )
         record = config.base_layers

@@ -317,13 +317,14 @@ class LoTRAConfig(PeftConfig):
                 config = super().from_pretrained(path, subfolder=subfolder, **hub_kwargs, **class_kwargs)
             else:
                 config = super().from_pretrained(stage, **class_kwargs)
-        # of files that are cut or altered
+            if not isinstance(config, LoTRAConfig):
+                raise ValueError(f"it is of the type {config.peft_type}, and not of LoTRA")
+        # of files that are cut, altered or of another method
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             kind = TypeError if "missing required keys" in str(error) else ValueError  # as in PEFT
             raise kind(f"The configuration of the adapter at {folder} cannot be read: {error}") from error
-        if isinstance(config, LoTRAConfig):
-            ignore_mismatched_sizes = bool(model_kwargs.get("ignore_mismatched_sizes"))
-            config.source = Source(path, subfolder, hub_kwargs, ignore_mismatched_sizes)
+        ignore_mismatched_sizes = bool(model_kwargs.get("ignore_mismatched_sizes"))
+        config.source = Source(path, subfolder, hub_kwargs, ignore_mismatched_sizes)
         return config
 
     def to_dict(self) -> dict[str, Any]:

@@ -72,8 +72,6 @@ def hotswap_adapter(
 
     old = tuner.peft_config[adapter_name]
     new = LoTRAConfig.from_pretrained(model_name_or_path, **kwargs)
-    if not isinstance(new, LoTRAConfig):
-        raise ValueError(f"The adapter at {model_name_or_path} is of the type {new.peft_type}, not LOTRA.")
 
     base = unwrap(model)
     layers = dict(lotra_layers(base, adapter_name))

@@ -32,7 +32,7 @@ from ..modules.calls import (
 )
 from ..tucker import COMPONENTS
 from .base_record import check_base, record_layer
-from .by_row import FORWARD_PASS, ForwardPass, Replaced, check_batch, check_names, find_row_counts, pass_names
+from .by_row import FORWARD_PASS, ForwardPass, Replaced, check_batch, find_row_counts, pass_names
 from .config import LoTRAConfig, pattern_key
 from .guards import base_layers_in_place, guard_network, release_networks
 from .layer import LoTRALayer, Targets, Tensors, further_names, lotra_layers
@@ -324,12 +324,12 @@ class LoTRAModel(BaseTuner):
         kwargs: dict,
     ) -> tuple[str, ...]:
         """Return the adapter of each sample; raise a ValueError if the inputs or the model do not take them."""
-        names = check_names(names)
+        names = tuple(names)
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         unknown = set(names) - self.peft_config.keys() - {"__base__"}
         if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(map(str, unknown)))}")
         check_batch(len(names), args, kwargs)
         if is_tracing() or any(is_compiled(module) for module in self.modules()):
             raise ValueError("`adapter_names` do not reach compiled modules: call the model that is not compiled.")
@@ -434,18 +434,14 @@ def _record_save(
 def _check_adapter_name(name: Any, config: LoTRAConfig, model: nn.Module) -> None:
     """Raise a ValueError for a name that no parameter or folder can have, or that stands for the base or a module."""
     is_usable = isinstance(name, str) and not any(mark in name for mark in "./\\") and name not in ("", "__base__")
-    if not is_usable or hasattr(nn.ParameterDict(), name):
+    # PEFT removes the names of adapters from those of saved tensors
+    saved = [f"{PREFIX}{module}.{key}" for module, key, _ in saved_tensors(config, model, ())]
+    words = ".".join(saved).split(".")
+    if not is_usable or hasattr(nn.ParameterDict(), name) or name in words:
         raise ValueError(
             f"An adapter cannot be called {name!r:.100}: take a string without dots and slashes that torch does "
-            "not use."
+            "not use, and that is no part of the names of saved tensors."
         )
-    # PEFT removes the names of adapters from those of tensors
-    for module, key, _ in saved_tensors(config, model, ()):
-        if name in f"{PREFIX}{module}.{key}".split("."):
-            raise ValueError(
-                f"An adapter that saves `{module}.{key}` cannot be called {name!r}, or a file would lose this tensor. "
-                "Choose another name."
-            )
 
 
 def read_checked(
@@ -485,25 +481,16 @@ def _check_reload(model: nn.Module, adapter_name: str, folder: str | os.PathLike
         ValueError: The file is none of LoTRA, or has other layers, another scale, or another grid.
     """
     config = LoTRAConfig.from_pretrained(folder, **hub_kwargs)
-    if not isinstance(config, LoTRAConfig):
-        raise ValueError(f"The adapter at {folder} is of the type {config.peft_type}, not LOTRA.")
     if config.base_layers is None:
         return
-    layers = dict(lotra_layers(model, adapter_name))
     targets = find_targets(config, model)
-    if targets.keys() != layers.keys():
+    alphas = dict(zip(targets, map(config.alpha_of, config.base_layers), strict=True))
+    present = {name: layer.lotra_alpha[adapter_name] for name, layer in lotra_layers(model, adapter_name)}
+    if alphas != present:
         raise ValueError(
-            f"The adapter at {folder} has the layers {list(targets)}, and {adapter_name!r} has {list(layers)}. Load "
-            "it under another name."
+            f"The adapter at {folder} has the alphas {alphas}, and `load_adapter` would keep those of "
+            f"{adapter_name!r}, {present}. Load it under another name, or by `hotswap_adapter`."
         )
-    for recorded_name, name in zip(config.base_layers, targets, strict=True):
-        alpha = config.alpha_of(recorded_name)
-        present = layers[name].lotra_alpha[adapter_name]
-        if alpha != present:
-            raise ValueError(
-                f"The adapter at {folder} has the alpha {alpha} in `{recorded_name}`, and `load_adapter` would keep "
-                f"the {present} of {adapter_name!r}. Load it under another name, or by `hotswap_adapter`."
-            )
     check_base(config, targets, model)
 
 

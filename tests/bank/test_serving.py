@@ -454,7 +454,6 @@ def test_no_rows_give_no_outputs(kind):
     ("rows", "message"),
     [
         ({"adapter_names": ["nobody"] * 8}, "nobody"),
-        ({"adapter_names": "a"}, "list"),
         ({"adapter_names": ["a"] * 7}, "[Ll]ength"),
         ({"ids": torch.tensor([3] * 8)}, "3"),
         ({"ids": torch.tensor([-2] * 8)}, "-2"),

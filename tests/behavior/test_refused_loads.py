@@ -55,9 +55,9 @@ def test_a_base_of_another_architecture_is_refused(folder, base):
 
 
 RELOADS = {
-    "another alpha": (lambda: adapt(alpha=2.0), "alpha 2.0 in `kan.layers.0`.*keep the 1.0"),
-    "another alpha of a layer": (lambda: adapt(alpha_pattern={"layers.1": 0.5}), "alpha 0.5 in `kan.layers.1`"),
-    "fewer layers": (lambda: adapt(target_modules=["layers.1"]), "has the layers .'kan.layers.1'."),
+    "another alpha": (lambda: adapt(alpha=2.0), "alphas {'kan.layers.0': 2.0.*keep.*: 1.0"),
+    "another alpha of a layer": (lambda: adapt(alpha_pattern={"layers.1": 0.5}), "'kan.layers.1': 0.5"),
+    "fewer layers": (lambda: adapt(target_modules=["layers.1"]), "alphas {'kan.layers.1': 1.0}"),
     "another grid": (lambda: adapt(moved_grid()), "grid of kan.layers.0"),
     "LoRA": (lambda: get_peft_model(net(), LoraConfig(target_modules=["head"])), "LORA"),
 }
