@@ -96,11 +96,10 @@ def _command(function: Callable) -> Callable:
                 if is_full or out.is_file():
                     raise ValueError(f"{out} exists already: choose another name, or remove it.")
                 return function(**kwargs)
-            except (ValueError, OSError, ImportError) as error:
-                _say(f"error: {error}")
-                raise typer.Exit(1) from error
             except Exception as error:
-                _say(f"error: {type(error).__name__}: {error}")
+                is_explained = isinstance(error, (ValueError, OSError, ImportError))
+                kind = "" if is_explained else f"{type(error).__name__}: "
+                _say(f"error: {kind}{error}")
                 raise typer.Exit(1) from error
 
     return run

@@ -188,11 +188,16 @@ def run_named_rows(
 def run_mixed_batch(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict) -> Any:
     """Evaluate a `LoTRALayer`: all samples at once, or the samples of each adapter in turn."""
     rows_per_sample = _count_rows(layer.lotra_name, batch, args, kwargs)
-    run_together = find_row_evaluation(layer, args, kwargs)
-    if run_together is not None:
-        updates = batch.find_updates()
-        if updates is not None:
-            return run_together(updates)
+    base_layer = layer._modules["base_layer"]
+    formula = None
+    if type(base_layer) is SlimKANLinear:
+        has_formula = len(args) == 1 and not kwargs and not runs_more_than_its_class(base_layer)
+    else:
+        formula = layer._find_formula((), args, kwargs)
+        has_formula = formula is not None
+    updates = batch.find_updates() if has_formula else None
+    if updates is not None:
+        return _evaluate_rows(base_layer, formula, args[0], updates)
     if not batch.size:
         return layer._run((), None, args, kwargs)
     if is_tracing():
@@ -269,14 +274,40 @@ def find_row_counts(
     roll of the batch rolls the rows of a layer by those of one sample, they are in order. Noise is added, so that no
     samples are equal.
     """
-    noisy = tree_map(partial(_add_noise, size), (args, kwargs))
-    rolled = tree_map(partial(_roll, size), noisy)
-    inputs = _record_inputs(model, layers, *noisy)
-    rolled_inputs = _record_inputs(model, layers, *rolled)
 
+    def add_noise(value: Any) -> Any:
+        if _find_batch(size, value) is None or not value.is_floating_point():
+            return value
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(value.shape, generator=generator, device="cpu").to(value)
+        value = value.detach().nan_to_num(0, 0, 0)
+        scale = 2 * value.abs().max() or 1
+        return value + scale * noise
+
+    def roll(value: Any) -> Any:
+        dim = _find_batch(size, value)
+        return value if dim is None else value.roll(1, dim)
+
+    inputs = []
+
+    def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        inputs.append(first_argument(args, kwargs))
+
+    noisy = tree_map(add_noise, (args, kwargs))
+    rolled = tree_map(roll, noisy)
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.register_forward_pre_hook(record, with_kwargs=True))
+        stack.enter_context(FORWARD_PASS.set(None))
+        # in training, dropout would hide the order
+        stack.enter_context(evaluating_without_trace(model))
+        for args, kwargs in (noisy, rolled):
+            model(*args, **kwargs)
+
+    calls = len(inputs) // 2  # of layers, in each run
     in_order = set()
     unclear = set()
-    for x, x_rolled in zip(inputs, rolled_inputs, strict=False):
+    for x, x_rolled in zip(inputs[:calls], inputs[calls:], strict=False):
         rows_per_sample, remainder = divmod(len(x), size)
         if remainder or x.shape != x_rolled.shape:
             continue
@@ -288,43 +319,6 @@ def find_row_counts(
         counts = in_order if shows and follows else unclear
         counts.add(len(x))
     return in_order - unclear
-
-
-def _add_noise(size: int, value: Any) -> Any:
-    if _find_batch(size, value) is None or not value.is_floating_point():
-        return value
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(value.shape, generator=generator, device="cpu").to(value)
-    value = value.detach().nan_to_num(0, 0, 0)
-    size = 2 * value.abs().max() or 1
-    return value + size * noise
-
-
-def _roll(size: int, value: Any) -> Any:
-    dim = _find_batch(size, value)
-    return value if dim is None else value.roll(1, dim)
-
-
-def _record_inputs(
-    model: nn.Module,
-    layers: Iterable[nn.Module],
-    args: tuple,
-    kwargs: dict,
-) -> list[Tensor]:
-    """Run a model with its active adapters, and return the inputs of its layers."""
-    inputs = []
-
-    def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        inputs.append(first_argument(args, kwargs))
-
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(layer.register_forward_pre_hook(record, with_kwargs=True))
-        stack.enter_context(FORWARD_PASS.set(None))
-        # in training, dropout would hide the order
-        stack.enter_context(evaluating_without_trace(model))
-        model(*args, **kwargs)
-    return inputs
 
 
 def _run_by_adapter(
@@ -342,55 +336,29 @@ def _run_by_adapter(
         return run(adapters[0], args, kwargs)
 
     size = len(adapters)
-    count = size * rows_per_sample
 
     def pick(value: Any) -> Any:
-        is_batch = isinstance(value, Tensor) and value.dim() and len(value) == count
+        is_batch = isinstance(value, Tensor) and value.dim() and len(value) == size * rows_per_sample
         return _select_samples(value, size, index) if is_batch else value
+
+    def join(*outputs: Tensor) -> Tensor:
+        return _select_samples(torch.cat(outputs), size, order)
 
     outputs = []
     indices = []
     for adapter, of_adapter in samples.items():
         index = torch.tensor(of_adapter, device="cpu")
         indices.append(index)
-        picked_args = tuple(map(pick, args))
-        picked_kwargs = {key: pick(value) for key, value in kwargs.items()}
+        picked_args, picked_kwargs = tree_map(pick, (args, kwargs))
         outputs.append(run(adapter, picked_args, picked_kwargs))
     order = torch.cat(indices).argsort()
-    return _join(outputs, order)
-
-
-def _join(outputs: Sequence[Any], order: Tensor) -> Any:
-    """Join outputs, or each of their entries (pykan returns four), and put the samples in order."""
-    if isinstance(outputs[0], tuple):
-        return tuple(_join(entries, order) for entries in zip(*outputs, strict=True))
-    return _select_samples(torch.cat(list(outputs)), len(order), order)
+    return tree_map(join, *outputs)  # pykan returns four tensors
 
 
 def _select_samples(rows: Tensor, size: int, index: Tensor) -> Tensor:
     """Select samples from the rows of `size` samples. A sample has several rows where a layer or a model flattens."""
     samples = rows.unflatten(0, (size, -1))
     return samples[index.to(rows.device)].flatten(0, 1)
-
-
-def find_row_evaluation(
-    layer: Any,
-    args: tuple,
-    kwargs: dict,
-) -> Callable[[RowUpdates], Tensor] | None:
-    """Return the function of the updates that evaluates a call of a `LoTRALayer` for all rows at once.
-
-    It is None unless the layer has a formula or is a Slim layer.
-    """
-    base_layer = layer._modules["base_layer"]
-    if type(base_layer) is SlimKANLinear:
-        if len(args) != 1 or kwargs or runs_more_than_its_class(base_layer):
-            return None
-        return partial(_evaluate_rows, base_layer, None, args[0])
-    formula = layer._find_formula((), args, kwargs)
-    if formula is None:
-        return None
-    return partial(_evaluate_rows, base_layer, formula, args[0])
 
 
 def _evaluate_rows(
@@ -464,14 +432,12 @@ def _updates_by_name(
     if names and not tensors:
         return None
     shape = full_shape(layer.lotra_tensor)
-    form = PackedTucker(shape, (0,) * len(shape))
-    if not names:  # layers of other libraries refuse empty batches, but here only the shape of the output matters
-        updates = [None]
-        form = PackedTucker(shape, (1,) * len(shape))
+    # layers of other libraries refuse empty batches, but here only the shape of the output matters
+    form = PackedTucker(shape, (0 if names else 1,) * len(shape))
     for tensor in tensors:
         form = form.with_room_for(tensor)
     stored = layer.lotra_tensor.get_parameter(layer.get_base_layer())
-    return RowUpdates(form.pack(updates, stored), groups, form)
+    return RowUpdates(form.pack(updates or [None], stored), groups, form)
 
 
 @lru_cache(maxsize=16)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import ceil, prod
 from pathlib import Path
@@ -198,8 +198,6 @@ class LoTRAConfig(PeftConfig):
             if not trained or not trained <= set(Tucker._fields):
                 raise ValueError(f"`train` must have some of {Tucker._fields}, got {self.train!r:.200}.")
             self.train = [name for name in Tucker._fields if name in trained]
-            if not self.rank_pattern and not self.is_from_file:
-                self._check_trained_factors(trained)
         if self.rank_dropout and not self.is_from_file:  # in a file, a hotswap may have made the mode full
             self._check_rank_dropout()
 
@@ -227,13 +225,6 @@ class LoTRAConfig(PeftConfig):
     def allows_other_shapes(self) -> bool:
         """Whether tensors of a file may have other shapes than in the model, which then keeps its values."""
         return self.source is not None and self.source.ignore_mismatched_sizes
-
-    def _check_trained_factors(self, trained: set[str]) -> None:
-        """Raise a ValueError if `train` has the factor of a mode that is full."""
-        ranks = self.r if isinstance(self.r, tuple) else [self.r] * 4
-        for name, rank in zip(Tucker._fields[1:], ranks, strict=False):
-            if rank == "full" and name in trained:
-                raise ValueError(f"`train` has {name!r}, but `r={self.r}` has no such factor: train the core instead.")
 
     def _check_rank_dropout(self) -> None:
         """Raise a ValueError for rank dropout where the out mode is full, and has no components to drop."""
@@ -275,8 +266,12 @@ class LoTRAConfig(PeftConfig):
         shapes = [self.adapted_shape(target.tensor) for target in targets.values()]
         total = sum(map(prod, shapes))
 
+        most_functions = max(shape[2] for shape in shapes)
+        largest = max(map(max, shapes))
+        candidates: list[Ranks] = [("full", "full", count) for count in range(most_functions, 0, -1)]
+        candidates += [(rank, rank, 1) for rank in range(largest, 0, -1)]
         smallest = total
-        for r in _ranks_by_size(shapes):
+        for r in candidates:
             self.r = r
             parameters = 0
             for name, target in targets.items():
@@ -299,10 +294,8 @@ class LoTRAConfig(PeftConfig):
         trained = [name for name in components if self.train is None or name in self.train]
         frozen = tuple(name for name in components if name not in trained)
         preferred = ("core", "factor_out") if self.init_weights == "hosvd" else ("factor_out", "core")
-        for name in (*preferred, *trained):
-            if name in trained:
-                return frozen, name
-        return frozen, "core"
+        zero = [name for name in (*preferred, *trained) if name in trained]
+        return frozen, (*zero, "core")[0]
 
     @classmethod
     def from_pretrained(
@@ -353,16 +346,6 @@ def _check_scale(value: Any, argument: str) -> float:
     if scale == 0:
         raise ValueError(f"`{argument}` has the scale 0, with which an adapter would have no effect: leave it out.")
     return scale
-
-
-def _ranks_by_size(shapes: Iterable[Sequence[int]]) -> Iterator[Ranks]:
-    """Yield the ranks that a budget may take for layers of these shapes, from the largest to the smallest."""
-    largest_basis = max(shape[2] for shape in shapes)
-    for count in range(largest_basis, 0, -1):
-        yield "full", "full", count
-    largest = max(map(max, shapes))
-    for rank in range(largest, 0, -1):
-        yield rank, rank, 1
 
 
 def _hash_file(path: Path) -> str:

@@ -198,10 +198,11 @@ def check_changes(subject: str, changes: Mapping[str, Tensor | None]) -> None:
     """Raise a ValueError for gradients or updates of layers that are missing, not finite, or all zero."""
     is_zero = True
     for name, tensor in changes.items():
-        if tensor is None:
-            raise ValueError(f"No gradient arrived at `{name}`: the loss must depend on its coefficients.")
-        if not tensor.isfinite().all():
-            raise ValueError(f"The {subject} of `{name}` is not finite: look at the loss and its data.")
+        if tensor is None or not tensor.isfinite().all():
+            raise ValueError(
+                f"The {subject} of `{name}` is missing or not finite: look at the loss, which must depend on the "
+                "coefficients of this layer, and at its data."
+            )
         is_zero = is_zero and not tensor.any()
     if is_zero:
         raise NoGradientError(

@@ -447,7 +447,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def _updates(self, adapters: Iterable[str], current: ForwardPass | None) -> list[Update]:
         """Return the updates of the adapters that the layer has, as they were when the pass began."""
-        names = [name for name in adapters if name in self.lotra_scaling]
+        names = self._available(adapters)
         updates = [self.update_of(name, self.training) for name in names]
         # An adapter that is exchanged during the pass keeps its former components until the pass ends. Those must be
         # looked up after the present ones were read: `hotswap_adapter` stores the former ones, and then exchanges.
@@ -532,11 +532,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             return
         updates = []
         for name in adapter_names:
-            update = self.update_of(name)
-            updates.append(update)
-            # of a Slim layer, `_parameters_with` returns the components, and None for the factor of a full mode
-            parameters = self._parameters_with(updates)
-            values = [update.dense(), *parameters.values()]
+            updates.append(self.update_of(name))
+            # of a Slim layer these are components, and None for the factor of a full mode
+            values = self._parameters_with(updates).values()
             if not all(value is None or value.isfinite().all() for value in values):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 

@@ -369,7 +369,6 @@ BAD = {
     "misspelt": ({"r": ("full", "ful", 1)}, '`r` should be a positive integer or "full"'),
     "two modes": ({"r": ("full", 1)}, "three of them"),
     "misspelt in a pattern": ({"rank_pattern": {"layers.0": "ful"}}, "`rank_pattern` should be"),
-    "trained factors that are absent": ({"r": ONE_SHAPE, "train": ["factor_out"]}, "train the core instead"),
     "dropout of outputs that are full": ({"r": ONE_SHAPE, "rank_dropout": 0.1}, "pass `module_dropout`"),
     "dropout of outputs that a pattern makes full": (
         {"rank_pattern": {"layers.0": ONE_SHAPE}, "rank_dropout": 0.1},
@@ -391,6 +390,7 @@ def test_a_contradictory_configuration_is_refused(name):
     "config",
     [
         {"train": ["factor_in"], "r": 3},
+        {"train": ["factor_out"], "r": ONE_SHAPE},
         {"train": ["factor_out"], "rank_pattern": {"layers.1": ONE_SHAPE}},
     ],
 )
