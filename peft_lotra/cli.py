@@ -117,9 +117,7 @@ def find(model: Network, as_json: Json = False) -> None:
 @_command
 def inspect(adapter: Adapter, revision: Revision = None, subfolder: Subfolder = None, as_json: Json = False) -> None:
     """Show the layers, ranks, sizes and norms of an adapter."""
-    _, folder, _ = _find_adapter(adapter, revision, subfolder)
-    config, tensors = read_adapter(folder)
-    contents = AdapterContents.of(adapter, config, tensors)
+    _, _, contents = _read_adapter(adapter, revision, subfolder)
     base = contents.base_model or f"a {contents.base_class or 'model'}"
     _print(contents.as_dict(), f"LoTRA adapter {adapter}, for {base}\n\n{contents}", as_json)
 
@@ -138,12 +136,9 @@ def merge(
 
     Saves the merged model, which has the class of BASE and no trace of the adapter.
     """
-    name, folder, root = _find_adapter(adapter, revision, subfolder)
-    config, tensors = read_adapter(folder)
-    contents = AdapterContents.of(adapter, config, tensors)
-    companions = (config.get("saved_with") or [])[1:]
+    root, names, contents = _read_adapter(adapter, revision, subfolder)
     network = _load_model(base, factory)
-    model: Any = load_adapters(network, root, [name, *companions])
+    model: Any = load_adapters(network, root, names)
     merged = model.merge_and_unload(safe_merge=True)
     if hasattr(merged, "save_pretrained"):
         merged.save_pretrained(out)
@@ -174,8 +169,16 @@ def extract(
     _print(info, f"{report}\nadapter saved in {out}", as_json)
 
 
-def _find_adapter(source: str, revision: str | None, subfolder: str | None) -> tuple[str, Path, Path]:
-    """Return the name of an adapter, its folder, and the folder of all adapters; by default `default` or the only."""
+def _read_adapter(
+    source: str,
+    revision: str | None,
+    subfolder: str | None,
+) -> tuple[Path, list[str], AdapterContents]:
+    """Read an adapter, by default `default` or the only one.
+
+    Returns:
+        The folder of all adapters, the names of the adapter and of those that were saved with it, and its contents.
+    """
     files = [f"*{CONFIG_NAME}", f"*{SAFETENSORS_WEIGHTS_NAME}"]
     root = fetch_folder(source, files, revision)
     folders = adapter_folders(root)
@@ -184,7 +187,9 @@ def _find_adapter(source: str, revision: str | None, subfolder: str | None) -> t
         if subfolder or len(folders) > 1:
             raise ValueError(f"{source} has the adapters {', '.join(folders)}: choose one by --subfolder.")
         (name,) = folders
-    return name, folders[name], root
+    config, tensors = read_adapter(folders[name])
+    companions = (config.get("saved_with") or [])[1:]
+    return root, [name, *companions], AdapterContents.of(source, config, tensors)
 
 
 def _load_model(source: str, factory: str | None = None) -> nn.Module:

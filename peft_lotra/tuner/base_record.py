@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -118,7 +118,10 @@ def check_base(config: LoTRAConfig, targets: Targets, model: nn.Module) -> None:
         rounding = _ROUNDING.get(dtype, 0.02)
         sketches = _sketches(target, before_merge.get(name, {}))
         for field, present in sketches.items():
-            if field in record and not _agree(record[field], present, rounding):
+            # the norm of a difference is the standard deviation of its projections, of which four are allowed
+            allowed = 4 * rounding * max(present[0], 1e-12)
+            recorded = record.get(field, present)
+            if any(abs(a - b) > allowed for a, b in zip(recorded, present, strict=True)):
                 different[field].append(name)
 
     for field, names in different.items():
@@ -128,15 +131,3 @@ def check_base(config: LoTRAConfig, targets: Targets, model: nn.Module) -> None:
         if choice == "error" or (choice is None and field == "grid"):
             raise ValueError(f'{message}. Load that base, or pass `check_base="ignore"`.')
         warnings.warn(f'{message}. `check_base="error"` refuses such a base, `"ignore"` is silent.', stacklevel=2)
-
-
-def _agree(first: Sequence[float], second: Sequence[float], rounding: float) -> bool:
-    """Return whether two sketches differ by rounding only.
-
-    The norm of a difference is the standard deviation of its projections. Four of them are allowed.
-    """
-    if len(first) != len(second):
-        return False
-    norm = max(second[0], 1e-12)
-    differences = [abs(a - b) for a, b in zip(first, second, strict=True)]
-    return max(differences) <= 4 * rounding * norm

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from operator import le
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 from ..modules.calls import PREFIX, unwrap
 from ..modules.checks import check_count
-from ..tucker import Tucker, cap_ranks, form_text, read_components
+from ..tucker import cap_ranks, form_text, read_components
 from .config import LoTRAConfig
 from .layer import lotra_layers
 from .model import LoTRAModel, read_checked
@@ -90,8 +91,21 @@ def hotswap_adapter(
     replacements = {}
     for name, layer in layers.items():
         components = read_components(tensors, f"{PREFIX}{name}.")
+        present = layer.get_components(adapter_name)
+        ranks = present.ranks
+        fits = components.ranks == ranks
+        if target_rank is not None:
+            ranks = cap_ranks(target_rank, present.shape)
+            fits = all(map(le, components.ranks, ranks))
+        if components.shape != present.shape or not fits:
+            raise ValueError(
+                f"`{name}` has the sizes {components.shape} and ranks {form_text(components.form)} in the new adapter,"
+                f" {present.shape} and {ranks} in the model. Pass `target_rank`, or load it as another adapter: "
+                "`model.load_adapter(...)`."
+            )
+        components = components.map(lambda value, like=present.core: value.to(like)).raised(ranks)
         ratio = new.alpha_of(name) / layer.lotra_alpha[adapter_name]
-        replacements[name] = _fit_to(layer.get_components(adapter_name), components, ratio, target_rank, name)
+        replacements[name] = components._replace(core=components.core * ratio)
 
     saved = []
     # shares the memory of the parameters; another thread may add adapters while it is made
@@ -111,32 +125,3 @@ def hotswap_adapter(
         for parameter, tensor in saved:
             parameter.copy_(tensor)
         tuner.replaced = {}
-
-
-def _fit_to(
-    present: Tucker,
-    components: Tucker,
-    ratio: float,
-    target_rank: int | None,
-    name: str,
-) -> Tucker:
-    """Return components times a ratio, filled up to the present ranks or `target_rank`, in the present dtype.
-
-    Raises:
-        ValueError: The shapes differ, or ranks are too large.
-    """
-    if target_rank is None:
-        ranks = present.ranks
-        fits = components.ranks == ranks
-    else:
-        ranks = cap_ranks(target_rank, present.shape)
-        fits = all(rank <= most for rank, most in zip(components.ranks, ranks, strict=False))
-    if components.shape != present.shape or not fits:
-        raise ValueError(
-            f"`{name}` has the sizes {components.shape} and ranks {form_text(components.form)} in the new adapter, "
-            f"{present.shape} and {ranks} in the model. Pass `target_rank`, or load it as another adapter: "
-            "`model.load_adapter(...)`."
-        )
-    components = components.map(lambda component: component.to(present.core))
-    raised = components.raised(ranks)
-    return raised._replace(core=raised.core * ratio)

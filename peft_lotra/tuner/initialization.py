@@ -36,10 +36,15 @@ def initialize(
         return
     if source is None:
         _at_random(components, draw_out=not start or zero != "factor_out")
-    elif start == "gradient":
-        _from_gradient(components, zero, source)
     else:
-        _from_base(components, source)
+        # factors with columns of norm sqrt(out), 1, sqrt(basis) and 1. HOSVD of the base generalizes, to tensors, the
+        # start of Y. Gao, K. C. Cheung and M. K. Ng, "SVD-PINNs", arXiv 2211.08760.
+        decompose = tucker if start == "gradient" else truncated_hosvd
+        approximation = decompose(source[:, :, : components.shape[2]], components.ranks)
+        for name, component in approximation.balanced()._asdict().items():
+            getattr(components, name).copy_(component)
+        if start == "gradient":
+            _set_core(components, zero, approximation.core)
     if start:
         getattr(components, zero).zero_()
 
@@ -82,23 +87,16 @@ def _at_random(components: Tucker, draw_out: bool) -> None:
         factor_out.normal_(std=1 / math.sqrt(len(core)))
 
 
-def _from_gradient(components: Tucker, zero: str, gradient: Tensor) -> None:
-    """Set the components to the leading directions of the gradient of a layer's coefficients.
+def _set_core(components: Tucker, zero: str, projected: Tensor) -> None:
+    """Set the core to the leading directions of a gradient, projected on the other factors (HOOI).
 
-    The best Tucker approximation (HOOI) of the gradient gives factor_in, factor_basis and factor_kernel, with columns
-    of norm 1, sqrt(basis) and 1. The gradient projected on them unfolds to a matrix (out, ri rb [rk]). Its leading ro
-    right singular vectors are the rows of the core. The singular values are dropped, so that a step of Adam is as
-    large for a weak direction as for a strong one.
+    The projected gradient unfolds to a matrix (out, ri rb [rk]). Its leading ro right singular vectors are the rows of
+    the core. The singular values are dropped, so that a step of Adam is as large for a weak direction as for a strong
+    one.
 
-    If `zero` is not factor_out, which is frozen or absent, all factors come from the approximation.
+    If `zero` is not factor_out, which is frozen or absent, the core comes from the approximation too.
     """
     core = components.core
-    adapted = gradient[:, :, : components.shape[2]]
-    approximation = tucker(adapted, components.ranks)
-    projected = approximation.core
-    for name, factor in approximation.balanced()._asdict().items():
-        if name != "core":
-            getattr(components, name).copy_(factor)
     if zero != "factor_out":
         norm = projected.norm().clamp(min=1e-30)
         core.copy_(projected * (math.sqrt(len(core)) / norm))
@@ -116,16 +114,3 @@ def _size_of_core(components: Tucker) -> float:
     """Return the standard deviation of a core whose rows have the norm 1, or sqrt(basis) without factor_basis."""
     size = 1.0 if components.factor_basis is not None else components.shape[2]
     return math.sqrt(size / math.prod(components.ranks[1:]))
-
-
-def _from_base(components: Tucker, coefficients: Tensor) -> None:
-    """Set the components to the truncated HOSVD of the layer's coefficients.
-
-    Columns of the factors get the norms sqrt(out), 1, sqrt(basis) and 1.
-
-    Source: Y. Gao, K. C. Cheung and M. K. Ng, "SVD-PINNs", arXiv 2211.08760, for matrices.
-    """
-    adapted = coefficients[:, :, : components.shape[2]]
-    values = truncated_hosvd(adapted, components.ranks).balanced()
-    for name, component in components._asdict().items():
-        component.copy_(getattr(values, name))

@@ -21,7 +21,7 @@ from ..layers.coefficients import get_or_none
 from ..layers.registry import same_grid, short_name
 from ..modules.calls import call_with_inputs, call_with_parameters, check_module, modes_kept, unwrap
 from ..modules.report import Report, TextTable
-from ..tucker import Tucker, fit, relative_energy, tucker
+from ..tucker import Tucker, tucker_scaled
 from .by_row import first_argument
 from .grids import grid_ends
 from .guards import base_layers_in_place
@@ -177,13 +177,7 @@ def _refit(name: str, layer: LoTRALayer, adapter: str, x: Any) -> float:
         base_branch = residual_norm * tensor[..., num_basis:]
         return torch.cat([splines, base_branch], dim=-1)
 
-    target = edge_functions(projected)
-
-    def loss(tensor: Tensor) -> Tensor:
-        return relative_energy(edge_functions(tensor - projected), target)
-
-    start = tucker(projected, components.ranks)
-    fitted = fit(start, loss, steps=100)
+    fitted = tucker_scaled(projected, torch.ones(()), components.ranks, edge_functions)
     layer.set_components(adapter, fitted.balanced())
     stored = _on_cpu(layer.get_components(adapter)).dense()
 

@@ -176,12 +176,13 @@ def _average(name: str, tensors: list[Tucker], weights: list[float]) -> Tucker:
     total = sum(weights)
     forms = [tensor.form for tensor in tensors]
     if len(set(forms)) > 1 or total == 0:
-        reason = f"the weights {weights} sum up to 0" if total == 0 else f"the ranks differ: {forms}"
-        raise ValueError(f'`combination_type="linear"` is an average, but at `{name}` {reason}. Use "cat" or "svd".')
+        raise ValueError(
+            f'`combination_type="linear"` is an average, but at `{name}` the ranks are {forms}, and the sum of the '
+            f'weights is {total}. Use "cat" or "svd" for different ranks or a sum of 0.'
+        )
     shares = tensors[0].core.new_tensor(weights) / total
-    cores = torch.stack([tensor.core for tensor in tensors])
-    average = {"core": cores.sum(0)}
-    for factor in tensors[0]._asdict().keys() - {"core"}:
-        factors = torch.stack([getattr(tensor, factor) for tensor in tensors])
-        average[factor] = torch.tensordot(shares, factors, 1)
+    average = {}
+    for component in tensors[0]._asdict():
+        stack = torch.stack([getattr(tensor, component) for tensor in tensors])
+        average[component] = stack.sum(0) if component == "core" else torch.tensordot(shares, stack, 1)
     return tensors[0]._replace(**average)
