@@ -132,13 +132,12 @@ def saved_adapters(folder: str | os.PathLike) -> dict[str, Path]:
     folders and the checkpoints of transformers.Trainer are left out.
     """
     root = Path(folder)
-    folders = {"default": root}
-    for path in sorted(root.glob("*")):
-        if not re.match(r"checkpoint-\d+$|\.", path.name):
-            folders[path.name] = path
     adapters = {}
-    for name, path in folders.items():
-        if (path / CONFIG_NAME).is_file() or (path / SAFETENSORS_WEIGHTS_NAME).is_file():
+    for path in (root, *sorted(root.glob("*"))):
+        name = "default" if path is root else path.name
+        is_left_out = re.match(r"checkpoint-\d+$|\.", name)
+        has_file = (path / CONFIG_NAME).is_file() or (path / SAFETENSORS_WEIGHTS_NAME).is_file()
+        if has_file and not is_left_out:
             adapters[name] = path
     return adapters
 

@@ -121,14 +121,12 @@ def check_kan_layer(layer: nn.Module, x: Tensor | tuple[Any, ...] | None = None)
         used = {name: description.used.get(name, False) for name in roles}
 
     adapted = 0
-    total = 0
+    others = 0
     for name, role in roles.items():
-        is_used = used is None or used[name]
         if role in ("coefficients", "residual"):
             adapted += sizes[name]
-            total += sizes[name]
-        elif is_used and role not in ("grid", "constant"):
-            total += sizes[name]
+        elif role not in ("grid", "constant") and (used is None or used[name]):
+            others += sizes[name]
 
     return KANLayerReport(
         kind=spec.kind,
@@ -136,7 +134,7 @@ def check_kan_layer(layer: nn.Module, x: Tensor | tuple[Any, ...] | None = None)
         roles=roles,
         sizes=sizes,
         used=used,
-        coverage=adapted / max(total, 1),
+        coverage=adapted / max(adapted + others, 1),
         axes=str(description.axes),
         linear=_WORDS.get(description.is_linear, "not checked"),
         fast_path=fast_path,

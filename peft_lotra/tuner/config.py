@@ -198,8 +198,15 @@ class LoTRAConfig(PeftConfig):
             if not trained or not trained <= set(Tucker._fields):
                 raise ValueError(f"`train` must have some of {Tucker._fields}, got {self.train!r:.200}.")
             self.train = [name for name in Tucker._fields if name in trained]
-        if self.rank_dropout and not self.is_from_file:  # in a file, a hotswap may have made the mode full
-            self._check_rank_dropout()
+        # in a file, a hotswap may have made the mode full
+        for ranks in (self.r, *self.rank_pattern.values()) if self.rank_dropout and not self.is_from_file else ():
+            first = ranks[0] if isinstance(ranks, tuple) else ranks
+            is_default = first is None and (self.budget is not None or not self.rank_pattern)
+            if first == "full" or is_default:
+                raise ValueError(
+                    f"`rank_dropout` drops components of the out mode, but r={self.r}, rank_pattern="
+                    f"{self.rank_pattern} leave it full, without components: pass `module_dropout`, or other ranks."
+                )
 
         # These are no fields, so they are neither saved nor compared. PEFT overwrites `target_modules` by the names of
         # the layers, while the object may serve several models.
@@ -225,17 +232,6 @@ class LoTRAConfig(PeftConfig):
     def allows_other_shapes(self) -> bool:
         """Whether tensors of a file may have other shapes than in the model, which then keeps its values."""
         return self.source is not None and self.source.ignore_mismatched_sizes
-
-    def _check_rank_dropout(self) -> None:
-        """Raise a ValueError for rank dropout where the out mode is full, and has no components to drop."""
-        for ranks in (self.r, *self.rank_pattern.values()):
-            first = ranks[0] if isinstance(ranks, tuple) else ranks
-            is_default = first is None and (self.budget is not None or not self.rank_pattern)
-            if first == "full" or is_default:
-                raise ValueError(
-                    f"`rank_dropout` drops components of the out mode, but r={self.r}, rank_pattern="
-                    f"{self.rank_pattern} leave it full, without components: pass `module_dropout`, or other ranks."
-                )
 
     def alpha_of(self, name: str) -> float:
         """Return the `alpha` of a layer of this name."""

@@ -184,8 +184,7 @@ class LoTRAModel(BaseTuner):
         child: nn.Module,
     ) -> None:
         # a shared layer has several parents, and PEFT passes one
-        locations = self._locations or _find_locations(self.model)
-        for module, name in locations.get(child, []):
+        for module, name in self._locations[child]:
             setattr(module, name, new_module)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
