@@ -65,8 +65,8 @@ def read_adapter(
         config: Any = LoTRAConfig.from_pretrained(str(adapter), check_base=check_base)
         if config.companions:
             raise ValueError(
-                f"it was saved with adapters of other methods, {config.companions}, which a bank does not hold. Load them by "
-                "`load_adapters`, or save the LoTRA adapter alone, by `selected_adapters=`."
+                f"it was saved with adapters of other methods, {config.companions}, which a bank does not hold. Load "
+                "them by `load_adapters`, or save the LoTRA adapter alone, by `selected_adapters=`."
             )
         record = config.base_layers
         if record in agreeing:

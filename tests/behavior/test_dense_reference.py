@@ -8,7 +8,17 @@ import copy
 import pytest
 import tensorly
 import torch
-from helpers import ROUNDING, adapt, assert_equal, assert_near, base, components, inputs, lotra_layers, relative
+from helpers import (
+    ROUNDING,
+    adapt,
+    assert_equal,
+    assert_near,
+    base,
+    components,
+    inputs,
+    layer_of,
+    relative,
+)
 from peft import PeftModel, get_peft_model
 from stand_ins import LAYER_KINDS
 from torch.testing import assert_close
@@ -19,11 +29,6 @@ from peft_lotra.kan import KAN
 
 every_family = pytest.mark.parametrize("kind", LAYER_KINDS)
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-
-
-def layer_of(model):
-    (layer,) = lotra_layers(model).values()
-    return layer
 
 
 def dense_delta(layer, adapter="default"):
@@ -218,7 +223,7 @@ def test_a_grid_that_is_cast_has_not_moved(kind, merged):
 
     assert torch.isfinite(y).all()
 
-    (adapted,) = lotra_layers(model).values()
+    adapted = layer_of(model)
     layer.get_buffer(adapted.lotra_spec.grid[0]).mul_(1.1)
 
     with pytest.raises(RuntimeError, match="grid"):

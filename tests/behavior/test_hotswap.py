@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from helpers import X, adapt, add_adapter, assert_equal, assert_near, assert_same, lotra_layers, net, snapshot, state
+from helpers import X, adapt, add_adapter, assert_equal, assert_near, lotra_layers, net, refused, state
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.testing import assert_close
@@ -127,23 +127,14 @@ def test_files_and_models_may_be_in_half_precision(save):
     assert_close(model(X.bfloat16()).float(), expected, rtol=0.05, atol=0.1)
 
 
-def test_saved_modules_are_replaced_too(save):
-    config = {"target_modules": ["layers.0"], "modules_to_save": ["head"]}
-    first, changed = save(**config), net()
-    nn.init.ones_(changed.head.weight)
-    second = save(base=changed, **config)
-    model = loaded(first[0])
-    hotswap_adapter(model, second[0])
-
-    assert_close(model(X), second[1])
-
-
-def test_saved_modules_that_hold_others_are_replaced_too(save):
+@pytest.mark.parametrize("wrap", [lambda head: head, nn.Sequential])
+def test_saved_modules_are_replaced_too(save, wrap):
     base = net()
-    base.head = nn.Sequential(base.head)
+    base.head = wrap(base.head)
     config = {"target_modules": ["layers.0"], "modules_to_save": ["head"]}
     model, source = (adapt(copy.deepcopy(base), **config) for _ in range(2))
-    nn.init.ones_(source.base_model.model.head.modules_to_save["default"][0].weight)
+    for parameter in source.base_model.model.head.modules_to_save["default"].parameters():
+        nn.init.ones_(parameter)
     hotswap_adapter(model, save(source)[0])
 
     assert_equal(state(model), state(source))
@@ -182,23 +173,19 @@ def test_an_adapter_that_does_not_fit_is_refused(save, config, word):
     (folder, _), model = save(**config), adapt()
     if word == "merged":
         model.merge_adapter()
-    before = snapshot(model)
 
     for target_rank in (0, "4", (4, 4, 4)) if word == "must be an integer" else (None,):
-        with pytest.raises(ValueError, match=word):
+        with refused(word, model):
             hotswap_adapter(model, folder, "nobody" if word == "nobody" else "default", target_rank=target_rank)
-    assert_same(model, before)
 
 
 def test_another_grid_is_refused_and_another_base_is_a_warning(save):
     base = net()
     base.kan.layers[0].grid_bounds.mul_(1.5)
     (folder, _), model = save(base=base), adapt()
-    before = snapshot(model)
 
-    with pytest.raises(ValueError, match="grid"):
+    with refused("grid", model):
         hotswap_adapter(model, folder)
-    assert_same(model, before)
 
     hotswap_adapter(model, folder, check_base="ignore")
     changed = net()
@@ -212,15 +199,13 @@ def test_only_lotra_adapters_are_swapped(save, tmp_path):
     (folder, _), model = save(), adapt()
     lora = get_peft_model(nn.Sequential(nn.Linear(3, 2)), LoraConfig(target_modules=["0"]))
     lora.save_pretrained(tmp_path / "lora")
-    before = snapshot(model)
 
     for other, words in ((tmp_path, "Can't find 'adapter_config.json'"), (tmp_path / "lora", "LORA")):
-        with pytest.raises(ValueError, match=words):
+        with refused(words, model):
             hotswap_adapter(model, other)
     for other in (lora, net()):
-        with pytest.raises(ValueError, match="must be a PeftModel with a LoTRA adapter"):
+        with refused("must be a PeftModel with a LoTRA adapter", other):
             hotswap_adapter(other, folder)
-    assert_same(model, before)
 
 
 def test_a_file_with_rank_dropout_is_loaded_where_a_swap_has_filled_an_out_mode(tmp_path):

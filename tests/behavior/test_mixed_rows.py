@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import adapt, add_adapter, assert_equal, assert_near, base, inputs, lotra_layers, nested
+from helpers import adapt, add_adapter, assert_equal, assert_near, base, inputs, layer_of, nested
 from stand_ins import LAYER_KINDS, ChebyKANLayer
 from torch import nn
 from torch.testing import assert_close
@@ -51,7 +51,7 @@ def test_each_row_has_the_output_of_its_adapter(kind):
     for names in (NAMES, ["other"] * 6, ["__base__"] * 6, ["default"] * 5 + ["other"]):
         check(model, x, names)
 
-    (layer,) = lotra_layers(model).values()  # its own output is a tuple in pykan
+    layer = layer_of(model)  # its own output is a tuple in pykan
     y, plain = layer(x, adapter_names=NAMES), layer(x)
 
     assert type(y) is type(plain)

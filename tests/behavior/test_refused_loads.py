@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import KINDS, X, adapt, assert_equal, lotra_layers, net, state
+from helpers import KINDS, X, adapt, assert_equal, lotra_layers, net, refused, state
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -30,26 +30,22 @@ def changed(name, factor):
     return base
 
 
-def refused(base, folder, word, **kwargs):
-    before = state(base)
-    with pytest.raises(ValueError, match=word):
+def refuses(base, folder, word, **kwargs):
+    with refused(word, base):
         PeftModel.from_pretrained(base, folder, **kwargs)
-    assert_equal(state(base), before)
-    assert not lotra_layers(base)
 
 
 @pytest.mark.parametrize("base", [net(hidden=5), net(grid_size=6), KAN([3, 4])])
 def test_a_base_of_another_architecture_is_refused(folder, base):
-    refused(base, folder, "layers")
+    refuses(base, folder, "layers")
     adapt(KINDS["fast-kan"]()).save_pretrained(folder / "fast")
-    refused(KINDS["faster-kan"](), folder / "fast", "kan")
+    refuses(KINDS["faster-kan"](), folder / "fast", "kan")
     model = adapt()
-    before, y = state(model), model(X)
+    y = model(X)
     adapt(net(hidden=5)).save_pretrained(folder / "wide")
 
-    with pytest.raises(ValueError, match="kan.layers.0"):
+    with refused("kan.layers.0", model):
         model.load_adapter(folder / "wide", "wide")
-    assert_equal(state(model), before)
     assert_equal(model(X), y)
     assert list(model.peft_config) == ["default"]
 
@@ -74,12 +70,9 @@ def test_tensors_for_another_configuration_are_not_loaded_into_an_adapter(tmp_pa
     make, message = RELOADS[case]
     make().save_pretrained(tmp_path)
     model = adapt()
-    before = state(model)
 
-    with pytest.raises(ValueError, match=message):
+    with refused(message, model):
         model.load_adapter(tmp_path, "default")
-
-    assert_equal(state(model), before)
 
 
 def test_tensors_of_the_same_configuration_are_loaded_into_an_adapter(tmp_path):
@@ -154,8 +147,8 @@ def loaded_silently(base, folder, check_base, number=2):
 
 
 def test_another_grid_is_refused(folder):
-    refused(changed("grid_bounds", 1.5), folder, "grid")
-    refused(changed("grid_bounds", 1.5), folder, "grid", check_base="error")
+    refuses(changed("grid_bounds", 1.5), folder, "grid")
+    refuses(changed("grid_bounds", 1.5), folder, "grid", check_base="error")
 
     assert loaded_silently(changed("grid_bounds", 1.5), folder, "ignore")
     assert all(loaded_silently(net(), folder, check_base) for check_base in (None, "error", "warn", "ignore"))
@@ -165,7 +158,7 @@ def test_other_coefficients_are_a_warning_or_an_error(folder):
     with pytest.warns(UserWarning, match="kan.layers.1"):
         assert len(lotra_layers(PeftModel.from_pretrained(changed("spline_weight", 1.1), folder))) == 2
 
-    refused(changed("spline_weight", 1.1), folder, "kan.layers.1", check_base="error")
+    refuses(changed("spline_weight", 1.1), folder, "kan.layers.1", check_base="error")
 
     assert loaded_silently(changed("spline_weight", 1.1), folder, "ignore")
 
@@ -177,7 +170,7 @@ def test_the_tolerance_is_that_of_the_dtype(tmp_path, dtype, rounding):
     torch.manual_seed(0)
     for weight in base.kan.layers[1].parameters():
         weight.data += torch.randn_like(weight) * weight.detach().square().mean().sqrt() * rounding
-    refused(base, tmp_path, "kan.layers.1", check_base="error")
+    refuses(base, tmp_path, "kan.layers.1", check_base="error")
 
     assert loaded_silently(net().double().to(dtype), tmp_path, "error")
 
@@ -198,18 +191,15 @@ def change_tensors(folder, change):
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def files_refused(folder, word=None):
+def files_refused(folder, word=""):
     """Neither a bare model nor an adapted one takes the files, and both stay what they were."""
     base, model = net(), adapt()
-    before, adapted_before, y = state(base), state(model), model(X)
-    with pytest.raises(Exception, match=word) as error:
+    y = model(X)
+    with refused(word, base, error=Exception) as error:
         PeftModel.from_pretrained(base, folder)
     assert not isinstance(error.value, (KeyError, AttributeError, AssertionError))
-    assert_equal(state(base), before)
-    assert not lotra_layers(base)
-    with pytest.raises(type(error.value), match=word):
+    with refused(word, model, error=type(error.value)):
         model.load_adapter(folder, "other")
-    assert_equal(state(model), adapted_before)
     assert_equal(model(X), y)
     assert list(model.peft_config) == ["default"]
 

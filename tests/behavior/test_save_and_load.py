@@ -5,7 +5,7 @@
 
 import pytest
 import torch
-from helpers import X, adapt, add_adapter, assert_equal, assert_near, lotra_layers, net, state
+from helpers import X, adapt, add_adapter, assert_equal, assert_near, lotra_layers, net, refused, state
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -102,9 +102,8 @@ def test_a_state_dict_is_set_whole_or_in_part():
 
     nan = {name: tensor * torch.nan for name, tensor in tensors.items()}
 
-    with pytest.raises(ValueError, match="not finite"):
+    with refused("not finite", other):
         set_peft_model_state_dict(other, nan)
-    assert_equal(state(other), before)
 
     result = set_peft_model_state_dict(other, {name: t for name, t in tensors.items() if "layers.1" in name})
 
@@ -126,14 +125,12 @@ def test_state_dicts_of_other_shapes_change_nothing(change):
         adapt(modules_to_save=["head"]),
         adapt(r=1 if change == "components" else None, modules_to_save=["head"]),
     )
-    tensors, before = get_peft_model_state_dict(model), state(other)
+    tensors = get_peft_model_state_dict(model)
     if change == "saved module":
         tensors["base_model.model.head.weight"] = torch.zeros(5, 6)
 
-    with pytest.raises(ValueError, match=r"shape \(.*instead of"):
+    with refused(r"shape \(.*instead of", other):
         set_peft_model_state_dict(other, tensors)
-
-    assert_equal(state(other), before)
 
 
 def test_mismatched_sizes_can_be_ignored(tmp_path):
@@ -184,12 +181,9 @@ def test_embeddings_of_the_base_are_not_saved(tmp_path, config):
 
 def test_state_dicts_with_parameters_of_the_base_change_nothing():
     model, other = adapt(), adapt()
-    before = state(other)
 
-    with pytest.raises(ValueError, match="is a parameter of the base"):
+    with refused("is a parameter of the base", other):
         set_peft_model_state_dict(other, model.state_dict())
-
-    assert_equal(state(other), before)
 
 
 def content(folder):

@@ -5,7 +5,7 @@
 
 import pytest
 import torch
-from helpers import adapt, assert_near, base, inputs, lotra_layers
+from helpers import adapt, assert_near, base, inputs, layer_of, lotra_layers
 from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig
@@ -40,7 +40,7 @@ def test_only_the_active_adapters_are_scaled():
     model = adapt(base("own", torch.float64), alpha=2.0)
     model.add_adapter("second", LoTRAConfig(r=2, init_weights=False))
     x, full = inputs(dtype=torch.float64), {}
-    (layer,) = lotra_layers(model).values()
+    layer = layer_of(model)
     for name in ("second", "default"):
         model.set_adapter(name)
         full[name] = update(model, x)

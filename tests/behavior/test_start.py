@@ -18,6 +18,7 @@ from helpers import (
     components,
     images,
     inputs,
+    layer_of,
     lotra_layers,
     train,
 )
@@ -58,7 +59,7 @@ def test_the_factors_are_those_of_the_base(kind, dtype):
     x, adapted = inputs(dtype=dtype), adapt(copy.deepcopy(model), random=False, **CORE)
     if dtype == torch.float64:
         assert_near(adapted(x), model(x), 1e-12)
-    (layer,) = lotra_layers(adapted).values()
+    layer = layer_of(adapted)
     core, *factors = layer.get_components("default")
 
     assert not core.any()

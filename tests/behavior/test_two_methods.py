@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import X, adapt, add_adapter, assert_equal, assert_same, lotra_layers, net, snapshot
+from helpers import X, adapt, add_adapter, assert_equal, lotra_layers, net, refused
 from peft import (
     IA3Config,
     LoHaConfig,
@@ -17,19 +17,14 @@ from peft import (
     PeftModel,
     PromptTuningConfig,
     inject_adapter_in_model,
-    set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
-from peft.utils import load_peft_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
 from peft_lotra import LoTRALayer, create_lotra_optimizer, load_adapters, save_adapter
 from peft_lotra.kan import KAN
-
-
-EXACT = {"rtol": 0, "atol": 0}
 
 
 def both() -> PeftModel:
@@ -57,22 +52,6 @@ def test_both_are_trained_merged_and_the_base_is_not():
     assert_close(merged(X), y)
     assert type(merged.head) is nn.Linear
     assert not any(isinstance(m, LoTRALayer | LoraLayer) for m in merged.modules())
-
-
-@pytest.mark.parametrize("is_trainable", [False, True])
-def test_both_are_saved_and_loaded(is_trainable, tmp_path):
-    model = both()
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(net(), tmp_path, is_trainable=is_trainable)
-    config = PeftConfig.from_pretrained(tmp_path / "head")
-    config.inference_mode = not is_trainable
-    inject_adapter_in_model(config, again.base_model.model, adapter_name="head")
-    result = set_peft_model_state_dict(again, load_peft_weights(tmp_path / "head"), adapter_name="head")
-
-    assert not result.unexpected_keys
-    assert_equal(again.eval()(X), model(X))
-    assert not torch.equal(again(X), net()(X))
-    assert sum(parameter.requires_grad for parameter in again.parameters()) == (7 + 2 if is_trainable else 0)
 
 
 def test_a_load_that_leaves_lora_out_warns(tmp_path, recwarn):
@@ -141,7 +120,7 @@ def test_one_call_loads_what_one_call_saved(method, is_trainable, tmp_path):
     expected = trained if is_trainable else set()
     assert {name for name, parameter in loaded.named_parameters() if parameter.requires_grad} == expected
     assert loaded.training == is_trainable
-    torch.testing.assert_close(loaded.eval()(X), model(X), **EXACT)
+    assert_equal(loaded.eval()(X), model(X))
 
 
 def test_loaded_adapters_are_saved_again_and_merged(tmp_path):
@@ -154,8 +133,8 @@ def test_loaded_adapters_are_saved_again_and_merged(tmp_path):
     y = again(X)
     merged = again.merge_and_unload()
 
-    torch.testing.assert_close(y, model(X), **EXACT)
-    torch.testing.assert_close(merged(X), y)
+    assert_equal(y, model(X))
+    assert_close(merged(X), y)
     assert type(merged.head) is nn.Linear
 
 
@@ -188,7 +167,7 @@ def test_several_other_adapters_and_a_new_head_are_all_active(tmp_path):
     network = loaded.get_base_model()
     assert network.first.active_adapters == ["a"]
     assert network.second.active_adapters == ["b"]
-    torch.testing.assert_close(loaded(X), network.head.bias.expand(8, 2))  # of the head with zero weights
+    assert_close(loaded(X), network.head.bias.expand(8, 2))  # of the head with zero weights
 
 
 def test_a_head_that_the_other_method_trains_comes_back(tmp_path):
@@ -199,7 +178,7 @@ def test_a_head_that_the_other_method_trains_comes_back(tmp_path):
 
     loaded = load_adapters(Tail(), tmp_path)
 
-    torch.testing.assert_close(loaded(X), model.eval()(X), **EXACT)
+    assert_equal(loaded(X), model.eval()(X))
 
 
 def test_biases_are_trained_and_saved_with_lora(tmp_path):
@@ -218,8 +197,8 @@ def test_biases_are_trained_and_saved_with_lora(tmp_path):
     loaded = load_adapters(Tail(), tmp_path)
 
     change = model.get_base_model().head.bias - before
-    torch.testing.assert_close(change.abs(), torch.full_like(change, 1e-3))
-    torch.testing.assert_close(loaded(X), model(X), **EXACT)
+    assert_close(change.abs(), torch.full_like(change, 1e-3))
+    assert_equal(loaded(X), model(X))
 
 
 @pytest.mark.parametrize("save", [PeftModel.save_pretrained, save_adapter])
@@ -231,7 +210,7 @@ def test_an_adapter_of_an_earlier_save_is_not_loaded(save, tmp_path):
     with pytest.warns(UserWarning, match=r"also has \['head'\]"):
         loaded = load_adapters(net(), tmp_path)
 
-    torch.testing.assert_close(loaded(X), model(X), **EXACT)
+    assert_equal(loaded(X), model(X))
     named = load_adapters(net(), tmp_path, names=["default", "head"])
     assert list(named.peft_config) == ["default", "head"]
 
@@ -247,7 +226,7 @@ def test_an_adapter_that_was_lost_is_named(tmp_path):
 
     loaded = load_adapters(base, tmp_path, names=["default"])
     model.get_base_model().head.set_adapter([])
-    torch.testing.assert_close(loaded(X), model(X), **EXACT)
+    assert_equal(loaded(X), model(X))
 
 
 def test_a_subfolder_is_loaded_as_a_folder(tmp_path):
@@ -259,7 +238,7 @@ def test_a_subfolder_is_loaded_as_a_folder(tmp_path):
     loaded = load_adapters(net(), tmp_path / "ben")
 
     model.get_base_model().head.set_adapter([])
-    torch.testing.assert_close(loaded(X), model.eval()(X), **EXACT)
+    assert_equal(loaded(X), model.eval()(X))
 
 
 def test_two_methods_with_one_name_are_not_saved(tmp_path):
@@ -296,16 +275,9 @@ def test_names_choose_among_several_lotra_adapters(tmp_path):
 
     loaded = load_adapters(net(), tmp_path, names=["ben", "head"])
 
-    torch.testing.assert_close(loaded(X), model.eval()(X), **EXACT)
+    assert_equal(loaded(X), model.eval()(X))
     with pytest.raises(ValueError, match=r"LoTRA adapters \['default', 'ben'\] among"):
         load_adapters(net(), tmp_path)
-
-
-def test_the_lotra_adapter_without_others(tmp_path):
-    model = adapt(net())
-    model.save_pretrained(tmp_path)
-
-    torch.testing.assert_close(load_adapters(net(), tmp_path)(X), model(X), **EXACT)
 
 
 def edit_config(folder, **values):
@@ -360,12 +332,10 @@ def test_an_error_leaves_the_base_as_it_was(damage, tmp_path, monkeypatch):
     make, options, message = DAMAGES[damage]
     make(folder)
     base = net().train()
-    before = snapshot(base)
 
-    with pytest.raises(ValueError, match=message):
+    with refused(message, base):
         load_adapters(base, folder, **options)
 
-    assert_same(base, before)
     assert not hasattr(base, "peft_config")
 
 
@@ -381,12 +351,9 @@ def test_prompts_are_refused(tmp_path):
     both().save_pretrained(tmp_path)
     PromptTuningConfig(num_virtual_tokens=2).save_pretrained(tmp_path / "head")
     base = net()
-    before = snapshot(base)
 
-    with pytest.raises(ValueError, match="does not support prompt learning"):
+    with refused("does not support prompt learning", base):
         load_adapters(base, tmp_path)
-
-    assert_same(base, before)
 
 
 class Attention(nn.Module):
@@ -411,6 +378,6 @@ def test_lora_on_attention_is_merged_and_unloaded(leave):
 
     plain = getattr(model, leave)()
 
-    torch.testing.assert_close(plain(x), expected)
+    assert_close(plain(x), expected)
     assert type(plain.attention) is nn.MultiheadAttention
     assert type(plain.attention.out_proj) is type(Attention().attention.out_proj)

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from stand_ins import CONVOLUTIONS, LAYER_KINDS, as_model
@@ -116,6 +117,12 @@ def lotra_layers(model: nn.Module) -> dict[str, LoTRALayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoTRALayer)}
 
 
+def layer_of(model: nn.Module) -> LoTRALayer:
+    """The only adapted layer of a model."""
+    (layer,) = lotra_layers(model).values()
+    return layer
+
+
 def components(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, parameter) for name, parameter in model.named_parameters() if "lotra_" in name)
 
@@ -194,6 +201,16 @@ def assert_same(model: nn.Module, before: dict[str, Any]) -> None:
     after = snapshot(model)
     assert_equal(after.pop("state"), before["state"])
     assert after == {key: value for key, value in before.items() if key != "state"}
+
+
+@contextmanager
+def refused(message: str, *models: nn.Module, error: Any = ValueError) -> Iterator[Any]:
+    """Check that the body raises the error, and that the models stay what they were."""
+    before = [snapshot(model) for model in models]
+    with pytest.raises(error, match=message) as caught:
+        yield caught
+    for model, kept in zip(models, before, strict=True):
+        assert_same(model, kept)
 
 
 # Scripts, processes and threads

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from helpers import X, adapt, assert_near, assert_same, base, lotra_layers, nested, relative, snapshot
+from helpers import X, adapt, assert_near, assert_same, base, layer_of, lotra_layers, nested, relative, snapshot
 from peft import get_peft_model, inject_adapter_in_model
 from stand_ins import LAYER_KINDS
 from torch import Tensor, nn
@@ -117,7 +117,7 @@ def test_the_directions_are_the_leading_ones_and_of_equal_weight(kind):
         assert_close(gram, gram[0, 0] * torch.eye(2).to(gram), rtol=0, atol=1e-5)
         assert_spans(columns, leading(gradient, mode, 2))
     tuned = adapt_by_gradient(model, r=(2, 99, 99))
-    (layer,) = lotra_layers(tuned).values()
+    layer = layer_of(tuned)
     columns = directions(layer)
     size = gradient.shape[2]  # factor_basis has columns of norm sqrt(basis)
 
@@ -184,7 +184,7 @@ def test_a_second_adapter_starts_from_the_gradient_of_the_base():
 
     start_from_gradient(model, lambda batch: loss_of(model, batch), batches_for(model))
 
-    (layer,) = lotra_layers(model).values()
+    layer = layer_of(model)
     assert_spans(directions(layer, "second"), leading_directions(gradient, 2))
 
 

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from helpers import add_adapter, assert_equal, assert_same, components, snapshot
+from helpers import add_adapter, assert_equal, components, refused
 from peft import PeftModel, get_peft_model
 from torch.testing import assert_close
 
@@ -87,8 +87,6 @@ def test_a_refused_refinement_changes_nothing(words):
     model = adapted(network())
     if "Unmerge" in words:
         model.merge_adapter()
-    before = snapshot(model)
 
-    with pytest.raises(ValueError, match=words):
+    with refused(words, model):
         REFUSED[words](model)
-    assert_same(model, before)
