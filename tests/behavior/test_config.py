@@ -61,7 +61,14 @@ NUMBERS = [
     ("alpha_pattern", {"a": 0}),
     ("rank_dropout", 1.5),
 ]
-CHOICES = [("init_weights", "lora"), ("train", ["cores"]), ("check_base", "maybe"), ("adapt_residual", "False")]
+CHOICES = [
+    ("init_weights", "lora"),
+    ("train", ["cores"]),
+    ("check_base", "maybe"),
+    ("adapt_residual", "False"),
+    ("storage", "fp16"),
+    ("storage", torch.float16),
+]
 
 
 @pytest.mark.parametrize(("name", "value"), [*SIZES, *NUMBERS, *CHOICES])

@@ -26,7 +26,6 @@ from peft_lotra import (
     start_from_gradient,
 )
 from peft_lotra.kan import KAN, SlimKAN, jet, refine_grid
-from peft_lotra.optim import LevenbergMarquardt
 from peft_lotra.parametric import ParametricAdapter
 
 
@@ -228,39 +227,6 @@ def test_derivatives_are_those_of_the_merged_network(r, widths):
 
     assert_close(jet(model, x, collapse=True), jet(network, x, collapse=True))
     assert_close(torch.func.vmap(torch.func.jacrev(model))(x), torch.func.vmap(torch.func.jacrev(network))(x))
-
-
-class OneShape(nn.Module):
-    """A KAN layer whose coefficients are those of a base plus a matrix times a shape."""
-
-    def __init__(self, base: KAN, core: torch.Tensor, shape: torch.Tensor) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.core, self.shape = nn.Parameter(core.clone()), nn.Parameter(shape.clone())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        layer, update = self.base.layers[0], self.core @ self.shape.T
-        parameters = {
-            "layers.0.spline_weight": layer.spline_weight + update[..., :-1],
-            "layers.0.base_weight": layer.base_weight + update[..., -1],
-        }
-        return torch.func.functional_call(self.base, parameters, (x,))
-
-
-def test_steps_of_levenberg_marquardt_are_those_on_the_same_parameters():
-    base, x = KAN([3, 2], dtype=torch.float64), torch.rand(60, 3, dtype=torch.float64) * 2 - 1
-    model = adapt(copy.deepcopy(base), r=ONE_SHAPE)
-    layer = layer_of(model)
-    core, _, _, shape = layer.get_components("default").map(torch.Tensor.detach)
-    reference = OneShape(base, core, shape)
-    target = x.sin().sum(1, keepdim=True)
-
-    for network in (model, reference):
-        LevenbergMarquardt(network).fit([(lambda m, x, y: m(x) - y, (x, target))], 5, progress=False)
-
-    components = layer.get_components("default")
-    assert_close(components.core, reference.core)
-    assert_close(components.factor_basis, reference.shape)
 
 
 def test_adapters_of_slim_layers_and_their_merges():

@@ -23,9 +23,9 @@ def kan():
     return KANModel(KANConfig(widths=(3, 4, 1), problem_type="regression"))
 
 
-def trainer(folder, **options):
-    model = get_peft_model(kan(), LoTRAConfig(r=2))
-    optimizer = create_lotra_optimizer(model, torch.optim.AdamW, lr=1e-2)
+def trainer(folder, config=None, **options):
+    model = get_peft_model(kan(), config or LoTRAConfig(r=2))
+    optimizer = create_lotra_optimizer(model, torch.optim.AdamW, lr=1e-2, other_lr=1e-4)
     options = {"args": TrainingArguments(str(folder), **OPTIONS, **options), "optimizers": (optimizer, None)}
     return Trainer(model=model, train_dataset=DATA, eval_dataset=DATA, **options)
 
@@ -50,17 +50,10 @@ def test_the_best_model_at_the_end(tmp_path):
 
 def test_trainer_keeps_the_rate_of_other_parameters(tmp_path):
     config = LoTRAConfig(r=2, target_modules=["kan.layers.0"], modules_to_save=["kan.layers.1"])
-    model = get_peft_model(kan(), config)
-    optimizer = create_lotra_optimizer(model, torch.optim.AdamW, lr=1e-2, other_lr=1e-4)
-    run = Trainer(
-        model=model,
-        train_dataset=DATA,
-        args=TrainingArguments(str(tmp_path), lr_scheduler_type="constant", **OPTIONS),
-        optimizers=(optimizer, None),
-    )
+    run = trainer(tmp_path, config, lr_scheduler_type="constant")
 
     run.train()
 
-    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    rates = {group["name"]: group["lr"] for group in run.optimizer.param_groups}
     assert rates["core"] == 1e-2
     assert rates["other"] == 1e-4

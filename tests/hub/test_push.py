@@ -45,43 +45,21 @@ def load(repo, **options):
     return PeftModel.from_pretrained(net(), repo, **options).eval()
 
 
-def test_a_pushed_adapter_comes_back(hub):
-    model, method = adapt(), adapt()
-
-    push_to_hub(model, "user/adapter")
-    method.push_to_hub("user/method")
-
-    assert_equal(load("user/adapter")(X), model(X))
-    assert_equal(load("user/method")(X), method(X))
-
-
-def test_a_revision_comes_back(hub):
-    main, second = adapt(), adapt()
-
-    push_to_hub(main, "user/adapter")
-    push_to_hub(second, "user/adapter", revision="v2")
-
-    assert_equal(load("user/adapter")(X), main(X))
-    assert_equal(load("user/adapter", revision="v2")(X), second(X))
-
-
-def test_an_adapter_of_several_comes_back(hub):
-    model = adapt()
+def test_pushed_adapters_come_back(hub):
+    model, second, swapped = adapt(), adapt(), adapt()
     add_adapter(model, "other")
 
-    push_to_hub(model, "user/several")
-
-    model.set_adapter("other")
-    assert_equal(load("user/several", subfolder="other")(X), model(X))
-
-
-def test_an_adapter_is_hotswapped_from_the_hub(hub):
-    model, swapped = adapt(), adapt()
     push_to_hub(model, "user/adapter")
-
+    push_to_hub(second, "user/adapter", revision="v2")
+    second.push_to_hub("user/method")
     hotswap_adapter(swapped, "user/adapter")
 
+    assert_equal(load("user/adapter")(X), model(X))
     assert_equal(swapped(X), model(X))
+    assert_equal(load("user/adapter", revision="v2")(X), second(X))
+    assert_equal(load("user/method")(X), second(X))
+    model.set_adapter("other")
+    assert_equal(load("user/adapter", subfolder="other")(X), model(X))
 
 
 @pytest.fixture
