@@ -215,10 +215,7 @@ def _load_model(source: str, factory: str | None = None) -> nn.Module:
 def _call_factory(factory: str) -> nn.Module:
     """Return the network that MODULE:CALLABLE builds; the module may lie in the current folder."""
     sys.path.insert(0, os.getcwd())
-    try:
-        return pkgutil.resolve_name(factory)()
-    except Exception as error:
-        raise ValueError(f"The factory {factory} failed ({type(error).__name__}: {error}).") from error
+    return pkgutil.resolve_name(factory)()
 
 
 def _print(info: dict[str, Any], text: str, as_json: bool) -> None:

@@ -186,7 +186,7 @@ def test_find_lists_kan_layers(run, made, monkeypatch):
 
 
 ERRORS = {
-    "find nowhere:build": "The factory nowhere:build failed",
+    "find nowhere:build": "No module named 'nowhere'",
     "inspect {}/base": "has no adapter_config.json of a LoTRA adapter",
     "inspect {}/nothing/here": "There is no file or folder {}/nothing/here, and no repository",
     "find examples/nope": "There is no file or folder examples/nope, and no repository",

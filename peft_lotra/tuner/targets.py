@@ -90,11 +90,6 @@ def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> Targets:
         else:
             targets[name] = locate_target(name, module)  # it has adapters
 
-    if "" in layers:
-        raise ValueError(
-            f"The model is itself a KAN layer ({type(model).__name__}), and PEFT adapts layers inside a model. Wrap "
-            "it, e.g. in `torch.nn.Sequential(layer)`."
-        )
     candidates = [f"`{name}` ({type(module).__name__})" for name, module in unrecognized_modules(model, layers)]
     doubt = ""
     if candidates:
@@ -102,12 +97,16 @@ def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> Targets:
             f"{list_first(candidates)} may be KAN layers, but were not recognized and get no adapter. "
             "`find_kan_layers(model)` shows why, and how to register them. "
         )
-    if not has_match:
+    is_layer = "" in layers
+    if is_layer or not has_match:
         index = "" if indices in (None, []) else f" with an index in `layers_to_transform`={indices}"
-        raise ValueError(
-            f"No KAN layer was found in the model{index}. {doubt}Call `register_kan_layer` to add a layer that is not "
-            "recognized. Functions shared by all outputs (KAT, GR-KAN) take plain LoRA on their linear layers."
+        hint = (
+            f"{doubt}Call `register_kan_layer` to add a layer that is not recognized. Functions shared by all outputs "
+            "(KAT, GR-KAN) take plain LoRA on their linear layers."
         )
+        if is_layer:
+            hint = "It is itself a KAN layer, and PEFT adapts layers inside a model. Wrap it: `nn.Sequential(layer)`."
+        raise ValueError(f"No KAN layer was found in the model{index}. {hint}")
     if doubt:
         warnings.warn(doubt, stacklevel=2)
     return targets

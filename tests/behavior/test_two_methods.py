@@ -123,19 +123,15 @@ def test_one_call_loads_what_one_call_saved(method, is_trainable, tmp_path):
     assert_equal(loaded.eval()(X), model(X))
 
 
-def test_loaded_adapters_are_saved_again_and_merged(tmp_path):
+def test_loaded_adapters_are_saved_again(tmp_path):
     model = both()
     model.save_pretrained(tmp_path / "first")
 
     loaded = load_adapters(net(), tmp_path / "first")
     loaded.save_pretrained(tmp_path / "second")
     again = load_adapters(net(), tmp_path / "second")
-    y = again(X)
-    merged = again.merge_and_unload()
 
-    assert_equal(y, model(X))
-    assert_close(merged(X), y)
-    assert type(merged.head) is nn.Linear
+    assert_equal(again(X), model(X))
 
 
 class Tail(nn.Module):

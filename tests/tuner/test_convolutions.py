@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
-from helpers import assert_equal, images, lotra_layers
-from peft import PeftModel, get_peft_model
+from helpers import adapt, assert_equal, images, lotra_layers
+from peft import get_peft_model
 from stand_ins import ConvNet, FastKANConvNDLayer
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -31,9 +32,7 @@ def net(kind: str = "fastkanconv", groups: int = 1, ndim: int = 2) -> ConvNet:
     return ConvNet(kind, groups=groups, ndim=ndim).eval()
 
 
-def adapted(model: nn.Module, random: bool = True, **config) -> PeftModel:
-    """With an adapter that changes the function, unless `random` is false."""
-    return get_peft_model(model, LoTRAConfig(**{"r": (3, 2, 2, 4), "init_weights": not random, **config})).eval()
+adapted = partial(adapt, r=(3, 2, 2, 4))
 
 
 def first(model: nn.Module) -> LoTRALayer:
