@@ -207,15 +207,15 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Targets) -> No
     if config.init_weights == "hosvd":
         check_unmerged(model)  # the factors are those of the base
     for name, (layer, _, tensor) in targets.items():
-        shapes = config.component_shapes(name, tensor)
-        # a kernel mode is absent from the dense layers of a network of convolutions
-        has_kernel = len(shapes["core"]) == 4
-        trained = set(config.train or shapes)
-        if trained.isdisjoint(shapes) and (has_kernel or trained != {"factor_kernel"}):
-            raise ValueError(
-                f"`train={config.train}` leaves nothing to train in `{name}`, whose ranks {shapes['core']} have only "
-                f"{list(shapes)}. Train the core too, or leave the layer out."
-            )
+        if config.train is not None:
+            shapes = config.component_shapes(name, tensor)
+            # a kernel mode is absent from the dense layers of a network of convolutions
+            is_of_kernels = config.train == ["factor_kernel"] and len(shapes["core"]) < 4
+            if shapes.keys().isdisjoint(config.train) and not is_of_kernels:
+                raise ValueError(
+                    f"`train={config.train}` leaves nothing to train in `{name}`, whose ranks {shapes['core']} have "
+                    f"only {list(shapes)}. Train the core too, or leave the layer out."
+                )
         if isinstance(config.init_weights, str):
             coefficients = tensor.read(layer).detach()
             check_start(config.init_weights, coefficients)
@@ -277,10 +277,12 @@ def warn_of_choices(config: LoTRAConfig, targets: Targets) -> None:
         for parameter, reason in reasons.items():
             if reason in (NOT_LINEAR, UNUSED):
                 doubts.append(f"`{name}.{parameter}`: {reason}")
+        if not has_choice:
+            continue
         shapes = config.component_shapes(name, tensor)
         size = sum(map(prod, shapes.values()))
         dense = prod(config.adapted_shape(tensor))
-        if has_choice and size > dense:
+        if size > dense:
             large.append(f"{name} (ranks {shapes['core']}: {size} instead of {dense})")
     patterns = []
     for key in (*config.rank_pattern, *config.alpha_pattern):
