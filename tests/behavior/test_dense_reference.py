@@ -127,14 +127,14 @@ def dtypes(model):
 
 
 @pytest.mark.parametrize("kind", ["own", "efficient-kan", "pykan", "fast-kan", "inkan"])
-@half
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
-def test_a_base_in_half_precision_is_adapted_saved_and_merged(kind, dtype, autocast_adapter_dtype, tmp_path):
+def test_a_base_of_another_precision_is_adapted_saved_and_merged(kind, dtype, autocast_adapter_dtype, tmp_path):
     model, x = base(kind, dtype), inputs(dtype=dtype)
     before, config = model(x), LoTRAConfig(r=2, init_weights=False)
     fresh = copy.deepcopy(model)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype).eval()
-    assert dtypes(adapted) == {torch.float32 if autocast_adapter_dtype else dtype}
+    assert dtypes(adapted) == {torch.promote_types(dtype, torch.float32) if autocast_adapter_dtype else dtype}
     assert all(p.dtype == dtype for name, p in adapted.named_parameters() if "lotra_" not in name)
     y = adapted(x)
     assert y.dtype == before.dtype
@@ -150,7 +150,7 @@ def test_a_base_in_half_precision_is_adapted_saved_and_merged(kind, dtype, autoc
 
     merged = adapted.merge_and_unload(safe_merge=True)
     assert all(p.dtype == dtype for p in merged.parameters())
-    assert_equal(merged(x), y)
+    assert_near(merged(x), y, 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -161,17 +161,6 @@ def test_training_computes_what_evaluation_does(dtype, autocast_adapter_dtype):
     x = inputs(50, dtype)
 
     assert_equal(adapted.train()(x), adapted.eval()(x))
-
-
-@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
-def test_float64_bases_have_float64_adapters(autocast_adapter_dtype, tmp_path):
-    model, config = base("own", torch.float64), LoTRAConfig(r=2, init_weights=False)
-    fresh, options = copy.deepcopy(model), {"autocast_adapter_dtype": autocast_adapter_dtype}
-    adapted = get_peft_model(model, config, **options)
-    adapted.add_adapter("other", config, **options)
-    adapted.save_pretrained(tmp_path)
-
-    assert dtypes(adapted) == dtypes(PeftModel.from_pretrained(fresh, tmp_path, **options)) == {torch.float64}
 
 
 @pytest.mark.parametrize("kind", LAYER_KINDS)

@@ -80,23 +80,21 @@ CARD_OF_A_PERSON = "---\nlicense: mit\nlibrary_name: peft\n---\n# Mine\n\n### Fr
 
 
 def test_the_snippet_loads_adapters_of_other_methods_too(tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    network = nn.Sequential(KAN([2, 3]), nn.Linear(3, 1))
-    torch.save(network.state_dict(), tmp_path / "base.pt")
-    model = get_peft_model(network, LoTRAConfig(r=2, init_weights=False))
+    base_code = (
+        "import torch\nfrom peft_lotra.kan import KAN\ntorch.manual_seed(0)\n"
+        "base = torch.nn.Sequential(KAN([2, 3]), torch.nn.Linear(3, 1))"
+    )
+    namespace = {}
+    exec(base_code, namespace)
+    model = get_peft_model(namespace["base"], LoTRAConfig(r=2, init_weights=False))
     lora = LoraConfig(r=1, target_modules=["1"], init_lora_weights=False)
     inject_adapter_in_model(lora, model.get_base_model(), adapter_name="head")
     x = torch.rand(5, 2)
 
     model.save_pretrained(tmp_path)
     plain_code = code_in(tmp_path)
-    base_code = (
-        "import torch\nfrom peft_lotra.kan import KAN\n"
-        "base = torch.nn.Sequential(KAN([2, 3]), torch.nn.Linear(3, 1))\nbase.load_state_dict(torch.load('base.pt'))"
-    )
     write_model_card(model, tmp_path, base_code=base_code)
     monkeypatch.chdir(tmp_path)
-    namespace = {}
     exec(code_in(tmp_path), namespace)
 
     assert 'load_adapters(base, ".")' in plain_code

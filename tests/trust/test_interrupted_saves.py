@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -56,84 +58,51 @@ def make_family(members: int) -> ParametricAdapter:
     return family
 
 
-class Adapters:
-    """Adapters of other ranks: tensors of one and the configuration of another do not fit."""
-
-    FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
-
-    @staticmethod
-    def save(number: int, folder: Path) -> None:
-        save_adapter(make_adapter(number), folder)
-
-    @staticmethod
-    def load(folder: Path) -> int:
-        model = PeftModel.from_pretrained(net(), folder)
-        model(X)
-        return model.peft_config["default"].r
+def load_rank(folder: Path) -> int:
+    model = PeftModel.from_pretrained(net(), folder)
+    model(X)
+    return model.peft_config["default"].r
 
 
-class NamedAdapters(Adapters):
-    """The same in a subfolder, as PEFT saves adapters that are not called default."""
-
-    FILES = ["README.md", "other"]
-
-    @staticmethod
-    def save(number: int, folder: Path) -> None:
-        save_adapter(make_named_adapter(number), folder, selected_adapters=["other"])
-
-    @staticmethod
-    def load(folder: Path) -> int:
-        return Adapters.load(Path(folder, "other"))
+def count_members(folder: Path) -> int:
+    return len(ParametricAdapter.from_pretrained(KAN([1, 3, 1]), folder, check_base="ignore").parameters)
 
 
-class Families:
-    """Families of other numbers of members."""
-
-    FILES = ["README.md", "parametric_adapter.safetensors"]
-
-    @staticmethod
-    def save(number: int, folder: Path) -> None:
-        make_family(number).save_pretrained(folder)
-
-    @staticmethod
-    def load(folder: Path) -> int:
-        return len(ParametricAdapter.from_pretrained(KAN([1, 3, 1]), folder, check_base="ignore").parameters)
+def load_first_rank(folder: Path) -> int:
+    return int(LoTRAConfig.from_pretrained(str(folder)).r[0])
 
 
-class Banks:
-    """Banks of other numbers of adapters."""
+class Kind(NamedTuple):
+    """Saves that differ by a number, the rank or a count, which tells old files from new ones."""
 
-    FILES = ["adapter_bank.safetensors"]
-
-    @staticmethod
-    def save(number: int, folder: Path) -> None:
-        make_bank(number).save(folder)
-
-    @staticmethod
-    def load(folder: Path) -> int:
-        return len(AdapterBank.load(net(), folder))
+    files: list[str]
+    save: Callable[[int, Path], Any]
+    load: Callable[[Path], int]
 
 
-class Exports:
-    """Adapters of other ranks that a bank exports."""
-
-    FILES = ["adapter_config.json", "adapter_model.safetensors"]
-
-    @staticmethod
-    def save(number: int, folder: Path) -> None:
-        make_bank(1, number).export("customer 0", folder)
-
-    @staticmethod
-    def load(folder: Path) -> int:
-        return int(LoTRAConfig.from_pretrained(str(folder)).r[0])
-
-
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 KINDS = {
-    "adapter": Adapters,
-    "named adapter": NamedAdapters,
-    "family": Families,
-    "bank": Banks,
-    "export of a bank": Exports,
+    # tensors of one rank and the configuration of another do not fit
+    "adapter": Kind(FILES, lambda number, folder: save_adapter(make_adapter(number), folder), load_rank),
+    # in a subfolder, as PEFT saves adapters that are not called default
+    "named adapter": Kind(
+        ["README.md", "other"],
+        lambda number, folder: save_adapter(make_named_adapter(number), folder, selected_adapters=["other"]),
+        lambda folder: load_rank(Path(folder, "other")),
+    ),
+    "family": Kind(
+        ["README.md", "parametric_adapter.safetensors"],
+        lambda number, folder: make_family(number).save_pretrained(folder),
+        count_members,
+    ),
+    "bank": Kind(
+        ["adapter_bank.safetensors"],
+        lambda number, folder: make_bank(number).save(folder),
+        lambda folder: len(AdapterBank.load(net(), folder)),
+    ),
+    "export of a bank": Kind(
+        FILES[1:], lambda number, folder: make_bank(1, number).export("customer 0", folder), load_first_rank
+    ),
 }
 
 SCRIPT = """
@@ -189,7 +158,7 @@ def fill_disk(kind, folder):
     before = read_all()
     errors = [fail_to_save(kind, place) for place in (folder, f"new {folder}")]
     errors = [error for error in errors if error is not None]
-    is_same = before == read_all() and kind.FILES == sorted(os.listdir(folder))
+    is_same = before == read_all() and kind.files == sorted(os.listdir(folder))
     return {"errors": errors, "is_same": is_same, "is_new": os.path.exists(f"new {folder}")}
 
 def save_at_once(folder):
@@ -230,7 +199,7 @@ def test_a_killed_save_leaves_the_old_or_the_new_and_the_next_save_cleans_up(out
     for before, after in zip(killed["loaded"], killed["again"], strict=True):
         assert after in {before, 3}
     assert killed["last"] == 2
-    assert killed["files"] == KINDS[name].FILES
+    assert killed["files"] == KINDS[name].files
 
 
 @needs_fork
@@ -258,8 +227,8 @@ def test_a_save_that_begins_during_another_waits_for_it(tmp_path, monkeypatch):
     save_adapter(adapt(r=1), tmp_path)
     second.join()
 
-    assert Adapters.load(tmp_path) == 2
-    assert sorted(os.listdir(tmp_path)) == Adapters.FILES
+    assert load_rank(tmp_path) == 2
+    assert sorted(os.listdir(tmp_path)) == FILES
 
 
 @needs_fork
@@ -293,7 +262,7 @@ def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
     path.write_text("mine")
 
     with pytest.raises(ValueError, match="`folder` is .*, which is a file"):
-        Families.save(2, path)
+        KINDS["family"].save(2, path)
 
     assert path.read_text() == "mine"
     assert os.listdir(tmp_path) == ["file"]
@@ -317,12 +286,12 @@ def test_a_plain_save_after_an_interrupted_one_counts(tmp_path):
     """What an interrupted save left does not take the place of what PEFT saved later."""
     save_adapter(adapt(r=1), tmp_path)
     interrupt_save(adapt(r=2), tmp_path)
-    between = Adapters.load(tmp_path)
+    between = load_rank(tmp_path)
 
     adapt(r=3).save_pretrained(tmp_path)
 
     assert between == 2
-    assert Adapters.load(tmp_path) == 3
+    assert load_rank(tmp_path) == 3
 
 
 def test_leftovers_are_not_uploaded(hub, tmp_path):
