@@ -173,9 +173,9 @@ def find_misfits(
 
     Args:
         tensors: The tensors of an adapter, by name.
-        expected: Their shapes; None for one that may be absent, and of any shape and dtype.
+        expected: Their shapes; None for one of any shape and dtype.
     """
-    errors = [f"{name} is missing" for name, shape in expected.items() if shape is not None and name not in tensors]
+    errors = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
     for name, tensor in tensors.items():
         shape = expected.get(name)
         if name not in expected:

@@ -190,9 +190,9 @@ def _inject(
         # here a second method is what the user asks for
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
         inject_adapter_in_model(config, model.get_base_model(), adapter_name=name)
-    expected: dict[str, Any] = dict.fromkeys(model.state_dict())  # PEFT also saves embeddings
+    expected: dict[str, Any] = dict.fromkeys(model.state_dict().keys() & tensors.keys())  # PEFT also saves embeddings
     for key, value in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items():
-        expected[key] = value.shape
+        expected[key] = value.shape if value.is_floating_point() else None
     errors = find_misfits(tensors, expected)
     if errors:
         raise ValueError(f"The adapter {name!r} does not fit the base: {list_first(errors)}.")

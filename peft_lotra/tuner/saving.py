@@ -84,7 +84,7 @@ def check_tensors(
         expected[f"{PREFIX}{name}.{key}"] = tuple(value.shape) if value.is_floating_point() else None
 
     if config.allows_other_shapes:
-        expected = dict.fromkeys(expected)
+        expected = dict.fromkeys(expected)  # none may be missing
     errors = find_misfits(tensors, expected)
     location = f" at {config.source.path}" if config.source else ""
     raise_if_any(f"The file{location} does not hold an adapter of this model", errors)
