@@ -185,13 +185,12 @@ def is_batched(tensor: Tensor) -> bool:
     return _functorch.is_legacy_batchedtensor(tensor)
 
 
-def spline_offsets(position: Tensor, grid: UniformGrid, out: Tensor | None = None) -> Tensor:
+def spline_offsets(position: Tensor, grid: UniformGrid) -> Tensor:
     """Return the offsets (N, K, I) of positions (N, I) from the centers of the basis functions.
 
     The evaluation takes less time in this order.
     """
-    centers = grid.centers(position).unsqueeze(1)
-    return torch.sub(position.unsqueeze(1), centers, out=out)
+    return position.unsqueeze(1) - grid.centers(position).unsqueeze(1)
 
 
 def cardinal_spline(
@@ -359,8 +358,7 @@ def silu_derivatives(x: Tensor, highest: int) -> list[Tensor]:
     derivatives = [x * sigmoids[0]]
     for n in range(1, highest + 1):
         # the n-th derivative of x f(x) is n f^(n-1) + x f^(n)
-        lower = sigmoids[n - 1] * n if n > 1 else sigmoids[0]
-        derivatives.append(torch.addcmul(lower, x, sigmoids[n]))
+        derivatives.append(torch.add(x * sigmoids[n], sigmoids[n - 1], alpha=n))
     return derivatives
 
 

@@ -252,7 +252,6 @@ class RowProduct(NamedTuple):
         for x, residual, *factors in zip(points, residuals, *tensors_of_blocks, strict=True):
             if recomputes:
                 product = _GroupProduct.apply(grid, add_update, x, residual, *factors)
-                product = product.flatten(0, 1)
             else:
                 functions = _evaluate(x, grid, residual)
                 product = self._multiply(functions, *factors)
@@ -276,7 +275,7 @@ class RowProduct(NamedTuple):
         """Compute the product (R, O) of functions (R, K, I) with the result of `_tensors_of_groups`."""
         if self.updates.groups.size > 1:
             weights = _add_update(self.matrix, self._full_scale(), *tensors)
-            return _multiply_groups(functions, weights).flatten(0, 1)
+            return _multiply_groups(functions, weights)
         update = self.updates.form.unpack(tensors[0])
         product = self._multiply_updates(functions, update)
         if self.matrix is None:
@@ -391,7 +390,8 @@ def _by_group(functions: Tensor, count: int) -> Tensor:
 
 
 def _multiply_groups(functions: Tensor, weights: Tensor) -> Tensor:
-    return torch.bmm(_by_group(functions, len(weights)), weights)
+    """Compute the product (R, O) with weights (C, K I, O)."""
+    return torch.bmm(_by_group(functions, len(weights)), weights).flatten(0, 1)
 
 
 def _add_update(
@@ -423,7 +423,7 @@ def _add_update(
 
 
 class _GroupProduct(torch.autograd.Function):
-    """The product (C, G, O) of splines with the weights of groups, which are computed again in the backward pass.
+    """The product (R, O) of splines with the weights of groups, which are computed again in the backward pass.
 
     `add_update` computes the weights (C, K I, O) from the factors.
     """
@@ -440,18 +440,8 @@ class _GroupProduct(torch.autograd.Function):
         ctx.grid = grid
         ctx.add_update = add_update
         ctx.save_for_backward(x, residual, *factors)
-
-        # times p!, which is divided out of the smaller product
-        factorial = math.factorial(grid.spline_order)
-        count = grid.num_basis
-        has_residual = residual is not None
-        functions = x.new_empty(len(x), count + has_residual, x.shape[1])
-        offsets = spline_offsets(grid.positions(x), grid, out=functions[:, :count])
-        evaluate_splines(offsets, grid.spline_order, [0], overwrites=True)
-        if has_residual:
-            torch.mul(residual, factorial, out=functions[:, -1])
-        weights = add_update(*factors)
-        return _multiply_groups(functions, weights).div_(factorial)
+        functions = _evaluate(x, grid, residual)
+        return _multiply_groups(functions, add_update(*factors))
 
     @staticmethod
     def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride] (torch declares *grad_outputs)
@@ -481,6 +471,7 @@ class _GroupProduct(torch.autograd.Function):
 
         grad_x = grad_residual = None
         grad_factors: Sequence[Any] = [None] * len(factors)
+        gradient = gradient.unflatten(0, (len(weights), -1))
         if needs_x or needs_residual:
             grad_functions = torch.bmm(gradient, weights.detach().mT).view_as(functions)
             grad_residual = grad_functions[:, -1] if needs_residual else None
