@@ -67,9 +67,9 @@ def jet(
         u (..., O), du (D, ..., O), d2u (D, ..., O) and so on, the last (..., O) with `collapse`.
 
     Raises:
-        ValueError: `x`, `directions`, `collapse` or the outputs have a wrong shape, `order` is out of range, or batch
+        ValueError: `directions`, `collapse` or the outputs have a wrong shape, `order` is out of range, or batch
             normalization in training mode makes each row depend on the others.
-        TypeError: `model` is no module, or `x` no floating point tensor.
+        TypeError: `model` is no module, or `x` no floating point tensor with a dimension.
 
     Source: A. Griewank and A. Walther, "Evaluating Derivatives" (2008), chapter 13; collapsed Taylor mode, arXiv
     2505.13644.
@@ -83,10 +83,8 @@ def jet(
         >>> u, (u_x, u_t), _, u_xxx = jet(KAN([2, 5, 1]), torch.rand(100, 2), order=3, collapse=(1, 0))
     """
     check_module(model)
-    if not isinstance(x, Tensor) or not x.dim():
-        raise ValueError(f"`x` is {x!r:.100}, but must be a tensor with coordinates in its last dimension.")
-    if not x.is_floating_point():
-        raise TypeError(f"`x` is a tensor of {x.dtype}, but must be floating point.")
+    if not isinstance(x, Tensor) or not x.dim() or not x.is_floating_point():
+        raise TypeError(f"`x` is {x!r:.100}, but must be floating point, with coordinates in its last dimension.")
     if check_count(order, "order") > HIGHEST_ORDER:
         raise ValueError(f"`order` is {order}, but must be 1 to {HIGHEST_ORDER}: nest `torch.func.jvp` for more.")
     directions = _check_directions(x, directions)
@@ -146,9 +144,7 @@ def _compute(
 
     if x.dim() == 2:
         return derivatives
-    if not batch:
-        return [derivative.squeeze(-2) for derivative in derivatives]
-    return [derivative.unflatten(-2, batch) for derivative in derivatives]
+    return [derivative.reshape(*derivative.shape[:-2], *batch, derivative.shape[-1]) for derivative in derivatives]
 
 
 def _check_directions(x: Tensor, directions: Tensor | None) -> Tensor:
@@ -319,7 +315,7 @@ def hessian(
     x: Tensor,
     directions: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Compute all second derivatives, by polarization: 2 u_vw = D^2_{v+w} u - D^2_v u - D^2_w u.
+    """Compute all second derivatives, by polarization: u_vw = 2 D^2_{(v+w)/2} u - (D^2_v u + D^2_w u) / 2.
 
     Args:
         model, x, directions: As for `jet`. It costs a jet of D (D + 1) / 2 directions.
@@ -339,16 +335,13 @@ def hessian(
     """
     directions = _check_directions(x, directions)
     count = len(directions)
-    first, second = torch.tril_indices(count, count, -1, device=x.device)
-    sums = directions[first] + directions[second]
-    all_directions = torch.cat([directions, sums])
-    u, du, d2u = jet(model, x, all_directions)
+    first, second = torch.triu_indices(count, count, device=x.device)
+    middles = (directions[first] + directions[second]) / 2
+    u, du, d2u = jet(model, x, middles)
 
-    pure = d2u[:count]
-    mixed = (d2u[count:] - d2u[first] - d2u[second]) / 2
-    entries = torch.cat([pure, mixed])
-    numbers = torch.arange(len(entries), device=x.device)
-    index = numbers[:count].diag()
-    index[first, second] = numbers[count:]
-    index[second, first] = numbers[count:]
-    return u, du[:count], entries[index]
+    index = first.new_empty(count, count)
+    index[first, second] = index[second, first] = torch.arange(len(first), device=x.device)
+    on_axes = index.diagonal()
+    pure = d2u[on_axes]
+    entries = 2 * d2u - (pure[first] + pure[second]) / 2
+    return u, du[on_axes], entries[index]

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..kan.basis import UniformGrid, logistic_derivatives
 from ..kan.formula import Basis, FunctionBasis
 from ..kan.memory import JET_BLOCK, OFF_CPU, blocks, workspace
+from .chain_rule import multiply
 from .torch_fallback import elementwise_derivatives
 
 
@@ -195,20 +196,13 @@ def chebyshev_derivatives(degree: int, z: Tensor, highest: int) -> list[Tensor]:
     """Evaluate the Chebyshev polynomials T_0 ... T_degree of u = tanh(z)."""
     u = logistic_derivatives(torch.tanh(z), highest, of_tanh=True)
     zero = torch.zeros_like(z)
-    previous = u  # T_{-1} = T_1 = u
-    current = [torch.ones_like(z), *[zero] * highest]
-    polynomials = [current]
-    for _ in range(degree):
-        following = []
-        for order in range(highest + 1):
-            # the derivative of T_n = 2 u T_{n-1} - T_{n-2}
-            derivative = -previous[order]
-            for k in range(order + 1):
-                factor = 2 * math.comb(order, k)
-                derivative = torch.addcmul(derivative, u[k], current[order - k], value=factor)
-            following.append(derivative)
-        previous, current = current, following
-        polynomials.append(current)
+    polynomials = [[torch.ones_like(z), *[zero] * highest], u]
+    for _ in range(degree - 1):
+        products = multiply(polynomials[-1], u, highest, None)
+        # T_n = 2 u T_{n-1} - T_{n-2}
+        pairs = zip(products, polynomials[-2], strict=True)
+        polynomials.append([2 * product - lower for product, lower in pairs])
+    polynomials = polynomials[: degree + 1]
     derivatives = map(_functions_first, zip(*polynomials, strict=True))
     return _functions_last(derivatives)
 

@@ -38,41 +38,28 @@ def bell_polynomials(
     derivatives: Sequence[Tensor],
     order: int,
     weights: Tensor | None,
-) -> tuple[Polynomials, Polynomials]:
+) -> Polynomials:
     r"""Compute the polynomials B_nj in z', z'', ... of the n-th derivative of f(z) (Faà di Bruno):
 
         (f o z)^(n) = sum_j f^(j) B_nj,   B_n1 = z^(n),   B_nj = sum_i binom(n-1, i-1) z^(i) B_{n-i,j-1}.
 
-    Returns:
-        The polynomials, and the same times the weights. With weights, the polynomials of the highest order are sums
-        over the directions.
+    With weights, the polynomials of the highest order are weighted sums over the directions.
     """
     bells: Polynomials = {}
-    weighted = bells if weights is None else {}
     for n in range(1, order + 1):
-        # the weighted sum is linear in one factor of each product: weights on that factor are enough
-        is_sum = weights is not None and n == order
-        factors = weighted if is_sum else bells
         if n <= len(derivatives):
             bells[n, 1] = derivatives[n - 1]
         for j in range(2, n + 1):
             pairs = []
             for i, derivative in enumerate(derivatives[: n - j + 1], 1):
-                factor = factors.get((n - i, j - 1))
-                if factor is not None:
-                    factor = times(factor, math.comb(n - 1, i - 1))
+                if (n - i, j - 1) in bells:
+                    factor = times(bells[n - i, j - 1], math.comb(n - 1, i - 1))
                     pairs.append((derivative, factor))
-            if pairs and is_sum:
-                bells[n, j] = _sum_over_directions(pairs)
-            elif pairs:
+            if pairs:
                 bells[n, j] = sum_of_products(pairs)
-
-        # the factors of the highest order
-        if weights is not None and not is_sum:
-            for j in range(1, n + 1):
-                if (n, j) in bells:
-                    weighted[n, j] = _weigh(bells[n, j], weights)
-    return bells, weighted
+                if weights is not None and n == order:
+                    bells[n, j] = weigh(bells[n, j], weights).sum(0, keepdim=True)
+    return bells
 
 
 def compose(
@@ -82,7 +69,7 @@ def compose(
     weights: Tensor | None,
 ) -> Jet:
     """Compute the jet of f(z), from f, f', ... at z."""
-    bells, _ = bell_polynomials(derivatives, order, weights)
+    bells = bell_polynomials(derivatives, order, weights)
     jet = [functions[0]]
     for n in range(1, order + 1):
         pairs = []
@@ -105,18 +92,17 @@ def multiply(
     """
     product = [left[0] * right[0]]
     for n in range(1, order + 1):
-        first = left[0] * right[n]
-        total = torch.addcmul(first, left[n], right[0])
+        total = sum_of_products([(left[0], right[n]), (left[n], right[0])])
         pairs = []
         for k in range(1, n):
             factor = times(right[n - k], math.comb(n, k))
             pairs.append((left[k], factor))
-        if pairs and weights is not None and n == order:
-            # in these terms no factor is a sum over the directions yet
-            pairs = [(factor, _weigh(other, weights)) for factor, other in pairs]
-            total = total + sum_of_products(pairs).sum(0, keepdim=True)
-        elif pairs:
-            total = total + sum_of_products(pairs)
+        if pairs:
+            mixed = sum_of_products(pairs)
+            if weights is not None and n == order:
+                # in these terms no factor is a sum over the directions yet
+                mixed = weigh(mixed, weights).sum(0, keepdim=True)
+            total = total + mixed
         product.append(total)
     return product
 
@@ -130,15 +116,7 @@ def sum_of_products(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     return total
 
 
-def _sum_over_directions(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the sum of the products of pairs (D, ...) over the pairs and the directions, (1, ...)."""
-    pairs_of_directions: list[tuple[Tensor, Tensor]] = []
-    for left, right in pairs:
-        pairs_of_directions += zip(left.unbind(), right.unbind(), strict=True)
-    return sum_of_products(pairs_of_directions).unsqueeze(0)
-
-
-def _weigh(tensor: Tensor, weights: Tensor) -> Tensor:
+def weigh(tensor: Tensor, weights: Tensor) -> Tensor:
     """Multiply each direction of (D, ...) by its weight."""
     ones = [1] * (tensor.dim() - 1)
     return tensor * weights.view(-1, *ones)

@@ -17,7 +17,7 @@ from ..kan.basis import UniformGrid
 from ..kan.formula import Basis
 from ..kan.product import is_plain_backward, needs_plain_operations, plain_gradients
 from .bases import FunctionFeatures, tensors_of
-from .chain_rule import Jet, bell_polynomials, row_counts
+from .chain_rule import Jet, bell_polynomials, row_counts, weigh
 from .splines import SplineFeatures
 
 
@@ -171,9 +171,10 @@ class JetRows:
         derivatives = jet[1:]
         if scale is not None:
             derivatives = [derivative * scale for derivative in derivatives]
-        self.bells, self.weighted = bell_polynomials(derivatives, order, weights)
+        self.bells = bell_polynomials(derivatives, order, weights)
         self.counts = counts
         self.order = order
+        self.weights = weights
 
     def rows(self, features: FunctionFeatures, block: slice) -> list[Tensor]:
         """Return the rows for a block of points, each of the shape of the functions."""
@@ -225,33 +226,23 @@ class JetRows:
             for n, gradient in enumerate(sums_of_order, j):
                 if self.counts[n] == 0:
                     continue
-                if j > 0:
-                    self._add(jet_gradients, gradient, n, j, block)
-                elif n > 0:
-                    jet_gradients[n] += gradient
-                else:
-                    jet_gradients[n] += gradient[0]
-
-    def _add(
-        self,
-        jet_gradients: Jet,
-        gradient: Tensor,
-        n: int,
-        j: int,
-        block: slice,
-    ) -> None:
-        """Add the gradients of f^(j) B_nj in z, and of f^(j+1) B_n,j+1 in the derivatives."""
-        if (n, j) in self.bells:
-            bell = self.bells[n, j][..., block]
-            for left, right in zip(gradient.unbind(), bell.unbind(), strict=True):
-                jet_gradients[0].addcmul_(left, right)
-        factors = self.weighted if n == self.order else self.bells
-        highest = min(n - j, len(jet_gradients) - 1)
-        for i in range(1, highest + 1):
-            factor = factors.get((n - i, j))
-            if factor is not None:
-                factor = factor[..., block]
-                jet_gradients[i].addcmul_(gradient, factor, value=comb(n, i))
+                if j == 0:
+                    jet_gradients[n] += gradient.view_as(jet_gradients[n])
+                    continue
+                # the gradient of f^(j) B_nj in z
+                if (n, j) in self.bells:
+                    bell = self.bells[n, j][..., block]
+                    for left, right in zip(gradient.unbind(), bell.unbind(), strict=True):
+                        jet_gradients[0].addcmul_(left, right)
+                # the gradients of f^(j+1) B_n,j+1 in the derivatives
+                highest = min(n - j, len(jet_gradients) - 1)
+                for i in range(1, highest + 1):
+                    if (n - i, j) not in self.bells:
+                        continue
+                    factor = self.bells[n - i, j][..., block]
+                    if n == self.order and self.weights is not None:
+                        factor = weigh(factor, self.weights)
+                    jet_gradients[i].addcmul_(gradient, factor, value=comb(n, i))
 
 
 def _sum_over_functions(row_gradients: Tensor, functions: Tensor) -> Tensor:
