@@ -55,7 +55,8 @@ def read_file(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tens
         raise ValueError(f"{folder} has no {FILE}. Write one by `solution.save(folder)`.")
     with naming_damage(path), safe_open(path, "pt") as file:
         settings = json.loads(file.metadata()["solution"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        # clones, since matrix products choose their instructions by the address, which the file would decide
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no dict)
     return settings, tensors
 
 
