@@ -1,14 +1,13 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks of arguments: numbers, functions and paths."""
+"""Checks of arguments: numbers and functions."""
 
 from __future__ import annotations
 
 import inspect
 import math
 import operator
-import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -73,9 +72,3 @@ def list_first(words: Iterable[str]) -> str:
 def natural_order(name: str) -> str:
     """Return a key that sorts `layers.2` before `layers.10`."""
     return re.sub(r"\d+", lambda number: number[0].zfill(9), name)
-
-
-def check_path(path: Any, argument: str) -> None:
-    """Raise a `TypeError` unless a value is a path or the name of a repository on the Hub."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"`{argument}` is {path!r:.100}, but must be a path: a string or a `pathlib.Path`.")

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO
 
-from .checks import check_path
-
 
 try:
     import fcntl
@@ -38,14 +36,10 @@ def replacing_files(folder: str | os.PathLike, *copied: str) -> Iterator[str]:
         copied: Names of files of `folder` to copy into the yielded folder, if they exist.
 
     Raises:
-        ValueError: `folder` is a file.
+        NotADirectoryError: `folder` is a file.
     """
-    check_path(folder, "folder")
     folder = os.fspath(folder)
-    if os.path.isfile(folder):
-        raise ValueError(f"`folder` is {folder}, which is a file. Pass a folder; it need not exist.")
     is_new = not os.path.isdir(folder)
-
     try:
         with _locked(folder):
             stage = os.path.join(folder, STAGE)
@@ -63,19 +57,16 @@ def replacing_files(folder: str | os.PathLike, *copied: str) -> Iterator[str]:
                         shutil.copyfile(source, os.path.join(draft, name))
                 yield draft
                 _flush_files(draft)
-            except BaseException:
+                # if the moves are interrupted, loading finds the configuration in the stage
+                os.rename(draft, stage)
+                _move_files(stage, folder)
+                shutil.rmtree(stage, ignore_errors=True)
+            finally:
                 shutil.rmtree(draft, ignore_errors=True)
-                raise
-
-            # if the moves are interrupted, loading finds the configuration in the stage
-            os.rename(draft, stage)
-            _move_files(stage, folder)
-            shutil.rmtree(stage, ignore_errors=True)
-    except BaseException:
+    finally:
         if is_new:
             with suppress(OSError):  # it has files, or does not exist
                 os.rmdir(folder)
-        raise
 
 
 def _flush_files(draft: str) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ..least_squares.levenberg_marquardt import LevenbergMarquardtStep
-from ..modules.checks import check_path
 from ..modules.folders import naming_damage
 from ..modules.report import Report, TextTable
 from .boxes import Inside, check_box, contains, spread_points
@@ -112,7 +111,7 @@ class Solution(Report):
             folder: It is made if there is none; its other files stay, and an error changes nothing.
 
         Raises:
-            ValueError: `folder` is a file.
+            OSError: `folder` is a file.
             TypeError: `folder` is no path.
 
         Example:
@@ -162,7 +161,6 @@ class Solution(Report):
             ValueError: The folder holds no solution, or a damaged one. An argument is missing, or it has other
                 tensors, or other values at points of the box, than when the solution was saved.
         """
-        check_path(folder, "folder")
         record, tensors = read_file(folder)
         with naming_damage(os.path.join(folder, FILE)):
             plain = {entry.name: record[entry.name] for entry in fields(cls)}

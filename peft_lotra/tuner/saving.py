@@ -233,8 +233,8 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> 
         kwargs: As for `PeftModel.save_pretrained`, e.g. `selected_adapters`.
 
     Raises:
-        ValueError: `model` is no PeftModel, `folder` is a file, or `PeftModel.save_pretrained` raises it. The folder
-            is unchanged.
+        ValueError: `model` is no PeftModel, or `PeftModel.save_pretrained` raises it. The folder is unchanged.
+        OSError: `folder` is a file.
 
     Example:
         >>> from tempfile import TemporaryDirectory
