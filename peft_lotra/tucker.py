@@ -254,13 +254,11 @@ def reconstruct(core: Tensor, *factors: Tensor | None) -> Tensor:
     return tensor.contiguous()
 
 
-def expand_inputs(core: Tensor, factor_in: Tensor | None, *factors: Tensor | None) -> Tensor:
-    """Return core x2 factor_in x3 factor_basis [x4 factor_kernel], (ro, in, basis [, kernel])."""
-    factor_basis = factors[0]
-    if len(factors) > 1:
-        return reconstruct(core, None, factor_in, *factors)
+def expand_inputs(core: Tensor, factor_in: Tensor | None, factor_basis: Tensor | None) -> Tensor:
+    """Return core x2 factor_in x3 factor_basis, (ro, in, basis).
 
-    # half the operations of `reconstruct`, which counts in small layers
+    It takes half the operations of `reconstruct`, which counts in small layers.
+    """
     if factor_in is not None:
         matrices = factor_in.expand(len(core), -1, -1)
         core = torch.bmm(matrices, core)
@@ -389,12 +387,7 @@ def _leading_vectors(tensor: Tensor, mode: int, rank: int) -> Tensor:
 @torch.enable_grad()
 def fit(start: Tucker, loss: Callable[[Tensor], Tensor], steps: int) -> Tucker:
     """Minimize a function of the dense tensor by L-BFGS; return factors with orthonormal columns."""
-
-    def make_leaf(component: Tensor) -> Tensor:
-        copy = component.detach().clone(memory_format=torch.contiguous_format)
-        return copy.requires_grad_()
-
-    minimum = start.map(make_leaf)
+    minimum = start.map(lambda component: component.detach().contiguous().clone().requires_grad_())
     optimizer = torch.optim.LBFGS(
         list(minimum._asdict().values()),
         max_iter=steps,

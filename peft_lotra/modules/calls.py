@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -52,8 +52,7 @@ def places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Restore the mode of each module, training or evaluation, at the end."""
-    modules = [module for module in model.modules() if hasattr(module, "training")]  # not frozen ones
-    modes = {module: module.training for module in modules}
+    modes = {module: module.training for module in model.modules() if hasattr(module, "training")}  # not frozen ones
     try:
         yield
     finally:
@@ -64,10 +63,9 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def read_at_rest(model: nn.Module) -> Iterator[None]:
     """Put parametrizations into evaluation mode: in training, reading `spectral_norm` changes its buffers."""
-    with ExitStack() as stack:
+    with modes_kept(model):
         for module in model.modules():
             if isinstance(module, ParametrizationList):
-                stack.enter_context(modes_kept(module))
                 module.eval()
         yield
 

@@ -60,16 +60,13 @@ class Report(ABC):
         columns, rows, notes = self._table()
         titles = [column.removeprefix(">") for column in columns]
         cells = [titles, *rows] if rows and any(titles) else rows
-        cells = [[printable(cell) for cell in row] for row in cells]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = []
-        for row in cells:
-            padded = []
-            for cell, width, column in zip(row, widths, columns, strict=True):
-                align = str.rjust if column.startswith(">") else str.ljust
-                padded.append(align(cell, width))
-            line = "  ".join(padded)
-            lines.append(line.rstrip())
+        padded = []
+        for title, *column in zip(columns, *cells, strict=True):
+            texts = list(map(printable, column))
+            width = max(map(len, texts), default=0)
+            align = str.rjust if title.startswith(">") else str.ljust
+            padded.append([align(text, width) for text in texts])
+        lines = ["  ".join(row).rstrip() for row in zip(*padded, strict=True)]
         lines += map(printable, notes)
         return "\n".join(lines)
 
@@ -84,8 +81,8 @@ def _as_plain(value: Any) -> Any:
         value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):  # JSON has neither NaN nor infinity
         return None
-    if is_dataclass(value) and not isinstance(value, type):
-        return {entry.name: _as_plain(getattr(value, entry.name)) for entry in fields(value)}
+    if is_dataclass(value):
+        value = {entry.name: getattr(value, entry.name) for entry in fields(value)}
     as_dict = getattr(value, "_asdict", None)
     if as_dict is not None:  # a NamedTuple
         value = as_dict()
