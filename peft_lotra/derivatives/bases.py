@@ -54,7 +54,7 @@ class FunctionFeatures:
         shape: (K, I).
         scale: The unit of the inputs in which functions are differentiated, its inverse (I, 1). None for 1.
         block_size: How many points are evaluated at a time.
-        functions: The functions of the present block of `blocks`, (K, I, R), by order of the derivative.
+        functions: The result of `evaluate` for the present block of `blocks`.
     """
 
     scale: Tensor | None = None
@@ -62,41 +62,33 @@ class FunctionFeatures:
     def __init__(self, basis: Any, z: Tensor) -> None:
         self.basis = basis
         self.shape = (num_functions(basis), len(z))
-        self.functions: dict[int, Tensor] = {}
+        self.functions: Sequence[Tensor] = ()
         size = JET_BLOCK if z.device.type == "cpu" else OFF_CPU
         values_per_point = max(1, math.prod(self.shape))
         self.block_size = max(128, size // values_per_point)
 
-    def evaluate(self, z: Tensor, orders: Sequence[int]) -> list[Tensor]:
-        """Return the derivatives of these orders at z (I, R), each (K, I, R)."""
+    def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
+        """Return the values and the derivatives up to an order at z (I, R), each (K, I, R)."""
         with torch.no_grad():
-            functions = evaluate_functions(self.basis, z, max(orders))
-        return [functions[order].contiguous() for order in orders]
+            functions = evaluate_functions(self.basis, z, highest)
+        return list(map(Tensor.contiguous, functions))
 
     def blocks(
         self,
         z: Tensor,
-        orders: Sequence[int],
+        highest: int,
         evaluated: Sequence[Tensor] = (),
     ) -> Iterator[slice]:
-        """Yield blocks of the points z (I, N), of about the same size, whose functions are then in `functions`.
+        """Yield blocks of the points z (I, N), whose functions are then in `functions`.
 
         Args:
             z: The points.
-            orders: The orders of the derivatives.
+            highest: The highest order of the derivatives.
             evaluated: The result of `evaluate` for all points, if it is known.
         """
-        count = z.shape[1]
-        num_blocks = math.ceil(count / self.block_size)
-        size = math.ceil(count / max(1, num_blocks))
-        for block in blocks(0, count, max(1, size)):
-            values = evaluated or self.evaluate(z[:, block], orders)
-            self.load(orders, values)
+        for block in blocks(z.shape[1], self.block_size):
+            self.functions = evaluated or self.evaluate(z[:, block], highest)
             yield block
-
-    def load(self, orders: Sequence[int], values: Sequence[Tensor]) -> None:
-        """Make the results of `evaluate` the present block."""
-        self.functions = dict(zip(orders, values, strict=False))
 
     def memory(self, name: str, count: int) -> Tensor:
         """Return memory for `count` tensors of the shape of the functions."""

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
+
+from ..kan.product import sum_of_products
 
 
 # A value (..., I) and its derivatives of the orders 1, 2, ... up to some n, (D, ..., I) along D directions. The list
@@ -105,15 +106,6 @@ def multiply(
             total = total + mixed
         product.append(total)
     return product
-
-
-def sum_of_products(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the sum of the products of one or more pairs."""
-    (left, right), *pairs = pairs
-    total = left * right
-    for left, right in pairs:
-        total = torch.addcmul(total, left, right)
-    return total
 
 
 def weigh(tensor: Tensor, weights: Tensor) -> Tensor:

@@ -53,19 +53,17 @@ class LayerJet(torch.autograd.Function):
         counts = row_counts(jet, order, weights)
         jet_rows = JetRows(features.scale, jet, order, weights, counts)
         # the gradient in z needs one more derivative of the functions
-        needs_jet = any(ctx.needs_input_grad[5:])
-        ctx.orders = range(order + 1 + needs_jet)
+        ctx.highest = order + any(ctx.needs_input_grad[5:])
         evaluated = []
         if any(ctx.needs_input_grad) and z.shape[1] <= features.block_size:
-            evaluated = features.evaluate(z, ctx.orders)
+            evaluated = features.evaluate(z, ctx.highest)
 
         value = z.new_empty(len(matrix), z.shape[1])  # no view, since views cannot be changed in place
         derivatives = [z.new_empty(count, *value.shape) for count in counts[1:]]
         outputs = [value]
         for derivative in derivatives:
             outputs += derivative.unbind()
-        orders = ctx.orders if evaluated else range(order + 1)
-        for block in features.blocks(z, orders, evaluated):
+        for block in features.blocks(z, order, evaluated):
             rows = jet_rows.rows(features, block)
             for number, row in features.matrices(rows):
                 torch.mm(matrix, row, out=outputs[number][:, block])
@@ -92,13 +90,8 @@ class LayerJet(torch.autograd.Function):
         # each row of a gradient that is not None
         counts = []
         gradients = []
-        for n, grad in enumerate(grads):
-            if grad is None:
-                rows = ()
-            elif n == 0:
-                rows = (grad,)
-            else:
-                rows = grad.unbind()
+        for grad in grads:
+            rows = () if grad is None else grad.view(-1, *grad.shape[-2:])
             counts.append(len(rows))
             gradients += rows
 
@@ -113,7 +106,7 @@ class LayerJet(torch.autograd.Function):
         jet_gradients = []
         if any(needs_jet):
             jet_gradients = [torch.zeros_like(derivative) for derivative in jet]
-        for block in features.blocks(z, ctx.orders, evaluated):
+        for block in features.blocks(z, ctx.highest, evaluated):
             of_block = [gradient[:, block] for gradient in gradients]
             if matrix_gradient is not None:
                 rows = jet_rows.rows(features, block)

@@ -247,7 +247,7 @@ def _rows_of_basis(
     counts = row_counts(jet, order, weights)
     factors = JetRows(features.scale, transposed, order, weights, counts)
     rows = z.new_empty(z.shape[1], sum(counts), *features.shape)
-    for block in features.blocks(z, range(order + 1)):
+    for block in features.blocks(z, order):
         rows_of_block = factors.rows(features, block)
         for number, matrix in features.matrices(rows_of_block):
             rows[block, number].flatten(1).copy_(matrix.T)

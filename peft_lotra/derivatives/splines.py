@@ -21,22 +21,20 @@ class SplineFeatures(FunctionFeatures):
     At a point only the p + 1 splines whose support contains it are evaluated, as polynomials in its distance from the
     start of its grid interval. Derivatives are in positions, whose unit is a grid interval. For a matrix product the
     splines are put at their indices among all functions.
-
-    Attributes:
-        functions: The p + 1 splines and silu, (p + 2, I, R), by order of the derivative.
-        indices: The indices of the splines in the memory of all functions.
     """
 
     scale: Tensor
-    indices: Tensor
 
     def __init__(self, grid: UniformGrid, z: Tensor) -> None:
         super().__init__(grid, z)
         self.scale = grid.per_unit.unsqueeze(-1)
         self.margin = grid.spline_order + 1  # splines before and after the grid
 
-    def evaluate(self, z: Tensor, orders: Sequence[int]) -> list[Tensor]:
-        """Return the derivatives of these orders at z (I, R), each (p + 2, I, R), and the indices of the splines."""
+    def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
+        """Return the p + 1 splines and silu at z (I, R) and their derivatives, each (p + 2, I, R).
+
+        The last entry has the indices of the splines in the memory of all functions.
+        """
         degree = self.basis.spline_order
         position = (z - self.basis.low.unsqueeze(-1)).mul_(self.scale)
         position.clamp_(-self.margin, self.basis.num_basis)  # beyond, all splines are zero
@@ -48,10 +46,10 @@ class SplineFeatures(FunctionFeatures):
             torch.mul(powers[q], powers[1], out=powers[q + 1])
 
         pieces = spline_pieces(degree, z.dtype, z.device)
-        silu = silu_derivatives(z, max(orders))
+        silu = silu_derivatives(z, highest)
         matrix = powers.flatten(1)
-        values = z.new_empty(len(orders), degree + 2, *z.shape)
-        for order, value in zip(orders, values, strict=True):
+        values = z.new_empty(highest + 1, degree + 2, *z.shape)
+        for order, value in enumerate(values):
             splines = value[:-1].flatten(1)
             torch.mm(pieces[order], matrix, out=splines)
             if order == 0:
@@ -68,11 +66,6 @@ class SplineFeatures(FunctionFeatures):
         indices = first + steps.unsqueeze(-1)
         return [*values, indices.flatten()]
 
-    def load(self, orders: Sequence[int], values: Sequence[Tensor]) -> None:
-        """Make the results of `evaluate` the present block."""
-        super().load(orders, values)
-        self.indices = values[-1]
-
     def _dense(self) -> tuple[Tensor, Tensor]:
         """Return memory for all functions with margins of splines outside of the grid, and the view without them."""
         count = self.shape[0]
@@ -88,7 +81,7 @@ class SplineFeatures(FunctionFeatures):
         flat = dense.view(-1)
         for number, row in enumerate(rows):
             splines = row[:-1].reshape(-1)
-            flat.scatter_(0, self.indices, splines)
+            flat.scatter_(0, self.functions[-1], splines)
             functions[-1].copy_(row[-1])
             yield number, functions.flatten(0, 1)
 
@@ -106,5 +99,5 @@ class SplineFeatures(FunctionFeatures):
             # its memory is in the margin of the splines, which must be zero
             silu.zero_()
             splines = product[:-1].view(-1)
-            torch.index_select(flat, 0, self.indices, out=splines)
+            torch.index_select(flat, 0, self.functions[-1], out=splines)
         return products

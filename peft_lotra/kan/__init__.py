@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
 from .basis import bspline_basis
 from .configuration_kan import KANConfig
 from .input_map import TanhBound
@@ -19,8 +16,7 @@ from .refinement import RefinementReport, refine_grid
 from .slim_kan import SlimKAN, SlimKANLinear
 
 
-if TYPE_CHECKING:
-    from ..derivatives.api import curl, divergence, hessian, jet, laplacian
+from ..derivatives.api import curl, divergence, hessian, jet, laplacian  # isort: skip (it imports the files above)
 
 __all__ = [
     "KAN",
@@ -40,12 +36,6 @@ __all__ = [
     "laplacian",
     "refine_grid",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name in ("curl", "divergence", "hessian", "jet", "laplacian"):  # derivatives/ imports this package
-        return getattr(import_module("peft_lotra.derivatives.api"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # Files of adapters name the module of the base's class: the public one, whose inside may move.

@@ -52,7 +52,6 @@ def workspace(name: str, like: Tensor, *shape: int) -> Tensor:
     return memory[:count].view(shape)
 
 
-def blocks(start: int, stop: int, step: int) -> list[slice]:
-    """Return slices of `step` rows from `start` to `stop`."""
-    starts = range(start, stop, step)
-    return [slice(row, min(row + step, stop)) for row in starts]
+def blocks(count: int, size: int) -> list[slice]:
+    """Return slices of `size` rows for `count` rows."""
+    return [slice(row, min(row + size, count)) for row in range(0, count, size)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -113,16 +114,10 @@ class BatchNorm(nn.BatchNorm1d):
 
 def pairs(widths: Sequence[int]) -> list[tuple[int, int]]:
     """Return (in, out) of each layer; raise a `ValueError` unless `widths` are at least two positive integers."""
-    try:
-        sizes = [check_count(width, "widths") for width in widths]
-    except (TypeError, ValueError):
-        sizes = []
+    sizes = [check_count(width, "widths") for width in widths]
     if len(sizes) < 2:
-        raise ValueError(
-            f"`widths` is {widths}, but must be at least two positive integers: the sizes of the input, of each "
-            "hidden layer and of the output, such as [2, 16, 1]."
-        )
-    return list(zip(sizes[:-1], sizes[1:], strict=True))
+        raise ValueError(f"`widths` is {widths}, but must be the sizes of all layers, such as [2, 16, 1].")
+    return list(pairwise(sizes))
 
 
 def with_norms(

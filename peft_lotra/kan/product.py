@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,15 @@ def concatenate(tensors: Sequence[Tensor], dim: int) -> Tensor:
     if len(tensors) == 1:
         return tensors[0]
     return torch.cat(tuple(tensors), dim)
+
+
+def sum_of_products(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the sum of the products of one or more pairs."""
+    (left, right), *pairs = pairs
+    total = left * right
+    for left, right in pairs:
+        total = torch.addcmul(total, left, right)
+    return total
 
 
 def needs_plain_operations(x: Tensor, *tensors: Tensor | None) -> bool:
@@ -122,36 +131,21 @@ class _SplineProduct(torch.autograd.Function):
 
         weight = concatenate(weights, 0) if needs_x else None
         columns = gradient.split([len(weight) for weight in weights], 1)
-        columns_of_trained = [column for column, is_trained in zip(columns, needs_weights, strict=True) if is_trained]
-        of_trained = None
-        if columns_of_trained:
-            of_trained = torch.cat(columns_of_trained, 1)
-        gradients = _sparse_gradients if is_sparse(x, grid) else _dense_gradients
-        grad_x, grad_trained = gradients(x, grid, weight, gradient, of_trained)
+        of_trained = [column for column, is_trained in zip(columns, needs_weights, strict=True) if is_trained]
+        grad_outputs = torch.cat(of_trained, 1) if of_trained else None
+        grad_x = grad_trained = None
+        if not is_sparse(x, grid):
+            grad_x, grad_trained = _dense_gradients(x, grid, weight, gradient, grad_outputs)
+        else:
+            if weight is not None:
+                grad_x = sparse_point_gradient(x, grid, weight, gradient)
+            if grad_outputs is not None:
+                grad_trained = sparse_weight_gradient(x, grid, grad_outputs)
 
-        grad_weights: list[Any] = [None] * len(weights)
-        start = 0
-        for number, is_trained in enumerate(needs_weights):
-            if is_trained:
-                stop = start + len(weights[number])
-                grad_weights[number] = grad_trained[start:stop]
-                start = stop
-        return grad_x, *[None] * 4, *grad_weights
-
-
-def _sparse_gradients(
-    x: Tensor,
-    grid: UniformGrid,
-    weight: Tensor | None,
-    gradient: Tensor,
-    of_trained: Tensor | None,
-) -> tuple[Any, Any]:
-    grad_x = grad_trained = None
-    if weight is not None:
-        grad_x = sparse_point_gradient(x, grid, weight, gradient)
-    if of_trained is not None:
-        grad_trained = sparse_weight_gradient(x, grid, of_trained)
-    return grad_x, grad_trained
+        grad_weights = iter(())
+        if grad_trained is not None:
+            grad_weights = iter(grad_trained.split([column.shape[1] for column in of_trained]))
+        return grad_x, *[None] * 4, *[next(grad_weights) if is_trained else None for is_trained in needs_weights]
 
 
 def _dense_gradients(
@@ -202,7 +196,7 @@ def block_size(x: Tensor, grid: UniformGrid) -> int:
 
 
 def _row_blocks(x: Tensor, grid: UniformGrid) -> list[slice]:
-    return blocks(0, len(x), block_size(x, grid))
+    return blocks(len(x), block_size(x, grid))
 
 
 def is_plain_backward(*gradients: Tensor | None) -> bool:

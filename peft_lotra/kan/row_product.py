@@ -17,7 +17,7 @@ from torch import Tensor
 from ..modules.calls import is_tracing
 from ..tucker import Rank, Tucker, Update
 from .basis import UniformGrid, cardinal_spline, evaluate_splines, spline_offsets
-from .product import block_size, is_plain_backward, needs_plain_operations, plain_gradients
+from .product import block_size, is_plain_backward, needs_plain_operations, plain_gradients, sum_of_products
 
 
 # The sizes of groups, and the costs of a group and of a single row, in rows of a group.
@@ -367,12 +367,8 @@ def _multiply_scaled(scale: Tensor, functions: Tensor, update: list[Any]) -> Ten
 
 def _dot(first: Tensor, second: Tensor, dim: int) -> Tensor:
     """Sum the products over a dimension of few entries, for which `torch.bmm` and `sum` are slower."""
-    lefts = first.unbind(dim)
-    rights = second.unbind(dim)
-    total = lefts[0] * rights[0]
-    for left, right in zip(lefts[1:], rights[1:], strict=True):
-        total = torch.addcmul(total, left, right)
-    return total
+    pairs = zip(first.unbind(dim), second.unbind(dim), strict=True)
+    return sum_of_products(pairs)
 
 
 def _evaluate(x: Tensor, grid: UniformGrid, residual: Tensor | None) -> Tensor:

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,7 +33,7 @@ def sparse_product(x: Tensor, grid: UniformGrid, weight: Tensor) -> Tensor:
     table = _table(weight, grid)
     products = []
     for rows in _row_blocks(x, grid):
-        start, values, _ = _evaluate(x[rows], grid)
+        start, values = _evaluate(x[rows], grid)
         index = _table_index(start, grid).flatten(1)
         product = F.embedding_bag(
             index,
@@ -57,7 +55,7 @@ def sparse_point_gradient(
     table = _table(weight, grid)
     grad_x = torch.empty_like(x)
     for rows in _row_blocks(x, grid):
-        start, _, slopes = _evaluate(x[rows], grid, with_slopes=True)
+        start, slopes = _evaluate(x[rows], grid, derivative=1)
         # input after input: the coefficients of one stay in the cache for all rows, which halves the time
         index = _table_index(start, grid).transpose(0, 1)
         numbers = torch.arange(len(start), device="cpu")
@@ -83,7 +81,7 @@ def sparse_weight_gradient(x: Tensor, grid: UniformGrid, gradient: Tensor) -> Te
     order = grid.spline_order
     width = x.shape[1]
     intervals = grid.num_basis + order + 1
-    start, values, _ = _evaluate(x, grid)
+    start, values = _evaluate(x, grid)
 
     # Sort the points by their input and interval.
     first_keys = intervals * torch.arange(width, device="cpu")
@@ -115,18 +113,18 @@ def sparse_weight_gradient(x: Tensor, grid: UniformGrid, gradient: Tensor) -> Te
 def _row_blocks(x: Tensor, grid: UniformGrid) -> list[slice]:
     width = x.shape[1] * (grid.spline_order + 1)
     size = max(1, EVALUATED // width)
-    return blocks(0, len(x), size)
+    return blocks(len(x), size)
 
 
 def _evaluate(
     x: Tensor,
     grid: UniformGrid,
-    with_slopes: bool = False,
-) -> tuple[Tensor, Tensor, Any]:
-    """Evaluate the p + 1 basis functions whose support holds a point.
+    derivative: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Evaluate the p + 1 basis functions whose support holds a point, or their slopes by position.
 
     Returns:
-        The first of these functions (R, I), counted from p before the basis; their values and slopes (R, I, p + 1).
+        The first of these functions (R, I), counted from p before the basis; their values (R, I, p + 1).
     """
     order = grid.spline_order
     position = grid.positions(x).clamp_(-order, grid.num_basis)
@@ -136,11 +134,7 @@ def _evaluate(
     offsets = fraction.unsqueeze(-1) - centers
 
     first = start.nan_to_num_().long() + order
-    values = cardinal_spline(offsets, order)
-    slopes = None
-    if with_slopes:
-        slopes = cardinal_spline(offsets, order, derivative=1)
-    return first, values, slopes
+    return first, cardinal_spline(offsets, order, derivative)
 
 
 def _table(weight: Tensor, grid: UniformGrid) -> Tensor:

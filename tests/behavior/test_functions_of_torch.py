@@ -155,15 +155,6 @@ def test_a_compiled_model_has_the_same_outputs_and_gradients(kind, training):
     assert_close(*results)
 
 
-@pytest.mark.parametrize("kind", ["own", "cheby-kan"])  # efficient-kan's own code checks shapes
-def test_an_adapted_model_is_exported_and_a_merged_one_compiled(kind):
-    model = adapt(KINDS[kind]())
-    y = model(X)
-
-    assert_near(torch.export.export(model, (X,)).module()(X), y)
-    assert_near(compiled(model.merge_and_unload())(X), y)
-
-
 @pytest.mark.parametrize("name", ["rank_dropout", "module_dropout"])
 def test_dropout_is_drawn_at_each_step(name):
     run = compiled(adapt(**{name: 0.5}).train())

@@ -14,7 +14,6 @@ from peft_lotra.derivatives import bases
 from peft_lotra.derivatives.layers import evaluate_layer, jet_rows
 from peft_lotra.derivatives.stages import stages_of
 from peft_lotra.kan import KAN, KANLinear, jet
-from peft_lotra.tucker import Tucker, Update
 
 
 @pytest.mark.parametrize("grid_size", [3, 20])
@@ -96,11 +95,6 @@ def test_gradients_of_several_losses_at_once_and_results_that_are_changed_in_pla
 WEIGHTS = [None, torch.tensor([1.0, -2.0], dtype=torch.float64)]
 
 
-def random_update(scale: float) -> Update:
-    shapes = ((2, 3, 4), (5, 2), (3, 3), (9, 4))
-    return Update(scale, Tucker(*(torch.randn(shape, dtype=torch.float64) for shape in shapes)))
-
-
 def inputs(rows: int, weights: Tensor | None) -> tuple:
     second = torch.randn(2 if weights is None else 1, rows, 3, dtype=torch.float64)
     return [points(rows), torch.randn(2, rows, 3, dtype=torch.float64), second], 2, weights
@@ -118,18 +112,3 @@ def test_jet_rows_times_the_coefficients_are_the_jet(rows, degree, weights):
     derivatives = [derivative.reshape(-1, rows, 4) for derivative in evaluate_layer(stage.formula, *arguments)]
     products = torch.einsum("nski,oki->sno", basis, stage.formula.joined())
     torch.testing.assert_close(torch.cat(derivatives), products, rtol=1e-12, atol=1e-12)
-
-
-def test_updates_are_added_to_the_coefficients():
-    layer = KANLinear(3, 5, dtype=torch.float64)
-    (stage,) = stages_of(layer)
-    updates = random_update(0.7), random_update(-2.0)
-    arguments = inputs(40, WEIGHTS[1])
-
-    with torch.no_grad():
-        derivatives = evaluate_layer(stage.formula._replace(updates=updates), *arguments)
-        for dense in [update.dense() for update in updates]:
-            layer.spline_weight += dense[..., :-1]
-            layer.base_weight += dense[..., -1]
-
-    assert_same(derivatives, evaluate_layer(stage.formula, *arguments))

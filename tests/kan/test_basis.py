@@ -116,18 +116,6 @@ def test_transforms_have_the_derivatives_also_at_knots():
     torch.testing.assert_close(tangent, torch.autograd.functional.jvp(on_three_grids, x, torch.ones_like(x))[1])
 
 
-def test_a_compiled_graph_has_the_values_and_gradients():
-    x = random_rows().requires_grad_()
-    torch._dynamo.reset()
-
-    compiled = torch.compile(on_three_grids, fullgraph=True, backend="aot_eager")(x)
-
-    expected = on_three_grids(x)
-    torch.testing.assert_close(compiled, expected)
-    (gradient,) = torch.autograd.grad(compiled.square().sum(), x)
-    torch.testing.assert_close(gradient, torch.autograd.grad(expected.square().sum(), x)[0])
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_evaluated_in_float32(dtype):
     x = torch.randn(100).to(dtype)
