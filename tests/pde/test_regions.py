@@ -494,7 +494,7 @@ WRONG = {
     "`inside` is true at 0 of": lambda: solved(disk((0, 0), 0.5), inside=lambda x: x[:, 0] > 2),
     r"torch.bool of shape \(.*, 1\)": lambda: solved(disk((0, 0), 0.5), inside=lambda x: x[:, :1] > 0),
     "torch.float64 of shape": lambda: solved(disk((0, 0), 0.5), inside=lambda x: x[:, 0]),
-    "`inside` is 3": lambda: solved(disk((0, 0), 0.5), inside=3),
+    "`inside` is called with 1 positional arguments: 3": lambda: solved(disk((0, 0), 0.5), inside=3),
     "not on all of the boundary of `inside`": lambda: solved(disk((0, 0), 0.5), distance=BoxDistance(*SQUARE)),
     "boundary of `inside`. Take": lambda: solved(
         disk((0, 0), 0.9) - disk((0, 0), 0.3), distance=disk((0, 0), 0.9).distance

@@ -344,7 +344,7 @@ WRONG = {
     "expects a last dimension of 2": lambda: solved(network=KAN([2, 4, 1])),
     "must be a network": lambda: solved(network=KAN),
     "`distance` returns": lambda: solved(distance=lambda x: x[:, 0]),
-    "`residual` is None": lambda: solved(None),
+    "`residual` is called .* None is": lambda: solved(None),
     r"`residual` returns torch.float64 of shape \(\)": lambda: solved(lambda model, x: poisson(model, x).mean()),
     "`residual` returns tuple": lambda: solved(lambda model, x: jet(model, x)),
     "depend on other rows": lambda: solved(lambda model, x: poisson(model, x) - model(x).mean()),
