@@ -191,12 +191,19 @@ def through_stages(
     """Compute the jet of a chain at x (N, I). `evaluate` does for its layers what `evaluate_layer` does."""
     jet = [x] if directions is None else [x, directions.unsqueeze(1)]  # straight lines
     for stage in stages:
+        module = stage.module
         if stage.formula is not None:
             jet = evaluate(stage.formula, jet, order, weights)
-        elif isinstance(stage.module, NORMS):
-            jet = through_norm(stage.module, jet, order, weights)
+        elif isinstance(module, NORMS):
+            jet = through_norm(module, jet, order, weights)
         else:
-            jet = _through_functions(stage.module, jet, order, weights)
+            # each output is a function of one input
+            if isinstance(module, InputMap):
+                jet = [module.select(derivative) for derivative in jet]
+                functions = module.evaluate(jet[0], order)
+            else:
+                functions = activation_derivatives(module, jet[0], order)
+            jet = compose(functions, jet[1:], order, weights)
 
     # the derivatives of high orders that are zero
     counts = row_counts(jet, order, weights)
@@ -206,21 +213,6 @@ def through_stages(
         return jet
     *lower, highest = jet
     return [*lower, highest[0]]
-
-
-def _through_functions(
-    module: nn.Module,
-    jet: Jet,
-    order: int,
-    weights: Tensor | None,
-) -> Jet:
-    """Compute the jet of an activation or an `InputMap`. Each output is a function of one input."""
-    if isinstance(module, InputMap):
-        jet = [module.select(derivative) for derivative in jet]
-        functions = module.evaluate(jet[0], order)
-    else:
-        functions = activation_derivatives(module, jet[0], order)
-    return compose(functions, jet[1:], order, weights)
 
 
 def laplacian(model: nn.Module, x: Tensor) -> Tensor:

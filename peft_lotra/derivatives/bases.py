@@ -40,13 +40,6 @@ def evaluate_functions(basis: FunctionBasis, z: Tensor, highest: int) -> list[Te
     return [function.permute(2, 1, 0) for function in functions]
 
 
-def tensors_of(basis: Basis) -> tuple[Tensor, ...]:
-    """Return the tensors that the functions depend on, for `save_for_backward`, which notices changes."""
-    if isinstance(basis, UniformGrid):
-        return basis.low, basis.high
-    return basis.tensors
-
-
 class FunctionFeatures:
     """The K functions of a basis and their derivatives, for inputs z (I, N) in blocks of points.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..kan.basis import UniformGrid
 from ..kan.formula import Basis
 from ..kan.product import is_plain_backward, needs_plain_operations, plain_gradients
-from .bases import FunctionFeatures, tensors_of
+from .bases import FunctionFeatures
 from .chain_rule import Jet, bell_polynomials, row_counts, weigh
 from .splines import SplineFeatures
 
@@ -62,13 +62,14 @@ class LayerJet(torch.autograd.Function):
         derivatives = [z.new_empty(count, *value.shape) for count in counts[1:]]
         outputs = [value]
         for derivative in derivatives:
-            outputs += derivative.unbind()
+            outputs.extend(derivative)
         for block in features.blocks(z, order, evaluated):
             rows = jet_rows.rows(features, block)
             for number, row in features.matrices(rows):
                 torch.mm(matrix, row, out=outputs[number][:, block])
 
-        ctx.save_for_backward(matrix, weights, *jet, *evaluated, *tensors_of(basis))
+        # with the tensors of the basis, so that a change of them is noticed
+        ctx.save_for_backward(matrix, weights, *jet, *evaluated, *basis.tensors)
         ctx.set_materialize_grads(False)
         ctx.order = order
         ctx.plain = plain

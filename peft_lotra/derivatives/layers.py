@@ -22,7 +22,7 @@ from ..kan.formula import Basis, FunctionBasis, LayerFormula
 from ..kan.product import concatenate
 from ..modules.calls import is_tracing
 from ..tucker import Update
-from .bases import evaluate_functions, num_functions, tensors_of
+from .bases import evaluate_functions, num_functions
 from .chain_rule import Jet, compose, row_counts
 from .layer_jet import JetRows, LayerJet, make_features, use_layer_jet
 from .norms import through_norm
@@ -101,7 +101,7 @@ def _terms(
     if is_grid:
         # without silu
         splines = partial(_spline_functions, basis)
-        basis = FunctionBasis(basis.num_basis, splines, tensors_of(basis))
+        basis = FunctionBasis(basis.num_basis, splines, basis.tensors)
     functions = partial(_activation_functions, formula.activation)
     activation = FunctionBasis(1, functions, basis.tensors)
     return [(basis, normalized), (activation, jet)]
@@ -134,7 +134,7 @@ def _evaluate_term(
     """Evaluate a term for coefficients as a matrix (O, K I), and updates that are added in factored form."""
     plain = partial(_evaluate_plainly, basis, factored, order, weights)
     transposed = _transpose(jet)  # all operations run along the points
-    constants = [weights, *tensors_of(basis)]
+    constants = [weights, *basis.tensors]
     is_trained = any(tensor is not None and tensor.requires_grad for tensor in constants)
     if not is_trained and use_layer_jet(jet, order, weights, matrix):
         outputs = LayerJet.apply(basis, order, weights, plain, matrix, *transposed)
@@ -225,33 +225,25 @@ def jet_rows(
         value, *derivatives = _transpose(jet)
         rows = torch.cat([value.unsqueeze(0), *derivatives])
         return rows.permute(2, 0, 1).unsqueeze(2)
-    rows = []
+    terms = []
     for basis, inputs in _terms(formula, jet, order, weights):
-        rows.append(_rows_of_basis(basis, inputs, order, weights))
-    return concatenate(rows, 2)
+        transposed = _transpose(inputs)
+        if not use_layer_jet(inputs, order, weights):
+            rows = _jet_rows(basis, transposed, order, weights)
+            terms.append(rows.permute(3, 0, 1, 2))
+            continue
 
-
-def _rows_of_basis(
-    basis: Basis,
-    jet: Jet,
-    order: int,
-    weights: Tensor | None,
-) -> Tensor:
-    transposed = _transpose(jet)
-    if not use_layer_jet(jet, order, weights):
-        rows = _jet_rows(basis, transposed, order, weights)
-        return rows.permute(3, 0, 1, 2)
-
-    z = transposed[0]
-    features = make_features(basis, z)
-    counts = row_counts(jet, order, weights)
-    factors = JetRows(features.scale, transposed, order, weights, counts)
-    rows = z.new_empty(z.shape[1], sum(counts), *features.shape)
-    for block in features.blocks(z, order):
-        rows_of_block = factors.rows(features, block)
-        for number, matrix in features.matrices(rows_of_block):
-            rows[block, number].flatten(1).copy_(matrix.T)
-    return rows
+        z = transposed[0]
+        features = make_features(basis, z)
+        counts = row_counts(inputs, order, weights)
+        factors = JetRows(features.scale, transposed, order, weights, counts)
+        rows = z.new_empty(z.shape[1], sum(counts), *features.shape)
+        for block in features.blocks(z, order):
+            rows_of_block = factors.rows(features, block)
+            for number, matrix in features.matrices(rows_of_block):
+                rows[block, number].flatten(1).copy_(matrix.T)
+        terms.append(rows)
+    return concatenate(terms, 2)
 
 
 def _contract(rows: Tensor, update: Update) -> Tensor:

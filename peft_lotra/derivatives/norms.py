@@ -40,7 +40,20 @@ def through_norm(
     s = v^(-1/2), v = mean(m^2) + eps.
     """
     if isinstance(norm, nn.LayerNorm):
-        jet = _normalize(norm.eps, jet, order, weights)
+        zero = jet[0].new_zeros(1, 1, 1)
+        missing = [zero] * (order + 1 - len(jet))
+        m = [derivative - derivative.mean(-1, keepdim=True) for derivative in (*jet, *missing)]
+        squares = multiply(m, m, order, weights)
+        v, *derivatives = [square.mean(-1, keepdim=True) for square in squares]
+
+        # v^(-1/2) and its derivatives in v
+        v = v + norm.eps
+        powers = [torch.rsqrt(v)]
+        for n in range(order):
+            power = powers[-1] * (-0.5 - n) / v
+            powers.append(power)
+        s = compose(powers, derivatives, order, weights)
+        jet = multiply(m, s, order, weights)
     else:
         z, *derivatives = jet
         scale = torch.rsqrt(norm.running_var + norm.eps)
@@ -51,26 +64,3 @@ def through_norm(
     if norm.bias is not None:
         jet[0] = jet[0] + norm.bias
     return jet
-
-
-def _normalize(
-    eps: float,
-    jet: Jet,
-    order: int,
-    weights: Tensor | None,
-) -> Jet:
-    """Return the jet of layer normalization without scale and shift, for z (N, I) and its derivatives (D, N, I)."""
-    zero = jet[0].new_zeros(1, 1, 1)
-    missing = [zero] * (order + 1 - len(jet))
-    m = [derivative - derivative.mean(-1, keepdim=True) for derivative in (*jet, *missing)]
-    squares = multiply(m, m, order, weights)
-    v, *derivatives = [square.mean(-1, keepdim=True) for square in squares]
-
-    # v^(-1/2) and its derivatives in v
-    v = v + eps
-    powers = [torch.rsqrt(v)]
-    for n in range(order):
-        power = powers[-1] * (-0.5 - n) / v
-        powers.append(power)
-    s = compose(powers, derivatives, order, weights)
-    return multiply(m, s, order, weights)

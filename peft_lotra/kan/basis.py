@@ -54,6 +54,11 @@ class UniformGrid(NamedTuple):
         return self.grid_size + self.spline_order
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """The tensors that the functions depend on."""
+        return self.low, self.high
+
+    @property
     def per_unit(self) -> Tensor:
         """Grid intervals per unit of the inputs."""
         return self.grid_size / (self.high - self.low)
