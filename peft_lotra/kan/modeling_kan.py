@@ -124,12 +124,13 @@ class KANModel(PreTrainedModel):
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         kind = self.config.problem_type
-        if kind is None and self.config.num_labels == 1:
-            kind = "regression"
-        elif kind is None and labels.dtype == torch.bool:
-            kind = "multi_label_classification"
-        elif kind is None and not labels.is_floating_point():
-            kind = "single_label_classification"
+        if kind is None:
+            if self.config.num_labels == 1:
+                kind = "regression"
+            elif labels.dtype == torch.bool:
+                kind = "multi_label_classification"
+            elif not labels.is_floating_point():
+                kind = "single_label_classification"
         kinds = get_args(ProblemType)
         if kind not in kinds:
             raise ValueError(

@@ -109,7 +109,7 @@ class _SplineProduct(torch.autograd.Function):
         matrix = weight.mT.flatten(1)  # (O, K I)
         result = x.new_empty(len(x), len(matrix))
         position = grid.positions(x)
-        for rows in _row_blocks(x, grid):
+        for rows in blocks(len(x), block_size(x, grid)):
             offsets = spline_offsets(position[rows], grid)
             (functions,) = evaluate_splines(offsets, spline_order, [0], overwrites=True)
             torch.mm(functions.flatten(1), matrix.t(), out=result[rows])
@@ -167,7 +167,7 @@ def _dense_gradients(
     if of_trained is not None:
         grad_matrix = x.new_zeros(of_trained.shape[1], grid.num_basis * x.shape[1])
         derivatives.append(0)
-    for rows in _row_blocks(x, grid):
+    for rows in blocks(len(x), block_size(x, grid)):
         offsets = spline_offsets(position[rows], grid)
         functions = evaluate_splines(offsets, grid.spline_order, derivatives, overwrites=True)
         if grad_x is not None:
@@ -193,10 +193,6 @@ def block_size(x: Tensor, grid: UniformGrid) -> int:
     size = EVALUATED if x.device.type == "cpu" else OFF_CPU
     values_per_point = x.shape[1] * grid.num_basis
     return max(MULTIPLIED_ROWS, size // values_per_point)
-
-
-def _row_blocks(x: Tensor, grid: UniformGrid) -> list[slice]:
-    return blocks(len(x), block_size(x, grid))
 
 
 def is_plain_backward(*gradients: Tensor | None) -> bool:

@@ -175,12 +175,9 @@ def _extend_grid(layer: SplineLayer, z: Tensor, grid_size: int) -> tuple[Tensor,
     """Extend the grids by the intervals that cover the activations z; return their ends (I, 2) and their size."""
     low, high = layer.grid_bounds.unbind(-1)
     width = (high - low) / layer.grid_size
-    counts = []
-    for distance in (low - z.amin(0), z.amax(0) - high):
-        intervals = (distance / width).amax().ceil()
-        count = intervals.clamp(0, layer.spline_order)
-        counts.append(int(count))
-    below, above = counts
+    distances = torch.stack([low - z.amin(0), z.amax(0) - high])
+    counts = (distances / width).amax(1).ceil().clamp(0, layer.spline_order)
+    below, above = map(int, counts.tolist())
 
     ends = torch.stack([low - below * width, high + above * width], -1)
     refinement = grid_size // layer.grid_size
