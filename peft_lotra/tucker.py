@@ -274,13 +274,12 @@ def direct_sum(tensors: Sequence[Tucker]) -> Tucker:
     ranks = []
     for mode, size in enumerate(tensors[0].shape):
         mode_factors: list[Any] = [tensor.factors[mode] for tensor in tensors]
-        if any(factor is None for factor in mode_factors):
-            factors.append(None)
-            ranks.append(size)
-            continue
-        factor = torch.cat(mode_factors, dim=1)
-        factors.append(factor)
-        ranks.append(factor.shape[1])
+        total = None
+        if all(factor is not None for factor in mode_factors):
+            total = torch.cat(mode_factors, dim=1)
+            size = total.shape[1]
+        factors.append(total)
+        ranks.append(size)
 
     # `vmap` over the cores of the last tensor needs zeros like these
     core = tensors[-1].core.new_zeros(ranks)

@@ -88,10 +88,10 @@ class FunctionFeatures:
         like = self.functions[0]
         return workspace(name, like, count, *like.shape)
 
-    def matrices(self, rows: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Yield tensors (K, I, R) as matrices (K I, R), each with its number."""
-        for number, row in enumerate(rows):
-            yield number, row.flatten(0, 1)
+    def matrices(self, rows: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield tensors (K, I, R) as matrices (K I, R)."""
+        for row in rows:
+            yield row.flatten(0, 1)
 
     def pull_back(self, transposed: Tensor, gradients: Sequence[Tensor]) -> Tensor:
         """Return the products of (K I, O) and each gradient (O, R), (S, K, I, R)."""
@@ -172,14 +172,14 @@ def gaussian_derivatives(
 
 def bump_derivatives(centers: Tensor, z: Tensor, highest: int) -> list[Tensor]:
     """Evaluate 1 - tanh(z - c)^2, the slope of tanh, for centers c (K,)."""
-    y = torch.tanh(z - _before_dims(centers, z))
-    _, *derivatives = logistic_derivatives(y, highest + 1, of_tanh=True)
+    distances = z - _before_dims(centers, z)
+    _, *derivatives = logistic_derivatives(torch.tanh, distances, highest + 1)
     return _functions_last(derivatives)
 
 
 def chebyshev_derivatives(degree: int, z: Tensor, highest: int) -> list[Tensor]:
     """Evaluate the Chebyshev polynomials T_0 ... T_degree of u = tanh(z)."""
-    u = logistic_derivatives(torch.tanh(z), highest, of_tanh=True)
+    u = logistic_derivatives(torch.tanh, z, highest)
     zero = torch.zeros_like(z)
     polynomials = [[torch.ones_like(z), *[zero] * highest], u]
     for _ in range(degree - 1):

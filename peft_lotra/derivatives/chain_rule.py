@@ -73,10 +73,7 @@ def compose(
     bells = bell_polynomials(derivatives, order, weights)
     jet = [functions[0]]
     for n in range(1, order + 1):
-        pairs = []
-        for j in range(1, n + 1):
-            if (n, j) in bells:
-                pairs.append((functions[j], bells[n, j]))
+        pairs = [(functions[j], bells[n, j]) for j in range(1, n + 1) if (n, j) in bells]
         jet.append(sum_of_products(pairs))
     return jet
 

@@ -65,8 +65,8 @@ class LayerJet(torch.autograd.Function):
             outputs.extend(derivative)
         for block in features.blocks(z, order, evaluated):
             rows = jet_rows.rows(features, block)
-            for number, row in features.matrices(rows):
-                torch.mm(matrix, row, out=outputs[number][:, block])
+            for row, output in zip(features.matrices(rows), outputs, strict=True):
+                torch.mm(matrix, row, out=output[:, block])
 
         # with the tensors of the basis, so that a change of them is noticed
         ctx.save_for_backward(matrix, weights, *jet, *evaluated, *basis.tensors)
@@ -111,8 +111,8 @@ class LayerJet(torch.autograd.Function):
             of_block = [gradient[:, block] for gradient in gradients]
             if matrix_gradient is not None:
                 rows = jet_rows.rows(features, block)
-                for number, row in features.matrices(rows):
-                    matrix_gradient.addmm_(row, of_block[number].t())
+                for row, gradient in zip(features.matrices(rows), of_block, strict=True):
+                    matrix_gradient.addmm_(row, gradient.t())
             if jet_gradients:
                 row_gradients = features.pull_back(transposed, of_block)
                 sums = [gradient[..., block] for gradient in jet_gradients]

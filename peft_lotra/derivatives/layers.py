@@ -240,7 +240,7 @@ def jet_rows(
         rows = z.new_empty(z.shape[1], sum(counts), *features.shape)
         for block in features.blocks(z, order):
             rows_of_block = factors.rows(features, block)
-            for number, matrix in features.matrices(rows_of_block):
+            for number, matrix in enumerate(features.matrices(rows_of_block)):
                 rows[block, number].flatten(1).copy_(matrix.T)
         terms.append(rows)
     return concatenate(terms, 2)

@@ -74,16 +74,16 @@ class SplineFeatures(FunctionFeatures):
         dense = workspace("dense", like, total, *like.shape[1:])
         return dense, dense[self.margin : self.margin + count]
 
-    def matrices(self, rows: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Yield tensors (p + 2, I, R) as matrices ((K + 1) I, R), each with its number, to be used before the next."""
+    def matrices(self, rows: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield tensors (p + 2, I, R) as matrices ((K + 1) I, R), each to be used before the next."""
         dense, functions = self._dense()
         functions.zero_()
         flat = dense.view(-1)
-        for number, row in enumerate(rows):
+        for row in rows:
             splines = row[:-1].reshape(-1)
             flat.scatter_(0, self.functions[-1], splines)
             functions[-1].copy_(row[-1])
-            yield number, functions.flatten(0, 1)
+            yield functions.flatten(0, 1)
 
     def pull_back(self, transposed: Tensor, gradients: Sequence[Tensor]) -> Tensor:
         """Return the products of ((K + 1) I, O) and each gradient (O, R) at the indices, (S, p + 2, I, R)."""

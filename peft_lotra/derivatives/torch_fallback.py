@@ -172,11 +172,11 @@ def activation_derivatives(module: nn.Module, z: Tensor, highest: int) -> Sequen
     """Return the values of an activation and its derivatives up to an order, in closed form for the usual ones."""
     kind = type(module)
     if kind is nn.Tanh:
-        return logistic_derivatives(torch.tanh(z), highest, of_tanh=True)
+        return logistic_derivatives(torch.tanh, z, highest)
     if kind is nn.SiLU:
         return silu_derivatives(z, highest)
     if kind is nn.Sigmoid:
-        return logistic_derivatives(torch.sigmoid(z), highest)
+        return logistic_derivatives(torch.sigmoid, z, highest)
     return elementwise_derivatives(module, z, highest)
 
 

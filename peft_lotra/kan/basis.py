@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -359,7 +359,7 @@ def spline_pieces(order: int, dtype: torch.dtype, device: torch.device) -> Tenso
 
 def silu_derivatives(x: Tensor, highest: int) -> list[Tensor]:
     """Return silu and its derivatives up to the order `highest`."""
-    sigmoids = logistic_derivatives(torch.sigmoid(x), highest)
+    sigmoids = logistic_derivatives(torch.sigmoid, x, highest)
     derivatives = [x * sigmoids[0]]
     for n in range(1, highest + 1):
         # the n-th derivative of x f(x) is n f^(n-1) + x f^(n)
@@ -367,14 +367,13 @@ def silu_derivatives(x: Tensor, highest: int) -> list[Tensor]:
     return derivatives
 
 
-def logistic_derivatives(y: Tensor, highest: int, of_tanh: bool = False) -> list[Tensor]:
-    """Return the derivatives up to an order of the sigmoid, y' = y - y^2, or tanh, y' = 1 - y^2, from its values y."""
-    derivatives = [y]
+def logistic_derivatives(function: Callable[[Tensor], Tensor], x: Tensor, highest: int) -> list[Tensor]:
+    """Return the values of `torch.sigmoid`, y' = y - y^2, or `torch.tanh`, y' = 1 - y^2, and their derivatives."""
+    derivatives = [function(x)]
     for n in range(highest):
-        if of_tanh:
-            total = torch.full_like(y, float(n == 0))
-        else:
-            total = derivatives[n]
+        total = derivatives[n]
+        if function is torch.tanh:
+            total = torch.full_like(x, float(n == 0))
         # the sum of binom(n, k) y^(k) y^(n-k) is symmetric
         for k in range(n // 2 + 1):
             factor = math.comb(n, k)

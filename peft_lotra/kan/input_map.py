@@ -75,8 +75,7 @@ class TanhBound(InputMap):
         """See `InputMap`."""
         middle = (self.low + self.high) / 2
         half = (self.high - self.low) / 2
-        y = torch.tanh((z - middle) / half)
-        derivatives = logistic_derivatives(y, highest, of_tanh=True)
+        derivatives = logistic_derivatives(torch.tanh, (z - middle) / half, highest)
         value, *slopes = [derivative * half ** (1 - d) for d, derivative in enumerate(derivatives)]
         return [middle + value, *slopes]
 
