@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +34,7 @@ class InputMap(nn.Module):
 
     def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
         """Return the outputs (..., J) and their derivatives up to an order with respect to their inputs z (..., J)."""
-        ...
+        raise NotImplementedError
 
     def select(self, x: Tensor) -> Tensor:
         """Return the input (..., J) of each output for x (..., I). Raise as `KANLinear.forward`."""
@@ -59,6 +60,9 @@ class TanhBound(InputMap):
         in_features: The number of activations.
         low, high: The ends of the interval.
 
+    Raises:
+        ValueError: The interval is empty or not finite.
+
     Example:
         >>> import torch
         >>> from peft_lotra.kan import TanhBound
@@ -67,6 +71,8 @@ class TanhBound(InputMap):
     """
 
     def __init__(self, in_features: int, low: float = -1.0, high: float = 1.0) -> None:
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(f"`low` is {low} and `high` {high}, but they must be finite, and `low` below `high`.")
         super().__init__(in_features, range(in_features))
         self.low = float(low)
         self.high = float(high)

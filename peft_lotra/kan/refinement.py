@@ -109,6 +109,8 @@ def refine_grid(
             f"Adapters and `samples` need a `grid_size` that is a multiple of the old ones, {sizes}, and no "
             "`density`. Merge adapters first, by `merge_and_unload()`, or move grids by `update_grid`."
         )
+    if samples is not None and not (len(samples) and samples.isfinite().all()):
+        raise ValueError(f"`samples` {tuple(samples.shape)} must not be empty, and finite.")
 
     leading: Any = kan.layers[0]
     old_map = new_map = leading if isinstance(leading, KnotMap) else None

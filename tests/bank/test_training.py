@@ -492,7 +492,7 @@ def test_levenberg_marquardt_refuses_no_damping_and_a_bank_that_is_not_attached(
 
     with pytest.raises(ValueError, match="`damping` is 0.0"):
         BankLevenbergMarquardt(model, damping=0.0)
-    with pytest.raises(AttributeError, match="no attribute 'bank'"):
+    with pytest.raises(TypeError, match="attach"):
         BankLevenbergMarquardt(bank)
 
 

@@ -87,3 +87,9 @@ def test_a_bound_of_another_width_is_refused():
 def test_wrong_knots_are_refused(low, high, density):
     with pytest.raises(ValueError, match=r"`density` .* must be .* below its `high`, .* above zero"):
         KnotMap(low, high, density)
+
+
+@pytest.mark.parametrize("ends", [(1.0, 1.0), (0.0, torch.inf)])
+def test_wrong_ends_of_a_bound_are_refused(ends):
+    with pytest.raises(ValueError, match="`low` is"):
+        TanhBound(3, *ends)

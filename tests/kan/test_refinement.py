@@ -191,7 +191,8 @@ X = inputs()
 REFUSED = {
     "`layers.0` changes by .* on a grid of 3 intervals": lambda model: refine_grid(model, 3),
     "`grid_size` is 0": lambda model: refine_grid(model, 0),
-    "NaN": lambda model: refine_grid(model, 12, X.index_fill(0, torch.tensor(3), math.nan)),
+    "finite": lambda model: refine_grid(model, 12, X.index_fill(0, torch.tensor(3), math.nan)),
+    "`samples` .0, 2. must not be empty": lambda model: refine_grid(model, 12, X[:0]),
     "shape .500, 1., but KANLinear": lambda model: refine_grid(model, 12, X[:, :1]),
     "`density` .3, 5. must be": lambda model: refine_grid(model, 12, density=torch.ones(3, 5)),
     "a multiple of the old ones, .6, 6, 6.": lambda model: refine_grid(model, 15, X),
