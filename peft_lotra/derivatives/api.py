@@ -112,7 +112,10 @@ def _compute(
 ) -> Jet:
     composed = composed_jet(model)
     if composed is not None:
-        return composed(x, directions, order, weights)
+        derivatives = composed(x, directions, order, weights)
+        if weights is not None:
+            derivatives[-1] = derivatives[-1].reshape(derivatives[0].shape)
+        return derivatives
 
     stages = stages_of(model)
     if stages is None or not any(stage.formula for stage in stages):

@@ -66,7 +66,7 @@ class Entry(NamedTuple):
             `type(module).forward` if derived classes may compute something else.
         inner: For wrappers: the module that computes the wrapper's outputs, or None.
         jet: `jet(module, x, directions, order, weights)` returns the jet of a module that is no chain of stages. With
-            weights (D,), the derivative of the highest order is (..., O).
+            weights (D,), the derivative of the highest order is (1, ..., O) or (..., O).
     """
 
     stages: Callable[[Any], list[Stage] | None] | None = None

@@ -130,7 +130,7 @@ def _jet(
     weights: Tensor | None,
 ) -> Jet:
     """Compute the jet of lift + distance * network, along each direction, or in the weighted sum."""
-    network = _closed_jet(model.kan, x, directions, order, weights)
+    network = jet_of_network(model.kan, x, directions, order, weights)
     value, *derivatives = network
 
     def jet_of(name: str) -> Jet:
@@ -147,8 +147,6 @@ def _jet(
         return jet_of_part
 
     product = multiply(network, jet_of("distance"), order, weights)
-    if weights is not None:
-        product[-1] = product[-1][0]
     return list(map(torch.add, jet_of("lift"), product))
 
 
@@ -161,17 +159,21 @@ def jet_of_function(
 ) -> Jet:
     """Compute the jet of a network, or of a function: in closed form if there is one."""
     if isinstance(function, nn.Module) and (composed_jet(function) or stages_of(function)):
-        return _closed_jet(function, x, directions, order, weights)
+        return jet_of_network(function, x, directions, order, weights)
     return jet_by_transforms(function, x, directions, order, weights)
 
 
-def _closed_jet(
+def jet_of_network(
     model: nn.Module,
     x: Tensor,
     directions: Tensor,
     order: int,
     weights: Tensor | None,
 ) -> Jet:
+    """Compute the value and the derivatives of a network up to an order, which may be 0."""
+    if order == 0:
+        values = model(x)
+        return [getattr(values, "logits", values)]
     collapse = False if weights is None else weights
     derivatives = jet(model, x, directions, order=order, collapse=collapse)
     return list(derivatives)
@@ -284,8 +286,6 @@ def _jet_of_box(
             slope = -slope
         factor = [share, slope, *map(torch.zeros_like, product[2:])]
         product = multiply(product, factor, order, weights)
-    if weights is not None:
-        product[-1] = product[-1][0]
     return product
 
 

@@ -61,17 +61,16 @@ def is_constant(function: Callable[..., Any]) -> bool:
 def compute_once(
     compute: Callable[..., Any],
     function: Any,
-    x: Tensor,
-    *options: Any,
+    *arguments: Any,
 ) -> Any:
-    """Return `compute(function, x, *options)`, a jet of a constant function, from the current cache if it has one."""
+    """Return `compute(function, *arguments)`, a jet of a constant function, from the current cache if it has one."""
     cache = None if is_tracing() or in_transform() else current_cache.get()
-    if cache is None or x.requires_grad:
-        return compute(function, x, *options)
-    key = (id(function), *map(_key, (x, *options)))
+    if cache is None or any(getattr(argument, "requires_grad", False) for argument in arguments):
+        return compute(function, *arguments)
+    key = (id(function), *map(_key, arguments))
     if key not in cache:
         with torch.no_grad():
-            cache[key] = compute(function, x, *options)
+            cache[key] = compute(function, *arguments)
     return cache[key]
 
 

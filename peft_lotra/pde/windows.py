@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..derivatives.api import jet
 from ..derivatives.chain_rule import Jet, compose, multiply
 from ..derivatives.stages import Entry, register
+from .constraints import jet_of_network
 from .point_cache import compute_once
 
 
@@ -100,35 +100,37 @@ class Windows(nn.Module):
         order: int,
         weights: Tensor | None,
     ) -> Jet:
-        """Return the value and the derivatives up to an order, in the format of `multiply`."""
+        """Return the value and the derivatives up to an order."""
+        arguments = (x, directions, order, weights)
         if self.active is not None:
-            return self._jet_in_window(x, self.active, directions, order, weights)
+            return self._jet_in_window(self.active, *arguments)
 
-        outputs = self._jet_in_window(x, 0, directions, order, weights)
+        outputs = self._jet_in_window(0, *arguments)
         times = x[..., self.time].unsqueeze(-1)
         for k in range(1, len(self.networks)):
             is_later = times >= self.ends[k].to(x)
-            values = self._jet_in_window(x, k, directions, order, weights)
+            values = self._jet_in_window(k, *arguments)
             pairs = zip(values, outputs, strict=True)
             outputs = [torch.where(is_later, *pair) for pair in pairs]
         return outputs
 
     def _jet_in_window(
         self,
-        x: Tensor,
         k: int,
+        x: Tensor,
         directions: Tensor,
         order: int,
         weights: Tensor | None,
     ) -> Jet:
         """Return the jet of n_k."""
-        jets = [_jet_of(self.networks[k], x, directions, order, weights)]
+        arguments = (x, directions, order, weights)
+        jets = [jet_of_network(self.networks[k], *arguments)]
         if k == 0:
             return jets[0]
         if self.active is None:
-            jets += self._start(x, k, directions, order, weights)
+            jets += self._start(k, *arguments)
         else:  # the window before is not trained
-            jets += compute_once(Windows._start, self, x, k, directions, order, weights)
+            jets += compute_once(Windows._start, self, k, *arguments)
 
         start, end = self.ends[k : k + 2].to(x)
         width = end - start
@@ -145,8 +147,8 @@ class Windows(nn.Module):
 
     def _start(
         self,
-        x: Tensor,
         k: int,
+        x: Tensor,
         directions: Tensor,
         order: int,
         weights: Tensor | None,
@@ -161,7 +163,7 @@ class Windows(nn.Module):
         across = directions.clone()
         across[:, self.time] = 0.0
         if self.smoothness == 1:
-            return [_jet_of(network, x, across, order, weights)]
+            return [jet_of_network(network, x, across, order, weights)]
 
         along = x.new_zeros(x.shape[-1])
         along[self.time] = end - start
@@ -171,23 +173,6 @@ class Windows(nn.Module):
             pairs = zip(values, slopes, strict=True)
             slopes = [rate * value + slope for value, slope in pairs]
         return [values, slopes]
-
-
-def _jet_of(
-    network: nn.Module,
-    x: Tensor,
-    directions: Tensor,
-    order: int,
-    weights: Tensor | None,
-) -> Jet:
-    """Return the value and the derivatives of a network up to an order, in the format of `multiply`."""
-    if order == 0:
-        values = network(x)
-        return [getattr(values, "logits", values)]
-    if weights is None:
-        return list(jet(network, x, directions, order=order))
-    *values, last = jet(network, x, directions, order=order, collapse=weights)
-    return [*values, last.unsqueeze(0)]
 
 
 def _jet_and_slope(
@@ -205,7 +190,7 @@ def _jet_and_slope(
     """
     lines = [directions + c * along for c in (0, 1, -1, 2, -2)]
     lines.append(along.unsqueeze(0))
-    derivatives = _jet_of(network, x, torch.cat(lines), order + 1, None)
+    derivatives = jet_of_network(network, x, torch.cat(lines), order + 1, None)
 
     count = len(directions)
     values = [derivatives[0]]
@@ -218,8 +203,7 @@ def _jet_and_slope(
 
     if weights is not None:
         for jet_of_all in (values, slopes):
-            total = torch.tensordot(weights, jet_of_all[-1], 1)
-            jet_of_all[-1] = total.unsqueeze(0)
+            jet_of_all[-1] = torch.tensordot(weights, jet_of_all[-1], 1)
     return values, slopes
 
 
@@ -241,17 +225,4 @@ def _polynomial(
     return compose(derivatives, [rates], order, weights)
 
 
-def _jet(
-    model: Windows,
-    x: Tensor,
-    directions: Tensor,
-    order: int,
-    weights: Tensor | None,
-) -> Jet:
-    values = model.jet(x, directions, order, weights)
-    if weights is not None:
-        values[-1] = values[-1][0]
-    return values
-
-
-register(Windows, Entry(jet=_jet))
+register(Windows, Entry(jet=Windows.jet))
