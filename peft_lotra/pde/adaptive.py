@@ -18,8 +18,7 @@ from ..modules.checks import check_count, check_number
 from .boxes import Inside, box_points, check_box, spread_points
 
 
-ALONG = 4  # points in each cell of a coordinate
-ACROSS = 32  # points in the other coordinates for each of these
+SAMPLES = 128  # points in each cell of a coordinate
 
 
 class ResidualSampler:
@@ -84,9 +83,9 @@ class ResidualSampler:
             Points (count, I), float64.
         """
         count = round(self.share * self.count)
-        points = self._spread(self.count - count, self.seed + 1, knots)
+        points = spread_points(self.low, self.high, self.count - count, self.inside, self.seed + 1, knots)
         if count:
-            candidates = self._spread(self.pool * count, self.seed + 2, knots)
+            candidates = spread_points(self.low, self.high, self.pool * count, self.inside, self.seed + 2, knots)
             residuals = check_residuals(residual(candidates), "`residual`", len(candidates))
             size = residuals.detach().norm(dim=1)
             is_finite = size.isfinite()
@@ -103,19 +102,6 @@ class ResidualSampler:
             points = torch.cat([points, drawn])
         self.seed += 2
         return points
-
-    def _spread(self, count: int, seed: int, knots: KnotMap | None) -> Tensor:
-        def move(shares: Tensor) -> Tensor:
-            if knots is None:
-                return shares
-            low = knots.low.double()
-            high = knots.high.double()
-            outputs = torch.lerp(low, high, shares[1::2])
-            inputs = knots.inverse(outputs)
-            shares[1::2] = (inputs - low) / (high - low)
-            return shares
-
-        return spread_points(self.low, self.high, count, self.inside, seed, move)
 
 
 @torch.no_grad()
@@ -189,21 +175,13 @@ def knot_density(
     """
     low_end, high_end = check_box(low, high)
     cells = check_count(cells, "cells")
-    across = box_points(low, high, ACROSS)
-    count = cells * ALONG
-    numbers = torch.arange(count, dtype=torch.float64, device="cpu")
-    along = (numbers + 0.5) / count
-    like = next(model.parameters(), low_end)
+    x = box_points(low, high, cells * SAMPLES)
+    _, _, bends = jet(model, x.to(next(model.parameters(), x)))
+    squares = bends.double().square().view(len(low_end), len(x), -1).sum(-1)
+    cell_of = (x - low_end) / (high_end - low_end) * cells
     densities = []
-    axes = torch.eye(len(low_end), dtype=torch.float64, device="cpu")
-    for i, axis in enumerate(axes):
-        points = across.repeat(count, 1)
-        coordinates = torch.lerp(low_end[i], high_end[i], along)
-        points[:, i] = coordinates.repeat_interleave(ACROSS)
-        directions = axis.unsqueeze(0).to(like)
-        *_, bends = jet(model, points.to(like), directions)
-        squares = bends.double().square().view(cells, ALONG * ACROSS, -1)
-        means = squares.sum(-1).mean(1)
+    for i, index in enumerate(cell_of.long().unbind(1)):
+        means = torch.bincount(index, squares[i], cells) / torch.bincount(index, minlength=cells)
         if not means.isfinite().all():
             raise ValueError(f"The second derivatives of the model along coordinate {i} are not finite.")
 
