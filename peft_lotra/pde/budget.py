@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 
 from ..least_squares.levenberg_marquardt import LevenbergMarquardtStep
 
@@ -63,40 +64,33 @@ class Budget:
         return not self.is_stopped and self._spent + self.last_step <= until + 1e-9
 
 
+@dataclass
 class PhaseEnd:
     """Decides after each step whether a phase ends: out of budget, at its target, or when it stalls.
 
     A phase stalls when the held-out loss has no new minimum for `PATIENCE` steps and a share of the budget.
 
-    Args:
+    Attributes:
         budget: The budget of all phases.
         until: The share of the budget at which the phase ends.
         target: The held-out loss at which it ends.
         solved: The held-out loss above which it has `UNSOLVED_PATIENCE`.
         width: The share of the budget for this training; it stalls after `STALLED` of it without a new minimum.
-
-    Attributes:
         least: The least held-out loss.
         is_over: Whether the budget allows no more steps.
     """
 
-    def __init__(
-        self,
-        budget: Budget,
-        until: float,
-        target: float,
-        solved: float,
-        width: float,
-    ) -> None:
-        self.budget = budget
-        self.until = until
-        self.target = target
-        self.solved = solved
-        self.wait = STALLED * width
-        self.least = math.inf
-        self.is_over = False
+    budget: Budget
+    until: float
+    target: float
+    solved: float
+    width: float
+    least: float = math.inf
+    is_over: bool = False
+
+    def __post_init__(self) -> None:
         self._steps_since = 0
-        self._spent_at_least = budget.spent()
+        self._spent_at_least = self.budget.spent()
 
     def is_reached(self, loss: float) -> bool:
         """Count a step with this held-out loss, and return whether it was the last one."""
@@ -109,7 +103,7 @@ class PhaseEnd:
         self.is_over = not self.budget.allows_step(self.until)
 
         patience = PATIENCE if self.least <= self.solved else UNSOLVED_PATIENCE
-        is_late = spent - self._spent_at_least >= self.wait
+        is_late = spent - self._spent_at_least >= STALLED * self.width
         is_stalled = is_late and self._steps_since >= patience
         return self.is_over or is_stalled or loss <= self.target
 

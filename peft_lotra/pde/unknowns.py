@@ -66,38 +66,40 @@ class Constant(nn.Module):
         self.start = start
         self.low = low
         self.high = high
-        self.has_low = math.isfinite(low)
-        self.has_high = math.isfinite(high)
         self.unit = abs(start) or 1.0
+        # the constant is offset + scale f(z)
+        ends = [end for end in (low, high) if math.isfinite(end)]
+        self.num_ends = len(ends)
+        self.offset = start
+        self.scale = self.unit
+        if self.num_ends == 1:
+            self.offset = ends[0]
+            self.scale = start - self.offset
+        elif self.num_ends == 2:
+            self.offset = (low + high) / 2
+            self.scale = (high - low) / 2
         zero = torch.zeros((), dtype=torch.float64, device="cpu")
         self.z = nn.Parameter(zero)
         self.assign(start)
 
     def assign(self, value: float) -> None:
         """Let the constant have a value between its ends."""
-        if self.has_low and self.has_high:
-            share = (2 * value - self.low - self.high) / (self.high - self.low)
-            z = math.asin(share)
-        elif self.has_low or self.has_high:
-            end = self.low if self.has_low else self.high
-            factor = (value - end) / (self.start - end)
-            z = math.sqrt((factor + 1) ** 2 - 1)
-        else:
-            z = (value - self.start) / self.unit
+        z = (value - self.offset) / self.scale
+        if self.num_ends == 1:
+            z = math.sqrt((z + 1) ** 2 - 1)
+        elif self.num_ends == 2:
+            z = math.asin(z)
         with torch.no_grad():
             self.z.fill_(z)
 
     def forward(self) -> Tensor:
         """Return the constant, of shape ()."""
-        if self.has_low and self.has_high:
-            middle = (self.low + self.high) / 2
-            half_width = (self.high - self.low) / 2
-            return middle + half_width * self.z.sin()
-        if not self.has_low and not self.has_high:
-            return self.start + self.unit * self.z
-        end = self.low if self.has_low else self.high
-        factor = (self.z.square() + 1).sqrt() - 1
-        return end + (self.start - end) * factor
+        share = self.z
+        if self.num_ends == 1:
+            share = (share.square() + 1).sqrt() - 1
+        elif self.num_ends == 2:
+            share = share.sin()
+        return self.offset + self.scale * share
 
     @property
     def size(self) -> float:
