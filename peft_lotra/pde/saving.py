@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -71,7 +72,32 @@ def build_model(
     Raises:
         ValueError: A replacement is missing, or its tensors or values differ from the saved ones.
     """
-    model = _build(node, "", "model", tensors, replacements).eval()
+
+    def build(node: Node, place: str, argument: str) -> Any:
+        """Build the module at a place of the model, or return what replaces it."""
+        if argument in replacements:
+            return _fill(replacements[argument], place, argument, tensors)
+        cls = None if node is None else _classes().get(node["class"])
+        if node is None or cls is None:
+            raise ValueError(
+                f"The file does not hold `{argument}`, which is no number and of no class that can be saved. Pass it "
+                f"again: `Solution.load(folder, {argument}=...)`."
+            )
+        module = cls.__new__(cls)  # its own `__init__` would need arguments
+        nn.Module.__init__(module)
+        vars(module).update(ast.literal_eval(node["attributes"]))
+        for name, requires_grad in node["parameters"].items():
+            tensor = tensors.get(place + name)
+            parameter = None if tensor is None else nn.Parameter(tensor, requires_grad)
+            module.register_parameter(name, parameter)
+        for name, is_persistent in node["buffers"].items():
+            module.register_buffer(name, tensors.get(place + name), is_persistent)
+        for name, child in node["children"].items():
+            role = ARGUMENTS[name] if cls is HardConstraint else argument
+            setattr(module, name, build(child, f"{place}{name}.", role))
+        return module
+
+    model = build(node, "", "model").eval()
     for name, values in _evaluate(model, points).items():
         saved = tensors[f"values.{name}"]
         tolerance = TOLERANCE * saved.abs().max()
@@ -114,26 +140,18 @@ def _describe(module: Any) -> Node:
     elif None in children.values():
         return None
     text = repr(attributes)
-    try:
-        is_plain = ast.literal_eval(text) == attributes
-    except (ValueError, SyntaxError):  # not only numbers, strings, tuples, lists and dicts
-        is_plain = False
-    if not is_plain:
-        return None
-
-    parameters = {}
-    for name, parameter in module._parameters.items():
-        parameters[name] = parameter is not None and parameter.requires_grad
-    buffers = {}
-    for name in module._buffers:
-        buffers[name] = name not in module._non_persistent_buffers_set
-    return {
-        "class": name_of_class,
-        "attributes": text,
-        "parameters": parameters,
-        "buffers": buffers,
-        "children": children,
-    }
+    with suppress(ValueError, SyntaxError):  # not only numbers, strings, tuples, lists and dicts
+        if ast.literal_eval(text) == attributes:
+            return {
+                "class": name_of_class,
+                "attributes": text,
+                "parameters": {
+                    name: getattr(parameter, "requires_grad", False) for name, parameter in module._parameters.items()
+                },
+                "buffers": {name: name not in module._non_persistent_buffers_set for name in module._buffers},
+                "children": children,
+            }
+    return None
 
 
 def _classes() -> dict[str, type[nn.Module]]:
@@ -152,38 +170,6 @@ def _name_of_class(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _build(
-    node: Node,
-    place: str,
-    argument: str,
-    tensors: dict[str, Tensor],
-    replacements: dict[str, Any],
-) -> Any:
-    """Build the module at a place of the model, or return what replaces it."""
-    if argument in replacements:
-        return _fill(replacements[argument], place, argument, tensors)
-    cls = None if node is None else _classes().get(node["class"])
-    if node is None or cls is None:
-        raise ValueError(
-            f"The file does not hold `{argument}`, which is no number and of no class that can be saved. Pass it "
-            f"again: `Solution.load(folder, {argument}=...)`."
-        )
-    module = cls.__new__(cls)  # its own `__init__` would need arguments
-    nn.Module.__init__(module)
-    vars(module).update(ast.literal_eval(node["attributes"]))
-    for name, requires_grad in node["parameters"].items():
-        tensor = tensors.get(place + name)
-        parameter = None if tensor is None else nn.Parameter(tensor, requires_grad)
-        module.register_parameter(name, parameter)
-    for name, is_persistent in node["buffers"].items():
-        module.register_buffer(name, tensors.get(place + name), is_persistent)
-    for name, child in node["children"].items():
-        role = ARGUMENTS[name] if cls is HardConstraint else argument
-        built = _build(child, f"{place}{name}.", role, tensors, replacements)
-        setattr(module, name, built)
-    return module
-
-
 def _fill(
     replacement: Any,
     place: str,
@@ -191,20 +177,15 @@ def _fill(
     tensors: dict[str, Tensor],
 ) -> Any:
     """Copy the tensors of a place into the module that replaces it. Nothing is changed if it has others."""
-    present = {}
-    if isinstance(replacement, nn.Module):
-        present = _named_tensors(replacement)
-    saved = {}
-    for name, tensor in tensors.items():
-        if name.startswith(place):
-            saved[name.removeprefix(place)] = tensor
+    present = _named_tensors(replacement) if isinstance(replacement, nn.Module) else {}
+    saved = {name.removeprefix(place): tensor for name, tensor in tensors.items() if name.startswith(place)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in present.items()}
+    saved_shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
     for name in sorted(present | saved):
-        shape = _shape_of(present.get(name))
-        expected = _shape_of(saved.get(name))
-        if shape != expected:
+        if shapes.get(name) != saved_shapes.get(name):
             raise ValueError(
-                f"`{argument}` has {name} of shape {shape}, but {expected} was saved. Build it as before, with the "
-                "same adapters and grids."
+                f"`{argument}` has {name} of shape {shapes.get(name)}, but {saved_shapes.get(name)} was saved. Build "
+                "it as before, with the same adapters and grids."
             )
     if present:
         replacement.double()
@@ -212,7 +193,3 @@ def _fill(
             for name, tensor in _named_tensors(replacement).items():
                 tensor.copy_(saved[name])
     return replacement
-
-
-def _shape_of(tensor: Tensor | None) -> tuple[int, ...] | None:
-    return None if tensor is None else tuple(tensor.shape)

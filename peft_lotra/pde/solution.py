@@ -164,11 +164,12 @@ class Solution(Report):
         record, tensors = read_file(folder)
         with naming_damage(os.path.join(folder, FILE)):
             plain = {entry.name: record[entry.name] for entry in fields(cls)}
-            values = _nan_for_none(plain)
+            values = _restore(dict, plain)
             low, high = check_box(values["low"], values["high"])
             values["history"] = [_restore(LevenbergMarquardtStep, step) for step in values["history"]]
             values["phases"] = [_restore(Phase, phase) for phase in values["phases"]]
             unknowns = values["unknowns"].items()
+            values["notes"] = list(values["notes"])
             values["unknowns"] = {name: _restore(Estimate, constant) for name, constant in unknowns}
         points = spread_points(low, high, POINTS)
         mask = None if inside is None else contains(inside, points).tolist()
@@ -213,14 +214,12 @@ class Solution(Report):
 
 
 def _restore(cls: Any, record: dict[str, Any]) -> Any:
-    """Return a record from its plain values."""
-    values = _nan_for_none(record)
-    for name, value in values.items():
-        if isinstance(value, list):
-            values[name] = tuple(value)
+    """Return a record from its values in JSON, which has neither NaN nor tuples."""
+    values = {}
+    for name, value in record.items():
+        if value is None:
+            value = math.nan
+        elif isinstance(value, list):
+            value = tuple(value)
+        values[name] = value
     return cls(**values)
-
-
-def _nan_for_none(record: dict[str, Any]) -> dict[str, Any]:
-    """Return plain values with NaN, which JSON does not have."""
-    return {name: math.nan if value is None else value for name, value in record.items()}
