@@ -48,7 +48,7 @@ def check_effects(training: Training) -> None:
             )
 
 
-def estimate_constants(training: Training, parameter: float) -> tuple[dict[str, Estimate], list[str]]:
+def estimate_constants(training: Training) -> tuple[dict[str, Estimate], list[str]]:
     """Estimate the constants with their standard errors, and say which have not converged.
 
     Trained together with the network, constants follow the noise: a network that bends to the data only has to break
@@ -65,7 +65,7 @@ def estimate_constants(training: Training, parameter: float) -> tuple[dict[str, 
             _move(module, moves)
         share = (number + 1) / ROUNDS
         until = FITTED + (SETTLED - FITTED) * share
-        training.fit_network("fixed constants", parameter, until)
+        training.fit_network("fixed constants", until)
         correction = _correct(training)
         if correction is None:
             values = module.values().items()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,9 +119,9 @@ class Starts:
         unsolved = FAILED * first_square
         inexact = INEXACT * first_square
         best = first
-        least = first.fit("start", math.nan, SHARE)
+        least = first.fit("start", SHARE)
         if self.budget.allows_step(1.0) and len(self.result.history) < FEWEST_STEPS:
-            first.finish(math.nan, refine=False)
+            first.finish(refine=False)
             return first
         number = 0
         while True:
@@ -132,7 +132,7 @@ class Starts:
                 model = self.new_model(kind, self.seed + 1000 * number)
                 start = self.new_training(model, kind)
                 until = min(1.0, self.budget.spent() + SHARE)
-                start_least = start.fit("start", math.nan, until)
+                start_least = start.fit("start", until)
                 if start_least < least:
                     best = start
                     least = start_least
@@ -145,13 +145,13 @@ class Starts:
             if not self.budget.allows_step(1.0):
                 return best
 
-            fitted = best.fit("coarse", math.nan, 1.0)
+            fitted = best.fit("coarse", 1.0)
             least = min(least, fitted)
             if best.is_stalled and inexact < least <= unsolved:
                 windows = self._try_windows(best.network, least)
                 if windows is not None:
                     return windows
-            fitted = best.fit_on_more_points("coarse", math.nan, 1.0, least, unsolved)
+            fitted = best.fit_on_more_points("coarse", 1.0, least, unsolved)
             least = min(least, fitted)
             if not best.is_stalled or least <= unsolved:
                 return best
@@ -163,7 +163,7 @@ class Starts:
         if time is None or self.terms or not self.budget.allows_step(1.0):
             return None
         windows = self.fit_windows(WINDOWS, kind, target=PROMISING * least)
-        if windows is None or not windows.norm(math.nan) ** 2 < least:
+        if windows is None or not windows.norm() ** 2 < least:
             return None
         return windows
 
@@ -207,12 +207,12 @@ class Starts:
                 training.share = spent, spent + (1 - spent) / (count - k)
                 if not math.isnan(path[0]):
                     training.continue_from(*path)
-                least = training.finish(path[1], refine=False)
+                least = training.finish(refine=False)
                 if k == 0 and least > target:
                     return None
         finally:  # an interrupted model, too, has all windows
             windows.activate(None)
-        return self.new_training(model)
+        return self.new_training(model, parameter=path[1])
 
     def find_time(self) -> tuple[int | None, int]:
         """Return the time coordinate, and whether 1 or 2 conditions hold at its start.
@@ -286,9 +286,7 @@ def scale_outputs(training: Training, network: Any) -> float:
 
 def rows_in_box(term: Any, low: Tensor, high: Tensor) -> Any:
     """Return a term with the rows whose points, its first tensor (n, I), are in the box."""
-    function, rows, *weight = term
-    if not isinstance(rows, Sequence):
-        rows = (rows,)
+    function, rows, weight = term
     points, *_ = rows
     if points.dim() != 2 or points.shape[1] != len(low):
         raise ValueError(
@@ -299,4 +297,4 @@ def rows_in_box(term: Any, low: Tensor, high: Tensor) -> Any:
     is_inside = (points >= low - slack) & (points <= high + slack)
     mask = is_inside.all(1)
     selected = tuple(row[mask] for row in rows)
-    return (function, selected, *weight)
+    return function, selected, weight

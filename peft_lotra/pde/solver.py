@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..least_squares.levenberg_marquardt import LevenbergMarquardtStep
+from ..least_squares.problem import check_terms
 from ..modules.checks import check_count, check_function, check_number
 from .boxes import Inside, box_points, check_box, edge_points, side_points
 from .budget import Budget
@@ -169,6 +170,7 @@ def solve(
         sides = [edge_points(inside, low, high)]
 
     terms = list(terms)
+    checked_terms = check_terms(terms) if terms else []
     is_new = network is None
     network = prepare_network(network, low_end, high_end, outputs, periodic, seed, frequencies)
     model = HardConstraint(network, distance, lift).double()
@@ -178,7 +180,7 @@ def solve(
     data = []
     if unknowns:
         constants = NetworkWithConstants(model, unknowns, bounds or {})
-        residual, terms, data = constants.bind(residual, positional, terms)
+        residual, checked_terms, data = constants.bind(residual, positional, terms, checked_terms)
     result = Solution(model, low_end, high_end, inside)
 
     def warn(message: str) -> None:
@@ -187,15 +189,15 @@ def solve(
 
     with Budget(seconds, steps, progress) as budget:
         features = BoxFeatures(low, high, periodic, frequencies=frequencies)
-        starts = Starts(result, residual, terms, distance, lift, outputs, seed, features, budget, callback)
+        starts = Starts(result, residual, checked_terms, distance, lift, outputs, seed, features, budget, callback)
         kind = KINDS[0] if is_new else ""
-        training = starts.new_training(model, kind, constants=constants, data=data)
-        result.first_residual = training.norm(start)
+        training = starts.new_training(model, kind, parameter=start, constants=constants, data=data)
+        result.first_residual = training.norm()
         starts.differentiates = training.differentiates
         if is_new:
             starts.scale = scale_outputs(training, network)
             if starts.scale != 1.0:
-                result.first_residual = training.norm(start)
+                result.first_residual = training.norm()
         first_losses = training.condition_losses()
         held_terms = training.held_terms()
         for doubt in find_doubts(training.trained, low_end, high_end, inside, held_terms):
@@ -208,22 +210,22 @@ def solve(
             training = starts.fit_windows(count, KINDS[0], path=(start, stop)) or training
         elif continuation is not None:
             training.continue_from(start, stop)
-            training.finish(stop, refine)
+            training.finish(refine)
         elif is_new and constants is None:
             training = starts.race(training)
         else:
-            training.finish(stop, refine)
+            training.finish(refine)
         result.model = training.model
         if constants is not None:
             training.share = 0.0, 1.0
-            estimates, doubts = estimate_constants(training, stop)
+            estimates, doubts = estimate_constants(training)
             for doubt in doubts:
                 warn(doubt)
             values = {name: estimate.value for name, estimate in estimates.items()}
             constants.assign(values)
-            training.fit_network("estimated constants", stop, 1.0)
+            training.fit_network("estimated constants", 1.0)
             result.unknowns = estimates  # callbacks have seen them without errors
-        result.residual = training.norm(stop)
+        result.residual = training.norm()
         if is_new and result.phases[-1].reason != "callback":  # another network may meet them before
             last_losses = training.condition_losses()
             for doubt in find_unmet(first_losses, last_losses, result.first_residual**2):
@@ -237,10 +239,10 @@ def solve(
                 untrained = starts.new_model(KINDS[0], seed)
                 if constants is not None:
                     constants = NetworkWithConstants(untrained, unknowns or {}, bounds or {})
-                first = starts.new_training(untrained, constants=constants)
-                first.norm(stop)
+                first = starts.new_training(untrained, parameter=stop, constants=constants)
+                first.norm()
                 scale_outputs(first, untrained.kan)
-                scale = first.norm(stop)
+                scale = first.norm()
 
     outcome = describe_outcome(result, scale)
     if outcome and steps is not None and result.phases[-1].reason == "budget":

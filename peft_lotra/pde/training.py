@@ -19,7 +19,7 @@ from ..kan.knots import KnotMap
 from ..kan.network import LayerStack
 from ..kan.refinement import refine_grid
 from ..least_squares.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
-from ..least_squares.problem import LeastSquares, check_residuals, check_terms
+from ..least_squares.problem import LeastSquares, check_residuals
 from .adaptive import ResidualSampler, gradient_weights, knot_density
 from .budget import Budget, PhaseEnd
 from .checks import layer_inputs
@@ -60,7 +60,7 @@ class Training:
     Attributes:
         result: The solution; its model is trained, and steps and phases are added to it.
         equation: The residual of the equation.
-        terms: The terms of the caller.
+        terms: The terms of the caller, as `check_terms` returns them.
         held: The held-out points, (n, I).
         sampler: Draws the points of each step.
         budget: The steps or seconds that all phases share.
@@ -106,9 +106,10 @@ class Training:
         before = len(self.phases)
 
         def stage(parameter: float) -> float:
+            self.parameter = parameter
             number = len(self.phases) - before + 1
             until = min(CONTINUED * number / STAGES, COARSE)
-            least = self.fit("continuation", parameter, until, SOLVED * first)
+            least = self.fit("continuation", until, SOLVED * first)
             stages = self.phases[before:]
             failures = sum(phase.held > FAILED * first for phase in stages)
             if self.is_over or len(stages) == 1 or failures > MOST_FAILURES:
@@ -125,7 +126,7 @@ class Training:
             steps=STAGES - 1,
         )
 
-    def finish(self, parameter: float, refine: bool) -> float:
+    def finish(self, refine: bool) -> float:
         """Train until the budget is used up, the last fifth of it on finer grids if the network has some.
 
         Returns:
@@ -134,7 +135,7 @@ class Training:
         kan = self.kan if refine else None
         fit = self.fit_with_data if self.data else self.fit_on
         until = 1.0 if kan is None else COARSE
-        least = fit("coarse", parameter, until)
+        least = fit("coarse", until)
         if kan is None or self.budget.spent() >= 1:
             return least
 
@@ -143,17 +144,16 @@ class Training:
         if self.regrid(2, samples=samples):
             name = "fine"
             self.sampler.count = round(FINE_POINTS * self.sampler.count)
-        return fit(name, parameter, 1.0)
+        return fit(name, 1.0)
 
-    def fit_on(self, name: str, parameter: float, until: float) -> float:
+    def fit_on(self, name: str, until: float) -> float:
         """As `fit`, on more points after a stall."""
-        least = self.fit(name, parameter, until)
-        return self.fit_on_more_points(name, parameter, until, least)
+        least = self.fit(name, until)
+        return self.fit_on_more_points(name, until, least)
 
     def fit_on_more_points(
         self,
         name: str,
-        parameter: float,
         until: float,
         least: float,
         solved: float = math.inf,
@@ -165,11 +165,11 @@ class Training:
         most = MOST_POINTS * self.first_count
         while self.is_stalled and least <= solved and self.sampler.count < most:
             self.sampler.count *= 2
-            fitted = self.fit(name, parameter, until)
+            fitted = self.fit(name, until)
             least = min(least, fitted)
         return least
 
-    def fit_with_data(self, name: str, parameter: float, until: float) -> float:
+    def fit_with_data(self, name: str, until: float) -> float:
         """As `fit_on`: the equation at the first constants, heavy data, then constants too, then light data.
 
         From a random network, constants would follow whatever it is, to an end of their interval perhaps. With heavy
@@ -178,23 +178,21 @@ class Training:
         outliers count less and less.
         """
         if all(function.scale is not None for function in self.data):  # not for the first time
-            return self.fit_on(name, parameter, until)
+            return self.fit_on(name, until)
 
         # the equation alone, and then with data, before constants are trained
-        self._set_weights(parameter)
+        self._set_weights()
         terms = self.terms
         self.terms = []
-        self.fit_network("fixed constants", parameter, FIXED * until)
+        self.fit_network("fixed constants", FIXED * until)
         self.terms = terms
-        self.fit_network("fixed constants", parameter, 2 * FIXED * until)
-        if self.budget.allows_step(self.end_of(ROBUST * until)):
-            self.fit_on("heavy data", parameter, ROBUST * until)
-        self.set_robustness(0.5)
-        if self.budget.allows_step(self.end_of(HEAVY * until)):
-            self.fit_on("heavy data", parameter, HEAVY * until)
-        self.set_robustness(1.0)
+        self.fit_network("fixed constants", 2 * FIXED * until)
+        for share, robustness in ((ROBUST, 0.5), (HEAVY, 1.0)):
+            if self.budget.allows_step(self.end_of(share * until)):
+                self.fit_on("heavy data", share * until)
+            self.set_robustness(robustness)
         self.scale_data(LIGHT)
-        return self.fit_on(name, parameter, until)
+        return self.fit_on(name, until)
 
     def scale_data(self, factor: float) -> None:
         """Multiply the weights of the data, and forget former residuals, which had others."""
@@ -207,20 +205,19 @@ class Training:
         self.optimizer.forget()
         self.optimizer.damping = min(1e-2, 100 * self.optimizer.damping)
 
-    def fit_network(self, name: str, parameter: float, until: float) -> None:
+    def fit_network(self, name: str, until: float) -> None:
         """As `fit`, with fixed constants."""
         if not self.budget.allows_step(self.end_of(until)):
             return
         module: Any = self.constants
         module.constants.requires_grad_(False)
         self.restart_optimizer()
-        self.fit(name, parameter, until)
+        self.fit(name, until)
         module.constants.requires_grad_(True)
         self.optimizer.forget()
 
-    def _set_weights(self, parameter: float) -> None:
+    def _set_weights(self) -> None:
         """Give each column of data the mean square of the equation's residual, times `FIRST_WEIGHT`."""
-        self.parameter = parameter
         problem, residuals = self.evaluate_held()
         of_equation, *_ = problem.losses(residuals)
         for term, residuals_of_term in zip(problem.terms, problem.split(residuals), strict=True):
@@ -245,13 +242,12 @@ class Training:
         """Whether the last phase has ended before its share of the budget, without a solution."""
         return self.phases[-1].reason in ("stalled", "refused")
 
-    def norm(self, parameter: float) -> float:
+    def norm(self) -> float:
         """Return the root mean square of the residual at the held-out points.
 
         Raises:
             ValueError: A term is not finite there, or malformed.
         """
-        self.parameter = parameter
         try:
             problem, residuals = self.evaluate_held()
         except RuntimeError:  # of `torch.autograd.grad`
@@ -269,11 +265,7 @@ class Training:
             return {}
         problem, residuals = self.evaluate_held()
         _, *losses = problem.losses(residuals)
-        conditions = {}
-        for number, (_, _, weight) in enumerate(check_terms(self.terms)):
-            if weight >= CONDITION:
-                conditions[number] = losses[number]
-        return conditions
+        return {number: losses[number] for number, term in enumerate(self.terms) if term[2] >= CONDITION}
 
     def evaluate_held(self) -> tuple[LeastSquares, Tensor]:
         """Return the least-squares problem of the held-out points and the terms, and its residuals."""
@@ -285,8 +277,8 @@ class Training:
         weights = torch.ones_like(points[:, :1])
         if self.robustness:
             weights = self.weights(points)
-        equation = (self.residual, (points, weights))
-        return check_terms([equation, *self.terms])
+        equation = (self.residual, (points, weights), 1.0)
+        return [equation, *self.terms]
 
     def residual(self, model: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         """Evaluate the equation: one function in all phases, so that Levenberg-Marquardt tries it once."""
@@ -302,10 +294,14 @@ class Training:
         errors) by 1/2, and is bounded by 1. With unknown constants, steep places count in full: a network with steps
         between the data would solve the equation of other constants.
         """
+        weights = torch.ones_like(x[:, :1])
         if self.constants is None:
-            weights = self._steepness_weights(x)
-        else:
-            weights = torch.ones_like(x[:, :1])
+            # slopes across half of the box, for u of unit size
+            with torch.no_grad():
+                mean_square = self.model(x).square().mean()
+            size = mean_square.sqrt().clamp(min=1e-12).item()
+            directions = (self.sampler.high - self.sampler.low).diag() / 2
+            weights = gradient_weights(self.model, x, SLOPE / size, directions)
         if not self.robustness:
             return weights
 
@@ -316,18 +312,9 @@ class Training:
         squares = (sizes / scale).square()
         return weights / (1 + squares) ** (self.robustness / 2)
 
-    def _steepness_weights(self, x: Tensor) -> Tensor:
-        """Compute `gradient_weights` for slopes across half of the box, and u of unit size."""
-        with torch.no_grad():
-            mean_square = self.model(x).square().mean()
-        size = mean_square.sqrt().clamp(min=1e-12).item()
-        directions = (self.sampler.high - self.sampler.low).diag() / 2
-        return gradient_weights(self.model, x, SLOPE / size, directions)
-
     def fit(
         self,
         name: str,
-        parameter: float,
         until: float,
         target: float = 0.0,
     ) -> float:
@@ -338,7 +325,6 @@ class Training:
         """
         if self.budget.is_stopped:
             return math.inf
-        self.parameter = parameter
         solved = FAILED * self.result.first_residual**2
         first, last = self.share
         width = last - first
@@ -385,7 +371,7 @@ class Training:
         self.is_over = end.is_over
         phase = Phase(
             name,
-            parameter,
+            self.parameter,
             steps=len(self.history) - steps_before,
             seconds=time.monotonic() - begin,
             loss=record.loss,
@@ -432,9 +418,7 @@ class Training:
     def move_knots(self, parameter: float) -> None:
         """Move the knots of the first layer to where the solution bends, once there is one."""
         features = self.features
-        if features is None or self.kan is None:
-            return
-        if not self.phases or self.budget.is_stopped:
+        if features is None or self.kan is None or not self.phases or self.budget.is_stopped:
             return
         density = torch.ones(features.out_features, 64, dtype=torch.float64)
         low = self.sampler.low.tolist()

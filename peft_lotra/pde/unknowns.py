@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..least_squares.problem import Term, check_terms
+from ..least_squares.problem import Term
 from ..modules.checks import check_function, check_number, list_first
 
 
@@ -162,15 +162,18 @@ class NetworkWithConstants(nn.Module):
         equation: Callable[..., Tensor],
         count: int,
         terms: Sequence[Any],
+        checked_terms: Sequence[Term],
     ) -> tuple[BoundFunction, list[Term], list[BoundFunction]]:
         """Give an equation, which is called with `count` positional arguments, and terms their constants.
+
+        `checked_terms` are the terms as `check_terms` returns them.
 
         Returns:
             The equation, the terms, and the functions of the terms without a weight.
 
         Raises:
             TypeError: The equation cannot be called with these arguments.
-            ValueError: No function takes one of the constants, or a term is malformed.
+            ValueError: No function takes one of the constants.
         """
         names = accepted_names(equation, self.names)
         bound_equation = BoundFunction(equation, names)
@@ -180,7 +183,6 @@ class NetworkWithConstants(nn.Module):
         bound_terms: list[Term] = []
         data: list[BoundFunction] = []
         unused = set(self.names) - set(names)
-        checked_terms = check_terms(terms) if terms else []
         for term, (function, rows, weight) in zip(terms, checked_terms, strict=True):
             names = accepted_names(function, self.names)
             bound = BoundFunction(function, names)
