@@ -62,7 +62,10 @@ def estimate_constants(training: Training) -> tuple[dict[str, Estimate], list[st
     errors: list[float] = []
     for number in range(ROUNDS):
         if moves:
-            _move(module, moves)
+            values = {}
+            for name, constant, move in zip(module.names, module.constants, moves, strict=True):
+                values[name] = _moved(constant, move, reach=0.5)
+            module.assign(values)
         share = (number + 1) / ROUNDS
         until = FITTED + (SETTLED - FITTED) * share
         training.fit_network("fixed constants", until)
@@ -85,20 +88,13 @@ def estimate_constants(training: Training) -> tuple[dict[str, Estimate], list[st
     return estimates, doubts
 
 
-def _move(module: Any, moves: list[float]) -> None:
-    """Move each constant by a share of it at most, and at most half of the way to a bound."""
-    values = {}
-    for name, constant, move in zip(module.names, module.constants, moves, strict=True):
-        value = constant().item()
-        most = MOST_MOVE * constant.size
-        lowest = max(value - most, (value + constant.low) / 2)
-        highest = min(value + most, (value + constant.high) / 2)
-        values[name] = _clamp(value + move, lowest, highest)
-    module.assign(values)
-
-
-def _clamp(value: float, low: float, high: float) -> float:
-    return min(max(value, low), high)
+def _moved(constant: Constant, move: float, reach: float) -> float:
+    """Return a constant after a move by a share of it at most, and at most a share `reach` of the way to a bound."""
+    value = constant().item()
+    most = MOST_MOVE * constant.size
+    lowest = max(-most, reach * (constant.low - value))
+    highest = min(most, reach * (constant.high - value))
+    return value + min(max(move, lowest), highest)
 
 
 def _judge(
@@ -123,10 +119,7 @@ def _judge(
             f"{name!r} of `unknowns` has not converged: the data still move it by {move:.2g}, which is more than its "
             f"error. Give more `seconds`, or start nearer than {constant.start:g}."
         )
-    most = MOST_MOVE * size
-    value += _clamp(move, -most, most)
-    value = _clamp(value, constant.low, constant.high)
-    estimate = Estimate(value, math.hypot(error, move))
+    estimate = Estimate(_moved(constant, move, reach=1.0), math.hypot(error, move))
     return estimate, doubts
 
 
@@ -146,20 +139,18 @@ def _correct(training: Training) -> tuple[list[float], list[float]] | None:
     """
     module: Any = training.constants
     count = len(module.names)
-    problem, conditions = _problem_with_plain_data(training)
-    # the residuals of the data without their weights
-    functions = [function for function, *_ in training.terms]
-    scales = [function.scale for function in functions]
-    for function in functions:
-        function.scale = None
+    problem, conditions = _problem_of_noise(training)
     residuals = problem.residuals(problem.start)
-    data = problem.terms[conditions:]
     jacobians = [residuals.new_empty(0, problem.num_parameters)]
-    for term in data:
+    numbers = [torch.empty(0, dtype=torch.long)]
+    first = 0
+    for term in problem.terms[conditions:]:
         jacobians.append(problem.jacobian(term, term.rows))
+        last = first + term.columns
+        numbers.append(torch.arange(first, last).repeat(len(term.rows[0])))
+        first = last
     jacobian = torch.cat(jacobians)
-    for function, scale in zip(functions, scales, strict=True):
-        function.scale = scale
+    columns = torch.cat(numbers)  # of data, counted through all terms
 
     # the linear model of the equation and the conditions
     of_points, of_data = residuals.tensor_split([len(residuals) - len(jacobian)])
@@ -167,7 +158,6 @@ def _correct(training: Training) -> tuple[list[float], list[float]] | None:
     linear = LinearModel(problem, of_points, DAMPING, in_parameter_space=True)
 
     # the equation outweighs the data, also where these are exact
-    columns = _number_columns(data)
     mean_squares = torch.bincount(columns, of_data.square()) / torch.bincount(columns)
     sizes = mean_squares.clamp(min=1e-300).sqrt()
     scaled = jacobian / sizes[columns].unsqueeze(1)
@@ -198,8 +188,8 @@ def _correct(training: Training) -> tuple[list[float], list[float]] | None:
     return moves.tolist(), errors.tolist()
 
 
-def _problem_with_plain_data(training: Training) -> tuple[LeastSquares, int]:
-    """Return a problem with rows of the equation over their scale, twice as many as parameters, and plain data.
+def _problem_of_noise(training: Training) -> tuple[LeastSquares, int]:
+    """Return a problem with rows of the equation over their scale, twice as many as parameters, and the data.
 
     Terms with a weight are conditions, as the equation is, if there are terms without one. The equation and the
     conditions are first; their number is returned too.
@@ -217,25 +207,14 @@ def _problem_with_plain_data(training: Training) -> tuple[LeastSquares, int]:
     rows = (points, training.weights(points))
     conditions: list[Any] = [(training.residual, rows, weight)]
     data = []
-    for function, rows, of_term in training.terms:
+    for term in training.terms:
+        function, rows, of_term = term
         if training.data and function not in training.data:
             conditions.append((function, rows, weight * of_term))
         else:
-            data.append((function, rows, len(rows[0])))
+            data.append(term)
     problem, _ = training.optimizer.evaluate_held([*conditions, *data])
     return problem, len(conditions)
-
-
-def _number_columns(terms: list[Any]) -> Tensor:
-    """Return the number of the column of each residual, counted through all terms."""
-    numbers = [torch.empty(0, dtype=torch.long)]
-    first = 0
-    for term in terms:
-        last = first + term.columns
-        columns = torch.arange(first, last)
-        numbers.append(columns.repeat(len(term.rows[0])))
-        first = last
-    return torch.cat(numbers)
 
 
 def _solve(linear: LinearModel, columns: Tensor) -> Tensor | None:
@@ -281,11 +260,8 @@ def _regress(effects: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
     """
     sizes = effects.norm(dim=0).clamp(min=1e-150)
     unit = effects / sizes
+    moves = -torch.linalg.pinv(unit, rtol=LEAST_EFFECT**0.5) @ residuals
     values, vectors = torch.linalg.eigh(unit.T @ unit)
-
-    inverse = (1 / values).where(values > LEAST_EFFECT, 0.0)
-    gradient = vectors.T @ (unit.T @ residuals)
-    moves = -vectors @ (inverse * gradient)
 
     covariance = 1 / values.clamp(min=LEAST_EFFECT)
     errors = (vectors.square() @ covariance).sqrt()

@@ -122,8 +122,7 @@ class NetworkWithConstants(nn.Module):
         bounds: The lower and the upper end of some constants, None for an open end.
 
     Raises:
-        ValueError: A start is not finite or not between its ends, an end is above the other, or a name in `bounds` is
-            not in `starts`.
+        ValueError: A start is not finite or not between its ends, or a name in `bounds` is not in `starts`.
     """
 
     def __init__(
@@ -135,13 +134,15 @@ class NetworkWithConstants(nn.Module):
         super().__init__()
         for name in bounds:
             if name not in starts:
-                raise ValueError(f"`bounds` has {name!r}, but `unknowns` has {list_first(map(repr, starts))}.")
+                names = list_first(map(repr, starts)) or "no constants"
+                raise ValueError(f"`bounds` has {name!r}, but `unknowns` has {names}.")
         self.network = network
         self.names = list(starts)
         self.constants = nn.ModuleList()
         for name, start in starts.items():
-            interval = bounds.get(name, (None, None))
-            low, high = _check_interval(name, interval)
+            low, high = bounds.get(name, (None, None))
+            low = -math.inf if low is None else low
+            high = math.inf if high is None else high
             start = check_number(start, f"unknowns[{name!r}]", "(-inf, inf)")
             if not low < start < high:
                 raise ValueError(f"`unknowns` starts {name!r} at {start:g}, but `bounds` has ({low:g}, {high:g}).")
@@ -228,13 +229,3 @@ def accepted_names(function: Callable, names: list[str]) -> list[str]:
     if inspect.Parameter.VAR_KEYWORD in kinds:
         return names
     return [name for name in names if name in parameters]
-
-
-def _check_interval(name: str, interval: Any) -> tuple[float, float]:
-    """Return the ends of an interval, infinite where they are open."""
-    low, high = interval
-    low = -math.inf if low is None else low
-    high = math.inf if high is None else high
-    if not low < high:
-        raise ValueError(f"`bounds` has {interval!r:.100} for {name!r}, but must have (low, high) with low < high.")
-    return low, high

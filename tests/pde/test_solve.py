@@ -338,7 +338,7 @@ def test_a_term_with_nan_is_refused_before_the_first_step():
 
 
 WRONG = {
-    "`frequencies` are features of new networks": lambda: solved(frequencies=2),
+    "`frequencies` are for new networks": lambda: solved(frequencies=2),
     "`distance` is zero on no side": lambda: solved(distance=lambda x: 1 + x),
     "`low` is": lambda: solved(low=(0.0,), high=(0.0,)),
     "expects a last dimension of 2": lambda: solved(network=KAN([2, 4, 1])),

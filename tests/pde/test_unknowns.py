@@ -258,13 +258,13 @@ def cut_off(model: nn.Module, x: Tensor, rate: Tensor) -> Tensor:
 
 
 WRONG = {
-    "`bounds` needs `unknowns`": lambda: solved(unknowns={}, bounds={"rate": (0, 2)}),
+    "`bounds` has 'rate', but `unknowns` has no constants": lambda: solved(unknowns={}, bounds={"rate": (0, 2)}),
     "`bounds` has 'D', but `unknowns` has 'rate'": lambda: solved(bounds={"D": (0, None)}),
     "`unknowns` has 'loss', but neither": lambda: solved(unknowns={"rate": 1.0, "loss": 1.0}),
     "missing a required argument: 'rate'": lambda: solved(unknowns={"loss": 1.0}),
     "starts 'rate' at 1, but `bounds` has \\(2, inf\\)": lambda: solved(bounds={"rate": (2, None)}),
     "starts 'rate' at 1, but `bounds` has \\(-inf, 1\\)": lambda: solved(bounds={"rate": (None, 1)}),
-    "low < high": lambda: solved(bounds={"rate": (2, 0)}),
+    "starts 'rate' at 1, but `bounds` has \\(2, 0\\)": lambda: solved(bounds={"rate": (2, 0)}),
     "`unknowns\\['rate'\\]` is nan": lambda: solved(unknowns={"rate": math.nan}),
     "`unknowns\\['rate'\\]` is None": lambda: solved(unknowns={"rate": None}),
     "`unknowns` has 'rate', but no residual depends on it": lambda: solved(cut_off),
