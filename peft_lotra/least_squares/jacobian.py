@@ -172,9 +172,8 @@ def row_gradients(
     first = 0
     for layer in recorder.layers:
         last = first + len(layer.outputs)
-        gradients_of_layer = [gradients[first:last] for gradients in output_gradients]
-        stacked = _stack_gradients(layer.outputs, gradients_of_layer)
-        _add_layer(blocks, layer, stacked)
+        stacked = [_stack_gradients(layer.outputs, gradients[first:last]) for gradients in output_gradients]
+        _add_layer(blocks, layer, torch.stack(stacked, dim=1))
         first = last
     for index, column in enumerate(values.unbind(1)):
         derivatives = _scalar_derivatives(column, scalars)
@@ -183,16 +182,14 @@ def row_gradients(
     return jacobian
 
 
-def _stack_gradients(outputs: Jet, gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
-    """Stack gradients of m values in the S rows (n, O) of the outputs, (n, m, S, O)."""
+def _stack_gradients(outputs: Jet, gradients: Sequence[Tensor | None]) -> Tensor:
+    """Stack gradients of a value in the S rows (n, O) of the outputs, (n, S, O)."""
     stacked = []
-    for gradients_of_value in gradients:
-        for output, gradient in zip(outputs, gradients_of_value, strict=True):
-            if gradient is None:
-                gradient = torch.zeros_like(output)
-            stacked.append(gradient.view(-1, *output.shape[-2:]))
-    by_value = torch.cat(stacked).unflatten(0, (len(gradients), -1))
-    return by_value.permute(2, 0, 1, 3)
+    for output, gradient in zip(outputs, gradients, strict=True):
+        if gradient is None:
+            gradient = torch.zeros_like(output)
+        stacked.append(gradient.view(-1, *output.shape[-2:]))
+    return torch.cat(stacked).transpose(0, 1)
 
 
 def _scalar_derivatives(column: Tensor, scalars: Sequence[Tensor]) -> list[Tensor]:

@@ -56,24 +56,6 @@ class LevenbergMarquardtStep(NamedTuple):
         return sum(self.held_losses) if self.held_losses else math.nan
 
 
-class _Candidate(NamedTuple):
-    """Parameters with a smaller loss.
-
-    Attributes:
-        parameters: (P,).
-        change: The difference from the parameters of the model, (P,).
-        residuals: (M,).
-        losses: The loss of each term.
-        agreement: The decrease of the loss, as a multiple of the decrease that the linear model predicts.
-    """
-
-    parameters: Tensor
-    change: Tensor
-    residuals: Tensor
-    losses: tuple[float, ...]
-    agreement: float
-
-
 class LevenbergMarquardt:
     r"""Minimize a sum of squares, sum_t weight_t mean_n |r_t(row_n)|^2, by damped Gauss-Newton steps.
 
@@ -201,45 +183,52 @@ class LevenbergMarquardt:
         damping = self.damping
         growth = 2.0
         attempts = 0
-        while True:
-            if damping > LARGEST_DAMPING:
-                reason = (
-                    f"No damping up to {LARGEST_DAMPING:g} makes the loss fall below {loss:.6g}: the parameters are "
-                    "at a minimum to rounding, or the normal equations are singular."
-                )
-                return LevenbergMarquardtStep(
-                    loss,
-                    self.damping,
-                    False,
-                    attempts,
-                    reason=reason,
-                    losses=losses,
-                )
+        while damping <= LARGEST_DAMPING:
             attempts += 1
-            candidate = self._attempt(problem, linear, damping, loss)
-            if candidate is not None:
-                break
+            step = linear.solve(damping)
+            if step is not None:
+                parameters = problem.round(problem.start + step)
+                change = parameters - problem.start  # after rounding to the dtype of the model
+                new_residuals = problem.residuals(parameters)
+                new_losses = problem.losses(new_residuals)
+                new_loss = sum(new_losses)
+                # of the rows of this step, and with the former residuals; NaN fails both comparisons
+                decrease = loss - new_loss - linear.rise_of_past(change)
+                if new_loss < loss and decrease > 0:
+                    break
             damping *= growth
             growth *= 2
+        else:
+            reason = (
+                f"No damping up to {LARGEST_DAMPING:g} makes the loss fall below {loss:.6g}: the parameters are "
+                "at a minimum to rounding, or the normal equations are singular."
+            )
+            return LevenbergMarquardtStep(
+                loss,
+                self.damping,
+                False,
+                attempts,
+                reason=reason,
+                losses=losses,
+            )
 
         # the damping that the next step tries
-        damping *= damping_factor(candidate.agreement, raised=attempts > 1)
+        agreement = decrease / linear.predicted_decrease(damping, step)
+        damping *= damping_factor(agreement, raised=attempts > 1)
         smallest = SMALLEST_WITH_PAST if former.uses_past else SMALLEST_DAMPING
         self.damping = min(max(damping, smallest), LARGEST_DAMPING)
-        new_loss = sum(candidate.losses)
         # in the space of residuals there is no J^T J to keep
         if former.keeps_step and not linear.in_residual_space:
-            matrix, gradient = linear.after(candidate.change, candidate.residuals)
-            losses_of_step = loss, new_loss
-            former.past = Past(matrix, gradient, candidate.parameters, losses_of_step, candidate.agreement)
-        write_vector(problem.trainable, candidate.parameters)
+            matrix, gradient = linear.after(change, new_residuals)
+            former.past = Past(matrix, gradient, parameters, (loss, new_loss), agreement)
+        write_vector(problem.trainable, parameters)
         return LevenbergMarquardtStep(
             new_loss,
             self.damping,
             True,
             attempts,
             decrease=1 - new_loss / loss,
-            losses=candidate.losses,
+            losses=new_losses,
         )
 
     def _make_problem(self, terms: list[Term]) -> LeastSquares:
@@ -251,34 +240,6 @@ class LevenbergMarquardt:
         # the level is that of the caller of `step`, behind its decorator
         warnings.warn(f"Step refused: {error}", RuntimeWarning, stacklevel=4)
         return LevenbergMarquardtStep(sum(losses), self.damping, False, reason=error, losses=losses)
-
-    def _attempt(
-        self,
-        problem: LeastSquares,
-        linear: LinearModel,
-        damping: float,
-        loss: float,
-    ) -> _Candidate | None:
-        """Solve the damped system, and evaluate the parameters that its solution leads to.
-
-        Returns:
-            None if the system is singular, or the loss does not decrease: that of the rows of this step, or that with
-            the former residuals.
-        """
-        step = linear.solve(damping)
-        if step is None:
-            return None
-        parameters = problem.round(problem.start + step)
-        change = parameters - problem.start  # after rounding to the dtype of the model
-        residuals = problem.residuals(parameters)
-        losses = problem.losses(residuals)
-        new_loss = sum(losses)
-        decrease = loss - new_loss - linear.rise_of_past(change)
-        # a loss that is NaN fails both comparisons
-        if not (new_loss < loss and decrease > 0):
-            return None
-        agreement = decrease / linear.predicted_decrease(damping, step)
-        return _Candidate(parameters, change, residuals, losses, agreement)
 
     @torch.inference_mode(False)
     def fit(

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
+from torch.nn.utils import parameters_to_vector
 
 from ..derivatives.torch_fallback import ExactNorms
 from ..modules.calls import call_with_parameters
@@ -269,8 +270,7 @@ class LeastSquares:
         self.shards = shards or Shards()
         self.trainable = trainable_parameters(model)
         self.fixed = in_double(model)  # the trainable ones are always replaced
-        flat = [parameter.detach().double().flatten() for parameter in self.trainable.values()]
-        self.start = torch.cat(flat)
+        self.start = parameters_to_vector(self.trainable.values()).detach().double()
         self.num_parameters = len(self.start)
         self.trials: Trials = {}
         self.terms = self._prepare(terms)
@@ -283,24 +283,20 @@ class LeastSquares:
 
     def _prepare(self, terms: list[Term]) -> list[PreparedTerm]:
         """Convert the rows to float64, and count them in all processes."""
-        weights = []
-        lengths = []
-        for index, (function, rows, weight) in enumerate(terms):
-            weights.append((name_term(index, function), weight))
-            lengths.append(len(rows[0]))
+        names = [name_term(index, function) for index, (function, _, _) in enumerate(terms)]
+        weights = {name: weight for name, (_, _, weight) in zip(names, terms, strict=True)}
         if any(weights_of_process != weights for weights_of_process in self.shards.gather(weights)):
             raise ValueError(f"The processes have different residual terms or weights. This one has {weights}.")
 
-        counts = torch.tensor(lengths, device=self.start.device)
+        counts = torch.tensor([len(rows[0]) for _, rows, _ in terms], device=self.start.device)
         counts = self.shards.sum(counts).tolist()
         prepared = []
-        for index, (function, rows, weight) in enumerate(terms):
-            name = name_term(index, function)
-            if counts[index] == 0:
+        for name, count, (function, rows, weight) in zip(names, counts, terms, strict=True):
+            if count == 0:
                 raise ValueError(f"The {name} has no rows.")
             requires_grad = [row.requires_grad for row in rows]
             converted = [row.detach().double() if row.is_floating_point() else row for row in rows]
-            scale = math.sqrt(weight / counts[index])
+            scale = math.sqrt(weight / count)
             prepared.append(PreparedTerm(name, function, tuple(converted), requires_grad, scale))
         return prepared
 
@@ -319,12 +315,9 @@ class LeastSquares:
 
     def round(self, flat: Tensor) -> Tensor:
         """Return the values as the parameters store them, with fewer digits in a float32 model."""
-        rounded = []
-        for name, values in split_vector(self.trainable, flat).items():
-            dtype = self.trainable[name].dtype
-            stored = values.to(dtype)
-            rounded.append(stored.double().flatten())
-        return torch.cat(rounded)
+        tensors = split_vector(self.trainable, flat)
+        stored = [values.to(self.trainable[name].dtype) for name, values in tensors.items()]
+        return parameters_to_vector(stored).double()
 
     def _call(
         self,
@@ -497,7 +490,7 @@ class LeastSquares:
             batch = [tensor.unsqueeze(0) for tensor in row]
             evaluate = lambda flat: self._call(term, batch, split_vector(self.trainable, flat))[0]  # noqa: E731
             values, pull_back, *_ = torch.func.vjp(evaluate, flat)
-            units = torch.eye(len(values), dtype=values.dtype, device=values.device)
+            units = torch.eye(len(values)).to(values)
             gradients = [pull_back(unit)[0] for unit in units]
             return torch.stack(gradients)
 
