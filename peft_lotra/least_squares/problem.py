@@ -529,4 +529,4 @@ class LeastSquares:
             return torch.zeros_like(self.start)
         parameters = list(leaves.values())
         gradients = torch.autograd.grad(values.flatten(), parameters, vector, materialize_grads=True)
-        return torch.cat([gradient.flatten() for gradient in gradients])
+        return parameters_to_vector(gradients)

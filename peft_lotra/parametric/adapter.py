@@ -259,12 +259,12 @@ class ParametricAdapter:
         space = copy.copy(self._space)
         chosen: Any = parameters if between is None else between
         points = list(dict.fromkeys(map(space.point, chosen)))
-        if not points:
-            raise ValueError("`parameters` is empty, but must have at least one parameter.")
+        if not points or (between is not None and len(between) != 2):
+            raise ValueError(
+                "`parameters` must have at least one parameter, and `between` two, the bounds of a range."
+            )
         dim = len(points[0])
         if between is not None:
-            if len(between) != 2:
-                raise ValueError(f"`between` is {between!r:.100}, but must be two parameters, the bounds of a range.")
             check_count(max_members, "max_members", low=2**dim)  # the corners of the range
         if tolerance is not None:
             check_number(tolerance, "tolerance", "(0, inf)")
@@ -272,8 +272,7 @@ class ParametricAdapter:
         problem = replace(self._problem, train=train)
         has_terms = problem.terms_of is not None
         has_indicator = has_terms or problem.loss_of is not None
-        lacks_indicator = between is not None and not has_indicator
-        if has_terms == (train is not None) or lacks_indicator:
+        if has_terms == (train is not None) or (between is not None and not has_indicator):
             raise ValueError("Give `terms_of` to the constructor, or `train`; `between` and `train` need `loss_of`.")
 
         space.spread(points)

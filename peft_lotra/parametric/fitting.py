@@ -61,8 +61,7 @@ class Fitting:
         space = self.space
         self._refuse_near(points)
         while True:
-            done = {argument(member.parameter) for member in space.members}
-            done |= self.failed.keys()
+            done = {argument(member.parameter) for member in space.members} | self.failed.keys()
             pending = [point for point in sorted(points) if argument(point) not in done]
             if not pending:
                 break
@@ -79,17 +78,18 @@ class Fitting:
         fitted = [member.parameter for member in self.space.members]
         new = sorted(set(points) - set(fitted))
         together = [*fitted, *new]
+        if len(together) < 3:
+            return
         positions = self.space.positions_of(together)
         distances = pairwise_distances(positions, positions).fill_diagonal_(math.inf)
         for index, point in enumerate(new, len(fitted)):
-            nearest = int(distances[index].argmin())
-            distance = distances[index, nearest].item()
-            others = distances[nearest].clone()
-            others[index] = math.inf
-            to_third = others.min().item()
+            distance, nearest = distances[index].min(0)
+            to_third = distances[nearest].sort().values[1]
             if distance < NEAR * to_third < math.inf:
-                text = f"it is too near to {argument(together[nearest])}, whose member serves both"
-                self.failed[argument(point)] = f"{text}: between two near members, interpolation is wrong elsewhere"
+                self.failed[argument(point)] = (
+                    f"it is too near to {argument(together[nearest])}, whose member serves both: between two near "
+                    "members, interpolation is wrong elsewhere"
+                )
                 distances[index] = math.inf
                 distances[:, index] = math.inf
 
@@ -128,8 +128,7 @@ class Fitting:
         """Add the members of jobs, unless there are better ones."""
         pending = {point: job for point, job in jobs.items() if argument(point) not in self.failed}
         run_all = map if self.executor is None else self.executor.map
-        fit_member = partial(attempt, self.model, self.problem)
-        results = run_all(fit_member, list(pending.values()))
+        results = run_all(partial(attempt, self.model, self.problem), list(pending.values()))
         for point, result in zip(pending, results, strict=True):
             if isinstance(result, str):
                 self.failed[argument(point)] = result
@@ -211,8 +210,10 @@ class Fitting:
         self.bar.close()
         for member, best in self._find_bad():
             share = member.indicator / max(best.indicator, 1e-300)
-            text = f"the residual stays at {member.indicator:.2g}, {share:.0f} times a neighbor's"
-            self.failed[argument(member.parameter)] = f"{text}: fit members nearby, or take higher `ranks`"
+            self.failed[argument(member.parameter)] = (
+                f"the residual stays at {member.indicator:.2g}, {share:.0f} times a neighbor's: fit members nearby, "
+                "or take higher `ranks`"
+            )
         if self.failed:
             lines = "\n  ".join(f"{parameter}: {error}" for parameter, error in self.failed.items())
             message = f"{len(self.failed)} parameters failed:\n  {lines}"

@@ -6,18 +6,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..kan.layer import KANLinear, SplineLayer
 from ..kan.network import pairs
 from ..least_squares.problem import check_trainable
 from ..modules.calls import unwrap
 from .constraints import HardConstraint
-from .features import BoxFeatures, Frequencies, OutputScale
+from .features import BoxFeatures, OutputScale
 
 
 WIDTHS = (16, 20, 20)  # of a new network: a layer of splines, then tanh layers
@@ -59,19 +58,8 @@ def new_network(
     return nn.Sequential(*layers)
 
 
-def prepare_network(
-    network: nn.Module | None,
-    low: Tensor,
-    high: Tensor,
-    outputs: int | None,
-    periodic: Collection[int],
-    seed: int,
-    frequencies: Frequencies = (),
-) -> nn.Module:
-    """Return a network of the box's coordinates: a new one, or the given one behind features that scale the box."""
-    features = BoxFeatures(low.tolist(), high.tolist(), periodic, frequencies=frequencies)
-    if network is None:
-        return new_network(features, outputs or 1, seed)
+def prepare_network(network: nn.Module, features: BoxFeatures) -> nn.Module:
+    """Return a network of the box's coordinates: behind features that scale the box, unless it has them."""
     if isinstance(network, HardConstraint):  # of a solution, which stays as it is
         network = copy.deepcopy(network.kan)
     elif isinstance(unwrap(network), HardConstraint):
@@ -79,12 +67,14 @@ def prepare_network(
     check_trainable(network)
     present = first_module(network, BoxFeatures)
     if present is not None:
-        if periodic and sorted(periodic) != present.periodic:
-            raise ValueError(f"`periodic` is {periodic}, but the network's own `BoxFeatures` have {present.periodic}.")
+        if features.periodic not in ([], present.periodic):
+            raise ValueError(
+                f"`periodic` is {features.periodic}, but the network's own `BoxFeatures` have {present.periodic}."
+            )
         return network
     layer = first_module(network, SplineLayer)
-    if layer is not None and not periodic:
-        box = torch.stack([low, high], 1)
+    if layer is not None and not features.periodic:
+        box = torch.stack([features.low, features.high], 1)
         if torch.equal(layer.grid_bounds.double(), box):
             return network
     return nn.Sequential(features, network)

@@ -176,7 +176,7 @@ class Solution(Report):
         if mask != record["inside"]:
             raise ValueError("`inside` is not that of the saved solution. Pass the one that `solve` got, if any.")
         if network is not None:
-            network = prepare_network(network, low, high, None, record["periodic"], 0)
+            network = prepare_network(network, BoxFeatures(values["low"], values["high"], record["periodic"]))
         arguments = {"distance": distance, "lift": lift, "network": network}
         replacements = {name: value for name, value in arguments.items() if value is not None}
         model = build_model(record["model"], tensors, points, replacements)

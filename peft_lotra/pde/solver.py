@@ -23,7 +23,7 @@ from .checks import check_model, outside_grids
 from .constraints import HardConstraint, Part
 from .diagnostics import describe_outcome, find_doubts, find_unmet
 from .features import BoxFeatures, Frequencies
-from .networks import first_module, prepare_network
+from .networks import first_module, new_network, prepare_network
 from .noise import FITTED, check_effects, estimate_constants
 from .race import HELD_POINTS, KINDS, Starts, scale_outputs
 from .solution import Solution
@@ -169,7 +169,8 @@ def solve(
     terms = list(terms)
     checked_terms = check_terms(terms) if terms else []
     is_new = network is None
-    network = prepare_network(network, low_end, high_end, outputs, periodic, seed, frequencies)
+    features = BoxFeatures(low, high, periodic, frequencies=frequencies)
+    network = new_network(features, outputs or 1, seed) if network is None else prepare_network(network, features)
     model = HardConstraint(network, distance, lift).double()
     held = box_points(low, high, HELD_POINTS, inside=inside, seed=seed)
     outputs = check_model(model, held, sides, bool(terms), outputs)
@@ -185,7 +186,6 @@ def solve(
         warnings.warn(message, stacklevel=4)
 
     with Budget(seconds, steps, progress) as budget:
-        features = BoxFeatures(low, high, periodic, frequencies=frequencies)
         starts = Starts(result, residual, checked_terms, distance, lift, outputs, seed, features, budget, callback)
         kind = KINDS[0] if is_new else ""
         training = starts.new_training(model, kind, parameter=start, constants=constants, data=data)
