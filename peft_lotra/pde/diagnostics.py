@@ -52,8 +52,8 @@ def find_doubts(
     high: Tensor,
     inside: Inside | None,
     terms: Sequence[Any],
-) -> list[str]:
-    """Return messages on what makes solutions wrong.
+) -> Iterator[str]:
+    """Yield messages on what makes solutions wrong.
 
     These are kinks and jumps, missing periodicity, untrained tensors, and points outside of the box.
 
@@ -63,7 +63,6 @@ def find_doubts(
         inside: The part of the box where the equation holds.
         terms: The equation and the terms of the caller, (function, rows, weight).
     """
-    doubts = []
     functions = list_functions(model)
     smooth = list(functions)
     network = first_module(model, HardConstraint).kan
@@ -76,12 +75,12 @@ def find_doubts(
         position = ", ".join(f"{number:.4g}" for number in point.tolist())
         dtype = function(point.unsqueeze(0)).dtype
         if dtype == torch.float64:
-            doubts.append(
+            yield (
                 f"`{name}` has a kink or a jump near ({position}), which the residual between the points does not "
                 f"see. The solution is likely wrong: give a smooth `{name}`, without ReLU, `abs` or `where`."
             )
         else:
-            doubts.append(
+            yield (
                 f"`{name}` returns {dtype}, whose rounding near ({position}) looks like a jump. Compute it in "
                 "float64, the dtype of its argument."
             )
@@ -91,7 +90,7 @@ def find_doubts(
     for name, function in functions:
         for i in periodic:
             if not is_periodic(function, low, high, i):
-                doubts.append(
+                yield (
                     f"`{name}` is not periodic in coordinate {i}, which `periodic` names. Give one with the same "
                     "values and slopes at both ends."
                 )
@@ -100,17 +99,16 @@ def find_doubts(
     for number, (function, rows, _) in enumerate(other_terms):
         count = _count_outside(model, function, rows, low, high, periodic)
         if count:
-            doubts.append(
+            yield (
                 f"{count} points of term {number} of `terms` are outside of the box from {low.tolist()} to "
                 f"{high.tolist()}, where the equation does not hold. Pass a larger box, or leave them out."
             )
 
     for name, leaf in _find_untrained(model, terms):
-        doubts.append(
+        yield (
             f"{name} depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient, but is not trained. "
             "To estimate it, pass its start by `unknowns`. If it is constant, call `requires_grad_(False)`."
         )
-    return doubts
 
 
 @torch.no_grad()
@@ -160,17 +158,15 @@ def find_kink(
             centers = centers.clamp(margin, 1 - margin)
 
         last_step = 2 * step
-        smallest = torch.full((LINES,), KINK * last_step * scale, dtype=torch.float64)
+        smallest = torch.full_like(size, KINK * last_step * scale)
         smallest[near_edges] = JUMP * scale
         # the first size may be at another point
         decay = 2 ** (ROUGH * (HALVINGS - 1))
-        last_size = sizes[-1]
-        decays_slowly = sizes[1] < decay * last_size
-        is_rough = decays_slowly & (last_size > smallest)
+        is_rough = (sizes[1] < decay * size) & (size > smallest)
         if is_rough.any():
-            line = is_rough.nonzero()[0]
-            point = lines[line].squeeze(0)
-            point[i] = centers[line].item()
+            line = int(is_rough.nonzero()[0])
+            point = lines[line]
+            point[i] = centers[line]
             return torch.lerp(low, high, point)
     return None
 
@@ -209,18 +205,16 @@ def _count_outside(
     """
     margin = NEAR * (high - low)
     margin[list(periodic)] = math.inf
-    count = 0
+    counts = [0]
 
     def check(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        nonlocal count
         x = args[0].detach()
         is_outside = (x < low - margin) | (x > high + margin)
-        num_outside = is_outside.any(-1).sum()
-        count = max(count, int(num_outside))
+        counts.append(int(is_outside.any(-1).sum()))
 
     with first_module(model, HardConstraint).register_forward_pre_hook(check):
         _evaluate(function, model, rows)
-    return count
+    return max(counts)
 
 
 def _evaluate(
@@ -259,22 +253,20 @@ def _find_untrained(model: nn.Module, terms: Sequence[Any]) -> Iterator[tuple[st
                 yield name, leaf
 
 
-def find_unmet(first: dict[int, float], last: dict[int, float], size: float) -> list[str]:
-    """Return a message for each condition whose residual is hardly below that of an untrained network.
+def find_unmet(first: dict[int, float], last: dict[int, float], size: float) -> Iterator[str]:
+    """Yield a message for each condition whose residual is hardly below that of an untrained network.
 
     Args:
         first, last: The losses of the conditions before and after the training, by the number of the term.
         size: The first loss of the equation. Conditions that always hold have far smaller losses, by rounding.
     """
-    messages = []
     for number, loss in last.items():
         if loss > UNMET**2 * first[number] > ROUNDING * size:
             ratio = math.sqrt(loss / first[number])
-            messages.append(
+            yield (
                 f"Term {number} of `terms` ends at {ratio:.1g} of its residual before training, and the solution is "
                 "likely wrong. Give it a larger weight, or divide the equation by its size."
             )
-    return messages
 
 
 def describe_outcome(result: Solution, scale: float) -> str:

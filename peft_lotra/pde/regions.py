@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, partialmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -56,8 +56,7 @@ class Edges(NamedTuple):
 
     def select(self, index: Any) -> Edges:
         """Index all columns."""
-        columns = [column[index] for column in self]
-        return Edges(*columns)
+        return Edges(*[column[index] for column in self])
 
     def reversed(self) -> Edges:
         """Return the edges traversed from their ends to their starts."""
@@ -71,8 +70,9 @@ class Edges(NamedTuple):
         is_circle = self.curvature.abs() * self.length > 2 * math.pi - SLACK
         return middle, torch.where(is_circle, FAR * radius, radius)
 
-    def cut(self, cutters: Edges) -> Edges:
-        """Split the edges where they meet the cutters, and where a cutter on the same line or circle starts."""
+    def cut(self) -> Edges:
+        """Split the edges where they meet others, the cutters, and where others on their line or circle start."""
+        cutters = self
         edges = self.select((slice(None), None))  # (E, 1)
         curvature = edges.curvature
         length = edges.length
@@ -139,18 +139,15 @@ class Edges(NamedTuple):
         size = self.length.max()
         while True:
             bends = edges.curvature * size
-            ends = torch.stack([edges.ends() / size, edges.directions(edges.length), bends])
-            starts = torch.stack([edges.start / size, edges.direction, bends])
-            differences = ends.unsqueeze(2) - starts.unsqueeze(1)
-            gaps = differences.abs().sum(0)
+            ends = torch.stack([edges.ends() / size, edges.directions(edges.length), bends], 1)
+            starts = torch.stack([edges.start / size, edges.direction, bends], 1)
+            gaps = (ends.unsqueeze(1) - starts).abs().sum(2)
             follows = (gaps < SLACK).fill_diagonal_(False)
-            pairs = follows.nonzero()
-            if not len(pairs):
+            if not follows.any():
                 return edges
-            first, second = pairs[0]
+            first, second = follows.nonzero()[0]
             edges.length[first] += edges.length[second]
-            numbers = torch.arange(len(edges.length))
-            edges = edges.select(numbers != second)
+            edges = edges.select(torch.arange(len(follows)) != second)
 
 
 def _concatenate(first: Edges, second: Edges) -> Edges:
@@ -180,10 +177,9 @@ class Region:
     def __init__(self, inside: Callable[[Tensor], Tensor], edges: Edges) -> None:
         # an edge bounds the region if just one of its sides is inside
         s = SHARE * edges.length
-        point = edges.points(s)
         to_left = 1j * STEP * edges.length * edges.directions(s)
-        left = inside(torch.view_as_real(point + to_left))
-        right = inside(torch.view_as_real(point - to_left))
+        left = inside(torch.view_as_real(edges.points(s) + to_left))
+        right = inside(torch.view_as_real(edges.points(s) - to_left))
 
         # repeated edges have the same middle, and the same curvature there, which tells a line from a circle
         middle, _ = edges.disks()
@@ -211,21 +207,16 @@ class Region:
         numbers = [edges.curvature * size, radius / size]
         self._scaled = [*map(torch.view_as_real, vectors), *numbers]
 
-    def __or__(self, other: Region) -> Region:
-        return self._combine(other, operator.or_)
-
-    def __and__(self, other: Region) -> Region:
-        return self._combine(other, operator.and_)
-
-    def __sub__(self, other: Region) -> Region:
-        return self._combine(other, operator.gt)  # inside the first one, and not inside the second one
-
     def _combine(self, other: Region, rule: Callable[[Tensor, Tensor], Tensor]) -> Region:
         if not isinstance(other, Region):
             return NotImplemented
         edges = _concatenate(self._edges, other._edges)
         inside = partial(_is_in_both, self._inside, other._inside, rule)
-        return Region(inside, edges.cut(edges))
+        return Region(inside, edges.cut())
+
+    __or__ = partialmethod(_combine, rule=operator.or_)
+    __and__ = partialmethod(_combine, rule=operator.and_)
+    __sub__ = partialmethod(_combine, rule=operator.gt)  # inside the first one, and not inside the second one
 
     def select(self, where: Callable[[Tensor], Tensor]) -> Region:
         """Return the region with some of its edges only, for `distance` and `boundary` of a part of its boundary.
@@ -295,7 +286,7 @@ class Region:
         shift = ends.new_empty(count).uniform_(generator=generator)
         shares = (torch.arange(count, device="cpu") + shift) / count
         s = shares * ends[-1]
-        index = torch.searchsorted(ends, s).clamp(max=len(ends) - 1)
+        index = torch.searchsorted(ends, s)
         starts = ends - edges.length
         s = s - starts[index]
 
@@ -334,7 +325,7 @@ def polygon(vertices: Sequence[Sequence[float]] | Tensor) -> Region:
     sides = start.roll(-1) - start
     length = sides.abs()
     edges = Edges(start, sides / length, torch.zeros_like(length), length)
-    if len(edges.cut(edges).length) > len(length):
+    if len(edges.cut().length) > len(length):
         raise ValueError("Edges between the `vertices` cross or touch. Give the corners in their order.")
     return Region(partial(_is_in_polygon, corners.tolist()), edges)
 
