@@ -97,16 +97,12 @@ class Recorder:
         components: list[Any] = [formula.coefficients, formula.residual, formula.bias]
         for update in formula.updates:
             components += [update.scale, *update.tensor]
-        tensors = [component for component in components if isinstance(component, Tensor)]
-        trained = {id(tensor) for tensor in tensors if tensor.requires_grad}
+        trained = {id(component) for component in components if getattr(component, "requires_grad", False)}
         # with a scale of the edges, the coefficients are no product of factors, and `vmap` takes as long
         if not trained or formula.scale is not None or not trained <= self._parameters:
             return evaluate_layer(formula, *inputs)
 
-        detached = {}
-        for name, value in formula._asdict().items():
-            if isinstance(value, Tensor):
-                detached[name] = value.detach()
+        detached = {name: value.detach() for name, value in formula._asdict().items() if isinstance(value, Tensor)}
         updates = [Update(scale, tensor.map(Tensor.detach)) for scale, tensor in formula.updates]
         constant = formula._replace(updates=tuple(updates), **detached)
         outputs = evaluate_layer(constant, *inputs)

@@ -270,7 +270,8 @@ class LeastSquares:
         self.shards = shards or Shards()
         self.trainable = trainable_parameters(model)
         self.fixed = in_double(model)  # the trainable ones are always replaced
-        self.start = parameters_to_vector(self.trainable.values()).detach().double()
+        # torch's `parameters_to_vector` refuses those that are not contiguous
+        self.start = torch.cat([parameter.detach().double().flatten() for parameter in self.trainable.values()])
         self.num_parameters = len(self.start)
         self.trials: Trials = {}
         self.terms = self._prepare(terms)
@@ -529,4 +530,4 @@ class LeastSquares:
             return torch.zeros_like(self.start)
         parameters = list(leaves.values())
         gradients = torch.autograd.grad(values.flatten(), parameters, vector, materialize_grads=True)
-        return parameters_to_vector(gradients)
+        return torch.cat([gradient.flatten() for gradient in gradients])

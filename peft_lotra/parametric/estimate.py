@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 
 from ..least_squares.normal_equations import LinearModel
 from ..least_squares.problem import LeastSquares, Term, trainable_parameters
@@ -116,7 +115,7 @@ class ErrorEstimates:
         gradients = []
         for value in values:
             of_value = torch.autograd.grad(value, leaves, retain_graph=True, materialize_grads=True)
-            gradients.append(parameters_to_vector(of_value))
+            gradients.append(torch.cat([gradient.flatten() for gradient in of_value]))
         problem = LeastSquares(network, terms, MEMORY, {})
         linear = LinearModel(problem, residuals, 1.0, in_parameter_space=True)
         steps = linear.inverse(ESTIMATE_DAMPING, torch.stack(gradients, dim=1))
