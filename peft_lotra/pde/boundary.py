@@ -75,11 +75,12 @@ def robin(
         True
     """
     weight = check_number(weight, "weight", "(0, inf)")
-    if normals.shape != points.shape:
-        raise ValueError(f"`points` has shape {tuple(points.shape)}, but `normals` {tuple(normals.shape)}.")
-    lengths = normals.norm(dim=1)
-    if not ((lengths - 1).abs() < 1e-3).all():
-        raise ValueError(f"`normals` must have length 1, but they have {lengths.min():.4g} to {lengths.max():.4g}.")
+    lengths = normals.norm(dim=-1)
+    if normals.shape != points.shape or not ((lengths - 1).abs() < 1e-3).all():
+        raise ValueError(
+            f"`normals` must be unit vectors of shape {tuple(points.shape)}, as `points`, but they have shape "
+            f"{tuple(normals.shape)} and lengths from {lengths.min():.4g} to {lengths.max():.4g}."
+        )
     rows = [points, normals.to(points)]
     for name, argument in (("a", a), ("b", b), ("values", values)):
         rows.append(_column(name, argument, points))

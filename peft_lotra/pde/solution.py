@@ -194,11 +194,10 @@ class Solution(Report):
 
         figure, axis = plt.subplots(figsize=(4.5, 3.4), layout="constrained")
         share = torch.linspace(0, 1, count, dtype=torch.float64).unsqueeze(1)
-        lines = torch.lerp(self.low, self.high, share).unbind(1)[:2]
+        lines = list(torch.lerp(self.low, self.high, share).T)
         middle = (self.low + self.high) / 2
-        x = middle.repeat(count ** len(lines), 1)
-        points = torch.cartesian_prod(*lines).view(len(x), -1)
-        x[:, : len(lines)] = points
+        lines[2:] = middle[2:].unsqueeze(1)
+        x = torch.cartesian_prod(*lines).view(-1, len(lines))
         u = self.model(x)[:, 0].detach()
         if self.inside is not None:
             u[~contains(self.inside, x)] = math.nan
@@ -207,7 +206,7 @@ class Solution(Report):
             axis.set(xlabel="coordinate 0", ylabel="u")
         else:
             image = u.view(count, count).T
-            mesh = axis.pcolormesh(*lines, image, cmap="RdBu_r")
+            mesh = axis.pcolormesh(*lines[:2], image, cmap="RdBu_r")
             figure.colorbar(mesh)
             axis.set(title="u", xlabel="coordinate 0", ylabel="coordinate 1")
         return figure

@@ -369,21 +369,6 @@ def boundary_values(x: Tensor) -> Tensor:
     return (1 - (x[..., :2] ** 2).sum(-1, keepdim=True)) / 0.75
 
 
-def test_poisson_on_a_union():
-    """The union is a rectangle, and the solution is zero on its edges."""
-    region = rectangle((-1, -0.5), (0, 0.5)) | rectangle((-0.2, -0.5), (1, 0.5))
-
-    def exact(x: Tensor) -> Tensor:
-        return torch.cos(math.pi * x[:, :1] / 2) * torch.cos(math.pi * x[:, 1:])
-
-    def equation(model: nn.Module, x: Tensor) -> Tensor:
-        return jet(model, x, collapse=True)[2] + 1.25 * math.pi**2 * exact(x)
-
-    result = solved(region, equation)
-
-    assert error(result, exact) < 1e-2
-
-
 def test_heat_on_a_disk():
     """Points are (x, y, t), and the source belongs to u = exp(-t) (1 - r^2)."""
     region = disk((0, 0), 1)
@@ -499,9 +484,9 @@ WRONG = {
     "boundary of `inside`. Take": lambda: solved(
         disk((0, 0), 0.9) - disk((0, 0), 0.3), distance=disk((0, 0), 0.9).distance
     ),
-    r"shape \(5, 2\), but `normals` \(4, 2\)": lambda: neumann(boundary_term()[0], boundary_term()[1][:4]),
-    r"shape \(5, 2\), but `normals` \(5,\)": lambda: neumann(boundary_term()[0], boundary_term()[1][:, 0]),
-    "must have length 1, but they have 2 to 2": lambda: neumann(boundary_term()[0], 2 * boundary_term()[1]),
+    r"of shape \(5, 2\), .* they have shape \(4, 2\)": lambda: neumann(boundary_term()[0], boundary_term()[1][:4]),
+    r"of shape \(5, 2\), .* they have shape \(5,\)": lambda: neumann(boundary_term()[0], boundary_term()[1][:, 0]),
+    "must be unit vectors .* lengths from 2 to 2": lambda: neumann(boundary_term()[0], 2 * boundary_term()[1]),
     r"`values` has shape \(3, 1\)": lambda: neumann(*boundary_term(), torch.ones(3, 1)),
     r"`values` has shape \(5, 1\).*finite": lambda: neumann(*boundary_term(), math.nan),
     "`weight` is 0": lambda: neumann(*boundary_term(), weight=0),
