@@ -263,27 +263,6 @@ def test_singular_equations_are_solved_and_the_stop_at_the_minimum_is_explained(
     assert "at a minimum to rounding, or the normal equations are singular" in record.reason
 
 
-def test_singular_equations_and_a_clear_stop():
-    """Two parameters that do the same, then a minimum that nothing improves."""
-
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = (nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return (self.a + self.b) * x
-
-    model, x = Twice(), torch.ones(2, 1, dtype=torch.float64)
-    y = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    history = LevenbergMarquardt(model, 1e-16).fit([(fit, (x, y))], 50, progress=False)
-    assert (model.a + model.b).item() == pytest.approx(0.5)
-    before = snapshot(model)
-    last = history[-1]
-    assert not last.accepted and "at a minimum to rounding, or the normal equations are singular" in last.reason
-    assert_same(model, before)
-
-
 def test_too_many_parameters_for_the_memory():
     model, data = network(12), terms(points=1500)
     count = sum(parameter.numel() for parameter in model.parameters())

@@ -32,9 +32,9 @@ def terms_of_product(parameter):
     return problems.terms_of_two((3.0, a * b))
 
 
-def noisy(c, seed=0):
+def noisy(c, seed=0, noise=NOISE):
     generator = torch.Generator().manual_seed(seed)
-    return problems.exact(c) + NOISE * torch.randn(X.shape, generator=generator, dtype=torch.float64)
+    return problems.exact(c) + noise * torch.randn(X.shape, generator=generator, dtype=torch.float64)
 
 
 def residuals(data):
@@ -107,12 +107,6 @@ def test_data_that_do_not_determine_the_parameter(family):
         family.calibrate(lambda model: 0 * model(X) - noisy(3.0))
 
 
-@pytest.mark.parametrize("c", [2.2, 4.0])
-def test_data_outside_of_the_members_are_refused(family, c):
-    with pytest.raises(ValueError, match="outside of the fitted members"):
-        family.calibrate(residuals(noisy(c)))
-
-
 def test_the_result_is_inside_of_the_members(family):
     assert family.calibrate(residuals(noisy(3.47))).parameter <= 3.5
 
@@ -122,10 +116,8 @@ def test_the_result_is_inside_of_the_members(family):
     [
         (residuals(noisy(3.0).flatten()), r"\(60, 60\): values \(n, 1\) minus data"),
         (residuals(noisy(3.0) * torch.nan), "infinite numbers for 60 of 60 values.*`ignore_missing=True`"),
-        (residuals(noisy(3.0) / 0), "infinite numbers for 60 of 60"),
-        (lambda model: model(X)[:1] - 1.0, "1 values without NaN, but must have more than 1"),
     ],
-    ids=["all pairs", "NaN", "infinite", "one"],
+    ids=["all pairs", "NaN"],
 )
 def test_wrong_residuals(family, function, message):
     with pytest.raises(ValueError, match=message):
@@ -161,8 +153,6 @@ def test_missing_data_are_left_out_if_asked(family):
     expected = family.calibrate(lambda model: residuals(data)(model)[~missing])
     assert result.parameter == pytest.approx(expected.parameter, rel=1e-9)
     assert result.error == pytest.approx(expected.error, rel=1e-6)
-    with pytest.raises(ValueError, match="infinite numbers for 15 of 60 values.*`ignore_missing=True`"):
-        family.calibrate(residuals(with_gaps))
 
 
 def test_too_few_data_that_are_not_missing_are_refused(family):
@@ -175,23 +165,17 @@ def test_too_few_data_that_are_not_missing_are_refused(family):
         family.calibrate(residuals(noisy(3.0) / 0), ignore_missing=True)
 
 
-@pytest.mark.parametrize("c", [0.25, 0.8, 1.5, 5.25, 7.0, 10.5, 17.5, 35.0])
-@pytest.mark.parametrize("noise", [0.0, 0.1])
-def test_data_far_outside_of_the_members_are_refused(family, c, noise):
+@pytest.mark.parametrize("c", [0.25, 0.8, 2.2, 4.0, 1.5, 5.25, 7.0, 10.5, 17.5, 35.0])
+@pytest.mark.parametrize("noise", [0.0, NOISE, 0.1])
+def test_data_outside_of_the_members_are_refused(family, c, noise):
     """The best parameter inside does not explain them."""
-    generator = torch.Generator().manual_seed(0)
-    data = problems.exact(c) + noise * torch.randn(X.shape, generator=generator, dtype=torch.float64)
-
     with pytest.raises(ValueError, match="outside of the fitted members"):
-        family.calibrate(residuals(data))
+        family.calibrate(residuals(noisy(c, noise=noise)))
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.3])
 def test_large_noise_is_no_misfit(family, noise):
     for seed, c in enumerate(np.linspace(2.7, 3.3, 10).tolist()):
-        generator = torch.Generator().manual_seed(seed)
-        data = problems.exact(c) + noise * torch.randn(X.shape, generator=generator, dtype=torch.float64)
-
-        result = family.calibrate(residuals(data))
+        result = family.calibrate(residuals(noisy(c, seed, noise)))
 
         assert abs(result.parameter - c) < 4 * result.error

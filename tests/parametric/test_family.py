@@ -212,39 +212,6 @@ def test_one_number_is_no_list_of_parameters(base, arguments):
         make(base).fit(**arguments, progress=False)
 
 
-FUNCTIONS = {
-    "terms_of": lambda c: None,
-    "held_terms_of": lambda c: None,
-    "solution_of": lambda network, c: None,
-    "loss_of": lambda network, c: None,
-}
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions_without_a_result_are_refused(base, name):
-    family = ParametricAdapter(base, **{"terms_of": problems.terms_of, name: FUNCTIONS[name]})
-
-    with pytest.raises(RuntimeError, match="2.9: TypeError: .*None"):
-        family.fit([2.9, 3.0], progress=False)
-
-    assert family.parameters == []
-
-
-RESIDUALS = {
-    "None": lambda model, x: None,
-    "complex": lambda model, x: 1j * model(x),
-    "integer": lambda model, x: model(x).long(),
-}
-
-
-@pytest.mark.parametrize("name", RESIDUALS)
-def test_residuals_that_are_no_real_numbers_are_named(base, name):
-    family = ParametricAdapter(base, lambda c: [(RESIDUALS[name], problems.POINTS)], ranks=4)
-
-    with pytest.raises(RuntimeError, match=r"residual term 0 \(.*\) returns"):
-        family.fit([3.0], progress=False)
-
-
 @pytest.mark.parametrize("parameter", ["3.0", 3.0 + 1j, None])
 def test_predictions_at_what_is_no_number_are_refused(family, parameter):
     with pytest.raises(ValueError, match="parameter is .* must be a finite number"):
@@ -284,26 +251,34 @@ def test_a_function_that_fails_at_one_parameter_leaves_the_other_members(base):
     assert "2.6" in report.as_dict()["failed"]
 
 
-def test_a_function_that_fails_at_all_parameters_is_an_error(base):
-    family = ParametricAdapter(base, problems.terms_that_fail, ranks=6)
-
-    with pytest.raises(RuntimeError, match="2.6: ZeroDivisionError"):
-        family.fit([2.6], progress=False)
+def terms_with(residual):
+    return {"terms_of": lambda c: [(residual, problems.POINTS)]}
 
 
 UNFIT = {
-    r"of shape \(\)": lambda model, x: model(x).mean(),
-    "NaN or inf": lambda model, x: model(x) * torch.nan,
+    "without terms": ({"terms_of": lambda c: None}, "TypeError: .*None"),
+    "without held-out terms": ({"held_terms_of": lambda c: None}, "TypeError: .*None"),
+    "without a solution": ({"solution_of": lambda network, c: None}, "TypeError: .*None"),
+    "without a loss": ({"loss_of": lambda network, c: None}, "TypeError: .*None"),
+    "an error": ({"terms_of": problems.terms_that_fail}, "ZeroDivisionError"),
+    "without residuals": (terms_with(lambda model, x: None), r"residual term 0 \(.*\) returns NoneType"),
+    "complex": (terms_with(lambda model, x: 1j * model(x)), "returns torch.complex128"),
+    "integer": (terms_with(lambda model, x: model(x).long()), "returns torch.int64"),
+    "a mean": (terms_with(lambda model, x: model(x).mean()), r"of shape \(\)"),
+    "NaN": (terms_with(lambda model, x: model(x) * torch.nan), "NaN or inf"),
 }
 
 
-@pytest.mark.parametrize("message", UNFIT)
+@pytest.mark.parametrize("name", UNFIT)
 @pytest.mark.filterwarnings("ignore:Step refused")
-def test_residuals_that_cannot_be_fitted_are_refused(base, message):
-    family = ParametricAdapter(base, lambda c: [(UNFIT[message], problems.POINTS)], ranks=4)
+def test_functions_that_fail_at_all_parameters_are_named(base, name):
+    functions, message = UNFIT[name]
+    family = ParametricAdapter(base, **{"terms_of": problems.terms_of, **functions}, ranks=4)
 
-    with pytest.raises(RuntimeError, match=f"3.0: ValueError: .*{message}"):
-        family.fit([3.0], progress=False)
+    with pytest.raises(RuntimeError, match=f"2.6: .*{message}"):
+        family.fit([2.6], progress=False)
+
+    assert family.parameters == []
 
 
 def test_a_family_is_fitted_in_inference_mode(base):

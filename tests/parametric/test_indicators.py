@@ -31,8 +31,8 @@ def values_of(model, c):
     return problems.solution(model(GRID), GRID)
 
 
-def random_points(count):
-    return torch.rand(count, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2 - 1
+def random_points(count, dim=1):
+    return torch.rand(count, dim, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2 - 1
 
 
 def trained(terms, seed):
@@ -68,7 +68,7 @@ def together(model, x, c):
 
 
 def test_inputs_may_come_in_one_tensor_or_two_and_in_any_order():
-    plane = torch.rand(200, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
+    plane = random_points(200, 2)
     x, y = plane.split(1, dim=1)
     base = KAN([2, 4, 1], dtype=torch.float64)
 
@@ -197,7 +197,7 @@ def test_data_may_be_smooth_at_some_parameters_only():
     def fitted(model, x, data):
         return model(x) - data
 
-    plane = torch.rand(150, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 2 - 1
+    plane = random_points(150, 2)
 
     def terms_of(c):
         return [(fitted, (plane, torch.sin(c * plane[:, :1]) * torch.cos(2 * plane[:, 1:])))]

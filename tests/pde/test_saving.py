@@ -229,6 +229,7 @@ def truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+CLASS = "peft_lotra.pde.constraints.HardConstraint"
 DAMAGE = {
     "has no solution.safetensors. Write one by": lambda folder: (folder / "solution.safetensors").unlink(),
     "solution.safetensors is damaged": truncate,
@@ -236,6 +237,7 @@ DAMAGE = {
     "is damaged: TypeError": lambda folder: save_file({"x": torch.ones(1)}, folder / "solution.safetensors"),
     r"is damaged: .*`low` is": lambda folder: edit(folder, low=[3.0, 0.0]),
     "is damaged: .*unexpected keyword": lambda folder: edit(folder, phases=[{"code": 1}]),
+    "malformed": lambda folder: edit(folder, model={"class": CLASS, "attributes": "exit(3)"}),  # text is not evaluated
     "does not hold `model`": lambda folder: edit(folder, model={"class": "os.system", "attributes": "{}"}),
     "`distance` has other values": lambda folder: edit(folder, low=[0.1, 0.0]),
 }
@@ -247,15 +249,6 @@ def test_a_damaged_folder_is_named(solution, tmp_path, message):
     DAMAGE[message](tmp_path)
 
     with pytest.raises(ValueError, match=message):
-        Solution.load(tmp_path)
-
-
-def test_text_of_a_file_is_not_evaluated(solution, tmp_path):
-    solution.save(tmp_path)
-    node = {"class": "peft_lotra.pde.constraints.HardConstraint", "attributes": "exit(3)"}
-    edit(tmp_path, model=node)
-
-    with pytest.raises(ValueError, match="malformed"):
         Solution.load(tmp_path)
 
 

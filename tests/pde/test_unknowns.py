@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 
@@ -233,15 +232,6 @@ def test_under_inference_mode_and_with_the_same_seed_the_estimate_is_the_same():
         estimate = solved(**options).unknowns["rate"]
 
     assert estimate == pytest.approx(expected, rel=1e-6)
-
-
-def test_an_earlier_network_goes_on(exact):
-    rate = exact.unknowns["rate"].value
-
-    result = solved(unknowns={"rate": rate}, network=copy.deepcopy(exact.model.kan), steps=5)
-
-    assert result.first_residual < 1e-2
-    assert result.unknowns["rate"].value == pytest.approx(RATE, rel=1e-3)
 
 
 def test_the_report_has_the_constants(exact):
