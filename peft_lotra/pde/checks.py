@@ -57,9 +57,8 @@ def check_model(
 def layer_inputs(model: nn.Module, x: Tensor, layer: nn.Module) -> Tensor:
     """Return the inputs of a layer of the model."""
     inputs: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    model(x)
-    handle.remove()
+    with layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0])):
+        model(x)
     return inputs[0]
 
 

@@ -165,8 +165,7 @@ def _correct(training: Training) -> tuple[list[float], list[float]] | None:
     linear.scaling = linear.matrix.diagonal().clamp(min=1e-300)
 
     # one factorization serves the projection, the leverages and the step
-    identity = torch.eye(problem.num_parameters, dtype=torch.float64, device=jacobian.device)
-    units = identity[:, -count:]
+    units = torch.eye(problem.num_parameters)[:, -count:].to(jacobian)
     gradient = EXACT * linear.gradient.unsqueeze(1)
     solution = _solve(linear, torch.cat([units, scaled.T, gradient], 1))
     if solution is None or not solution.isfinite().all():
@@ -197,8 +196,7 @@ def _problem_of_noise(training: Training) -> tuple[LeastSquares, int]:
     held, held_residuals = training.evaluate_held()
     of_equation, *_ = held.losses(held_residuals)
     columns = held.terms[0].columns
-    size = sum(parameter.numel() for parameter in training.optimizer.model.parameters())
-    count = 2 * size // columns + 1
+    count = 2 * held.num_parameters // columns + 1
     sampler = training.sampler
     points = spread_points(sampler.low, sampler.high, count, sampler.inside, sampler.seed)
     points.requires_grad_(training.differentiates)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kan.basis import in_transform
+from ..least_squares.problem import trainable_parameters
 from ..modules.calls import call_with_parameters, is_tracing
 
 
@@ -35,16 +36,10 @@ class PointCache(dict[Hashable, Any]):
         def evaluate() -> list[Tensor]:
             return [function(x) for function in functions]
 
-        perturbed = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                perturbed[name] = 1.1 * parameter + 0.1
-        values = evaluate()
+        perturbed = {name: 1.1 * parameter + 0.1 for name, parameter in trainable_parameters(model).items()}
         perturbed_values = call_with_parameters(model, perturbed, evaluate, (), {})
-        self.functions = []
-        for function, *pair in zip(functions, values, perturbed_values, strict=True):
-            if torch.equal(*pair):
-                self.functions.append(function)
+        triples = zip(functions, evaluate(), perturbed_values, strict=True)
+        self.functions = [function for function, *pair in triples if torch.equal(*pair)]
 
 
 current_cache: ContextVar[PointCache | None] = ContextVar("current_cache", default=None)  # of this thread

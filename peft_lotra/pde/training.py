@@ -403,8 +403,9 @@ class Training:
     def _call_back(self, record: LevenbergMarquardtStep) -> None:
         """Show the solution, with all of its windows, to the caller, who may end the training."""
         windows: Windows | None = first_module(self.model, Windows)
-        active = None if windows is None else windows.active
+        active = None
         if windows is not None:
+            active = windows.active
             windows.activate(None)
         if self.constants is not None:
             values = self.constants.values().items()

@@ -358,11 +358,11 @@ WRONG = {
     "must be an iterable, not function": lambda: solved(terms=(poisson, torch.zeros(3, 1))),
     "`continuation` is 1j": lambda: solved(decay, continuation=(1j, 1.0)),
     "returns torch.complex128": lambda: solved(distance=lambda x: 1j * line(x)),
-    "`periodic` has True": lambda: solved(low=(0.0, 0.0), high=(1.0, 1.0), periodic=[True, False]),
+    r"`periodic` and `neumann` have \[True": lambda: solved(low=(0.0, 0.0), high=(1.0, 1.0), periodic=[True, False]),
     "`steps` is": lambda: solved(decay, continuation=(1.0, 2.0), steps=3),
     "`callback` is called with 2": lambda: solved(callback=lambda: None),
     "`seconds` is": lambda: solve(poisson, [0], [1], distance=line, seconds=0),
-    "`periodic` has 1": lambda: solved(periodic=[1]),
+    r"`periodic` and `neumann` have \[1\]": lambda: solved(periodic=[1]),
     "own `BoxFeatures` have": lambda: solved(network=nn.Sequential(BoxFeatures([0], [10]), mlp()), periodic=[0]),
 }
 
