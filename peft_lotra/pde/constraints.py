@@ -130,7 +130,8 @@ def _jet(
     weights: Tensor | None,
 ) -> Jet:
     """Compute the jet of lift + distance * network, along each direction, or in the weighted sum."""
-    network = jet_of_network(model.kan, x, directions, order, weights)
+    arguments = (x, directions, order, weights)
+    network = jet_of_network(model.kan, *arguments)
     value, *derivatives = network
 
     def jet_of(name: str) -> Jet:
@@ -138,11 +139,10 @@ def _jet(
         if not callable(function):
             zeros = map(torch.zeros_like, derivatives)
             return [torch.full_like(value, function), *zeros]
-        arguments = (function, x, directions, order, weights)
         if is_constant(function):
-            jet_of_part = compute_once(jet_of_function, *arguments)
+            jet_of_part = compute_once(jet_of_function, function, *arguments)
         else:
-            jet_of_part = jet_of_function(*arguments)
+            jet_of_part = jet_of_function(function, *arguments)
         _check_shape(name, jet_of_part[0], value)
         return jet_of_part
 
@@ -150,17 +150,14 @@ def _jet(
     return list(map(torch.add, jet_of("lift"), product))
 
 
-def jet_of_function(
-    function: Any,
-    x: Tensor,
-    directions: Tensor,
-    order: int,
-    weights: Tensor | None,
-) -> Jet:
-    """Compute the jet of a network, or of a function: in closed form if there is one."""
+def jet_of_function(function: Any, *arguments: Any) -> Jet:
+    """Compute the jet of a network, or of a function: in closed form if there is one.
+
+    `arguments` are those of `jet_of_network`.
+    """
     if isinstance(function, nn.Module) and (composed_jet(function) or stages_of(function)):
-        return jet_of_network(function, x, directions, order, weights)
-    return jet_by_transforms(function, x, directions, order, weights)
+        return jet_of_network(function, *arguments)
+    return jet_by_transforms(function, *arguments)
 
 
 def jet_of_network(

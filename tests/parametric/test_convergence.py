@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import family_problems as problems
 import pytest
 import torch
@@ -62,12 +60,11 @@ def test_a_member_far_worse_than_a_neighbor_is_reported(base):
     assert "failed: 3.1" in str(report)
 
 
+@pytest.mark.filterwarnings("error")
 def test_members_that_converge_are_silent(base):
     family = ParametricAdapter(base, problems.terms_of, ranks=6)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        report = family.fit([2.6, 2.8, 3.0, 3.2], progress=False)
+    report = family.fit([2.6, 2.8, 3.0, 3.2], progress=False)
 
     assert not report.failed
 
