@@ -250,7 +250,6 @@ def _add_tucker(
     A full mode has no factor to contract with.
     """
     scale, (core, factor_out, factor_in, factor_basis) = update
-    n, m = g.shape[:2]
     count = update.tensor.shape[2]
     phi = phi[:, :, :count].contiguous()
     v = phi if factor_in is None else phi @ factor_in
@@ -262,12 +261,9 @@ def _add_tucker(
         f = f @ factor_out
 
     def product(left: Tensor, right: Tensor) -> Tensor:
-        """Return sum_x left[x, i] right[m, x, j], (n, m, i, j), for left (n, S, X / S, i) and right (n, m, S, ...)."""
-        left = left.flatten(1, 2)
-        right = right.reshape(n, m, left.shape[1], -1)
-        matrix = right.transpose(1, 2).flatten(2)
-        sums = left.mT @ matrix
-        return sums.unflatten(2, (m, -1)).transpose(1, 2)
+        """Return sum_sx left[s, x, i] right[m, s, x, j], (n, m, i, j), for left (n, S, X, i), right (n, m, S, X j)."""
+        right = right.unflatten(-1, (left.shape[2], -1))
+        return torch.einsum("nsxi,nmsxj->nmij", left, right)
 
     # gradients that nothing asks for are not computed
     if id(core) in blocks:

@@ -183,16 +183,13 @@ class Starts:
         edges = torch.linspace(low[time].item(), high[time].item(), count + 1, dtype=torch.float64)
         frequencies = list(self.features.frequencies)
         frequencies[time] = []
-        boxes = []
+        boxes = torch.stack([low, high]).repeat(count, 1, 1)
+        boxes[:, :, time] = edges.unfold(0, 2, 1)
         networks = []
-        for k in range(count):
-            box = torch.stack([low, high])
-            box[:, time] = edges[k : k + 2]
-            start, end = box.tolist()
+        for k, (start, end) in enumerate(boxes.tolist()):
             features = BoxFeatures(start, end, self.features.periodic, frequencies=frequencies)
             seed = self.seed + k
             network = new_network(features, self.outputs, seed, kind, is_small=True, scale=self.scale)
-            boxes.append(box)
             networks.append(network)
 
         windows = Windows(networks, edges.tolist(), time, smoothness)
