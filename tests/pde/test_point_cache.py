@@ -10,19 +10,12 @@ from collections import Counter
 import pytest
 import torch
 from jet_helpers import assert_same, nested
+from pde_problems import line, poisson
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, jet
 from peft_lotra.kan.basis import in_transform
 from peft_lotra.pde import BoxDistance, solve
-
-
-def poisson(model: nn.Module, x: Tensor) -> Tensor:
-    return jet(model, x)[2][0] + 1
-
-
-def line(x: Tensor) -> Tensor:
-    return x * (10 - x)
 
 
 class Recorded(nn.Module):

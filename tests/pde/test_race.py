@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from pde_problems import by_autograd, poisson
 from torch import Tensor, nn
 
 from peft_lotra.kan import jet
@@ -21,10 +22,6 @@ def small(monkeypatch):
     monkeypatch.setattr("peft_lotra.pde.networks.SMALL_WIDTHS", (4, 5))
     monkeypatch.setattr("peft_lotra.pde.networks.WIDTHS", (4, 5))
     monkeypatch.setattr("peft_lotra.pde.networks.TANH_WIDTHS", (6, 6))
-
-
-def poisson(model: nn.Module, x: Tensor) -> Tensor:
-    return jet(model, x)[2][0] + 1
 
 
 def fast(model: nn.Module, x: Tensor) -> Tensor:
@@ -49,11 +46,6 @@ def test_networks_race_for_a_tenth_of_the_budget_each_and_the_best_goes_on():
     assert result.phases[2].name == "coarse" and result.phases[2].network == best.network
     assert len(result.history) == 30
     assert best.network in str(result)
-
-
-def by_autograd(model: nn.Module, x: Tensor) -> Tensor:
-    (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
-    return torch.autograd.grad(slope.sum(), x, create_graph=True)[0] + 1
 
 
 def test_a_residual_by_autograd_races_as_one_by_jet():

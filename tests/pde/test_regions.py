@@ -10,6 +10,7 @@ import pickle
 
 import pytest
 import torch
+from pde_problems import error, poisson
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, jet
@@ -324,20 +325,11 @@ def test_a_region_that_is_hardly_in_the_box_needs_another_box():
 # solve
 
 
-def poisson(model: nn.Module, x: Tensor) -> Tensor:
-    return jet(model, x, collapse=True)[2] + 1
-
-
 def solved(region: Region, residual=poisson, low=SQUARE[0], high=SQUARE[1], **options):
     torch.manual_seed(0)
     options = {"distance": region.distance, "inside": region.inside, "steps": 12, "progress": False} | options
     network = nn.Sequential(nn.Linear(len(low), 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 1))
     return solve(residual, low, high, network=network, **options)
-
-
-def error(result, exact) -> float:
-    x = box_points(result.low.tolist(), result.high.tolist(), 500, inside=result.inside, seed=5)
-    return ((result.model(x) - exact(x)).norm() / exact(x).norm()).item()
 
 
 def test_poisson_on_a_disk():

@@ -9,18 +9,11 @@ import warnings
 
 import pytest
 import torch
+from pde_problems import by_autograd, error, line, poisson
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, jet
 from peft_lotra.pde import BoxDistance, BoxFeatures, solve
-
-
-def poisson(model: nn.Module, x: Tensor) -> Tensor:
-    return jet(model, x)[2][0] + 1
-
-
-def line(x: Tensor) -> Tensor:
-    return x * (10 - x)
 
 
 def solved(residual=poisson, low=(0.0,), high=(10.0,), *, distance=line, steps=8, seed=0, **options):
@@ -30,11 +23,6 @@ def solved(residual=poisson, low=(0.0,), high=(10.0,), *, distance=line, steps=8
         inputs = len(low) + (len(periodic) if isinstance(periodic, list) else 0)
         options["network"] = KAN([inputs, 5, 1], 6, 4, norm="tanh")
     return solve(residual, low, high, distance=distance, steps=steps, seed=seed, progress=False, **options)
-
-
-def error(result, exact) -> float:
-    x = torch.rand(200, len(result.low), dtype=torch.float64) * (result.high - result.low) + result.low
-    return ((result.model(x) - exact(x)).norm() / exact(x).norm()).item()
 
 
 def decay(model: nn.Module, x: Tensor, rate: float) -> Tensor:
@@ -70,13 +58,6 @@ def test_a_tiny_load_has_an_accurate_solution():
     result = solve(loaded, [0], [10], distance=line, steps=12, progress=False)
 
     assert error(result, lambda x: 1e-8 * line(x) / 2) < 1e-3
-
-
-def by_autograd(model: nn.Module, x: Tensor) -> Tensor:
-    """Differentiate at points that require a gradient, as PINNs are written."""
-    u = model(x)
-    (du,) = torch.autograd.grad(u.sum(), x, create_graph=True)
-    return torch.autograd.grad(du.sum(), x, create_graph=True)[0] + 1
 
 
 def by_autograd_marked(model: nn.Module, x: Tensor) -> Tensor:

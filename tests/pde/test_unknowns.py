@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from residuals import fit
 from torch import Tensor, nn
 
 from peft_lotra.kan import jet
@@ -27,10 +28,6 @@ def decay(model: nn.Module, x: Tensor, rate: Tensor) -> Tensor:  # u' = -rate u,
     return du + rate * u
 
 
-def observed(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return model(x) - y
-
-
 def small() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(1, 10), nn.Tanh(), nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 1))
@@ -39,7 +36,7 @@ def small() -> nn.Module:
 def solved(equation=decay, *, unknowns=None, terms=None, values=DECAYED, steps=30, **options) -> Solution:
     options = {"network": small(), "distance": lambda x: x, "lift": 1.0, "progress": False} | options
     unknowns = {"rate": 1.0} if unknowns is None else unknowns
-    terms = [(observed, (TIMES, values))] if terms is None else terms
+    terms = [(fit, (TIMES, values))] if terms is None else terms
     return solve(equation, [0], [2], terms=terms, unknowns=unknowns, steps=steps, **options)
 
 
@@ -95,7 +92,7 @@ def test_a_network_that_could_bend_to_the_noise_does_not():
         network=network,
         distance=BoxDistance(*box, sides=sides),
         lift=lambda x: torch.sin(math.pi * x[..., :1]),
-        terms=[(observed, (torch.stack([x, torch.ones_like(x)], 1), values))],
+        terms=[(fit, (torch.stack([x, torch.ones_like(x)], 1), values))],
         unknowns={"rate": 2.0},
         steps=40,
         progress=False,
@@ -186,7 +183,7 @@ def test_functions_of_terms_get_the_constants_that_they_name():
     def measured(model: nn.Module, x: Tensor, y: Tensor, *, gain: Tensor) -> Tensor:
         return gain * model(x) - y
 
-    terms = [(observed, (TIMES, DECAYED)), (measured, (TIMES, gain * DECAYED))]
+    terms = [(fit, (TIMES, DECAYED)), (measured, (TIMES, gain * DECAYED))]
     result = solved(unknowns={"rate": 1.0, "gain": 1.0}, terms=terms)
 
     assert result.unknowns["rate"].value == pytest.approx(RATE, rel=1e-3)
@@ -269,8 +266,8 @@ def test_wrong_constants_are_named_before_the_training(message):
 
 def test_a_condition_with_a_weight_is_no_datum(noisy):
     zero = torch.zeros(1, 1, dtype=torch.float64)
-    condition = (observed, (zero, zero + 1), 100.0)
-    data = (observed, (TIMES, NOISY))
+    condition = (fit, (zero, zero + 1), 100.0)
+    data = (fit, (TIMES, NOISY))
 
     estimate = solved(distance=1.0, lift=0.0, terms=[condition, data]).unknowns["rate"]
 
@@ -283,7 +280,7 @@ def test_the_error_is_estimated_at_points_inside_of_the_shape():
         return decay(model, x, rate) * (2 - x).sqrt()  # NaN beyond 2
 
     conditions = {"distance": lambda x: x, "lift": 1.0, "inside": lambda x: x[:, 0] < 1.9}
-    data = (observed, (TIMES[:15], DECAYED[:15]))
+    data = (fit, (TIMES[:15], DECAYED[:15]))
     options = {"network": small(), "steps": 30, "progress": False}
 
     result = solve(equation, [0], [3], terms=[data], unknowns={"rate": 1.0}, **conditions, **options)

@@ -11,7 +11,9 @@ import warnings
 
 import pytest
 import torch
+from pde_problems import poisson
 from peft import get_peft_model
+from residuals import fit
 from torch import Tensor, nn
 
 from peft_lotra import LoTRAConfig
@@ -22,10 +24,6 @@ from peft_lotra.pde import BoxDistance, BoxFeatures, budget, disk, neumann, poly
 
 UNIT = (0.0, 0.0), (1.0, 1.0)
 silent = pytest.mark.filterwarnings("error")  # warnings fail the test
-
-
-def poisson(model: nn.Module, x: Tensor) -> Tensor:
-    return jet(model, x, collapse=True)[2] + 1
 
 
 def run(residual=poisson, low=(0.0, 0.0), high=(1.0, 1.0), **options):
@@ -178,10 +176,6 @@ def oscillator(model: nn.Module, x: Tensor) -> Tensor:
     return jet(model, x)[2][0] + (200 * math.pi) ** 2 * torch.sin(200 * math.pi * x)
 
 
-def observe(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return model(x) - y
-
-
 def distance(x: Tensor) -> Tensor:
     return (x * (1 - x)).prod(-1, keepdim=True)
 
@@ -191,13 +185,13 @@ def test_data_outside_of_the_box_warn():
     x[:3, 1] += 5
 
     with pytest.warns(UserWarning, match="3 points of term 1 of `terms` are outside of the box"):
-        run(distance=distance, terms=[(observe, (x[3:], x[3:, :1])), (observe, (x, x[:, :1]))])
+        run(distance=distance, terms=[(fit, (x[3:], x[3:, :1])), (fit, (x, x[:, :1]))])
 
 
 INSIDE = {
-    "on the sides": (observe, torch.tensor([[0.0, 1.0], [1.0, 0.0], [1 + 1e-9, 0.5]]), []),
+    "on the sides": (fit, torch.tensor([[0.0, 1.0], [1.0, 0.0], [1 + 1e-9, 0.5]]), []),
     "in other units": (lambda model, x, y: model(x / 10) - y, torch.tensor([[5.0, 7.0]] * 3), []),
-    "in a periodic coordinate": (observe, torch.tensor([[5.0, 0.5]] * 3), [0]),
+    "in a periodic coordinate": (fit, torch.tensor([[5.0, 0.5]] * 3), [0]),
 }
 
 

@@ -13,10 +13,10 @@ from peft_lotra.optim import LevenbergMarquardt
 POINTS = torch.linspace(-1, 1, 60, dtype=torch.float64).unsqueeze(1)
 
 
-def equation(model: nn.Module, x: Tensor, c: Tensor) -> Tensor:
-    """u'' + c^2 sin(c x) = 0 for u = (1 - x^2) N, which is zero at both ends."""
+def equation(model: nn.Module, x: Tensor, c: Tensor, a: Tensor | float = 1.0) -> Tensor:
+    """u'' + a c^2 sin(c x) = 0 for u = (1 - x^2) N, which is zero at both ends."""
     n, (slope,), second = jet(model, x, collapse=True)
-    return (1 - x**2) * second - 4 * x * slope - 2 * n + c**2 * torch.sin(c * x)
+    return (1 - x**2) * second - 4 * x * slope - 2 * n + a * c**2 * torch.sin(c * x)
 
 
 def terms_of(c: float) -> list[tuple]:
@@ -44,14 +44,9 @@ def pretrained(c: float = 3.0, seed: int = 0) -> KAN:
     return base
 
 
-def equation_of_two(model: nn.Module, x: Tensor, c: Tensor, a: Tensor) -> Tensor:
-    n, (slope,), second = jet(model, x, collapse=True)
-    return (1 - x**2) * second - 4 * x * slope - 2 * n + a * c**2 * torch.sin(c * x)
-
-
 def terms_of_two(parameter: tuple[float, float]) -> list[tuple]:
     c, a = parameter
-    return [(equation_of_two, (POINTS, torch.full_like(POINTS, c), torch.full_like(POINTS, a)))]
+    return [(equation, (POINTS, torch.full_like(POINTS, c), torch.full_like(POINTS, a)))]
 
 
 def terms_that_fail(c: float) -> list[tuple]:

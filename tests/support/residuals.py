@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A small PDE by least squares, as tests of several files of `optim` solve it."""
+"""A small PDE by least squares, as tests of several files solve it."""
 
 import math
 
