@@ -203,14 +203,7 @@ class LevenbergMarquardt:
                 f"No damping up to {LARGEST_DAMPING:g} makes the loss fall below {loss:.6g}: the parameters are "
                 "at a minimum to rounding, or the normal equations are singular."
             )
-            return LevenbergMarquardtStep(
-                loss,
-                self.damping,
-                False,
-                attempts,
-                reason=reason,
-                losses=losses,
-            )
+            return LevenbergMarquardtStep(loss, self.damping, False, attempts, reason=reason, losses=losses)
 
         # the damping that the next step tries
         agreement = decrease / linear.predicted_decrease(damping, step)
@@ -222,14 +215,8 @@ class LevenbergMarquardt:
             matrix, gradient = linear.after(change, new_residuals)
             former.past = Past(matrix, gradient, parameters, (loss, new_loss), agreement)
         write_vector(problem.trainable, parameters)
-        return LevenbergMarquardtStep(
-            new_loss,
-            self.damping,
-            True,
-            attempts,
-            decrease=1 - new_loss / loss,
-            losses=new_losses,
-        )
+        decrease = 1 - new_loss / loss
+        return LevenbergMarquardtStep(new_loss, self.damping, True, attempts, decrease, losses=new_losses)
 
     def _make_problem(self, terms: list[Term]) -> LeastSquares:
         trials = self._held_trials | self._trials

@@ -93,8 +93,8 @@ class _Gaps:
         self._is_first = ~(distances <= 1e-6).tril().any(1)
 
         is_equal = points.unsqueeze(1) == points
-        is_shared = is_equal.sum(1) > SHARED * len(points)
-        leaves_side = is_shared.unsqueeze(1) & ~is_equal
+        is_shared = is_equal.sum(1, keepdim=True) > SHARED * len(points)
+        leaves_side = is_shared & ~is_equal
         distances[leaves_side.any(2)] = math.inf
 
         near = distances.topk(NEAR, largest=False)

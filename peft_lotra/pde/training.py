@@ -369,16 +369,10 @@ class Training:
                 break
 
         self.is_over = end.is_over
-        phase = Phase(
-            name,
-            self.parameter,
-            steps=len(self.history) - steps_before,
-            seconds=time.monotonic() - begin,
-            loss=record.loss,
-            held=end.least,
-            reason=end.reason(record.accepted),
-            network=self.network,
-        )
+        steps = len(self.history) - steps_before
+        seconds = time.monotonic() - begin
+        reason = end.reason(record.accepted)
+        phase = Phase(name, self.parameter, steps, seconds, record.loss, end.least, reason, self.network)
         self.phases.append(phase)
         return end.least
 
