@@ -102,7 +102,8 @@ class Recorder:
         if not trained or formula.scale is not None or not trained <= self._parameters:
             return evaluate_layer(formula, *inputs)
 
-        detached = {name: value.detach() for name, value in formula._asdict().items() if isinstance(value, Tensor)}
+        entries = formula._asdict().items()
+        detached = {name: value.detach() for name, value in entries if isinstance(value, Tensor)}
         updates = [Update(scale, tensor.map(Tensor.detach)) for scale, tensor in formula.updates]
         constant = formula._replace(updates=tuple(updates), **detached)
         outputs = evaluate_layer(constant, *inputs)

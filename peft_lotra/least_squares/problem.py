@@ -271,7 +271,8 @@ class LeastSquares:
         self.trainable = trainable_parameters(model)
         self.fixed = in_double(model)  # the trainable ones are always replaced
         # torch's `parameters_to_vector` refuses those that are not contiguous
-        self.start = torch.cat([parameter.detach().double().flatten() for parameter in self.trainable.values()])
+        flat = [parameter.detach().double().flatten() for parameter in self.trainable.values()]
+        self.start = torch.cat(flat)
         self.num_parameters = len(self.start)
         self.trials: Trials = {}
         self.terms = self._prepare(terms)
@@ -289,7 +290,8 @@ class LeastSquares:
         if any(weights_of_process != weights for weights_of_process in self.shards.gather(weights)):
             raise ValueError(f"The processes have different residual terms or weights. This one has {weights}.")
 
-        counts = torch.tensor([len(rows[0]) for _, rows, _ in terms], device=self.start.device)
+        lengths = [len(rows[0]) for _, rows, _ in terms]
+        counts = torch.tensor(lengths, device=self.start.device)
         counts = self.shards.sum(counts).tolist()
         prepared = []
         for name, count, (function, rows, weight) in zip(names, counts, terms, strict=True):

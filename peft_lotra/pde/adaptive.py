@@ -83,9 +83,10 @@ class ResidualSampler:
             Points (count, I), float64.
         """
         count = round(self.share * self.count)
-        points = spread_points(self.low, self.high, self.count - count, self.inside, self.seed + 1, knots)
+        box = self.low, self.high
+        points = spread_points(*box, self.count - count, self.inside, self.seed + 1, knots)
         if count:
-            candidates = spread_points(self.low, self.high, self.pool * count, self.inside, self.seed + 2, knots)
+            candidates = spread_points(*box, self.pool * count, self.inside, self.seed + 2, knots)
             residuals = check_residuals(residual(candidates), "`residual`", len(candidates))
             size = residuals.detach().norm(dim=1)
             is_finite = size.isfinite()
@@ -177,7 +178,8 @@ def knot_density(
     cells = check_count(cells, "cells")
     x = box_points(low, high, cells * SAMPLES)
     _, _, bends = jet(model, x.to(next(model.parameters(), x)))
-    squares = bends.double().square().view(len(low_end), len(x), -1).sum(-1)
+    bends = bends.double().view(len(low_end), len(x), -1)
+    squares = bends.square().sum(-1)
     cell_of = (x - low_end) / (high_end - low_end) * cells
     densities = []
     for i, index in enumerate(cell_of.long().unbind(1)):

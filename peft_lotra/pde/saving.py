@@ -178,7 +178,10 @@ def _fill(
 ) -> Any:
     """Copy the tensors of a place into the module that replaces it. Nothing is changed if it has others."""
     present = _named_tensors(replacement) if isinstance(replacement, nn.Module) else {}
-    saved = {name.removeprefix(place): tensor for name, tensor in tensors.items() if name.startswith(place)}
+    saved = {}
+    for name, tensor in tensors.items():
+        if name.startswith(place):
+            saved[name.removeprefix(place)] = tensor
     shapes = {name: tuple(tensor.shape) for name, tensor in present.items()}
     saved_shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
     for name in sorted(present | saved):
