@@ -123,9 +123,11 @@ def test_adapters_are_removed_replaced_and_compacted():
     for name, model in {"a0": first, "a1": second, "a2": first, "a3": second}.items():
         bank.add(name, model)
     ids = bank.ids(["a3", "__base__"])
-    for name in ("a1", "__base__"):
-        with pytest.raises(ValueError, match="of this name already"):
-            bank.add(name, third, replace=name == "__base__")
+    with pytest.raises(ValueError, match="of this name already"):
+        bank.add("a1", third)
+    for name in ("__base__", "", 7):
+        with pytest.raises(ValueError, match="cannot be called"):
+            bank.add(name, third, replace=True)
 
     bank.add("a1", third, replace=True)
     bank.remove("a0")
