@@ -115,7 +115,12 @@ def find(model: Network, as_json: Json = False) -> None:
 
 
 @_command
-def inspect(adapter: Adapter, revision: Revision = None, subfolder: Subfolder = None, as_json: Json = False) -> None:
+def inspect(
+    adapter: Adapter,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    as_json: Json = False,
+) -> None:
     """Show the layers, ranks, sizes and norms of an adapter."""
     _, _, contents = _read_adapter(adapter, revision, subfolder)
     base = contents.base_model or f"a {contents.base_class or 'model'}"

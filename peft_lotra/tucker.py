@@ -384,7 +384,11 @@ def _leading_vectors(tensor: Tensor, mode: int, rank: int) -> Tensor:
 
 
 @torch.enable_grad()
-def fit(start: Tucker, loss: Callable[[Tensor], Tensor], steps: int) -> Tucker:
+def fit(
+    start: Tucker,
+    loss: Callable[[Tensor], Tensor],
+    steps: int,
+) -> Tucker:
     """Minimize a function of the dense tensor by L-BFGS; return factors with orthonormal columns."""
     minimum = start.map(lambda component: component.detach().contiguous().clone().requires_grad_())
     optimizer = torch.optim.LBFGS(
@@ -484,7 +488,10 @@ def cap_ranks(r: Ranks, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(capped)
 
 
-def component_shapes(ranks: Sequence[int], shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+def component_shapes(
+    ranks: Sequence[int],
+    shape: Sequence[int],
+) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the core and of the factors of the modes that are not full, by name."""
     shapes = {"core": tuple(ranks)}
     for name, size, rank in zip(Tucker._fields[1:], shape, ranks, strict=False):

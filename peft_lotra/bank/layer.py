@@ -188,7 +188,8 @@ class BankModel(nn.Module):
             # ONNX would broadcast a single id, but it stacks only tensors of one length
             columns = [rows]
             for leaf in tree_leaves((args, kwargs)):
-                if isinstance(leaf, torch.Tensor) and leaf.dim() > 1 and leaf.shape[0] == ids.shape[0]:
+                is_matrix = isinstance(leaf, torch.Tensor) and leaf.dim() > 1
+                if is_matrix and leaf.shape[0] == ids.shape[0]:
                     columns.append(leaf.flatten(1)[:, 0].to(rows))
             rows = torch.stack(columns)[0]
         updates = snapshot.updates_of_samples(snapshot.packed, RowGroups(rows))

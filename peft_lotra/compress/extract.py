@@ -201,7 +201,10 @@ def decompose_updates(
     return components
 
 
-def _find_other_changes(base: nn.Module, tuned: nn.Module) -> tuple[list[str], list[str]]:
+def _find_other_changes(
+    base: nn.Module,
+    tuned: nn.Module,
+) -> tuple[list[str], list[str]]:
     """Return the modules that changed and can be copied, and the tensors that changed and that no adapter can hold.
 
     Raises:

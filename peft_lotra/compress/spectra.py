@@ -216,7 +216,10 @@ def choose_ranks(
         costs = frontiers[best_name][0]
         left -= int(costs[best_index] - costs[0])
         frontiers[best_name] = [column[best_index:] for column in frontiers[best_name]]
-    return {name: _ranks_at(layers[name], indices[0]) for name, (_, _, indices) in frontiers.items()}
+    ranks = {}
+    for name, (_, _, indices) in frontiers.items():
+        ranks[name] = _ranks_at(layers[name], indices[0])
+    return ranks
 
 
 def cheapest(layer: LayerSpectrum, energy: float) -> tuple[int, ...]:

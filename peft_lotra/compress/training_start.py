@@ -177,7 +177,11 @@ def _train(
     """Train the dense updates, and return the calls of the network in the first pass over the batches."""
     calls: list[Call] = []
 
-    def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def record(
+        module: nn.Module,
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> None:
         if not is_tracing() and not in_transform():
             calls.append((args, kwargs))
 

@@ -147,7 +147,11 @@ def _compute(
 
     if x.dim() == 2:
         return derivatives
-    return [derivative.reshape(*derivative.shape[:-2], *batch, derivative.shape[-1]) for derivative in derivatives]
+    reshaped = []
+    for derivative in derivatives:
+        *leading, _, outputs = derivative.shape
+        reshaped.append(derivative.reshape(*leading, *batch, outputs))
+    return reshaped
 
 
 def _check_directions(x: Tensor, directions: Tensor | None) -> Tensor:

@@ -73,7 +73,10 @@ def compose(
     bells = bell_polynomials(derivatives, order, weights)
     jet = [functions[0]]
     for n in range(1, order + 1):
-        pairs = [(functions[j], bells[n, j]) for j in range(1, n + 1) if (n, j) in bells]
+        pairs = []
+        for j in range(1, n + 1):
+            if (n, j) in bells:
+                pairs.append((functions[j], bells[n, j]))
         jet.append(sum_of_products(pairs))
     return jet
 
@@ -90,7 +93,8 @@ def multiply(
     """
     product = [left[0] * right[0]]
     for n in range(1, order + 1):
-        total = sum_of_products([(left[0], right[n]), (left[n], right[0])])
+        ends = [(left[0], right[n]), (left[n], right[0])]
+        total = sum_of_products(ends)
         pairs = []
         for k in range(1, n):
             factor = times(right[n - k], math.comb(n, k))

@@ -181,7 +181,10 @@ def _kan_of(model: KANModel) -> nn.Module | None:
     return model.kan if type(model).forward is KANModel.forward else None
 
 
-def _register_exact(cls: type[nn.Module], stages: Callable[[Any], list[Stage] | None]) -> None:
+def _register_exact(
+    cls: type[nn.Module],
+    stages: Callable[[Any], list[Stage] | None],
+) -> None:
     """Register a class, but not the derived classes with another `forward`."""
 
     def stages_or_none(module: nn.Module) -> list[Stage] | None:

@@ -54,7 +54,10 @@ def jet_by_transforms(
     return jet
 
 
-def pull_back(function: Callable[[Tensor], Tensors], x: Tensor) -> tuple[Tensors, Callable[[Tensor], Tensor]]:
+def pull_back(
+    function: Callable[[Tensor], Tensors],
+    x: Tensor,
+) -> tuple[Tensors, Callable[[Tensor], Tensor]]:
     """Return the values of a function, and the map from a gradient in the first of them to a gradient in x.
 
     Under transforms or a compiler, it is `torch.func.vjp`. Else it is autograd, under which hooks of saved tensors and

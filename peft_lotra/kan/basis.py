@@ -367,7 +367,11 @@ def silu_derivatives(x: Tensor, highest: int) -> list[Tensor]:
     return derivatives
 
 
-def logistic_derivatives(function: Callable[[Tensor], Tensor], x: Tensor, highest: int) -> list[Tensor]:
+def logistic_derivatives(
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    highest: int,
+) -> list[Tensor]:
     """Return the values of `torch.sigmoid`, y' = y - y^2, or `torch.tanh`, y' = 1 - y^2, and their derivatives."""
     derivatives = [function(x)]
     for n in range(highest):

@@ -70,7 +70,12 @@ class TanhBound(InputMap):
         [-1.0, 0.0, 1.0]
     """
 
-    def __init__(self, in_features: int, low: float = -1.0, high: float = 1.0) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        low: float = -1.0,
+        high: float = 1.0,
+    ) -> None:
         if not -math.inf < low < high < math.inf:
             raise ValueError(f"`low` is {low} and `high` {high}, but they must be finite, and `low` below `high`.")
         super().__init__(in_features, range(in_features))

@@ -52,7 +52,8 @@ class KnotMap(InputMap):
     pieces: Tensor  # (I, cells, 5): the polynomials in the share of the cell, powers ascending
 
     def __init__(self, low: Tensor, high: Tensor, density: Tensor) -> None:
-        fits = low.dim() == 1 and low.shape == high.shape == density.shape[:-1] and density.numel() > 0
+        are_alike = low.shape == high.shape == density.shape[:-1]
+        fits = are_alike and low.dim() == 1 and density.numel() > 0
         is_usable = (density > 0) & density.isfinite()
         if not (fits and is_usable.all() and (low < high).all()):
             raise ValueError(

@@ -323,7 +323,11 @@ class RowProduct(NamedTuple):
         return _dot(sums, factor_out.mT, 1)
 
 
-def _slice_basis(update: list[Any], start: int, stop: int | None) -> list[Any]:
+def _slice_basis(
+    update: list[Any],
+    start: int,
+    stop: int | None,
+) -> list[Any]:
     """Return the components of some slices of the basis mode."""
     core, factor_out, factor_in, factor_basis = update
     if factor_basis is None:

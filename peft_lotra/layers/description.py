@@ -310,7 +310,10 @@ def spec_from_file(kind: str, description: Mapping[str, Any]) -> KANLayerSpec:
         raise ValueError(f"The description of the kind of layer {kind!r} in the file is broken: {error}") from error
 
 
-def has(attributes: str, where: Callable[[Any], bool] | None = None) -> Callable[[Any], bool]:
+def has(
+    attributes: str,
+    where: Callable[[Any], bool] | None = None,
+) -> Callable[[Any], bool]:
     """Return the predicate of the modules that have these attributes, with so many axes where a number follows.
 
     Args:

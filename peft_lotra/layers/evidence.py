@@ -291,7 +291,11 @@ class Evidence:
         return bool((first - second).abs().max() <= _EFFECT * size)
 
 
-def run_at_sizes(probe: Probe, size: int, kernel: Sequence[int] = ()) -> Iterator[Evidence]:
+def run_at_sizes(
+    probe: Probe,
+    size: int,
+    kernel: Sequence[int] = (),
+) -> Iterator[Evidence]:
     """Yield the outputs of the layer for inputs of `size` features, or channels of a convolution, if it takes them."""
     for x, channel in _make_inputs(probe, size, kernel):
         y = probe.attempt(x, channel)
@@ -317,7 +321,11 @@ def run_at_sizes(probe: Probe, size: int, kernel: Sequence[int] = ()) -> Iterato
             return
 
 
-def _make_inputs(probe: Probe, size: int, kernel: Sequence[int]) -> list[tuple[Tensor, int]]:
+def _make_inputs(
+    probe: Probe,
+    size: int,
+    kernel: Sequence[int],
+) -> list[tuple[Tensor, int]]:
     """Return inputs with `size` features in the last axis, and the axis of the features in the layer's own order."""
     if probe.x is not None:
         inputs = []

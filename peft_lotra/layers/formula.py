@@ -268,7 +268,11 @@ def _has_right_values(reader: FormulaReader, layer: nn.Module, x: Tensor) -> boo
     return call_with_parameters(layer, copies, run, (), {})
 
 
-def _grid_ends(layer: nn.Module, spec: Any, is_uniform: bool) -> tuple[Any, Any] | None:
+def _grid_ends(
+    layer: nn.Module,
+    spec: Any,
+    is_uniform: bool,
+) -> tuple[Any, Any] | None:
     """Return both ends of the grid, numbers or (in,); None if the layer has no such basis."""
     if is_uniform:
         grid = spec.splines and spec.splines(layer)
@@ -388,13 +392,17 @@ def _has_right_slopes(
     with_nan = x[:1].clone()
     with_nan[0, 0] = torch.nan
     for row in (x[:1], with_nan):
-        # the layer may write into its input
-        if not torch.allclose(formula.output(row), layer(row.clone()), 1e-6, 1e-6, equal_nan=True):
+        output = formula.output(row)
+        output_of_layer = layer(row.clone())  # the layer may write into its input
+        if not torch.allclose(output, output_of_layer, 1e-6, 1e-6, equal_nan=True):
             return False
     return True
 
 
-def _differentiate(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+def _differentiate(
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Return values and slopes at x."""
     with torch.enable_grad():
         point = x.clone().requires_grad_()

@@ -26,7 +26,11 @@ from .description import REGISTERED, has
 from .registry import BUILT_IN, register_kan_layer
 
 
-def _register(table: str, where: Callable[[Any], bool] | None = None, **others: Any) -> None:
+def _register(
+    table: str,
+    where: Callable[[Any], bool] | None = None,
+    **others: Any,
+) -> None:
     """Register the kinds of a table.
 
     Args:

@@ -218,7 +218,11 @@ def _multiply(axes: Sequence[str], lengths: Lengths) -> int:
     return math.prod([lengths[axis] for axis in axes])
 
 
-def _solve_length(blocks: Collection[Axes], size: int, lengths: dict[str, int]) -> bool:
+def _solve_length(
+    blocks: Collection[Axes],
+    size: int,
+    lengths: dict[str, int],
+) -> bool:
     """Add the unknown length of a dimension to `lengths`. Return whether the blocks in it then have its size."""
     unknown = {*_flatten(blocks)} - lengths.keys()
     if len(unknown) > 1:

@@ -46,7 +46,11 @@ def _reporting_errors() -> Iterator[None]:
         raise CannotProbe(f"the layer raised {type(error).__name__}: {error!s:.120}") from error
 
 
-def cached_by_class(layer: nn.Module, question: tuple, answer: Callable[[], T]) -> T:
+def cached_by_class(
+    layer: nn.Module,
+    question: tuple,
+    answer: Callable[[], T],
+) -> T:
     """Return `answer()`, computed once for layers of the same class, shapes, settings and inner modules.
 
     It makes no difference whether a layer is frozen as a whole.
@@ -233,7 +237,10 @@ def _copy_parameter(layer: nn.Module, name: str) -> Tensor:
     return _widen(parameter.detach()).clone()
 
 
-def _copy_module(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
+def _copy_module(
+    module: nn.Module,
+    copies: dict[nn.Module, nn.Module],
+) -> nn.Module:
     """Return a copy in evaluation mode, without hooks, that shares the parameters and has its own buffers."""
     if module in copies:
         return copies[module]

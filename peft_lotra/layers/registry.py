@@ -105,7 +105,10 @@ def record_kind(spec: KANLayerSpec, layer: nn.Module) -> dict[str, Any]:
     return {} if is_built_in(spec) else {"description": spec.describe(layer)}
 
 
-def get_recorded_spec(layer: nn.Module, record: Mapping[str, Any] | None) -> KANLayerSpec | None:
+def get_recorded_spec(
+    layer: nn.Module,
+    record: Mapping[str, Any] | None,
+) -> KANLayerSpec | None:
     """Return the kind of a layer of an adapter from a file: as registered, else as the file describes it.
 
     Args:
@@ -315,7 +318,10 @@ def _write_registration(module: nn.Module, spec: KANLayerSpec) -> str:
     return f"register_kan_layer(\n{''.join(indented)})"
 
 
-def unrecognized_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+def unrecognized_modules(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+) -> list[tuple[str, nn.Module]]:
     """Return the modules that may be KAN layers: they look like one, or another of their class is one."""
     inside: set[nn.Module] = set()
     for name in layers:
@@ -353,7 +359,11 @@ def record_arguments(
     """Run a model once in evaluation mode, without a trace; return the arguments of the first call of each module."""
     recorded: dict[nn.Module, Any] = {}
 
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record(
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
         recorded.setdefault(module, (args, kwargs))
 
     with ExitStack() as stack:

@@ -98,7 +98,11 @@ class Forgetting:
             return False
         return all(are_same) and any(are_drawn)
 
-    def discounted(self, factor: float | str, loss: float) -> tuple[Tensor, Tensor] | None:
+    def discounted(
+        self,
+        factor: float | str,
+        loss: float,
+    ) -> tuple[Tensor, Tensor] | None:
         """Return the former J^T J and J^T r times the forgetting factor.
 
         By "auto" it is 1 - 1 / span, with a span in steps: times 1.25 where the new rows have 1.5 times the loss of

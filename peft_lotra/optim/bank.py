@@ -261,7 +261,8 @@ class BankLevenbergMarquardt(_BankOptimizer):
         self.model = model
         self._checked: list[Callable[..., Tensor]] = []  # the functions of the last step
         capacity = len(self.packed)
-        self.state[self.packed]["damping"] = self.packed.new_full((capacity,), damping, dtype=torch.float64)
+        dampings = self.packed.new_full((capacity,), damping, dtype=torch.float64)
+        self.state[self.packed]["damping"] = dampings
 
     @torch.inference_mode(False)
     @torch.no_grad()

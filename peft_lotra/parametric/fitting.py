@@ -185,7 +185,11 @@ class Fitting:
             if not any(tolerance or member.predicted > GAIN * member.indicator for member in added):
                 return
 
-    def _rate_predictions(self, positions: Tensor, tolerance: float | None) -> tuple[list[Point], np.ndarray]:
+    def _rate_predictions(
+        self,
+        positions: Tensor,
+        tolerance: float | None,
+    ) -> tuple[list[Point], np.ndarray]:
         """Return the points at positions without a member, and their indicators as shares of the bound.
 
         The bound is the tolerance, or it follows from both nearest members.

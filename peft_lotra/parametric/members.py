@@ -79,7 +79,11 @@ class Problem:
         if self.solution_of is None:
             return terms
 
-        def call_solution(function: Callable[..., Tensor], model: nn.Module, *rows: Tensor) -> Tensor:
+        def call_solution(
+            function: Callable[..., Tensor],
+            model: nn.Module,
+            *rows: Tensor,
+        ) -> Tensor:
             return function(self.solution(model, parameter), *rows)
 
         of_networks = []

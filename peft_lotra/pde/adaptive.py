@@ -71,7 +71,11 @@ class ResidualSampler:
         self.seed = seed
 
     @torch.inference_mode(False)
-    def draw(self, residual: Callable[[Tensor], Tensor], knots: KnotMap | None = None) -> Tensor:
+    def draw(
+        self,
+        residual: Callable[[Tensor], Tensor],
+        knots: KnotMap | None = None,
+    ) -> Tensor:
         """Return the next points.
 
         Args:

@@ -23,7 +23,10 @@ CANDIDATES = 2**16  # points that estimate the share
 BISECTIONS = 50  # reach rounding
 
 
-def check_box(low: Sequence[float], high: Sequence[float]) -> tuple[Tensor, Tensor]:
+def check_box(
+    low: Sequence[float],
+    high: Sequence[float],
+) -> tuple[Tensor, Tensor]:
     """Return the ends of a box as float64 tensors (I,); raise a `ValueError` if it is empty or not finite."""
     low_end = torch.as_tensor(low, dtype=torch.float64, device="cpu").detach()
     high_end = torch.as_tensor(high, dtype=torch.float64, device="cpu").detach()

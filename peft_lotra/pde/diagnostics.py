@@ -233,7 +233,10 @@ def _evaluate(
         return function(model, *copies)
 
 
-def _find_untrained(model: nn.Module, terms: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
+def _find_untrained(
+    model: nn.Module,
+    terms: Sequence[Any],
+) -> Iterator[tuple[str, Tensor]]:
     """Yield the leaves of the graphs of residuals that are neither points nor parameters of the model."""
     seen: set[Any] = set(map(id, model.parameters()))
     for number, (function, rows, _) in enumerate(terms):
@@ -253,7 +256,11 @@ def _find_untrained(model: nn.Module, terms: Sequence[Any]) -> Iterator[tuple[st
                 yield name, leaf
 
 
-def find_unmet(first: dict[int, float], last: dict[int, float], size: float) -> Iterator[str]:
+def find_unmet(
+    first: dict[int, float],
+    last: dict[int, float],
+    size: float,
+) -> Iterator[str]:
     """Yield a message for each condition whose residual is hardly below that of an untrained network.
 
     Args:

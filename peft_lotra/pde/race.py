@@ -180,7 +180,9 @@ class Starts:
             raise ValueError("`windows` needs a time coordinate: one at whose low side alone `distance` is zero.")
         low = self.result.low
         high = self.result.high
-        edges = torch.linspace(low[time].item(), high[time].item(), count + 1, dtype=torch.float64)
+        start = low[time].item()
+        stop = high[time].item()
+        edges = torch.linspace(start, stop, count + 1, dtype=torch.float64)
         frequencies = list(self.features.frequencies)
         frequencies[time] = []
         boxes = torch.stack([low, high]).repeat(count, 1, 1)

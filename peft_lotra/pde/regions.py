@@ -207,7 +207,11 @@ class Region:
         numbers = [edges.curvature * size, radius / size]
         self._scaled = [*map(torch.view_as_real, vectors), *numbers]
 
-    def _combine(self, other: Region, rule: Callable[[Tensor, Tensor], Tensor]) -> Region:
+    def _combine(
+        self,
+        other: Region,
+        rule: Callable[[Tensor, Tensor], Tensor],
+    ) -> Region:
         if not isinstance(other, Region):
             return NotImplemented
         edges = _concatenate(self._edges, other._edges)
@@ -269,7 +273,12 @@ class Region:
         distance = (f.square() + trimming.square()).sqrt()
         return 1 / (1 / distance).sum(-1, keepdim=True)
 
-    def boundary(self, count: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    def boundary(
+        self,
+        count: int,
+        *,
+        seed: int = 0,
+    ) -> tuple[Tensor, Tensor]:
         """Return points that are spread evenly by length over the edges, and outward unit normals.
 
         Args:

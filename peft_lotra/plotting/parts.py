@@ -140,7 +140,9 @@ def what_changed(
     names = complete_names(names, "input", width)
     if targets is not None and len(targets) != rows:
         raise ValueError(f"`targets` has {len(targets)} rows, but `inputs` has {rows}.")
-    chosen = torch.linspace(0, rows - 1, min(ROWS, rows), dtype=torch.float64, device=inputs.device).long()
+    count = min(ROWS, rows)
+    positions = torch.linspace(0, rows - 1, count, dtype=torch.float64, device=inputs.device)
+    chosen = positions.long()
     inputs = inputs[chosen]
 
     outputs = model_outputs(model, inputs) if targets is None else targets[chosen]
@@ -165,7 +167,11 @@ def what_changed(
     return _divide(change, x, names)
 
 
-def complete_names(names: Sequence[Any] | None, noun: str, count: int) -> Sequence[Any]:
+def complete_names(
+    names: Sequence[Any] | None,
+    noun: str,
+    count: int,
+) -> Sequence[Any]:
     """Return the names, by default a noun with numbers; raise a ValueError for another number of names."""
     if names is None or not len(names):
         return [f"{noun} {index}" for index in range(count)]

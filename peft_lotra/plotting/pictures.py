@@ -141,8 +141,9 @@ def plot_edge_functions(
         order = shares.flatten().argsort(descending=True)
         edges = [divmod(number, shares.shape[1]) for number in order[:6].tolist()]
 
-    curves = edge_functions(target, points, functions, coefficients).cpu()
-    moves = edge_functions(target, points, functions, change).cpu()
+    # matplotlib knows no bfloat16
+    curves = edge_functions(target, points, functions, coefficients).float().cpu()
+    moves = edge_functions(target, points, functions, change).float().cpu()
     columns = min(len(edges), 3)
     rows = math.ceil(len(edges) / columns)
     if figure is None:
@@ -155,7 +156,7 @@ def plot_edge_functions(
         axis.tick_params(labelsize=8)
         axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.25)
-        at = points[:, index].cpu()
+        at = points[:, index].float().cpu()
         curve = curves[index, output]
         axis.plot(at, curve, label="base", color="0.5", ls="--")
         if is_adapted:

@@ -65,7 +65,11 @@ def stored_tensors(model: Any) -> Tensors:
     return tensors if storage is None else cast_to_storage(tensors, storage)
 
 
-def choose_forms(base: nn.Module, task: Task, budget: float) -> dict[str, Form]:
+def choose_forms(
+    base: nn.Module,
+    task: Task,
+    budget: float,
+) -> dict[str, Form]:
     """Return the forms within a budget by name: full matrices if they fit, and ranks chosen by all rows.
 
     There are none if the gradient of the loss is zero.

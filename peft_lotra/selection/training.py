@@ -92,8 +92,8 @@ def weigh_rows(
     classes, index = y.unique(return_inverse=True)
     outputs = torch.zeros_like(output).repeat(len(classes), 1).requires_grad_()
     mean = loss(outputs, classes)
-    single_losses = [loss(*pair) for pair in zip(outputs.split(1), classes.split(1), strict=True)]
-    losses = torch.stack(single_losses)
+    pairs = zip(outputs.split(1), classes.split(1), strict=True)
+    losses = torch.stack([loss(*pair) for pair in pairs])
     (gradient,) = torch.autograd.grad(mean, outputs)
     (single_gradients,) = torch.autograd.grad(losses.sum(), outputs)
     weights = gradient.norm(dim=1) / single_gradients.norm(dim=1)

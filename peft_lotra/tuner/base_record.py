@@ -121,7 +121,7 @@ def check_base(config: LoTRAConfig, targets: Targets, model: nn.Module) -> None:
             # the norm of a difference is the standard deviation of its projections, of which four are allowed
             allowed = 4 * rounding * max(present[0], 1e-12)
             recorded = record.get(field, present)
-            if any(abs(a - b) > allowed for a, b in zip(recorded, present, strict=True)):
+            if not all(abs(a - b) <= allowed for a, b in zip(recorded, present, strict=True)):
                 different[field].append(name)
 
     for field, names in different.items():

@@ -127,7 +127,11 @@ def _find_batch(size: int, value: Any) -> int | None:
     return sizes.index(size) if size in sizes else None
 
 
-def pass_names(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def pass_names(
+    module: nn.Module,
+    args: tuple,
+    kwargs: dict,
+) -> tuple[tuple, dict]:
     """Pass the names to a wrapper of PEFT's `modules_to_save`, as a forward pre-hook.
 
     An adapter without a copy of the module has the module of the base.

@@ -76,7 +76,10 @@ class KANLayerReport(Report):
         return TextTable(["parameter", "role", ">elements", "used"], rows, notes)
 
 
-def check_kan_layer(layer: nn.Module, x: Tensor | tuple[Any, ...] | None = None) -> KANLayerReport:
+def check_kan_layer(
+    layer: nn.Module,
+    x: Tensor | tuple[Any, ...] | None = None,
+) -> KANLayerReport:
     """Check that a KAN layer computes what the description of its kind says, without changing it.
 
     Args:

@@ -198,15 +198,8 @@ class LoTRAConfig(PeftConfig):
             if not trained or not trained <= set(Tucker._fields):
                 raise ValueError(f"`train` must have some of {Tucker._fields}, got {self.train!r:.200}.")
             self.train = [name for name in Tucker._fields if name in trained]
-        # in a file, a hotswap may have made the mode full
-        for ranks in (self.r, *self.rank_pattern.values()) if self.rank_dropout and not self.is_from_file else ():
-            first = ranks[0] if isinstance(ranks, tuple) else ranks
-            is_default = first is None and (self.budget is not None or not self.rank_pattern)
-            if first == "full" or is_default:
-                raise ValueError(
-                    f"`rank_dropout` drops components of the out mode, but r={self.r}, rank_pattern="
-                    f"{self.rank_pattern} leave it full, without components: pass `module_dropout`, or other ranks."
-                )
+        if self.rank_dropout and not self.is_from_file:  # in a file, a hotswap may have made the mode full
+            self._check_rank_dropout()
 
         # These are no fields, so they are neither saved nor compared. PEFT overwrites `target_modules` by the names of
         # the layers, while the object may serve several models.
@@ -233,6 +226,17 @@ class LoTRAConfig(PeftConfig):
         """Whether tensors of a file may have other shapes than in the model, which then keeps its values."""
         return self.source is not None and self.source.ignore_mismatched_sizes
 
+    def _check_rank_dropout(self) -> None:
+        """Raise a ValueError for rank dropout where the out mode is full, and has no components to drop."""
+        for ranks in (self.r, *self.rank_pattern.values()):
+            first = ranks[0] if isinstance(ranks, tuple) else ranks
+            is_default = first is None and (self.budget is not None or not self.rank_pattern)
+            if first == "full" or is_default:
+                raise ValueError(
+                    f"`rank_dropout` drops components of the out mode, but r={self.r}, rank_pattern="
+                    f"{self.rank_pattern} leave it full, without components: pass `module_dropout`, or other ranks."
+                )
+
     def alpha_of(self, name: str) -> float:
         """Return the `alpha` of a layer of this name."""
         key = get_pattern_key(list(self.alpha_pattern), name)
@@ -242,7 +246,11 @@ class LoTRAConfig(PeftConfig):
         """Return the shape of the update of a layer, with the base branch if it is adapted."""
         return full_shape(tensor) if self.adapt_residual else tensor.shape
 
-    def component_shapes(self, name: str, tensor: CoefficientTensor) -> dict[str, tuple[int, ...]]:
+    def component_shapes(
+        self,
+        name: str,
+        tensor: CoefficientTensor,
+    ) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the components of the layer of this name. The ranks are the shape of the core."""
         shape = self.adapted_shape(tensor)
         key = get_pattern_key(list(self.rank_pattern), name)
@@ -285,7 +293,10 @@ class LoTRAConfig(PeftConfig):
             f"Pass at least {ceil(1e4 * smallest / total) / 1e4}."
         )
 
-    def frozen_and_zero(self, components: Iterable[str]) -> tuple[tuple[str, ...], str]:
+    def frozen_and_zero(
+        self,
+        components: Iterable[str],
+    ) -> tuple[tuple[str, ...], str]:
         """Return the frozen components, and the trainable component that is initialized to zero."""
         trained = [name for name in components if self.train is None or name in self.train]
         frozen = tuple(name for name in components if name not in trained)

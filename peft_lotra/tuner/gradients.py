@@ -177,7 +177,10 @@ def dense_updates(
         yield updates
 
 
-def compute_losses(loss: Callable[..., Tensor], batches: Iterable[Any] | None) -> Iterator[Tensor]:
+def compute_losses(
+    loss: Callable[..., Tensor],
+    batches: Iterable[Any] | None,
+) -> Iterator[Tensor]:
     """Yield the loss of each batch, or without batches the loss; raise a ValueError unless it has one value."""
     calls = [()] if batches is None else ((batch,) for batch in batches)
     for arguments in calls:

@@ -40,10 +40,16 @@ def grid_ends(grid: Grid, shape: Sequence[int]) -> tuple[Tensor, Tensor] | None:
     return None
 
 
-def warn_of_far_inputs(name: str, grid: Grid, shape: Sequence[int], x: Any) -> None:
+def warn_of_far_inputs(
+    name: str,
+    grid: Grid,
+    shape: Sequence[int],
+    x: Any,
+) -> None:
     """Warn if most inputs of a layer (out, in, basis) lie further from its grid than it is long."""
     ends = grid_ends(grid, shape)
-    if ends is None or not isinstance(x, Tensor) or x.is_meta or x.shape[-1:] != (shape[1],):
+    has_values = isinstance(x, Tensor) and not x.is_meta
+    if ends is None or not has_values or x.shape[-1:] != (shape[1],):
         return
     low, high = ends
     middle = (low + high) / 2

@@ -54,7 +54,7 @@ def release_networks(model: nn.Module) -> None:
 @contextmanager
 def base_layers_in_place(model: nn.Module) -> Iterator[None]:
     """Replace the adapted layers by their base layers within a context."""
-    adapted = [(parent, name, layer) for parent, name, layer in places(model) if isinstance(layer, LoTRALayer)]
+    adapted = [place for place in places(model) if isinstance(place[-1], LoTRALayer)]
     for parent, name, layer in adapted:
         parent._modules[name] = layer._modules["base_layer"]
     try:
@@ -64,7 +64,13 @@ def base_layers_in_place(model: nn.Module) -> Iterator[None]:
             parent._modules[name] = layer
 
 
-def _refuse(network: nn.Module, name: str, argument: str | None, *args: Any, **kwargs: Any) -> Any:
+def _refuse(
+    network: nn.Module,
+    name: str,
+    argument: str | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """Refuse a call; if `argument` is given, only a call in which it is true."""
     method = getattr(type(network), name)
     is_refused = next(lotra_layers(network), None) is not None  # else `base_layers_in_place` is at work
@@ -78,7 +84,12 @@ def _refuse(network: nn.Module, name: str, argument: str | None, *args: Any, **k
     return method(network, *args, **kwargs)
 
 
-def _with_adapters_merged(network: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
+def _with_adapters_merged(
+    network: nn.Module,
+    name: str,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """Call a method of the network with its base layers, which hold the effective coefficients."""
     method = getattr(type(network), name)
     layers = [layer for _, layer in lotra_layers(network) if not (layer.merged or layer.disable_adapters)]

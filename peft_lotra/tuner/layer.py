@@ -495,7 +495,11 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     # --- merging ---
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> None:
         """
         Merge the active adapters, or those named, into the parameters of the base layer.
 
@@ -684,7 +688,10 @@ def check_unmerged(model: nn.Module) -> None:
         raise ValueError(f"The adapters of {', '.join(merged[:3])} are merged: call `unmerge_adapter` first.")
 
 
-def lotra_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, LoTRALayer]]:
+def lotra_layers(
+    model: nn.Module,
+    adapter: str | None = None,
+) -> Iterator[tuple[str, LoTRALayer]]:
     """Iterate over the adapted layers of a model with their names, or over those that have the adapter."""
     for name, module in model.named_modules():
         if isinstance(module, LoTRALayer) and (adapter is None or adapter in module.lotra_r):

@@ -115,7 +115,13 @@ class LoTRAModel(BaseTuner):
         self.swap_lock = LayerLock()  # held while components are exchanged or read for a file
         super().__init__(model, *args, **kwargs)
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         config = self.peft_config[adapter_name]
         _check_adapter_name(adapter_name, config, model)
         if config.budget is not None:
@@ -278,7 +284,13 @@ class LoTRAModel(BaseTuner):
         key = key.replace(f".modules_to_save.{adapter_name}.", ".")
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
-    def _load_from_state_dict(self, state_dict: Tensors, prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Tensors,
+        prefix: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         # torch would raise too, but after it has copied the tensors that fit
         check_shapes(dict(self.named_parameters(prefix.removesuffix("."))), state_dict)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -336,7 +348,11 @@ class LoTRAModel(BaseTuner):
 
     # --- merging ---
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+    ) -> None:
         """Merge the active adapters, or those named, into the base model; `unmerge_adapter` undoes it bit for bit.
 
         Args:
@@ -432,7 +448,8 @@ def _record_save(
 
 def _check_adapter_name(name: Any, config: LoTRAConfig, model: nn.Module) -> None:
     """Raise a ValueError for a name that no parameter or folder can have, or that stands for the base or a module."""
-    is_usable = isinstance(name, str) and not any(mark in name for mark in "./\\") and name not in ("", "__base__")
+    is_usable = isinstance(name, str) and name not in ("", "__base__")
+    is_usable = is_usable and not any(mark in name for mark in "./\\")
     # PEFT removes the names of adapters from those of saved tensors
     saved = [f"{PREFIX}{module}.{key}" for module, key, _ in saved_tensors(config, model, ())]
     words = ".".join(saved).split(".")
@@ -473,7 +490,12 @@ def read_checked(
     return tensors
 
 
-def _check_reload(model: nn.Module, adapter_name: str, folder: str | os.PathLike, hub_kwargs: dict[str, Any]) -> None:
+def _check_reload(
+    model: nn.Module,
+    adapter_name: str,
+    folder: str | os.PathLike,
+    hub_kwargs: dict[str, Any],
+) -> None:
     """Compare the configuration of a file with the adapter whose tensors it replaces.
 
     Raises:

@@ -21,7 +21,7 @@ from ..layers.coefficients import get_or_none
 from ..layers.registry import same_grid, short_name
 from ..modules.calls import call_with_inputs, call_with_parameters, check_module, modes_kept, unwrap
 from ..modules.report import Report, TextTable
-from ..tucker import Tucker, tucker_scaled
+from ..tucker import Tucker, fit, relative_energy, tucker
 from .by_row import first_argument
 from .grids import grid_ends
 from .guards import base_layers_in_place
@@ -177,7 +177,13 @@ def _refit(name: str, layer: LoTRALayer, adapter: str, x: Any) -> float:
         base_branch = residual_norm * tensor[..., num_basis:]
         return torch.cat([splines, base_branch], dim=-1)
 
-    fitted = tucker_scaled(projected, torch.ones(()), components.ranks, edge_functions)
+    target = edge_functions(projected)
+
+    def loss(tensor: Tensor) -> Tensor:
+        return relative_energy(edge_functions(tensor - projected), target)
+
+    start = tucker(projected, components.ranks)
+    fitted = fit(start, loss, steps=100)
     layer.set_components(adapter, fitted.balanced())
     stored = _on_cpu(layer.get_components(adapter)).dense()
 
@@ -194,7 +200,12 @@ def _on_cpu(components: Tucker) -> Tucker:
     return components.map(lambda component: component.detach().double().cpu())
 
 
-def _basis(name: str, layer: LoTRALayer, grid: Mapping[str, Any], x: Tensor) -> Tensor:
+def _basis(
+    name: str,
+    layer: LoTRALayer,
+    grid: Mapping[str, Any],
+    x: Tensor,
+) -> Tensor:
     """Return the basis functions (points, in, basis) of a layer at x (points, in); `grid` replaces its grid."""
     base, spec = layer.base_layer, layer.lotra_spec
     if spec.basis is None:

@@ -71,8 +71,9 @@ def drawn_range(figure) -> list[float]:
     return figure.axes[0].lines[0].get_xdata()[[0, -1]].tolist()
 
 
-def test_functions_are_drawn_over_the_grid():
-    assert drawn_range(plot_edge_functions(KAN([2, 3], grid_range=(0, 5)), "layers.0")) == [0, 5]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_functions_are_drawn_over_the_grid(dtype):
+    assert drawn_range(plot_edge_functions(KAN([2, 3], grid_range=(0, 5)).to(dtype), "layers.0")) == [0, 5]
 
 
 def test_functions_are_drawn_over_the_range_of_the_data():
