@@ -220,7 +220,7 @@ def _find_doubts(
         elif layout is not None and has_linear and not evidence.is_linear([name]):
             doubts[name] = NOT_LINEAR
         elif layout is None:
-            may_be_bias = gradient.dim() == 1 or evidence.is_constant(name)
+            may_be_bias = gradient.dim() <= 1 or evidence.is_constant(name)
             if not may_be_bias or not evidence.is_additive([name]):
                 doubts[name] = OTHER
     return doubts

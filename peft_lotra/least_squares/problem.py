@@ -493,7 +493,7 @@ class LeastSquares:
             batch = [tensor.unsqueeze(0) for tensor in row]
             evaluate = lambda flat: self._call(term, batch, split_vector(self.trainable, flat))[0]  # noqa: E731
             values, pull_back, *_ = torch.func.vjp(evaluate, flat)
-            units = torch.eye(len(values)).to(values)
+            units = torch.eye(len(values), dtype=values.dtype, device=values.device)
             gradients = [pull_back(unit)[0] for unit in units]
             return torch.stack(gradients)
 

@@ -165,7 +165,8 @@ def _correct(training: Training) -> tuple[list[float], list[float]] | None:
     linear.scaling = linear.matrix.diagonal().clamp(min=1e-300)
 
     # one factorization serves the projection, the leverages and the step
-    units = torch.eye(problem.num_parameters)[:, -count:].to(jacobian)
+    identity = torch.eye(problem.num_parameters, dtype=jacobian.dtype, device=jacobian.device)
+    units = identity[:, -count:]
     gradient = EXACT * linear.gradient.unsqueeze(1)
     solution = _solve(linear, torch.cat([units, scaled.T, gradient], 1))
     if solution is None or not solution.isfinite().all():
