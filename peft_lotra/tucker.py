@@ -390,7 +390,12 @@ def fit(
     steps: int,
 ) -> Tucker:
     """Minimize a function of the dense tensor by L-BFGS; return factors with orthonormal columns."""
-    minimum = start.map(lambda component: component.detach().contiguous().clone().requires_grad_())
+
+    def make_leaf(component: Tensor) -> Tensor:
+        copy = component.detach().clone(memory_format=torch.contiguous_format)
+        return copy.requires_grad_()
+
+    minimum = start.map(make_leaf)
     optimizer = torch.optim.LBFGS(
         list(minimum._asdict().values()),
         max_iter=steps,

@@ -187,7 +187,7 @@ def test_find_lists_kan_layers(run, made, monkeypatch):
 
 ERRORS = {
     "find nowhere:build": "No module named 'nowhere'",
-    "inspect {}/base": "has no adapter_config.json of a LoTRA adapter",
+    "inspect {}/base": "has no adapter_config.json",
     "inspect {}/nothing/here": "There is no file or folder {}/nothing/here, and no repository",
     "find examples/nope": "There is no file or folder examples/nope, and no repository",
     "find {}": "{} is no transformers model: it has no config.json",
@@ -227,7 +227,7 @@ def test_the_package_runs_as_a_program(made):
 
     assert result.returncode == 1
     assert result.stdout == ""
-    assert result.stderr.startswith(f"error: {made / 'base'} has no adapter_config.json")
+    assert result.stderr.startswith(f"error: {made / 'base'} is no adapter")
 
 
 def test_the_version_is_printed():

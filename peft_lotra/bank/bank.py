@@ -246,11 +246,10 @@ class AdapterBank:
             snapshot = snapshot.rebuild()  # a matrix of its own, since passes that have begun read the former one
             rows = snapshot.rows_of(self.names if names is None else names)
             packed = nn.Parameter(snapshot.packed)
-            if packed.itemsize < 4 or not len(rows) or 0 in rows:
-                raise ValueError(
-                    f"There is no adapter to train, or '__base__' is named, or {packed.dtype} is not precise enough: "
-                    "load the bank with the `dtype` float32 or float64."
-                )
+            if packed.itemsize < 4:
+                raise ValueError("Only adapters of float32 or float64 are trained: load the bank with such a `dtype`.")
+            if not len(rows) or 0 in rows:
+                raise ValueError("There is no adapter to train, or '__base__' is named, which has none.")
             trained = torch.zeros(len(packed), dtype=torch.bool, device=rows.device)
             trained[rows] = True
             is_component = snapshot.fill_components(lambda form, layer: {}).bool()
@@ -418,8 +417,13 @@ class AdapterBank:
         network = unwrap(self.base if model is None else model)
         check_unmerged(network)
         check_methods(network, "The model")
-        # also of the base of the bank, which may have changed since
-        targets, names = match_layers(self.record, network, "error")
+        try:
+            targets, names = match_layers(self.record, network, "error")
+        except ValueError as error:
+            raise ValueError(
+                "The model is another base, or has changed since the bank was created. Load its weights first, then "
+                "create the bank and add the adapters."
+            ) from error
         if self._replaced or any("lotra_bank" in vars(module) for module in network.modules()):
             raise ValueError("The bank, or another bank of the model, is attached: call its `detach()` first.")
         self._replaced = [(module, "training", module.training) for module in network.modules()]

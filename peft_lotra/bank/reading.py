@@ -105,8 +105,10 @@ def read_adapter(
         components = read_components(tensors, f"{PREFIX}{name}.")
         updates[name] = Update(config.alpha_of(name), components)
 
-    if config.modules_to_save or not updates:
-        raise ValueError("it adapts no KAN layer of the base, or saves modules, which a bank does not hold.")
+    if config.modules_to_save:
+        raise ValueError("it saves modules, which a bank does not hold.")
+    if not updates:
+        raise ValueError("it adapts no KAN layer of the base.")
     if record is not None and record not in agreeing:
         agreeing.append(record)
     return updates, config.init_weights

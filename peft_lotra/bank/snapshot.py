@@ -17,6 +17,7 @@ from torch import Tensor
 from ..kan.row_product import PackedTucker, RowGroups, RowUpdates
 from ..modules.checks import list_first
 from ..tucker import Tucker, Update
+from ..tuner.by_row import check_names
 
 
 BASE = "__base__"
@@ -118,7 +119,7 @@ class Snapshot(NamedTuple):
 
     def ids_of(self, names: Sequence[str]) -> Tensor:
         """Return the ids of adapters (n,), -1 for `"__base__"`; raise a ValueError if a name is unknown."""
-        names = tuple(names)
+        names = check_names(names)
         try:
             ids = [self.entries[name].id for name in names]
         except KeyError:

@@ -23,6 +23,7 @@ from ..hub.base_code import hub_id
 from ..kan.row_product import PackedTucker
 from ..modules.checks import list_first
 from ..modules.folders import naming_damage
+from ..tuner.by_row import check_names
 from .reading import match_layers
 from .snapshot import BASE, Form, Snapshot, bytes_of, check_finite, check_known
 
@@ -80,7 +81,7 @@ def read_bank(
             adapters.
     """
     if names is not None:
-        names = tuple(names)
+        names = check_names(names)
     path = os.path.join(folder, FILE_NAME)
     is_remote = False
     if not os.path.isfile(path):

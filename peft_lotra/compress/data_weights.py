@@ -205,11 +205,10 @@ def sample_layers(
     returned = defaultdict(list)
 
     def record(name: str, x: Tensor, y: Any) -> None:
-        if x.dim() < 2 or not x.isfinite().all():
-            raise ValueError(
-                f"`inputs` reach `{name}` as values of shape {tuple(x.shape)}. Pass a batch, without samples that "
-                "lead to NaN or infinite values."
-            )
+        if x.dim() < 2:
+            raise ValueError(f"`inputs` reach `{name}` as one sample of shape {tuple(x.shape)}: pass a batch.")
+        if not x.isfinite().all():
+            raise ValueError(f"`inputs` lead to NaN or infinite values at `{name}`.")
         received[name].append(x.detach().flatten(0, -2))
         returned[name].append(first_output(y).requires_grad_())  # the model may be frozen
 

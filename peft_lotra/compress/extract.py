@@ -130,7 +130,7 @@ def extract_lotra(
     updates = coefficient_updates(base, tuned, scaled=inputs is not None)
     updates = {name: update for name, update in updates.items() if update.tensor.any()}
     if not updates:
-        raise ValueError("No KAN layer has other coefficients in the tuned model: there is nothing to extract.")
+        raise ValueError("The KAN layers have the same coefficients in both models: there is nothing to extract.")
 
     tensors = {name: update.tensor for name, update in updates.items()}
     weights = {} if inputs is None else gather_weights(tuned, tensors, inputs)

@@ -139,10 +139,7 @@ def slim(
     else:
         chosen = choose_ranks(compression.spectra, energy, budget)
     if not chosen:
-        raise ValueError(
-            f"No KAN layer to compress: the model has {list(tensors)}, and `ranks` is {ranks}. The known kinds of "
-            f"layers are {', '.join(known_kinds())}; describe another one with `peft_lotra.register_kan_layer`."
-        )
+        raise ValueError(f"`ranks` names none of the KAN layers {list(tensors)}: {ranks}.")
 
     layers, report = compression.compress(chosen)
     grown = [name for name in report.dense if name in chosen]
@@ -221,6 +218,12 @@ class _Compression:
                 tensor = tensor * scale
             self.layers[name] = layer
             self.tensors[name] = tensor.detach()
+
+        if not self.layers:
+            raise ValueError(
+                "No KAN layer that could be compressed was found in the model. The known kinds of layers are "
+                f"{', '.join(known_kinds())}; describe another one with `peft_lotra.register_kan_layer`."
+            )
 
         self.weights = {}
         if inputs is not None:

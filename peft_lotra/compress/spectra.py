@@ -101,7 +101,7 @@ def update_spectrum(base: nn.Module, tuned: nn.Module) -> Spectrum:
         base, tuned: Two models of one architecture, adapted or not; both stay unchanged.
 
     Raises:
-        ValueError: The KAN layers differ in name, kind or shape, or a coefficient is not finite.
+        ValueError: The KAN layers differ in name, kind or shape, there are none, or a coefficient is not finite.
 
     Example:
         >>> import copy

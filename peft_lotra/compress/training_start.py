@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..kan.basis import in_transform
 from ..modules.calls import is_tracing, unwrap
 from ..modules.checks import check_count, check_function, check_number
-from ..tucker import Tucker
+from ..tucker import Tucker, form_text
 from ..tuner.config import LoTRAConfig, pattern_key
 from ..tuner.gradients import (
     DENSE,
@@ -72,9 +72,10 @@ def start_from_training(
 
     Raises:
         TypeError: `loss` is no function.
-        ValueError: There is no active adapter, or more than one; adapters are merged; the model is
-            wrapped for training in parallel; an optimizer holds components that a budget would replace; there are no
-            batches; the loss does not depend on the coefficients, or becomes infinite. The adapter is as before then.
+        ValueError: There is no active adapter, or more than one; adapters are merged; `train` leaves nothing to train
+            with the chosen ranks; the model is wrapped for training in parallel; an optimizer holds components that a
+            budget would replace; there are no batches; the loss does not depend on the coefficients, or becomes
+            infinite. The adapter is as before then.
         RuntimeError: The grid is not the one that the adapter was made on.
 
     Example:
@@ -116,6 +117,15 @@ def start_from_training(
         budget = int(config.budget * size + 1e-6)
         ranks = choose_ranks(weighted_spectra(tensors, weights), budget=budget)
     started = decompose_updates(updates, weights, ranks)
+
+    for name, tensor in started.items():
+        names = tensor._asdict()
+        frozen, _ = config.frozen_and_zero(names)
+        if len(frozen) == len(names):
+            raise ValueError(
+                f"`train={config.train}` leaves nothing to train in `{name}`, which gets the ranks "
+                f"{form_text(tensor.form)}. Train the core too, or pass another budget."
+            )
 
     config.init_weights = "training"
     pattern = {}
@@ -182,7 +192,7 @@ def _train(
         args: tuple,
         kwargs: dict[str, Any],
     ) -> None:
-        if not is_tracing() and not in_transform():
+        if is_tracing() or not in_transform():
             calls.append((args, kwargs))
 
     optimizer = torch.optim.Adam(cores.values(), lr=lr)

@@ -57,6 +57,8 @@ def coefficient_updates(
                 f"The models have different architectures. Their first KAN layer that differs: {first} in the base "
                 f"model, {second} in the tuned one."
             )
+    if not layers:
+        raise ValueError("No KAN layer was found in the models, see `find_kan_layers` and `register_kan_layer`.")
 
     updates = {}
     for name, *_ in layers:

@@ -83,8 +83,10 @@ def jet(
         >>> u, (u_x, u_t), _, u_xxx = jet(KAN([2, 5, 1]), torch.rand(100, 2), order=3, collapse=(1, 0))
     """
     check_module(model)
-    if not isinstance(x, Tensor) or not x.dim() or not x.is_floating_point():
-        raise TypeError(f"`x` is {x!r:.100}, but must be floating point, with coordinates in its last dimension.")
+    if not isinstance(x, Tensor) or not x.dim():
+        raise TypeError(f"`x` is {x!r:.100}, but must be a tensor with coordinates in its last dimension.")
+    if not x.is_floating_point():
+        raise TypeError(f"`x` is a tensor of {x.dtype}, but must be floating point.")
     if check_count(order, "order") > HIGHEST_ORDER:
         raise ValueError(f"`order` is {order}, but must be 1 to {HIGHEST_ORDER}: nest `torch.func.jvp` for more.")
     directions = _check_directions(x, directions)
@@ -112,10 +114,10 @@ def _compute(
 ) -> Jet:
     composed = composed_jet(model)
     if composed is not None:
-        derivatives = composed(x, directions, order, weights)
-        if weights is not None:
-            derivatives[-1] = derivatives[-1].reshape(derivatives[0].shape)
-        return derivatives
+        *lower, highest = composed(x, directions, order, weights)
+        if weights is not None:  # (1, ..., O) or (..., O)
+            highest = highest.reshape(lower[0].shape)
+        return [*lower, highest]
 
     stages = stages_of(model)
     if stages is None or not any(stage.formula for stage in stages):
@@ -343,4 +345,6 @@ def hessian(
     on_axes = index.diagonal()
     pure = d2u[on_axes]
     entries = 2 * d2u - (pure[first] + pure[second]) / 2
+    is_pure = (first == second).view(-1, *[1] * u.dim())
+    entries = torch.where(is_pure, d2u, entries)  # as it is, also where it is infinite
     return u, du[on_axes], entries[index]

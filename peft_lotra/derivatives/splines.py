@@ -66,6 +66,11 @@ class SplineFeatures(FunctionFeatures):
         indices = first + steps.unsqueeze(-1)
         return [*values, indices.flatten()]
 
+    @property
+    def indices(self) -> Tensor:
+        """The indices of the splines in the memory of all functions."""
+        return self.functions[-1]
+
     def _dense(self) -> tuple[Tensor, Tensor]:
         """Return memory for all functions with margins of splines outside of the grid, and the view without them."""
         count = self.shape[0]
@@ -81,7 +86,7 @@ class SplineFeatures(FunctionFeatures):
         flat = dense.view(-1)
         for row in rows:
             splines = row[:-1].reshape(-1)
-            flat.scatter_(0, self.functions[-1], splines)
+            flat.scatter_(0, self.indices, splines)
             functions[-1].copy_(row[-1])
             yield functions.flatten(0, 1)
 
@@ -99,5 +104,5 @@ class SplineFeatures(FunctionFeatures):
             # its memory is in the margin of the splines, which must be zero
             silu.zero_()
             splines = product[:-1].view(-1)
-            torch.index_select(flat, 0, self.functions[-1], out=splines)
+            torch.index_select(flat, 0, self.indices, out=splines)
         return products

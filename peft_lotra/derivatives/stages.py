@@ -55,6 +55,8 @@ class Stage(NamedTuple):
         coefficients = None if self.formula is None else self.formula.coefficients
         if coefficients is not None:
             return coefficients.shape[1]
+        if isinstance(self.module, nn.LayerNorm):
+            return self.module.normalized_shape[0]
         return getattr(self.module, "in_features", None)
 
 

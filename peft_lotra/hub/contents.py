@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,7 +95,7 @@ class AdapterContents(Report):
             dtype=sorted(dtypes),
             parameters=sum(row.parameters for row in rows),
             bytes=sum(tensor.nbytes for tensor in tensors.values()),
-            finite=not find_not_finite(tensors),
+            finite=all(tensor.float().isfinite().all() for tensor in tensors.values()),
             layers=rows,
         )
 
@@ -118,11 +118,19 @@ def read_adapter(
     """Read the configuration and the tensors of a saved adapter, from JSON and safetensors only.
 
     Raises:
-        ValueError: One of its files is absent or damaged.
+        ValueError: It is no LoTRA adapter, or one of its files is damaged.
     """
     folder = Path(folder)
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
+    for file in (folder / CONFIG_NAME, weights):
+        if not file.is_file():
+            raise ValueError(f"{folder} is no adapter: it has no {file.name}.")
     config = read_config(folder)
-    return config, read_tensors(folder)
+    method = config["peft_type"]
+    if method != "LOTRA":
+        raise ValueError(f"{folder} holds a {method} adapter, and not one of LoTRA.")
+    with naming_damage(weights):
+        return config, load_file(weights)
 
 
 def saved_adapters(folder: str | os.PathLike) -> dict[str, Path]:
@@ -132,69 +140,24 @@ def saved_adapters(folder: str | os.PathLike) -> dict[str, Path]:
     folders and the checkpoints of transformers.Trainer are left out.
     """
     root = Path(folder)
+    folders = {"default": root}
+    for path in sorted(root.glob("*")):
+        if not re.match(r"checkpoint-\d+$|\.", path.name):
+            folders[path.name] = path
     adapters = {}
-    for path in (root, *sorted(root.glob("*"))):
-        name = "default" if path is root else path.name
-        is_left_out = re.match(r"checkpoint-\d+$|\.", name)
-        has_file = (path / CONFIG_NAME).is_file() or (path / SAFETENSORS_WEIGHTS_NAME).is_file()
-        if has_file and not is_left_out:
+    for name, path in folders.items():
+        if (path / CONFIG_NAME).is_file() or (path / SAFETENSORS_WEIGHTS_NAME).is_file():
             adapters[name] = path
     return adapters
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the configuration of a saved adapter; raise a ValueError if it is absent or damaged."""
-    path = _find_file(folder, CONFIG_NAME)
+    """Return the configuration of a saved adapter; raise a ValueError if it is damaged."""
+    path = folder / CONFIG_NAME
     with naming_damage(path):
         config = json.loads(path.read_text(encoding="utf-8"))
         config["peft_type"]  # the PEFT method, such as "LOTRA", which each has
         return config
-
-
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a saved adapter; raise a ValueError if they are absent or damaged."""
-    path = _find_file(folder, SAFETENSORS_WEIGHTS_NAME)
-    with naming_damage(path):
-        return load_file(path)
-
-
-def _find_file(folder: Path, name: str) -> Path:
-    path = folder / name
-    if not path.is_file():
-        raise ValueError(f"{folder} is no adapter: it has no {name}. Save or download the adapter again.")
-    return path
-
-
-def find_misfits(
-    tensors: Mapping[str, torch.Tensor],
-    expected: Mapping[str, Sequence[int] | None],
-) -> list[str]:
-    """Return an error for each tensor that does not fit a model.
-
-    Args:
-        tensors: The tensors of an adapter, by name.
-        expected: Their shapes; None for one of any shape and dtype.
-    """
-    errors = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
-    for name, tensor in tensors.items():
-        shape = expected.get(name)
-        if name not in expected:
-            errors.append(f"{name} belongs to no adapter of this model")
-        elif shape is not None and tensor.shape != shape:
-            errors.append(f"{name} has the shape {tuple(tensor.shape)} instead of {tuple(shape)}")
-        elif shape is not None and not (tensor.is_floating_point() and tensor.itemsize > 1):
-            errors.append(f"{name} is of {tensor.dtype}")
-    return errors + find_not_finite(tensors)
-
-
-def find_not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Return an error for each tensor with values that are not finite."""
-    errors = []
-    for name, tensor in tensors.items():
-        has_values = tensor.is_floating_point() and not tensor.is_meta
-        if has_values and not tensor.float().isfinite().all():
-            errors.append(f"{name} has values that are not finite")
-    return errors
 
 
 def adapter_folders(folder: str | os.PathLike) -> dict[str, Path]:
@@ -205,10 +168,11 @@ def adapter_folders(folder: str | os.PathLike) -> dict[str, Path]:
     """
     folders = {}
     for name, path in saved_adapters(folder).items():
-        if (path / CONFIG_NAME).is_file() and read_config(path)["peft_type"] == "LOTRA":
+        config = path / CONFIG_NAME
+        if config.is_file() and (name == "default" or '"LOTRA"' in config.read_text(encoding="utf-8")):
             folders[name] = path
     if not folders:
-        raise ValueError(f"{folder} has no {CONFIG_NAME} of a LoTRA adapter. Save the adapter there first.")
+        raise ValueError(f"{folder} is no adapter: it has no {CONFIG_NAME}. Save the adapter there first.")
     return folders
 
 

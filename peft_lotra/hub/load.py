@@ -21,11 +21,12 @@ from peft import (
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..modules.checks import list_first
 from ..modules.folders import naming_damage
-from .contents import fetch_folder, find_misfits, read_config, read_tensors, saved_adapters
+from .contents import fetch_folder, read_config, saved_adapters
 
 
 def load_adapters(
@@ -84,15 +85,15 @@ def load_adapters(
     if isinstance(names, str):
         names = [names]
 
-    folders = _fetch_adapters(source, names, revision, token)
-    lotra_name, other_names = _choose_adapters(source, folders, names)
+    folders = _find_folders(source, names, revision, token)
+    lotra_name = _find_lotra_adapter(source, folders)
+    if names is None:
+        folders = _leave_out_earlier_saves(source, folders, lotra_name)
     # read before the base is changed
     others = {}
-    for name in other_names:
-        folder = folders[name]
-        with naming_damage(folder / CONFIG_NAME):
-            config = PeftConfig.from_pretrained(str(folder))
-        others[name] = config, read_tensors(folder)
+    for name, folder in folders.items():
+        if name != lotra_name:
+            others[name] = _read_other_adapter(folder)
 
     modes = [(module, module.training) for module in base.modules()]
     with warnings.catch_warnings():
@@ -108,7 +109,7 @@ def load_adapters(
         # only when all fit, since LoRA may hold biases of the base
         for name, (_, tensors) in others.items():
             set_peft_model_state_dict(model, tensors, adapter_name=name)
-        _activate(model, [lotra_name, *others], is_trainable)
+        _activate(model, list(folders), is_trainable)
     except BaseException:
         model.unload()
         for module, mode in modes:
@@ -119,64 +120,86 @@ def load_adapters(
     return model
 
 
-def _fetch_adapters(
+def _find_folders(
     source: str | os.PathLike,
     names: Sequence[str] | None,
     revision: str | None,
     token: str | None,
 ) -> dict[str, Path]:
-    """Return the folders of the adapters of a folder or repository, by name; only these are downloaded."""
+    """Return the folders of the adapters to load, by name."""
     prefixes = ["", "*/"]
     if names is not None:
         prefixes = ["" if name == "default" else f"{name}/" for name in names]
     patterns = []
     for prefix in prefixes:
         patterns += [f"{prefix}{CONFIG_NAME}", f"{prefix}{SAFETENSORS_WEIGHTS_NAME}"]
-    return saved_adapters(fetch_folder(source, patterns, revision, token))
+    folders = saved_adapters(fetch_folder(source, patterns, revision, token))
+    if names is None:
+        return folders
+    missing = [name for name in names if name not in folders]
+    if missing:
+        raise ValueError(f"{source} has no adapter {missing}. It has {list(folders)}.")
+    return {name: folders[name] for name in names}
 
 
-def _choose_adapters(
+def _find_lotra_adapter(source: str | os.PathLike, folders: Mapping[str, Path]) -> str:
+    """Return the name of the LoTRA adapter among these; raise a ValueError unless there is exactly one."""
+    lotra_names = []
+    for name, folder in folders.items():
+        if not (folder / CONFIG_NAME).is_file():
+            raise ValueError(f"{folder} holds tensors without {CONFIG_NAME}. Save or download the adapter again.")
+        if read_config(folder)["peft_type"] == "LOTRA":
+            lotra_names.append(name)
+    if not lotra_names:
+        raise ValueError(f"{source} has no LoTRA adapter among {list(folders)}.")
+    if len(lotra_names) > 1:
+        raise ValueError(
+            f"{source} has the LoTRA adapters {lotra_names}. Pass one of them, and the adapters that belong to it, as "
+            "`names=[...]`."
+        )
+    return lotra_names[0]
+
+
+def _leave_out_earlier_saves(
     source: str | os.PathLike,
     folders: Mapping[str, Path],
-    names: Sequence[str] | None,
-) -> tuple[str, list[str]]:
-    """Return the names of the LoTRA adapter and of the other adapters to load.
+    lotra_name: str,
+) -> dict[str, Path]:
+    """Return the folders of the adapters that were saved with the LoTRA adapter.
 
-    Without `names`, these are the adapters that were saved with it. All are taken if its file does not say, or its
-    folder was renamed.
+    All are returned if its file does not say, or its folder was renamed.
 
     Raises:
-        ValueError: There is no LoTRA adapter, or more than one, or another adapter is missing.
+        ValueError: One of them is missing.
     """
-    lotra = {}
-    for name in folders if names is None else names:
-        if name in folders:
-            config = read_config(folders[name])
-            if config["peft_type"] == "LOTRA":
-                lotra[name] = config.get("saved_with")
-    if len(lotra) != 1:
-        raise ValueError(
-            f"{source} has the LoTRA adapters {list(lotra)} among {list(folders)}. Pass one of them, and the adapters "
-            "that belong to it, as `names=[...]`."
-        )
-    ((lotra_name, saved_with),) = lotra.items()
-    if names is None and saved_with and saved_with[0] == lotra_name:
-        names = saved_with
-        earlier = [name for name in folders if name not in saved_with]
-        if earlier:
-            warnings.warn(
-                f"{source} also has {earlier}, which {lotra_name!r} was not saved with: left out. Pass `names=` to "
-                "load it too.",
-                stacklevel=3,
-            )
-    others = [name for name in names or folders if name != lotra_name]
-    missing = [name for name in others if name not in folders]
+    saved_with = read_config(folders[lotra_name]).get("saved_with")
+    if not saved_with or saved_with[0] != lotra_name:
+        return dict(folders)
+    missing = [name for name in saved_with if name not in folders]
     if missing:
         raise ValueError(
-            f"{source} has no adapter {missing}, which belongs to {lotra_name!r}. Copy it there, or pass "
+            f"{source} has no adapter {missing}, which was saved with {lotra_name!r}. Copy it there, or pass "
             f"`names={list(folders)}` to load the model without it."
         )
-    return lotra_name, others
+    earlier = [name for name in folders if name not in saved_with]
+    if earlier:
+        warnings.warn(
+            f"{source} also has {earlier}, which {lotra_name!r} was not saved with: left out. Pass `names=` to load "
+            "it too.",
+            stacklevel=3,
+        )
+    return {name: folder for name, folder in folders.items() if name in saved_with}
+
+
+def _read_other_adapter(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """Return the configuration and the tensors of an adapter of another method; pickles are not read."""
+    with naming_damage(folder / CONFIG_NAME):
+        config = PeftConfig.from_pretrained(str(folder))
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        raise ValueError(f"The adapter at {folder} has no {SAFETENSORS_WEIGHTS_NAME}. Save or download it again.")
+    with naming_damage(path):
+        return config, load_file(path)
 
 
 def _inject(
@@ -190,10 +213,16 @@ def _inject(
         # here a second method is what the user asks for
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
         inject_adapter_in_model(config, model.get_base_model(), adapter_name=name)
-    expected: dict[str, Any] = dict.fromkeys(model.state_dict().keys() & tensors.keys())  # PEFT also saves embeddings
-    for key, value in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items():
-        expected[key] = value.shape if value.is_floating_point() else None
-    errors = find_misfits(tensors, expected)
+    expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    places = expected.keys() | model.state_dict().keys()  # PEFT also saves embeddings
+    errors = [f"{key} is missing" for key in expected if key not in tensors]
+    for key, tensor in tensors.items():
+        if key not in places:
+            errors.append(f"{key} has no place in it")
+        elif key in expected and tensor.shape != expected[key].shape:
+            errors.append(f"{key} has the shape {tuple(tensor.shape)} instead of {tuple(expected[key].shape)}")
+        elif tensor.is_floating_point() and not tensor.isfinite().all():
+            errors.append(f"{key} has NaN or infinite values")
     if errors:
         raise ValueError(f"The adapter {name!r} does not fit the base: {list_first(errors)}.")
 

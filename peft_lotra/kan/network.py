@@ -114,9 +114,14 @@ class BatchNorm(nn.BatchNorm1d):
 
 def pairs(widths: Sequence[int]) -> list[tuple[int, int]]:
     """Return (in, out) of each layer; raise a `ValueError` unless `widths` are at least two positive integers."""
-    sizes = [check_count(width, "widths") for width in widths]
+    try:
+        sizes = [check_count(width, "widths") for width in widths]
+    except (TypeError, ValueError):
+        sizes = []
     if len(sizes) < 2:
-        raise ValueError(f"`widths` is {widths}, but must be the sizes of all layers, such as [2, 16, 1].")
+        raise ValueError(
+            f"`widths` is {widths!r:.100}, but must be the sizes of all layers, positive integers such as [2, 16, 1]."
+        )
     return list(pairwise(sizes))
 
 

@@ -142,10 +142,14 @@ class _SplineProduct(torch.autograd.Function):
             if grad_outputs is not None:
                 grad_trained = sparse_weight_gradient(x, grid, grad_outputs)
 
-        grad_weights = iter(())
-        if grad_trained is not None:
-            grad_weights = iter(grad_trained.split([column.shape[1] for column in of_trained]))
-        return grad_x, *[None] * 4, *[next(grad_weights) if is_trained else None for is_trained in needs_weights]
+        grad_weights: list[Any] = [None] * len(weights)
+        start = 0
+        for number, is_trained in enumerate(needs_weights):
+            if is_trained and grad_trained is not None:
+                stop = start + len(weights[number])
+                grad_weights[number] = grad_trained[start:stop]
+                start = stop
+        return grad_x, *[None] * 4, *grad_weights
 
 
 def _dense_gradients(

@@ -105,16 +105,17 @@ class KANLayerSpec:
     groups: str = ""
 
     def __post_init__(self) -> None:
+        if not callable(self.matches):
+            raise ValueError(f"`matches` of {self.kind!r} is {self.matches!r:.80}. Give a class, or a predicate.")
         try:
             pairs = [*self.parts, *filter(None, [self.residual, self.edge_scale])]
             patterns = dict(pairs)
         except (TypeError, ValueError):
             pairs, patterns = [self.coefficients], {}
-        if not callable(self.matches) or not self.coefficients or len(patterns) < len(pairs):
+        if not self.coefficients or len(patterns) < len(pairs):
             raise ValueError(
-                f"{self.kind!r} matches {self.matches!r:.80}, and its coefficients and other parameters are {pairs}. "
-                "Expected a class, or a predicate, and a name and its pattern, e.g. "
-                '("weight", "o i k"), or a list of such pairs, with each name once.'
+                f"The coefficients and other parameters of {self.kind!r} are {pairs}. Expected a name and its "
+                'pattern, e.g. ("weight", "o i k"), or a list of such pairs, with each name once.'
             )
         for position, pattern in enumerate(patterns.values()):
             parse_layout(pattern, self.groups, may_share=0 < position < len(self.parts))

@@ -268,8 +268,12 @@ class Evidence:
         if base is None:
             return True
         largest = _ROUNDING * base.abs().max()
-        changes = [(gradients[name] - base).abs().max() for gradients in self.scaled]  # pyright: ignore[reportOptionalOperand]
-        return all(change <= largest for change in changes)
+        for gradients in self.scaled:
+            gradient = gradients[name]
+            # a layer may use a parameter at some inputs only
+            if gradient is None or not (gradient - base).abs().max() <= largest:
+                return False
+        return True
 
     def is_linear(self, names: Collection[str]) -> bool | None:
         """Return whether the output is an affine function of parameters. None if their gradient says nothing."""

@@ -109,7 +109,8 @@ class Layout:
     def canonical_shape(self, lengths: Lengths) -> tuple[int, ...]:
         """Return (out, in, basis) or (out, in, basis, kernel), with a packed base branch in the basis mode."""
         sizes = [_multiply(mode, lengths) for mode in self._modes]
-        sizes[2] += self.has_residual
+        if self.has_residual:
+            sizes[2] += 1
         return tuple(sizes)
 
     def axis_lengths(self, shape: Sequence[int], given: Lengths) -> dict[str, int]:
@@ -123,16 +124,7 @@ class Layout:
             ValueError: The pattern does not fit the shape, or leaves a length open.
         """
         lengths = dict(given)
-        problem = ""
-        sizes = iter(shape)
-        for count, *blocks in zip(self.stored_over, *self.blocks, strict=True):
-            size = math.prod(islice(sizes, count))
-            # a set, in which equal blocks count once: they differ only in the dimension of the `+`, where sizes add up
-            if not _solve_length({*blocks}, size, lengths):
-                problem = f"{_write(blocks[:1])} cannot be {size}"
-        dimensions = sum(self.stored_over)
-        if len(shape) != dimensions:
-            problem = f"it names {dimensions} dimensions"
+        problem = self._solve_lengths(shape, lengths)
         if problem:
             known = {axis: given[axis] for axis in self.axes if axis in given}
             raise ValueError(
@@ -140,6 +132,20 @@ class Layout:
                 "Correct it, or give lengths of axes by `axes`."
             )
         return lengths
+
+    def _solve_lengths(self, shape: Sequence[int], lengths: dict[str, int]) -> str:
+        """Add the unknown lengths of axes to `lengths`. Return the contradiction, or an empty string."""
+        dimensions = sum(self.stored_over)
+        if len(shape) != dimensions:
+            return f"it names {dimensions} dimensions"
+        sizes = iter(shape)
+        for count, dim, *packed in zip(self.stored_over, *self.blocks, strict=True):
+            size = math.prod(islice(sizes, count))
+            # a set, in which equal blocks count once: they differ only in the dimension of the `+`, where sizes add up
+            blocks = {dim, *packed}
+            if not _solve_length(blocks, dim, size, lengths):
+                return f"{_write([dim])} cannot be {size}"
+        return ""
 
     def to_canonical(self, parameter: Tensor, lengths: Lengths) -> Tensor:
         """Return a stored parameter as (out, in, basis[, kernel]), with packed residual weights as the last slice."""
@@ -193,9 +199,11 @@ class Layout:
     @cached_property
     def _is_canonical(self) -> bool:
         """Whether the parameter is stored as "o i k" or "o i"."""
-        (stored, canonical, _), *residual = self._expressions
-        is_in_order = canonical in (stored, f"{stored} ()")
-        return is_in_order and not residual and sum(self.stored_over) <= 3
+        if self.kernel or self.groups or self.has_residual or self.shared:
+            return False
+        begins_with_edges = self.blocks[0][:2] == (("o",), ("i",))
+        dimensions = sum(self.stored_over)  # two, or three with the basis
+        return begins_with_edges and dimensions <= 3
 
     @cached_property
     def _expressions(self) -> list[tuple[str, str, Axes]]:
@@ -205,7 +213,8 @@ class Layout:
             axes = _flatten(dims) + self.shared
             modes = []
             for mode in self._modes:
-                modes.append([axis for axis in mode if axis in axes])
+                present = [axis for axis in mode if axis in axes]
+                modes.append(tuple(present))
             expressions.append((_write(dims), _write(modes), axes))
         return expressions
 
@@ -220,28 +229,33 @@ def _multiply(axes: Sequence[str], lengths: Lengths) -> int:
 
 def _solve_length(
     blocks: Collection[Axes],
+    dim: Axes,
     size: int,
     lengths: dict[str, int],
 ) -> bool:
     """Add the unknown length of a dimension to `lengths`. Return whether the blocks in it then have its size."""
-    unknown = {*_flatten(blocks)} - lengths.keys()
+    unknown = [axis for axis in dim if axis not in lengths]
     if len(unknown) > 1:
         return False
-    for axis in unknown:
-        # the size is constant + slope * unknown length: a block has the unknown axis once, or lacks it
-        lengths[axis] = 0
-        constant = _add_sizes(blocks, lengths)
-        lengths[axis] = 1
-        slope = _add_sizes(blocks, lengths) - constant
-        lengths[axis] = (size - constant) // max(slope, 1)
-    return size == _add_sizes(blocks, lengths) > 0
+    # the size is constant + slope * unknown length: a block has the unknown axis once, or lacks it
+    constant = slope = 0
+    for block in blocks:
+        product = math.prod([lengths.get(axis, 1) for axis in block])
+        if unknown and unknown[0] in block:
+            slope += product
+        else:
+            constant += product
+
+    if not unknown:
+        return size == constant > 0
+    if slope == 0:  # an axis beside the unknown one has length zero
+        return False
+    length = (size - constant) // slope
+    lengths[unknown[0]] = length
+    return size == constant + slope * length > 0
 
 
-def _add_sizes(blocks: Collection[Axes], lengths: Lengths) -> int:
-    return sum(_multiply(block, lengths) for block in blocks)
-
-
-def _write(dims: Sequence[Sequence[str]]) -> str:
+def _write(dims: Sequence[Axes]) -> str:
     words = []
     for dim in dims:
         word = " ".join(dim)
@@ -285,6 +299,8 @@ def parse_layout(
         dims = []
         stored_over = []
         for dim in composition:
+            if not all(isinstance(axis, str) for axis in dim):
+                raise ValueError(f"{problem}an axis must have a name.")
             dims.append(tuple(axis for axis in dim if axis not in _STORED_OVER))
             mark = dim[-1] if dim else ""
             stored_over.append(_STORED_OVER.get(mark, 1))
@@ -292,8 +308,10 @@ def parse_layout(
 
     kernel: Axes = ()
     if ("kernel",) in blocks[0]:
-        others = sum(stored_over) - 1
-        count = max((dimensions or 4) - others, 0)
+        count = 2
+        if dimensions is not None:
+            others = sum(stored_over) - 1
+            count = max(dimensions - others, 0)
         kernel = tuple(f"kernel{n}" for n in range(count))
         position = blocks[0].index(("kernel",))
         stored_over[position : position + 1] = [1] * count
@@ -301,16 +319,15 @@ def parse_layout(
             dims[position : position + 1] = [(axis,) for axis in kernel]
 
     axes = {*_flatten(blocks[0])}
+    if not (may_share or {"o", "i"} <= axes):
+        raise ValueError(problem + "`o` and `i` must appear once each.")
     group_axes = tuple(axis for axis in groups.split() if axis in axes)
-    layout = Layout(pattern, tuple(map(tuple, blocks)), kernel, group_axes, tuple(stored_over))
-    is_right = may_share or {"o", "i"} <= axes
+    frozen_blocks = tuple(tuple(dims) for dims in blocks)
+    layout = Layout(pattern, frozen_blocks, kernel, group_axes, tuple(stored_over))
+    axes_of_residual = axes - {*layout.basis}
     for residual in layout.blocks[1:]:
-        is_right &= bool(layout.basis) and {*_flatten(residual)} == axes - {*layout.basis}
-    if not is_right or not all(isinstance(axis, str) for axis in axes):
-        raise ValueError(
-            f"{problem}axes have names, `o` and `i` must appear once each, and the second block of a `+` is the "
-            "residual weights, of axes `o` and `i` alone."
-        )
+        if not layout.basis or {*_flatten(residual)} != axes_of_residual:
+            raise ValueError(problem + "the second block of a `+` is the residual weights, of axes `o` and `i` alone.")
     return layout
 
 

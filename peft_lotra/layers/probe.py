@@ -232,8 +232,10 @@ def _copy_parameter(layer: nn.Module, name: str) -> Tensor:
     """Return a copy of a parameter, in float32 at least."""
     path, _, attribute = name.rpartition(".")
     parameter = layer.get_submodule(path)._parameters.get(attribute)
-    if parameter is None or hasattr(parameter, "placements") or parameter.is_meta or not parameter.is_floating_point():
-        raise CannotProbe(f"`{name}` has no values: it is computed, sharded, on the meta device, or of integers")
+    if parameter is None or hasattr(parameter, "placements"):
+        raise CannotProbe(f"`{name}` is sharded, or computed from other parameters")
+    if parameter.is_meta or not parameter.is_floating_point():
+        raise CannotProbe(f"`{name}` has no values that could be run: {parameter.dtype}, {parameter.device.type}")
     return _widen(parameter.detach()).clone()
 
 

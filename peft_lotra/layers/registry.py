@@ -395,13 +395,17 @@ def walk_kan_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, KANLayer
 
     Left out are KAN layers inside of KAN layers and in the copies that PEFT's `modules_to_save` makes.
     """
-    skipped: set[nn.Module] = set()
-    for name, module in model.named_modules():
-        if module in skipped:
+    seen: set[nn.Module] = set()
+    outer = None
+    # a module that a skipped one shares is met again under a name of its own
+    for name, module in model.named_modules(remove_duplicate=False):
+        is_inside = outer is not None and name.startswith(outer)
+        if module in seen or is_inside:
             continue
         if isinstance(module, tuple(NOT_SEARCHED)):
-            skipped.update(module.modules())
+            outer = f"{name}." if name else ""
             continue
+        seen.add(module)
         layer = module
         spec = None
         while isinstance(base_layer := layer._modules.get("base_layer"), nn.Module):
@@ -409,7 +413,7 @@ def walk_kan_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, KANLayer
             layer = base_layer
         spec = spec or get_kan_spec(layer)
         if spec is not None:
-            skipped.update(module.modules())
+            seen.update(module.modules())
             yield name, layer, spec
 
 

@@ -215,8 +215,8 @@ class LevenbergMarquardt:
             matrix, gradient = linear.after(change, new_residuals)
             former.past = Past(matrix, gradient, parameters, (loss, new_loss), agreement)
         write_vector(problem.trainable, parameters)
-        decrease = 1 - new_loss / loss
-        return LevenbergMarquardtStep(new_loss, self.damping, True, attempts, decrease, losses=new_losses)
+        share = 1 - new_loss / loss
+        return LevenbergMarquardtStep(new_loss, self.damping, True, attempts, decrease=share, losses=new_losses)
 
     def _make_problem(self, terms: list[Term]) -> LeastSquares:
         trials = self._held_trials | self._trials

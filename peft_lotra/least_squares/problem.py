@@ -44,6 +44,7 @@ class Trial:
         columns: The number of residuals of a row.
         row_bytes: The memory of one row.
         by_layers: Whether `row_gradients` computes the Jacobian, and not `torch.func.vmap`.
+        by_rows: Whether `vmap` refuses the function, so that each row is differentiated separately.
     """
 
     function: Callable[..., Tensor] | None = None
@@ -51,6 +52,7 @@ class Trial:
     columns: int = 0
     row_bytes: int = 1
     by_layers: bool = False
+    by_rows: bool = False
 
 
 Trials = dict[tuple, Trial]
@@ -473,14 +475,17 @@ class LeastSquares:
             if jacobian is not None:
                 return jacobian
         try:
-            jacobian = self._jacobian_by_vmap(term, rows)
+            differentiate = self._jacobian_by_rows if term.trial.by_rows else self._jacobian_by_vmap
+            jacobian = differentiate(term, rows)
         except RuntimeError as error:
             # JacobiKAN, for instance, writes functions of its inputs into a tensor that it makes
             if "vmap: inplace" not in str(error):
                 raise
+            term.trial.by_rows = True
             warnings.warn(
                 f"The {term.name} writes into a tensor, which `torch.func.vmap` does not allow. It is differentiated "
                 "row by row, which is slow.",
+                RuntimeWarning,
                 stacklevel=2,
             )
             jacobian = self._jacobian_by_rows(term, rows)

@@ -48,16 +48,18 @@ def check_count(value: Any, argument: str, low: int = 1) -> int:
 
 def check_function(value: Any, argument: str, count: int | None = None) -> None:
     """Raise a `TypeError` unless a value can be called, with this number of positional arguments."""
-    arguments = "" if count is None else f" with {count} positional arguments"
+    if not callable(value):
+        raise TypeError(f"`{argument}` is {value!r:.100}, but must be a function.")
+    if count is None:
+        return
     try:
         # a decorator may add arguments to those of the function inside
         signature = inspect.signature(value, follow_wrapped=False)
-        if count is not None:
-            signature.bind(*range(count))
+        signature.bind(*range(count))
     except ValueError:  # compiled functions have no signature
         pass
     except TypeError as error:
-        raise TypeError(f"`{argument}` is called{arguments}: {error}.") from error
+        raise TypeError(f"`{argument}` is called with {count} positional arguments: {error}.") from error
 
 
 def list_first(words: Iterable[str]) -> str:

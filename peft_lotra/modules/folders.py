@@ -39,6 +39,8 @@ def replacing_files(folder: str | os.PathLike, *copied: str) -> Iterator[str]:
         NotADirectoryError: `folder` is a file.
     """
     folder = os.fspath(folder)
+    if not isinstance(folder, str) or os.path.isfile(folder):
+        raise NotADirectoryError(f"`folder` is {folder!r:.100}, but must be a folder; it need not exist.")
     is_new = not os.path.isdir(folder)
     try:
         with _locked(folder):
@@ -63,10 +65,11 @@ def replacing_files(folder: str | os.PathLike, *copied: str) -> Iterator[str]:
                 shutil.rmtree(stage, ignore_errors=True)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
-    finally:
+    except BaseException:
         if is_new:
             with suppress(OSError):  # it has files, or does not exist
                 os.rmdir(folder)
+        raise
 
 
 def _flush_files(draft: str) -> None:

@@ -20,7 +20,7 @@ from ..bank.snapshot import Form
 from ..kan.row_product import PackedTucker, RowGroups, group_rows
 from ..least_squares.levenberg_marquardt import LARGEST_DAMPING, SMALLEST_DAMPING, damping_factor
 from ..least_squares.problem import Intercepted, Term, check_residuals, check_rows, check_terms, in_double, name_term
-from ..modules.calls import call_with_parameters
+from ..modules.calls import buffers_kept, call_with_parameters
 from ..modules.checks import check_number
 from .learning_rates import Policy, component_multipliers
 
@@ -318,12 +318,18 @@ class BankLevenbergMarquardt(_BankOptimizer):
 
     def _check_rows(self, terms: list[Term]) -> None:
         """Raise a ValueError if the residuals of a new function are random, or a row depends on other rows."""
+        checked = []
         for number, term in enumerate(terms):
             function, (index, *_), _ = term
+            code = getattr(function, "__code__", function)  # a lambda in a loop is new at each step
             trained = self._is_active[index].nonzero().squeeze(1)
-            if function not in self._checked and len(trained):
-                check_rows(name_term(number, function), partial(self._evaluate_rows, number, term, trained))
-        self._checked = [function for function, *_ in terms]
+            is_known = code in self._checked
+            if len(trained) and not is_known:
+                with buffers_kept(self.model):
+                    check_rows(name_term(number, function), partial(self._evaluate_rows, number, term, trained))
+            if len(trained) or is_known:  # without trained rows, it is still to be checked
+                checked.append(code)
+        self._checked = checked
 
     @torch.enable_grad()
     def _evaluate_rows(

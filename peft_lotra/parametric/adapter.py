@@ -259,10 +259,10 @@ class ParametricAdapter:
         space = copy.copy(self._space)
         chosen: Any = parameters if between is None else between
         points = list(dict.fromkeys(map(space.point, chosen)))
-        if not points or (between is not None and len(between) != 2):
-            raise ValueError(
-                "`parameters` must have at least one parameter, and `between` two, the bounds of a range."
-            )
+        if between is not None and len(between) != 2:
+            raise ValueError(f"`between` is {between!r:.100}, but must be two parameters, the bounds of a range.")
+        if not points:
+            raise ValueError("`parameters` is empty, but must have at least one parameter.")
         dim = len(points[0])
         if between is not None:
             check_count(max_members, "max_members", low=2**dim)  # the corners of the range

@@ -103,10 +103,13 @@ def minimize(
     norms = np.linalg.norm(at_starts, axis=1)
     # scipy's tolerance of the gradient would depend on the units of the residuals
     unit = norms.min() or 1.0
+
+    def scaled_residuals(shifted: np.ndarray) -> np.ndarray:
+        return residuals_of(shifted) / unit
+
     start = starts[norms.argmin()]
     upper = high.maximum(low + WIDTH)
     bounds = low.numpy() + SHIFT, upper.numpy() + SHIFT
-    scaled_residuals = lambda shifted: residuals_of(shifted) / unit  # noqa: E731
     solution = least_squares(scaled_residuals, start, bounds=bounds, diff_step=WIDTH, xtol=CONVERGED, ftol=1e-6)
     least = unit * solution.fun
 

@@ -182,11 +182,12 @@ def knot_density(
     cells = check_count(cells, "cells")
     x = box_points(low, high, cells * SAMPLES)
     _, _, bends = jet(model, x.to(next(model.parameters(), x)))
-    bends = bends.double().view(len(low_end), len(x), -1)
+    bends = bends.to(x).view(len(low_end), len(x), -1)
     squares = bends.square().sum(-1)
     cell_of = (x - low_end) / (high_end - low_end) * cells
+    cell_of = cell_of.long().clamp(max=cells - 1)  # a point may be rounded to the end
     densities = []
-    for i, index in enumerate(cell_of.long().unbind(1)):
+    for i, index in enumerate(cell_of.unbind(1)):
         means = torch.bincount(index, squares[i], cells) / torch.bincount(index, minlength=cells)
         if not means.isfinite().all():
             raise ValueError(f"The second derivatives of the model along coordinate {i} are not finite.")

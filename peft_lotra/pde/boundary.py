@@ -75,11 +75,14 @@ def robin(
         True
     """
     weight = check_number(weight, "weight", "(0, inf)")
-    lengths = normals.norm(dim=-1)
-    if normals.shape != points.shape or not ((lengths - 1).abs() < 1e-3).all():
+    if points.dim() != 2 or normals.shape != points.shape:
         raise ValueError(
-            f"`normals` must be unit vectors of shape {tuple(points.shape)}, as `points`, but they have shape "
-            f"{tuple(normals.shape)} and lengths from {lengths.min():.4g} to {lengths.max():.4g}."
+            f"`points` has shape {tuple(points.shape)} and `normals` {tuple(normals.shape)}, but both must be (n, I)."
+        )
+    lengths = normals.norm(dim=1)
+    if not ((lengths - 1).abs() < 1e-3).all():
+        raise ValueError(
+            f"`normals` must have length 1, but they have lengths from {lengths.min():.4g} to {lengths.max():.4g}."
         )
     rows = [points, normals.to(points)]
     for name, argument in (("a", a), ("b", b), ("values", values)):

@@ -77,13 +77,15 @@ class BoxFeatures(InputMap):
         low_end, high_end = check_box(low, high)
         count = len(low_end)
         by_coordinate = check_frequencies(frequencies, count)
-        indices = [*periodic, *neumann]
-        for i in indices:
-            if isinstance(i, bool) or i not in range(count) or (i in periodic and i in neumann):
-                raise ValueError(
-                    f"`periodic` and `neumann` have {indices!r:.100}, but must have coordinates of the box, 0 to "
-                    f"{count - 1}, in one of both."
-                )
+        periodic = list(periodic)
+        neumann = list(neumann)
+        for name, indices in (("periodic", periodic), ("neumann", neumann)):
+            for i in indices:
+                if isinstance(i, bool) or i not in range(count):
+                    raise ValueError(f"`{name}` has {i!r:.100}, but the box has coordinates 0 to {count - 1}.")
+        both = set(periodic) & set(neumann)
+        if both:
+            raise ValueError(f"Coordinate {min(both)} is both `periodic` and `neumann`, which exclude each other.")
 
         sources = []
         waves = []
@@ -147,8 +149,11 @@ class OutputScale(InputMap):
 
     def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
         """See `InputMap`."""
-        slopes = [self.factor, *[0.0] * highest]
-        return [self.factor * z, *[torch.full_like(z, slope) for slope in slopes[:highest]]]
+        derivatives = [self.factor * z]
+        for order in range(1, highest + 1):
+            slope = self.factor if order == 1 else 0.0
+            derivatives.append(torch.full_like(z, slope))
+        return derivatives
 
 
 def check_frequencies(frequencies: Frequencies, count: int) -> list[list[float]]:

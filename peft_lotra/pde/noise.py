@@ -94,7 +94,8 @@ def _moved(constant: Constant, move: float, reach: float) -> float:
     most = MOST_MOVE * constant.size
     lowest = max(-most, reach * (constant.low - value))
     highest = min(most, reach * (constant.high - value))
-    return value + min(max(move, lowest), highest)
+    moved = value + min(max(move, lowest), highest)
+    return min(max(moved, constant.low), constant.high)  # rounding may pass a bound
 
 
 def _judge(

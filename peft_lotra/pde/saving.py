@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -140,18 +139,23 @@ def _describe(module: Any) -> Node:
     elif None in children.values():
         return None
     text = repr(attributes)
-    with suppress(ValueError, SyntaxError):  # not only numbers, strings, tuples, lists and dicts
-        if ast.literal_eval(text) == attributes:
-            return {
-                "class": name_of_class,
-                "attributes": text,
-                "parameters": {
-                    name: getattr(parameter, "requires_grad", False) for name, parameter in module._parameters.items()
-                },
-                "buffers": {name: name not in module._non_persistent_buffers_set for name in module._buffers},
-                "children": children,
-            }
-    return None
+    try:
+        is_literal = ast.literal_eval(text) == attributes
+    except (ValueError, SyntaxError):  # not only numbers, strings, tuples, lists and dicts
+        return None
+    if not is_literal:
+        return None
+    parameters = {}
+    for name, parameter in module._parameters.items():
+        parameters[name] = parameter is not None and parameter.requires_grad
+    buffers = {name: name not in module._non_persistent_buffers_set for name in module._buffers}
+    return {
+        "class": name_of_class,
+        "attributes": text,
+        "parameters": parameters,
+        "buffers": buffers,
+        "children": children,
+    }
 
 
 def _classes() -> dict[str, type[nn.Module]]:

@@ -141,14 +141,17 @@ def solve(
     start = stop = math.nan
     if continuation is not None:
         start, stop = (check_number(end, "continuation", "(-inf, inf)") for end in continuation)
+    if bounds and not unknowns:
+        raise ValueError("`bounds` needs `unknowns`, the constants that it keeps in intervals.")
     positional = 2 if continuation is None else 3
-    check_function(residual, "residual", None if unknowns or bounds else positional)
+    check_function(residual, "residual", None if unknowns else positional)
+    if windows is not None and network is not None:
+        raise ValueError("`windows` needs new networks, but `network` is given. Leave one of them out.")
     if windows is not None and unknowns:
         raise ValueError("`windows` cannot share `unknowns`. Leave one of them out.")
-    if network is not None and (windows is not None or frequencies != ()):
+    if frequencies != () and network is not None:
         raise ValueError(
-            "`windows` and `frequencies` are for new networks, but `network` is given. Leave it out, or put "
-            "`BoxFeatures` with `frequencies` in front of it."
+            "`frequencies` are features of new networks, but `network` is given. Put `BoxFeatures` in front of it."
         )
     count = check_count(1 if windows is None else windows, "windows")
     if steps is not None:

@@ -86,9 +86,9 @@ class Constant(nn.Module):
         """Let the constant have a value between its ends."""
         z = (value - self.offset) / self.scale
         if self.num_ends == 1:
-            z = math.sqrt((z + 1) ** 2 - 1)
+            z = math.sqrt(max((z + 1) ** 2 - 1, 0.0))
         elif self.num_ends == 2:
-            z = math.asin(z)
+            z = math.asin(min(max(z, -1.0), 1.0))  # by rounding, a value may pass its end
         with torch.no_grad():
             self.z.fill_(z)
 
@@ -145,7 +145,9 @@ class NetworkWithConstants(nn.Module):
             high = math.inf if high is None else high
             start = check_number(start, f"unknowns[{name!r}]", "(-inf, inf)")
             if not low < start < high:
-                raise ValueError(f"`unknowns` starts {name!r} at {start:g}, but `bounds` has ({low:g}, {high:g}).")
+                raise ValueError(
+                    f"`unknowns` starts {name!r} at {start:g}, but `bounds` has ({low:g}, {high:g}). Give low < start < high."
+                )
             self.constants.append(Constant(start, low, high))
 
     def values(self) -> dict[str, Tensor]:

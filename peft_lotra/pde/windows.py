@@ -72,10 +72,10 @@ class Windows(nn.Module):
         times = torch.as_tensor(ends, dtype=torch.float64, device="cpu")
         count = len(networks) + 1
         is_increasing = times.shape == (count,) and (times.diff() > 0).all()
-        if not is_increasing or smoothness not in POLYNOMIALS:
-            raise ValueError(
-                f"`ends` is {ends} and `smoothness` is {smoothness}, but must be {count} increasing times, and 1 or 2."
-            )
+        if not is_increasing:
+            raise ValueError(f"`ends` is {ends}, but must be {count} increasing times.")
+        if smoothness not in POLYNOMIALS:
+            raise ValueError(f"`smoothness` is {smoothness}, but must be 1 or 2.")
         self.networks = nn.ModuleList(networks)
         self.time = time
         self.smoothness = smoothness

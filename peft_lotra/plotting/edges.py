@@ -151,7 +151,7 @@ def edge_coefficients(name: str, module: nn.Module) -> tuple[Tensor, Tensor]:
     Both are times the scales of the edges, in float64.
 
     Raises:
-        ValueError: The coefficients are not finite.
+        ValueError: The coefficients or their change are not finite.
     """
     # of an adapted layer, not of its base: there, all parameters are frozen, as constants are
     coefficients, scale = read_coefficients(name, module)
@@ -159,6 +159,8 @@ def edge_coefficients(name: str, module: nn.Module) -> tuple[Tensor, Tensor]:
     if isinstance(module, LoTRALayer):
         module.add_updates(change)
     base = coefficients - change
+    if not change.isfinite().all():
+        raise ValueError(f"The update of `{name}` has NaN or infinite values.")
     if scale is not None:
         base *= scale
         change *= scale
@@ -182,32 +184,40 @@ def measure_change(
         squares: The squared derivatives (rows, out) of the outputs of the network, divided by their number.
     """
     if functions is None:
-        blocks = [edge_functions(target, x, None, change)]
-    else:
-        # all edges at once would not fit into the cache
-        count = max(1, CACHED // (len(x) * len(change)))
-        pairs = zip(functions.split(count, 1), change.split(count, 1), strict=True)
-        blocks = (edge_functions(target, x, *pair) for pair in pairs)
-    weights = x.new_zeros(1) if squares is None else squares.T.contiguous()
+        values = edge_values(target, change, x)
+        return _measure_values(values, squares)
+    change = change.to(functions)
+    rows = len(functions)
+    out = len(change)
+    mean = functions.mean(0)
+    shift = torch.einsum("ik,oik->oi", mean, change)
+    if squares is None:
+        squares = functions.new_zeros(rows, 1)
+    weights = squares.T.contiguous()  # (out, rows)
 
-    changes = []
-    for values in blocks:
-        shift = values.mean(-1, keepdim=True)
-        moved = (values - shift).square()
-        effect = (moved * weights).sum(-1)
-        variance = moved.mean(-1)
-        changes.append((effect.sqrt(), variance.sqrt(), shift.squeeze(-1)))
-    columns = [torch.cat(column).T.cpu() for column in zip(*changes, strict=True)]
-    return LayerChange(*columns)
+    effects = []
+    variances = []
+    # all edges at once would not fit into the cache
+    count = max(1, CACHED // (rows * out))
+    for start in range(0, len(mean), count):
+        block = slice(start, start + count)
+        centered = functions[:, block] - mean[block]
+        coefficients = change[:, block].transpose(0, 1)
+        moved = coefficients @ centered.permute(1, 2, 0)  # (in, out, rows)
+        moved.square_()
+        variances.append(moved.mean(-1))
+        effects.append(moved.mul_(weights).sum(-1))
+    effect = torch.cat(effects).T.sqrt()
+    layer_effect = torch.cat(variances).T.sqrt()
+    return LayerChange(effect.cpu(), layer_effect.cpu(), shift.cpu())
 
 
-def edge_functions(
-    target: Target,
-    x: Tensor,
-    functions: Tensor | None,
-    coefficients: Tensor,
-) -> Tensor:
-    """Return the function on each edge (in, out, rows) by coefficients; for the arguments see `measure_change`."""
-    if functions is None:
-        return edge_values(target, coefficients, x).permute(2, 1, 0)
-    return coefficients.to(functions).transpose(0, 1) @ functions.permute(1, 2, 0)
+def _measure_values(values: Tensor, squares: Tensor | None) -> LayerChange:
+    """As `measure_change`, of the changes (rows, out, in) of the functions at the inputs of the layer."""
+    shift = values.mean(0)
+    moved = (values - shift).square()
+    layer_effect = moved.mean(0).sqrt()
+    if squares is None:
+        squares = values.new_zeros(1, 1)
+    effect = (moved * squares.unsqueeze(-1)).sum(0).sqrt()
+    return LayerChange(effect.cpu(), layer_effect.cpu(), shift.cpu())

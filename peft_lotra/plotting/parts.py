@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -131,18 +131,21 @@ def what_changed(
         >>> round(parts.rest, 1), parts.pairs[0].first, parts.pairs[0].second
         (1.0, 'a', 'b')
     """
-    if inputs.dim() != 2 or len(inputs) <= 2 + 6 * inputs.shape[1]:
-        raise ValueError(
-            f"`inputs` has shape {tuple(inputs.shape)}, but must have columns, and rows: more than 2 and six for each "
-            "column."
-        )
+    if inputs.dim() != 2:
+        raise ValueError(f"`inputs` has shape {tuple(inputs.shape)}, but must have rows and columns.")
     rows, width = inputs.shape
-    names = complete_names(names, "input", width)
+    if names is None:
+        names = [f"input {index}" for index in range(width)]
+    if len(names) != width:
+        raise ValueError(f"`names` has {len(names)} entries, but `inputs` has {width} columns.")
     if targets is not None and len(targets) != rows:
         raise ValueError(f"`targets` has {len(targets)} rows, but `inputs` has {rows}.")
-    count = min(ROWS, rows)
-    positions = torch.linspace(0, rows - 1, count, dtype=torch.float64, device=inputs.device)
-    chosen = positions.long()
+    terms = 2 * (1 + 3 * width)
+    if rows <= terms:
+        raise ValueError(
+            f"`inputs` has {rows} rows, but a sum of functions of {width} inputs needs more than {terms}."
+        )
+    chosen = torch.linspace(0, rows - 1, min(ROWS, rows), dtype=torch.float64, device=inputs.device).long()
     inputs = inputs[chosen]
 
     outputs = model_outputs(model, inputs) if targets is None else targets[chosen]
@@ -165,19 +168,6 @@ def what_changed(
         raise ValueError("`inputs` or the change of the outputs have NaN or infinite values.")
     change = change.reshape(len(x), -1)
     return _divide(change, x, names)
-
-
-def complete_names(
-    names: Sequence[Any] | None,
-    noun: str,
-    count: int,
-) -> Sequence[Any]:
-    """Return the names, by default a noun with numbers; raise a ValueError for another number of names."""
-    if names is None or not len(names):
-        return [f"{noun} {index}" for index in range(count)]
-    if len(names) != count:
-        raise ValueError(f"There are {len(names)} names for {count} {noun}s. Pass a name for each.")
-    return names
 
 
 def _divide(change: Tensor, x: Tensor, names: Sequence[str]) -> ChangeParts:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from io import BytesIO
-from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..compress.data_weights import Inputs, functions_at, sample_layers
+from ..compress.data_weights import Inputs, edge_values, functions_at, sample_layers
 from ..compress.spectra import Spectrum
 from ..layers.describe import is_linear
 from ..layers.registry import find_layer, short_name
@@ -23,8 +22,7 @@ from ..tucker import full_shape
 from ..tuner.grids import grid_ends
 from ..tuner.layer import LoTRALayer, Target
 from ..tuner.targets import locate_target
-from .edges import LayerChange, edge_coefficients, edge_functions, layer_changes, measure_change
-from .parts import complete_names
+from .edges import LayerChange, edge_coefficients, layer_changes, measure_change
 
 
 if TYPE_CHECKING:
@@ -113,13 +111,14 @@ def plot_edge_functions(
     layer_name = short_name(layer_name)
     module = find_layer(model, layer_name)
     target = locate_target(layer_name, module)
-    _, width, _, *kernel = target.tensor.shape
-    if kernel or not is_linear(*target):
+    width = target.tensor.shape[1]
+    if len(target.tensor.shape) > 3 or not is_linear(*target):
         raise ValueError(
             f"`{layer_name}` is a convolution, or not linear in its coefficients: it has no functions of one input. "
             "`plot_spectra` draws such layers."
         )
-    names = complete_names(inputs, "input", width)
+    if inputs is not None and len(inputs) != width:
+        raise ValueError(f"`inputs` has {len(inputs)} names, but `{layer_name}` has {width} inputs.")
 
     z = None
     if x is not None:
@@ -137,33 +136,38 @@ def plot_edge_functions(
         changes = {layer_name: measured._replace(effect=measured.layer_effect)}
     all_shares, top = _shares(changes)
     shares = all_shares[layer_name]
-    if not edges:
+    if edges is None:
         order = shares.flatten().argsort(descending=True)
         edges = [divmod(number, shares.shape[1]) for number in order[:6].tolist()]
 
-    # matplotlib knows no bfloat16
-    curves = edge_functions(target, points, functions, coefficients).float().cpu()
-    moves = edge_functions(target, points, functions, change).float().cpu()
+    if not edges:
+        raise ValueError("`edges` is empty: give at least one pair (output, input), or leave it out.")
+    curves = _evaluate_edges(target, points, functions, coefficients, edges)
+    moves = []
+    if is_adapted:
+        moves = _evaluate_edges(target, points, functions, change, edges)
     columns = min(len(edges), 3)
     rows = math.ceil(len(edges) / columns)
     if figure is None:
         legend_height = 0.3 * is_adapted
         figure = new_figure((3 * columns, 2.3 * rows + legend_height))
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis, (output, index) in zip(axes, edges, strict=False):
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for number, (output, index) in enumerate(edges):
+        axis = axes[number]
+        name = f"input {index}" if inputs is None else inputs[index]
         share = f": {shares[output, index]:.0%}" if is_adapted else ""
-        axis.set_title(f"{names[index]} to unit {output}{share}", fontsize=9)
+        axis.set_title(f"{name} to unit {output}{share}", fontsize=9)
         axis.tick_params(labelsize=8)
         axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.25)
-        at = points[:, index].float().cpu()
-        curve = curves[index, output]
-        axis.plot(at, curve, label="base", color="0.5", ls="--")
+        at = points[:, index].float().cpu()  # matplotlib knows no bfloat16
+        curve = curves[number]
+        axis.plot(at, curve.cpu(), label="base", color="0.5", ls="--")
         if is_adapted:
-            curve = curve + moves[index, output]
+            curve = curve + moves[number]
             darkness = float(shares[output, index]) / top
             label = "adapted; % and darkness: share of the change, without constant shifts"
-            axis.plot(at, curve, label=label, color=_color_map()(darkness))
+            axis.plot(at, curve.cpu(), label=label, color=_color_map()(darkness))
         if z is not None:
             marks = z[:MARKS, index].float().cpu()
             bottom = axis.get_xaxis_transform()
@@ -218,18 +222,36 @@ def _find_functions(target: Target, points: Tensor) -> Tensor | None:
     """
     mixed = points.clone()
     mixed[:, ::2] = points[:, ::2].flip(0)
-    generator = torch.Generator().manual_seed(0)
-    coefficients = torch.randn(full_shape(target.tensor), generator=generator, device="cpu")
     functions = functions_at(target, points)
-    values = edge_functions(target, points, functions, coefficients)
-    mixed_values = edge_functions(target, mixed, functions_at(target, mixed), coefficients)
-    mixed_values[::2] = mixed_values[::2].flip(-1)
+    values = functions
+    mixed_values = functions_at(target, mixed)
+    if values is None or mixed_values is None:
+        generator = torch.Generator().manual_seed(0)
+        random = torch.randn(full_shape(target.tensor), generator=generator, device="cpu")
+        values = edge_values(target, random, points).transpose(1, 2)  # (rows, in, out)
+        mixed_values = edge_values(target, random, mixed).transpose(1, 2)
+    mixed_values[:, ::2] = mixed_values[:, ::2].flip(0)
     if not torch.allclose(values, mixed_values, rtol=1e-3, atol=1e-5):
         raise ValueError(
             f"This {target.tensor.kind} layer has no functions of one input to draw: each depends on the other "
             "inputs, by a norm or a gate."
         )
     return functions
+
+
+def _evaluate_edges(
+    target: Target,
+    points: Tensor,
+    functions: Tensor | None,
+    coefficients: Tensor,
+    edges: Sequence[tuple[int, int]],
+) -> list[Tensor]:
+    """Return the function on each of the edges (output, input) at the points, by coefficients (out, in, basis)."""
+    if functions is None:
+        values = edge_values(target, coefficients, points).double()
+        return [values[:, output, index] for output, index in edges]
+    functions = functions.double()
+    return [functions[:, index] @ coefficients[output, index] for output, index in edges]
 
 
 def _color_map() -> Any:
@@ -306,11 +328,11 @@ def plot_network_change(
         for units_at, heights in ((column, left), (column + 1, right)):
             axis.plot([units_at] * len(heights), heights, "o", color="0.25", markersize=4, zorder=3)
         axis.text(column + 0.5, 1.06, f"{layer}\n{count_in} to {count_out}", ha="center", va="bottom")
-        _write_names(axis, column - 0.05, "input", names, left)
+        _write_names(axis, column - 0.05, "inputs", names, left)
         column += 1
         names = ()
         units = count_out
-    _write_names(axis, column + 0.05, "output", outputs, right)
+    _write_names(axis, column + 0.05, "outputs", outputs, right)
     axis.set(xlim=(-0.1, column + 0.1), ylim=(-0.05, 1.05))
     axis.set_axis_off()
     figure.colorbar(lines, ax=axis, label="share of the change", format=PercentFormatter(1.0))
@@ -320,18 +342,18 @@ def plot_network_change(
 def _write_names(
     axis: Any,
     column: float,
-    noun: str,
-    names: Sequence[Any],
+    argument: str,
+    names: Sequence[str],
     heights: Sequence[float],
 ) -> None:
     """Write the names of units; by default their numbers, as in `plot_edge_functions`, unless they would overlap."""
     count = len(heights)
-    if len(names):
-        names = complete_names(names, noun, count)
-    elif count <= MOST_NUMBERS:
-        names = range(count)
-    side = "right" if noun == "input" else "left"
-    for name, height in zip(names, heights, strict=False):
+    if not names and count <= MOST_NUMBERS:
+        names = list(map(str, range(count)))
+    if len(names) not in (0, count):
+        raise ValueError(f"`{argument}` has {len(names)} names, but there are {count} units. Pass a name for each.")
+    side = "right" if argument == "inputs" else "left"
+    for name, height in zip(names, heights, strict=bool(names)):
         axis.text(column, height, name, ha=side, va="center")
 
 
@@ -363,15 +385,17 @@ def plot_history(history: Sequence[LevenbergMarquardtStep], names: Sequence[str]
         >>> figure = plot_history(history, ["data"])
     """
     terms = list(zip(*(step.losses for step in history), strict=True))
-    names = complete_names(names, "term", len(terms))
+    if names and len(names) != len(terms):
+        raise ValueError(f"`names` has {len(names)} entries, but the loss has {len(terms)} terms.")
     figure = new_figure((7, 3))
     left, right = figure.subplots(1, 2)
     steps = range(1, len(history) + 1)
     left.plot(steps, [step.loss for step in history], color="black", label="loss")
     if len(terms) > 1:
-        styles = cycle(("--", ":", "-."))
-        for name, losses, style in zip(names, terms, styles, strict=False):
-            left.plot(steps, losses, style, label=name)
+        styles = ("--", ":", "-.")
+        for index, losses in enumerate(terms):
+            name = names[index] if names else f"term {index}"
+            left.plot(steps, losses, styles[index % 3], label=name)
 
     held_out = [step.held_loss for step in history]
     if not all(map(math.isnan, held_out)):

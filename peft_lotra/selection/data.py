@@ -29,14 +29,17 @@ def read_rows(data: Any, needs_order: bool = False) -> tuple[Tensor, Tensor]:
             raise ValueError(
                 "`groups` and `blocked` need the order of the rows, but `data` shuffles them. Pass a Dataset."
             )
-        data = map(torch.cat, zip(*loader, strict=True))
+        try:
+            data = [torch.cat(tensors) for tensors in zip(*loader, strict=True)]
+        except TypeError as error:
+            raise ValueError("`data` must have pairs of tensors, inputs and targets, as its entries.") from error
+    are_tensors = all(isinstance(tensor, Tensor) for tensor in data)
+    lengths = [len(tensor) for tensor in data] if are_tensors else []
+    if len(lengths) != 2 or lengths[0] != lengths[1] or lengths[0] == 0:
+        raise ValueError("`data` must have inputs and targets as tensors, the same number of both, and at least one.")
     x, y = data
-    are_finite = torch.isfinite(x).all() and torch.isfinite(y).all()
-    if not are_finite or len(x) != len(y) or len(x) == 0:
-        raise ValueError(
-            f"`data` has {len(x)} inputs and {len(y)} targets, but must have as many of both, at least one, and no "
-            "NaN or infinite values."
-        )
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise ValueError("`data` has NaN or infinite values. Remove these rows.")
     return x, y
 
 
@@ -79,10 +82,12 @@ def assign_folds(
         for number in range(folds):
             training = (fold != number).nonzero().flatten().tolist()
             missing = set(classes) - {classes[row] for row in training}
-            if missing or len(training) == count:
+            if len(training) in (0, count):
+                raise ValueError(f"`folds` is {folds}, but `data` has too few rows or groups. Pass fewer folds.")
+            if missing:
                 raise ValueError(
-                    f"`folds` is {folds}, but a fold would have no rows, or train without classes. Pass fewer folds, "
-                    "or other `groups`, or leave out `blocked`."
+                    f"A fold would train without the classes {sorted(missing)[:3]}. Pass fewer folds, or other "
+                    "`groups`, or leave out `blocked`."
                 )
         assignments.append(torch.where(fold < 0, fold, fold + repeat * folds))
     return torch.stack(assignments)

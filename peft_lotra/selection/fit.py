@@ -110,9 +110,9 @@ def fit_adapter(
     Raises:
         ValueError: Before training: there are no rows, fewer rows or groups than folds, a fold without a class, or
             values that are not finite; a DataLoader shuffles the rows, despite `groups` or `blocked`; the loss is no
-            scalar, not finite for a single row, or takes logarithms of probabilities; the budget is above 1, or it or
-            `max_bytes` is below what ranks of 1 take; `base` has adapters. A loss that broadcasts, or takes only
-            probabilities, raises the warning or error of torch.
+            scalar, not finite for a single row, or does not take all outputs (it needs probabilities, or their
+            logarithms); the budget is above 1, or it or `max_bytes` is below what ranks of 1 take; `base` has
+            adapters.
 
     Example:
         >>> from peft_lotra import fit_adapter
@@ -299,12 +299,21 @@ def _copy_checked(
         raise ValueError(f"`base` must return a tensor with one entry for each row, not a {type(outputs).__name__}.")
     outputs.requires_grad_()
     with warnings.catch_warnings():
-        # torch warns of outputs and targets that broadcast
         warnings.filterwarnings("error", "Using a target size")
-        (value,) = compute_losses(lambda: loss(outputs, y), None)
+        try:
+            (value,) = compute_losses(lambda: loss(outputs, y), None)
+        except UserWarning as error:
+            raise ValueError(
+                f"`loss` broadcasts outputs {tuple(outputs.shape)} and targets {tuple(y.shape)}."
+            ) from error
 
     with torch.no_grad():
-        raised = loss(outputs + 1, y)
+        try:
+            raised = loss(outputs + 1, y)
+        except Exception as error:
+            raise ValueError(
+                "`loss` does not take all outputs. Let `base` return logits, without a sigmoid."
+            ) from error
         is_invariant = torch.isclose(raised, value, rtol=1e-3, atol=1e-3).item()
         width = 1 if outputs.dim() == 1 else outputs.shape[1]
         is_normalized = width > 1 and outputs.logsumexp(1).abs().max() < 1e-2

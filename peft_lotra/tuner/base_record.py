@@ -121,7 +121,9 @@ def check_base(config: LoTRAConfig, targets: Targets, model: nn.Module) -> None:
             # the norm of a difference is the standard deviation of its projections, of which four are allowed
             allowed = 4 * rounding * max(present[0], 1e-12)
             recorded = record.get(field, present)
-            if not all(abs(a - b) <= allowed for a, b in zip(recorded, present, strict=True)):
+            differences = [abs(a - b) for a, b in zip(recorded, present, strict=False)]
+            is_close = all(difference <= allowed for difference in differences)
+            if not is_close or len(recorded) != len(present):
                 different[field].append(name)
 
     for field, names in different.items():

@@ -92,6 +92,19 @@ class PassVariable:
 FORWARD_PASS = PassVariable("lotra_forward_pass")  # a `ForwardPass`, set by `LoTRAModel`
 
 
+def check_names(names: Any) -> tuple[str, ...]:
+    """Return the names of the adapters of samples; raise a ValueError unless they are a list of strings."""
+    is_list = isinstance(names, Iterable) and not isinstance(names, str)
+    values: Any = tuple(names) if is_list else (None,)
+    kinds = set(map(type, values))  # few, of thousands of names
+    if not all(issubclass(kind, str) for kind in kinds):
+        raise ValueError(
+            '`adapter_names` must be a list with the name of an adapter for each row, such as `["default"] * len(x)`, '
+            f'or "__base__" for none, got {names!r:.100}.'
+        )
+    return values
+
+
 def check_batch(
     count: int,
     args: tuple,

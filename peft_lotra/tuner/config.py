@@ -265,7 +265,7 @@ class LoTRAConfig(PeftConfig):
         Raises:
             ValueError: The budget does not suffice for ranks of 1. This object is then of no use.
         """
-        if self.budget is None or self.is_from_file:
+        if self.budget is None or self.is_from_file or not targets:  # PEFT names what matches nothing
             return
         shapes = [self.adapted_shape(target.tensor) for target in targets.values()]
         total = sum(map(prod, shapes))

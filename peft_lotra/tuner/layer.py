@@ -536,9 +536,10 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             return
         updates = []
         for name in adapter_names:
-            updates.append(self.update_of(name))
-            # of a Slim layer these are components, and None for the factor of a full mode
-            values = self._parameters_with(updates).values()
+            update = self.update_of(name)
+            updates.append(update)
+            # of a Slim layer, `_parameters_with` returns the components, and None for the factor of a full mode
+            values = [update.dense(), *self._parameters_with(updates).values()]
             if not all(value is None or value.isfinite().all() for value in values):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 

@@ -32,7 +32,7 @@ from ..modules.calls import (
 )
 from ..tucker import COMPONENTS
 from .base_record import check_base, record_layer
-from .by_row import FORWARD_PASS, ForwardPass, Replaced, check_batch, find_row_counts, pass_names
+from .by_row import FORWARD_PASS, ForwardPass, Replaced, check_batch, check_names, find_row_counts, pass_names
 from .config import LoTRAConfig, pattern_key
 from .guards import base_layers_in_place, guard_network, release_networks
 from .layer import LoTRALayer, Targets, Tensors, further_names, lotra_layers
@@ -335,12 +335,12 @@ class LoTRAModel(BaseTuner):
         kwargs: dict,
     ) -> tuple[str, ...]:
         """Return the adapter of each sample; raise a ValueError if the inputs or the model do not take them."""
-        names = tuple(names)
+        names = check_names(names)
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         unknown = set(names) - self.peft_config.keys() - {"__base__"}
         if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(map(str, unknown)))}")
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
         check_batch(len(names), args, kwargs)
         if is_tracing() or any(is_compiled(module) for module in self.modules()):
             raise ValueError("`adapter_names` do not reach compiled modules: call the model that is not compiled.")

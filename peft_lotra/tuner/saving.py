@@ -22,7 +22,6 @@ from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load, save_file
 from torch import Tensor, nn, strided
 
-from ..hub.contents import find_misfits, find_not_finite
 from ..modules.calls import PREFIX
 from ..modules.checks import list_first
 from ..modules.folders import naming_damage, replacing_files
@@ -83,9 +82,19 @@ def check_tensors(
         # None for integers, such as a number of batches
         expected[f"{PREFIX}{name}.{key}"] = tuple(value.shape) if value.is_floating_point() else None
 
-    if config.allows_other_shapes:
-        expected = dict.fromkeys(expected)  # none may be missing
-    errors = find_misfits(tensors, expected)
+    errors = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
+    for name, tensor in tensors.items():
+        if name not in expected:
+            errors.append(f"{name} belongs to no adapter of this model")
+            continue
+        shape = expected[name]
+        if shape is None:
+            continue
+        if tuple(tensor.shape) != shape and not config.allows_other_shapes:
+            errors.append(f"{name} has the shape {tuple(tensor.shape)} instead of {shape}")
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
+            errors.append(f"{name} is of {tensor.dtype}")
+    errors += _not_finite(tensors)
     location = f" at {config.source.path}" if config.source else ""
     raise_if_any(f"The file{location} does not hold an adapter of this model", errors)
 
@@ -115,6 +124,16 @@ def saved_tensors(
             yield stored, key, value
 
 
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return an error for each tensor with values that are not finite."""
+    errors = []
+    for name, tensor in tensors.items():
+        has_values = tensor.is_floating_point() and not tensor.is_meta
+        if has_values and not tensor.float().isfinite().all():
+            errors.append(f"{name} has values that are not finite")
+    return errors
+
+
 def raise_if_any(headline: str, errors: list[str]) -> None:
     """Raise a ValueError that names the first three errors; nothing without errors."""
     if errors:
@@ -127,7 +146,7 @@ def check_state_dict(state_dict: Mapping[str, Tensor]) -> None:
     for name, tensor in state_dict.items():
         if not isinstance(tensor, Tensor) or tensor.layout != strided or tensor.is_meta:
             errors.append(f"{name} has no values")
-    raise_if_any("The state dict is not that of an adapter", errors or find_not_finite(state_dict))
+    raise_if_any("The state dict is not that of an adapter", errors or _not_finite(state_dict))
 
 
 def check_no_base(model: nn.Module, tensors: Tensors) -> None:
@@ -159,7 +178,7 @@ def check_complete(adapter_name: str, tensors: Tensors, state_dict: Tensors) -> 
                 "`save_pretrained(folder, state_dict=...)`."
             )
     saved = {key: value for key, value in state_dict.items() if f".{adapter_name}" in key}
-    raise_if_any(f"The adapter {adapter_name!r} is not saved", find_not_finite(saved))
+    raise_if_any(f"The adapter {adapter_name!r} is not saved", _not_finite(saved))
 
 
 def cast_to_storage(tensors: Tensors, storage: str) -> Tensors:
@@ -170,7 +189,7 @@ def cast_to_storage(tensors: Tensors, storage: str) -> Tensors:
     """
     dtype = getattr(torch, storage)
     stored = {key: tensor.to(dtype) for key, tensor in tensors.items()}
-    raise_if_any(f'The adapter is not saved in {storage}, take `storage="bfloat16"` or None', find_not_finite(stored))
+    raise_if_any(f'The adapter is not saved in {storage}, take `storage="bfloat16"` or None', _not_finite(stored))
     for key, tensor in tensors.items():
         exact = tensor.cpu().double()  # squares of small float32 values would be zero
         rounded = stored[key].cpu().double()

@@ -142,6 +142,8 @@ def add_weighted_adapter(
 
 def check_known(adapters: Iterable[str], configs: Mapping[str, object]) -> None:
     """Raise a ValueError if one of the adapters has no config."""
+    if isinstance(adapters, str):
+        raise ValueError(f"Adapters are named by a list of strings, got {adapters!r:.200}.")
     unknown = [adapter for adapter in adapters if adapter not in configs]
     if unknown:
         raise ValueError(f"Adapter(s) {unknown} not found, the model has {list(configs)}.")

@@ -225,7 +225,7 @@ WRONG_PUSHES = {
     "a folder as base": (adapt, {"base_model": "/home/ann/kan"}, ValueError, "/home/ann/kan"),
     "nan": (adapt, {"metrics": {"r2": float("nan")}}, ValueError, "`metrics"),
     "a misspelt argument": (adapt, {"licence": "mit"}, TypeError, "licence"),
-    "LoRA": (lora, {}, ValueError, "of a LoTRA adapter"),
+    "LoRA": (lora, {}, ValueError, "holds a LORA adapter"),
 }
 
 

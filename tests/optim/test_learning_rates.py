@@ -179,7 +179,7 @@ def test_wrong_arguments_are_refused(arguments, message):
 def test_an_optimizer_instead_of_its_class_is_refused():
     model = wide()
 
-    with pytest.raises(TypeError, match="`optimizer_cls` is called: Adam"):
+    with pytest.raises(TypeError, match="`optimizer_cls` is "):
         create_lotra_optimizer(model, torch.optim.Adam(model.parameters()), lr=0.1)
 
 
