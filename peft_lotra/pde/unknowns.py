@@ -146,7 +146,8 @@ class NetworkWithConstants(nn.Module):
             start = check_number(start, f"unknowns[{name!r}]", "(-inf, inf)")
             if not low < start < high:
                 raise ValueError(
-                    f"`unknowns` starts {name!r} at {start:g}, but `bounds` has ({low:g}, {high:g}). Give low < start < high."
+                    f"`unknowns` starts {name!r} at {start:g}, but `bounds` has ({low:g}, {high:g}). Give low < start "
+                    "< high."
                 )
             self.constants.append(Constant(start, low, high))
 

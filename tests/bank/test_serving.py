@@ -551,7 +551,8 @@ def moved_grid():
 
 
 @pytest.mark.parametrize(
-    ("make", "message"), [(merged_model, "merged"), (lambda: net(seed=8), "parameters of"), (moved_grid, "grid of")]
+    ("make", "message"),
+    [(merged_model, "merged"), (lambda: net(seed=8), "another base"), (moved_grid, "another base")],
 )
 def test_a_model_that_does_not_fit_the_bank_is_refused(make, message):
     bank, _ = several(net())
@@ -572,7 +573,7 @@ def test_a_base_whose_weights_were_loaded_after_the_bank_was_created_is_refused(
     base.load_state_dict(trained.state_dict())
     before = state(base)
 
-    with pytest.raises(ValueError, match="parameters of kan.layers.0.* did not match"):
+    with pytest.raises(ValueError, match="changed since the bank was created"):
         bank.attach()
 
     assert_equal(state(base), before)

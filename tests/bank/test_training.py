@@ -260,13 +260,13 @@ def test_a_bank_in_training_refuses(call):
         refused(bank, model)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_bank_without_adapters_or_in_half_precision_is_not_trained(dtype):
+@pytest.mark.parametrize(("dtype", "message"), [(None, "no adapter to train"), (torch.bfloat16, "float32 or float64")])
+def test_a_bank_without_adapters_or_in_half_precision_is_not_trained(dtype, message):
     bank = AdapterBank(KAN([3, 4, 2]), dtype)
-    if dtype == torch.bfloat16:
+    if dtype is not None:
         bank.add("a", LoTRAConfig(r=1))
 
-    with pytest.raises(ValueError, match="no adapter to train, .* or torch.b?float.* not precise enough"):
+    with pytest.raises(ValueError, match=message):
         BankAdamW(bank)
 
 
@@ -521,6 +521,18 @@ def test_wrong_terms_are_refused_and_change_nothing(kind):
         optimizer.step(terms(x, y, bank.ids(names)))
 
     assert_equal(packed_values(bank), before)
+
+
+def test_a_function_is_checked_once_it_has_trained_rows():
+    bank, model, _ = attached_bank(KAN([3, 5, 1]))
+    optimizer = BankLevenbergMarquardt(model, names=["b"])
+
+    def norm(model, x):
+        return model(x) - model(x).mean()
+
+    optimizer.step([(norm, X[:4], bank.ids(["a"] * 4))])
+    with pytest.raises(ValueError, match="depend on other rows"):
+        optimizer.step([(norm, X[:4], bank.ids(["b"] * 4))])
 
 
 def test_a_row_may_have_as_many_residuals_as_there_are_rows():

@@ -187,7 +187,7 @@ def test_what_is_refused_changes_nothing(name):
     prune.l1_unstructured(computed.base_model.model.layers[1].base_layer, "spline_weight", amount=0.3)
     cases = [(moved, None, "The grid of `layers.1` .* was moved")]
     cases += [(computed, None, "spline_weight.* is computed from other parameters")]
-    cases += [(unknown, names, "not found") for names in (["default", "nobody"], "default", [3])]
+    cases += [(unknown, names, "list of strings|not found") for names in (["default", "nobody"], "default", [3])]
     for model, names, words in cases:
         with refused(words, model, error=(ValueError, RuntimeError)):
             getattr(model, name)(adapter_names=names)

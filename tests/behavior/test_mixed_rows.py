@@ -12,6 +12,7 @@ from stand_ins import LAYER_KINDS, ChebyKANLayer
 from torch import nn
 from torch.testing import assert_close
 
+from peft_lotra import LoTRAConfig
 from peft_lotra.kan import KAN, KANLinear, SlimKAN
 
 
@@ -255,6 +256,18 @@ def test_another_number_of_names_than_rows_is_refused(shape, count):
 
     with pytest.raises(ValueError, match="Length of `adapter_names` should be the same as the number of inputs"):
         model(x, adapter_names=["default"] * count)
+
+
+def test_a_string_in_place_of_a_list_of_names_is_refused():
+    """Also where its letters are names."""
+    model = mixed(nn.Sequential(KAN([3, 4])))
+    for name in "ab":
+        model.add_adapter(name, LoTRAConfig(r=1))
+
+    with pytest.raises(ValueError, match="must be a list"):
+        model(torch.rand(2, 3), adapter_names="ab")
+    with pytest.raises(ValueError, match="list of strings"):
+        model.base_model.add_weighted_adapter("ab", [1.0, 1.0], "sum")
 
 
 def test_one_row_of_many_steps_needs_one_name():

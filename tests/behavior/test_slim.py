@@ -124,11 +124,14 @@ def test_dropout_draws_and_a_safe_merge_refuses_nan(small):
 
     assert torch.stack([model(X) for _ in range(8)]).std(0).max() > 0
 
-    with torch.no_grad():
-        model.base_model.model.kan.lotra_core["default"].fill_(torch.nan)
+    layer = model.base_model.model.kan
+    for value in (torch.nan, 1e30):  # finite components, whose product overflows
+        with torch.no_grad():
+            layer.lotra_core["default"].fill_(value)
+            layer.lotra_factor_out["default"].fill_(1e30)
 
-    with pytest.raises(ValueError, match="NaNs detected"):
-        model.merge_and_unload(safe_merge=True)
+        with pytest.raises(ValueError, match="NaNs detected"):
+            model.merge_and_unload(safe_merge=True)
 
 
 @pytest.mark.parametrize("start", ["gradient", "hosvd"])

@@ -244,7 +244,7 @@ BAD = {
     "an iterator": (None, lambda m, batch=None: m(X).sum(), {"batches": iter([X, X])}, "no more batch"),
     "no steps": (None, lambda m: m(X).sum(), {"steps": 0}, "`steps` is 0"),
     "no rate": (None, lambda m: m(X).sum(), {"lr": -1.0}, "`lr` is -1.0"),
-    "inputs of no layer": (None, lambda m: m(X[0]).sum(), {}, "Pass a batch"),
+    "inputs of no layer": (None, lambda m: m(X[0]).sum(), {}, "pass a batch"),
 }
 
 

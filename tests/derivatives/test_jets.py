@@ -364,6 +364,9 @@ def test_directions_of_a_wrong_shape_are_refused(shape, function):
 WRONG = {
     r"shape \(40, 2\), but its last dimension must be 3": lambda: jet(network(), points(40, 2)),
     "last dimension must be 3": lambda: jet(MODELS["normalized inputs"](), points(40, 2)),
+    r"shape \(40, 3\), but its last dimension must be 1": lambda: jet(
+        nn.Sequential(nn.LayerNorm(1), network()), points()
+    ),
     "must be floating point": lambda: jet(network(), torch.zeros(2, 3, dtype=torch.int64)),
     "has 2 weights for 3 directions": lambda: jet(network(), points(), collapse=(1.0, 0.0)),
     "for 3 directions and order 1": lambda: jet(network(), points(), order=1, collapse=True),

@@ -296,6 +296,22 @@ def test_a_copy_of_a_known_layer_with_further_weights_gets_adapters_of_these_too
     assert set(layer.parameters) == {"fourier_coeffs", "base_weight"}
 
 
+class SometimesShifted(FixedFunctions):
+    """Uses a parameter at some inputs only."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.shift = nn.Parameter(torch.ones(outputs, 2))
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y + self.shift.sum(1) if x.abs().max() > 0.3 else y
+
+
+def test_a_parameter_that_is_used_at_some_inputs_does_not_stop_the_search():
+    assert len(find_kan_layers(nn.Sequential(SometimesShifted(3, 4), KANLinear(4, 2)))) == 2
+
+
 class Normalized(nn.Module):
     """A sum of functions whose coefficients are divided by their norm, along these axes."""
 

@@ -15,6 +15,7 @@ from stand_ins import ChebyKANLayer, as_model
 from torch import Tensor, nn
 
 from peft_lotra import KANLayerSpec, LoTRAConfig, find_kan_layers, register_kan_layer
+from peft_lotra.kan import KANLinear
 from peft_lotra.layers.registry import get_kan_spec, known_kinds
 
 
@@ -130,10 +131,10 @@ def test_names_that_the_layer_does_not_have_are_refused(changes):
 @pytest.mark.parametrize(
     "changes, problem",
     [
-        ({"coefficients": []}, "and a name and its pattern"),
-        ({"coefficients": "A"}, "and a name and its pattern"),
+        ({"coefficients": []}, "Expected a name and its pattern"),
+        ({"coefficients": "A"}, "Expected a name and its pattern"),
         ({"coefficients": [("a", "o i k"), ("a", "o i")]}, "with each name once"),
-        ({"matches": "MyKANLayer"}, "Expected a class, or a predicate"),
+        ({"matches": "MyKANLayer"}, "Give a class, or a predicate"),
         ({"basys": None}, "unexpected keyword argument 'basys'"),
     ],
 )
@@ -164,3 +165,18 @@ def test_malformed_patterns_are_refused(pattern, problem):
         register_mine(coefficients=("A", pattern), residual=None)
 
     assert problem in str(error.value)
+
+
+def test_a_tied_layer_is_found_whose_twin_is_in_modules_to_save():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = KANLinear(3, 3), KANLinear(3, 2)
+            self.second = self.first
+
+        def forward(self, x):
+            return self.last(self.second(self.first(x)))
+
+    model = get_peft_model(Tied(), LoTRAConfig(target_modules=["last"], modules_to_save=["first"]))
+
+    assert {layer.name.rpartition(".")[2] for layer in find_kan_layers(model)} == {"second", "last"}

@@ -189,7 +189,7 @@ def test_a_list_of_scales_needs_as_many_parameters(base):
         ({"parameters": [float("nan")]}, "must be a finite number"),
         ({"parameters": "29"}, "parameter is '2', but must be"),
         ({"between": ("a", "b")}, "parameter is 'a', but must be"),
-        ({"between": (1.0, 2.0, 3.0)}, "and `between` two"),
+        ({"between": (1.0, 2.0, 3.0)}, "`between` is"),
         ({"between": (1.0, 2.0), "tolerance": -1.0}, "`tolerance` is -1.0"),
         ({"parameters": [1.0], "max_steps": -1}, "`max_steps` is -1"),
         ({"parameters": [1.0], "train": problems.train_by_adam}, "Give `terms_of` to the constructor, or `train`"),

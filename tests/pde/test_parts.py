@@ -38,8 +38,8 @@ def test_features_have_the_formula():
 
 
 WRONG = {
-    r"have \[3\], but must have coordinates of the box, 0 to 2": lambda: BoxFeatures(LOW, HIGH, periodic=[3]),
-    r"have \[1, 1\], .* in one of both": lambda: BoxFeatures(LOW, HIGH, periodic=[1], neumann=[1]),
+    r"`periodic` has 3, but the box has coordinates 0 to 2": lambda: BoxFeatures(LOW, HIGH, periodic=[3]),
+    r"is both `periodic` and `neumann`": lambda: BoxFeatures(LOW, HIGH, periodic=[1], neumann=[1]),
     "BoxFeatures expects a last dimension of 3": lambda: BoxFeatures(LOW, HIGH)(torch.rand(4, 2)),
     "`cells` is 0": lambda: knot_density(steep(), *BOX, cells=0),
     "along coordinate 0 are not finite": lambda: knot_density(root(), *BOX),

@@ -471,14 +471,14 @@ WRONG = {
     "`inside` is true at 0 of": lambda: solved(disk((0, 0), 0.5), inside=lambda x: x[:, 0] > 2),
     r"torch.bool of shape \(.*, 1\)": lambda: solved(disk((0, 0), 0.5), inside=lambda x: x[:, :1] > 0),
     "torch.float64 of shape": lambda: solved(disk((0, 0), 0.5), inside=lambda x: x[:, 0]),
-    "`inside` is called with 1 positional arguments: 3": lambda: solved(disk((0, 0), 0.5), inside=3),
+    "`inside` is 3": lambda: solved(disk((0, 0), 0.5), inside=3),
     "not on all of the boundary of `inside`": lambda: solved(disk((0, 0), 0.5), distance=BoxDistance(*SQUARE)),
     "boundary of `inside`. Take": lambda: solved(
         disk((0, 0), 0.9) - disk((0, 0), 0.3), distance=disk((0, 0), 0.9).distance
     ),
-    r"of shape \(5, 2\), .* they have shape \(4, 2\)": lambda: neumann(boundary_term()[0], boundary_term()[1][:4]),
-    r"of shape \(5, 2\), .* they have shape \(5,\)": lambda: neumann(boundary_term()[0], boundary_term()[1][:, 0]),
-    "must be unit vectors .* lengths from 2 to 2": lambda: neumann(boundary_term()[0], 2 * boundary_term()[1]),
+    r"shape \(5, 2\) and `normals` \(4, 2\)": lambda: neumann(boundary_term()[0], boundary_term()[1][:4]),
+    r"shape \(5, 2\) and `normals` \(5,\)": lambda: neumann(boundary_term()[0], boundary_term()[1][:, 0]),
+    "must have length 1, .* from 2 to 2": lambda: neumann(boundary_term()[0], 2 * boundary_term()[1]),
     r"`values` has shape \(3, 1\)": lambda: neumann(*boundary_term(), torch.ones(3, 1)),
     r"`values` has shape \(5, 1\).*finite": lambda: neumann(*boundary_term(), math.nan),
     "`weight` is 0": lambda: neumann(*boundary_term(), weight=0),

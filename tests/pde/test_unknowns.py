@@ -245,7 +245,7 @@ def cut_off(model: nn.Module, x: Tensor, rate: Tensor) -> Tensor:
 
 
 WRONG = {
-    "`bounds` has 'rate', but `unknowns` has no constants": lambda: solved(unknowns={}, bounds={"rate": (0, 2)}),
+    "`bounds` needs `unknowns`": lambda: solved(unknowns={}, bounds={"rate": (0, 2)}),
     "`bounds` has 'D', but `unknowns` has 'rate'": lambda: solved(bounds={"D": (0, None)}),
     "`unknowns` has 'loss', but neither": lambda: solved(unknowns={"rate": 1.0, "loss": 1.0}),
     "missing a required argument: 'rate'": lambda: solved(unknowns={"loss": 1.0}),
@@ -310,3 +310,30 @@ def test_callbacks_see_the_constants_and_stop_with_numpy_too():
     assert len(rates) == 3
     assert rates[0].value == pytest.approx(1.0, abs=0.5)
     assert math.isnan(rates[0].error)
+
+
+def test_a_constant_that_reaches_its_bound_is_returned_with_a_note():
+    """By rounding, the bound lies beyond the end in the coordinate that is trained."""
+
+    def equation(model, x, *, k):
+        return jet(model, x)[2][0] + k
+
+    def difference(model, x, u):
+        return model(x) - u
+
+    x = torch.linspace(0.1, 0.9, 9, dtype=torch.float64).unsqueeze(1)
+    u = 2 * x * (1 - x) + 0.001 * torch.cos(40 * x)  # of k = 4
+    result = solve(
+        equation,
+        [0],
+        [1],
+        distance=BoxDistance([0], [1]),
+        terms=[(difference, (x, u))],
+        unknowns={"k": 2.0},
+        bounds={"k": (0.6, 3.95)},
+        steps=40,
+        progress=False,
+    )
+
+    assert result.unknowns["k"].value == pytest.approx(3.95)
+    assert "ends at its bound" in result.notes[0]

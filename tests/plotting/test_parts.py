@@ -130,8 +130,8 @@ def test_a_report_says_that_nothing_changed(name):
     "columns, rows, options, message",
     [
         (3, 1000, {}, r"The input has shape \(1000, 3\)"),
-        (2, 7, {}, r"shape \(7, 2\), but must have .* more than 2 and six for each"),
-        (2, 1000, {"names": ["a"]}, "1 names for 2 inputs"),
+        (2, 7, {}, "7 rows.*needs more than 14"),
+        (2, 1000, {"names": ["a"]}, "`names` has 1 entries, but `inputs` has 2 columns"),
         (2, 1000, {"targets": inputs(2, 10)}, "`targets` has 10 rows"),
         (2, 1000, {"targets": inputs(2)}, "`targets` has shape"),
         (2, 1000, {"targets": inputs(1) * torch.nan}, "NaN"),

@@ -145,9 +145,9 @@ def test_functions_are_drawn_into_a_given_figure():
         (lambda: plot_edge_functions(nested(), "head"), "`head` is a Linear, which is not a KAN layer"),
         (lambda: plot_edge_functions(base("own"), "kan", [(4, 0), (0, 0)]), "out of bounds"),
         (lambda: plot_edge_functions(base("fast-kan"), "kan"), "each depends on the other inputs"),
-        (lambda: plot_edge_functions(base("own"), "kan", inputs=["a"]), "1 names for 3 inputs"),
-        (lambda: plot_network_change(adapt(base("own")), torch.rand(9, 3), outputs="wxy"), "3 names for 4 outputs"),
-        (lambda: plot_network_change(adapt(base("own")), torch.rand(9, 3), ["a"]), "1 names for 3 inputs"),
+        (lambda: plot_edge_functions(base("own"), "kan", inputs=["a"]), "inputs. has 1 names.*`kan` has 3 inputs"),
+        (lambda: plot_network_change(adapt(base("own")), torch.rand(9, 3), outputs="wxy"), "outputs. has 3 names.* 4"),
+        (lambda: plot_network_change(adapt(base("own")), torch.rand(9, 3), ["a"]), "inputs. has 1 names.* 3"),
         (lambda: plot_network_change(base("own"), torch.rand(9, 3)), "no dense KAN layer with an active"),
     ],
 )
@@ -204,5 +204,5 @@ def test_the_history_is_drawn_with_the_losses_of_named_terms(tmp_path):
     assert list(figure.axes[0].lines[0].get_ydata()) == [step.loss for step in history]
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()][:3] == ["loss", "a", "b"]
     figure.savefig(tmp_path / "history.png")
-    with pytest.raises(ValueError, match="1 names for 2 terms"):
+    with pytest.raises(ValueError, match="`names` has 1 entries"):
         plot_history(history, ["a"])

@@ -433,20 +433,20 @@ CLASSES = torch.arange(30) % 2
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"data": (make_rows()[:0], CLASSES[:0])}, "0 inputs and 0 targets"),
-        ({"data": (make_rows(), CLASSES[:20])}, "30 inputs and 20 targets"),
+        ({"data": (make_rows()[:0], CLASSES[:0])}, "at least one"),
+        ({"data": (make_rows(), CLASSES[:20])}, "the same number of both"),
         ({"data": (make_rows() * torch.nan, CLASSES)}, "NaN"),
         ({"data": (make_rows()[:1], CLASSES[:1])}, "fewer folds"),
         ({"folds": 31}, "fewer folds"),
         ({"groups": "a" * 30}, "fewer folds"),
         ({"folds": 1}, "folds"),
         ({"groups": [0, 1] * 10}, "20 entries"),
-        ({"groups": [0, 1] * 15, "folds": 2}, "train without classes"),
-        ({"data": (make_rows(), CLASSES.sort().values), "blocked": True, "folds": 2}, "train without classes"),
+        ({"groups": [0, 1] * 15, "folds": 2}, "without the classes"),
+        ({"data": (make_rows(), CLASSES.sort().values), "blocked": True, "folds": 2}, "without the classes"),
         ({"loss": lambda outputs, y: cross_entropy(outputs, y, reduction="none")}, "one value"),
-        ({"data": (make_rows().numpy(), CLASSES)}, "must be Tensor"),
-        ({"data": DataLoader([{"x": row, "y": 0} for row in make_rows()])}, "expected Tensor"),
-        ({"data": (make_rows(), CLASSES * 1.0), "loss": lambda o, y: mse_loss(o[:, :1], y)}, "due to broadcasting"),
+        ({"data": (make_rows().numpy(), CLASSES)}, "as tensors"),
+        ({"data": DataLoader([{"x": row, "y": 0} for row in make_rows()])}, "pairs of tensors"),
+        ({"data": (make_rows(), CLASSES * 1.0), "loss": lambda o, y: mse_loss(o[:, :1], y)}, "broadcasts"),
         ({"budget": 1.5}, "budget"),
         ({"budget": 0.01}, "smallest ranks"),
         ({"max_bytes": 500}, "ranks of 1"),
@@ -458,7 +458,7 @@ def test_bad_input_is_refused_before_training(change, message):
     base = make_base()
     arguments = {"data": (make_rows(), CLASSES), "loss": cross_entropy, **change}
 
-    with pytest.raises((ValueError, TypeError, UserWarning), match=message):
+    with pytest.raises(ValueError, match=message):
         quick_fit(base, **arguments)
 
     assert not lotra_layers(base)
@@ -469,7 +469,7 @@ def test_losses_of_probabilities_are_refused_since_a_linear_model_has_none():
 
     with pytest.raises(ValueError, match="cross_entropy"):
         quick_fit(nn.Sequential(make_base(), nn.LogSoftmax(1)), (x, CLASSES), nll_loss)
-    with pytest.raises(RuntimeError, match="between 0 and 1"):
+    with pytest.raises(ValueError, match="logits"):
         quick_fit(nn.Sequential(make_base(), nn.Sigmoid()), (x, x[:, :2].abs()), binary_cross_entropy)
 
 
