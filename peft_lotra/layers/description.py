@@ -260,7 +260,7 @@ def _solve(
 
     # each member of a list has its own lengths, a single parameter determines the lengths of all members
     lengths = [dict(axes) for _ in range(max(counts.values(), default=1))]
-    targets = {}
+    targets = {}  # by the name of a parameter, the lengths that it determines
     solved: list[tuple[Member, ...]] = []
     for name, pattern, shapes in parts:
         is_list = "*" in name
@@ -281,7 +281,8 @@ def _solve(
         except ValueError as error:
             raise ValueError(f"`{member.name}` is not as described. {error}") from error
         for target in targets[member.name]:
-            target.update(solved_lengths | target)
+            for axis, length in solved_lengths.items():
+                target.setdefault(axis, length)
 
     tensor = CoefficientTensor(kind, tuple(solved), len(parts) > count)
     edges = {}

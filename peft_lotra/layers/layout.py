@@ -13,7 +13,8 @@ A pattern names the axes of the stored parameter:
 
 Parentheses flatten axes as in einops, and `()` is an axis of length one. Two marks are not of einops:
 
-* `(i k):2` is a flattened axis that is stored as two dimensions. They need not be i and k: their product counts.
+* `(i k):2` is a flattened axis that is stored as two dimensions. These need not have the lengths of i and k: only the
+  product of both counts.
 * `+` inside parentheses concatenates two blocks, as in einx: first the coefficients, then the residual weights.
 
 A layer may have several parameters, its *parts*, whose basis functions follow one another. A later part may lack `o`,

@@ -23,7 +23,8 @@ from .shards import Shards
 
 LARGEST_DAMPING = 1e12  # a step gives up above it
 SMALLEST_DAMPING = 1e-16  # less is lost in the rounding of the normal equations
-# The lower bound in steps that also count former residuals, see `forgetting`: with less, they fit only their own rows.
+# The lower bound in steps that also count former residuals, see `forgetting`: with less damping, such a step fits only
+# its own rows.
 SMALLEST_WITH_PAST = 1e-7
 
 
@@ -139,8 +140,8 @@ class LevenbergMarquardt:
                 `rows` are tensors of equal length. `weight` is a positive number, by default 1.
 
         Returns:
-            The record of the step. It is not accepted if a residual or derivative is NaN or infinite (a warning names
-            the term, and the damping stays), or if no damping decreases the loss.
+            The record of the step. It is not accepted if a residual or derivative at the present parameters is NaN or
+            infinite (a warning names the term, and the damping stays), or if no damping decreases the loss.
 
         Raises:
             ValueError: A term is malformed, random (dropout in training mode), or depends on other rows (batch
@@ -192,9 +193,9 @@ class LevenbergMarquardt:
                 new_residuals = problem.residuals(parameters)
                 new_losses = problem.losses(new_residuals)
                 new_loss = sum(new_losses)
-                # of the rows of this step, and with the former residuals; NaN fails both comparisons
+                # the loss falls on the rows of this step, and also together with the former residuals
                 decrease = loss - new_loss - linear.rise_of_past(change)
-                if new_loss < loss and decrease > 0:
+                if new_loss < loss and decrease > 0:  # not if one is NaN
                     break
             damping *= growth
             growth *= 2

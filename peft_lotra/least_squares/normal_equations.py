@@ -129,7 +129,8 @@ class LinearModel:
         diagonal.copy_(undamped)
         if info:
             return None
-        half = torch.linalg.solve_triangular(triangle, columns, upper=False)  # `cholesky_solve` would copy L
+        # `cholesky_solve` would copy the triangle
+        half = torch.linalg.solve_triangular(triangle, columns, upper=False)
         return torch.linalg.solve_triangular(triangle.mT, half, upper=True)
 
     def solve(self, damping: float) -> Tensor | None:
@@ -173,7 +174,7 @@ class LinearModel:
         else:
             gradient = self.jacobian.T @ residuals
         self.problem.shards.sum(gradient)
-        if self.past is not None:
+        if self.past is not None:  # the matrix contains the former residuals already
             matrix, past_gradient = self.past
             gradient += past_gradient + matrix @ step
         return self.matrix, gradient

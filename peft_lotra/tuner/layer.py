@@ -124,7 +124,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         for component in self.adapter_layer_names:
             self._modules[component] = nn.ParameterDict()
         self.remember_grid()
-        # fill the caches of both, which compiled code cannot
+        # fill the caches of the layout and of the formula, which compiled code cannot
         tensor.read_parts(base_layer)
         self._find_reader(tensor.get_parameter(base_layer), even_if_traced=True)
 
@@ -138,7 +138,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         self.lotra_rank_dropout[adapter_name] = config.rank_dropout
         self.lotra_module_dropout[adapter_name] = config.module_dropout
 
-        # half precision is cast at the end, since its random values would differ
+        # of a base in half precision, the components are drawn in float32, and cast at the end
         stored = self.lotra_tensor.get_parameter(self.get_base_layer())
         dtype = torch.promote_types(stored.dtype, torch.float32)
         for name, shape in shapes.items():
@@ -150,7 +150,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
         start = config.init_weights
         if config.is_from_file:
-            # The file replaces these values: True is a random start, which takes less time than an HOSVD.
+            # The file replaces these values: a random start (True) will do, and takes less time than an HOSVD.
             start = bool(start)
         coefficients = self.get_base_weight() if start == "hosvd" else None
         initialize(self.get_components(adapter_name), start, zero, coefficients)
@@ -315,7 +315,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                     owner = base_layer.get_submodule(path)
                     is_stored = leaf in owner._parameters or leaf in vars(owner)
                     stored = parameters[name] if name in parameters else getattr(owner, leaf)
-                    # one of both is a DTensor; or FSDP has replaced the parameter by a view, or flattened it
+                    # one is a DTensor and the other is not; else FSDP has removed the parameter, or flattened it
                     is_sharded = hasattr(stored, "placements") != hasattr(delta, "placements")
                     if is_sharded or not is_stored or stored.shape != delta.shape:
                         raise RuntimeError(
@@ -397,7 +397,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         is_traced = is_tracing()
         current = None
         if not is_traced:
-            # `get` alone would do: it also finds a pass that gradient checkpointing repeats. `now` takes less time.
+            # `FORWARD_PASS.get()` alone would do, since it also finds a pass that gradient checkpointing repeats.
+            # `now.get()` takes less time.
             current = FORWARD_PASS.now.get() or FORWARD_PASS.get()
         names = kwargs.pop("adapter_names", None)
         if names is None and current is not None:
@@ -508,7 +509,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             adapter_names (`list[str]`, *optional*): The adapters to merge; defaults to all that are active.
 
         Raises:
-            ValueError: `safe_merge`, and the merged weights are not finite. The base weights are unchanged.
+            ValueError: A parameter is computed from others; or `safe_merge`, and the merged weights are not finite.
+                The base weights are unchanged.
             RuntimeError: The grid has moved since the adapters were made.
         """
         unmerged = check_adapters_to_merge(self, adapter_names)
@@ -525,7 +527,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def check_merge(self, adapter_names: list[str], safe_merge: bool = False) -> None:
-        """Raise what `merge` would raise, and a ValueError for parameters that are computed from others."""
+        """Raise the errors of `merge`, which calls this."""
         if not adapter_names:  # nothing is merged, so that a grid that has moved does not matter
             return
         self.check_grid()
