@@ -118,10 +118,11 @@ def start_from_training(
         ranks = choose_ranks(weighted_spectra(tensors, weights), budget=budget)
     started = decompose_updates(updates, weights, ranks)
 
+    frozen = {}
     for name, tensor in started.items():
         names = tensor._asdict()
-        frozen, _ = config.frozen_and_zero(names)
-        if len(frozen) == len(names):
+        frozen[name], _ = config.frozen_and_zero(names)
+        if len(frozen[name]) == len(names):
             raise ValueError(
                 f"`train={config.train}` leaves nothing to train in `{name}`, which gets the ranks "
                 f"{form_text(tensor.form)}. Train the core too, or pass another budget."
@@ -139,10 +140,9 @@ def start_from_training(
 
         is_trained = any(component.requires_grad for component in former._asdict().values())
         layer.replace_components(adapter, tensor)
-        frozen, _ = config.frozen_and_zero(tensor._asdict())
-        layer.frozen_peft_weight_names[adapter] = tuple(f"lotra_{component}" for component in frozen)
+        layer.frozen_peft_weight_names[adapter] = tuple(f"lotra_{component}" for component in frozen[name])
         for component, parameter in layer.get_components(adapter)._asdict().items():
-            parameter.requires_grad_(is_trained and component not in frozen)
+            parameter.requires_grad_(is_trained and component not in frozen[name])
         pattern[pattern_key(layer.lotra_name)] = tensor.form
     config.rank_pattern = pattern or config.rank_pattern
     replace_config(network, adapter, config)

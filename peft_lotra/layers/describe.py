@@ -200,8 +200,9 @@ def _find_doubts(
     doubts = {}
     described = {*spec.grid, spec.bias, *(spec.edge_scale or ())}
     layer = evidence.probe.layer
+    are_linear = {name: evidence.is_linear([name]) for name in tensor.parameters}
     # then nothing follows the sum that makes the output nonlinear in all of them
-    has_linear = any(evidence.is_linear([name]) for name in tensor.parameters)
+    has_linear = any(are_linear.values())
     # no `get_parameter`: in `functional_call` they are tensors
     requires_grad = {name: attrgetter(name)(layer).requires_grad for name in evidence.base}
     is_trained = any(requires_grad[name] for name in tensor.parameters)
@@ -217,7 +218,7 @@ def _find_doubts(
         elif not evidence.stays(tensor, [name], observed):
             is_factor = not observed and evidence.stays_on_edges(tensor, [name])
             doubts[name] = FACTOR if is_factor else NOT_LINEAR
-        elif layout is not None and has_linear and not evidence.is_linear([name]):
+        elif layout is not None and has_linear and not are_linear[name]:
             doubts[name] = NOT_LINEAR
         elif layout is None:
             may_be_bias = gradient.dim() <= 1 or evidence.is_constant(name)

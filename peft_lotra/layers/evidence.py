@@ -287,7 +287,9 @@ class Evidence:
             # `join` leaves out what the outputs share, in which a sum is seldom linear
             named = [gradients[name] for name in names]
             flat = [gradient.flatten() for gradient in named if gradient is not None]
-            ends.append(torch.cat([*flat, x.new_zeros(1)]))
+            if not flat:
+                return None
+            ends.append(torch.cat(flat))
         first, second = ends
         size = (first.abs() + second.abs()).max()
         if not 0 < size < math.inf:
