@@ -185,7 +185,9 @@ class SlimKANLinear(SplineLayer):
             residual_weight = expand_inputs(residual, *factors).squeeze(-1)
             y = y + F.linear(F.silu(rows), residual_weight)
         else:
-            functions = self._functions(rows).mT @ factor_in  # (N, K + 1, ri)
+            functions = self._functions(rows).mT
+            # torch takes another product of batches, with other last digits, if the factor requires a gradient
+            functions = (functions.flatten(0, 1) @ factor_in).unflatten(0, functions.shape[:2])  # (N, K + 1, ri)
             weight = expand_inputs(core, None, factor_basis)  # (ro, ri, K + 1)
             y = F.linear(functions.flatten(1), weight.mT.flatten(1))
         if factor_out is not None:
