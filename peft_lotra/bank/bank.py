@@ -18,7 +18,7 @@ from torch.nn.functional import embedding
 
 from ..hub.card import README, write_bank_card
 from ..hub.push import fetch_card, upload
-from ..kan.row_product import PackedTucker, group_rows
+from ..kan.row_product import PackedTucker, RowGroups, group_rows
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.slim import SlimLayer
 from ..modules.calls import LayerLock, places, unwrap
@@ -489,9 +489,14 @@ class AdapterBank:
             current = find_pass(self) or BankPass(self, {}, set())  # pyright: ignore[reportArgumentType]
         else:
             snapshot = self.snapshot
-            distinct, groups = group_rows(snapshot.rows_of(adapters))
+            rows = snapshot.rows_of(adapters)
+            distinct, groups = group_rows(rows)
             if snapshot.packed.requires_grad and torch.is_grad_enabled():
                 packed = embedding(distinct, snapshot.packed, sparse=True)
+            elif groups.size == 1 and snapshot.mapped is None:
+                # each layer gathers its columns
+                packed = snapshot.packed
+                groups = RowGroups(rows)
             else:
                 packed = snapshot.gather(distinct)
             updates = snapshot.updates_of_samples(packed, groups)

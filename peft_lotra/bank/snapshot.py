@@ -151,7 +151,7 @@ class Snapshot(NamedTuple):
     def gather(self, rows: Tensor) -> Tensor:
         """Return the components in these rows, (n, width)."""
         if self.mapped is None:
-            return self.packed[rows]
+            return self.packed.index_select(0, rows)
         count = len(self.mapped)
         gathered = self.mapped[rows.clamp(max=count - 1)]
         is_added = rows >= count

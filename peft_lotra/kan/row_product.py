@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from ..modules.calls import is_tracing
 from ..tucker import Rank, Tucker, Update
-from .basis import UniformGrid, cardinal_spline, evaluate_splines, spline_offsets
-from .product import block_size, is_plain_backward, needs_plain_operations, plain_gradients, sum_of_products
+from .basis import UniformGrid, cardinal_spline
+from .product import block_size, concatenate, sum_of_products
 
 
 # The sizes of groups, and the costs of a group and of a single row, in rows of a group.
@@ -25,6 +24,8 @@ from .product import block_size, is_plain_backward, needs_plain_operations, plai
 _SIZES = [2**power for power in range(1, 9)]
 _COST_OF_GROUP = 4.0
 _COST_OF_ROW = 1.5
+# Smaller groups are multiplied by the factors of their updates: the sum with the coefficients costs more.
+_THIN_BELOW = 32
 
 
 class PackedTucker(NamedTuple):
@@ -92,18 +93,22 @@ class PackedTucker(NamedTuple):
 
         No rank of an update is above this form. The base branch may be missing.
         """
+        scales = [0.0 if update is None else update.scale for update in updates]
         columns = []
         for number, shape in enumerate(self.component_shapes()):
+            if 0 in shape:  # the factor of a full mode
+                continue
             components = []
             for update in updates:
                 if update is None:
                     components.append(like.new_zeros(shape))
-                    continue
-                component = _pad_to(shape, update.tensor[number], like)
-                if number == 0:  # the core
-                    component = update.scale * component
-                components.append(component)
+                else:
+                    components.append(_pad_to(shape, update.tensor[number], like))
             stacked = torch.stack(components)
+            stacked = stacked.to(torch.promote_types(stacked.dtype, like.dtype))
+            if number == 0:  # the core
+                scale = torch.tensor(scales, dtype=torch.float64, device="cpu").to(stacked)
+                stacked = scale.view(-1, *[1] * len(shape)) * stacked
             if number < 3:
                 stacked = _reverse_modes(stacked)
             columns.append(stacked.flatten(1))
@@ -117,17 +122,15 @@ def _reverse_modes(tensors: Tensor) -> Tensor:
 
 
 def _pad_to(shape: Sequence[int], tensor: Tensor | None, like: Tensor) -> Tensor:
-    """Append zeros to each mode up to a shape, on the device and in at least the precision of `like`.
-
-    None stands for the identity.
-    """
+    """Append zeros to each mode up to a shape, on the device of `like`. None stands for the identity."""
     if tensor is None:
         return torch.eye(*shape, dtype=like.dtype, device=like.device)
-    padding = []
-    for size, length in zip(reversed(shape), reversed(tensor.shape), strict=True):
-        padding += [0, size - length]
-    dtype = torch.promote_types(tensor.dtype, like.dtype)
-    return F.pad(tensor, padding).to(like.device, dtype)
+    if tensor.shape != torch.Size(shape):
+        padding = []
+        for size, length in zip(reversed(shape), reversed(tensor.shape), strict=True):
+            padding += [0, size - length]
+        tensor = F.pad(tensor, padding)
+    return tensor.to(like.device)
 
 
 class RowGroups(NamedTuple):
@@ -169,12 +172,19 @@ def group_rows(index: Tensor) -> tuple[Tensor, RowGroups]:
     Returns:
         The distinct updates (M,), and the groups, whose index counts these.
     """
-    distinct, inverse, counts = index.unique(return_inverse=True, return_counts=True)
+    sorted_index, sorted_rows = index.sort(stable=True)
+    distinct, sorted_inverse, counts = sorted_index.unique_consecutive(return_inverse=True, return_counts=True)
+    inverse = torch.empty_like(index)
+    inverse.index_copy_(0, sorted_rows, sorted_inverse)
+    cost_of_rows = len(index) * _COST_OF_ROW
+    if len(distinct) * (_SIZES[0] + _COST_OF_GROUP) >= cost_of_rows:  # also without rows
+        return distinct, RowGroups(inverse)
+
     sizes = torch.tensor(_SIZES, device=index.device)
     num_groups = (counts.unsqueeze(1) + sizes - 1) // sizes
     costs = num_groups.sum(0) * (sizes + _COST_OF_GROUP)
     cheapest = int(costs.argmin())
-    if costs[cheapest] >= len(index) * _COST_OF_ROW:  # also without rows
+    if costs[cheapest] >= cost_of_rows:
         return distinct, RowGroups(inverse)
 
     size = _SIZES[cheapest]
@@ -182,17 +192,16 @@ def group_rows(index: Tensor) -> tuple[Tensor, RowGroups]:
     updates = torch.arange(len(distinct), device=index.device)
     of_group = updates.repeat_interleave(groups)
 
-    # Sort the rows by their updates. Each update begins at a position that is a multiple of the size.
+    # Each update begins at a position that is a multiple of the size.
     first_position = (groups.cumsum(0) - groups) * size
     first_row = counts.cumsum(0) - counts
     gaps = first_position - first_row
-    sorted_rows = inverse.argsort(stable=True)
     numbers = torch.arange(len(index), device=index.device)
     sorted_positions = numbers + gaps.repeat_interleave(counts)
 
     order = index.new_zeros(len(of_group) * size)
     order.index_copy_(0, sorted_positions, sorted_rows)
-    positions = torch.empty_like(inverse)
+    positions = torch.empty_like(index)
     positions.index_copy_(0, sorted_rows, sorted_positions)
     return distinct, RowGroups(of_group, size, order, positions)
 
@@ -217,7 +226,7 @@ class RowProduct(NamedTuple):
     The rows are in the order of the groups.
 
     Attributes:
-        matrix: W as (K I, O), frozen. None leaves this term out.
+        matrix: W as (O, K I), frozen. None leaves this term out.
         updates: The updates.
         scale: s (O, I), frozen, or None for 1. It does not scale the base branch.
         has_residual: Whether the last of the K functions is the base branch.
@@ -231,32 +240,33 @@ class RowProduct(NamedTuple):
     def of_splines(self, x: Tensor, grid: UniformGrid, residual: Tensor | None) -> Tensor:
         """Compute the product (N, O) of the B-splines at x (N, I), and of the factors (N, I) of the base branch.
 
-        The splines are evaluated in blocks that fit the cache, and for groups again in the backward pass.
+        The splines are evaluated in blocks that fit the cache.
         """
         tensors = self._tensors_of_groups(x)
-        if is_tracing() or not len(x):
-            functions = _evaluate(x, grid, residual)
-            return self._multiply(functions, *tensors)
-
-        size = self.updates.groups.size
-        recomputes = size > 1 and not needs_plain_operations(x, grid.low, grid.high, residual, *tensors)
-        add_update = partial(_add_update, self.matrix, self._full_scale())
-        groups_per_block = max(1, block_size(x, grid) // size)
-        rows_per_block = groups_per_block * size
-        points = x.split(rows_per_block)
-        residuals: Any = [None] * len(points)
-        if residual is not None:
-            residuals = residual.split(rows_per_block)
-        tensors_of_blocks = [tensor.split(groups_per_block) for tensor in tensors]
-        products = []
-        for x, residual, *factors in zip(points, residuals, *tensors_of_blocks, strict=True):
-            if recomputes:
-                product = _GroupProduct.apply(grid, add_update, x, residual, *factors)
+        position = grid.positions(x)
+        centers = grid.centers(position).unsqueeze(1)
+        positions = [position]
+        residuals: Any = [residual]
+        tensors_of_blocks = [[tensor] for tensor in tensors]
+        if not is_tracing() and len(x):
+            size = self.updates.groups.size
+            groups_per_block = max(1, block_size(x, grid) // size)
+            rows_per_block = groups_per_block * size
+            positions = position.split(rows_per_block)
+            if residual is None:
+                residuals = [None] * len(positions)
             else:
-                functions = _evaluate(x, grid, residual)
-                product = self._multiply(functions, *factors)
-            products.append(product)
-        return torch.cat(products)
+                residuals = residual.split(rows_per_block)
+            tensors_of_blocks = [tensor.split(groups_per_block) for tensor in tensors]
+
+        products = []
+        for position, residual, *factors in zip(positions, residuals, *tensors_of_blocks, strict=True):
+            offsets = position.unsqueeze(1) - centers
+            functions = cardinal_spline(offsets, grid.spline_order, overwrites=True).to(x.dtype)
+            if residual is not None:
+                functions = torch.cat([functions, residual.unsqueeze(1)], 1)
+            products.append(self._multiply(functions, *factors))
+        return concatenate(products, 0)
 
     def of_functions(self, functions: Tensor) -> Tensor:
         """Compute the product (N, O) of functions (N, K, I)."""
@@ -264,47 +274,48 @@ class RowProduct(NamedTuple):
         return self._multiply(functions, *tensors)
 
     def _tensors_of_groups(self, like: Tensor) -> list[Tensor]:
-        """Return the factors of the update of each group (C, ...), see `_add_update`; of a single row, packed ones."""
-        packed, groups, _ = self.updates
+        """Return the update of each group as tensors (C, ...): its factors, or of a single row its components."""
+        packed, groups, form = self.updates
         if groups.size > 1:
             return [factor.index_select(0, groups.index) for factor in self._factors(like)]
         index = groups.index.to(packed.device)
-        return [packed.index_select(0, index).to(like)]
+        components = form.unpack(packed.index_select(0, index).to(like))
+        return [component for component in components if component is not None]
 
     def _multiply(self, functions: Tensor, *tensors: Tensor) -> Tensor:
         """Compute the product (R, O) of functions (R, K, I) with the result of `_tensors_of_groups`."""
         if self.updates.groups.size > 1:
-            weights = _add_update(self.matrix, self._full_scale(), *tensors)
-            return _multiply_groups(functions, weights)
-        update = self.updates.form.unpack(tensors[0])
+            return _multiply_groups(functions, self.matrix, self._full_scale(), *tensors)
+        components = iter(tensors)
+        update: list[Any] = [next(components)]
+        for rank in self.updates.form.form:
+            update.append(None if rank == "full" else next(components))
         product = self._multiply_updates(functions, update)
         if self.matrix is None:
             return product
-        return torch.addmm(product, functions.flatten(1), self.matrix)
+        return torch.addmm(product, functions.flatten(1), self.matrix.t())
 
     def _factors(self, like: Tensor) -> list[Tensor]:
-        """Return one or two factors of each update (M, ...), see `_add_update`."""
+        """Return one or two factors of each update (M, ...), see `_multiply_groups`."""
         packed, _, form = self.updates
         core, factor_out, factor_in, factor_basis = form.unpack(packed.to(like))
-        edges = core.permute(0, 3, 2, 1)  # (M, rb, ri, ro)
-        if factor_out is None and factor_in is None:
-            return [edges] if factor_basis is None else [factor_basis, edges]
+        first = core.mT  # (M, ro, rb, ri)
         if factor_basis is not None:
-            edges = torch.einsum("mkb,mbio->mkio", factor_basis, edges)
+            first = factor_basis.unsqueeze(1) @ first
         if factor_in is not None:
-            edges = torch.einsum("mji,mkio->mkjo", factor_in, edges)
-        edges = edges.flatten(1, 2)  # (M, K I, ro)
-        return [edges] if factor_out is None else [edges, factor_out.mT]
+            first = first @ factor_in.mT.unsqueeze(1)
+        first = first.flatten(2).contiguous()  # (M, ro, K I)
+        return [first] if factor_out is None else [first, factor_out.mT]
 
     def _full_scale(self) -> Tensor | None:
-        """Return the factor of each coefficient (K I, O)."""
+        """Return the factor of each coefficient (O, K I)."""
         if self.scale is None:
             return None
         num_splines = self.updates.form.shape[2] - self.has_residual
-        scales = [self.scale.t()] * num_splines
+        scales = [self.scale] * num_splines
         if self.has_residual:
-            scales.append(torch.ones_like(scales[0]))
-        return torch.cat(scales)
+            scales.append(torch.ones_like(self.scale))
+        return torch.cat(scales, 1)
 
     def _multiply_updates(self, functions: Tensor, update: list[Any]) -> Tensor:
         """Compute the products (R, O) with updates of these components (R, ...)."""
@@ -338,10 +349,10 @@ def _slice_basis(
 def _multiply_thin(functions: Tensor, update: list[Any]) -> Tensor:
     """Compute the products (R, ro, 1) of functions (R, K, I) with Tucker tensors (R, ...) without factor_out."""
     core, _, factor_in, factor_basis = update
-    if factor_basis is not None:
-        functions = torch.bmm(factor_basis.mT, functions)  # (R, rb, I)
     if factor_in is not None:
-        functions = torch.bmm(functions, factor_in)  # (R, rb, ri)
+        functions = torch.bmm(factor_in.mT, functions.mT).mT  # (R, K, ri)
+    if factor_basis is not None:
+        functions = torch.bmm(factor_basis.mT, functions)  # (R, rb, ri)
     matrix = core.permute(0, 3, 2, 1).flatten(1, 2)  # (R, rb ri, ro)
     rows = functions.flatten(1).unsqueeze(1)
     return torch.bmm(rows, matrix).mT
@@ -375,110 +386,35 @@ def _dot(first: Tensor, second: Tensor, dim: int) -> Tensor:
     return sum_of_products(pairs)
 
 
-def _evaluate(x: Tensor, grid: UniformGrid, residual: Tensor | None) -> Tensor:
-    """Return the splines at x (R, I), and the factors (R, I) of the base branch, as functions (R, K, I)."""
-    offsets = spline_offsets(grid.positions(x), grid)
-    splines = cardinal_spline(offsets, grid.spline_order, overwrites=True).to(x.dtype)
-    if residual is None:
-        return splines
-    return torch.cat([splines, residual.unsqueeze(1)], 1)
-
-
-def _by_group(functions: Tensor, count: int) -> Tensor:
-    """Return functions (R, K, I) by group (count, G, K I)."""
-    return functions.flatten(1).unflatten(0, (count, -1))
-
-
-def _multiply_groups(functions: Tensor, weights: Tensor) -> Tensor:
-    """Compute the product (R, O) with weights (C, K I, O)."""
-    return torch.bmm(_by_group(functions, len(weights)), weights).flatten(0, 1)
-
-
-def _add_update(
+def _multiply_groups(
+    functions: Tensor,
     matrix: Tensor | None,
     scale: Tensor | None,
     first: Tensor,
     second: Tensor | None = None,
 ) -> Tensor:
-    """Return the matrix (K I, O) plus the scaled update of each group, (C, K I, O).
+    """Compute the product (R, O) of functions (R, K, I) with a matrix (O, K I) plus the scaled update of each group.
 
-    The update is (C, K I, ro) times (C, ro, O). If outputs and inputs are full, it is (C, K, rb) times (C, rb, I, O),
-    or only the first one.
+    The update is `first` (C, ro, K I) times `second` (C, ro, O), or `first` (C, O, K I).
     """
+    rows = functions.flatten(1)
+    groups = rows.unflatten(0, (len(first), -1))  # (C, G, K I)
+    if second is not None and scale is None and groups.shape[1] < _THIN_BELOW:
+        sums = torch.bmm(groups, first.mT)
+        if matrix is None:
+            return torch.bmm(sums, second).flatten(0, 1)
+        product = torch.mm(rows, matrix.t()).unflatten(0, groups.shape[:2])
+        return torch.baddbmm(product, sums, second).flatten(0, 1)
+
     if second is None:
-        update = first.reshape(len(first), -1, first.shape[-1])
+        weights = first
+    elif matrix is not None and scale is None:
+        weights = torch.baddbmm(matrix, second.mT, first)
+        matrix = None
     else:
-        shape = first.shape[0], -1, second.shape[-1]
-        second = second.flatten(2)
-        if matrix is not None and scale is None:
-            rows = matrix.view(first.shape[1], -1)
-            add = torch.addcmul if first.shape[2] == 1 else torch.baddbmm  # an outer product takes less time
-            return add(rows, first, second).view(shape)
-        update = torch.bmm(first, second).view(shape)
-    if matrix is None:
-        return update
-    if scale is None:
-        return matrix + update
-    return torch.addcmul(matrix, update, scale)
-
-
-class _GroupProduct(torch.autograd.Function):
-    """The product (R, O) of splines with the weights of groups, which are computed again in the backward pass.
-
-    `add_update` computes the weights (C, K I, O) from the factors.
-    """
-
-    @staticmethod
-    def forward(
-        ctx,
-        grid,
-        add_update,
-        x,
-        residual,
-        *factors,
-    ):
-        ctx.grid = grid
-        ctx.add_update = add_update
-        ctx.save_for_backward(x, residual, *factors)
-        functions = _evaluate(x, grid, residual)
-        return _multiply_groups(functions, add_update(*factors))
-
-    @staticmethod
-    def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride] (torch declares *grad_outputs)
-        x, residual, *factors = ctx.saved_tensors
-        grid, add_update = ctx.grid, ctx.add_update
-        needed = ctx.needs_input_grad[2:]
-        if is_plain_backward(gradient):
-
-            def product(x: Tensor, residual: Tensor | None, *factors: Tensor) -> list[Tensor]:
-                functions = _evaluate(x, grid, residual)
-                return [_multiply_groups(functions, add_update(*factors))]
-
-            return None, None, *plain_gradients(product, (x, residual, *factors), needed, [gradient])
-
-        needs_x, needs_residual, *needs_factors = needed
-        with torch.set_grad_enabled(any(needs_factors)):
-            leaves = [factor.detach().requires_grad_(needs_factors[0]) for factor in factors]
-            weights = add_update(*leaves)
-
-        order = grid.spline_order
-        factorial = math.factorial(order)
-        offsets = spline_offsets(grid.positions(x), grid)
-        slopes, functions = evaluate_splines(offsets, order, [1, 0], overwrites=True)
-        if residual is not None:
-            scaled = factorial * residual.unsqueeze(1)
-            functions = torch.cat([functions, scaled], 1)
-
-        grad_x = grad_residual = None
-        grad_factors: Sequence[Any] = [None] * len(factors)
-        gradient = gradient.unflatten(0, (len(weights), -1))
-        if needs_x or needs_residual:
-            grad_functions = torch.bmm(gradient, weights.detach().mT).view_as(functions)
-            grad_residual = grad_functions[:, -1] if needs_residual else None
-            sums = slopes.mul_(grad_functions[:, : grid.num_basis]).sum(1)
-            grad_x = sums * (grid.per_unit / -math.factorial(order - 1))
-        if any(needs_factors):
-            of_groups = _by_group(functions, len(weights))
-            grad_weights = torch.bmm(of_groups.mT, gradient / factorial)
-            grad_factors = torch.autograd.grad(weights, leaves, grad_weights)
-        return None, None, grad_x, grad_residual, *grad_factors
+        weights = torch.bmm(second.mT, first)
+    if scale is not None:
+        weights = weights * scale if matrix is None else torch.addcmul(matrix, weights, scale)
+    elif matrix is not None:
+        weights = matrix + weights
+    return torch.bmm(groups, weights.mT).flatten(0, 1)

@@ -418,9 +418,7 @@ def _product(
     # the base is frozen
     matrix = formula.joined().detach()
     num_basis = matrix.shape[1] - (not has_residual)
-    matrix = matrix[:, :num_basis].flatten(1).t()
-    if updates.groups.size > 1:
-        matrix = matrix.contiguous()  # makes products with few outputs faster
+    matrix = matrix[:, :num_basis].flatten(1)
     scale = None if formula.scale is None else formula.scale.detach()
 
     product = RowProduct(matrix, updates, scale, has_residual)
