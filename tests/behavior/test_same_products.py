@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A trained adapter and the same one loaded multiply the same matrices: else their last digits depend on the processor.
+"""A trained adapter and the same one loaded multiply the same matrices, so that no processor tells them apart.
 
 torch takes other products of batches if a factor requires a gradient.
 """
