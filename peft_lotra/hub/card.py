@@ -26,10 +26,10 @@ from .contents import AdapterContents, adapter_folders, read_adapter, saved_adap
 
 README = "README.md"
 TEMPLATES = Path(__file__).parent  # card.md, bank.md of a bank, family.md of a family
-# our section of a card lies between two comments
-START = "<!-- From here on written by peft_lotra, which replaces this part. -->"
-END = "<!-- The part that peft_lotra wrote ends here. -->"
-SECTION = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
+# our section of a card lies between two comments, with more dots than any such comment inside
+START = "<!-- From here on written by peft_lotra, which replaces this part{} -->"
+END = "<!-- The part that peft_lotra wrote ends here{} -->"
+SECTION = re.compile(START.format(r"(\.+)") + ".*?" + END.format(r"\1"), re.DOTALL)
 
 
 def write_model_card(
@@ -155,13 +155,19 @@ def save_section(
     data = card.data
     data.library_name = "peft"
     data.tags = sorted({*(data.tags or []), "kan", "lotra", "peft-plugin"})
-    fields = {**data.to_dict(), **fields, "card_data": data.to_yaml()}
+    fence = "```"
+    while fence in str(fields):
+        fence += "`"
+    fields = {**data.to_dict(), **fields, "card_data": data.to_yaml(), "fence": fence}
     rendered = _read_template(template).render(fields)
     body = ModelCard(rendered).text.strip()  # an error if the front matter cannot be read again
     if is_generated(card.text):
         card.text = ""
         body = f"# {title}\n\n{body}"
-    section = f"{START}\n\n{body}\n\n{END}"
+    dots = "."
+    while END.format(dots) in body:
+        dots += "."
+    section = f"{START.format(dots)}\n\n{body}\n\n{END.format(dots)}"
     if SECTION.search(card.text):
         text = SECTION.sub(lambda _: section, card.text)
     else:
@@ -190,6 +196,15 @@ def write_card(folder: str | os.PathLike, has_companions: bool = False) -> None:
             write_model_card(None, folder, has_companions=has_companions)
     except Exception as error:  # no reason for a save to fail
         warnings.warn(f"The adapter is saved, its model card is not written: {error}", stacklevel=2)
+
+
+def remove_new_card(folder: str | os.PathLike) -> None:
+    """Remove the template that PEFT wrote before a save was refused, if the folder has nothing else."""
+    path = Path(folder, README)
+    if list(Path(folder).glob("*")) == [path]:
+        text = load_card(path).text
+        if "# Model Card for" in text and is_generated(text):
+            path.unlink()
 
 
 def load_card(path: Path) -> Any:

@@ -16,12 +16,14 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
+from ..hub.card import remove_new_card
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.registry import short_name
 from ..layers.slim import SlimLayer
 from ..modules.calls import (
     PREFIX,
     LayerLock,
+    check_loaded,
     freeze_norms,
     is_compiled,
     is_tracing,
@@ -233,10 +235,16 @@ class LoTRAModel(BaseTuner):
             base = model.get_base_model()
         save = find_save()
         if save is not None:
-            check_complete(adapter_name, tensors, state_dict)
-            if config.storage is not None:
-                tensors = cast_to_storage(tensors, config.storage)
-            _record_save(config, base, adapter_name, save.get("selected_adapters") or ())
+            try:
+                if not save.get("safe_serialization", True):
+                    raise ValueError("LoTRA adapters are saved as safetensors only: leave `safe_serialization` out.")
+                check_complete(adapter_name, tensors, state_dict)
+                if config.storage is not None:
+                    tensors = cast_to_storage(tensors, config.storage)
+                _record_save(config, base, adapter_name, save.get("selected_adapters") or ())
+            except ValueError:
+                remove_new_card(save["save_directory"])
+                raise
         # PEFT would go on to add the embeddings of the base if they were resized
         for key in state_dict.keys() - tensors.keys():
             if ".modules_to_save." not in key:
@@ -250,6 +258,7 @@ class LoTRAModel(BaseTuner):
         for name in save.get("selected_adapters") or ():
             method: Any = self.peft_config[name].peft_type
             if method != "LOTRA" and any(lotra_layers(self.model, name)):
+                remove_new_card(save["save_directory"])
                 raise ValueError(
                     f"{name!r} is also the name of an adapter of {method.value}, whose configuration has replaced "
                     "LoTRA's: LoTRA would be lost. Inject the other adapter under another name."
@@ -366,6 +375,7 @@ class LoTRAModel(BaseTuner):
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Check all layers before the first one is merged."""
         check_known(adapter_names or (), self.peft_config)
+        check_loaded(self.model, "model")
         for _, layer in lotra_layers(self.model):
             names = adapter_names or layer.active_adapters
             unmerged = [name for name in names if name in layer.lotra_r and name not in layer.merged_adapters]

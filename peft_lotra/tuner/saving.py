@@ -128,8 +128,9 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return an error for each tensor with values that are not finite."""
     errors = []
     for name, tensor in tensors.items():
-        has_values = tensor.is_floating_point() and not tensor.is_meta
-        if has_values and not tensor.float().isfinite().all():
+        if tensor.is_meta:
+            errors.append(f"{name} has no values, on the meta device")
+        elif tensor.is_floating_point() and not tensor.float().isfinite().all():
             errors.append(f"{name} has values that are not finite")
     return errors
 
@@ -144,7 +145,7 @@ def check_state_dict(state_dict: Mapping[str, Tensor]) -> None:
     """Raise a ValueError if an entry is no tensor, or has values that are not finite."""
     errors = []
     for name, tensor in state_dict.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != strided or tensor.is_meta:
+        if not isinstance(tensor, Tensor) or tensor.layout != strided:
             errors.append(f"{name} has no values")
     raise_if_any("The state dict is not that of an adapter", errors or _not_finite(state_dict))
 
@@ -207,16 +208,9 @@ def find_save() -> Mapping[str, Any] | None:
 
     PEFT does not tell `_get_adapter_state_dict`, so that the calling functions are searched. Only a save records the
     base, and refuses incomplete tensors, which `get_peft_model_state_dict` may return.
-
-    Raises:
-        ValueError: It would write a pickle.
     """
     frame = _find_frame("save_pretrained")
-    if frame is None:
-        return None
-    if not frame.f_locals.get("safe_serialization", True):
-        raise ValueError("LoTRA adapters are saved as safetensors only: leave `safe_serialization` out.")
-    return frame.f_locals
+    return frame and frame.f_locals
 
 
 def find_reload() -> Mapping[str, Any] | None:

@@ -76,6 +76,29 @@ def test_the_snippet_runs_in_the_folder(model, readme, monkeypatch):
     assert_equal(get_peft_model_state_dict(names["model"]), get_peft_model_state_dict(model))
 
 
+def test_code_with_a_fence_or_the_end_of_the_card_keeps_the_card_whole(model, readme):
+    """Read it as Markdown does: a block ends at a fence of its own length."""
+    markdown = pytest.importorskip("markdown").markdown
+    code = 'base = """\n```\n<!-- The part that peft_lotra wrote ends here. -->\n````\n"""'
+
+    write_model_card(model, readme.parent, base_code=code)
+    text = readme.read_text()
+    model.save_pretrained(readme.parent)
+
+    assert readme.read_text() == text
+    blocks = markdown(ModelCard(text).text, extensions=["fenced_code"]).split("<pre>")
+    assert len(blocks) == 4
+    assert "PeftModel.from_pretrained" in blocks[2].partition("</pre>")[0]
+    assert blocks[3].startswith('<code class="language-text">layer')
+
+
+def test_a_save_that_is_refused_leaves_no_card(model, tmp_path):
+    with pytest.raises(ValueError, match="as safetensors only"):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+
+    assert not list(tmp_path.iterdir())
+
+
 CARD_OF_A_PERSON = "---\nlicense: mit\nlibrary_name: peft\n---\n# Mine\n\n### Framework versions\n\n- PEFT 0.1\n"
 
 
