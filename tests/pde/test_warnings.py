@@ -214,7 +214,8 @@ def test_a_flux_does_not_warn_of_its_derivatives(monkeypatch):
 
 
 def test_a_training_that_stalls_far_from_a_solution_warns(monkeypatch):
-    monkeypatch.setattr(budget, "UNSOLVED_PATIENCE", 20)
+    # rounding decides how long a failing training goes on
+    monkeypatch.setattr(budget, "UNSOLVED_PATIENCE", 3)
     message = r"stalled at .* of the residual of an untrained.*`continuation=`.*`network=`"
 
     with pytest.warns(UserWarning, match=message):
