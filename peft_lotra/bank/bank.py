@@ -21,7 +21,7 @@ from ..hub.push import fetch_card, upload
 from ..kan.row_product import PackedTucker, RowGroups, group_rows
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.slim import SlimLayer
-from ..modules.calls import LayerLock, places, unwrap
+from ..modules.calls import LayerLock, check_loaded, places, unwrap
 from ..modules.folders import replacing_files
 from ..tucker import full_shape
 from ..tuner.base_record import record_layer
@@ -80,6 +80,7 @@ class AdapterBank:
     ) -> None:
         self.base = unwrap(base)
         check_unmerged(self.base)
+        check_loaded(self.base, "base")
         check_methods(self.base, "The base")
         self.record = {}
         layers = {}

@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..modules.calls import PREFIX
+from ..modules.calls import PREFIX, check_loaded
 from ..tucker import Update, read_components
 from ..tuner.base_record import record_layer
 from ..tuner.config import LoTRAConfig, pattern_key
@@ -79,6 +79,7 @@ def read_adapter(
         updates = _start(config, base)
     elif isinstance(adapter, PeftModel):
         check_methods(adapter, "it")
+        check_loaded(adapter, "adapter")
         names = adapter.active_adapters
         if len(names) != 1:
             raise ValueError(

@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from ..layers.registry import find_kan_layers, same_grid
-from ..modules.calls import check_module, unwrap
+from ..modules.calls import check_loaded, check_module, unwrap
 from ..modules.checks import list_first
 from ..modules.report import Report, TextTable
 from ..tucker import Ranks, Tucker, relative_energy, tucker, tucker_scaled
@@ -125,6 +125,8 @@ def extract_lotra(
         tuned = copy.deepcopy(tuned).merge_and_unload()
     else:
         tuned = unwrap(tuned)
+    check_loaded(base, "base")
+    check_loaded(tuned, "tuned")
     modules_to_save, not_saved = _find_other_changes(base, tuned)
 
     updates = coefficient_updates(base, tuned, scaled=inputs is not None)

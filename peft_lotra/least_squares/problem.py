@@ -20,7 +20,7 @@ from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch.nn.utils import parameters_to_vector
 
 from ..derivatives.torch_fallback import ExactNorms
-from ..modules.calls import call_with_parameters
+from ..modules.calls import call_with_parameters, check_loaded
 from ..modules.checks import as_number
 from .jacobian import row_gradients
 from .shards import Shards
@@ -113,7 +113,12 @@ def check_terms(terms: Iterable[Any]) -> list[Term]:
     """
     checked = []
     for index, term in enumerate(terms):
-        function, rows, weight, *rest = (*term, 1.0)
+        try:
+            function, rows, weight, *rest = (*term, 1.0)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"`terms[{index}]` is {term!r:.100}, but must be (function, rows) or (function, rows, weight)."
+            ) from error
         if not isinstance(rows, Sequence):
             rows = (rows,)
         lengths = [len(row) if isinstance(row, Tensor) and row.dim() else None for row in rows]
@@ -201,6 +206,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def check_trainable(model: nn.Module) -> None:
     """Raise a `ValueError` unless the model can be trained."""
+    check_loaded(model, "model")
     for name, parameter in trainable_parameters(model).items():
         if parameter.is_inference():
             raise ValueError(

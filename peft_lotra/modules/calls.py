@@ -232,6 +232,17 @@ def _replaceable(owners: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
                 attributes[name] = view
 
 
+def check_loaded(model: nn.Module, argument: str) -> None:
+    """Raise a `ValueError` if a tensor of a model is on the meta device, unless accelerate keeps its values."""
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise ValueError(
+                f"`{argument}` has no values: `{name}` is on the meta device. Load the weights of the model first."
+            )
+
+
 def call_with_inputs(model: nn.Module, inputs: Any) -> Any:
     """Call a model with a tensor, a tuple or list of arguments, or a mapping of named ones."""
     if isinstance(inputs, Mapping):

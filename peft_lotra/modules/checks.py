@@ -62,6 +62,17 @@ def check_function(value: Any, argument: str, count: int | None = None) -> None:
         raise TypeError(f"`{argument}` is called with {count} positional arguments: {error}.") from error
 
 
+def check_list(value: Any, argument: str, expected: str, count: int | None = None) -> list[Any]:
+    """Return a value as a list; raise a `ValueError` unless it has entries, as many as `count`."""
+    try:
+        entries = list(value)
+    except TypeError:
+        entries = None
+    if entries is None or count not in (None, len(entries)):
+        raise ValueError(f"`{argument}` is {value!r:.100}, but must be {expected}.")
+    return entries
+
+
 def list_first(words: Iterable[str]) -> str:
     """Return the first three of some words, and how many more there are."""
     words = list(words)

@@ -29,7 +29,7 @@ from ..hub.card import README
 from ..hub.push import fetch_card, upload
 from ..least_squares.problem import split_vector, trainable_parameters
 from ..modules.calls import LayerLock, call_with_parameters
-from ..modules.checks import check_count, check_number
+from ..modules.checks import check_count, check_function, check_list, check_number
 from ..modules.folders import replacing_files
 from ..tucker import Ranks
 from ..tuner.config import LoTRAConfig
@@ -257,13 +257,14 @@ class ParametricAdapter:
         if (parameters is None) == (between is None):
             raise ValueError("Give either `parameters`, a list, or `between`, the bounds of a range.")
         space = copy.copy(self._space)
-        chosen: Any = parameters if between is None else between
-        points = list(dict.fromkeys(map(space.point, chosen)))
-        if between is not None and len(between) != 2:
-            raise ValueError(f"`between` is {between!r:.100}, but must be two parameters, the bounds of a range.")
-        if not points:
+        if between is None:
+            chosen = check_list(parameters, "parameters", "a list of numbers or tuples")
+        else:
+            chosen = check_list(between, "between", "two parameters, the bounds of a range", 2)
+        if not chosen:
             raise ValueError("`parameters` is empty, but must have at least one parameter.")
-        dim = len(points[0])
+        dim = len(space.point(chosen[0]))
+        points = list(dict.fromkeys(space.point(parameter, dim) for parameter in chosen))
         if between is not None:
             check_count(max_members, "max_members", low=2**dim)  # the corners of the range
         if tolerance is not None:
@@ -370,6 +371,7 @@ class ParametricAdapter:
             True
         """
         self._members()
+        check_function(residuals, "residuals", 1)
 
         def residuals_at(point: Point, vector: np.ndarray) -> Any:
             prediction = Prediction(self, point, vector, extrapolated=False)

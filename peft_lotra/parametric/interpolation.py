@@ -105,11 +105,11 @@ class MemberSpace:
         self.positions = torch.empty(0, 1, device="cpu")  # of the members
         self._low = self.extent = torch.zeros(1, device="cpu")
 
-    def point(self, parameter: Any) -> Point:
-        """Return the parameter as a tuple, with as many numbers as the members have."""
+    def point(self, parameter: Any, dim: int | None = None) -> Point:
+        """Return the parameter as a tuple of `dim` numbers, by default as many as the members have."""
         values = np.ravel(parameter).tolist()
         point = tuple(map(as_number, values))
-        dim = len(point)
+        dim = dim or len(point) or 1
         if self.log.dim():
             dim = len(self.log)
         elif self.members:

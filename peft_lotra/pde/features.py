@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kan.input_map import InputMap
+from ..modules.checks import check_list
 from .boxes import check_box
 
 
@@ -77,8 +78,8 @@ class BoxFeatures(InputMap):
         low_end, high_end = check_box(low, high)
         count = len(low_end)
         by_coordinate = check_frequencies(frequencies, count)
-        periodic = list(periodic)
-        neumann = list(neumann)
+        periodic = check_list(periodic, "periodic", "a list of coordinates, such as [0]")
+        neumann = check_list(neumann, "neumann", "a list of coordinates, such as [0]")
         for name, indices in (("periodic", periodic), ("neumann", neumann)):
             for i in indices:
                 if isinstance(i, bool) or i not in range(count):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..least_squares.levenberg_marquardt import LevenbergMarquardtStep
 from ..least_squares.problem import check_terms
-from ..modules.checks import check_count, check_function, check_number
+from ..modules.checks import check_count, check_function, check_list, check_number
 from .boxes import Inside, box_points, check_box, edge_points, side_points
 from .budget import Budget
 from .checks import check_model, outside_grids
@@ -140,7 +140,8 @@ def solve(
     low_end, high_end = check_box(low, high)
     start = stop = math.nan
     if continuation is not None:
-        start, stop = (check_number(end, "continuation", "(-inf, inf)") for end in continuation)
+        ends = check_list(continuation, "continuation", "two numbers, the first and the last parameter", 2)
+        start, stop = (check_number(end, "continuation", "(-inf, inf)") for end in ends)
     if bounds and not unknowns:
         raise ValueError("`bounds` needs `unknowns`, the constants that it keeps in intervals.")
     positional = 2 if continuation is None else 3
@@ -169,7 +170,7 @@ def solve(
         check_function(inside, "inside", 1)
         sides = [edge_points(inside, low, high)]
 
-    terms = list(terms)
+    terms = check_list(terms, "terms", "a list of residual terms (function, rows)")
     checked_terms = check_terms(terms) if terms else []
     is_new = network is None
     features = BoxFeatures(low, high, periodic, frequencies=frequencies)

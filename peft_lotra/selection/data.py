@@ -31,8 +31,11 @@ def read_rows(data: Any, needs_order: bool = False) -> tuple[Tensor, Tensor]:
             )
         try:
             data = [torch.cat(tensors) for tensors in zip(*loader, strict=True)]
-        except TypeError as error:
-            raise ValueError("`data` must have pairs of tensors, inputs and targets, as its entries.") from error
+        except (TypeError, KeyError) as error:
+            raise ValueError(
+                f"`data` is {data!r:.100}, but must be a pair of tensors, inputs and targets, or a Dataset or "
+                "DataLoader of such pairs."
+            ) from error
     are_tensors = all(isinstance(tensor, Tensor) for tensor in data)
     lengths = [len(tensor) for tensor in data] if are_tensors else []
     if len(lengths) != 2 or lengths[0] != lengths[1] or lengths[0] == 0:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..bank.bank import AdapterBank
 from ..compress.updates import check_without_adapters
-from ..modules.calls import PREFIX, evaluating_without_trace, unwrap
+from ..modules.calls import PREFIX, check_loaded, evaluating_without_trace, unwrap
 from ..modules.checks import check_count, check_function
 from ..tuner.gradients import compute_losses
 from ..tuner.layer import lotra_layers
@@ -130,6 +130,7 @@ def fit_adapter(
     begin = time.perf_counter()
     original = unwrap(base)
     check_without_adapters(original, "base")
+    check_loaded(original, "base")
     check_function(loss, "loss", 2)
     check_count(steps, "steps")
     check_count(folds, "folds", 2)

@@ -192,6 +192,11 @@ class LoTRAConfig(PeftConfig):
         self.alpha = _check_scale(self.alpha, "alpha")
         self.alpha_pattern = {key: _check_scale(alpha, "alpha_pattern") for key, alpha in self.alpha_pattern.items()}
         self.rank_dropout = check_number(self.rank_dropout, "rank_dropout", "[0, 1)")
+        if not isinstance(self.base_layers, dict | None):
+            raise ValueError(
+                f"`base_layers` is {self.base_layers!r:.100}, but must be a dict with the record of each layer, as "
+                "`save_pretrained` writes it."
+            )
         self.module_dropout = check_number(self.module_dropout, "module_dropout", "[0, 1)")
         if self.train is not None:
             trained = {self.train} if isinstance(self.train, str) else set(self.train)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..modules.calls import buffers_kept, modes_kept, unwrap
+from ..modules.calls import buffers_kept, check_loaded, modes_kept, unwrap
 from ..modules.checks import check_function
 from .config import LoTRAConfig
 from .initialization import initialize
@@ -86,6 +86,7 @@ def find_active_adapter(network: nn.Module) -> tuple[str, LoTRAConfig, dict[str,
         ValueError: No adapter is active, or more than one, or adapters are merged.
     """
     check_unmerged(network)
+    check_loaded(network, "model")
     active = set()
     for _, layer in lotra_layers(network):
         active.update(name for name in layer.active_adapters if name in layer.lotra_r)

@@ -57,10 +57,9 @@ def check_start(start: str, source: Tensor) -> None:
             f"`start_from_{start}(model, loss)` once the adapter is added."
         )
     if source.is_meta or not source.isfinite().all():
-        state = "on the meta device" if source.is_meta else "not finite"
         raise ValueError(
-            f'`init_weights="hosvd"` decomposes the coefficients of the base layers, but in one they are {state}. '
-            "Load the weights of the base before the adapter is added, or pass `init_weights=True`."
+            '`init_weights="hosvd"` decomposes the coefficients of the base layers, but in one they are not finite, '
+            "or on the meta device. Load the weights of the base first, or pass `init_weights=True`."
         )
 
 

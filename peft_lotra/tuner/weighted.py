@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 
+from ..modules.calls import check_loaded
 from ..modules.checks import as_number
 from ..tucker import Ranks, Tucker, check_ranks, direct_sum
 from .config import LoTRAConfig, pattern_key
@@ -69,6 +70,7 @@ def add_weighted_adapter(
     """
     configs: Any = model.peft_config
     _check(configs, adapters, weights, adapter_name, combination_type, ranks)
+    check_loaded(model, "model")
     totals = {}
     sums = {}
     for name, layer in lotra_layers(model.model):

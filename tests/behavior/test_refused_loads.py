@@ -256,6 +256,7 @@ READS = {
         b'{"peft_type": "\xff"}',
         b'{"peft_type": "OTHER"}',
         b'{"peft_type": ["LOTRA"]}',
+        b'{"peft_type": "LOTRA", "base_layers": []}',
     ],
 )
 def test_a_broken_configuration_is_one_clear_error(folder, read, content):

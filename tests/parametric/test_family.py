@@ -206,8 +206,19 @@ def test_wrong_arguments_of_fit_are_refused(base, arguments, message):
 
 @pytest.mark.parametrize("arguments", [{"parameters": 3.0}, {"parameters": torch.tensor(3.0)}, {"between": 3}])
 def test_one_number_is_no_list_of_parameters(base, arguments):
-    with pytest.raises(TypeError, match="iter"):
+    (name,) = arguments
+    with pytest.raises(ValueError, match=f"`{name}` is .*3.*, but must be "):
         make(base).fit(**arguments, progress=False)
+
+
+@pytest.mark.parametrize("parameters", [[3.0, (1.0, 2.0)], [(1.0, 2.0), (1.0, 2.0, 3.0)], [(1.0, 2.0), 3.0], [()]])
+def test_parameters_of_other_lengths_are_refused(base, parameters):
+    family = make(base)
+
+    with pytest.raises(ValueError, match="A parameter is .*, but must be .*finite number"):
+        family.fit(parameters, progress=False)
+
+    assert family.parameters == []
 
 
 @pytest.mark.parametrize("parameter", ["3.0", 3.0 + 1j, None])

@@ -9,11 +9,22 @@ import math
 import pytest
 import torch
 from helpers import assert_same, snapshot
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.nn.functional import mse_loss
 
 import peft_lotra
-from peft_lotra import LoTRAConfig, create_lotra_optimizer, extract_lotra, hotswap_adapter, slim
+from peft_lotra import (
+    AdapterBank,
+    LoTRAConfig,
+    create_lotra_optimizer,
+    extract_lotra,
+    fit_adapter,
+    hotswap_adapter,
+    slim,
+    start_from_gradient,
+    start_from_training,
+)
 from peft_lotra.kan import KAN, KANLinear, SlimKAN, jet
 from peft_lotra.optim import LevenbergMarquardt
 
@@ -64,6 +75,7 @@ BASE, X = KAN([3, 4, 2]), torch.linspace(-0.9, 0.9, 15).view(5, 3)
 CALLS = {
     "budget": lambda: extract_lotra(copy.deepcopy(BASE), KAN([3, 4, 2]), budget=math.nan),
     "not loaded": lambda: slim(KAN([6, 8, 4], device="meta"), 2),
+    r"`data` is \{'x': ": lambda: fit_adapter(BASE, {"x": X, "y": X}, mse_loss, progress=False),
     "coefficients": lambda: peft_lotra.register_kan_layer("x", matches=nn.Linear, coefficients=(1, 2)),
 }
 
@@ -74,6 +86,33 @@ def test_a_wrong_argument_is_refused_by_this_package(words):
     refused(CALLS[words], words.strip())
 
     assert_same(BASE, before)
+
+
+def adapted() -> PeftModel:
+    return get_peft_model(KAN([3, 4, 2], device="meta"), LoTRAConfig(r=2))
+
+
+WITHOUT_VALUES = {
+    "fit_adapter": lambda: fit_adapter(KAN([3, 2], device="meta"), (X, X), mse_loss),
+    "start_from_gradient": lambda: start_from_gradient(adapted(), lambda: X.sum()),
+    "start_from_training": lambda: start_from_training(adapted(), lambda: X.sum()),
+    "AdapterBank": lambda: AdapterBank(KAN([3, 2], device="meta")),
+    "add": lambda: AdapterBank(BASE).add("a", adapted()),
+    "merge_adapter": lambda: adapted().merge_adapter(),
+    "merge_and_unload": lambda: adapted().merge_and_unload(safe_merge=True),
+    "save_pretrained": lambda: adapted().save_pretrained("new"),
+    "extract_lotra": lambda: extract_lotra(BASE, KAN([3, 4, 2], device="meta"), 2),
+    "add_weighted_adapter": lambda: adapted().add_weighted_adapter(["default"], [1.0], "sum"),
+    "LevenbergMarquardt": lambda: LevenbergMarquardt(adapted()),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_VALUES)
+def test_a_model_without_values_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    refused(WITHOUT_VALUES[name], "has no values.* on the meta device")
+    assert not list(tmp_path.glob("new/*"))
 
 
 TAKE_A_MODEL = {
