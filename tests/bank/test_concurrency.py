@@ -3,7 +3,7 @@
 
 """A bank that threads use and change at once: each row and each saved adapter is a version that was there.
 
-LOTRA_STRESS_SECONDS=60 pytest tests/bank/test_concurrency.py
+LOTRA_STRESS_ROUNDS=1000 pytest tests/bank/test_concurrency.py
 """
 
 import copy
@@ -24,7 +24,7 @@ from peft_lotra import AdapterBank, LoTRAConfig
 from peft_lotra.kan import KAN
 
 
-SECONDS = float(os.environ.get("LOTRA_STRESS_SECONDS", "3"))
+ROUNDS = int(os.environ.get("LOTRA_STRESS_ROUNDS", "40"))
 STATES = 12
 OTHERS = 300  # adapters that nobody changes: a bank of this size takes a while to save and to compact
 ROWS = 200
@@ -180,18 +180,16 @@ def eager_switches():
     sys.setswitchinterval(before)
 
 
-@pytest.mark.timeout(SECONDS + 280)
 @pytest.mark.parametrize("mapped", [False, True], ids=["in memory", "mapped"])
 def test_threads_that_use_and_change_a_bank_see_versions_that_were_there(mapped, tmp_path, eager_switches):
     stress = Stress(tmp_path, mapped)
     stop = threading.Event()
-    stop_at = time.monotonic() + SECONDS
 
     def repeat(action):
         try:
-            while True:
+            for _ in range(ROUNDS):
                 action()
-                if stop.is_set() or time.monotonic() > stop_at:
+                if stop.is_set():
                     return
         except BaseException:
             stop.set()

@@ -3,7 +3,7 @@
 
 """Real requests to examples/serve/fastapi_app.py: each answer is the answer of the customer's adapter.
 
-LOTRA_STRESS_SECONDS=60 pytest tests/bank/test_server.py
+LOTRA_STRESS_ROUNDS=1000 pytest tests/bank/test_server.py
 """
 
 import asyncio
@@ -32,7 +32,7 @@ from peft_lotra.kan import KAN
 pytest.importorskip("fcntl")
 ROOT = Path(__file__).parents[2]
 CODE = (ROOT / "examples" / "serve" / "fastapi_app.py").read_text()
-SECONDS = float(os.environ.get("LOTRA_STRESS_SECONDS", "6"))
+ROUNDS = int(os.environ.get("LOTRA_STRESS_ROUNDS", "20"))
 CLIENTS = 32
 VERSIONS = 6
 JSON = {"Content-Type": "application/json"}  # httpx writes no NaN
@@ -230,10 +230,9 @@ async def use_server(address, x, answers):
         with versions.change(name, 0):
             pass
     statuses = []
-    stop_at = time.monotonic() + SECONDS
 
     async def ask(client):
-        while time.monotonic() < stop_at:
+        for _ in range(ROUNDS):
             name = random.choice([*STAYING, *COMING, "nobody"])
             row = random.randrange(INPUTS)
             body = json.dumps({"customer": name, "x": x[row].tolist()})
@@ -254,9 +253,9 @@ async def use_server(address, x, answers):
             possible = [answers[version][row] for version in visible if version is not None]
             assert any(torch.allclose(y, other, 1e-4, 1e-4) for other in possible), (name, row, y, visible)
 
-    async def change(client, names):
+    async def change(client, names, questions):
         present = dict.fromkeys(names, names is STAYING)
-        while time.monotonic() < stop_at:
+        while not questions.done():
             name = random.choice(names)
             if names is COMING and present[name] and random.random() < 0.5:
                 with versions.change(name, None):
@@ -271,9 +270,9 @@ async def use_server(address, x, answers):
             assert response.status_code == 204, response.text
             await asyncio.sleep(0.01)
 
-    async with httpx.AsyncClient(base_url=address, timeout=120, headers=JSON) as client:
-        jobs = [ask(client) for _ in range(CLIENTS)]
-        await asyncio.gather(*jobs, change(client, STAYING), change(client, COMING))
+    async with httpx.AsyncClient(base_url=address, timeout=None, headers=JSON) as client:
+        questions = asyncio.gather(*(ask(client) for _ in range(CLIENTS)))
+        await asyncio.gather(questions, change(client, STAYING, questions), change(client, COMING, questions))
     return versions.now(), statuses
 
 
@@ -285,7 +284,7 @@ def test_each_answer_is_that_of_a_version_that_was_there(server, expected):
     versions, statuses = asyncio.run(use_server(address, x, answers))
     shutil.copytree("bank", "saved")  # what a crash would leave
     process.terminate()
-    process.wait(120)
+    process.wait()
 
     assert set(statuses) == {200, 404}
     base = KAN([4, 32, 4])
