@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from copy import copy
 from math import prod
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.describe import NOT_LINEAR, UNUSED, compare, describe
@@ -24,9 +25,6 @@ from ..modules.checks import list_first, natural_order
 from .config import LoTRAConfig
 from .initialization import check_start
 from .layer import LoTRALayer, Record, Target, Targets, check_stored, check_unmerged, lotra_layers
-
-
-Owners = dict[int, tuple[str, nn.Module]]  # by the id of a parameter, the layer that has it
 
 
 def find_targets(config: LoTRAConfig, model: nn.Module) -> Targets:
@@ -187,20 +185,35 @@ def locate_target(name: str, module: nn.Module, record: Record | None = None) ->
 
 def check_targets(config: LoTRAConfig, model: nn.Module, targets: Targets) -> None:
     """Raise a ValueError for targets that cannot be adapted as the configuration says."""
-    owners = {}
+    names_of_parameters = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of_parameters[id(parameter)].append(name)
+    names_of_modules = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names_of_modules[module].append(name)
+
     adapted = {name: layer.base_target() for name, layer in lotra_layers(model)}
     for name, (layer, spec, tensor) in {**adapted, **targets}.items():
+        parameters = tensor.parameters if config.adapt_residual else tensor.names
         if isinstance(layer, (SlimKANLinear, SlimLayer)):  # whose coefficients are a product
-            continue
-        if name not in adapted and not is_built_in(spec):
+            parameters = layer.components._asdict()
+        elif name not in adapted and not is_built_in(spec):
             reason = compare(layer, spec).reason
             if reason:
                 raise ValueError(
                     f"The layer `{name}` ({type(layer).__name__}, of the kind {spec.kind!r}) does not compute what "
                     f"its description says: {reason}. Correct the description."
                 )
-        for parameter in tensor.parameters if config.adapt_residual else tensor.names:
-            _check_parameter(name, layer, parameter, owners)
+        # a module that is no part of the layer would use what a merge has changed
+        prefixes = tuple(f"{place}." for place in names_of_modules[layer])
+        for parameter in parameters:
+            stored = _check_parameter(name, layer, parameter)
+            for other in names_of_parameters[id(stored)]:
+                if not other.startswith(prefixes):
+                    raise ValueError(
+                        f"`{name}` and `{other}` share the parameter `{parameter}`, so that merging would change both. "
+                        "Give each its own copy, or leave the layer out by `exclude_modules`."
+                    )
     _check_saved(config, model, targets)
     if config.is_from_file:
         return
@@ -245,12 +258,8 @@ def _check_parameter(
     name: str,
     layer: nn.Module,
     parameter: str,
-    owners: Owners,
-) -> None:
-    """Raise a ValueError for a parameter that is computed, of integers, or adapted in another layer too.
-
-    `owners` gets the layer of each parameter.
-    """
+) -> Tensor | None:
+    """Return a parameter, None if it is sharded; raise a ValueError if it is computed, or of integers."""
     owner = check_stored(name, layer, parameter)
     leaf = parameter.rpartition(".")[2]
     dtype = getattr(owner, leaf).dtype
@@ -258,13 +267,7 @@ def _check_parameter(
         raise ValueError(
             f"`{parameter}` of `{name}` is of {dtype}, but must be of a floating type of 16 bits or more."
         )
-    stored = owner._parameters.get(leaf, owner)  # FSDP makes a new view each time
-    first, other_layer = owners.setdefault(id(stored), (name, layer))
-    if other_layer is not layer:
-        raise ValueError(
-            f"`{first}` and `{name}` share the parameter `{parameter}`, so that merging would add both updates to "
-            "it. Give each its own copy, or leave one out by `exclude_modules`."
-        )
+    return owner._parameters.get(leaf)
 
 
 def warn_of_choices(config: LoTRAConfig, targets: Targets) -> None:

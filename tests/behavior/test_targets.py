@@ -6,10 +6,11 @@
 import copy
 import json
 import warnings
+from operator import attrgetter
 
 import pytest
 import torch
-from helpers import X, adapt, add_adapter, assert_equal, lotra_layers, nested, net, refused, relative
+from helpers import X, adapt, add_adapter, assert_equal, assert_near, lotra_layers, nested, net, refused, relative
 from peft import (
     PeftModel,
     get_peft_model,
@@ -23,7 +24,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig, hotswap_adapter
-from peft_lotra.kan import KAN
+from peft_lotra.kan import KAN, KANLinear, SlimKANLinear
 
 
 ALL = ["body.0", "body.1", "tail.layers.0", "tail.layers.1"]
@@ -192,14 +193,64 @@ def test_parameters_that_cannot_be_adapted_are_refused(change):
         get_peft_model(model, LoTRAConfig())
 
 
-def test_layers_that_share_a_parameter_are_refused():
-    model = KAN([3, 3, 3])
-    model.layers[1].base_weight = model.layers[0].base_weight
+class Shared(nn.Module):
+    """A KAN layer, and another module that `share` may give one of its parameters."""
 
-    with pytest.raises(ValueError, match="share the parameter `base_weight`"):
-        get_peft_model(model, LoTRAConfig())
+    def __init__(self, share, kan=None, other=None):
+        super().__init__()
+        self.kan = kan or KANLinear(3, 3)
+        self.other = other or nn.Linear(3, 3)
+        share(self)
 
-    adapt(model, target_modules=["layers.0"])
+    def forward(self, x):
+        return self.other(self.kan(x))
+
+
+def tie(path, other_path):
+    """A function that gives the module at the second path the parameter or module at the first one."""
+
+    def share(model):
+        owner, _, leaf = other_path.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, attrgetter(path)(model))
+
+    return share
+
+
+SHARED = {
+    "linear": lambda: Shared(tie("kan.base_weight", "other.weight")),
+    "parent": lambda: Shared(tie("kan.base_weight", "weight")),
+    "module": lambda: Shared(tie("kan.spline_linear", "part"), FastKANLayer(3, 3)),
+    "slim": lambda: Shared(tie("kan.core", "weight"), SlimKANLinear(3, 3, 1)),
+    "KAN layer": lambda: Shared(tie("kan.base_weight", "other.base_weight"), other=KANLinear(3, 3)),
+}
+SHARED["excluded KAN layer"] = SHARED["KAN layer"]
+
+
+@pytest.mark.parametrize("place", SHARED)
+def test_a_parameter_shared_with_another_module_is_refused(place):
+    """An adapter would change one of the modules, and a merge both."""
+    model = SHARED[place]()
+    targets = ["kan"] if "excluded" in place else None
+
+    with refused("`kan` and `.*` share the parameter .* would change both", model):
+        get_peft_model(model, LoTRAConfig(target_modules=targets))
+
+
+def test_a_base_weight_that_is_shared_stays_without_an_update():
+    model = adapt(SHARED["linear"](), adapt_residual=False)
+    y = model(X)
+
+    model.merge_adapter()
+
+    assert_near(model(X), y)
+
+
+@pytest.mark.parametrize("share", [tie("kan.spline_linear.weight", "kan.alias"), tie("kan", "again")])
+def test_a_parameter_under_two_names_of_a_layer_is_adapted(share):
+    model = adapt(Shared(share, FastKANLayer(3, 3)))
+    y = model(X)
+
+    assert_near(model.merge_and_unload()(X), y)
 
 
 class Network(nn.Module):
