@@ -192,8 +192,8 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Targets) -> No
     for name, module in model.named_modules(remove_duplicate=False):
         names_of_modules[module].append(name)
 
-    adapted = {name: layer.base_target() for name, layer in lotra_layers(model)}
-    for name, (layer, spec, tensor) in {**adapted, **targets}.items():
+    adapted = [name for name, _ in lotra_layers(model)]
+    for name, (layer, spec, tensor) in targets.items():
         parameters = tensor.parameters if config.adapt_residual else tensor.names
         if isinstance(layer, (SlimKANLinear, SlimLayer)):  # whose coefficients are a product
             parameters = layer.components._asdict()
