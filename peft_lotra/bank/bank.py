@@ -46,9 +46,9 @@ class AdapterBank:
         factor_basis, the update of the adapter of row n,
 
     The functions f_k and the product with A are computed once, the product with D_n from the components of each row.
-    Layers whose kind has no `basis` (pykan, convolutions) run once for each adapter in the batch. Zeros fill lower
-    ranks. A full mode has no factor, or the identity where other adapters have one. Both are exact. Adapters that
-    save modules are refused.
+    Layers whose kind has no `basis` (pykan, convolutions) run once for each adapter in the batch. If they normalize by
+    the whole batch (KALN), a batch of several adapters is refused. Zeros fill lower ranks. A full mode has no factor,
+    or the identity where other adapters have one. Both are exact. Adapters that save modules are refused.
 
     Args:
         base (`nn.Module`): The model that the adapters are for. It is not changed.

@@ -21,6 +21,7 @@ from ..kan.basis import UniformGrid
 from ..kan.formula import LayerFormula
 from ..kan.row_product import PackedTucker, RowGroups, RowProduct, RowUpdates, group_rows
 from ..kan.slim_kan import SlimKANLinear
+from ..layers.probe import cached_by_class
 from ..modules.calls import evaluating_without_trace, is_tracing, runs_more_than_its_class
 from ..tucker import Tucker, full_shape
 
@@ -222,6 +223,13 @@ def run_mixed_batch(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict) ->
             f"`{layer.lotra_name}` ({layer.lotra_spec.kind}) runs once for each adapter, which a graph cannot do. "
             "Give its kind `basis` in `register_kan_layer`, or call the model that is not compiled."
         )
+    if args and batch.has_several_adapters():
+        answer = partial(_mixes_samples, layer, args, kwargs)
+        if cached_by_class(base_layer, ("mixes samples",), answer):
+            raise ValueError(
+                f"`{layer.lotra_name}` normalizes by the whole batch, so that a row would depend on the adapters of "
+                "others. Call the model for the rows of each adapter."
+            )
     return _run_by_adapter(batch.read_adapters(), rows_per_sample, batch.run, args, kwargs)
 
 
@@ -370,6 +378,24 @@ def _run_by_adapter(
         outputs.append(run(adapter, picked_args, picked_kwargs))
     order = torch.cat(indices).argsort()
     return tree_map(join, *outputs)  # pykan returns four tensors
+
+
+def _mixes_samples(layer: Any, args: tuple, kwargs: dict) -> bool:
+    """Return whether the output of a sample depends on other samples."""
+    half = len(args[0]) // 2
+
+    def run(shift: float) -> Tensor:
+        x = args[0].nan_to_num(0, 0, 0)
+        # changes the extremes of the batch
+        x[half:] += shift + shift * x.abs().max()
+        outputs = layer._run((), None, (x, *args[1:]), kwargs)
+        return tree_leaves(outputs)[0][:half]
+
+    # a layer may refuse what is far from its grid
+    with layer._lock, evaluating_without_trace(layer._modules["base_layer"]), suppress(Exception):
+        y = run(1.0)
+        return bool((run(2.0) - y).abs().max() > 1e-4 * y.abs().max())
+    return False
 
 
 def _select_samples(rows: Tensor, size: int, index: Tensor) -> Tensor:

@@ -211,8 +211,8 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Targets) -> No
             for other in names_of_parameters[id(stored)]:
                 if not other.startswith(prefixes):
                     raise ValueError(
-                        f"`{name}` and `{other}` share the parameter `{parameter}`, so that merging would change both. "
-                        "Give each its own copy, or leave the layer out by `exclude_modules`."
+                        f"`{name}` and `{other}` share the parameter `{parameter}`, so that merging would change "
+                        "both. Give each its own copy, or leave the layer out by `exclude_modules`."
                     )
     _check_saved(config, model, targets)
     if config.is_from_file:

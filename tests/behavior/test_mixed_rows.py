@@ -7,7 +7,19 @@ import itertools
 
 import pytest
 import torch
-from helpers import adapt, add_adapter, assert_equal, assert_near, base, inputs, layer_of, nested
+from helpers import (
+    CONVS,
+    adapt,
+    add_adapter,
+    assert_equal,
+    assert_near,
+    bank_of,
+    base,
+    images,
+    inputs,
+    layer_of,
+    nested,
+)
 from stand_ins import LAYER_KINDS, ChebyKANLayer
 from torch import nn
 from torch.testing import assert_close
@@ -60,6 +72,23 @@ def test_each_row_has_the_output_of_its_adapter(kind):
     if isinstance(y, tuple):
         assert [part.shape for part in y] == [part.shape for part in plain]
         assert all(torch.allclose(a[0], b[0]) for a, b in zip(y, plain, strict=True))
+
+
+@pytest.mark.parametrize("kind", CONVS)
+@pytest.mark.parametrize("serve", [mixed, lambda base: bank_of(base, {"default": {}, "other": {}})[0].attach()])
+def test_rows_of_a_convolution_keep_their_adapters_or_are_refused(kind, serve):
+    """KALN normalizes by the extremes of the batch, so that rows would depend on the adapters of others."""
+    base, x = CONVS[kind]().double().eval(), images(6, channels=2, size=5, dtype=torch.float64)
+    model = serve(base)
+    alone = {name: model(x, adapter_names=[name] * 6) for name in set(NAMES)}
+
+    if kind == "kalnconv":
+        with pytest.raises(ValueError, match="`kan` normalizes by the whole batch"):
+            model(x, adapter_names=NAMES)
+        return
+    y = model(x, adapter_names=NAMES)
+
+    assert_near(y, torch.stack([alone[name][row] for row, name in enumerate(NAMES)]))
 
 
 def test_a_name_stands_for_all_steps_of_its_row():
