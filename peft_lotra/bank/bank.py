@@ -280,8 +280,10 @@ class AdapterBank:
         room = len(snapshot.row_of) - 1
         index = ids.to(errors.device, torch.int64) + 1  # the base comes first, and is left out
         sums = errors.new_zeros(room).index_add(0, index, errors)
-        means = sums / index.bincount(minlength=room)
-        return means[1:]
+        counts = index.bincount(minlength=room)
+        # not 0 / 0, whose gradient is NaN too
+        means = sums / counts.clamp(1)
+        return means.masked_fill(counts == 0, torch.nan)[1:]
 
     # --- files ---
 

@@ -76,6 +76,17 @@ def train_together(bank, model, batches, **options):
     optimizer.finish()
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_no_gradient_has_nan_where_an_adapter_has_no_rows():
+    bank, model, _ = attached_bank(KAN([3, 5, 1]))
+
+    with torch.autograd.detect_anomaly(check_nan=True):
+        train_together(bank, model, [(X, 1.0, ["a"] * len(X))])
+
+    losses = bank.mean_by_adapter(torch.ones(2), bank.ids(["a", "a"]))
+    assert losses[bank.ids(["a", "b"])].isnan().tolist() == [False, True]
+
+
 def train_alone(alone, batches, **options):
     for name, model in alone.items():
         optimizer = create_lotra_optimizer(model, torch.optim.AdamW, lr=3e-2, **options)
