@@ -212,9 +212,9 @@ class AdapterBank:
             self.snapshot = snapshot.without_adapter(name)
 
     def compact(self) -> None:
-        """Free the memory of removed adapters, and of the room for more; reads all of a mapped bank."""
+        """Free the memory of removed adapters, their ranks, and the room for more; reads all of a mapped bank."""
         with self._change() as snapshot:
-            self.snapshot = snapshot.rebuild()
+            self.snapshot = snapshot.compact()
 
     def to(self, device: torch.device | str) -> AdapterBank:
         """Move the adapters to a device. A pass moves the adapters of its rows to the device of each layer."""

@@ -315,22 +315,44 @@ class Snapshot(NamedTuple):
             layers[name] = layers[name].with_room_for(update.tensor)
         if layers == self.layers:
             return self
-        narrow = self.rebuild()
+        return self.rebuild()._with_layers(layers)
+
+    def compact(self) -> Snapshot:
+        """Return the same adapters in the least room, without the forms and ranks of removed ones."""
+        layers = {}
+        for name, layer in self.layers.items():
+            layers[name] = layer._replace(form=(0,) * len(layer.form))
+        indices = {}
+        entries = {}
+        for name, entry in self.entries.items():
+            form = indices.setdefault(entry.form, len(indices))
+            entries[name] = entry._replace(form=form)
+        forms = tuple(self.forms[index] for index in indices)
+        for form in forms:
+            for name, layer in form.layers.items():
+                layers[name] = layers[name].with_room_for(layer)
+        return self.rebuild()._with_layers(layers)._replace(forms=forms, entries=entries)
+
+    def _with_layers(self, layers: dict[str, PackedTucker]) -> Snapshot:
+        """Pack the components of all adapters in other forms, which hold them. The bank must not be mapped."""
         width = sum(layer.width() for layer in layers.values())
-        packed = narrow.packed.new_zeros(len(narrow.packed), width)
-        wide = narrow._replace(packed=packed, layers=layers)
-        columns = wide.columns(packed)
-        for name, narrow_columns in narrow.columns(narrow.packed).items():
+        packed = self.packed.new_zeros(len(self.packed), width)
+        snapshot = self._replace(packed=packed, layers=layers)
+        columns = snapshot.columns(packed)
+        for name, former_columns in self.columns(self.packed).items():
             components = layers[name].unpack(columns[name])
-            narrow_components = self.layers[name].unpack(narrow_columns)
-            for component, narrow_component in zip(components, narrow_components, strict=True):
-                if narrow_component is not None:
-                    component[_block(narrow_component.shape)] = narrow_component
-                elif component is not None:
+            former_components = self.layers[name].unpack(former_columns)
+            for component, former in zip(components, former_components, strict=True):
+                if component is None:
+                    continue  # a full mode, whose former factor was the identity
+                if former is not None:
+                    block = _block(map(min, component.shape, former.shape))
+                    component[block] = former[block]
+                else:
                     # full modes get the identity as factor, but in the row of the base
                     identity = torch.eye(*component.shape[1:])
                     component[1:] = identity.to(component)
-        return wide
+        return snapshot
 
 
 def check_known(names: Iterable[str], entries: Collection[str]) -> None:
@@ -340,7 +362,7 @@ def check_known(names: Iterable[str], entries: Collection[str]) -> None:
         raise ValueError(f"The bank has no adapter {list_first(unknown)}.")
 
 
-def _block(shape: Sequence[int]) -> tuple[slice, ...]:
+def _block(shape: Iterable[int]) -> tuple[slice, ...]:
     """Return the index of the first entries of each dimension."""
     return tuple(map(slice, shape))
 

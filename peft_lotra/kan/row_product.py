@@ -55,10 +55,11 @@ class PackedTucker(NamedTuple):
         columns = [0 if rank == "full" else rank for rank in self.form]
         return [self.ranks(), *zip(self.shape, columns, strict=True)]
 
-    def with_room_for(self, tensor: Tucker) -> PackedTucker:
+    def with_room_for(self, tensor: Tucker | PackedTucker) -> PackedTucker:
         """Return the form that also holds another tensor."""
         form: list[Rank] = []
-        larger = map(max, self.ranks(), tensor.ranks)
+        ranks = tensor.ranks if isinstance(tensor, Tucker) else tensor.ranks()
+        larger = map(max, self.ranks(), ranks)
         for rank, new_rank, larger_rank in zip(self.form, tensor.form, larger, strict=True):
             # a rank of 0 means that there are no tensors yet
             if new_rank == "full" and rank in ("full", 0):

@@ -155,6 +155,26 @@ def test_files_and_growing_keep_the_forms(tmp_path, forms, mapped):
         assert_near(exported.eval()(X), model(X))
 
 
+@pytest.mark.parametrize("names", MIXTURES, ids=", ".join)
+@pytest.mark.parametrize("removed", ["dense", "factors"])
+def test_a_compacted_bank_has_no_room_for_removed_adapters(names, removed, tmp_path):
+    """Its file is as large as that of a bank that never had them."""
+    bank, alone = bank_of_forms(KAN([3, 5, 1]), [removed, *names])
+    other = AdapterBank(bank.base)
+    for name in set(bank.names) - {removed}:
+        other.add(name, bank)
+
+    bank.remove(removed)
+    bank.compact()
+
+    sizes = []
+    for kept in (bank, other):
+        kept.save(tmp_path)
+        sizes.append((tmp_path / "adapter_bank.safetensors").stat().st_size)
+    assert sizes[0] == pytest.approx(sizes[1], abs=16)  # digits of checksums
+    check_rows(bank, {name: alone[name] for name in bank.names})
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_a_state_dict_says_the_form(name):
     """Its ranks and sizes: with the base branch or without."""
