@@ -354,8 +354,9 @@ def recorded_calls(
 
 
 def model_outputs(model: nn.Module, inputs: Inputs) -> Tensor:
-    """Return the output (..., out) of the model in evaluation mode."""
-    with modes_kept(model):
+    """Return the output (..., out) of the model in evaluation mode. The random generators are restored."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    with modes_kept(model), torch.random.fork_rng(list(devices)):
         set_mode(model, False)
         if callable(inputs):
             return first_output(inputs(model))

@@ -81,7 +81,8 @@ def fit_adapter(
     held-out rows. Bases with more than a million coefficients, and more than 20,000 rows, hold out one
     tenth instead.
 
-    Like `get_peft_model`, the function adapts `base` in place. After an error `base` is unchanged.
+    Like `get_peft_model`, the function adapts `base` in place. After an error `base` is unchanged. A base of half
+    precision stays as it is, and its adapter is in float32: a copy of the base in float32 is trained and measured.
 
     Args:
         base: The trained network, without adapters. It returns a tensor with one entry for each row.
@@ -145,9 +146,10 @@ def fit_adapter(
     ):
         torch.manual_seed(seed)
         rows = read_rows(data, needs_order=blocked or groups is not None)
-        x, y = (tensor.to(device) for tensor in rows)
+        x, y = (tensor.detach().to(device) for tensor in rows)
         torch.manual_seed(seed)  # a loader draws numbers too
         network, output, are_classes = _copy_checked(original, x[:CHUNK], y[:CHUNK], loss)
+        x, y = _in_single(x), _in_single(y)
 
         smallest = adapt(deepcopy(network), r=1, storage=storage)
         layers = [layer for _, layer in lotra_layers(smallest)]
@@ -282,13 +284,18 @@ def _make_bank(
     return bank
 
 
+def _in_single(tensor: Tensor) -> Tensor:
+    """Return a tensor of half precision, in which losses overflow and small steps are lost, in float32."""
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
+
+
 def _copy_checked(
     network: nn.Module,
     x: Tensor,
     y: Tensor,
     loss: Callable[[Any, Tensor], Tensor],
 ) -> tuple[nn.Module, Tensor, bool]:
-    """Return a copy, the output of the first row, and whether targets are classes.
+    """Return a copy without half precision, the output of the first row, and whether targets are classes.
 
     Raises:
         ValueError: The network returns no tensor by rows, or the loss cannot train all models.
@@ -298,7 +305,10 @@ def _copy_checked(
         network = deepcopy(network)  # what a network keeps of a pass with gradients could not be copied
     if not isinstance(outputs, Tensor) or outputs.shape[:1] != x.shape[:1]:
         raise ValueError(f"`base` must return a tensor with one entry for each row, not a {type(outputs).__name__}.")
-    outputs.requires_grad_()
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.data = _in_single(tensor.data)
+    y = _in_single(y)
+    outputs = _in_single(outputs).requires_grad_()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Using a target size")
         try:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peft_lotra import what_changed
 from peft_lotra.kan import KAN
+from peft_lotra.plotting import edge_changes
 
 
 class Zero(nn.Module):
@@ -167,3 +168,21 @@ def test_merged_adapters_stay_merged():
     what_changed(model, x, targets=expected + x[:, :1])
 
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+class Noisy(nn.Sequential):
+    """A network that draws noise in evaluation mode too."""
+
+    def forward(self, x):
+        return super().forward(x + 0.01 * torch.randn_like(x))
+
+
+@pytest.mark.parametrize("report", [what_changed, edge_changes])
+def test_the_global_generator_stays(report):
+    model = adapt(Noisy(KAN([2, 5, 1])))
+    x = inputs(2).float()
+    state = torch.random.get_rng_state()
+
+    report(model, x)
+
+    assert torch.equal(torch.random.get_rng_state(), state)

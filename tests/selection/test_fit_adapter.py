@@ -105,6 +105,35 @@ def test_a_seed_makes_the_result_and_the_global_generator_stays(rows):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_tensors_that_require_a_gradient_get_none(rows, report):
+    x, y = (tensor.clone().requires_grad_() for tensor in rows)
+
+    scores = quick_fit(make_base(), (x, y)).scores
+
+    assert scores == report.scores
+    assert x.grad is y.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("loss", [mse_loss, cross_entropy])
+def test_a_base_of_half_precision_is_fitted_in_float32(rows, dtype, loss):
+    base = make_base().to(dtype)
+    data = [tensor.to(dtype) for tensor in rows]
+    if loss is cross_entropy:
+        data[1] = (rows[1][:, 0] > 0.1).long()
+    single_data = [tensor.float() if tensor.is_floating_point() else tensor for tensor in data]
+
+    single = quick_fit(copy.deepcopy(base).float(), single_data, loss)
+    report = quick_fit(base, data, loss)
+
+    assert report.scores == pytest.approx(single.scores)
+    assert all(parameter.dtype == dtype for name, parameter in base.named_parameters() if "lotra_" not in name)
+    for name, parameter in report.model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter, single.model.get_parameter(name))
+    assert report.model.eval()(data[0]).dtype == dtype
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_gradients_that_are_switched_off_do_not_matter(rows, report, context):
     base = make_base()
