@@ -246,7 +246,10 @@ class Snapshot(NamedTuple):
         Raises:
             ValueError: A component is not finite in the dtype of the bank.
         """
-        snapshot = self._with_room_for(updates)
+        form = Form({}, start)
+        for layer, (_, tensor) in updates.items():
+            form.layers[layer] = PackedTucker(tensor.shape, tensor.form)
+        snapshot = self._with_room_for(self.layers, [form])
         mapped_rows = len(snapshot.checksums)
         if snapshot.next_row == mapped_rows + len(snapshot.packed):
             snapshot = snapshot.rebuild(mapped_rows, has_room=True)
@@ -256,9 +259,6 @@ class Snapshot(NamedTuple):
         # no adapter of an earlier snapshot has this row
         snapshot.packed[row - mapped_rows] = packed
 
-        form = Form({}, start)
-        for layer, (_, tensor) in updates.items():
-            form.layers[layer] = PackedTucker(tensor.shape, tensor.form)
         forms = snapshot.forms
         if form not in forms:
             forms = (*forms, form)
@@ -308,46 +308,41 @@ class Snapshot(NamedTuple):
         snapshot = self._replace(packed=packed, row_of=row_of, next_row=next_row)
         return snapshot if start else snapshot._replace(mapped=None, checksums=())
 
-    def _with_room_for(self, updates: Mapping[str, Update]) -> Snapshot:
-        """Return the same adapters with room for these updates."""
-        layers = dict(self.layers)
-        for name, update in updates.items():
-            layers[name] = layers[name].with_room_for(update.tensor)
-        if layers == self.layers:
-            return self
-        return self.rebuild()._with_layers(layers)
-
     def compact(self) -> Snapshot:
         """Return the same adapters in the least room, without the forms and ranks of removed ones."""
-        layers = {}
-        for name, layer in self.layers.items():
-            layers[name] = layer._replace(form=(0,) * len(layer.form))
         indices = {}
         entries = {}
         for name, entry in self.entries.items():
             form = indices.setdefault(entry.form, len(indices))
             entries[name] = entry._replace(form=form)
         forms = tuple(self.forms[index] for index in indices)
+        layers = {}
+        for name, layer in self.layers.items():
+            layers[name] = layer._replace(form=(0,) * len(layer.form))
+        return self.rebuild()._with_room_for(layers, forms)._replace(forms=forms, entries=entries)
+
+    def _with_room_for(self, layers: Mapping[str, PackedTucker], forms: Iterable[Form]) -> Snapshot:
+        """Return the same adapters, packed as in `layers` with room for these forms."""
+        layers = dict(layers)
         for form in forms:
             for name, layer in form.layers.items():
                 layers[name] = layers[name].with_room_for(layer)
-        return self.rebuild()._with_layers(layers)._replace(forms=forms, entries=entries)
-
-    def _with_layers(self, layers: dict[str, PackedTucker]) -> Snapshot:
-        """Pack the components of all adapters in other forms, which hold them. The bank must not be mapped."""
+        if layers == self.layers:
+            return self
+        former = self.rebuild()
         width = sum(layer.width() for layer in layers.values())
-        packed = self.packed.new_zeros(len(self.packed), width)
-        snapshot = self._replace(packed=packed, layers=layers)
+        packed = former.packed.new_zeros(len(former.packed), width)
+        snapshot = former._replace(packed=packed, layers=layers)
         columns = snapshot.columns(packed)
-        for name, former_columns in self.columns(self.packed).items():
+        for name, former_columns in former.columns(former.packed).items():
             components = layers[name].unpack(columns[name])
             former_components = self.layers[name].unpack(former_columns)
-            for component, former in zip(components, former_components, strict=True):
+            for component, former_component in zip(components, former_components, strict=True):
                 if component is None:
                     continue  # a full mode, whose former factor was the identity
-                if former is not None:
-                    block = _block(map(min, component.shape, former.shape))
-                    component[block] = former[block]
+                if former_component is not None:
+                    block = _block(map(min, component.shape, former_component.shape))
+                    component[block] = former_component[block]
                 else:
                     # full modes get the identity as factor, but in the row of the base
                     identity = torch.eye(*component.shape[1:])

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from ..layers.describe import is_linear
 from ..layers.formula import find_formula
 from ..layers.slim import call_with_coefficients
-from ..modules.calls import call_with_inputs, call_with_parameters, modes_kept, set_mode
+from ..modules.calls import call_with_inputs, call_with_parameters, generators_kept, modes_kept, set_mode
 from ..tucker import Tucker, full_shape, project, tucker
 from ..tuner.by_row import first_argument
 from ..tuner.grids import warn_of_far_inputs
@@ -355,8 +355,7 @@ def recorded_calls(
 
 def model_outputs(model: nn.Module, inputs: Inputs) -> Tensor:
     """Return the output (..., out) of the model in evaluation mode. The random generators are restored."""
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    with modes_kept(model), torch.random.fork_rng(list(devices)):
+    with modes_kept(model), generators_kept(model):
         set_mode(model, False)
         if callable(inputs):
             return first_output(inputs(model))

@@ -151,11 +151,16 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
+def generators_kept(model: nn.Module) -> Any:
+    """Restore the random generators of the CPU and the devices of a model."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    return torch.random.fork_rng(list(devices))
+
+
 @contextmanager
 def evaluating_without_trace(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode without gradients, and restore modes, buffers, attributes and generators."""
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    generators = torch.random.fork_rng(list(devices))
+    generators = generators_kept(model)
     with modes_kept(model), buffers_kept(model), attributes_kept(model), generators, torch.no_grad():
         set_mode(model, False)
         yield

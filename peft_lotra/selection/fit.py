@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..bank.bank import AdapterBank
 from ..compress.updates import check_without_adapters
-from ..modules.calls import PREFIX, check_loaded, evaluating_without_trace, unwrap
+from ..modules.calls import PREFIX, check_loaded, evaluating_without_trace, generators_kept, unwrap
 from ..modules.checks import check_count, check_function
 from ..tuner.gradients import compute_losses
 from ..tuner.layer import lotra_layers
@@ -141,7 +141,7 @@ def fit_adapter(
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        generators_kept(original),
         tqdm(desc="fit_adapter", unit="step", disable=not progress) as bar,
     ):
         torch.manual_seed(seed)

@@ -223,14 +223,14 @@ def run_mixed_batch(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict) ->
             f"`{layer.lotra_name}` ({layer.lotra_spec.kind}) runs once for each adapter, which a graph cannot do. "
             "Give its kind `basis` in `register_kan_layer`, or call the model that is not compiled."
         )
-    if args and batch.has_several_adapters():
-        answer = partial(_mixes_samples, layer, args, kwargs)
-        if cached_by_class(base_layer, ("mixes samples",), answer):
-            raise ValueError(
-                f"`{layer.lotra_name}` normalizes by the whole batch, so that a row would depend on the adapters of "
-                "others. Call the model for the rows of each adapter."
-            )
-    return _run_by_adapter(batch.read_adapters(), rows_per_sample, batch.run, args, kwargs)
+    if not batch.has_several_adapters():
+        return batch.run(batch.read_adapters()[0], args, kwargs)
+    if cached_by_class(base_layer, ("mixes samples",), partial(_mixes_samples, layer, args, kwargs)):
+        raise ValueError(
+            f"`{layer.lotra_name}` normalizes by the whole batch, so that a row would depend on the adapters of "
+            "others. Call the model for the rows of each adapter."
+        )
+    return _run_by_adapter(batch, rows_per_sample, args, kwargs)
 
 
 def _count_rows(layer: str, batch: MixedBatch, args: tuple, kwargs: dict) -> int:
@@ -347,20 +347,16 @@ def find_row_counts(
 
 
 def _run_by_adapter(
-    adapters: Sequence[Any],
+    batch: MixedBatch,
     rows_per_sample: int,
-    run: Run,
     args: tuple,
     kwargs: dict,
 ) -> Any:
     """Evaluate the samples of each adapter in turn, and return the outputs in the order of the batch."""
+    size = batch.size
     samples = defaultdict(list)
-    for sample, adapter in enumerate(adapters):
+    for sample, adapter in enumerate(batch.read_adapters()):
         samples[adapter].append(sample)
-    if len(samples) == 1:
-        return run(adapters[0], args, kwargs)
-
-    size = len(adapters)
 
     def pick(value: Any) -> Any:
         is_batch = isinstance(value, Tensor) and value.dim() and len(value) == size * rows_per_sample
@@ -375,26 +371,23 @@ def _run_by_adapter(
         index = torch.tensor(of_adapter, device="cpu")
         indices.append(index)
         picked_args, picked_kwargs = tree_map(pick, (args, kwargs))
-        outputs.append(run(adapter, picked_args, picked_kwargs))
+        outputs.append(batch.run(adapter, picked_args, picked_kwargs))
     order = torch.cat(indices).argsort()
     return tree_map(join, *outputs)  # pykan returns four tensors
 
 
 def _mixes_samples(layer: Any, args: tuple, kwargs: dict) -> bool:
     """Return whether the output of a sample depends on other samples."""
-    half = len(args[0]) // 2
-
-    def run(shift: float) -> Tensor:
-        x = args[0].nan_to_num(0, 0, 0)
-        # changes the extremes of the batch
-        x[half:] += shift + shift * x.abs().max()
-        outputs = layer._run((), None, (x, *args[1:]), kwargs)
-        return tree_leaves(outputs)[0][:half]
-
+    outputs = []
     # a layer may refuse what is far from its grid
     with layer._lock, evaluating_without_trace(layer._modules["base_layer"]), suppress(Exception):
-        y = run(1.0)
-        return bool((run(2.0) - y).abs().max() > 1e-4 * y.abs().max())
+        x = args[0].nan_to_num(0, 0, 0)
+        half = len(x) // 2
+        for _ in range(2):
+            x[half:] += 1 + x.abs().max()  # changes the extremes of the batch
+            y = layer._run((), None, (x.clone(), *args[1:]), kwargs)
+            outputs.append(tree_leaves(y)[0][:half])
+        return not torch.allclose(*outputs, rtol=1e-4, atol=1e-4, equal_nan=True)
     return False
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -114,6 +115,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             in_features=tensor.shape[1],
             merged_adapters=[],
             before_merge={},
+            _merged_updates=[],
+            _merged_checksum=0,
             _active_adapter=[],
             _disable_adapters=False,
             _lock=LayerLock(),
@@ -522,7 +525,12 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             if not self.merged_adapters:
                 for name, parameter in self._base_parameters().items():
                     self.before_merge[name] = parameter.detach().clone()
-            self._add([self.update_of(name) for name in names])
+            is_as_merged = not self.merged_adapters or self._checksum() == self._merged_checksum
+            updates = [self.update_of(name) for name in names]
+            self._merged_updates += updates
+            self._add(updates)
+            if is_as_merged:
+                self._merged_checksum = self._checksum()
             self.merged_adapters = [*self.merged_adapters, *names]
 
     @torch.no_grad()
@@ -549,6 +557,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         """
         Undo all merges. The parameters are restored bit for bit, from the copy that `merge` keeps.
 
+        If they were trained, loaded or scaled since the merge, the updates are subtracted, and the change stays.
+
         Raises:
             RuntimeError: The grid was moved after the merge: the coefficients multiply other functions.
         """
@@ -557,9 +567,23 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             return
         self.check_grid()
         with self._lock, torch.no_grad():
-            self._write(self.before_merge)
+            if self._checksum() == self._merged_checksum:
+                self._write(self.before_merge)
+            else:
+                self._add([Update(-scale, tensor) for scale, tensor in self._merged_updates])
             self.before_merge = {}
+            self._merged_updates = []
             self.merged_adapters = []
+
+    def _checksum(self) -> int:
+        """Return the CRC-32 of the parameters that a merge changes, to tell whether others have changed them."""
+        checksum = 0
+        for parameter in self._base_parameters().values():
+            values = getattr(parameter, "_local_tensor", parameter)  # of a shard
+            if not values.is_meta:
+                content = values.detach().flatten().cpu().view(torch.uint8)
+                checksum = zlib.crc32(content.numpy(), checksum)
+        return checksum
 
     def _base_parameters(self) -> Tensors:
         """Return the parameters that a merge changes, by name."""
@@ -608,8 +632,11 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         grid = self.copy_grid()
         # a cast rounds the grid, but does not move it; on the meta device it has no values yet
         is_same = same_grid(self.lotra_grid, grid) and not holds_meta_tensors(grid)
+        is_as_merged = self.merged and self._checksum() == self._merged_checksum
         super()._apply(fn, *args, **kwargs)
         self.before_merge = {name: fn(value) for name, value in self.before_merge.items()}
+        if is_as_merged:
+            self._merged_checksum = self._checksum()
         if is_same:
             self.lotra_grid = self.copy_grid()
         self._grid_state = []

@@ -364,6 +364,8 @@ class LoTRAModel(BaseTuner):
     ) -> None:
         """Merge the active adapters, or those named, into the base model; `unmerge_adapter` undoes it bit for bit.
 
+        If the merged parameters were changed in between, `unmerge_adapter` subtracts the updates.
+
         Args:
             adapter_names (`list[str]`, *optional*): The adapters.
             safe_merge (`bool`): Whether to check first that the merged weights are finite.

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from copy import copy
 from math import prod
+from operator import attrgetter
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
@@ -207,7 +208,7 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Targets) -> No
         # a module that is no part of the layer would use what a merge has changed
         prefixes = tuple(f"{place}." for place in names_of_modules[layer])
         for parameter in parameters:
-            stored = _check_parameter(name, layer, parameter)
+            stored = _read_checked(name, layer, parameter)
             for other in names_of_parameters[id(stored)]:
                 if not other.startswith(prefixes):
                     raise ValueError(
@@ -254,20 +255,15 @@ def _check_saved(config: LoTRAConfig, model: nn.Module, targets: Targets) -> Non
             )
 
 
-def _check_parameter(
-    name: str,
-    layer: nn.Module,
-    parameter: str,
-) -> Tensor | None:
-    """Return a parameter, None if it is sharded; raise a ValueError if it is computed, or of integers."""
-    owner = check_stored(name, layer, parameter)
-    leaf = parameter.rpartition(".")[2]
-    dtype = getattr(owner, leaf).dtype
-    if not dtype.is_floating_point or dtype.itemsize < 2:
+def _read_checked(name: str, layer: nn.Module, parameter: str) -> Tensor:
+    """Return a parameter; raise a ValueError if it is computed, or of integers."""
+    check_stored(name, layer, parameter)
+    stored = attrgetter(parameter)(layer)
+    if not stored.is_floating_point() or stored.itemsize < 2:
         raise ValueError(
-            f"`{parameter}` of `{name}` is of {dtype}, but must be of a floating type of 16 bits or more."
+            f"`{parameter}` of `{name}` is of {stored.dtype}, but must be of a floating type of 16 bits or more."
         )
-    return owner._parameters.get(leaf)
+    return stored
 
 
 def warn_of_choices(config: LoTRAConfig, targets: Targets) -> None:

@@ -3,6 +3,8 @@
 
 """Merging changes where the update is, not what the model computes."""
 
+import copy
+
 import pytest
 import torch
 from helpers import (
@@ -15,6 +17,7 @@ from helpers import (
     assert_near,
     components,
     differ,
+    layer_of,
     lotra_layers,
     nested,
     net,
@@ -25,7 +28,7 @@ from helpers import (
 from torch.nn.utils import prune
 from torch.testing import assert_close
 
-from peft_lotra.kan import KAN
+from peft_lotra.kan import KAN, SlimKAN
 
 
 def base_state(model):
@@ -205,5 +208,36 @@ def test_what_is_not_finite_is_unmerged(kind, value):
     assert differ(base_state(model), before)
 
     model.unmerge_adapter()
+
+    assert_equal(base_state(model), before)
+
+
+@pytest.mark.parametrize("kind", ["own", "pykan", "slim"])
+def test_a_change_of_merged_parameters_stays_when_they_are_unmerged(kind):
+    """As with LoRA, the updates are subtracted, at the scale at which they were merged."""
+    base = KINDS[kind]() if kind in KINDS else SlimKAN([3, 4], ranks=1)
+    model = adapt(base.double(), r=1)
+    add_adapter(model, "second")
+    layer = layer_of(model)
+    deltas = [layer.get_delta_weight(name) for name in ("default", "second")]
+    model.merge_adapter(["default"])
+    layer.set_scale("default", 7.0)
+    for parameter in layer._base_parameters().values():
+        parameter.data.mul_(1.5)
+    layer.merge(adapter_names=["second"])
+    coefficients = layer.get_base_weight()
+
+    model.unmerge_adapter()
+
+    assert_close(layer.get_base_weight(), coefficients - sum(deltas))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cast_of_a_merged_model_is_no_change(kind):
+    model = adapt(KINDS[kind]())
+    before = base_state(copy.deepcopy(model).half())
+    model.merge_adapter()
+
+    model.half().unmerge_adapter()
 
     assert_equal(base_state(model), before)
