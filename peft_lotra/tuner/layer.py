@@ -582,7 +582,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             values = getattr(parameter, "_local_tensor", parameter)  # of a shard
             if not values.is_meta:
                 content = values.detach().flatten().cpu().view(torch.uint8)
-                checksum = zlib.crc32(content.numpy(), checksum)
+                checksum = zlib.crc32(content.numpy().data, checksum)
         return checksum
 
     def _base_parameters(self) -> Tensors:
