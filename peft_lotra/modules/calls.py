@@ -195,14 +195,19 @@ class _Call(nn.Module):
 
 
 class _FixedParameters(dict):
-    """Parameters of a module that cannot be assigned to themselves.
+    """The parameters of a module while tensors replace some of them. A replaced one cannot be assigned to itself.
 
-    `self.w = nn.Parameter(self.w.to(x.device))` in a `forward` would detach a replaced `w` from its graph.
+    `self.w = nn.Parameter(self.w.to(x.device))` in a `forward` would detach the tensor from its graph.
     """
 
+    def __init__(self, parameters: dict[str, Any], replaced: dict[str, Tensor]) -> None:
+        super().__init__(parameters)
+        self.replaced = replaced
+
     def __setitem__(self, name: str, value: Any) -> None:
-        current = self.get(name)
-        if isinstance(value, nn.Parameter) and current is not None and _is_same(value, current):
+        replaced = self.replaced.get(name)
+        is_in_place = replaced is not None and self.get(name) is replaced
+        if is_in_place and isinstance(value, Tensor) and _is_same(value, replaced):
             return
         super().__setitem__(name, value)
 
@@ -215,26 +220,35 @@ def _is_same(first: Tensor, second: Tensor) -> bool:
 
 
 @contextmanager
-def _replaceable(owners: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
-    """Make parameters, by module and name, replaceable: ignore self-assignment, and remove FSDP1's views.
+def _replaceable(replaced_of: dict[nn.Module, dict[str, Tensor]]) -> Iterator[None]:
+    """Make the parameters of modules replaceable: ignore self-assignment, and remove FSDP1's views.
 
     FSDP1 puts views of its flat parameter into `__dict__`, where they hide the parameters.
     """
     saved = []
-    for owner, name in owners:
+    for owner, replaced in replaced_of.items():
         attributes = vars(owner)
-        parameters = owner._parameters
-        view = attributes.pop(name, None)
-        saved.append((attributes, name, parameters, view))
-        attributes["_parameters"] = _FixedParameters(parameters)
+        views = {name: attributes.pop(name) for name in replaced if name in attributes}
+        saved.append((attributes, attributes["_parameters"], views, replaced))
+        fixed = _FixedParameters(attributes["_parameters"], replaced)
+        # torch takes `self.w = self.w` if the tensor has the mark of a parameter, and would refuse its graph here
+        attributes.update(_parameters=fixed, register_parameter=fixed.__setitem__)
+        for value in replaced.values():
+            if value is not None:
+                value._is_param = True
     try:
         yield
     finally:
-        for attributes, name, parameters, view in reversed(saved):
-            parameters.update(attributes["_parameters"])  # a forward pass may have assigned parameters
-            attributes["_parameters"] = parameters
-            if view is not None:
-                attributes[name] = view
+        for attributes, parameters, views, replaced in saved:
+            del attributes["register_parameter"]
+            kept = {id(value) for value in replaced.values()}
+            # a forward pass may have assigned parameters, or kept a tensor under another name
+            for name, value in attributes["_parameters"].items():
+                if id(value) not in kept:
+                    parameters[name] = value
+                elif name not in replaced:
+                    attributes[name] = value
+            attributes.update(views, _parameters=parameters)
 
 
 def check_loaded(model: nn.Module, argument: str) -> None:
@@ -267,17 +281,17 @@ def call_with_parameters(
     """Call a function while tensors replace parameters of a layer."""
     if not parameters:
         return function(*args, **kwargs)
-    owners = []
-    for name in parameters:
+    replaced_of: dict[nn.Module, dict[str, Tensor]] = {}
+    for name, value in parameters.items():
         path, _, leaf = name.rpartition(".")
-        owners.append((layer.get_submodule(path), leaf))
+        replaced_of.setdefault(layer.get_submodule(path), {})[leaf] = value
     module = layer
     if function is not layer:
         module = _Call(layer, function)
         parameters = {f"layer.{name}": value for name, value in parameters.items()}
-    has_views = any(name in vars(owner) for owner, name in owners)
-    needs_nothing = is_tracing() and not has_views
-    with nullcontext() if needs_nothing else _replaceable(owners):
+    has_views = any(vars(owner).keys() & replaced.keys() for owner, replaced in replaced_of.items())
+    needs_nothing = torch.compiler.is_dynamo_compiling() and not has_views
+    with nullcontext() if needs_nothing else _replaceable(replaced_of):
         return torch.func.functional_call(module, parameters, args, kwargs)
 
 

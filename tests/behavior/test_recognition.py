@@ -117,22 +117,26 @@ def changed(cls, forward):
     return type("Changed", (cls,), {"forward": lambda self, x: forward(self, cls.forward, x)})
 
 
-class Moved(Powers):
-    def forward(self, x):
-        self.A = nn.Parameter(self.A.to(x.device))
-        return super().forward(x)
+ASSIGNMENTS = {
+    "itself": lambda m, w, x: setattr(m, w, getattr(m, w).to(x.device)),
+    "its floats": lambda m, w, x: setattr(m, w, getattr(m, w).contiguous().float()),
+    "a parameter": lambda m, w, x: setattr(m, w, nn.Parameter(getattr(m, w).to(x.device))),
+    "its data": lambda m, w, x: setattr(getattr(m, w), "data", getattr(m, w).data.to(x.device)),
+    "an entry": lambda m, w, x: m._parameters.__setitem__(w, nn.Parameter(getattr(m, w))),
+    "a registration": lambda m, w, x: m.register_parameter(w, getattr(m, w)),
+    "all of them": lambda m, w, x: [setattr(m, name, value) for name, value in m.named_parameters(recurse=False)],
+    "another name": lambda m, w, x: setattr(m, "kept", getattr(m, w)),
+}
 
 
-class MovedData(Powers):
-    def forward(self, x):
-        self.A.data = self.A.data.to(x.device)
-        return super().forward(x)
+def assign_in_forward(cls, form):
+    name = "A" if cls is Powers else "spline_weight"
 
+    def run(self, forward, x):
+        ASSIGNMENTS[form](self, name, x)
+        return forward(self, x)
 
-class MovedSplines(OldEfficientKANLayer):
-    def forward(self, x):
-        self.spline_weight = nn.Parameter(self.spline_weight.to(x.device))
-        return super().forward(x)
+    return changed(cls, run)
 
 
 class Counted(Powers):
@@ -153,11 +157,25 @@ def test_a_layer_may_make_parameters_in_forward():
         assert layer.passes == before + passes
 
 
-@pytest.mark.parametrize("cls", [Moved, MovedData, MovedSplines])
-def test_a_layer_may_assign_its_parameters_in_forward(cls, tmp_path):
-    merged = check_life(lambda: nn.Sequential(cls(3, 4)), tmp_path)
+@pytest.mark.parametrize("cls", [Powers, OldEfficientKANLayer])
+@pytest.mark.parametrize("form", ASSIGNMENTS)
+def test_a_layer_may_assign_its_parameters_to_themselves_in_forward(form, cls, tmp_path):
+    """Attaching, training, saving and merging work as if nothing was assigned."""
+    assigning = assign_in_forward(cls, form)
 
-    assert type(merged[0]) is cls
+    merged = check_life(lambda: nn.Sequential(assigning(3, 4)), tmp_path)
+
+    assert type(merged[0]) is assigning
+
+
+def test_a_layer_that_assigns_a_parameter_to_itself_is_exported():
+    layer = assign_in_forward(Powers, "itself")(3, 4)
+    model = get_peft_model(nn.Sequential(layer), LoTRAConfig(r=2, init_weights=False)).eval()
+    x = torch.rand(6, 3)
+
+    exported = torch.export.export(model, (x,), strict=False)
+
+    assert_close(exported.module()(x), model(x))
 
 
 def scripted():
