@@ -113,7 +113,8 @@ class Probe:
 
     Attributes:
         parameters: Copies of the named parameters. Gradients are taken with respect to them.
-        x: The input that the user gives, the first argument of a floating type. By default inputs are made up.
+        x: The input that the user gives, the first argument of a floating type that has dimensions. By default inputs
+            are made up.
         error: The reason why the first run failed.
 
     Raises:
@@ -140,7 +141,7 @@ class Probe:
         self._position = 0  # of the input among the arguments
         self.x: Tensor | None = None
         for position, arg in enumerate(args):
-            if isinstance(arg, Tensor) and arg.is_floating_point():
+            if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dim():
                 self._position = position
                 self.x = arg.detach().to(self.like, copy=True)
                 break

@@ -141,14 +141,28 @@ def attributes_kept(model: Callable) -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Restore the values of buffers, such as running statistics and counters."""
-    values = {buffer: buffer.clone() for buffer in model.buffers()}
+    """Restore the values of buffers that change, such as running statistics and counters."""
+    saved = []
+    for buffer in model.buffers():
+        stored = _without_repeats(buffer)
+        saved.append((stored, stored.clone()))
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in values.items():
-                buffer.copy_(value)
+            for stored, value in saved:
+                is_comparable = stored.layout is torch.strided and not stored.is_meta
+                if not (is_comparable and torch.equal(stored, value)):
+                    stored.copy_(value)
+
+
+def _without_repeats(tensor: Tensor) -> Tensor:
+    """Return a view without the repetitions of an expanded tensor, which could not be written."""
+    if tensor.layout is torch.strided and tensor.numel():
+        for dim, stride in enumerate(tensor.stride()):
+            if stride == 0:
+                tensor = tensor.narrow(dim, 0, 1)
+    return tensor
 
 
 def generators_kept(model: nn.Module) -> Any:
@@ -228,27 +242,28 @@ def _replaceable(replaced_of: dict[nn.Module, dict[str, Tensor]]) -> Iterator[No
     saved = []
     for owner, replaced in replaced_of.items():
         attributes = vars(owner)
-        views = {name: attributes.pop(name) for name in replaced if name in attributes}
-        saved.append((attributes, attributes["_parameters"], views, replaced))
-        fixed = _FixedParameters(attributes["_parameters"], replaced)
+        names = {"_parameters", "register_parameter", *replaced} & attributes.keys()
+        hidden = {name: attributes.pop(name) for name in names}
+        saved.append((attributes, replaced, hidden))
+        fixed = _FixedParameters(hidden["_parameters"], replaced)
         # torch takes `self.w = self.w` if the tensor has the mark of a parameter, and would refuse its graph here
         attributes.update(_parameters=fixed, register_parameter=fixed.__setitem__)
-        for value in replaced.values():
-            if value is not None:
+        for name, value in replaced.items():
+            if name in fixed and value is not None:
                 value._is_param = True
     try:
         yield
     finally:
-        for attributes, parameters, views, replaced in saved:
+        for attributes, replaced, hidden in saved:
             del attributes["register_parameter"]
             kept = {id(value) for value in replaced.values()}
             # a forward pass may have assigned parameters, or kept a tensor under another name
             for name, value in attributes["_parameters"].items():
                 if id(value) not in kept:
-                    parameters[name] = value
+                    hidden["_parameters"][name] = value
                 elif name not in replaced:
                     attributes[name] = value
-            attributes.update(views, _parameters=parameters)
+            attributes.update(hidden)
 
 
 def check_loaded(model: nn.Module, argument: str) -> None:

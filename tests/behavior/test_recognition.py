@@ -16,7 +16,14 @@ from stand_ins import ChebyKANLayer, FastKANLayer, OldEfficientKANLayer
 from torch import nn
 from torch.testing import assert_close
 
-from peft_lotra import LoTRAConfig, check_kan_layer, find_kan_layers, register_kan_layer
+from peft_lotra import (
+    LoTRAConfig,
+    check_kan_layer,
+    find_kan_layers,
+    fit_adapter,
+    register_kan_layer,
+    start_from_gradient,
+)
 from peft_lotra.kan import KAN, KANLinear
 
 
@@ -176,6 +183,57 @@ def test_a_layer_that_assigns_a_parameter_to_itself_is_exported():
     exported = torch.export.export(model, (x,), strict=False)
 
     assert_close(exported.module()(x), model(x))
+
+
+class SharedKnots(OldEfficientKANLayer):
+    """Keeps the knots of one input for all, and counts its passes by a tensor without dimensions."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features)
+        self.register_buffer("grid", self.grid[0].expand(in_features, -1))
+        self.register_buffer("passes", torch.zeros(()))
+        self.scale = Scale()
+
+    def forward(self, x):
+        self.passes += 1
+        return super().forward(x) * self.scale(self.passes)
+
+
+class Scale(nn.Module):
+    """Might be a KAN layer, by its parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.rand(4, 3, 5))
+
+    def forward(self, passes):
+        return self.table.mean() + passes
+
+
+def start(model, x):
+    model = get_peft_model(model, LoTRAConfig(r=1))
+    start_from_gradient(model, lambda: model(x).square().mean())
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        find_kan_layers,
+        start,
+        lambda model, x: fit_adapter(model, (x, x[:, :1]), nn.functional.mse_loss, steps=1, folds=2),
+    ],
+)
+def test_expanded_buffers_and_tensors_without_dimensions_are_no_obstacle(use):
+    """Buffers keep their values, and those that did not change are not written."""
+    layer = SharedKnots(3, 1)
+    buffers = {name: (buffer, buffer.clone()) for name, buffer in layer.named_buffers()}
+    version = layer.grid._version
+
+    use(nn.Sequential(layer), torch.rand(20, 3))
+
+    for buffer, value in buffers.values():
+        assert_equal(buffer, value)
+    assert layer.grid._version == version
 
 
 def scripted():
