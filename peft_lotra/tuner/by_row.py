@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..kan.basis import UniformGrid
+from ..kan.basis import UniformGrid, in_transform
 from ..kan.formula import LayerFormula
 from ..kan.row_product import PackedTucker, RowGroups, RowProduct, RowUpdates, group_rows
 from ..kan.slim_kan import SlimKANLinear
@@ -406,13 +406,18 @@ def _evaluate_rows(
     """Return the output for inputs (batch, ..., in), or (batch * count, in) with `count` rows per sample."""
     base_output = base_layer(x) if formula is None else None  # of a Slim layer; first, since it checks x
     index, size, order, positions = updates.groups
-    batch = updates.groups.batch()
-    if x.shape[0] == batch:
-        count = x.shape[1:-1].numel()
+    if not (is_tracing() or x.numel()):  # no group has rows
+        index, size, order, positions = RowGroups(index[:0])
+        count = 1
+        rows = x.reshape(0, 1, x.shape[-1])
     else:
-        count = x.shape[:-1].numel() // batch
+        batch = updates.groups.batch()
+        if x.shape[0] == batch:
+            count = x.shape[1:-1].numel()
+        else:
+            count = x.shape[:-1].numel() // batch
+        rows = x.reshape(batch, count, updates.form.shape[1])
 
-    rows = x.reshape(batch, count, updates.form.shape[1])
     if order is not None:
         rows = rows.index_select(0, order)
     grouped = updates._replace(groups=RowGroups(index, size * count))
@@ -456,7 +461,9 @@ def _updates_by_name(
     current: ForwardPass,
 ) -> RowUpdates | None:
     """Return the updates of the rows of a `LoTRALayer`; None if all have the same, or none."""
-    distinct, groups = _group_names(tuple(names))
+    # tensors that are made in a transform of `torch.func` cannot be used after it
+    group_names = _group_names.__wrapped__ if in_transform() else _group_names
+    distinct, groups = group_names(tuple(names))
     if len(distinct) == 1:
         return None
     updates = []

@@ -342,10 +342,11 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
         Warn if most of the first inputs, `args[0]`, lie far outside of the grid.
         """
+        grid = self.lotra_spec.read_grid(self.get_base_layer())
         if args and not self._has_seen_inputs:
             self._has_seen_inputs = True
-            warn_of_far_inputs(self.lotra_name, self.lotra_grid, self.lotra_tensor.shape, args[0])
-        grid = self.lotra_spec.read_grid(self.get_base_layer())
+            # not the remembered grid, which has no values if the layer was on the meta device
+            warn_of_far_inputs(self.lotra_name, grid, self.lotra_tensor.shape, args[0])
         state = []
         for value in grid.values():
             # comparing values would wait for an accelerator, where versions tell whether they changed

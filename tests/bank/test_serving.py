@@ -450,6 +450,43 @@ def test_no_rows_give_no_outputs(kind):
         model(X, adapter_names=[])
 
 
+@pytest.mark.parametrize("shape", [(0, 5, 3), (4, 0, 3), (0, 0, 3)])
+@pytest.mark.parametrize("kind", ["own", "slim"])
+def test_empty_sequences_give_empty_outputs(kind, shape):
+    bank, alone = several(MODELS[kind]())
+    names = ["a", "b", "__base__", "a"][: shape[0]]
+    x = torch.empty(shape, requires_grad=True)
+
+    y = bank.attach()(x, adapter_names=names)
+    y.sum().backward()
+
+    assert y.shape == alone["a"](x).shape
+    assert_equal(x.grad, torch.zeros(shape))
+
+
+CHANGES = {
+    "removed": lambda bank, other: bank.remove("a"),
+    "removed and compacted": lambda bank, other: (bank.remove("a"), bank.compact()),
+    "exchanged for another": lambda bank, other: (bank.remove("a"), bank.compact(), bank.add("new", other)),
+    "replaced": lambda bank, other: bank.add("a", other, replace=True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", ["own", "pykan"])
+def test_a_pass_goes_on_with_an_adapter_that_is(change, kind):
+    """As if another thread changed the bank between two layers."""
+    bank, alone = several((MODELS | KINDS)[kind]())
+    model = bank.attach()
+    *_, last = [module for module in model.modules() if isinstance(module, LoTRALayer)]
+    last.register_forward_pre_hook(lambda *_: CHANGES[change](bank, alone["b"]))
+
+    with torch.no_grad():
+        y = model(X, adapter_names=NAMES)
+
+    assert_near(y, row_by_row(alone, NAMES, X))
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

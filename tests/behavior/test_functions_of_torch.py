@@ -23,7 +23,7 @@ from helpers import (
     state,
 )
 from stand_ins import LAYER_KINDS, as_model
-from torch.func import functional_call, grad, jacrev, vmap
+from torch.func import functional_call, grad, hessian, jacrev, vmap
 from torch.testing import assert_close
 
 
@@ -48,6 +48,33 @@ def test_functional_call_vmap_jacrev_and_grad_see_the_adapter(kind):
     model(XD).square().sum().backward()
     for name in parameters:
         assert_close(gradients[name].sum(0), model.get_parameter(name).grad)
+
+
+@kinds
+@pytest.mark.parametrize("r", [1, ("full", "full", 1), "full"])
+def test_hessians_are_the_same_in_each_mode_and_in_mixed_batches(kind, r):
+    """What one transform computes is not kept for the next."""
+    model = adapt(KINDS[kind]().double(), r=r)
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    names = tuple(parameters)
+    x = XD[:2]
+    rows = ["__base__", "default"]
+
+    def loss(*tensors, x=x[1:], **kwargs):
+        return functional_call(model, dict(zip(names, tensors, strict=True)), (x,), kwargs)[-1].square().sum()
+
+    positions = tuple(range(len(names)))
+    tensors = tuple(parameters.values())
+    expected = torch.autograd.functional.hessian(loss, tensors)
+    results = [
+        torch.autograd.functional.hessian(loss, tensors, vectorize=True),
+        hessian(loss, positions)(*tensors),
+        hessian(lambda *tensors: loss(*tensors, x=x, adapter_names=rows), positions)(*tensors),
+        jacrev(jacrev(lambda *tensors: loss(*tensors, x=x, adapter_names=rows), positions), positions)(*tensors),
+    ]
+
+    for result in results:
+        assert_close(result, expected)
 
 
 @kinds

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Models whose parameters accelerate keeps elsewhere."""
+"""Models whose parameters accelerate keeps elsewhere, or that are filled after they were adapted."""
 
 import pytest
 import torch
@@ -30,3 +30,16 @@ def test_an_offloaded_model_has_the_same_outputs(kind, offload, tmp_path):
         with model.disable_adapter():
             assert_close(model(X), base)
         assert not torch.allclose(y, base)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_model_that_is_adapted_on_meta_is_filled_afterwards(assign):
+    filled = adapt(net())
+    with torch.device("meta"):
+        model = adapt(net())
+
+    if not assign:
+        model.to_empty(device="cpu")
+    model.load_state_dict(filled.state_dict(), assign=assign)
+
+    assert_close(model(X), filled(X))
