@@ -220,8 +220,8 @@ class _FixedParameters(dict):
 
     def __setitem__(self, name: str, value: Any) -> None:
         replaced = self.replaced.get(name)
-        is_in_place = replaced is not None and self.get(name) is replaced
-        if is_in_place and isinstance(value, Tensor) and _is_same(value, replaced):
+        is_tensor = isinstance(value, Tensor)
+        if is_tensor and replaced is not None and self.get(name) is replaced and _is_same(value, replaced):
             return
         super().__setitem__(name, value)
 
