@@ -351,7 +351,7 @@ def _multiply_thin(functions: Tensor, update: list[Any]) -> Tensor:
     """Compute the products (R, ro, 1) of functions (R, K, I) with Tucker tensors (R, ...) without factor_out."""
     core, _, factor_in, factor_basis = update
     if factor_in is not None:
-        functions = torch.bmm(factor_in.mT, functions.mT).mT  # (R, K, ri)
+        functions = torch.bmm(functions, factor_in)  # (R, K, ri)
     if factor_basis is not None:
         functions = torch.bmm(factor_basis.mT, functions)  # (R, rb, ri)
     matrix = core.permute(0, 3, 2, 1).flatten(1, 2)  # (R, rb ri, ro)
@@ -401,7 +401,8 @@ def _multiply_groups(
     rows = functions.flatten(1)
     groups = rows.unflatten(0, (len(first), -1))  # (C, G, K I)
     if second is not None and scale is None and groups.shape[1] < _THIN_BELOW:
-        sums = torch.bmm(groups, first.mT)
+        # in this order, the products of both passes are of wide matrices
+        sums = torch.bmm(first, groups.mT).mT  # (C, G, ro)
         if matrix is None:
             return torch.bmm(sums, second).flatten(0, 1)
         product = torch.mm(rows, matrix.t()).unflatten(0, groups.shape[:2])
