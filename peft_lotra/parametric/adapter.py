@@ -34,7 +34,7 @@ from ..modules.folders import replacing_files
 from ..tucker import Ranks
 from ..tuner.config import LoTRAConfig
 from .calibration import Calibration, minimize
-from .estimate import ErrorEstimates
+from .estimate import ErrorEstimates, refit
 from .fitting import Fitting
 from .interpolation import FamilyReport, Member, MemberSpace, Point, ranges_of
 from .members import OfModel, Problem, TermsOf, argument, read, residuals_of, take_steps, write
@@ -345,6 +345,9 @@ class ParametricAdapter:
     ) -> Calibration:
         """Find the parameter in the range whose prediction fits data best, with its standard error.
 
+        The family's own error at the estimate is found by a few steps of the whole network, and corrected. The
+        standard error includes what may be left of it. Without `terms_of` it is unknown, and a warning says so.
+
         Args:
             residuals: `residuals(model)` returns the differences (n,) or (n, m) from data with independent errors of
                 the same size, for instance `lambda model: model(x) - u`; divide them by the sizes if they differ.
@@ -377,7 +380,16 @@ class ParametricAdapter:
             prediction = Prediction(self, point, vector, extrapolated=False)
             return prediction.apply(residuals)
 
-        point, covariance, noise = minimize(self._space, residuals_at, ignore_missing)
+        def refitted_at(point: Point, vector: np.ndarray) -> Any:
+            return residuals(refit(self._problem, self._copy(vector), point))
+
+        if self._problem.terms_of is None:
+            warnings.warn(
+                "The family has no residual terms, so its own error is unknown, and the standard error leaves it out. "
+                "Give `terms_of` to the family.",
+                stacklevel=2,
+            )
+        point, covariance, noise = minimize(self._space, residuals_at, refitted_at, ignore_missing)
         errors = np.sqrt(covariance.diagonal()).tolist()
         return Calibration(argument(point), argument(tuple(errors)), covariance, noise, self.predict(point))
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,18 +30,21 @@ REPEATED = 1e-5  # of the residuals: two evaluations of the same model differ by
 # Squared residuals that may be a misfit, as a share of the largest change between members: anywhere, and at an end
 POOR, POOR_AT_END = 0.5, 3.0
 CHANCE = 1e-3  # of noise that looks like a misfit
+UNSURE = 0.25  # of the family's own error may be left after its correction
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """The result of `calibrate`: the most likely parameter for data.
 
-    The errors of the data are independent and Gaussian, all of the same unknown size.
+    The errors of the data are independent and Gaussian, all of the same unknown size. The predictions of the family
+    have an error d too, which is found by training the whole network at the estimate, and corrected.
 
     Attributes:
         parameter: The parameter, a number or a tuple.
         error: Its standard error, the same; 95 % intervals are about `parameter` plus and minus twice as much.
-        covariance: The covariance (dim, dim) of the parameters, s^2 (J^T J)^-1 with the Jacobian J of the residuals.
+        covariance: The covariance (dim, dim) of the parameters, (s^2 + |d|^2 / 16) (J^T J)^-1 with the Jacobian J of
+            the residuals, since a part of d may be left.
         noise: s, the standard deviation of the residuals.
         prediction: The prediction of the family at the parameter.
     """
@@ -55,9 +59,16 @@ class Calibration:
 def minimize(
     space: MemberSpace,
     residuals_at: Callable[[Point, np.ndarray], Any],
+    refitted_at: Callable[[Point, np.ndarray], Any],
     ignore_missing: bool,
 ) -> tuple[Point, np.ndarray, float]:
     """Find the parameter in the range of the members with the least sum of squared residuals.
+
+    Args:
+        space: The members.
+        residuals_at: The residuals at a parameter and its coordinates.
+        refitted_at: The same without the error of the family, which is corrected.
+        ignore_missing: Whether to leave out residuals that are NaN.
 
     Returns:
         The parameter, its covariance, and the standard deviation of the residuals.
@@ -68,7 +79,7 @@ def minimize(
     low, high = space.positions.aminmax(dim=0)
     dim = len(low)
 
-    def evaluate(shifted: np.ndarray) -> np.ndarray:
+    def evaluate(shifted: np.ndarray, residuals_at: Callable = residuals_at) -> np.ndarray:
         position = torch.from_numpy(shifted - SHIFT).unsqueeze(0)
         (point,) = space.points_at(position)
         (vector,) = space.vectors_at(position)
@@ -89,8 +100,8 @@ def minimize(
     if is_present.sum() <= dim:
         raise ValueError(f"`residuals` has {is_present.sum()} values without NaN, but must have more than {dim}.")
 
-    def residuals_of(shifted: np.ndarray) -> np.ndarray:
-        values = evaluate(shifted)[is_present]
+    def residuals_of(shifted: np.ndarray, residuals_at: Callable = residuals_at) -> np.ndarray:
+        values = evaluate(shifted, residuals_at)[is_present]
         wrong = np.sum(~np.isfinite(values))
         if wrong:
             raise ValueError(
@@ -120,12 +131,13 @@ def minimize(
     (point,) = space.points_at(position.unsqueeze(0))
     noise = residuals.norm().item() / math.sqrt(len(residuals) - dim)
     _, values, directions = torch.linalg.svd(slopes, full_matrices=False)
-    covariance = noise**2 * (directions.T / values**2) @ directions  # of the position
+    inverse = torch.linalg.pinv(slopes, rtol=1e-8)
+    inverse_gram = inverse @ inverse.T
 
     # where a Gauss-Newton step without bounds would lead
-    ahead = position - torch.linalg.pinv(slopes, rtol=1e-8) @ residuals
+    ahead = position - inverse @ residuals
     beyond = torch.maximum(low - ahead, ahead - high)
-    is_outside = beyond > BEYOND * covariance.diagonal().sqrt()
+    is_outside = beyond > BEYOND * noise * inverse_gram.diagonal().sqrt()
     to_end = torch.minimum(position - low, high - position)
     is_at_end = bool((to_end < WIDTH).any())
     if is_outside.any() or is_misfit(least, at_starts, dim, is_at_end):
@@ -143,7 +155,20 @@ def minimize(
             f"The data do not determine the parameter: near {text_of(point)} the residuals hardly change along the "
             f"direction ({text_of(weak)}). Give data that do, or a family of fewer parameters."
         )
-    covariance = scale.unsqueeze(1) * covariance * scale  # of the parameter
+    refitted = torch.from_numpy(residuals_of(solution.x, refitted_at))
+    family_error = residuals - refitted
+    corrected = (position + inverse @ family_error).clamp(low, high)
+    remaining = refitted + slopes @ (corrected - position)
+    (point,) = space.points_at(corrected.unsqueeze(0))
+    noise = remaining.norm().item() / math.sqrt(len(residuals) - dim)
+    unsure = UNSURE * family_error.norm().item()
+    if unsure > noise:
+        warnings.warn(
+            "The family's own error makes most of the standard error, more than the noise of the data. Fit a member "
+            "at the parameter, and calibrate again.",
+            stacklevel=3,
+        )
+    covariance = (noise**2 + unsure**2) * scale.unsqueeze(1) * inverse_gram * scale  # of the parameter
     return point, covariance.numpy(), noise
 
 

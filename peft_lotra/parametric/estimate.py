@@ -10,11 +10,13 @@ import math
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from ..least_squares.levenberg_marquardt import LevenbergMarquardt
 from ..least_squares.normal_equations import LinearModel
 from ..least_squares.problem import LeastSquares, Term, trainable_parameters
 from .held_out import inputs_of
@@ -24,6 +26,7 @@ from .members import Problem, argument, residuals_of, write
 
 # With less damping the step fits single points, with more it does not reach the error.
 ESTIMATE_DAMPING = 1e-8
+REFIT_STEPS = 4  # of the whole network
 MEMORY = 2**30  # bytes of a Jacobian and its matrix; a larger network is stepped in a member's coordinates
 VALUES = 128  # values, or random combinations of more, that an error is the norm of
 
@@ -95,8 +98,9 @@ class ErrorEstimates:
         held_out = self.problem.held_terms(model, point)
         terms = self.problem.terms(point) + [held_out[number] for number in numbers]
         residuals = residuals_of(model, terms)
-        network = copy.deepcopy(model).merge_and_unload().requires_grad_()
-        count = sum(parameter.numel() for parameter in network.parameters())
+        network = trainable_network(model, len(residuals))
+        leaves = list(trainable_parameters(network).values())
+        count = sum(leaf.numel() for leaf in leaves)
         if not numbers and len(residuals) < count and not self._changes:  # told once
             warnings.warn(
                 f"Indicators of this family may miss most of the error: a network of {count} parameters can fit each "
@@ -104,14 +108,11 @@ class ErrorEstimates:
                 "the same terms at other points.",
                 stacklevel=5,  # past `cached_property`
             )
-        if 8 * count * max(count, len(residuals)) > MEMORY // 4:
-            network = copy.deepcopy(model)
         network.double()
         values = self._values(network, point, terms)
         if values is None:
             return None
 
-        leaves = list(trainable_parameters(network).values())
         gradients = []
         for value in values:
             of_value = torch.autograd.grad(value, leaves, retain_graph=True, materialize_grads=True)
@@ -145,3 +146,25 @@ class ErrorEstimates:
             signs = 2 * bits - 1
             values = signs.to(values) @ values / math.sqrt(VALUES)
         return values
+
+
+def trainable_network(model: Any, residuals: int) -> nn.Module:
+    """Return a copy of the adapted network, all of whose parameters require a gradient.
+
+    If the matrices for so many residuals are too large, only the coordinates of a member require one.
+    """
+    network = copy.deepcopy(model).merge_and_unload().requires_grad_()
+    count = sum(parameter.numel() for parameter in network.parameters())
+    if 8 * count * max(count, residuals) > MEMORY // 4:
+        return copy.deepcopy(model)
+    return network
+
+
+@torch.inference_mode(False)
+def refit(problem: Problem, model: Any, point: Point) -> Any:
+    """Return the solution at a parameter by steps of the whole network, if there are terms."""
+    terms = [*problem.terms(point), *problem.held_terms(model, point).values()]
+    if terms:
+        model = trainable_network(model, len(residuals_of(model, terms)))
+        LevenbergMarquardt(model, ESTIMATE_DAMPING, floor=1.0).fit(terms, REFIT_STEPS, progress=False)
+    return problem.solution(model, point)

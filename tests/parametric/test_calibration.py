@@ -54,6 +54,47 @@ def test_intervals_cover_the_truth(family):
     assert covered >= 25  # 28 or 29 are expected
 
 
+@pytest.fixture(scope="module")
+def coarse(base):
+    """A family of few members, whose error is 0.007."""
+    family = ParametricAdapter(base, problems.terms_of, ranks=6)
+    family.fit([2.5, 3.0, 3.5], progress=False)
+    return family
+
+
+@pytest.mark.filterwarnings("ignore:The family's own error")
+@pytest.mark.parametrize("dim", [1, 2])
+def test_intervals_of_a_coarse_family_cover_the_truth(base, coarse, dim):
+    """The noise is as large as the error of the family, which moves all data together."""
+    family, size = coarse, 1.0
+    if dim == 2:
+        family, size = ParametricAdapter(base, problems.terms_of_two, ranks=6), 1.1
+        family.fit(itertools.product((2.6, 3.0, 3.4), (0.8, 1.2)), max_steps=6, progress=False)
+
+    covered = np.zeros(dim)
+    for seed, c in enumerate(np.linspace(2.65, 3.35, 10).tolist()):
+        result = family.calibrate(residuals(size * noisy(c, seed, noise=0.006)))
+        covered += abs(np.subtract(result.parameter, (c, size)[:dim])) < 1.96 * np.array(result.error)
+        assert np.max(result.error) < 0.05
+
+    assert covered.min() >= 9
+
+
+def test_a_family_whose_error_dominates_warns(coarse):
+    with pytest.warns(UserWarning, match="The family's own error makes most"):
+        result = coarse.calibrate(residuals(noisy(2.7, noise=1e-3)))
+
+    assert abs(result.parameter - 2.7) < 1.96 * result.error
+
+
+def test_a_family_without_terms_warns_that_its_error_is_unknown(base, family, tmp_path):
+    family.save_pretrained(tmp_path)
+    without = ParametricAdapter.from_pretrained(base, tmp_path)
+
+    with pytest.warns(UserWarning, match="no residual terms"):
+        without.calibrate(residuals(noisy(2.9)))
+
+
 def test_the_parameter_does_not_depend_on_the_units_of_the_data(family):
     difference = residuals(noisy(2.9))
 
