@@ -21,7 +21,6 @@ from shared import command_line  # isort: split
 
 
 import itertools
-import math
 import time
 import warnings
 from collections.abc import Callable
@@ -174,7 +173,7 @@ def run(name: str, dim: int, seed: int, sets: int) -> list[dict]:
 
 
 def table(results: dict[str, list[dict]]) -> str:
-    """A row for each number of parameters and cell: the shares of all problems, and medians, of the worst parameter."""
+    """A row for each number of parameters and cell: shares of each parameter, widths and errors of the worst one."""
     labels = list(results)
     lines = [
         "| parameters | data | noise / family's error | "
