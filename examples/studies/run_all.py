@@ -46,6 +46,7 @@ STUDIES: list[tuple[str, list[str], list[str] | None]] = [
     ("parametric/fronts.py", [], []),
     ("parametric/wide.py", [], []),
     ("parametric/smooth.py", [], []),
+    ("parametric/coverage.py", [], []),
     ("pde/transfer.py", [], ["--family", "burgers"]),
     ("pde/moving_targets.py", [], []),
     ("pde/standard.py", [], ["--problems", "helmholtz"]),
