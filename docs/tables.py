@@ -450,6 +450,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "benchmark-targets": benchmark_targets,
     "benchmarks": benchmarks,
     "convolutions": convolutions,
+    "coverage": lambda: study("coverage").table(
+        load("parametric/coverage")["results"]
+    ),
     "demos": lambda: record_of("demos"),
     "few-labels": few_labels,
     "fifty-tasks": fifty_tasks,
@@ -501,6 +504,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "many_series": lambda: study("many_series").as_text(
         load("many_series")["results"]
     ),
+    "parametric/coverage": TABLES["coverage"],
     "parametric/wide": lambda: study("wide").table(load("parametric/wide")),
     "pde/demos": lambda: record_of("demos"),
     "pde/forgetting": lambda: record_of("forgetting"),
