@@ -40,7 +40,7 @@ from typing import Any
 
 import peft
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -268,9 +268,9 @@ def mixed_batch(adapters: int, folder: Path) -> Operation:
 def bank_batch(adapters: int, in_bank: int, folder: Path) -> Operation:
     base = KAN([4, 32, 32, 1]).eval()
     bank = AdapterBank(base)
-    model = adapt(copy.deepcopy(base))
+    tensors = get_peft_model_state_dict(adapt(copy.deepcopy(base)), adapter_name="a0")
     for name in names(in_bank, in_bank):
-        bank.add(name, model)
+        bank.add(name, tensors)
     served = bank.attach()
     x = points(4096, 4)
     return torch.no_grad()(lambda: served(x, adapter_names=names(adapters)))
@@ -278,12 +278,12 @@ def bank_batch(adapters: int, in_bank: int, folder: Path) -> Operation:
 
 # the costs that may not depend on a number, at two numbers
 NUMBERS: dict[str, tuple[Callable[[int, Path], Operation], int, int]] = {
-    "{:,} adapters loaded, forward": (forward_beside, 1, 64),
-    "{:,} adapters loaded, save one": (save_beside, 1, 64),
-    "{:,} adapters loaded, load one more": (load_beside, 1, 64),
-    "{:,} adapters in a batch": (mixed_batch, 16, 64),
-    "{:,} adapters in a batch, bank": (lambda number, folder: bank_batch(number, 256, folder), 16, 256),
-    "{:,} adapters in a bank": (lambda number, folder: bank_batch(16, number, folder), 64, 1024),
+    "4,096 rows, {:,} loaded": (forward_beside, 1, 64),
+    "save one, {:,} loaded": (save_beside, 1, 64),
+    "load one more, {:,} loaded": (load_beside, 1, 64),
+    "4,096 rows over {:,} adapters": (mixed_batch, 16, 64),
+    "4,096 rows over {:,} adapters, bank": (lambda number, folder: bank_batch(number, 256, folder), 16, 256),
+    "4,096 rows, bank of {:,}": (lambda number, folder: bank_batch(16, number, folder), 64, 1024),
 }
 OPERATIONS: dict[str, Callable[[Path], Operation]] = {
     "attach": attach,
