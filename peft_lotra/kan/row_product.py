@@ -101,10 +101,10 @@ class PackedTucker(NamedTuple):
                 continue
             components = []
             for update in updates:
-                if update is None:
-                    components.append(like.new_zeros(shape))
-                else:
-                    components.append(_pad_to(shape, update.tensor[number], like))
+                component = like.new_zeros(shape) if update is None else update.tensor[number]
+                if component is None or component.shape != shape:
+                    component = _pad_to(shape, component, like)
+                components.append(component.to(like.device))
             stacked = torch.stack(components)
             stacked = stacked.to(torch.promote_types(stacked.dtype, like.dtype))
             if number == 0:  # the core
@@ -123,15 +123,13 @@ def _reverse_modes(tensors: Tensor) -> Tensor:
 
 
 def _pad_to(shape: Sequence[int], tensor: Tensor | None, like: Tensor) -> Tensor:
-    """Append zeros to each mode up to a shape, on the device of `like`. None stands for the identity."""
+    """Append zeros to each mode up to a shape. None stands for the identity, of the dtype of `like`."""
     if tensor is None:
         return torch.eye(*shape, dtype=like.dtype, device=like.device)
-    if tensor.shape != torch.Size(shape):
-        padding = []
-        for size, length in zip(reversed(shape), reversed(tensor.shape), strict=True):
-            padding += [0, size - length]
-        tensor = F.pad(tensor, padding)
-    return tensor.to(like.device)
+    padding = []
+    for size, length in zip(reversed(shape), reversed(tensor.shape), strict=True):
+        padding += [0, size - length]
+    return F.pad(tensor, padding)
 
 
 class RowGroups(NamedTuple):

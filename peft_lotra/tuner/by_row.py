@@ -466,17 +466,21 @@ def _updates_by_name(
     distinct, groups = group_names(tuple(names))
     if len(distinct) == 1:
         return None
-    updates = []
-    for name in distinct:
-        updates += layer._updates([name], current) or [None]  # without one, the base
-    tensors = [update.tensor for update in updates if update is not None]
-    if names and not tensors:
+    names_of_layer = layer._available(distinct)
+    update_of = dict(zip(names_of_layer, layer._updates(names_of_layer, current), strict=True))
+    if names and not update_of:
         return None
     shape = full_shape(layer.lotra_tensor)
     # layers of other libraries refuse empty batches, but here only the shape of the output matters
     form = PackedTucker(shape, (0 if names else 1,) * len(shape))
-    for tensor in tensors:
+    # adapters of the same shapes need the same room
+    tensors = {}
+    for _, tensor in update_of.values():
+        shapes = tuple([None if component is None else component.shape for component in tensor])
+        tensors[shapes] = tensor
+    for tensor in tensors.values():
         form = form.with_room_for(tensor)
+    updates = [update_of.get(name) for name in distinct]  # without one, the base
     stored = layer.lotra_tensor.get_parameter(layer.get_base_layer())
     return RowUpdates(form.pack(updates or [None], stored), groups, form)
 
