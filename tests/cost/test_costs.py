@@ -54,4 +54,5 @@ def test_calls_do_not_grow_with_the_number_of_adapters(description):
         units.remove("peak")
     if description.endswith(" over {:,} adapters"):
         units.remove("functions")
-    assert {unit: (few[unit], many[unit]) for unit in units if many[unit] > few[unit]} == {}
+    # groups of other sizes take other products
+    assert {unit: (few[unit], many[unit]) for unit in units if many[unit] > 1.05 * few[unit]} == {}
