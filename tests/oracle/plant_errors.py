@@ -1,0 +1,250 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Plant one error after another in a copy of the package, and report which ones the oracle finds.
+
+`planted.json` lists the errors: each is one changed line. Those of the source "review" were chosen by hand. The others
+are drawn from all changes of signs, indices, factors, terms and arguments in lines that compute, evenly by area.
+
+    python tests/oracle/plant_errors.py              plant all errors, record what found them, print the table
+    python tests/oracle/plant_errors.py 3 17         plant these alone
+    python tests/oracle/plant_errors.py --draw 59    replace the drawn errors by those of another seed
+    python tests/oracle/plant_errors.py --replace    draw others for the errors whose line is gone
+    python tests/oracle/plant_errors.py --table      only print the table
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "peft_lotra"
+LIST = Path(__file__).with_name("planted.json")
+PER_AREA = 6
+# Files that compute outputs, coefficients or gradients, by area. Random starts have no reference.
+AREAS = {
+    "kan": "basis formula input_map knots layer network product refinement row_product slim_kan sparse_product",
+    "tuner": "by_row gradients grids hotswap jets layer model refit slim weighted",
+    "bank": "bank layer reading snapshot storage",
+    "layers": "coefficients derivatives formula layout slim",
+    "derivatives": "api bases chain_rule layer_jet layers norms splines stages torch_fallback",
+    "least_squares": "forgetting jacobian levenberg_marquardt normal_equations problem",
+}
+SKIPPED_FUNCTIONS = re.compile("_?(check|refuse|warn|reset_parameters)|(extra)?_?_repr")
+# functions of names and types, or whose arguments may be exchanged
+SKIPPED_CALLS = re.compile("isinstance|[gsh][ea][tsx]*attr|zip|range|max|min|promote_types|.*Error|warn|cast|partial")
+
+
+# --- the drawn errors ---
+
+
+def changes(path: Path) -> Iterator[dict]:
+    """Yield the changes of one line of a file."""
+    text = path.read_text()
+    lines = text.splitlines()
+    for statement in _statements(ast.parse(text)):
+        for node in ast.walk(statement):
+            if getattr(node, "end_lineno", None) != getattr(node, "lineno", None):
+                continue
+            for kind, new in _changed(node):
+                line = lines[node.lineno - 1].encode()
+                changed = line[: node.col_offset] + new.encode() + line[node.end_col_offset :]
+                old = line.decode()
+                number = lines[: node.lineno - 1].count(old)
+                yield {"kind": kind, "old": old.strip(), "new": changed.decode().strip(), "number": number}
+
+
+def _statements(node: ast.AST, in_function: bool = False) -> Iterator[ast.stmt]:
+    """Yield the statements of functions that compute: no messages, checks, and defaults."""
+    for field in ("body", "orelse", "finalbody", "handlers"):
+        block = getattr(node, field, [])
+        if any(isinstance(child, ast.Raise) for child in block):
+            continue
+        for child in block:
+            if isinstance(child, ast.FunctionDef):
+                if not SKIPPED_FUNCTIONS.match(child.name):
+                    yield from _statements(child, True)
+            elif in_function and isinstance(child, (ast.Assign, ast.AugAssign, ast.Return, ast.Expr)):
+                is_docstring = isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)
+                if not is_docstring and not any(isinstance(part, ast.JoinedStr) for part in ast.walk(child)):
+                    yield child
+            else:
+                yield from _statements(child, in_function)
+
+
+def _changed(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """Yield the kinds of errors at a node, and its text with the error."""
+    if isinstance(node, ast.AugAssign) and not isinstance(node.value, ast.List):
+        operators = {ast.Add: ("sign", "-="), ast.Sub: ("sign", "+="), ast.Mult: ("factor", "/=")}
+        if type(node.op) in operators:
+            kind, operator = operators[type(node.op)]
+            yield kind, f"{ast.unparse(node.target)} {operator} {ast.unparse(node.value)}"
+    elif isinstance(node, ast.BinOp):
+        left, right = ast.unparse(node.left), ast.unparse(node.right)
+        if any(mark in left + right for mark in "'\"["):  # texts and lists
+            return
+        operators = {ast.Add: ("sign", "-"), ast.Sub: ("sign", "+"), ast.Mult: ("factor", "/")}
+        if type(node.op) in operators:
+            kind, operator = operators[type(node.op)]
+            yield kind, f"({left}) {operator} ({right})"
+            dropped = "factor" if kind == "factor" else "term"
+            yield dropped, f"({left})"
+            yield dropped, f"({right})"
+        elif isinstance(node.op, ast.Div):
+            yield "factor", f"({left})"
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        yield "sign", ast.unparse(node.operand)
+    elif isinstance(node, ast.Constant) and type(node.value) is int:
+        yield "index", str(node.value + 1)
+    elif isinstance(node, ast.Constant) and type(node.value) is float:
+        yield "factor", str(node.value * 2)
+    elif isinstance(node, ast.Call):
+        name = ast.unparse(node.func).rpartition(".")[2]
+        has_stars = any(isinstance(argument, ast.Starred) for argument in node.args)
+        if len(node.args) < 2 or has_stars or SKIPPED_CALLS.fullmatch(name):
+            return
+        first, second, *others = node.args
+        # arguments of different kinds would raise at once
+        if type(first) is type(second) and ast.dump(first) != ast.dump(second):
+            arguments = [second, first, *others, *node.keywords]
+            texts = ", ".join(map(ast.unparse, arguments))
+            yield "swap", f"{ast.unparse(node.func)}({texts})"
+
+
+def drawn(area: str, seed: int) -> Iterator[dict]:
+    """Yield errors of an area in the order of a seed: first a kind of errors is drawn, then a line."""
+    by_kind: dict[str, list[dict]] = {}
+    for name in AREAS[area].split():
+        path = PACKAGE / area / f"{name}.py"
+        for change in changes(path):
+            file = str(path.relative_to(PACKAGE))
+            by_kind.setdefault(change["kind"], []).append({"file": file, **change})
+    generator = random.Random(f"{seed} {area}")
+    while any(by_kind.values()):
+        kind = generator.choice(sorted(by_kind))
+        if by_kind[kind]:
+            yield by_kind[kind].pop(generator.randrange(len(by_kind[kind])))
+
+
+def add_drawn(errors: list[dict], area: str, seed: int, count: int, **notes) -> None:
+    """Add drawn errors, at most one for each line."""
+    lines = {(error["file"], error["old"], error["number"]) for error in errors}
+    for error in drawn(area, seed):
+        line = (error["file"], error["old"], error["number"])
+        if count and line not in lines:
+            lines.add(line)
+            count -= 1
+            errors.append({**error, "source": f"seed {seed}", **notes})
+
+
+# --- planting ---
+
+
+def plant(error: dict, package: Path) -> bool:
+    """Change the line in a copy of the package; return whether it was there."""
+    path = package / error["file"]
+    lines = path.read_text().splitlines(keepends=True)
+    places = [number for number, line in enumerate(lines) if line.strip() == error["old"]]
+    if error["number"] >= len(places):
+        return False
+    place = places[error["number"]]
+    lines[place] = lines[place].replace(error["old"], error["new"])
+    path.write_text("".join(lines))
+    return True
+
+
+def run_oracle(error: dict | None, limit: float, options: list[str]) -> str:
+    """Run the oracle on a copy of the package that has the error.
+
+    Returns:
+        The first case that is red; "" if none is; "gone" if the package has no such line.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder, "peft_lotra")
+        shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+        if error is not None and not plant(error, package):
+            return "gone"
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *options]
+        command += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), str(LIST.parent)]
+        environment = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT / 'tests/support'}"}
+        try:
+            process = subprocess.run(
+                command, cwd=folder, env=environment, capture_output=True, text=True, timeout=limit
+            )
+        except subprocess.TimeoutExpired:
+            return "time limit"
+        if process.returncode == 0:
+            return ""
+        case = re.search(r"^(?:FAILED|ERROR) (?:.*::)?(.+?)(?: - .*)?$", process.stdout, re.MULTILINE)
+        return case.group(1) if case else f"exit status {process.returncode}"
+
+
+def table(errors: list[dict]) -> str:
+    """Return the numbers of errors by area as a Markdown table, and those that are not found with the reasons."""
+    rows = ["| area | planted | found | change no result | missed |", "|---|--:|--:|--:|--:|"]
+    totals = [0, 0, 0, 0]
+    present = [error for error in errors if error.get("found") != "gone"]
+    for area in AREAS:
+        of_area = [error for error in present if error["file"].startswith(f"{area}/")]
+        found = sum(bool(error.get("found")) for error in of_area)
+        equivalent = sum(not error.get("found") and "equivalent" in error for error in of_area)
+        counts = [len(of_area), found, equivalent, len(of_area) - found - equivalent]
+        totals = [total + count for total, count in zip(totals, counts, strict=True)]
+        rows.append(f"| {area} | " + " | ".join(map(str, counts)) + " |")
+    rows.append("| all | " + " | ".join(map(str, totals)) + " |")
+    rows.append("")
+    for error in present:
+        if not error.get("found"):
+            reason = error.get("equivalent") or error.get("missed", "Not looked at.")
+            rows.append(f"- `{error['file']}`: `{error['old']}` becomes `{error['new']}`. {reason}")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("numbers", nargs="*", type=int)
+    parser.add_argument("--draw", type=int, metavar="SEED")
+    parser.add_argument("--replace", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for each error")
+    arguments, options = parser.parse_known_args()
+
+    errors = json.loads(LIST.read_text())
+    if arguments.draw is not None:
+        errors = [error for error in errors if error["source"] == "review"]
+        for area in AREAS:
+            add_drawn(errors, area, arguments.draw, PER_AREA)
+    elif arguments.replace:
+        for error in list(errors):
+            if error.get("found") == "gone" and not error.get("replaced"):
+                error["replaced"] = True
+                area = error["file"].partition("/")[0]
+                seed = int(error["source"].split()[-1]) if error["source"] != "review" else 59
+                add_drawn(errors, area, seed, 1, replaces=errors.index(error))
+    elif not arguments.table:
+        red = run_oracle(None, arguments.limit, options)
+        if red:
+            sys.exit(f"The oracle is red without an error: {red}")
+        for number in arguments.numbers or range(len(errors)):
+            error = errors[number]
+            error["found"] = run_oracle(error, arguments.limit, options)
+            print(f"{number:3} {error['file']}: {error['new']}: {error['found'] or 'NOT FOUND'}", flush=True)
+            LIST.write_text(json.dumps(errors, indent=1) + "\n")
+    LIST.write_text(json.dumps(errors, indent=1) + "\n")
+    print(table(errors))
+
+
+if __name__ == "__main__":
+    main()
