@@ -1,0 +1,304 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Operations on networks and large batches, compared with the base to which dense updates were added."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dense import ALPHA, FORMS, dense, dense_base, dense_parameters, near
+from helpers import KINDS, Net, adapt, add_adapter, inputs, lotra_layers
+from peft import PeftModel
+from scipy.interpolate import RBFInterpolator
+from stand_ins import LAYER_KINDS, as_model
+from torch import Tensor, nn
+
+from peft_lotra import AdapterBank, ParametricAdapter, extract_lotra, refit_adapters
+from peft_lotra.kan import KAN, KANLinear, SlimKAN, refine_grid
+
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+NETWORKS: dict[str, Any] = {
+    "layer norm": lambda: KAN([3, 6, 4], norm="layer", dtype=torch.float64),
+    "batch norm": lambda: KAN([3, 6, 4], norm="batch", dtype=torch.float64),
+    "tanh, order 4": lambda: KAN([3, 6, 4], grid_size=3, spline_order=4, norm="tanh", dtype=torch.float64),
+    "one input": lambda: KAN([1, 5, 1], spline_order=1, dtype=torch.float64),
+    "wide": lambda: KAN([3, 200, 4], spline_order=2, dtype=torch.float64),
+    "head": lambda: Net().double(),
+    "slim": lambda: SlimKAN([3, 6, 4], ranks=(2, 2, 3), dtype=torch.float64),
+    "slim wide": lambda: SlimKAN([40, 80, 4], ranks=("full", 3, 2), dtype=torch.float64),
+}
+# more values of the basis than plain operations and one block evaluate; float32 gathers coefficients on a large grid
+LARGE = {
+    "own": (lambda: as_model(KANLinear(30, 7, dtype=torch.float64)), 1300, 1e-9),
+    "order 5": (lambda: as_model(KANLinear(20, 5, spline_order=5, dtype=torch.float64)), 1500, 1e-9),
+    "large grid": (lambda: as_model(KANLinear(20, 5, grid_size=60)), 400, 1e-4),
+    "scales": (lambda: as_model(LAYER_KINDS["efficient-kan-old"](30, 7)).double(), 1300, 1e-9),
+    "many outputs": (lambda: as_model(KANLinear(20, 1500, dtype=torch.float64)), 40, 1e-9),
+}
+
+
+def make(kind: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    base = NETWORKS[kind]().eval()
+    for name, buffer in base.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 1.5)
+    width = {"one input": 1, "slim wide": 40}.get(kind, 3)
+    return base, inputs(24, torch.float64, width)
+
+
+def compare_gradients(model: nn.Module, base: nn.Module, x: Tensor, bound: float, names: Any = None) -> None:
+    """Compare outputs, and gradients of inputs and components, by two backward passes and by one that is batched."""
+    x = x.clone().requires_grad_()
+    variables = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
+    reference = dense_base(base)
+    expected = torch.func.functional_call(reference, dense_parameters(reference, (model, "default", ALPHA)), (x,))
+    y = model(x)
+    near(y, expected, bound)
+    weights = torch.randn_like(y) / len(x)
+    near(
+        torch.autograd.grad((weights * y).sum(), variables, retain_graph=True),
+        torch.autograd.grad((weights * expected).sum(), variables, retain_graph=True),
+        bound,
+    )
+    # a gradient that is differentiated again
+    slopes = [torch.autograd.grad((weights * z).sum(), x, create_graph=True)[0] for z in (y, expected)]
+    near(*[torch.autograd.grad((slope**2).sum(), variables, allow_unused=True) for slope in slopes], 100 * bound)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_network_and_its_gradients(kind: str, form: str) -> None:
+    base, x = make(kind)
+    model = adapt(copy.deepcopy(base), alpha=ALPHA, **FORMS[form])
+
+    compare_gradients(model, base, x, 1e-8)
+
+
+@pytest.mark.parametrize("form", ["factors", "shape"])
+@pytest.mark.parametrize("kind", LARGE)
+def test_a_large_batch_and_its_gradients(kind: str, form: str) -> None:
+    make, rows, bound = LARGE[kind]
+    torch.manual_seed(0)
+    base = make().eval()
+    x = inputs(rows, next(base.parameters()).dtype, base.kan.in_features) * 1.3
+
+    compare_gradients(adapt(copy.deepcopy(base), alpha=ALPHA, **FORMS[form]), base, x, bound)
+
+
+def adapters_of(base: nn.Module, count: int) -> dict[str, PeftModel]:
+    """Return models with adapters of all forms, in turn."""
+    forms = list(FORMS.values())
+    return {f"a{n}": adapt(copy.deepcopy(base), alpha=ALPHA, **forms[n % len(forms)]) for n in range(count)}
+
+
+def served_by_peft(base: nn.Module, models: dict[str, PeftModel]) -> nn.Module:
+    """Return one model with the adapters of all."""
+    model: Any = None
+    for name, source in models.items():
+        config = copy.deepcopy(source.peft_config["default"])
+        if model is None:
+            model = adapt(copy.deepcopy(base), adapter_name=name, **FORMS["factors"])
+            model.delete_adapter(name)
+        model.add_adapter(name, config)
+        for layer, of_source in zip(lotra_layers(model).values(), lotra_layers(source).values(), strict=True):
+            layer.set_components(name, of_source.get_components("default"))
+    return model.eval()
+
+
+def served_by_bank(base: nn.Module, models: dict[str, PeftModel]) -> nn.Module:
+    bank = AdapterBank(copy.deepcopy(base))
+    for name, model in models.items():
+        bank.add(name, model)
+    return bank.attach().eval()
+
+
+@pytest.mark.parametrize("serve", [served_by_peft, served_by_bank])
+@pytest.mark.parametrize("rows", [1, 20, 600])
+@pytest.mark.parametrize("kind", ["tanh, order 4", "slim", "head", "large grid", *["fast-kan", "efficient-kan-old"]])
+def test_17_adapters_in_a_batch(kind: str, rows: int, serve: Any) -> None:
+    torch.manual_seed(0)
+    if kind == "large grid":
+        base = KAN([3, 40, 4], grid_size=30, dtype=torch.float64)
+    else:
+        base = (NETWORKS[kind]() if kind in NETWORKS else KINDS[kind]().double()).eval()
+    models = adapters_of(base, 17)
+    references = {"__base__": dense(base), **{name: dense(base, model) for name, model in models.items()}}
+    choices = list(references)
+    names = [choices[index] for index in torch.randint(len(choices), (rows,))]
+    x = inputs(rows, torch.float64).requires_grad_()
+    outputs = {name: reference(x) for name, reference in references.items()}
+    expected = torch.stack([outputs[name][row] for row, name in enumerate(names)])
+
+    y = serve(base, models)(x, adapter_names=names)
+
+    near(y, expected)
+    near(torch.autograd.grad(y.sin().sum(), x), torch.autograd.grad(expected.sin().sum(), x))
+
+
+class Folded(nn.Module):
+    """Folds the steps of (batch, 3, steps) into the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kan = KAN([3, 5, 2], dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.permute(0, 2, 1)
+        return self.kan(rows.reshape(-1, 3)).unflatten(0, rows.shape[:2])
+
+
+@pytest.mark.parametrize("serve", [served_by_peft, served_by_bank])
+@pytest.mark.parametrize("make", [Folded, lambda: nn.Sequential(KAN([6, 5, 2], dtype=torch.float64))])
+def test_several_rows_of_a_sample(make: Any, serve: Any) -> None:
+    base = make().eval()
+    models = adapters_of(base, 3)
+    x = torch.rand(8, 3, 6, dtype=torch.float64)
+    outputs = {name: dense(base, model)(x) for name, model in models.items()}
+    names = ["a0", "a2", "a1", "a1", "a0", "a2", "a2", "a0"]
+
+    y = serve(base, models)(x, adapter_names=names)
+
+    near(y, torch.stack([outputs[name][row] for row, name in enumerate(names)]))
+
+
+@pytest.mark.parametrize("kind", ["own", "fast-kan", "efficient-kan-old", "slim"])
+def test_compiled(kind: str) -> None:
+    """As a graph: an adapted model, and a bank."""
+    torch._dynamo.reset()
+    base = (NETWORKS[kind]() if kind in NETWORKS else KINDS[kind]().double()).eval()
+    models = adapters_of(base, 3)
+    x = inputs(12, torch.float64)
+    names = ["a0", "a1", "a2"] * 4
+    bank = AdapterBank(copy.deepcopy(base))
+    for name, model in models.items():
+        bank.add(name, model)
+    with torch.no_grad():
+        expected = {name: dense(base, model)(x) for name, model in models.items()}
+        y = torch.compile(bank.attach().eval(), backend="eager", fullgraph=True)(x, ids=bank.ids(names))
+
+    near(y, torch.stack([expected[name][row] for row, name in enumerate(names)]))
+    near(torch.compile(models["a0"], backend="aot_eager", fullgraph=True)(x), expected["a0"])
+
+
+def test_a_transform_of_an_adapted_model() -> None:
+    base, x = make("tanh, order 4")
+    model = adapt(copy.deepcopy(base), alpha=ALPHA)
+    reference = dense(base, model)
+
+    near(torch.func.vmap(torch.func.jacrev(model))(x), torch.func.vmap(torch.func.jacfwd(reference))(x))
+
+
+@pytest.mark.parametrize("with_inputs", [False, True])
+def test_extraction(with_inputs: bool) -> None:
+    """From the coefficients, and from the outputs at inputs."""
+    base, x = make("layer norm")
+    tuned = dense(base, adapt(copy.deepcopy(base), alpha=ALPHA))
+
+    extracted = extract_lotra(copy.deepcopy(base), tuned, r=(2, 3, 4), inputs=x if with_inputs else None)
+
+    near(extracted.eval()(x), tuned(x), 1e-6)
+
+
+REFINED = [("tanh, order 4", False), ("tanh, order 4", True), ("slim", False), ("slim", True), ("one input", True)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("kind", "samples"), REFINED)
+def test_a_refined_grid(kind: str, samples: bool, form: str) -> None:
+    """The adapters are refined with the grid, which keeps the function of the dense network too."""
+    base, x = make(kind)
+    if kind == "slim":
+        base = SlimKAN([3, 6, 4], ranks=(2, 2, 3), norm="tanh", dtype=torch.float64)
+    model = adapt(copy.deepcopy(base), alpha=ALPHA, **FORMS[form])
+    expected = dense(base, model)(x)
+
+    refine_grid(model, 2 * base.layers[0].grid_size, samples=x if samples else None)
+
+    near(model(x), expected, 1e-7)
+    total = dense(copy.deepcopy(model).unload(), model)
+    near(total(x), expected, 1e-7)
+
+
+@pytest.mark.parametrize("density", [None, torch.tensor([[1.0, 3.0, 1.0]])])
+def test_a_grid_of_another_size(density: Tensor | None) -> None:
+    """By least squares, with and without a map of the knots."""
+    base = KAN([1, 3, 1], grid_size=8, norm="tanh", dtype=torch.float64)
+    x = inputs(50, torch.float64, 1)
+    expected = base(x)
+
+    refine_grid(base, 120, density=density)
+
+    near(base(x), expected, 1e-4)
+
+
+def test_a_refit_on_a_moved_grid() -> None:
+    """A dense update is refitted as the dense network refits the sum."""
+    base = KAN([3, 4], dtype=torch.float64)
+    model = adapt(copy.deepcopy(base), alpha=1.0, r="full")
+    x = torch.rand(200, 3, dtype=torch.float64) * 1.5 - 0.8
+    before = dense(base, (model, "default", 1.0))
+    total = copy.deepcopy(before)
+    total.update_grid(x)
+
+    report = refit_adapters(model, x, lambda kan: kan.update_grid(x))
+
+    near(model(x), total(x), 1e-5)
+    moved = copy.deepcopy(base)
+    moved.update_grid(x)
+    change, target = total(x) - moved(x), before(x) - base(x)
+    near(torch.tensor(report.errors["layers.0", "default"]), ((change - target).norm() / target.norm()).float(), 1e-3)
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_a_family(count: int) -> None:
+    """Its prediction is the base with the interpolated cores, and so with interpolated dense updates."""
+    base, x = make("tanh, order 4")
+
+    @torch.no_grad()
+    def train(model: nn.Module, c: float) -> None:
+        torch.manual_seed(int(10 * c))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn_like(parameter))
+
+    family = ParametricAdapter(base, ranks=2)
+    parameters = np.linspace(1, 2, count)
+    family.fit(parameters.tolist(), train=train, progress=False)
+    members = [family.as_adapter(parameter) for parameter in parameters]
+    degree = min(2, count - 1)
+    kernel = {1: "cubic", 2: "quintic"}[degree]
+    weights = RBFInterpolator(parameters[:, None], np.eye(count), kernel=kernel, degree=degree)(np.array([[1.3]]))
+    adapters = [(member, "default", weight) for member, weight in zip(members, weights[0], strict=True)]
+
+    near(family.predict(1.3)(x), dense(base, *adapters)(x), 1e-7)
+    near(family.as_adapter(1.3)(x), dense(base, *adapters)(x), 1e-7)
+
+
+def test_rank_dropout_scales_what_it_keeps() -> None:
+    """Each output rank is dropped, or doubled."""
+    base, x = make("tanh, order 4")
+    base = KAN([3, 4], dtype=torch.float64)
+    model = adapt(copy.deepcopy(base), r=(2, 3, 4), alpha=ALPHA, rank_dropout=0.5).train()
+    (layer,) = lotra_layers(model).values()
+    outputs = []
+    for kept in ((0, 0), (0, 2), (2, 0), (2, 2)):
+        one = copy.deepcopy(model)
+        (of_one,) = lotra_layers(one).values()
+        components = of_one.get_components("default")
+        factors = torch.tensor(kept, dtype=torch.float64).view(2, 1, 1)
+        of_one.set_components("default", components._replace(core=components.core * factors))
+        outputs.append(dense(base, one)(x))
+
+    seen = set()
+    for _ in range(20):
+        y = model(x)
+        seen.add(min(range(4), key=lambda n: (y - outputs[n]).abs().max()))
+        near(y, outputs[min(range(4), key=lambda n: (y - outputs[n]).abs().max())])
+    assert len(seen) > 2
