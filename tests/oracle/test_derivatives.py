@@ -59,7 +59,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "wide": lambda: KAN([3, 300, 3], dtype=torch.float64),
 }
 # the kinds whose fourth derivatives are compared
-HIGH = ["splines of order 5", "fast-kan", "linear"]
+HIGH = ["splines of order 5", "fast-kan"]
 
 
 def make(kind: str, form: str = "factors", rows: int = 12) -> tuple[nn.Module, nn.Module, Tensor]:
@@ -82,7 +82,7 @@ def test_a_jet_and_its_gradients(kind: str, rows: int, collapse: Any) -> None:
     reference = exact(reference)
     run = lambda z: torch.func.functional_call(reference, parameters, (z,))  # noqa: E731
     order = 2 if kind == "wide" or collapse is True else 3
-    if kind in HIGH:
+    if kind in HIGH and collapse is False:
         order += 1
 
     actual = jet(model, x, directions, order=order, collapse=collapse)
@@ -190,7 +190,7 @@ def residuals_and_jacobian(model: nn.Module, terms: list[tuple]) -> tuple[Tensor
     residuals = torch.cat(parts)
     units = torch.eye(len(residuals), dtype=residuals.dtype)
     gradients = torch.autograd.grad(residuals, parameters, units, is_grads_batched=True, materialize_grads=True)
-    return residuals.detach(), torch.cat([gradient.flatten(1) for gradient in gradients], 1)
+    return residuals.detach(), torch.cat([gradient.reshape(len(units), -1) for gradient in gradients], 1)
 
 
 def trained(model: nn.Module) -> Tensor:

@@ -4,14 +4,13 @@
 """Operations on networks and large batches, compared with the base to which dense updates were added."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from dense import ALPHA, FORMS, dense, dense_base, dense_parameters, near
-from helpers import KINDS, Net, adapt, add_adapter, inputs, lotra_layers
+from helpers import KINDS, Net, adapt, inputs, lotra_layers
 from peft import PeftModel
 from scipy.interpolate import RBFInterpolator
 from stand_ins import LAYER_KINDS, as_model

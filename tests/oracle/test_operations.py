@@ -250,7 +250,7 @@ for name in OPERATIONS:
         CASES += [(name, kind, form) for form in ([*forms][:1] if name == "start" else forms)]
 IMPOSSIBLE = {
     ("flashkan", "derivatives"): "its compiled backward pass cannot be differentiated again",
-    **{("flashkan", name): "its compilation takes seconds" for name in ("single", "bfloat16", "autocast")},
+    **{("flashkan", name): "its compilation takes seconds" for name in ("reload", "single", "bfloat16", "autocast")},
     ("slim own", "extraction"): "the merged Slim layer has other ranks",
     ("kalnconv", "mixed"): "it normalizes by the whole batch",
     ("kalnconv", "bank"): "it normalizes by the whole batch",
