@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Derivatives of adapted networks in closed form; `derivatives/test_jets.py` has them of each kind."""
+"""Derivatives of adapted networks in closed form; `oracle/test_jets.py` has them of each kind."""
 
 import pytest
 import torch
