@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import CONVS, KINDS, X, adapt, add_adapter, assert_equal, assert_near, bank_of, net, row_by_row
+from helpers import KINDS, X, adapt, assert_equal, assert_near, bank_of, net, row_by_row
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
@@ -28,21 +28,6 @@ FORMS = {
     "inputs": {"r": (1, "full", 2)},
     "outputs": {"r": ("full", 1, "full")},
 }
-# forms that leave each combination of the modes full in all adapters
-MIXTURES = [
-    ["shape"],
-    ["splines"],
-    ["dense"],
-    ["dense splines", "dense"],
-    ["shape", "splines"],
-    ["shape", "dense"],
-    ["inputs"],
-    ["outputs"],
-    ["outputs", "dense"],
-    ["shape", "inputs"],
-    ["shape", "factors"],
-    list(FORMS),
-]
 BASES = {
     "own": lambda: KAN([3, 5, 3, 1]),
     "one input": lambda: KAN([1, 2, 2]),
@@ -78,43 +63,6 @@ def check_rows(bank, alone, inputs=3):
             y = model(x, adapter_names=names)
         assert_near(y, row_by_row(merged, names, x))
     bank.detach()
-
-
-@pytest.mark.parametrize("names", MIXTURES, ids=", ".join)
-@pytest.mark.parametrize("kind", BASES)
-def test_rows_have_the_values_of_merged_models(kind, names):
-    """Also where sizes are 1, equal or prime."""
-    bank, alone = bank_of_forms(BASES[kind]().eval(), names)
-
-    check_rows(bank, alone, inputs=1 if kind == "one input" else 3)
-
-
-@pytest.mark.parametrize("forms", [["shape"], ["shape", "factors"]], ids=", ".join)
-def test_convolutions_run_once_for_each_adapter(forms):
-    base = next(iter(CONVS.values()))().eval()
-    bank, alone = bank_of_forms(base, forms)
-    x = torch.rand(4, 2, 5, 5)
-    names = (forms * 4)[:4]
-
-    with torch.no_grad():
-        y = bank.attach()(x, adapter_names=names)
-
-    assert_near(y, row_by_row(alone, names, x))
-
-
-@pytest.mark.parametrize("kind", ["own", "slim", "efficient-kan-old", "pykan"])
-def test_rows_of_a_peft_model(kind):
-    model = adapt(BASES[kind](), **FULL)
-    for name in ("factors", "dense", "splines"):
-        add_adapter(model, name, **FORMS[name])
-    names = ["default", "factors", "dense", "splines", "__base__"] * 2
-    x = torch.rand(10, 3)
-
-    with torch.no_grad():
-        y = model(x, adapter_names=names)
-        for row, name in enumerate(names[:4]):
-            model.set_adapter(name)
-            assert_near(y[row], model(x)[row])
 
 
 def test_full_modes_have_no_columns():

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import CONVS, KINDS, X, adapt, assert_equal, assert_near, bank_of, net, relative, row_by_row, state
+from helpers import KINDS, X, adapt, assert_equal, assert_near, bank_of, net, relative, row_by_row, state
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from torch.testing import assert_close
@@ -52,35 +52,6 @@ def test_each_row_has_the_answer_of_its_adapter(kind, dtype):
     assert_equal(model(x, ids=bank.ids(NAMES)), y)
     assert_near(model(x), alone["__base__"](x), TOLERANCE[dtype])
     assert relative(alone["a"](x), alone["b"](x)) > 1e-3
-
-
-@pytest.mark.parametrize("kind", ["pykan", next(iter(CONVS))])
-def test_kinds_that_run_once_for_each_adapter(kind):
-    bank, alone = several({**KINDS, **CONVS}[kind]())
-    x = X if kind in KINDS else torch.rand(8, 2, 5, 5)
-
-    with torch.no_grad():
-        y = bank.attach()(x, adapter_names=NAMES)
-
-    assert_near(y, row_by_row(alone, NAMES, x))
-
-
-def test_many_rows_and_their_gradient():
-    bank, alone = several(KAN([3, 33, 2]))
-    model, x = bank.attach(), torch.rand(2500, 3, requires_grad=True)
-    choices = list(alone)
-    names = [choices[index] for index in torch.randint(4, (2500,))]
-    outputs = {name: single(x) for name, single in alone.items()}
-    expected = torch.stack([outputs[name][row] for row, name in enumerate(names)])
-
-    y = model(x, adapter_names=names)
-
-    assert_near(y, expected)
-    (gradient,) = torch.autograd.grad(y.sum(), x)
-    (expected_gradient,) = torch.autograd.grad(expected.sum(), x)
-    assert_near(gradient, expected_gradient)
-    with torch.no_grad():
-        assert_near(model(x, adapter_names=names), y)
 
 
 NAMES_OF_FOUR = ["a", "b", "__base__", "c"]
@@ -437,17 +408,6 @@ def test_one_adapter_for_several_rows_is_refused(rows, shape):
 
     with pytest.raises(ValueError, match=f"Length of `{next(iter(rows))}`"):
         bank.attach()(torch.rand(shape), **rows)
-
-
-@pytest.mark.parametrize("kind", ["own", "slim", "pykan", "fast-kan"])
-def test_no_rows_give_no_outputs(kind):
-    bank, _ = several((MODELS | KINDS)[kind]())
-    model = bank.attach()
-
-    for rows in ({"adapter_names": []}, {"ids": bank.ids([])}, {"ids": torch.empty(0, dtype=torch.int64)}):
-        assert model(torch.empty(0, 3), **rows).shape == (0, *model(X).shape[1:])
-    with pytest.raises(ValueError, match="Length of `adapter_names`"):
-        model(X, adapter_names=[])
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (4, 0, 3), (0, 0, 3)])

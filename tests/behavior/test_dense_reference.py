@@ -6,10 +6,8 @@
 import copy
 
 import pytest
-import tensorly
 import torch
 from helpers import (
-    ROUNDING,
     adapt,
     assert_equal,
     assert_near,
@@ -21,7 +19,6 @@ from helpers import (
 )
 from peft import PeftModel, get_peft_model
 from stand_ins import LAYER_KINDS
-from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig, LoTRALayer
 from peft_lotra.kan import KAN
@@ -29,65 +26,6 @@ from peft_lotra.kan import KAN
 
 every_family = pytest.mark.parametrize("kind", LAYER_KINDS)
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-
-
-def dense_delta(layer, adapter="default"):
-    tensorly.set_backend("pytorch")
-    core, *factors = layer.get_components(adapter).map(torch.Tensor.detach)
-    modes = [mode for mode, factor in enumerate(factors) if factor is not None]
-    delta = tensorly.tenalg.multi_mode_dot(core, [factors[mode] for mode in modes], modes)
-    return layer.lotra_scaling[adapter] * delta
-
-
-@every_family
-@both_dtypes
-@pytest.mark.parametrize("adapt_residual", [True, False])
-def test_an_adapted_layer_equals_its_base_plus_the_dense_update(kind, dtype, adapt_residual):
-    model = base(kind, dtype)
-    reference = copy.deepcopy(model)
-    adapted = adapt(model, alpha=0.7, adapt_residual=adapt_residual)
-    layer = layer_of(adapted)
-    delta, basis = dense_delta(layer), layer.lotra_tensor.shape[2]
-
-    assert delta.shape == (4, 3, basis + (adapt_residual and layer.lotra_tensor.has_residual))
-    assert_close(layer.get_delta_weight("default"), delta)
-
-    for name, part in layer.lotra_tensor.split(delta).items():
-        reference.kan.get_parameter(name).data.add_(part)
-    x = inputs(dtype=dtype)
-
-    for training in (False, True):
-        assert_near(adapted.train(training)(x), reference(x), ROUNDING[dtype])
-
-    y, expected = layer(x), reference.kan(x)
-
-    assert type(y) is type(expected)
-    assert len(y) == len(expected)
-
-    before, effective = layer.get_base_weight(), layer.effective_coefficients()
-
-    assert torch.equal(effective[..., basis:], before[..., basis:]) or adapt_residual
-    assert_close(effective[..., : delta.shape[-1]], (before[..., : delta.shape[-1]] + delta))
-
-
-@pytest.mark.parametrize("kind", ["own", "efficient-kan", "inkan", "cheby-kan"])
-def test_gradients_are_those_of_the_dense_reference(kind):
-    model = base(kind, torch.float64)
-    adapted = adapt(copy.deepcopy(model))
-    layer = layer_of(adapted)
-    x = inputs(dtype=torch.float64).requires_grad_()
-    adapted(x).sin().sum().backward()
-    values = layer.get_components("default").map(lambda part: part.detach().requires_grad_())
-    core, out, _, basis = values  # all inputs: no factor_in
-    delta = torch.einsum("aic,oa,kc->oik", core, out, basis)
-    updates = layer.lotra_tensor.split(delta)
-    weights = {f"kan.{name}": model.kan.get_parameter(name).detach() + part for name, part in updates.items()}
-    x2 = x.detach().requires_grad_()
-    torch.func.functional_call(model, weights, (x2,)).sin().sum().backward()
-
-    assert_close(x.grad, x2.grad)
-    for name, value in values._asdict().items():
-        assert_close(getattr(layer, f"lotra_{name}")["default"].grad, value.grad)
 
 
 def test_an_adapted_layer_tells_its_sizes_and_its_components():

@@ -18,15 +18,13 @@ from torch.testing import assert_close
 from peft_lotra import (
     LoTRAConfig,
     create_lotra_optimizer,
-    extract_lotra,
     hotswap_adapter,
     model_summary,
     refit_adapters,
     slim,
     start_from_gradient,
 )
-from peft_lotra.kan import KAN, SlimKAN, jet, refine_grid
-from peft_lotra.parametric import ParametricAdapter
+from peft_lotra.kan import KAN, SlimKAN, refine_grid
 
 
 ONE_SHAPE = ("full", "full", 1)
@@ -68,38 +66,6 @@ def test_a_rank_of_the_size_of_its_mode_is_full():
     assert [layer.lotra_r["default"] for layer in lotra_layers(model).values()] == [(6, 3, 1), (4, 4, 4)]
     assert model.get_nb_trainable_parameters()[0] == (18 + 9) + (4**3 + 4 * 6 + 4 * 9)
     assert [line.ranks for line in model_summary(model) if line.adapter] == forms(model)
-
-
-@pytest.mark.parametrize("widths", [[1, 1], [4, 4], [7, 5, 3], [2, 300, 5]])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("r", FORMS)
-@pytest.mark.parametrize("adapt_residual", [False, True])
-def test_outputs_and_gradients_are_those_of_the_dense_update(widths, dtype, r, adapt_residual):
-    model = adapt(KAN(widths, dtype=dtype), r=r, alpha=0.3, adapt_residual=adapt_residual)
-    x = (torch.rand(40, widths[0], dtype=dtype) * 2 - 1).requires_grad_()
-    parameters = [x, *(p for p in model.parameters() if p.requires_grad)]
-    y, direction = x, torch.randn(40, widths[-1], dtype=dtype)
-    for layer in lotra_layers(model).values():
-        y = torch.func.functional_call(layer.get_base_layer(), layer.effective_parameters(), (y,))
-
-    output = model(x)
-
-    bounds = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {}
-    assert_close(output, y, **bounds)
-    gradients = torch.autograd.grad(output, parameters, direction)
-    assert_close(gradients, torch.autograd.grad(y, parameters, direction), **bounds)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_base_in_half_precision(dtype, tmp_path):
-    model = adapt(KAN([3, 4, 2]).to(dtype), r=ONE_SHAPE)
-    fresh = copy.deepcopy(model).unload()
-
-    y = model(X.to(dtype))
-    model.save_pretrained(tmp_path)
-
-    assert_close(y, merged(model)(X.to(dtype)), rtol=0.1, atol=0.1)
-    assert_equal(PeftModel.from_pretrained(fresh, tmp_path).eval()(X.to(dtype)), y)
 
 
 def test_adam_steps_of_the_dense_update_are_those_of_full_fine_tuning():
@@ -144,34 +110,6 @@ def test_the_basis_factor_of_a_start_from_the_gradient_is_the_leading_shape():
     factor = adapter.get_components("default").factor_basis.detach()
     expected = torch.linalg.svd(gradient.flatten(0, 1), full_matrices=False).Vh[0]
     assert_close((factor.squeeze(1) @ expected).abs(), torch.tensor(3.0, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("combination_type", ["cat", "svd"])
-@pytest.mark.parametrize("names", [["default", "other"], ["other", "default"]])
-def test_sums_of_full_and_factored_modes(combination_type, names):
-    model = adapt(r=ONE_SHAPE)
-    add_adapter(model, "other")
-    ranks = {} if combination_type == "cat" else {"ranks": ("full", "full", 3)}
-
-    model.add_weighted_adapter(names, [0.5, -2.0], "sum", combination_type=combination_type, **ranks)
-
-    assert forms(model, "sum") == [("full", "full", 3)] * 2
-    for layer in lotra_layers(model).values():
-        expected = 0.5 * layer.get_delta_weight(names[0]) - 2.0 * layer.get_delta_weight(names[1])
-        assert_close(layer.get_delta_weight("sum"), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_linear_sum_of_adapters_of_one_shape_is_exact():
-    model = adapt(r=ONE_SHAPE)
-    add_adapter(model, "other", r=ONE_SHAPE)
-    for layer in lotra_layers(model).values():
-        shared = layer.get_components("default").factor_basis.detach()
-        layer.set_components("other", layer.get_components("other")._replace(factor_basis=shared))
-
-    errors = model.add_weighted_adapter(["default", "other"], [0.5, 1.0], "sum", combination_type="linear")
-
-    assert max(errors.values()) < 1e-5
-    assert forms(model, "sum") == [ONE_SHAPE] * 2
 
 
 def test_a_hotswap_replaces_full_modes_and_fills_lower_ranks(tmp_path):
@@ -219,16 +157,6 @@ def test_a_refit_on_moved_grids_keeps_the_update(r):
     assert errors[1] < 0.1
 
 
-@pytest.mark.parametrize("r", FORMS)
-@pytest.mark.parametrize("widths", [[3, 4, 2], [3, 90, 90, 2]])
-def test_derivatives_are_those_of_the_merged_network(r, widths):
-    model, x = adapt(KAN(widths, dtype=torch.float64), r=r), X.double()
-    network = merged(model)
-
-    assert_close(jet(model, x, collapse=True), jet(network, x, collapse=True))
-    assert_close(torch.func.vmap(torch.func.jacrev(model))(x), torch.func.vmap(torch.func.jacrev(network))(x))
-
-
 def test_adapters_of_slim_layers_and_their_merges():
     for ranks in [(2, 2, 2), *FORMS]:
         for r in [(2, 2, 2), (4, 3, 1), *FORMS]:
@@ -260,32 +188,6 @@ def test_slim_layers_have_no_factor_of_a_full_mode(kind, inputs):
     assert_close(small(X), small.to_dense()(X))
 
 
-@pytest.mark.parametrize("inputs", [None, X])
-def test_an_extraction_finds_one_shape(inputs):
-    base = net()
-    tuned = adapt(copy.deepcopy(base), r=ONE_SHAPE)
-
-    model = extract_lotra(base, merged(tuned), r=ONE_SHAPE, inputs=inputs)
-
-    assert forms(model) == [ONE_SHAPE] * 2
-    assert max(model.extraction_report.errors.values()) < 1e-4
-    assert_close(model.eval()(X), tuned(X), rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("ranks", [("full", "full", 1), "full"])
-def test_a_family_of_cores_without_factors(ranks):
-    x = torch.linspace(-1, 1, 50).unsqueeze(1)
-    family = ParametricAdapter(
-        KAN([1, 3, 1]), lambda c: [(lambda model, x: model(x) - torch.sin(c * x), x)], ranks=ranks
-    )
-
-    family.fit([2.0, 2.5, 3.0], progress=False)
-
-    assert forms(family.model) == [ranks if isinstance(ranks, tuple) else (ranks,) * 3] * 2
-    error = (family.predict(2.25)(x) - torch.sin(2.25 * x)).abs().max()
-    assert error < 0.1
-
-
 def test_adapters_are_switched_deleted_and_counted_as_others(capsys):
     model = adapt(r=ONE_SHAPE)
     add_adapter(model, "other")
@@ -305,21 +207,6 @@ def test_adapters_are_switched_deleted_and_counted_as_others(capsys):
     assert not any(name.endswith("default") for name in model.state_dict())
     assert_equal(model(X), outputs["other"])
     assert not torch.equal(model(X), outputs["default"])
-
-
-@pytest.mark.parametrize("r", FORMS)
-def test_a_compiled_model_with_full_modes(r):
-    model = adapt(KAN([3, 300, 2]), r=r)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    expected = model(X)
-
-    y = compiled(X)
-
-    assert_close(y, expected, rtol=1e-4, atol=1e-4)
-    gradients = torch.autograd.grad(y.sum(), parameters)
-    assert_close(gradients, torch.autograd.grad(expected.sum(), parameters), rtol=1e-4, atol=1e-4)
 
 
 def test_the_optimizer_has_a_group_for_each_component_that_there_is():

@@ -264,16 +264,6 @@ def test_a_hook_of_a_base_layer_sees_all_rows(make):
     assert_near(y[::2], model(x)[::2])
 
 
-@pytest.mark.parametrize("kind", LAYER_KINDS)
-def test_no_rows_give_no_outputs(kind):
-    model = mixed(base(kind))
-    x = inputs()
-
-    y = model(x[:0], adapter_names=[])
-
-    assert y.shape == (0, *model(x).shape[1:])
-
-
 @pytest.mark.parametrize(
     ("shape", "count"),
     [*itertools.product([(32, 3), (32, 1, 3)], [1, 8, 0]), ((1, 32, 3), 8), ((1, 32, 3), 0)],

@@ -28,9 +28,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import peft  # noqa: F401 (shared by the processes that run the oracle)
 import pytest
-import scipy.interpolate  # noqa: F401
+import scipy.interpolate  # noqa: F401 (before processes are forked, which share them)
 import torch  # noqa: F401
 
 
