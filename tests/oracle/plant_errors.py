@@ -39,8 +39,8 @@ LIST = Path(__file__).with_name("planted.json")
 PER_AREA = 6
 # Files that compute outputs, coefficients or gradients, by area. Random starts have no reference.
 AREAS = {
-    "kan": "basis formula input_map knots layer network product refinement row_product slim_kan sparse_product",
-    "tuner": "by_row gradients grids hotswap jets layer model refit slim weighted",
+    "kan": "product or refined or 17 or knots or network or size or silu",
+    "tuner": "hotswap or weighted or (merge and own) or (mixed and conv) or refit or sample or dropout or 17",
     "bank": "bank layer reading snapshot storage",
     "layers": "coefficients derivatives formula layout slim",
     "derivatives": "api bases chain_rule layer_jet layers norms splines stages torch_fallback",
@@ -48,9 +48,9 @@ AREAS = {
 }
 # The cases that run first, since they are likely to find an error of an area.
 FIRST = {
-    "kan": "large or 17 or network or refined or (own and factors)",
-    "tuner": "hotswap or weighted or merge or mixed or refit or sample or dropout",
-    "bank": "bank",
+    "kan": "product or refined or 17 or knots or network or size or silu",
+    "tuner": "hotswap or weighted or (merge and own) or (mixed and conv) or refit or sample or dropout or 17",
+    "bank": "bank or 17",
     "layers": "forward or slim or compiled or coefficients",
     "derivatives": "jets or derivatives or step",
     "least_squares": "step",
