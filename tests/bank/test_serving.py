@@ -15,21 +15,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from peft_lotra import AdapterBank, LoTRAConfig, LoTRALayer
-from peft_lotra.kan import KAN, KANLinear, SlimKAN
+from peft_lotra.kan import KAN
 
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 NAMES = ["a", "__base__", "b", "c", "b", "__base__", "a", "c"]
 # unequal ranks, an alpha, no base branch
 SETTINGS = {"a": {"alpha": 0.7}, "b": {"r": (4, 1, 2)}, "c": {"r": 1, "adapt_residual": False}}
-MODELS = {
-    "own": lambda: KAN([3, 5, 4]),
-    "large grid": lambda: KAN([3, 17, 2], grid_size=30),
-    "no splines": lambda: KINDS["fast-kan"](),
-    "slim": lambda: SlimKAN([3, 5, 4], ranks=(2, 2, 3)),
-    "used twice": lambda: nn.Sequential(*[KANLinear(3, 3)] * 2),
-    **{name: KINDS[name] for name in ("efficient-kan-old", "cheby-kan", "fourier-kan")},
-}
 
 
 def several(base, configs=SETTINGS):
@@ -37,21 +29,6 @@ def several(base, configs=SETTINGS):
     plain = copy.deepcopy(base)
     bank, alone = bank_of(base, configs)
     return bank, {"__base__": plain, **alone}
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("kind", MODELS)
-@torch.no_grad()
-def test_each_row_has_the_answer_of_its_adapter(kind, dtype):
-    bank, alone = several(MODELS[kind]().to(dtype).eval())
-    model, x = bank.attach(), X.to(dtype)
-
-    y = model(x, adapter_names=NAMES)
-
-    assert_near(y, row_by_row(alone, NAMES, x), TOLERANCE[dtype])
-    assert_equal(model(x, ids=bank.ids(NAMES)), y)
-    assert_near(model(x), alone["__base__"](x), TOLERANCE[dtype])
-    assert relative(alone["a"](x), alone["b"](x)) > 1e-3
 
 
 NAMES_OF_FOUR = ["a", "b", "__base__", "c"]
@@ -88,19 +65,6 @@ class Folded(nn.Module):
     def forward(self, x):
         rows = x.permute(*self.order, 1)
         return self.kan(rows.reshape(-1, 3)).unflatten(0, rows.shape[:2])
-
-
-@pytest.mark.parametrize("rows", ["adapter_names", "ids"])
-def test_steps_that_are_folded_into_the_batch_keep_their_adapters(rows):
-    """The memory of the folded rows no longer shows their order: the model is run on noise to find it."""
-    bank, alone = several(Folded((0, 2)))
-    x = torch.rand(4, 3, 6)
-    model = bank.attach()
-
-    with torch.no_grad():
-        y = model(x, **{rows: NAMES_OF_FOUR if rows == "adapter_names" else bank.ids(NAMES_OF_FOUR)})
-
-    assert_near(y, row_by_row(alone, NAMES_OF_FOUR, x))
 
 
 def test_steps_in_the_order_of_time_are_refused():

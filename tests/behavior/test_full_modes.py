@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from helpers import X, adapt, add_adapter, assert_equal, layer_of, lotra_layers, net, refused, state, train
+from helpers import X, adapt, add_adapter, assert_equal, layer_of, lotra_layers, net, refused, train
 from peft import PeftModel, get_layer_status, get_peft_model
 from safetensors.torch import load_file
 from stand_ins import LAYER_KINDS, as_model
@@ -24,7 +24,7 @@ from peft_lotra import (
     slim,
     start_from_gradient,
 )
-from peft_lotra.kan import KAN, SlimKAN, refine_grid
+from peft_lotra.kan import KAN
 
 
 ONE_SHAPE = ("full", "full", 1)
@@ -35,10 +35,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Adapters have more parameters")
 
 def forms(model: nn.Module, name: str = "default") -> list[tuple]:
     return [layer.get_components(name).form for layer in lotra_layers(model).values()]
-
-
-def merged(model: PeftModel) -> nn.Module:
-    return copy.deepcopy(model).merge_and_unload()
 
 
 @pytest.mark.parametrize("r", FORMS)
@@ -127,19 +123,6 @@ def test_a_hotswap_replaces_full_modes_and_fills_lower_ranks(tmp_path):
     assert_close(model(X), low(X))
 
 
-@pytest.mark.parametrize("r", FORMS)
-@pytest.mark.parametrize("adapt_residual", [False, True])
-def test_refined_grids_keep_the_function(r, adapt_residual):
-    model = adapt(KAN([3, 4], dtype=torch.float64), r=r, adapt_residual=adapt_residual)
-    y, form = model(X.double()), forms(model)
-
-    refine_grid(model, 10)
-
-    assert_close(model(X.double()), y)
-    assert forms(model) == form
-    assert lotra_layers(model)["base_model.model.layers.0"].get_components("default").shape[2] == 13 + adapt_residual
-
-
 @pytest.mark.parametrize("r", ["full", (2, "full", "full")])
 def test_a_refit_on_moved_grids_keeps_the_update(r):
     model, x = adapt(KAN([3, 4], dtype=torch.float64), r=r), torch.rand(300, 3).double() - 0.5
@@ -155,23 +138,6 @@ def test_a_refit_on_moved_grids_keeps_the_update(r):
     errors = [report.errors["layers.0", adapter] for adapter in ("default", "dense")]
     assert errors[0] == pytest.approx(errors[1], abs=1e-3)
     assert errors[1] < 0.1
-
-
-def test_adapters_of_slim_layers_and_their_merges():
-    for ranks in [(2, 2, 2), *FORMS]:
-        for r in [(2, 2, 2), (4, 3, 1), *FORMS]:
-            model = adapt(SlimKAN([3, 4, 2], ranks=ranks, dtype=torch.float64), r=r)
-            before, y = state(model), model(X.double())
-
-            model.merge_adapter()
-            assert_close(model(X.double()), y)
-            model.unmerge_adapter()
-
-            assert_equal(state(model), before)
-            network = merged(model)
-            assert_close(network(X.double()), y)
-            for layer in network.layers:
-                assert all(f is None or f.shape[1] < len(f) for f in layer.components.factors)
 
 
 @pytest.mark.parametrize("kind", ["own", "efficient-kan", "pykan", "cheby-kan"])

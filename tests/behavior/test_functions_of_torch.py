@@ -22,7 +22,6 @@ from helpers import (
     relative,
     state,
 )
-from stand_ins import LAYER_KINDS, as_model
 from torch.func import functional_call, grad, hessian, jacrev, vmap
 from torch.testing import assert_close
 
@@ -75,19 +74,6 @@ def test_hessians_are_the_same_in_each_mode_and_in_mixed_batches(kind, r):
 
     for result in results:
         assert_close(result, expected)
-
-
-@kinds
-def test_gradients_are_right_to_second_order(kind):
-    model = adapt(as_model(LAYER_KINDS[kind](2, 2)).double(), r=2)
-    names, values = zip(*components(model), strict=True)
-
-    def function(x, *values):
-        return functional_call(model, dict(zip(names, values, strict=True)), (x,))
-
-    arguments = (XD[:2, :2].clone().requires_grad_(), *(value.detach().requires_grad_() for value in values))
-    assert torch.autograd.gradcheck(function, arguments)
-    assert torch.autograd.gradgradcheck(function, arguments)
 
 
 @kinds
