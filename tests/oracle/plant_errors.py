@@ -6,11 +6,11 @@
 `planted.json` lists the errors: each is one changed line. Those of the source "review" were chosen by hand. The others
 are drawn from all changes of signs, indices, factors, terms and arguments in lines that compute, evenly by area.
 
-    python tests/oracle/plant_errors.py              plant all errors, record what found them, print the table
+    python tests/oracle/plant_errors.py              plant all errors, and record what finds them
     python tests/oracle/plant_errors.py 3 17         plant these alone
     python tests/oracle/plant_errors.py --draw 59    replace the drawn errors by those of another seed
-    python tests/oracle/plant_errors.py --replace    draw others for the errors whose line is gone
-    python tests/oracle/plant_errors.py --table      only print the table
+
+It writes the list and the table of CONTRIBUTING.md. An error whose line is gone is reported, and another one is drawn.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,7 @@ import torch  # noqa: F401
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "peft_lotra"
 LIST = Path(__file__).with_name("planted.json")
+PAGE = ROOT / "CONTRIBUTING.md"
 PER_AREA = 6
 # Files that compute outputs, coefficients or gradients, by area. Random starts have no reference.
 AREAS = {
@@ -151,7 +153,7 @@ def drawn(area: str, seed: int) -> Iterator[dict]:
             yield by_kind[kind].pop(generator.randrange(len(by_kind[kind])))
 
 
-def add_drawn(errors: list[dict], area: str, seed: int, count: int, **notes) -> None:
+def add_drawn(errors: list[dict], area: str, seed: int, count: int) -> None:
     """Add drawn errors, at most one for each line."""
     lines = {(error["file"], error["old"], error["number"]) for error in errors}
     for error in drawn(area, seed):
@@ -159,7 +161,7 @@ def add_drawn(errors: list[dict], area: str, seed: int, count: int, **notes) -> 
         if count and line not in lines:
             lines.add(line)
             count -= 1
-            errors.append({**error, "source": f"seed {seed}", **notes})
+            errors.append({**error, "source": f"seed {seed}", "found": ""})
 
 
 # --- planting ---
@@ -229,31 +231,36 @@ def _pytest(folder: str, output: Path, options: list[str]) -> None:
 
 def table(errors: list[dict]) -> str:
     """Return the numbers of errors by area as a Markdown table, and those that are not found with the reasons."""
-    rows = ["| area | planted | found | change no result | missed |", "|---|--:|--:|--:|--:|"]
-    totals = [0, 0, 0, 0]
-    present = [error for error in errors if error.get("found") != "gone"]
-    for area in AREAS:
-        of_area = [error for error in present if error["file"].startswith(f"{area}/")]
-        found = sum(bool(error.get("found")) for error in of_area)
-        equivalent = sum(not error.get("found") and "equivalent" in error for error in of_area)
-        counts = [len(of_area), found, equivalent, len(of_area) - found - equivalent]
-        totals = [total + count for total, count in zip(totals, counts, strict=True)]
-        rows.append(f"| {area} | " + " | ".join(map(str, counts)) + " |")
-    rows.append("| all | " + " | ".join(map(str, totals)) + " |")
-    rows.append("")
-    for error in present:
-        if not error.get("found"):
-            reason = error.get("equivalent") or error.get("missed", "Not looked at.")
-            rows.append(f"- `{error['file']}`: `{error['old']}` becomes `{error['new']}`. {reason}")
-    return "\n".join(rows)
+    columns = ("planted", "found", "equivalent", "missed")
+    rows = [f"| area | {' | '.join(columns)} |", "|---|--:|--:|--:|--:|"]
+    counts = {area: Counter() for area in (*AREAS, "all")}
+    remarks = []
+    for error in errors:
+        if error["found"] == "gone":
+            continue
+        verdict = "found" if error["found"] else "equivalent" if "equivalent" in error else "missed"
+        for area in (error["file"].partition("/")[0], "all"):
+            counts[area].update(["planted", verdict])
+        if verdict != "found":
+            reason = error.get(verdict, "not looked at")
+            remarks.append(f"- {verdict}: `{error['old']}` becomes `{error['new']}` in `{error['file']}`: {reason}")
+    for area, numbers in counts.items():
+        rows.append(f"| {area} | {' | '.join(str(numbers[column]) for column in columns)} |")
+    return "\n".join([*rows, "", *remarks])
+
+
+def write(errors: list[dict]) -> None:
+    """Write the list, and its table into the page."""
+    LIST.write_text(json.dumps(errors, indent=1) + "\n")
+    before, mark, rest = PAGE.read_text().partition("<!-- planted errors -->\n")
+    _, end, after = rest.partition("<!-- end of planted errors -->")
+    PAGE.write_text(f"{before}{mark}{table(errors)}\n{end}{after}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("numbers", nargs="*", type=int)
     parser.add_argument("--draw", type=int, metavar="SEED")
-    parser.add_argument("--replace", action="store_true")
-    parser.add_argument("--table", action="store_true")
     parser.add_argument("--limit", type=float, default=300, help="seconds for each error")
     arguments = parser.parse_args()
 
@@ -262,24 +269,19 @@ def main() -> None:
         errors = [error for error in errors if error["source"] == "review"]
         for area in AREAS:
             add_drawn(errors, area, arguments.draw, PER_AREA)
-    elif arguments.replace:
-        for error in list(errors):
-            if error.get("found") == "gone" and not error.get("replaced"):
-                error["replaced"] = True
-                area = error["file"].partition("/")[0]
-                seed = int(error["source"].split()[-1]) if error["source"] != "review" else 59
-                add_drawn(errors, area, seed, 1, replaces=errors.index(error))
-    elif not arguments.table:
-        red = run_oracle(None, arguments.limit)
-        if red:
-            sys.exit(f"The oracle is red without an error: {red}")
-        for number in arguments.numbers or range(len(errors)):
-            error = errors[number]
-            error["found"] = run_oracle(error, arguments.limit)
-            print(f"{number:3} {error['file']}: {error['new']}: {error['found'] or 'NOT FOUND'}", flush=True)
-            LIST.write_text(json.dumps(errors, indent=1) + "\n")
-    LIST.write_text(json.dumps(errors, indent=1) + "\n")
-    print(table(errors))
+        write(errors)
+        return
+    if red := run_oracle(None, arguments.limit):
+        sys.exit(f"The oracle is red without an error: {red}")
+    for number, error in enumerate(errors):  # which grows
+        if arguments.numbers and number not in arguments.numbers:
+            continue
+        error["found"] = run_oracle(error, arguments.limit)
+        print(f"{number:3} {error['file']}: {error['new']}: {error['found'] or 'NOT FOUND'}", flush=True)
+        if error["found"] == "gone" and "replaced" not in error:
+            error["replaced"] = True
+            add_drawn(errors, error["file"].partition("/")[0], len(errors), 1)
+        write(errors)
 
 
 if __name__ == "__main__":
