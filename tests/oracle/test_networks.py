@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from dense import ALPHA, FORMS, dense, dense_base, dense_parameters, near
-from helpers import KINDS, Net, adapt, assert_equal, inputs, lotra_layers
+from helpers import KINDS, Net, adapt, assert_equal, inputs, layer_of, lotra_layers
 from peft import PeftModel
 from scipy.interpolate import RBFInterpolator
 from torch import Tensor, nn
 
 from peft_lotra import AdapterBank, ParametricAdapter, extract_lotra, refit_adapters
-from peft_lotra.kan import KAN, SlimKAN, refine_grid
+from peft_lotra.kan import KAN, SlimKAN, bspline_basis, refine_grid
+from peft_lotra.kan.basis import moments
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -44,32 +45,21 @@ def make(kind: str) -> tuple[nn.Module, Tensor]:
     return base, inputs(24, torch.float64, width)
 
 
-def compare_gradients(model: nn.Module, base: nn.Module, x: Tensor, bound: float, names: Any = None) -> None:
-    """Compare outputs, and gradients of inputs and components, by two backward passes and by one that is batched."""
-    x = x.clone().requires_grad_()
-    variables = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
-    reference = dense_base(base)
-    expected = torch.func.functional_call(reference, dense_parameters(reference, (model, "default", ALPHA)), (x,))
-    y = model(x)
-    near(y, expected, bound)
-    weights = torch.randn_like(y) / len(x)
-    near(
-        torch.autograd.grad((weights * y).sum(), variables, retain_graph=True),
-        torch.autograd.grad((weights * expected).sum(), variables, retain_graph=True),
-        bound,
-    )
-    # a gradient that is differentiated again
-    slopes = [torch.autograd.grad((weights * z).sum(), x, create_graph=True)[0] for z in (y, expected)]
-    near(*[torch.autograd.grad((slope**2).sum(), variables, allow_unused=True) for slope in slopes], 100 * bound)
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_a_network_and_its_gradients(kind: str, form: str) -> None:
+    """Outputs, gradients of inputs and components, and gradients of the slope."""
     base, x = make(kind)
     model = adapt(copy.deepcopy(base), alpha=ALPHA, **FORMS[form])
+    variables = [x.requires_grad_(), *(parameter for parameter in model.parameters() if parameter.requires_grad)]
+    reference = dense_base(base)
+    parameters = dense_parameters(reference, (model, "default", ALPHA))
+    results = []
+    for y in (model(x), torch.func.functional_call(reference, parameters, (x,))):
+        gradients = torch.autograd.grad(y.sin().sum(), variables, create_graph=True)
+        results.append([y, *gradients, *torch.autograd.grad(gradients[0].sin().sum(), variables, allow_unused=True)])
 
-    compare_gradients(model, base, x, 1e-8)
+    near(*results, 1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -261,11 +251,10 @@ def test_a_family(count: int) -> None:
     family = ParametricAdapter(base, ranks=2)
     parameters = np.linspace(1, 2, count)
     family.fit(parameters.tolist(), train=train, progress=False)
-    members = [family.as_adapter(parameter) for parameter in parameters]
-    degree = min(2, count - 1)
-    kernel = {1: "cubic", 2: "quintic"}[degree]
-    weights = RBFInterpolator(parameters[:, None], np.eye(count), kernel=kernel, degree=degree)(np.array([[1.3]]))
-    adapters = [(member, "default", weight) for member, weight in zip(members, weights[0], strict=True)]
+    kernel, degree = ("cubic", 1) if count == 2 else ("quintic", 2)
+    (weights,) = RBFInterpolator(parameters[:, None], np.eye(count), kernel=kernel, degree=degree)([[1.3]])
+    pairs = zip(parameters, weights, strict=True)
+    adapters = [(family.as_adapter(parameter), "default", weight) for parameter, weight in pairs]
 
     near(family.predict(1.3)(x), dense(base, *adapters)(x), 1e-7)
     near(family.as_adapter(1.3)(x), dense(base, *adapters)(x), 1e-7)
@@ -273,22 +262,31 @@ def test_a_family(count: int) -> None:
 
 def test_rank_dropout_scales_what_it_keeps() -> None:
     """Each output rank is dropped, or doubled."""
-    base, x = make("tanh, order 4")
-    base = KAN([3, 4], dtype=torch.float64)
+    base, x = KAN([3, 4], dtype=torch.float64), inputs(5, torch.float64)
     model = adapt(copy.deepcopy(base), r=(2, 3, 4), alpha=ALPHA, rank_dropout=0.5).train()
-    (layer,) = lotra_layers(model).values()
     outputs = []
-    for kept in ((0, 0), (0, 2), (2, 0), (2, 2)):
+    for kept in ((0.0, 0.0), (0.0, 2.0), (2.0, 0.0), (2.0, 2.0)):
         one = copy.deepcopy(model)
-        (of_one,) = lotra_layers(one).values()
-        components = of_one.get_components("default")
-        factors = torch.tensor(kept, dtype=torch.float64).view(2, 1, 1)
-        of_one.set_components("default", components._replace(core=components.core * factors))
+        core = layer_of(one).lotra_core["default"]
+        core.data *= core.new_tensor(kept).view(2, 1, 1)
         outputs.append(dense(base, one)(x))
 
-    seen = set()
+    drawn = set()
     for _ in range(20):
         y = model(x)
-        seen.add(min(range(4), key=lambda n: (y - outputs[n]).abs().max()))
-        near(y, outputs[min(range(4), key=lambda n: (y - outputs[n]).abs().max())])
-    assert len(seen) > 2
+        nearest = min(range(4), key=lambda number: (y - outputs[number]).abs().max())
+        near(y, outputs[nearest])
+        drawn.add(nearest)
+    assert len(drawn) > 2
+
+
+def test_moments_of_the_uniform_law() -> None:
+    """The scales of random starts come from them."""
+    points = torch.linspace(-6, 6, 4001, dtype=torch.float64)
+    variance, products = moments((-1, 3), 4, 3)
+    x = 1 + variance**0.5 * points
+    functions = torch.cat([bspline_basis(x, -1, 3, 4, 3), torch.nn.functional.silu(x).unsqueeze(1)], 1)
+    weights = torch.softmax(-points.square() / 2, 0).unsqueeze(1)
+
+    near(torch.tensor(variance), torch.tensor(16 / 12))
+    near(products, (weights * functions).T @ functions, 1e-5)

@@ -6,7 +6,6 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from stand_ins import CONVOLUTIONS, LAYER_KINDS, as_model
 from torch import Tensor, nn
 
 from peft_lotra import AdapterBank, LoTRAConfig, extract_lotra, hotswap_adapter, slim, start_from_gradient
+from peft_lotra.derivatives.torch_fallback import ExactNorms
 from peft_lotra.kan import jet
 
 
@@ -39,7 +39,7 @@ TYPICAL = ["own", "wide own", "efficient-kan-old", "pykan", "slim own", "fastkan
 FORM_OF_OTHERS = ["factors", "shape"]
 OPERATIONS: dict[str, Callable] = {}
 # operations that do the same for each kind
-OF_ONE_KIND = ["half", "hotswap", "weighted", "extraction"]
+OF_ONE_KIND = ["half", "hotswap", "weighted"]
 
 
 def operation(function: Callable) -> Callable:
@@ -134,7 +134,8 @@ def bfloat16(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None
 def autocast(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
     model, reference = copy.deepcopy(model).float(), dense(base, model).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        near(model(x.float()), reference(x.float()), 2e-2)
+        y, expected = model(x.float()).double(), reference(x.float()).double()
+    near(y / expected.abs().max(), expected / expected.abs().max(), 5e-2)
 
 
 @operation
@@ -224,15 +225,9 @@ def derivatives(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> N
     directions = torch.randn(2, x.shape[1], dtype=x.dtype)
     for points, order in ((x[:2], 4), (x[:20], 3), (x, 2)):
         actual = [derivative[..., :4] for derivative in jet(model, points, directions, order=order)]
-        with patch("torch.nn.functional.layer_norm", layer_norm):
+        with ExactNorms():
             expected = nested(lambda z: reference(z)[..., :4], points, directions, order)
         near(actual, list(expected), 1e-7)
-
-
-def layer_norm(x: Tensor, shape: list[int], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Normalize the last dimension. The third derivative of torch's own is wrong."""
-    centered = x - x.mean(-1, keepdim=True)
-    return centered * (centered.square().mean(-1, keepdim=True) + eps).rsqrt() * weight + bias
 
 
 @operation
@@ -244,6 +239,7 @@ def extraction(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> No
 
 @operation
 def start(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
+    near(get_peft_model(copy.deepcopy(base), LoTRAConfig()).eval()(x), base(x))
     fresh = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2))
     start_from_gradient(fresh, lambda: (fresh(x) - 1).square().mean())
     near(fresh.eval()(x), base(x))
@@ -259,7 +255,7 @@ for name in OPERATIONS:
 IMPOSSIBLE = {
     ("flashkan", "derivatives"): "its compiled backward pass cannot be differentiated again",
     **{("flashkan", name): "its compilation takes seconds" for name in ("reload", "single", "bfloat16", "autocast")},
-    ("slim own", "extraction"): "the merged Slim layer has other ranks",
+    **{(kind, "extraction"): "the dense layer is of another kind" for kind in MAKERS if "slim" in kind},
     **{
         (f"kalnconv{groups}", name): "it normalizes by the whole batch"
         for groups in ("", " in groups")
