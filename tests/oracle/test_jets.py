@@ -12,7 +12,7 @@ import warnings
 import pytest
 import torch
 from foreign import Hard, make_foreign
-from helpers import adapt
+from helpers import adapt, base
 from jet_helpers import assert_same, nested, network, points
 from stand_ins import LAYER_KINDS
 from torch import Tensor, nn
@@ -229,6 +229,12 @@ def test_float32_agrees_with_float64(name):
 
     assert all(derivative.dtype == torch.float32 for derivative in derivatives)
     assert_same(derivatives, jet(copy.deepcopy(model).double(), x.double()), 1e-5)
+
+
+def test_a_layer_that_returns_a_tuple_has_the_jet_of_its_outputs():
+    model, x = base("pykan", torch.float64), points()
+
+    assert_same(jet(model.kan, x), nested(model, x))
 
 
 def test_a_compiled_model_has_the_jet_of_its_module():
