@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from dense import ALPHA, FORMS, dense, dense_base, dense_parameters, near
-from helpers import KINDS, Net, adapt, assert_equal, inputs, layer_of, lotra_layers
+from helpers import KINDS, Net, adapt, assert_equal, components, inputs, layer_of, lotra_layers
 from peft import PeftModel
 from scipy.interpolate import RBFInterpolator
 from torch import Tensor, nn
@@ -119,7 +119,31 @@ def test_17_adapters_in_a_batch(kind: str, rows: int, serve: Any) -> None:
     y = serve(base, models)(x, adapter_names=names)
 
     near(y, expected)
-    near(torch.autograd.grad(y.sin().sum(), x), torch.autograd.grad(expected.sin().sum(), x))
+    slopes = [torch.autograd.grad(output.sin().sum(), x, create_graph=True)[0] for output in (y, expected)]
+    near(*slopes)
+    near(*[torch.autograd.grad(slope.sin().sum(), x) for slope in slopes], 1e-7)
+
+
+@pytest.mark.parametrize("kind", ["tanh, order 4", "slim", "fast-kan", "efficient-kan-old"])
+def test_all_adapters_of_a_batch_are_trained(kind: str) -> None:
+    """Each gets the gradient of its rows."""
+    torch.manual_seed(0)
+    base = (NETWORKS[kind]() if kind in NETWORKS else KINDS[kind]().double()).eval()
+    models = adapters_of(base, 4)
+    model = served_by_peft(base, models)
+    x = inputs(800, torch.float64)
+    index = torch.randint(len(models), (len(x),))
+
+    names = [list(models)[number] for number in index]
+
+    for number, (name, alone) in enumerate(models.items()):
+        parameters = [
+            model.get_parameter(key.replace("default", name)).requires_grad_() for key, _ in components(alone)
+        ]
+        loss = model(x, adapter_names=names).sin().sum()
+        expected = alone(x[index == number]).sin().sum()
+        of_alone = [parameter for _, parameter in components(alone)]
+        near(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, of_alone), 1e-7)
 
 
 class Folded(nn.Module):
