@@ -375,9 +375,8 @@ def test_one_adapter_for_several_rows_is_refused(rows, shape):
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (4, 0, 3), (0, 0, 3)])
-@pytest.mark.parametrize("kind", ["own", "slim"])
-def test_empty_sequences_give_empty_outputs(kind, shape):
-    bank, alone = several(MODELS[kind]())
+def test_empty_sequences_give_empty_outputs(shape):
+    bank, alone = several(net())
     names = ["a", "b", "__base__", "a"][: shape[0]]
     x = torch.empty(shape, requires_grad=True)
 
@@ -389,8 +388,8 @@ def test_empty_sequences_give_empty_outputs(kind, shape):
 
 
 @pytest.mark.parametrize("change", ["removed", "compacted", "exchanged", "replaced"])
-@pytest.mark.parametrize("kind", ["own", "pykan"])
-def test_a_pass_goes_on_with_an_adapter_that_is(change, kind):
+@pytest.mark.parametrize("make", [net, KINDS["pykan"]], ids=["own", "pykan"])
+def test_a_pass_goes_on_with_an_adapter_that_is(change, make):
     """As if another thread changed the bank between two layers."""
 
     def change_bank(*_):
@@ -403,7 +402,7 @@ def test_a_pass_goes_on_with_an_adapter_that_is(change, kind):
         if change == "exchanged":
             bank.add("new", alone["b"])
 
-    bank, alone = several((MODELS | KINDS)[kind]())
+    bank, alone = several(make())
     model = bank.attach()
     *_, last = [module for module in model.modules() if isinstance(module, LoTRALayer)]
     last.register_forward_pre_hook(change_bank)

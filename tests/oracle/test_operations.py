@@ -256,7 +256,7 @@ IMPOSSIBLE = {
     **{("flashkan", name): "its compilation takes seconds" for name in ("reload", "single", "bfloat16", "autocast")},
     **{(kind, "extraction"): "the dense layer is of another kind" for kind in MAKERS if "slim" in kind},
     **{
-        (f"kalnconv{groups}", name): "it normalizes by the whole batch"
+        (f"kalnconv{groups}", name): "it normalizes by the whole batch: refused"
         for groups in ("", " in groups")
         for name in ("mixed", "bank")
     },
