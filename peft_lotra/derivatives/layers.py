@@ -157,11 +157,20 @@ def _evaluate_plainly(
     factored: Sequence[Update],
     order: int,
     weights: Tensor | None,
-    matrix: Tensor | None,
+    matrix: Any,
     *jet: Tensor,
 ) -> Jet:
     """Do the same as `LayerJet` by operations that autograd differentiates, and add updates. `matrix` may be None."""
-    rows = _jet_rows(basis, jet, order, weights)
+    value, *derivatives = _compose(basis, jet, order, weights)
+    if is_tracing():
+        # compilers copy the rows of a batched product to another order, and their gradients back
+        outputs = [matrix @ value.flatten(0, 1)]
+        for derivative in derivatives:
+            products = [matrix @ row.flatten(0, 1) for row in derivative]
+            outputs.append(torch.stack(products))
+        return outputs
+
+    rows = torch.cat([value.unsqueeze(0), *derivatives])
     y: Any = 0
     if matrix is not None:
         y = matrix @ rows.flatten(1, 2)
@@ -178,11 +187,21 @@ def _jet_rows(
     weights: Tensor | None,
 ) -> Tensor:
     """Return the jet rows (S, K + 1, I, N), for z (I, N) and its derivatives (D, I, N)."""
+    value, *derivatives = _compose(basis, jet, order, weights)
+    return torch.cat([value.unsqueeze(0), *derivatives])
+
+
+def _compose(
+    basis: Basis,
+    jet: Sequence[Tensor],
+    order: int,
+    weights: Tensor | None,
+) -> Jet:
+    """Return the jet of the functions, value (K + 1, I, N) and derivatives (D, K + 1, I, N), for a jet of inputs."""
     z, *derivatives = jet
     functions = _functions(basis, z, order)
     factors = [derivative.unsqueeze(1) for derivative in derivatives]
-    value, *rows = compose(functions, factors, order, weights)
-    return torch.cat([value.unsqueeze(0), *rows])
+    return compose(functions, factors, order, weights)
 
 
 def _functions(basis: Basis, z: Tensor, highest: int) -> list[Tensor]:

@@ -16,6 +16,8 @@ from helpers import adapt, base
 from jet_helpers import assert_same, nested, network, points
 from stand_ins import LAYER_KINDS
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from peft_lotra.derivatives import api
 from peft_lotra.derivatives.stages import stages_of
@@ -318,6 +320,26 @@ def test_a_jet_is_compiled_in_one_graph():
     assert_same_gradients(derivatives, jet_of_products(x), parameters)
     with torch.no_grad():
         assert_same(compiled(x), derivatives)
+
+
+def test_the_graph_of_a_compiled_jet_copies_no_functions():
+    """Products take the basis functions, and backward passes their gradients, in the order in which they lie."""
+    copies = []
+
+    def record(graph, _):
+        for node in graph.graph.nodes:
+            if node.target is torch.ops.aten.clone.default:
+                copies.append(node.meta["val"].numel())
+        return make_boxed_func(graph.forward)
+
+    model = KAN([2, 4, 1], grid_size=20)
+    x = torch.rand(100, 2)
+    compiled = torch.compile(laplacian, backend=aot_autograd(fw_compiler=record))
+
+    compiled(model, x).sum().backward()
+
+    functions = 24 * 4 * len(x)
+    assert max(copies, default=0) < functions
 
 
 # Warnings and errors
