@@ -49,7 +49,12 @@ def component_multipliers(
         return by_component
 
     multipliers = {side: _width_multiplier(width) for side, width in widths.items()}
+    has_shapes = False
     if ranks and ranks[0] == widths["factor_out"]:
+        # a low rank reaches few outputs, too: such a layer trains at the rates of the others
+        is_low_rank = ranks[0] <= REFERENCE_RANK and ranks[1] < widths["factor_in"]
+        has_shapes = from_gradient or not is_low_rank
+    if has_shapes:
         # without factor_out, the core is the component that starts at zero
         multipliers["core"] = _RATE_OF_SHAPES * _width_multiplier(ranks[1])
         multipliers["factor_basis"] = _RATE_OF_SHAPES
@@ -128,6 +133,8 @@ def create_lotra_optimizer(
     | factor_basis  | 1                        | 1                       | 0.3                      |
     | factor_kernel | 1                        | 1                       | 1                        |
 
+    With at most 4 outputs and r2 < n_in, a full out mode keeps the rates of the first column, unless the start is from
+    the gradient: most ranks are full there.
     An lr that is good at one width and rank is then good at the others. After [`start_from_training`], each component
     trains at lr times the root mean square of its present entries instead: all change by the same share. Slim
     layers have the rates of rank 4. SGD trains all at lr: no rule that was tried beats it.

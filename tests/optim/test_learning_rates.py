@@ -56,6 +56,15 @@ def test_rates_of_adam_fall_with_ranks_above_4():
     assert list(rates.values()) == [1 / 4, 1 / 8, 1 / 2, 1]  # core, factor_out, factor_in, factor_basis
 
 
+@pytest.mark.parametrize(("width", "side"), [(16, 1), (64, 1 / 2)])
+def test_a_low_rank_that_is_all_of_few_outputs_changes_no_rate(width, side):
+    """The layer with one output trains at the rates of rank 4 and of its width, as the layers before it do."""
+    rates = multipliers(get_peft_model(KAN([2, width, 1]), LoTRAConfig(r=4)))
+
+    assert rates["1", "core"] == rates["1", "factor_basis"] == rates["0", "core"] == 1
+    assert rates["1", "factor_in"] == rates["0", "factor_out"] == side
+
+
 @pytest.mark.parametrize("optimizer_cls", [torch.optim.SGD, torch.optim.ASGD, partial(torch.optim.SGD, momentum=0.9)])
 def test_sgd_has_one_rate(optimizer_cls):
     model = wide()
