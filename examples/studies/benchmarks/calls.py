@@ -31,6 +31,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -305,9 +306,10 @@ for description, (build, *both) in NUMBERS.items():
 @cache
 def measure(name: str) -> Costs:
     """Return the costs of an operation of `OPERATIONS`."""
-    torch.manual_seed(0)
-    with TemporaryDirectory() as folder:
-        return count(OPERATIONS[name](Path(folder)))
+    # a thread of its own, since the package keeps memory in each thread, whose size depends on what ran before
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(1) as thread:
+        torch.manual_seed(0)
+        return thread.submit(lambda: count(OPERATIONS[name](Path(folder)))).result()
 
 
 # --- the limits ---
