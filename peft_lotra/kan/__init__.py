@@ -16,7 +16,7 @@ from .refinement import RefinementReport, refine_grid
 from .slim_kan import SlimKAN, SlimKANLinear
 
 
-from ..derivatives.api import curl, divergence, hessian, jet, laplacian  # isort: skip (it imports the files above)
+from ..derivatives.api import hessian, jet, laplacian  # isort: skip (it imports the files above)
 
 __all__ = [
     "KAN",
@@ -29,8 +29,6 @@ __all__ = [
     "SlimKANLinear",
     "TanhBound",
     "bspline_basis",
-    "curl",
-    "divergence",
     "hessian",
     "jet",
     "laplacian",

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""`jet`, `laplacian`, `hessian`, `divergence` and `curl` of many networks, compared with nested autograd."""
+"""`jet`, `laplacian` and `hessian` of many networks, compared with nested autograd."""
 
 from __future__ import annotations
 
@@ -28,8 +28,6 @@ from peft_lotra.kan import (
     KANModel,
     KnotMap,
     SlimKAN,
-    curl,
-    divergence,
     hessian,
     jet,
     laplacian,
@@ -269,20 +267,6 @@ def test_four_directions_make_the_biharmonic_operator():
     torch.testing.assert_close(biharmonic[:, 0], torch.einsum("niijj->n", fourth), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("inputs", "outputs", "dims"), [(3, 3, None), (2, 2, None), (3, 3, 2), (4, 5, 3), (3, 2, 2)])
-def test_divergence_and_curl(inputs, outputs, dims):
-    model, x = network(inputs, 5, outputs), points(12, inputs).view(3, 4, inputs)
-    slopes = torch.func.vmap(torch.func.jacrev(model))(x.flatten(0, 1)).view(3, 4, outputs, inputs)  # d u_o / d x_i
-    size = dims or inputs
-    axes = [(0, 1)] if size == 2 else [(1, 2), (2, 0), (0, 1)]
-
-    expected_divergence = sum(slopes[..., i, i] for i in range(size)).unsqueeze(-1)
-    expected_curl = torch.stack([slopes[..., j, i] - slopes[..., i, j] for i, j in axes], -1)
-
-    torch.testing.assert_close(divergence(model, x, dims), expected_divergence)
-    torch.testing.assert_close(curl(model, x, dims), expected_curl)
-
-
 # Shapes and transforms
 
 
@@ -400,10 +384,6 @@ WRONG = {
     "for 3 directions and order 1": lambda: jet(network(), points(), order=1, collapse=True),
     r"`layers.1` is a BatchNorm .*model.eval\(\)": lambda: jet(network(norm="batch"), points()),
     "to have the same dtype": lambda: jet(network().float(), points()),
-    "curl needs 2 or 3 coordinates, but there are 1": lambda: curl(network(3, 4, 3), points(), 1),
-    "`directions` has shape .0, 3.": lambda: divergence(network(), points(), 0),
-    "has 2 components of 3 coordinates, and `dims` is None": lambda: divergence(network(), points()),
-    "has 4 components of 3 coordinates, and `dims` is 4": lambda: curl(network(3, 4), points(), 4),
 }
 
 
