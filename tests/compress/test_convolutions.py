@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_equal, images
+from helpers import assert_equal, images, refused
 from peft import get_peft_model
 from stand_ins import ConvNet
 
@@ -85,13 +85,13 @@ def test_convolutions_have_pictures_and_summaries():
     assert [axis.get_title() for axis in figure.axes] == ["out mode", "in mode", "basis mode", "kernel mode"]
     assert all(len(axis.lines) == 1 for axis in figure.axes)
     for call in (lambda: plot_edge_functions(base, "first"), lambda: slim(base, 2)):
-        with pytest.raises(ValueError, match="`first` is a convolution"):
+        with refused("`first` is a convolution"):
             call()
 
     model = get_peft_model(base, LoTRAConfig(r=(2, 1, 2, 3)))
 
     for look in (edge_changes, plot_network_change):
-        with pytest.raises(ValueError, match="nor do convolutions"):
+        with refused("nor do convolutions"):
             look(model, images())
 
     summary = model_summary(model)

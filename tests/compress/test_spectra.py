@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import adapt, assert_same, base, lotra_layers, snapshot
+from helpers import adapt, assert_same, base, lotra_layers, refused, snapshot
 from stand_ins import LAYER_KINDS
 from torch.testing import assert_close
 
@@ -168,7 +168,7 @@ def test_a_spectrum_prints_as_a_table():
 def test_models_that_cannot_be_compared_are_refused():
     model = KAN([3, 5, 4])
 
-    with pytest.raises(ValueError, match=r"layers\.1.*\(4, 5, 8\).*\(6, 5, 8\)"):
+    with refused(r"layers\.1.*\(4, 5, 8\).*\(6, 5, 8\)"):
         update_spectrum(model, KAN([3, 5, 6]))
-    with pytest.raises(ValueError, match=r"layers\.2.* None"):
+    with refused(r"layers\.2.* None"):
         update_spectrum(KAN([3, 5, 4, 4]), model)

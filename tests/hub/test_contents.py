@@ -3,12 +3,11 @@
 
 """The contents of adapters, in models and in folders."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest
 import torch
+from helpers import refused
 from peft import LoraConfig, get_peft_model
 
 from peft_lotra import LoTRAConfig
@@ -49,7 +48,7 @@ def test_folders_with_adapters_are_listed(folder):
         shutil.copytree(folder, folder / name, ignore=lambda *_: ["lora", "other", "checkpoint-10", "checkpoint-best"])
 
     assert list(adapter_folders(str(folder))) == ["default", "checkpoint-best", "other"]
-    with pytest.raises(ValueError, match="has no adapter_config.json"):
+    with refused("has no adapter_config.json"):
         adapter_folders(folder / "nothing")
 
 
@@ -77,15 +76,15 @@ def test_contents_are_printed_as_a_table(folder):
 def test_a_broken_file_is_named(folder):
     for text in ("{", "[]", "{}"):
         (folder / "adapter_config.json").write_text(text)
-        with pytest.raises(ValueError, match="adapter_config.json is damaged"):
+        with refused("adapter_config.json is damaged"):
             read_adapter(folder)
     (folder / "adapter_config.json").write_text('{"peft_type": "LOTRA"}')
     (folder / "adapter_model.safetensors").write_bytes(b"no tensors")
 
-    with pytest.raises(ValueError, match="adapter_model.safetensors is damaged"):
+    with refused("adapter_model.safetensors is damaged"):
         read_adapter(folder)
 
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
 
-    with pytest.raises(ValueError, match="is no adapter: it has no adapter_model.safetensors"):
+    with refused("is no adapter: it has no adapter_model.safetensors"):
         read_adapter(folder)

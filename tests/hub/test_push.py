@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import X, adapt, add_adapter, assert_equal, net
+from helpers import X, adapt, add_adapter, assert_equal, net, refused
 from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
@@ -242,7 +242,7 @@ def test_a_push_that_fails_leaves_nothing(hub, kind):
 def test_a_public_repository_does_not_become_private(hub):
     push_to_hub(adapt(), "user/public")
 
-    with pytest.raises(ValueError, match="exists and is public"):
+    with refused("exists and is public"):
         push_to_hub(adapt(), "user/public", private=True)
 
 

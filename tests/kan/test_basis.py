@@ -1,12 +1,11 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
 from scipy.interpolate import BSpline
+from torch.testing import assert_close
 
 from peft_lotra.kan import bspline_basis
 
@@ -65,7 +64,7 @@ def test_leading_shapes_and_a_grid_for_each_input(order, leading):
 
     assert basis.shape == (*leading, 4, 5 + order)
     for i in range(4):
-        torch.testing.assert_close(basis[..., i, :], bspline_basis(x[..., i], low[i], high[i], 5, order))
+        assert_close(basis[..., i, :], bspline_basis(x[..., i], low[i], high[i], 5, order))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -100,8 +99,8 @@ def test_vmap_of_rows_and_of_grids():
 
     by_grid = torch.func.vmap(lambda low: on_three_grids(x, low))(lows)
 
-    torch.testing.assert_close(torch.func.vmap(on_three_grids)(x), on_three_grids(x))
-    torch.testing.assert_close(by_grid[1], on_three_grids(x, LOW + 0.1))
+    assert_close(torch.func.vmap(on_three_grids)(x), on_three_grids(x))
+    assert_close(by_grid[1], on_three_grids(x, LOW + 0.1))
 
 
 def test_transforms_have_the_derivatives_also_at_knots():
@@ -111,9 +110,9 @@ def test_transforms_have_the_derivatives_also_at_knots():
     second = torch.func.vmap(torch.func.hessian(lambda point: bspline_basis(point, -1.0, 1.0, 4, 3)))(points)
     value, tangent = torch.func.jvp(on_three_grids, (x,), (torch.ones_like(x),))
 
-    torch.testing.assert_close(second, bspline_basis(points, -1.0, 1.0, 4, 3, derivative=2))
-    torch.testing.assert_close(value, on_three_grids(x))
-    torch.testing.assert_close(tangent, torch.autograd.functional.jvp(on_three_grids, x, torch.ones_like(x))[1])
+    assert_close(second, bspline_basis(points, -1.0, 1.0, 4, 3, derivative=2))
+    assert_close(value, on_three_grids(x))
+    assert_close(tangent, torch.autograd.functional.jvp(on_three_grids, x, torch.ones_like(x))[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -3,15 +3,13 @@
 
 """Networks are evaluated and trained in any order: memory that is reused between calls changes no result."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import ROUNDING, adapt, base, inputs, relative
+from helpers import ROUNDING, adapt, assert_equal, base, inputs, relative
 from stand_ins import LAYER_KINDS
 from torch import Tensor, nn
 
@@ -56,8 +54,8 @@ def test_training_and_evaluation_under_inference_mode_in_any_order(name: str, ro
         y = evaluate(model, x)  # allocates the memory
         gradients = train(model, x)
         for network in (model, copy.deepcopy(model)):
-            assert torch.equal(evaluate(network, x), y)
-            torch.testing.assert_close(train(network, x), gradients, rtol=0, atol=0)
+            assert_equal(evaluate(network, x), y)
+            assert_equal(train(network, x), gradients)
 
     in_threads(work)
 

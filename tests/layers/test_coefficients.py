@@ -3,13 +3,13 @@
 
 """Reading and writing the coefficients of a layer in every layout."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
 import torch
+from helpers import assert_equal
 from torch import nn
+from torch.testing import assert_close
 
 from peft_lotra import KANLayerSpec
 from peft_lotra.layers.layout import parse_layout
@@ -98,7 +98,7 @@ def test_the_canonical_tensor_has_each_parameter_once_and_zeros(described):
     assert tensor.has_residual == residual
     assert whole.shape == (*shape[:2], shape[2] + residual, *shape[3:])
     stored = torch.cat([parameter.flatten() for parameter in layer.parameters()])
-    assert torch.equal(whole[whole != 0].sort().values, stored.sort().values)
+    assert_equal(whole[whole != 0].sort().values, stored.sort().values)
     assert set(tensor.parameters) == {name for name, _ in layer.named_parameters()}
     assert set(tensor.names) == {name for name in tensor.parameters if not name.startswith("base")}
 
@@ -108,7 +108,7 @@ def test_splitting_what_was_read_gives_the_parameters(described):
 
     parameters = tensor.split(tensor.read(layer))
 
-    torch.testing.assert_close(parameters, dict(layer.named_parameters()), rtol=0, atol=0)
+    assert_equal(parameters, dict(layer.named_parameters()))
 
 
 def test_what_is_written_into_the_padding_is_lost(described):
@@ -118,7 +118,7 @@ def test_what_is_written_into_the_padding_is_lost(described):
 
     written = tensor.join(list(tensor.split(update).values()))
 
-    assert torch.equal(written, update.where(whole != 0, 0))
+    assert_equal(written, update.where(whole != 0, 0))
 
 
 def test_coefficients_and_residual_are_slices_of_the_whole(described):
@@ -127,7 +127,7 @@ def test_coefficients_and_residual_are_slices_of_the_whole(described):
 
     coefficients, weights = tensor.read_parts(layer)
 
-    assert torch.equal(coefficients, whole[:, :, : shape[2]])
+    assert_equal(coefficients, whole[:, :, : shape[2]])
     assert torch.equal(weights, whole[:, :, -1]) if residual else weights is None
     assert set(tensor.split(torch.ones(shape))) == set(tensor.names)  # without the residual slice
 
@@ -139,7 +139,7 @@ def test_gradients_flow_both_ways(described):
     sum(parameter.sum() for parameter in tensor.split(update).values()).backward()
     tensor.read(layer).sum().backward()
 
-    assert torch.equal(update.grad, (tensor.read(layer) != 0).float())
+    assert_equal(update.grad, (tensor.read(layer) != 0).float())
     assert all((parameter.grad == 1).all() for parameter in layer.parameters())
 
 
@@ -160,7 +160,7 @@ def test_elements_land_where_the_pattern_says(pattern, stored, read, roles):
 
     whole = KANLayerSpec("mine", nn.Module, ("w", pattern), **roles).locate(layer).read(layer)
 
-    assert torch.equal(whole, torch.einsum(f"{stored}->{read}", values).reshape(whole.shape))
+    assert_equal(whole, torch.einsum(f"{stored}->{read}", values).reshape(whole.shape))
 
 
 @pytest.mark.parametrize(
@@ -181,9 +181,9 @@ def test_a_shared_parameter_is_repeated_and_gets_the_mean_of_its_updates(first, 
     repeated = whole[:, :, 2:]
     mean = repeated.mean(dims, keepdim=True)
 
-    torch.testing.assert_close(repeated, mean.expand_as(repeated))
-    torch.testing.assert_close(mean.flatten(), layer.b.flatten())
-    torch.testing.assert_close(tensor.split(update)["b"].flatten(), update[:, :, 2:].mean(dims).flatten())
+    assert_close(repeated, mean.expand_as(repeated))
+    assert_close(mean.flatten(), layer.b.flatten())
+    assert_close(tensor.split(update)["b"].flatten(), update[:, :, 2:].mean(dims).flatten())
 
 
 def test_layers_in_one_module_are_blocks_of_the_whole():
@@ -191,8 +191,8 @@ def test_layers_in_one_module_are_blocks_of_the_whole():
 
     whole = KANLayerSpec("mine", nn.Module, ("weights.*", "o i k")).locate(layer).read(layer)
 
-    assert torch.equal(whole[:2], layer.weights[0])
-    assert torch.equal(whole[2:, :2, :4], layer.weights[1])
+    assert_equal(whole[:2], layer.weights[0])
+    assert_equal(whole[2:, :2, :4], layer.weights[1])
     assert not whole[2, 2].any()
     assert not whole[2, :, 4].any()
 

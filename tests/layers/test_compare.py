@@ -3,13 +3,11 @@
 
 """A user's description must agree with the layer; the description of a known kind follows the layer."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest
 import torch
-from helpers import adapt, inputs, saved_and_merged
+from helpers import adapt, assert_equal, inputs, refused, saved_and_merged
 from orders import Flat, Layer, OtherCheby, Wavelets
 from stand_ins import OldEfficientKANLayer, as_model
 from torch import nn
@@ -106,7 +104,7 @@ def test_parameters_that_a_copy_no_longer_uses_are_left_out(uses, tmp_path):
     assert spec.kind == ("efficient-kan" if "base" in uses else "generic")
     assert type(merged[0]) is Copy
     for name in {"base_weight", "spline_scaler"} - used:
-        assert torch.equal(merged[0].get_parameter(name), build()[0].get_parameter(name))
+        assert_equal(merged[0].get_parameter(name), build()[0].get_parameter(name))
 
 
 def test_a_layer_that_cannot_be_run_is_as_described_until_it_can():
@@ -170,7 +168,7 @@ class Named(Layer):
 
 
 @pytest.mark.parametrize(
-    ("layer", "right", "wrong", "words"),
+    "layer, right, wrong, words",
     [
         (Layer(5, 5, 5, "o k i"), ("A", "o k i"), {"coefficients": ("A", "o i k")}, "`A` .5, 5, 5. is not laid out"),
         (Layer(3, 4, 5), ("A", "o i k"), {"coefficients": ("A", "k o i")}, "its gradients are those of 'o i k'"),
@@ -189,13 +187,13 @@ def test_a_contradiction_is_refused_by_name(layer, right, wrong, words):
     register_kan_layer("mine", matches=type(layer), **{**description, **wrong})
     state, model = copy.deepcopy(layer.state_dict()), as_model(layer)
 
-    with pytest.raises(ValueError, match=words) as error:
+    with refused(words) as error:
         adapt(model)
 
     assert type(layer).__name__ in str(error.value)
     assert "'mine'" in str(error.value)
     assert model.kan is layer
-    torch.testing.assert_close(layer.state_dict(), state, rtol=0, atol=0)
+    assert_equal(layer.state_dict(), state)
     register_kan_layer("mine", matches=type(layer), **description)
     adapt(model)
 
@@ -275,4 +273,4 @@ def test_the_layer_is_left_as_it_was():
 
     assert not calls
     assert flags() == expected
-    torch.testing.assert_close(layer.state_dict(), state, rtol=0, atol=0)
+    assert_equal(layer.state_dict(), state)

@@ -3,19 +3,18 @@
 
 """Closed forms of jets of layers and networks of other libraries."""
 
-from __future__ import annotations
-
 import copy
 import operator
 
 import pytest
 import torch
 from foreign import Loop, efficient, make_foreign
-from helpers import adapt
+from helpers import adapt, assert_equal
 from jet_helpers import assert_same, nested
 from orders import Formula
 from stand_ins import LAYER_KINDS, FasterKANLayer, FastKANLayer, OldEfficientKANLayer, as_model
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from peft_lotra import register_kan_layer
 from peft_lotra.derivatives import bases as functions
@@ -55,7 +54,7 @@ def check(model: nn.Module, x: Tensor) -> None:
     largest = max(gradient.abs().max().item() for gradient in expected_gradients)
     assert_same(derivatives, expected, 1e-9)
     assert_same([laplacian(model, x)], [expected[2].sum(0)], 1e-9)
-    torch.testing.assert_close(gradients, expected_gradients, rtol=0, atol=1e-9 * largest)
+    assert_close(gradients, expected_gradients, rtol=0, atol=1e-9 * largest)
 
 
 NETWORKS = ["efficient-kan", "fast-kan", "tanh", "mlp"]
@@ -200,9 +199,9 @@ def test_looking_for_a_closed_form_leaves_the_model_unchanged():
     assert stages_of(model)
 
     assert model.training
-    assert torch.equal(torch.get_rng_state(), generator_state)
+    assert_equal(torch.get_rng_state(), generator_state)
     assert not any(module._forward_hooks for module in model.modules())
-    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+    assert_equal(model.state_dict(), state)
 
 
 LEARNED = {
@@ -223,4 +222,4 @@ def test_centers_knots_and_activations_that_are_trained_have_gradients(name):
         (expected_gradient,) = loss_gradients([expected], learned)
         (gradient,) = loss_gradients([derivative], learned)
         largest = max(1e-6, expected_gradient.abs().max().item())
-        torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-9 * largest)
+        assert_close(gradient, expected_gradient, rtol=0, atol=1e-9 * largest)

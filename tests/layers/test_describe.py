@@ -3,8 +3,6 @@
 
 """Layers of no registered kind: some are recognized as KAN layers, with their layout."""
 
-from __future__ import annotations
-
 import copy
 from functools import partial, reduce
 from itertools import product
@@ -12,7 +10,7 @@ from itertools import product
 import orders
 import pytest
 import torch
-from helpers import adapt, relative
+from helpers import adapt, assert_equal, relative
 from orders import Flat, Formula, KnotsAsParameter, Layer, Legendre, assert_one_edge
 from peft import PeftModel
 from torch import nn
@@ -147,7 +145,7 @@ for inner, first in product(("ik", "ki"), (True, False)):
     LAYERS.append((partial(Flat, inner=inner, first=first), (4, 6), "table", 4, None))
 
 
-@pytest.mark.parametrize(("make", "sizes", "names", "functions", "residual"), LAYERS)
+@pytest.mark.parametrize("make, sizes, names, functions, residual", LAYERS)
 def test_the_layout_is_that_of_the_gradients(make, sizes, names, functions, residual):
     layer = make(*sizes)
 
@@ -355,7 +353,7 @@ def test_other_modules_are_not_recognized_and_not_changed(name):
 
     assert find_kan_layers(nn.Sequential(module)) == []
 
-    torch.testing.assert_close(module.state_dict(), state, rtol=0, atol=0)
+    assert_equal(module.state_dict(), state)
 
 
 class Fresh(Polynomials):

@@ -3,17 +3,16 @@
 
 """The description of a kind of layer in the file of an adapter."""
 
-from __future__ import annotations
-
 import copy
 import json
 import pickle
 
 import pytest
 import torch
-from helpers import adapt, inputs
+from helpers import adapt, assert_equal, inputs, refused
 from peft import PeftModel
 from torch import nn
+from torch.testing import assert_close
 
 from peft_lotra import KANLayerSpec, find_kan_layers, register_kan_layer
 from peft_lotra.kan import KANLinear
@@ -126,15 +125,15 @@ def test_an_adapter_is_loaded_without_the_registration(saved):
 
     model = PeftModel.from_pretrained(net(), folder)
 
-    torch.testing.assert_close(model(x), y)
+    assert_close(model(x), y)
     rows = [(row.name, row.kind, row.shape) for row in find_kan_layers(model)]
     assert rows == [("0", "waves", (4, 3, 10)), ("2", "waves", (2, 4, 6))]
     with pytest.raises(RuntimeError, match="widen"):
         model.base_model.model[0].widen()
     with model.disable_adapter():
-        assert torch.equal(model(x), expected)
+        assert_equal(model(x), expected)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.merge_and_unload()):
-        torch.testing.assert_close(copied(x), y)
+        assert_close(copied(x), y)
 
 
 def test_an_adapter_that_was_loaded_without_the_registration_is_saved_again(saved, tmp_path):
@@ -146,13 +145,13 @@ def test_an_adapter_that_was_loaded_without_the_registration_is_saved_again(save
     model.load_adapter(again, "second")
     model.set_adapter("second")
 
-    torch.testing.assert_close(model(x), y)
+    assert_close(model(x), y)
     records = [json.loads((path / "adapter_config.json").read_text())["base_layers"] for path in (folder, again)]
     assert records[0] == records[1]
 
 
 def assert_refused(folder, base, words):
-    with pytest.raises(ValueError, match=words):
+    with refused(words):
         PeftModel.from_pretrained(base, folder)
 
 

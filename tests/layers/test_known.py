@@ -3,19 +3,18 @@
 
 """The known kinds of layers: recognized, and laid out as they compute."""
 
-from __future__ import annotations
-
 import copy
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import adapt, base, images, inputs, nested, saved_and_merged
+from helpers import adapt, assert_equal, base, images, inputs, nested, saved_and_merged
 from orders import Formula, assert_one_edge
 from peft import LoraConfig, PeftModel, get_peft_model
 from stand_ins import CONVOLUTIONS, LAYER_KINDS, Gaussians, as_model
 from torch import nn
+from torch.testing import assert_close
 
 from peft_lotra import check_kan_layer, find_kan_layers
 from peft_lotra.kan import KANLinear
@@ -79,7 +78,7 @@ def test_an_adapted_layer_of_inkan_is_one_graph():
 
     compiled = torch.compile(model, fullgraph=True, backend="eager")
 
-    torch.testing.assert_close(compiled(x), model(x))
+    assert_close(compiled(x), model(x))
 
 
 def qkan_fourier(i, o, scaler):
@@ -137,7 +136,7 @@ def test_few_functions_have_their_factors_adapted_and_files_of_the_wider_kind_lo
         wider.save_pretrained(tmp_path)
     assert get_kan_spec(build()[0]).kind == "efficient-kan-few"
 
-    torch.testing.assert_close(PeftModel.from_pretrained(build(), tmp_path).eval()(x), y)
+    assert_close(PeftModel.from_pretrained(build(), tmp_path).eval()(x), y)
     merged = saved_and_merged(build, x, tmp_path)
     for name in ("spline_weight", "spline_scaler", "base_weight"):
         assert not torch.equal(merged[0].get_parameter(name), build()[0].get_parameter(name))
@@ -252,7 +251,7 @@ def test_a_layer_of_convkan_on_rows_of_groups():
 
     assert (tensor.kind, tensor.shape, tensor.has_residual) == ("convkan", (8, 3, 5), True)
     expected = torch.cat([layer.spline_weight, layer.base_weight[..., None]], -1).flatten(0, 1)
-    assert torch.equal(tensor.read(layer), expected)
+    assert_equal(tensor.read(layer), expected)
 
 
 # a layer of 4 inputs, its kind, its canonical shape, and whether it has a base branch
@@ -279,7 +278,7 @@ for family, (kind, functions, residual) in EXPECTED.items():
     LAYERS.append((partial(LAYER_KINDS[family], 4, 6), kind, (6, 4, functions), residual))
 
 
-@pytest.mark.parametrize(("make", "family", "shape", "residual"), LAYERS)
+@pytest.mark.parametrize("make, family, shape, residual", LAYERS)
 def test_an_edge_joins_one_input_and_one_output(make, family, shape, residual):
     layer = make()
 
@@ -288,7 +287,7 @@ def test_an_edge_joins_one_input_and_one_output(make, family, shape, residual):
     tensor = spec.locate(layer)
     assert (spec.kind, tensor.shape, tensor.has_residual) == (family, shape, residual)
     for name, values in tensor.split(tensor.read(layer)).items():
-        torch.testing.assert_close(values, layer.get_parameter(name))  # a mean is rounded
+        assert_close(values, layer.get_parameter(name))  # a mean is rounded
     is_convolution = len(shape) == 4
     x = images(2, 4, (1, 3, 9, 27).index(shape[-1]) if is_convolution else 0)
     has_norm = family not in ("fast-kan-conv", "kanlib-conv") if is_convolution else family == "fast-kan"
@@ -316,5 +315,5 @@ def test_a_merge_changes_the_phases(with_phases, tmp_path):
     changed = {key for key, value in merged.items() if not torch.equal(value, state[key])}
     assert changed == {"0.phase_low", f"0.{name}", "0.equal_size_conv.weight"}
     assert located(layer).shape == (4, 3, 15)
-    assert torch.equal(located(layer).read(layer)[2, :, 5:10], layer.phase_low)
+    assert_equal(located(layer).read(layer)[2, :, 5:10], layer.phase_low)
     assert check_kan_layer(layer).linear == "no"

@@ -3,12 +3,11 @@
 
 """Registered kinds of layers, and descriptions that are refused."""
 
-from __future__ import annotations
-
 import re
 
 import pytest
 import torch
+from helpers import refused
 from orders import Layer
 from peft import get_peft_model
 from stand_ins import ChebyKANLayer, as_model
@@ -73,7 +72,7 @@ def test_a_kind_that_loses_its_class_warns(recwarn):
 
 
 def test_the_name_of_a_built_in_kind_is_refused():
-    with pytest.raises(ValueError, match="'cheby-kan' is a built-in kind.* Choose another name"):
+    with refused("'cheby-kan' is a built-in kind.* Choose another name"):
         register_kan_layer("cheby-kan", **CHEBY)
 
 
@@ -124,7 +123,7 @@ def test_a_single_name_may_be_a_string():
 def test_names_that_the_layer_does_not_have_are_refused(changes):
     register_mine(**changes)
 
-    with pytest.raises(ValueError, match="of 'my-kan' names '.*typo', and MyKANLayer has no such attribute"):
+    with refused("of 'my-kan' names '.*typo', and MyKANLayer has no such attribute"):
         find_kan_layers(as_model(MyKANLayer(3, 5)))
 
 
@@ -161,7 +160,7 @@ def test_wrong_descriptions_are_refused(changes, problem):
     ],
 )
 def test_malformed_patterns_are_refused(pattern, problem):
-    with pytest.raises(ValueError, match=re.escape(repr(pattern))) as error:
+    with refused(re.escape(repr(pattern))) as error:
         register_mine(coefficients=("A", pattern), residual=None)
 
     assert problem in str(error.value)

@@ -3,15 +3,14 @@
 
 """Layers of other libraries in Tucker form; `compress/test_slim.py` compares what they compute."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 
 import pytest
 import torch
-from helpers import inputs
+from helpers import assert_equal, inputs
 from stand_ins import LAYER_KINDS
+from torch.testing import assert_close
 
 from peft_lotra import find_kan_layers, slim, to_dense
 from peft_lotra.layers.registry import get_kan_spec
@@ -30,7 +29,7 @@ def test_its_kind_is_slim_on_the_grid_of_the_dense_layer(small):
 
     assert spec.kind == "slim"
     assert tensor.shape == dense_tensor.shape
-    torch.testing.assert_close(tensor.read(small), dense_tensor.read(dense), rtol=1e-5, atol=1e-5)
+    assert_close(tensor.read(small), dense_tensor.read(dense), rtol=1e-5, atol=1e-5)
     assert set(spec.read_grid(small)) == {f"layer.{name}" for name in dense_spec.read_grid(dense)}
     assert [row.name for row in find_kan_layers(torch.nn.Sequential(small))] == ["0"]
 
@@ -41,7 +40,7 @@ def test_copies_keep_values_and_grid(small, copied):
 
     layer = copied(small)
 
-    assert torch.equal(layer(x), small(x))
+    assert_equal(layer(x), small(x))
     grid = get_kan_spec(layer).read_grid(layer)
     assert grid
     assert grid.keys() == get_kan_spec(small).read_grid(small).keys()
@@ -50,7 +49,7 @@ def test_copies_keep_values_and_grid(small, copied):
 def test_attributes_and_methods_are_those_of_the_layer(small):
     dense = to_dense(small)
 
-    torch.testing.assert_close(small.regularization_loss(), dense.regularization_loss(), rtol=1e-4, atol=1e-4)
+    assert_close(small.regularization_loss(), dense.regularization_loss(), rtol=1e-4, atol=1e-4)
     assert small.spline_weight.shape == dense.spline_weight.shape
     assert small.ranks == (2, 2, 2)
     assert (small.in_features, small.out_features) == (6, 5)

@@ -3,8 +3,6 @@
 
 """Modules that may be KAN layers: the reason why they are not recognized, and a registration to paste."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from helpers import adapt

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Jacobian by layers, compared with `torch.func.vmap`."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 

@@ -1,8 +1,6 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 from helpers import adapt
 from residuals import network, problem, terms
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from peft_lotra.least_squares.normal_equations import LinearModel
 
@@ -56,11 +55,11 @@ def test_the_jacobian_is_the_one_by_autograd_and_the_step_solves_the_damped_syst
     jacobian = torch.cat([least_squares.jacobian(*chunk) for chunk in least_squares.chunks()])
     linear = LinearModel(least_squares, residuals, floor=1e-3)
 
-    torch.testing.assert_close(jacobian, expected, rtol=1e-10, atol=1e-10)
+    assert_close(jacobian, expected, rtol=1e-10, atol=1e-10)
     assert linear.in_residual_space is (len(residuals) < expected.shape[1])
-    torch.testing.assert_close(linear.solve(0.1), step, rtol=1e-6, atol=1e-9)
+    assert_close(linear.solve(0.1), step, rtol=1e-6, atol=1e-9)
     assert linear.predicted_decrease(0.1, step) == pytest.approx(decrease.item())
-    torch.testing.assert_close(least_squares.pull_back(residuals), expected.T @ residuals)
+    assert_close(least_squares.pull_back(residuals), expected.T @ residuals)
 
 
 def test_a_jacobian_that_does_not_fit_needs_the_space_of_parameters():
@@ -75,7 +74,7 @@ def test_a_jacobian_that_does_not_fit_needs_the_space_of_parameters():
 
     assert expected.in_residual_space
     assert not linear.in_residual_space
-    torch.testing.assert_close(linear.solve(0.1), expected.solve(0.1), rtol=1e-6, atol=1e-9)
+    assert_close(linear.solve(0.1), expected.solve(0.1), rtol=1e-6, atol=1e-9)
 
 
 def test_a_jacobian_is_not_kept_where_the_matrix_is_enough():
@@ -88,5 +87,5 @@ def test_a_jacobian_is_not_kept_where_the_matrix_is_enough():
 
     assert linear.jacobian is None
     assert expected.jacobian is not None
-    torch.testing.assert_close(linear.solve(0.1), expected.solve(0.1), rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(linear.after(residuals, residuals), expected.after(residuals, residuals))
+    assert_close(linear.solve(0.1), expected.solve(0.1), rtol=1e-6, atol=1e-9)
+    assert_close(linear.after(residuals, residuals), expected.after(residuals, residuals))

@@ -3,14 +3,12 @@
 
 """Residual functions of any network, which may differentiate by `jet` or by autograd."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest
 import torch
 from foreign import FOREIGN, Loop, make_foreign
-from helpers import adapt
+from helpers import adapt, assert_equal
 from stand_ins import FastKANLayer
 from torch import Tensor, nn
 
@@ -101,7 +99,7 @@ def test_functions_may_write_into_their_rows():
     losses = steps(model, halving, x)
 
     assert losses == pytest.approx(expected)
-    assert torch.equal(x, rows())
+    assert_equal(x, rows())
 
 
 class WrittenPolynomials(nn.Module):
@@ -159,7 +157,7 @@ def with_a_branch(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("function", "message"),
+    "function, message",
     [(with_backward, "called inside a functorch transform"), (with_a_branch, "data-dependent control flow")],
 )
 def test_what_cannot_run_is_refused_by_torch(function, message):
@@ -169,5 +167,5 @@ def test_what_cannot_run_is_refused_by_torch(function, message):
     with pytest.raises(RuntimeError, match=message):
         steps(model, function, torch.zeros(6, 2, dtype=torch.float64) + 0.2)
 
-    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+    assert_equal(model.state_dict(), state)
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -3,8 +3,6 @@
 
 """Levenberg-Marquardt steps whose rows are divided among processes, see `sharded_worker.py`."""
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np

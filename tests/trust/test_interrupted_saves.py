@@ -3,8 +3,6 @@
 
 """Saves that are killed, that fail, and that run at the same time: the files in the folder are the old or the new."""
 
-from __future__ import annotations
-
 import json
 import os
 import threading
