@@ -262,36 +262,33 @@ def test_singular_equations_are_solved_and_the_stop_at_the_minimum_is_explained(
     assert "at a minimum to rounding, or the normal equations are singular" in record.reason
 
 
-def test_too_many_parameters_for_the_memory():
-    model, data = network(12), terms(points=1500)
+def test_too_little_memory_is_refused_with_the_least_that_is_needed():
+    model, data = network(12), terms(points=20)
     count = sum(parameter.numel() for parameter in model.parameters())
 
     with refused(rf"{count} trainable parameters and 1540 residuals need .* MiB"):
-        LevenbergMarquardt(model, memory=2**24).step(data)
-
-
-def test_the_least_memory_is_asked_for():
-    model, data = network(12), terms(points=20)
-
+        LevenbergMarquardt(model, memory=2**24).step(terms(points=1500))
     with refused("need 2 MiB"):
         LevenbergMarquardt(model, memory=2**20).step(data)
     assert LevenbergMarquardt(model, memory=2 * 2**20).step(data).accepted
 
 
-WRONG = [("damping", 0.0), ("damping", math.nan), ("floor", 2.0), ("forgetting", 1.0)]
-
-
-@pytest.mark.parametrize("name, value", WRONG)
-def test_wrong_arguments_are_refused(name, value):
-    with refused(f"`{name}` is"):
-        LevenbergMarquardt(network(), **{name: value})
-
-
-def test_a_model_without_trainable_parameters_is_refused():
-    with pytest.raises(TypeError, match="`model` must be a network"):
-        LevenbergMarquardt(network().parameters())
-    with refused("No parameter of the model requires a gradient"):
-        LevenbergMarquardt(network().requires_grad_(False))
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"damping": 0.0}, "`damping` is"),
+        ({"damping": math.nan}, "`damping` is"),
+        ({"floor": 2.0}, "`floor` is"),
+        ({"forgetting": 1.0}, "`forgetting` is"),
+        ({"group": object()}, "init_process_group"),
+        ({"model": network().parameters()}, "`model` must be a network"),
+        ({"model": network().requires_grad_(False)}, "No parameter of the model requires a gradient"),
+        ({"model": nn.Linear(2, 1, dtype=torch.complex64)}, "`weight` is complex"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with refused(message, error=(TypeError, ValueError)):
+        LevenbergMarquardt(**{"model": network(), **arguments})
 
 
 def test_a_fit_ends_after_its_steps_by_the_callback_or_by_patience():

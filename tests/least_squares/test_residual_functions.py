@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from foreign import FOREIGN, Loop, make_foreign
-from helpers import adapt, assert_equal
+from helpers import adapt, assert_equal, refused
 from stand_ins import FastKANLayer
 from torch import Tensor, nn
 
@@ -118,7 +118,6 @@ class WrittenPolynomials(nn.Module):
 
 @pytest.mark.parametrize("function", [by_jet, by_columns])
 def test_networks_that_write_into_tensors_are_differentiated_row_by_row(function):
-    torch.manual_seed(0)
     model = WrittenPolynomials()
     written = copy.deepcopy(model)
     written.forward = lambda x: torch.einsum(
@@ -162,10 +161,8 @@ def with_a_branch(model: nn.Module, x: Tensor) -> Tensor:
 )
 def test_what_cannot_run_is_refused_by_torch(function, message):
     model = make_foreign("hard-efficient-kan")
-    state = copy.deepcopy(model.state_dict())
 
-    with pytest.raises(RuntimeError, match=message):
+    with refused(message, model, error=RuntimeError):
         steps(model, function, torch.zeros(6, 2, dtype=torch.float64) + 0.2)
 
-    assert_equal(model.state_dict(), state)
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -29,11 +29,6 @@ def group(tmp_path):
     dist.destroy_process_group()
 
 
-def test_a_group_needs_to_be_started():
-    with pytest.raises(ValueError, match="init_process_group"):
-        LevenbergMarquardt(network(), group=object())
-
-
 def test_a_group_of_one_process_is_the_optimizer_alone(group):
     data = terms()
     model = network()
