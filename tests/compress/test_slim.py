@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import assert_equal, assert_near, assert_same, inputs, refused, relative, snapshot, train
+from helpers import assert_equal, assert_near, assert_same, inputs, refused, relative, snapshot, state, train
 from peft import get_peft_model
 from stand_ins import LAYER_KINDS, as_model
 from torch import nn
@@ -19,11 +19,6 @@ from peft_lotra.layers.slim import SlimLayer
 
 RANKS = (5, 6, 3)
 X = torch.rand(60, 6, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def base(kind):
@@ -88,17 +83,6 @@ def test_every_kind_of_compressed_layer_trains_on(kind):
     train(small, x, y, 40, lr=5e-3)
 
     assert (small(x) - y).square().mean() < 0.9 * first
-    assert_near(small.to_dense()(x), small(x))
-
-
-@pytest.mark.parametrize("kind", LAYER_KINDS)
-def test_all_the_energy_of_a_low_rank_tensor_keeps_the_function(kind):
-    model, x = base(kind), points()
-    model = slim(model, (3, 3, 2)).to_dense()
-    small = slim(model, energy=1 - 1e-9)
-
-    assert all(rank <= most for rank, most in zip(small.slim_report.ranks["kan"], (3, 3, 2), strict=True))
-    assert_near(small(x), model(x), 1e-4)
 
 
 @pytest.mark.parametrize("kind", ["own", "pykan", "fast-kan", "efficient-kan", "inkan", "fourier-kan"])
@@ -145,7 +129,7 @@ def test_outputs_that_later_layers_do_not_use_are_not_kept():
 
 def test_inputs_reach_each_layer_in_evaluation_mode():
     model = KAN([20, 16, 8], norm="batch")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = state(model)
     small = slim(model, (4, 4, 3), inputs=torch.randn(5, 7, 20))
 
     assert list(small.slim_report.output_errors) == ["layers.0", "layers.2"]
@@ -205,15 +189,12 @@ def test_inputs_are_tensors_mappings_or_functions(data):
 )
 def test_wrong_inputs_are_refused_and_change_nothing(data, message):
     model = KAN([6, 8, 4])
-    before = snapshot(model)
 
-    with pytest.raises((ValueError, TypeError), match=message):
+    with refused(message, model, error=(ValueError, TypeError)):
         slim(model, energy=0.9, inputs=data, inplace=True)
-    assert_same(model, before)
 
 
 def test_inputs_far_outside_of_a_grid_warn():
-    torch.manual_seed(0)
     model = KAN([6, 8, 4])
 
     with pytest.warns(UserWarning, match="Most inputs of `layers.0` lie far outside of its grid, from -1 to 1"):
@@ -352,11 +333,9 @@ class Block(nn.Module):
 @pytest.mark.parametrize("how", ["closure", "layer"])
 def test_a_model_whose_copy_would_call_the_original_is_refused(how, data):
     model = Block(how)
-    before = snapshot(model)
 
-    with refused("keeps a function that holds KAN layers.*inplace=True"):
+    with refused("keeps a function that holds KAN layers.*inplace=True", model):
         slim(model, (2, 2, 2), inputs=data)
-    assert_same(model, before)
 
 
 @pytest.mark.parametrize("options", [{"ranks": (4, 4, 3)}, {"energy": 0.9}, {"budget": 300}])

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from helpers import adapt, assert_same, base, lotra_layers, refused, snapshot
+from helpers import adapt, assert_same, base, lotra_layers, perturbed, refused, snapshot
 from stand_ins import LAYER_KINDS
 from torch.testing import assert_close
 
-from peft_lotra import extract_lotra, find_kan_layers, update_spectrum
+from peft_lotra import extract_lotra, update_spectrum
 from peft_lotra.compress.spectra import choose_ranks, spectrum_of
 from peft_lotra.kan import KAN
 from peft_lotra.tucker import cap_ranks, reconstruct, tucker
@@ -19,15 +19,6 @@ from peft_lotra.tucker import cap_ranks, reconstruct, tucker
 def tucker_tensor(shape=(9, 7, 8), ranks=(3, 2, 4)) -> torch.Tensor:
     factors = [torch.randn(size, rank, dtype=torch.float64) for size, rank in zip(shape, ranks, strict=True)]
     return reconstruct(torch.randn(ranks, dtype=torch.float64), *factors)
-
-
-def perturbed(model: torch.nn.Module) -> torch.nn.Module:
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for layer in find_kan_layers(model):
-            for parameter in model.get_submodule(layer.name).parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter) * parameter.requires_grad)
-    return model
 
 
 @pytest.mark.parametrize("shape", [(6, 5, 4), (5, 4, 3, 4)])

@@ -147,6 +147,15 @@ def train(model: nn.Module, x: Tensor, y: Tensor | float = 1.0, steps: int = 3, 
     return model
 
 
+@torch.no_grad()
+def perturbed(model: nn.Module) -> nn.Module:
+    """Return a copy with other parameters."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
 def saved_and_merged(build: Callable[[], nn.Module], x: Tensor, folder: Path) -> nn.Module:
     """The model after the merge of an adapter, which its file gives to a model of the same kind too."""
     model = adapt(build())
