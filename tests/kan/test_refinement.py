@@ -1,7 +1,6 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-import copy
 import math
 
 import pytest
@@ -31,44 +30,20 @@ def wide(model: nn.Module) -> nn.Module:
     return model
 
 
-def inside(model: KAN, x: Tensor) -> KAN:
-    """Extend inner grids so that they contain all activations."""
-    with torch.no_grad():
-        for layer in model.layers:
-            layer.grid_bounds.copy_(torch.stack([x.amin(0) - 0.1, x.amax(0) + 0.1], -1))
-            x = layer(x)
-    return model
-
-
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
 @pytest.mark.parametrize("factor", [2, 3])
 def test_a_multiple_keeps_values_and_derivatives(order, factor):
     x = inputs()
-    model = inside(wide(kan(spline_order=order)), x)
+    model = kan(spline_order=order, norm="tanh")
     derivatives = jet(model, x)
 
     report = refine_grid(model, 6 * factor)
 
-    assert [layer.grid_size for layer in model.layers] == [6 * factor] * 3
+    assert [layer.grid_size for layer in model.layers[::2]] == [6 * factor] * 3
     assert max(report.errors.values()) < 1e-12
     assert_close(model(x), derivatives[0], rtol=1e-10, atol=1e-12)
     if order > 2:
         assert_same(jet(model, x), derivatives, 1e-8)
-
-
-@pytest.mark.parametrize("with_samples, grid_size", [(False, 10), (True, 14)])
-def test_slim_networks_keep_their_values(with_samples, grid_size):
-    """Samples outside of the grid add intervals on each side."""
-    x = inputs(scale=1.3 if with_samples else 1.0)
-    model = SlimKAN([2, 6, 1], (4, 2, 3), grid_size=5, dtype=torch.float64)
-    if not with_samples:
-        model.layers[1].grid_bounds.copy_(torch.tensor([-9.0, 9.0]))
-    y = model(x)
-
-    refine_grid(model, 10, x if with_samples else None)
-
-    assert model.layers[0].grid_size == grid_size
-    assert_close(model(x), y, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("order", [2, 3])
@@ -179,12 +154,9 @@ CHANGES = {
 def test_layers_that_would_become_another_function_are_refused(change):
     model = KAN([2, 2, 2])
     CHANGES[change](model)
-    layers = list(model.layers)
 
-    with refused("`layers.0`, .* cannot be refined"):
+    with refused("`layers.0`, .* cannot be refined", model):
         refine_grid(model, 10)
-
-    assert list(model.layers) == layers
 
 
 X = inputs()
@@ -205,9 +177,6 @@ REFUSED = {
 @pytest.mark.parametrize("message", REFUSED)
 def test_refusals_change_nothing(message):
     model = wide(kan())
-    state = copy.deepcopy(model.state_dict())
 
-    with pytest.raises((TypeError, ValueError), match=message):
+    with refused(message, model, error=(TypeError, ValueError)):
         REFUSED[message](model)
-
-    assert_equal(model.state_dict(), state)

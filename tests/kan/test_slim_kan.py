@@ -13,10 +13,7 @@ from peft_lotra.kan import KAN, KANConfig, KANLinear, KANModel, SlimKAN, SlimKAN
 
 def by_edges(layer, x):
     """Sum over edges with the whole coefficient tensor."""
-    tensor, *factors = layer.components
-    for mode, factor in enumerate(factors):
-        if factor is not None:
-            tensor = torch.tensordot(tensor, factor, ([mode], [1])).movedim(-1, mode)
+    tensor = layer.components.dense()
     return torch.einsum("oik,bik->bo", tensor[..., :-1], layer.basis(x)) + F.silu(x) @ tensor[..., -1].T
 
 
