@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import assert_equal, refused, relative
+from helpers import assert_equal, assert_same, refused, relative, snapshot
 from orders import Wavelets
 from peft import get_peft_model
 from stand_ins import (
@@ -33,13 +33,17 @@ from peft_lotra.kan import KANLinear
 SIZES = [(20, 20), (20, 3), (20, 16), (20, 1), (16, 20), (12, 24), (7, 5), (1, 4), (1, 1), (2, 1), (2, 2), (24, 12)]
 
 
+def recognize(layer):
+    """Return the description of a KAN layer."""
+    (row,) = find_kan_layers(nn.Sequential(layer))
+    return row
+
+
 @pytest.mark.parametrize("functions", ["gaussians", "polynomials"])
 @pytest.mark.parametrize("inner", ["i k", "k i"])
 @pytest.mark.parametrize("inputs, outputs", SIZES)
 def test_a_linear_layer_on_fixed_functions_is_found(inputs, outputs, inner, functions):
-    model = nn.Sequential(FixedFunctions(inputs, outputs, inner=inner, functions=functions))
-
-    (row,) = find_kan_layers(model)
+    row = recognize(FixedFunctions(inputs, outputs, inner=inner, functions=functions))
 
     assert row.shape == (outputs, inputs, 6)
     assert row.parameters == ("head.weight",)
@@ -47,9 +51,7 @@ def test_a_linear_layer_on_fixed_functions_is_found(inputs, outputs, inner, func
 
 @pytest.mark.parametrize("inputs, outputs", [*SIZES, (20, 2), (8, 2), (7, 2), (4, 4), (3, 20)])
 def test_centers_and_widths_that_the_outputs_share_are_no_coefficients(inputs, outputs):
-    model = nn.Sequential(TrainedGaussians(inputs, outputs))
-
-    (row,) = find_kan_layers(model)
+    row = recognize(TrainedGaussians(inputs, outputs))
 
     assert row.parameters == ("coefficients",)
     assert row.shape == (outputs, inputs, 8)
@@ -66,7 +68,7 @@ def test_centers_and_widths_are_no_coefficients_whatever_is_frozen(outputs):
 
     for order in ([trained, partly, frozen], [frozen, partly, trained]):
         for layer in order:
-            assert find_kan_layers(nn.Sequential(layer))[0].parameters == ("coefficients",)
+            assert recognize(layer).parameters == ("coefficients",)
 
 
 class WithLinearBase(TrainedGaussians):
@@ -92,7 +94,7 @@ class WithOutputScale(TrainedGaussians):
 
 
 def test_a_scale_of_each_output_is_left_out_with_a_reason():
-    (row,) = find_kan_layers(nn.Sequential(WithOutputScale(3, 4)))
+    row = recognize(WithOutputScale(3, 4))
 
     assert row.parameters == ("coefficients",)
     assert row.doubts["scale"] == "it is not a coefficient or a weight of the base branch"
@@ -102,7 +104,7 @@ def test_a_scale_of_each_output_is_left_out_with_a_reason():
 @pytest.mark.parametrize("outputs", [1, 3])
 @pytest.mark.parametrize("inputs", [1, 2, 5])
 def test_a_linear_layer_beside_functions_is_the_residual_branch_of_one_input_too(inputs, outputs):
-    (row,) = find_kan_layers(nn.Sequential(WithLinearBase(inputs, outputs)))
+    row = recognize(WithLinearBase(inputs, outputs))
 
     assert row.parameters == ("coefficients", "base.weight")
     assert row.has_residual
@@ -158,7 +160,7 @@ def test_a_registration_that_gradients_cannot_verify_is_accepted(coefficients):
 
 @pytest.mark.parametrize("inputs, outputs", [(8, 8), (7, 5), (3, 1)])
 def test_polynomials_of_channels_are_found(inputs, outputs):
-    (row,) = find_kan_layers(nn.Sequential(PolynomialsOfChannels(inputs, outputs)))
+    row = recognize(PolynomialsOfChannels(inputs, outputs))
 
     assert row.shape == (outputs, inputs, 4)
 
@@ -222,16 +224,15 @@ class Counting(nn.Module):
 @pytest.mark.parametrize("samples, expectation", [(4, nullcontext()), (5, pytest.raises(AssertionError))])
 def test_a_model_is_left_as_it_was_also_by_a_run_that_fails(samples, expectation):
     model = Counting()
-    state, generator_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    before, generator_state = snapshot(model), torch.get_rng_state()
 
     with expectation:
         find_kan_layers(model, torch.ones(samples, 3))
 
-    assert_equal(model.state_dict(), state)
+    assert_same(model, before)
     assert_equal(torch.get_rng_state(), generator_state)
     assert all(module.training and not module._forward_pre_hooks for module in model.modules())
     assert model.passes == 0
-    assert not hasattr(model, "last")
 
 
 class Edges(nn.Module):
@@ -271,9 +272,9 @@ def test_parameters_that_shape_the_functions_are_named_in_one_warning():
 
 @pytest.mark.parametrize("inputs, outputs", [(1, 1), (1, 5), (2, 1), (2, 2), (7, 3)])
 def test_scales_and_translations_of_wavelets_are_named_at_all_sizes(inputs, outputs):
-    (layer,) = find_kan_layers(nn.Sequential(Wavelets(inputs, outputs, norm=False)))
+    row = recognize(Wavelets(inputs, outputs, norm=False))
 
-    assert layer.doubts.keys() == {"scale", "translation"}
+    assert row.doubts.keys() == {"scale", "translation"}
 
 
 class FourierWithBase(PhysicsNeMoFourierLayer):
@@ -289,9 +290,9 @@ class FourierWithBase(PhysicsNeMoFourierLayer):
 
 @pytest.mark.parametrize("inputs, outputs", [(3, 5), (4, 4), (1, 1), (7, 1)])
 def test_a_copy_of_a_known_layer_with_further_weights_gets_adapters_of_these_too(inputs, outputs):
-    (layer,) = find_kan_layers(nn.Sequential(FourierWithBase(inputs, outputs)))
+    row = recognize(FourierWithBase(inputs, outputs))
 
-    assert set(layer.parameters) == {"fourier_coeffs", "base_weight"}
+    assert set(row.parameters) == {"fourier_coeffs", "base_weight"}
 
 
 class SometimesShifted(FixedFunctions):
