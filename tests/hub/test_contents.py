@@ -56,8 +56,6 @@ def test_contents_are_printed_as_a_table(folder):
     config, tensors = read_adapter(folder)
     contents = AdapterContents.of("mine", config, tensors)
 
-    assert contents.dtype == ["float32"]
-    assert contents.finite
     assert contents.bytes == 4 * contents.parameters
 
     title, first, _, total = str(contents).splitlines()
@@ -67,10 +65,6 @@ def test_contents_are_printed_as_a_table(folder):
     assert "(4, 2, 9)" in first
     assert "(2, full, 2)" in first
     assert total == "64 parameters, 0.3 kB of float32"
-
-    broken = {name: tensor * float("nan") for name, tensor in tensors.items()}
-
-    assert "NaN or infinite" in str(AdapterContents.of("mine", config, broken))
 
 
 def test_a_broken_file_is_named(folder):

@@ -83,7 +83,7 @@ CALLS = {
 @pytest.mark.parametrize("words", CALLS)
 def test_a_wrong_argument_is_refused_by_this_package(words):
     before = snapshot(BASE)
-    refused(CALLS[words], words.strip())
+    refused(CALLS[words], words)
 
     assert_same(BASE, before)
 

@@ -3,26 +3,18 @@
 
 """What the package does with any layer, done with a described one of blocks, several parts and a list."""
 
-import copy
-
 import pytest
 import torch
 from helpers import assert_near, inputs, train
 from peft import get_peft_model
 from torch import nn
-from torch.testing import assert_close
 
 from peft_lotra import (
     LoTRAConfig,
-    check_kan_layer,
-    extract_lotra,
     find_kan_layers,
-    model_summary,
     register_kan_layer,
     slim,
-    start_from_gradient,
     to_dense,
-    update_spectrum,
 )
 
 
@@ -57,25 +49,6 @@ def case():
     )
     torch.manual_seed(0)
     return nn.Sequential(nn.Tanh(), Parts(), nn.Linear(6, 2)), inputs(9, in_features=4)
-
-
-def test_a_described_kind_is_extracted_and_starts_from_the_gradient(case):
-    base, x = case
-    tuned, fresh = train(copy.deepcopy(base), x), copy.deepcopy(base)
-    tuned[2].load_state_dict(base[2].state_dict())
-
-    assert set(update_spectrum(base, tuned).layers) == {"1"}
-
-    extracted = extract_lotra(copy.deepcopy(base), tuned, r=100)
-
-    assert_close(extracted(x), tuned(x), rtol=1e-4, atol=1e-4)
-
-    model = get_peft_model(base, LoTRAConfig(r=2))
-    start_from_gradient(model, lambda: (model(x) - 1).square().mean())
-
-    assert_close(model(x), fresh(x), rtol=1e-5, atol=1e-5)
-    assert model_summary(model)[0].shape == SHAPE
-    assert check_kan_layer(model.base_model.model[1]).shape == SHAPE
 
 
 @pytest.mark.filterwarnings("ignore:.*more parameters")

@@ -3,11 +3,9 @@
 
 """Residual terms that LevenbergMarquardt refuses: the message names the term."""
 
-import copy
-
 import pytest
 import torch
-from helpers import adapt
+from helpers import adapt, refused
 from torch import nn
 
 from peft_lotra.kan import KAN
@@ -18,12 +16,10 @@ ROWS = torch.linspace(-0.9, 0.9, 200, dtype=torch.float64).unsqueeze(1)
 
 
 def small():
-    torch.manual_seed(0)
     return KAN([1, 4, 1]).double()
 
 
 def other(*between):
-    torch.manual_seed(0)
     return nn.Sequential(nn.Linear(1, 4), *between, nn.Linear(4, 1)).double()
 
 
@@ -68,12 +64,10 @@ TERMS = {
 def test_a_term_that_is_not_by_rows_is_refused(kind):
     term, make, word = TERMS[kind]
     model = make()
-    before = copy.deepcopy(model.state_dict())
 
-    with pytest.raises((ValueError, TypeError)) as caught:
+    with refused(word, model, error=(ValueError, TypeError)) as caught:
         LevenbergMarquardt(model).step([(term, (ROWS, ROWS.sin()))])
-    assert term.__name__ in str(caught.value) and word in str(caught.value), caught.value
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert term.__name__ in str(caught.value)
 
 
 def test_terms_of_any_precision_are_taken():
