@@ -214,10 +214,6 @@ class Around(nn.Module):
         return self.kan(x)
 
 
-def plain_network() -> nn.Module:
-    return nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 2)).double()
-
-
 def lora() -> nn.Module:
     config = LoraConfig(r=2, target_modules=[], target_parameters=["spline_weight"], init_lora_weights=False)
     return get_peft_model(network(), config)
@@ -227,7 +223,7 @@ NOT_BY_LAYERS = {
     "a hook": (hooked, value),
     "a replaced forward": (with_replaced_forward, value),
     "many values in a row": (lambda: KAN([2, 3, MOST_COLUMNS + 1], dtype=torch.float64), value),
-    "no KAN": (plain_network, value),
+    "no KAN": (lambda: MLPS["MLP"]().double(), value),
     "LoRA": (lora, equation),
     "trained norm": (lambda: network(norm="layer"), equation),
     "a layer alone": (lambda: network().layers[0], value),
