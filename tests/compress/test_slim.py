@@ -21,6 +21,9 @@ RANKS = (5, 6, 3)
 X = torch.rand(60, 6, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
 
 
+every_kind = pytest.mark.parametrize("kind", LAYER_KINDS)
+
+
 def base(kind):
     return as_model(LAYER_KINDS[kind](12, 10)).eval()
 
@@ -45,7 +48,7 @@ def count(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("kind", LAYER_KINDS)
+@every_kind
 def test_every_kind_of_layer_is_compressed(kind):
     model = base(kind)
     before = snapshot(model)
@@ -59,7 +62,7 @@ def test_every_kind_of_layer_is_compressed(kind):
     assert_same(model, before)
 
 
-@pytest.mark.parametrize("kind", LAYER_KINDS)
+@every_kind
 def test_every_kind_of_layer_is_expanded_again(kind):
     model, x = base(kind), points()
     small = slim(model, RANKS)
@@ -74,7 +77,7 @@ def test_every_kind_of_layer_is_expanded_again(kind):
     assert small.slim_report.errors["kan"] == pytest.approx(error, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", LAYER_KINDS)
+@every_kind
 def test_every_kind_of_compressed_layer_trains_on(kind):
     model, x = base(kind), points()
     y, small = model(x).detach(), slim(model, RANKS)
@@ -83,6 +86,7 @@ def test_every_kind_of_compressed_layer_trains_on(kind):
     train(small, x, y, 40, lr=5e-3)
 
     assert (small(x) - y).square().mean() < 0.9 * first
+    assert_near(small.to_dense()(x), small(x))
 
 
 @pytest.mark.parametrize("kind", ["own", "pykan", "fast-kan", "efficient-kan", "inkan", "fourier-kan"])

@@ -223,20 +223,24 @@ def used(model):
     model.optimizers = [torch.optim.Adam(model.parameters())]
 
 
+def total(model):
+    return model(X).sum()
+
+
 BAD = {
-    "none": (lambda m: m.unload(), lambda m: m(X).sum(), {}, "none is active.*get_peft_model"),
-    "two": (two_active, lambda m: m(X).sum(), {}, "default.*second.*set_adapter"),
-    "merged": (lambda m: m.merge_adapter(), lambda m: m(X).sum(), {}, "unmerge_adapter"),
-    "parallel": (nn.DataParallel, lambda m: m(X).sum(), {}, "wrapped by DataParallel.*before the model is wrapped"),
-    "used": (used, lambda m: m(X).sum(), {}, "optimizer was created before.*`layers.0`.*after `start_from_training`"),
+    "none": (lambda m: m.unload(), total, {}, "none is active.*get_peft_model"),
+    "two": (two_active, total, {}, "default.*second.*set_adapter"),
+    "merged": (lambda m: m.merge_adapter(), total, {}, "unmerge_adapter"),
+    "parallel": (nn.DataParallel, total, {}, "wrapped by DataParallel.*before the model is wrapped"),
+    "used": (used, total, {}, "optimizer was created before.*`layers.0`.*after `start_from_training`"),
     "many values": (None, lambda m: m(X).sum(0), {}, "of one value"),
     "elsewhere": (None, lambda m: m.base_model.model.layers[1](X[:, :1].expand(-1, 8)).sum(), {}, "`layers.0`"),
-    "nan": (None, lambda m: m(X).sum() * math.nan, {}, "not finite"),
-    "flat": (None, lambda m: m(X).sum() * 0, {}, "zero"),
-    "no batches": (None, lambda m, batch=None: m(X).sum(), {"batches": []}, "no more batch"),
-    "an iterator": (None, lambda m, batch=None: m(X).sum(), {"batches": iter([X, X])}, "no more batch"),
-    "no steps": (None, lambda m: m(X).sum(), {"steps": 0}, "`steps` is 0"),
-    "no rate": (None, lambda m: m(X).sum(), {"lr": -1.0}, "`lr` is -1.0"),
+    "nan": (None, lambda m: total(m) * math.nan, {}, "not finite"),
+    "flat": (None, lambda m: total(m) * 0, {}, "zero"),
+    "no batches": (None, total, {"batches": []}, "no more batch"),
+    "an iterator": (None, total, {"batches": iter([X, X])}, "no more batch"),
+    "no steps": (None, total, {"steps": 0}, "`steps` is 0"),
+    "no rate": (None, total, {"lr": -1.0}, "`lr` is -1.0"),
     "inputs of no layer": (None, lambda m: m(X[0]).sum(), {}, "pass a batch"),
 }
 

@@ -46,11 +46,18 @@ def test_a_multiple_keeps_values_and_derivatives(order, factor):
         assert_same(jet(model, x), derivatives, 1e-8)
 
 
-@pytest.mark.parametrize("order", [2, 3])
-def test_samples_extend_the_grids_to_where_activations_leave_them(order):
+BEYOND = {
+    "degree 2": lambda: wide(wide(kan(spline_order=2))),
+    "degree 3": lambda: wide(wide(kan())),
+    "slim": lambda: SlimKAN([2, 6, 5, 4], (4, 2, 3), grid_size=6, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_samples_extend_the_grids_to_where_activations_leave_them(name):
     """The function is kept half an interval beyond the ends, farther out, and beyond the supports of the splines."""
     x = inputs(400, 1.3)
-    model = wide(wide(kan(spline_order=order)))
+    model = BEYOND[name]()
     derivatives = jet(model, x)
 
     report = refine_grid(model, 12, x)

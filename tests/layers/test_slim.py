@@ -28,6 +28,7 @@ def test_its_kind_is_slim_on_the_grid_of_the_dense_layer(small):
     tensor, dense_tensor = spec.locate(small), dense_spec.locate(dense)
 
     assert spec.kind == "slim"
+    assert_close(tensor.read(small), dense_tensor.read(dense), rtol=1e-5, atol=1e-5)
     assert tensor.shape == dense_tensor.shape
     assert set(spec.read_grid(small)) == {f"layer.{name}" for name in dense_spec.read_grid(dense)}
     assert [row.name for row in find_kan_layers(torch.nn.Sequential(small))] == ["0"]

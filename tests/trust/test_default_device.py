@@ -18,7 +18,7 @@ from peft_lotra.kan import KAN, jet
 from peft_lotra.optim import LevenbergMarquardt
 
 
-X = torch.rand(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1.6 - 0.8
+X = torch.linspace(-0.8, 0.8, 60, dtype=torch.float64).view(20, 3)
 
 
 def rows(model):
