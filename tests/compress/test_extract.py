@@ -31,8 +31,8 @@ def fine_tuned(model: nn.Module, x: torch.Tensor, steps: int = 5) -> nn.Module:
     return train(copy.deepcopy(model), x, torch.randn_like(model(x)), steps, lr=1e-2)
 
 
-@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind, scale", [("efficient-kan", "spline_scaler"), ("pykan", "scale_sp")])
+@pytest.mark.filterwarnings("error")
 def test_a_change_of_the_scales_is_taken_up_by_the_coefficients(kind, scale):
     model = base(kind, torch.float64)
     x = inputs(dtype=torch.float64)
