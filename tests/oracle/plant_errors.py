@@ -41,8 +41,8 @@ PAGE = ROOT / "CONTRIBUTING.md"
 PER_AREA = 6
 # Files that compute outputs, coefficients or gradients, by area. Random starts have no reference.
 AREAS = {
-    "kan": "product or refined or 17 or knots or network or size or silu",
-    "tuner": "hotswap or weighted or (merge and own) or (mixed and conv) or refit or sample or dropout or 17",
+    "kan": "basis formula input_map knots layer network product refinement row_product slim_kan sparse_product",
+    "tuner": "by_row gradients grids hotswap jets layer model refit slim weighted",
     "bank": "bank layer reading snapshot storage",
     "layers": "coefficients derivatives formula layout slim",
     "derivatives": "api bases chain_rule layer_jet layers norms splines stages torch_fallback",
