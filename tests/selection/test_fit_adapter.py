@@ -472,7 +472,7 @@ CLASSES = torch.arange(30) % 2
         ({"data": (make_rows(), CLASSES.sort().values), "blocked": True, "folds": 2}, "without the classes"),
         ({"loss": lambda outputs, y: cross_entropy(outputs, y, reduction="none")}, "one value"),
         ({"data": (make_rows().numpy(), CLASSES)}, "as tensors"),
-        ({"data": DataLoader([{"x": row, "y": 0} for row in make_rows()])}, "pairs of tensors"),
+        ({"data": DataLoader([{"x": row, "y": 0} for row in make_rows()])}, "a pair of tensors"),
         ({"data": (make_rows(), CLASSES * 1.0), "loss": lambda o, y: mse_loss(o[:, :1], y)}, "broadcasts"),
         ({"budget": 1.5}, "budget"),
         ({"budget": 0.01}, "smallest ranks"),
