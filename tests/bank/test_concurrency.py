@@ -17,10 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import Versions
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from helpers import Versions, adapt
+from peft import PeftModel, get_peft_model_state_dict
 
-from peft_lotra import AdapterBank, LoTRAConfig
+from peft_lotra import AdapterBank
 from peft_lotra.kan import KAN
 
 
@@ -28,6 +28,14 @@ ROUNDS = int(os.environ.get("LOTRA_STRESS_ROUNDS", "40"))
 STATES = 12
 OTHERS = 300  # adapters that nobody changes: a bank of this size takes a while to save and to compact
 ROWS = 200
+# so that the layout changes with the adapters that are present
+FORMS = [
+    {"r": 1},
+    {"r": 3},
+    {"r": ("full", "full", 1)},
+    {"r": ("full", "full", 1), "adapt_residual": False},
+    {"r": "full"},
+]
 STAYING = [f"stays{number}" for number in range(6)]
 COMING = [f"comes{number}" for number in range(6)]
 NAMES = STAYING + COMING
@@ -45,8 +53,7 @@ class Stress:
         self.states = []
         answers = []
         for number in range(STATES):
-            config = LoTRAConfig(r=1 + number % 3, init_weights=False)
-            model = get_peft_model(copy.deepcopy(self.base), config).eval()
+            model = adapt(copy.deepcopy(self.base), **FORMS[number % len(FORMS)])
             self.states.append(get_peft_model_state_dict(model))
             with torch.no_grad():
                 answers.append(model(X))

@@ -6,7 +6,6 @@
 import copy
 import itertools
 import random
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
 from peft_lotra import AdapterBank
-from peft_lotra.kan import KAN, SlimKAN
+from peft_lotra.kan import KAN
 
 
 FULL = {"r": ("full", "full", 1)}
@@ -27,13 +26,6 @@ FORMS = {
     "factors": {"r": (2, 1, 3)},
     "inputs": {"r": (1, "full", 2)},
     "outputs": {"r": ("full", 1, "full")},
-}
-BASES = {
-    "own": lambda: KAN([3, 5, 3, 1]),
-    "one input": lambda: KAN([1, 2, 2]),
-    "large grid": lambda: KAN([3, 7], grid_size=30),
-    "slim": lambda: SlimKAN([3, 5, 4], ranks=(2, 2, 3)),
-    **{name: KINDS[name] for name in ("efficient-kan-old", "fast-kan", "cheby-kan", "pykan")},
 }
 
 
@@ -50,7 +42,7 @@ def forms_of(bank, name):
     return {layer: update.tensor.form for layer, update in updates.items()}
 
 
-def check_rows(bank, alone, inputs=3):
+def check_rows(bank, alone):
     """Check that rows have the values of the merged model of their adapter, in any order, in groups and one by one."""
     merged = {name: copy.deepcopy(model).merge_and_unload() for name, model in alone.items()}
     merged["__base__"] = copy.deepcopy(bank.base)
@@ -58,7 +50,7 @@ def check_rows(bank, alone, inputs=3):
 
     for count in (8, 300):
         names = random.Random(0).choices(list(merged), k=count)
-        x = torch.rand(count, inputs) * 1.8 - 0.9
+        x = torch.rand(count, 3) * 1.8 - 0.9
         with torch.no_grad():
             y = model(x, adapter_names=names)
         assert_near(y, row_by_row(merged, names, x))
@@ -137,47 +129,6 @@ def test_a_state_dict_says_the_form(name):
         assert update.tensor.shape == before[layer].tensor.shape
 
 
-def test_threads_serve_and_save_while_the_layout_changes(tmp_path):
-    """Full modes get factors, and ranks rise, while other threads read."""
-    bank, alone = bank_of_forms(net(), ["shape", "splines"])
-    later = {name: adapt(net(), **FORMS[name]) for name in ("factors", "dense", "inputs")}
-    model = bank.attach()
-    names = ["shape"] * 8
-    base = net()  # in threads, the seed of one would change the parameters of the other
-
-    @torch.no_grad()
-    def serve():
-        expected = row_by_row(alone, names, X)
-        for _ in range(40):
-            assert_near(model(X, adapter_names=names), expected)
-
-    @torch.no_grad()
-    def save(folder):
-        expected = alone["shape"](X)
-        for _ in range(10):
-            bank.save(folder)
-            loaded = AdapterBank.load(copy.deepcopy(base), folder)
-            assert_near(loaded.attach()(X, adapter_names=["shape"] * 8), expected)
-
-    def change():
-        for name, adapter in later.items():
-            bank.add(name, adapter)
-            bank.add("shape", alone["shape"], replace=True)
-            bank.compact()
-        bank.add("splines", later["dense"], replace=True)
-        bank.remove("dense")
-
-    with ThreadPoolExecutor(8) as threads:
-        jobs = [threads.submit(serve) for _ in range(5)]
-        jobs += [threads.submit(save, tmp_path / folder) for folder in ("first", "second")]
-        jobs.append(threads.submit(change))
-    for job in jobs:
-        job.result()
-    bank.detach()
-    alone["splines"] = later.pop("dense")
-    check_rows(bank, {**alone, **later})
-
-
 GRAPHS = [("own", ["shape"]), ("own", ["outputs", "dense"]), ("efficient-kan-old", ["shape", "factors"])]
 
 
@@ -186,20 +137,18 @@ def graph_case(request):
     """A bank in evaluation mode, its ids for the rows of `X`, and what is expected."""
     torch._dynamo.reset()
     kind, forms = request.param
-    bank, alone = bank_of_forms(BASES[kind]().eval(), forms)
+    bank, alone = bank_of_forms(KINDS[kind]().eval(), forms)
     names = (forms * 8)[:8]
     return bank.attach().eval(), bank.ids(names), row_by_row(alone, names, X)
 
 
-def test_a_bank_with_full_modes_is_compiled_and_exported(graph_case):
+def test_a_bank_with_full_modes_is_exported(graph_case):
     model, ids, expected = graph_case
 
     with torch.no_grad():
-        compiled = torch.compile(model, backend="eager", fullgraph=True)(X, ids=ids)
-        exported = torch.export.export(model, (X,), {"ids": ids}).module()(X, ids=ids)
+        y = torch.export.export(model, (X,), {"ids": ids}).module()(X, ids=ids)
 
-    assert_near(compiled, expected)
-    assert_near(exported, expected)
+    assert_near(y, expected)
 
 
 def test_a_bank_with_full_modes_runs_in_onnx(graph_case, tmp_path):

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from helpers import refused
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -80,7 +81,7 @@ def test_an_adapter_with_lora_is_not_added(kind, tmp_path, hub):
     bank = AdapterBank(make_base())
     make, message = WITH_LORA[kind]
 
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         bank.add("both", make(tmp_path))
 
     assert bank.names == []
@@ -117,9 +118,9 @@ def test_a_base_with_lora_is_refused_before_and_after_the_bank_is_made():
     bank = AdapterBank(base)
     add_lora(base)
 
-    with pytest.raises(ValueError, match="The model has adapters of other methods"):
+    with refused("The model has adapters of other methods"):
         bank.attach()
-    with pytest.raises(ValueError, match="The base has adapters of other methods"):
+    with refused("The base has adapters of other methods"):
         AdapterBank(base)
 
 
@@ -132,7 +133,7 @@ def test_nan_in_the_file_of_another_method_is_refused(tmp_path):
     save_file(tensors, path, {"format": "pt"})
     base = make_base()
 
-    with pytest.raises(ValueError, match="has NaN or infinite values"):
+    with refused("has NaN or infinite values"):
         load_adapters(base, tmp_path)
 
     assert not any("lora" in name for name, _ in base.named_modules())

@@ -9,8 +9,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import KINDS, X, adapt, assert_equal, assert_near, bank_of, net, relative, row_by_row, state
-from peft import PeftModel, get_peft_model_state_dict
+from helpers import (
+    KINDS,
+    X,
+    adapt,
+    assert_equal,
+    assert_near,
+    bank_of,
+    load,
+    net,
+    refused,
+    relative,
+    row_by_row,
+    state,
+)
+from peft import get_peft_model_state_dict
 from torch import nn
 from torch.testing import assert_close
 
@@ -18,14 +31,17 @@ from peft_lotra import AdapterBank, LoTRAConfig, LoTRALayer
 from peft_lotra.kan import KAN
 
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 NAMES = ["a", "__base__", "b", "c", "b", "__base__", "a", "c"]
 # unequal ranks, an alpha, no base branch
 SETTINGS = {"a": {"alpha": 0.7}, "b": {"r": (4, 1, 2)}, "c": {"r": 1, "adapt_residual": False}}
 
 
-def several(base, configs=SETTINGS):
-    """A bank with an adapter of each setting, and for each name, also the base's, the model that it stands for."""
+def several(base=None, configs=SETTINGS):
+    """A bank with an adapter of each setting, and for each name, also the base's, the model that it stands for.
+
+    By default it is a bank of `net()`.
+    """
+    base = net() if base is None else base
     plain = copy.deepcopy(base)
     bank, alone = bank_of(base, configs)
     return bank, {"__base__": plain, **alone}
@@ -36,8 +52,11 @@ NAMES_OF_FOUR = ["a", "b", "__base__", "c"]
 
 @pytest.fixture
 def sequences():
-    """A bank, its model, inputs (4, 6, 3) with a name for each of the four, and what is expected."""
-    bank, alone = several(nn.Sequential(KAN([3, 5, 2])))
+    """A bank, its model, inputs (4, 6, 3) with a name for each of the four, and what is expected.
+
+    The model calls its layers twice.
+    """
+    bank, alone = several(nn.Sequential(*[KAN([3, 5, 3])] * 2))
     x = torch.rand(4, 6, 3)
     return bank, bank.attach(), x, row_by_row(alone, NAMES_OF_FOUR, x)
 
@@ -51,7 +70,7 @@ def test_a_name_stands_for_all_rows_behind_its_dimension(sequences):
         flattened = nn.Sequential(nn.Flatten(0, 1), model)(x)
 
     assert_near(y, expected)
-    assert_near(flattened.view(4, 6, 2), expected)
+    assert_near(flattened.view(4, 6, 3), expected)
 
 
 class Folded(nn.Module):
@@ -71,7 +90,7 @@ def test_steps_in_the_order_of_time_are_refused():
     bank, _ = several(Folded((2, 0)))
     model = bank.attach()
 
-    with torch.no_grad(), pytest.raises(ValueError, match="in `kan.layers.0`"):
+    with torch.no_grad(), refused("in `kan.layers.0`"):
         model(torch.rand(4, 3, 6), adapter_names=NAMES_OF_FOUR)
 
 
@@ -82,9 +101,9 @@ def test_rows_in_another_order_are_named_by_bank_rows(sequences):
 
     for rows in (NAMES_OF_FOUR * 6, bank.ids(NAMES_OF_FOUR).tolist() * 6):
         with bank.rows(rows):
-            assert_near(model(turned).view(6, 4, 2).transpose(0, 1), expected)
+            assert_near(model(turned).view(6, 4, 3).transpose(0, 1), expected)
 
-    with bank.rows(NAMES_OF_FOUR), pytest.raises(ValueError, match="layers.0"):
+    with bank.rows(NAMES_OF_FOUR), refused("layers.0"):
         model(turned)
 
 
@@ -110,29 +129,6 @@ def test_two_banks_of_one_network_have_their_own_rows():
 
     assert_near(y, expected)
     assert_near(hidden_again, hidden)
-
-
-def test_threads_have_their_own_rows():
-    bank, alone = several(net())
-    model = bank.attach()
-
-    @torch.no_grad()
-    def serve(names):
-        expected = row_by_row(alone, names, X)
-        for _ in range(60):
-            assert_near(model(X, adapter_names=names), expected)
-
-    def change():
-        for count in range(40):  # grows, and replaces
-            bank.add(f"more{count}", alone["b"])
-            bank.add("other", alone["c"], replace=True)
-            bank.remove(f"more{count}")
-
-    with ThreadPoolExecutor(5) as threads:
-        jobs = [threads.submit(serve, names) for names in (["a"] * 8, ["b"] * 8, ["c"] * 8, NAMES)]
-        jobs.append(threads.submit(change))
-    for job in jobs:
-        job.result()
 
 
 # --- Graphs: compiled, exported, in ONNX ---
@@ -170,7 +166,7 @@ def dynamic_shapes():
 
 
 def test_an_exported_bank_takes_ids_for_any_number_of_rows():
-    bank, alone = several(KAN([3, 4, 2]))
+    bank, alone = several()
     names = ["c", "b", "a", "__base__"]
 
     program = torch.export.export(bank.attach(), (X,), {"ids": bank.ids(NAMES)}, dynamic_shapes=dynamic_shapes())
@@ -186,7 +182,7 @@ NAMES_WITHOUT_B = ["a", "__base__", "c", "c", "a", "a", "c", "__base__"]
 
 def bank_without_b():
     """A bank that has lost its second adapter, its model, and ids of rows that it still answers."""
-    bank, _ = several(KAN([3, 4, 2]))
+    bank, _ = several()
     model = bank.attach()
     bank.remove("b")
     return bank, model, bank.ids(NAMES_WITHOUT_B)
@@ -207,7 +203,7 @@ def check_refuses_unknown_ids(call, ids, error):
 def test_a_compiled_bank_refuses_ids_of_no_adapter(backend):
     """Also of an adapter that was there when the graph was made."""
     torch._dynamo.reset()
-    bank, _ = several(KAN([3, 4, 2]))
+    bank, _ = several()
     model = bank.attach()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     call = torch.no_grad()(lambda ids: compiled(X, ids=ids))
@@ -235,7 +231,7 @@ def onnx_bank(request, tmp_path_factory):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     torch.manual_seed(0)
-    bank, alone = several(KAN([3, 4, 2]))
+    bank, alone = several()
     model = bank.attach()
     bank.remove("b")
     ids = bank.ids(NAMES_WITHOUT_B)
@@ -280,7 +276,7 @@ def test_a_bank_in_onnx_refuses_another_number_of_ids_than_rows(onnx_bank, rows,
 
 
 def test_a_compiled_bank_refuses_one_id_for_several_rows():
-    bank, _ = several(KAN([3, 4, 2]))
+    bank, _ = several()
     compiled = torch.compile(bank.attach(), backend="eager", fullgraph=True)
 
     with pytest.raises(Exception, match="Length of `ids`"):
@@ -302,12 +298,12 @@ def test_a_kind_without_functions_serves_but_makes_no_graph():
 
 
 def test_a_mapped_bank_makes_no_graph(tmp_path):
-    bank, alone = several(KAN([3, 4, 2]))
+    bank, alone = several()
     bank.save(tmp_path)
     mapped = AdapterBank.load(bank.base, tmp_path, mapped=True)
     mapped.add("d", alone["a"])
 
-    with pytest.raises(ValueError, match="compact"):
+    with refused("compact"):
         torch.export.export(mapped.attach(), (X,), {"ids": mapped.ids(["d"] * 8)})
 
 
@@ -325,7 +321,7 @@ def test_a_part_of_the_model_may_be_compiled():
 def test_an_eager_pass_is_right_while_another_thread_compiles():
     """While a graph is made, torch says in all threads that it compiles."""
     torch._dynamo.reset()
-    bank, alone = several(KAN([3, 4, 2]))
+    bank, alone = several()
     model = bank.attach()
     answers = []
 
@@ -347,7 +343,7 @@ def test_an_eager_pass_is_right_while_another_thread_compiles():
 
 def test_an_id_is_never_given_to_another_adapter():
     """Not after a removal, a replacement or `compact`: what was looked up before is right or refused."""
-    bank, alone = several(net())
+    bank, alone = several()
     model = bank.attach()
     *replaced, kept = bank.ids(["a", "b", "c"])
 
@@ -360,7 +356,7 @@ def test_an_id_is_never_given_to_another_adapter():
     with torch.no_grad():
         assert_near(model(X, ids=kept.expand(8)), alone["c"](X))
     for number in replaced:
-        with pytest.raises(ValueError, match=f"No adapter has the id {number}"):
+        with refused(f"No adapter has the id {number}"):
             model(X, ids=number.expand(8))
 
 
@@ -368,9 +364,9 @@ def test_an_id_is_never_given_to_another_adapter():
 @pytest.mark.parametrize("shape", [(8, 3), (8, 1, 3)])
 def test_one_adapter_for_several_rows_is_refused(rows, shape):
     """`adapter_names=[name]` is a forgotten `* len(x)`."""
-    bank, _ = several(KAN([3, 4, 2]))
+    bank, _ = several()
 
-    with pytest.raises(ValueError, match=f"Length of `{next(iter(rows))}`"):
+    with refused(f"Length of `{next(iter(rows))}`"):
         bank.attach()(torch.rand(shape), **rows)
 
 
@@ -418,6 +414,7 @@ def test_a_pass_goes_on_with_an_adapter_that_is(change, make):
     [
         ({"adapter_names": ["nobody"] * 8}, "nobody"),
         ({"adapter_names": ["a"] * 7}, "[Ll]ength"),
+        ({"adapter_names": []}, "Length of `adapter_names`"),
         ({"ids": torch.tensor([3] * 8)}, "3"),
         ({"ids": torch.tensor([-2] * 8)}, "-2"),
         ({"ids": torch.tensor([1] * 8)}, "1"),
@@ -426,11 +423,11 @@ def test_a_pass_goes_on_with_an_adapter_that_is(change, make):
     ],
 )
 def test_a_refused_call_leaves_nothing_behind(rows, message):
-    bank, alone = several(net())
+    bank, alone = several()
     model = bank.attach()
     bank.remove("b")
 
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         model(X, **rows)
 
     with torch.no_grad():
@@ -440,7 +437,7 @@ def test_a_refused_call_leaves_nothing_behind(rows, message):
 @pytest.mark.parametrize("compiles", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.uint8])
 def test_ids_that_are_no_signed_integers_are_refused(dtype, compiles):
-    bank, _ = several(KAN([3, 4, 2]))
+    bank, _ = several()
     model = bank.attach()
     call = torch.compile(model, backend="eager", fullgraph=True) if compiles else model
 
@@ -463,7 +460,7 @@ def test_a_vector_beside_the_rows_is_not_taken_for_them():
     bank, _ = several(Weighted())
     model, weight = bank.attach(), torch.ones(1)
 
-    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+    with refused("Length of `adapter_names`"):
         model(X, weight, adapter_names=["a"])
     assert model(X, weight, adapter_names=NAMES).shape == (8, 2)
 
@@ -475,14 +472,14 @@ def test_as_many_steps_as_rows_in_the_order_of_time_are_refused():
     model, names = bank.attach(), ["a", "b", "c", "a"]
 
     for steps in (3, 4):
-        with pytest.raises(ValueError, match="layers.0"):
+        with refused("layers.0"):
             model(torch.rand(4, steps, 3).transpose(0, 1), adapter_names=names)
     x = torch.rand(1, 4, 3).expand(4, 4, 3)
     assert_near(model(x, adapter_names=names), row_by_row(alone, names, x))
 
 
 def test_inputs_far_outside_of_the_grid_warn():
-    bank, _ = several(net())
+    bank, _ = several()
 
     with pytest.warns(UserWarning, match="far outside of its grid"):
         bank.attach()(100 * X, adapter_names=NAMES)
@@ -518,14 +515,12 @@ def moved_grid():
     [(merged_model, "merged"), (lambda: net(seed=8), "another base"), (moved_grid, "another base")],
 )
 def test_a_model_that_does_not_fit_the_bank_is_refused(make, message):
-    bank, _ = several(net())
+    bank, _ = several()
     model = make()
-    before = state(model)
 
-    with pytest.raises(ValueError, match=message):
+    with refused(message, model):
         bank.attach(model)
 
-    assert_equal(state(model), before)
     assert bank.attach() is not None
 
 
@@ -534,12 +529,9 @@ def test_a_base_whose_weights_were_loaded_after_the_bank_was_created_is_refused(
     bank = AdapterBank(base)
     bank.add("a", get_peft_model_state_dict(adapt(net())))
     base.load_state_dict(trained.state_dict())
-    before = state(base)
 
-    with pytest.raises(ValueError, match="changed since the bank was created"):
+    with refused("changed since the bank was created", base):
         bank.attach()
-
-    assert_equal(state(base), before)
 
 
 def test_a_detached_model_is_as_before():
@@ -548,7 +540,7 @@ def test_a_detached_model_is_as_before():
     bank, _ = several(base)
 
     bank.attach()
-    with pytest.raises(ValueError, match="detach"):
+    with refused("detach"):
         bank.attach()
     bank.detach()
 
@@ -559,29 +551,29 @@ def test_a_detached_model_is_as_before():
 
 @pytest.mark.parametrize("serves_another", [False, True])
 def test_a_detached_model_refuses_adapters(serves_another):
-    bank, _ = several(net())
+    bank, _ = several()
     model = bank.attach()
     bank.detach()
     if serves_another:
         bank.attach(net())
 
-    with pytest.raises(ValueError, match="detached"):
+    with refused("detached"):
         model(X, adapter_names=["a"] * 8)
-    with pytest.raises(ValueError, match="detached"):
+    with refused("detached"):
         model(X, ids=bank.ids(["a"] * 8))
 
     assert_near(model(X), net()(X))
 
 
 def test_rows_of_a_bank_that_is_not_attached_are_refused():
-    bank, _ = several(net())
+    bank, _ = several()
 
-    with pytest.raises(ValueError, match="attached to no model"), bank.rows(["a"] * 8):
+    with refused("attached to no model"), bank.rows(["a"] * 8):
         net()(X)
 
 
 def test_an_attached_bank_grows_and_is_pickled_with_its_model():
-    bank, alone = several(net())
+    bank, alone = several()
     model = bank.attach()
 
     bank.add("d", alone["a"])
@@ -597,12 +589,10 @@ def test_a_base_that_serves_a_bank_gets_no_adapter(copied):
     spare = copy.deepcopy(base)
     bank, _ = several(base)
     model = bank.attach()
-    before = state(model)
 
-    with pytest.raises(ValueError, match="serves an AdapterBank"):
+    with refused("serves an AdapterBank", model):
         adapt(copied(base))
 
-    assert_equal(state(model), before)
     assert all(parameter.requires_grad for parameter in base.parameters())
     bank.add("d", adapt(spare))
 
@@ -623,7 +613,7 @@ def test_a_bank_serves_a_peft_model_that_goes_on(tmp_path):
         assert relative(served(X, adapter_names=["b"] * 8), served(X)) > 1e-5
     model.save_pretrained(tmp_path)
     model.add_adapter("more", LoTRAConfig(r=1))
-    with pytest.raises(ValueError, match="another bank"):
+    with refused("another bank"):
         AdapterBank(net()).attach(model)
 
     model.train()
@@ -631,7 +621,7 @@ def test_a_bank_serves_a_peft_model_that_goes_on(tmp_path):
 
     assert type(layer) is LoTRALayer
     assert not any(module.training for module in model.model.modules())
-    assert_near(PeftModel.from_pretrained(net(), tmp_path).eval()(X), expected)
+    assert_near(load(tmp_path)(X), expected)
     assert_equal(model.eval()(X), expected)
 
 
@@ -643,7 +633,7 @@ def test_adapters_are_not_merged_while_a_bank_is_attached(method):
     expected = model(X)
     served = bank.attach(model)
 
-    with pytest.raises(ValueError, match="detach"):
+    with refused("detach"):
         getattr(model, method)()
 
     assert_near(served(X, adapter_names=["own"] * 8), expected)
@@ -662,7 +652,7 @@ def test_a_pass_is_refused_while_adapters_are_merged_into_a_single_layer():
     layer.merge()
 
     for names in (["own"] * 8, None):
-        with pytest.raises(ValueError, match="merged into `kan.layers.1`"):
+        with refused("merged into `kan.layers.1`"):
             served(X, adapter_names=names)
     layer.unmerge()
     assert_equal(served(X, adapter_names=["own"] * 8), expected)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import KINDS, X, adapt, assert_equal, assert_near, bank_of, differ
+from helpers import KINDS, X, adapt, assert_equal, assert_near, bank_of, differ, refused
 from peft import get_peft_model_state_dict
 from torch import nn
 from torch.testing import assert_close
@@ -28,9 +28,9 @@ BASES = {
 }
 
 
-def attached_bank(base, random=False, configs=CONFIGS):
-    """A bank, its model, and for each adapter a model that has it alone."""
-    bank, alone = bank_of(base, configs, random=random)
+def attached_bank(base=None, random=False, configs=CONFIGS):
+    """A bank of a small network or another base, its model, and for each adapter a model that has it alone."""
+    bank, alone = bank_of(KAN([3, 5, 1]) if base is None else base, configs, random=random)
     return bank, bank.attach().eval(), alone
 
 
@@ -78,7 +78,7 @@ def train_together(bank, model, batches, **options):
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 def test_no_gradient_has_nan_where_an_adapter_has_no_rows():
-    bank, model, _ = attached_bank(KAN([3, 5, 1]))
+    bank, model, _ = attached_bank()
 
     with torch.autograd.detect_anomaly(check_nan=True):
         train_together(bank, model, [(X, 1.0, ["a"] * len(X))])
@@ -155,9 +155,9 @@ def test_shards_that_an_executor_trains_become_one_bank(tmp_path):
 def test_an_adapter_of_a_bank_on_another_base_is_refused():
     bank, _ = bank_of(KAN([3, 4, 2]), CONFIGS)
 
-    with pytest.raises(ValueError, match="'a' was not added: the other bank has another base"):
+    with refused("'a' was not added: the other bank has another base"):
         AdapterBank(copy.deepcopy(bank.base)).add("a", bank)
-    with pytest.raises(ValueError, match="no adapter 'z'"):
+    with refused("no adapter 'z'"):
         AdapterBank(bank.base).add("z", bank)
 
 
@@ -215,7 +215,7 @@ def test_a_residual_with_derivatives_has_the_gradients_of_each_adapter_alone():
 
 
 def test_the_best_values_and_early_stopping():
-    bank, model, _ = attached_bank(KAN([3, 4, 2]))
+    bank, model, _ = attached_bank()
     optimizer = BankAdamW(bank, lr=1e-2, names=["a", "b"])
     ids = bank.ids(["a", "b", "c"])
     values = []
@@ -242,7 +242,7 @@ def test_the_best_values_and_early_stopping():
 def test_training_that_is_refused_leaves_the_bank_open(options, message):
     bank, _ = bank_of(KAN([3, 4, 2]), CONFIGS)
 
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         BankAdamW(bank, lr=1e-2, **options)
 
     bank.add("d", LoTRAConfig(r=1))
@@ -261,14 +261,14 @@ CALLS_IN_TRAINING = {
 
 @pytest.mark.parametrize("call", CALLS_IN_TRAINING)
 def test_a_bank_in_training_refuses(call):
-    bank, model, _ = attached_bank(KAN([3, 4, 2]))
+    bank, model, _ = attached_bank()
     BankAdamW(bank, lr=1e-2, names=["a", "b"])
-    refused, message = CALLS_IN_TRAINING[call]
+    action, message = CALLS_IN_TRAINING[call]
 
     with torch.no_grad():
         model(X[:2], adapter_names=["c", "__base__"])  # adapters that are not trained still answer
     with pytest.raises((ValueError, RuntimeError), match=message):
-        refused(bank, model)
+        action(bank, model)
 
 
 @pytest.mark.parametrize(("dtype", "message"), [(None, "no adapter to train"), (torch.bfloat16, "float32 or float64")])
@@ -277,7 +277,7 @@ def test_a_bank_without_adapters_or_in_half_precision_is_not_trained(dtype, mess
     if dtype is not None:
         bank.add("a", LoTRAConfig(r=1))
 
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         BankAdamW(bank)
 
 
@@ -290,13 +290,13 @@ def test_a_bank_without_adapters_or_in_half_precision_is_not_trained(dtype, mess
     ],
 )
 def test_a_configuration_that_a_bank_cannot_train_is_refused(config, message):
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         AdapterBank(KAN([3, 4, 2])).add("e", LoTRAConfig(**config))
 
 
 @pytest.mark.parametrize("method", ["AdamW", "Levenberg-Marquardt"])
 def test_rows_of_adapters_that_are_not_trained_change_nothing(method):
-    bank, model, _ = attached_bank(KAN([3, 4, 1]), random=True)
+    bank, model, _ = attached_bank(random=True)
     names = ["a", "b", "__base__", "c"] * 2
     before = packed_values(bank)
 
@@ -314,7 +314,7 @@ def test_rows_of_adapters_that_are_not_trained_change_nothing(method):
 
 
 def test_training_resumes_from_a_state_dict():
-    bank, model, _ = attached_bank(KAN([3, 4, 2]))
+    bank, model, _ = attached_bank()
 
     def train_for(optimizer, steps):
         for _ in range(steps):
@@ -449,7 +449,7 @@ def test_least_squares_of_derivatives_and_in_float32(residual, dtype, tolerance)
 
 
 def test_an_adapter_without_rows_or_with_nan_is_left_as_it_is():
-    bank, model, _ = attached_bank(KAN([3, 5, 1]), random=True)
+    bank, model, _ = attached_bank(random=True)
     x, y, names = draw_batch(9, 9, 0)
     y[rows_of("b", names)] = torch.nan
     before = packed_values(bank)
@@ -467,7 +467,7 @@ def test_an_adapter_without_rows_or_with_nan_is_left_as_it_is():
 
 
 def test_an_adapter_that_stopped_early_takes_no_more_steps():
-    bank, model, _ = attached_bank(KAN([3, 5, 1]), random=True)
+    bank, model, _ = attached_bank(random=True)
     x, y, names = draw_batch(9, 0, 0)
     optimizer = BankLevenbergMarquardt(model, names=["a"])
     terms = [(error, (x, y), bank.ids(names))]
@@ -499,9 +499,9 @@ def test_a_minimum_or_a_residual_that_no_parameter_changes_is_kept(share, loss):
 
 
 def test_levenberg_marquardt_refuses_no_damping_and_a_bank_that_is_not_attached():
-    bank, model, _ = attached_bank(KAN([3, 5, 1]))
+    bank, model, _ = attached_bank()
 
-    with pytest.raises(ValueError, match="`damping` is 0.0"):
+    with refused("`damping` is 0.0"):
         BankLevenbergMarquardt(model, damping=0.0)
     with pytest.raises(TypeError, match="attach"):
         BankLevenbergMarquardt(bank)
@@ -522,32 +522,32 @@ WRONG_TERMS = {
 
 @pytest.mark.parametrize("kind", WRONG_TERMS)
 def test_wrong_terms_are_refused_and_change_nothing(kind):
-    bank, model, _ = attached_bank(KAN([3, 5, 1]))
+    bank, model, _ = attached_bank()
     optimizer = BankLevenbergMarquardt(model, names=["a", "b"])
     x, y, names = draw_batch(4, 4, 0)
     before = packed_values(bank)
     terms, message = WRONG_TERMS[kind]
 
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         optimizer.step(terms(x, y, bank.ids(names)))
 
     assert_equal(packed_values(bank), before)
 
 
 def test_a_function_is_checked_once_it_has_trained_rows():
-    bank, model, _ = attached_bank(KAN([3, 5, 1]))
+    bank, model, _ = attached_bank()
     optimizer = BankLevenbergMarquardt(model, names=["b"])
 
     def norm(model, x):
         return model(x) - model(x).mean()
 
     optimizer.step([(norm, X[:4], bank.ids(["a"] * 4))])
-    with pytest.raises(ValueError, match="depend on other rows"):
+    with refused("depend on other rows"):
         optimizer.step([(norm, X[:4], bank.ids(["b"] * 4))])
 
 
 def test_a_row_may_have_as_many_residuals_as_there_are_rows():
-    bank, model, _ = attached_bank(KAN([3, 5, 4]))
+    bank, model, _ = attached_bank()
 
     record = BankLevenbergMarquardt(model).step([(lambda model, x: model(x), X[:4], bank.ids(["a"] * 4))])
 
@@ -556,7 +556,7 @@ def test_a_row_may_have_as_many_residuals_as_there_are_rows():
 
 def test_steps_after_the_end_do_not_change_the_bank():
     """Least squares refuse them; a gradient has nothing to change."""
-    bank, model, _ = attached_bank(KAN([3, 5, 1]))
+    bank, model, _ = attached_bank()
     optimizer = BankLevenbergMarquardt(model)
     x, y, names = draw_batch(4, 4, 4)
     terms = [(error, (x, y), bank.ids(names))]
@@ -566,7 +566,7 @@ def test_steps_after_the_end_do_not_change_the_bank():
 
     with torch.no_grad():
         optimizer.packed.add_(1)
-    with pytest.raises(ValueError, match="ended the training"):
+    with refused("ended the training"):
         optimizer.step(terms)
 
     assert_equal(packed_values(bank), before)
@@ -574,7 +574,7 @@ def test_steps_after_the_end_do_not_change_the_bank():
 
 def test_what_is_by_id_has_one_length():
     """Also after removals, which leave ids that belong to no adapter."""
-    bank, model, _ = attached_bank(KAN([3, 5, 1]), random=True)
+    bank, model, _ = attached_bank(random=True)
     bank.remove("b")
     adapters = bank.ids(["a", "c"])
     ids = adapters.repeat_interleave(4)

@@ -24,10 +24,6 @@ from peft_lotra import LoTRAConfig, LoTRALayer
 from peft_lotra.kan import KAN
 
 
-every_family = pytest.mark.parametrize("kind", LAYER_KINDS)
-both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-
-
 def test_an_adapted_layer_tells_its_sizes_and_its_components():
     layer = layer_of(adapt(base("own"), r=(2, 3, 100)))
 
@@ -55,9 +51,6 @@ def test_the_output_of_a_random_update_has_the_size_of_a_basis_function_at_any_w
         energies.append(output.square().mean().item())
 
     assert 0.5 < sum(energies) / len(energies) / 8 < 1.8
-
-
-half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
 def dtypes(model):
@@ -122,7 +115,7 @@ def test_autocast_keeps_the_update_in_full_precision(kind):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for _, p in components(adapted))
 
 
-@half
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_adapter_that_is_added_to_a_half_precision_base_does_not_train(dtype):
     model = adapt(KAN([3, 4, 2]).to(dtype))
     model.add_adapter("second", LoTRAConfig(r=1))

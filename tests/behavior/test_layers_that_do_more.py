@@ -148,6 +148,7 @@ LATER = {
     "a setting of the activation": (WithSwish, lambda m: setattr(m.base_activation, "beta", 2.0)),
     "the activation": (FastKANLayer, lambda m: setattr(m, "base_activation", nn.ReLU())),
     "an activation near silu": (FastKANLayer, lambda m: setattr(m, "base_activation", nn.GELU())),
+    "the forward": (KANLinear, lambda m: setattr(m, "forward", lambda x, forward=m.forward: 2 * forward(x))),
     "a hook on a part": (FastKANLayer, lambda m: m.base_linear.register_forward_hook(lambda _, args, y: 2 * y)),
 }
 

@@ -158,12 +158,9 @@ def test_a_safe_merge_of_what_is_not_finite_is_refused(value, name):
     with torch.no_grad():
         for component in model.base_model.model["tail"].layers[1].get_components("bad")._asdict().values():
             component.fill_(value)
-    before, types = base_state(model), [type(module) for module in model.modules()]
 
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter bad seems to be broken"):
+    with refused("NaNs detected in the merged weights. The adapter bad seems to be broken", model):
         getattr(model, name)(adapter_names=["default", "bad"], safe_merge=True)
-    assert_equal(base_state(model), before)
-    assert [type(module) for module in model.modules()] == types
     assert not any(layer.merged for layer in lotra_layers(model).values())
 
 
@@ -178,7 +175,7 @@ def test_a_safe_merge_of_a_sum_that_is_not_finite_is_refused():
                 component.zero_()
                 component.view(-1)[0] = 2.5e38 ** (1 / len(components))
 
-    with pytest.raises(ValueError, match="NaNs detected"):
+    with refused("NaNs detected"):
         model.merge_adapter(["default", "second"], safe_merge=True)
     assert not layer.merged
 

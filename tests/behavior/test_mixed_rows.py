@@ -19,13 +19,14 @@ from helpers import (
     inputs,
     layer_of,
     nested,
+    refused,
 )
 from stand_ins import LAYER_KINDS, ChebyKANLayer
 from torch import nn
 from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig
-from peft_lotra.kan import KAN, KANLinear, SlimKAN
+from peft_lotra.kan import KAN, SlimKAN
 
 
 NAMES = ["default", "__base__", "other", "other", "default", "__base__"]
@@ -74,21 +75,13 @@ def test_each_row_has_the_output_of_its_adapter(kind):
         assert all(torch.allclose(a[0], b[0]) for a, b in zip(y, plain, strict=True))
 
 
-@pytest.mark.parametrize("kind", CONVS)
 @pytest.mark.parametrize("serve", [mixed, lambda base: bank_of(base, {"default": {}, "other": {}})[0].attach()])
-def test_rows_of_a_convolution_keep_their_adapters_or_are_refused(kind, serve):
-    """KALN normalizes by the extremes of the batch, so that rows would depend on the adapters of others."""
-    model = serve(CONVS[kind]().double().eval())
-    x = images(6, channels=2, size=5, dtype=torch.float64)
+def test_rows_of_a_convolution_that_normalizes_by_the_batch_are_refused(serve):
+    """KALN takes the extremes of the batch, so that rows would depend on the adapters of others."""
+    model = serve(CONVS["kalnconv"]().eval())
 
-    if kind == "kalnconv":
-        with pytest.raises(ValueError, match="`kan` normalizes by the whole batch"):
-            model(x, adapter_names=NAMES)
-        return
-    y = model(x, adapter_names=NAMES)
-
-    for row, name in enumerate(NAMES):
-        assert_near(y[row], model(x, adapter_names=[name] * 6)[row])
+    with refused("`kan` normalizes by the whole batch"):
+        model(images(6, channels=2, size=5), adapter_names=NAMES)
 
 
 def test_a_name_stands_for_all_steps_of_its_row():
@@ -160,7 +153,7 @@ def test_another_order_of_folded_channels_is_refused(x):
     """Also for samples that are equal, which do not show their order."""
     model = mixed(Channels(order="time, batch, channel").double())
 
-    with pytest.raises(ValueError, match="Length of `adapter_names`.*`first`"):
+    with refused("Length of `adapter_names`.*`first`"):
         model(x.double(), adapter_names=NAMES)
 
 
@@ -181,7 +174,7 @@ def test_a_model_that_checks_its_inputs_is_refused():
         assert args[0].min() >= 0
 
     model.get_base_model().register_forward_pre_hook(check_range)
-    with pytest.raises(ValueError, match="Length of `adapter_names`.*first"):
+    with refused("Length of `adapter_names`.*first"):
         model(x, adapter_names=NAMES)
 
 
@@ -191,15 +184,6 @@ def test_what_a_model_keeps_is_that_of_its_own_pass():
     model(x, adapter_names=NAMES)
 
     assert_close(model.get_base_model().scale, x.abs().amax(1, keepdim=True))
-
-
-def test_a_forward_that_is_replaced_later_counts():
-    model, x = adapt(nn.Sequential(KANLinear(3, 2))), inputs()
-    y, layer = model(x), model.base_model.model[0].base_layer
-    original = layer.forward
-    layer.forward = lambda x: original(x) * 2
-
-    assert_near(model(x), 2 * y)
 
 
 def test_rows_have_the_saved_modules_of_their_adapter():
@@ -236,7 +220,7 @@ def test_a_refused_call_leaves_nothing_behind(names, word):
         model.merge_adapter()
     y = model(x)
 
-    with pytest.raises(ValueError, match=word):
+    with refused(word):
         model(x[:, :2] if "dimension" in word else x, adapter_names=names)
     assert_equal(model(x), y)  # nothing is left behind
 
@@ -250,7 +234,7 @@ def test_names_for_a_compiled_part_are_refused(in_place):
     else:
         base = nn.Sequential(torch.compile(base, backend="eager"))
 
-    with pytest.raises(ValueError, match="do not reach compiled modules"):
+    with refused("do not reach compiled modules"):
         adapt(base)(inputs(), adapter_names=["__base__"] * 6)
 
 
@@ -273,7 +257,7 @@ def test_another_number_of_names_than_rows_is_refused(shape, count):
     model = mixed(nn.Sequential(KAN([3, 4])))
     x = torch.rand(shape)
 
-    with pytest.raises(ValueError, match="Length of `adapter_names` should be the same as the number of inputs"):
+    with refused("Length of `adapter_names` should be the same as the number of inputs"):
         model(x, adapter_names=["default"] * count)
 
 
@@ -283,9 +267,9 @@ def test_a_string_in_place_of_a_list_of_names_is_refused():
     for name in "ab":
         model.add_adapter(name, LoTRAConfig(r=1))
 
-    with pytest.raises(ValueError, match="must be a list"):
+    with refused("must be a list"):
         model(torch.rand(2, 3), adapter_names="ab")
-    with pytest.raises(ValueError, match="list of strings"):
+    with refused("list of strings"):
         model.base_model.add_weighted_adapter("ab", [1.0, 1.0], "sum")
 
 

@@ -4,7 +4,6 @@
 """Which modules are taken for KAN layers, and which are not."""
 
 import json
-import warnings
 
 import numpy as np
 import pytest
@@ -355,8 +354,7 @@ def test_nothing_is_left_out_of_transformers():
         assert "may be KAN" not in message_of(model)
 
 
+@pytest.mark.filterwarnings("error")
 def test_no_layer_of_pykan_is_called_unknown():
     pykan = pytest.importorskip("kan")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        get_peft_model(pykan.KAN(width=[3, 4, 2], auto_save=False), LoTRAConfig())
+    get_peft_model(pykan.KAN(width=[3, 4, 2], auto_save=False), LoTRAConfig())

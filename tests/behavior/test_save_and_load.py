@@ -5,7 +5,7 @@
 
 import pytest
 import torch
-from helpers import X, adapt, add_adapter, assert_equal, assert_near, lotra_layers, net, refused, state
+from helpers import X, adapt, add_adapter, assert_equal, assert_near, load, lotra_layers, net, refused, state
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -17,24 +17,22 @@ def components(model):
     return {name: tensor for name, tensor in state(model).items() if "lotra_" in name}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_loaded_adapter_has_the_same_bits(dtype, tmp_path):
-    model = adapt(net().to(dtype), rank_pattern={"layers.1": (1, 2, 3)}, alpha_pattern={"layers.0": 0.5}, alpha=2.0)
+def test_a_loaded_adapter_has_the_same_bits(tmp_path):
+    model = adapt(rank_pattern={"layers.1": (1, 2, 3)}, alpha_pattern={"layers.0": 0.5}, alpha=2.0)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(net().to(dtype), tmp_path).eval()
+    loaded = load(tmp_path)
 
     assert_equal(components(loaded), components(model))
 
     settings = [(layer.lotra_r["default"], layer.lotra_alpha["default"]) for layer in lotra_layers(loaded).values()]
 
     assert settings == [((2, 3, 4), 0.5), ((1, 2, 3), 2.0)]
-    assert loaded(X.to(dtype)).dtype == dtype
-    assert_equal(loaded(X.to(dtype)), model(X.to(dtype)))
+    assert_equal(loaded(X), model(X))
 
-    low = PeftModel.from_pretrained(net().to(dtype), tmp_path, low_cpu_mem_usage=True).eval()
+    low = load(tmp_path, low_cpu_mem_usage=True)
 
     assert_equal(components(low), components(model))
-    assert_near(low(X.to(dtype)), model(X.to(dtype)))
+    assert_near(low(X), model(X))
 
 
 def test_the_file_has_only_the_adapter(tmp_path):
@@ -45,7 +43,7 @@ def test_the_file_has_only_the_adapter(tmp_path):
     assert len(tensors) == 7
     assert all(".lotra_" in name for name in tensors)
     assert sum(t.numel() for t in tensors.values()) == model.get_nb_trainable_parameters()[0]
-    with pytest.raises(ValueError, match="safe"):
+    with refused("safe"):
         model.save_pretrained(tmp_path / "pickle", safe_serialization=False)
     assert not list(tmp_path.rglob("*.bin"))
 
@@ -54,7 +52,7 @@ def test_several_adapters_are_saved_in_one_folder(tmp_path):
     model = adapt()
     add_adapter(model, "other")
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(net(), tmp_path)
+    loaded = load(tmp_path)
     loaded.load_adapter(tmp_path / "other", "other")
     for name in ("default", "other"):
         model.set_adapter(name)
@@ -67,7 +65,7 @@ def test_several_adapters_are_saved_in_one_folder(tmp_path):
 
 def test_a_loaded_adapter_is_frozen_unless_it_is_to_be_trained(tmp_path):
     adapt().save_pretrained(tmp_path)
-    frozen = PeftModel.from_pretrained(net(), tmp_path)
+    frozen = load(tmp_path)
 
     assert not any(p.requires_grad for p in frozen.parameters())
 
@@ -85,7 +83,7 @@ def test_saved_modules_are_loaded_with_their_adapter(tmp_path):
 
     assert any("head" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
 
-    loaded = PeftModel.from_pretrained(net(), tmp_path).eval()
+    loaded = load(tmp_path)
 
     assert_equal(loaded(X), model(X))
 
@@ -139,7 +137,7 @@ def test_mismatched_sizes_can_be_ignored(tmp_path):
     model.save_pretrained(tmp_path)
     base = net()
     base.head = nn.Linear(base.head.in_features, 7)
-    with pytest.raises(ValueError, match="head.*instead of"):
+    with refused("head.*instead of"):
         PeftModel.from_pretrained(base, tmp_path)
 
     with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
@@ -197,7 +195,7 @@ def test_values_that_are_not_finite_are_not_saved(tmp_path, save):
     before = content(tmp_path)
     model.base_model.model.kan.layers[0].lotra_core["default"].data[0, 0, 0] = torch.nan
 
-    with pytest.raises(ValueError, match="layers.0.lotra_core"):
+    with refused("layers.0.lotra_core"):
         save(model, tmp_path)
     assert content(tmp_path)["adapter_model.safetensors"] == before["adapter_model.safetensors"]
     assert any(t.isnan().any() for t in get_peft_model_state_dict(model).values())
@@ -209,7 +207,7 @@ def test_a_model_that_was_merged_away_is_not_saved(tmp_path):
     before = content(tmp_path)
     model.merge_and_unload()  # its result is thrown away
 
-    with pytest.raises(ValueError, match="no LoTRA layers"):
+    with refused("no LoTRA layers"):
         model.save_pretrained(tmp_path)
     assert content(tmp_path)["adapter_model.safetensors"] == before["adapter_model.safetensors"]
 
@@ -221,7 +219,7 @@ def test_a_part_of_a_tensor_is_not_saved(tmp_path):
     key = "base_model.model.kan.layers.1.lotra_factor_in.default"
     tensors[key] = tensors[key].flatten()[:5]  # as FSDP's views
 
-    with pytest.raises(ValueError, match=r"layers.1.lotra_factor_in.default is spread over several processes"):
+    with refused(r"layers.1.lotra_factor_in.default is spread over several processes"):
         model.save_pretrained(tmp_path / "adapter", state_dict=tensors)
     assert not list(tmp_path.rglob("*.safetensors"))
     assert not list(tmp_path.rglob("*.json"))
@@ -235,5 +233,5 @@ def test_tensors_edited_after_the_save_are_a_warning(tmp_path):
     save_file({name: tensor * 2 for name, tensor in tensors.items()}, tmp_path / "adapter_model.safetensors")
 
     with pytest.warns(UserWarning, match="changed"):
-        loaded = PeftModel.from_pretrained(net(), tmp_path)
+        loaded = load(tmp_path)
     assert not torch.equal(loaded(X), model(X))

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from helpers import adapt, add_adapter, assert_equal, assert_near, lotra_layers, relative
+from helpers import adapt, add_adapter, assert_equal, assert_near, refused, relative
 from peft import get_peft_model
 from stand_ins import LAYER_KINDS, as_model
 from torch.testing import assert_close
@@ -28,26 +28,6 @@ def tuned(base, **config):
     return adapt(copy.deepcopy(base), r=(3, 3, 2), **config)
 
 
-def tensor_of(model):
-    """The coefficients of the layer `kan`."""
-    return tuned(model).base_model.model.kan.get_base_weight()
-
-
-@pytest.mark.parametrize("adapt_residual", [True, False])
-def test_the_equivalent_tensor_is_adapted(small, adapt_residual):
-    model = tuned(small, adapt_residual=adapt_residual)
-    y, (layer,) = model(X), lotra_layers(model).values()
-    delta, merged = layer.get_delta_weight("default"), model.merge_and_unload()
-
-    assert type(merged.kan) is type(small.kan)
-
-    expected = tensor_of(small).clone()
-    expected[..., : delta.shape[-1]] += delta
-
-    assert_close(tensor_of(merged), expected)
-    assert_near(merged(X), y)
-
-
 def test_merges_end_at_the_sizes(small):
     """Ranks of merged adapters add up, to the sizes of the modes at most."""
     merged, x = copy.deepcopy(small), X
@@ -57,6 +37,7 @@ def test_merges_end_at_the_sizes(small):
         assert_near(merged(x), y)
     sizes = merged.kan.components.shape
 
+    assert type(merged.kan) is type(small.kan)
     assert merged.kan.ranks == tuple(map(min, (5 + 4 * 3, 6 + 4 * 3, 3 + 4 * 2), sizes))
     assert merged.kan.ranks[0] == sizes[0]
 
@@ -84,7 +65,7 @@ def test_vmap_runs_over_the_cores_of_adapters(small):
 
 def test_a_merge_is_undone_exactly(small):
     model = tuned(small)
-    add_adapter(model, "other")
+    add_adapter(model, "other", adapt_residual=False)
     y = model(X)
     model.merge_adapter()
 
@@ -130,7 +111,7 @@ def test_dropout_draws_and_a_safe_merge_refuses_nan(small):
             layer.lotra_core["default"].fill_(value)
             layer.lotra_factor_out["default"].fill_(1e30)
 
-        with pytest.raises(ValueError, match="NaNs detected"):
+        with refused("NaNs detected"):
             model.merge_and_unload(safe_merge=True)
 
 

@@ -89,6 +89,11 @@ def adapt(
     return get_peft_model(net() if base is None else base, LoTRAConfig(**config), adapter_name=adapter_name).eval()
 
 
+def load(folder: str | Path, base: nn.Module | None = None, **options: Any) -> PeftModel:
+    """The base, `net()` by default, with the adapter of a folder, in evaluation mode."""
+    return PeftModel.from_pretrained(net() if base is None else base, folder, **options).eval()
+
+
 def add_adapter(model: PeftModel, name: str, **config: Any) -> None:
     """Add an adapter that changes the function."""
     model.add_adapter(name, LoTRAConfig(**{"r": 2, "init_weights": False, **config}))

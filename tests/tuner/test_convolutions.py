@@ -8,9 +8,8 @@ from __future__ import annotations
 import copy
 from functools import partial
 
-import pytest
 import torch
-from helpers import adapt, assert_equal, images, lotra_layers
+from helpers import adapt, assert_equal, images, lotra_layers, refused
 from peft import get_peft_model
 from stand_ins import ConvNet, FastKANConvNDLayer
 from torch import Tensor, nn
@@ -99,7 +98,6 @@ def test_convolutions_have_dropout_and_scale():
     delta = layer.get_delta_weight("default")
 
     assert_close(delta, 2 * layer.get_components("default").dense())
-    assert_equal(layer.effective_coefficients(), layer.get_base_weight() + delta)
 
     layer.set_scale("default", 0.5)
 
@@ -111,14 +109,14 @@ def test_what_convolutions_cannot_do_is_refused():
     model, x = adapted(net()), images()
 
     for network in (model, net()):
-        with pytest.raises(ValueError, match="must return .* a row of outputs for each row of inputs"):
+        with refused("must return .* a row of outputs for each row of inputs"):
             jet(network, x)
-    with pytest.raises(ValueError, match="`first` is a convolution"):
+    with refused("`first` is a convolution"):
         slim(net(), 2)
 
     delta, grid = first(model).get_delta_weight("default").clone(), first(model).base_layer.rbf.grid
 
-    with pytest.raises(ValueError, match="has no `basis`"):
+    with refused("has no `basis`"):
         refit_adapters(model, x, move=lambda base: base.first.rbf.grid.data.mul_(1.1))
     assert_equal(grid, torch.linspace(-2, 2, 5))
     assert_equal(first(model).get_delta_weight("default"), delta)

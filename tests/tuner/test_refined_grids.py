@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig
-from peft_lotra.kan import KAN, SlimKAN, jet, refine_grid
+from peft_lotra.kan import KAN, SlimKAN, refine_grid
 
 
 X = 1.2 * (2 * torch.rand(200, 2, dtype=torch.float64) - 1)
@@ -68,11 +68,6 @@ def test_all_adapters_are_carried_over_to_refined_grids(kind, exact, tmp_path):
     base = copy.deepcopy(model).unload()
 
     assert_equal(PeftModel.from_pretrained(base, tmp_path).eval()(X), model(X))
-
-    merged = model.merge_and_unload()
-
-    assert_close(merged(X), before[1])
-    assert jet(merged, X)[2] is not None
 
 
 REFUSED = {
