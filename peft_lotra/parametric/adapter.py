@@ -375,13 +375,16 @@ class ParametricAdapter:
         """
         self._members()
         check_function(residuals, "residuals", 1)
+        network = None
 
         def residuals_at(point: Point, vector: np.ndarray) -> Any:
             prediction = Prediction(self, point, vector, extrapolated=False)
             return prediction.apply(residuals)
 
         def refitted_at(point: Point, vector: np.ndarray) -> Any:
-            return residuals(refit(self._problem, self._copy(vector), point))
+            nonlocal network
+            network = refit(self._problem, self._copy(vector), network, point)
+            return residuals(self._problem.solution(network, point))
 
         if self._problem.terms_of is None:
             warnings.warn(
@@ -389,6 +392,7 @@ class ParametricAdapter:
                 "Give `terms_of` to the family.",
                 stacklevel=2,
             )
+            refitted_at = residuals_at
         point, covariance, noise = minimize(self._space, residuals_at, refitted_at, ignore_missing)
         errors = np.sqrt(covariance.diagonal()).tolist()
         return Calibration(argument(point), argument(tuple(errors)), covariance, noise, self.predict(point))

@@ -31,6 +31,8 @@ REPEATED = 1e-5  # of the residuals: two evaluations of the same model differ by
 POOR, POOR_AT_END = 0.5, 3.0
 CHANCE = 1e-3  # of noise that looks like a misfit
 UNSURE = 0.25  # of the family's own error may be left after its correction
+ROUNDS = 2  # Gauss-Newton steps with the refitted network
+REFIT_WIDTH = 0.02  # of their differences; refits to narrower ones differ by their own rounding and rest
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +69,7 @@ def minimize(
     Args:
         space: The members.
         residuals_at: The residuals at a parameter and its coordinates.
-        refitted_at: The same without the error of the family, which is corrected.
+        refitted_at: The same after a refit of the whole network, without the error of the family.
         ignore_missing: Whether to leave out residuals that are NaN.
 
     Returns:
@@ -122,25 +124,33 @@ def minimize(
     upper = high.maximum(low + WIDTH)
     bounds = low.numpy() + SHIFT, upper.numpy() + SHIFT
     solution = least_squares(scaled_residuals, start, bounds=bounds, diff_step=WIDTH, xtol=CONVERGED, ftol=1e-6)
-    least = unit * solution.fun
 
     position = torch.from_numpy(solution.x - SHIFT)
-    residuals = torch.from_numpy(least)
-    slopes = torch.from_numpy(unit * solution.jac)
+
+    def refitted(position: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(residuals_of(position.numpy() + SHIFT, refitted_at))
+
+    family_error = torch.from_numpy(unit * solution.fun) - refitted(position)
+    for _ in range(ROUNDS):
+        residuals = refitted(position)
+        # toward the middle, so within the range
+        widths = torch.where(2 * position > low + high, -REFIT_WIDTH, REFIT_WIDTH)
+        columns = [refitted(position + step) - residuals for step in widths.diag()]
+        slopes = torch.stack(columns, dim=1) / widths
+        _, values, directions = torch.linalg.svd(slopes, full_matrices=False)
+        inverse = torch.linalg.pinv(slopes, rtol=1e-8)
+        ahead = position - inverse @ residuals  # where a step without bounds leads
+        residuals = residuals + slopes @ (ahead.clamp(low, high) - position)
+        position = ahead.clamp(low, high)
 
     (point,) = space.points_at(position.unsqueeze(0))
     noise = residuals.norm().item() / math.sqrt(len(residuals) - dim)
-    _, values, directions = torch.linalg.svd(slopes, full_matrices=False)
-    inverse = torch.linalg.pinv(slopes, rtol=1e-8)
     inverse_gram = inverse @ inverse.T
-
-    # where a Gauss-Newton step without bounds would lead
-    ahead = position - inverse @ residuals
-    beyond = torch.maximum(low - ahead, ahead - high)
+    beyond = (ahead - position).abs()
     is_outside = beyond > BEYOND * noise * inverse_gram.diagonal().sqrt()
     to_end = torch.minimum(position - low, high - position)
     is_at_end = bool((to_end < WIDTH).any())
-    if is_outside.any() or is_misfit(least, at_starts, dim, is_at_end):
+    if is_outside.any() or is_misfit(residuals.numpy(), at_starts, dim, is_at_end):
         raise ValueError(
             "The data ask for a parameter outside of the fitted members, or for another equation. The best one "
             f"inside, {text_of(point)}, is at their end, or does not explain the data. Fit members farther out, or "
@@ -155,12 +165,6 @@ def minimize(
             f"The data do not determine the parameter: near {text_of(point)} the residuals hardly change along the "
             f"direction ({text_of(weak)}). Give data that do, or a family of fewer parameters."
         )
-    refitted = torch.from_numpy(residuals_of(solution.x, refitted_at))
-    family_error = residuals - refitted
-    corrected = (position + inverse @ family_error).clamp(low, high)
-    remaining = refitted + slopes @ (corrected - position)
-    (point,) = space.points_at(corrected.unsqueeze(0))
-    noise = remaining.norm().item() / math.sqrt(len(residuals) - dim)
     unsure = UNSURE * family_error.norm().item()
     if unsure > noise:
         warnings.warn(

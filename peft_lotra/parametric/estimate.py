@@ -161,10 +161,15 @@ def trainable_network(model: Any, residuals: int) -> nn.Module:
 
 
 @torch.inference_mode(False)
-def refit(problem: Problem, model: Any, point: Point) -> Any:
-    """Return the solution at a parameter by steps of the whole network, if there are terms."""
+def refit(
+    problem: Problem,
+    model: Any,
+    network: nn.Module | None,
+    point: Point,
+) -> nn.Module:
+    """Take steps of the whole network at a parameter, in place; without one, start from a prediction."""
     terms = [*problem.terms(point), *problem.held_terms(model, point).values()]
-    if terms:
-        model = trainable_network(model, len(residuals_of(model, terms)))
-        LevenbergMarquardt(model, ESTIMATE_DAMPING, floor=1.0).fit(terms, REFIT_STEPS, progress=False)
-    return problem.solution(model, point)
+    if network is None:
+        network = trainable_network(model, len(residuals_of(model, terms)))
+    LevenbergMarquardt(network, ESTIMATE_DAMPING, floor=1.0).fit(terms, REFIT_STEPS, progress=False)
+    return network
