@@ -345,8 +345,8 @@ class ParametricAdapter:
     ) -> Calibration:
         """Find the parameter in the range whose prediction fits data best, with its standard error.
 
-        The family's own error at the estimate is found by a few steps of the whole network, and corrected. The
-        standard error includes what may be left of it. Without `terms_of` it is unknown, and a warning says so.
+        The family's own error is found by a few steps of the whole network at and near the estimate, and corrected.
+        The standard error includes what may be left of it. Without `terms_of` it is unknown, and a warning says so.
 
         Args:
             residuals: `residuals(model)` returns the differences (n,) or (n, m) from data with independent errors of

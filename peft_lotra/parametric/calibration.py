@@ -32,7 +32,7 @@ POOR, POOR_AT_END = 0.5, 3.0
 CHANCE = 1e-3  # of noise that looks like a misfit
 UNSURE = 0.25  # of the family's own error may be left after its correction
 ROUNDS = 2  # Gauss-Newton steps with the refitted network
-REFIT_WIDTH = 0.02  # of their differences; refits to narrower ones differ by their own rounding and rest
+REFIT_WIDTH = 0.02  # of their differences, as a share of the range: refits differ by more than rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,13 +40,13 @@ class Calibration:
     """The result of `calibrate`: the most likely parameter for data.
 
     The errors of the data are independent and Gaussian, all of the same unknown size. The predictions of the family
-    have an error d too, which is found by training the whole network at the estimate, and corrected.
+    have an error d too. It is found by training the whole network at and near the estimate, and corrected.
 
     Attributes:
         parameter: The parameter, a number or a tuple.
         error: Its standard error, the same; 95 % intervals are about `parameter` plus and minus twice as much.
         covariance: The covariance (dim, dim) of the parameters, (s^2 + |d|^2 / 16) (J^T J)^-1 with the Jacobian J of
-            the residuals, since a part of d may be left.
+            the residuals of the trained network, since a part of d may be left.
         noise: s, the standard deviation of the residuals.
         prediction: The prediction of the family at the parameter.
     """

@@ -26,7 +26,7 @@ from .members import Problem, argument, residuals_of, write
 
 # With less damping the step fits single points, with more it does not reach the error.
 ESTIMATE_DAMPING = 1e-8
-REFIT_STEPS = 4  # of the whole network
+REFIT_STEPS = 3  # of the whole network
 MEMORY = 2**30  # bytes of a Jacobian and its matrix; a larger network is stepped in a member's coordinates
 VALUES = 128  # values, or random combinations of more, that an error is the norm of
 
