@@ -188,7 +188,7 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> No
 
 def assert_equal(actual: Any, expected: Any) -> None:
     """Check that tensors, or mappings and sequences of them, have the same bits."""
-    assert_close(actual, expected, rtol=0, atol=0)
+    assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def differ(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
