@@ -177,19 +177,18 @@ def table(results: dict[str, list[dict]]) -> str:
     """A row for each number of parameters and cell: shares of each parameter, widths and errors of the worst one."""
     labels = list(results)
     lines = [
-        "| parameters | data | noise / family's error | refused (of 50) | "
-        + " | ".join(f"held, {label} (%) | width, error" for label in labels)
+        "| parameters | data | noise / family's error | "
+        + " | ".join(f"held, {label} (%) | refused | width, error" for label in labels)
         + " |",
-        "|--:|--:|--:|--:|" + "--:|--:|" * len(labels),
+        "|--:|--:|--:|" + "--:|--:|--:|" * len(labels),
     ]
     for dim, (rows, noise) in itertools.product((1, 2), CELLS):
         texts = [str(dim), str(rows), str(noise)]
         for label in labels:
             key = (dim, rows, noise)
             cells = [cell for cell in results[label] if (cell["parameters"], cell["rows"], cell["noise"]) == key]
-            if label == labels[0]:
-                texts.append(", ".join(str(cell["refused"]) for cell in cells))
             texts.append(", ".join(" and ".join(f"{share:.0f}" for share in cell["held"]) for cell in cells))
+            texts.append(", ".join(str(cell["refused"]) for cell in cells))
             texts.append("; ".join(f"{max(cell['width']):.1f}, {max(cell['error']):.1f}" for cell in cells))
         lines.append(f"| {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
