@@ -35,7 +35,6 @@ if find_spec("peft"):
     from .tuner.hotswap import hotswap_adapter
     from .tuner.layer import LoTRALayer
     from .tuner.model import LoTRAModel
-    from .tuner.refit import refit_adapters
     from .tuner.registration import register
     from .tuner.saving import save_adapter
     from .tuner.summary import model_summary
@@ -60,7 +59,6 @@ __all__ = [
     "load_adapters",
     "model_summary",
     "push_to_hub",
-    "refit_adapters",
     "register_kan_layer",
     "save_adapter",
     "slim",

@@ -177,12 +177,6 @@ def _splines_from_starts(layer: Any) -> UniformGrid:
     return UniformGrid(low, low + grid_size * step, grid_size, order)
 
 
-def _pykan_basis(layer: Any, x: Tensor) -> Tensor:
-    from kan.spline import B_batch
-
-    return B_batch(x, layer.grid, k=layer.k)
-
-
 def _chebyshev_derivatives(layer: Any, x: Tensor, highest: int) -> list[Tensor]:
     return bases.chebyshev_derivatives(layer.cheby_coeffs.shape[-1] - 1, x, highest)
 
@@ -274,7 +268,6 @@ _register(  # a copy may lack `scale_base`
     | grid update_grid_from_samples() initialize_grid_from_parent() get_subset() swap()
     """,
     checkpoint_methods=("saveckpt",),
-    basis=_pykan_basis,  # without `activation` no fast path: the layers also return the value of each edge
     network_methods=_PYKAN_METHODS,
 )
 _register(  # edges in one axis; its later layout is a 3-axis one

@@ -18,7 +18,7 @@ def refuse_grid_change(name: str, *args: Any, **kwargs: Any) -> NoReturn:
     """Raise the error of a call that changes what the coefficients of the adapters mean."""
     raise RuntimeError(
         f"`{name}` would change what the coefficients of the adapters mean. Merge them first (`merge_and_unload()`), "
-        "or pass a move of the grid to `peft_lotra.refit_adapters(model, inputs, move)`."
+        "move the grid, and adapt the model again."
     )
 
 

@@ -359,8 +359,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         if not same_grid(self.lotra_grid, grid):
             raise RuntimeError(
                 f"The grid of `{self.lotra_name}` ({self.lotra_spec.kind}) was moved after its adapters had been "
-                "attached, so their coefficients describe different functions. Move it back, or call "
-                "`peft_lotra.refit_adapters(model, inputs, move)`."
+                "attached, so their coefficients describe different functions. Move it back and merge them "
+                "(`merge_and_unload()`), move the grid, and adapt the model again."
             )
         if state:
             self._grid_state = state

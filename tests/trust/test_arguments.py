@@ -125,7 +125,6 @@ TAKE_A_MODEL = {
     "check_kan_layer": peft_lotra.check_kan_layer,
     "create_lotra_optimizer": lambda model: create_lotra_optimizer(model, torch.optim.Adam, lr=0.01),
     "hotswap_adapter": lambda model: hotswap_adapter(model, "folder"),
-    "refit_adapters": lambda model: peft_lotra.refit_adapters(model, torch.zeros(2, 3)),
     "save_adapter": lambda model: peft_lotra.save_adapter(model, "folder"),
     "jet": lambda model: jet(model, torch.zeros(2, 3)),
     "LevenbergMarquardt": LevenbergMarquardt,

@@ -19,7 +19,6 @@ from peft_lotra import (
     LoTRAConfig,
     LoTRALayer,
     find_kan_layers,
-    refit_adapters,
     slim,
     start_from_gradient,
 )
@@ -113,10 +112,3 @@ def test_what_convolutions_cannot_do_is_refused():
             jet(network, x)
     with refused("`first` is a convolution"):
         slim(net(), 2)
-
-    delta, grid = first(model).get_delta_weight("default").clone(), first(model).base_layer.rbf.grid
-
-    with refused("has no `basis`"):
-        refit_adapters(model, x, move=lambda base: base.first.rbf.grid.data.mul_(1.1))
-    assert_equal(grid, torch.linspace(-2, 2, 5))
-    assert_equal(first(model).get_delta_weight("default"), delta)
