@@ -96,7 +96,7 @@ class Tucker(tuple):
         components = [None if component is None else function(component) for component in self]
         return Tucker(*components)
 
-    def dense(self, scale: float | Tensor | None = None) -> Tensor:
+    def dense(self, scale: float | None = None) -> Tensor:
         """Return the dense tensor, multiplied by `scale`, in the dtype of the components."""
         dtype = self.core.dtype
         components = self
@@ -212,7 +212,7 @@ def read_components(tensors: Mapping[str, Tensor], prefix: str = "") -> Tucker:
 class Update(NamedTuple):
     """`scale` times a Tucker tensor: the update that one adapter adds to the coefficients of a layer."""
 
-    scale: float | Tensor
+    scale: float
     tensor: Tucker
 
     def dense(self) -> Tensor:

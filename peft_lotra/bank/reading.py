@@ -152,8 +152,8 @@ def _start(config: LoTRAConfig, base: nn.Module) -> dict[str, Update]:
     """Return the updates of a new adapter."""
     targets = find_targets(config, base)
     config.spend_budget(targets)
-    if config.rank_dropout or config.module_dropout or config.train is not None:
-        raise ValueError("a bank has no dropout, and trains all components.")
+    if config.train is not None:
+        raise ValueError("a bank trains all components.")
     check_targets(config, base, targets)
     updates = {}
     for name, target in targets.items():

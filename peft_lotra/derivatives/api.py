@@ -47,7 +47,7 @@ def jet(
 
     Fast for `KAN`, `KANModel`, `SlimKAN`, single layers, `nn.Sequential` of them, normalizations between them
     (`nn.LayerNorm` of the last dimension, batch normalization in evaluation mode), `nn.Linear` and activations, these
-    with adapters (LoTRA, or LoRA on `target_parameters`) without dropout, and what `peft_lotra.pde` composes of
+    with adapters (LoTRA, or LoRA on `target_parameters`), and what `peft_lotra.pde` composes of
     them. Networks of other libraries are fast too, if their layers are described with `derivatives` and run one
     after the other (efficient-kan, FastKAN, ChebyKAN, FourierKAN, PINA). Layers and network are first compared with
     the description. Any other module is differentiated by transforms, with a warning for each class.

@@ -43,7 +43,7 @@ class Stage(NamedTuple):
 
     Attributes:
         module: The module.
-        formula: The formula of an `nn.Linear` or a KAN layer, with the updates of applied adapters, without dropout.
+        formula: The formula of an `nn.Linear` or a KAN layer, with the updates of applied adapters.
     """
 
     module: Any

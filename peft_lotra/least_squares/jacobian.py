@@ -74,11 +74,11 @@ class Recorder:
         return through(self._record_layer, x, directions, weights)
 
     def value(self, network: nn.Module, x: Tensor) -> Tensor | None:
-        """Compute outputs, see `recording`. Networks with dropout, hooks, or a replaced `forward` are not recorded."""
+        """Compute outputs, see `recording`. Networks with hooks, or a replaced `forward`, are not recorded."""
         if not self._can_record(x) or torch.nn.modules.module._has_any_global_hook():
             return None
         for module in network.modules():
-            if runs_more_than_its_class(module) or getattr(module, "is_random", False):
+            if runs_more_than_its_class(module):
                 return None
         stages = stages_of(network)
         if stages is None:
@@ -96,7 +96,7 @@ class Recorder:
         """Evaluate a layer, see `evaluate_layer`, and record it."""
         components: list[Any] = [formula.coefficients, formula.residual, formula.bias]
         for update in formula.updates:
-            components += [update.scale, *update.tensor]
+            components += update.tensor
         trained = {id(component) for component in components if getattr(component, "requires_grad", False)}
         # with a scale of the edges, the coefficients are no product of factors, and `vmap` takes as long
         if not trained or formula.scale is not None or not trained <= self._parameters:

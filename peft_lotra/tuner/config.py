@@ -89,11 +89,6 @@ class LoTRAConfig(PeftConfig):
         modules_to_save (`Optional[list[str]]`):
             The modules besides the adapted layers that are trained and saved whole, for instance a new head, or a
             batch norm, whose running statistics are otherwise frozen.
-        rank_dropout (`float`):
-            The probability of dropping each rank component of the out mode in a training step. The remaining ones are
-            scaled up, so that the expected update is unchanged. A full out mode has no such components.
-        module_dropout (`float`):
-            The probability of skipping the whole adapter of a layer in a training step.
         init_weights (`bool` or `"hosvd"`):
             The initialization. `True` draws random factors. `"hosvd"` takes the leading singular vectors of the
             coefficients of the base layer. In both cases the update is zero, so that the adapted model equals its
@@ -147,8 +142,6 @@ class LoTRAConfig(PeftConfig):
     rank_pattern: dict = field(default_factory=dict)
     alpha_pattern: dict = field(default_factory=dict)
     modules_to_save: list[str] | None = None
-    rank_dropout: float = 0.0
-    module_dropout: float = 0.0
     init_weights: bool | Literal["gradient", "training", "hosvd"] = True
     train: list[str] | tuple[str, ...] | str | None = None
     adapt_residual: bool = True
@@ -191,20 +184,16 @@ class LoTRAConfig(PeftConfig):
         # as floats, since JSON has none of numpy
         self.alpha = _check_scale(self.alpha, "alpha")
         self.alpha_pattern = {key: _check_scale(alpha, "alpha_pattern") for key, alpha in self.alpha_pattern.items()}
-        self.rank_dropout = check_number(self.rank_dropout, "rank_dropout", "[0, 1)")
         if not isinstance(self.base_layers, dict | None):
             raise ValueError(
                 f"`base_layers` is {self.base_layers!r:.100}, but must be a dict with the record of each layer, as "
                 "`save_pretrained` writes it."
             )
-        self.module_dropout = check_number(self.module_dropout, "module_dropout", "[0, 1)")
         if self.train is not None:
             trained = {self.train} if isinstance(self.train, str) else set(self.train)
             if not trained or not trained <= set(Tucker._fields):
                 raise ValueError(f"`train` must have some of {Tucker._fields}, got {self.train!r:.200}.")
             self.train = [name for name in Tucker._fields if name in trained]
-        if self.rank_dropout and not self.is_from_file:  # in a file, a hotswap may have made the mode full
-            self._check_rank_dropout()
 
         # These are no fields, so they are neither saved nor compared. PEFT overwrites `target_modules` by the names of
         # the layers, while the object may serve several models.
@@ -230,17 +219,6 @@ class LoTRAConfig(PeftConfig):
     def allows_other_shapes(self) -> bool:
         """Whether tensors of a file may have other shapes than in the model, which then keeps its values."""
         return self.source is not None and self.source.ignore_mismatched_sizes
-
-    def _check_rank_dropout(self) -> None:
-        """Raise a ValueError for rank dropout where the out mode is full, and has no components to drop."""
-        for ranks in (self.r, *self.rank_pattern.values()):
-            first = ranks[0] if isinstance(ranks, tuple) else ranks
-            is_default = first is None and (self.budget is not None or not self.rank_pattern)
-            if first == "full" or is_default:
-                raise ValueError(
-                    f"`rank_dropout` drops components of the out mode, but r={self.r}, rank_pattern="
-                    f"{self.rank_pattern} leave it full, without components: pass `module_dropout`, or other ranks."
-                )
 
     def alpha_of(self, name: str) -> float:
         """Return the `alpha` of a layer of this name."""

@@ -81,8 +81,6 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         "lotra_r",
         "lotra_alpha",
         "lotra_scaling",
-        "lotra_rank_dropout",
-        "lotra_module_dropout",
     )
     cast_input_dtype_enabled: bool = True  # switched by PEFT
     lotra_spec: KANLayerSpec
@@ -106,8 +104,6 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             lotra_r={},
             lotra_alpha={},
             lotra_scaling={},
-            lotra_rank_dropout={},
-            lotra_module_dropout={},
             lotra_name=name,
             lotra_spec=spec,
             lotra_tensor=tensor,
@@ -138,8 +134,6 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         self.lotra_r[adapter_name] = shapes["core"]
         self.lotra_alpha[adapter_name] = alpha
         self.lotra_scaling[adapter_name] = alpha
-        self.lotra_rank_dropout[adapter_name] = config.rank_dropout
-        self.lotra_module_dropout[adapter_name] = config.module_dropout
 
         # of a base in half precision, the components are drawn in float32, and cast at the end
         stored = self.lotra_tensor.get_parameter(self.get_base_layer())
@@ -197,28 +191,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 del self._modules[name][adapter_name]
         self.lotra_r[adapter_name] = components.ranks
 
-    def update_of(self, adapter: str, dropout: bool = False) -> Update:
-        """Return the update of an adapter: its scale and its components.
-
-        With `dropout`, rank and module dropout are drawn for a training step.
-        """
-        components = self.get_components(adapter)
-        scale = self.lotra_scaling[adapter]
-        if not dropout:
-            return Update(scale, components)
-
-        # drawn as tensors, so that a compiled graph draws at each step
-        core = components.core
-        rank_dropout = self.lotra_rank_dropout[adapter]
-        if rank_dropout:
-            # `feature_dropout` drops slices of dimension 1, here of the output rank, and scales up the others
-            dropped = torch.feature_dropout(core.unsqueeze(0), rank_dropout, True)
-            components = components._replace(core=dropped.squeeze(0))
-        module_dropout = self.lotra_module_dropout[adapter]
-        if module_dropout:
-            is_kept = torch.rand((), device=core.device) >= module_dropout
-            scale = scale * is_kept.to(core)
-        return Update(scale, components)
+    def update_of(self, adapter: str) -> Update:
+        """Return the update of an adapter: its scale and its components."""
+        return Update(self.lotra_scaling[adapter], self.get_components(adapter))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the update of an adapter, (out, in, basis [, kernel]).
@@ -247,13 +222,6 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def _available(self, adapters: Iterable[str]) -> list[str]:
         return [name for name in adapters if name in self.lotra_scaling]
-
-    @property
-    def is_random(self) -> bool:
-        """Whether a forward pass draws rank or module dropout."""
-        names = self._available(self.active_adapters)
-        has_dropout = any(self.lotra_rank_dropout[name] or self.lotra_module_dropout[name] for name in names)
-        return self.training and has_dropout
 
     def applied_updates(self) -> list[Update]:
         """Return the updates that a forward pass adds: none while they are merged or disabled."""
@@ -453,7 +421,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     def _updates(self, adapters: Iterable[str], current: ForwardPass | None) -> list[Update]:
         """Return the updates of the adapters that the layer has, as they were when the pass began."""
         names = self._available(adapters)
-        updates = [self.update_of(name, self.training) for name in names]
+        updates = [self.update_of(name) for name in names]
         # An adapter that is exchanged during the pass keeps its former components until the pass ends. Those must be
         # looked up after the present ones were read: `hotswap_adapter` stores the former ones, and then exchanges.
         if current is not None and current.replaced:

@@ -106,9 +106,7 @@ def add_weighted_adapter(
     train = first.train
     if any(configs[adapter].train != train for adapter in adapters):
         train = None
-    has_full_outputs = False
     for total in totals.values():
-        has_full_outputs |= total.form[0] == "full"
         # the sum has no factors of modes that become full
         if train is not None and total._asdict().keys().isdisjoint(train):
             train = None
@@ -122,8 +120,6 @@ def add_weighted_adapter(
         rank_pattern=rank_pattern,
         target_modules=exact_targets(totals, model.model),
         adapt_residual=adapt_residual,
-        rank_dropout=0.0 if has_full_outputs else first.rank_dropout,
-        module_dropout=first.module_dropout,
         storage=first.storage,
         train=train,
     )

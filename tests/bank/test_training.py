@@ -284,7 +284,6 @@ def test_a_bank_without_adapters_or_in_half_precision_is_not_trained(dtype, mess
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"rank_dropout": 0.5}, "dropout"),
         ({"train": "core"}, "all components"),
         ({"target_modules": ["x"]}, "KAN layer"),
     ],

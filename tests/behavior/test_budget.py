@@ -116,7 +116,6 @@ def test_a_bank_takes_a_budget():
     [
         ({"budget": 0.1, "r": 4}, "one of `r` and `budget`; got r=4 and budget=0.1"),
         ({"budget": 0}, r"`budget` is 0, but must be a number in \(0, 1\]"),
-        ({"budget": 0.1, "rank_dropout": 0.1}, "`rank_dropout`.*`module_dropout`"),
         ({"init_weights": "training"}, r"start_from_training\(model, loss\)"),
     ],
 )

@@ -101,12 +101,6 @@ BAD = {
     "misspelt": ({"r": ("full", "ful", 1)}, '`r` should be a positive integer or "full"'),
     "two modes": ({"r": ("full", 1)}, "three of them"),
     "misspelt in a pattern": ({"rank_pattern": {"layers.0": "ful"}}, "`rank_pattern` should be"),
-    "dropout of outputs that are full": ({"r": ONE_SHAPE, "rank_dropout": 0.1}, "pass `module_dropout`"),
-    "dropout of outputs that a pattern makes full": (
-        {"rank_pattern": {"layers.0": ONE_SHAPE}, "rank_dropout": 0.1},
-        "pass `module_dropout`",
-    ),
-    "dropout of a dense update": ({"r": "full", "rank_dropout": 0.1}, "pass `module_dropout`"),
 }
 
 

@@ -202,20 +202,3 @@ def test_only_lotra_adapters_are_swapped(save, tmp_path):
     for other in (lora, net()):
         with refused("must be a PeftModel with a LoTRA adapter", other):
             hotswap_adapter(other, folder)
-
-
-def test_a_file_with_rank_dropout_is_loaded_where_a_swap_has_filled_an_out_mode(tmp_path):
-    """Its configuration names full outputs, which a new one may not combine with rank dropout."""
-    bases = [KAN([3, 6, 2]) for _ in range(2)]
-    bases[1].load_state_dict(bases[0].state_dict())
-    get_peft_model(bases[0], LoTRAConfig(r=1, init_weights=False)).save_pretrained(tmp_path / "low")
-    model = get_peft_model(bases[1], LoTRAConfig(r=4, rank_dropout=0.2)).eval()
-
-    hotswap_adapter(model, tmp_path / "low", target_rank=2)
-    model.save_pretrained(tmp_path / "raised")
-    base = KAN([3, 6, 2])
-    base.load_state_dict(model.unload().state_dict())
-    restored = PeftModel.from_pretrained(base, tmp_path / "raised").eval()
-
-    assert restored.peft_config["default"].rank_pattern["^layers\\.1"][0] == "full"
-    assert restored.peft_config["default"].rank_dropout == 0.2

@@ -122,7 +122,7 @@ def test_the_scale_of_the_moment_counts():
 
 
 def test_a_sum_is_trained_and_loaded_as_its_first_adapter():
-    settings = {"rank_dropout": 0.2, "module_dropout": 0.1, "revision": "v2", "storage": "float16"}
+    settings = {"revision": "v2", "storage": "float16"}
     model, _ = two_adapters("own", **settings)
     model.add_weighted_adapter(["second", "default"], [1.0, 1.0], "sum", "svd", ranks=2)
     config = model.peft_config["sum"]

@@ -100,11 +100,8 @@ def test_a_merged_model_is_copied_and_cast(small):
     assert {p.dtype for p in model.parameters()} == {torch.float64}
 
 
-def test_dropout_draws_and_a_safe_merge_refuses_nan(small):
-    model = tuned(small, rank_dropout=0.5, module_dropout=0.5).train()
-
-    assert torch.stack([model(X) for _ in range(8)]).std(0).max() > 0
-
+def test_a_safe_merge_refuses_nan(small):
+    model = tuned(small)
     layer = model.base_model.model.kan
     for value in (torch.nan, 1e30):  # finite components, whose product overflows
         with torch.no_grad():

@@ -51,7 +51,7 @@ AREAS = {
 # The cases that run first, since they are likely to find an error of an area.
 FIRST = {
     "kan": "product or refined or 17 or knots or network or size or silu",
-    "tuner": "hotswap or weighted or (merge and own) or (mixed and conv) or sample or dropout or 17",
+    "tuner": "hotswap or weighted or (merge and own) or (mixed and conv) or sample or 17",
     "bank": "bank or 17",
     "layers": "forward or slim or compiled or coefficients",
     "derivatives": "jets or derivatives or step",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from dense import ALPHA, FORMS, dense, dense_base, dense_parameters, near
-from helpers import KINDS, Net, adapt, assert_equal, components, inputs, layer_of, lotra_layers
+from helpers import KINDS, Net, adapt, assert_equal, components, inputs, lotra_layers
 from peft import PeftModel
 from scipy.interpolate import RBFInterpolator
 from torch import Tensor, nn
@@ -264,26 +264,6 @@ def test_a_family(count: int) -> None:
 
     near(family.predict(1.3)(x), dense(base, *adapters)(x), 1e-7)
     near(family.as_adapter(1.3)(x), dense(base, *adapters)(x), 1e-7)
-
-
-def test_rank_dropout_scales_what_it_keeps() -> None:
-    """Each output rank is dropped, or doubled."""
-    base, x = KAN([3, 4], dtype=torch.float64), inputs(5, torch.float64)
-    model = adapt(copy.deepcopy(base), r=(2, 3, 4), alpha=ALPHA, rank_dropout=0.5).train()
-    outputs = []
-    for kept in ((0.0, 0.0), (0.0, 2.0), (2.0, 0.0), (2.0, 2.0)):
-        one = copy.deepcopy(model)
-        core = layer_of(one).lotra_core["default"]
-        core.data *= core.new_tensor(kept).view(2, 1, 1)
-        outputs.append(dense(base, one)(x))
-
-    drawn = set()
-    for _ in range(20):
-        y = model(x)
-        nearest = min(range(4), key=lambda number: (y - outputs[number]).abs().max())
-        near(y, outputs[nearest])
-        drawn.add(nearest)
-    assert len(drawn) > 2
 
 
 def test_moments_of_the_uniform_law() -> None:

@@ -77,7 +77,6 @@ TARGETS = {
     "ranks": {"r": (2, 3, 4)},
     "patterns": {"r": 2, "rank_pattern": {"lin1": (1, 3, 2)}, "alpha_pattern": {"lin0": 3.0}},
     "alpha": {"alpha": 2.5},
-    "dropout": {"r": 2, "rank_dropout": 0.1, "module_dropout": 0.01},
     "init": {"init_weights": True},
     "without residual": {"adapt_residual": False},
 }
@@ -123,7 +122,7 @@ register_kan_layer(
 
 def _with_lora_names(init):
     only_lora = {field.name for field in fields(peft.LoraConfig)} - {field.name for field in fields(LoTRAConfig)}
-    names = {"init_lora_weights": "init_weights", "lora_alpha": "alpha", "lora_dropout": "rank_dropout"}
+    names = {"init_lora_weights": "init_weights", "lora_alpha": "alpha"}
 
     @functools.wraps(init)
     def wrapper(self, *args, **kwargs):

@@ -5,7 +5,7 @@
 
 import pytest
 import torch
-from helpers import adapt, refused
+from helpers import refused
 from torch import nn
 
 from peft_lotra.kan import KAN
@@ -50,8 +50,7 @@ TERMS = {
     "other rows in any model": (centered, lambda: other(nn.Tanh()), "row"),
     "broadcasting": (broadcast, small, "squeeze"),
     "a term that draws": (noisy, small, "random"),
-    "rank dropout": (plain, lambda: adapt(nn.Sequential(small()), rank_dropout=0.5).train(), "dropout"),
-    "module dropout": (plain, lambda: adapt(nn.Sequential(small()), module_dropout=0.5).train(), "dropout"),
+    "dropout": (plain, lambda: nn.Sequential(small(), nn.Dropout()), "dropout"),
     "a tuple": (lambda model, x, y: (model(x), x), small, ""),
     "a scalar": (lambda model, x, y: model(x).square().mean(), small, ""),
     "integers": (lambda model, x, y: torch.ones(len(x), dtype=torch.int64), small, ""),
