@@ -33,7 +33,7 @@ ORDER = (
     ("parametric",),
     ("plotting",),
     ("selection",),
-    ("cli", "__main__", ""),
+    ("",),
 )
 RANKS = {wing: rank for rank, wings in enumerate(ORDER) for wing in wings}
 BESIDE_EACH_OTHER = [{"layers", "least_squares"}, {"compress", "optim"}]
@@ -116,7 +116,7 @@ def test_private_interfaces_of_torch_and_python_have_four_places():
 
 
 def test_the_top_level_has_at_most_16_rooms():
-    hidden = {"__init__.py", "__main__.py", "_version.py", "py.typed", "__pycache__"}
+    hidden = {"__init__.py", "_version.py", "py.typed", "__pycache__"}
     rooms = {path.name for path in PACKAGE.iterdir()} - hidden
 
     assert len(rooms) <= 16, rooms

@@ -15,9 +15,8 @@ from helpers import X, adapt, add_adapter, assert_equal, net, refused
 from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
-from typer.testing import CliRunner
 
-from peft_lotra import AdapterBank, ParametricAdapter, cli, hotswap_adapter, load_adapters, push_to_hub
+from peft_lotra import AdapterBank, ParametricAdapter, hotswap_adapter, load_adapters, push_to_hub
 from peft_lotra.kan import KAN, KANConfig, KANModel
 
 
@@ -244,30 +243,6 @@ def test_a_public_repository_does_not_become_private(hub):
 
     with refused("exists and is public"):
         push_to_hub(adapt(), "user/public", private=True)
-
-
-def run_command(*args):
-    return CliRunner().invoke(cli.app, list(args))
-
-
-def test_commands_read_the_hub(kan_on_hub, tmp_path):
-    push_to_hub(adapt_base(), "user/public")
-    push_to_hub(adapt_base(), "user/public", revision="v2")
-
-    inspected = run_command("inspect", "user/public", "--json")
-    merged = run_command("merge", "user/kan", "user/public", str(tmp_path / "merged"), "--revision", "v2")
-
-    assert (inspected.exit_code, merged.exit_code) == (0, 0)
-    assert json.loads(inspected.stdout)["base_model"] == "user/kan"
-
-
-@pytest.mark.parametrize("repo", ["user/nothing", "user/kan"])
-def test_a_command_on_what_is_no_adapter_is_an_error_of_one_line(kan_on_hub, repo):
-    result = run_command("inspect", repo)
-
-    assert result.exit_code == 1
-    assert result.stdout == ""
-    assert re.fullmatch("error: .*\n", result.stderr)
 
 
 def test_the_python_of_the_docs_runs(hub, tmp_path, monkeypatch):
