@@ -22,26 +22,23 @@ from hub_server import start_hub
 hub = start_hub("user")
 
 # %%
-import warnings
-
 import torch
 from peft import AutoPeftModel, get_peft_model
 
 from peft_lotra import LoTRAConfig, create_lotra_optimizer, push_to_hub
-from peft_lotra.kan import KANConfig, KANModel
+from peft_lotra.kan import KAN
 
 
-warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers
 torch.manual_seed(0)
 torch.set_num_threads(1)
 
 # %% [markdown]
 # ## Push the base
 #
-# A `KANModel` is a transformers model, so it has `push_to_hub`. Other people can then load it by name.
+# A `KAN` has `push_to_hub`. Other people can then load it by name.
 
 # %%
-kan = KANModel(KANConfig(widths=[4, 32, 4]))  # stands for a trained base
+kan = KAN([4, 32, 4])  # stands for a trained base
 print(kan.push_to_hub("user/kan").commit_url)
 
 # %% [markdown]
@@ -50,12 +47,12 @@ print(kan.push_to_hub("user/kan").commit_url)
 # `push_to_hub` uploads the adapter with a model card. The card shows the metrics you pass.
 
 # %%
-model = get_peft_model(KANModel.from_pretrained("user/kan"), LoTRAConfig(r=4))
+model = get_peft_model(KAN.from_pretrained("user/kan"), LoTRAConfig(r=4))
 x = torch.rand(256, 4) * 2 - 1
 y = torch.sin(3 * x)
 optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=3e-2)
 for _ in range(100):
-    loss = torch.nn.functional.mse_loss(model(x).logits, y)
+    loss = torch.nn.functional.mse_loss(model(x), y)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -81,5 +78,5 @@ print(ModelCard.load("user/kan-sines").content)
 loaded = AutoPeftModel.from_pretrained(
     "user/kan-sines", import_allowlist=["peft_lotra"]
 )
-difference = loaded(x).logits - model(x).logits
+difference = loaded(x) - model(x)
 print("largest difference:", difference.abs().max().item())

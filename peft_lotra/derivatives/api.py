@@ -45,7 +45,7 @@ def jet(
     where b are the basis functions and the residual function, whose derivatives are known in closed form. The result
     is differentiable in parameters and inputs, and runs under `torch.func` and `torch.compile(fullgraph=True)`.
 
-    Fast for `KAN`, `KANModel`, `SlimKAN`, single layers, `nn.Sequential` of them, normalizations between them
+    Fast for `KAN`, `SlimKAN`, single layers, `nn.Sequential` of them, normalizations between them
     (`nn.LayerNorm` of the last dimension, batch normalization in evaluation mode), `nn.Linear` and activations, these
     with adapters (LoTRA, or LoRA on `target_parameters`), and what `peft_lotra.pde` composes of
     them. Networks of other libraries are fast too, if their layers are described with `derivatives` and run one

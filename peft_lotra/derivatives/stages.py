@@ -17,7 +17,6 @@ from ..kan.basis import in_transform
 from ..kan.formula import LayerFormula
 from ..kan.input_map import InputMap
 from ..kan.layer import KANLinear
-from ..kan.modeling_kan import KANModel
 from ..kan.network import LayerStack, is_norm
 from ..kan.slim_kan import SlimKANLinear
 from ..modules.calls import is_tracing
@@ -179,10 +178,6 @@ def _norm(module: nn.Module) -> list[Stage] | None:
     return [Stage(module)] if is_norm(module) else None
 
 
-def _kan_of(model: KANModel) -> nn.Module | None:
-    return model.kan if type(model).forward is KANModel.forward else None
-
-
 def _register_exact(
     cls: type[nn.Module],
     stages: Callable[[Any], list[Stage] | None],
@@ -201,7 +196,6 @@ _register_exact(LayerStack, lambda net: join_stages(net.layers))
 _register_exact(nn.Sequential, join_stages)
 for cls in (InputMap, *ACTIVATIONS):
     _register_exact(cls, lambda module: [Stage(module)])
-register(KANModel, Entry(inner=_kan_of))
 register(nn.Linear, Entry(_linear))
 for cls in NORMS:
     register(cls, Entry(_norm))

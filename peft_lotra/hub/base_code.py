@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 
-from ..kan import KAN, KANLinear
+from ..kan.network import KAN, arguments_of
 
 
 CLASS = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
@@ -58,21 +58,12 @@ def source_of_base(
         if config.get("revision"):
             revision = f", revision={json.dumps(config['revision'])}"
         return base_class, f'from {module} import {name}\n\nbase = {name}.from_pretrained("{model}"{revision})'
-    constructor = _constructor_of_kan(base) if type(base) is KAN else None
-    if constructor is None:
+    arguments = None
+    if isinstance(base, KAN):
+        layers = [getattr(layer, "base_layer", layer) for layer in base.layers]
+        arguments = arguments_of(KAN, layers)
+    if arguments is None:
         return base_class, f"base = ...  # a {base_class}, with the weights that the adapter was trained on"
-    code = f"from peft_lotra.kan import KAN\n\nbase = {constructor}\n"
+    keywords = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    code = f"from peft_lotra.kan import KAN\n\nbase = KAN({keywords})\n"
     return base_class, f"{code}# now load into `base` the weights that the adapter was trained on"
-
-
-def _constructor_of_kan(kan: KAN) -> str | None:
-    """Return the call that builds a KAN of the same shape; None if its layers are not plain, or have several grids."""
-    layers = [getattr(layer, "base_layer", layer) for layer in kan.layers]
-    if any(type(layer) is not KANLinear for layer in layers):  # norms, or Slim layers
-        return None
-    grids = {(layer.grid_size, layer.spline_order, layer.grid_range) for layer in layers}
-    if len(grids) > 1:
-        return None
-    size, order, interval = grids.pop()
-    widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
-    return f"KAN({widths}, grid_size={size}, spline_order={order}, grid_range={interval})"

@@ -1,16 +1,14 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Kolmogorov-Arnold networks of B-splines, dense and Slim, with their derivatives, and as transformers models."""
+"""Kolmogorov-Arnold networks of B-splines, dense and Slim, with their derivatives."""
 
 from __future__ import annotations
 
 from .basis import bspline_basis
-from .configuration_kan import KANConfig
 from .input_map import TanhBound
 from .knots import KnotMap
 from .layer import KANLinear
-from .modeling_kan import KANModel
 from .network import KAN
 from .refinement import RefinementReport, refine_grid
 from .slim_kan import SlimKAN, SlimKANLinear
@@ -20,9 +18,7 @@ from ..derivatives.api import hessian, jet, laplacian  # isort: skip (it imports
 
 __all__ = [
     "KAN",
-    "KANConfig",
     "KANLinear",
-    "KANModel",
     "KnotMap",
     "RefinementReport",
     "SlimKAN",
@@ -37,5 +33,5 @@ __all__ = [
 
 
 # Files of adapters name the module of the base's class: the public one, whose inside may move.
-for _model in (KAN, KANModel, SlimKAN):
+for _model in (KAN, SlimKAN):
     _model.__module__ = __name__

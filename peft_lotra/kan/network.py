@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
+from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from ..modules.checks import check_count
 from .input_map import TanhBound
-from .layer import KANLinear
+from .layer import KANLinear, SplineLayer
 from .recording_hook import current_hook
 
 
 Norm = Literal["batch", "layer", "tanh"] | None
 
 
-class LayerStack(nn.Module):
+class LayerStack(nn.Module, PyTorchModelHubMixin, library_name="peft-lotra", tags=["kan"]):
     """The composition of its `layers`, an `nn.ModuleList`; entries between KAN layers are normalizations or bounds."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
@@ -39,6 +44,58 @@ class LayerStack(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> str | None:
+        """Save the weights, and the arguments that build a network of the same sizes, ranks, grids and norms.
+
+        Args:
+            save_directory: The folder, which is made if there is none.
+            kwargs: As for `huggingface_hub.PyTorchModelHubMixin`.
+
+        Raises:
+            ValueError: No arguments build such layers: their grids differ in size, or they have adapters.
+        """
+        arguments = arguments_of(type(self), self.layers)
+        if arguments is None:
+            raise ValueError(
+                f"No arguments of `{type(self).__name__}` build these layers: they have adapters, or several grid "
+                "sizes. Merge or unload adapters; other networks are saved by `safetensors.torch.save_model`."
+            )
+        dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
+        # `push_to_hub` passes a config, too, with the arguments that the network was built with
+        return super().save_pretrained(save_directory, **{**kwargs, "config": {**arguments, "dtype": dtype}})
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """Build the network and load its weights: safetensors only, all of them, of the dtype of the file."""
+        path = Path(model_id, SAFETENSORS_SINGLE_FILE)
+        if not path.parent.is_dir():
+            path = hf_hub_download(
+                model_id,
+                SAFETENSORS_SINGLE_FILE,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+            )
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+        model = cls(dtype=dtype, **arguments)
+        load_model(model, path)
+        model.name_or_path = model_id  # by which adapters know their base
+        return model.eval()
 
 
 class KAN(LayerStack):
@@ -112,6 +169,35 @@ class BatchNorm(nn.BatchNorm1d):
         return super().forward(rows).view_as(x)
 
 
+NORMS: dict[str, Any] = {"batch": BatchNorm, "layer": nn.LayerNorm, "tanh": TanhBound}
+
+
+def arguments_of(cls: Any, layers: Sequence[nn.Module]) -> dict[str, Any] | None:
+    """Return the arguments of a class of KANs that build such layers; None if no arguments do."""
+    splines = [layer for layer in layers if isinstance(layer, SplineLayer)]
+    if not splines:
+        return None
+    first = splines[0]
+    arguments: dict[str, Any] = {
+        "widths": [first.in_features, *(layer.out_features for layer in splines)],
+        "grid_size": first.grid_size,
+        "spline_order": first.spline_order,
+        "grid_range": first.grid_range,
+        "norm": None,
+    }
+    for norm, kind in NORMS.items():
+        if any(type(layer) is kind for layer in layers):
+            arguments["norm"] = norm
+    components = [getattr(layer, "components", None) for layer in splines]
+    if any(components):
+        arguments["ranks"] = [tucker and tucker.form for tucker in components]
+    try:
+        built = cls(**arguments, device="meta")
+    except TypeError:
+        return None
+    return arguments if repr(built.layers) == repr(nn.ModuleList(layers)) else None
+
+
 def pairs(widths: Sequence[int]) -> list[tuple[int, int]]:
     """Return (in, out) of each layer; raise a `ValueError` unless `widths` are at least two positive integers."""
     try:
@@ -132,7 +218,7 @@ def with_norms(
     dtype=None,
 ) -> list[nn.Module]:
     """Put a normalization after each layer but the last; raise a `ValueError` for an unknown `norm`."""
-    if norm not in (None, "batch", "layer", "tanh"):
+    if norm is not None and norm not in NORMS:
         raise ValueError(f"`norm` is {norm!r}, but must be None, 'batch', 'layer' or 'tanh'.")
     if norm is None:
         return list(layers)
@@ -144,8 +230,7 @@ def with_norms(
         if norm == "tanh":
             modules.append(TanhBound(layer.out_features, low, high))
             continue
-        cls = BatchNorm if norm == "batch" else nn.LayerNorm
-        module = cls(layer.out_features, device=device, dtype=dtype)
+        module = NORMS[norm](layer.out_features, device=device, dtype=dtype)
         # the mean and the deviation of the uniform law on the grid
         nn.init.constant_(module.weight, (high - low) / math.sqrt(12))
         nn.init.constant_(module.bias, (low + high) / 2)

@@ -6,10 +6,12 @@
 import torch
 from helpers import assert_equal
 from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.nn.functional import mse_loss
 from transformers import Trainer, TrainingArguments
 
 from peft_lotra import LoTRAConfig, create_lotra_optimizer
-from peft_lotra.kan import KANConfig, KANModel
+from peft_lotra.kan import KAN
 
 
 X = torch.linspace(-0.9, 0.9, 48).view(16, 3)
@@ -18,9 +20,21 @@ OPTIONS = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "remove_u
 OPTIONS |= {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 8}
 
 
+class Regression(nn.Module):
+    """A KAN with the loss that Trainer asks for."""
+
+    def __init__(self):
+        super().__init__()
+        self.kan = KAN([3, 4, 1])
+
+    def forward(self, inputs, labels=None):
+        y = self.kan(inputs).squeeze(-1)
+        return {"logits": y} if labels is None else {"loss": mse_loss(y, labels), "logits": y}
+
+
 def kan():
     torch.manual_seed(3)
-    return KANModel(KANConfig(widths=(3, 4, 1), problem_type="regression"))
+    return Regression()
 
 
 def trainer(folder, config=None, **options):
@@ -31,7 +45,7 @@ def trainer(folder, config=None, **options):
 
 
 def loaded(folder):
-    return PeftModel.from_pretrained(kan(), folder).eval()(X).logits
+    return PeftModel.from_pretrained(kan(), folder).eval()(X)["logits"]
 
 
 def test_the_best_model_at_the_end(tmp_path):
@@ -42,7 +56,7 @@ def test_the_best_model_at_the_end(tmp_path):
 
     assert run.state.best_model_checkpoint.endswith("checkpoint-2")
 
-    y = run.model.eval()(X).logits
+    y = run.model.eval()(X)["logits"]
 
     assert_equal(loaded(tmp_path / "checkpoint-2"), y)
     assert not torch.equal(loaded(tmp_path / "checkpoint-4"), y)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig, slim, to_dense, update_spectrum
-from peft_lotra.kan import KAN, KANConfig, KANLinear, KANModel, SlimKANLinear
+from peft_lotra.kan import KAN, KANLinear, SlimKANLinear
 from peft_lotra.layers.slim import SlimLayer
 
 
@@ -269,24 +269,6 @@ def test_a_subclass_with_a_forward_or_a_formula_of_its_own_keeps_it(cls):
     assert isinstance(small[0], SlimLayer)
     assert_close(small(x), model(x), rtol=0.0, atol=1.5)
     assert type(small.to_dense()[0]) is cls
-
-
-def test_a_compressed_kan_model_is_saved_and_loaded(tmp_path):
-    model = KANModel(KANConfig(widths=(20, 16, 3))).eval()
-    model.kan.update_grid(torch.randn(50, 20))
-    small = slim(model, {"kan.layers.0": (4, 4, 3)})
-    small.save_pretrained(tmp_path)
-    loaded = KANModel.from_pretrained(tmp_path)
-
-    assert loaded.config.ranks == ((4, 4, 3), None)
-
-    x = torch.randn(5, 20)
-
-    assert_equal(loaded(x).logits, small(x).logits)
-
-    to_dense(loaded).save_pretrained(tmp_path)
-
-    assert KANModel.from_pretrained(tmp_path).config.ranks is None
 
 
 @pytest.mark.parametrize("data", [None, points()])

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from peft_lotra import AdapterBank, ParametricAdapter, hotswap_adapter, load_adapters, push_to_hub
-from peft_lotra.kan import KAN, KANConfig, KANModel
+from peft_lotra.kan import KAN, SlimKAN
 
 
 ROOT = Path(__file__).parents[2]
@@ -28,12 +28,12 @@ CARD_OF_A_PERSON = "---\nlicense: mit\ntags:\n- mine\n---\n\n# My work\n\nIt rea
 @pytest.fixture
 def kan_on_hub(hub):
     """A Hub with a base, `user/kan`."""
-    KANModel(KANConfig(widths=(3, 8, 2))).push_to_hub("user/kan")
+    KAN([3, 8, 2]).push_to_hub("user/kan")
     return hub
 
 
 def adapt_base(source="user/kan"):
-    return adapt(KANModel.from_pretrained(source))
+    return adapt(KAN.from_pretrained(source))
 
 
 def read_file(hub, repo, name="README.md", revision="main"):
@@ -42,6 +42,23 @@ def read_file(hub, repo, name="README.md", revision="main"):
 
 def load(repo, **options):
     return PeftModel.from_pretrained(net(), repo, **options).eval()
+
+
+def test_a_pushed_network_comes_back(hub):
+    kan = KAN([3, 5, 2], 7, 2, (0.0, 2.0), norm="batch", dtype=torch.float64)
+    kan.update_grid(torch.randn(100, 3, dtype=torch.float64))
+    kan.push_to_hub("user/kan")
+    slim = SlimKAN([3, 5, 2], [(2, 3, 4), None])
+    slim.push_to_hub("user/slim")
+
+    loaded = KAN.from_pretrained("user/kan")
+    loaded_slim = SlimKAN.from_pretrained("user/slim")
+
+    for network, expected in ((loaded, kan), (loaded_slim, slim)):
+        assert repr(network) == repr(expected)
+        assert_equal(network.state_dict(), expected.state_dict())
+    names = ["README.md", "config.json", "model.safetensors"]
+    assert sorted(set(hub.repos["user/kan"].files("main")) - {".gitattributes"}) == names
 
 
 def test_pushed_adapters_come_back(hub):
@@ -106,7 +123,7 @@ def test_the_code_of_a_card_loads_an_adapter_of_a_base_on_the_hub(kan_on_hub):
 
     loaded = run_code_of_card(read_file(kan_on_hub, "user/adapter"))
 
-    assert_equal(loaded(X).logits, model(X).logits)
+    assert_equal(loaded(X), model(X))
 
 
 def test_the_code_of_a_card_makes_the_base_by_the_code_of_the_user(hub):
@@ -146,7 +163,7 @@ def test_a_pull_request_is_opened(hub):
 
 def test_no_folder_of_this_machine_is_named(kan_on_hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    KANModel.from_pretrained("user/kan").save_pretrained("kan")
+    KAN.from_pretrained("user/kan").save_pretrained("kan")
 
     push_to_hub(adapt_base("kan"), "user/here")
 
@@ -257,7 +274,7 @@ def test_the_python_of_the_docs_runs(hub, tmp_path, monkeypatch):
     exec(pull, names)
 
     x = torch.rand(4, 3)
-    assert_equal(names["model"](x).logits, pushed(x).logits)
+    assert_equal(names["model"](x), pushed(x))
 
 
 def test_a_script_has_its_own_hub(tmp_path):

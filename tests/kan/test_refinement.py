@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from helpers import assert_equal, refused
+from helpers import refused
 from jet_helpers import assert_same, nested
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from peft_lotra.kan import KAN, KANConfig, KANLinear, KANModel, KnotMap, SlimKAN, jet, refine_grid
+from peft_lotra.kan import KAN, KANLinear, KnotMap, SlimKAN, jet, refine_grid
 from peft_lotra.optim import LevenbergMarquardt
 
 
@@ -124,19 +124,6 @@ def test_a_normalization_is_refined_in_evaluation_mode_only():
     refine_grid(model, 30, x)
 
     assert_close(model(x), y, rtol=1e-3, atol=1e-3)
-
-
-def test_a_transformers_model_is_saved_with_its_grid_but_not_with_a_knot_map(tmp_path):
-    model, x = KANModel(KANConfig(widths=[2, 4, 1], grid_size=5)), torch.rand(20, 2)
-    refine_grid(model.kan, 10)
-
-    model.save_pretrained(tmp_path)
-
-    assert_equal(KANModel.from_pretrained(tmp_path)(x).logits, model(x).logits)
-
-    refine_grid(model.kan, 10, density=torch.ones(2, 4))
-    with refused("a KnotMap is before one"):
-        model.save_pretrained(tmp_path)
 
 
 class Doubled(KANLinear):

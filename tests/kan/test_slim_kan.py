@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers import refused
 from torch.testing import assert_close
 
-from peft_lotra.kan import KAN, KANConfig, KANLinear, KANModel, SlimKAN, SlimKANLinear
+from peft_lotra.kan import KAN, KANLinear, SlimKAN, SlimKANLinear
 
 
 def by_edges(layer, x):
@@ -139,22 +139,3 @@ def test_wrong_ranks_are_refused(ranks):
 def test_ranks_of_another_number_of_layers_are_refused():
     with refused("`ranks` has 3 entries, but the network has 2 layers"):
         SlimKAN([4, 5, 2], [(2, 2, 2), None, None])
-
-
-@pytest.mark.parametrize(
-    "ranks", [(2, 3, 4), [(2, 3, 4), None], [[2, 3, 4], [1, 2, 2]], [[2, 3, 4], ["full", "full", 1]]]
-)
-@pytest.mark.parametrize("norm", [None, "batch"])
-def test_a_model_is_saved_as_its_factors(ranks, norm, tmp_path):
-    model = KANModel(KANConfig(widths=(40, 30, 10), ranks=ranks, norm=norm)).eval()
-    x = torch.randn(20, 40)
-
-    model.save_pretrained(tmp_path)
-    loaded = KANModel.from_pretrained(tmp_path)
-
-    assert isinstance(model.kan, SlimKAN)
-    last = model.kan.layers[-1].ranks if ranks[-1] else None
-    assert loaded.config.ranks == ((2, 3, 4), last)
-    assert torch.equal(loaded(x).logits, model(x).logits)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    assert (tmp_path / "model.safetensors").stat().st_size < size + 2500  # its header

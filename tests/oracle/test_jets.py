@@ -24,8 +24,6 @@ from peft_lotra.derivatives.stages import stages_of
 from peft_lotra.derivatives.torch_fallback import ExactNorms
 from peft_lotra.kan import (
     KAN,
-    KANConfig,
-    KANModel,
     KnotMap,
     SlimKAN,
     hessian,
@@ -76,10 +74,6 @@ def with_batch_norm() -> nn.Module:
     return model.eval()
 
 
-def kan_model(**config) -> nn.Module:
-    return KANModel(KANConfig(widths=[3, 5, 4, 2], **config)).double()
-
-
 def constrained(inner: nn.Module | None = None) -> nn.Module:
     features = BoxFeatures([-2] * 3, [2] * 3, periodic=[0], neumann=[1])
     model = nn.Sequential(features, inner or network(4, 5, 2)).double()
@@ -93,8 +87,7 @@ ADAPTED = {
     "sequence": lambda: nn.Sequential(*network().layers),
     "slim": lambda: SlimKAN((3, 7, 6, 2), (4, 3, 3), spline_order=5, dtype=torch.float64),
     "slim, layer normalization": lambda: SlimKAN((3, 7, 2), (4, 3, 3), norm="layer", dtype=torch.float64),
-    "KANModel": kan_model,
-    "KANModel, slim but for a layer": lambda: kan_model(ranks=[(3, 3, 4), None, (2, 3, 4)]),
+    "slim but for a layer": lambda: SlimKAN([3, 5, 4, 2], [(3, 3, 4), None, (2, 3, 4)], dtype=torch.float64),
     "layer normalization": lambda: network(norm="layer"),
     "batch normalization": with_batch_norm,
     "tanh between": lambda: network(norm="tanh"),

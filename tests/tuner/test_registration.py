@@ -110,9 +110,9 @@ before = snapshot()
 import peft_lotra
 assert type(PeftConfig.from_pretrained("adapter")) is peft_lotra.LoTRAConfig
 assert list(PeftType) == [*members, PeftType.LOTRA] and len(PeftType) == len(members) + 1
-from peft_lotra.kan import KAN, KANConfig, KANModel
+from peft_lotra.kan import KAN
 
-base = KANModel(KANConfig(widths=[3, 4, 2], norm="batch"))
+base = KAN([3, 4, 2], norm="batch")
 model = peft.get_peft_model(base, peft_lotra.LoTRAConfig(r=2, init_weights=False))
 model(torch.zeros(2, 3))
 with tempfile.TemporaryDirectory() as folder:
