@@ -10,6 +10,7 @@ from .constraints import BoxDistance, HardConstraint
 from .continuation import ContinuationStep, continuation
 from .features import BoxFeatures
 from .regions import Region, disk, polygon
+from .saving import load_network
 from .solution import Phase, Solution
 from .solver import solve
 from .unknowns import Estimate
@@ -32,6 +33,7 @@ __all__ = [
     "disk",
     "gradient_weights",
     "knot_density",
+    "load_network",
     "neumann",
     "polygon",
     "robin",

@@ -109,6 +109,7 @@ class BoxFeatures(InputMap):
         self.periodic = sorted(set(periodic))
         self.neumann = sorted(set(neumann))
         self.frequencies = by_coordinate
+        self.arguments = [low_end.tolist(), high_end.tolist(), self.periodic, self.neumann, by_coordinate]
         self.register_buffer("low", low_end)
         self.register_buffer("high", high_end)
         self.register_buffer("waves", torch.tensor(waves), persistent=False)

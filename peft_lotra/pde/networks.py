@@ -55,7 +55,9 @@ def new_network(
             layers += [nn.Tanh(), nn.Linear(*pair)]
     if scale != 1.0:
         layers.append(OutputScale(outputs, scale))
-    return nn.Sequential(*layers)
+    network: Any = nn.Sequential(*layers)
+    network.record = {"features": features.arguments, "layers": [outputs, seed, first, is_small, scale]}
+    return network
 
 
 def prepare_network(network: nn.Module, features: BoxFeatures) -> nn.Module:
@@ -77,7 +79,9 @@ def prepare_network(network: nn.Module, features: BoxFeatures) -> nn.Module:
         box = torch.stack([features.low, features.high], 1)
         if torch.equal(layer.grid_bounds.double(), box):
             return network
-    return nn.Sequential(features, network)
+    prepared: Any = nn.Sequential(features, network)
+    prepared.record = {"features": features.arguments}
+    return prepared
 
 
 def first_module(model: nn.Module, kind: type) -> Any:

@@ -280,6 +280,7 @@ def scale_outputs(training: Training, network: Any) -> float:
     elif not 0 < scale < SMALL_SCALE:
         return 1.0
     network.append(OutputScale(output.out_features, scale))
+    network.record["layers"][-1] = scale
     return scale
 
 

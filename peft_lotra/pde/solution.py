@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..least_squares.levenberg_marquardt import LevenbergMarquardtStep
-from ..modules.folders import naming_damage
 from ..modules.report import Report, TextTable
-from .boxes import Inside, check_box, contains, spread_points
+from .boxes import Inside, contains
 from .constraints import HardConstraint
-from .features import BoxFeatures
-from .networks import first_module, prepare_network
-from .saving import FILE, POINTS, build_model, read_file, save_model
+from .saving import save_network
 from .unknowns import Estimate
 
 
@@ -101,87 +97,9 @@ class Solution(Report):
         )
         return TextTable(columns, rows, notes + self.notes)
 
-    def save(self, folder: str | os.PathLike) -> None:
-        """Write the solution into `solution.safetensors`: the tensors, and all else as JSON in its header.
-
-        Numbers, `BoxDistance` and networks of modules of `torch.nn` and `peft_lotra.kan` are saved by value. Pass
-        other functions and networks, such as adapted ones, to `load` again.
-
-        Args:
-            folder: It is made if there is none; its other files stay, and an error changes nothing.
-
-        Raises:
-            OSError: `folder` is a file.
-            TypeError: `folder` is no path.
-
-        Example:
-            >>> import tempfile, torch
-            >>> from peft_lotra.kan import jet
-            >>> from peft_lotra.pde import BoxDistance, Solution, solve
-            >>> box = BoxDistance([0], [10])
-            >>> def poisson(model, x):
-            ...     return jet(model, x)[2][0] + 1
-            >>> result = solve(poisson, [0], [10], distance=box, steps=1, progress=False)
-            >>> folder = tempfile.mkdtemp()
-            >>> result.save(folder)
-            >>> loaded = Solution.load(folder)
-            >>> x = torch.rand(5, 1).double()
-            >>> torch.equal(loaded.model(x), result.model(x))
-            True
-        """
-        features = first_module(self.model, BoxFeatures)
-        periodic = [] if features is None else features.periodic
-        points = spread_points(self.low, self.high, POINTS)
-        mask = None if self.inside is None else contains(self.inside, points).tolist()
-        settings = {**self.as_dict(), "periodic": periodic, "inside": mask}
-        save_model(folder, self.model, points, settings)
-
-    @classmethod
-    def load(
-        cls,
-        folder: str | os.PathLike,
-        *,
-        distance: Callable[[Tensor], Tensor] | None = None,
-        lift: Callable[[Tensor], Tensor] | None = None,
-        inside: Inside | None = None,
-        network: nn.Module | None = None,
-    ) -> Solution:
-        """Read a solution that `save` wrote. No code of the folder is executed.
-
-        Args:
-            folder: The folder.
-            distance, lift, inside: The functions of `solve`, if the folder does not hold them.
-            network: The `network` of `solve`, if the folder does not hold it. It is filled in place, with its
-                adapters, and becomes float64. Give it the grids of the saved one by `refine_grid`.
-
-        Returns:
-            The solution, in evaluation mode.
-
-        Raises:
-            ValueError: The folder holds no solution, or a damaged one. An argument is missing, or it has other
-                tensors, or other values at points of the box, than when the solution was saved.
-        """
-        record, tensors = read_file(folder)
-        with naming_damage(os.path.join(folder, FILE)):
-            plain = {entry.name: record[entry.name] for entry in fields(cls)}
-            values = _restore(dict, plain)
-            low, high = check_box(values["low"], values["high"])
-            values["history"] = [_restore(LevenbergMarquardtStep, step) for step in values["history"]]
-            values["phases"] = [_restore(Phase, phase) for phase in values["phases"]]
-            unknowns = values["unknowns"].items()
-            values["notes"] = list(values["notes"])
-            values["unknowns"] = {name: _restore(Estimate, constant) for name, constant in unknowns}
-        points = spread_points(low, high, POINTS)
-        mask = None if inside is None else contains(inside, points).tolist()
-        if mask != record["inside"]:
-            raise ValueError("`inside` is not that of the saved solution. Pass the one that `solve` got, if any.")
-        if network is not None:
-            network = prepare_network(network, BoxFeatures(values["low"], values["high"], record["periodic"]))
-        arguments = {"distance": distance, "lift": lift, "network": network}
-        replacements = {name: value for name, value in arguments.items() if value is not None}
-        model = build_model(record["model"], tensors, points, replacements)
-        values |= {"model": model, "low": low, "high": high, "inside": inside}
-        return cls(**values)
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the network into a `.safetensors` file, for `load_network`. Conditions stay in your code."""
+        save_network(self.model.kan, path)
 
     def plot(self, count: int = 101) -> Any:
         """Draw the first output over the first two coordinates, the others in the middle of the box, or over a line.
@@ -210,15 +128,3 @@ class Solution(Report):
             figure.colorbar(mesh)
             axis.set(title="u", xlabel="coordinate 0", ylabel="coordinate 1")
         return figure
-
-
-def _restore(cls: Any, record: dict[str, Any]) -> Any:
-    """Return a record from its values in JSON, which has neither NaN nor tuples."""
-    values = {}
-    for name, value in record.items():
-        if value is None:
-            value = math.nan
-        elif isinstance(value, list):
-            value = tuple(value)
-        values[name] = value
-    return cls(**values)
