@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from .basis import bspline_basis
 from .input_map import TanhBound
-from .knots import KnotMap
 from .layer import KANLinear
 from .network import KAN
 from .refinement import RefinementReport, refine_grid
@@ -19,7 +18,6 @@ from ..derivatives.api import hessian, jet, laplacian  # isort: skip (it imports
 __all__ = [
     "KAN",
     "KANLinear",
-    "KnotMap",
     "RefinementReport",
     "SlimKAN",
     "SlimKANLinear",

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Refine the grids of a network and keep its function: finer grids, and knots where the function is steep."""
+"""Refine the grids of a network and keep its function."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from ..modules.calls import share_hooks, unwrap
 from ..tucker import Tucker
 from .basis import UniformGrid, change_of_basis, check_grid
 from .input_map import InputMap
-from .knots import KnotMap
 from .layer import KANLinear, SplineLayer
 from .network import LayerStack, is_norm
 from .slim_kan import SlimKANLinear, copy_with_parameters
@@ -45,7 +44,6 @@ def refine_grid(
     grid_size: int,
     samples: Tensor | None = None,
     *,
-    density: Tensor | None = None,
     tolerance: float = 1e-2,
 ) -> RefinementReport:
     r"""Give the layers of a network grids of another size, and keep its function.
@@ -59,8 +57,8 @@ def refine_grid(
     whole intervals, at most the `spline_order` on which splines are not zero. The function is then kept to rounding at
     the samples, and the grids of layers differ in size.
 
-    Adapters are refined exactly, at any rank, if `grid_size` is a multiple of the old one, and without density. The
-    matrix T that expresses the old splines by the new ones is then the same for all inputs. factor_basis becomes
+    Adapters are refined exactly, at any rank, if `grid_size` is a multiple of the old one. The matrix T
+    that expresses the old splines by the new ones is then the same for all inputs. factor_basis becomes
     T factor_basis, or T multiplies the core if the basis mode is full.
 
     The parameters are replaced by new ones: make optimizers afterwards. `LevenbergMarquardt` needs nothing.
@@ -70,8 +68,6 @@ def refine_grid(
         grid_size: The number of intervals of each new grid.
         samples: Inputs (N, I) of the network. `grid_size` must be a multiple of the old ones then, and a layer of G
             intervals that is extended by e gets grid_size (G + e) / G of them.
-        density: Positive numbers (I, C), the relative number of knots wanted in C equal cells of each of the first
-            layer's grids, for a `KnotMap` before that layer. None keeps the map that is there.
         tolerance: The largest error of a layer, see `RefinementReport`, that is accepted.
 
     Raises:
@@ -80,8 +76,7 @@ def refine_grid(
             cannot be carried over; samples are not finite; the function cannot be kept to `tolerance`. The network is
             as before then.
 
-    Source: W. Boehm, "Inserting new knots into B-spline curves" (1980), for nested grids; C. de Boor, "A Practical
-    Guide to Splines" (1978), chapter XII, for the placement of knots.
+    Source: W. Boehm, "Inserting new knots into B-spline curves" (1980), for nested grids.
 
     Example:
         >>> import torch
@@ -100,28 +95,18 @@ def refine_grid(
             "such as `model.kan`."
         )
     splines = _find_spline_layers(kan, grid_size)
-    first, *_ = splines.values()
     has_adapters = any(layer is not kan.layers.get_submodule(name) for name, layer in splines.items())
     sizes = [layer.grid_size for layer in splines.values()]
-    is_nested = density is None and not any(grid_size % size for size in sizes)
+    is_nested = not any(grid_size % size for size in sizes)
     if not is_nested and (has_adapters or samples is not None):
         raise ValueError(
-            f"Adapters and `samples` need a `grid_size` that is a multiple of the old ones, {sizes}, and no "
-            "`density`. Merge adapters first, by `merge_and_unload()`, or move grids by `update_grid`."
+            f"Adapters and `samples` need a `grid_size` that is a multiple of the old ones, {sizes}. Merge adapters "
+            "first, by `merge_and_unload()`, or move grids by `update_grid`."
         )
     if samples is not None and not (len(samples) and samples.isfinite().all()):
         raise ValueError(f"`samples` {tuple(samples.shape)} must not be empty, and finite.")
 
-    leading: Any = kan.layers[0]
-    old_map = new_map = leading if isinstance(leading, KnotMap) else None
-    if density is not None:
-        number = 0 if old_map is None else 1
-        if first is not kan.layers[number] or isinstance(first, SlimKANLinear):
-            raise ValueError("`density` needs a dense KAN layer as the first, but for a KnotMap; see `to_dense()`.")
-        low, high = first.grid_bounds.unbind(-1)
-        new_map = KnotMap(low, high, density.to(low))
-
-    layers: list[nn.Module] = [] if new_map is None else [new_map]
+    layers: list[nn.Module] = []
     errors = {}
     refined_adapters = []
     for name, layer in kan.layers.named_children():
@@ -131,8 +116,7 @@ def refine_grid(
             size = grid_size
             if samples is not None:
                 bounds, size = _extend_grid(base, samples, grid_size)
-            maps = (old_map, new_map) if base is first else (None, None)
-            refined, transfer, error = _refine_layer(base, size, bounds, *maps)
+            refined, transfer, error = _refine_layer(base, size, bounds)
             if not error <= tolerance:
                 raise ValueError(
                     f"`layers.{name}` changes by {error:.1e} of its size on a grid of {size} intervals, more "
@@ -144,7 +128,7 @@ def refine_grid(
             else:
                 refined_adapters.append((layer, refined, transfer))
                 layers.append(layer)
-        elif layer is not old_map:
+        else:
             layers.append(layer)
         if samples is not None:
             samples = layer(samples)
@@ -190,8 +174,6 @@ def _refine_layer(
     layer: SplineLayer,
     grid_size: int,
     bounds: Tensor,
-    old_map: KnotMap | None,
-    new_map: KnotMap | None,
 ) -> tuple[SplineLayer, Tensor, float]:
     """Fit a layer on another grid.
 
@@ -204,25 +186,17 @@ def _refine_layer(
     old_grid = UniformGrid.between(layer.grid_bounds.double(), layer.grid_size, order)
     count = _POINTS * max(grid_size, layer.grid_size) + 1
     fractions = torch.linspace(0, 1, count, dtype=torch.float64, device=bounds.device)
-    new_points = old_points = torch.lerp(new_grid.low, new_grid.high, fractions[:, None])
-    if old_map is not new_map:
-        x = new_points if new_map is None else new_map.inverse(new_points)
-        old_points = x if old_map is None else old_map(x)
-    new_basis = new_grid.functions(new_points)
-    old_basis = old_grid.functions(old_points)
-    new_silu = F.silu(new_points).unsqueeze(-1)
-    old_silu = F.silu(old_points).unsqueeze(-1)
-    # the map also moves the base branch, for which the splines make up
-    targets = torch.cat([old_basis, old_silu - new_silu], -1)
-    transfer = change_of_basis(new_basis, targets)  # (I, K', K + 1)
+    points = torch.lerp(new_grid.low, new_grid.high, fractions[:, None])
+    new_basis = new_grid.functions(points)
+    old_basis = old_grid.functions(points)
+    transfer = change_of_basis(new_basis, old_basis)  # (I, K', K)
 
     if isinstance(layer, SlimKANLinear):
-        silu_row = transfer.new_zeros(1, transfer.shape[2])
-        silu_row[:, -1] = 1
-        matrix = torch.cat([transfer[0], silu_row])
+        silu = transfer.new_ones(1, 1)
+        matrix = torch.block_diag(transfer[0], silu)
         parameters = layer.components.on_basis(matrix)._asdict()
     else:
-        weight = einsum(transfer, _all_coefficients(layer), "i new old, o i old -> o i new")
+        weight = einsum(transfer, layer.spline_weight.double(), "i new old, o i old -> o i new")
         parameters = {"spline_weight": weight, "base_weight": layer.base_weight}
     refined = copy_with_parameters(layer, parameters, grid_size)
     refined.grid_bounds.copy_(bounds)
@@ -230,21 +204,18 @@ def _refine_layer(
         parameter.requires_grad_(layer.get_parameter(name).requires_grad)
     share_hooks(layer, refined)
 
-    old_values = _edge_functions(layer, old_basis, old_silu)
-    new_values = _edge_functions(refined, new_basis, new_silu)
+    silu = F.silu(points).unsqueeze(-1)
+    old_values = _edge_functions(layer, old_basis, silu)
+    new_values = _edge_functions(refined, new_basis, silu)
     smallest = torch.finfo(torch.float64).tiny
     largest = old_values.abs().max().clamp(min=smallest)
     error = (new_values - old_values).abs().max() / largest
-    return refined, transfer[0, :, :-1], error.item()
-
-
-def _all_coefficients(layer: SplineLayer) -> Tensor:
-    """Return the coefficients of the splines and of silu, (O, I, K + 1)."""
-    base_weight = layer.base_weight.unsqueeze(-1)
-    return torch.cat([layer.spline_weight, base_weight], -1).double()
+    return refined, transfer[0], error.item()
 
 
 def _edge_functions(layer: SplineLayer, basis: Tensor, silu: Tensor) -> Tensor:
     """Return the values (O, I, N) of the functions of all edges, from the values (N, I, K) and (N, I, 1)."""
     functions = torch.cat([basis, silu], -1)
-    return einsum(_all_coefficients(layer), functions, "o i k, n i k -> o i n")
+    base_weight = layer.base_weight.unsqueeze(-1)
+    coefficients = torch.cat([layer.spline_weight, base_weight], -1).double()
+    return einsum(coefficients, functions, "o i k, n i k -> o i n")

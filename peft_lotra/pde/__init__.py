@@ -1,9 +1,9 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Building blocks for solving PDEs by KANs: exact conditions, points, weights, knots, and continuation."""
+"""Building blocks for solving PDEs by KANs: exact conditions, points, weights, and continuation."""
 
-from .adaptive import ResidualSampler, gradient_weights, knot_density
+from .adaptive import ResidualSampler, gradient_weights
 from .boundary import neumann, robin
 from .boxes import box_points, side_points
 from .constraints import BoxDistance, HardConstraint
@@ -32,7 +32,6 @@ __all__ = [
     "continuation",
     "disk",
     "gradient_weights",
-    "knot_density",
     "load_network",
     "neumann",
     "polygon",

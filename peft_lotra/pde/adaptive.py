@@ -1,8 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Adaptation to a solution: more points where the residual is large, smaller weights where the solution is steep, and
-more knots for `peft_lotra.kan.refine_grid` where it bends."""
+"""Adaptation to a solution: more points where the residual is large, smaller weights where the solution is steep."""
 
 from __future__ import annotations
 
@@ -12,13 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..derivatives.api import jet
-from ..kan.knots import KnotMap
 from ..least_squares.problem import check_residuals
 from ..modules.checks import check_count, check_number
-from .boxes import Inside, box_points, check_box, spread_points
-
-
-SAMPLES = 128  # points in each cell of a coordinate
+from .boxes import Inside, check_box, spread_points
 
 
 class ResidualSampler:
@@ -71,26 +66,20 @@ class ResidualSampler:
         self.seed = seed
 
     @torch.inference_mode(False)
-    def draw(
-        self,
-        residual: Callable[[Tensor], Tensor],
-        knots: KnotMap | None = None,
-    ) -> Tensor:
+    def draw(self, residual: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the next points.
 
         Args:
             residual: Maps points (n, I) to residuals (n,) or (n, m).
-            knots: A map of the box's coordinates. Half of the evenly spread points, and of the candidates, are then
-                spread evenly in its outputs: they are dense where the knots are.
 
         Returns:
             Points (count, I), float64.
         """
         count = round(self.share * self.count)
         box = self.low, self.high
-        points = spread_points(*box, self.count - count, self.inside, self.seed + 1, knots)
+        points = spread_points(*box, self.count - count, self.inside, self.seed + 1)
         if count:
-            candidates = spread_points(*box, self.pool * count, self.inside, self.seed + 2, knots)
+            candidates = spread_points(*box, self.pool * count, self.inside, self.seed + 2)
             residuals = check_residuals(residual(candidates), "`residual`", len(candidates))
             size = residuals.detach().norm(dim=1)
             is_finite = size.isfinite()
@@ -144,57 +133,3 @@ def gradient_weights(
     slopes = slopes.reshape(len(slopes), len(x), -1)  # of a model that returns (n,), too
     steepness = slopes.square().sum((0, 2)).sqrt()
     return 1 / (1 + scale * steepness.unsqueeze(1))
-
-
-@torch.no_grad()
-def knot_density(
-    model: nn.Module,
-    low: Sequence[float],
-    high: Sequence[float],
-    cells: int = 64,
-) -> Tensor:
-    r"""Return the relative number of knots that each cell of each coordinate of a box needs, for `KnotMap`:
-
-        0.4 + 0.6 m / mean(m),   m = (mean of u_ii^2 over the cell and all other coordinates)^(1 / 6).
-
-    Args:
-        model: A network of the coordinates, as for `jet`; of several outputs all count.
-        low, high: The ends of the box, I numbers each.
-        cells: Equal cells of each coordinate.
-
-    Returns:
-        Positive numbers (I, cells) with mean 1, float64.
-
-    Raises:
-        ValueError: The box is empty, `cells` is below 1, or the derivatives are not finite.
-
-    Source: C. de Boor, "Good approximation by splines with variable knots II" (1974): knots that make a power of a
-    derivative equal in all intervals.
-
-    Example:
-        >>> import torch
-        >>> from peft_lotra.kan import KAN
-        >>> from peft_lotra.pde import knot_density
-        >>> knot_density(KAN([2, 5, 1]).double(), (-1, -1), (1, 1), cells=16).shape
-        torch.Size([2, 16])
-    """
-    low_end, high_end = check_box(low, high)
-    cells = check_count(cells, "cells")
-    x = box_points(low, high, cells * SAMPLES)
-    _, _, bends = jet(model, x.to(next(model.parameters(), x)))
-    bends = bends.to(x).view(len(low_end), len(x), -1)
-    squares = bends.square().sum(-1)
-    cell_of = (x - low_end) / (high_end - low_end) * cells
-    cell_of = cell_of.long().clamp(max=cells - 1)  # a point may be rounded to the end
-    densities = []
-    for i, index in enumerate(cell_of.unbind(1)):
-        means = torch.bincount(index, squares[i], cells) / torch.bincount(index, minlength=cells)
-        if not means.isfinite().all():
-            raise ValueError(f"The second derivatives of the model along coordinate {i} are not finite.")
-
-        density = torch.ones_like(means)
-        if means.any():
-            roots = means.pow(1 / 6)
-            density = roots / roots.mean()
-        densities.append(0.4 + 0.6 * density)
-    return torch.stack(densities)

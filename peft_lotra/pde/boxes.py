@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from ..kan.knots import KnotMap
 from ..modules.checks import check_count
 
 
@@ -77,14 +76,12 @@ def spread_points(
     count: int,
     inside: Inside | None = None,
     seed: int = 0,
-    knots: KnotMap | None = None,
 ) -> Tensor:
     """Return scrambled Sobol points of a box, or of the part of it that is inside.
 
     Args:
         low, high: The ends of the box, (I,).
         count, inside, seed: As for `box_points`.
-        knots: A map of the box's coordinates: half of the points are then spread evenly in its outputs.
 
     Raises:
         ValueError: Hardly any point is inside.
@@ -95,11 +92,6 @@ def spread_points(
     while len(points) < count:
         number = count if inside is None else max(count, 1024)
         shares = engine.draw(number, dtype=torch.float64)
-        if knots is not None:
-            knots_low = knots.low.double()
-            knots_high = knots.high.double()
-            outputs = torch.lerp(knots_low, knots_high, shares[1::2])
-            shares[1::2] = (knots.inverse(outputs) - knots_low) / (knots_high - knots_low)
         candidates = torch.lerp(low, high, shares)
         if inside is not None:
             candidates = candidates[contains(inside, candidates)]

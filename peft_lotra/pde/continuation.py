@@ -39,7 +39,6 @@ def continuation(
     stop: float,
     *,
     target: float = math.inf,
-    prepare: Callable[[float], Any] | None = None,
     steps: int = 5,
 ) -> list[ContinuationStep]:
     """Train a model for a PDE at `start`, and from there, step by step, at parameters up to `stop`.
@@ -53,7 +52,6 @@ def continuation(
             lowest held loss counts, or whose last loss. It must not change the shapes of parameters.
         start, stop: The first and the last parameter.
         target: The largest loss that is accepted.
-        prepare: Called with the parameter before each solve, and not undone: the place for `refine_grid`.
         steps: The number of steps of a path without failures, after the first solve. They have equal ratios, or equal
             lengths if zero is between `start` and `stop`.
 
@@ -102,8 +100,6 @@ def continuation(
         if share > 1.0 - 1e-9 or start == stop:
             share = 1.0
         value = value_at(share)
-        if prepare is not None:
-            prepare(value)
         state = copy.deepcopy(model.state_dict())
         try:
             loss = _last_loss(solve(value))

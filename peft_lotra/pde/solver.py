@@ -71,8 +71,7 @@ def solve(
     one stalls before it is exact, eight windows in time are tried. A network that stalls with a large residual is
     followed by new starts.
 
-    If a `KAN` is given, its knots move to where the solution bends before each step of a continuation, and its grids
-    are twice as fine for the last fifth of the budget.
+    If a `KAN` is given, its grids are twice as fine for the last fifth of the budget.
 
     Args:
         residual: `residual(model, x)`, or `residual(model, x, parameter)` with `continuation`: takes points (n, I) to

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The training of a solution: points, steps, knots, and when a phase ends."""
+"""The training of a solution: points, steps, and when a phase ends."""
 
 from __future__ import annotations
 
@@ -15,17 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..kan.knots import KnotMap
 from ..kan.network import LayerStack
 from ..kan.refinement import refine_grid
 from ..least_squares.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
 from ..least_squares.problem import LeastSquares, check_residuals
-from .adaptive import ResidualSampler, gradient_weights, knot_density
+from .adaptive import ResidualSampler, gradient_weights
 from .budget import Budget, PhaseEnd
 from .checks import layer_inputs
 from .continuation import continuation
 from .diagnostics import list_functions
-from .features import BoxFeatures
 from .networks import first_module
 from .point_cache import PointCache, current_cache
 from .solution import Phase, Solution
@@ -93,7 +91,6 @@ class Training:
         self.first_share = self.sampler.share
         self.share = 0.0, 1.0  # of the budget: where this training begins, and ends
         self.kan: Any = first_module(self.model, LayerStack)  # None if there is none
-        self.features: BoxFeatures | None = first_module(self.model, BoxFeatures)
         self.differentiates = False  # whether the residual needs points that require a gradient
         self.is_over = False  # whether one more step is too much for the phase
         self.robustness = 0.0  # the exponent by which points with a large residual count less
@@ -122,7 +119,6 @@ class Training:
             start,
             stop,
             target=FAILED,
-            prepare=self.move_knots,
             steps=STAGES - 1,
         )
 
@@ -141,7 +137,7 @@ class Training:
 
         name = "coarse"
         samples = layer_inputs(self.model, self.held, kan)
-        if self.regrid(2, samples=samples):
+        if self.refine_grids(samples):
             name = "fine"
             self.sampler.count = round(FINE_POINTS * self.sampler.count)
         return fit(name, 1.0)
@@ -386,10 +382,7 @@ class Training:
             x.requires_grad_(self.differentiates)
             return self.residual(self.trained, x, weights)
 
-        knots = None
-        if self.features is not None and not self.features.waves.any():
-            knots = first_module(self.model, KnotMap)  # of the box's coordinates
-        x = self.sampler.draw(weighted, knots)
+        x = self.sampler.draw(weighted)
         x.requires_grad_(self.differentiates)
         equation = (self.residual, (x, self.weights(x)))
         return [equation, *self.terms]
@@ -410,28 +403,12 @@ class Training:
         if windows is not None:
             windows.activate(active)
 
-    def move_knots(self, parameter: float) -> None:
-        """Move the knots of the first layer to where the solution bends, once there is one."""
-        features = self.features
-        if features is None or self.kan is None or not self.phases or self.budget.is_stopped:
-            return
-        density = torch.ones(features.out_features, 64, dtype=torch.float64)
-        low = self.sampler.low.tolist()
-        high = self.sampler.high.tolist()
-        of_coordinates = knot_density(self.model, low, high)
-        for j, i in enumerate(features.sources.tolist()):
-            if i not in features.periodic:
-                density[j] = of_coordinates[i]
-        self.regrid(1, density=density, tolerance=math.inf)
-
-    def regrid(self, factor: int, **options: Any) -> bool:
-        """Change the grids if they can be changed."""
+    def refine_grids(self, samples: Tensor) -> bool:
+        """Make the grids twice as fine if they can be refined."""
         sizes = [getattr(layer, "grid_size", 0) for layer in self.kan.layers]
         try:
-            refine_grid(self.kan, factor * max(sizes), **options)
+            refine_grid(self.kan, 2 * max(sizes), samples)
         except (TypeError, ValueError) as error:  # adapters, Slim layers
-            note = f"The grids stay as they are: {error}"
-            if note not in self.result.notes:
-                self.result.notes.append(note)
+            self.result.notes.append(f"The grids stay as they are: {error}")
             return False
         return True

@@ -6,12 +6,11 @@ import math
 import pytest
 import torch
 from helpers import refused
-from jet_helpers import assert_same, nested
+from jet_helpers import assert_same
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from peft_lotra.kan import KAN, KANLinear, KnotMap, SlimKAN, jet, refine_grid
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.kan import KAN, KANLinear, SlimKAN, jet, refine_grid
 
 
 def inputs(rows: int = 500, scale: float = 1.0) -> Tensor:
@@ -67,34 +66,6 @@ def test_samples_extend_the_grids_to_where_activations_leave_them(name):
     assert first == 16  # an interval on each side
     assert all(size in range(12, 25, 2) for size in later)
     assert_same(jet(model, x), derivatives, 1e-8)
-
-
-def shock(x: Tensor) -> Tensor:
-    return torch.tanh(x / 0.02)
-
-
-def shock_error(model: nn.Module, x: Tensor) -> Tensor:
-    return model(x) - shock(x)
-
-
-def test_dense_knots_fit_a_shock_far_better_than_even_ones_and_a_later_map_keeps_the_fit():
-    x = torch.linspace(-1, 1, 400, dtype=torch.float64)[:, None]
-    density = 1 + 60 * torch.exp(-((torch.linspace(-1, 1, 64).double() / 0.08) ** 2))[None]
-    even, uneven = KAN([1, 1], 24, dtype=torch.float64), KAN([1, 1], 24, dtype=torch.float64)
-
-    def error(model: nn.Module) -> float:
-        return shock_error(model, x).square().mean().sqrt().item()
-
-    refine_grid(uneven, 24, density=density, tolerance=0.5)
-    for model in (even, uneven):
-        LevenbergMarquardt(model, 1e-6).fit([(shock_error, x)], 3, progress=False)
-
-    assert isinstance(uneven.layers[0], KnotMap)
-    assert error(uneven) < 0.05 * error(even)
-    refine_grid(uneven, 60, density=density.sqrt(), tolerance=0.05)
-    assert len(uneven.layers) == 2  # the map is replaced
-    assert error(uneven) < 0.02
-    assert_same(jet(uneven, x), nested(uneven, x), 1e-9)
 
 
 def test_what_is_frozen_the_mode_and_hooks_are_kept():
@@ -160,10 +131,7 @@ REFUSED = {
     "finite": lambda model: refine_grid(model, 12, X.index_fill(0, torch.tensor(3), math.nan)),
     "`samples` .0, 2. must not be empty": lambda model: refine_grid(model, 12, X[:0]),
     "shape .500, 1., but KANLinear": lambda model: refine_grid(model, 12, X[:, :1]),
-    "`density` .3, 5. must be": lambda model: refine_grid(model, 12, density=torch.ones(3, 5)),
     "a multiple of the old ones, .6, 6, 6.": lambda model: refine_grid(model, 15, X),
-    "and no `density`": lambda model: refine_grid(model, 12, X, density=torch.ones(2, 5)),
-    "`density` needs a dense KAN": lambda model: refine_grid(SlimKAN([2, 1], 1), 10, density=torch.ones(2, 4)),
     "`kan` is Sequential, but must be a KAN": lambda model: refine_grid(nn.Sequential(model), 12),
 }
 

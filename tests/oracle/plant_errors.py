@@ -41,7 +41,7 @@ PAGE = ROOT / "CONTRIBUTING.md"
 PER_AREA = 6
 # Files that compute outputs, coefficients or gradients, by area. Random starts have no reference.
 AREAS = {
-    "kan": "basis formula input_map knots layer network product refinement row_product slim_kan sparse_product",
+    "kan": "basis formula input_map layer network product refinement row_product slim_kan sparse_product",
     "tuner": "by_row gradients grids hotswap jets layer model slim weighted",
     "bank": "bank layer reading snapshot storage",
     "layers": "coefficients derivatives formula layout slim",
@@ -50,7 +50,7 @@ AREAS = {
 }
 # The cases that run first, since they are likely to find an error of an area.
 FIRST = {
-    "kan": "product or refined or 17 or knots or network or size or silu",
+    "kan": "product or refined or 17 or network or size or silu",
     "tuner": "hotswap or weighted or (merge and own) or (mixed and conv) or sample or 17",
     "bank": "bank or 17",
     "layers": "forward or slim or compiled or coefficients",

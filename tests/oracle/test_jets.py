@@ -24,7 +24,6 @@ from peft_lotra.derivatives.stages import stages_of
 from peft_lotra.derivatives.torch_fallback import ExactNorms
 from peft_lotra.kan import (
     KAN,
-    KnotMap,
     SlimKAN,
     hessian,
     jet,
@@ -50,11 +49,6 @@ def chain(kind: str) -> nn.Module:
 def mlp(activation: nn.Module) -> nn.Module:
     layers = nn.Linear(3, 6), activation, nn.Linear(6, 5, bias=False), activation, nn.Linear(5, 2)
     return nn.Sequential(*layers).double()
-
-
-def with_knots() -> nn.Module:
-    ends = torch.tensor([-0.6, 0.6], dtype=torch.float64).repeat(3, 1).T
-    return nn.Sequential(KnotMap(*ends, torch.rand(3, 7) + 0.5), network(3, 4, 2, spline_order=5))
 
 
 class Waves(InputMap):
@@ -91,7 +85,6 @@ ADAPTED = {
     "layer normalization": lambda: network(norm="layer"),
     "batch normalization": with_batch_norm,
     "tanh between": lambda: network(norm="tanh"),
-    "knots": with_knots,
     **{kind: lambda kind=kind: chain(kind) for kind in KINDS},
 }
 MODELS = {

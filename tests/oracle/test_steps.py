@@ -11,7 +11,7 @@ from dense import ALPHA, FORMS, near
 from helpers import KINDS, adapt, inputs, lotra_layers
 from torch import Tensor, nn
 
-from peft_lotra.kan import KAN, KnotMap, SlimKAN, jet
+from peft_lotra.kan import KAN, SlimKAN, TanhBound, jet
 from peft_lotra.optim import LevenbergMarquardt
 
 
@@ -81,7 +81,7 @@ def chain(*modules: nn.Module) -> nn.Module:
 BASES = {
     "tanh": lambda: KAN([3, 5, 3], spline_order=4, norm="tanh", dtype=torch.float64),
     "slim": lambda: SlimKAN([3, 5, 3], ranks=(2, "full", 3), spline_order=5, dtype=torch.float64),
-    "knots": lambda: chain(KnotMap(-torch.ones(3), torch.ones(3), 1 + torch.rand(3, 4)), KAN([3, 4, 3])),
+    "bound": lambda: chain(TanhBound(3), KAN([3, 4, 3])),
     "linear": lambda: chain(nn.Linear(3, 4), nn.SiLU(), KAN([4, 3, 3]), nn.Sigmoid(), nn.Linear(3, 3), nn.GELU()),
     "others": lambda: chain(KINDS["cheby-kan"]().kan, nn.Tanh(), KAN([4, 3])),
 }
@@ -96,7 +96,7 @@ MODELS = {
     "slim": lambda: adapted("slim"),
     "others": lambda: adapted("others"),
     "linear": lambda: adapted("linear", "shape"),
-    "network": BASES["knots"],
+    "network": BASES["bound"],
     "slim network": BASES["slim"],
     "linear network": BASES["linear"],
 }

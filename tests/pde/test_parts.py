@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Features of coordinates, densities of knots, and weights of residuals."""
+"""Features of coordinates, and weights of residuals."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from peft_lotra.kan import jet
 from peft_lotra.least_squares import LevenbergMarquardt
-from peft_lotra.pde import BoxFeatures, HardConstraint, gradient_weights, knot_density
+from peft_lotra.pde import BoxFeatures, gradient_weights
 
 
 LOW, HIGH = (-1.0, 0.0, 2.0), (3.0, 2.0, 5.0)
-BOX = (-1.0, 0.0), (1.0, 2.0)
 
 
 def in_box(rows: int = 20) -> torch.Tensor:
@@ -41,8 +40,6 @@ WRONG = {
     r"`periodic` has 3, but the box has coordinates 0 to 2": lambda: BoxFeatures(LOW, HIGH, periodic=[3]),
     r"is both `periodic` and `neumann`": lambda: BoxFeatures(LOW, HIGH, periodic=[1], neumann=[1]),
     "BoxFeatures expects a last dimension of 3": lambda: BoxFeatures(LOW, HIGH)(torch.rand(4, 2)),
-    "`cells` is 0": lambda: knot_density(steep(), *BOX, cells=0),
-    "along coordinate 0 are not finite": lambda: knot_density(root(), *BOX),
     "`scale` is -1": lambda: gradient_weights(network(2, 1), torch.rand(4, 2), -1),
 }
 
@@ -51,28 +48,6 @@ WRONG = {
 def test_wrong_arguments_are_named(message):
     with pytest.raises(ValueError, match=message):
         WRONG[message]()
-
-
-def steep() -> nn.Module:
-    """Return tanh(20 x) at all times."""
-    return HardConstraint(network(2, 3, 1), 0.0, lambda x: torch.tanh(20 * x[..., :1]))
-
-
-def root() -> nn.Module:
-    """Return a function that is NaN in a half of the box."""
-    return HardConstraint(network(2, 3, 1), 1.0, lambda x: torch.sqrt(x[..., :1]))
-
-
-def test_the_density_of_knots_follows_the_second_derivative():
-    density = knot_density(steep(), *BOX, cells=40)
-
-    assert density.shape == (2, 40)
-    torch.testing.assert_close(density.mean(1), torch.ones(2, dtype=torch.float64))
-    torch.testing.assert_close(density[1], torch.ones(40, dtype=torch.float64))  # no function of time
-    x = -1 + 2 * (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
-    bend = -800 * torch.tanh(20 * x) / torch.cosh(20 * x) ** 2
-    expected = bend.square().view(40, 100).mean(1).pow(1 / 6)
-    torch.testing.assert_close(density[0], 0.4 + 0.6 * expected / expected.mean(), rtol=1e-2, atol=0)
 
 
 def test_gradient_weights_have_the_formula():

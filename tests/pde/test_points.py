@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 
-from peft_lotra.kan import KnotMap
 from peft_lotra.pde import ResidualSampler, box_points, side_points
 
 
@@ -95,17 +94,6 @@ def test_a_residual_of_zero_spreads_points():
     x = ResidualSampler(LOW, HIGH, 400, share=1.0).draw(lambda x: torch.zeros(len(x)))
 
     torch.testing.assert_close(x.mean(0), BOX.mean(0), rtol=0.1, atol=0.1)
-
-
-def test_half_of_the_points_follow_the_knots():
-    density = torch.ones(2, 40, dtype=torch.float64)
-    density[0, 18:22] = 36  # half of the knots in a tenth of the first coordinate
-    knots = KnotMap(torch.tensor([-1.0, -1.0]), torch.tensor([1.0, 1.0]), density)  # of features in [-1, 1]
-
-    x = ResidualSampler(LOW, HIGH, 800, share=0.0).draw(peak, knots)
-
-    assert ((x >= BOX[0]) & (x <= BOX[1])).all()
-    assert share_around_the_peak(x) == pytest.approx(0.5 * 0.1 + 0.5 * 0.5 * 1.6, abs=0.06)
 
 
 def test_a_residual_may_use_autograd():

@@ -72,7 +72,6 @@ def test_all_adapters_are_carried_over_to_refined_grids(kind, exact, tmp_path):
 
 REFUSED = {
     "a multiple of the old ones, .4, 4.": lambda model: refine_grid(model, 6),
-    "no `density`": lambda model: refine_grid(model, 8, density=torch.ones(2, 4)),
     "Unmerge its adapters": lambda model: refine_grid(model, 8),
 }
 

@@ -130,7 +130,7 @@ def run(problem: Problem, recipe: Recipe, factor: str, seed: int) -> dict:
     optimizer = LevenbergMarquardt(model, floor=1e-6, forgetting=forgetting, memory=2**32)
     curve = []
     for step in range(recipe.steps):
-        record = optimizer.step(points.terms(network))
+        record = optimizer.step(points.terms())
         optimizer.damping = min(optimizer.damping, 1e3)
         if step % 10 == 9:
             curve.append((step + 1, problem.error(model), record.loss))

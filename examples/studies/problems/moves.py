@@ -121,7 +121,7 @@ def base_of(name: str, setting: Setting, seed: int, cache: Path, console: Consol
         part = path.with_suffix(f".part{os.getpid()}")
         torch.save((run.network, run.curve), part)
         part.replace(path)
-    kan, curve = torch.load(path, weights_only=False)  # of our own cache: grids and knots are in the module
+    kan, curve = torch.load(path, weights_only=False)  # of our own cache: the grids are in the module
     return constrained(PROBLEMS[name], kan), curve
 
 
@@ -228,7 +228,7 @@ def _levenberg_marquardt(
     terms: list[tuple] = []
     while clock.running():
         if clock.step % keep == 1 or keep == 1:
-            terms = points.terms(network_of(model))
+            terms = points.terms()
         optimizer.step(terms)
         optimizer.damping = min(optimizer.damping, 1e3)
 
@@ -244,7 +244,7 @@ def _adam(method: Method, model: nn.Module, points: Collocation, setting: Settin
     terms: list[tuple] = []
     while clock.running():
         if clock.step % setting.adam_keep == 1:
-            terms = points.terms(network_of(model))
+            terms = points.terms()
         share = min(clock.seconds / clock.limit, 1.0)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * min(share / 0.05, 0.5 * (1 + math.cos(math.pi * share)))

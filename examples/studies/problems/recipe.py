@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from peft_lotra.kan import KAN, KnotMap, refine_grid
+from peft_lotra.kan import KAN, refine_grid
 from peft_lotra.optim import LevenbergMarquardt
-from peft_lotra.pde import HardConstraint, ResidualSampler, box_points, gradient_weights, knot_density
+from peft_lotra.pde import HardConstraint, ResidualSampler, box_points, gradient_weights
 from problems.standard import Problem
 
 
@@ -77,18 +77,13 @@ class Collocation:
 
         self.residual = residual  # one object, for which Levenberg-Marquardt plans once
 
-    def terms(self, network: nn.Module) -> list[tuple]:
-        """The next terms; `network` is the one in the model, whose knots the points follow."""
-        x = self.sampler.draw(lambda x: self.residual(self.model, x, self._weights(x)), self._knots(network))
+    def terms(self) -> list[tuple]:
+        """The next terms."""
+        x = self.sampler.draw(lambda x: self.residual(self.model, x, self._weights(x)))
         return [(self.residual, (x, self._weights(x)), 1.0), *self.problem.terms()]
 
     def _weights(self, x: Tensor) -> Tensor:
         return gradient_weights(self.model, x, self.slope_scale)
-
-    def _knots(self, network: nn.Module) -> KnotMap | None:
-        """The map of the knots, if it is one of the box's coordinates."""
-        first = next(iter(network.children() if isinstance(network, nn.Sequential) else network.layers))
-        return first if isinstance(first, KnotMap) and not self.problem.features.periodic else None
 
 
 def new_network(problem: Problem, recipe: Recipe) -> KAN:
@@ -116,7 +111,7 @@ def constrained(problem: Problem, kan: nn.Module) -> HardConstraint:
 class Run:
     """One training; `curve` has the CPU seconds, the steps and the error after each stage.
 
-    With `mlp`, of an MLP: the same points, stages and steps, but no knots to move and no grid to refine.
+    With `mlp`, of an MLP: the same points, stages and steps, but no grid to refine.
     """
 
     def __init__(self, problem: Problem, recipe: Recipe, seed: int, console: Console, mlp: bool = False) -> None:
@@ -136,8 +131,6 @@ class Run:
         self.clock = time.process_time()
         if problem.start != problem.stop:
             for stage in range(recipe.stages):
-                if stage and not self.mlp:
-                    self.move_knots()
                 share = stage / (recipe.stages - 1)
                 self.fit(problem.start * (problem.stop / problem.start) ** share, recipe.steps, recipe.most)
         self.optimizer.forgetting = recipe.last_forgetting
@@ -155,16 +148,6 @@ class Run:
         for _ in range(3):
             self.fit(problem.stop, recipe.last // 3)
 
-    def move_knots(self) -> None:
-        """Knots of the first layer where the solution is steep."""
-        features = self.problem.features
-        density = torch.ones(features.out_features, 64, dtype=torch.float64)
-        of_coordinates = knot_density(self.model, self.problem.low, self.problem.high)
-        for j, i in enumerate(features.sources.tolist()):
-            if i not in features.periodic:
-                density[j] = of_coordinates[i]
-        refine_grid(self.network, self.recipe.grid_size, density=density, tolerance=math.inf)
-
     def fit(self, parameter: float, steps: int, most: int = 0) -> None:
         recipe = self.recipe
         points = Collocation(self.problem, parameter, self.model, self.sampler, recipe.slope_scale)
@@ -176,7 +159,7 @@ class Run:
         for step in range(max(steps, most)):
             if step >= steps and loss < recipe.target * self.first_loss:
                 break
-            record = self.optimizer.step(points.terms(self.network))
+            record = self.optimizer.step(points.terms())
             self.optimizer.damping = min(self.optimizer.damping, 1e3)
             self.steps += 1
             loss = record.loss
