@@ -17,7 +17,6 @@ from torch.autograd import forward_ad
 from ..modules.calls import is_tracing
 from .basis import UniformGrid, evaluate_splines, in_transform, is_batched, spline_offsets
 from .memory import EVALUATED, MULTIPLIED_ROWS, OFF_CPU, blocks
-from .sparse_product import is_sparse, sparse_point_gradient, sparse_product, sparse_weight_gradient
 
 
 # Up to so many values of basis functions, plain operations cost less than blocks.
@@ -28,8 +27,7 @@ def spline_product(x: Tensor, grid: UniformGrid, *weights: Tensor) -> Tensor:
     r"""Compute y[n, o] = sum_{i,k} W[o, i, k] B_k(x[n, i]), with the basis functions B_k of `bspline_basis`.
 
     Many basis functions are evaluated in blocks that fit the cache, and again in the backward pass: nothing of the
-    size (N, I, K) is kept. On large grids, only the coefficients of the p + 1 functions that are not zero at a point
-    are gathered.
+    size (N, I, K) is kept.
 
     Args:
         x: Points (N, I).
@@ -103,9 +101,6 @@ class _SplineProduct(torch.autograd.Function):
         ctx.save_for_backward(x, low, high, *weights)
         grid = UniformGrid(low, high, grid_size, spline_order)
         weight = concatenate(weights, 0)
-        if is_sparse(x, grid):
-            return sparse_product(x, grid, weight)
-
         matrix = weight.mT.flatten(1)  # (O, K I)
         result = x.new_empty(len(x), len(matrix))
         position = grid.positions(x)
@@ -133,14 +128,7 @@ class _SplineProduct(torch.autograd.Function):
         columns = gradient.split([len(weight) for weight in weights], 1)
         of_trained = [column for column, is_trained in zip(columns, needs_weights, strict=True) if is_trained]
         grad_outputs = torch.cat(of_trained, 1) if of_trained else None
-        grad_x = grad_trained = None
-        if not is_sparse(x, grid):
-            grad_x, grad_trained = _dense_gradients(x, grid, weight, gradient, grad_outputs)
-        else:
-            if weight is not None:
-                grad_x = sparse_point_gradient(x, grid, weight, gradient)
-            if grad_outputs is not None:
-                grad_trained = sparse_weight_gradient(x, grid, grad_outputs)
+        grad_x, grad_trained = _gradients(x, grid, weight, gradient, grad_outputs)
 
         grad_weights: list[Any] = [None] * len(weights)
         start = 0
@@ -152,7 +140,7 @@ class _SplineProduct(torch.autograd.Function):
         return grad_x, *[None] * 4, *grad_weights
 
 
-def _dense_gradients(
+def _gradients(
     x: Tensor,
     grid: UniformGrid,
     weight: Tensor | None,

@@ -36,11 +36,9 @@ def in_threads(work: Callable, count: int = 1) -> None:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "dense": lambda: KAN([3, 8, 4]),
-    "sparse": lambda: KAN([3, 8, 4], grid_size=64),
     "slim": lambda: SlimKAN([3, 8, 4], ranks=(2, 2, 2)),
     "normalized": lambda: KAN([3, 8, 4], norm="batch").eval(),
     **{f"adapted {name}": lambda name=name: adapt(base(name)) for name in LAYER_KINDS},
-    "adapted, sparse": lambda: adapt(KAN([3, 8, 4], grid_size=64)),
     "adapted, slim": lambda: adapt(SlimKAN([3, 8, 4], ranks=(2, 2, 2)), r=2),
 }
 

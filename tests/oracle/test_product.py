@@ -60,7 +60,7 @@ def assert_close(result, expected, tolerance):
     torch.testing.assert_close(result.double() / scale, expected.double() / scale, rtol=0, atol=tolerance)
 
 
-# no points to many, and grids on both sides of the size where coefficients are gathered
+# no points to many, on small and large grids
 @pytest.mark.parametrize("order, grid_size", [*itertools.product(range(1, 6), (5, 64)), (3, 1), (4, 1), (3, 40)])
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize(
