@@ -29,7 +29,6 @@ if find_spec("peft"):
     from .plotting.parts import what_changed
     from .selection.fit import fit_adapter
     from .tuner import jets  # noqa: F401  (teaches `jet` what PEFT puts around KANs)
-    from .tuner.check import check_kan_layer
     from .tuner.config import LoTRAConfig
     from .tuner.gradients import start_from_gradient
     from .tuner.hotswap import hotswap_adapter
@@ -37,7 +36,6 @@ if find_spec("peft"):
     from .tuner.model import LoTRAModel
     from .tuner.registration import register
     from .tuner.saving import save_adapter
-    from .tuner.summary import model_summary
 
     register(config_cls=LoTRAConfig, model_cls=LoTRAModel)
 
@@ -50,14 +48,12 @@ __all__ = [
     "LoTRAModel",
     "ParametricAdapter",
     "__version__",
-    "check_kan_layer",
     "create_lotra_optimizer",
     "extract_lotra",
     "find_kan_layers",
     "fit_adapter",
     "hotswap_adapter",
     "load_adapters",
-    "model_summary",
     "push_to_hub",
     "register_kan_layer",
     "save_adapter",

@@ -141,8 +141,6 @@ print(url)
 from huggingface_hub import list_repo_files
 from peft import PeftModel
 
-from peft_lotra import model_summary
-
 
 print(*list_repo_files(repo), sep="\n")
 scope = {}
@@ -158,7 +156,6 @@ print("largest difference:", difference.abs().max().item())
 labels = y[:500].repeat(5)
 right = served(x, adapter_names=["__base__"] * 2500).argmax(1) == labels
 print("without adapters:", right.view(5, 500).double().mean(1))
-model_summary(served)
 
 # %% [markdown]
 # ## Further: replace an adapter

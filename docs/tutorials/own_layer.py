@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Adapt your own layer
 #
-# You wrote a KAN layer that no library has. See whether it is recognized, describe it in one call, and check the
-# description. In a script instead of a notebook, put `print(...)` around the calls whose result is shown.
+# You wrote a KAN layer that no library has. See whether it is recognized, describe it in one call, and adapt it.
+# In a script instead of a notebook, put `print(...)` around the calls whose result is shown.
 
 # %%
 import torch
@@ -11,7 +11,6 @@ from torch import nn
 
 from peft_lotra import (
     LoTRAConfig,
-    check_kan_layer,
     create_lotra_optimizer,
     find_kan_layers,
     register_kan_layer,
@@ -66,18 +65,11 @@ register_kan_layer(
 find_kan_layers(network)
 
 # %% [markdown]
-# ## Check it
-#
-# `check_kan_layer` compares the description with the outputs and gradients of the layer. It says `inputs not checked`,
-# because a layer with two inputs has too few to check their order:
-
-# %%
-check_kan_layer(network[0], torch.rand(8, 2))
-
-# %% [markdown]
 # ## Adapt it
 #
-# The saved file contains the description. Others need your layer class, but not your `register_kan_layer` call.
+# `get_peft_model` compares the description with the gradients of the layer, and raises an error if they show another
+# order of the axes. The saved file contains the description. Others need your layer class, but not your
+# `register_kan_layer` call.
 
 # %%
 x = torch.rand(256, 2) * 2 - 1

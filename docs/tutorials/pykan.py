@@ -104,16 +104,13 @@ what_changed(model, x, names=["a", "b"])
 #
 # ## Further: which layers are adapted
 #
-# List the layers that were recognized, and then the ranks and the size of the adapter in each layer.
+# List the layers that were recognized, with the ranks of the adapter in each layer.
 
 # %%
-from peft_lotra import find_kan_layers, model_summary
+from peft_lotra import find_kan_layers
 
 
 find_kan_layers(model)
-
-# %%
-model_summary(model)
 
 # %% [markdown]
 # ## Further: merge, and make an edge symbolic

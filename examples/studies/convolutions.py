@@ -49,7 +49,7 @@ from tqdm import tqdm
 from peft_lotra import (
     LoTRAConfig,
     create_lotra_optimizer,
-    model_summary,
+    find_kan_layers,
     register_kan_layer,
     start_from_gradient,
 )
@@ -252,7 +252,7 @@ def adapt(job: Job) -> Outcome:
     if method == "LoTRA":
         coefficients = sum(parameter.numel() for parameter in base.layers.parameters() if parameter.requires_grad)
         model = get_peft_model(base, LoTRAConfig(budget=budget / coefficients))
-        ranks = " ".join(str(row.ranks).replace(" ", "") for row in model_summary(model))
+        ranks = " ".join(str(row.adapters["default"]).replace(" ", "") for row in find_kan_layers(model))
         if setting["start"] == "gradient":
             start_from_gradient(model, lambda: F.cross_entropy(model(task.after.x), task.after.y))
         policy = POLICIES[setting["start"]]

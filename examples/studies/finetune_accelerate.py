@@ -40,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from peft_lotra import LoTRAConfig, LoTRALayer, create_lotra_optimizer, model_summary
+from peft_lotra import LoTRAConfig, LoTRALayer, create_lotra_optimizer, find_kan_layers
 from peft_lotra.kan import KAN
 
 
@@ -170,7 +170,7 @@ def main() -> None:
         kind = "fully_shard" if args.fsdp2 else accelerator.distributed_type.value
         results = {"processes": accelerator.num_processes, "kind": kind, "losses": losses, "accuracy": accuracy}
         files.replace(args.output / "results.json", results)
-        print(model_summary(reloaded))
+        print(find_kan_layers(reloaded))
         print(f"{accelerator.num_processes} process(es), {kind}: loss {losses[0]:.6f} to {losses[-1]:.6f}, ", end="")
         print(f"accuracy on rotated digits {accuracy:.1f} %")
         print(f"reloaded from {args.output}: largest difference of an output {difference:.1e}")

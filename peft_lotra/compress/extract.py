@@ -15,8 +15,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from ..layers.registry import find_kan_layers, same_grid
-from ..modules.calls import check_loaded, check_module, unwrap
+from ..layers.description import same_grid
+from ..layers.registry import walk_kan_layers
+from ..modules.calls import check_loaded, check_module, read_at_rest, unwrap
 from ..modules.checks import list_first
 from ..modules.report import Report, TextTable
 from ..tucker import Ranks, Tucker, relative_energy, tucker, tucker_scaled
@@ -224,7 +225,8 @@ def _find_other_changes(
             changed[name] = tuned_value
     if different:
         raise ValueError(f"The models have different architectures. They differ in {list_first(sorted(different))}.")
-    kan_layers = {base.get_submodule(layer.name) for layer in find_kan_layers(base)}
+    with read_at_rest(base):
+        kan_layers = {layer for _, layer, _ in walk_kan_layers(base)}
     # a layer that a model calls twice has two names
     layers = [name for name, module in base.named_modules(remove_duplicate=False) if module in kan_layers]
     for name in layers:

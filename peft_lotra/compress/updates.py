@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..layers.registry import find_kan_layers
+from ..layers.registry import walk_kan_layers
 from ..modules.calls import read_at_rest, unwrap
 from ..tuner.layer import LoTRALayer, Target
 from ..tuner.targets import locate_target
@@ -50,8 +50,8 @@ def coefficient_updates(
     """
     base = unwrap(base)
     tuned = unwrap(tuned)
-    layers = find_kan_layers(base)
-    for first, second in zip_longest(layers, find_kan_layers(tuned)):
+    layers = _list_layers(base)
+    for first, second in zip_longest(layers, _list_layers(tuned)):
         if first != second:
             raise ValueError(
                 f"The models have different architectures. Their first KAN layer that differs: {first} in the base "
@@ -73,6 +73,16 @@ def coefficient_updates(
             scale = None
         updates[name] = CoefficientUpdate(tuned_coefficients.to(coefficients) - coefficients, scale)
     return updates
+
+
+def _list_layers(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Return the name, kind, shape and parameters of each KAN layer."""
+    layers = []
+    with read_at_rest(model):
+        for name, layer, spec in walk_kan_layers(model):
+            tensor = spec.locate(layer)
+            layers.append((name, spec.kind, tensor.shape, *tensor.parameters))
+    return layers
 
 
 def read_coefficients(name: str, module: nn.Module) -> tuple[Tensor, Tensor | None]:

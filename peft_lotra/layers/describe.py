@@ -38,17 +38,13 @@ class Description(NamedTuple):
         spec: The description. None if the module is no KAN layer.
         reason: Why it is none, in one sentence. With a description: how the layer contradicts it.
         doubts: Why parameters are left out, or what speaks against adapting them, by name. Empty for built-in kinds.
-        axes: What the gradients say of the axes of the coefficients.
         is_linear: Whether the output is an affine function of the coefficients. None if that is not known.
-        used: Whether the output depends on each parameter. None if the layer could not be run.
     """
 
     spec: KANLayerSpec | None
     reason: str = ""
     doubts: Mapping[str, str] = {}
-    axes: str = "not checked"
     is_linear: bool | None = None
-    used: Mapping[str, bool] | None = None
 
 
 def describe(layer: nn.Module, *args: Any, **kwargs: Any) -> Description:
@@ -99,9 +95,8 @@ def compare(
             description = find()
         else:
             description = cached_by_class(layer, question, find)
-    except CannotProbe as reason:  # it may have values later
-        return Description(spec, axes=f"not checked: {reason}")
-    except ValueError:  # a pattern does not fit: raised again where the coefficients are read
+    except (CannotProbe, ValueError):
+        # it may have values later; a pattern that does not fit raises again where the coefficients are read
         return Description(spec)
     return description._replace(spec=spec)  # other fields of a description may have changed
 
@@ -122,7 +117,7 @@ def _compare(
     tensor = spec.locate(layer)
     has_lists = any(len(part) > 1 for part in tensor.parts)
     if has_lists and len(tensor.shape) == 3:
-        return Description(spec, axes="not checked: the module consists of several layers", is_linear=False)
+        return Description(spec, is_linear=False)  # several layers
     floating = [name for name, value in layer.named_parameters() if value.is_floating_point()]
     names = dict.fromkeys([*tensor.parameters, *floating])
     probe = Probe(layer, names, args, kwargs)
@@ -130,9 +125,9 @@ def _compare(
     with isolated(probe.like):
         try:
             evidence = _find_evidence(probe, tensor)
-            axes, contradicts = evidence.compare_axes(tensor)
-        except CannotProbe as error:  # the same for all layers of this class
-            return Description(spec, axes=f"not checked: {error}")
+            contradicts = evidence.contradicts(tensor)
+        except CannotProbe:  # the same for all layers of this class
+            return Description(spec)
         if (evidence.size, evidence.outputs) != (count_inputs(tensor), tensor.shape[0]):
             contradicts = True
         reason = ""
@@ -145,10 +140,7 @@ def _compare(
             reason = _find_contradiction(layer, tensor, args, kwargs)
         if not is_built_in(spec) and not reason:
             doubts = _find_doubts(evidence, spec, tensor)
-        used = {}
-        for name, gradient in evidence.base.items():
-            used[name] = gradient is not None and bool(gradient.any())
-        return Description(spec, reason, doubts, axes, evidence.is_linear(tensor.parameters), used)
+        return Description(spec, reason, doubts, evidence.is_linear(tensor.parameters))
 
 
 def _find_evidence(probe: Probe, tensor: CoefficientTensor) -> Evidence:

@@ -14,6 +14,7 @@ from numbers import Number
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..kan.basis import UniformGrid
@@ -383,3 +384,33 @@ def get_registered(kind: str) -> KANLayerSpec:
             "file. Call `peft_lotra.register_kan_layer` for it first."
         )
     return REGISTERED[kind]
+
+
+def copy_grid(grid: Mapping[str, Any]) -> Grid:
+    """Copy a grid, as `KANLayerSpec.read_grid` returns it, with its tensors."""
+    copy = dict(grid)
+    for name, value in grid.items():
+        if isinstance(value, Tensor):
+            copy[name] = value.detach().clone()
+    return copy
+
+
+def same_grid(first: Mapping[str, object], second: Mapping[str, object]) -> bool:
+    """Return whether two grids, as `KANLayerSpec.read_grid` returns them, are equal up to casts and devices.
+
+    A tensor on the meta device, which has no content, equals any other of its shape.
+    """
+    if first.keys() != second.keys():
+        return False
+    for name, value in first.items():
+        other = second[name]
+        if isinstance(value, Tensor) and isinstance(other, Tensor):
+            narrow, wide = sorted((value, other), key=Tensor.element_size)  # compared in the fewer digits
+            if narrow.shape != wide.shape:
+                return False
+            has_content = not (narrow.is_meta or wide.is_meta)
+            if has_content and not torch.equal(narrow, wide.to(narrow)):
+                return False
+        elif type(value) is not type(other) or value != other:
+            return False
+    return True

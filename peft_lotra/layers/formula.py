@@ -27,9 +27,8 @@ from ..modules.calls import attributes_kept, call_with_parameters, is_tracing, o
 from ..tucker import Update
 from .coefficients import CoefficientTensor, get_or_none
 from .describe import is_linear
-from .description import Grid, KANLayerSpec
+from .description import Grid, KANLayerSpec, copy_grid, same_grid
 from .probe import GOLDEN_RATIO, cached_by_class, isolated, perturbed
-from .registry import copy_grid, same_grid
 
 
 # Largest difference of a formula and its layer in the layer's dtype, as a share of the largest output.
@@ -142,24 +141,16 @@ def state_of(layer: nn.Module) -> State:
     return tuple(state)
 
 
-def find_obstacle(
+def _may_have_formula(
     layer: nn.Module,
     spec: KANLayerSpec,
     tensor: CoefficientTensor,
-) -> str | None:
-    """Return why no formula can give the outputs of the layer; None if one may."""
-    dtype = tensor.get_parameter(layer).dtype
-    if tensor.shape[3:]:
-        return "it is a convolution"
-    if not (spec.basis or spec.splines or spec.derivatives):
-        return "its kind has no `basis`"
-    if tensor.has_residual and not spec.activation:
-        return "its kind has no `activation`, the function of the base branch"
-    if dtype not in _TOLERANCE:
-        return f"its parameters are {dtype}"
-    if runs_more_than_its_class(layer):
-        return "it has hooks, or a `forward` of its own"
-    return None if is_linear(layer, spec, tensor) else "its output is not linear in the coefficients"
+) -> bool:
+    """Return whether a formula may give the outputs of the layer."""
+    has_functions = spec.basis or spec.splines or spec.derivatives
+    if not has_functions or tensor.shape[3:] or (tensor.has_residual and not spec.activation):
+        return False
+    return tensor.get_parameter(layer).dtype in _TOLERANCE and is_linear(layer, spec, tensor)
 
 
 @torch.no_grad()
@@ -183,9 +174,7 @@ def find_formula(
     if stored.is_meta or layer in _recorders or runs_more_than_its_class(layer):
         return None
     if spec.is_of_this_package(layer):
-        if find_obstacle(layer, spec, tensor) is not None:
-            return None
-        return FormulaReader(spec, tensor, is_own=True)
+        return FormulaReader(spec, tensor, is_own=True) if _may_have_formula(layer, spec, tensor) else None
 
     answers = _answers.setdefault(layer, {})
     grid = spec.read_grid(layer)
@@ -210,7 +199,7 @@ def _search(
     for_jets: bool,
 ) -> FormulaReader | None:
     """Return the formula with the splines of the kind, or else with its basis, that gives the outputs of the layer."""
-    if find_obstacle(layer, spec, tensor) is not None:
+    if not _may_have_formula(layer, spec, tensor):
         return None
     reader = None
     stored = tensor.get_parameter(layer)

@@ -17,7 +17,7 @@ from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..modules.calls import PREFIX, evaluating_without_trace, read_at_rest, unwrap
 from ..modules.report import Report, TextTable
@@ -32,7 +32,7 @@ from .description import (
     registered_spec,
     spec_from_file,
 )
-from .description import Grid as Grid
+from .formula import find_formula
 from .infer import is_no_layer
 
 
@@ -152,6 +152,9 @@ class FoundKANLayer(NamedTuple):
         shape (`tuple[int, ...]`): (out, in, basis) of the coefficient tensor, or (out, in, basis, kernel).
         has_residual (`bool`): Whether the layer has a base branch, i.e. one more slice of the basis mode.
         parameters (`tuple[str, ...]`): The parameters that adapters change.
+        runs_by (`str`): What computes its outputs with adapters: a `"formula"`, which is the fast path, or its own
+            `"forward"` with updated parameters.
+        adapters (`dict[str, tuple[int, ...]]`): The ranks of each adapter of the layer.
         doubts (`dict[str, str]`): Parameters of a layer of no built-in kind that are left out, or that speak against
             the description, each with the reason.
     """
@@ -161,6 +164,8 @@ class FoundKANLayer(NamedTuple):
     shape: tuple[int, ...]
     has_residual: bool
     parameters: tuple[str, ...] = ()
+    runs_by: str = "forward"
+    adapters: Mapping[str, tuple[int, ...]] = {}
     doubts: Mapping[str, str] = {}
 
 
@@ -198,8 +203,10 @@ class FoundKANLayers(Report, list[FoundKANLayer]):
     def _table(self) -> TextTable:
         rows = []
         notes = []
-        for name, kind, shape, _, parameters, doubts in self:
-            rows.append([name or "(the model)", kind, str(shape), ", ".join(parameters)])
+        for name, kind, shape, _, parameters, runs_by, adapters, doubts in self:
+            ranks = [f"{adapter} {ranks}" for adapter, ranks in adapters.items()]
+            row = [name or "(the model)", kind, str(shape), ", ".join(parameters), runs_by, ", ".join(ranks) or "-"]
+            rows.append(row)
             for parameter, reason in doubts.items():
                 role = f"leaves out {parameter}, because"
                 if parameter in parameters:
@@ -211,7 +218,8 @@ class FoundKANLayers(Report, list[FoundKANLayer]):
             notes += ["", f"{module.name or 'the model'} ({module.cls}) may be a KAN layer: {module.reason}"]
             if module.registration:
                 notes += ["To adapt it, describe it:", *module.registration.splitlines()]
-        return TextTable(["layer", "kind", ">coefficients", "parameters"], rows, notes)
+        columns = ["layer", "kind", ">coefficients", "parameters", "runs by", "adapters"]
+        return TextTable(columns, rows, notes)
 
 
 def find_kan_layers(model: nn.Module, *inputs: Any, **kwargs: Any) -> FoundKANLayers:
@@ -235,9 +243,9 @@ def find_kan_layers(model: nn.Module, *inputs: Any, **kwargs: Any) -> FoundKANLa
         >>> from peft_lotra import find_kan_layers
         >>> from peft_lotra.kan import KAN
         >>> print(find_kan_layers(KAN([2, 4, 1])))
-        layer     kind        coefficients  parameters
-        layers.0  peft-lotra     (4, 2, 8)  spline_weight, base_weight
-        layers.1  peft-lotra     (1, 4, 8)  spline_weight, base_weight
+        layer     kind        coefficients  parameters                  runs by  adapters
+        layers.0  peft-lotra     (4, 2, 8)  spline_weight, base_weight  formula  -
+        layers.1  peft-lotra     (1, 4, 8)  spline_weight, base_weight  formula  -
     """
     network = unwrap(model)
     layers = FoundKANLayers()
@@ -247,7 +255,7 @@ def find_kan_layers(model: nn.Module, *inputs: Any, **kwargs: Any) -> FoundKANLa
         for name, layer, spec in walk_kan_layers(network):
             recognized[name] = layer
             tensor = spec.locate(layer)
-            is_adapted = layer is not network.get_submodule(name)
+            module = network.get_submodule(name)
             layers.append(
                 FoundKANLayer(
                     name,
@@ -255,7 +263,9 @@ def find_kan_layers(model: nn.Module, *inputs: Any, **kwargs: Any) -> FoundKANLa
                     tensor.shape,
                     tensor.has_residual,
                     parameters=tuple(tensor.parameters),
-                    doubts={} if is_adapted else describe(layer).doubts,
+                    runs_by="forward" if find_formula(layer, spec, tensor) is None else "formula",
+                    adapters=dict(vars(module).get("lotra_r", {})),
+                    doubts=describe(layer).doubts if module is layer else {},
                 )
             )
         layers.unrecognized = _find_unrecognized(network, recognized, recorded)
@@ -415,33 +425,3 @@ def walk_kan_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, KANLayer
         if spec is not None:
             seen.update(module.modules())
             yield name, layer, spec
-
-
-def copy_grid(grid: Mapping[str, Any]) -> Grid:
-    """Copy a grid, as `KANLayerSpec.read_grid` returns it, with its tensors."""
-    copy = dict(grid)
-    for name, value in grid.items():
-        if isinstance(value, Tensor):
-            copy[name] = value.detach().clone()
-    return copy
-
-
-def same_grid(first: Mapping[str, object], second: Mapping[str, object]) -> bool:
-    """Return whether two grids, as `KANLayerSpec.read_grid` returns them, are equal up to casts and devices.
-
-    A tensor on the meta device, which has no content, equals any other of its shape.
-    """
-    if first.keys() != second.keys():
-        return False
-    for name, value in first.items():
-        other = second[name]
-        if isinstance(value, Tensor) and isinstance(other, Tensor):
-            narrow, wide = sorted((value, other), key=Tensor.element_size)  # compared in the fewer digits
-            if narrow.shape != wide.shape:
-                return False
-            has_content = not (narrow.is_meta or wide.is_meta)
-            if has_content and not torch.equal(narrow, wide.to(narrow)):
-                return False
-        elif type(value) is not type(other) or value != other:
-            return False
-    return True

@@ -17,7 +17,6 @@ from torch.testing import assert_close
 
 from peft_lotra import (
     LoTRAConfig,
-    check_kan_layer,
     find_kan_layers,
     fit_adapter,
     register_kan_layer,
@@ -265,10 +264,9 @@ def test_a_subclass_that_is_linear_stays_of_its_kind():
     class Named(KANLinear):
         pass
 
-    model = get_peft_model(nn.Sequential(Named(3, 4)), LoTRAConfig(r=2))
-    report = check_kan_layer(model.base_model.model[0])
-    assert (report.kind, report.linear) == ("peft-lotra", "yes")
-    assert report.fast_path.startswith("yes")
+    (row,) = find_kan_layers(get_peft_model(nn.Sequential(Named(3, 4)), LoTRAConfig(r=2)))
+
+    assert (row.kind, row.runs_by) == ("peft-lotra", "formula")
 
 
 def test_legendre_polynomials_of_inputs_between_the_extremes_of_the_batch(tmp_path):

@@ -14,8 +14,9 @@ from orders import Flat, Formula, KnotsAsParameter, Layer, Legendre, assert_one_
 from peft import PeftModel
 from torch import nn
 
-from peft_lotra import check_kan_layer, find_kan_layers, register_kan_layer
+from peft_lotra import find_kan_layers, register_kan_layer
 from peft_lotra.layers import registry
+from peft_lotra.layers.describe import is_linear
 from peft_lotra.layers.registry import get_kan_spec
 
 
@@ -145,7 +146,7 @@ def test_the_layout_is_that_of_the_gradients(make, sizes, names, functions, resi
     assert tensor.shape == (sizes[1], sizes[0], functions)
     assert set(tensor.names) == set(names.split())
     assert (spec.residual[0] if spec.residual else None) == residual
-    assert (check_kan_layer(layer).linear == "no") == (make in (small_networks, Wavelets, scaled_twice))
+    assert is_linear(layer, spec, tensor) == (make not in (small_networks, Wavelets, scaled_twice))
     assert_one_edge(layer, tensor, torch.rand(7, sizes[0]), mixes_inputs=make is Radial)
 
 

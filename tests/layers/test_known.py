@@ -16,9 +16,10 @@ from stand_ins import CONVOLUTIONS, LAYER_KINDS, Gaussians, as_model
 from torch import nn
 from torch.testing import assert_close
 
-from peft_lotra import check_kan_layer, find_kan_layers
+from peft_lotra import find_kan_layers
 from peft_lotra.kan import KANLinear
 from peft_lotra.layers import registry
+from peft_lotra.layers.describe import is_linear
 from peft_lotra.layers.registry import get_kan_spec
 
 
@@ -58,6 +59,18 @@ def test_a_copy_of_a_known_layer_is_recognized(family, inputs, outputs, change):
     assert not row.doubts
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("family", LAYER_KINDS)
+def test_a_known_layer_is_linear_and_stays_as_it_was(family):
+    layer = LAYER_KINDS[family](3, 4)
+    before = copy.deepcopy(layer.state_dict())
+
+    find_kan_layers(layer)
+
+    assert is_linear(layer, get_kan_spec(layer), located(layer))
+    assert_equal(layer.state_dict(), before)
+
+
 def test_a_surface_of_two_inputs_is_no_kan_layer():
     from inkan import KANLayer
 
@@ -93,14 +106,16 @@ def test_each_layer_is_listed_once_and_nothing_inside_of_it():
 
 def test_the_layers_of_an_adapted_model_are_those_of_its_base():
     model = nested()
-    expected = find_kan_layers(model)
-    assert names(model) == ["body.0", "body.1", "tail.layers.0", "tail.layers.1"]
+    rows = find_kan_layers(model)
+    assert [row.name for row in rows] == ["body.0", "body.1", "tail.layers.0", "tail.layers.1"]
     get_peft_model(model, LoraConfig(target_modules=["head"]))
 
     adapted = adapt(model, target_modules=["body.1", "tail.layers.0"])
 
-    assert find_kan_layers(model) == expected
-    assert find_kan_layers(adapted.merge_and_unload()) == expected
+    adapters = [{}, {"default": (2, 3, 4)}, {"default": (2, 3, 4)}, {}]
+    assert find_kan_layers(model) == [row._replace(adapters=ranks) for row, ranks in zip(rows, adapters, strict=True)]
+    assert "default (2, 3, 4)" in str(find_kan_layers(adapted))
+    assert find_kan_layers(adapted.merge_and_unload()) == rows
 
 
 @pytest.mark.parametrize(
@@ -307,4 +322,4 @@ def test_a_merge_changes_the_phases(with_phases, tmp_path):
     assert changed == {"0.phase_low", f"0.{name}", "0.equal_size_conv.weight"}
     assert located(layer).shape == (4, 3, 15)
     assert_equal(located(layer).read(layer)[2, :, 5:10], layer.phase_low)
-    assert check_kan_layer(layer).linear == "no"
+    assert not is_linear(layer, get_kan_spec(layer), located(layer))

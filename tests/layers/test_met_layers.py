@@ -26,7 +26,7 @@ from stand_ins import (
 )
 from torch import nn
 
-from peft_lotra import LoTRAConfig, check_kan_layer, find_kan_layers, register_kan_layer
+from peft_lotra import LoTRAConfig, find_kan_layers, register_kan_layer
 from peft_lotra.kan import KANLinear
 
 
@@ -153,9 +153,7 @@ def test_a_registration_that_is_right_is_taken_at_all_sizes(make, coefficients, 
 @pytest.mark.parametrize("coefficients", [("polynomials", "o i k"), ("polynomials", "k i o")])
 def test_a_registration_that_gradients_cannot_verify_is_accepted(coefficients):
     """The inputs are mixed before the sum, so no layout can be verified."""
-    model = adapt_registered(nn.Sequential(ProjectedChebyshev(4, 5)), coefficients=coefficients)
-
-    assert "mixed by the layer, or not as described" in check_kan_layer(model.base_model.model[0]).axes
+    adapt_registered(nn.Sequential(ProjectedChebyshev(4, 5)), coefficients=coefficients)
 
 
 @pytest.mark.parametrize("inputs, outputs", [(8, 8), (7, 5), (3, 1)])
@@ -348,4 +346,4 @@ def test_layers_of_one_class_may_differ_in_a_setting_with_several_values(kind):
 )
 def test_a_module_that_is_no_kan_layer_gives_the_reason(module, reason):
     with refused(f"not a KAN layer that LoTRA knows: {reason}"):
-        check_kan_layer(module)
+        get_peft_model(nn.ModuleList([module]), LoTRAConfig(target_modules=["0"]))

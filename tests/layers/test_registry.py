@@ -45,6 +45,29 @@ def test_a_class_or_a_predicate_matches_layers(matches, no_inference):
     assert rows == [("0", "my-kan", (5, 3, 4), True), ("2", "my-kan", (2, 5, 4), True)]
 
 
+BASIS = {
+    "basis": lambda m, x: x[..., None] ** torch.arange(4),
+    "activation": lambda m, x: nn.functional.silu(x),
+}
+
+
+@pytest.mark.parametrize(
+    "changes, runs_by",
+    [
+        ({}, "forward"),
+        (BASIS, "formula"),
+        ({**BASIS, "activation": None}, "forward"),
+        ({**BASIS, "activation": lambda m, x: 2 * x}, "forward"),
+    ],
+)
+def test_a_layer_runs_by_a_formula_that_gives_its_outputs(changes, runs_by):
+    register_mine(**changes)
+
+    (row,) = find_kan_layers(MyKANLayer(3, 5))
+
+    assert row.runs_by == runs_by
+
+
 CHEBY = {"matches": ChebyKANLayer, "coefficients": ("cheby_coeffs", "i o k")}
 
 

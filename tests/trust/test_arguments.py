@@ -121,8 +121,6 @@ TAKE_A_MODEL = {
     "find_kan_layers": peft_lotra.find_kan_layers,
     "extract_lotra": lambda model: extract_lotra(model, BASE, 2),
     "update_spectrum": lambda model: peft_lotra.update_spectrum(model, BASE),
-    "model_summary": peft_lotra.model_summary,
-    "check_kan_layer": peft_lotra.check_kan_layer,
     "create_lotra_optimizer": lambda model: create_lotra_optimizer(model, torch.optim.Adam, lr=0.01),
     "hotswap_adapter": lambda model: hotswap_adapter(model, "folder"),
     "save_adapter": lambda model: peft_lotra.save_adapter(model, "folder"),
