@@ -46,4 +46,4 @@ def hub() -> Hub:
 @pytest.fixture
 def no_inference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the kinds that are inferred: for what happens to layers of no known kind."""
-    monkeypatch.setattr("peft_lotra.layers.describe.infer", lambda *args: (None, "not now"))
+    monkeypatch.setattr("peft_lotra.layers.recognize.infer", lambda *args: (None, "not now"))

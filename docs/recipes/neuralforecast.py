@@ -46,8 +46,7 @@ network = forecaster.models[0]
 print(find_kan_layers(network))
 
 # %% [markdown]
-# The notes list parameters that are adapted besides the coefficients, and parameters that are not adapted. You need not
-# act on them.
+# The notes list further parameters, which are not adapted.
 #
 # Add an adapter for each series. `get_peft_model` replaces the layers inside the forecaster's network. From then on,
 # `fit` trains the active adapter and nothing else.

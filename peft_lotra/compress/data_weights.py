@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..layers.describe import is_linear
 from ..layers.formula import find_formula
+from ..layers.recognize import is_linear
 from ..layers.slim import call_with_coefficients
 from ..modules.calls import call_with_inputs, call_with_parameters, generators_kept, modes_kept, set_mode
 from ..tucker import Tucker, full_shape, project, tucker

@@ -231,15 +231,6 @@ class Evidence:
         changed = self.perturb(names)
         return is_parallel(join(self.base, tensor), join(changed, tensor))
 
-    def stays_on_edges(self, tensor: CoefficientTensor, names: Collection[str]) -> bool:
-        """Return whether perturbed parameters change a gradient only by a factor for each edge and branch."""
-        branches = []
-        for gradients in (self.base, self.perturb(names)):
-            edges = join(gradients, tensor).flatten(0, 1).unsqueeze(1)  # (out * in, 1, rest)
-            count = tensor.shape[2] if len(tensor.shape) == 3 else edges.shape[2]
-            branches.append(edges.split(count, -1))
-        return all(map(is_parallel, *branches))
-
     def is_additive(self, names: Collection[str]) -> bool:
         """Return whether parameters add to the output: if they are perturbed, no other gradient changes."""
         perturbed_gradients: Any = self.perturb(names) if names else self.base

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from torch import nn
 
 from ..modules.calls import PREFIX, evaluating_without_trace, read_at_rest, unwrap
 from ..modules.report import Report, TextTable
-from .describe import describe
+from .coefficients import CoefficientTensor
 from .description import (
     BUILT_IN,
     REGISTERED,
@@ -33,7 +33,7 @@ from .description import (
     spec_from_file,
 )
 from .formula import find_formula
-from .infer import is_no_layer
+from .recognize import infer, is_no_layer, recognize
 
 
 # The attributes in which libraries keep the number of inputs of a layer.
@@ -139,8 +139,9 @@ def known_kinds() -> list[str]:
 
 
 def get_kan_spec(module: nn.Module) -> KANLayerSpec | None:
-    """Return the description of a module, `None` if it is no KAN layer; see `describe`."""
-    return describe(module).spec
+    """Return the description of a module, `None` if it is no KAN layer."""
+    spec, _ = recognize(module)
+    return spec
 
 
 class FoundKANLayer(NamedTuple):
@@ -155,8 +156,8 @@ class FoundKANLayer(NamedTuple):
         runs_by (`str`): What computes its outputs with adapters: a `"formula"`, which is the fast path, or its own
             `"forward"` with updated parameters.
         adapters (`dict[str, tuple[int, ...]]`): The ranks of each adapter of the layer.
-        doubts (`dict[str, str]`): Parameters of a layer of no built-in kind that are left out, or that speak against
-            the description, each with the reason.
+        left_out (`tuple[str, ...]`): Further trained parameters of a layer of no built-in kind, which adapters do not
+            change.
     """
 
     name: str
@@ -166,7 +167,7 @@ class FoundKANLayer(NamedTuple):
     parameters: tuple[str, ...] = ()
     runs_by: str = "forward"
     adapters: Mapping[str, tuple[int, ...]] = {}
-    doubts: Mapping[str, str] = {}
+    left_out: tuple[str, ...] = ()
 
 
 class UnrecognizedModule(NamedTuple):
@@ -203,15 +204,12 @@ class FoundKANLayers(Report, list[FoundKANLayer]):
     def _table(self) -> TextTable:
         rows = []
         notes = []
-        for name, kind, shape, _, parameters, runs_by, adapters, doubts in self:
+        for name, kind, shape, _, parameters, runs_by, adapters, left_out in self:
             ranks = [f"{adapter} {ranks}" for adapter, ranks in adapters.items()]
             row = [name or "(the model)", kind, str(shape), ", ".join(parameters), runs_by, ", ".join(ranks) or "-"]
             rows.append(row)
-            for parameter, reason in doubts.items():
-                role = f"leaves out {parameter}, because"
-                if parameter in parameters:
-                    role = f"adapts {parameter}, although"
-                notes.append(f"{name or 'the model'} {role} {reason}")
+            if left_out:
+                notes.append(f"{name or 'the model'} leaves out {', '.join(left_out)}")
         if not rows:
             notes.append("no KAN layer was found")
         for module in self.unrecognized:
@@ -265,11 +263,22 @@ def find_kan_layers(model: nn.Module, *inputs: Any, **kwargs: Any) -> FoundKANLa
                     parameters=tuple(tensor.parameters),
                     runs_by="forward" if find_formula(layer, spec, tensor) is None else "formula",
                     adapters=dict(vars(module).get("lotra_r", {})),
-                    doubts=describe(layer).doubts if module is layer else {},
+                    left_out=_list_left_out(layer, spec, tensor),
                 )
             )
         layers.unrecognized = _find_unrecognized(network, recognized, recorded)
     return layers
+
+
+def _list_left_out(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> tuple[str, ...]:
+    if is_built_in(spec):
+        return ()
+    described = {*tensor.parameters, *spec.grid, spec.bias, *(spec.edge_scale or ())}
+    names = []
+    for name, parameter in layer.named_parameters():
+        if parameter.requires_grad and name not in described:
+            names.append(name)
+    return tuple(names)
 
 
 def _find_unrecognized(
@@ -277,29 +286,17 @@ def _find_unrecognized(
     recognized: Mapping[str, nn.Module],
     recorded: Mapping[nn.Module, Any],
 ) -> list[UnrecognizedModule]:
-    """Return modules that may be KAN layers, or have more coefficients with the arguments of a call."""
+    """Return modules that may be KAN layers: they look like one, or are one with the arguments of a call."""
     result: dict[Any, UnrecognizedModule] = {}
     likely = {module for _, module in unrecognized_modules(model, recognized)}
-    inside: set[nn.Module] = set()
-    for name in recognized:
-        _, *inner = model.get_submodule(name).modules()
-        inside.update(inner)
-    for name, module in model.named_modules():
-        if module in inside or is_no_layer(module):
+    for name, module in _modules_outside(model, recognized):
+        registered, reason = recognize(module)
+        if registered is not None:  # a copy that `modules_to_save` trains
             continue
-        args, kwargs = recorded.get(module, ((), {}))
-        spec = describe(module, *args, **kwargs).spec
-        reason = ""
-        if name not in recognized:
-            if module in likely or spec is not None:
-                reason = describe(module).reason
-        elif spec is not None:
-            adapted = get_kan_spec(module) or spec
-            parameters = spec.locate(module).parameters.keys()
-            more = parameters - adapted.locate(module).parameters.keys()
-            if more:
-                reason = f"with the arguments of this call it has more coefficients: {', '.join(sorted(more))}."
-        if reason:
+        spec = None
+        if module in recorded:
+            spec, _ = infer(module, *recorded[module])
+        if module in likely or spec is not None:
             registration = "" if spec is None else _write_registration(module, spec)
             shapes = tuple(value.shape for value in module.parameters())
             entry = UnrecognizedModule(name, type(module).__name__, reason, registration)
@@ -333,15 +330,22 @@ def unrecognized_modules(
     layers: Mapping[str, nn.Module],
 ) -> list[tuple[str, nn.Module]]:
     """Return the modules that may be KAN layers: they look like one, or another of their class is one."""
+    classes = {type(layer) for layer in layers.values()}
+    modules = []
+    for name, module in _modules_outside(model, layers):
+        if type(module) in classes or _may_be_kan(module):
+            modules.append((name, module))
+    return modules
+
+
+def _modules_outside(model: nn.Module, layers: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that are no part of a KAN layer, with their names."""
     inside: set[nn.Module] = set()
     for name in layers:
         inside.update(model.get_submodule(name).modules())
-    classes = {type(layer) for layer in layers.values()}
-    modules = []
     for name, module in model.named_modules():
-        if module not in inside and (type(module) in classes or _may_be_kan(module)):
-            modules.append((name, module))
-    return modules
+        if module not in inside:
+            yield name, module
 
 
 def _may_be_kan(module: nn.Module) -> bool:

@@ -18,8 +18,8 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from ..kan.slim_kan import SlimKANLinear
-from ..layers.describe import NOT_LINEAR, UNUSED, compare, describe
 from ..layers.description import is_built_in
+from ..layers.recognize import compare, recognize
 from ..layers.registry import get_recorded_spec, unrecognized_modules, walk_kan_layers
 from ..layers.slim import SlimLayer
 from ..modules.checks import list_first, natural_order
@@ -176,10 +176,10 @@ def locate_target(name: str, module: nn.Module, record: Record | None = None) ->
         return module.base_target()
     spec = get_recorded_spec(module, record)
     if spec is None:
-        subject = f"Target module `{name}`" if name else "The layer"
+        _, reason = recognize(module)
         raise ValueError(
-            f"{subject} is a {type(module).__name__}, which is not a KAN layer that LoTRA knows: "
-            f"{describe(module).reason} Describe it with `peft_lotra.register_kan_layer`, or leave it out."
+            f"Target module `{name}` is a {type(module).__name__}, which is not a KAN layer that LoTRA knows: "
+            f"{reason} Describe it with `peft_lotra.register_kan_layer`, or leave it out."
         )
     return Target(module, spec, spec.locate(module))
 
@@ -199,11 +199,11 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Targets) -> No
         if isinstance(layer, (SlimKANLinear, SlimLayer)):  # whose coefficients are a product
             parameters = layer.components._asdict()
         elif name not in adapted and not is_built_in(spec):
-            reason = compare(layer, spec).reason
-            if reason:
+            contradiction, _ = compare(layer, spec)
+            if contradiction:
                 raise ValueError(
                     f"The layer `{name}` ({type(layer).__name__}, of the kind {spec.kind!r}) does not compute what "
-                    f"its description says: {reason}. Correct the description."
+                    f"its description says: {contradiction}. Correct the description."
                 )
         # a module that is no part of the layer would use what a merge has changed
         prefixes = tuple(f"{place}." for place in names_of_modules[layer])
@@ -267,29 +267,21 @@ def _read_checked(name: str, layer: nn.Module, parameter: str) -> Tensor:
 
 
 def warn_of_choices(config: LoTRAConfig, targets: Targets) -> None:
-    """Warn of layers whose description is in doubt, patterns that match no layer, and adapters that save nothing."""
-    doubts = []
+    """Warn of patterns that match no layer, and adapters that save nothing."""
     large = []
-    has_choice = config.r is not None and config.train is None and not config.rank_pattern
-    for name, (layer, spec, tensor) in targets.items():
-        reasons = {} if is_built_in(spec) else describe(layer).doubts
-        for parameter, reason in reasons.items():
-            if reason in (NOT_LINEAR, UNUSED):
-                doubts.append(f"`{name}.{parameter}`: {reason}")
-        if not has_choice:
-            continue
-        shapes = config.component_shapes(name, tensor)
-        size = sum(map(prod, shapes.values()))
-        dense = prod(config.adapted_shape(tensor))
-        if size > dense:
-            large.append(f"{name} (ranks {shapes['core']}: {size} instead of {dense})")
+    if config.r is not None and config.train is None and not config.rank_pattern:
+        for name, (_, _, tensor) in targets.items():
+            shapes = config.component_shapes(name, tensor)
+            size = sum(map(prod, shapes.values()))
+            dense = prod(config.adapted_shape(tensor))
+            if size > dense:
+                large.append(f"{name} (ranks {shapes['core']}: {size} instead of {dense})")
     patterns = []
     for key in (*config.rank_pattern, *config.alpha_pattern):
         if not any(get_pattern_key([key], name) == key for name in targets):
             patterns.append(repr(key))
 
     messages = {
-        "Parameters whose role is in doubt, which `find_kan_layers` lists: {}.": doubts,
         "Keys of `rank_pattern` or `alpha_pattern` match no adapted layer: {}.": patterns,
         "Adapters have more parameters than the coefficients that they adapt: {}. Lower `r`, or leave it out.": large,
     }

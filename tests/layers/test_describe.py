@@ -16,7 +16,7 @@ from torch import nn
 
 from peft_lotra import find_kan_layers, register_kan_layer
 from peft_lotra.layers import registry
-from peft_lotra.layers.describe import is_linear
+from peft_lotra.layers.recognize import is_linear
 from peft_lotra.layers.registry import get_kan_spec
 
 
@@ -184,8 +184,7 @@ def test_centers_and_widths_of_a_part_are_no_coefficients(outputs):
     (row,) = find_kan_layers(nn.Sequential(layer))
 
     assert row.shape == (outputs, 5, 4)
-    assert {name.rpartition(".")[2] for name in row.doubts} == {"centers", "widths"}
-    assert all("not linear" in reason for reason in row.doubts.values())
+    assert {name.rpartition(".")[2] for name in row.left_out} == {"centers", "widths", "bias"}
 
 
 FROZEN = {

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from peft_lotra import find_kan_layers
 from peft_lotra.kan import KANLinear
 from peft_lotra.layers import registry
-from peft_lotra.layers.describe import is_linear
+from peft_lotra.layers.recognize import is_linear
 from peft_lotra.layers.registry import get_kan_spec
 
 
@@ -56,7 +56,7 @@ def test_a_copy_of_a_known_layer_is_recognized(family, inputs, outputs, change):
     (row,) = find_kan_layers(as_model(layer))
 
     assert row[:4] == ("kan", kind, (outputs, inputs, functions), residual)
-    assert not row.doubts
+    assert not row.left_out
 
 
 @pytest.mark.filterwarnings("error::UserWarning")

@@ -55,7 +55,7 @@ def test_centers_and_widths_that_the_outputs_share_are_no_coefficients(inputs, o
 
     assert row.parameters == ("coefficients",)
     assert row.shape == (outputs, inputs, 8)
-    assert set(row.doubts) == {"centers", "log_width"}
+    assert set(row.left_out) == {"centers", "log_width"}
 
 
 @pytest.mark.parametrize("outputs", [1, 4])
@@ -93,12 +93,11 @@ class WithOutputScale(TrainedGaussians):
         return self.scale * super().forward(x) + self.bias
 
 
-def test_a_scale_of_each_output_is_left_out_with_a_reason():
+def test_a_scale_of_each_output_is_left_out():
     row = recognize(WithOutputScale(3, 4))
 
     assert row.parameters == ("coefficients",)
-    assert row.doubts["scale"] == "it is not a coefficient or a weight of the base branch"
-    assert "bias" not in row.doubts
+    assert {"scale", "bias"} < set(row.left_out)
 
 
 @pytest.mark.parametrize("outputs", [1, 3])
@@ -180,20 +179,18 @@ def test_coefficients_that_other_slices_of_the_input_use_are_seen():
     rows = find_kan_layers(Network(), torch.rand(6, 3), scale=0.5)
 
     (layer,) = rows
-    (module,) = rows.unrecognized
     assert layer.parameters == ("powers",)
-    assert layer.doubts == {"waves": "the output did not depend on it when the layer was run"}
-    assert module.reason == "with the arguments of this call it has more coefficients: waves."
-    assert "slices leaves out waves, because the output did not depend on it" in str(rows)
+    assert layer.left_out == ("waves",)
+    assert "slices leaves out waves" in str(rows)
+    assert not rows.unrecognized
 
 
-def test_the_registration_of_coefficients_that_other_slices_use(tmp_path):
+def test_coefficients_that_other_slices_use_can_be_registered():
     base = Network().eval()
-    (module,) = find_kan_layers(base, torch.rand(6, 3), 0.5).unrecognized
-    exec(module.registration, {"register_kan_layer": register_kan_layer})
+    coefficients = [("powers", "o (i k)"), ("waves", "o (i m)")]
+    register_kan_layer("slices", matches=FunctionsOfSlices, coefficients=coefficients, axes={"i": 3})
 
-    with pytest.warns(UserWarning, match="`slices.waves`: the output did not depend on it"):
-        model = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2, init_weights=False)).eval()
+    model = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2, init_weights=False)).eval()
 
     x = torch.rand(6, 3)
     y = model(x, 0.5)
@@ -256,23 +253,11 @@ def test_modules_of_a_class_that_is_recognized_elsewhere_are_named_in_one_warnin
     assert len([warning for warning in records if "may be" in str(warning.message)]) == 1
 
 
-def test_parameters_that_shape_the_functions_are_named_in_one_warning():
-    model = nn.Sequential(TrainedGaussians(3, 4), TrainedGaussians(4, 2))
-
-    with pytest.warns(UserWarning, match="role is in doubt") as records:
-        get_peft_model(model, LoTRAConfig(r=1))
-
-    (message,) = [str(warning.message) for warning in records]
-    for name in ("0.centers", "0.log_width", "1.centers"):
-        assert f"`{name}`: the output is not linear in it" in message
-    assert "and 1 more" in message
-
-
 @pytest.mark.parametrize("inputs, outputs", [(1, 1), (1, 5), (2, 1), (2, 2), (7, 3)])
-def test_scales_and_translations_of_wavelets_are_named_at_all_sizes(inputs, outputs):
+def test_scales_and_translations_of_wavelets_are_coefficients_at_all_sizes(inputs, outputs):
     row = recognize(Wavelets(inputs, outputs, norm=False))
 
-    assert row.doubts.keys() == {"scale", "translation"}
+    assert {"scale", "translation"} < set(row.parameters)
 
 
 class FourierWithBase(PhysicsNeMoFourierLayer):

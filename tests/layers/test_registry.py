@@ -120,7 +120,7 @@ class Phases(nn.Module):
         return torch.einsum("bik,oik->bo", torch.sin(angle), self.weight)
 
 
-def test_a_constant_of_a_registered_layer_is_left_out_without_a_doubt(recwarn):
+def test_a_constant_of_a_registered_layer_is_left_out_without_a_word(recwarn):
     register_kan_layer("phases", matches=Phases, coefficients=("weight", "o i k"))
     network = nn.Sequential(Phases())
 

@@ -1,28 +1,32 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Finds the description of a KAN layer of no registered kind.
+"""Recognizes KAN layers: each module has a description, or one reason why it has none.
 
-Shapes say what the coefficients A[o,i,k] may be, and gradients decide. Names do not count. Modules with parameters of
-the same shapes are no KAN layers: in a mixture of experts, in attention and in a bilinear map the factor of A[o,i,k]
-depends on other inputs, or is the same function for each k. Embeddings do not depend on the input.
+A KAN layer computes y[o] = f_o(sum_{i,k} A[o,i,k] phi_k(x[i])), where A are parameters of its own and the phi_k at
+least two different functions of one input each. Shapes say what the coefficients A may be, and gradients decide. Names
+do not count. Modules with parameters of the same shapes are no KAN layers: in a mixture of experts, in attention and
+in a bilinear map the factor of A[o,i,k] depends on other inputs, or is the same function for each k. Embeddings do not
+depend on the input.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import permutations
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .coefficients import Described
-from .description import KANLayerSpec, matches_nothing, registered_spec
-from .evidence import Evidence, run_at_sizes
+from .coefficients import CoefficientTensor, Described
+from .description import KANLayerSpec, is_built_in, matches_nothing, registered_spec
+from .evidence import Evidence, count_inputs, run_at_sizes
 from .probe import CannotProbe, Probe, cached_by_class, isolated
 
 
@@ -54,15 +58,153 @@ _PATTERNS_OF_MATRICES = "o (i k)|o (k i)|(i k) o|(k i) o|k (i o)|k (o i)|(i o) k
 _MOVES_GRID = "(update|refine|initialize|adapt|move|reset|set)_\\w*(grid|knots)"
 
 Tensors = Mapping[str, Tensor]
+Answer = tuple[KANLayerSpec | None, str]  # a description, or the reason why there is none, in one sentence
 _hypothesis = partial(KANLayerSpec, KIND, matches_nothing)
+
+
+def recognize(layer: nn.Module) -> Answer:
+    """Return the description of a KAN layer; None and the reason for any other module.
+
+    The `kan_spec` of its class comes first, then the last registered kind that matches. A built-in kind is taken if
+    the layer computes what it says: most KAN layers are copied files, and some copies compute something else.
+
+    Raises:
+        ValueError: A registered kind names an attribute that the layer lacks.
+    """
+    spec = getattr(type(layer), "kan_spec", None)
+    if isinstance(spec, KANLayerSpec):
+        return spec, ""
+    spec = registered_spec(layer)
+    if spec is not None:
+        if spec.is_of_this_package(layer):
+            return spec, ""
+        if not is_built_in(spec):
+            spec.check_names(layer)
+            return spec, ""
+        contradiction, _ = compare(layer, spec)
+        if not contradiction:
+            return spec, ""
+    inferred, reason = infer(layer)
+    if inferred is None and spec is not None:
+        return spec, ""
+    return inferred, reason
+
+
+def compare(layer: nn.Module, spec: KANLayerSpec) -> tuple[str, bool | None]:
+    """Compare a layer with a description.
+
+    Returns:
+        How the layer contradicts it, and whether its output is an affine function of the coefficients. They are "" and
+        None if that is not known. A built-in kind must fit. A user's description is taken at its word, unless
+        gradients verify another layout.
+    """
+    question = "compared", spec.kind, spec.parts, tuple(spec.residual or ())
+    try:
+        return cached_by_class(layer, question, partial(_compare, layer, spec))
+    except (CannotProbe, ValueError):
+        # it may have values later; a pattern that does not fit raises again where the coefficients are read
+        return "", None
+
+
+def is_linear(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> bool:
+    """Return whether the output is an affine function of the coefficients, or that is not known."""
+    if spec.is_of_this_package(layer):
+        return True
+    _, answer = compare(layer, spec)
+    return answer is not False
+
+
+def _compare(layer: nn.Module, spec: KANLayerSpec) -> tuple[str, bool | None]:
+    tensor = spec.locate(layer)
+    has_lists = any(len(part) > 1 for part in tensor.parts)
+    if has_lists and len(tensor.shape) == 3:
+        return "", False  # several layers
+    floating = [name for name, value in layer.named_parameters() if value.is_floating_point()]
+    names = dict.fromkeys([*tensor.parameters, *floating])
+    probe = Probe(layer, names)
+    probe.place_inputs(spec.read_grid(layer).values())
+    with isolated(probe.like):
+        try:
+            evidence = _find_evidence(probe, tensor)
+            contradicts = evidence.contradicts(tensor)
+        except CannotProbe:  # the same for all layers of this class
+            return "", None
+        if (evidence.size, evidence.outputs) != (count_inputs(tensor), tensor.shape[0]):
+            contradicts = True
+        contradiction = ""
+        if is_built_in(spec):
+            is_unused = any(evidence.base[name] is None for name in tensor.parameters)
+            if contradicts or is_unused or _has_more_weights(evidence, spec, tensor):
+                contradiction = "it computes something else"
+        elif contradicts:
+            contradiction = _find_contradiction(layer, tensor)
+        return contradiction, evidence.is_linear(tensor.parameters)
+
+
+def _find_evidence(probe: Probe, tensor: CoefficientTensor) -> Evidence:
+    """Return the first run that succeeds.
+
+    The layer may take another number of inputs than the description has: a projection precedes the sum, or ones are
+    appended to the inputs.
+    """
+    first = tensor.members[0]
+    kernel = [first.lengths[axis] for axis in first.layout.kernel]
+    sizes = [count_inputs(tensor)]
+    if not kernel:
+        sizes += [*candidate_sizes(probe.layer), 1]
+    for size in dict.fromkeys(sizes):
+        for evidence in run_at_sizes(probe, size, kernel):
+            return evidence
+    raise CannotProbe
+
+
+def _find_contradiction(layer: nn.Module, tensor: CoefficientTensor) -> str:
+    """Return how the layout that gradients verify differs from the described one, or an empty string."""
+    spec, _ = infer(layer)
+    if spec is None:
+        return ""
+    verified = {member.name: member for member in spec.locate(layer).members}
+    for member in tensor.members:
+        other = verified.get(member.name, member)
+        positions = torch.arange(math.prod(member.stored)).view(member.stored)
+        canonical = member.layout.to_canonical(positions, member.lengths)
+        if not torch.equal(canonical, other.layout.to_canonical(positions, other.lengths)):
+            return (
+                f"`{member.name}` {member.stored} is not laid out as {member.layout.pattern!r}, its gradients are "
+                f"those of {other.layout.pattern!r}"
+            )
+    return ""
+
+
+def _has_more_weights(
+    evidence: Evidence,
+    spec: KANLayerSpec,
+    tensor: CoefficientTensor,
+) -> bool:
+    """Return whether a parameter that is not described is a weight: no constant or bias, and not in the functions."""
+    layer = evidence.probe.layer
+    # no `get_parameter`: in `functional_call` they are tensors
+    is_trained = any(attrgetter(name)(layer).requires_grad for name in tensor.parameters)
+    described = {*tensor.parameters, *spec.grid, spec.bias, *(spec.edge_scale or ())}
+    for name, gradient in evidence.base.items():
+        path, _, _ = name.rpartition(".")
+        is_constant = is_trained and not attrgetter(name)(layer).requires_grad
+        if gradient is None or name in described or is_constant or isinstance(layer.get_submodule(path), NORMS):
+            continue
+        if not evidence.stays(tensor, [name]):
+            continue
+        may_be_bias = gradient.dim() <= 1 or evidence.is_constant(name)
+        if not may_be_bias or not evidence.is_additive([name]):
+            return True
+    return False
 
 
 def infer(
     layer: nn.Module,
     args: Any = (),
     kwargs: Any = None,
-) -> tuple[KANLayerSpec | None, str]:
-    """Infer the description of a layer from its outputs; return None and the reason in one sentence if there is none.
+) -> Answer:
+    """Infer the description of a layer of no registered kind from its outputs and gradients.
 
     Args:
         layer: Any module. A copy of it is run if it has parameters that may be coefficients.
@@ -134,7 +276,7 @@ def _find_spec(
     candidates: Tensors,
     args: Any,
     kwargs: Any,
-) -> tuple[KANLayerSpec | None, str]:
+) -> Answer:
     parameters = {name: value for name, value in layer.named_parameters() if value.is_floating_point()}
     probe = Probe(layer, parameters, args, kwargs)
     knots = {name for name, value in parameters.items() if _has_increasing_rows(value)}
