@@ -14,13 +14,13 @@ from peft.tuners.tuners_utils import BaseTuner
 
 from ..modules.calls import check_loaded
 from ..modules.checks import as_number
-from ..tucker import Ranks, Tucker, check_ranks, direct_sum
+from ..tucker import Ranks, check_ranks, direct_sum
 from .config import LoTRAConfig, pattern_key
 from .layer import lotra_layers
 from .targets import exact_targets
 
 
-COMBINATION_TYPES = ("cat", "linear", "svd")
+COMBINATION_TYPES = ("cat", "svd")
 
 
 def add_weighted_adapter(
@@ -28,7 +28,7 @@ def add_weighted_adapter(
     adapters: list[str],
     weights: list[float],
     adapter_name: str,
-    combination_type: Literal["cat", "linear", "svd"] = "cat",
+    combination_type: Literal["cat", "svd"] = "cat",
     ranks: Ranks | None = None,
 ) -> dict[str, float]:
     """Add an adapter whose update is the weighted sum of other updates.
@@ -38,8 +38,6 @@ def add_weighted_adapter(
 
     - `"cat"` is exact: the cores become the blocks of one core, and the ranks add. Ranks above the sizes of their
       modes are reduced to the sizes without loss.
-    - `"linear"` averages the factors by weight, and sums the cores. It needs equal ranks, and is exact only if the
-      factors agree: see the errors.
     - `"svd"` is the best approximation that HOOI finds with the given `ranks`.
 
     Args:
@@ -47,7 +45,7 @@ def add_weighted_adapter(
         adapters: The adapters to sum up.
         weights: Their weights, positive or negative.
         adapter_name: The name of the new adapter.
-        combination_type: `"cat"`, `"linear"` or `"svd"`.
+        combination_type: `"cat"` or `"svd"`.
         ranks: For `"svd"`, the ranks of the new adapter; by default the largest of the adapters, layer by layer.
 
     Returns:
@@ -55,8 +53,8 @@ def add_weighted_adapter(
 
     Raises:
         ValueError: An adapter is unknown or has `modules_to_save`, which cannot be summed; the numbers of adapters and
-            weights differ, or a weight is not finite; the name exists; `ranks` without `"svd"`; for `"linear"`,
-            ranks differ or weights sum up to 0. Nothing is changed then.
+            weights differ, or a weight is not finite; the name exists; `ranks` without `"svd"`. Nothing is
+            changed then.
 
     Example:
         >>> from peft import get_peft_model
@@ -75,14 +73,12 @@ def add_weighted_adapter(
     sums = {}
     for name, layer in lotra_layers(model.model):
         tensors = []
-        shares = []
         for adapter, weight in zip(adapters, weights, strict=True):
             if adapter not in layer.lotra_r:
                 continue
             components = layer.get_components(adapter).map(lambda component: component.detach().double())
             scale = weight * layer.lotra_scaling[adapter]
             tensors.append(components._replace(core=scale * components.core))
-            shares.append(weight)
 
         if not tensors:
             continue
@@ -91,10 +87,6 @@ def add_weighted_adapter(
         tensors = [tensor.padded(basis) for tensor in tensors]
         dense = [tensor.dense() for tensor in tensors]
         sums[name] = torch.stack(dense).sum(0)
-        if combination_type == "linear":
-            totals[name] = _average(name, tensors, shares)
-            continue
-
         total = direct_sum(tensors).orthogonal()
         if combination_type == "svd":
             modes = zip(*(tensor.ranks for tensor in tensors), strict=True)
@@ -169,20 +161,3 @@ def _check(
     whole = [adapter for adapter in adapters if configs[adapter].modules_to_save]
     if whole:
         raise ValueError(f"Adapter(s) {whole} have `modules_to_save`, which have no sum: use `merge_and_unload`.")
-
-
-def _average(name: str, tensors: list[Tucker], weights: list[float]) -> Tucker:
-    """Return the sum of the cores on the average factors; raise a ValueError if the tensors have none."""
-    total = sum(weights)
-    forms = [tensor.form for tensor in tensors]
-    if len(set(forms)) > 1 or total == 0:
-        raise ValueError(
-            f'`combination_type="linear"` is an average, but at `{name}` the ranks are {forms}, and the sum of the '
-            f'weights is {total}. Use "cat" or "svd" for different ranks or a sum of 0.'
-        )
-    shares = tensors[0].core.new_tensor(weights) / total
-    average = {}
-    for component in tensors[0]._asdict():
-        stack = torch.stack([getattr(tensor, component) for tensor in tensors])
-        average[component] = stack.sum(0) if component == "core" else torch.tensordot(shares, stack, 1)
-    return tensors[0]._replace(**average)

@@ -156,18 +156,11 @@ def hotswap(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
 @operation
 def weighted(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
     add_adapter(model, "other", r=1, alpha=0.4)
-    config = model.peft_config["default"]
-    add_adapter(model, "alike", r=config.r, alpha=0.3, adapt_residual=config.adapt_residual)
-    components = layer_of(model).get_components("default")
-    layer_of(model).set_components("alike", components._replace(core=torch.randn_like(components.core)))
     expected = dense(base, (model, "default", 0.5 * ALPHA), (model, "other", -2 * 0.4))(x)
     for kind, ranks in {"cat": {}, "svd": {"ranks": 99}}.items():
         model.add_weighted_adapter(["default", "other"], [0.5, -2.0], kind, kind, **ranks)
         model.set_adapter(kind)
         near(model(x), expected, 1e-6)
-    model.add_weighted_adapter(["default", "alike"], [0.5, 1.5], "linear", "linear")
-    model.set_adapter("linear")
-    near(model(x), dense(base, (model, "default", 0.5 * ALPHA), (model, "alike", 1.5 * 0.3))(x))
 
 
 @operation

@@ -43,10 +43,11 @@ NOT_APPLICABLE = {
     "they read the parameters or the repr of LoRA": """
         test_multirank test_multirank_2 test_repr_lora_linear test_loading_adapter_preserves_custom_requires_grad
         test_save_pretrained_warns_for_unsharded_state_dict""",
-    "LoTRA's `add_weighted_adapter` has no pruning, no sum of `modules_to_save`, and no average of weight 0": """
+    "LoTRA's `add_weighted_adapter` has no pruning, no average of factors, and no sum of `modules_to_save`": """
         test_multiple_adapters_mixed_modules_to_save_merging_adapters test_add_weighted_adapter_with_different_scaling
         test_multiple_adapters_same_modules_to_save_merging_adapters_raises
-        test_add_weighted_adapter_subtraction_with_negative_weights""",
+        test_add_weighted_adapter_subtraction_with_negative_weights
+        test_add_weighted_adapter_negative_weight_negates_adapter""",
     "they register custom LoRA layers (LoTRA has `register_kan_layer`)": """
         test_custom_lora_layer_used test_training_works test_saving_and_loading
         test_custom_lora_layer_issues_warning test_target_layer_without_in_features_out_features""",
