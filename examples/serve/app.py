@@ -9,8 +9,8 @@
 
 `base.pt` is a network that `torch.save` wrote (it is unpickled: your own
 file), `bank` a folder that `AdapterBank.save` wrote. Requests that arrive
-together become one batch, whatever their adapters. All replicas on a machine
-map one file. New weights for a customer reach every replica while requests
+together become one batch, whatever their adapters. Each replica holds the
+bank in memory. New weights for a customer reach every replica while requests
 run: `reload({"anna": "folders/anna"})`. None instead of a folder removes an
 adapter: its requests get status 404, the others of the batch are answered.
 """
@@ -31,12 +31,12 @@ from peft_lotra import AdapterBank
 
 @serve.deployment(max_ongoing_requests=2048)
 class Customers:
-    """A replica: the base once, and the bank mapped from its file."""
+    """A replica: the base once, and the bank."""
 
     def __init__(self, base: str, bank: str, needs_name: bool) -> None:
         torch.set_num_threads(1)
         network = torch.load(base, weights_only=False)
-        self.bank = AdapterBank.load(network, bank, mapped=True)
+        self.bank = AdapterBank.load(network, bank)
         self.model = self.bank.attach().eval()
         self.pass_lock = Lock()  # no adapter is removed during a pass
         self.width = next(

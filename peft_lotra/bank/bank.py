@@ -212,7 +212,7 @@ class AdapterBank:
             self.snapshot = snapshot.without_adapter(name)
 
     def compact(self) -> None:
-        """Free the memory of removed adapters, their ranks, and the room for more; reads all of a mapped bank."""
+        """Free the memory of removed adapters, their ranks, and the room for more."""
         with self._change() as snapshot:
             self.snapshot = snapshot.compact()
 
@@ -299,9 +299,8 @@ class AdapterBank:
             skip (`list[str]`): Adapters that are left out, for instance because they are not finite.
 
         Raises:
-            ValueError: A name in `skip` is unknown; or an adapter has NaN or infinity, or is damaged in a mapped file.
-                Or the bank holds only some adapters of this folder, and the others would be lost. The folder stays as
-                it was.
+            ValueError: A name in `skip` is unknown; or an adapter has NaN or infinity. Or the bank holds only some
+                adapters of this folder, and the others would be lost. The folder stays as it was.
         """
         self._check_whole(os.path.realpath(folder))
         with replacing_files(folder) as stage:
@@ -325,8 +324,6 @@ class AdapterBank:
         base: nn.Module,
         folder: str | os.PathLike,
         dtype: torch.dtype | None = None,
-        mapped: bool = False,
-        skip_damaged: bool = False,
         check_base: str | None = "error",
         names: Sequence[str] | None = None,
         revision: str | None = None,
@@ -336,13 +333,9 @@ class AdapterBank:
         Args:
             base (`nn.Module`): The model that the adapters are for.
             folder (`str`): The folder, or the repository on the Hub.
-            dtype (`torch.dtype`, *optional*): As for a new bank; by default, and if `mapped`, the dtype of the file.
-            mapped (`bool`): Whether adapters stay in the file until they are used, for banks larger than memory: the
-                operating system keeps those that were used last. They are not checked. Those that are added later are
-                in memory; `compact`, `to`, training, and an adapter of larger ranks read all of them.
-            skip_damaged (`bool`): Whether damaged adapters are left out, with a warning, instead of an error.
+            dtype (`torch.dtype`, *optional*): As for a new bank; by default the dtype of the file.
             check_base (`str`, *optional*): As in `LoTRAConfig`.
-            names (`list[str]`, *optional*): The adapters to read; of the others nothing is read, or downloaded.
+            names (`list[str]`, *optional*): The adapters to keep, by default all.
             revision (`str`, *optional*): The revision of the repository.
 
         Raises:
@@ -351,8 +344,8 @@ class AdapterBank:
         """
         folder = os.fspath(folder)
         bank = cls(base, dtype)
-        snapshot = read_bank(folder, bank.base, check_base, mapped, skip_damaged, names, revision)
-        if dtype is not None and not mapped:
+        snapshot = read_bank(folder, bank.base, check_base, names, revision)
+        if dtype is not None:
             snapshot = snapshot._replace(packed=snapshot.packed.to(dtype))
             check_finite(snapshot.packed, snapshot.entries, "Load the bank in another `dtype`.")
         bank.snapshot = snapshot
@@ -496,12 +489,12 @@ class AdapterBank:
             distinct, groups = group_rows(rows)
             if snapshot.packed.requires_grad and torch.is_grad_enabled():
                 packed = embedding(distinct, snapshot.packed, sparse=True)
-            elif groups.size == 1 and snapshot.mapped is None:
+            elif groups.size == 1:
                 # each layer gathers its columns
                 packed = snapshot.packed
                 groups = RowGroups(rows)
             else:
-                packed = snapshot.gather(distinct)
+                packed = snapshot.packed.index_select(0, distinct)
             updates = snapshot.updates_of_samples(packed, groups)
             current = BankPass(self, updates, set())
         return current._replace(outer=ROWS.get())

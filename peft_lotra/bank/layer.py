@@ -176,8 +176,6 @@ class BankModel(nn.Module):
     ) -> BankPass:
         """Return the pass of a graph, whose ids are an input."""
         snapshot = self.bank.snapshot
-        if snapshot.mapped is not None:
-            raise ValueError("A compiled model takes no mapped bank: call `bank.compact()`, which reads all of it.")
         if ids is None:
             return BankPass(self.bank, {}, set())
         check_batch(ids.shape[0], args, kwargs, "ids")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -57,15 +56,13 @@ class Snapshot(NamedTuple):
 
     Attributes:
         packed: (capacity, width). A row holds the components of one adapter in all layers. Row 0, of zeros, is the
-            base. The rows of a mapped file come before these rows. A parameter during a training.
+            base. A parameter during a training.
         layers: How the components of each layer of the base are packed, in the order of the columns.
         forms: The forms of the adapters.
         entries: The base and the adapters, by name.
         row_of: (room + 2,), int64, the row of id n at n + 1; `NO_ROW` without an adapter, and always at the end.
         next_row: The first row that was never used.
         next_id: The first id that was never given.
-        mapped: (rows, width), the matrix of a mapped file.
-        checksums: The CRC-32 of each row of a mapped file when it was saved.
     """
 
     packed: Tensor
@@ -75,8 +72,6 @@ class Snapshot(NamedTuple):
     row_of: Tensor
     next_row: int
     next_id: int
-    mapped: Tensor | None = None
-    checksums: Sequence[int] = ()
 
     @classmethod
     def of_rows(
@@ -149,36 +144,9 @@ class Snapshot(NamedTuple):
             raise ValueError(f"No adapter has the id {list_first(texts)}. `bank.ids(names)` returns the ids.")
         return rows
 
-    def gather(self, rows: Tensor) -> Tensor:
-        """Return the components in these rows, (n, width)."""
-        if self.mapped is None:
-            return self.packed.index_select(0, rows)
-        count = len(self.mapped)
-        gathered = self.mapped[rows.clamp(max=count - 1)]
-        is_added = rows >= count
-        gathered[is_added] = self.packed[rows[is_added] - count]
-        return gathered
-
-    def gather_checked(self, names: Sequence[str]) -> Tensor:
-        """Return the components of adapters (n, width), and compare rows of a mapped file with their checksums.
-
-        Raises:
-            ValueError: A name is unknown, or a row is not what was saved; the message names the adapters.
-        """
-        rows = self.rows_of(names)
-        gathered = self.gather(rows)
-        if self.mapped is None:
-            return gathered
-        damaged = []
-        for name, row, content in zip(names, rows.tolist(), bytes_of(gathered), strict=True):
-            is_mapped = row < len(self.checksums)
-            if is_mapped and zlib.crc32(content) != self.checksums[row]:
-                damaged.append(repr(name))
-        if damaged:
-            raise ValueError(
-                f"The mapped file has damaged adapters: {list_first(damaged)}. Remove them from the bank."
-            )
-        return gathered
+    def gather(self, names: Sequence[str]) -> Tensor:
+        """Return the components of adapters (n, width); raise a ValueError if a name is unknown."""
+        return self.packed.index_select(0, self.rows_of(names))
 
     def updates_of(
         self,
@@ -187,9 +155,9 @@ class Snapshot(NamedTuple):
         """Return the updates of an adapter, by layer, and how its training started.
 
         Raises:
-            ValueError: The name is unknown, or the adapter is not finite, or damaged in a mapped file.
+            ValueError: The name is unknown, or the adapter is not finite.
         """
-        packed = self.gather_checked([name]).detach()
+        packed = self.gather([name]).detach()
         check_finite(packed, [name], "Train it again.")
         columns = self.columns(packed)
         layers, start = self.forms[self.entries[name].form]
@@ -209,8 +177,6 @@ class Snapshot(NamedTuple):
         values_of: Callable[[Form, PackedTucker], Mapping[str, float]],
     ) -> Tensor:
         """Return a matrix like `packed` with one value in each component, and zero where lower ranks are filled up.
-
-        The bank must not be mapped.
 
         Args:
             values_of: Returns the values of the components of a layer by name, 1 for others.
@@ -251,14 +217,13 @@ class Snapshot(NamedTuple):
         for layer, (_, tensor) in updates.items():
             form.layers[layer] = PackedTucker(tensor.shape, tensor.form)
         snapshot = self._with_room_for(self.layers, [form])
-        mapped_rows = len(snapshot.checksums)
-        if snapshot.next_row == mapped_rows + len(snapshot.packed):
-            snapshot = snapshot.rebuild(mapped_rows, has_room=True)
+        if snapshot.next_row == len(snapshot.packed):
+            snapshot = snapshot.rebuild(has_room=True)
         packed = snapshot.pack(updates)
         check_finite(packed.unsqueeze(0), [name], "If it is finite, store it in a larger `dtype`.")
         row = snapshot.next_row
         # no adapter of an earlier snapshot has this row
-        snapshot.packed[row - mapped_rows] = packed
+        snapshot.packed[row] = packed
 
         forms = snapshot.forms
         if form not in forms:
@@ -287,27 +252,19 @@ class Snapshot(NamedTuple):
         row_of[entries.pop(name).id + 1] = NO_ROW
         return self._replace(entries=entries, row_of=row_of)
 
-    def rebuild(self, start: int = 0, has_room: bool = False) -> Snapshot:
-        """Move the adapters from row `start` on into a new matrix, without the rows of removed ones.
-
-        Args:
-            start: 0, or the number of rows of a mapped file, which then stays mapped.
-            has_room: Whether unused rows follow.
-        """
-        row_of = self.row_of.tolist()
-        names = [name for name, entry in self.entries.items() if row_of[entry.id + 1] >= start]
-        packed = self.gather_checked(names)
+    def rebuild(self, has_room: bool = False) -> Snapshot:
+        """Move the adapters into a new matrix, without the rows of removed ones; `has_room`: unused rows follow."""
+        names = list(self.entries)
+        packed = self.gather(names)
         if has_room:
             # a power of two compiles few graphs, and half as many rows again moves few adapters
             needed = 3 * len(names) // 2
             capacity = max(4, 1 << needed.bit_length())
             packed = F.pad(packed, (0, 0, 0, capacity - len(names)))
-        next_row = start + len(names)
         index = self.ids_of(names) + 1
         row_of = self.row_of.clone()
-        row_of[index] = torch.arange(start, next_row, device=row_of.device)
-        snapshot = self._replace(packed=packed, row_of=row_of, next_row=next_row)
-        return snapshot if start else snapshot._replace(mapped=None, checksums=())
+        row_of[index] = torch.arange(len(names), device=row_of.device)
+        return self._replace(packed=packed, row_of=row_of, next_row=len(names))
 
     def compact(self) -> Snapshot:
         """Return the same adapters in the least room, without the forms and ranks of removed ones."""
@@ -361,11 +318,6 @@ def check_known(names: Iterable[str], entries: Collection[str]) -> None:
 def _block(shape: Iterable[int]) -> tuple[slice, ...]:
     """Return the index of the first entries of each dimension."""
     return tuple(map(slice, shape))
-
-
-def bytes_of(packed: Tensor) -> np.ndarray:
-    """Return the bytes of each row, for its CRC-32."""
-    return packed.view(torch.uint8).numpy()
 
 
 def check_finite(packed: Tensor, names: Iterable[str], advice: str) -> None:

@@ -6,7 +6,6 @@
 import json
 import re
 import shutil
-import zlib
 
 import pytest
 import torch
@@ -19,9 +18,6 @@ from safetensors.torch import save_file
 from peft_lotra import AdapterBank, LoTRAConfig
 from peft_lotra.kan import SlimKAN
 from peft_lotra.optim import BankAdamW
-
-
-CRC32 = zlib.crc32
 
 
 def answer(bank, name):
@@ -249,11 +245,10 @@ def bank_file(folder):
     return folder / "adapter_bank.safetensors"
 
 
-@pytest.mark.parametrize("mapped", [False, True])
-def test_a_loaded_bank_answers_and_changes_without_its_file(tmp_path, customers, mapped):
+def test_a_loaded_bank_answers_and_changes_without_its_file(tmp_path, customers):
     content = bank_file(tmp_path).read_bytes()
 
-    bank = AdapterBank.load(net(), tmp_path, mapped=mapped)
+    bank = AdapterBank.load(net(), tmp_path)
     check_answers(bank, customers)
     bank.remove("splines")
     bank.add("more", customers["splines"])
@@ -318,10 +313,8 @@ def test_a_damaged_adapter_is_named(tmp_path, customers):
 
     with refused(r"damaged adapters: 'customer 2'\."):
         AdapterBank.load(net(), tmp_path)
-    for dtype in (None, torch.float64):
-        with pytest.warns(UserWarning, match="'customer 2'"):
-            bank = AdapterBank.load(net(), tmp_path, skip_damaged=True, dtype=dtype)
-        assert bank.names == ["customer 0", "splines"]
+    others = AdapterBank.load(net(), tmp_path, names=["splines"])
+    check_answers(others, {"splines": customers["splines"]})
 
 
 @pytest.fixture
@@ -340,7 +333,7 @@ ALTERED_TABLES = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"names": ["ben"]}, {"mapped": True}, {"skip_damaged": True}])
+@pytest.mark.parametrize("options", [{}, {"names": ["ben"]}])
 @pytest.mark.parametrize("change", ALTERED_TABLES)
 def test_an_altered_table_is_noticed(two_customers, change, options):
     packed, metadata = read_file(two_customers)
@@ -351,7 +344,7 @@ def test_an_altered_table_is_noticed(two_customers, change, options):
         AdapterBank.load(net(), two_customers, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"names": ["ben"]}, {"mapped": True}])
+@pytest.mark.parametrize("options", [{}, {"names": ["ben"]}])
 def test_a_file_of_a_newer_format_is_called_newer(two_customers, options):
     metadata = {"adapter_bank": json.dumps({"format": 99, "adapters": "elsewhere"})}
     save_file({"shards": torch.zeros(2)}, bank_file(two_customers), metadata)
@@ -395,46 +388,8 @@ def test_a_byte_that_is_flipped_anywhere_is_never_an_answer(two_customers, names
 COPIES = {
     "save": lambda bank, folder: bank.save(folder),
     "export": lambda bank, folder: bank.export("ben", folder),
-    "compact": lambda bank, folder: bank.compact(),
     "add": lambda bank, folder: AdapterBank(bank.base).add("ben", bank),
 }
-
-
-@pytest.mark.parametrize("change", COPIES)
-def test_damage_in_a_mapped_file_is_not_written_again(tmp_path, two_customers, change):
-    """Not with a check sum that fits."""
-    content = bytearray(bank_file(two_customers).read_bytes())
-    content[-100] ^= 1  # of the last adapter
-    bank_file(two_customers).write_bytes(content)
-    bank = AdapterBank.load(net(), two_customers, mapped=True)
-
-    with refused("damaged adapters: 'ben'"):
-        COPIES[change](bank, tmp_path / "copy")
-
-    assert not (tmp_path / "copy").exists()
-    bank.export("anna", tmp_path / "anna")
-    bank.remove("ben")
-    bank.save(tmp_path / "copy")
-    assert AdapterBank.load(net(), tmp_path / "copy").names == ["anna"]
-
-
-def test_adapters_that_are_added_to_a_mapped_bank_have_no_check_sums(two_customers, monkeypatch):
-    """Not while the bank grows either: only what is read from the file may be damaged."""
-    bank = AdapterBank.load(net(), two_customers, mapped=True)
-    adapter = get_peft_model_state_dict(adapt())
-    sums = []
-
-    def crc32(content, *start):
-        sums.append(content)
-        return CRC32(content, *start)
-
-    monkeypatch.setattr(zlib, "crc32", crc32)
-    for count in range(20):
-        bank.add(f"more{count}", adapter)
-
-    assert not sums
-    bank.compact()
-    assert len(sums) == 3  # two adapters and the base
 
 
 def bank_with_nan():
@@ -449,7 +404,7 @@ def bank_with_nan():
     return bank
 
 
-@pytest.mark.parametrize("change", ["save", "export", "add"])
+@pytest.mark.parametrize("change", COPIES)
 def test_an_adapter_that_is_not_finite_is_named_and_not_saved(tmp_path, change):
     bank = bank_with_nan()
     bank.save(tmp_path / "bank", skip=["ben"])
@@ -506,8 +461,8 @@ def test_a_bank_of_another_base_is_refused(two_customers):
         AdapterBank.load(net(seed=8), two_customers)
 
 
-def test_the_memory_of_a_mapped_bank(tmp_path):
-    """100 MB that are mapped take little memory until they are used, also when one is added; loaded, 1.2 times."""
+def test_the_memory_of_a_loaded_bank(tmp_path):
+    """1.2 times the file, of 100 MB."""
     script = """
 import psutil, torch
 from peft import get_peft_model, get_peft_model_state_dict
@@ -523,18 +478,11 @@ bank.snapshot = bank.snapshot._replace(entries=entries)
 bank.save("bank")
 size = 30_001 * bank.snapshot.packed.shape[1] * 4
 del bank
-for mapped in (True, False):
-    before = psutil.Process().memory_info().rss
-    bank = AdapterBank.load(base, "bank", mapped=mapped)
-    if mapped:
-        bank.add("b", state)
-    print((psutil.Process().memory_info().rss - before) / size)
-    del bank
+before = psutil.Process().memory_info().rss
+bank = AdapterBank.load(base, "bank")
+print((psutil.Process().memory_info().rss - before) / size)
 """
-    mapped, loaded = map(float, run_python(script, tmp_path).split())
-
-    assert mapped < 0.3
-    assert loaded < 1.2
+    assert float(run_python(script, tmp_path)) < 1.2
 
 
 def test_folders_of_one_name_are_refused(tmp_path):
@@ -582,12 +530,9 @@ def test_a_bank_is_pushed_with_a_card(hub, large_bank):
 @pytest.mark.parametrize("revision", [None, "next"])
 def test_a_bank_or_some_of_its_adapters_are_downloaded(hub, large_bank, names, revision):
     large_bank.push_to_hub("user/bank", revision=revision)
-    size = len(hub.repos["user/bank"].files(revision or "main")["adapter_bank.safetensors"].content)
-    sent_before = hub.sent
 
     loaded = AdapterBank.load(net(), "user/bank", names=names, revision=revision)
 
-    assert names is None or hub.sent - sent_before < 0.2 * size
     assert loaded.names == (names or large_bank.names)
     for name in ("ben", "anna"):
         assert_equal(answer(loaded, name), answer(large_bank, name))
@@ -613,16 +558,6 @@ def test_a_repository_or_an_adapter_that_is_not_there_is_named(hub, two_customer
         AdapterBank.load(net(), "user/nothing", names=["cleo"])
     with refused("no adapter 'cleo'"):
         AdapterBank.load(net(), "user/bank", names=["cleo"])
-
-
-def test_a_failed_connection_is_no_damage(monkeypatch):
-    nobody_listens = "http://127.0.0.1:9/{repo_id}/{revision}/{filename}"
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", nobody_listens)
-
-    with pytest.raises(ConnectionError, match="cannot be downloaded") as raised:
-        AdapterBank.load(net(), "user/bank", names=["ben"])
-
-    assert "damaged" not in str(raised.value)
 
 
 def test_some_adapters_of_a_folder(tmp_path, customers):

@@ -65,27 +65,26 @@ def test_full_modes_have_no_columns():
 
 
 @pytest.mark.parametrize("forms", list(itertools.permutations(["shape", "factors", "splines"])), ids=", ".join)
-@pytest.mark.parametrize("mapped", [False, True])
-def test_files_and_growing_keep_the_forms(tmp_path, forms, mapped):
+def test_files_and_growing_keep_the_forms(tmp_path, forms):
     """Whichever form comes first, and with an adapter of another layer alone."""
     base = net()
     bank, alone = bank_of_forms(base, forms[:1])
     alone["one layer"] = adapt(copy.deepcopy(base), target_modules=["layers.1"], **FULL)
     bank.add("one layer", alone["one layer"])
     bank.save(tmp_path / "first")
-    bank = AdapterBank.load(base, tmp_path / "first", mapped=mapped)
+    bank = AdapterBank.load(base, tmp_path / "first")
     for name in forms[1:]:
         alone[name] = adapt(copy.deepcopy(base), **FORMS[name])
         bank.add(name, alone[name])
     bank.save(tmp_path / "second")
-    loaded = AdapterBank.load(base, tmp_path / "second", mapped=mapped)
+    loaded = AdapterBank.load(base, tmp_path / "second")
     other = AdapterBank(base)
     for name in reversed(bank.names):
         other.add(name, loaded)
 
     for copied in (bank, other):
         check_rows(copied, alone)
-    contents = [copied.snapshot.gather(copied.snapshot.rows_of([*bank.snapshot.entries])) for copied in (bank, loaded)]
+    contents = [copied.snapshot.gather(list(bank.snapshot.entries)) for copied in (bank, loaded)]
     assert_equal(*contents)
     for name, model in alone.items():
         assert forms_of(loaded, name) == forms_of(other, name) == forms_of(bank, name)

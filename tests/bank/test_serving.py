@@ -297,16 +297,6 @@ def test_a_kind_without_functions_serves_but_makes_no_graph():
     assert_near(model(X, **rows).detach(), row_by_row(alone, NAMES, X))
 
 
-def test_a_mapped_bank_makes_no_graph(tmp_path):
-    bank, alone = several()
-    bank.save(tmp_path)
-    mapped = AdapterBank.load(bank.base, tmp_path, mapped=True)
-    mapped.add("d", alone["a"])
-
-    with refused("compact"):
-        torch.export.export(mapped.attach(), (X,), {"ids": mapped.ids(["d"] * 8)})
-
-
 @torch.no_grad()
 def test_a_part_of_the_model_may_be_compiled():
     base = net()

@@ -70,7 +70,6 @@ class Hub:
         self.tokens = tokens
         self.repos: dict[str, Repo] = {}
         self.lfs: dict[str, bytes] = {}  # uploaded contents by SHA-256
-        self.sent = 0  # bytes of files that were downloaded
 
 
 class HubServer(ThreadingHTTPServer):
@@ -225,15 +224,10 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in files:
             raise _Error(404, "Entry not found", "EntryNotFound")
         blob = files[path]
-        headers = {"X-Repo-Commit": oid, "ETag": f'"{blob.oid}"', "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": oid, "ETag": f'"{blob.oid}"'}
         if blob.lfs:
             headers |= {"X-Linked-Etag": f'"{blob.oid}"', "X-Linked-Size": str(len(blob.content))}
-        content, status = blob.content, 200
-        if part := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or ""):
-            content, status = content[int(part[1]) : int(part[2]) + 1], 206
-            headers["Content-Range"] = f"bytes {part[1]}-{int(part[1]) + len(content) - 1}/{len(blob.content)}"
-        self.server.hub.sent += len(content) * (self.command == "GET")
-        self.send(status, content, headers)
+        self.send(200, blob.content, headers)
 
     # Commits
 

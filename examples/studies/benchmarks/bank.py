@@ -10,7 +10,7 @@ Batches: 4,096 rows over a number of different adapters of a bank, by their name
 adapters of a `PeftModel` by `adapter_names`, beside the same rows with one adapter of a `PeftModel`. All run in turn,
 so that another load of the machine meets all alike; the numbers are medians of CPU seconds.
 
-Files: adapters are added to a bank, saved, and loaded, read or mapped; the memory is what the process grows by.
+Files: adapters are added to a bank, saved, and loaded; the memory is what the process grows by.
 """
 
 from __future__ import annotations
@@ -129,10 +129,7 @@ def measure_files(adapters: int) -> dict[str, float]:
         bank.save(folder)
         saved = time.perf_counter() - start
         torch.save(base, f"{folder}/base.pt")
-        loaded = {
-            how: json.loads(subprocess.check_output([sys.executable, __file__, "--load", folder, how]))
-            for how in ("read", "mapped")
-        }
+        loaded = json.loads(subprocess.check_output([sys.executable, __file__, "--load", folder]))
     first, last = times[: min(100, adapters // 2)], times[-min(100, adapters // 2) :]
     return {
         "adapters": adapters,
@@ -142,11 +139,11 @@ def measure_files(adapters: int) -> dict[str, float]:
         "add ms, most (a growth)": max(times),
         "add a folder ms, median": statistics.median(of_folder),
         "save s": saved,
-        **{f"{how}: {name}": value for how, found in loaded.items() for name, value in found.items()},
+        **loaded,
     }
 
 
-def load(folder: str, how: str) -> None:
+def load(folder: str) -> None:
     """Load a bank in a process of its own, and print what that took."""
     base = torch.load(f"{folder}/base.pt", weights_only=False)
     with tempfile.TemporaryDirectory() as empty:  # what is imported when it is first used
@@ -155,11 +152,11 @@ def load(folder: str, how: str) -> None:
     gc.collect()
     before = psutil.Process().memory_info().rss
     start = time.perf_counter()
-    bank = AdapterBank.load(base, folder, mapped=how == "mapped")
+    bank = AdapterBank.load(base, folder)
     seconds = time.perf_counter() - start
     gc.collect()
     grown = psutil.Process().memory_info().rss - before
-    packed = bank.snapshot.packed  # without the rows of a mapped file
+    packed = bank.snapshot.packed
     size = len(bank) * packed.shape[1] * packed.element_size()
     print(json.dumps({"load s": seconds, "memory / tensors": grown / size, "kB per adapter": size / 1e3 / len(bank)}))
 
