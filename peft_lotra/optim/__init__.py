@@ -4,14 +4,12 @@
 """Optimizers made for LoTRA: learning rates per component, and Levenberg-Marquardt."""
 
 from ..least_squares import LevenbergMarquardt, LevenbergMarquardtStep
-from .bank import BankAdamW, BankLevenbergMarquardt, BankStep
+from .bank import BankAdamW
 from .learning_rates import create_lotra_optimizer
 
 
 __all__ = [
     "BankAdamW",
-    "BankLevenbergMarquardt",
-    "BankStep",
     "LevenbergMarquardt",
     "LevenbergMarquardtStep",
     "create_lotra_optimizer",
