@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The model card of an adapter: its base, how to load it, and a table of its layers."""
+"""The model card of an adapter: its base, how to load it, and its ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import nn
 
 from ..modules.checks import check_number
 from .base_code import hub_id, source_of_base
-from .contents import AdapterContents, adapter_folders, read_adapter, saved_adapters
+from .contents import adapter_folders, describe_tensors, read_adapter, saved_adapters
 
 
 README = "README.md"
@@ -47,7 +47,7 @@ def write_model_card(
 ) -> None:
     """Write the model card of saved LoTRA adapters, README.md, into their folder.
 
-    The card says how to build the base and load the adapter, and lists the layers of the first adapter. It replaces an
+    The card says how to build the base and load the adapter, and lists the ranks of the first adapter. It replaces an
     earlier card by this function, and PEFT's template; other text in README.md stays. A later `save_pretrained` keeps
     `base_model`, `base_code`, `tags`, `metrics` and `license`, which are in the front matter.
 
@@ -131,7 +131,7 @@ def write_model_card(
         others=further,
         companions=companions,
         has_companions=has_companions or bool(companions),
-        contents=AdapterContents.of(title, config, tensors),
+        sizes=describe_tensors(tensors),
         peft=__version__,
     )
 

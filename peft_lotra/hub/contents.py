@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The contents of a saved adapter, read from its two files, without its base model."""
+"""The files of saved adapters, read without their base model."""
 
 from __future__ import annotations
 
@@ -10,106 +10,38 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
 from ..modules.calls import PREFIX
 from ..modules.checks import natural_order
 from ..modules.folders import naming_damage
-from ..modules.report import Report, TextTable
-from ..tucker import COMPONENTS, Rank, form_text, read_components
+from ..modules.report import printable
+from ..tucker import COMPONENTS, form_text, read_components
 
 
-class AdapterRow(NamedTuple):
-    """The contents of an adapter for one layer of the base model.
+def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the ranks of each layer, one on a line, and the size of all tensors of an adapter."""
+    layers = defaultdict(dict)
+    for key, tensor in tensors.items():
+        name, _, component = key.removeprefix(PREFIX).rpartition(".")
+        layers[name][component] = tensor
+    lines = []
+    for name in sorted(layers, key=natural_order):
+        components = layers[name]
+        if COMPONENTS[0] in components:  # not a copy of a module in `modules_to_save`
+            ranks = form_text(read_components(components).form)
+            lines.append(printable(f"{name}: {ranks}"))
 
-    `shape` and `ranks` describe the update, (out, in, basis), where the base branch is the last slice of the
-    basis; `norm` is its Frobenius norm times `alpha`. `parameters` is the number of stored values. A module of
-    `modules_to_save`, of the kind "saved copy", has no update.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...] | None = None
-    ranks: tuple[Rank, ...] | None = None
-    alpha: float | None = None
-    norm: float | None = None
-    parameters: int = 0
-
-
-@dataclass(eq=False)
-class AdapterContents(Report):
-    """The contents of a saved adapter, which `peft-lotra inspect` shows; `bytes` and `parameters` are totals."""
-
-    adapter: str
-    base_model: str | None
-    base_class: str | None
-    dtype: list[str]
-    parameters: int
-    bytes: int
-    finite: bool
-    layers: list[AdapterRow]  # and then the modules of `modules_to_save`
-
-    @classmethod
-    def of(
-        cls,
-        adapter: str,
-        config: Mapping[str, Any],
-        tensors: Mapping[str, torch.Tensor],
-    ) -> AdapterContents:
-        """Make the contents of an adapter, from its configuration and its tensors."""
-        layers = defaultdict(dict)
-        for key, tensor in tensors.items():
-            name, _, component = key.removeprefix(PREFIX).rpartition(".")
-            layers[name][component] = tensor
-        rows = []
-        for name, components in layers.items():
-            parameters = sum(tensor.numel() for tensor in components.values())
-            if COMPONENTS[0] not in components:
-                rows.append(AdapterRow(name, "saved copy", parameters=parameters))
-                continue
-
-            patterns = config["alpha_pattern"]
-            key = get_pattern_key(list(patterns), name)
-            alpha = float(patterns.get(key, config["alpha"]))
-            record = config["base_layers"].get(name, {})
-            kind = record.get("kind", "unknown")
-            update = read_components(components).map(torch.Tensor.double)
-            # once the factors are orthonormal, the norm of the core is the norm of the whole tensor
-            norm = abs(alpha) * update.orthogonal().core.norm().item()
-            rows.append(AdapterRow(name, kind, update.shape, update.form, alpha, norm, parameters))
-
-        rows.sort(key=lambda row: (row.ranks is None, natural_order(row.name)))  # saved copies come last
-        dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
-        return cls(
-            adapter=adapter,
-            base_model=config["base_model_name_or_path"],
-            base_class=(config["auto_mapping"] or {}).get("base_model_class"),
-            dtype=sorted(dtypes),
-            parameters=sum(row.parameters for row in rows),
-            bytes=sum(tensor.nbytes for tensor in tensors.values()),
-            finite=all(tensor.float().isfinite().all() for tensor in tensors.values()),
-            layers=rows,
-        )
-
-    def _table(self) -> TextTable:
-        rows = []
-        for name, kind, shape, ranks, alpha, norm, parameters in self.layers:
-            row = [name, kind, form_text(shape), form_text(ranks)]
-            row += ["", ""] if alpha is None else [f"{alpha:.3g}", f"{norm:.3g}"]
-            rows.append([*row, str(parameters)])
-        notes = [f"{self.parameters:,} parameters, {self.bytes / 1000:.1f} kB of {' and '.join(self.dtype)}"]
-        if not self.finite:
-            notes.append("The adapter is broken: it has values that are NaN or infinite.")
-        columns = ["layer", "kind", "update (out, in, basis)", "ranks", ">alpha", ">norm", ">parameters"]
-        return TextTable(columns, rows, notes)
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    kilobytes = sum(tensor.nbytes for tensor in tensors.values()) / 1000
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
+    lines.append(f"{parameters:,} parameters, {kilobytes:.1f} kB of {' and '.join(sorted(dtypes))}")
+    return "\n".join(lines)
 
 
 def read_adapter(
@@ -174,25 +106,3 @@ def adapter_folders(folder: str | os.PathLike) -> dict[str, Path]:
     if not folders:
         raise ValueError(f"{folder} is no adapter: it has no {CONFIG_NAME}. Save the adapter there first.")
     return folders
-
-
-def fetch_folder(
-    source: str | os.PathLike,
-    files: list[str],
-    revision: str | None = None,
-    token: str | None = None,
-) -> Path:
-    """Return a local file or folder as it is; for a repository on the Hub, a folder with its files of these patterns.
-
-    Raises:
-        ValueError: There is no such file or folder, and no such repository.
-    """
-    path = Path(source)
-    if path.exists():
-        return path
-    try:
-        return Path(snapshot_download(str(source), revision=revision, token=token, allow_patterns=files))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"There is no file or folder {source}, and no repository of that name could be read from the Hub. {error}"
-        ) from error

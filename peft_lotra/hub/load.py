@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from peft import (
     PeftConfig,
     PeftModel,
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from ..modules.checks import list_first
 from ..modules.folders import naming_damage
-from .contents import fetch_folder, read_config, saved_adapters
+from .contents import read_config, saved_adapters
 
 
 def load_adapters(
@@ -133,7 +134,15 @@ def _find_folders(
     patterns = []
     for prefix in prefixes:
         patterns += [f"{prefix}{CONFIG_NAME}", f"{prefix}{SAFETENSORS_WEIGHTS_NAME}"]
-    folders = saved_adapters(fetch_folder(source, patterns, revision, token))
+    root = Path(source)
+    if not root.exists():
+        try:
+            root = snapshot_download(str(source), revision=revision, token=token, allow_patterns=patterns)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"There is no folder {source}, and no repository of that name could be read from the Hub. {error}"
+            ) from error
+    folders = saved_adapters(root)
     if names is None:
         return folders
     missing = [name for name in names if name not in folders]

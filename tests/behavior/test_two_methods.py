@@ -317,7 +317,7 @@ DAMAGES = {
     "cut LoTRA": (lambda f: truncate(f / "adapter_model.safetensors"), {}, "damaged"),
     "no LoTRA": (lambda f: (f / "adapter_config.json").unlink(), {"names": ["head"]}, "no LoTRA adapter among"),
     "prompts": (lambda f: PromptTuningConfig(num_virtual_tokens=2).save_pretrained(f / "head"), {}, "prompt learning"),
-    "no folder": (shutil.rmtree, {}, "There is no file or folder"),
+    "no folder": (shutil.rmtree, {}, "There is no folder"),
 }
 
 

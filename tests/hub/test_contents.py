@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The contents of adapters, in models and in folders."""
+"""The files of adapters, read without a model."""
 
 import shutil
 
@@ -11,7 +11,7 @@ from helpers import refused
 from peft import LoraConfig, get_peft_model
 
 from peft_lotra import LoTRAConfig
-from peft_lotra.hub.contents import AdapterContents, adapter_folders, read_adapter
+from peft_lotra.hub.contents import adapter_folders, describe_tensors, read_adapter
 from peft_lotra.kan import KAN
 
 
@@ -21,22 +21,20 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_contents_have_a_row_for_each_layer(tmp_path):
+def test_ranks_and_sizes_are_described(tmp_path):
     base = torch.nn.ModuleDict({"kan": KAN([2] * 12), "head": torch.nn.Linear(3, 1)})
-    pattern = {"layers.1": 0.5}
-    config = LoTRAConfig(r=(1, 2, 3), alpha=2.0, alpha_pattern=pattern, modules_to_save=["head"], init_weights=False)
-    get_peft_model(base, config).save_pretrained(tmp_path)
-    rows = {row.name: row for row in AdapterContents.of("saved", *read_adapter(tmp_path)).layers}
+    model = get_peft_model(base, LoTRAConfig(r=(1, 2, 3), modules_to_save=["head"], storage="float16"))
+    model.save_pretrained(tmp_path)
+    _, tensors = read_adapter(tmp_path)
+    tensors["base_model.model.a\x1b[2J\nb.lotra_core"] = torch.zeros(1, 1, 1)
 
-    assert list(rows) == [*(f"kan.layers.{number}" for number in range(11)), "head"]
+    hostile, *lines, size = describe_tensors(tensors).splitlines()
 
-    for name, alpha in (("kan.layers.0", 2.0), ("kan.layers.1", 0.5)):
-        row, delta = rows[name], base.get_submodule(name).get_delta_weight("default")
-        assert row[:5] == (name, "peft-lotra", tuple(delta.shape), (1, "full", 3), alpha)
-        assert row.norm == pytest.approx(delta.norm().item(), rel=1e-5)
-        assert row.parameters == 6 + row.shape[0] + 3 * row.shape[2]  # the two inputs have no factor
-
-    assert rows["head"] == ("head", "saved copy", None, None, None, None, 4)
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    assert hostile == "a\\x1b[2J\\nb: (full, full, full)"
+    assert lines == [f"kan.layers.{number}: (1, full, 3)" for number in range(11)]
+    assert size.startswith(f"{parameters} parameters, ")
+    assert size.endswith(" kB of float16 and float32")
 
 
 def test_folders_with_adapters_are_listed(folder):
@@ -50,21 +48,6 @@ def test_folders_with_adapters_are_listed(folder):
     assert list(adapter_folders(str(folder))) == ["default", "checkpoint-best", "other"]
     with refused("has no adapter_config.json"):
         adapter_folders(folder / "nothing")
-
-
-def test_contents_are_printed_as_a_table(folder):
-    config, tensors = read_adapter(folder)
-    contents = AdapterContents.of("mine", config, tensors)
-
-    assert contents.bytes == 4 * contents.parameters
-
-    title, first, _, total = str(contents).splitlines()
-
-    assert title.split()[:2] == ["layer", "kind"]
-    assert first.split()[:2] == ["layers.0", "peft-lotra"]
-    assert "(4, 2, 9)" in first
-    assert "(2, full, 2)" in first
-    assert total == "64 parameters, 0.3 kB of float32"
 
 
 def test_a_broken_file_is_named(folder):
