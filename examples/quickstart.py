@@ -88,7 +88,7 @@ def compare(seed, steps):
 
 def save_load_merge(base, lotra, x, folder):
     """Write the adapter, load it into a fresh base, and merge it."""
-    lotra.save_pretrained(folder)  # or `lotra.push_to_hub("user/name")`
+    lotra.save_pretrained(folder)  # or `push_to_hub(lotra, "user/name")`
     size = (folder / "adapter_model.safetensors").stat().st_size
     print(f"adapter file: {size / 1000:.1f} kB, in {folder}")
     model = PeftModel.from_pretrained(copy.deepcopy(base), folder)

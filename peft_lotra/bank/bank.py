@@ -8,16 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from ..hub.card import README, write_bank_card
-from ..hub.push import fetch_card, upload
 from ..kan.row_product import PackedTucker, RowGroups, group_rows
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.slim import SlimLayer
@@ -354,35 +351,19 @@ class AdapterBank:
             bank._loaded_from = os.path.realpath(folder) if is_folder else folder
         return bank
 
-    def push_to_hub(
+    def _write_for_hub(
         self,
+        folder: str,
         repo_id: str,
-        *,
         base_model: str | None = None,
         base_code: str | None = None,
-        **kwargs: Any,
-    ) -> CommitInfo:
-        """Push the bank to the Hugging Face Hub: one file, and a card with a table of the adapters.
-
-        Text that a person wrote in the README.md of the repository is kept.
-
-        Args:
-            repo_id (`str`): The repository, "user/name". It is created if it does not exist.
-            base_model (`str`, *optional*): The repository of the base.
-            base_code (`str`, *optional*): Python code that assigns the base to the variable `base`, for the card.
-            kwargs: `private`, `revision`, `token` and `create_pr`, as in `peft_lotra.push_to_hub`.
-
-        Raises:
-            ValueError: The repository is public despite `private`, or see `save`.
-        """
+    ) -> None:
+        """Write the file and the card that `peft_lotra.push_to_hub` uploads."""
+        self._check_whole(repo_id)
         snapshot = self.snapshot
         names = list(snapshot.entries)
-        with TemporaryDirectory() as folder:
-            repo_id = fetch_card(folder, repo_id, kwargs.get("revision"), kwargs.get("token"))
-            self._check_whole(repo_id)
-            write_bank(folder, snapshot, names, self.record)
-            write_bank_card(folder, repo_id, names[1:], self.base, base_model, base_code)
-            return upload(folder, repo_id, f"Upload {len(names) - 1} LoTRA adapters", **kwargs)
+        write_bank(folder, snapshot, names, self.record)
+        write_bank_card(folder, repo_id, names[1:], self.base, base_model, base_code)
 
     def export(self, name: str, folder: str | os.PathLike) -> None:
         """Write one adapter as a folder that `PeftModel.from_pretrained` loads; its alpha is in the cores."""

@@ -21,103 +21,97 @@ from .contents import read_config, saved_adapters
 
 
 def push_to_hub(
-    model: PeftModel,
+    thing: Any,
     repo_id: str,
     *,
     private: bool | None = None,
     revision: str | None = None,
     token: str | None = None,
-    commit_message: str = "Upload LoTRA adapter",
+    commit_message: str = "Upload LoTRA adapters",
     create_pr: bool = False,
-    selected_adapters: list[str] | None = None,
-    **card: Any,
+    **options: Any,
 ) -> CommitInfo:
-    """Push the adapters of a model to the Hugging Face Hub, with a model card that says how to load them.
+    """Push the adapters of a model, a bank or a family to the Hugging Face Hub, with a card on how to load them.
 
     The base model is not pushed. Text that a person wrote in the README.md of the repository is kept. Adapters of
     other names in the repository stay, but the card lists those that are pushed.
 
     Args:
-        model: The model with the adapters.
+        thing: A `PeftModel`, an `AdapterBank` or a `ParametricAdapter`.
         repo_id: The repository, "user/name". It is created if it does not exist.
         private: Whether a new repository is private.
         revision: The branch to commit to. It is created from the main branch if it does not exist.
         token: The access token, by default the one of `hf auth login` or HF_TOKEN.
         commit_message: The first line of the commit.
         create_pr: Whether to open a pull request instead of committing.
-        selected_adapters: The names of the adapters to push, by default all. "default" goes to the root of the
-            repository, each other adapter to a subfolder of its name.
-        card: `base_model`, `base_code`, `metrics` and `license`, as in `write_model_card`.
+        options: For the card of a model or a bank, `base_model` and `base_code`, as in `write_model_card`; of a model
+            also `tags`, `metrics` and `license`, and `selected_adapters`, the names of the adapters to push, by
+            default all. "default" goes to the root of the repository, each other adapter to a subfolder of its name.
 
     Returns:
         The commit, or the pull request.
 
     Raises:
         ValueError: There is no LoTRA adapter, an argument is invalid, or the repository is public despite `private`.
+            A bank holds only some adapters of this repository, or has values that are not finite.
         HfHubHTTPError: The Hub refuses the push.
 
     Example:
         ```python
         push_to_hub(model, "user/kan-rotated", base_model="user/kan", metrics={"accuracy": 0.853})
+        push_to_hub(bank, "user/customers", base_model="user/kan")
         ```
     """
-    with TemporaryDirectory() as folder:
-        model.save_pretrained(folder, selected_adapters=selected_adapters)
-        for path in saved_adapters(folder).values():
-            config = read_config(path)
-            # no path of this machine
-            base_model = card.get("base_model") or hub_id(config.get("base_model_name_or_path"))
-            config["base_model_name_or_path"] = base_model
-            text = json.dumps(config, indent=2, sort_keys=True)
-            (path / CONFIG_NAME).write_text(text, encoding="utf-8")
-        repo_id = fetch_card(folder, repo_id, revision, token)
-        branch = None if create_pr else revision
-        write_model_card(model, folder, repo_id=repo_id, revision=branch, **card)
-        return upload(
-            folder, repo_id, commit_message, private=private, token=token, revision=revision, create_pr=create_pr
-        )
-
-
-def fetch_card(
-    folder: str,
-    repo_id: str,
-    revision: str | None = None,
-    token: str | None = None,
-) -> str:
-    """Copy the card of a repository into a folder, if there is one, and return the repository's whole name."""
     api = HfApi(token=token)
     if "/" not in repo_id:
         repo_id = f"{api.whoami()['name']}/{repo_id}"
+    with TemporaryDirectory() as folder:
+        if isinstance(thing, PeftModel):
+            _save_adapters(thing, folder, options.pop("selected_adapters", None), options.get("base_model"))
+            _fetch_card(api, repo_id, revision, folder)  # in place of PEFT's
+            write_model_card(thing, folder, repo_id=repo_id, revision=None if create_pr else revision, **options)
+        else:
+            _fetch_card(api, repo_id, revision, folder)
+            thing._write_for_hub(folder, repo_id, **options)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private and not api.model_info(repo_id).private:
+            raise ValueError(f"`private=True`, but {repo_id} exists and is public. Make it private first.")
+        if revision:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=[README, f"*{CONFIG_NAME}", "*.safetensors"],
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def _fetch_card(
+    api: HfApi,
+    repo_id: str,
+    revision: str | None,
+    folder: str,
+) -> None:
+    """Copy the card of a repository into a folder, if there is one."""
     if revision and not api.revision_exists(repo_id, revision):
         revision = None
     if api.file_exists(repo_id, README, revision=revision):
         card = api.hf_hub_download(repo_id, README, revision=revision)
         shutil.copyfile(card, Path(folder, README))
-    return repo_id
 
 
-def upload(
+def _save_adapters(
+    model: PeftModel,
     folder: str,
-    repo_id: str,
-    commit_message: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    create_pr: bool = False,
-) -> CommitInfo:
-    """Upload the card, the configurations and the safetensors of a folder, with the arguments of `push_to_hub`."""
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if private and not api.model_info(repo_id).private:
-        raise ValueError(f"`private=True`, but {repo_id} exists and is public. Make it private first.")
-    if revision:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        allow_patterns=[README, f"*{CONFIG_NAME}", "*.safetensors"],
-        commit_message=commit_message,
-        revision=revision,
-        create_pr=create_pr,
-    )
+    names: list[str] | None,
+    base_model: str | None,
+) -> None:
+    """Save the adapters of a model, whose configurations name no path of this machine."""
+    model.save_pretrained(folder, selected_adapters=names)
+    for path in saved_adapters(folder).values():
+        config = read_config(path)
+        config["base_model_name_or_path"] = base_model or hub_id(config.get("base_model_name_or_path"))
+        text = json.dumps(config, indent=2, sort_keys=True)
+        (path / CONFIG_NAME).write_text(text, encoding="utf-8")

@@ -14,19 +14,17 @@ from concurrent.futures import Executor
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import CommitInfo, hf_hub_download
+from huggingface_hub import hf_hub_download
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..compress.updates import check_without_adapters
 from ..hub.card import README
-from ..hub.push import fetch_card, upload
 from ..least_squares.problem import split_vector, trainable_parameters
 from ..modules.calls import LayerLock, call_with_parameters
 from ..modules.checks import check_count, check_function, check_list, check_number
@@ -469,17 +467,6 @@ class ParametricAdapter:
         family._space.spread([])
         return family
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
-        """Push the file and the card of the family to the Hugging Face Hub, as one commit.
-
-        Text that a person wrote in the README.md of the repository is kept.
-
-        Args:
-            repo_id: The repository, which is made if there is none.
-            kwargs: `private`, `revision`, `token`, `commit_message` and `create_pr`, as in `peft_lotra.push_to_hub`.
-        """
-        with TemporaryDirectory() as folder:
-            repo_id = fetch_card(folder, repo_id, kwargs.get("revision"), kwargs.get("token"))
-            self.save_pretrained(folder)
-            kwargs.setdefault("commit_message", "Upload a family of LoTRA adapters")
-            return upload(folder, repo_id, **kwargs)
+    def _write_for_hub(self, folder: str, repo_id: str) -> None:
+        """Write the file and the card that `peft_lotra.push_to_hub` uploads."""
+        self.save_pretrained(folder)

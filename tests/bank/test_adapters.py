@@ -15,7 +15,7 @@ from peft import get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from peft_lotra import AdapterBank, LoTRAConfig
+from peft_lotra import AdapterBank, LoTRAConfig, push_to_hub
 from peft_lotra.kan import SlimKAN
 from peft_lotra.optim import BankAdamW
 
@@ -466,7 +466,7 @@ def test_the_memory_of_a_loaded_bank(tmp_path):
     script = """
 import psutil, torch
 from peft import get_peft_model, get_peft_model_state_dict
-from peft_lotra import AdapterBank, LoTRAConfig
+from peft_lotra import AdapterBank, LoTRAConfig, push_to_hub
 from peft_lotra.kan import KAN
 base = KAN([4, 32, 1])
 state = get_peft_model_state_dict(get_peft_model(KAN([4, 32, 1]), LoTRAConfig(r=8)))
@@ -515,7 +515,7 @@ def large_bank():
 
 
 def test_a_bank_is_pushed_with_a_card(hub, large_bank):
-    large_bank.push_to_hub("user/bank", base_code="base = make()")
+    push_to_hub(large_bank, "user/bank", base_code="base = make()")
 
     files = hub.repos["user/bank"].files("main")
     assert set(files) == {".gitattributes", "README.md", "adapter_bank.safetensors"}
@@ -529,7 +529,7 @@ def test_a_bank_is_pushed_with_a_card(hub, large_bank):
 @pytest.mark.parametrize("names", [None, ["ben", "anna"]])
 @pytest.mark.parametrize("revision", [None, "next"])
 def test_a_bank_or_some_of_its_adapters_are_downloaded(hub, large_bank, names, revision):
-    large_bank.push_to_hub("user/bank", revision=revision)
+    push_to_hub(large_bank, "user/bank", revision=revision)
 
     loaded = AdapterBank.load(net(), "user/bank", names=names, revision=revision)
 
@@ -540,19 +540,19 @@ def test_a_bank_or_some_of_its_adapters_are_downloaded(hub, large_bank, names, r
 
 def test_some_adapters_are_not_pushed_over_all(hub, two_customers):
     whole = AdapterBank.load(net(), two_customers)
-    whole.push_to_hub("user/bank")
+    push_to_hub(whole, "user/bank")
     some = AdapterBank.load(net(), "user/bank", names=["ben"])
 
     with refused("only some adapters"):
-        some.push_to_hub("user/bank")
-    some.push_to_hub("user/some")
+        push_to_hub(some, "user/bank")
+    push_to_hub(some, "user/some")
 
     assert AdapterBank.load(net(), "user/bank").names == ["anna", "ben"]
     assert AdapterBank.load(net(), "user/some").names == ["ben"]
 
 
 def test_a_repository_or_an_adapter_that_is_not_there_is_named(hub, two_customers):
-    AdapterBank.load(net(), two_customers).push_to_hub("user/bank")
+    push_to_hub(AdapterBank.load(net(), two_customers), "user/bank")
 
     with pytest.raises(RepositoryNotFoundError):
         AdapterBank.load(net(), "user/nothing", names=["cleo"])

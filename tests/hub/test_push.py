@@ -191,13 +191,13 @@ def check_card_of_a_person(text):
 def push_bank(repo, **options):
     bank = AdapterBank(net())
     bank.add("ann", adapt())
-    bank.push_to_hub(repo, **options)
+    push_to_hub(bank, repo, **options)
 
 
 def push_family(repo, **options):
     family = ParametricAdapter(KAN([1, 3, 1]), loss_of=lambda model, c: 0.0, ranks=2)
     family.fit([1, 2], train=lambda model, c: None, progress=False)
-    family.push_to_hub(repo, **options)
+    push_to_hub(family, repo, **options)
 
 
 @pytest.mark.parametrize(

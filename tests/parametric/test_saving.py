@@ -208,12 +208,12 @@ PUSH_AND_PULL = """
 import sys
 import family_problems as problems
 import torch
-from peft_lotra import ParametricAdapter
+from peft_lotra import ParametricAdapter, push_to_hub
 
 base = torch.load(sys.argv[1] + "/base.pt", weights_only=False)
 family = ParametricAdapter.from_pretrained(base, sys.argv[1], problems.terms_of)
-family.push_to_hub("ann/family")
-family.push_to_hub("ann/family", revision="second", commit_message="again")
+push_to_hub(family, "ann/family")
+push_to_hub(family, "ann/family", revision="second", commit_message="again")
 for revision in ("main", "second"):
     pulled = ParametricAdapter.from_pretrained(base, "ann/family", problems.terms_of, revision=revision)
     expected = family.predict(2.95)(problems.POINTS)
