@@ -75,13 +75,11 @@ class LoTRAConfig(PeftConfig):
         alpha (`float`):
             The scale of the update.
         target_modules (`Optional[Union[list[str], str]]`):
-            The names of the KAN layers to adapt, exactly or as suffixes; a string is a regex. The default `None`, and
-            `"all-kan"`, take every KAN layer that is recognized (see `find_kan_layers`).
+            The names of the KAN layers to adapt, exactly or as suffixes; a string is a regex, such as
+            `r"layers\\.[02]"`. The default `None`, and `"all-kan"`, take every KAN layer that is recognized (see
+            `find_kan_layers`).
         exclude_modules (`Optional[Union[list[str], str]]`):
             The names of the modules to leave alone, exactly or as suffixes; a string is a regex.
-        layers_to_transform (`Optional[Union[list[int], int]]`):
-            The indices of the layers to adapt. Among the layers that `"all-kan"` finds, those with one of these
-            indices in their name are adapted.
         rank_pattern (`dict`):
             The mapping from layer names or regexes to ranks that differ from `r`.
         alpha_pattern (`dict`):
@@ -138,7 +136,6 @@ class LoTRAConfig(PeftConfig):
     alpha: float = 1.0
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
     rank_pattern: dict = field(default_factory=dict)
     alpha_pattern: dict = field(default_factory=dict)
     modules_to_save: list[str] | None = None
@@ -164,9 +161,6 @@ class LoTRAConfig(PeftConfig):
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {value!r:.200}.")
-        is_regex = isinstance(self.target_modules, str) and self.target_modules != ALL_KAN
-        if is_regex and self.layers_to_transform is not None:
-            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
         for name in ("target_modules", "exclude_modules"):
             names = getattr(self, name)
             if isinstance(names, (list, tuple)):

@@ -72,15 +72,10 @@ def _warn_of_unmatched(config: LoTRAConfig, model: nn.Module, targets: Targets) 
 def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> Targets:
     chosen = copy(config)
     chosen.target_modules = ".*"  # only `exclude_modules` and `modules_to_save` count
-    indices = config.layers_to_transform
     layers = {}
     targets = {}
-    has_match = False
     for name, layer, spec in walk_kan_layers(model):
         layers[name] = layer
-        if not _has_index(name, indices):
-            continue
-        has_match = True
         if not check_target_module_exists(chosen, name):
             continue
         module = model.get_submodule(name)
@@ -97,28 +92,17 @@ def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> Targets:
             "`find_kan_layers(model)` shows why, and how to register them. "
         )
     is_layer = "" in layers
-    if is_layer or not has_match:
-        index = "" if indices in (None, []) else f" with an index in `layers_to_transform`={indices}"
+    if is_layer or not layers:
         hint = (
             f"{doubt}Call `register_kan_layer` to add a layer that is not recognized. Functions shared by all outputs "
             "(KAT, GR-KAN) take plain LoRA on their linear layers."
         )
         if is_layer:
             hint = "It is itself a KAN layer, and PEFT adapts layers inside a model. Wrap it: `nn.Sequential(layer)`."
-        raise ValueError(f"No KAN layer was found in the model{index}. {hint}")
+        raise ValueError(f"No KAN layer was found in the model. {hint}")
     if doubt:
         warnings.warn(doubt, stacklevel=2)
     return targets
-
-
-def _has_index(name: str, indices: list[int] | int | None) -> bool:
-    """Return whether a layer has one of the indices in its name; unlike in PEFT, the index may end the name."""
-    if indices in (None, []):
-        return True
-    match = re.search(r"\.(\d+)(?:\.|$)", name)
-    if isinstance(indices, int):
-        indices = [indices]
-    return match is not None and int(match[1]) in indices
 
 
 def _find_recorded(recorded: Mapping[str, Record], model: nn.Module) -> Targets:

@@ -13,7 +13,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import adapt, assert_equal, inputs, lotra_layers, nested, refused
+from helpers import adapt, assert_equal, inputs, lotra_layers, nested
 from peft import PeftConfig, PeftModel, get_peft_model
 
 from peft_lotra import LoTRAConfig
@@ -36,8 +36,6 @@ def test_lists_become_sets_and_tuples():
     assert LoTRAConfig(target_modules=["a", "b", "a"]).target_modules == {"a", "b"}
     assert LoTRAConfig(modules_to_save="head").modules_to_save == ["head"]
     assert LoTRAConfig(r=[1, 2, 3], rank_pattern={"x": [1, 2, 3]}).rank_pattern == {"x": (1, 2, 3)}
-    with refused("`layers_transform`|`layers_to_transform` cannot be used when"):
-        LoTRAConfig(target_modules=".*", layers_to_transform=[0])
 
 
 def ranks(**config):
@@ -96,7 +94,6 @@ def test_a_saved_config_is_loaded_as_it_was(tmp_path):
 REGEXES = {
     "targets": {"target_modules": r"(body|tail\.layers)\.\d"},
     "excluded": {"exclude_modules": r".*\.1"},
-    "indices": {"layers_to_transform": 0},
     "numbers": {
         "rank_pattern": {r"body\.\d": 1, "tail.layers.0": (1, 2, 2)},
         "alpha_pattern": {r"tail.*[02]": 0.5, "body.0": 3.0},
