@@ -9,16 +9,11 @@ import html
 import re
 import struct
 import sys
+import tomllib
 from pathlib import Path
 
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
-
-
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
 
 
 ROOT = Path(__file__).parents[1]

@@ -20,16 +20,11 @@ import json
 import os
 import re
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-
-
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
 
 
 ROOT = Path(__file__).resolve().parents[1]
