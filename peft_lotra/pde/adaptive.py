@@ -102,33 +102,16 @@ class ResidualSampler:
 def gradient_weights(
     model: nn.Module,
     x: Tensor,
-    scale: float = 0.1,
+    scale: float,
     directions: Tensor | None = None,
 ) -> Tensor:
     """Return w = 1 / (1 + scale |grad u|), (n, 1). It keeps a shock, whose residual is large, from dominating.
 
-    A weight multiplies a residual. Evaluate it every few steps and pass it as one more tensor of rows, which is
-    constant in a step of `LevenbergMarquardt` or of Adam.
-
-    Args:
-        model: A network, as for `jet`; of several outputs all derivatives count.
-        x: Points (n, I).
-        scale: The inverse of the slope at which the weight is 1/2.
-        directions: The directions of the derivatives, (D, I); all coordinates by default.
-
-    Raises:
-        ValueError: `scale` is negative.
+    `scale` is the inverse of the slope at which the weight is 1/2. `directions` (D, I) are those of the derivatives,
+    all coordinates by default. All outputs count.
 
     Source: L. Liu et al., "Discontinuity computing using physics-informed neural networks", arXiv 2206.03864.
-
-    Example:
-        >>> import torch
-        >>> from peft_lotra.kan import KAN
-        >>> from peft_lotra.pde import gradient_weights
-        >>> gradient_weights(KAN([2, 5, 1]), torch.rand(10, 2)).shape
-        torch.Size([10, 1])
     """
-    scale = check_number(scale, "scale", "[0, inf)")
     _, slopes = jet(model, x, directions, order=1)
     slopes = slopes.reshape(len(slopes), len(x), -1)  # of a model that returns (n,), too
     steepness = slopes.square().sum((0, 2)).sqrt()

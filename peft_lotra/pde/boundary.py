@@ -19,24 +19,6 @@ Values = Callable[[Tensor], Tensor] | Tensor | float
 Term = tuple[Callable[..., Tensor], tuple[Tensor, ...], float]
 
 
-def neumann(
-    points: Tensor,
-    normals: Tensor,
-    values: Values = 0.0,
-    *,
-    weight: float = 100.0,
-) -> Term:
-    """Return the condition u_n = values on the normal derivative, see `robin` with a = 0 and b = 1.
-
-    Example:
-        >>> from peft_lotra.pde import disk, neumann
-        >>> hole = disk((0, 0), 0.5)
-        >>> points, normals = hole.boundary(200)
-        >>> term = neumann(points, -normals, lambda x: x[:, :1])  # outward of the region around the hole
-    """
-    return robin(points, normals, 0.0, 1.0, values, weight=weight)
-
-
 def robin(
     points: Tensor,
     normals: Tensor,
@@ -47,6 +29,8 @@ def robin(
     weight: float = 100.0,
 ) -> Term:
     """Return the condition a u + b u_n = values as an entry of `terms`, u_n = sum_i n_i du / dx_i.
+
+    `robin(points, normals, 0.0, 1.0, values)` is the Neumann condition u_n = values.
 
     Args:
         points: (n, I), for example from `Region.boundary` or `side_points`.

@@ -35,10 +35,8 @@ class HardConstraint(nn.Module):
     | u = g on the boundary | 0 on the boundary, its normal derivative not | any extension of g |
     | u = f at t = 0 | t | f |
     | u = f and u_t = g at t = 0 | t^2 | f + t g |
-    | u_n = g on a side of a box | not a function of that coordinate | any function with that normal derivative |
 
-    For the last one, the network needs the coordinate with `BoxFeatures(neumann=...)`. Products of distances
-    satisfy several conditions at once; `BoxDistance` makes them for boxes.
+    Products of distances satisfy several conditions at once; `BoxDistance` makes them for boxes.
 
     `jet`, `laplacian` and `hessian` use the product rule on the jet of the network, which keeps its closed form, and
     forward derivatives of `distance` and `lift`. It works on networks with adapters, and adapters can be made on it.

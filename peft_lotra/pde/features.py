@@ -3,7 +3,7 @@
 
 """Maps around a network: features of the coordinates of a box, and the scale of the outputs.
 
-Coordinates are scaled to the grid, periodic, even at the ends, or oscillating.
+Coordinates are scaled to the grid, periodic, or oscillating.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .boxes import check_box
 Frequencies = float | Sequence[float | Sequence[float]]  # periods across the box: for all coordinates, or for each
 
 # cos(pi (turns s + phase / 2)) for s in [0, 1], by (turns, phase): integers, which are exact in every dtype
-COSINE, SINE, EVEN = (2, 0), (2, -1), (1, 2)
+COSINE, SINE = (2, 0), (2, -1)
 LINEAR = (0, 0)  # 2 s - 1
 
 
@@ -31,7 +31,6 @@ class BoxFeatures(InputMap):
 
         2 s - 1                        for a coordinate with s in [0, 1] across the box,
         cos(2 pi s), sin(2 pi s)       for a periodic one: the network and all derivatives are periodic,
-        -cos(pi s)                     for one with Neumann conditions: the network's derivative is 0 at both ends,
         cos(2 pi k s), sin(2 pi k s)   in addition, for each of its `frequencies` k, for solutions that oscillate.
 
     `jet` and `LevenbergMarquardt` differentiate the layer in closed form.
@@ -39,7 +38,6 @@ class BoxFeatures(InputMap):
     Args:
         low, high: The ends of the box, I numbers each.
         periodic: The indices of periodic coordinates.
-        neumann: The indices of coordinates with Neumann conditions.
         frequencies: Periods across the box, multiples of 1/2 (of 1 for periodic coordinates): a number for all
             coordinates, or a number or a list of them for each, 0 or [] for none.
 
@@ -47,20 +45,10 @@ class BoxFeatures(InputMap):
         out_features: The number of features, I + len(periodic), and two for each frequency.
 
     Raises:
-        ValueError: The box is empty, an index is out of range or in both lists, or a frequency cannot be used.
+        ValueError: The box is empty, an index is out of range or a frequency cannot be used.
 
     Source: S. Dong and N. Ni, "A method for representing periodic functions and enforcing exactly periodic boundary
     conditions with deep neural networks", arXiv 2007.07442.
-
-    Example:
-        >>> import torch
-        >>> from peft_lotra.kan import KAN, jet
-        >>> from peft_lotra.pde import BoxFeatures
-        >>> features = BoxFeatures((-1, 0), (1, 1), periodic=[0])
-        >>> model = torch.nn.Sequential(features, KAN([features.out_features, 5, 1]))
-        >>> ends = jet(model, torch.tensor([[-1.0, 0.3], [1.0, 0.3]]))
-        >>> [bool((u.diff(dim=-2).abs() < 1e-4).all()) for u in ends]
-        [True, True, True]
     """
 
     low: Tensor
@@ -72,21 +60,15 @@ class BoxFeatures(InputMap):
         low: Sequence[float],
         high: Sequence[float],
         periodic: Collection[int] = (),
-        neumann: Collection[int] = (),
         frequencies: Frequencies = (),
     ) -> None:
         low_end, high_end = check_box(low, high)
         count = len(low_end)
         by_coordinate = check_frequencies(frequencies, count)
         periodic = check_list(periodic, "periodic", "a list of coordinates, such as [0]")
-        neumann = check_list(neumann, "neumann", "a list of coordinates, such as [0]")
-        for name, indices in (("periodic", periodic), ("neumann", neumann)):
-            for i in indices:
-                if isinstance(i, bool) or i not in range(count):
-                    raise ValueError(f"`{name}` has {i!r:.100}, but the box has coordinates 0 to {count - 1}.")
-        both = set(periodic) & set(neumann)
-        if both:
-            raise ValueError(f"Coordinate {min(both)} is both `periodic` and `neumann`, which exclude each other.")
+        for i in periodic:
+            if isinstance(i, bool) or i not in range(count):
+                raise ValueError(f"`periodic` has {i!r:.100}, but the box has coordinates 0 to {count - 1}.")
 
         sources = []
         waves = []
@@ -94,12 +76,10 @@ class BoxFeatures(InputMap):
             features = [LINEAR]
             if i in periodic:
                 features = [COSINE, SINE]
-            elif i in neumann:
-                features = [EVEN]
             for frequency in by_coordinate[i]:
                 turns = round(2 * frequency)
-                if i in neumann or (i in periodic and turns % 2):
-                    raise ValueError(f"`frequencies` has {frequency} for coordinate {i}, and breaks its condition.")
+                if i in periodic and turns % 2:
+                    raise ValueError(f"`frequencies` has {frequency} for coordinate {i}, which is periodic.")
                 features += [(turns, 0), (turns, -1)]
             sources += [i] * len(features)
             waves += features
@@ -107,9 +87,8 @@ class BoxFeatures(InputMap):
         super().__init__(count, sources)
         self.out_features = len(sources)
         self.periodic = sorted(set(periodic))
-        self.neumann = sorted(set(neumann))
         self.frequencies = by_coordinate
-        self.arguments = [low_end.tolist(), high_end.tolist(), self.periodic, self.neumann, by_coordinate]
+        self.arguments = [low_end.tolist(), high_end.tolist(), self.periodic, by_coordinate]
         self.register_buffer("low", low_end)
         self.register_buffer("high", high_end)
         self.register_buffer("waves", torch.tensor(waves), persistent=False)
@@ -134,7 +113,7 @@ class BoxFeatures(InputMap):
 
     def extra_repr(self) -> str:
         box = f"low={self.low.tolist()}, high={self.high.tolist()}"
-        return f"{box}, periodic={self.periodic}, neumann={self.neumann}, frequencies={self.frequencies}"
+        return f"{box}, periodic={self.periodic}, frequencies={self.frequencies}"
 
 
 class OutputScale(InputMap):

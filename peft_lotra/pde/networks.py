@@ -70,9 +70,7 @@ def prepare_network(network: nn.Module, features: BoxFeatures) -> nn.Module:
     present = first_module(network, BoxFeatures)
     if present is not None:
         if features.periodic not in ([], present.periodic):
-            raise ValueError(
-                f"`periodic` is {features.periodic}, but the network's own `BoxFeatures` have {present.periodic}."
-            )
+            raise ValueError(f"`periodic` is {features.periodic}, but the network was made with {present.periodic}.")
         return network
     layer = first_module(network, SplineLayer)
     if layer is not None and not features.periodic:

@@ -81,7 +81,7 @@ def solve(
         outputs: The number of unknown functions: by default as `network`, or 1.
         periodic: The indices of periodic coordinates.
         terms: Other residual terms, (function, rows) or (function, rows, weight) as for `LevenbergMarquardt`: data, or
-            conditions that are not exact, by `neumann` and `robin` too.
+            conditions that are not exact, by `robin` too.
         inside: Takes points (n, I) to (n,) bool: the equation holds in this part of the box (`disk(...).inside`).
             `distance` must be zero on its boundary unless there are `terms`.
         continuation: The first and the last parameter of the equation.
@@ -91,12 +91,12 @@ def solve(
         bounds: (low, high) of some of these constants, None for an open end.
         network: A KAN (`KAN([I, 8, 8, outputs], 8, 5, norm="tanh")`, for adapters of all layers), an MLP or another
             one, (n, I) to (n, outputs). It is trained in place and becomes float64; the model of a `Solution` is
-            copied instead. The box is scaled to [-1, 1] in front of it unless it has `BoxFeatures` or its grids are
-            the box.
-        windows: The number of windows in time, each with a new network that continues the one before, see `Windows`.
-            The time is the last coordinate with `distance` zero at its low side only. The first tensor of each term
-            must be points (n, I).
-        frequencies: Periods across the box, for features of new networks, as for `BoxFeatures`.
+            copied instead. The box is scaled to [-1, 1] in front of it unless its grids are the box.
+        windows: The number of windows in time, each with a new network that continues the one before. The time is the
+            last coordinate with `distance` zero at its low side only. The first tensor of each term must be points
+            (n, I).
+        frequencies: Periods across the box, for features of new networks: multiples of 1/2 (of 1 for periodic
+            coordinates). A number for all coordinates, or a number or a list of numbers for each.
         seconds: The time budget. No step begins that would exceed it if it took as long as the last one.
         steps: The number of steps to take instead: the same result on a busy machine.
         refine: Whether the grids of a `KAN` get finer at the end. Steps there that do not lower the held-out residual
@@ -150,9 +150,7 @@ def solve(
     if windows is not None and unknowns:
         raise ValueError("`windows` cannot share `unknowns`. Leave one of them out.")
     if frequencies != () and network is not None:
-        raise ValueError(
-            "`frequencies` are features of new networks, but `network` is given. Put `BoxFeatures` in front of it."
-        )
+        raise ValueError("`frequencies` are features of new networks, but `network` is given. Leave one of them out.")
     count = check_count(1 if windows is None else windows, "windows")
     if steps is not None:
         stages = 1 if continuation is None else STAGES + 1

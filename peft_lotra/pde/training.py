@@ -102,7 +102,7 @@ class Training:
         first = self.result.first_residual**2
         before = len(self.phases)
 
-        def stage(parameter: float) -> float:
+        def stage(parameter: float) -> bool:
             self.parameter = parameter
             number = len(self.phases) - before + 1
             until = min(CONTINUED * number / STAGES, COARSE)
@@ -110,17 +110,10 @@ class Training:
             stages = self.phases[before:]
             failures = sum(phase.held > FAILED * first for phase in stages)
             if self.is_over or len(stages) == 1 or failures > MOST_FAILURES:
-                return 0.0  # neither the first stage nor one that is out of time can be tried again
-            return least / first
+                return True  # neither the first stage nor one that is out of time can be tried again
+            return least / first <= FAILED
 
-        continuation(
-            self.trained,
-            stage,
-            start,
-            stop,
-            target=FAILED,
-            steps=STAGES - 1,
-        )
+        continuation(self.trained, stage, start, stop, STAGES - 1)
 
     def finish(self, refine: bool) -> float:
         """Train until the budget is used up, the last fifth of it on finer grids if the network has some.

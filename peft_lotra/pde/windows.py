@@ -44,19 +44,6 @@ class Windows(nn.Module):
 
     Attributes:
         active: The window of all points, whatever their times, e.g. in training. None to choose windows by the times.
-
-    Raises:
-        TypeError: A network is no module.
-        ValueError: The times do not increase, or their number is not K + 1; `smoothness` is not 1 or 2.
-
-    Example:
-        >>> import torch
-        >>> from peft_lotra.kan import KAN, jet
-        >>> from peft_lotra.pde import Windows
-        >>> windows = Windows([KAN([1, 4, 1]), KAN([1, 4, 1])], [0.0, 0.5, 1.0], time=0, smoothness=2)
-        >>> u, du, _ = jet(windows, torch.tensor([[0.499999], [0.500001]]))
-        >>> bool((u[0] - u[1]).abs() < 1e-4), bool((du[0, 0] - du[0, 1]).abs() < 1e-3)
-        (True, True)
     """
 
     ends: Tensor
@@ -65,17 +52,11 @@ class Windows(nn.Module):
         self,
         networks: Sequence[nn.Module],
         ends: Sequence[float],
-        time: int = -1,
-        smoothness: int = 1,
+        time: int,
+        smoothness: int,
     ):
         super().__init__()
         times = torch.as_tensor(ends, dtype=torch.float64, device="cpu")
-        count = len(networks) + 1
-        is_increasing = times.shape == (count,) and (times.diff() > 0).all()
-        if not is_increasing:
-            raise ValueError(f"`ends` is {ends}, but must be {count} increasing times.")
-        if smoothness not in POLYNOMIALS:
-            raise ValueError(f"`smoothness` is {smoothness}, but must be 1 or 2.")
         self.networks = nn.ModuleList(networks)
         self.time = time
         self.smoothness = smoothness

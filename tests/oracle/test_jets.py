@@ -31,7 +31,8 @@ from peft_lotra.kan import (
 )
 from peft_lotra.kan.input_map import InputMap
 from peft_lotra.least_squares.jacobian import row_gradients
-from peft_lotra.pde import BoxFeatures, HardConstraint
+from peft_lotra.pde import HardConstraint
+from peft_lotra.pde.features import BoxFeatures
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Adapters have more", "ignore:Splines of degree", "ignore:Ranks are")
@@ -69,8 +70,8 @@ def with_batch_norm() -> nn.Module:
 
 
 def constrained(inner: nn.Module | None = None) -> nn.Module:
-    features = BoxFeatures([-2] * 3, [2] * 3, periodic=[0], neumann=[1])
-    model = nn.Sequential(features, inner or network(4, 5, 2)).double()
+    features = BoxFeatures([-2] * 3, [2] * 3, periodic=[0], frequencies=(0, 0, 1))
+    model = nn.Sequential(features, inner or network(6, 5, 2)).double()
     return HardConstraint(model, lambda x: x[..., :1] * torch.exp(x[..., 1:2]), lambda x: torch.sin(x[..., :1]))
 
 
@@ -98,7 +99,7 @@ MODELS = {
 }
 COMPOSED = {
     "constrained": constrained,
-    "constrained MLP": lambda: constrained(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))),
+    "constrained MLP": lambda: constrained(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))),
     "constrained, adapted": lambda: adapt(constrained()),
 }
 OTHERS = {

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from peft_lotra.kan import hessian, jet, laplacian
 from peft_lotra.least_squares import LevenbergMarquardt
-from peft_lotra.pde import BoxDistance, BoxFeatures, HardConstraint
+from peft_lotra.pde import BoxDistance, HardConstraint
+from peft_lotra.pde.features import BoxFeatures
 
 
 BOX = (-1.0, 0.0), (1.0, 2.0)
@@ -48,7 +49,7 @@ def adapted(model: nn.Module) -> nn.Module:
 
 
 def with_features() -> HardConstraint:
-    features = BoxFeatures(*BOX, periodic=[0], neumann=[1])
+    features = BoxFeatures(*BOX, periodic=[0])
     return HardConstraint(nn.Sequential(features, network(3, 5, 1)), lambda x: x[..., 1:] ** 2, start)
 
 
@@ -117,16 +118,6 @@ def test_a_lift_and_a_double_zero_prescribe_value_and_velocity():
 
     torch.testing.assert_close(u, torch.cos(x[:, :1]))
     torch.testing.assert_close(velocity, torch.sin(x[:, :1]))
-
-
-@pytest.mark.parametrize("end", [-1.0, 1.0])
-def test_features_and_a_lift_prescribe_the_slope_at_both_ends(end):
-    kan = nn.Sequential(BoxFeatures(*BOX, neumann=[0]), network(2, 5, 1))
-    model = HardConstraint(kan, BoxDistance(*BOX, sides=[(1, "low")]).double(), lambda x: x[..., :1])
-
-    slope = jet(model, at_end(end))[1][0]
-
-    torch.testing.assert_close(slope, torch.ones_like(slope))
 
 
 def burgers(model: nn.Module, x: Tensor) -> Tensor:

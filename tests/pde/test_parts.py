@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from peft_lotra.kan import jet
 from peft_lotra.least_squares import LevenbergMarquardt
-from peft_lotra.pde import BoxFeatures, gradient_weights
+from peft_lotra.pde.adaptive import gradient_weights
+from peft_lotra.pde.features import BoxFeatures
 
 
 LOW, HIGH = (-1.0, 0.0, 2.0), (3.0, 2.0, 5.0)
@@ -26,21 +27,20 @@ def in_box(rows: int = 20) -> torch.Tensor:
 
 
 def test_features_have_the_formula():
-    features = BoxFeatures(LOW, HIGH, periodic=[0], neumann=[2])
+    features = BoxFeatures(LOW, HIGH, periodic=[0], frequencies=(0, 0, 1))
     points = in_box()
     x, y, z = points.T
     angle = 2 * math.pi * (x + 1) / 4
 
-    assert features.out_features == 4
-    expected = [torch.cos(angle), torch.sin(angle), y - 1, -torch.cos(math.pi * (z - 2) / 3)]
+    turns = 2 * math.pi * (z - 2) / 3
+    assert features.out_features == 6
+    expected = [torch.cos(angle), torch.sin(angle), y - 1, 2 * (z - 2) / 3 - 1, torch.cos(turns), torch.sin(turns)]
     torch.testing.assert_close(features(points), torch.stack(expected, 1))
 
 
 WRONG = {
     r"`periodic` has 3, but the box has coordinates 0 to 2": lambda: BoxFeatures(LOW, HIGH, periodic=[3]),
-    r"is both `periodic` and `neumann`": lambda: BoxFeatures(LOW, HIGH, periodic=[1], neumann=[1]),
     "BoxFeatures expects a last dimension of 3": lambda: BoxFeatures(LOW, HIGH)(torch.rand(4, 2)),
-    "`scale` is -1": lambda: gradient_weights(network(2, 1), torch.rand(4, 2), -1),
 }
 
 
@@ -76,6 +76,6 @@ def test_weights_are_rows_of_residual_terms():
 
     start = loss()
     for _ in range(2):
-        LevenbergMarquardt(model).fit([(equation, (x, gradient_weights(model, x)))], 3, progress=False)
+        LevenbergMarquardt(model).fit([(equation, (x, gradient_weights(model, x, 0.1)))], 3, progress=False)
 
     assert loss() < start

@@ -11,7 +11,9 @@ from pde_problems import by_autograd, poisson
 from torch import Tensor, nn
 
 from peft_lotra.kan import jet
-from peft_lotra.pde import BoxDistance, BoxFeatures, ResidualSampler, Windows, budget, race, solve
+from peft_lotra.pde import BoxDistance, ResidualSampler, budget, race, solve
+from peft_lotra.pde.features import BoxFeatures
+from peft_lotra.pde.windows import Windows
 
 
 @pytest.fixture(autouse=True)
@@ -163,7 +165,5 @@ def test_frequencies_that_cannot_be_used_are_refused(frequencies):
 
 
 def test_a_frequency_that_breaks_a_condition_is_refused():
-    with pytest.raises(ValueError, match="breaks its condition"):
+    with pytest.raises(ValueError, match="which is periodic"):
         BoxFeatures([0], [1], periodic=[0], frequencies=0.5)
-    with pytest.raises(ValueError, match="breaks its condition"):
-        BoxFeatures([0], [1], neumann=[0], frequencies=1)

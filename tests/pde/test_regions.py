@@ -20,7 +20,6 @@ from peft_lotra.pde import (
     ResidualSampler,
     box_points,
     disk,
-    neumann,
     polygon,
     robin,
     side_points,
@@ -403,7 +402,7 @@ def test_the_coefficient_of_a_corner_in_the_lift_is_trained():
     assert corner.coefficient.item() == pytest.approx(0.4019, abs=0.01)
 
 
-def test_neumann_and_robin_conditions():
+def test_conditions_on_the_normal_derivative():
     """For u = x^2 + y on a square: slopes on the right side and on top, 2 u + 3 u_n on the left side."""
 
     def exact(x: Tensor) -> Tensor:
@@ -413,8 +412,8 @@ def test_neumann_and_robin_conditions():
         return jet(model, x, collapse=True)[2] - 2
 
     terms = [
-        neumann(*side_points(*SQUARE, 40, sides=[(0, "high")]), 2.0),
-        neumann(*side_points(*SQUARE, 40, sides=[(1, "high")]), lambda x: torch.ones(len(x))),
+        robin(*side_points(*SQUARE, 40, sides=[(0, "high")]), 0.0, 1.0, 2.0),
+        robin(*side_points(*SQUARE, 40, sides=[(1, "high")]), 0.0, 1.0, lambda x: torch.ones(len(x))),
         robin(*side_points(*SQUARE, 40, sides=[(0, "low")]), 2.0, 3.0, lambda x: 2 * exact(x) + 6),
     ]
     distance = BoxDistance(*SQUARE, sides=[(1, "low")])
@@ -476,12 +475,12 @@ WRONG = {
     "boundary of `inside`. Take": lambda: solved(
         disk((0, 0), 0.9) - disk((0, 0), 0.3), distance=disk((0, 0), 0.9).distance
     ),
-    r"shape \(5, 2\) and `normals` \(4, 2\)": lambda: neumann(boundary_term()[0], boundary_term()[1][:4]),
-    r"shape \(5, 2\) and `normals` \(5,\)": lambda: neumann(boundary_term()[0], boundary_term()[1][:, 0]),
-    "must have length 1, .* from 2 to 2": lambda: neumann(boundary_term()[0], 2 * boundary_term()[1]),
-    r"`values` has shape \(3, 1\)": lambda: neumann(*boundary_term(), torch.ones(3, 1)),
-    r"`values` has shape \(5, 1\).*finite": lambda: neumann(*boundary_term(), math.nan),
-    "`weight` is 0": lambda: neumann(*boundary_term(), weight=0),
+    r"shape \(5, 2\) and `normals` \(4, 2\)": lambda: robin(boundary_term()[0], boundary_term()[1][:4], 0.0, 1.0),
+    r"shape \(5, 2\) and `normals` \(5,\)": lambda: robin(boundary_term()[0], boundary_term()[1][:, 0], 0.0, 1.0),
+    "must have length 1, .* from 2 to 2": lambda: robin(boundary_term()[0], 2 * boundary_term()[1], 0.0, 1.0),
+    r"`values` has shape \(3, 1\)": lambda: robin(*boundary_term(), 0.0, 1.0, torch.ones(3, 1)),
+    r"`values` has shape \(5, 1\).*finite": lambda: robin(*boundary_term(), 0.0, 1.0, math.nan),
+    "`weight` is 0": lambda: robin(*boundary_term(), 0.0, 1.0, weight=0),
 }
 
 

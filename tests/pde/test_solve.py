@@ -13,7 +13,8 @@ from pde_problems import by_autograd, error, line, poisson
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, jet
-from peft_lotra.pde import BoxDistance, BoxFeatures, solve
+from peft_lotra.pde import BoxDistance, solve
+from peft_lotra.pde.features import BoxFeatures
 
 
 def solved(residual=poisson, low=(0.0,), high=(10.0,), *, distance=line, steps=8, seed=0, **options):
@@ -349,7 +350,7 @@ WRONG = {
     "`callback` is called with 2": lambda: solved(callback=lambda: None),
     "`seconds` is": lambda: solve(poisson, [0], [1], distance=line, seconds=0),
     r"`periodic` has 1": lambda: solved(periodic=[1]),
-    "own `BoxFeatures` have": lambda: solved(network=nn.Sequential(BoxFeatures([0], [10]), mlp()), periodic=[0]),
+    "the network was made with": lambda: solved(network=nn.Sequential(BoxFeatures([0], [10]), mlp()), periodic=[0]),
 }
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from peft_lotra import LoTRAConfig
 from peft_lotra.derivatives import api
 from peft_lotra.kan import KAN, jet
-from peft_lotra.pde import BoxDistance, BoxFeatures, budget, disk, neumann, polygon, side_points, solve
+from peft_lotra.pde import BoxDistance, budget, disk, polygon, robin, side_points, solve
+from peft_lotra.pde.features import BoxFeatures
 
 
 UNIT = (0.0, 0.0), (1.0, 1.0)
@@ -210,7 +211,7 @@ def test_a_flux_does_not_warn_of_its_derivatives(monkeypatch):
     points, normals = side_points(*UNIT, 5, sides=[(0, "high")])
     distance = BoxDistance(*UNIT, sides=[(0, "low"), (1, "low"), (1, "high")])
 
-    run(distance=distance, terms=[neumann(points, normals)])
+    run(distance=distance, terms=[robin(points, normals, 0.0, 1.0)])
 
 
 def test_a_training_that_stalls_far_from_a_solution_warns(monkeypatch):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from peft_lotra.derivatives.torch_fallback import jet_by_transforms
 from peft_lotra.kan import KAN, jet
-from peft_lotra.pde import BoxDistance, HardConstraint, Windows, race, solve
+from peft_lotra.pde import BoxDistance, HardConstraint, race, solve
+from peft_lotra.pde.windows import Windows
 
 
 ENDS = [0.0, 0.3, 0.6, 1.0]
@@ -155,9 +156,6 @@ def solved(**options):
 
 
 WRONG = {
-    "increasing times": lambda: Windows([tanh_network()], [1.0, 0.0]),
-    "`smoothness` is 3": lambda: Windows([tanh_network()], [0.0, 1.0], smoothness=3),
-    "is not a Module subclass": lambda: Windows([jet], [0.0, 1.0]),
     "needs a time coordinate": lambda: solved(distance=BoxDistance([0], [1])),
     "`windows` is 0": lambda: solved(windows=0),
     "`steps` is 2": lambda: solved(windows=4, steps=2),

@@ -37,7 +37,7 @@ from study_tools.records import Record, on_cpu_clock
 from torch import Tensor
 
 from peft_lotra.kan import jet
-from peft_lotra.pde import BoxDistance, Solution, box_points, disk, neumann, polygon, side_points, solve
+from peft_lotra.pde import BoxDistance, Solution, box_points, disk, polygon, robin, side_points, solve
 
 
 torch.set_num_threads(1)
@@ -84,7 +84,7 @@ def poisson_neumann(solve) -> Solution:  # u'(1) = 4
         return jet(model, x)[2][0] - 2
 
     end, normal = torch.ones(1, 1).double(), torch.ones(1, 1).double()
-    return solve(equation, [-1], [1], distance=lambda x: x + 1, terms=[neumann(end, normal, 4.0)])
+    return solve(equation, [-1], [1], distance=lambda x: x + 1, terms=[robin(end, normal, 0.0, 1.0, 4.0)])
 
 
 def poisson_robin(solve) -> Solution:  # u'(1) = u(1)
@@ -165,7 +165,7 @@ def helmholtz_hole(solve) -> Solution:
     normals = -outward
     box = (-0.5, -0.5), (0.5, 0.5)
     return solve(equation, *box, distance=BoxDistance(*box), inside=lambda x: ~hole.inside(x),
-                 terms=[neumann(points, normals, slopes)])  # fmt: skip
+                 terms=[robin(points, normals, 0.0, 1.0, slopes)])  # fmt: skip
 
 
 def heat(solve) -> Solution:

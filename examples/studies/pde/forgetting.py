@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from peft_lotra.kan import jet
 from peft_lotra.optim import LevenbergMarquardt
-from peft_lotra.pde import BoxDistance, BoxFeatures, ResidualSampler, box_points
+from peft_lotra.pde import BoxDistance, ResidualSampler, box_points
+from peft_lotra.pde.features import BoxFeatures
 
 
 torch.set_num_threads(1)

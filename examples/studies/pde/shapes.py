@@ -37,7 +37,7 @@ from study_tools.records import Record, on_cpu_clock
 from torch import Tensor, nn
 
 from peft_lotra.kan import jet
-from peft_lotra.pde import BoxDistance, Solution, disk, neumann, polygon, solve
+from peft_lotra.pde import BoxDistance, Solution, disk, polygon, robin, solve
 
 
 torch.set_num_threads(1)
@@ -152,7 +152,7 @@ def hole(**options: Any) -> Solution:
     normals = -outward  # out of the plate
     x, y = math.pi * points[:, 0], math.pi * points[:, 1]
     slopes = math.pi * torch.stack([torch.cos(x) * torch.sin(y), torch.sin(x) * torch.cos(y)], 1)
-    term = neumann(points, normals, (slopes * normals).sum(1))
+    term = robin(points, normals, 0.0, 1.0, (slopes * normals).sum(1))
     return solve(helmholtz, *SQUARE, distance=BoxDistance(*SQUARE), terms=[term], inside=PLATE.inside, **options)
 
 

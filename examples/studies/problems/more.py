@@ -14,7 +14,8 @@ from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
 from peft_lotra.kan import jet
-from peft_lotra.pde import BoxDistance, BoxFeatures
+from peft_lotra.pde import BoxDistance
+from peft_lotra.pde.features import BoxFeatures
 from problems.standard import EVOLUTION, Problem, axes_of, since_start
 
 

@@ -21,7 +21,8 @@ from scipy import special
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, jet
-from peft_lotra.pde import BoxDistance, BoxFeatures, HardConstraint, box_points, side_points
+from peft_lotra.pde import BoxDistance, HardConstraint, box_points, side_points
+from peft_lotra.pde.features import BoxFeatures
 
 
 Term = tuple[Callable[..., Tensor], tuple[Tensor, ...], float]

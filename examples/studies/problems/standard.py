@@ -25,7 +25,8 @@ from scipy.interpolate import BarycentricInterpolator
 from torch import Tensor, nn
 
 from peft_lotra.kan import jet
-from peft_lotra.pde import BoxDistance, BoxFeatures, side_points
+from peft_lotra.pde import BoxDistance, side_points
+from peft_lotra.pde.features import BoxFeatures
 from problems.families import chebyshev
 
 
