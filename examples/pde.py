@@ -52,4 +52,4 @@ base = solve_for(1.0, kan, steps=30)
 config = LoTRAConfig(r=(4, 4, 8), rank_pattern={"layers.4": (1, 4, 8)})
 adapted = get_peft_model(base.model.kan, config)
 # trains what requires a gradient: the adapter
-solve_for(1.2, adapted, steps=15, refine=False)
+solve_for(1.2, adapted, steps=15)

@@ -106,15 +106,14 @@ print(f"v = 0.15, before adapting: {error(base.model, 0.15):.1e}")
 # start](../pde.md#move-to-another-parameter-value) of all parameters is more accurate.
 #
 # Attach an adapter to the network `base.model.kan`; `base.model` also holds the conditions. `solve` trains only the
-# parameters that require a gradient, here the adapter. `refine=False` keeps the grids. Otherwise `solve` would refine
-# the base and the adapter together, and the adapter would not fit the saved base. A rank larger than its mode, such as
-# 4 for the one output of the last layer, is lowered to the size of the mode.
+# parameters that require a gradient, here the adapter, and leaves the grids of an adapted network as they are. A rank
+# larger than its mode, such as 4 for the one output of the last layer, is lowered to the size of the mode.
 
 # %%
 config = LoTRAConfig(r=(4, 4, 8))
 network = get_peft_model(base.model.kan, config)
 network.print_trainable_parameters()
-adapted = solved(0.15, steps=25, network=network, refine=False)
+adapted = solved(0.15, steps=25, network=network)
 print(f"v = 0.15, adapted: relative error {error(adapted.model, 0.15):.1e}")
 
 # %% [markdown]

@@ -10,6 +10,34 @@ from collections.abc import Callable
 
 from torch import nn
 
+from .training import COARSE, FAILED, Training
+
+
+STAGES = 6  # parameters of a continuation
+CONTINUED = 0.6  # the share of the budget after which it ends
+SOLVED = 1e-4  # of the first residual's square: where a stage ends; it is undone from `FAILED` on
+MOST_FAILURES = 3  # stages that are undone
+
+
+def train_along(training: Training, start: float, stop: float) -> None:
+    """Solve the equation at parameters from `start` on, each from the solution of the one before."""
+    first = training.result.first_residual**2
+    before = len(training.phases)
+
+    def stage(parameter: float) -> bool:
+        training.parameter = parameter
+        number = len(training.phases) - before + 1
+        until = min(CONTINUED * number / STAGES, COARSE)
+        training.restart_optimizer()
+        least = training.fit("continuation", until, SOLVED * first, is_patient=False)
+        stages = training.phases[before:]
+        failures = sum(phase.held > FAILED * first for phase in stages)
+        if training.is_over or len(stages) == 1 or failures > MOST_FAILURES:
+            return True  # neither the first stage nor one that is out of time can be tried again
+        return least / first <= FAILED
+
+    continuation(training.trained, stage, start, stop, STAGES - 1)
+
 
 def continuation(
     model: nn.Module,

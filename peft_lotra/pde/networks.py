@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..kan.layer import KANLinear, SplineLayer
-from ..kan.network import pairs
+from ..kan.network import LayerStack, pairs
 from ..least_squares.problem import check_trainable
 from ..modules.calls import unwrap
 from .constraints import HardConstraint
@@ -80,6 +80,16 @@ def prepare_network(network: nn.Module, features: BoxFeatures) -> nn.Module:
     prepared: Any = nn.Sequential(features, network)
     prepared.record = {"features": features.arguments}
     return prepared
+
+
+def find_kan(network: nn.Module) -> LayerStack | None:
+    """Return the KAN in a network whose grids get finer: trained from scratch as a whole, without adapters."""
+    if isinstance(network, HardConstraint):  # of a solution
+        return None
+    kan = first_module(network, LayerStack)
+    if kan is None or not all(parameter.requires_grad for parameter in kan.parameters()):
+        return None
+    return kan
 
 
 def first_module(model: nn.Module, kind: type) -> Any:

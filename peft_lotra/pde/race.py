@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .adaptive import ResidualSampler
 from .boxes import box_points, side_points
 from .budget import Budget
 from .constraints import HardConstraint, Part
+from .continuation import train_along
 from .features import BoxFeatures, OutputScale
 from .networks import new_network
 from .solution import Solution
@@ -121,7 +123,7 @@ class Starts:
         best = first
         least = first.fit("start", SHARE)
         if self.budget.allows_step(1.0) and len(self.result.history) < FEWEST_STEPS:
-            first.finish(refine=False)
+            first.fit_on("coarse", 1.0)
             return first
         number = 0
         while True:
@@ -204,9 +206,11 @@ class Starts:
                 training = self.new_training(model, f"{kind} in window {k}", box)
                 spent = self.budget.spent()
                 training.share = spent, spent + (1 - spent) / (count - k)
+                if self.callback is not None:
+                    training.callback = partial(_call_with_all, windows, self.callback)
                 if not math.isnan(path[0]):
-                    training.continue_from(*path)
-                least = training.finish(refine=False)
+                    train_along(training, *path)
+                least = training.fit_on("coarse", 1.0)
                 if k == 0 and least > target:
                     return None
         finally:  # an interrupted model, too, has all windows
@@ -235,6 +239,20 @@ class Starts:
                 is_proportional = farther < 3 * near
                 return i, 1 if is_proportional[is_prescribed].any() else 2
         return None, 1
+
+
+def _call_with_all(
+    windows: Windows,
+    callback: Callable[..., Any],
+    solution: Solution,
+    record: LevenbergMarquardtStep,
+) -> Any:
+    """Show the solution with all of its windows to the caller."""
+    active = windows.active
+    windows.activate(None)
+    answer = callback(solution, record)
+    windows.activate(active)
+    return answer
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -21,14 +21,14 @@ from .boxes import Inside, box_points, check_box, edge_points, side_points
 from .budget import Budget
 from .checks import check_model, outside_grids
 from .constraints import HardConstraint, Part
+from .continuation import STAGES, train_along
 from .diagnostics import describe_outcome, find_doubts, find_unmet
 from .features import BoxFeatures, Frequencies
-from .networks import first_module, new_network, prepare_network
-from .noise import FITTED, check_effects, estimate_constants
+from .networks import find_kan, first_module, new_network, prepare_network
+from .noise import FITTED, Estimation
 from .race import HELD_POINTS, KINDS, Starts, scale_outputs
 from .solution import Solution
-from .training import STAGES
-from .unknowns import Interval, NetworkWithConstants
+from .unknowns import NetworkWithConstants, Unknowns
 from .windows import Windows
 
 
@@ -45,14 +45,12 @@ def solve(
     terms: Sequence[Any] = (),
     inside: Inside | None = None,
     continuation: tuple[float, float] | None = None,
-    unknowns: Mapping[str, float] | None = None,
-    bounds: Mapping[str, Interval] | None = None,
+    unknowns: Unknowns | None = None,
     network: nn.Module | None = None,
     windows: int | None = None,
     frequencies: Frequencies = (),
     seconds: float = 60.0,
     steps: int | None = None,
-    refine: bool = True,
     seed: int = 0,
     progress: bool = True,
     callback: Callable[[Solution, LevenbergMarquardtStep], Any] | None = None,
@@ -71,7 +69,9 @@ def solve(
     one stalls before it is exact, eight windows in time are tried. A network that stalls with a large residual is
     followed by new starts.
 
-    If a `KAN` is given, its grids are twice as fine for the last fifth of the budget.
+    If a `KAN` is given, its grids are twice as fine for the last fifth of the budget. Steps there that do not lower
+    the held-out residual are undone. The grids stay if not all of its parameters are trained, as with adapters, or if
+    the network is the model of a `Solution`.
 
     Args:
         residual: `residual(model, x)`, or `residual(model, x, parameter)` with `continuation`: takes points (n, I) to
@@ -85,10 +85,10 @@ def solve(
         inside: Takes points (n, I) to (n,) bool: the equation holds in this part of the box (`disk(...).inside`).
             `distance` must be zero on its boundary unless there are `terms`.
         continuation: The first and the last parameter of the equation.
-        unknowns: Constants of the equation to be trained with the network, and their starts. The equation and the
-            functions of `terms` get those that they name as keyword arguments behind the others, with `**kwargs` all:
-            float64 tensors of shape (). Terms without a weight are data: they weigh much at first, and less later.
-        bounds: (low, high) of some of these constants, None for an open end.
+        unknowns: Constants of the equation to be trained with the network, by name: the start of each, or (start, low,
+            high) with None for an open end. The equation and the functions of `terms` get those that they name as
+            keyword arguments behind the others, with `**kwargs` all: float64 tensors of shape (). Terms without a
+            weight are data: they weigh much at first, and less later.
         network: A KAN (`KAN([I, 8, 8, outputs], 8, 5, norm="tanh")`, for adapters of all layers), an MLP or another
             one, (n, I) to (n, outputs). It is trained in place and becomes float64; the model of a `Solution` is
             copied instead. The box is scaled to [-1, 1] in front of it unless its grids are the box.
@@ -99,8 +99,6 @@ def solve(
             coordinates). A number for all coordinates, or a number or a list of numbers for each.
         seconds: The time budget. No step begins that would exceed it if it took as long as the last one.
         steps: The number of steps to take instead: the same result on a busy machine.
-        refine: Whether the grids of a `KAN` get finer at the end. Steps there that do not lower the held-out residual
-            are undone.
         seed: Of the network and the points.
         progress: Whether to show a bar.
         callback: Called after each step with the solution so far and the record of the step, the last one of
@@ -115,7 +113,7 @@ def solve(
         ValueError: The box is empty; `distance` is zero everywhere, or not on a side of the box, or on the boundary of
             `inside`, and there are no `terms`; `inside` is true nowhere, or everywhere; the network has other inputs,
             or other `outputs`; residuals are not finite, of a wrong shape, or depend on other rows; a number is out
-            of range; no function takes a constant, it starts outside of its bounds, or has no effect. Nothing is
+            of range; no function takes a constant, it starts outside of its interval, or has no effect. Nothing is
             trained then.
 
     Warns:
@@ -141,8 +139,6 @@ def solve(
     if continuation is not None:
         ends = check_list(continuation, "continuation", "two numbers, the first and the last parameter", 2)
         start, stop = (check_number(end, "continuation", "(-inf, inf)") for end in ends)
-    if bounds and not unknowns:
-        raise ValueError("`bounds` needs `unknowns`, the constants that it keeps in intervals.")
     positional = 2 if continuation is None else 3
     check_function(residual, "residual", None if unknowns else positional)
     if windows is not None and network is not None:
@@ -170,16 +166,19 @@ def solve(
     terms = check_list(terms, "terms", "a list of residual terms (function, rows)")
     checked_terms = check_terms(terms) if terms else []
     is_new = network is None
-    features = BoxFeatures(low, high, periodic, frequencies=frequencies)
+    features = BoxFeatures(low, high, periodic, frequencies)
+    kan = None if network is None else find_kan(network)
     network = new_network(features, outputs or 1, seed) if network is None else prepare_network(network, features)
     model = HardConstraint(network, distance, lift).double()
     held = box_points(low, high, HELD_POINTS, inside=inside, seed=seed)
     outputs = check_model(model, held, sides, bool(terms), outputs)
     constants = None
     data = []
-    if unknowns or bounds:
-        constants = NetworkWithConstants(model, unknowns or {}, bounds or {})
+    if unknowns:
+        constants = NetworkWithConstants(model, unknowns)
         residual, checked_terms, data = constants.bind(residual, positional, terms, checked_terms)
+        if callback is not None:
+            callback = constants.report_to(callback)
     result = Solution(model, low_end, high_end, inside)
 
     def warn(message: str) -> None:
@@ -189,7 +188,7 @@ def solve(
     with Budget(seconds, steps, progress) as budget:
         starts = Starts(result, residual, checked_terms, distance, lift, outputs, seed, features, budget, callback)
         kind = KINDS[0] if is_new else ""
-        training = starts.new_training(model, kind, parameter=start, constants=constants, data=data)
+        training = starts.new_training(model, kind, parameter=start, trained=constants)
         result.first_residual = training.norm()
         starts.differentiates = training.differentiates
         if is_new:
@@ -200,28 +199,29 @@ def solve(
         held_terms = training.held_terms()
         for doubt in find_doubts(training.trained, low_end, high_end, inside, held_terms):
             warn(doubt)
+        fit = training.fit_on
+        estimation = None
         if constants is not None:
-            check_effects(training)
+            estimation = Estimation(training, constants, data)
+            estimation.check_effects()
+            fit = estimation.fit
             training.share = 0.0, FITTED
 
         if windows is not None:
             training = starts.fit_windows(count, KINDS[0], path=(start, stop)) or training
         elif continuation is not None:
-            training.continue_from(start, stop)
-            training.finish(refine)
+            train_along(training, start, stop)
+            training.finish(fit, kan)
         elif is_new and constants is None:
             training = starts.race(training)
         else:
-            training.finish(refine)
+            training.finish(fit, kan)
         result.model = training.model
-        if constants is not None:
+        if estimation is not None:
             training.share = 0.0, 1.0
-            estimates, doubts = estimate_constants(training)
+            estimates, doubts = estimation.estimate()
             for doubt in doubts:
                 warn(doubt)
-            values = {name: estimate.value for name, estimate in estimates.items()}
-            constants.assign(values)
-            training.fit_network("estimated constants", 1.0)
             result.unknowns = estimates  # callbacks have seen them without errors
         result.residual = training.norm()
         if is_new and result.phases[-1].reason != "callback":  # another network may meet them before
@@ -236,8 +236,8 @@ def solve(
             with suppress(Exception):  # an equation may take this network alone, and its solution must not be lost
                 untrained = starts.new_model(KINDS[0], seed)
                 if constants is not None:
-                    constants = NetworkWithConstants(untrained, unknowns or {}, bounds or {})
-                first = starts.new_training(untrained, parameter=stop, constants=constants)
+                    constants = NetworkWithConstants(untrained, unknowns or {})
+                first = starts.new_training(untrained, parameter=stop, trained=constants)
                 first.norm()
                 scale_outputs(first, untrained.kan)
                 scale = first.norm()

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..least_squares.problem import Term
-from ..modules.checks import check_function, check_number, list_first
+from ..modules.checks import check_function, check_list, check_number, list_first
 
 
-Interval = tuple[float | None, float | None]
+Unknowns = Mapping[str, float | tuple[float, float | None, float | None]]
 
 
 class Estimate(NamedTuple):
@@ -118,43 +118,46 @@ class NetworkWithConstants(nn.Module):
 
     Args:
         network: The network of the solution.
-        starts: The value that each constant starts with, by its name.
-        bounds: The lower and the upper end of some constants, None for an open end.
+        unknowns: As for `solve`.
 
     Raises:
-        ValueError: A start is not finite or not between its ends, or a name in `bounds` is not in `starts`.
+        ValueError: A start is not finite, or not between its ends.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        starts: Mapping[str, float],
-        bounds: Mapping[str, Interval],
-    ) -> None:
+    def __init__(self, network: nn.Module, unknowns: Unknowns) -> None:
         super().__init__()
-        for name in bounds:
-            if name not in starts:
-                names = list_first(map(repr, starts)) or "no constants"
-                raise ValueError(f"`bounds` has {name!r}, but `unknowns` has {names}.")
         self.network = network
-        self.names = list(starts)
+        self.names = list(unknowns)
         self.constants = nn.ModuleList()
-        for name, start in starts.items():
-            low, high = bounds.get(name, (None, None))
+        for name, entry in unknowns.items():
+            argument = f"unknowns[{name!r}]"
+            if not isinstance(entry, (tuple, list)):
+                entry = (entry, None, None)
+            start, low, high = check_list(entry, argument, "a number, or (start, low, high)", 3)
             low = -math.inf if low is None else low
             high = math.inf if high is None else high
-            start = check_number(start, f"unknowns[{name!r}]", "(-inf, inf)")
+            start = check_number(start, argument, "(-inf, inf)")
             if not low < start < high:
-                raise ValueError(
-                    f"`unknowns` starts {name!r} at {start:g}, but `bounds` has ({low:g}, {high:g}). Give low < start "
-                    "< high."
-                )
+                raise ValueError(f"`{argument}` starts at {start:g}, which is not between {low:g} and {high:g}.")
             self.constants.append(Constant(start, low, high))
 
     def values(self) -> dict[str, Tensor]:
         """Return the constants by name, of shape ()."""
         values = [constant() for constant in self.constants]
         return dict(zip(self.names, values, strict=True))
+
+    def estimates(self, error: float) -> dict[str, Estimate]:
+        """Return the constants as estimates with this error."""
+        return {name: Estimate(value.item(), error) for name, value in self.values().items()}
+
+    def report_to(self, callback: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a callback of `solve` that writes the constants into the solution first."""
+
+        def call(solution: Any, record: Any) -> Any:
+            solution.unknowns = self.estimates(math.nan)
+            return callback(solution, record)
+
+        return call
 
     def assign(self, values: Mapping[str, float]) -> None:
         """Let constants have these values."""

@@ -42,7 +42,7 @@ def calls_by_step(lift: Recorded, network: nn.Module | None = None) -> list[Coun
         steps.append(lift.calls.copy())
         lift.calls.clear()
 
-    options = {"distance": line, "lift": lift, "network": network, "refine": False}
+    options = {"distance": line, "lift": lift, "network": network}
     solve(poisson, [0.0], [10.0], **options, steps=4, callback=callback, progress=False)
     return steps[1:]
 

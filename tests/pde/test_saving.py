@@ -40,6 +40,13 @@ def solved(network: nn.Module | None = None, **options) -> Solution:
     return solve(heat, *BOX, network=network, **(defaults | options))
 
 
+def frozen_in_part(network: nn.Module) -> nn.Module:
+    """Return a network whose grids stay, as not all of it is trained."""
+    first, *_ = network.parameters()
+    first.requires_grad_(False)
+    return network
+
+
 def assert_same(network: nn.Module, result: Solution) -> None:
     """The model with a loaded network has the same values and derivatives."""
     x = torch.rand(20, 2, dtype=torch.float64) * 0.9
@@ -72,8 +79,8 @@ def adapter() -> nn.Module:
 
 
 NETWORKS = {
-    "KAN": lambda: KAN([2, 4, 1], 4, 4, norm="tanh"),
-    "Slim KAN": lambda: SlimKAN([2, 4, 1], (2, 2, 2)),
+    "KAN": lambda: frozen_in_part(KAN([2, 4, 1], 4, 4, norm="tanh")),
+    "Slim KAN": lambda: frozen_in_part(SlimKAN([2, 4, 1], (1, 2, 2))),
     "MLP": lambda: nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)),
     "adapter": adapter,
 }
@@ -82,7 +89,7 @@ NETWORKS = {
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.filterwarnings("ignore:.*outside of its grid", "ignore:Adapters have more parameters")
 def test_networks_of_the_caller_are_filled(tmp_path, name):
-    result = solved(NETWORKS[name](), refine=False)
+    result = solved(NETWORKS[name]())
     result.save(tmp_path / "u.safetensors")
     network = NETWORKS[name]()
 
@@ -93,14 +100,14 @@ def test_networks_of_the_caller_are_filled(tmp_path, name):
 
 
 def test_an_adapter_on_a_loaded_network_is_restored(tmp_path):
-    solved(KAN([2, 4, 1], norm="tanh"), refine=False).save(tmp_path / "base.safetensors")
+    solved(frozen_in_part(KAN([2, 4, 1], norm="tanh"))).save(tmp_path / "base.safetensors")
 
     def adapted() -> nn.Module:
         torch.manual_seed(0)
         base = load_network(tmp_path / "base.safetensors", KAN([2, 4, 1], norm="tanh"))
         return get_peft_model(base, LoTRAConfig(r=2))
 
-    result = solved(adapted(), refine=False)
+    result = solved(adapted())
     result.save(tmp_path / "moved.safetensors")
 
     assert_same(load_network(tmp_path / "moved.safetensors", adapted()), result)
@@ -117,9 +124,16 @@ def test_a_loaded_network_goes_on(tmp_path):
     assert_same(load_network(tmp_path / "u.safetensors"), second)
 
 
+def test_a_refined_network_is_built_with_its_finer_grids(tmp_path):
+    result = solved(KAN([2, 4, 1], 4, norm="tanh"))
+    result.save(tmp_path / "u.safetensors")
+
+    assert_same(load_network(tmp_path / "u.safetensors", KAN([2, 4, 1], 8, norm="tanh")), result)
+
+
 def test_other_networks_are_refused(tmp_path):
     path = tmp_path / "u.safetensors"
-    solved(KAN([2, 4, 1], 4, norm="tanh"), refine=False, distance=BoxDistance(*BOX)).save(path)
+    solved(frozen_in_part(KAN([2, 4, 1], 4, norm="tanh")), distance=BoxDistance(*BOX)).save(path)
 
     with pytest.raises(ValueError, match=r"did not build this network.*`network=...`"):
         load_network(path)

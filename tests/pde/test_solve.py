@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import warnings
@@ -10,9 +11,11 @@ import warnings
 import pytest
 import torch
 from pde_problems import by_autograd, error, line, poisson
+from peft import get_peft_model
 from torch import Tensor, nn
 
-from peft_lotra.kan import KAN, jet
+from peft_lotra import LoTRAConfig
+from peft_lotra.kan import KAN, KANLinear, jet
 from peft_lotra.pde import BoxDistance, solve
 from peft_lotra.pde.features import BoxFeatures
 
@@ -81,7 +84,7 @@ NETWORKS = {
 
 def solved_in_four_steps(residual, name):
     torch.manual_seed(0)
-    return solved(residual, network=NETWORKS[name](), steps=4, refine=False)
+    return solved(residual, network=NETWORKS[name](), steps=4)
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -205,12 +208,18 @@ def test_steps_on_finer_grids_that_do_not_help_are_undone():
     assert result.residual <= min(phase.held for phase in result.phases) ** 0.5 * 1.001
 
 
-def test_grids_stay_without_refinement():
-    network = KAN([1, 4, 1], 4)
+def test_the_grids_of_adapted_networks_and_of_solutions_stay():
+    network = KAN([1, 4, 1], 4, norm="tanh")
+    base = solved(network=network)
+    assert network.layers[0].grid_size == 8
 
-    solved(network=network, refine=False)
+    adapter = get_peft_model(copy.deepcopy(base.model.kan), LoTRAConfig(r=2))
+    results = [solved(network=adapter), solved(network=base.model)]
 
-    assert network.layers[0].grid_size == 4
+    for result in results:
+        grids = [layer.grid_size for layer in result.model.modules() if isinstance(layer, KANLinear)]
+        assert grids == [8, 8]
+        assert result.notes == []
 
 
 def test_activations_outside_of_their_grids_are_reported():
@@ -219,7 +228,7 @@ def test_activations_outside_of_their_grids_are_reported():
         network.get_parameter("layers.0.base_weight").fill_(20.0)
 
     with pytest.warns(UserWarning, match="outside of its grid"):
-        result = solved(network=network, steps=2, refine=False)
+        result = solved(network=network, steps=2)
 
     assert "outside of its grid" in str(result)
     with warnings.catch_warnings():

@@ -129,7 +129,7 @@ def test_a_warm_start_is_compared_with_an_untrained_network(exact):
 
 @pytest.mark.parametrize("bounds", [(0, None), (None, 5), (0.5, 3.0), (None, None)])
 def test_bounds_change_neither_the_estimate_nor_its_error(noisy, bounds):
-    estimate = solved(values=NOISY, bounds={"rate": bounds}).unknowns["rate"]
+    estimate = solved(values=NOISY, unknowns={"rate": (1.0, *bounds)}).unknowns["rate"]
 
     assert estimate == pytest.approx(noisy, rel=0.02)
 
@@ -141,7 +141,7 @@ def test_a_constant_stays_between_its_bounds():
         rates.append(rate.detach().clone())
         return decay(model, x, rate)
 
-    estimate = solved(equation, bounds={"rate": (0.5, 1.2)}).unknowns["rate"]
+    estimate = solved(equation, unknowns={"rate": (1.0, 0.5, 1.2)}).unknowns["rate"]
 
     values = torch.stack([rate for rate in rates if not torch._C._functorch.is_functorch_wrapped_tensor(rate)])
     assert 0.5 <= values.min() and values.max() <= 1.2
@@ -245,13 +245,12 @@ def cut_off(model: nn.Module, x: Tensor, rate: Tensor) -> Tensor:
 
 
 WRONG = {
-    "`bounds` needs `unknowns`": lambda: solved(unknowns={}, bounds={"rate": (0, 2)}),
-    "`bounds` has 'D', but `unknowns` has 'rate'": lambda: solved(bounds={"D": (0, None)}),
+    "must be a number, or": lambda: solved(unknowns={"rate": (1.0, 0)}),
     "`unknowns` has 'loss', but neither": lambda: solved(unknowns={"rate": 1.0, "loss": 1.0}),
     "missing a required argument: 'rate'": lambda: solved(unknowns={"loss": 1.0}),
-    "starts 'rate' at 1, but `bounds` has \\(2, inf\\)": lambda: solved(bounds={"rate": (2, None)}),
-    "starts 'rate' at 1, but `bounds` has \\(-inf, 1\\)": lambda: solved(bounds={"rate": (None, 1)}),
-    "starts 'rate' at 1, but `bounds` has \\(2, 0\\)": lambda: solved(bounds={"rate": (2, 0)}),
+    "starts at 1, which is not between 2 and inf": lambda: solved(unknowns={"rate": (1, 2, None)}),
+    "starts at 1, which is not between -inf and 1": lambda: solved(unknowns={"rate": (1, None, 1)}),
+    "starts at 1, which is not between 2 and 0": lambda: solved(unknowns={"rate": (1, 2, 0)}),
     "`unknowns\\['rate'\\]` is nan": lambda: solved(unknowns={"rate": math.nan}),
     "`unknowns\\['rate'\\]` is None": lambda: solved(unknowns={"rate": None}),
     "`unknowns` has 'rate', but no residual depends on it": lambda: solved(cut_off),
@@ -329,8 +328,7 @@ def test_a_constant_that_reaches_its_bound_is_returned_with_a_note():
         [1],
         distance=BoxDistance([0], [1]),
         terms=[(difference, (x, u))],
-        unknowns={"k": 2.0},
-        bounds={"k": (0.6, 3.95)},
+        unknowns={"k": (2.0, 0.6, 3.95)},
         steps=40,
         progress=False,
     )

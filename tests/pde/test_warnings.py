@@ -316,7 +316,7 @@ PIECEWISE_LINEAR = {
 def test_a_network_with_kinks_warns(name):
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match="`network` has a kink or a jump.*without ReLU"):
-        run(network=PIECEWISE_LINEAR[name](), distance=lambda x: x[..., 1:], refine=False)
+        run(network=PIECEWISE_LINEAR[name](), distance=lambda x: x[..., 1:])
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.SiLU, nn.GELU, nn.ELU, nn.Softplus])

@@ -109,10 +109,10 @@ def solve_reaction(data: Data, unknowns: dict[str, float] | None = None, **optio
 
     box = (0, 0), (1, 10)
     distance = BoxDistance(*box, sides=[(0, "low"), (0, "high"), (1, "low")])
-    terms, bounds = [(observed, data)], {"D": (0, None), "k": (0, None)}
     options = {"lift": initial_values, "outputs": 2} | options
-    unknowns = unknowns or {"D": 1e-3, "k": 0.05}
-    return solve(reaction, *box, distance=distance, terms=terms, unknowns=unknowns, bounds=bounds, **options)
+    starts = unknowns or {"D": 1e-3, "k": 0.05}
+    intervals = {name: (start, 0, None) for name, start in starts.items()}
+    return solve(reaction, *box, distance=distance, terms=[(observed, data)], unknowns=intervals, **options)
 
 
 def solve_reaction_twice(data: Data, seconds: float, **options: Any) -> Solution:
