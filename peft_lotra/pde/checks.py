@@ -11,10 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from ..kan.layer import SplineLayer
-from .constraints import HardConstraint
+from .constraints import HardConstraint, Part
 
 
 OUTSIDE = 0.01  # share of activations outside of a grid; a larger one warns
+
+
+@torch.no_grad()
+def count_outputs(x: Tensor, *parts: Part) -> int:
+    """Return the number of unknown functions: the largest number of columns of `distance` and `lift`."""
+    count = 1
+    for part in parts:
+        if callable(part):
+            values = part(x[:2])
+            if values.dim() == 2:  # else, the model raises an error
+                count = max(count, values.shape[1])
+    return count
 
 
 @torch.no_grad()
@@ -23,17 +35,13 @@ def check_model(
     x: Tensor,
     sides: Sequence[Tensor],
     has_terms: bool,
-    outputs: int | None,
 ) -> int:
     """Return the number of outputs.
 
     Raises:
-        ValueError: The network has another number of outputs. `distance` is zero everywhere, or on no side while there
-            are no terms.
+        ValueError: `distance` is zero everywhere, or on no side while there are no terms.
     """
-    count = model(x[:2]).shape[-1]
-    if outputs not in (None, count):
-        raise ValueError(f"`outputs` is {outputs}, but `network` returns {count} columns. Leave `outputs` out.")
+    outputs = model(x[:2]).shape[-1]
 
     def largest_distance(points: Tensor) -> Tensor:
         distance = model.part("distance", points, model.kan(points))
@@ -50,7 +58,7 @@ def check_model(
             "`distance` is zero on no side of the box, or not on all of the boundary of `inside`. Take `BoxDistance` "
             "or the `distance` of a region, or give `terms` for conditions."
         )
-    return count
+    return outputs
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from ..least_squares.problem import check_terms
 from ..modules.checks import check_count, check_function, check_list, check_number
 from .boxes import Inside, box_points, check_box, edge_points, side_points
 from .budget import Budget
-from .checks import check_model, outside_grids
+from .checks import check_model, count_outputs, outside_grids
 from .constraints import HardConstraint, Part
 from .continuation import STAGES, train_along
 from .diagnostics import describe_outcome, find_doubts, find_unmet
@@ -40,7 +40,6 @@ def solve(
     *,
     distance: Part,
     lift: Part = 0.0,
-    outputs: int | None = None,
     periodic: Collection[int] = (),
     terms: Sequence[Any] = (),
     inside: Inside | None = None,
@@ -77,8 +76,8 @@ def solve(
         residual: `residual(model, x)`, or `residual(model, x, parameter)` with `continuation`: takes points (n, I) to
             residuals (n,) or (n, m), row by row, usually by `jet(model, x)`, or by `torch.autograd.grad`.
         low, high: The ends of the box, I numbers each.
-        distance, lift: The exact conditions, see `HardConstraint`; `BoxDistance` is a distance for sides of the box.
-        outputs: The number of unknown functions: by default as `network`, or 1.
+        distance, lift: The exact conditions, see `HardConstraint`; `BoxDistance` is a distance for sides of the box. A
+            new network has as many outputs as one of them has columns, for several unknown functions.
         periodic: The indices of periodic coordinates.
         terms: Other residual terms, (function, rows) or (function, rows, weight) as for `LevenbergMarquardt`: data, or
             conditions that are not exact, by `robin` too.
@@ -111,8 +110,8 @@ def solve(
     Raises:
         TypeError: An argument is of the wrong kind.
         ValueError: The box is empty; `distance` is zero everywhere, or not on a side of the box, or on the boundary of
-            `inside`, and there are no `terms`; `inside` is true nowhere, or everywhere; the network has other inputs,
-            or other `outputs`; residuals are not finite, of a wrong shape, or depend on other rows; a number is out
+            `inside`, and there are no `terms`; `inside` is true nowhere, or everywhere; the network has other inputs;
+            residuals are not finite, of a wrong shape, or depend on other rows; a number is out
             of range; no function takes a constant, it starts outside of its interval, or has no effect. Nothing is
             trained then.
 
@@ -152,8 +151,6 @@ def solve(
         stages = 1 if continuation is None else STAGES + 1
         check_count(steps, "steps", low=count * stages)
     check_number(seconds, "seconds", "(0, inf)")
-    if outputs is not None:
-        check_count(outputs, "outputs")
     if callback is not None:
         check_function(callback, "callback", 2)
     if inside is None:
@@ -167,11 +164,16 @@ def solve(
     checked_terms = check_terms(terms) if terms else []
     is_new = network is None
     features = BoxFeatures(low, high, periodic, frequencies)
-    kan = None if network is None else find_kan(network)
-    network = new_network(features, outputs or 1, seed) if network is None else prepare_network(network, features)
-    model = HardConstraint(network, distance, lift).double()
     held = box_points(low, high, HELD_POINTS, inside=inside, seed=seed)
-    outputs = check_model(model, held, sides, bool(terms), outputs)
+    kan = None
+    if network is None:
+        network = new_network(features, count_outputs(held, distance, lift), seed)
+    else:
+        prepared = prepare_network(network, features)
+        kan = find_kan(network)
+        network = prepared
+    model = HardConstraint(network, distance, lift).double()
+    outputs = check_model(model, held, sides, bool(terms))
     constants = None
     data = []
     if unknowns:

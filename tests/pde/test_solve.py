@@ -369,14 +369,20 @@ def test_wrong_arguments_change_nothing(message):
         WRONG[message]()
 
 
-def test_a_network_of_two_outputs_is_trained_without_their_number():
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"network": nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 2))},
+        {"network": None, "lift": lambda x: torch.zeros_like(x).expand(-1, 2)},
+        {"network": None, "distance": lambda x: line(x).expand(-1, 2)},
+    ],
+)
+def test_two_unknown_functions_follow_from_the_network_or_from_columns(options):
     def equations(model: nn.Module, x: Tensor) -> Tensor:
         second = jet(model, x)[2][0]
         return second + torch.tensor([1.0, -1.0])
 
-    network = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 2))
-
-    result = solved(equations, network=network, steps=10)
+    result = solved(equations, steps=10, **options)
 
     assert result.residual < result.first_residual
     assert result.model(torch.zeros(1, 1, dtype=torch.float64)).shape == (1, 2)

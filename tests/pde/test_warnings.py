@@ -327,7 +327,6 @@ def test_a_smooth_network_does_not_warn(activation):
 
 
 WRONG = {
-    "`outputs` is 2, but `network` returns 1 columns": {"outputs": 2},
     "`distance` is zero everywhere": {"distance": 0.0},
     "`distance` is zero everywhere, ": {"distance": lambda x: 0 * x[..., :1]},
 }

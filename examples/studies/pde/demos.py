@@ -50,9 +50,7 @@ def ode_system(solve) -> Solution:
         y, (dy,), _ = jet(model, t)
         return dy - y.flip(1) * torch.tensor([1, -1])
 
-    return solve(
-        equation, [0], [10], outputs=2, distance=lambda t: t, lift=lambda t: torch.cat([0 * t, 1 + 0 * t], -1)
-    )
+    return solve(equation, [0], [10], distance=lambda t: t, lift=lambda t: torch.cat([0 * t, 1 + 0 * t], -1))
 
 
 def second_order(solve) -> Solution:
@@ -69,7 +67,7 @@ def lotka_volterra(solve) -> Solution:
         return torch.cat([dr - 20 * r * (2 - 8 * p), dp - 20 * p * (4 * r - 1.06)], 1)
 
     start = torch.tensor([0.5, 0.075], dtype=torch.float64)
-    return solve(equation, [0], [1], outputs=2, distance=lambda t: t, lift=lambda t: start + 0 * t)
+    return solve(equation, [0], [1], distance=lambda t: t, lift=lambda t: start + 0 * t)
 
 
 def poisson(solve) -> Solution:
@@ -247,7 +245,7 @@ def kovasznay(solve) -> Solution:
 
     points, _ = side_points((-0.5, -0.5), (1, 1.5), 100)
     outlet = torch.tensor([[1.0, 0.0]]).double()
-    return solve(equation, (-0.5, -0.5), (1, 1.5), outputs=3, distance=1.0,
+    return solve(equation, (-0.5, -0.5), (1, 1.5), distance=lambda x: torch.ones(len(x), 3, dtype=x.dtype),
                  terms=[(boundary, (points, kovasznay_flow(points)[:, :2]), 1000.0),
                         (lambda model, x: model(x)[:, 2:] - kovasznay_flow(x)[:, 2:], outlet, 100.0)])  # fmt: skip
 
@@ -261,7 +259,7 @@ def schroedinger(solve) -> Solution:
     def start(x):
         return torch.cat([periodic_sech(x[..., :1]), 0 * x[..., :1]], -1)
 
-    return solve(equation, (-5, 0), (5, PI / 2), outputs=2, periodic=[0], distance=lambda x: x[..., 1:], lift=start)
+    return solve(equation, (-5, 0), (5, PI / 2), periodic=[0], distance=lambda x: x[..., 1:], lift=start)
 
 
 def wave(solve) -> Solution:
@@ -283,7 +281,7 @@ def lorenz_constants(solve) -> Solution:
         return model(t) - observed
 
     start = torch.tensor([-8.0, 7, 27]).double()
-    return solve(equation, [0], [3], outputs=3, distance=lambda t: t, lift=lambda t: start + 0 * t,
+    return solve(equation, [0], [3], distance=lambda t: t, lift=lambda t: start + 0 * t,
                  terms=[(data, lorenz_observations())], unknowns={"sigma": 1.0, "rho": 1.0, "beta": 1.0})  # fmt: skip
 
 
@@ -307,7 +305,7 @@ def unknown_field(solve) -> Solution:  # u'' = q, with data of u: the outputs ar
     x = torch.linspace(-1, 1, 100).double()[:, None]
     data = (lambda model, x, u: model(x)[:, :1] - u, (x, torch.sin(PI * x)), 100.0)
     ends = lambda x: torch.cat([1 - x**2, 1 + 0 * x], -1)  # noqa: E731
-    return solve(equation, [-1], [1], outputs=2, distance=ends, terms=[data])
+    return solve(equation, [-1], [1], distance=ends, terms=[data])
 
 
 def periodic_sech(x: Tensor) -> Tensor:

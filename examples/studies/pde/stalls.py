@@ -56,7 +56,6 @@ def run(case: Case, method: str, seed: int, seconds: float) -> dict:
             case.high,
             distance=case.distance,
             lift=case.lift,
-            outputs=case.outputs,
             network=network,
             seconds=seconds,
             seed=seed,

@@ -59,7 +59,7 @@ def solve_lorenz(data: Data, **options: Any) -> Solution:
         return du - torch.stack([sigma * (y - x), x * (rho - z) - y, x * y - beta * z], 1)
 
     start = torch.tensor(LORENZ_START, dtype=torch.float64)
-    conditions = {"distance": lambda t: t, "lift": lambda t: start.expand(*t.shape[:-1], 3), "outputs": 3}
+    conditions = {"distance": lambda t: t, "lift": lambda t: start.expand(*t.shape[:-1], 3)}
     unknowns = {"sigma": 1.0, "rho": 1.0, "beta": 1.0}
     return solve(equation, [0], [3], **conditions, terms=[(observed, data)], unknowns=unknowns, **options)
 
@@ -109,7 +109,7 @@ def solve_reaction(data: Data, unknowns: dict[str, float] | None = None, **optio
 
     box = (0, 0), (1, 10)
     distance = BoxDistance(*box, sides=[(0, "low"), (0, "high"), (1, "low")])
-    options = {"lift": initial_values, "outputs": 2} | options
+    options = {"lift": initial_values} | options
     starts = unknowns or {"D": 1e-3, "k": 0.05}
     intervals = {name: (start, 0, None) for name, start in starts.items()}
     return solve(reaction, *box, distance=distance, terms=[(observed, data)], unknowns=intervals, **options)
@@ -125,8 +125,9 @@ def solve_reaction_twice(data: Data, seconds: float, **options: Any) -> Solution
 
 
 def initial_values(x: Tensor) -> Tensor:
-    """Without e^-20 at (1, 0), which the boundary value 0 contradicts."""
-    return torch.exp(-20 * x[..., :1]) - x[..., :1] * math.exp(-20)
+    """Of both functions, without e^-20 at (1, 0), which the boundary value 0 contradicts."""
+    both = x[..., :1].expand(*x.shape[:-1], 2)
+    return torch.exp(-20 * both) - both * math.exp(-20)
 
 
 def corner(x: Tensor, diffusion: float) -> Tensor:

@@ -40,7 +40,6 @@ def solve_problem(problem: Problem, network: str, seed: int, seconds: float) -> 
             problem.high,
             distance=problem.distance,
             lift=problem.lift,
-            outputs=problem.outputs,
             periodic=problem.features.periodic,
             terms=problem.terms(),
             continuation=path if problem.start != problem.stop else None,
