@@ -11,7 +11,8 @@ from typing import NoReturn
 
 from . import pde  # noqa: F401  (as an attribute)
 from ._version import __version__
-from .layers.registry import KANLayerSpec, find_kan_layers, register_kan_layer
+from .layers.kinds import KANLayerSpec, register_kan_layer
+from .layers.search import find_kan_layers
 
 
 if find_spec("peft"):

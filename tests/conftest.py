@@ -11,7 +11,7 @@ from hub_server import Hub, start_hub
 
 HUB = start_hub("user")  # before huggingface_hub is imported, which reads its address once
 
-from peft_lotra.layers import registry  # noqa: E402
+from peft_lotra.layers import kinds  # noqa: E402
 
 
 # Workers of pytest-xdist share the cores: with a thread for each core in each of them, they wait for each other.
@@ -30,10 +30,10 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
     """Families that a test registers are forgotten at its end."""
-    before = dict(registry.REGISTERED)
+    before = dict(kinds.REGISTERED)
     yield
-    registry.REGISTERED.clear()
-    registry.REGISTERED.update(before)
+    kinds.REGISTERED.clear()
+    kinds.REGISTERED.update(before)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from peft_lotra import LoTRAConfig, create_lotra_optimizer, find_kan_layers, start_from_gradient
 from peft_lotra.kan import KAN
-from peft_lotra.layers.registry import get_kan_spec
+from peft_lotra.layers.recognize import get_kan_spec
 
 
 torch.set_num_threads(1)  # additional threads slow down such small matrices

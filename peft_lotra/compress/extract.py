@@ -15,8 +15,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from ..layers.description import same_grid
-from ..layers.registry import walk_kan_layers
+from ..layers.kinds import same_grid
+from ..layers.search import walk_kan_layers
 from ..modules.calls import check_loaded, check_module, read_at_rest, unwrap
 from ..modules.checks import list_first
 from ..modules.report import Report, TextTable

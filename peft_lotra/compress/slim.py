@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear, copy_with_parameters
-from ..layers.registry import find_kan_layers, known_kinds
+from ..layers.kinds import known_kinds
+from ..layers.search import find_kan_layers
 from ..layers.slim import SlimLayer
 from ..modules.calls import places, share_hooks, unwrap
 from ..modules.report import Report, TextTable

@@ -13,7 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..layers.registry import walk_kan_layers
+from ..layers.search import walk_kan_layers
 from ..modules.calls import read_at_rest, unwrap
 from ..tuner.layer import LoTRALayer, Target
 from ..tuner.targets import locate_target

@@ -22,9 +22,9 @@ from ..kan.formula import LayerFormula
 from ..kan.network import is_norm
 from ..modules.calls import attributes_kept, buffers_kept, is_tracing
 from .coefficients import CoefficientTensor
-from .description import REGISTERED, KANLayerSpec
 from .formula import State, find_formula, state_of
-from .registry import get_kan_spec
+from .kinds import REGISTERED, KANLayerSpec
+from .recognize import get_kan_spec
 
 
 # The kind of a layer and where its coefficients are, or None if it has no formula by its kind.

@@ -142,13 +142,13 @@ class Evidence:
             return None
         gradient = join(self.base, tensor)
         reweighted = join(self.reweighted, tensor)
-        if not is_parallel(gradient, reweighted):
+        if not _is_parallel(gradient, reweighted):
             return False
-        if not is_parallel(gradient.reshape(1, 1, -1), reweighted.reshape(1, 1, -1)):
+        if not _is_parallel(gradient.reshape(1, 1, -1), reweighted.reshape(1, 1, -1)):
             return True
         # one factor for all outputs says little, as behind a softmax, or a norm of two outputs
         largest = gradient[_largest_row(gradient)]
-        return is_parallel(gradient, largest.expand_as(gradient)) or None
+        return _is_parallel(gradient, largest.expand_as(gradient)) or None
 
     def _compare_inputs(self, tensor: CoefficientTensor) -> bool | None:
         gradient = join(self.base, tensor)
@@ -229,7 +229,7 @@ class Evidence:
             if observed in {member.name for member in part}:
                 tensor = CoefficientTensor(tensor.kind, (part,))
         changed = self.perturb(names)
-        return is_parallel(join(self.base, tensor), join(changed, tensor))
+        return _is_parallel(join(self.base, tensor), join(changed, tensor))
 
     def is_additive(self, names: Collection[str]) -> bool:
         """Return whether parameters add to the output: if they are perturbed, no other gradient changes."""
@@ -370,7 +370,7 @@ def _multiply(first: Tensor, second: Tensor, fitted: slice) -> Tensor:
     return (first * second)[:, fitted].sum((1, 2), keepdim=True)
 
 
-def is_parallel(first: Tensor, second: Tensor) -> bool:
+def _is_parallel(first: Tensor, second: Tensor) -> bool:
     """Return whether two gradients (out, in, rest) are equal up to a factor for each output."""
     change = _change(first, second, slice(None))
     return bool(change.max() <= _ROUNDING * first.abs().max())

@@ -26,7 +26,7 @@ from ..kan.formula import FunctionBasis, LayerFormula
 from ..modules.calls import attributes_kept, call_with_parameters, is_tracing, own_attributes, runs_more_than_its_class
 from ..tucker import Update
 from .coefficients import CoefficientTensor, get_or_none
-from .description import Grid, KANLayerSpec, copy_grid, same_grid
+from .kinds import Grid, KANLayerSpec, copy_grid, same_grid
 from .probe import GOLDEN_RATIO, cached_by_class, isolated, perturbed
 from .recognize import is_linear
 

@@ -22,8 +22,7 @@ from ..kan.basis import UniformGrid
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear
 from . import slim  # noqa: F401  (registers a kind)
-from .description import REGISTERED, has
-from .registry import BUILT_IN, register_kan_layer
+from .kinds import BUILT_IN, REGISTERED, has, register_kan_layer
 
 
 def _register(

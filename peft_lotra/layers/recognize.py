@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from .coefficients import CoefficientTensor, Described
-from .description import KANLayerSpec, is_built_in, matches_nothing, registered_spec
 from .evidence import Evidence, count_inputs, run_at_sizes
+from .kinds import KANLayerSpec, get_registered, is_built_in, matches_nothing, registered_spec, spec_from_file
 from .probe import CannotProbe, Probe, cached_by_class, isolated
 
 
@@ -88,6 +88,40 @@ def recognize(layer: nn.Module) -> Answer:
     if inferred is None and spec is not None:
         return spec, ""
     return inferred, reason
+
+
+def get_kan_spec(module: nn.Module) -> KANLayerSpec | None:
+    """Return the description of a module, `None` if it is no KAN layer."""
+    spec, _ = recognize(module)
+    return spec
+
+
+def get_recorded_spec(
+    layer: nn.Module,
+    record: Mapping[str, Any] | None,
+) -> KANLayerSpec | None:
+    """Return the kind of a layer of an adapter from a file: as registered, else as the file describes it.
+
+    Args:
+        layer: The layer.
+        record: The entry of the layer: its `kind` and, for a kind of a user, its `description`.
+
+    Raises:
+        ValueError: The kind is neither registered nor described, or the description is damaged.
+    """
+    spec = get_kan_spec(layer)
+    if record is None:
+        return spec
+    name = record["kind"]
+    description = record.get("description")
+    if spec is not None and spec.kind == name:
+        is_registered = spec.matches is not matches_nothing
+        if description is None or is_registered:
+            return spec
+    if description is not None:  # of a layer of no registered kind, as the version read it that wrote the file
+        return spec_from_file(name, description)
+    # a kind that was registered later takes the layer too
+    return registered_spec(layer, [get_registered(name)]) or spec
 
 
 def compare(layer: nn.Module, spec: KANLayerSpec) -> tuple[str, bool | None]:

@@ -17,7 +17,7 @@ from ..kan.slim_kan import SlimKANLinear
 from ..modules.calls import LayerLock, call_with_parameters, is_tracing, read_attribute
 from ..tucker import Tucker
 from .coefficients import CoefficientTensor
-from .description import REGISTERED, Grid, KANLayerSpec
+from .kinds import REGISTERED, Grid, KANLayerSpec
 
 
 class SlimLayer(nn.Module):

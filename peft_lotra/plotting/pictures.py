@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..compress.data_weights import Inputs, edge_values, functions_at, sample_layers
 from ..compress.spectra import Spectrum
 from ..layers.recognize import is_linear
-from ..layers.registry import find_layer, short_name
+from ..layers.search import find_layer, short_name
 from ..least_squares.levenberg_marquardt import LevenbergMarquardtStep
 from ..tucker import full_shape
 from ..tuner.grids import grid_ends

@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from ..compress.data_weights import recorded_calls
 from ..compress.training_start import start_from_training
-from ..layers.registry import walk_kan_layers
+from ..layers.search import walk_kan_layers
 from ..modules.calls import evaluating_without_trace, set_mode, unwrap
 from ..tuner.config import LoTRAConfig
 from ..tuner.gradients import NoGradientError, start_from_gradient

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ..layers.registry import record_kind
+from ..layers.kinds import is_built_in
 from .config import LoTRAConfig
 from .layer import LoTRALayer, Target, Targets, Tensors, lotra_layers
 
@@ -30,13 +30,10 @@ def record_layer(layer: LoTRALayer) -> dict[str, Any]:
     """Return the kind, shape, grid and parameters of a base layer, as a file has them in `base_layers`."""
     target = layer.base_target()
     base_layer, spec, tensor = target
-    return {
-        "kind": spec.kind,
-        "shape": list(tensor.shape),
-        "has_residual": tensor.has_residual,
-        **record_kind(spec, base_layer),
-        **_sketches(target, layer.before_merge),
-    }
+    record = {"kind": spec.kind, "shape": list(tensor.shape), "has_residual": tensor.has_residual}
+    if not is_built_in(spec):
+        record["description"] = spec.describe(base_layer)
+    return record | _sketches(target, layer.before_merge)
 
 
 def _sketches(target: Target, before_merge: Tensors) -> dict[str, list[float]]:

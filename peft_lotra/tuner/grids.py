@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from ..layers.description import Grid
+from ..layers.kinds import Grid
 
 
 def refuse_grid_change(name: str, *args: Any, **kwargs: Any) -> NoReturn:

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers.description import KANLayerSpec
+from ..layers.kinds import KANLayerSpec
 from ..modules.calls import places
 from .grids import refuse_grid_change
 from .layer import LoTRALayer, lotra_layers

@@ -14,7 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from ..derivatives.stages import Entry, Stage, register, stages_of
-from ..layers.registry import NOT_SEARCHED
+from ..layers.search import NOT_SEARCHED
 from .layer import LoTRALayer
 
 

@@ -20,8 +20,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..kan.basis import in_transform
 from ..kan.formula import LayerFormula
 from ..layers.coefficients import CoefficientTensor
-from ..layers.description import Grid, KANLayerSpec, copy_grid, same_grid
 from ..layers.formula import FormulaReader, find_formula, state_of
+from ..layers.kinds import Grid, KANLayerSpec, copy_grid, same_grid
 from ..modules.calls import (
     LayerLock,
     call_with_parameters,

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..hub.card import remove_new_card
 from ..kan.slim_kan import SlimKANLinear
-from ..layers.registry import short_name
+from ..layers.search import short_name
 from ..layers.slim import SlimLayer
 from ..modules.calls import (
     PREFIX,

@@ -18,9 +18,9 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from ..kan.slim_kan import SlimKANLinear
-from ..layers.description import is_built_in
-from ..layers.recognize import compare, recognize
-from ..layers.registry import get_recorded_spec, unrecognized_modules, walk_kan_layers
+from ..layers.kinds import is_built_in
+from ..layers.recognize import compare, get_recorded_spec, recognize
+from ..layers.search import unrecognized_modules, walk_kan_layers
 from ..layers.slim import SlimLayer
 from ..modules.checks import list_first, natural_order
 from .config import LoTRAConfig

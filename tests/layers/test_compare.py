@@ -13,7 +13,7 @@ from stand_ins import OldEfficientKANLayer, as_model
 from torch import nn
 
 from peft_lotra import find_kan_layers, register_kan_layer
-from peft_lotra.layers.registry import get_kan_spec
+from peft_lotra.layers.recognize import get_kan_spec
 
 
 ORDERS = ["o i k", "i o k", "o k i", "k i o", "i k o", "k o i"]

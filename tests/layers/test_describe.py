@@ -15,9 +15,8 @@ from peft import PeftModel
 from torch import nn
 
 from peft_lotra import find_kan_layers, register_kan_layer
-from peft_lotra.layers import registry
-from peft_lotra.layers.recognize import is_linear
-from peft_lotra.layers.registry import get_kan_spec
+from peft_lotra.layers import kinds
+from peft_lotra.layers.recognize import get_kan_spec, is_linear
 
 
 def powers(x, count):
@@ -250,7 +249,7 @@ def test_a_file_of_another_version_that_left_parameters_out(tmp_path):
     model, x = adapt(build()), torch.rand(8, 5)
     y = model(x)
     model.save_pretrained(tmp_path)
-    del registry.REGISTERED["generic"]
+    del kinds.REGISTERED["generic"]
 
     loaded = PeftModel.from_pretrained(build(), tmp_path)
 

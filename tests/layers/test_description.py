@@ -11,14 +11,15 @@ import pytest
 import torch
 from helpers import adapt, assert_equal, inputs, refused
 from peft import PeftModel
+from stand_ins import as_model
 from torch import nn
 from torch.testing import assert_close
 
 from peft_lotra import KANLayerSpec, find_kan_layers, register_kan_layer
 from peft_lotra.kan import KANLinear
-from peft_lotra.layers import registry
-from peft_lotra.layers.description import spec_from_file
-from peft_lotra.layers.registry import get_kan_spec, record_kind
+from peft_lotra.layers import kinds
+from peft_lotra.layers.kinds import spec_from_file
+from peft_lotra.tuner.base_record import record_layer
 
 
 class Waves(nn.Module):
@@ -102,10 +103,12 @@ def test_roles_are_described():
 
 
 def test_registered_kinds_are_described_and_those_of_the_package_are_not():
-    layer = KANLinear(3, 4)
-    assert record_kind(get_kan_spec(layer), layer) == {}
-    spec = register_kan_layer("mine", matches=KANLinear, coefficients=("spline_weight", "o i k"))
-    assert record_kind(spec, layer) == {"description": {"coefficients": ["spline_weight", "o i k"]}}
+    def record():
+        return record_layer(adapt(as_model(KANLinear(3, 4))).base_model.model.kan)
+
+    assert "description" not in record()
+    register_kan_layer("mine", matches=KANLinear, coefficients=("spline_weight", "o i k"))
+    assert record()["description"] == {"coefficients": ["spline_weight", "o i k"]}
 
 
 @pytest.fixture
@@ -115,7 +118,7 @@ def saved(tmp_path):
     model, x = adapt(net()), inputs()
     y = model(x).detach()
     model.save_pretrained(tmp_path)
-    del registry.REGISTERED["waves"]
+    del kinds.REGISTERED["waves"]
     return tmp_path, x, y
 
 

@@ -18,9 +18,8 @@ from torch.testing import assert_close
 
 from peft_lotra import find_kan_layers
 from peft_lotra.kan import KANLinear
-from peft_lotra.layers import registry
-from peft_lotra.layers.recognize import is_linear
-from peft_lotra.layers.registry import get_kan_spec
+from peft_lotra.layers import kinds
+from peft_lotra.layers.recognize import get_kan_spec, is_linear
 
 
 # family, size of the basis, has a base branch; for layers of 3 inputs and 4 outputs
@@ -136,7 +135,7 @@ def test_few_functions_have_their_factors_adapted_and_files_of_the_wider_kind_lo
 
     x = inputs()
     with monkeypatch.context() as context:
-        context.delitem(registry.REGISTERED, "efficient-kan-few")  # earlier versions knew only the wider kind
+        context.delitem(kinds.REGISTERED, "efficient-kan-few")  # earlier versions knew only the wider kind
         wider = adapt(build())
         y = wider(x)
         wider.save_pretrained(tmp_path)

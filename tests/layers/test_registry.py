@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from peft_lotra import KANLayerSpec, LoTRAConfig, find_kan_layers, register_kan_layer
 from peft_lotra.kan import KANLinear
-from peft_lotra.layers.registry import get_kan_spec, known_kinds
+from peft_lotra.layers.kinds import known_kinds
+from peft_lotra.layers.recognize import get_kan_spec
 
 
 class MyKANLayer(Layer):

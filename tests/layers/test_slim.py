@@ -13,7 +13,7 @@ from stand_ins import LAYER_KINDS
 from torch.testing import assert_close
 
 from peft_lotra import find_kan_layers, slim, to_dense
-from peft_lotra.layers.registry import get_kan_spec
+from peft_lotra.layers.recognize import get_kan_spec
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch import nn
 
 from peft_lotra import find_kan_layers, register_kan_layer
 from peft_lotra.kan import KANLinear
-from peft_lotra.layers.registry import UnrecognizedModule
+from peft_lotra.layers.search import UnrecognizedModule
 
 
 class Powers(Layer):

@@ -1,11 +1,17 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The description of a kind of KAN layer, and its entry in the files of adapters."""
+"""The kinds of KAN layers: their descriptions, registration, and entries in the files of adapters.
+
+Libraries differ in the name and the axis order of a parameter: every layer maps x (..., in) to
+y[o] = sum_{i,k} A[o,i,k] basis_k(x[i]), plus a base branch sum_i W[o,i] silu(x[i]) in most of them.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -352,6 +358,69 @@ REGISTERED: dict[str, KANLayerSpec] = {}
 
 # The kinds of this package, filled by known.py. Files name them without a description.
 BUILT_IN: dict[str, KANLayerSpec] = {}
+
+
+def register_kan_layer(kind: str, **description: Any) -> KANLayerSpec:
+    """Describe a kind of KAN layer. Layers that are not recognized then get adapters, too.
+
+    Later registrations take precedence over earlier and built-in ones.
+
+    Args:
+        kind (`str`): The name of the kind of layer. A kind of yours with the same name is replaced, with a warning if
+            it described another class.
+        **description: The other fields of [`KANLayerSpec`]; `matches` and `coefficients` are required.
+
+    Returns:
+        `KANLayerSpec`: The description.
+
+    Raises:
+        TypeError: A field does not exist, or a required one is missing.
+        ValueError: A built-in kind has this name; a pattern is malformed, or a name stands twice.
+
+    Example:
+        >>> import torch
+        >>> from peft_lotra import register_kan_layer
+        >>> class MyKANLayer(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.spline_coeffs = torch.nn.Parameter(torch.randn(3, 5, 4))
+        ...         self.base_coeffs = torch.nn.Parameter(torch.randn(5, 3))
+        >>> spec = register_kan_layer(
+        ...     "my-kan",
+        ...     matches=MyKANLayer,  # or a predicate of a module
+        ...     coefficients=("spline_coeffs", "i o k"),  # parameter and layout
+        ...     residual=("base_coeffs", "o i"),
+        ... )
+        >>> spec.locate(MyKANLayer()).shape
+        (5, 3, 4)
+    """
+    if kind in BUILT_IN:
+        raise ValueError(
+            f"{kind!r} is a built-in kind of layer, which is not replaced. Choose another name: your kind takes "
+            "precedence over the built-in ones."
+        )
+    spec = KANLayerSpec(kind, **description)
+    former = REGISTERED.pop(kind, spec)  # the last one comes first
+    REGISTERED[kind] = spec
+    # a notebook defines a class, and registers it, again and again
+    classes = [getattr(entry.matches, "__self__", None) for entry in (former, spec)]
+    names = [cls.__name__ for cls in classes if isinstance(cls, type)]
+    if len(set(names)) > 1:
+        warnings.warn(
+            f"{kind!r} described {names[0]}, and from now on describes {names[1]} alone. Register each class under a "
+            "name of its own.",
+            stacklevel=2,
+        )
+    return spec
+
+
+# what help() and an editor show
+register_kan_layer.__signature__ = inspect.signature(KANLayerSpec)  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def known_kinds() -> list[str]:
+    """Return the names of all registered kinds of layers, in the order of registration."""
+    return list(REGISTERED)
 
 
 def is_built_in(spec: KANLayerSpec) -> bool:

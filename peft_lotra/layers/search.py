@@ -1,16 +1,10 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The registered kinds of KAN layers, and the search for layers in a model.
-
-Libraries differ in the name and the axis order of a parameter: every layer maps x (..., in) to
-y[o] = sum_{i,k} A[o,i,k] basis_k(x[i]), plus a base branch sum_i W[o,i] silu(x[i]) in most of them.
-"""
+"""The search for KAN layers in a model."""
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from numbers import Integral
@@ -22,126 +16,15 @@ from torch import nn
 from ..modules.calls import PREFIX, evaluating_without_trace, read_at_rest, unwrap
 from ..modules.report import Report, TextTable
 from .coefficients import CoefficientTensor
-from .description import (
-    BUILT_IN,
-    REGISTERED,
-    KANLayerSpec,
-    get_registered,
-    is_built_in,
-    matches_nothing,
-    registered_spec,
-    spec_from_file,
-)
 from .formula import find_formula
-from .recognize import infer, is_no_layer, recognize
+from .kinds import REGISTERED, KANLayerSpec, is_built_in
+from .recognize import get_kan_spec, infer, is_no_layer, recognize
 
 
 # The attributes in which libraries keep the number of inputs of a layer.
 _INPUT_SIZES = "in_features in_channels inputdim in_dim input_dim input_size in_planes"
 # Modules that the search for layers does not enter. `tuner.jets` adds PEFT's wrappers, which hold copies of modules.
 NOT_SEARCHED: list[type[nn.Module]] = [torch.jit.ScriptModule]
-
-
-def register_kan_layer(kind: str, **description: Any) -> KANLayerSpec:
-    """Describe a kind of KAN layer. Layers that are not recognized then get adapters, too.
-
-    Later registrations take precedence over earlier and built-in ones.
-
-    Args:
-        kind (`str`): The name of the kind of layer. A kind of yours with the same name is replaced, with a warning if
-            it described another class.
-        **description: The other fields of [`KANLayerSpec`]; `matches` and `coefficients` are required.
-
-    Returns:
-        `KANLayerSpec`: The description.
-
-    Raises:
-        TypeError: A field does not exist, or a required one is missing.
-        ValueError: A built-in kind has this name; a pattern is malformed, or a name stands twice.
-
-    Example:
-        >>> import torch
-        >>> from peft_lotra import register_kan_layer
-        >>> class MyKANLayer(torch.nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.spline_coeffs = torch.nn.Parameter(torch.randn(3, 5, 4))
-        ...         self.base_coeffs = torch.nn.Parameter(torch.randn(5, 3))
-        >>> spec = register_kan_layer(
-        ...     "my-kan",
-        ...     matches=MyKANLayer,  # or a predicate of a module
-        ...     coefficients=("spline_coeffs", "i o k"),  # parameter and layout
-        ...     residual=("base_coeffs", "o i"),
-        ... )
-        >>> spec.locate(MyKANLayer()).shape
-        (5, 3, 4)
-    """
-    if kind in BUILT_IN:
-        raise ValueError(
-            f"{kind!r} is a built-in kind of layer, which is not replaced. Choose another name: your kind takes "
-            "precedence over the built-in ones."
-        )
-    spec = KANLayerSpec(kind, **description)
-    former = REGISTERED.pop(kind, spec)  # the last one comes first
-    REGISTERED[kind] = spec
-    # a notebook defines a class, and registers it, again and again
-    classes = [getattr(entry.matches, "__self__", None) for entry in (former, spec)]
-    names = [cls.__name__ for cls in classes if isinstance(cls, type)]
-    if len(set(names)) > 1:
-        warnings.warn(
-            f"{kind!r} described {names[0]}, and from now on describes {names[1]} alone. Register each class under a "
-            "name of its own.",
-            stacklevel=2,
-        )
-    return spec
-
-
-# what help() and an editor show
-register_kan_layer.__signature__ = inspect.signature(KANLayerSpec)  # pyright: ignore[reportFunctionMemberAccess]
-
-
-def record_kind(spec: KANLayerSpec, layer: nn.Module) -> dict[str, Any]:
-    """Return the entry of a file that describes the kind of a layer; empty for a kind of this package."""
-    return {} if is_built_in(spec) else {"description": spec.describe(layer)}
-
-
-def get_recorded_spec(
-    layer: nn.Module,
-    record: Mapping[str, Any] | None,
-) -> KANLayerSpec | None:
-    """Return the kind of a layer of an adapter from a file: as registered, else as the file describes it.
-
-    Args:
-        layer: The layer.
-        record: The entry of the layer: its `kind` and, for a kind of a user, its `description`.
-
-    Raises:
-        ValueError: The kind is neither registered nor described, or the description is damaged.
-    """
-    spec = get_kan_spec(layer)
-    if record is None:
-        return spec
-    name = record["kind"]
-    description = record.get("description")
-    if spec is not None and spec.kind == name:
-        is_registered = spec.matches is not matches_nothing
-        if description is None or is_registered:
-            return spec
-    if description is not None:  # of a layer of no registered kind, as the version read it that wrote the file
-        return spec_from_file(name, description)
-    # a kind that was registered later takes the layer too
-    return registered_spec(layer, [get_registered(name)]) or spec
-
-
-def known_kinds() -> list[str]:
-    """Return the names of all registered kinds of layers, in the order of registration."""
-    return list(REGISTERED)
-
-
-def get_kan_spec(module: nn.Module) -> KANLayerSpec | None:
-    """Return the description of a module, `None` if it is no KAN layer."""
-    spec, _ = recognize(module)
-    return spec
 
 
 class FoundKANLayer(NamedTuple):
