@@ -240,32 +240,13 @@ def slim_digits() -> str:
             "Slim KAN (10, 10, 2)",
             " ({:.1f}x)",
         ),
-        (
-            "`slim(dense, energy=0.99, inputs=...)`, as it is / after one epoch",
-            "slim(dense), energy 0.99",
-            " ({:.1f}x)",
-        ),
-        (
-            "`slim(dense, budget=5328, inputs=...)`",
-            "slim(dense), 1/8",
-            " ({:.1f}x)",
-        ),
-        (
-            "the same without `inputs`",
-            "slim(dense), 1/8, without inputs",
-            " ({:.1f}x)",
-        ),
         ("dense KAN of fewer units", "narrow KAN", ""),
         ("MLP", "MLP", ""),
     ]
     for title, model, ratio in cases:
-        variants = [model]
-        if model.startswith("slim("):
-            variants = [f"{model}, as it is", f"{model}, 1 epoch"]
-        size = average(variants[0], "parameters")
-        scores = [f"{average(name, 'accuracy'):.1f}" for name in variants]
+        size = average(model, "parameters")
         shown = f"{size:,.0f}{ratio.format(dense / size)}"
-        rows.append([title, shown, " / ".join(scores)])
+        rows.append([title, shown, f"{average(model, 'accuracy'):.1f}"])
     header = (
         "| digits, mean of 5 seeds, [64, 64, 10] | parameters | accuracy % |"
     )

@@ -19,7 +19,6 @@ if find_spec("peft"):
     from . import plotting  # noqa: F401  (as an attribute)
     from .bank.bank import AdapterBank
     from .compress.extract import extract_lotra
-    from .compress.slim import slim, to_dense
     from .compress.spectra import update_spectrum
     from .compress.training_start import start_from_training
     from .hub.card import write_model_card
@@ -58,10 +57,8 @@ __all__ = [
     "push_to_hub",
     "register_kan_layer",
     "save_adapter",
-    "slim",
     "start_from_gradient",
     "start_from_training",
-    "to_dense",
     "update_spectrum",
     "what_changed",
     "write_model_card",

@@ -505,12 +505,6 @@ def component_shapes(
     return shapes
 
 
-def count_parameters(ranks: Sequence[int], shape: Sequence[int]) -> int:
-    """Return the number of parameters of a Tucker tensor of these ranks and this shape."""
-    shapes = component_shapes(ranks, shape)
-    return sum(map(math.prod, shapes.values()))
-
-
 def form_text(form: Sequence[Rank] | None) -> str:
     """Return ranks as text, e.g. "(full, full, 1)"."""
     if form is None:

@@ -1,15 +1,14 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Images by Slim KANs: a dense KAN beside Slim KANs, a compressed KAN, and peers of as few parameters.
+"""Images by Slim KANs: a dense KAN beside Slim KANs, and peers of as few parameters.
 
     python examples/studies/slim_images.py  # scikit-learn's digits, no network, three minutes
     python examples/studies/slim_images.py --quick  # one seed, a few epochs, for CI
     python examples/studies/slim_images.py --data-dir PATH/TO/mnist  # 10,000 images of MNIST, a folder of IDX files
 
-Networks are [pixels, 64, 10] and train for the same epochs on the same batches. The exception is the compressed KAN:
-`slim(dense, ...)` starts from the trained dense KAN and is fine-tuned for one epoch. The first 8,000 images of MNIST
-are for training, the others for the test.
+Networks are [pixels, 64, 10] and train for the same epochs on the same batches. The first 8,000 images of MNIST are
+for training, the others for the test.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from study_tools import files
-from study_tools.pictures import GRAY, GREEN, ORANGE, RED, SKY
+from study_tools.pictures import GRAY, GREEN, ORANGE, SKY
 from study_tools.tasks import load_mnist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from peft_lotra import create_lotra_optimizer, slim
+from peft_lotra import create_lotra_optimizer
 from peft_lotra.kan import KAN, SlimKAN
 
 
@@ -43,8 +42,7 @@ torch.set_num_threads(1)  # for comparable seconds; additional threads slow down
 HIDDEN = 64
 # By Adam with a cosine schedule. The best of 1e-3, 3e-3 and 1e-2, for fine-tuning of 3e-4, 1e-3 and 3e-3, on the
 # digits; within half a point of the best on the last 1,000 training images of MNIST-10k.
-LEARNING_RATES = {"dense": 3e-3, "slim": 1e-2, "fine-tuning": 3e-4}
-FINE_TUNING_BATCH = 64
+LEARNING_RATES = {"dense": 3e-3, "slim": 1e-2}
 
 
 @dataclass
@@ -126,19 +124,17 @@ def compare(
     widths = [pixels, HIDDEN, classes]
     rows = []
 
-    def note(name: str, model: nn.Module, seconds: float, **more: float | None) -> None:
-        row = {"data": data.name, "model": name, "seed": seed, "parameters": count(model)}
-        rows.append(row | {"accuracy": accuracy(model, data), "seconds": round(seconds, 2)} | more)
-
     def fit(name: str, make: Callable[[], nn.Module], lr: float) -> nn.Module:
         bar.set_description(name)
         torch.manual_seed(seed)
         model = make()
-        note(name, model, train(model, data, epochs, batch, lr))
+        seconds = train(model, data, epochs, batch, lr)
+        row = {"data": data.name, "model": name, "seed": seed, "parameters": count(model)}
+        rows.append(row | {"accuracy": accuracy(model, data), "seconds": round(seconds, 2)})
         bar.update()
         return model
 
-    dense = fit("dense KAN", lambda: KAN(widths), LEARNING_RATES["dense"])
+    fit("dense KAN", lambda: KAN(widths), LEARNING_RATES["dense"])
     sizes = []
     for triple in ranks:
         model = fit(
@@ -147,20 +143,6 @@ def compare(
             LEARNING_RATES["slim"],
         )
         sizes.append(count(model))
-    samples = data.x[torch.randperm(len(data.x))[:1000]]
-    for way, arguments in {
-        "energy 0.99": {"energy": 0.99, "inputs": samples},
-        "energy 0.999": {"energy": 0.999, "inputs": samples},
-        "energy 0.99, without inputs": {"energy": 0.99},
-        "1/8": {"budget": count(dense) // 8, "inputs": samples},
-        "1/8, without inputs": {"budget": count(dense) // 8},
-    }.items():
-        bar.set_description(f"slim(dense), {way}")
-        small = slim(dense, **arguments)
-        note(f"slim(dense), {way}, as it is", small, 0.0, model_error=small.slim_report.model_error)
-        seconds = train(small, data, 1, FINE_TUNING_BATCH, LEARNING_RATES["fine-tuning"])
-        note(f"slim(dense), {way}, 1 epoch", small, seconds)
-        bar.update()
     fit("narrow KAN", lambda: narrow_kan(pixels, classes, sizes[0]), LEARNING_RATES["dense"])
     fit("MLP", lambda: mlp(pixels, classes, sizes[0]), LEARNING_RATES["dense"])
     fit("logistic regression", lambda: nn.Linear(pixels, classes), LEARNING_RATES["dense"])
@@ -187,7 +169,7 @@ def show(console: Console, rows: list[dict]) -> None:
             f"{dense / parameters:.1f}x",
             f"{mean(accuracies):.2f}",
             spread,
-            f"{seconds:.1f}" if seconds else "-",
+            f"{seconds:.1f}",
         )
     console.print(table)
 
@@ -197,7 +179,6 @@ def draw(rows: list[dict], path: Path) -> None:
     kinds = {
         "dense KAN": ("black", "s", "dense KAN"),
         "Slim KAN": (GREEN, "o", "Slim KAN, from scratch"),
-        "slim(dense)": (RED, "^", "slim(dense), fine-tuned for 1 epoch"),
         "narrow KAN": (SKY, "P", "dense KAN, narrower"),
         "MLP": (ORANGE, "D", "MLP"),
         "logistic": (GRAY, "v", "logistic regression"),
@@ -205,11 +186,7 @@ def draw(rows: list[dict], path: Path) -> None:
     figure, ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     best = max(row["accuracy"] for row in rows)
     for kind, (color, marker, label) in kinds.items():
-        models = dict.fromkeys(
-            r["model"]
-            for r in rows
-            if r["model"].startswith(kind) and not r["model"].endswith("as it is") and "without" not in r["model"]
-        )
+        models = dict.fromkeys(row["model"] for row in rows if row["model"].startswith(kind))
         points = []
         for model in models:
             runs = [row for row in rows if row["model"] == model]
@@ -256,12 +233,11 @@ def main() -> None:
     name = "slim_images_" + (data.name if data is not None else "digits") + ("_quick" if args.quick else "")
     path = args.output / f"{name}.json"
     setting = {"epochs": epochs, "batch": batch, "learning_rates": LEARNING_RATES, "hidden": HIDDEN}
-    setting["fine_tuning_batch"] = FINE_TUNING_BATCH
 
     known = files.read(path)  # whose seeds are not repeated
     rows = known["rows"] if known.get("setting") == setting else []
     todo = [seed for seed in range(seeds) if seed not in {row["seed"] for row in rows}]
-    with tqdm(total=11 * len(todo), unit="model") as bar:
+    with tqdm(total=6 * len(todo), unit="model") as bar:
         for seed in todo:
             rows += compare(data if data is not None else load_digits(seed), seed, ranks, epochs, batch, bar)
             files.write(path, {"setting": setting, "rows": rows})

@@ -16,8 +16,6 @@ from torch.nn.functional import embedding
 
 from ..hub.card import README, write_bank_card
 from ..kan.row_product import PackedTucker, RowGroups, group_rows
-from ..kan.slim_kan import SlimKANLinear
-from ..layers.slim import SlimLayer
 from ..modules.calls import LayerLock, check_loaded, places, unwrap
 from ..modules.folders import replacing_files
 from ..tucker import full_shape
@@ -25,7 +23,6 @@ from ..tuner.base_record import record_layer
 from ..tuner.config import LoTRAConfig
 from ..tuner.layer import LoTRALayer, check_unmerged
 from ..tuner.saving import write_updates
-from ..tuner.slim import SlimLoTRALayer
 from ..tuner.targets import find_targets
 from .layer import ROWS, BankModel, BankPass, find_pass, refuse_adapters, run_in_bank
 from .reading import Adapter, check_methods, match_layers, read_adapter
@@ -410,9 +407,7 @@ class AdapterBank:
             layer = network.get_submodule(name_in_model)
             bank_layer = layer
             if not isinstance(layer, LoTRALayer):  # others stay, since PEFT goes on to find them
-                is_slim = isinstance(layer, (SlimKANLinear, SlimLayer))
-                cls = SlimLoTRALayer if is_slim else LoTRALayer
-                bank_layer = cls(*targets[name_in_model], name)
+                bank_layer = LoTRALayer(*targets[name_in_model], name)
                 vars(bank_layer).update(training=layer.training, update_layer=refuse_adapters)
                 bank_layers[layer] = bank_layer
             attributes = vars(bank_layer)

@@ -1,4 +1,4 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""From full to low rank: spectra, extraction of adapters, compression of networks."""
+"""From full to low rank: spectra, and extraction of adapters."""

@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..layers.formula import find_formula
 from ..layers.recognize import is_linear
-from ..layers.slim import call_with_coefficients
 from ..modules.calls import call_with_inputs, call_with_parameters, generators_kept, modes_kept, set_mode
 from ..tucker import Tucker, full_shape, project, tucker
 from ..tuner.by_row import first_argument
@@ -317,12 +316,12 @@ def _run_linear(target: Target, coefficients: Tensor, x: Tensor) -> Tensor:
         (samples, out).
     """
     layer, spec, tensor = target
-    scales = {}
+    coefficients = coefficients.view(full_shape(tensor))
+    parameters = tensor.split(coefficients)
     scale = spec.find_edge_scale(layer)
     if scale is not None:
-        scales[scale] = torch.ones_like(getattr(layer, scale))
-    coefficients = coefficients.view(full_shape(tensor))
-    y = call_with_parameters(layer, scales, call_with_coefficients, (layer, tensor, coefficients, x), {})
+        parameters[scale] = torch.ones_like(getattr(layer, scale))
+    y = call_with_parameters(layer, parameters, layer, (x,), {})
     return first_output(y).flatten(0, -2)
 
 

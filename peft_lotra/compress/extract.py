@@ -18,15 +18,15 @@ from torch import nn
 from ..layers.kinds import same_grid
 from ..layers.search import walk_kan_layers
 from ..modules.calls import check_loaded, check_module, read_at_rest, unwrap
-from ..modules.checks import list_first
+from ..modules.checks import check_number, list_first
 from ..modules.report import Report, TextTable
 from ..tucker import Ranks, Tucker, relative_energy, tucker, tucker_scaled
 from ..tuner.config import LoTRAConfig, pattern_key
 from ..tuner.layer import lotra_layers
 from ..tuner.targets import exact_targets, locate_target
 from .data_weights import DataWeights, Inputs, gather_weights
-from .spectra import check_one_given, choose_ranks, ranks_by_layer, weighted_spectra
-from .updates import CoefficientUpdate, LayerRanks, check_without_adapters, coefficient_updates, error_table
+from .spectra import choose_ranks, ranks_by_layer, weighted_spectra
+from .updates import CoefficientUpdate, LayerRanks, check_without_adapters, coefficient_updates
 
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # which PEFT cannot wrap
@@ -57,7 +57,12 @@ class ExtractionReport(Report):
         notes = [f"the adapter has {self.parameters:,} parameters; without it the errors would be 100%"]
         notes += [f"copied as it is: {name}" for name in self.modules_to_save]
         notes += [f"not in the adapter, although it changed: {name}" for name in self.not_saved]
-        return TextTable(*error_table(self.errors, self.ranks, self.output_errors), notes)
+        rows = []
+        for name, error in self.errors.items():
+            output_error = f"{self.output_errors[name]:.2%}" if name in self.output_errors else "-"
+            rows.append([name, str(self.ranks[name]), f"{error:.2%}", output_error])
+        columns = ["layer", "ranks", ">error of the coefficients", ">error of the outputs"]
+        return TextTable(columns, rows, notes)
 
 
 def extract_lotra(
@@ -117,7 +122,11 @@ def extract_lotra(
         >>> model.extraction_report.ranks  # the full basis needs no factor
         {'layers.0': (1, 1, 9)}
     """
-    check_one_given(r=r if rank_pattern is None else rank_pattern, energy=energy, budget=budget)
+    options = {"r": r if rank_pattern is None else rank_pattern, "energy": energy, "budget": budget}
+    if list(options.values()).count(None) != 2:
+        raise ValueError(f"Pass one of {', '.join(options)}; got {options}.")
+    if energy is not None:
+        check_number(energy, "energy", "(0, 1]")
     check_module(base, "base")
     check_without_adapters(base, "base")
     base = unwrap(base)
@@ -238,10 +247,9 @@ def _find_other_changes(
                 "functions. Fine-tune without moving the grids (no `update_grid`), or move those of the base model "
                 "first, and fine-tune from there."
             )
-        # the scales of the edges are part of the update, and the components of a Slim layer are its coefficients
+        # the scales of the edges are part of the update
         scales = (spec.edge_scale or ())[:1]
-        components = getattr(layer, "components", Tucker)._fields
-        for parameter in (*tensor.parameters, *scales, *components):
+        for parameter in (*tensor.parameters, *scales):
             changed.pop(f"{name}.{parameter}".lstrip("."), None)
 
     # PEFT copies all modules whose names end with a name: not those that contain a KAN layer, or are inside of one

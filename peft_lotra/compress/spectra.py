@@ -14,13 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from ..modules.checks import check_number
 from ..modules.report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, check_ranks, hosvd
 from .data_weights import TINY, DataWeights
@@ -154,19 +152,10 @@ def weighted_spectra(
     return spectra
 
 
-def check_one_given(**options: Any) -> None:
-    """Raise a ValueError unless one of these options is given, and the others are None; or for a wrong energy."""
-    if list(options.values()).count(None) != len(options) - 1:
-        raise ValueError(f"Pass one of {', '.join(options)}; got {options}.")
-    if options["energy"] is not None:
-        check_number(options["energy"], "energy", "(0, 1]")
-
-
 def ranks_by_layer(
     tensors: Mapping[str, Tensor],
     pattern: Mapping[str, Ranks],
     default: Ranks | None,
-    argument: str = "r",
 ) -> LayerRanks:
     """Return the ranks of layers by a pattern, as in [`LoTRAConfig`], or else the default; none without both."""
     ranks = {}
@@ -174,7 +163,7 @@ def ranks_by_layer(
         key = get_pattern_key(list(pattern), name)
         r = pattern.get(key, default)
         if r is not None:
-            ranks[name] = cap_ranks(check_ranks(r, argument), tensor.shape)
+            ranks[name] = cap_ranks(check_ranks(r), tensor.shape)
     return ranks
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -113,17 +112,3 @@ def edge_scales(target: Target, coefficients: Tensor) -> Tensor | None:
     full = torch.ones_like(coefficients)
     full[:, :, : tensor.shape[2]] = scale.to(coefficients)
     return full
-
-
-def error_table(
-    errors: Mapping[str, float],
-    ranks: LayerRanks,
-    output_errors: Mapping[str, float],
-) -> tuple[list[str], list[list[str]]]:
-    """Return the columns and rows of a report by layer: ranks, error, and error of the outputs if it is known."""
-    rows = []
-    for name, error in errors.items():
-        output_error = f"{output_errors[name]:.2%}" if name in output_errors else "-"
-        rows.append([name, str(ranks[name]), f"{error:.2%}", output_error])
-    columns = ["layer", "ranks", ">error of the coefficients", ">error of the outputs"]
-    return columns, rows

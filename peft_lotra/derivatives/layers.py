@@ -58,18 +58,14 @@ def evaluate_layer(
     if formula.scale is None and not is_tracing() and in_transform():
         # no gradient of the size of the coefficients for each row
         updates, factored = factored, updates
-    coefficients = None
-    if formula.coefficients is not None or updates:
-        coefficients = formula._replace(updates=updates).joined()
+    coefficients = formula._replace(updates=updates).joined()
 
     terms = []
     start = 0
     for basis, inputs in _terms(formula, jet, order, weights):
         stop = start + num_functions(basis)
         columns = slice(start, stop)
-        matrix = None
-        if coefficients is not None:
-            matrix = coefficients[:, columns].flatten(1)
+        matrix = coefficients[:, columns].flatten(1)
         sliced = [Update(scale, tensor.sliced(columns)) for scale, tensor in factored]
         terms.append(_evaluate_term(basis, matrix, sliced, inputs, order, weights))
         start = stop
@@ -125,7 +121,7 @@ def _activation_functions(
 
 def _evaluate_term(
     basis: Basis,
-    matrix: Tensor | None,
+    matrix: Tensor,
     factored: Sequence[Update],
     jet: Jet,
     order: int,
@@ -157,10 +153,10 @@ def _evaluate_plainly(
     factored: Sequence[Update],
     order: int,
     weights: Tensor | None,
-    matrix: Any,
+    matrix: Tensor,
     *jet: Tensor,
 ) -> Jet:
-    """Do the same as `LayerJet` by operations that autograd differentiates, and add updates. `matrix` may be None."""
+    """Do the same as `LayerJet` by operations that autograd differentiates, and add updates."""
     value, *derivatives = _compose(basis, jet, order, weights)
     if is_tracing():
         # compilers copy the rows of a batched product to another order, and their gradients back
@@ -171,9 +167,7 @@ def _evaluate_plainly(
         return outputs
 
     rows = torch.cat([value.unsqueeze(0), *derivatives])
-    y: Any = 0
-    if matrix is not None:
-        y = matrix @ rows.flatten(1, 2)
+    y = matrix @ rows.flatten(1, 2)
     for update in factored:
         y = y + _contract(rows, update)
     value, *derivatives = y.split(row_counts(jet, order, weights))

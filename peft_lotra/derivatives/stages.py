@@ -20,7 +20,6 @@ from ..kan.layer import KANLinear
 from ..kan.network import LayerStack, is_norm
 from ..kan.slim_kan import SlimKANLinear
 from ..modules.calls import is_tracing
-from ..tucker import Update
 from .norms import NORMS
 
 
@@ -168,12 +167,6 @@ def _linear(module: nn.Linear) -> list[Stage] | None:
     return [Stage(module, formula)]
 
 
-def _slim_kan_linear(layer: SlimKANLinear) -> list[Stage]:
-    updates = (Update(1.0, layer.components),)
-    formula = LayerFormula(layer.grid, None, updates=updates)
-    return [Stage(layer, formula)]
-
-
 def _norm(module: nn.Module) -> list[Stage] | None:
     return [Stage(module)] if is_norm(module) else None
 
@@ -190,8 +183,8 @@ def _register_exact(
     register(cls, Entry(stages_or_none))
 
 
-_register_exact(KANLinear, lambda layer: [Stage(layer, layer.formula)])
-_register_exact(SlimKANLinear, _slim_kan_linear)
+for cls in (KANLinear, SlimKANLinear):
+    _register_exact(cls, lambda layer: [Stage(layer, layer.formula)])
 _register_exact(LayerStack, lambda net: join_stages(net.layers))
 _register_exact(nn.Sequential, join_stages)
 for cls in (InputMap, *ACTIVATIONS):

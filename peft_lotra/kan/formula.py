@@ -51,7 +51,7 @@ class LayerFormula(NamedTuple):
 
     Attributes:
         basis: The functions B. None for `nn.Linear`.
-        coefficients: A (O, I, K). None for a Slim layer, which consists of updates.
+        coefficients: A (O, I, K). None for `nn.Linear`.
         residual: R (O, I). None without a base branch.
         updates: The updates of the applied adapters.
         scale: (O, I). None stands for 1.
@@ -94,20 +94,15 @@ class LayerFormula(NamedTuple):
 
     def joined(self) -> Tensor:
         """Return scale (A + updates) and R + updates as one tensor (O, K + 1, I). Zeros stand for a missing R."""
-        total = None
-        if self.coefficients is not None:
-            residual = self.residual
-            if residual is None:
-                residual = torch.zeros_like(self.coefficients[:, :, 0])
-            total = torch.cat([self.coefficients.mT, residual.unsqueeze(1)], 1)
+        coefficients: Any = self.coefficients
+        residual = self.residual
+        if residual is None:
+            residual = torch.zeros_like(coefficients[:, :, 0])
+        total = torch.cat([coefficients.mT, residual.unsqueeze(1)], 1)
         for update in self.updates:
             delta = update.dense().mT
-            if total is None:
-                total = delta
-            else:
-                missing = total.shape[1] - delta.shape[1]
-                total = total + F.pad(delta, (0, 0, 0, missing))
-        assert total is not None
+            missing = total.shape[1] - delta.shape[1]
+            total = total + F.pad(delta, (0, 0, 0, missing))
         if self.scale is None:
             return total
         splines, last = total.split([total.shape[1] - 1, 1], 1)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from einops import einsum
@@ -59,6 +60,11 @@ class SplineLayer(nn.Module):
     def grid(self) -> UniformGrid:
         """The grids, as the buffer `grid_bounds` holds them."""
         return UniformGrid.between(self.grid_bounds, self.grid_size, self.spline_order)
+
+    @property
+    def formula(self) -> LayerFormula:
+        """The formula of the layer with its current parameters."""
+        return LayerFormula(self.grid, self.spline_weight, self.base_weight)
 
     def basis(self, x: Tensor) -> Tensor:
         """The basis functions at `x`: (..., I) to (..., I, grid_size + spline_order), see `bspline_basis`."""
@@ -145,11 +151,6 @@ class KANLinear(SplineLayer):
         nn.init.normal_(self.spline_weight, std=math.sqrt(spline_variance))
         nn.init.normal_(self.base_weight, std=math.sqrt(silu_variance))
 
-    @property
-    def formula(self) -> LayerFormula:
-        """The formula of the layer with its current parameters."""
-        return LayerFormula(self.grid, self.spline_weight, self.base_weight)
-
     def forward(self, x: Tensor) -> Tensor:
         """Compute the outputs.
 
@@ -210,3 +211,30 @@ class KANLinear(SplineLayer):
         refitted = einsum(transfer, self.spline_weight.double(), "i new old, o i old -> o i new")
         self.grid_bounds.copy_(bounds)
         self.spline_weight.copy_(refitted)
+
+
+def copy_with_parameters(
+    layer: SplineLayer,
+    parameters: Mapping[str, Tensor],
+    grid_size: int | None = None,
+) -> KANLinear:
+    """Return a dense layer like another layer, but with these parameters."""
+    grid_size = grid_size or layer.grid_size
+    new = KANLinear(
+        layer.in_features,
+        layer.out_features,
+        grid_size,
+        layer.spline_order,
+        layer.grid_range,
+        device="meta",
+    )
+    new = new.to_empty(device=layer.grid_bounds.device)
+    new = new.to(layer.grid_bounds.dtype)
+
+    is_trained = any(parameter.requires_grad for parameter in layer.parameters())
+    new.requires_grad_(is_trained)
+    with torch.no_grad():
+        new.grid_bounds.copy_(layer.grid_bounds)
+        for name, value in parameters.items():
+            new.get_parameter(name).copy_(value)
+    return new.train(layer.training)

@@ -14,12 +14,10 @@ from einops import einsum
 from torch import Tensor, nn
 
 from ..modules.calls import share_hooks, unwrap
-from ..tucker import Tucker
 from .basis import UniformGrid, change_of_basis, check_grid
 from .input_map import InputMap
-from .layer import KANLinear, SplineLayer
+from .layer import KANLinear, copy_with_parameters
 from .network import LayerStack, is_norm
-from .slim_kan import SlimKANLinear, copy_with_parameters
 
 
 _POINTS = 8  # for each interval of the finer grid, on which functions are fitted
@@ -64,14 +62,14 @@ def refine_grid(
     The parameters are replaced by new ones: make optimizers afterwards. `LevenbergMarquardt` needs nothing.
 
     Args:
-        kan: A `KAN` or a `SlimKAN`, or one that PEFT or `torch.compile` has wrapped.
+        kan: A `KAN`, or one that PEFT or `torch.compile` has wrapped.
         grid_size: The number of intervals of each new grid.
         samples: Inputs (N, I) of the network. `grid_size` must be a multiple of the old ones then, and a layer of G
             intervals that is extended by e gets grid_size (G + e) / G of them.
         tolerance: The largest error of a layer, see `RefinementReport`, that is accepted.
 
     Raises:
-        TypeError: `kan` is no `KAN` or `SlimKAN`.
+        TypeError: `kan` is no `KAN`.
         ValueError: An argument is out of range; a layer is of an unknown kind, or has adapters that are merged or
             cannot be carried over; samples are not finite; the function cannot be kept to `tolerance`. The network is
             as before then.
@@ -91,7 +89,7 @@ def refine_grid(
     kan = unwrap(kan)
     if not isinstance(kan, LayerStack):
         raise TypeError(
-            f"`kan` is {type(kan).__name__}, but must be a KAN or a SlimKAN: give the network inside of a wrapper, "
+            f"`kan` is {type(kan).__name__}, but must be a KAN: give the network inside of a wrapper, "
             "such as `model.kan`."
         )
     splines = _find_spline_layers(kan, grid_size)
@@ -139,25 +137,25 @@ def refine_grid(
     return RefinementReport(errors)
 
 
-def _find_spline_layers(kan: LayerStack, grid_size: int) -> dict[str, SplineLayer]:
+def _find_spline_layers(kan: LayerStack, grid_size: int) -> dict[str, KANLinear]:
     """Return the KAN layers without adapters by name; raise a ValueError for a layer that cannot be refined."""
-    parameters = {KANLinear: {"spline_weight", "base_weight"}, SlimKANLinear: {"core"}}
     splines = {}
     for name, layer in kan.layers.named_children():
         layer: Any = getattr(layer, "base_to_refine", layer)  # if its adapters can be refined too
         names = {parameter_name for parameter_name, _ in layer.named_parameters()}
-        if parameters.get(type(layer)) == names - set(Tucker._fields[1:]):
+        if type(layer) is KANLinear and names == {"spline_weight", "base_weight"}:
             check_grid(grid_size, layer.spline_order)
             splines[name] = layer
         elif not (isinstance(layer, InputMap) or is_norm(layer)):
             raise ValueError(
                 f"`layers.{name}`, {type(layer).__name__}, cannot be refined. Unmerge its adapters, put batch "
-                "normalization into evaluation mode, and remove weight normalization or pruning."
+                "normalization into evaluation mode, remove weight normalization or pruning, and call `to_dense()` of "
+                "a Slim KAN."
             )
     return splines
 
 
-def _extend_grid(layer: SplineLayer, z: Tensor, grid_size: int) -> tuple[Tensor, int]:
+def _extend_grid(layer: KANLinear, z: Tensor, grid_size: int) -> tuple[Tensor, int]:
     """Extend the grids by the intervals that cover the activations z; return their ends (I, 2) and their size."""
     low, high = layer.grid_bounds.unbind(-1)
     width = (high - low) / layer.grid_size
@@ -171,10 +169,10 @@ def _extend_grid(layer: SplineLayer, z: Tensor, grid_size: int) -> tuple[Tensor,
 
 
 def _refine_layer(
-    layer: SplineLayer,
+    layer: KANLinear,
     grid_size: int,
     bounds: Tensor,
-) -> tuple[SplineLayer, Tensor, float]:
+) -> tuple[KANLinear, Tensor, float]:
     """Fit a layer on another grid.
 
     Returns:
@@ -191,13 +189,8 @@ def _refine_layer(
     old_basis = old_grid.functions(points)
     transfer = change_of_basis(new_basis, old_basis)  # (I, K', K)
 
-    if isinstance(layer, SlimKANLinear):
-        silu = transfer.new_ones(1, 1)
-        matrix = torch.block_diag(transfer[0], silu)
-        parameters = layer.components.on_basis(matrix)._asdict()
-    else:
-        weight = einsum(transfer, layer.spline_weight.double(), "i new old, o i old -> o i new")
-        parameters = {"spline_weight": weight, "base_weight": layer.base_weight}
+    weight = einsum(transfer, layer.spline_weight.double(), "i new old, o i old -> o i new")
+    parameters = {"spline_weight": weight, "base_weight": layer.base_weight}
     refined = copy_with_parameters(layer, parameters, grid_size)
     refined.grid_bounds.copy_(bounds)
     for name, parameter in refined.named_parameters():
@@ -213,7 +206,7 @@ def _refine_layer(
     return refined, transfer[0], error.item()
 
 
-def _edge_functions(layer: SplineLayer, basis: Tensor, silu: Tensor) -> Tensor:
+def _edge_functions(layer: KANLinear, basis: Tensor, silu: Tensor) -> Tensor:
     """Return the values (O, I, N) of the functions of all edges, from the values (N, I, K) and (N, I, 1)."""
     functions = torch.cat([basis, silu], -1)
     base_weight = layer.base_weight.unsqueeze(-1)

@@ -225,13 +225,13 @@ class RowProduct(NamedTuple):
     The rows are in the order of the groups.
 
     Attributes:
-        matrix: W as (O, K I), frozen. None leaves this term out.
+        matrix: W as (O, K I), frozen.
         updates: The updates.
         scale: s (O, I), frozen, or None for 1. It does not scale the base branch.
         has_residual: Whether the last of the K functions is the base branch.
     """
 
-    matrix: Tensor | None
+    matrix: Tensor
     updates: RowUpdates
     scale: Tensor | None
     has_residual: bool
@@ -290,8 +290,6 @@ class RowProduct(NamedTuple):
         for rank in self.updates.form.form:
             update.append(None if rank == "full" else next(components))
         product = self._multiply_updates(functions, update)
-        if self.matrix is None:
-            return product
         return torch.addmm(product, functions.flatten(1), self.matrix.t())
 
     def _factors(self, like: Tensor) -> list[Tensor]:
@@ -387,7 +385,7 @@ def _dot(first: Tensor, second: Tensor, dim: int) -> Tensor:
 
 def _multiply_groups(
     functions: Tensor,
-    matrix: Tensor | None,
+    matrix: Tensor,
     scale: Tensor | None,
     first: Tensor,
     second: Tensor | None = None,
@@ -401,20 +399,12 @@ def _multiply_groups(
     if second is not None and scale is None and groups.shape[1] < _THIN_BELOW:
         # in this order, the products of both passes are of wide matrices
         sums = torch.bmm(first, groups.mT).mT  # (C, G, ro)
-        if matrix is None:
-            return torch.bmm(sums, second).flatten(0, 1)
         product = torch.mm(rows, matrix.t()).unflatten(0, groups.shape[:2])
         return torch.baddbmm(product, sums, second).flatten(0, 1)
 
-    if second is None:
-        weights = first
-    elif matrix is not None and scale is None:
+    if scale is None and second is not None:
         weights = torch.baddbmm(matrix, second.mT, first)
-        matrix = None
     else:
-        weights = torch.bmm(second.mT, first)
-    if scale is not None:
-        weights = weights * scale if matrix is None else torch.addcmul(matrix, weights, scale)
-    elif matrix is not None:
-        weights = matrix + weights
+        weights = first if second is None else torch.bmm(second.mT, first)
+        weights = matrix + weights if scale is None else torch.addcmul(matrix, weights, scale)
     return torch.bmm(groups, weights.mT).flatten(0, 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..modules.calls import is_tracing
 from ..tucker import Ranks, Tucker, cap_ranks, check_ranks, component_shapes, expand_inputs
 from .basis import check_input, moments
-from .layer import KANLinear, SplineLayer
+from .layer import KANLinear, SplineLayer, copy_with_parameters
 from .network import KAN, LayerStack, Norm, pairs, with_norms
 from .product import spline_product
 
@@ -185,7 +185,8 @@ class SlimKANLinear(SplineLayer):
             residual_weight = expand_inputs(residual, *factors).squeeze(-1)
             y = y + F.linear(F.silu(rows), residual_weight)
         else:
-            functions = self._functions(rows).mT
+            silu = F.silu(rows).unsqueeze(-1)
+            functions = torch.cat([self.basis(rows), silu], -1).mT
             # torch takes another product of batches, with other last digits, if the factor requires a gradient
             functions = (functions.flatten(0, 1) @ factor_in).unflatten(0, functions.shape[:2])  # (N, K + 1, ri)
             weight = expand_inputs(core, None, factor_basis)  # (ro, ri, K + 1)
@@ -194,17 +195,6 @@ class SlimKANLinear(SplineLayer):
             y = y @ factor_out.T
         return y.view(*x.shape[:-1], self.out_features)
 
-    def forward_with(self, delta: Tensor, x: Tensor) -> Tensor:
-        """Compute the output with a dense tensor (O, I, K + 1) added to the coefficients."""
-        functions = self._functions(x).flatten(-2)
-        update = functions @ delta.flatten(1).T
-        return SlimKANLinear.forward(self, x) + update
-
-    def _functions(self, x: Tensor) -> Tensor:
-        """Return the basis functions and silu at x (..., I): (..., I, K + 1)."""
-        silu = F.silu(x).unsqueeze(-1)
-        return torch.cat([self.basis(x), silu], -1)
-
     def to_dense(self) -> KANLinear:
         """Return the `KANLinear` that computes the same, up to rounding."""
         parameters = {"spline_weight": self.spline_weight, "base_weight": self.base_weight}
@@ -212,31 +202,6 @@ class SlimKANLinear(SplineLayer):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ranks={self.ranks}"
-
-
-def copy_with_parameters(
-    layer: SplineLayer,
-    parameters: Mapping[str, Tensor],
-    grid_size: int | None = None,
-) -> Any:
-    """Return a layer like another one, but with these parameters: a `SlimKANLinear` if they have a core."""
-    sizes = (layer.in_features, layer.out_features)
-    grid = (grid_size or layer.grid_size, layer.spline_order, layer.grid_range)
-    if "core" in parameters:
-        ranks = tuple(parameters["core"].shape)
-        new = SlimKANLinear(*sizes, ranks, *grid, device="meta")
-    else:
-        new = KANLinear(*sizes, *grid, device="meta")
-    new = new.to_empty(device=layer.grid_bounds.device)
-    new = new.to(layer.grid_bounds.dtype)
-
-    is_trained = any(parameter.requires_grad for parameter in layer.parameters())
-    new.requires_grad_(is_trained)
-    with torch.no_grad():
-        new.grid_bounds.copy_(layer.grid_bounds)
-        for name, value in parameters.items():
-            new.get_parameter(name).copy_(value)
-    return new.train(layer.training)
 
 
 def _orthogonal(like: Tensor) -> Tensor:

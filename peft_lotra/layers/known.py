@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from ..derivatives import bases
 from ..kan.basis import UniformGrid
 from ..kan.layer import KANLinear
-from ..kan.slim_kan import SlimKANLinear
-from . import slim  # noqa: F401  (registers a kind)
 from .kinds import BUILT_IN, REGISTERED, has, register_kan_layer
 
 
@@ -321,21 +319,15 @@ _register(  # of few functions `spline_scaler` is a fifth of them or more: a par
     """,
     where=lambda m: m.spline_weight.shape[2] <= 4 and "spline_scaler" in m._parameters,
 )
-_OURS: dict[str, Any] = {
-    "coefficients": ("spline_weight", "o i k"),
-    "residual": ("base_weight", "o i"),
-    "grid": ("grid_bounds", "grid_size", "spline_order"),
-    "basis": lambda m, x: m.basis(x),
-}
 register_kan_layer(
     "peft-lotra",
     matches=KANLinear,
+    coefficients=("spline_weight", "o i k"),
+    residual=("base_weight", "o i"),
+    grid=("grid_bounds", "grid_size", "spline_order"),
     grid_methods=("update_grid",),
+    basis=lambda m, x: m.basis(x),
     splines=KANLinear.grid.fget,
     activation=lambda m, x: nn.functional.silu(x),
-    **_OURS,
 )
-# The parameters of Slim layers are Tucker components; described here are the tensors that the components make. An
-# adapter is added to the components, see `SlimLoTRALayer`.
-register_kan_layer("slim-kan", matches=SlimKANLinear, **_OURS)
 BUILT_IN.update(REGISTERED)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kan.slim_kan import SlimKANLinear
 from .coefficients import CoefficientTensor, Described
 from .evidence import Evidence, count_inputs, run_at_sizes
 from .kinds import KANLayerSpec, get_registered, is_built_in, matches_nothing, registered_spec, spec_from_file
@@ -49,6 +50,7 @@ _NO_LAYERS = (
     *NORMS,
     nn.modules.conv._ConvNd,
     torch.jit.ScriptModule,
+    SlimKANLinear,  # its coefficients are a product
 )
 # Libraries whose modules with large parameters are attention, experts and the like.
 _LIBRARIES = {"torch", "torchvision", "transformers", "timm", "diffusers", "peft"}

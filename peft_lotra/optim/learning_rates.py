@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..kan.slim_kan import SlimKANLinear
-from ..layers.slim import SlimLayer
 from ..modules.calls import unwrap
 from ..modules.checks import as_number, check_function, check_number
 from ..tucker import Tucker
@@ -87,7 +86,7 @@ def _trained_components(
     for layer in network.modules():
         if isinstance(layer, LoTRALayer):
             adapters = {adapter: layer.get_components(adapter) for adapter in layer.lotra_core}
-        elif isinstance(layer, (SlimKANLinear, SlimLayer)):
+        elif isinstance(layer, SlimKANLinear):
             adapters = {"": layer.components}
         else:
             continue

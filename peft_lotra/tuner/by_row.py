@@ -20,9 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..kan.basis import UniformGrid, in_transform
 from ..kan.formula import LayerFormula
 from ..kan.row_product import PackedTucker, RowGroups, RowProduct, RowUpdates, group_rows
-from ..kan.slim_kan import SlimKANLinear
 from ..layers.probe import cached_by_class
-from ..modules.calls import evaluating_without_trace, is_tracing, runs_more_than_its_class
+from ..modules.calls import evaluating_without_trace, is_tracing
 from ..tucker import Tucker, full_shape
 
 
@@ -207,15 +206,10 @@ def run_mixed_batch(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict) ->
     """Evaluate a `LoTRALayer`: all samples at once, or the samples of each adapter in turn."""
     rows_per_sample = _count_rows(layer.lotra_name, batch, args, kwargs)
     base_layer = layer._modules["base_layer"]
-    formula = None
-    if type(base_layer) is SlimKANLinear:
-        has_formula = len(args) == 1 and not kwargs and not runs_more_than_its_class(base_layer)
-    else:
-        formula = layer._find_formula((), args, kwargs)
-        has_formula = formula is not None
-    updates = batch.find_updates() if has_formula else None
+    formula = layer._find_formula((), args, kwargs)
+    updates = None if formula is None else batch.find_updates()
     if updates is not None:
-        return _evaluate_rows(base_layer, formula, args[0], updates)
+        return _evaluate_rows(formula, args[0], updates)
     if not batch.size:
         return layer._run((), None, args, kwargs)
     if is_tracing():
@@ -397,14 +391,8 @@ def _select_samples(rows: Tensor, size: int, index: Tensor) -> Tensor:
     return samples[index.to(rows.device)].flatten(0, 1)
 
 
-def _evaluate_rows(
-    base_layer: Any,
-    formula: LayerFormula | None,
-    x: Tensor,
-    updates: RowUpdates,
-) -> Tensor:
+def _evaluate_rows(formula: LayerFormula, x: Tensor, updates: RowUpdates) -> Tensor:
     """Return the output for inputs (batch, ..., in), or (batch * count, in) with `count` rows per sample."""
-    base_output = base_layer(x) if formula is None else None  # of a Slim layer; first, since it checks x
     index, size, order, positions = updates.groups
     if not (is_tracing() or x.numel()):  # no group has rows
         index, size, order, positions = RowGroups(index[:0])
@@ -421,23 +409,14 @@ def _evaluate_rows(
     if order is not None:
         rows = rows.index_select(0, order)
     grouped = updates._replace(groups=RowGroups(index, size * count))
-    y = _product(base_layer, formula, grouped, rows.flatten(0, 1))
+    y = _product(formula, grouped, rows.flatten(0, 1))
     if positions is not None:
         y = y.unflatten(0, (-1, count)).index_select(0, positions)
-    y = y.reshape(*x.shape[:-1], y.shape[-1])
-    return y if base_output is None else base_output + y
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _product(
-    base_layer: Any,
-    formula: LayerFormula | None,
-    updates: RowUpdates,
-    rows: Tensor,
-) -> Tensor:
-    """Return the output (N, O) at rows (N, I) in the order of their groups. Without a formula, it lacks the base."""
-    if formula is None:
-        product = RowProduct(None, updates, None, True)
-        return product.of_splines(rows, base_layer.grid, nn.functional.silu(rows))
+def _product(formula: LayerFormula, updates: RowUpdates, rows: Tensor) -> Tensor:
+    """Return the output (N, O) at rows (N, I) in the order of their groups."""
     has_residual = formula.residual is not None
     # the base is frozen
     matrix = formula.joined().detach()

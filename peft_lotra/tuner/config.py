@@ -66,7 +66,7 @@ class LoTRAConfig(PeftConfig):
             convolutional layers. A single rank counts for all modes. Three ranks leave the kernel full. A rank
             above the size of its mode is capped. A full mode, `"full"` or a rank that equals the size, has no factor.
             The default `None` means `("full", "full", 1)`, a matrix (out, in) times one learned shape of the
-            functions. On Slim layers it means 4.
+            functions.
         budget (`Optional[float]`):
             The number of parameters as a share of the coefficients of all adapted layers, above 0 and up to 1. It
             replaces `r`. All layers get the ranks `("full", "full", k)`, k learned shapes with a full matrix each. If
@@ -233,7 +233,7 @@ class LoTRAConfig(PeftConfig):
         key = get_pattern_key(list(self.rank_pattern), name)
         ranks = self.rank_pattern.get(key, self.r)
         if ranks is None:
-            ranks = 4 if tensor.kind in ("slim", "slim-kan") else ("full", "full", 1)
+            ranks = ("full", "full", 1)
         return component_shapes(cap_ranks(ranks, shape), shape)
 
     def spend_budget(self, targets: Mapping[str, Any]) -> None:

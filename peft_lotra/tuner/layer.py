@@ -497,7 +497,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             is_as_merged = not self.merged_adapters or self._checksum() == self._merged_checksum
             updates = [self.update_of(name) for name in names]
             self._merged_updates += updates
-            self._add(updates)
+            self._write(self._parameters_with(updates))
             if is_as_merged:
                 self._merged_checksum = self._checksum()
             self.merged_adapters = [*self.merged_adapters, *names]
@@ -517,9 +517,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         for name in adapter_names:
             update = self.update_of(name)
             updates.append(update)
-            # of a Slim layer, `_parameters_with` returns the components, and None for the factor of a full mode
             values = [update.dense(), *self._parameters_with(updates).values()]
-            if not all(value is None or value.isfinite().all() for value in values):
+            if not all(value.isfinite().all() for value in values):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
     def unmerge(self) -> None:
@@ -539,7 +538,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             if self._checksum() == self._merged_checksum:
                 self._write(self.before_merge)
             else:
-                self._add([Update(-scale, tensor) for scale, tensor in self._merged_updates])
+                updates = [Update(-scale, tensor) for scale, tensor in self._merged_updates]
+                self._write(self._parameters_with(updates))
             self.before_merge = {}
             self._merged_updates = []
             self.merged_adapters = []
@@ -557,9 +557,6 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     def _base_parameters(self) -> Tensors:
         """Return the parameters that a merge changes, by name."""
         return self.lotra_tensor.read_parameters(self.get_base_layer())
-
-    def _add(self, updates: Sequence[Update]) -> None:
-        self._write(self._parameters_with(updates))
 
     @torch.no_grad()
     def _write(self, values: Tensors) -> None:

@@ -17,9 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from ..hub.card import remove_new_card
-from ..kan.slim_kan import SlimKANLinear
 from ..layers.search import short_name
-from ..layers.slim import SlimLayer
 from ..modules.calls import (
     PREFIX,
     LayerLock,
@@ -50,7 +48,6 @@ from .saving import (
     read_tensors,
     saved_tensors,
 )
-from .slim import SlimLoTRALayer
 from .targets import (
     bare_name,
     check_targets,
@@ -172,10 +169,9 @@ class LoTRAModel(BaseTuner):
         self, peft_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
     ) -> None:
         # if PEFT injects from a state dict, its names differ from those of the configuration
-        layer, spec, tensor = self._targets.get(current_key) or locate_target(current_key, target)
+        _, spec, tensor = self._targets.get(current_key) or locate_target(current_key, target)
         if not isinstance(target, LoTRALayer):
-            layer_cls = SlimLoTRALayer if isinstance(layer, (SlimKANLinear, SlimLayer)) else LoTRALayer
-            adapted = layer_cls(target, spec, tensor, current_key)
+            adapted = LoTRALayer(target, spec, tensor, current_key)
             self._replace_module(parent, target_name, adapted, target)
             target = adapted
             if spec.network_methods or spec.checkpoint_methods:

@@ -21,7 +21,6 @@ from ..kan.slim_kan import SlimKANLinear
 from ..layers.kinds import is_built_in
 from ..layers.recognize import compare, get_recorded_spec, recognize
 from ..layers.search import unrecognized_modules, walk_kan_layers
-from ..layers.slim import SlimLayer
 from ..modules.checks import list_first, natural_order
 from .config import LoTRAConfig
 from .initialization import check_start
@@ -32,8 +31,11 @@ def find_targets(config: LoTRAConfig, model: nn.Module) -> Targets:
     """Return the layers that the configuration targets, by name.
 
     Raises:
-        ValueError: A target is no KAN layer, or there is none in the model.
+        ValueError: A target is no KAN layer, or there is none in the model, or the model has Slim layers.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, SlimKANLinear):
+            raise ValueError(f"Adapters need dense layers, but `{name}` is a Slim layer: call `to_dense()` first.")
     if config.base_layers is not None:
         return _find_recorded(config.base_layers, model)
     if config.targets_all_kan:
@@ -180,9 +182,7 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Targets) -> No
     adapted = [name for name, _ in lotra_layers(model)]
     for name, (layer, spec, tensor) in targets.items():
         parameters = tensor.parameters if config.adapt_residual else tensor.names
-        if isinstance(layer, (SlimKANLinear, SlimLayer)):  # whose coefficients are a product
-            parameters = layer.components._asdict()
-        elif name not in adapted and not is_built_in(spec):
+        if name not in adapted and not is_built_in(spec):
             contradiction, _ = compare(layer, spec)
             if contradiction:
                 raise ValueError(

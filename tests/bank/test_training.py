@@ -14,7 +14,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from peft_lotra import AdapterBank, LoTRAConfig, create_lotra_optimizer, start_from_gradient
-from peft_lotra.kan import KAN, SlimKAN
+from peft_lotra.kan import KAN
 from peft_lotra.optim import BankAdamW
 
 
@@ -23,7 +23,6 @@ CONFIGS = {"a": {"r": 2}, "b": {"r": (3, 1, 2)}, "c": {"r": 1, "adapt_residual":
 LARGE_CONFIGS = {"a": {"r": ("full", "full", 1)}, "b": {"r": (7, 5, 4)}, "c": {"r": "full", "adapt_residual": False}}
 BASES = {
     "own": lambda: KAN([3, 20, 2]),
-    "slim": lambda: SlimKAN([3, 5, 2], ranks=(2, 2, 3)),
     **{name: KINDS[name] for name in ("efficient-kan-old", "fast-kan", "pykan")},
 }
 

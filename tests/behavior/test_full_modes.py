@@ -11,14 +11,12 @@ import torch
 from helpers import X, adapt, assert_equal, layer_of, load, lotra_layers, net, refused, train
 from peft import get_peft_model
 from safetensors.torch import load_file
-from stand_ins import LAYER_KINDS, as_model
 from torch import nn
 from torch.testing import assert_close
 
 from peft_lotra import (
     LoTRAConfig,
     create_lotra_optimizer,
-    slim,
     start_from_gradient,
 )
 from peft_lotra.kan import KAN
@@ -70,20 +68,6 @@ def test_adam_steps_of_the_dense_update_are_those_of_full_fine_tuning():
     for layer, tuned in zip(lotra_layers(model).values(), kan.layers, strict=True):
         expected = torch.cat([tuned.spline_weight, tuned.base_weight.unsqueeze(-1)], -1)
         assert_close(layer.effective_coefficients(), expected.detach())
-
-
-@pytest.mark.parametrize("kind", ["own", "efficient-kan", "pykan", "cheby-kan"])
-@pytest.mark.parametrize("inputs", [None, X])
-def test_slim_layers_have_no_factor_of_a_full_mode(kind, inputs):
-    model = as_model(LAYER_KINDS[kind](3, 4))
-
-    small = slim(model, ("full", "full", 1), inputs=inputs)
-
-    (layer,) = [module for module in small.modules() if hasattr(module, "components")]
-    names = {name for name, _ in layer.named_parameters() if "core" in name or "factor" in name}
-    assert names == {"core", "factor_basis"}
-    assert layer.ranks[:2] == (4, 3)
-    assert_close(small(X), small.to_dense()(X))
 
 
 def test_the_optimizer_has_a_group_for_each_component_that_there_is():

@@ -28,7 +28,7 @@ from helpers import (
 from torch.nn.utils import prune
 from torch.testing import assert_close
 
-from peft_lotra.kan import KAN, SlimKAN
+from peft_lotra.kan import KAN
 
 
 def base_state(model):
@@ -209,11 +209,10 @@ def test_what_is_not_finite_is_unmerged(kind, value):
     assert_equal(base_state(model), before)
 
 
-@pytest.mark.parametrize("kind", ["own", "pykan", "slim"])
+@pytest.mark.parametrize("kind", ["own", "pykan"])
 def test_a_change_of_merged_parameters_stays_when_they_are_unmerged(kind):
     """As with LoRA, the updates are subtracted, at the scale at which they were merged."""
-    base = KINDS[kind]() if kind in KINDS else SlimKAN([3, 4], ranks=1)
-    model = adapt(base.double(), r=1)
+    model = adapt(KINDS[kind]().double(), r=1)
     add_adapter(model, "second")
     layer = layer_of(model)
     deltas = [layer.get_delta_weight(name) for name in ("default", "second")]

@@ -23,7 +23,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig, hotswap_adapter
-from peft_lotra.kan import KAN, KANLinear, SlimKANLinear
+from peft_lotra.kan import KAN, KANLinear, SlimKAN
 
 
 ALL = ["body.0", "body.1", "tail.layers.0", "tail.layers.1"]
@@ -211,7 +211,6 @@ SHARED = {
     "linear": lambda: Shared(tie("kan.base_weight", "other.weight")),
     "parent": lambda: Shared(tie("kan.base_weight", "weight")),
     "module": lambda: Shared(tie("kan.spline_linear", "part"), FastKANLayer(3, 3)),
-    "slim": lambda: Shared(tie("kan.core", "weight"), SlimKANLinear(3, 3, 1)),
     "KAN layer": lambda: Shared(tie("kan.base_weight", "other.base_weight"), other=KANLinear(3, 3)),
 }
 
@@ -334,3 +333,15 @@ def test_an_adapter_is_injected_without_a_peft_model():
 
     assert list(lotra_layers(copied)) == ["kan.layers.1"]
     assert_equal(model(X), copied(X))
+
+
+@pytest.mark.filterwarnings("ignore:Ranks are larger")
+@pytest.mark.parametrize("ranks", [2, "full", [(2, 2, 2), None]])
+def test_a_slim_kan_is_made_dense_first(ranks):
+    slim = SlimKAN([3, 4, 2], ranks)
+    x = torch.rand(6, 3)
+
+    with refused("`layers.0` is a Slim layer: call `to_dense"):
+        adapt(slim)
+
+    assert_close(adapt(slim.to_dense(), random=False)(x), slim(x))

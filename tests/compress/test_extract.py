@@ -23,7 +23,7 @@ from stand_ins import LAYER_KINDS, ChebyKANLayer, as_model
 from torch import nn
 from torch.testing import assert_close
 
-from peft_lotra import extract_lotra, slim, update_spectrum
+from peft_lotra import extract_lotra, update_spectrum
 from peft_lotra.kan import KAN, KANLinear
 
 
@@ -264,23 +264,6 @@ def test_with_inputs_ranks_are_chosen_by_the_outputs():
     assert weighted.ranks != plain.ranks
     assert f"{weighted.output_errors['layers.1']:.2%}" in str(weighted)
     assert not plain.output_errors
-
-
-# the coefficients of a Slim layer are no parameters that could be exchanged
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("kind", ["own", "efficient-kan", "cheby-kan"])
-def test_updates_of_slim_layers_are_extracted(kind):
-    x = inputs(20, torch.float64)
-    small = slim(base(kind, torch.float64), ranks=(2, 2, 3))
-    tuned = perturbed(small)
-    dense = extract_lotra(small.to_dense(), tuned.to_dense(), budget=90, inputs=x)
-    wrapped = extract_lotra(copy.deepcopy(small), nn.DataParallel(tuned), budget=90, inputs=x)
-
-    assert wrapped.extraction_report.ranks == dense.extraction_report.ranks
-
-    model = extract_lotra(small, tuned, 9, inputs=x)
-
-    assert_close(model(x), tuned(x), atol=1e-5, rtol=1e-4)
 
 
 class Squared(ChebyKANLayer):

@@ -14,7 +14,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig, create_lotra_optimizer, start_from_training
-from peft_lotra.kan import KAN, SlimKAN
+from peft_lotra.kan import KAN
 
 
 def target(x):
@@ -188,7 +188,6 @@ def test_without_the_residual_branch_its_weights_have_no_update():
 WRAPPERS = {
     "own module": lambda kan: nn.Sequential(adapt(kan)),
     "injected": lambda kan: inject_adapter_in_model(LoTRAConfig(budget=0.5), kan),
-    "slim": lambda kan: get_peft_model(SlimKAN([3, 4, 2], ranks=2), LoTRAConfig(budget=0.5)),
     "half": lambda kan: get_peft_model(kan.bfloat16(), LoTRAConfig(budget=0.5)),
     "compiled": lambda kan: torch.compile(adapt(kan), backend="eager"),
 }

@@ -39,7 +39,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "slim": lambda: SlimKAN([3, 8, 4], ranks=(2, 2, 2)),
     "normalized": lambda: KAN([3, 8, 4], norm="batch").eval(),
     **{f"adapted {name}": lambda name=name: adapt(base(name)) for name in LAYER_KINDS},
-    "adapted, slim": lambda: adapt(SlimKAN([3, 8, 4], ranks=(2, 2, 2)), r=2),
 }
 
 

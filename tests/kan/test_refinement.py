@@ -48,7 +48,6 @@ def test_a_multiple_keeps_values_and_derivatives(order, factor):
 BEYOND = {
     "degree 2": lambda: wide(wide(kan(spline_order=2))),
     "degree 3": lambda: wide(wide(kan())),
-    "slim": lambda: SlimKAN([2, 6, 5, 4], (4, 2, 3), grid_size=6, dtype=torch.float64),
 }
 
 
@@ -132,6 +131,7 @@ REFUSED = {
     "`samples` .0, 2. must not be empty": lambda model: refine_grid(model, 12, X[:0]),
     "shape .500, 1., but KANLinear": lambda model: refine_grid(model, 12, X[:, :1]),
     "a multiple of the old ones, .6, 6, 6.": lambda model: refine_grid(model, 15, X),
+    "`layers.0`, SlimKANLinear, cannot be refined": lambda model: refine_grid(SlimKAN([2, 1], 1), 10),
     "`kan` is Sequential, but must be a KAN": lambda model: refine_grid(nn.Sequential(model), 12),
 }
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peft_lotra import KANLayerSpec, LoTRAConfig, find_kan_layers, register_kan_layer
 from peft_lotra.kan import KANLinear
-from peft_lotra.layers.kinds import known_kinds
+from peft_lotra.layers.kinds import REGISTERED
 from peft_lotra.layers.recognize import get_kan_spec
 
 
@@ -41,7 +41,7 @@ def test_a_class_or_a_predicate_matches_layers(matches, no_inference):
     spec = register_mine(matches=matches)
 
     assert isinstance(spec, KANLayerSpec)
-    assert spec.kind == known_kinds()[-1] == "my-kan"
+    assert spec.kind == [*REGISTERED][-1] == "my-kan"
     rows = [(row.name, row.kind, row.shape, row.has_residual) for row in find_kan_layers(model)]
     assert rows == [("0", "my-kan", (5, 3, 4), True), ("2", "my-kan", (2, 5, 4), True)]
 
@@ -79,7 +79,7 @@ def test_the_last_registered_kind_is_asked_first_and_a_name_is_replaced():
         register_kan_layer(name, **CHEBY)
 
         assert get_kan_spec(layer).kind == name
-        assert known_kinds().count(name) == 1
+        assert [*REGISTERED].count(name) == 1
 
 
 def test_a_kind_that_loses_its_class_warns(recwarn):
@@ -98,14 +98,6 @@ def test_a_kind_that_loses_its_class_warns(recwarn):
 def test_the_name_of_a_built_in_kind_is_refused():
     with refused("'cheby-kan' is a built-in kind.* Choose another name"):
         register_kan_layer("cheby-kan", **CHEBY)
-
-
-def test_a_layer_may_carry_its_description():
-    class Carrier(ChebyKANLayer):
-        kan_spec = KANLayerSpec("carried", nn.Module, ("cheby_coeffs", "i o k"))
-
-    assert get_kan_spec(Carrier(3, 4, degree=2)).kind == "carried"
-    assert "carried" not in known_kinds()
 
 
 class Phases(nn.Module):
@@ -162,12 +154,12 @@ def test_names_that_the_layer_does_not_have_are_refused(changes):
     ],
 )
 def test_wrong_descriptions_are_refused(changes, problem):
-    kinds = known_kinds()
+    kinds = [*REGISTERED]
 
     with pytest.raises((TypeError, ValueError), match=problem):
         register_mine(**changes)
 
-    assert known_kinds() == kinds
+    assert [*REGISTERED] == kinds
 
 
 @pytest.mark.parametrize(

@@ -42,9 +42,9 @@ PER_AREA = 6
 # Files that compute outputs, coefficients or gradients, by area. Random starts have no reference.
 AREAS = {
     "kan": "basis formula input_map layer network product refinement row_product slim_kan",
-    "tuner": "by_row gradients grids hotswap jets layer model slim weighted",
+    "tuner": "by_row gradients grids hotswap jets layer model weighted",
     "bank": "bank layer reading snapshot storage",
-    "layers": "coefficients derivatives formula layout slim",
+    "layers": "coefficients derivatives formula layout",
     "derivatives": "api bases chain_rule layer_jet layers norms splines stages torch_fallback",
     "least_squares": "forgetting jacobian levenberg_marquardt normal_equations problem",
 }
@@ -53,7 +53,7 @@ FIRST = {
     "kan": "product or refined or 17 or network or size or silu",
     "tuner": "hotswap or weighted or (merge and own) or (mixed and conv) or sample or 17",
     "bank": "bank or 17",
-    "layers": "forward or slim or compiled or coefficients",
+    "layers": "forward or compiled or coefficients",
     "derivatives": "jets or derivatives or step",
     "least_squares": "step",
 }

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dense import ALPHA, FORMS, dense, dense_base, dense_parameters, near
+from dense import ALPHA, FORMS, dense, dense_parameters, near
 from helpers import KINDS, Net, adapt, assert_equal, components, inputs, lotra_layers
 from peft import PeftModel
 from scipy.interpolate import RBFInterpolator
 from torch import Tensor, nn
 
 from peft_lotra import AdapterBank, ParametricAdapter, extract_lotra
-from peft_lotra.kan import KAN, SlimKAN, bspline_basis, refine_grid
+from peft_lotra.kan import KAN, bspline_basis, refine_grid
 from peft_lotra.kan.basis import moments
 
 
@@ -30,8 +30,6 @@ NETWORKS: dict[str, Any] = {
     "one input": lambda: KAN([1, 5, 1], spline_order=1, dtype=torch.float64),
     "wide": lambda: KAN([3, 200, 4], spline_order=2, dtype=torch.float64),
     "head": lambda: Net().double(),
-    "slim": lambda: SlimKAN([3, 6, 4], ranks=(2, 2, 3), dtype=torch.float64),
-    "slim wide": lambda: SlimKAN([40, 80, 4], ranks=("full", 3, 2), dtype=torch.float64),
 }
 
 
@@ -41,7 +39,7 @@ def make(kind: str) -> tuple[nn.Module, Tensor]:
     for name, buffer in base.named_buffers():
         if "running" in name:
             buffer.uniform_(0.5, 1.5)
-    width = {"one input": 1, "slim wide": 40}.get(kind, 3)
+    width = 1 if kind == "one input" else 3
     return base, inputs(24, torch.float64, width)
 
 
@@ -52,10 +50,9 @@ def test_a_network_and_its_gradients(kind: str, form: str) -> None:
     base, x = make(kind)
     model = adapt(copy.deepcopy(base), alpha=ALPHA, **FORMS[form])
     variables = [x.requires_grad_(), *(parameter for parameter in model.parameters() if parameter.requires_grad)]
-    reference = dense_base(base)
-    parameters = dense_parameters(reference, (model, "default", ALPHA))
+    parameters = dense_parameters(base, (model, "default", ALPHA))
     results = []
-    for y in (model(x), torch.func.functional_call(reference, parameters, (x,))):
+    for y in (model(x), torch.func.functional_call(base, parameters, (x,))):
         gradients = torch.autograd.grad(y.sin().sum(), variables, create_graph=True)
         results.append([y, *gradients, *torch.autograd.grad(gradients[0].sin().sum(), variables, allow_unused=True)])
 
@@ -101,7 +98,7 @@ def served_by_bank(base: nn.Module, models: dict[str, PeftModel]) -> nn.Module:
 
 @pytest.mark.parametrize("serve", [served_by_peft, served_by_bank])
 @pytest.mark.parametrize("rows", [1, 20, 2000])  # 2,000 are multiplied in groups
-@pytest.mark.parametrize("kind", ["tanh, order 4", "slim", "head", "large grid", *["fast-kan", "efficient-kan-old"]])
+@pytest.mark.parametrize("kind", ["tanh, order 4", "head", "large grid", "fast-kan", "efficient-kan-old"])
 def test_17_adapters_in_a_batch(kind: str, rows: int, serve: Any) -> None:
     torch.manual_seed(0)
     if kind == "large grid":
@@ -124,7 +121,7 @@ def test_17_adapters_in_a_batch(kind: str, rows: int, serve: Any) -> None:
     near(*[torch.autograd.grad(slope.sin().sum(), x) for slope in slopes], 1e-7)
 
 
-@pytest.mark.parametrize("kind", ["tanh, order 4", "slim", "fast-kan", "efficient-kan-old"])
+@pytest.mark.parametrize("kind", ["tanh, order 4", "fast-kan", "efficient-kan-old"])
 def test_all_adapters_of_a_batch_are_trained(kind: str) -> None:
     """Each gets the gradient of its rows."""
     torch.manual_seed(0)
@@ -172,7 +169,7 @@ def test_several_rows_of_a_sample(make: Any, serve: Any) -> None:
     near(y, torch.stack([outputs[name][row] for row, name in enumerate(names)]))
 
 
-@pytest.mark.parametrize("kind", ["own", "fast-kan", "efficient-kan-old", "slim"])
+@pytest.mark.parametrize("kind", ["own", "fast-kan", "efficient-kan-old"])
 def test_compiled(kind: str) -> None:
     """As a graph: an adapted model, and a bank."""
     torch._dynamo.reset()
@@ -210,7 +207,7 @@ def test_extraction(with_inputs: bool) -> None:
     near(extracted.eval()(x), tuned(x), 1e-6)
 
 
-REFINED = [("tanh, order 4", False), ("tanh, order 4", True), ("slim", False), ("slim", True), ("one input", True)]
+REFINED = [("tanh, order 4", False), ("tanh, order 4", True), ("one input", True)]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -218,8 +215,6 @@ REFINED = [("tanh, order 4", False), ("tanh, order 4", True), ("slim", False), (
 def test_a_refined_grid(kind: str, samples: bool, form: str) -> None:
     """The adapters are refined with the grid, which keeps the function of the dense network too."""
     base, x = make(kind)
-    if kind == "slim":
-        base = SlimKAN([3, 6, 4], ranks=(2, 2, 3), norm="tanh", dtype=torch.float64)
     model = adapt(copy.deepcopy(base), alpha=ALPHA, **FORMS[form])
     expected = dense(base, model)(x)
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense import ALPHA, FORMS, dense, dense_base, dense_parameters, near
+from dense import ALPHA, FORMS, dense, dense_parameters, near
 from helpers import CONVS, KINDS, adapt, add_adapter, assert_equal, assert_near, images, inputs, layer_of
 from jet_helpers import nested
 from peft import PeftModel, get_peft_model
 from stand_ins import CONVOLUTIONS, LAYER_KINDS, as_model
 from torch import Tensor, nn
 
-from peft_lotra import AdapterBank, LoTRAConfig, extract_lotra, hotswap_adapter, slim, start_from_gradient
+from peft_lotra import AdapterBank, LoTRAConfig, extract_lotra, hotswap_adapter, start_from_gradient
 from peft_lotra.derivatives.torch_fallback import ExactNorms
 from peft_lotra.kan import jet
 
@@ -31,11 +31,9 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
         for kind in CONVS
     },
     "wide own": lambda: as_model(LAYER_KINDS["own"](40, 40)),
-    **{f"slim {kind}": lambda kind=kind: slim(KINDS[kind](), (2, 2, 3)) for kind in ("own", "cheby-kan", "pykan")},
-    "slim shape": lambda: slim(KINDS["own"](), ("full", "full", 1)),
 }
-# the kinds that take all forms: thin products, scales of edges, no formula, a Slim layer, a convolution
-TYPICAL = ["own", "wide own", "efficient-kan-old", "pykan", "slim own", "fastkanconv"]
+# the kinds that take all forms: thin products, scales of edges, no formula, a convolution
+TYPICAL = ["own", "wide own", "efficient-kan-old", "pykan", "fastkanconv"]
 FORM_OF_OTHERS = ["factors", "shape"]
 OPERATIONS: dict[str, Callable] = {}
 # operations that do the same for each kind
@@ -65,7 +63,7 @@ def forward(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
     with torch.no_grad():
         near(model(x), expected)
     with model.disable_adapter():
-        near(model(x), dense_base(base)(x))
+        near(model(x), base(x))
 
 
 @operation
@@ -73,11 +71,10 @@ def gradient(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None
     """Of the inputs, and of each component."""
     x = x.clone().requires_grad_()
     variables = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
-    reference = dense_base(base)
-    parameters = dense_parameters(reference, (model, "default", ALPHA))
+    parameters = dense_parameters(base, (model, "default", ALPHA))
 
     actual = torch.autograd.grad(model(x).sin().sum(), variables)
-    expected = torch.autograd.grad(torch.func.functional_call(reference, parameters, (x,)).sin().sum(), variables)
+    expected = torch.autograd.grad(torch.func.functional_call(base, parameters, (x,)).sin().sum(), variables)
 
     near(actual, expected, 1e-7)
 
@@ -246,7 +243,6 @@ for name in OPERATIONS:
 IMPOSSIBLE = {
     ("flashkan", "derivatives"): "its compiled backward pass cannot be differentiated again",
     **{("flashkan", name): "its compilation takes seconds" for name in ("reload", "single", "bfloat16", "autocast")},
-    **{(kind, "extraction"): "the dense layer is of another kind" for kind in MAKERS if "slim" in kind},
     **{
         (f"kalnconv{groups}", name): "it normalizes by the whole batch: refused"
         for groups in ("", " in groups")

@@ -93,7 +93,6 @@ def adapted(kind: str, form: str = "factors") -> nn.Module:
 
 MODELS = {
     **{form: lambda form=form: adapted("tanh", form) for form in FORMS},
-    "slim": lambda: adapted("slim"),
     "others": lambda: adapted("others"),
     "linear": lambda: adapted("linear", "shape"),
     "network": BASES["bound"],
@@ -102,7 +101,7 @@ MODELS = {
 }
 STEPS = [(model, names, rows, 2**30) for model in MODELS for names, rows in (("fit", 6), ("equation", 50))]
 STEPS += [("factors", names, rows, 2**30) for names in ("shifted", "vmap", "rows") for rows in (6, 50)]
-STEPS += [(model, "fit", rows, 2**18) for model in ("shape", "slim") for rows in (6, 500)]
+STEPS += [("shape", "fit", rows, 2**18) for rows in (6, 500)]
 
 
 @pytest.mark.parametrize(("name", "names", "rows", "memory"), STEPS)

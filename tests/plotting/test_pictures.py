@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from peft import get_peft_model
 from stand_ins import LAYER_KINDS
 
-from peft_lotra import LoTRAConfig, slim, update_spectrum
+from peft_lotra import LoTRAConfig, update_spectrum
 from peft_lotra.kan import KAN
 from peft_lotra.optim import LevenbergMarquardt
 from peft_lotra.plotting import edge_changes, plot_edge_functions, plot_history, plot_network_change, plot_spectra
@@ -53,18 +53,6 @@ def test_the_functions_sum_up_to_the_output(kind):
         assert total + bias == pytest.approx(output, abs=1e-4)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["base", "adapted; % and darkness: share of the change, without constant shifts"]
-
-
-@pytest.mark.parametrize("kind", ["own", "efficient-kan"])
-def test_a_slim_layer_has_the_functions_of_the_dense_one(kind):
-    model = adapt(slim(base(kind), ranks=(2, 2, 3)))
-    edges = [(1, 0), (3, 2)]
-    curves = [torch.as_tensor(axis.lines[1].get_ydata()) for axis in plot_edge_functions(model, "kan", edges).axes]
-
-    figure = plot_edge_functions(model.merge_and_unload(), "kan", edges)
-
-    expected = [torch.as_tensor(axis.lines[0].get_ydata()) for axis in figure.axes]
-    torch.testing.assert_close(curves, expected, atol=1e-5, rtol=1e-4)
 
 
 def drawn_range(figure) -> list[float]:

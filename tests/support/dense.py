@@ -9,14 +9,10 @@ import copy
 from typing import Any
 
 import torch
-from helpers import adapt, lotra_layers
+from helpers import lotra_layers
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.testing import assert_close
-
-from peft_lotra import to_dense
-from peft_lotra.kan import SlimKAN, SlimKANLinear
-from peft_lotra.layers.slim import SlimLayer
 
 
 ALPHA = 0.7
@@ -44,22 +40,10 @@ def dense_update(layer: Any, adapter: str = "default", scale: float = ALPHA) -> 
     return scale * update
 
 
-def dense_base(base: nn.Module) -> nn.Module:
-    """Return a copy of the base whose layers have parameters of dense coefficients."""
-    base = copy.deepcopy(base)
-    is_slim = any(isinstance(module, (SlimKANLinear, SlimLayer)) for module in base.modules())
-    if isinstance(base, SlimKAN):
-        return base.to_dense()
-    return to_dense(base) if is_slim else base
-
-
 def dense_parameters(base: nn.Module, *adapters: tuple[PeftModel, str, float]) -> dict[str, Tensor]:
-    """Return the parameters of a dense base with the updates of adapters, each a model, a name and a scale, added."""
-    models = [model for model, _, _ in adapters]
-    layers = [layer.get_base_layer() for layer in lotra_layers(models[0]).values()]
-    if any(isinstance(layer, (SlimKANLinear, SlimLayer)) for layer in layers):
-        models = [adapt(copy.deepcopy(base), r=1)]
-    layouts = {name: layer.lotra_tensor for name, layer in lotra_layers(models[0]).items()}
+    """Return the parameters of a base with the updates of adapters, each a model, a name and a scale, added."""
+    first, _, _ = adapters[0]
+    layouts = {name: layer.lotra_tensor for name, layer in lotra_layers(first).items()}
     parameters = dict(base.named_parameters())
     for model, adapter, scale in adapters:
         for name, layer in lotra_layers(model).items():
@@ -75,7 +59,7 @@ def dense_parameters(base: nn.Module, *adapters: tuple[PeftModel, str, float]) -
 
 def dense(base: nn.Module, *adapters: PeftModel | tuple[PeftModel, str, float]) -> nn.Module:
     """Return the base in evaluation mode with the dense updates of adapted models added to its parameters."""
-    total = dense_base(base)
+    total = copy.deepcopy(base)
     full = [adapter if isinstance(adapter, tuple) else (adapter, "default", ALPHA) for adapter in adapters]
     if full:
         with torch.no_grad():

@@ -21,7 +21,6 @@ from peft_lotra import (
     extract_lotra,
     fit_adapter,
     hotswap_adapter,
-    slim,
     start_from_gradient,
     start_from_training,
 )
@@ -42,7 +41,6 @@ LAYERS = {
     "KAN": lambda: KAN([3, 4, 2], norm="layer"),
     "SlimKAN": lambda: SlimKAN([3, 4, 2], ranks=2),
     "adapted": lambda: get_peft_model(KAN([3, 4, 2]), LoTRAConfig(r=2)),
-    "adapted Slim": lambda: get_peft_model(SlimKAN([3, 4, 2], ranks=2), LoTRAConfig(r=2)),
 }
 INPUTS = {
     "None": None,
@@ -74,7 +72,6 @@ BASE, X = KAN([3, 4, 2]), torch.linspace(-0.9, 0.9, 15).view(5, 3)
 
 CALLS = {
     "budget": lambda: extract_lotra(copy.deepcopy(BASE), KAN([3, 4, 2]), budget=math.nan),
-    "not loaded": lambda: slim(KAN([6, 8, 4], device="meta"), 2),
     r"`data` is \{'x': ": lambda: fit_adapter(BASE, {"x": X, "y": X}, mse_loss, progress=False),
     "coefficients": lambda: peft_lotra.register_kan_layer("x", matches=nn.Linear, coefficients=(1, 2)),
 }
@@ -116,8 +113,6 @@ def test_a_model_without_values_is_refused(name, tmp_path, monkeypatch):
 
 
 TAKE_A_MODEL = {
-    "slim": lambda model: slim(model, energy=0.9),
-    "to_dense": peft_lotra.to_dense,
     "find_kan_layers": peft_lotra.find_kan_layers,
     "extract_lotra": lambda model: extract_lotra(model, BASE, 2),
     "update_spectrum": lambda model: peft_lotra.update_spectrum(model, BASE),

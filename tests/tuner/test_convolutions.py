@@ -19,7 +19,6 @@ from peft_lotra import (
     LoTRAConfig,
     LoTRALayer,
     find_kan_layers,
-    slim,
     start_from_gradient,
 )
 from peft_lotra.kan import KAN, jet
@@ -108,5 +107,3 @@ def test_what_convolutions_cannot_do_is_refused():
     for network in (model, net()):
         with refused("must return .* a row of outputs for each row of inputs"):
             jet(network, x)
-    with refused("`first` is a convolution"):
-        slim(net(), 2)

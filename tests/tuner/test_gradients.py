@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig, start_from_gradient
-from peft_lotra.kan import KAN, KANLinear, SlimKAN
+from peft_lotra.kan import KAN, KANLinear
 
 
 def batches_for(model):
@@ -222,7 +222,6 @@ def test_a_trained_adapter_starts_as_a_new_one(kind):
 WRAPPERS = {
     "own module": lambda kan: nn.Sequential(adapt(kan)),
     "injected": lambda kan: inject_adapter_in_model(LoTRAConfig(r=2), kan),
-    "slim": lambda kan: adapt(SlimKAN([3, 4, 3], ranks=2)),
     "half": lambda kan: adapt(kan.bfloat16()),
     "compiled": lambda kan: torch.compile(adapt(kan), backend="eager"),
 }
