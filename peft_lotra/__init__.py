@@ -20,7 +20,6 @@ if find_spec("peft"):
     from .bank.bank import AdapterBank
     from .compress.extract import extract_lotra
     from .compress.spectra import update_spectrum
-    from .compress.training_start import start_from_training
     from .hub.card import write_model_card
     from .hub.load import load_adapters
     from .hub.push import push_to_hub
@@ -58,7 +57,6 @@ __all__ = [
     "register_kan_layer",
     "save_adapter",
     "start_from_gradient",
-    "start_from_training",
     "update_spectrum",
     "what_changed",
     "write_model_card",

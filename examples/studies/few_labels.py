@@ -66,7 +66,7 @@ from tqdm import tqdm
 from peft_lotra import LoTRAConfig, create_lotra_optimizer, fit_adapter, start_from_gradient
 from peft_lotra.kan import KAN
 from peft_lotra.selection.data import assign_folds
-from peft_lotra.selection.starts import choose_forms, make_references, start_adapter
+from peft_lotra.selection.starts import choose_ranks, make_references, start_adapter
 from peft_lotra.selection.training import Start, Task
 
 
@@ -573,15 +573,15 @@ def choose(split: Split, base: nn.Module, mlp: nn.Module, seed: int, blocked: bo
         averaged["adapter"] = split.score(lambda x: members(x).mean(0), "test")
 
     hindsight = {"no adaptation": base_score}
-    for form_name, form in choose_forms(base, task, 0.12).items():
-        start = start_adapter(base, task, form, every_row)
+    ranks = choose_ranks(base, task, 0.12)
+    if ranks is not None:
+        start = start_adapter(base, task, ranks, every_row)
         scores, _ = scores_of(split, start, squeeze(task.train(start, RATES[:3], every_row)))
-        hindsight |= {f"{form_name}, {rate:g}": score for rate, score in zip(RATES, scores, strict=False)}
+        hindsight |= {f"full matrices, {rate:g}": score for rate, score in zip(RATES, scores, strict=False)}
     start = references["full"]._replace(values=references["full"].values[:1])
     full_scores, _ = scores_of(split, start, squeeze(task.train(start, RATES, every_row)))
     return {
         "advice": report.advice,
-        "form": report.chosen.form,
         "rates": rates,
         "bytes": report.bytes,
         "parameters": report.parameters,

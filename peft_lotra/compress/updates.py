@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..layers.search import walk_kan_layers
 from ..modules.calls import read_at_rest, unwrap
-from ..tuner.layer import LoTRALayer, Target
+from ..tuner.layer import LoTRALayer
 from ..tuner.targets import locate_target
 
 
@@ -97,18 +97,11 @@ def read_coefficients(name: str, module: nn.Module) -> tuple[Tensor, Tensor | No
         else:
             # a copy, since `read` may return the parameter itself
             coefficients = target.tensor.read(target.layer).to(torch.float64, copy=True)
-        scale = edge_scales(target, coefficients)
+        edge_scale = target.spec.read_edge_scale(target.layer, target.tensor)
     if coefficients.is_meta or not coefficients.isfinite().all():
         raise ValueError(f"The coefficients of `{name}` are not finite, or not loaded (on the meta device).")
+    if edge_scale is None:
+        return coefficients, None
+    scale = torch.ones_like(coefficients)
+    scale[:, :, : target.tensor.shape[2]] = edge_scale.to(coefficients)
     return coefficients, scale
-
-
-def edge_scales(target: Target, coefficients: Tensor) -> Tensor | None:
-    """Return the factors of a layer's coefficients, laid out like them, 1 for the base branch; None without."""
-    layer, spec, tensor = target
-    scale = spec.read_edge_scale(layer, tensor)
-    if scale is None:
-        return None
-    full = torch.ones_like(coefficients)
-    full[:, :, : tensor.shape[2]] = scale.to(coefficients)
-    return full

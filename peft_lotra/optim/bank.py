@@ -35,8 +35,8 @@ class BankAdamW(Optimizer):
         lr (`float`): The learning rate that the rates of the components are multiples of.
         names (`list[str]`, *optional*): The adapters to train, by default all. Rows of others change nothing.
         policy: As in `create_lotra_optimizer`, also for adapters that started from the gradient; a multiplier of 0
-            leaves a component unchanged. Adapters that started from training, and state dicts, which say nothing of
-            their start, have the rates of a random one.
+            leaves a component unchanged. State dicts, which say nothing of their start, have the rates
+            of a random one.
         weight_decay: As in `torch.optim.AdamW`.
 
     Raises:

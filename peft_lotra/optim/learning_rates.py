@@ -94,20 +94,15 @@ def _trained_components(
         for adapter, parameters in adapters.items():
             # a Slim layer has nothing to start from: its factors are the layer
             ranks = parameters.ranks if adapter else ()
-            start = starts.get((layer, adapter))
-            multipliers = component_multipliers(policy, widths, ranks, start == "gradient")
-            if start == "training" and policy == "width":
-                sizes = parameters.map(lambda tensor: tensor.detach().double().square().mean().sqrt())
-                multipliers = sizes._asdict()
-
+            from_gradient = starts.get((layer, adapter)) == "gradient"
+            multipliers = component_multipliers(policy, widths, ranks, from_gradient)
             for component, parameter in parameters._asdict().items():
                 if not parameter.requires_grad:
                     continue
                 group = component
                 if component in widths:
                     group = f"{component}/{widths[component]}"
-                multiplier = float(multipliers.get(component, 1.0))
-                yield group, multiplier, parameter
+                yield group, multipliers.get(component, 1.0), parameter
 
 
 def create_lotra_optimizer(
@@ -134,9 +129,8 @@ def create_lotra_optimizer(
 
     With at most 4 outputs and r2 < n_in, a full out mode keeps the rates of the first column, unless the start is from
     the gradient: most ranks are full there.
-    An lr that is good at one width and rank is then good at the others. After [`start_from_training`], each component
-    trains at lr times the root mean square of its present entries instead: all change by the same share. Slim
-    layers have the rates of rank 4. SGD trains all at lr: no rule that was tried beats it.
+    An lr that is good at one width and rank is then good at the others. Slim layers have the rates of rank 4. SGD
+    trains all at lr: no rule that was tried beats it.
     Parameters that are no LoTRA component (LoRA on other layers, `modules_to_save`, biases) train at `other_lr`.
     docs/method.md derives the table.
 

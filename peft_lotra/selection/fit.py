@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""An adapter whose form, ranks and learning rate are chosen by data."""
+"""An adapter whose ranks come from a budget, and whose learning rate is chosen by data."""
 
 from __future__ import annotations
 
@@ -25,20 +25,11 @@ from ..tuner.gradients import compute_losses
 from ..tuner.layer import lotra_layers
 from .data import assign_folds, read_rows
 from .report import AdapterFit, Chosen, advise
-from .starts import (
-    FULL_MATRICES,
-    Size,
-    adapt,
-    choose_forms,
-    file_size,
-    make_references,
-    start_adapter,
-    stored_tensors,
-)
-from .training import CHUNK, Fit, Task, are_within_error, weigh_rows
+from .starts import Size, adapt, choose_ranks, file_size, make_references, start_adapter, stored_tensors
+from .training import CHUNK, Task, weigh_rows
 
 
-_NO_ADAPTATION = "no adaptation"
+_USUAL_RATE = 1e-2
 _BUDGET = 0.12
 _HEADER_ROOM = 100  # bytes for longer numbers in the header of a file, by layer
 _MANY_COEFFICIENTS, _MANY_ROWS = 1_000_000, 20_000  # above which one tenth of the rows is held out
@@ -61,18 +52,16 @@ def fit_adapter(
     seed: int = 0,
     progress: bool = True,
 ) -> AdapterFit:
-    r"""Adapt a base to a new task: choose form, ranks and learning rate by data, and compare the adapter with rivals.
+    r"""Adapt a base to a new task: choose ranks and learning rate, and compare the adapter with rivals.
 
     1. The rows are divided into folds, in three ways if there are fewer than 100. Each fold trains on the other rows,
        and its own rows measure the loss.
-    2. Adapters within the budget are trained for all folds at once, at the rates 3e-3, 1e-2 and 3e-2:
-       full matrices times one shape for each layer (see `budget` in [`LoTRAConfig`]), which start by
-       [`start_from_gradient`]; and ranks chosen by the data, which start by [`start_from_training`].
+    2. Adapters with the ranks that the budget allows (see [`LoTRAConfig`]) start by [`start_from_gradient`], and are
+       trained for all folds at once, at the rates 3e-3, 1e-2 and 3e-2.
     3. The references are trained in the same way: a linear model of the inputs, only the last layer, all parameters
        (full fine-tuning), and all parameters from scratch. The unchanged base counts too.
-    4. One adapter is trained again, on all rows: full matrices at a rate of 1e-2, or where these exceed the budget,
-       ranks chosen by the data at 3e-3, unless another form or rate has less loss on held-out rows, by more than one
-       standard error. If the base has less loss than all of them, `model` has an update of zero.
+    4. One adapter is trained again, on all rows, at a rate of 1e-2, unless another rate has less loss on held-out rows
+       by more than one standard error. If the base has less loss, `model` has an update of zero.
     5. `advice` names the model to use: the smallest one whose loss is within one standard error of the least. With
        `max_bytes`, larger ones are left out.
 
@@ -188,33 +177,34 @@ def fit_adapter(
         weights = weigh_rows(loss, y, output) if has_weights else None
         task = Task(x, y, loss, fold, are_classes, steps, bar, weights)
 
-        forms = choose_forms(network, task, budget)
+        ranks = choose_ranks(network, task, budget)
         references = make_references(network, task)
-        bar.total = steps * (len(references) + len(forms) + 1)
+        bar.total = steps * (len(references) + 2)
         fits = {"base": task._replace(steps=0).compare(references["full"])._replace(rate=0.0)}
         if not fits["base"].losses.isfinite().all():
             raise ValueError("`loss` of single rows is not finite. It must be a mean over rows: remove those without.")
         for name, start in references.items():
             fits[name] = task.compare(start)
 
-        adapters = {_NO_ADAPTATION: fits["base"]}
-        for name, form in forms.items():
-            start = start_adapter(network, task, form, task.rows)
-            adapters[name] = task.compare(start, usual=form.rate)
-        best = _choose(adapters)
-        fits["adapter"] = adapters[best]
-        rate, values_of_folds, _ = adapters[best]
+        fits["adapter"] = fits["base"]
+        if ranks is not None:
+            start = start_adapter(network, task, ranks, task.rows)
+            fit = task.compare(start, usual=_USUAL_RATE)
+            # on time series, where rows are not independent, an adapter may do harm
+            if fit.losses.mean() < fits["base"].losses.mean():
+                fits["adapter"] = fit
+        rate, values_of_folds, _ = fits["adapter"]
 
         config: dict[str, Any] = {"r": 1}
         init_weights: bool | str = True
         values = {}
         bank = None
-        if best in forms:
-            config = {"rank_pattern": forms[best].ranks}
+        if ranks is not None and rate:
+            config = {"rank_pattern": ranks}
             every_row = [torch.arange(len(x))]
-            start = start_adapter(network, task, forms[best], every_row)
+            start = start_adapter(network, task, ranks, every_row)
             values = task.train(start, [rate], every_row)
-            init_weights = "training" if start.relative else "gradient"
+            init_weights = "gradient"
             if ensemble:
                 bank = _make_bank(network, values_of_folds, folds)
 
@@ -225,7 +215,7 @@ def fit_adapter(
         for name, value in values.items():
             original.get_parameter(name).data.copy_(value[0, 0])
 
-        ranks = {name: layer.get_components("default").form for name, layer in lotra_layers(original)}
+        forms = {name: layer.get_components("default").form for name, layer in lotra_layers(original)}
         sizes = {"base": Size(0, 0), "adapter": file_size(stored_tensors(model))}
         for name, start in references.items():
             buffers = dict(start.network.named_buffers())
@@ -235,17 +225,17 @@ def fit_adapter(
     notes = []
     if are_classes:
         notes.append("losses after the outputs of each model are divided by its best temperature")
-    if not forms:
+    if ranks is None:
         notes.append("the gradient of the loss is zero at the base: no adapter was trained")
-    elif FULL_MATRICES not in forms:
-        notes.append(f"{FULL_MATRICES} exceed {limit}: {best} was taken instead")
+    elif any(of_layer[:2] != ("full", "full") for of_layer in ranks.values()):
+        notes.append(f"full matrices exceed {limit}: lower ranks were taken instead")
 
     losses = {name: fit.losses for name, fit in fits.items()}
     advice, reason, scores, errors = advise(losses, sizes, max_bytes or math.inf)
     return AdapterFit(
         model=model,
         bank=bank,
-        chosen=Chosen(best, ranks, rate),
+        chosen=Chosen(forms, rate),
         advice=advice,
         reason=reason,
         scores=scores,
@@ -255,20 +245,6 @@ def fit_adapter(
         notes=notes,
         seconds=time.perf_counter() - begin,
     )
-
-
-def _choose(adapters: dict[str, Fit]) -> str:
-    """Return the name of the adapter to train on all rows, given the base and then the forms, the usual one first.
-
-    The least of several losses is partly chance, so that the usual form is kept unless another is clearly better. A
-    base with the least loss stays: on time series, where rows are not independent, the usual form may do harm.
-    """
-    best = min(adapters, key=lambda name: adapters[name].losses.mean())
-    _, *forms = adapters
-    if best == _NO_ADAPTATION:
-        return best
-    usual = forms[0]
-    return usual if are_within_error(adapters[usual].losses, adapters[best].losses) else best
 
 
 def _make_bank(

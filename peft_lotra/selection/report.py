@@ -35,9 +35,8 @@ _SUBJECTS = {
 
 
 class Chosen(NamedTuple):
-    """The form of an adapter, its ranks by layer, and the learning rate."""
+    """The ranks of an adapter by layer, and the learning rate, 0 for no adaptation."""
 
-    form: str
     ranks: dict[str, tuple[Rank, ...]]
     rate: float
 
@@ -49,7 +48,7 @@ class AdapterFit(Report):
     Attributes:
         model: The adapted base, as `get_peft_model` makes it.
         bank: With `ensemble`, an [`AdapterBank`] of the adapters of the folds; None if no adaptation was best.
-        chosen: The form, the ranks by layer, and the learning rate.
+        chosen: The ranks by layer, and the learning rate.
         advice: The model to use: "base", "linear", "adapter", "last layer", "full" or "scratch".
         reason: Why, in one sentence.
         scores: By the same names, the mean loss of the rows that the folds held out.
@@ -94,9 +93,10 @@ class AdapterFit(Report):
             parameters, size = self.sizes[name]
             error = f"{self.errors[name]:.2g}" if self.errors[name] else ""
             rows.append([name, f"{score:.4g}", error, f"{parameters:,}", f"{size / 1000:.1f}"])
-        form, _, rate = self.chosen
+        rate = self.chosen.rate
+        adapter = f"rate {rate:g}" if rate else "no adaptation"
         notes = [
-            f"adapter: {form}, rate {rate:g}, chosen in {self.seconds:.1f} s",
+            f"adapter: {adapter}, chosen in {self.seconds:.1f} s",
             *self.notes,
             f"advice: {self.advice}. {self.reason}",
         ]

@@ -1,11 +1,11 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The starts that `fit_adapter` compares: forms of adapters, and references without adapters."""
+"""The starts that `fit_adapter` compares: of an adapter, and of references without adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from copy import deepcopy
 from functools import partial
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..compress.data_weights import recorded_calls
-from ..compress.training_start import start_from_training
 from ..layers.search import walk_kan_layers
 from ..modules.calls import evaluating_without_trace, set_mode, unwrap
 from ..tuner.config import LoTRAConfig
@@ -27,15 +26,7 @@ from ..tuner.saving import cast_to_storage
 from .training import BATCH, CHUNK, Start, Task, Tensors
 
 
-FULL_MATRICES, LOW_RANK = "full matrices", "low rank"
-
-
-class Form(NamedTuple):
-    """The ranks of an adapter, a `rank_pattern`, the function that starts it, and its usual learning rate."""
-
-    ranks: dict[str, Any]
-    begin: Callable[..., None]
-    rate: float
+Ranks = dict[str, Any]  # a `rank_pattern`
 
 
 class Size(NamedTuple):
@@ -65,46 +56,37 @@ def stored_tensors(model: Any) -> Tensors:
     return tensors if storage is None else cast_to_storage(tensors, storage)
 
 
-def choose_forms(
+def choose_ranks(
     base: nn.Module,
     task: Task,
     budget: float,
-) -> dict[str, Form]:
-    """Return the forms within a budget by name: full matrices if they fit, and ranks chosen by all rows.
-
-    There are none if the gradient of the loss is zero.
-    """
+) -> Ranks | None:
+    """Return the ranks within a budget, see `LoTRAConfig`; None if the gradient of the loss is zero."""
     model = adapt(deepcopy(base), budget=budget)
-    configs = model.peft_config
-    by_size = configs["default"].rank_pattern
-    forms = {}
-    if all(ranks[:2] == ("full", "full") for ranks in by_size.values()):
-        forms[FULL_MATRICES] = Form(by_size, start_from_gradient, rate=1e-2)
     batches = torch.arange(len(task.x)).split(BATCH)
     try:
-        start_from_training(model, partial(_batch_loss, model, task), batches)
+        start_from_gradient(model, partial(_batch_loss, model, task), batches)
     except NoGradientError:
-        return {}
-    forms[LOW_RANK] = Form(configs["default"].rank_pattern, start_from_training, rate=3e-3)
-    return forms
+        return None
+    return model.peft_config["default"].rank_pattern
 
 
 def start_adapter(
     base: nn.Module,
     task: Task,
-    form: Form,
+    ranks: Ranks,
     rows: Sequence[Tensor],
 ) -> Start:
     """Start an adapter on the rows of each fold."""
     values = []
     network = base
     for of_fold in rows:
-        model = adapt(deepcopy(base), rank_pattern=form.ranks)
+        model = adapt(deepcopy(base), rank_pattern=ranks)
         network = unwrap(model)
         with suppress(NoGradientError):  # the rows with a gradient are held out: no update
-            form.begin(model, partial(_batch_loss, model, task), of_fold.split(BATCH))
+            start_from_gradient(model, partial(_batch_loss, model, task), of_fold.split(BATCH))
         values.append(trained_values(network))
-    return Start(network.requires_grad_(False), values, relative=form.begin is start_from_training)
+    return Start(network.requires_grad_(False), values)
 
 
 def _batch_loss(model: nn.Module, task: Task, batch: Tensor) -> Tensor:

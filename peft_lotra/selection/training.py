@@ -27,13 +27,11 @@ Tensors = dict[str, Tensor]  # by name
 class Start(NamedTuple):
     """A network, and the values from which tensors are trained, for each fold.
 
-    Buffers among the tensors are not trained. With `relative`, the rate of a tensor is multiplied by its root mean
-    square.
+    Buffers among the tensors are not trained.
     """
 
     network: nn.Module
     values: list[Tensors]
-    relative: bool = False
 
 
 class Fit(NamedTuple):
@@ -158,22 +156,19 @@ class Task(NamedTuple):
         freeze_norms(network)
         buffers = dict(network.named_buffers())
         origins = {}
-        units = {}
         moves = {}
         for name, value in start.values[0].items():
             origin = torch.stack([values[name] for values in start.values]).unsqueeze(1)
             origins[name] = origin
-            sizes = value.new_ones(1)
-            if start.relative:
-                sizes = origin.flatten(1).square().mean(1).sqrt()
-            unit = torch.outer(sizes, value.new_tensor(rates))
-            singles = [1] * value.dim()
-            units[name] = unit.view(-1, len(rates), *singles)
             move = value.new_zeros(len(rows), len(rates), *value.shape)
             moves[name] = move.requires_grad_(name not in buffers)
 
         def moved() -> Tensors:
-            return {name: origin + units[name] * moves[name] for name, origin in origins.items()}
+            values = {}
+            for name, origin in origins.items():
+                singles = [1] * (origin.dim() - 2)
+                values[name] = origin + origin.new_tensor(rates).view(-1, *singles) * moves[name]
+            return values
 
         def compute_loss(values: Tensors, x: Tensor, y: Tensor) -> Tensor:
             return self.loss(functional_call(network, values, (x,)), y)

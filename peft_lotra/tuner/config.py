@@ -36,7 +36,7 @@ _FORMAT = 1  # of the files; incremented by a version that changes their meaning
 # A wrong value of these would be ignored or misread.
 _CHOICES = {
     "adapt_residual": (True, False),
-    "init_weights": (True, False, "gradient", "training", "hosvd"),
+    "init_weights": (True, False, "gradient", "hosvd"),
     "storage": (None, "float16", "bfloat16"),
     "check_base": (None, "error", "warn", "ignore"),
 }
@@ -71,7 +71,7 @@ class LoTRAConfig(PeftConfig):
             The number of parameters as a share of the coefficients of all adapted layers, above 0 and up to 1. It
             replaces `r`. All layers get the ranks `("full", "full", k)`, k learned shapes with a full matrix each. If
             not even one fits, they get `(k, k, 1)`. k is the largest that fits. `rank_pattern` may fix the ranks of
-            some layers. [`start_from_training`] later chooses all ranks by the data.
+            some layers.
         alpha (`float`):
             The scale of the update.
         target_modules (`Optional[Union[list[str], str]]`):
@@ -90,8 +90,8 @@ class LoTRAConfig(PeftConfig):
         init_weights (`bool` or `"hosvd"`):
             The initialization. `True` draws random factors. `"hosvd"` takes the leading singular vectors of the
             coefficients of the base layer. In both cases the update is zero, so that the adapted model equals its
-            base. `False` draws a random update, for tests. [`start_from_gradient`] and [`start_from_training`]
-            initialize an existing adapter, and record it as `"gradient"` or `"training"`.
+            base. `False` draws a random update, for tests. [`start_from_gradient`] initializes an
+            existing adapter, and records it as `"gradient"`.
         train (`Optional[list[str]]`):
             The components to train, among `"core"`, `"factor_out"`, `"factor_in"`, `"factor_basis"` and
             `"factor_kernel"`. The default `None` trains all. Frozen components keep their initial values, and are
@@ -139,7 +139,7 @@ class LoTRAConfig(PeftConfig):
     rank_pattern: dict = field(default_factory=dict)
     alpha_pattern: dict = field(default_factory=dict)
     modules_to_save: list[str] | None = None
-    init_weights: bool | Literal["gradient", "training", "hosvd"] = True
+    init_weights: bool | Literal["gradient", "hosvd"] = True
     train: list[str] | tuple[str, ...] | str | None = None
     adapt_residual: bool = True
     storage: Literal["float16", "bfloat16"] | None = None

@@ -24,8 +24,8 @@ from .initialization import initialize
 from .layer import LoTRALayer, check_unmerged, lotra_layers
 
 
-DENSE = "dense update"  # the name of an adapter that layers have while a start is computed
-# optimizers whose learning rates depend on how the adapter started, see `warn_of_optimizers`
+_DENSE = "dense update"  # the name of an adapter that layers have while a start is computed
+# optimizers whose learning rates depend on how the adapter started, see `_warn_of_optimizers`
 OPTIMIZERS: WeakSet[Optimizer] = WeakSet()
 
 
@@ -64,22 +64,24 @@ def start_from_gradient(
     """
     check_function(loss, "loss")
     network = unwrap(model)
-    adapter, config, layers = find_active_adapter(network)
-    with dense_updates(model, layers, config) as cores:
+    adapter, config, layers = _find_active_adapter(network)
+    with _dense_updates(model, layers, config) as cores:
         for value in compute_losses(loss, batches):
             value.backward()
     gradients = {name: core.grad for name, core in cores.items()}
-    check_changes("gradient", gradients)
+    _check_gradients(gradients)
     config.init_weights = "gradient"
     for name, layer in layers.items():
         components = layer.get_components(adapter)
         _, zero = config.frozen_and_zero(components._asdict())
         initialize(components, "gradient", zero, gradients[name])
-    replace_config(network, adapter, config)
-    warn_of_optimizers(layers, adapter)
+    # the former object may serve other models
+    for configs in _find_configs(network, adapter):
+        configs[adapter] = config
+    _warn_of_optimizers(layers, adapter)
 
 
-def find_active_adapter(network: nn.Module) -> tuple[str, LoTRAConfig, dict[str, LoTRALayer]]:
+def _find_active_adapter(network: nn.Module) -> tuple[str, LoTRAConfig, dict[str, LoTRALayer]]:
     """Return the active adapter, a copy of its configuration, and its layers by name; warn if it has an update.
 
     Raises:
@@ -107,21 +109,15 @@ def find_active_adapter(network: nn.Module) -> tuple[str, LoTRAConfig, dict[str,
     return adapter, copy.copy(configs[adapter]), layers
 
 
-def replace_config(network: nn.Module, adapter: str, config: LoTRAConfig) -> None:
-    """Replace the configuration of an adapter, since the object may serve other models."""
-    for configs in _find_configs(network, adapter):
-        configs[adapter] = config
-
-
-def warn_of_optimizers(layers: Mapping[str, LoTRALayer], adapter: str) -> None:
+def _warn_of_optimizers(layers: Mapping[str, LoTRALayer], adapter: str) -> None:
     """Warn if `create_lotra_optimizer` was called before the start, and set the learning rates of the former one."""
     components = set()
     for layer in layers.values():
         components.update(layer.get_components(adapter)._asdict().values())
-    if not holds_any(OPTIMIZERS, components):
+    if not _holds_any(components):
         return
     gc.collect()  # of optimizers that were deleted, to which their schedulers refer
-    if holds_any(OPTIMIZERS, components):
+    if _holds_any(components):
         warnings.warn(
             "An optimizer was created before this start, so its learning rates do not fit the start. Call "
             "`create_lotra_optimizer` again, after the start.",
@@ -129,9 +125,9 @@ def warn_of_optimizers(layers: Mapping[str, LoTRALayer], adapter: str) -> None:
         )
 
 
-def holds_any(optimizers: Iterable[Optimizer], parameters: set[Tensor]) -> bool:
-    """Return whether one of the optimizers holds one of the parameters."""
-    for optimizer in list(optimizers):
+def _holds_any(parameters: set[Tensor]) -> bool:
+    """Return whether one of `OPTIMIZERS` holds one of the parameters."""
+    for optimizer in list(OPTIMIZERS):
         if any(not parameters.isdisjoint(group["params"]) for group in optimizer.param_groups):
             return True
     return False
@@ -145,7 +141,7 @@ def _find_configs(network: nn.Module, adapter: str) -> Iterator[dict[str, LoTRAC
 
 
 @contextmanager
-def dense_updates(
+def _dense_updates(
     model: nn.Module,
     layers: Mapping[str, LoTRALayer],
     config: LoTRAConfig,
@@ -165,13 +161,13 @@ def dense_updates(
         updates = {}
         for name, layer in layers.items():
             layer.check_grid()
-            stack.callback(layer.delete_adapter, DENSE)
+            stack.callback(layer.delete_adapter, _DENSE)
             stack.callback(setattr, layer, "_active_adapter", layer._active_adapter)
             stack.callback(setattr, layer, "_disable_adapters", layer._disable_adapters)
-            layer.update_layer(DENSE, LoTRAConfig(r="full", adapt_residual=config.adapt_residual))
-            layer._active_adapter = [DENSE]
+            layer.update_layer(_DENSE, LoTRAConfig(r="full", adapt_residual=config.adapt_residual))
+            layer._active_adapter = [_DENSE]
             layer._disable_adapters = False
-            core = layer.get_components(DENSE).core
+            core = layer.get_components(_DENSE).core
             if core.itemsize < 4:
                 core.data = core.data.float()
             updates[name] = core
@@ -198,13 +194,13 @@ class NoGradientError(ValueError):
     """The gradient of a loss is zero."""
 
 
-def check_changes(subject: str, changes: Mapping[str, Tensor | None]) -> None:
-    """Raise a ValueError for gradients or updates of layers that are missing, not finite, or all zero."""
+def _check_gradients(gradients: Mapping[str, Tensor | None]) -> None:
+    """Raise a ValueError for gradients of layers that are missing, not finite, or all zero."""
     is_zero = True
-    for name, tensor in changes.items():
+    for name, tensor in gradients.items():
         if tensor is None or not tensor.isfinite().all():
             raise ValueError(
-                f"The {subject} of `{name}` is missing or not finite: look at the loss, which must depend on the "
+                f"The gradient of `{name}` is missing or not finite: look at the loss, which must depend on the "
                 "coefficients of this layer, and at its data."
             )
         is_zero = is_zero and not tensor.any()

@@ -53,8 +53,8 @@ def check_start(start: str, source: Tensor) -> None:
     """Raise a ValueError if an adapter cannot be initialized from the coefficients of a base layer."""
     if start != "hosvd":
         raise ValueError(
-            f'`init_weights="{start}"` is written by such a start. Leave it out, and call '
-            f"`start_from_{start}(model, loss)` once the adapter is added."
+            '`init_weights="gradient"` is written by such a start. Leave it out, and call '
+            "`start_from_gradient(model, loss)` once the adapter is added."
         )
     if source.is_meta or not source.isfinite().all():
         raise ValueError(

@@ -116,7 +116,7 @@ def test_a_bank_takes_a_budget():
     [
         ({"budget": 0.1, "r": 4}, "one of `r` and `budget`; got r=4 and budget=0.1"),
         ({"budget": 0}, r"`budget` is 0, but must be a number in \(0, 1\]"),
-        ({"init_weights": "training"}, r"start_from_training\(model, loss\)"),
+        ({"init_weights": "gradient"}, r"start_from_gradient\(model, loss\)"),
     ],
 )
 def test_what_cannot_be_is_refused(options, message):

@@ -31,7 +31,6 @@ from peft_lotra import (
     create_lotra_optimizer,
     hotswap_adapter,
     start_from_gradient,
-    start_from_training,
 )
 from peft_lotra.kan import KAN
 
@@ -209,24 +208,21 @@ def test_a_component_that_only_convolutions_have_is_trained_there():
             assert not torch.allclose(model.second(model.first(x)).flatten(1), features)
 
 
-STARTS = {"gradient": start_from_gradient, "training": start_from_training}
 WARNING = r"optimizer was created before this start.*`create_lotra_optimizer` again, after"
 
 
-@pytest.mark.parametrize("start", STARTS)
-def test_a_start_after_the_optimizer_warns(start):
+def test_a_start_after_the_optimizer_warns():
     model = get_peft_model(KAN([3, 4]), LoTRAConfig(r=2))
     optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=1e-2)
 
     with pytest.warns(UserWarning, match=WARNING):
-        STARTS[start](model, lambda: model(X).square().mean())
+        start_from_gradient(model, lambda: model(X).square().mean())
 
     assert optimizer.param_groups[0]["name"] == "core"  # it is alive
 
 
-@pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("is_loaded", [False, True])
-def test_a_start_that_overwrites_a_trained_adapter_warns(start, is_loaded, tmp_path):
+def test_a_start_that_overwrites_a_trained_adapter_warns(is_loaded, tmp_path):
     model = train(get_peft_model(KAN([3, 4]), LoTRAConfig(r=2)), X)
     if is_loaded:
         model.save_pretrained(tmp_path)
@@ -234,15 +230,15 @@ def test_a_start_that_overwrites_a_trained_adapter_warns(start, is_loaded, tmp_p
         model = PeftModel.from_pretrained(base_model, tmp_path, is_trainable=True)
 
     with pytest.warns(UserWarning, match="overwrites 'default', which was trained"):
-        STARTS[start](model, lambda: model(X).square().mean())
+        start_from_gradient(model, lambda: model(X).square().mean())
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_start_of_an_adapter_without_an_update_does_not_warn(tmp_path):
     model = get_peft_model(KAN([3, 4]), LoTRAConfig(r=2))
 
-    for start in (start_from_gradient, start_from_gradient, start_from_training):
-        start(model, lambda: model(X).square().mean())
+    for _ in range(2):
+        start_from_gradient(model, lambda: model(X).square().mean())
 
 
 def plain(model):
@@ -263,12 +259,11 @@ def of_another_model(model):
 
 
 @pytest.mark.parametrize("create", [plain, uniform, deleted, of_another_model])
-@pytest.mark.parametrize("start", STARTS)
 @pytest.mark.filterwarnings("error")
-def test_a_start_does_not_warn_of_optimizers_whose_rates_stay_right(start, create):
+def test_a_start_does_not_warn_of_optimizers_whose_rates_stay_right(create):
     model = get_peft_model(KAN([3, 4]), LoTRAConfig(r=2))
     optimizer = create(model)
 
-    STARTS[start](model, lambda: model(X).square().mean())
+    start_from_gradient(model, lambda: model(X).square().mean())
 
     assert optimizer is None or optimizer.param_groups

@@ -11,7 +11,7 @@ from helpers import assert_equal, images, refused
 from peft import get_peft_model
 from stand_ins import ConvNet
 
-from peft_lotra import LoTRAConfig, extract_lotra, find_kan_layers, start_from_training, update_spectrum
+from peft_lotra import LoTRAConfig, extract_lotra, find_kan_layers, update_spectrum
 from peft_lotra.plotting import edge_changes, plot_edge_functions, plot_network_change, plot_spectra
 from peft_lotra.tucker import Tucker
 from peft_lotra.tuner.layer import lotra_layers
@@ -55,18 +55,6 @@ def test_ranks_for_four_modes_keep_a_budget():
 
         assert 0.7 * budget < model.extraction_report.parameters <= budget
         assert model.extraction_report.parameters == model.get_nb_trainable_parameters()[0]
-
-
-def test_a_start_from_training_chooses_the_ranks_of_four_modes():
-    x = images()
-    model = get_peft_model(ConvNet("kagnconv", groups=2).eval(), LoTRAConfig(budget=0.5))
-    first = model(x).square().mean()
-    coefficients = sum(layer.get_base_weight().numel() for _, layer in lotra_layers(model))
-
-    start_from_training(model, lambda: model(x).square().mean(), steps=20)
-
-    assert model(x).square().mean() < first
-    assert model.get_nb_trainable_parameters()[0] <= 0.5 * coefficients
 
 
 def test_inputs_do_not_weigh_convolutions():

@@ -22,7 +22,6 @@ from peft_lotra import (
     fit_adapter,
     hotswap_adapter,
     start_from_gradient,
-    start_from_training,
 )
 from peft_lotra.kan import KAN, KANLinear, SlimKAN, jet
 from peft_lotra.optim import LevenbergMarquardt
@@ -92,7 +91,6 @@ def adapted() -> PeftModel:
 WITHOUT_VALUES = {
     "fit_adapter": lambda: fit_adapter(KAN([3, 2], device="meta"), (X, X), mse_loss),
     "start_from_gradient": lambda: start_from_gradient(adapted(), lambda: X.sum()),
-    "start_from_training": lambda: start_from_training(adapted(), lambda: X.sum()),
     "AdapterBank": lambda: AdapterBank(KAN([3, 2], device="meta")),
     "add": lambda: AdapterBank(BASE).add("a", adapted()),
     "merge_adapter": lambda: adapted().merge_adapter(),
