@@ -18,7 +18,7 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, median
 from types import ModuleType
@@ -40,6 +40,8 @@ LOSES = "▲"  # where LoTRA loses
 
 sys.path += [str(STUDIES / folder) for folder in FOLDERS]
 
+from study_tools.tables import table  # noqa: E402
+
 
 def load(name: str) -> dict:
     """Return the content of a file of results."""
@@ -50,21 +52,8 @@ def study(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def table(header: str, rows: Iterable[Iterable[str]]) -> str:
-    """Return a table; the columns after the first are aligned to the right."""
-    columns = header.count("|") - 1
-    lines = [header, "|---|" + "--:|" * (columns - 1)]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join(lines)
-
-
 def mark(text: str, is_lost: bool) -> str:
     return f"{text} {LOSES}" if is_lost else text
-
-
-def short(value: float) -> str:
-    """Two digits, as 5.6e-8."""
-    return f"{value:.1e}".replace("e-0", "e-")
 
 
 def best_accuracy(shift: str, method: str) -> float:
@@ -321,7 +310,7 @@ def convolutions() -> str:
         ]
         rows.append([f"{budget:,}", *shown])
     header = "| parameters, at most | LoTRA | PEFT's LoRA | dense deltas |"
-    return table(header, rows).replace("|---|", "|--:|", 1)
+    return table(header, rows, left=0)
 
 
 def jet_speed() -> str:
@@ -347,18 +336,6 @@ def jet_orders() -> str:
         ]
         rows.append([name, *shown])
     header = "| CPU ms | order 1 | order 2 | order 3 | order 4 |"
-    return table(header, rows)
-
-
-def standard() -> str:
-    record = load("pde/standard")
-    rows = []
-    for name, problem in study("problems.standard").PROBLEMS.items():
-        errors = [run["error"] for run in record["results"][name]]
-        mlp = record["peers"][name]["mlp"][0]["error"]
-        kan = f"{short(median(errors))} ({short(max(errors))})"
-        rows.append([problem.title, kan, short(mlp)])
-    header = "| relative L2 error | KAN, five seeds (worst) | MLP |"
     return table(header, rows)
 
 
@@ -449,7 +426,6 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "shapes": lambda: without_first_paragraph(record_of("shapes")),
     "slim-digits": slim_digits,
-    "standard": standard,
     "starts": starts,
     "steps": lambda: study("steps").markdown(load("steps")["results"]),
     "ten": lambda: without_first_paragraph(record_of("ten")),
@@ -467,7 +443,6 @@ PAGES: dict[str, Callable[[], str]] = {
     "bank_training": lambda: study("bank_training").table(
         load("bank_training")
     ),
-    "benchmarks/cpu": lambda: study("run").render(load("benchmarks/cpu")),
     "bytes": lambda: study("bytes").as_text(load("bytes")["results"]),
     "chosen": lambda: study("few_labels").chosen_as_text(
         load("chosen")["results"]

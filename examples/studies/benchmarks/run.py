@@ -7,7 +7,7 @@
     python examples/studies/benchmarks/run.py --only layers memory  # some figures; the others stay as they are
     python examples/studies/benchmarks/run.py --quick  # tiny sizes, to see that it runs: says nothing
 
-The figures: training_step (a), layers (b), memory (c), growth (d), serving (e), import_time (f); each is a module
+The figures: training_step (a), layers (b), memory (c), serving (d), import_time (e); each is a module
 beside this one. The subjects of a cell are timed in turn within one process, the threads are pinned, and each time is
 given by its quartiles. Sizes that would take too long or too much memory are left out, with the reason. On CUDA the
 times are those of the device, and the memory is that of torch's allocator.
@@ -21,22 +21,16 @@ from figures import command_line  # isort: split
 
 
 import importlib
-import json
 import os
 import warnings
-from pathlib import Path
 
 import torch
-from figures.claims import claims_table
 from figures.measure import describe_machine
-from figures.tables import report
-from rich.console import Console
-from rich.markdown import Markdown
+from study_tools import files
 from tqdm import tqdm
 
 
-FIGURES = ("training_step", "layers", "memory", "growth", "serving", "import_time")
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "benchmarks"
+FIGURES = ("training_step", "layers", "memory", "serving", "import_time")
 
 
 def run_figure(name: str, device: torch.device, quick: bool, bar: tqdm) -> dict:
@@ -56,27 +50,11 @@ def run_figure(name: str, device: torch.device, quick: bool, bar: tqdm) -> dict:
     return {"machine": machine, "rows": rows}
 
 
-def dump(results: dict) -> str:
-    """The results as JSON, a line for each cell."""
-    figures = []
-    for name, figure in results.items():
-        rows = ",\n".join(f"   {json.dumps(row)}" for row in figure["rows"])
-        figures.append(
-            f' {json.dumps(name)}: {{\n  "machine": {json.dumps(figure["machine"])},\n  "rows": [\n{rows}\n  ]\n }}'
-        )
-    return "{\n" + ",\n".join(figures) + "\n}\n"
-
-
-def render(results: dict) -> str:
-    """The results in Markdown."""
-    return f"{report(results)}\n## What it is held to\n\n{claims_table(results)}"
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line.Parser(
         __doc__,
         takes="ten minutes on two idle cores",
-        writes="DEVICE.json and .md",
+        writes="DEVICE.json",
         folder=command_line.RESULTS / "benchmarks",
         needs="test",
         quick="tiny sizes: to see it run",
@@ -90,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     device = torch.device(args.device)
     file = args.output / f"{device.type}{'_quick' if args.quick else ''}.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
+    results = files.read(file)
 
     total = sum(len(importlib.import_module(f"figures.{name}").cells(args.quick)) for name in args.only)
     with tqdm(total=total, unit="cell", ncols=120) as bar, warnings.catch_warnings():
@@ -99,12 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
             results[name] = run_figure(name, device, args.quick, bar)
 
     results = {name: results[name] for name in FIGURES if name in results}
-    file.write_text(dump(results))
-    file.with_suffix(".md").write_text(render(results), encoding="utf-8")
-    console = Console()
-    if not args.quick:  # no claim is about any of these sizes
-        console.print(Markdown(claims_table(results)))
-    console.print(f"written: {file.name} and {file.with_suffix('.md').name}")
+    files.replace(file, results, indent=None)
+    print(f"written: {file}")
 
 
 if __name__ == "__main__":

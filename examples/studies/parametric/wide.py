@@ -24,7 +24,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from problems.parametric import PROBLEMS
+from problems.parametric import BURGERS
 from study_tools import machine
 
 from peft_lotra import ParametricAdapter
@@ -33,13 +33,13 @@ from peft_lotra import ParametricAdapter
 torch.set_num_threads(1)
 
 LOW, HIGH = 0.005, 1.0
-WIDE = replace(PROBLEMS["burgers"], low=(LOW,), high=(HIGH,), base=(0.07,), before=((0.5,), (0.2,)))
+WIDE = replace(BURGERS, base=0.07, before=(0.5, 0.2))
 
 
 def run(seed: int, points: int, steps: int, members: int, unseen: int) -> dict:
     clock = time.process_time()
     base = WIDE.pretrained(seed, points, steps)
-    family = ParametricAdapter(base, lambda c: WIDE.terms_of(c, points, seed), log=WIDE.log)
+    family = ParametricAdapter(base, lambda c: WIDE.terms_of(c, points, seed), log=True)
     report = family.fit(between=(LOW, HIGH), max_members=members, progress=False)
     seconds, rows = time.process_time() - clock, []
     for c in np.geomspace(LOW, HIGH, unseen + 2)[1:-1].tolist():

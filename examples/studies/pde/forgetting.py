@@ -7,7 +7,7 @@ python examples/studies/pde/forgetting.py                            # 60 runs, 
 python examples/studies/pde/forgetting.py --problems wave --seeds 1 --factors 0.8 auto
 python examples/studies/pde/forgetting.py --quick                    # tiny, to see it run
 
-The problems of standard.py at a parameter that needs no continuation, a wave, a layer, and Poisson's equation in five
+The standard problems at a parameter that needs no continuation, a wave, a layer, and Poisson's equation in five
 dimensions. The rule of "auto" was chosen on Burgers, Helmholtz, Korteweg-de Vries, the wave and advection.
 Runs that are in forgetting.json are not repeated.
 """

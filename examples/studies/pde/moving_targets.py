@@ -8,7 +8,7 @@ python examples/studies/pde/moving_targets.py --widths 32 --seeds 1 --methods fu
 python examples/studies/pde/moving_targets.py --quick              # tiny, to see it run
 
 Burgers goes from a viscosity of 0.01/pi to 0.005/pi, Allen-Cahn from a diffusion of 1e-4 to 2.5e-5, Helmholtz from the
-wave numbers (1, 4) to (1, 5). The bases are trained by the recipe of standard.py; wide ones by fewer steps of it. Each
+wave numbers (1, 4) to (1, 5). The bases are trained by one recipe; wide ones by fewer steps of it. Each
 method has the same CPU seconds, and its error is recorded all along, so that any time can be read afterwards. What was
 chosen was chosen on seed 0; seeds 1 to 3 are reported. Runs that are in moving_targets.json are not repeated.
 """
@@ -24,14 +24,12 @@ from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from problems.methods import CACHE
 from problems.moves import EXTRACTED, METHODS, MOVES, QUICK_SETTING, SETTINGS, base_of, run
 from problems.standard import NT, NX
 from rich.console import Console
-from study_tools import pictures
 from study_tools.records import Record
 
 
@@ -39,15 +37,6 @@ torch.set_num_threads(1)
 
 RIVAL, BEST = "full_lm", "core_lm"
 TITLES = {key: method.title for key, method in METHODS.items()} | {"extracted_lm": EXTRACTED}
-# colors tell what is trained, dashes the optimizers
-LOOKS = {
-    "full": {"color": "black", "marker": "s"},
-    "core": {"color": pictures.RED, "marker": "o"},
-    "equal_core": {"color": pictures.ORANGE, "marker": "P"},
-    "lotra": {"color": pictures.BLUE, "marker": "^"},
-    "lora": {"color": pictures.GREEN, "marker": "v"},
-    "extracted": {"color": pictures.PURPLE, "marker": "*"},
-}
 
 
 def error_at(curve: list, seconds: float) -> float:
@@ -130,18 +119,6 @@ def headline(results: dict, limits: dict[str, float]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def message(results: dict, width: str) -> str:
-    """What the cores reach at half of the rival's seconds."""
-    each = [r for name in MOVES if width in results.get(name, {}) for r in ratios(results[name][width], BEST)]
-    shares = [run["share"] for name in results for run in results[name].get(width, {}).get(BEST, [])]
-    if not each:
-        return f"Errors of networks of width {width} that follow their problem"
-    return (
-        f"Width {width}: in half of the time, cores only ({max(shares):.0%} of the parameters) reach "
-        f"{min(each):.1f} to {max(each):.1f} times the lowest error of all parameters"
-    )
-
-
 def limits_of(record: dict) -> dict[str, float]:
     """Return the seconds of each width."""
     return {width: setting["seconds"] for width, setting in record["recipe"].items()}
@@ -153,43 +130,13 @@ def page(record: dict) -> str:
     return f"{headline(results, limits)}\n{markdown(results, limits)}"
 
 
-def draw(record: dict, path: Path) -> None:
-    """Draw the errors by seconds at one width, 32 if there are runs of it."""
-    results, limits = record["results"], limits_of(record)
-    widths = [width for _, width in cells(results)]
-    if not widths:
-        return
-    width = "32" if "32" in widths else widths[0]
-    names = [name for name in MOVES if width in results.get(name, {})]
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 4.2), squeeze=False, layout="constrained")
-    for axis, name in zip(axes[0], names, strict=True):
-        for key, found in results[name][width].items():
-            style = {**LOOKS[key.rpartition("_")[0]], "linestyle": "-" if key.endswith("_lm") else "--"}
-            if key == "extracted_lm":
-                seconds = statistics.mean(run["seconds"] for run in found)
-                error = statistics.geometric_mean(run["error"] for run in found)
-                axis.plot(seconds, error, **{**style, "linestyle": "none", "markersize": 9}, label=TITLES[key])
-                continue
-            times = np.linspace(0, min(run["seconds"] for run in found), 17)
-            axis.plot(times, [mean_error(found, t) for t in times], **style, markevery=4, label=TITLES[key])
-        axis.axvline(limits[width] / 2, color=pictures.GRAY, linewidth=1, linestyle=":")
-        axis.set(yscale="log", xlabel="CPU seconds", title=MOVES[name].title)
-    axes[0][0].set_ylabel("relative L2 error")
-    handles = {text: line for ax in axes[0] for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
-    figure.suptitle(message(results, width))
-    figure.savefig(path)
-    plt.close(figure)
-
-
 def main() -> None:
     parser = command_line.Parser(
         __doc__,
         takes="about 3 hours on one core",
-        writes="moving_targets.json, moving_targets.md, moving_targets.png; bases in --cache",
+        writes="moving_targets.json, moving_targets.md; bases in --cache",
         folder=command_line.RESULTS / "pde",
         quick="a tiny setting: to see it run",
-        redraw=True,
     )
     parser.add_choices("--problems", MOVES)
     parser.add_argument("--widths", nargs="+", type=int, choices=list(SETTINGS), default=list(SETTINGS))
@@ -202,8 +149,7 @@ def main() -> None:
     widths = list(settings) if args.quick else args.widths
     recipe = {str(width): asdict(setting) for width, setting in settings.items()}
     record = Record.of(args, "moving_targets", recipe, grid=[NX, NT], bases={})
-    jobs = [] if args.redraw else product(widths, args.seeds, args.problems)
-    for width, seed, name in jobs:
+    for width, seed, name in product(widths, args.seeds, args.problems):
         missing = [key for key in args.methods if not record.has(seed, "results", name, str(width), key)]
         if not missing:
             continue
@@ -220,7 +166,6 @@ def main() -> None:
                     f"{line['curve'][-1][0]} steps, {line['seconds']:.1f} CPU s"
                 )
     record.write_page(page)
-    draw(record.read(), record.path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@
 
 python examples/studies/pde/ten.py                            # 150 runs of 60 CPU s
 python examples/studies/pde/ten.py --problems burgers --seeds 1 --seconds 20
+python examples/studies/pde/ten.py --references               # errors of all reference solutions
 python examples/studies/pde/ten.py --quick                    # tiny, to see it run
 
-The problems of standard.py, a flow, a reaction with diffusion, and an equation of fourth order. None of them was used
+The standard problems, a flow, a reaction with diffusion, and an equation of fourth order. None of them was used
 for the choice of `solve`'s network (docs/notes/log.md says how that was made), though its points, weights and phases
 come from a recipe that was made with five of them. The networks of a problem and seed run one after the other, on one
 thread.
@@ -23,6 +24,7 @@ import statistics
 from itertools import product
 
 import torch
+from problems.families import FAMILIES
 from problems.more import MORE
 from problems.solved import solve_problem
 from problems.standard import PROBLEMS
@@ -74,6 +76,15 @@ def markdown(record: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def print_references() -> None:
+    """Print how much each reference solution changes with its resolution."""
+    for name, problem in TEN.items():
+        print(f"{name}: {problem.reference_error():.1e}")
+    for name, family in FAMILIES.items():
+        for parameter in (family.base, *family.targets.values()):
+            print(f"{name}, {parameter:g}: {family.reference_error(parameter):.1e}")
+
+
 def main() -> None:
     parser = command_line.Parser(
         __doc__,
@@ -86,7 +97,11 @@ def main() -> None:
     parser.add_choices("--networks", NETWORKS)
     parser.add_seeds(1, 2, 3, 4, 5)
     parser.add_argument("--seconds", type=float, default=60.0, help="of each run")
+    parser.add_argument("--references", action="store_true", help="print the errors of the references, and stop")
     args = parser.parse_args()
+    if args.references:
+        print_references()
+        return
     seconds = 3.0 if args.quick else args.seconds
     problems = args.problems[-1:] if args.quick else args.problems
     record = Record.of(args, "ten", {"seconds": seconds})

@@ -5,12 +5,10 @@
     python examples/studies/pde/transfer.py  # all families and the table: 100 minutes of one core
     python examples/studies/pde/transfer.py --family allen_cahn  # about 25 minutes of one core
     python examples/studies/pde/transfer.py --family allen_cahn --quick  # a minute, for CI: says nothing
-    python examples/studies/pde/transfer.py --family allen_cahn --fields  # its picture alone, from one run: 3 minutes
     python examples/studies/pde/transfer.py --report  # the table of all families from what was run
 
 Each run is stored in the cache and not repeated, so that an interrupted experiment continues. `--seeds`,
-`--targets` and `--methods` choose a part. The results, a table and a picture (reference, base, adapted, error) go to
-`--output`.
+`--targets` and `--methods` choose a part. The results, a table and a picture go to `--output`.
 """
 
 from __future__ import annotations
@@ -20,15 +18,13 @@ from shared import command_line  # isort: split
 
 import json
 import statistics
-import textwrap
 from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from problems.families import FAMILIES, GRID, Family, test_points
-from problems.methods import CACHE, METHODS, QUICK, Setting, pretrained, run, train
-from rich.console import Console
+from problems.families import FAMILIES
+from problems.methods import CACHE, METHODS, QUICK, Setting, run
 from rich.progress import track
 from study_tools import files, pictures
 
@@ -37,23 +33,11 @@ torch.set_num_threads(1)
 
 RIVAL = "full_adam"  # today's practice
 ENDS = ["lotra_lm", "full_lm", "tenth_lm", "lotra_adam", "scratch_adam"]  # columns of the table of the README
-MAIN = ["full_adam", "lotra_adam", "full_lm", "lotra_lm"]  # the lines of the small picture
-# colors tell the methods, dashes the optimizers
 LINES = {
-    name: {"color": color, "linestyle": "-" if name.endswith("_lm") else "--", "marker": marker, "markersize": 4}
-    for name, color, marker in (
-        ("scratch_adam", pictures.GRAY, "x"),
-        ("full_adam", "black", "s"),
-        ("full_lm", "black", "s"),
-        ("tenth_lm", pictures.BLUE, "*"),
-        ("lora_adam", pictures.SKY, "v"),
-        ("lotra_adam", pictures.RED, "o"),
-        ("lotra_lm", pictures.RED, "o"),
-        ("lotra_random_lm", pictures.ORANGE, "P"),
-        ("lotra_uniform_adam", pictures.ORANGE, "D"),
-        ("lotra_small_adam", pictures.GREEN, "^"),
-        ("lotra_small_lm", pictures.GREEN, "^"),
-    )
+    "full_adam": {"color": "black", "linestyle": "--", "marker": "s"},
+    "lotra_adam": {"color": pictures.RED, "linestyle": "--", "marker": "o"},
+    "full_lm": {"color": "black", "linestyle": "-", "marker": "s"},
+    "lotra_lm": {"color": pictures.RED, "linestyle": "-", "marker": "o"},
 }
 
 
@@ -146,83 +130,39 @@ def headline_of(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw_fields(family: Family, setting: Setting, cache: Path, path: Path) -> None:
-    """Draw reference, base, adapted network and error for each target, of one run (seed 0)."""
-    base = pretrained(family, setting, 0, cache)
-    size = (10.5, 2.4 * len(family.targets) + 0.6)
-    shared = {"sharex": True, "sharey": True, "layout": "constrained"}
-    figure, axes = plt.subplots(len(family.targets), 4, figsize=size, **shared)
-    low, label = (-1, "y") if family.name == "elliptic" else (0, "t")
-    for row, (target, parameter) in zip(axes, family.targets.items(), strict=True):
-        model, curve = train(METHODS["lotra_lm"], family, target, parameter, base, setting, 0)
-        with torch.no_grad():
-            fields = [family.reference(parameter), base(test_points()), model(test_points())]
-        fields = [field.reshape(GRID, GRID) for field in fields]
-        titles = (
-            "reference",
-            f"base, error {100 * curve[0][2]:.2g} %",
-            f"LoTRA by LM, error {100 * curve[-1][2]:.2g} %",
-            "LoTRA - reference",
-        )
-        for axis, title in zip(row, titles, strict=True):
-            axis.set_title(title)
-        bound = max(field.abs().max().item() for field in fields)
-        meshes = [pictures.draw_field(ax, x, (-1, 1, low, 1), bound) for ax, x in zip(row, fields, strict=False)]
-        pictures.field_bar(figure, meshes[0], row[:3])
-        pictures.field_bar(figure, pictures.draw_field(row[3], fields[2] - fields[0], (-1, 1, low, 1)), row[3])
-        row[0].set_ylabel(f"{target}: {family.parameter_name} = {parameter:g}\n{label}")
-    for axis in axes[-1]:
-        axis.set_xlabel("x")
-    name = family.name.replace("_", "-").title()
-    figure.suptitle(
-        f"{name}, {family.title}: the base at {family.parameter_name} = {family.base:g} moves to three others\n"
-        f"One run. {pictures.FIELD_LINES}"
-    )
-    figure.savefig(path)
-    plt.close(figure)
-
-
-def draw_curves(lines: list[dict], targets: list[str], methods: list[str], path: Path) -> None:
-    """Draw the mean error over the seeds against seconds: a row for each family, or for two if the target is one."""
-    families = [name for name in FAMILIES if any(line["family"] == name for line in lines)]
-    panels = [[(family, target) for target in targets] for family in families]
-    if len(targets) == 1 and len(panels) % 2 == 0:
-        panels = [[*first, *second] for first, second in zip(panels[::2], panels[1::2], strict=True)]
-    size = (4 * len(panels[0]), 3.2 * len(panels) + 1)
-    figure, axes = plt.subplots(len(panels), len(panels[0]), figsize=size, squeeze=False, layout="constrained")
-    for (family, target), ax in zip(sum(panels, []), axes.flat, strict=True):
-        for method in methods:
-            runs = [x for x in lines if (x["family"], x["target"], x["method"]) == (family, target, method)]
-            if not runs:
-                continue
-            points = list(zip(*(x["curve"][1:] for x in runs), strict=False))  # ends with the shortest run
+def draw(lines: list[dict], path: Path) -> None:
+    """Draw the mean error of four methods against seconds, at the middle target of each family."""
+    families = [family for family in FAMILIES.values() if any(line["family"] == family.name for line in lines)]
+    rows = -(-len(families) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(8, 3.2 * rows + 1), layout="constrained")
+    for family, ax in zip(families, axes.flat, strict=False):
+        for method, style in LINES.items():
+            wanted = (family.name, "middle", method)
+            runs = [x["curve"][1:] for x in lines if (x["family"], x["target"], x["method"]) == wanted]
+            points = list(zip(*runs, strict=False))  # ends with the shortest run
             seconds = [statistics.mean(s for _, s, _ in point) for point in points]
             errors = [100 * geometric([e for *_, e in point]) for point in points]
-            style = LINES[method] | {"markevery": max(1, len(points) // 8)}
-            ax.plot(seconds, errors, **style, label=METHODS[method].title)
-        parameters = {x["parameter"] for x in lines if (x["family"], x["target"]) == (family, target)}
-        title = f"{family.replace('_', '-')}: {FAMILIES[family].parameter_name} {FAMILIES[family].base:g} to "
-        ax.set(xscale="log", yscale="log", title=title + ", ".join(f"{value:g}" for value in parameters))
-    for row in axes:
-        row[0].set_ylabel("relative L2 error, %")
-    for ax in axes[-1]:
-        ax.set_xlabel("CPU seconds")
-    handles = {text: line for ax in axes.flat for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4 if len(methods) > 4 else 2)
-    figure.suptitle(textwrap.fill(message_of(lines, targets), int(11 * size[0])))
+            every = max(1, len(points) // 8)
+            ax.plot(seconds, errors, **style, markersize=4, markevery=every, label=METHODS[method].title)
+        change = f"{family.parameter_name} {family.base:g} to {family.targets['middle']:g}"
+        title = f"{family.name.replace('_', '-')}: {change}"
+        ax.set(xscale="log", yscale="log", title=title, xlabel="CPU seconds", ylabel="relative L2 error, %")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.suptitle(message_of(lines))
     figure.savefig(path)
     plt.close(figure)
 
 
-def message_of(lines: list[dict], targets: list[str]) -> str:
+def message_of(lines: list[dict]) -> str:
     """What the curves show: the share of the seconds in which the adapter has the rival's error."""
-    rows = [row for row in summarize(lines) if row["method"] == "lotra_lm" and row["target"] in targets]
+    rows = [row for row in summarize(lines) if row["method"] == "lotra_lm" and row["target"] == "middle"]
     shares = [row["seconds_to_rival"] / row["rival_seconds"] for row in rows if row.get("seconds_to_rival")]
     if not shares or len(shares) < len(rows):
         return "Error by time when a trained KAN moves to another parameter of its PDE"
     share = f"{100 * min(shares):.0f} to {100 * max(shares):.0f}"
     return (
-        f"LoTRA with Levenberg-Marquardt (LM) reaches the error of full fine-tuning with Adam in {share} % of the time"
+        "LoTRA with Levenberg-Marquardt (LM) reaches the error of full fine-tuning\n"
+        f"with Adam in {share} % of the time"
     )
 
 
@@ -230,38 +170,30 @@ def report(lines: list[dict], output: Path, name: str) -> None:
     rows = summarize(lines)
     files.write(output / f"{name}.json", {"rows": rows, "runs": lines}, indent=None)
     files.write_page(output / f"{name}.md", f"{headline_of(rows)}\n{markdown_of(rows)}")
-    draw(lines, output, name)
-
-
-def draw(lines: list[dict], output: Path, name: str) -> None:
-    """A picture of four methods on one target, and one of all."""
-    targets = [target for target in ("near", "middle", "far") if any(x["target"] == target for x in lines)]
-    draw_curves(lines, ["middle"] if "middle" in targets else targets[:1], MAIN, output / f"{name}.png")
-    draw_curves(lines, targets, list(METHODS), output / f"{name}_all.png")
+    draw(lines, output / f"{name}.png")
 
 
 def main() -> None:
     parser = command_line.Parser(
         __doc__,
         takes="25 minutes on one core for each family",
-        writes="FAMILY.json, .md, .png, _all.png and _fields.png; with --report transfer.*; runs in --cache",
+        writes="FAMILY.json, .md and .png; with --report transfer.*; runs in --cache",
         folder=command_line.RESULTS / "pde",
         quick="a tiny setting: to see it run",
         redraw=True,
     )
     parser.add_argument("--family", choices=list(FAMILIES), help="default: each, and the table of all")
     parser.add_argument("--report", action="store_true", help="run nothing; tables and curves of all that was run")
-    parser.add_argument("--fields", action="store_true", help="draw the fields of --family alone: three minutes")
     parser.add_seeds(1, 2, 3, 4, 5)  # rates were chosen on seed 0
     parser.add_choices("--targets", ["near", "middle", "far"])
     parser.add_choices("--methods", METHODS)
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the trained bases (default: %(default)s)")
     args = parser.parse_args()
-    console = Console()
     setting = QUICK if args.quick else Setting()
 
     if args.redraw:
-        draw(json.loads((args.output / "transfer.json").read_text())["runs"], args.output, "transfer")
+        path = args.output / "transfer.json"
+        draw(files.read(path)["runs"], path.with_suffix(".png"))
         return
     if args.report:
         lines = [json.loads(path.read_text()) for path in sorted((args.cache / "runs").glob("*.json"))]
@@ -272,19 +204,15 @@ def main() -> None:
         return
     families = list(FAMILIES.values()) if args.family is None else [FAMILIES[args.family]]
     found, suffix = [], "_quick" if args.quick else ""
+    jobs = list(product(args.seeds, args.targets, args.methods))
     for family in families:
-        fields = args.output / f"{family.name}{suffix}_fields.png"
-        if not args.fields:
-            jobs = list(product(args.seeds, args.targets, args.methods))
-            lines = [
-                run(method, family, target, setting, seed, args.cache)
-                for seed, target, method in track(jobs, description=family.name, console=console)
-            ]
-            report(lines, args.output, f"{family.name}{suffix}")
-            found += lines
-        draw_fields(family, setting, args.cache, fields)
-        console.print(f"written: {fields} and what is beside it")
-    if found and args.family is None:
+        lines = [
+            run(method, family, target, setting, seed, args.cache)
+            for seed, target, method in track(jobs, description=family.name)
+        ]
+        report(lines, args.output, f"{family.name}{suffix}")
+        found += lines
+    if args.family is None:
         report(found, args.output, f"transfer{suffix}")
 
 

@@ -135,7 +135,7 @@ def solve_cahn_hilliard(n: int, e: float) -> np.ndarray:
 
 def _new(name: str, title: str, box: tuple, start: float, stop: float, parts: tuple, resolution: int, **options):
     residual, distance, lift, solve = parts
-    return Problem(name, title, *box, start, stop, residual, distance, lift, solve, resolution, seen=False, **options)
+    return Problem(name, title, *box, start, stop, residual, distance, lift, solve, resolution, **options)
 
 
 WAVES = BoxFeatures(*EVOLUTION, periodic=[0])

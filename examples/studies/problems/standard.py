@@ -7,7 +7,7 @@ A problem is its domain, its exact conditions (distance and lift of `HardConstra
 by which continuation reaches it. Burgers and Allen-Cahn are solved on x >= 0: their data are odd and even, and the
 errors on the half are those on the whole domain. References do not use KANs: the Cole-Hopf integral, Chebyshev
 collocation with Radau, Fourier collocation with DOP853, or the exact solution. `python
-examples/studies/pde/standard.py --references` prints their errors.
+examples/studies/pde/ten.py --references` prints their errors.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ class Problem:
         terms: conditions that are terms of the loss.
         outputs: of the network; the first one is the solution.
         half: whether the network solves x >= 0 of the symmetric domain [-high, high].
-        seen: whether the recipe was made with it.
     """
 
     name: str
@@ -65,7 +64,6 @@ class Problem:
     terms: Callable[[], list[tuple]] = list
     outputs: int = 1
     half: bool = False
-    seen: bool = True
 
     def points(self) -> Tensor:
         """The test points (n, 2) of the network's domain, x varies slowest."""
@@ -365,7 +363,6 @@ PROBLEMS = {
             solve=exact_advection,
             resolution=1,
             features=BoxFeatures(*CIRCLE, periodic=[0]),
-            seen=False,
         ),
         Problem(
             "fisher",
@@ -379,7 +376,6 @@ PROBLEMS = {
             solve=solve_fisher,
             resolution=64,
             features=BoxFeatures(*CIRCLE, periodic=[0]),
-            seen=False,
         ),
     )
 }

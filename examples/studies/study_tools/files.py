@@ -5,11 +5,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 from study_tools import machine
+
+
+def path_of(args: argparse.Namespace, name: str) -> Path:
+    """Return the JSON file of a study in the folder `args.output`."""
+    return args.output / f"{name}{'_quick' if args.quick else ''}.json"
 
 
 def read(path: Path, fresh: bool = False, must: bool = False) -> Any:

@@ -34,7 +34,7 @@ class Record:
     @classmethod
     def of(cls, args: argparse.Namespace, name: str, recipe: dict, **fields: Any) -> Record:
         """Return the record of a study in the folder `args.output`; one of `--quick` starts from scratch."""
-        path = args.output / f"{name}{'_quick' if args.quick else ''}.json"
+        path = files.path_of(args, name)
         if args.quick:
             path.unlink(missing_ok=True)
         return cls(path, {"recipe": recipe, **fields, "results": {}})

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from figures.tables import LINEAR, find, median, table
+from figures.tables import LINEAR, find, median
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def _parameters(results: dict) -> float | None:
 
 
 def _grid_growth(results: dict) -> float | None:
-    rows = [find(results, "growth", series="grid", value=grid, width=256) for grid in (64, 8)]
+    rows = [find(results, "layers", width=256, batch=4096, grid=grid) for grid in (64, 8)]
     return None if None in rows else _divide(*(median(row, "KANLinear") for row in rows))
 
 
@@ -104,15 +104,3 @@ CLAIMS = (
     Claim("inference of a merged LoTRA / base, [256, 256, 256, 256], batch 1024", 1.05, _merged),
     Claim("import peft_lotra after peft", 500, _import, "ms"),
 )
-
-
-def claims_table(results: dict) -> str:
-    """All measured claims, each with its limit, its value, and whether it holds."""
-    lines = []
-    for claim in CLAIMS:
-        value = claim.value(results)
-        if value is not None:
-            shown = f"{value:.0f} ms" if claim.unit == "ms" else f"{value:.3g}"
-            limit = f"{claim.limit:g} ms" if claim.unit == "ms" else f"{claim.limit:g}"
-            lines.append((claim.text, limit, shown, "yes" if value <= claim.limit else "**no**"))
-    return table(("medians", "at most", "measured", "holds"), lines)

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""(f) The time to import the package, beside the time to import PEFT."""
+"""(e) The time to import the package, beside the time to import PEFT."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import torch
 
 from figures.measure import in_child, quartiles
 
-
-TITLE = "Import time"
 
 SCRIPT = """
 import json, time

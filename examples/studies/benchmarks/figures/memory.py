@@ -26,9 +26,6 @@ from figures.subjects import (
 )
 
 
-TITLE = "Peak memory"
-
-
 def cells(quick: bool) -> list[dict]:
     """The kind ("step": a KAN by a method; "layer": a layer by its name), the width and the batch."""
     sizes = {"own KAN": [(256, 4096), (1024, 1024)], "efficient-kan": [(256, 4096)]}

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from textwrap import fill
 
+from study_tools.tables import table
+
 from figures.claims import CLAIMS
-from figures.tables import LINEAR, LOSES, OTHER_KANS, find, median, number, ratio, size, table
+from figures.tables import LINEAR, LOSES, OTHER_KANS, find, median, number, ratio, size
 
 
 def section(results: dict) -> str:
@@ -17,7 +19,7 @@ def section(results: dict) -> str:
     machine = results["training_step"]["machine"]
     return f"""
 Measured side by side on {machine["cpu"]}, {machine["threads"]} threads, torch {machine["versions"]["torch"]}.
-[All tables](../examples/studies/results/benchmarks/cpu.md) have medians and quartiles.
+[All results](../examples/studies/results/benchmarks/cpu.json) have quartiles too.
 `python examples/studies/benchmarks/run.py` repeats the measurement, also on CUDA, where we have not run it.
 
 **A training step** is a forward pass, a backward pass and a step of Adam, for one layer whose input needs a gradient.
@@ -38,9 +40,9 @@ another method. "Frozen" is the forward pass and the input gradient of the base 
 def steps(rows: list[dict]) -> str:
     """The step by LoTRA and its ratio to the step by each other method, for the two KANs."""
     kans = list(dict.fromkeys(row["kan"] for row in rows))
-    header = ["size"]
+    header = "| size |"
     for kan in kans:
-        header += [f"{kan}: LoTRA ms", "/ frozen", "/ full", "/ PEFT LoRA"]
+        header += f" {kan}: LoTRA ms | / frozen | / full | / PEFT LoRA |"
     lines = []
     for label in dict.fromkeys(map(size, rows)):
         line = [label]
@@ -66,15 +68,14 @@ def left_out(rows: list[dict], label: Callable[[dict], str]) -> str:
 
 def layers(rows: list[dict]) -> str:
     lines = []
-    for row in rows:
+    for row in (row for row in rows if row["grid"] == 5):
         own = median(row, "KANLinear")
         line = [f"{row['width']}, batch {row['batch']}", number(own)]
         for name in OTHER_KANS:
             other = median(row, name)
             line.append(number(other) + (f" {LOSES}" if other is not None and other < own else ""))
         lines.append([*line, number(median(row, LINEAR))])
-    names = ("n", "KANLinear", *OTHER_KANS, LINEAR)
-    return table(names, lines) + left_out(
+    return table(f"| n | KANLinear | {' | '.join(OTHER_KANS)} | {LINEAR} |", lines) + left_out(
         rows, lambda row: f"{', '.join(row['skipped'])} at {row['width']}, batch {row['batch']}"
     )
 
@@ -91,7 +92,7 @@ def memory(rows: list[dict]) -> str:
         lost = {name for name in lost if found[name] < lotra}
         values = [number(found[name]) + (f" {LOSES}" if name in lost else "") for name in methods]
         lines.append([f"{kan}, {width} -> {width}, batch {batch}", *values])
-    return table(("", *methods), lines)
+    return table(f"| | {' | '.join(methods)} |", lines)
 
 
 def serving(results: dict) -> str:
@@ -113,7 +114,7 @@ def serving(results: dict) -> str:
         f"{forward['LoTRA, not merged']} times before. `import peft_lotra` adds {import_time} ms "
         f"to the {number(before)} ms of torch and PEFT."
     )
-    return f"{title}\n\n{table(('', 'LoTRA', 'PEFT LoRA'), lines)}\n{fill(note, 119)}"
+    return f"{title}\n\n{table('| | LoTRA | PEFT LoRA |', lines)}\n{fill(note, 119)}"
 
 
 def targets(results: dict) -> str:
@@ -124,6 +125,6 @@ def targets(results: dict) -> str:
         for claim, value in values.items()
         if value > claim.limit
     ]
-    text = f"Of {len(values)} targets ([listed](../examples/studies/results/benchmarks/cpu.md#what-it-is-held-to)) "
+    text = f"Of {len(values)} targets ([listed](../examples/studies/benchmarks/figures/claims.py)) "
     text += f"{len(missed)} are missed: {'; '.join(missed)}." if missed else "none is missed."
     return fill(text, 119)

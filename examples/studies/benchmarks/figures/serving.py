@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""(e) Saving, loading, merging and swapping adapters, and inference before and after a merge."""
+"""(d) Saving, loading, merging and swapping adapters, and inference before and after a merge."""
 
 from __future__ import annotations
 
@@ -16,9 +16,6 @@ from torch import nn
 
 from figures.measure import Parts, interleave
 from figures.subjects import METHODS, make_kan, random_inputs
-
-
-TITLE = "Serving"
 
 
 def cells(quick: bool) -> list[dict]:
@@ -45,19 +42,6 @@ def measure(cell: dict, device: torch.device, quick: bool) -> dict:
         files = {"LoTRA": "LoTRA/adapter_model.safetensors", "PEFT LoRA": "PEFT LoRA/adapter_model.safetensors"}
         sizes = {name: (Path(folder) / file).stat().st_size for name, file in files.items()}
         return result | {"bytes": sizes | {"whole model": (Path(folder) / "whole.safetensors").stat().st_size}}
-
-
-def lotra_subjects(cell: dict, device: torch.device, folder: Path) -> dict[str, Parts]:
-    """Of `measure`, what LoTRA has a part in."""
-    base = make_kan("own KAN", cell["widths"], device).eval()
-    x = random_inputs(cell["batch"], cell["widths"][0], device).detach()
-    model = METHODS["LoTRA"](copy.deepcopy(base)).eval()
-    adapted, merged = copy.deepcopy(model), copy.deepcopy(model).merge_and_unload()
-    return {
-        "LoTRA": adapter(model, base, folder),
-        "inference: not merged": {"forward": _forward(adapted, x)},
-        "inference: merged": {"forward": _forward(merged, x)},
-    }
 
 
 def whole_model(base: nn.Module, file: Path) -> Parts:

@@ -21,7 +21,6 @@ from figures.subjects import (
 )
 
 
-TITLE = "Training step"
 SQUARES, LAPLACIAN = "squared error", "Laplacian residual"
 
 
