@@ -447,6 +447,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "chosen": lambda: study("few_labels").chosen_as_text(
         load("chosen")["results"]
     ),
+    "convolutions": lambda: study("convolutions").as_text(load("convolutions")),
     "expressiveness": lambda: study("expressiveness").as_text(
         load("expressiveness")["results"], load("expressiveness")["recovered"]
     ),
@@ -457,6 +458,9 @@ PAGES: dict[str, Callable[[], str]] = {
     "formulas": lambda: study("formulas").as_text(load("formulas")),
     "learning_rates": lambda: learning_rates("learning_rates"),
     "learning_rates_ranks": lambda: learning_rates("learning_rates_ranks"),
+    "low_rank_evidence": lambda: study("low_rank_evidence").as_text(
+        load("low_rank_evidence")
+    ),
     "many_series": lambda: study("many_series").as_text(
         load("many_series")["results"]
     ),

@@ -3,6 +3,8 @@
 
 """LyCORIS's LoHa and LoKr on the coefficient tensors of a KAN, beside LoTRA and full fine-tuning.
 
+Shown in docs/comparison.md.
+
     python examples/studies/beside_lycoris.py  # a quarter of an hour of one core of a busy machine
     python examples/studies/beside_lycoris.py --quick  # a few seconds, for CI: says nothing
 
@@ -28,9 +30,8 @@ import torch
 from initialization import best, full, lotra, pretrain
 from lycoris import create_lycoris
 from lycoris.functional import loha, lokr
-from rich.console import Console
-from rich.table import Table
 from study_tools import files, together
+from study_tools.tables import table
 from study_tools.tasks import Task, build, rotated_digits, score
 from torch import nn
 from torch.nn.utils import parametrize
@@ -130,20 +131,15 @@ def main() -> None:
             parameters[method] = trained(model)
             rows.setdefault(method, {}).setdefault(setting, []).append(score(model, task))
 
-    console, table = Console(width=100), Table(title="accuracy % on rotated and noisy digits")
-    for column in ("", "parameters", "best setting", "mean", "seeds"):
-        table.add_column(column)
+    lines = []
     for method, settings in rows.items():
         setting = best(settings, smallest=False)
-        values = settings[setting]
-        seeds_shown = " ".join(f"{value:.1f}" for value in values)
-        table.add_row(method, f"{parameters[method]:,}", setting, f"{np.mean(values):.1f}", seeds_shown)
-    console.print(table)
+        shown = " ".join(f"{value:.1f}" for value in settings[setting])
+        lines.append([method, f"{parameters[method]:,}", setting, f"{np.mean(settings[setting]):.1f}", shown])
+    print(table("| accuracy % | parameters | best setting | mean | seeds |", lines))
     results = {"steps": steps, "modules that create_lycoris wraps": found_by_wrapper()}
     results |= {"parameters": parameters, "results": rows}
-    path = args.output / f"beside_lycoris{'_quick' if args.quick else ''}.json"
-    files.write(path, results)
-    console.print(f"written: {path}")
+    files.write(files.path_of(args, "beside_lycoris"), results)
 
 
 if __name__ == "__main__":

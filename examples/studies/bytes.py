@@ -3,6 +3,8 @@
 
 """Accuracy by the bytes of a stored update: full fine-tuning at 32 to 2 bits, beside LoTRA at 32, 16 and 8.
 
+Shown in docs/when.md.
+
     python examples/studies/bytes.py  # 15 minutes on one core, no network; goes on where it was stopped
     python examples/studies/bytes.py --quick  # a few seconds, for CI: says nothing
     python examples/studies/bytes.py --redraw  # the table and the picture from bytes.json
@@ -236,7 +238,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     tasks, (seeds, steps, rates) = [*TASKS][: 2 if args.quick else 4], (1, 61, 1) if args.quick else (5, 300, 5)
-    path = args.output / f"bytes{'_quick' if args.quick else ''}.json"
+    path = files.path_of(args, "bytes")
     results = files.read(path, args.quick, args.redraw).get("results", {})
     for task in () if args.redraw else tasks:
         rows = results.setdefault(task, {})

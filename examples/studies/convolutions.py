@@ -3,8 +3,9 @@
 
 """Convolutional KANs on shifted images: LoTRA beside PEFT's LoRA and dense deltas, at equal numbers of parameters.
 
+Shown in docs/comparison.md.
+
     python examples/studies/convolutions.py  # scikit-learn's digits, some minutes on one core
-    python examples/studies/convolutions.py --data-dir PATH/TO/mnist # MNIST at 14x14, a folder of IDX files
     python examples/studies/convolutions.py --quick  # a few seconds, for CI: says nothing
 
 A network of three convolutional KAN layers (radial basis functions, laid out as torch-conv-kan's FastKANConv2DLayer)
@@ -18,7 +19,7 @@ inverted. The methods:
 
 The first three leave the head as it is, and have at most the parameters of a budget: shares of LoRA of rank 1 on all
 convolutions. How each is set (learning rate; for LoRA which convolutions; for LoTRA the start) is chosen at each
-budget, on seeds of its own, by the accuracy on images that count nowhere else. Writes convolutions.json, .md and .png.
+budget, on seeds of its own, by the accuracy on images that count nowhere else. Writes convolutions.json and .md.
 """
 
 from __future__ import annotations
@@ -31,18 +32,15 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
+from sklearn.datasets import load_digits
 from study_tools import files
-from study_tools.pictures import STYLES
-from study_tools.tasks import load_mnist
+from study_tools.tables import table
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -142,17 +140,10 @@ class Task(NamedTuple):
     accuracy_before: float  # of the base on images that are not shifted
 
 
-def load(folder: Path | None) -> Images:
-    """scikit-learn's digits, or MNIST at 14x14."""
-    if folder is None:
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        images, labels = digits.images[:, None] / 16, digits.target
-    else:
-        pixels, labels = load_mnist(folder)
-        images = F.avg_pool2d(torch.tensor(pixels[:, None] / 255), 2)
-    return Images(torch.tensor(np.asarray(images), dtype=torch.float32), torch.tensor(np.asarray(labels)).long())
+def load() -> Images:
+    """scikit-learn's digits."""
+    digits = load_digits()
+    return Images(torch.tensor(digits.images[:, None] / 16, dtype=torch.float32), torch.tensor(digits.target))
 
 
 def shift(x: Tensor) -> Tensor:
@@ -323,92 +314,52 @@ def as_text(results: dict) -> str:
     def cells(values: list[float]) -> str:
         return f"{np.mean(values):.1f} | {' '.join(f'{value:.1f}' for value in values)}"
 
-    lines = [
-        "| budget | method | parameters | ranks | setting | accuracy % | seeds |",
-        "|--:|---|--:|---|---|--:|---|",
-    ]
-    lines += [f"| | base, not adapted | 0 | | | {cells(results['base'])} |"]
+    lines = [["", "base, not adapted", 0, "", "", cells(results["base"])]]
     for row in sorted(results["rows"], key=lambda row: row["budget"]):
         setting = ", ".join(
             f"{name} {value:g}" if name == "lr" else f"{value}" for name, value in row["setting"].items()
         )
         budget = f"{row['budget']:,}" if row["budget"] else ""
-        cell = (
-            f"| {budget} | {row['method']} | {row['parameters']:,} | {row['ranks']} | {setting.replace('|', ' and ')} "
-        )
-        lines.append(cell + f"| {cells(row['accuracy'])} |")
+        line = [budget, row["method"], f"{row['parameters']:,}", row["ranks"], setting.replace("|", " and ")]
+        lines.append([*line, cells(row["accuracy"])])
+    text = table("| budget | method | parameters | ranks | setting | accuracy % | seeds |", lines, left=2)
     title = f"{results['data']}: rotated by 90 degrees and inverted, {LABELS} labels"
     note = (
         f"The base has {np.mean(results['before']):.1f} % on images as they were. Ranks of LoTRA are those of seed 0."
     )
-    return "\n".join([f"### {title}", "", note, "", *lines]) + "\n"
-
-
-def draw(results: dict, images: Images, path: Path) -> None:
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    pictures, axis = figure.subplots(1, 2, width_ratios=(1, 2.6))
-    columns = [torch.cat([x, shift(x)], dim=-1)[0] for x in images.x[:5]]
-    pictures.imshow(torch.cat(columns).numpy(), cmap="gray")
-    pictures.set(xticks=[], yticks=[], title=f"{results['data']}, before and after")
-    pictures.grid(False)
-    for method, style in zip(WITH_BUDGET, STYLES, strict=False):
-        rows = [row for row in results["rows"] if row["method"] == method]
-        counts, means = zip(*((row["parameters"], np.mean(row["accuracy"])) for row in rows), strict=True)
-        axis.plot(counts, means, **style, label=method)
-        for row in rows:
-            count, scores = row["parameters"], row["accuracy"]
-            axis.plot([count] * len(scores), scores, style["marker"], color=style["color"], ms=3, alpha=0.4)
-    for style, row in zip(("--", ":"), [row for row in results["rows"] if not row["budget"]], strict=True):
-        label = f"{row['method']} ({row['parameters']:,})"
-        axis.axhline(np.mean(row["accuracy"]), color="0.4", linestyle=style, label=label)
-    axis.set(xscale="log", xlabel="trained parameters", ylabel="accuracy on the shifted images, %")
-    axis.set_title("Large marks: means; small marks: single seeds")
-    axis.set_xticks(results["budgets"], [f"{budget:,}" for budget in results["budgets"]])
-    axis.minorticks_off()
-    axis.legend()
-    figure.savefig(path)
+    return f"### {title}\n\n{note}\n\n{text}"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = command_line.Parser(
         __doc__,
-        takes="some minutes on one core (MNIST: a quarter of an hour)",
-        writes="convolutions.json, .md and .png",
+        takes="some minutes on one core",
+        writes="convolutions.json and .md",
         folder=command_line.RESULTS,
         quick="one seed, few steps and settings: to see it run",
-        redraw=True,
     )
     parser.add_argument("--seeds", type=int, default=5, help="how many runs are averaged (default: 5)")
     parser.add_argument("--tuning-seeds", type=int, default=2, help="how many runs choose the settings (default: 2)")
     parser.add_argument("--steps", type=int, default=150, help="steps of each adaptation (default: 150)")
-    parser.add_argument("--data-dir", type=Path, help="folder with 10,000 images of MNIST, instead of the digits")
-    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
     args = parser.parse_args(argv)
     if args.quick:
         args.seeds, args.tuning_seeds, args.steps = 1, 1, 3
 
-    name = "convolutions" + ("_mnist" if args.data_dir else "") + ("_quick" if args.quick else "")
-    path = args.output / f"{name}.json"
-    images = load(args.data_dir)
-    if args.redraw:
-        draw(files.read(path, must=True), images, path.with_suffix(".png"))
-        return
-    with tqdm(unit="run", ncols=100) as bar, ProcessPoolExecutor(args.workers) as pool:
+    path = files.path_of(args, "convolutions")
+    with tqdm(unit="run", ncols=100) as bar:
 
         def run(jobs: list[Job]) -> list[Outcome]:
             outcomes = []
-            for outcome in pool.map(adapt, jobs) if args.workers > 1 else map(adapt, jobs):
-                outcomes.append(outcome)
+            for job in jobs:
+                outcomes.append(adapt(job))
                 bar.update()
             return outcomes
 
-        results = compare(images, args, run)
-    data = "digits" if args.data_dir is None else "MNIST, 14x14"
+        results = compare(load(), args, run)
     setting = {"labels": LABELS, "steps": args.steps, "channels": CHANNELS, "basis": BASIS}
-    results = {"data": data, "setting": setting, **results}
+    results = {"data": "digits", "setting": setting, **results}
     files.write(path, results)
     files.write_page(path, as_text(results))
-    draw(results, images, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

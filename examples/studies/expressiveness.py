@@ -3,6 +3,8 @@
 
 """Expressiveness: how well Tucker tensors of few ranks approximate the updates of full fine-tuning, beside a bound.
 
+Shown in docs/paper.md.
+
     python examples/studies/expressiveness.py  # five minutes on one core, no network
     python examples/studies/expressiveness.py --data-dir PATH/TO/mnist  # one more task: digits to MNIST at 8x8
     python examples/studies/expressiveness.py --redraw
@@ -228,7 +230,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="how many runs are averaged (default: 5)")
     parser.add_argument("--data-dir", type=Path, help="folder with 10,000 images of MNIST, for one more task")
     args = parser.parse_args()
-    path = args.output / f"expressiveness{'_quick' if args.quick else ''}.json"
+    path = files.path_of(args, "expressiveness")
     seeds, steps = (1, 20) if args.quick else (args.seeds, 300)
     tasks: dict[str, Callable[..., Found]] = {"digits, rotated": partial(of_data, rotated_digits)}
     if args.data_dir is not None:

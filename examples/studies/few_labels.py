@@ -3,6 +3,8 @@
 
 """Few labels: what to train of a KAN, and of an MLP of equal size, when a new task has 20 to 1,000 labels.
 
+Shown in docs/when.md.
+
     python examples/studies/few_labels.py  # 15 minutes on one core, no network; goes on where it was stopped
     python examples/studies/few_labels.py --rivals  # more tasks and methods; an hour and a half
     python examples/studies/few_labels.py --rivals --data-dir PATH/TO/mnist  # one more task: digits to MNIST at 8x8

@@ -3,6 +3,8 @@
 
 """Fifty tasks on one base that reads digits: adapters in a bank, beside heads, copies, and an MLP with LoRA.
 
+Shown in docs/when.md.
+
     python examples/studies/fifty_tasks.py  # ten minutes on one core; goes on where it was stopped
     python examples/studies/fifty_tasks.py --quick  # a few seconds, for CI: says nothing
 
@@ -237,7 +239,7 @@ def main() -> None:
     args = parser.parse_args()
     each, steps, seeds = (2, 4, 1) if args.quick else (10, 120, args.seeds)
 
-    path: Path = args.output / f"fifty_tasks{'_quick' if args.quick else ''}.json"
+    path: Path = files.path_of(args, "fifty_tasks")
     found = files.read(path, args.quick)
     about = {"machine": machine.describe(), "steps": steps}
 

@@ -3,6 +3,8 @@
 
 """One training loop for one process, several, or a sharded model: LoTRA with accelerate.
 
+Shown in docs/training.md.
+
     accelerate launch --cpu examples/studies/finetune_accelerate.py
     accelerate launch --multi_gpu --num_processes 2 examples/studies/finetune_accelerate.py
     accelerate launch --multi_gpu --num_processes 2 examples/studies/finetune_accelerate.py --fsdp2

@@ -3,6 +3,8 @@
 
 """A KAN that predicts the progression of diabetes for one group of patients is adapted to another, by Trainer.
 
+Shown in docs/training.md.
+
     python examples/studies/finetune_trainer.py  # a minute or two on two cores, no network
     python examples/studies/finetune_trainer.py --resume  # continues an interrupted run
 

@@ -3,6 +3,8 @@
 
 """Formulas for what changed: how often docs/recipes/what_changed.py names a planted change, or a wrong one.
 
+Shown in docs/recipes/what_changed.md.
+
     python examples/studies/formulas.py  # half an hour on one core
     python examples/studies/formulas.py --quick  # one case of each part, for CI
 

@@ -3,6 +3,8 @@
 
 """Gradient initialization beside random factors and full fine-tuning, each at its best learning rates.
 
+Shown in docs/training.md.
+
     python examples/studies/initialization.py  # a quarter of an hour on one core, no network
     python examples/studies/initialization.py --data-dir PATH/TO/mnist  # one more shift: digits to MNIST at 8x8
     python examples/studies/initialization.py --quick  # a few seconds, for CI: says nothing
@@ -35,9 +37,8 @@ import numpy as np
 import torch
 from peft import get_peft_model
 from problems import families, methods
-from rich.console import Console
-from rich.table import Table
 from study_tools import files, together
+from study_tools.tables import table
 from study_tools.tasks import Task, build, digits_to_mnist, rotated_digits, score
 from torch import nn
 from tqdm import tqdm
@@ -157,19 +158,19 @@ def best(settings: dict[str, list[float]], smallest: bool) -> str:
     return (min if smallest else max)(settings, key=lambda setting: np.mean(settings[setting]))
 
 
-def show(results: dict[str, Rows]) -> None:
-    console = Console(width=110)
+def as_text(results: dict[str, Rows]) -> str:
+    """The best setting of each method, its mean and its seeds, and the mean at the fixed setting."""
+    parts = []
     for part, rows in results.items():
-        error = "%" in part
-        table = Table(title=f"{part}: {'relative error' if error else 'accuracy'} %, mean (seeds)")
-        for column in ("", "best setting", "best", "seeds", f"at {SETTING}"):
-            table.add_column(column)
+        is_error, lines = "%" in part, []
         for method, settings in rows.items():
-            setting = best(settings, error)
+            setting = best(settings, is_error)
             fixed = f"{np.mean(settings[SETTING]):.2f}" if SETTING in settings else ""
             seeds = " ".join(f"{value:.1f}" for value in settings[setting])
-            table.add_row(method, setting, f"{np.mean(settings[setting]):.2f}", seeds, fixed)
-        console.print(table)
+            lines.append([method, setting, f"{np.mean(settings[setting]):.2f}", seeds, fixed])
+        header = f"| {part} | best setting | best | seeds | at {SETTING} |"
+        parts.append(table(header, lines))
+    return "\n".join(parts)
 
 
 def main() -> None:
@@ -208,7 +209,7 @@ def main() -> None:
     if args.only is not None:
         parts = {name: part for name, part in parts.items() if args.only in name}
 
-    path = args.output / f"initialization{'_quick' if args.quick else ''}.json"
+    path = files.path_of(args, "initialization")
     results = files.read(path, args.quick).get("results", {})
     bar = tqdm(unit="run", ncols=100)
     for name, part in parts.items():
@@ -219,7 +220,7 @@ def main() -> None:
         setting = {"steps": args.steps, "policies": POLICIES, "setting": SETTING}
         files.write(path, {"setting": setting, "results": results})
     bar.close()
-    show(results)
+    print(as_text(results))
 
 
 if __name__ == "__main__":

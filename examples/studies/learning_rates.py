@@ -3,6 +3,8 @@
 
 """One learning rate for every width and rank: LoTRA's components at rates of their own, beside one rate for all.
 
+Shown in docs/training.md.
+
     python examples/studies/learning_rates.py  # widths 16 to 512, about half an hour on one core
     python examples/studies/learning_rates.py --sweep ranks  # ranks 2 to 16, four optimizers, three tasks: 90 minutes
     python examples/studies/learning_rates.py --quick  # a few seconds, for CI: says nothing about the rule

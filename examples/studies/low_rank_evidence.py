@@ -3,6 +3,8 @@
 
 """Low-rank evidence: full fine-tuning changes the coefficient tensors of KANs by updates of low tensor rank.
 
+Shown in docs/comparison.md and docs/paper.md.
+
     python examples/studies/low_rank_evidence.py  # about two minutes on one core, no network
     python examples/studies/low_rank_evidence.py --data-dir PATH/TO/mnist  # one more task: digits to MNIST at 8x8
 
@@ -10,7 +12,7 @@ On each task a KAN is trained, and then all of its parameters are fine-tuned on 
 share of the energy (squared norm) that tensor ranks (4, 4, 4) keep, of the update and of a random update of its size.
 Then an adapter of a fifth of the parameters is extracted from the fine-tuned model, for KANs of three libraries, from
 the coefficients alone and with the inputs of the fine-tuning. The adapter is tested at once and after 50 more steps.
-The folder of --data-dir holds images-idx3-ubyte.gz and labels-idx1-ubyte.gz. Writes low_rank_evidence.json and .png.
+The folder of --data-dir holds images-idx3-ubyte.gz and labels-idx1-ubyte.gz. Writes low_rank_evidence.json and .md.
 """
 
 from __future__ import annotations
@@ -22,13 +24,10 @@ import copy
 import warnings
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from study_tools import files
-from study_tools.pictures import BLUE, GRAY, GREEN, ORANGE, RED
+from study_tools.tables import table
 from study_tools.tasks import Task, build, diabetes, digits_to_mnist, function_family, rotated_digits, score, train
 from torch import nn
 from torch.nn import functional as F
@@ -92,70 +91,6 @@ def largest_layer(update: Spectrum, control: Spectrum) -> dict:
     return {"layer": name, "shape": list(update.layers[name].shape), **values}
 
 
-def draw(results: dict, path: Path) -> None:
-    """The energies that few ranks hold, the accuracies of the extracted adapters, and the singular values."""
-    energy = results["energy"]
-    figure = plt.figure(figsize=(11, 7.4), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1.25, 1])
-    left, right = top.subplots(1, 2, width_ratios=[1, 1.5])
-    position = np.arange(len(energy))
-    for shift, key, color, hatch, label in (
-        (-0.2, "update", RED, None, "update of full fine-tuning"),
-        (0.2, "random", "0.8", "///", "random update of the same size"),
-    ):
-        heights = [100 * row[key]["mean"] for row in energy.values()]
-        bars = left.bar(position + shift, heights, 0.4, color=color, hatch=hatch, edgecolor="0.3", label=label)
-        left.bar_label(bars, fmt="%.0f", fontsize=8)
-    left.set_xticks(position, [task.replace(", ", ",\n").replace(" to ", "\nto ") for task in energy], fontsize=8)
-    left.set(ylabel="share of the squared norm, %", ylim=(0, 64))
-    shares = [100 * row["update"]["mean"] for row in energy.values()]
-    ratios = [row["update"]["mean"] / row["random"]["mean"] for row in energy.values()]
-    left.set_title(
-        f"Ranks (4, 4, 4) hold {min(shares):.0f} to {max(shares):.0f} % of an update,\n"
-        f"{min(ratios):.0f} to {max(ratios):.0f} times as much as of a random one"
-    )
-    left.legend(loc="upper left")
-
-    extraction = results["extraction"]
-    names = list(extraction)
-    for key, color, marker, label in (
-        ("base", GRAY, "x", "before fine-tuning"),
-        ("fine-tuned", "black", "|", "full fine-tuning"),
-        ("without data", ORANGE, "v", "adapter from the coefficients"),
-        ("extracted", GREEN, "o", "with a few hundred inputs"),
-        ("trained on", BLUE, "^", f"with {MORE_STEPS} more steps of training"),
-    ):
-        size = 13 if marker == "|" else 6
-        scores = [extraction[name][key]["mean"] for name in names]
-        right.plot(scores, range(len(names)), ls="", color=color, marker=marker, ms=size, mew=1.5, label=label)
-    right.set_yticks(range(len(names)), [name.replace(": ", ":\n") for name in names], fontsize=8)
-    right.invert_yaxis()
-    right.set(xlabel="accuracy on the changed data, %", xlim=(0, 100))
-    kept = [100 * extraction[name]["gain kept, extracted"]["mean"] for name in names]
-    share = np.mean([extraction[name]["share"]["mean"] for name in names])
-    right.set_title(
-        f"An extracted adapter with {100 * share:.0f} % of the parameters\n"
-        f"keeps {min(kept):.1f} to {max(kept):.1f} % of the gain (with inputs)"
-    )
-    right.legend(loc="upper center", bbox_to_anchor=(0.4, -0.2), ncols=3)
-
-    spectra = results["spectra"]
-    bottom.suptitle("Singular values of the update in the largest layer, by mode of its coefficient tensor")
-    for axis, (task, spectrum) in zip(bottom.subplots(1, len(spectra), sharey=True), spectra.items(), strict=True):
-        for key in ("update", "random"):
-            looks = zip(("out", "in", "basis"), (BLUE, GREEN, RED), ("-", "--", "-."), spectrum[key], strict=True)
-            for mode, color, dash, values in looks:
-                color, width = (color, 1.8) if key == "update" else (GRAY, 1)
-                label = f"{key}, mode {mode}"
-                axis.plot(range(1, len(values) + 1), values, color=color, ls=dash, lw=width, label=label)
-        axis.set_title(f"{task}\n{' x '.join(map(str, spectrum['shape']))}", fontsize=9)
-        axis.set(yscale="log", ylim=(1e-2, 1), xlabel="number of the singular value")
-    bottom.axes[0].set_ylabel("singular value / norm of the update")
-    bottom.legend(*bottom.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    figure.savefig(path)
-    plt.close(figure)
-
-
 def summarize(runs: list[dict[str, float]]) -> dict[str, dict[str, float | list[float]]]:
     """Mean and single values over the seeds."""
     return {
@@ -168,11 +103,10 @@ def main() -> None:
     parser = command_line.Parser(
         __doc__,
         takes="two minutes on one core",
-        writes="low_rank_evidence.json and .png",
+        writes="low_rank_evidence.json and .md",
         folder=command_line.RESULTS,
         needs="test",
         quick="one seed, 60 steps, our own KAN only: to see it run",
-        redraw=True,
     )
     parser.add_argument("--seeds", type=int, default=5, help="how many runs are averaged (default: 5)")
     parser.add_argument("--steps", type=int, default=300, help="steps of each fine-tuning (default: 300)")
@@ -181,11 +115,7 @@ def main() -> None:
     if args.quick:
         args.seeds, args.steps = 1, 60
 
-    path = args.output / "low_rank_evidence.json"
-    if args.redraw:
-        draw(files.read(path, must=True), path.with_suffix(".png"))
-        return
-
+    path = files.path_of(args, "low_rank_evidence")
     makers = [rotated_digits, function_family, diabetes]
     if args.data_dir is not None:
         makers.insert(1, lambda seed: digits_to_mnist(seed, args.data_dir))
@@ -222,31 +152,26 @@ def main() -> None:
         "spectra": spectra,
     }
     files.write(path, results)
-    draw(results, path.with_suffix(".png"))
-    show(results)
+    files.write_page(path, as_text(results))
 
 
-def show(results: dict) -> None:
-    console = Console(width=130)
-    seeds = results["settings"]["seeds"]
-    table = Table(title=f"Energy of the full fine-tuning's update in ranks {RANKS}, %, mean of {seeds} seeds")
-    for column in ("task", "update", "random update", "layers"):
-        table.add_column(column, justify="left" if column in ("task", "layers") else "right")
+def as_text(results: dict) -> str:
+    lines = []
     for name, row in results["energy"].items():
-        layers = [f"{100 * value['mean']:.0f}" for key, value in row.items() if key.endswith(", update")]
-        table.add_row(
-            name, f"{100 * row['update']['mean']:.1f}", f"{100 * row['random']['mean']:.1f}", " / ".join(layers)
-        )
-    console.print(table)
-    table = Table(title="Adapters extracted from the fine-tuned models: accuracy % (share of the gain kept)")
+        layers = " / ".join(f"{100 * value['mean']:.0f}" for key, value in row.items() if key.endswith(", update"))
+        lines.append([name, f"{100 * row['update']['mean']:.1f}", f"{100 * row['random']['mean']:.1f}", layers])
+    header = f"| energy in ranks {RANKS}, % | of the update | of a random update | layers of the update |"
+    text = table(header, lines)
+
     kept = ("without data", "extracted", "trained on")
-    for column in ("", "% of parameters", "base", "fine-tuned", *kept):
-        table.add_column(column, justify="right" if column else "left")
+    lines = []
     for name, row in results["extraction"].items():
-        values = [f"{row[key]['mean']:.1f} ({row[f'gain kept, {key}']['mean']:.1%})" for key in kept]
-        values = [f"{row[key]['mean']:.1f}" for key in ("base", "fine-tuned")] + values
-        table.add_row(name, f"{100 * row['share']['mean']:.1f}", *values)
-    console.print(table)
+        values = [f"{row[key]['mean']:.1f}" for key in ("base", "fine-tuned")]
+        values += [f"{row[key]['mean']:.1f} ({row[f'gain kept, {key}']['mean']:.1%})" for key in kept]
+        lines.append([name, f"{100 * row['share']['mean']:.1f}", *values])
+    header = "| accuracy % (share of the gain kept) | % of parameters | base | fine-tuned "
+    header += "| from the coefficients | with inputs | with inputs, 50 more steps |"
+    return f"{text}\n{table(header, lines)}"
 
 
 if __name__ == "__main__":

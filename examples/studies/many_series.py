@@ -3,6 +3,8 @@
 
 """Hundreds of series on one global forecaster: an adapter for each series, beside cheaper and dearer ways.
 
+Shown in docs/when.md.
+
     python examples/studies/many_series.py  # half an hour on one core; goes on where it was stopped
     python examples/studies/many_series.py --employment  # the public series too
     python examples/studies/many_series.py --quick  # a few seconds, for CI: says nothing
@@ -252,7 +254,7 @@ def main() -> None:
     if args.employment:
         parts["employment, 20 years"] = lambda seed: employment(seed, 236)
 
-    path: Path = args.output / f"many_series{'_quick' if args.quick else ''}.json"
+    path: Path = files.path_of(args, "many_series")
     found = files.read(path, args.quick).get("results", {})
 
     for seed in range(seeds):

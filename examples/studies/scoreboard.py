@@ -3,6 +3,8 @@
 
 """The scoreboard: tables that others published, solved by Levenberg-Marquardt on one thread, by a KAN and by an MLP.
 
+Shown in docs/scoreboard.md.
+
     python examples/studies/scoreboard.py  # 1 seed of each row; runs that scoreboard.json has are not repeated
     python examples/studies/scoreboard.py --seeds 1 2 3 4 5
     python examples/studies/scoreboard.py --rows poisson_2 notebook_7
@@ -32,7 +34,9 @@ import torch
 from problems.published import DIFFUSION, FUNCTIONS, NOTEBOOKS, PINNS, Subject
 from problems.solved import solve_problem
 from problems.standard import PROBLEMS, Problem
+from study_tools import tables
 from study_tools.records import Record
+from study_tools.tables import short
 
 from peft_lotra.kan import KAN, refine_grid
 from peft_lotra.optim import LevenbergMarquardt
@@ -147,11 +151,6 @@ def run(name: str, method: str, seed: int, quick: bool) -> dict:
     return {"seed": seed, **found}
 
 
-def number(value: float) -> str:
-    """Two digits, as 5.6e-8."""
-    return f"{value:.1e}".replace("e-0", "e-").replace("e+00", "")
-
-
 def cell(runs: list[dict]) -> str:
     """Medians over the seeds: the error, with the largest one, and the seconds."""
     if not runs:
@@ -159,25 +158,25 @@ def cell(runs: list[dict]) -> str:
     if "reached" in runs[0]:
         times = [[run["reached"][goal] for run in runs] for goal in runs[0]["reached"]]
         words = [f"{median(found):.1f}" if None not in found else "-" for found in times]
-        return f"{' / '.join(words)} s; {number(median(run['least'] for run in runs))}"
+        return f"{' / '.join(words)} s; {short(median(run['least'] for run in runs))}"
     errors = [run["error"] for run in runs]
-    worst = f" ({number(max(errors))})" if len(errors) > 1 else ""
-    return f"{number(median(errors))}{worst}, {median(run['seconds'] for run in runs):.1f} s"
+    worst = f" ({short(max(errors))})" if len(errors) > 1 else ""
+    return f"{short(median(errors))}{worst}, {median(run['seconds'] for run in runs):.1f} s"
 
 
 def table(results: dict) -> str:
     """The table of docs/scoreboard.md."""
-    lines = ["| | published | KAN | MLP | third network | seeds |", "|---|--:|--:|--:|--:|--:|"]
+    lines = []
     for group, rows in GROUPS.items():
-        lines.append(f"| **{group}** |  |  |  |  |  |")
+        lines.append([f"**{group}**", "", "", "", "", ""])
         for name, row in rows.items():
             runs = results.get(name, {})
             title, published = (row.title, row.published) if isinstance(row, Subject) else (row[0].title, row[1])
             kan, mlp, *others = ((method, cell(runs.get(method, []))) for method in methods(name))
             third = "; ".join(f"{method}: {text}" for method, text in others)
             count = min((len(found) for found in runs.values()), default=0)
-            lines.append(f"| {title} | {published} | {kan[1]} | {mlp[1]} | {third} | {count} |")
-    return "\n".join(lines) + "\n"
+            lines.append([title, published, kan[1], mlp[1], third, count])
+    return tables.table("| | published | KAN | MLP | third network | seeds |", lines)
 
 
 def main() -> None:

@@ -3,6 +3,8 @@
 
 """Functions by Slim KANs: a dense KAN beside Slim KANs of three rank settings on twelve target functions.
 
+Shown in docs/slim.md.
+
     python examples/studies/slim_functions.py  # about five minutes on one core
     python examples/studies/slim_functions.py --quick  # two functions, a few steps, for CI
 
@@ -26,11 +28,10 @@ from statistics import median
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from scipy import special
 from study_tools import files
 from study_tools.pictures import STYLES
+from study_tools.tables import table
 from tqdm import tqdm
 
 from peft_lotra import create_lotra_optimizer
@@ -137,27 +138,19 @@ def summarise(rows: list[dict]) -> dict[str, dict[str, tuple[float, int]]]:
     }
 
 
-def show(console: Console, summary: dict) -> None:
+def as_text(summary: dict) -> str:
+    """RMSE as a share of the target's standard deviation (median over the seeds), and parameters."""
     kinds = list(next(iter(summary.values())))
-    table = Table(title="RMSE as a share of the target's standard deviation (median over the seeds), parameters")
-    table.add_column("function")
-    for kind in kinds:
-        table.add_column(kind, justify="right")
-    ratios, savings = {kind: [] for kind in kinds}, {kind: [] for kind in kinds}
-    for name, row in summary.items():
-        cells = []
-        for kind in kinds:
-            error, parameters = row[kind]
-            ratios[kind].append(error / row["dense"][0])
-            savings[kind].append(row["dense"][1] / parameters)
-            cells.append(f"{error:.4f}  {parameters:6,}")
-        table.add_row(name, *cells)
-    table.add_section()
-    table.add_row("median / dense's median", *(_of_medians(summary, kind) for kind in kinds))
-    table.add_row("median of the ratios", *(f"{median(ratios[kind]):.2f}" for kind in kinds))
-    table.add_row("better than dense on", *(f"{sum(r < 1 for r in ratios[kind])} of {len(summary)}" for kind in kinds))
-    table.add_row("fewer parameters", *(f"{min(savings[k]):.1f}x to {max(savings[k]):.1f}x" for k in kinds))
-    console.print(table)
+    ratios = {kind: [row[kind][0] / row["dense"][0] for row in summary.values()] for kind in kinds}
+    savings = {kind: [row["dense"][1] / row[kind][1] for row in summary.values()] for kind in kinds}
+    lines = [[name, *("{:.4f}, {:,}".format(*row[kind]) for kind in kinds)] for name, row in summary.items()]
+    lines += [
+        ["median / dense's median", *(_of_medians(summary, kind) for kind in kinds)],
+        ["median of the ratios", *(f"{median(ratios[kind]):.2f}" for kind in kinds)],
+        ["better than dense on", *(f"{sum(r < 1 for r in ratios[kind])} of {len(summary)}" for kind in kinds)],
+        ["fewer parameters", *(f"{min(savings[kind]):.1f}x to {max(savings[kind]):.1f}x" for kind in kinds)],
+    ]
+    return table(f"| function | {' | '.join(kinds)} |", lines)
 
 
 def _of_medians(summary: dict, kind: str) -> str:
@@ -206,10 +199,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=800, help="training steps (default: %(default)s)")
     parser.add_argument("--functions", nargs="+", default=list(FUNCTIONS), choices=list(FUNCTIONS), metavar="NAME")
     args = parser.parse_args()
-    name = "slim_functions"
     if args.quick:
-        args.seeds, args.steps, args.functions, name = 1, 20, list(FUNCTIONS)[:2], "slim_functions_quick"
-    path = args.output / f"{name}.json"
+        args.seeds, args.steps, args.functions = 1, 20, list(FUNCTIONS)[:2]
+    path = files.path_of(args, "slim_functions")
     setting = {"steps": args.steps, "hidden": HIDDEN, "batch": BATCH, "learning_rates": LEARNING_RATES}
 
     known = files.read(path, must=args.redraw)
@@ -227,10 +219,8 @@ def main() -> None:
         files.write(path, {"setting": setting, "rows": rows})
 
     summary = summarise(rows)
-    console = Console(width=120)
-    show(console, summary)
-    draw(summary, args.output / f"{name}.png")
-    console.print(f"written: {args.output / name}.json and .png")
+    print(as_text(summary))
+    draw(summary, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

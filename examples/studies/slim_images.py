@@ -3,6 +3,8 @@
 
 """Images by Slim KANs: a dense KAN beside Slim KANs, and peers of as few parameters.
 
+Shown in docs/slim.md.
+
     python examples/studies/slim_images.py  # scikit-learn's digits, no network, three minutes
     python examples/studies/slim_images.py --quick  # one seed, a few epochs, for CI
     python examples/studies/slim_images.py --data-dir PATH/TO/mnist  # 10,000 images of MNIST, a folder of IDX files
@@ -25,10 +27,9 @@ from statistics import mean, stdev
 
 import matplotlib.pyplot as plt
 import torch
-from rich.console import Console
-from rich.table import Table
 from study_tools import files
 from study_tools.pictures import GRAY, GREEN, ORANGE, SKY
+from study_tools.tables import table
 from study_tools.tasks import load_mnist
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -149,29 +150,18 @@ def compare(
     return rows
 
 
-def show(console: Console, rows: list[dict]) -> None:
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    seeds = len({row["seed"] for row in rows})
-    table = Table(title=f"{rows[0]['data']}, {seeds} seeds")
-    table.add_column("")
-    for column in ("parameters", "fewer", "accuracy %", "+-", "seconds"):
-        table.add_column(column, justify="right")
+def as_text(rows: list[dict]) -> str:
+    lines = []
     dense = next(row["parameters"] for row in rows if row["model"] == "dense KAN")
-    for model in models:
+    for model in dict.fromkeys(row["model"] for row in rows):
         runs = [row for row in rows if row["model"] == model]
         accuracies = [row["accuracy"] for row in runs]
         spread = f"{stdev(accuracies):.2f}" if len(runs) > 1 else "-"
         parameters = round(mean(row["parameters"] for row in runs))
         seconds = mean(row["seconds"] for row in runs)
-        table.add_row(
-            model,
-            f"{parameters:,}",
-            f"{dense / parameters:.1f}x",
-            f"{mean(accuracies):.2f}",
-            spread,
-            f"{seconds:.1f}",
-        )
-    console.print(table)
+        cells = [model, f"{parameters:,}", f"{dense / parameters:.1f}x", f"{mean(accuracies):.2f}", spread]
+        lines.append([*cells, f"{seconds:.1f}"])
+    return table(f"| {rows[0]['data']} | parameters | fewer | accuracy % | +- | seconds |", lines)
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -230,8 +220,7 @@ def main() -> None:
     seeds = args.seeds
     if args.quick:
         epochs, seeds = 2, 1
-    name = "slim_images_" + (data.name if data is not None else "digits") + ("_quick" if args.quick else "")
-    path = args.output / f"{name}.json"
+    path = files.path_of(args, f"slim_images_{'digits' if data is None else data.name}")
     setting = {"epochs": epochs, "batch": batch, "learning_rates": LEARNING_RATES, "hidden": HIDDEN}
 
     known = files.read(path)  # whose seeds are not repeated
@@ -241,10 +230,8 @@ def main() -> None:
         for seed in todo:
             rows += compare(data if data is not None else load_digits(seed), seed, ranks, epochs, batch, bar)
             files.write(path, {"setting": setting, "rows": rows})
-    console = Console(width=100)
-    show(console, rows)
-    draw(rows, args.output / f"{name}.png")
-    console.print(f"written: {args.output / name}.json and .png")
+    print(as_text(rows))
+    draw(rows, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 
 """How long to train an adapter: accuracy and loss on the task of quickstart.py after 30 to 3,000 steps.
 
+Shown in docs/training.md.
+
     python examples/studies/steps.py  # two minutes on one core
     python examples/studies/steps.py --quick  # a few seconds, for CI: says nothing
 
@@ -24,6 +26,7 @@ import numpy as np
 import torch
 from peft import get_peft_model
 from study_tools import files
+from study_tools.tables import table
 from torch import nn
 from torch.nn import functional as F
 
@@ -75,14 +78,13 @@ def measure(base: nn.Module, order: np.ndarray, seed: int, labels: int, steps: i
 
 def markdown(results: dict[str, dict[str, list[dict]]]) -> str:
     """The table of docs/training.md."""
-    header = [f"{int(steps):,}" for steps in next(iter(results.values()))]
-    lines = [f"| steps | {' | '.join(header)} |", "|---|" + "--:|" * len(header)]
+    header = " | ".join(f"{int(steps):,}" for steps in next(iter(results.values())))
+    lines = []
     for labels, by_steps in results.items():
         for key, title, digits in (("accuracy", "accuracy %", 1), ("loss", "test loss", 2)):
             means = [mean(run[key] for run in runs) for runs in by_steps.values()]
-            cells = [f"{value:.{digits}f}" for value in means]
-            lines.append(f"| {labels} labels, {title} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            lines.append([f"{labels} labels, {title}", *(f"{value:.{digits}f}" for value in means)])
+    return table(f"| steps | {header} |", lines)
 
 
 def main() -> None:
@@ -103,7 +105,7 @@ def main() -> None:
         by_steps = results.setdefault(str(labels), {})
         for steps in all_steps:
             by_steps[str(steps)] = [measure(*bases[seed], seed, labels, steps) for seed in args.seeds]
-    path = args.output / f"steps{'_quick' if args.quick else ''}.json"
+    path = files.path_of(args, "steps")
     files.write(path, {"results": results})
     files.write_page(path, markdown(results))
 

@@ -5,6 +5,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,17 @@ def test_each_study_says_what_it_needs_and_takes_and_writes(path):
 
     assert ast.unparse(first).endswith("import command_line")  # before packages that may be missing
     assert "command_line.Parser" in [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_each_study_says_which_page_shows_it(path):
+    if path.name == "run_all.py":
+        return
+
+    (pages,) = re.findall(r"^Shown in (.*)\.$", ast.get_docstring(ast.parse(path.read_text())), re.MULTILINE)
+
+    for page in pages.split(" and "):
+        assert path.stem in (ROOT / page).read_text(), page
 
 
 def test_each_study_is_in_the_table_of_the_folder():

@@ -3,6 +3,8 @@
 
 """A batch whose rows have different adapters, and ten thousand adapters in one file: what `AdapterBank` costs.
 
+Shown in docs/serving.md.
+
     python examples/studies/benchmarks/bank.py  # about two minutes
     python examples/studies/benchmarks/bank.py --quick  # a few seconds, for a look
 

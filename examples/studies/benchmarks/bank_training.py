@@ -3,6 +3,8 @@
 
 """A thousand adapters of a bank trained at once, beside one after another: seconds, and the difference.
 
+Shown in docs/benchmarks.md.
+
     python examples/studies/benchmarks/bank_training.py  # about five minutes
     python examples/studies/benchmarks/bank_training.py --quick  # a few seconds, for a look
 

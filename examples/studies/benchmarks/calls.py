@@ -3,6 +3,8 @@
 
 """Count what the package costs: operators of torch, bytes, and calls of its own functions.
 
+Shown in CONTRIBUTING.md.
+
     python examples/studies/benchmarks/calls.py            # all costs, beside the limits that tests/cost asserts
     python examples/studies/benchmarks/calls.py --write    # limits 3 % above the costs
     python examples/studies/benchmarks/calls.py --only forward attach --most 20    # what is called most often
@@ -42,8 +44,7 @@ from typing import Any
 import peft
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from rich.console import Console
-from rich.table import Table
+from study_tools.tables import table
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -331,10 +332,7 @@ def write(costs: dict[str, Costs]) -> None:
 def print_table(costs: dict[str, Costs]) -> None:
     """Print each cost and its limit."""
     committed = json.loads(LIMITS.read_text())
-    title = f"cost / limit; {versions()}, limits of {committed['versions']}"
-    table = Table("operation", title=title, title_justify="left")
-    for unit in ("operators", "MB", "peak, kB", "functions"):
-        table.add_column(unit, justify="right")
+    lines = []
     for name, cost in costs.items():
         limits = committed["limits"].get(name, {})
         cells = []
@@ -343,18 +341,17 @@ def print_table(costs: dict[str, Costs]) -> None:
             decimals = 1 if unit == "bytes" else 0
             shown = [f"{value / divisor:,.{decimals}f}" for value in (total, limits.get(unit, 0))]
             cells.append(" / ".join(shown))
-        table.add_row(name, *cells)
-    Console(highlight=False, width=140).print(table)
+        lines.append([name, *cells])
+    print(f"cost / limit; {versions()}, limits of {committed['versions']}\n")
+    print(table("| operation | operators | MB | peak, kB | functions |", lines))
 
 
 def print_most(name: str, cost: Costs, most: int) -> None:
     """Print the operators and functions that are called most often."""
-    table = Table("operators", "calls", "functions", "calls", title=name, title_justify="left")
     operators = [(key, f"{number:,}") for key, number in cost.operators.most_common(most)]
     functions = [(key, f"{number:,}") for key, number in cost.functions.most_common(most)]
-    for left, right in itertools.zip_longest(operators, functions, fillvalue=("", "")):
-        table.add_row(*left, *right)
-    Console(highlight=False, width=140).print(table)
+    pairs = itertools.zip_longest(operators, functions, fillvalue=("", ""))
+    print(table(f"| {name}: operators | calls | functions | calls |", ([*left, *right] for left, right in pairs)))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -3,6 +3,8 @@
 
 """Speed and memory of peft-lotra, beside comparable methods and libraries.
 
+Shown in docs/benchmarks.md.
+
     python examples/studies/benchmarks/run.py  # all figures, below ten minutes on two threads
     python examples/studies/benchmarks/run.py --only layers memory  # some figures; the others stay as they are
     python examples/studies/benchmarks/run.py --quick  # tiny sizes, to see that it runs: says nothing

@@ -3,6 +3,8 @@
 
 """A Slim layer beside the dense one: training step, inference and peak memory, in one run.
 
+Shown in docs/slim.md.
+
     python examples/studies/benchmarks/slim_speed.py  # half a minute; threads as torch chooses, or --threads
     python examples/studies/benchmarks/slim_speed.py --quick  # a small layer, to see that it runs
 
@@ -21,9 +23,8 @@ import sys
 import torch
 from figures.measure import describe_machine, in_child, interleave, peak_memory
 from figures.subjects import random_inputs
-from rich.console import Console
-from rich.table import Table
 from study_tools import files
+from study_tools.tables import table
 
 from peft_lotra.kan import KANLinear, SlimKANLinear
 
@@ -72,28 +73,25 @@ def peaks(name: str, cell: dict, threads: int) -> dict[str, float]:
     return {part: in_child([*child, part], threads)["mib"] for part in ("training step", "inference")}
 
 
-def show(console: Console, result: dict) -> None:
-    cell = result["cell"]
-    table = Table(title=f"{cell['width']} -> {cell['width']}, batch {cell['batch']}, ranks {tuple(cell['ranks'])}")
-    for column in ("", "dense", "Slim", "Slim / dense"):
-        table.add_column(column, justify="right" if column else "left")
+def as_text(result: dict) -> str:
+    cell, lines = result["cell"], []
     for part in ("training step", "inference"):
-        for label, unit, values in (
-            ("", "ms", {name: times[part][1] for name, times in result["ms"].items()}),
-            (", peak memory", "MiB", {name: by_part[part] for name, by_part in result["mib"].items()}),
+        for label, values in (
+            ("ms", {name: times[part][1] for name, times in result["ms"].items()}),
+            ("peak memory, MiB", {name: by_part[part] for name, by_part in result["mib"].items()}),
         ):
             dense, slim = values["dense"], values["slim"]
             share = f"{slim / dense:.2f}" if dense else "-"
-            table.add_row(f"{part}{label}", f"{dense:.1f} {unit}", f"{slim:.1f} {unit}", share)
+            lines.append([f"{part}, {label}", f"{dense:.1f}", f"{slim:.1f}", share])
     # Adam keeps two more numbers for each parameter
-    for part, copies in (("training step", 3), ("inference", 1)):
+    for part, copies, label in (("training step", 3, "parameters and Adam's state"), ("inference", 1, "parameters")):
         sizes = {n: copies * 4 * count / 2**20 for n, count in result["parameters"].items()}
         held = {n: by_part[part] + sizes[n] for n, by_part in result["mib"].items()}
-        label = "parameters" if copies == 1 else "parameters and Adam's state"
         share = f"{held['slim'] / held['dense']:.2f}"
-        table.add_row(f"{part}, with {label}", *(f"{mib:.1f} MiB" for mib in held.values()), share)
-    table.add_row("parameters", *(f"{n:,}" for n in result["parameters"].values()), "")
-    console.print(table)
+        lines.append([f"{part}, MiB with {label}", *(f"{mib:.1f}" for mib in held.values()), share])
+    lines.append(["parameters", *(f"{n:,}" for n in result["parameters"].values()), ""])
+    title = f"{cell['width']} -> {cell['width']}, batch {cell['batch']}, ranks {tuple(cell['ranks'])}"
+    return table(f"| {title} | dense | Slim | Slim / dense |", lines)
 
 
 def main() -> None:
@@ -110,9 +108,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     cell = {"width": 512, "batch": 1024, "ranks": [32, 32, 6]}
-    name, seconds = "slim_speed", args.seconds
+    seconds = args.seconds
     if args.quick:
-        cell, name, seconds = {"width": 32, "batch": 64, "ranks": [4, 4, 3]}, "slim_speed_quick", 0.1
+        cell, seconds = {"width": 32, "batch": 64, "ranks": [4, 4, 3]}, 0.1
     names = ("dense", "slim")
     result = {
         "machine": describe_machine(CPU),
@@ -121,10 +119,8 @@ def main() -> None:
         **interleave({n: parts(*subject(n, **cell)) for n in names}, CPU, seconds, rounds=(5, 100)),
         "mib": {n: peaks(n, cell, args.threads) for n in names},
     }
-    files.write(args.output / f"{name}.json", result)
-    console = Console(width=100)
-    show(console, result)
-    console.print(f"written: {args.output / name}.json")
+    files.write(files.path_of(args, "slim_speed"), result)
+    print(as_text(result))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 
 """How often the 95 % intervals of `calibrate` hold the truth, if the family is coarse.
 
+Shown in docs/parametric.md.
+
     python examples/studies/parametric/coverage.py --label after
     python examples/studies/parametric/coverage.py --quick                # for CI: says nothing
 

@@ -3,6 +3,8 @@
 
 """A front that moves, by families of few members and by POD of exact solutions.
 
+Shown in docs/parametric.md.
+
     python examples/studies/parametric/fronts.py --seeds 0
     python examples/studies/parametric/fronts.py --quick                # for CI: says nothing
 

@@ -3,12 +3,14 @@
 
 """The smooth family, elliptic with contrasts from 0.2 to 1, by POD of exact solutions beside a family of adapters.
 
+Shown in docs/parametric.md.
+
     python examples/studies/parametric/smooth.py
     python examples/studies/parametric/smooth.py --quick
 
 The coefficients of the modes are interpolated by cubic splines, or found by LSPG (least-squares Petrov-Galerkin): they
 minimize the residual at the collocation points. The exact solutions, and as many members of the family, are at evenly
-spaced contrasts. Shown in docs/parametric.md.
+spaced contrasts.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 
 """Burgers' equation over a range of 200 in the viscosity, by a family of at most 15 members.
 
+Shown in docs/parametric.md.
+
     python examples/studies/parametric/wide.py --seeds 0 1 2 3 4
     python examples/studies/parametric/wide.py --quick  # to see it run
 

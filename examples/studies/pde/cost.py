@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cost of an iteration of Levenberg-Marquardt by width, for full fine-tuning and for a LoTRA adapter.
 
+Shown in docs/benchmarks.md.
+
     python examples/studies/pde/cost.py  # widths 16 to 128, some minutes of one core
     python examples/studies/pde/cost.py --quick  # for CI
 
@@ -22,9 +24,8 @@ import subprocess
 import sys
 import time
 
-from rich.console import Console
-from rich.table import Table
 from study_tools import files
+from study_tools.tables import table
 
 
 WIDTHS = (16, 32, 64, 128)
@@ -88,19 +89,13 @@ def main() -> None:
         return
     widths, points = ((8, 16), 100) if args.quick else (WIDTHS, 1000)
     rows = []
-    table = Table(title="one iteration of Levenberg-Marquardt")
-    for name in ("width", "method", "parameters", "seconds", "peak MB"):
-        table.add_column(name, justify="right")
     for width in widths:
         for adapted in (0, 1):
             command = [sys.executable, __file__, "--case", str(width), str(adapted), str(points)]
-            row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            rows.append(row)
-            seconds, memory = f"{row['seconds']:.2f}", f"{row['megabytes']:.0f}"
-            table.add_row(str(width), row["method"], str(row["parameters"]), seconds, memory)
-    Console().print(table)
-    name = "lm_cost_quick" if args.quick else "lm_cost"
-    files.write(args.output / f"{name}.json", {"points": points, "ranks": RANKS, "rows": rows})
+            rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    shown = [[f"{value:.3g}" if isinstance(value, float) else value for value in row.values()] for row in rows]
+    print(table("| width | method | parameters | seconds | peak MB |", shown))
+    files.write(files.path_of(args, "lm_cost"), {"points": points, "ranks": RANKS, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 
 """Demos of DeepXDE by `peft_lotra.pde.solve`: error, seconds, and lines of code; five of them by DeepXDE, too.
 
+Shown in docs/pde_results.md.
+
 python examples/studies/pde/demos.py                    # 20 CPU seconds a demo, eight minutes
 python examples/studies/pde/demos.py --demos beam heat
 python examples/studies/pde/demos.py --peers            # five demos by DeepXDE, as many CPU seconds

@@ -3,6 +3,8 @@
 
 """Ten problems by Levenberg-Marquardt on points drawn anew for each step: fixed forgetting factors beside "auto".
 
+Shown in docs/training.md.
+
 python examples/studies/pde/forgetting.py                            # 60 runs, about 7 s of one core each
 python examples/studies/pde/forgetting.py --problems wave --seeds 1 --factors 0.8 auto
 python examples/studies/pde/forgetting.py --quick                    # tiny, to see it run

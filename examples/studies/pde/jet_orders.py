@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cost of derivatives by their order: `jet` beside nested autograd, at 2000 points, float32, value and backward.
 
+Shown in docs/benchmarks.md.
+
 All derivatives up to the order along both inputs, of a KAN [2, 16, 16, 1] of splines of degree 5, and of a tanh MLP
 with three layers of 25. Medians of 10, the subjects taking turns.
 
@@ -18,9 +20,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from study_tools import files
+from study_tools.tables import table
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, jet
@@ -72,18 +73,14 @@ def main() -> None:
         for name, way, order in subjects:
             # the last of three counts: those before bring its memory into the caches, as in a training
             runs[name, way, order].append([milliseconds(way, models[name], x, order) for _ in range(3)][-1])
-    table = Table(title="Value, derivatives and gradient, CPU ms")
-    for column in ("", *(f"order {order}" for order in ORDERS)):
-        table.add_column(column, justify="right" if column else "left")
     rows = {}
     for name in models:
         for way in (jet, nested):
-            row = [round(statistics.median(runs[name, way, order]), 1) for order in ORDERS]
-            rows[f"{name}, {way.__name__}"] = row
-            table.add_row(f"{name}, {way.__name__}", *map(str, row))
-    Console().print(table)
-    name = "jet_orders_quick" if args.quick else "jet_orders"
-    files.write(args.output / f"{name}.json", {"orders": ORDERS, "milliseconds": rows})
+            medians = [round(statistics.median(runs[name, way, order]), 1) for order in ORDERS]
+            rows[f"{name}, {way.__name__}"] = medians
+    header = f"| CPU ms | {' | '.join(f'order {order}' for order in ORDERS)} |"
+    print(table(header, ([name, *medians] for name, medians in rows.items())))
+    files.write(files.path_of(args, "jet_orders"), {"orders": ORDERS, "milliseconds": rows})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training steps of PINNs by jets: 2000 points, [2, 16, 16, 1], float32, forward, backward and Adam, medians of 20.
 
+Shown in docs/benchmarks.md.
+
 By grid size, the Laplacian alone and value and Laplacian together, of a KAN as it is and compiled, beside nested
 autograd; and other libraries' layers of 8 functions (Gaussians, Chebyshev polynomials, splines of even and uneven
 knots), whose closed forms take value and Laplacian.
@@ -20,9 +22,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from study_tools import files
+from study_tools.tables import table
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, jet, laplacian
@@ -158,10 +159,7 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     args = parser.parse_args()
-    results = []
-    table = Table(title="Training step")
-    for name in ("threads", "", "CPU ms", "/ KAN"):
-        table.add_column(name, justify="right" if name else "left")
+    results, lines = [], []
     # compiled last, since the compiler slows down each later call of a Python function in the process
     for compiled in (False,) if args.quick else (False, True):
         for threads in args.threads:
@@ -170,11 +168,9 @@ def main() -> None:
             for name, value in medians.items():
                 subject, _, rest = name.partition(", ")
                 grid = rest.split(",")[0] if rest.startswith("grid") else f"grid {GRIDS[0]}"
-                ratio = f"{value / medians[f'{subject}, {grid}']:.2f}"
-                table.add_row(str(threads), name, f"{value:.1f}", ratio, end_section=name == list(medians)[-1])
-    Console().print(table)
-    name = "jet_speed_quick" if args.quick else "jet_speed"
-    files.write(args.output / f"{name}.json", {"rows": results})
+                lines.append([name, threads, f"{value:.1f}", f"{value / medians[f'{subject}, {grid}']:.2f}"])
+    print(table("| training step | threads | CPU ms | / KAN |", lines))
+    files.write(files.path_of(args, "jet_speed"), {"rows": results})
 
 
 if __name__ == "__main__":

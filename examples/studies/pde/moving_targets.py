@@ -3,6 +3,8 @@
 
 """Follow three standard problems to a harder parameter, which moves the solution: what an adapter saves.
 
+Shown in docs/pde_results.md.
+
 python examples/studies/pde/moving_targets.py                      # all of it: 3 hours of one core
 python examples/studies/pde/moving_targets.py --widths 32 --seeds 1 --methods full_lm core_lm
 python examples/studies/pde/moving_targets.py --quick              # tiny, to see it run

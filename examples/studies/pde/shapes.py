@@ -3,6 +3,8 @@
 
 """Two equations on shapes by one call of `solve` each: a re-entrant corner, and Neumann data around a hole.
 
+Shown in docs/pde_results.md.
+
 python examples/studies/pde/shapes.py                      # 15 runs of at most 60 CPU seconds
 python examples/studies/pde/shapes.py --seeds 1
 python examples/studies/pde/shapes.py --redraw             # the picture again, of one more run of two problems

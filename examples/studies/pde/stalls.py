@@ -3,6 +3,8 @@
 
 """Where `peft_lotra.pde.solve` stalled, and six equations beside a tanh MLP by the same call and CPU seconds.
 
+Shown in docs/pde_results.md.
+
 python examples/studies/pde/stalls.py                            # all runs of 60 CPU s
 python examples/studies/pde/stalls.py --problems wave --seeds 1
 python examples/studies/pde/stalls.py --methods options          # with `windows=` or `frequencies=`

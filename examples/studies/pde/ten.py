@@ -3,6 +3,8 @@
 
 """Ten problems by `peft_lotra.pde.solve`: its own network, a KAN and a tanh MLP, by the same call and CPU seconds.
 
+Shown in docs/pde_results.md.
+
 python examples/studies/pde/ten.py                            # 150 runs of 60 CPU s
 python examples/studies/pde/ten.py --problems burgers --seeds 1 --seconds 20
 python examples/studies/pde/ten.py --references               # errors of all reference solutions

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pre-trains a KAN on one PDE of a family and adapts it to others: the errors and costs of several methods.
 
+Shown in docs/benchmarks.md.
+
     python examples/studies/pde/transfer.py  # all families and the table: 100 minutes of one core
     python examples/studies/pde/transfer.py --family allen_cahn  # about 25 minutes of one core
     python examples/studies/pde/transfer.py --family allen_cahn --quick  # a minute, for CI: says nothing

@@ -3,6 +3,8 @@
 
 """Unknown constants by `solve(unknowns=)`: three inverse problems of DeepXDE's demos, exact data and data with noise.
 
+Shown in docs/pde_results.md.
+
 python examples/studies/pde/unknowns.py             # 3 exact runs, and 20 draws of noise for each problem
 python examples/studies/pde/unknowns.py --exact     # the exact runs alone
 python examples/studies/pde/unknowns.py --quick     # tiny, to see it run
