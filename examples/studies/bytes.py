@@ -39,6 +39,7 @@ import torch
 from few_labels import KAN, Split, chosen, count
 from study_tools import files, together
 from study_tools.pictures import BLUE, GREEN, RED, SKY
+from study_tools.tables import table
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -183,13 +184,13 @@ def as_text(results: dict[str, dict]) -> str:
         digits, (measured, best) = 2 if task.startswith("Burgers") else 1, points(rows)
         unit, base = few_labels.unit_of(task), np.median([*rows["base"].values()])
         lines += [f"### {task}, {TASKS[task]} labels", "", f"Without an update: {base:.{digits}f}.", ""]
-        lines += [f"| | parameters | bits | bytes | {unit} | seeds | on the front |", "|---|--:|--:|--:|--:|---|---|"]
+        cells_of_rows = []
         for point in measured:
             seeds = " ".join(f"{score:.{digits}f}" for score in point.scores)
             cells = [point.method, f"{rows[point.method]['parameters']:,}", point.bits, f"{point.size:,.0f}"]
             cells += [f"{point.score:.{digits}f}", seeds, "yes" if point in best else ""]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-        lines.append("")
+            cells_of_rows.append(cells)
+        lines.append(table(f"| | parameters | bits | bytes | {unit} | seeds | on the front |", cells_of_rows))
     return "\n".join(lines)
 
 

@@ -37,6 +37,7 @@ from peft import get_peft_model
 from problems.families import FAMILIES, test_points
 from study_tools import files, together
 from study_tools.pictures import BLUE, GRAY, GREEN, ORANGE
+from study_tools.tables import table
 from study_tools.tasks import Task, build, diabetes, digits_to_mnist, function_family, rotated_digits, train
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -173,17 +174,17 @@ def errors(base: nn.Module, deltas: Deltas, x: Tensor) -> dict[str, dict[str, fl
 
 def as_text(results: dict, recoveries: list[dict]) -> str:
     head = [f"| {name}: bound | tensor | function " for name in ("update", "random", "smooth random")]
-    lines = [f"| task | rank {''.join(head)}|", f"|---|--:{'|--:' * 9}|"]
+    lines = []
     for task, kinds in results.items():
         for r in map(str, RANKS):
             cells = [mean(runs, r, key) for runs in kinds.values() for key in ("bound", "tensor", "function")]
-            lines.append(f"| {task} | {r} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
-    if recoveries:
-        lines += ["", "| trained on the planted update | tensor | function |", "|---|--:|--:|"]
+            lines.append([task, r, *(f"{cell:.2f}" for cell in cells)])
+    text = table(f"| task | rank {''.join(head)}|", lines)
+    lines = []
     for r in recoveries[0] if recoveries else ():
         cells = [f"{mean(recoveries, r, key):.2g}" for key in ("tensor", "function")]
-        lines.append(f"| {f'LoTRA, rank {r}' if r != '0' else 'all coefficients'} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([f"LoTRA, rank {r}" if r != "0" else "all coefficients", *cells])
+    return f"{text}\n{table('| trained on the planted update | tensor | function |', lines)}"
 
 
 def mean(runs: list[dict], rank: str, key: str) -> float:

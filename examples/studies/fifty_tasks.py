@@ -46,6 +46,7 @@ from study_tools.stacked import (
     mlp_like,
     train,
 )
+from study_tools.tables import table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -205,10 +206,7 @@ def run(found: dict, seed: int, each: int, steps: int, save: Callable[[], None])
 
 def as_text(found: dict) -> str:
     """The table in Markdown."""
-    lines = [
-        f"| | bytes of a task | lr | {' | '.join(KINDS)} | all, % | seeds | the base's own task, % | CPU seconds |",
-        "|---|--:|--:|" + "--:|" * (len(KINDS) + 1) + "---|--:|--:|",
-    ]
+    lines = []
     for name, row in found["methods"].items():
         if "test" not in row:
             continue
@@ -217,14 +215,17 @@ def as_text(found: dict) -> str:
         cells += [f"{value:.1f}" for value in (*scores.mean(0), scores.mean())]
         cells.append(" ".join(f"{value:.1f}" for value in scores.mean(1)))
         cells += [f"{np.mean([*row[key].values()]):.1f}" if key in row else "" for key in ("own task", "seconds")]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(cells)
     most: dict[str, float] = {}
     for row in found["methods"].values():
         for one in row.get("change of the base", {}).values():
             most = {name: max(value, most.get(name, 0.0)) for name, value in one.items()}
     told = ", ".join(f"{name} {value:g}" for name, value in most.items())
-    lines += ["", f"The most that an answer of the base changed by the training of the banks: {told}."]
-    return "\n".join(lines) + "\n"
+    header = (
+        f"| | bytes of a task | lr | {' | '.join(KINDS)} | all, % | seeds | the base's own task, % | CPU seconds |"
+    )
+    note = f"The most that an answer of the base changed by the training of the banks: {told}."
+    return f"{table(header, lines)}\n{note}\n"
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ import torch
 from peft import get_peft_model
 from study_tools import files, together
 from study_tools.pictures import STYLES
+from study_tools.tables import table
 from study_tools.tasks import build, rotated_digits, train
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -302,11 +303,7 @@ def shared_rate(by_width: dict[tuple[int, int], dict[float, float]]) -> float:
 
 def as_text(rows: list[dict]) -> str:
     """A row for each task, optimizer and policy: how far one rate serves all widths and ranks, and what it costs."""
-    lines = [
-        "| task | optimizer | policy | best rates | shared rate | its error / the policy's best: mean, worst "
-        "| / the best of all policies | pairs of width and rank |",
-        "|---|---|---|---|--:|--:|--:|--:|",
-    ]
+    lines = []
     for (task, optimizer), by_policy in all_curves(rows).items():
         for policy, found in by_policy.items():
             lr = shared_rate(found)
@@ -328,8 +325,10 @@ def as_text(rows: list[dict]) -> str:
                 f"{means[1]:.2f}",
                 str(len(found)),
             ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            lines.append(cells)
+    header = "| task | optimizer | policy | best rates | shared rate | its error / the policy's best: mean, worst "
+    header += "| / the best of all policies | pairs of width and rank |"
+    return table(header, lines, left=4)
 
 
 def draw(rows: list[dict], path: Path) -> None:

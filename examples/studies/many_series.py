@@ -50,6 +50,7 @@ from study_tools.stacked import (
     scale_and_shift,
     train,
 )
+from study_tools.tables import table
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -222,19 +223,18 @@ def as_text(results: dict) -> str:
     """The tables in Markdown."""
     lines = []
     for part, found in results.items():
-        lines += [
-            f"### {part}: {found['series']} series, {found['rows']:,} rows of each to train",
-            "",
-            "| | bytes of a series | lr | error | seeds | better than the global model, % of series | CPU seconds |",
-            "|---|--:|--:|--:|---|--:|--:|",
-        ]
+        rows = []
         for name, row in found["methods"].items():
             values = [*row["test"].values()]
             cells = [name, f"{row['bytes']:,}" if "bytes" in row else "0", f"{row['lr']:g}" if "lr" in row else ""]
             cells += [f"{np.mean(values):.3f}", " ".join(f"{value:.3f}" for value in values)]
             cells += [f"{np.mean([*row[key].values()]):.0f}" if key in row else "" for key in ("better", "seconds")]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
+            rows.append(cells)
+        header = (
+            "| | bytes of a series | lr | error | seeds | better than the global model, % of series | CPU seconds |"
+        )
+        lines.append(f"### {part}: {found['series']} series, {found['rows']:,} rows of each to train\n")
+        lines.append(table(header, rows))
     return "\n".join(lines)
 
 

@@ -33,7 +33,7 @@ from collections.abc import Callable
 import psutil
 import torch
 from peft import get_peft_model, get_peft_model_state_dict
-from study_tools import files, machine
+from study_tools import files, machine, tables
 from torch import nn
 
 from peft_lotra import AdapterBank, LoTRAConfig
@@ -166,21 +166,17 @@ def load(folder: str) -> None:
 def table(results: dict) -> str:
     """The results as Markdown."""
     columns = list(results["batches"])
-    lines = [
-        f"{results['rows']:,} rows, r=2, multiples of one adapter (ms in the first line). {results['machine']}.",
-        "",
-        "| | " + " | ".join(columns) + " |",
-        "|---|" + "---:|" * len(columns),
-    ]
+    title = f"{results['rows']:,} rows, r=2, multiples of one adapter (ms in the first line). {results['machine']}."
+    lines = []
     for name in results["batches"][columns[0]]:
         cells = []
         for times in results["batches"].values():
             one = times["one adapter"]
             cells.append(f"{one:.1f} ms" if name == "one adapter" else f"{times[name] / one:.2f}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", f"Adapters of a KAN {WIDTHS} in one file:", "", "| | |", "|---|---:|"]
-    lines += [f"| {name} | {value:,.3g} |" for name, value in results["files"].items()]
-    return "\n".join(lines) + "\n"
+        lines.append([name, *cells])
+    batches = tables.table(f"| | {' | '.join(columns)} |", lines)
+    of_files = tables.table("| | |", ([name, f"{value:,.3g}"] for name, value in results["files"].items()))
+    return f"{title}\n\n{batches}\nAdapters of a KAN {WIDTHS} in one file:\n\n{of_files}"
 
 
 def main() -> None:

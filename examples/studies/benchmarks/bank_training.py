@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from study_tools import files, machine
+from study_tools import files, machine, tables
 from torch import Tensor, nn
 
 from peft_lotra import AdapterBank, LoTRAConfig, create_lotra_optimizer
@@ -112,18 +112,13 @@ def compare(adapters: int, sample: int, steps: int, rows: int, dtype: torch.dtyp
 
 def table(results: dict) -> str:
     """The results as Markdown."""
-    columns = list(results["runs"][0])
-    lines = [
+    header = f"| {' | '.join(results['runs'][0])} |"
+    title = (
         f"{results['adapters']:,} adapters of a KAN [4, 32, 32, 1], r=2; one after another: the median of "
-        f"{results['sample']} adapters, {results['adapters']:,} times. {results['machine']}.",
-        "",
-        "| " + " | ".join(columns) + " |",
-        "|---|---|" + "---:|" * (len(columns) - 2),
-    ]
-    for run in results["runs"]:
-        cells = [value if isinstance(value, str) else f"{value:,.3g}" for value in run.values()]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        f"{results['sample']} adapters, {results['adapters']:,} times. {results['machine']}."
+    )
+    rows = [[v if isinstance(v, str) else f"{v:,.3g}" for v in run.values()] for run in results["runs"]]
+    return f"{title}\n\n{tables.table(header, rows, left=2)}"
 
 
 def main() -> None:

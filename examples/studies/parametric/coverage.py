@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from study_tools import files
+from study_tools import files, tables
 from torch import Tensor, nn
 from torch.func import jacfwd, jvp
 
@@ -178,12 +178,7 @@ def run(name: str, dim: int, seed: int, sets: int) -> list[dict]:
 def table(results: dict[str, list[dict]]) -> str:
     """A row for each number of parameters and cell: shares of each parameter, widths and errors of the worst one."""
     labels = list(results)
-    lines = [
-        "| parameters | data | noise / family's error | "
-        + " | ".join(f"held, {label} (%) | refused | width, error" for label in labels)
-        + " |",
-        "|--:|--:|--:|" + "--:|--:|--:|" * len(labels),
-    ]
+    lines = []
     for dim, (rows, noise) in itertools.product((1, 2), CELLS):
         texts = [str(dim), str(rows), str(noise)]
         for label in labels:
@@ -192,8 +187,9 @@ def table(results: dict[str, list[dict]]) -> str:
             texts.append(", ".join(" and ".join(f"{share:.0f}" for share in cell["held"]) for cell in cells))
             texts.append(", ".join(str(cell["refused"]) for cell in cells))
             texts.append("; ".join(f"{max(cell['width']):.1f}, {max(cell['error']):.1f}" for cell in cells))
-        lines.append(f"| {' | '.join(texts)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(texts)
+    columns = " | ".join(f"held, {label} (%) | refused | width, error" for label in labels)
+    return tables.table(f"| parameters | data | noise / family's error | {columns} |", lines, left=0)
 
 
 def main() -> None:
@@ -210,8 +206,8 @@ def main() -> None:
     parser.add_argument("--label", default="now", help="the name of these results in the file, which keeps others")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    problems, sets, prefix = (["bump"], 3, "quick_") if args.quick else (args.problems, args.sets, "")
-    path = args.output / f"{prefix}coverage.json"
+    problems, sets = (["bump"], 3) if args.quick else (args.problems, args.sets)
+    path = files.path_of(args, "coverage")
     results = files.read(path).get("results", {})
     results[args.label] = [cell for name in problems for dim in (1, 2) for cell in run(name, dim, args.seed, sets)]
     files.write(path, {"results": results})

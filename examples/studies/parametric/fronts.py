@@ -18,7 +18,6 @@ from __future__ import annotations
 from shared import command_line  # isort: split
 
 
-import json
 import statistics
 import time
 from functools import partial
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.interpolate import CubicSpline
-from study_tools import files, machine
+from study_tools import files, machine, tables
 from torch import Tensor, nn
 
 from peft_lotra import ParametricAdapter
@@ -127,19 +126,15 @@ def run(base: KAN, members: int, points: int, seed: int, unseen: np.ndarray) -> 
 
 def table(results: list[dict], describe: str) -> str:
     names = list(results[0]["medians"])
-    lines = [
-        "Relative L2 errors at 20 unseen speeds (median, worst), and of the members themselves.\n",
-        f"| members, seed | CPU s | members, least to largest | {' | '.join(names)} |",
-        "|---|" + "--:|" * (2 + len(names)),
-    ]
+    lines = []
     for result in sorted(results, key=lambda r: (r["members"], r["seed"])):
         cells = [f"{result['medians'][name]:.1e}, {result['worst'][name]:.1e}" for name in names]
         of = result["of members"]
-        lines.append(
-            f"| {result['members']}, {result['seed']} | {result['seconds']:.0f} | {min(of):.1e} to {max(of):.1e} "
-            f"| {' | '.join(cells)} |"
-        )
-    return "\n".join([*lines, "", f"Machine: {describe.rpartition(', load ')[0]}, shared with others."]) + "\n"
+        first = [f"{result['members']}, {result['seed']}", f"{result['seconds']:.0f}"]
+        lines.append([*first, f"{min(of):.1e} to {max(of):.1e}", *cells])
+    text = tables.table(f"| members, seed | CPU s | members, least to largest | {' | '.join(names)} |", lines)
+    title = "Relative L2 errors at 20 unseen speeds (median, worst), and of the members themselves."
+    return f"{title}\n\n{text}\nMachine: {describe.rpartition(', load ')[0]}, shared with others.\n"
 
 
 def main() -> None:
@@ -154,16 +149,15 @@ def main() -> None:
     parser.add_argument("--members", type=int, nargs="+", default=[5, 9])
     args = parser.parse_args()
     points, steps, count = (100, 3, 2) if args.quick else (2000, 60, 20)
-    prefix = "quick_" if args.quick else ""
+    path = files.path_of(args, "fronts")
     results, describe = [], machine.describe()
     for seed in args.seeds[:1] if args.quick else args.seeds:
         unseen = np.sort(np.random.default_rng(seed).uniform(LOW, HIGH, count))
         base = pretrained(points * 5 // 4, seed, steps)
         for members in args.members:
             results.append(run(base, members, points, seed, unseen) | {"base": error(base(GRID), BASE)})
-            print(json.dumps(results[-1], indent=1), flush=True)
-            files.write(args.output / f"{prefix}fronts.json", {"machine": describe, "results": results})
-            (args.output / f"{prefix}fronts.md").write_text(table(results, describe))
+            files.write(path, {"machine": describe, "results": results})
+            files.write_page(path, table(results, describe))
 
 
 if __name__ == "__main__":

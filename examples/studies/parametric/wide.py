@@ -19,7 +19,6 @@ from __future__ import annotations
 from shared import command_line  # isort: split
 
 
-import json
 import statistics
 import time
 from dataclasses import replace
@@ -27,7 +26,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from problems.parametric import BURGERS
-from study_tools import machine
+from study_tools import files, machine, tables
 
 from peft_lotra import ParametricAdapter
 
@@ -59,22 +58,18 @@ def run(seed: int, points: int, steps: int, members: int, unseen: int) -> dict:
 
 
 def table(results: list[dict]) -> str:
-    lines = [
-        "Relative L2 errors at 25 unseen viscosities from 0.005 to 1 (median, worst), and of the members.\n",
-        "| seed | CPU s | members | failed | errors of members | predicted | one step |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
+    lines = []
     for found in results:
         of = [error for _, error in found["members"]]
         cells = []
         for name in ("predicted", "one step"):
             errors = [row[name] for row in found["rows"]]
             cells.append(f"{statistics.median(errors):.1e}, {max(errors):.1e}")
-        lines.append(
-            f"| {found['seed']} | {found['seconds']:.0f} | {len(of)} | {len(found['failed'])} "
-            f"| {min(of):.1e} to {max(of):.1e} | {' | '.join(cells)} |"
-        )
-    return "\n".join(lines) + "\n"
+        errors = f"{min(of):.1e} to {max(of):.1e}"
+        lines.append([found["seed"], f"{found['seconds']:.0f}", len(of), len(found["failed"]), errors, *cells])
+    title = "Relative L2 errors at 25 unseen viscosities from 0.005 to 1 (median, worst), and of the members."
+    header = "| seed | CPU s | members | failed | errors of members | predicted | one step |"
+    return f"{title}\n\n{tables.table(header, lines)}"
 
 
 def main() -> None:
@@ -88,12 +83,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     args = parser.parse_args()
     sizes = (100, 3, 3, 2) if args.quick else (3000, 45, 15, 25)
-    results, prefix = [], "quick_" if args.quick else ""
+    results, path = [], files.path_of(args, "wide")
     for seed in args.seeds[:1] if args.quick else args.seeds:
         results.append(run(seed, *sizes))
-        (args.output / f"{prefix}wide.json").write_text(json.dumps(results, indent=1) + "\n")
-        (args.output / f"{prefix}wide.md").write_text(table(results))
-        print(table(results[-1:]), flush=True)
+        files.replace(path, results)
+        files.write_page(path, table(results))
 
 
 if __name__ == "__main__":

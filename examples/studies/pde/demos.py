@@ -36,6 +36,7 @@ from problems.standard import cole_hopf
 from scipy.integrate import solve_ivp
 from shapes import l_shape_reference
 from study_tools.records import Record, on_cpu_clock
+from study_tools.tables import table
 from torch import Tensor
 
 from peft_lotra.kan import jet
@@ -488,14 +489,14 @@ def run(name: str, seed: int, seconds: float) -> dict:
 
 def markdown(record: dict) -> str:
     """The table of the page."""
-    lines = ["| demo | lines | error | CPU s | DeepXDE | its CPU s |", "|---|--:|--:|--:|--:|--:|"]
+    lines = []
     for name, runs in record["results"].items():
         error, seconds = (sorted(run[key] for run in runs)[len(runs) // 2] for key in ("error", "seconds"))
         peers = [min(run["errors"].values()) for run in record["peers"].get(name, [])]
         peer = f"{sorted(peers)[len(peers) // 2]:.1e}" if peers else ""
         spent = f"{record['peers'][name][0]['seconds']:.0f}" if peers else ""
-        lines.append(f"| {name} | {lines_of(DEMOS[name].write)} | {error:.1e} | {seconds:.0f} | {peer} | {spent} |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, lines_of(DEMOS[name].write), f"{error:.1e}", f"{seconds:.0f}", peer, spent])
+    return table("| demo | lines | error | CPU s | DeepXDE | its CPU s |", lines)
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ import torch
 from problems.recipe import QUICK, Collocation, Recipe, constrained, new_network
 from problems.standard import PROBLEMS, START, UNIT, WALLS, Problem, axes_of
 from study_tools.records import Record
+from study_tools.tables import table
 from torch import Tensor, nn
 
 from peft_lotra.kan import jet
@@ -158,22 +159,22 @@ def markdown(record: dict) -> str:
     best = {name: min(value for factor, value in each.items() if factor != "auto") for name, each in found.items()}
     ratios = {factor: [each[factor] / best[name] for name, each in found.items()] for factor in FACTORS}
     mean = statistics.geometric_mean
-    lines = [
+    text = (
         f'`forgetting="auto"` has {min(ratios["auto"]):.2f} to {max(ratios["auto"]):.2f} times the error of the best '
         f"fixed factor, {mean(ratios['auto']):.2f} times in the geometric mean. Relative L2 errors after "
         f"{RECIPE.steps} steps of {RECIPE.points} points drawn anew; in bold the best fixed factor, with a star the "
-        "problems that the rule was chosen on; on the right the ratio on seed 2, by 0, 0.3 and auto alone.\n",
-        f"| problem | {' | '.join(FACTORS)} | auto / best | seed 2 |",
-        f"|---|{'--:|' * (len(FACTORS) + 2)}",
-    ]
+        "problems that the rule was chosen on; on the right the ratio on seed 2, by 0, 0.3 and auto alone."
+    )
+    lines = []
     for name, each in found.items():
         shown = [f"**{each[f]:.1e}**" if f != "auto" and each[f] == best[name] else f"{each[f]:.1e}" for f in FACTORS]
         title = name.replace("_", " ") + " *" * (name in CHOSEN_ON)
         second = f"{again[name]:.2f}" if name in again else ""
-        lines.append(f"| {title} | {' | '.join(shown)} | {each['auto'] / best[name]:.2f} | {second} |")
+        lines.append([title, *shown, f"{each['auto'] / best[name]:.2f}", second])
     for title, of in (("geometric mean of the ratios to the best", mean), ("largest of them", max)):
-        lines.append(f"| {title} | {' | '.join(f'{of(ratios[f]):.2f}' for f in FACTORS)} | | |")
-    return "\n".join(lines) + "\n"
+        lines.append([title, *(f"{of(ratios[f]):.2f}" for f in FACTORS), "", ""])
+    header = f"| problem | {' | '.join(FACTORS)} | auto / best | seed 2 |"
+    return f"{text}\n\n{table(header, lines)}"
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from study_tools import pictures
 from study_tools.records import Record, on_cpu_clock
+from study_tools.tables import table
 from torch import Tensor, nn
 
 from peft_lotra.kan import jet
@@ -190,12 +191,11 @@ def run(name: str, seed: int, seconds: float) -> tuple[Solution, dict[str, Any]]
 
 def markdown(record: dict) -> str:
     """Return the table of medians."""
-    lines = [
+    text = (
         f"Medians (worst) over seeds of `solve` within {record['recipe']['seconds']:g} CPU s. The reference of the "
-        f"L-shape has an error below {record['reference_error']:.0e}, and c = {record['intensity']:.5f}.\n",
-        "| shape | relative L2 error | largest error / largest u | c | CPU s | seeds |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
+        f"L-shape has an error below {record['reference_error']:.0e}, and c = {record['intensity']:.5f}."
+    )
+    lines = []
     for name in RUNS:
         if runs := record["results"].get(name):
             columns = [[found[key] for found in runs] for key in ("error", "largest")]
@@ -203,8 +203,9 @@ def markdown(record: dict) -> str:
             coefficients = [found["coefficient"] for found in runs if "coefficient" in found]
             coefficient = f"{statistics.median(coefficients):.4f}" if coefficients else ""
             seconds = statistics.median(found["seconds"] for found in runs)
-            lines.append(f"| {name} | {' | '.join(errors)} | {coefficient} | {seconds:.0f} | {len(runs)} |")
-    return "\n".join(lines) + "\n"
+            lines.append([name, *errors, coefficient, f"{seconds:.0f}", len(runs)])
+    header = "| shape | relative L2 error | largest error / largest u | c | CPU s | seeds |"
+    return f"{text}\n\n{table(header, lines)}"
 
 
 def draw(results: dict[str, Solution], path: Path) -> None:

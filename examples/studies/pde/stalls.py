@@ -26,6 +26,7 @@ from itertools import product
 import torch
 from problems.oscillations import SIX, STALLED, Case
 from study_tools.records import Record, on_cpu_clock
+from study_tools.tables import table
 from torch import nn
 
 from peft_lotra.pde import Solution, solve
@@ -96,17 +97,17 @@ def markdown(record: dict) -> str:
     lines += [
         f"Relative L2 errors by `solve` after {record['recipe']['seconds']:g} CPU s on a busy machine, medians of the "
         "seeds.\n",
-        f"| problem | {' | '.join(METHODS.values())} | by defaults | seeds |",
-        f"|---|{'--:|' * len(METHODS)}---|--:|",
     ]
+    rows = []
     for name, case in ALL.items():
         runs = results.get(name, {})
         if runs:
             cells = [f"{_error(runs[method]):.1e}" if method in runs else "" for method in METHODS]
             winners = sorted({run["phases"][-1][-1] for run in runs.get("solve", [])})
             seeds = ", ".join(str(len(runs.get(method, []))) for method in METHODS)
-            lines.append(f"| {case.title} | {' | '.join(cells)} | {', '.join(winners)} | {seeds} |")
-    return "\n".join(lines) + "\n"
+            rows.append([case.title, *cells, ", ".join(winners), seeds])
+    lines.append(table(f"| problem | {' | '.join(METHODS.values())} | by defaults | seeds |", rows))
+    return "\n".join(lines)
 
 
 def _error(runs: list[dict]) -> float:

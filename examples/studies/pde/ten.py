@@ -31,6 +31,7 @@ from problems.more import MORE
 from problems.solved import solve_problem
 from problems.standard import PROBLEMS
 from study_tools.records import Record
+from study_tools.tables import table
 
 
 torch.set_num_threads(1)
@@ -63,9 +64,8 @@ def markdown(record: dict) -> str:
     lines += [
         f"Relative L2 errors by `solve` after {record['recipe']['seconds']:g} CPU s on a busy machine, medians "
         "(worst); the best in bold.\n",
-        f"| problem | {' | '.join(NETWORKS[n] for n in networks)} | parameters | seeds |",
-        f"|---|{'--:|' * (len(networks) + 2)}",
     ]
+    cells_of_rows = []
     for name, found in rows.items():
         runs, median = [found.get(n, []) for n in networks], medians[name]
         cells = []
@@ -74,8 +74,10 @@ def markdown(record: dict) -> str:
             text = f"**{text}**" if of and median[n] == min(median.values()) else text
             cells.append(text + (f" ({max(run['error'] for run in of):.1e})" if len(of) > 1 else ""))
         cells.append(", ".join(f"{_median(of, 'parameters'):,.0f}" if of else "-" for of in runs))
-        lines.append(f"| {TEN[name].title} | {' | '.join(cells)} | {', '.join(str(len(of)) for of in runs)} |")
-    return "\n".join(lines) + "\n"
+        cells_of_rows.append([TEN[name].title, *cells, ", ".join(str(len(of)) for of in runs)])
+    header = f"| problem | {' | '.join(NETWORKS[n] for n in networks)} | parameters | seeds |"
+    lines.append(table(header, cells_of_rows))
+    return "\n".join(lines)
 
 
 def print_references() -> None:

@@ -32,6 +32,7 @@ from problems.odes import LORENZ_START, integrate, lorenz
 from scipy.integrate import solve_ivp
 from scipy.interpolate import BarycentricInterpolator
 from study_tools.records import Record, on_cpu_clock
+from study_tools.tables import table
 from torch import Tensor, nn
 
 from peft_lotra.kan import jet
@@ -193,12 +194,11 @@ def run(problem: Problem, seed: int, noise: float, seconds: float) -> dict:
 
 def markdown(record: dict) -> str:
     """The relative errors by exact data, and the coverage by noise."""
-    lines = [
+    text = (
         "Relative errors with exact data. With noise of 1 %: the median standard error, and how many of the draws "
-        "have the truth in value +- 1.96 error.\n",
-        "| problem | constant | truth | error, exact data | CPU s | standard error, % | covered | draws | CPU s |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+        "have the truth in value +- 1.96 error."
+    )
+    lines = []
     covered = total = 0
     for name, problem in PROBLEMS.items():
         exact, noisy = (record["results"].get(name, {}).get(kind, []) for kind in ("exact", "noise"))
@@ -217,10 +217,12 @@ def markdown(record: dict) -> str:
                 cells += [f"{share:.2g}", str(inside), str(len(pairs)), f"{seconds:.0f}"]
             else:
                 cells += [""] * 4
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(cells)
+    header = "| problem | constant | truth | error, exact data | CPU s | standard error, % | covered | draws | CPU s |"
+    text += f"\n\n{table(header, lines, left=2)}"
     if total:
-        lines.append(f"\nOf all {total} intervals, {100 * covered / total:.0f} % contain the true value.")
-    return "\n".join(lines) + "\n"
+        text += f"\nOf all {total} intervals, {100 * covered / total:.0f} % contain the true value.\n"
+    return text
 
 
 def main() -> None:
