@@ -384,11 +384,7 @@ def _leading_vectors(tensor: Tensor, mode: int, rank: int) -> Tensor:
 
 
 @torch.enable_grad()
-def fit(
-    start: Tucker,
-    loss: Callable[[Tensor], Tensor],
-    steps: int,
-) -> Tucker:
+def fit(start: Tucker, loss: Callable[[Tensor], Tensor]) -> Tucker:
     """Minimize a function of the dense tensor by L-BFGS; return factors with orthonormal columns."""
 
     def make_leaf(component: Tensor) -> Tensor:
@@ -398,7 +394,7 @@ def fit(
     minimum = start.map(make_leaf)
     optimizer = torch.optim.LBFGS(
         list(minimum._asdict().values()),
-        max_iter=steps,
+        max_iter=400,
         history_size=20,
         line_search_fn="strong_wolfe",
     )
@@ -438,7 +434,7 @@ def tucker_scaled(
         measured_energy = relative_energy(measure(error), measured)
         return 1e-3 * energy + measured_energy
 
-    return fit(start, loss, steps=400)
+    return fit(start, loss)
 
 
 def relative_energy(tensor: Tensor, whole: Tensor) -> Tensor:

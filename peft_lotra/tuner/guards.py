@@ -73,15 +73,13 @@ def _refuse(
 ) -> Any:
     """Refuse a call; if `argument` is given, only a call in which it is true."""
     method = getattr(type(network), name)
-    is_refused = next(lotra_layers(network), None) is not None  # else `base_layers_in_place` is at work
-    if is_refused and argument is not None:
+    if argument is not None:
         call = inspect.signature(method).bind(network, *args, **kwargs)
         call.apply_defaults()
-        is_refused = bool(call.arguments.get(argument))
+        if not call.arguments.get(argument):
+            return method(network, *args, **kwargs)
         name = f"{name}({argument}=True)"
-    if is_refused:
-        refuse_grid_change(name)
-    return method(network, *args, **kwargs)
+    return refuse_grid_change(name)
 
 
 def _with_adapters_merged(

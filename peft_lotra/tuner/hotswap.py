@@ -36,9 +36,9 @@ def hotswap_adapter(
 
     All tensors are read and checked first, and exchanged at once: a forward pass in another thread gives the answer of
     the old adapter or of the new one, and a save writes one of them. A compiled model is not compiled again if the
-    ranks stay the same. (PEFT's own `hotswap_adapter` only supports LoRA.) Dropouts, and a scale set by `set_scale`,
-    are kept. If the new adapter has a different alpha, its core is multiplied by the ratio. The components are new
-    parameters: create optimizers afterwards.
+    ranks stay the same. (PEFT's own `hotswap_adapter` only supports LoRA.) A scale set by `set_scale` is kept. If the
+    new adapter has a different alpha, its core is multiplied by the ratio. The components are new parameters: create
+    optimizers afterwards.
 
     Args:
         model ([`PeftModel`]): The model with the loaded adapter, compiled or not.
