@@ -207,9 +207,10 @@ def run_mixed_batch(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict) ->
     rows_per_sample = _count_rows(layer.lotra_name, batch, args, kwargs)
     base_layer = layer._modules["base_layer"]
     formula = layer._find_formula((), args, kwargs)
-    updates = None if formula is None else batch.find_updates()
-    if updates is not None:
-        return _evaluate_rows(formula, args[0], updates)
+    if formula is not None:
+        updates = batch.find_updates()
+        if updates is not None:
+            return _evaluate_rows(formula, args[0], updates)
     if not batch.size:
         return layer._run((), None, args, kwargs)
     if is_tracing():
