@@ -131,7 +131,7 @@ def find_kan_layers(model: nn.Module, *inputs: Any, **kwargs: Any) -> FoundKANLa
     network = unwrap(model)
     layers = FoundKANLayers()
     with read_at_rest(network):
-        recorded = record_arguments(network, inputs, kwargs) if inputs or kwargs else {}
+        recorded = _record_arguments(network, inputs, kwargs) if inputs or kwargs else {}
         recognized: dict[str, nn.Module] = {}
         for name, layer, spec in walk_kan_layers(network):
             recognized[name] = layer
@@ -248,7 +248,7 @@ def _may_be_kan(module: nn.Module) -> bool:
     return False
 
 
-def record_arguments(
+def _record_arguments(
     model: nn.Module,
     inputs: tuple[Any, ...],
     kwargs: Mapping[str, Any],

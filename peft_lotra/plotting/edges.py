@@ -140,7 +140,7 @@ def layer_changes(model: nn.Module, inputs: Inputs) -> dict[str, LayerChange]:
         raise ValueError(
             "The model has no dense KAN layer with an active adapter. Adapters that are merged (`unmerge_adapter`), "
             "disabled (`enable_adapter_layers`) or not active (`set_adapter`) do not count, nor do convolutions, and "
-            "layers that `find_kan_layers` calls not linear."
+            "layers that are not linear in their coefficients."
         )
     return changes
 
