@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
-import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -45,7 +45,7 @@ class LayerStack(nn.Module, PyTorchModelHubMixin, library_name="peft-lotra", tag
             x = layer(x)
         return x
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> str | None:
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Save the weights, and the arguments that build a network of the same sizes, ranks, grids and norms.
 
         Args:
@@ -55,7 +55,7 @@ class LayerStack(nn.Module, PyTorchModelHubMixin, library_name="peft-lotra", tag
         Raises:
             ValueError: No arguments build such layers: their grids differ in size, or they have adapters.
         """
-        arguments = arguments_of(type(self), self.layers)
+        arguments = arguments_of(type(self), list(self.layers))
         if arguments is None:
             raise ValueError(
                 f"No arguments of `{type(self).__name__}` build these layers: they have adapters, or several grid "
@@ -67,29 +67,18 @@ class LayerStack(nn.Module, PyTorchModelHubMixin, library_name="peft-lotra", tag
 
     @classmethod
     def _from_pretrained(
-        cls,
+        cls: Any,
         *,
         model_id: str,
         dtype: str | torch.dtype | None = None,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        **arguments: Any,
+        **kwargs: Any,
     ) -> Any:
         """Build the network and load its weights: safetensors only, all of them, of the dtype of the file."""
+        names = inspect.signature(cls.__init__).parameters
+        arguments = {name: kwargs.pop(name) for name in names if name in kwargs}
         path = Path(model_id, SAFETENSORS_SINGLE_FILE)
         if not path.parent.is_dir():
-            path = hf_hub_download(
-                model_id,
-                SAFETENSORS_SINGLE_FILE,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-            )
+            path = hf_hub_download(model_id, SAFETENSORS_SINGLE_FILE, **kwargs)
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype)
         model = cls(dtype=dtype, **arguments)
