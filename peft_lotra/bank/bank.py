@@ -124,13 +124,13 @@ class AdapterBank:
     @property
     def names(self) -> list[str]:
         """The names of the adapters, in the order in which they were added."""
-        return list(self.snapshot.entries)[1:]
+        return list(self.snapshot.ids)[1:]
 
     def __len__(self) -> int:
-        return len(self.snapshot.entries) - 1
+        return len(self.snapshot.ids) - 1
 
     def __contains__(self, name: object) -> bool:
-        return name != BASE and name in self.snapshot.entries
+        return name != BASE and name in self.snapshot.ids
 
     def __repr__(self) -> str:
         packed = self.snapshot.packed
@@ -300,8 +300,8 @@ class AdapterBank:
         with replacing_files(folder) as stage:
             snapshot = self.snapshot  # not earlier: another thread may have saved a later one while this one waited
             skipped = {skip} if isinstance(skip, str) else set(skip)
-            check_known(skipped, list(snapshot.entries)[1:])
-            names = [name for name in snapshot.entries if name not in skipped]
+            check_known(skipped, list(snapshot.ids)[1:])
+            names = [name for name in snapshot.ids if name not in skipped]
             write_bank(stage, snapshot, names, self.record)
 
     def _check_whole(self, target: str) -> None:
@@ -341,7 +341,7 @@ class AdapterBank:
         snapshot = read_bank(folder, bank.base, check_base, names, revision)
         if dtype is not None:
             snapshot = snapshot._replace(packed=snapshot.packed.to(dtype))
-            check_finite(snapshot.packed, snapshot.entries, "Load the bank in another `dtype`.")
+            check_finite(snapshot.packed, snapshot.ids, "Load the bank in another `dtype`.")
         bank.snapshot = snapshot
         if names is not None:
             is_folder = os.path.isdir(folder)
@@ -358,7 +358,7 @@ class AdapterBank:
         """Write the file and the card that `peft_lotra.push_to_hub` uploads."""
         self._check_whole(repo_id)
         snapshot = self.snapshot
-        names = list(snapshot.entries)
+        names = list(snapshot.ids)
         write_bank(folder, snapshot, names, self.record)
         write_bank_card(folder, repo_id, names[1:], self.base, base_model, base_code)
 

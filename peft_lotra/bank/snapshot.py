@@ -36,18 +36,6 @@ class Form(NamedTuple):
     start: bool | str = True
 
 
-class Entry(NamedTuple):
-    """An adapter of a bank.
-
-    Attributes:
-        id: Its id, -1 for the base. An id is never given to a second adapter. `Snapshot.row_of` has its row.
-        form: The index of its form in `Snapshot.forms`.
-    """
-
-    id: int
-    form: int
-
-
 class Snapshot(NamedTuple):
     """The adapters of a bank at one moment: their names, ids and components.
 
@@ -59,7 +47,8 @@ class Snapshot(NamedTuple):
             base. A parameter during a training.
         layers: How the components of each layer of the base are packed, in the order of the columns.
         forms: The forms of the adapters.
-        entries: The base and the adapters, by name.
+        form_of: The index of the form of the base and of each adapter, by name.
+        ids: The id of the base, -1, and of each adapter, by name. An id is never given to a second adapter.
         row_of: (room + 2,), int64, the row of id n at n + 1; `NO_ROW` without an adapter, and always at the end.
         next_row: The first row that was never used.
         next_id: The first id that was never given.
@@ -68,7 +57,8 @@ class Snapshot(NamedTuple):
     packed: Tensor
     layers: dict[str, PackedTucker]
     forms: tuple[Form, ...]
-    entries: dict[str, Entry]
+    form_of: dict[str, int]
+    ids: dict[str, int]
     row_of: Tensor
     next_row: int
     next_id: int
@@ -79,15 +69,13 @@ class Snapshot(NamedTuple):
         packed: Tensor,
         layers: dict[str, PackedTucker],
         forms: Iterable[Form],
-        form_of: Mapping[str, int],
+        form_of: dict[str, int],
     ) -> Snapshot:
         """Return the adapters whose forms are given by name, the base first, one for each row of a matrix."""
-        entries = {}
-        for name, form in form_of.items():
-            entries[name] = Entry(len(entries) - 1, form)
-        count = len(entries)
+        count = len(form_of)
+        ids = dict(zip(form_of, range(-1, count - 1), strict=True))
         row_of = torch.tensor([*range(count), NO_ROW], device=packed.device)
-        return cls(packed, layers, tuple(forms), entries, row_of, count, count - 1)
+        return cls(packed, layers, tuple(forms), form_of, ids, row_of, count, count - 1)
 
     def columns(self, packed: Tensor) -> dict[str, Tensor]:
         """Split rows (n, width) by layer, into views (n, width of the layer)."""
@@ -114,14 +102,15 @@ class Snapshot(NamedTuple):
 
     def ids_of(self, names: Sequence[str]) -> Tensor:
         """Return the ids of adapters (n,), -1 for `"__base__"`; raise a ValueError if a name is unknown."""
-        names = check_names(names)
+        if type(names) is not list:
+            names = check_names(names)
         try:
-            # twice as fast as a lookup and an attribute for each of thousands of names
-            ids = [entry.id for entry in map(self.entries.__getitem__, names)]
-        except KeyError:
-            check_known(names, self.entries)
+            # a batch has thousands of names, of which a list comprehension would take twice as long
+            ids = np.fromiter(map(self.ids.__getitem__, names), np.int64, len(names))
+        except (KeyError, TypeError):
+            check_known(check_names(names), self.ids)
             raise
-        return torch.from_numpy(np.array(ids, np.int64)).to(self.row_of.device)
+        return torch.from_numpy(ids).to(self.row_of.device)
 
     def find_rows(self, ids: Tensor) -> Tensor:
         """Return the row of each id (n,), `NO_ROW` where an id belongs to no adapter."""
@@ -160,7 +149,7 @@ class Snapshot(NamedTuple):
         packed = self.gather([name]).detach()
         check_finite(packed, [name], "Train it again.")
         columns = self.columns(packed)
-        layers, start = self.forms[self.entries[name].form]
+        layers, start = self.forms[self.form_of[name]]
         updates = {}
         for layer, form in layers.items():
             padded = self.layers[layer].unpack(columns[layer])
@@ -193,9 +182,8 @@ class Snapshot(NamedTuple):
                 updates[name] = Update(1.0, Tucker(*components))
             rows_of_forms.append(self.pack(updates))
 
-        entries = list(self.entries.values())
-        ids, forms = torch.tensor(entries, device=self.row_of.device).T
-        rows = self.row_of[ids + 1]
+        rows = self.rows_of(list(self.ids))
+        forms = list(self.form_of.values())
         filled = torch.zeros_like(self.packed)
         filled[rows] = torch.stack(rows_of_forms)[forms]
         return filled
@@ -228,18 +216,17 @@ class Snapshot(NamedTuple):
         forms = snapshot.forms
         if form not in forms:
             forms = (*forms, form)
-        entry = Entry(snapshot.next_id, forms.index(form))
-
-        next_id = entry.id + 1
+        next_id = snapshot.next_id + 1
         row_of = snapshot.row_of.clone()
         if next_id + 1 == len(row_of):
             row_of = F.pad(row_of, (0, len(row_of)), value=NO_ROW)
-        if name in self.entries:
-            row_of[self.entries[name].id + 1] = NO_ROW
+        if name in self.ids:
+            row_of[self.ids[name] + 1] = NO_ROW
         row_of[next_id] = row
         return snapshot._replace(
             forms=forms,
-            entries={**self.entries, name: entry},
+            form_of={**self.form_of, name: forms.index(form)},
+            ids={**self.ids, name: snapshot.next_id},
             row_of=row_of,
             next_row=row + 1,
             next_id=next_id,
@@ -247,14 +234,16 @@ class Snapshot(NamedTuple):
 
     def without_adapter(self, name: str) -> Snapshot:
         """Remove an adapter; its id belongs to none from then on."""
-        entries = dict(self.entries)
+        form_of = dict(self.form_of)
+        del form_of[name]
+        ids = dict(self.ids)
         row_of = self.row_of.clone()
-        row_of[entries.pop(name).id + 1] = NO_ROW
-        return self._replace(entries=entries, row_of=row_of)
+        row_of[ids.pop(name) + 1] = NO_ROW
+        return self._replace(form_of=form_of, ids=ids, row_of=row_of)
 
     def rebuild(self, has_room: bool = False) -> Snapshot:
         """Move the adapters into a new matrix, without the rows of removed ones; `has_room`: unused rows follow."""
-        names = list(self.entries)
+        names = list(self.ids)
         packed = self.gather(names)
         if has_room:
             # a power of two compiles few graphs, and half as many rows again moves few adapters
@@ -269,15 +258,14 @@ class Snapshot(NamedTuple):
     def compact(self) -> Snapshot:
         """Return the same adapters in the least room, without the forms and ranks of removed ones."""
         indices = {}
-        entries = {}
-        for name, entry in self.entries.items():
-            form = indices.setdefault(entry.form, len(indices))
-            entries[name] = entry._replace(form=form)
+        form_of = {}
+        for name, form in self.form_of.items():
+            form_of[name] = indices.setdefault(form, len(indices))
         forms = tuple(self.forms[index] for index in indices)
         layers = {}
         for name, layer in self.layers.items():
             layers[name] = layer._replace(form=(0,) * len(layer.form))
-        return self.rebuild()._with_room_for(layers, forms)._replace(forms=forms, entries=entries)
+        return self.rebuild()._with_room_for(layers, forms)._replace(forms=forms, form_of=form_of)
 
     def _with_room_for(self, layers: Mapping[str, PackedTucker], forms: Iterable[Form]) -> Snapshot:
         """Return the same adapters, packed as in `layers` with room for these forms."""
@@ -308,9 +296,9 @@ class Snapshot(NamedTuple):
         return snapshot
 
 
-def check_known(names: Iterable[str], entries: Collection[str]) -> None:
+def check_known(names: Iterable[str], known: Collection[str]) -> None:
     """Raise a ValueError that lists the names that a bank does not have."""
-    unknown = [repr(name) for name in dict.fromkeys(names) if name not in entries]
+    unknown = [repr(name) for name in dict.fromkeys(names) if name not in known]
     if unknown:
         raise ValueError(f"The bank has no adapter {list_first(unknown)}.")
 

@@ -48,7 +48,7 @@ def write_bank(
     check_finite(packed, names, "Remove them, or leave them out by `skip=`.")
     table = {
         "format": _FORMAT,
-        "adapters": {name: snapshot.entries[name].form for name in names},
+        "adapters": {name: snapshot.form_of[name] for name in names},
         "checksums": _checksums(packed),
         "layers": snapshot.layers,
         "forms": snapshot.forms,

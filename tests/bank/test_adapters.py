@@ -473,9 +473,9 @@ base = KAN([4, 32, 1])
 state = get_peft_model_state_dict(get_peft_model(KAN([4, 32, 1]), LoTRAConfig(r=8)))
 bank = AdapterBank(base)
 bank.add("a", state)
-entry = bank.snapshot.entries["a"]
-entries = {"__base__": bank.snapshot.entries["__base__"], **{f"a{n}": entry for n in range(30_000)}}
-bank.snapshot = bank.snapshot._replace(entries=entries)
+names = ["__base__", *(f"a{n}" for n in range(30_000))]
+ids = {**dict.fromkeys(names, 0), "__base__": -1}
+bank.snapshot = bank.snapshot._replace(ids=ids, form_of=dict.fromkeys(names, 1))
 bank.save("bank")
 size = 30_001 * bank.snapshot.packed.shape[1] * 4
 del bank

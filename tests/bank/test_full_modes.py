@@ -84,7 +84,7 @@ def test_files_and_growing_keep_the_forms(tmp_path, forms):
 
     for copied in (bank, other):
         check_rows(copied, alone)
-    contents = [copied.snapshot.gather(list(bank.snapshot.entries)) for copied in (bank, loaded)]
+    contents = [copied.snapshot.gather(list(bank.snapshot.ids)) for copied in (bank, loaded)]
     assert_equal(*contents)
     for name, model in alone.items():
         assert forms_of(loaded, name) == forms_of(other, name) == forms_of(bank, name)
