@@ -7,21 +7,16 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import family_problems as problems
 import numpy as np
 import pytest
 import torch
-from hub_server import Hub, HubServer
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from peft_lotra import ParametricAdapter
+from peft_lotra import ParametricAdapter, push_to_hub
 from peft_lotra.kan import KAN
 
 
@@ -204,41 +199,15 @@ def test_a_card_that_cannot_be_read_stays(family, base, tmp_path):
     assert ParametricAdapter.from_pretrained(base, tmp_path).parameters == family.parameters
 
 
-PUSH_AND_PULL = """
-import sys
-import family_problems as problems
-import torch
-from peft_lotra import ParametricAdapter, push_to_hub
+def test_a_family_is_pushed_and_pulled(hub, base, family):
+    push_to_hub(family, "user/family")
+    push_to_hub(family, "user/family", revision="second", commit_message="again")
 
-base = torch.load(sys.argv[1] + "/base.pt", weights_only=False)
-family = ParametricAdapter.from_pretrained(base, sys.argv[1], problems.terms_of)
-push_to_hub(family, "ann/family")
-push_to_hub(family, "ann/family", revision="second", commit_message="again")
-for revision in ("main", "second"):
-    pulled = ParametricAdapter.from_pretrained(base, "ann/family", problems.terms_of, revision=revision)
-    expected = family.predict(2.95)(problems.POINTS)
-    torch.testing.assert_close(pulled.predict(2.95)(problems.POINTS), expected, rtol=0, atol=1e-10)
-    assert pulled.parameters == family.parameters
-    assert pulled.predict(2.95).indicator < 1
-"""
-
-
-@pytest.mark.slow
-def test_a_family_is_pushed_and_pulled(base, family, tmp_path):
-    """A second process reads the endpoint of our server when it imports huggingface_hub."""
-    torch.save(base, tmp_path / "base.pt")
-    family.save_pretrained(tmp_path)
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    env |= {"HF_TOKEN": "hf_ann", "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
-    support = Path(problems.__file__).parent
-    env["PYTHONPATH"] = os.pathsep.join([str(support.parents[1]), str(support), env.get("PYTHONPATH", "")])
-    hub = Hub({"hf_ann": "ann"})
-
-    with HubServer(hub) as server:
-        env["HF_ENDPOINT"] = server.url
-        command = [sys.executable, "-c", PUSH_AND_PULL, str(tmp_path)]
-        result = subprocess.run(command, env=env, capture_output=True, text=True)
-
-    assert result.returncode == 0, result.stderr[-4000:]
-    files = [name for name in hub.repos["ann/family"].files("main") if not name.startswith(".")]
+    for revision in ("main", "second"):
+        pulled = ParametricAdapter.from_pretrained(base, "user/family", problems.terms_of, revision=revision)
+        expected = family.predict(2.95)(problems.POINTS)
+        torch.testing.assert_close(pulled.predict(2.95)(problems.POINTS), expected, rtol=0, atol=1e-10)
+        assert pulled.parameters == family.parameters
+        assert pulled.predict(2.95).indicator < 1
+    files = [name for name in hub.repos["user/family"].files("main") if not name.startswith(".")]
     assert sorted(files) == ["README.md", "parametric_adapter.safetensors"]

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from process_groups import run_worker, start_group
 from stand_ins import LAYER_KINDS
@@ -148,6 +149,14 @@ def error_of_wrong_sharding(network: str, kind: str) -> list[str]:
 
 
 def results(rank: int, world: int) -> dict[str, Any]:
+    """What a process computes with the other ones, and then alone."""
+    together = results_of_group(rank, world)
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return {"2": together, "1": results_of_group(0, 1)}
+
+
+def results_of_group(rank: int, world: int) -> dict[str, Any]:
     comparisons, errors = {}, {}
     for network in NETWORKS:
         for kind in KINDS:
@@ -160,10 +169,16 @@ def results(rank: int, world: int) -> dict[str, Any]:
 # What the processes wrote
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["world-1", "world-2"])
-def ranks(request, tmp_path_factory):
-    """The results of each process of a group; one group runs everything, since most of its time are imports."""
-    return start_group(__file__, request.param, tmp_path_factory.mktemp("group"))
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """The results of two processes, which run everything, since most of their time are imports."""
+    return start_group(__file__, 2, tmp_path_factory.mktemp("group"))
+
+
+@pytest.fixture(params=["1", "2"], ids=["world-1", "world-2"])
+def ranks(request, processes):
+    """The results of each process in a group of one or two."""
+    return [process[request.param] for process in processes]
 
 
 @pytest.mark.parametrize("kind", KINDS)

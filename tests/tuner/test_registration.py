@@ -39,40 +39,11 @@ def test_the_type_is_mapped_to_its_config_its_model_and_its_prefix():
     assert all(kind in PEFT_TYPE_TO_CONFIG_MAPPING for kind in PeftType)
 
 
-FOREIGN = """
-from dataclasses import dataclass
-from peft import LoraConfig, PeftType, mapping
-from peft.tuners.lora import LoraModel
-
-member = str.__new__(PeftType, "LOTRA")
-member._name_ = member._value_ = "LOTRA"
-PeftType._member_names_.append("LOTRA")
-PeftType._member_map_["LOTRA"] = PeftType._value2member_map_["LOTRA"] = member
-
-class Foreign(LoraConfig): ...
-
-mapping.PEFT_TYPE_TO_CONFIG_MAPPING[member] = Foreign
-mapping.PEFT_TYPE_TO_TUNER_MAPPING[member] = LoraModel
-try:
-    import peft_lotra
-except RuntimeError as error:
-    assert "__main__.Foreign" in str(error) and "LOTRA" in str(error), error
-else:
-    raise AssertionError("no error")
-assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING["LOTRA"] is Foreign
-assert mapping.PEFT_TYPE_TO_TUNER_MAPPING["LOTRA"] is LoraModel
-assert list(PeftType).count("LOTRA") == 1
-"""
-
-
-def test_a_foreign_method_of_the_same_name_is_left_in_its_place(tmp_path):
-    run_python(FOREIGN, tmp_path)
-
-
 IMPORT = """
 import sys, tempfile
 import peft, torch, transformers
-from peft import PeftConfig, PeftType
+from peft import PeftConfig, PeftType, mapping
+from peft.tuners.lora import LoraModel
 from peft.tuners import tuners_utils
 from transformers import PreTrainedModel, Trainer
 
@@ -107,6 +78,29 @@ else:
 
 assert "peft_lotra" not in sys.modules
 before = snapshot()
+
+# a foreign method of the same name is left in its place
+member = str.__new__(PeftType, "LOTRA")
+member._name_ = member._value_ = "LOTRA"
+PeftType._member_names_.append("LOTRA")
+PeftType._member_map_["LOTRA"] = PeftType._value2member_map_["LOTRA"] = member
+
+class Foreign(peft.LoraConfig): ...
+
+configs, models = mapping.PEFT_TYPE_TO_CONFIG_MAPPING, mapping.PEFT_TYPE_TO_TUNER_MAPPING
+configs[member], models[member] = Foreign, LoraModel
+try:
+    import peft_lotra
+except RuntimeError as error:
+    assert "__main__.Foreign" in str(error) and "LOTRA" in str(error), error
+else:
+    raise AssertionError("no error")
+assert configs.pop("LOTRA") is Foreign and models.pop("LOTRA") is LoraModel
+assert PeftType._member_names_.pop() == "LOTRA" and list(PeftType) == members
+del PeftType._member_map_["LOTRA"], PeftType._value2member_map_["LOTRA"]
+for name in [name for name in sys.modules if name.startswith("peft_lotra")]:
+    del sys.modules[name]
+
 import peft_lotra
 assert type(PeftConfig.from_pretrained("adapter")) is peft_lotra.LoTRAConfig
 assert list(PeftType) == [*members, PeftType.LOTRA] and len(PeftType) == len(members) + 1
@@ -135,6 +129,7 @@ assert not [key for key in added if not isinstance(after[key], type) and not key
 
 
 def test_the_import_adds_a_method_and_patches_nothing_of_peft_torch_or_transformers(tmp_path):
+    """A method of the same name stays, and is an error."""
     adapt().save_pretrained(tmp_path / "adapter")
 
     run_python(IMPORT, tmp_path)
