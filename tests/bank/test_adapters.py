@@ -198,7 +198,7 @@ WRONG_ADAPTERS = {
     "a moved grid": (folder_of_a_moved_grid, "grid of kan.layers.1"),
     "another base": (lambda folder: adapt(net(seed=8)), "parameters of kan.layers.0"),
     "a base of other sizes": (lambda folder: adapt(net(grid_size=4)), "another base"),
-    "another model": (lambda folder: adapt(nn.Sequential(KAN([3, 6, 4]))), "another model"),
+    "another model": (lambda folder: adapt(nn.Sequential(KAN([3, 5, 4]))), "another model"),
     "saved modules": (lambda folder: adapt(modules_to_save=["head"]), "saves modules"),
     "an empty state dict": (lambda folder: {}, "no KAN layer"),
     "a missing last tensor": (state_dict_with(lambda tensors, first: tensors.popitem()), "missing"),
