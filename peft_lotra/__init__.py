@@ -18,6 +18,7 @@ from .layers.search import find_kan_layers
 if find_spec("peft"):
     from . import plotting  # noqa: F401  (as an attribute)
     from .bank.bank import AdapterBank
+    from .compress.changes import what_changed
     from .compress.extract import extract_lotra
     from .compress.spectra import update_spectrum
     from .hub.card import write_model_card
@@ -25,7 +26,6 @@ if find_spec("peft"):
     from .hub.push import push_to_hub
     from .optim.learning_rates import create_lotra_optimizer
     from .parametric import ParametricAdapter
-    from .plotting.parts import what_changed
     from .selection.fit import fit_adapter
     from .tuner import jets  # noqa: F401  (teaches `jet` what PEFT puts around KANs)
     from .tuner.config import LoTRAConfig

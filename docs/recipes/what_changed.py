@@ -18,7 +18,7 @@ from peft import get_peft_model
 from peft_lotra import LoTRAConfig, what_changed
 from peft_lotra.kan import KAN
 from peft_lotra.least_squares import LevenbergMarquardt
-from peft_lotra.plotting import edge_changes, plot_network_change
+from peft_lotra.plotting import plot_edge_functions
 
 
 torch.manual_seed(0)
@@ -39,16 +39,15 @@ change = (y - kan(x)).detach().numpy()[:, 0]  # before `kan` gets its adapter
 model = get_peft_model(kan, LoTRAConfig(r=(5, 2, 4)))
 train(model, x, y)
 print(what_changed(model, x))
-print(edge_changes(model, x))
-plot_network_change(model, x, inputs=["$x_0$", "$x_1$"], outputs=["y"])
+plot_edge_functions(model, "layers.0", x=x, inputs=["$x_0$", "$x_1$"])
 
 # %% [markdown]
 # `what_changed` divides the change into parts. The row of an input shows how much worse
 # the fit becomes without this input. Here, 30 % of the change is not a sum of functions
 # of single inputs: inputs 0 and 1 act together.
 #
-# `edge_changes` and the picture show the edges with the largest effect. They describe
-# what the trained adapter did. The changes of several edges can cancel: here, the first
+# The rows of the edges, and the picture, show the edges with the largest effect. They
+# describe what the trained adapter did. The changes of several edges can cancel: here, the first
 # edge has an effect of 0.359, but the whole change has a root mean square of 0.243.
 # Edges can have large shares even if the change does not depend on their input. Here,
 # input 1 matters only in the product (30 %). Yet its edges have the larger shares in
@@ -274,7 +273,8 @@ print(what_changed(kan, x, y, names[:3]))
 print(find_formula(x.numpy(), *(y - kan(x)).detach().T.numpy()))
 model = get_peft_model(kan, LoTRAConfig(r=(1, 2, 4)))
 train(model, x, y)
-print(edge_changes(model, x))
+for edge in what_changed(model, x).edges:
+    print(f"{names[edge.input]}: effect {edge.effect:.3g}")
 
 # %% [markdown]
 # The radius is found, and the formula too. The first table says only 66 %, because the

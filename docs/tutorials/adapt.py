@@ -31,11 +31,7 @@ from peft_lotra import (
     what_changed,
 )
 from peft_lotra.kan import KAN
-from peft_lotra.plotting import (
-    edge_changes,
-    plot_edge_functions,
-    plot_network_change,
-)
+from peft_lotra.plotting import plot_edge_functions
 
 
 torch.set_num_threads(1)
@@ -109,28 +105,11 @@ find_kan_layers(model)
 plot_edge_functions(model, "layers.0", x=x, inputs=["a", "b"])
 
 # %% [markdown]
-# Plot the whole network. The color of an edge shows its share of the change of the outputs:
-
-# %%
-plot_network_change(model, x, inputs=["a", "b"], outputs=["u", "v"])
-
-# %% [markdown]
-# Print the same as a list, with the largest effect first:
-#
-# * `effect` is the contribution of an edge's change to the outputs of the network: a root mean square over the samples
-#   and all outputs.
-# * `share` is `effect` squared, divided by its sum over all edges.
-# * `in the layer` is the contribution to the edge's own output, before later layers. An edge of the last layer changes
-#   only one of the two outputs, and `effect` averages over both. So there, `in the layer` is √2 (1.4) times `effect`.
-# * `shift` is the mean change of the function, which the other columns leave out.
-
-# %%
-edge_changes(model, x)
-
-# %% [markdown]
 # Split the change of the outputs into a shift, a linear part, a sum of functions of one input, and a rest that depends
 # on inputs acting together. The row of an input shows how much worse the fit becomes without this input. It counts
-# linear functions too, so it can exceed `additive`:
+# linear functions too, so it can exceed `additive`. The rows of the edges begin with the largest effect: the
+# contribution of an edge's change to the outputs of the network, a root mean square over the samples and all outputs.
+# The share of an edge is its effect squared, divided by the sum over all edges:
 
 # %%
 what_changed(model, x, names=["a", "b"])

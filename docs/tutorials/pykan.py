@@ -15,11 +15,7 @@ from kan import KAN, create_dataset
 from peft import get_peft_model
 
 from peft_lotra import LoTRAConfig, what_changed
-from peft_lotra.plotting import (
-    edge_changes,
-    plot_edge_functions,
-    plot_network_change,
-)
+from peft_lotra.plotting import plot_edge_functions
 
 
 torch.set_num_threads(1)  # small networks run faster with one thread
@@ -71,28 +67,18 @@ edges.savefig("edges.png")
 edges
 
 # %% [markdown]
-# Plot the whole network, and list the edges. The color of an edge shows its share of the change of the output. In the
-# list, `effect` is the root mean square of what the change of an edge adds to the output. `share` is `effect` squared,
-# divided by its sum over all edges. `in the layer` is the `effect` measured at the output of the layer. All three leave
-# out the mean of the change, which is the `shift`.
-#
-# These figures describe what the trained adapter did. The changes of several edges can cancel. So the effect of a
-# single edge can be larger than the whole change. An edge can have a large share even if the whole change does not
-# depend on its input. To ask which inputs matter, use `what_changed`, below. It measures the
-# change that the adapter made. With targets, `what_changed(model, x, targets)` measures the change that the data ask
-# for: targets minus base.
-
-# %%
-network = plot_network_change(model, x, inputs=["a", "b"], outputs=["y"])
-network.savefig("network.png")
-print(edge_changes(model, x))
-network
-
-# %% [markdown]
 # Split the change of the output into a shift, a linear part, a sum of functions of one input, and the rest, such as
 # functions of two inputs together. `what_changed` fits splines of its own, from coarse to fine; they are not the
-# splines of the network. The row of an input shows how much
-# worse the fit becomes without this input. These rows need not add up to 100 %. To write the change as a formula, use [the recipe](../recipes/what_changed.md).
+# splines of the network. The row of an input shows how much worse the fit becomes without this input. These rows need
+# not add up to 100 %.
+#
+# The rows of the edges describe what the trained adapter did. The effect of an edge is the root mean square of what its
+# change adds to the output, without the mean. Its share is the effect squared, divided by the sum over all edges. The
+# changes of several edges can cancel, so an effect can be larger than the whole change. An edge can have a large share
+# even if the whole change does not depend on its input. To ask which inputs matter, read the rows above.
+#
+# With targets, `what_changed(model, x, targets)` measures the change that the data ask for: targets minus base. To
+# write the change as a formula, use [the recipe](../recipes/what_changed.md).
 
 # %%
 what_changed(model, x, names=["a", "b"])

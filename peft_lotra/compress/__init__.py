@@ -1,4 +1,4 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""From full to low rank: spectra, and extraction of adapters."""
+"""Changes of coefficients: spectra, extraction of adapters, what an adapter changed."""

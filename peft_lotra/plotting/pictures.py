@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pictures of spectra, edge functions, changes of a network and trainings; they need matplotlib."""
+"""Pictures of spectra, edge functions and trainings; they need matplotlib."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compress.data_weights import Inputs, edge_values, functions_at, sample_layers
+from ..compress.edges import LayerChange, edge_coefficients, layer_changes, measure_change
 from ..compress.spectra import Spectrum
 from ..layers.recognize import is_linear
 from ..layers.search import find_layer, short_name
@@ -22,7 +23,6 @@ from ..tucker import full_shape
 from ..tuner.grids import grid_ends
 from ..tuner.layer import LoTRALayer, Target
 from ..tuner.targets import locate_target
-from .edges import LayerChange, edge_coefficients, layer_changes, measure_change
 
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 MODES = ("out", "in", "basis", "kernel")
 POINTS = 101  # at which a function is drawn
 MARKS = 300  # values of an input that are marked
-MOST_NUMBERS = 20  # of units that are written in a column
-MOST_EDGES = 400  # that are drawn in each layer of a network
 
 
 def plot_spectra(spectrum: Spectrum) -> Figure:
@@ -89,8 +87,9 @@ def plot_edge_functions(
         layer_name: The name of the layer, as `find_kan_layers` or PEFT gives it.
         edges: Pairs (output, input). By default the six edges with the largest effects; without adapters, with the
             largest functions.
-        x: Inputs of the model, as for `edge_changes`. The functions are drawn over the range of the inputs of the
-            layer, with a mark at each value; by default over its grids, or from -1 to 1.
+        x: Inputs of the model (rows, in), or what a call of it takes: a tuple, a dict, or a function that runs the
+            model. Up to 1,000 rows count for the effects. The functions are drawn over the range of the inputs of
+            the layer, with a mark at each value; by default over its grids, or from -1 to 1.
         inputs: The names of the layer's inputs.
         figure: Where to draw; a new one by default.
 
@@ -261,107 +260,6 @@ def _color_map() -> Any:
 
     shares = torch.linspace(0.15, 1, 256).numpy()
     return ListedColormap(colormaps["viridis_r"](shares))
-
-
-def plot_network_change(
-    model: nn.Module,
-    x: Inputs,
-    inputs: Sequence[str] = (),
-    outputs: Sequence[str] = (),
-) -> Figure:
-    """Draw a network as a diagram: each edge in the color of the effect of its change on the outputs of the network.
-
-    A column of units for the inputs of each KAN layer, and one for the outputs of the last. The color of an edge is
-    its `share`, as `edge_changes` computes it. Layers that do not follow each other (other sizes) have columns of
-    their own. Of more than 400 edges in a layer, those with the largest effects are drawn.
-
-    Args:
-        model: The adapted model; it stays unchanged.
-        x: Inputs of the model, as for `edge_changes`.
-        inputs, outputs: The names of the units in the first and the last column.
-
-    Returns:
-        The figure.
-
-    Raises:
-        ValueError: As `edge_changes`; or there is not a name for each unit.
-        ImportError: Matplotlib is not installed.
-
-    Example:
-        >>> from peft import get_peft_model
-        >>> from peft_lotra import LoTRAConfig
-        >>> from peft_lotra.kan import KAN
-        >>> config = LoTRAConfig(r=2, init_weights=False)
-        >>> model = get_peft_model(KAN([2, 5, 3]), config)
-        >>> figure = plot_network_change(model, torch.rand(100, 2), inputs=["x", "t"])
-    """
-    shares, top = _shares(layer_changes(model, x))
-    figure = new_figure((1.5 + 2.2 * len(shares), 4))
-    from matplotlib.collections import LineCollection  # matplotlib is installed, if there is a figure
-    from matplotlib.ticker import PercentFormatter
-
-    axis = figure.subplots()
-    column = 0.0
-    names = inputs
-    units = None
-    for layer, layer_shares in shares.items():
-        count_out, count_in = layer_shares.shape
-        if units not in (None, count_in):  # does not follow the layer before
-            column += 0.6
-        left = _heights(count_in)
-        right = _heights(count_out)
-
-        drawn_shares, order = layer_shares.flatten().sort()  # the largest above the others
-        drawn_shares = drawn_shares[-MOST_EDGES:]
-        segments = []
-        for edge in order[-MOST_EDGES:].tolist():
-            output, index = divmod(edge, count_in)
-            start = column, left[index]
-            end = column + 1, right[output]
-            segments.append([start, end])
-        widths = 0.5 + 2.5 * drawn_shares / top
-        lines = LineCollection(segments, cmap=_color_map(), linewidths=widths)
-        lines.set_array(drawn_shares.numpy())
-        lines.set_clim(0, top)
-        axis.add_collection(lines)
-
-        for units_at, heights in ((column, left), (column + 1, right)):
-            axis.plot([units_at] * len(heights), heights, "o", color="0.25", markersize=4, zorder=3)
-        axis.text(column + 0.5, 1.06, f"{layer}\n{count_in} to {count_out}", ha="center", va="bottom")
-        _write_names(axis, column - 0.05, "inputs", names, left)
-        column += 1
-        names = ()
-        units = count_out
-    _write_names(axis, column + 0.05, "outputs", outputs, right)
-    axis.set(xlim=(-0.1, column + 0.1), ylim=(-0.05, 1.05))
-    axis.set_axis_off()
-    figure.colorbar(lines, ax=axis, label="share of the change", format=PercentFormatter(1.0))
-    return figure
-
-
-def _write_names(
-    axis: Any,
-    column: float,
-    argument: str,
-    names: Sequence[str],
-    heights: Sequence[float],
-) -> None:
-    """Write the names of units; by default their numbers, as in `plot_edge_functions`, unless they would overlap."""
-    count = len(heights)
-    if not names and count <= MOST_NUMBERS:
-        names = list(map(str, range(count)))
-    if len(names) not in (0, count):
-        raise ValueError(f"`{argument}` has {len(names)} names, but there are {count} units. Pass a name for each.")
-    side = "right" if argument == "inputs" else "left"
-    for name, height in zip(names, heights, strict=bool(names)):
-        axis.text(column, height, name, ha=side, va="center")
-
-
-def _heights(units: int) -> list[float]:
-    """Return the heights of the units of a column, from 1 down to 0."""
-    if units == 1:
-        return [0.5]
-    return torch.linspace(1, 0, units, device="cpu").tolist()
 
 
 def plot_history(history: Sequence[LevenbergMarquardtStep], names: Sequence[str] = ()) -> Figure:

@@ -13,7 +13,7 @@ from residuals import problem
 from stand_ins import LAYER_KINDS
 from torch import Tensor, nn
 
-from peft_lotra.kan import KAN, KANLinear, SlimKAN, hessian, jet
+from peft_lotra.kan import KAN, KANLinear, hessian, jet
 from peft_lotra.least_squares.jacobian import MOST_COLUMNS
 from peft_lotra.pde import HardConstraint
 
@@ -99,8 +99,6 @@ MODELS = {
     "factor_out alone": lambda: adapt(network(), r=(1, 3, 4), train=["factor_out"]),
     "one shape": lambda: adapt(network(), r=("full", "full", 1), alpha=1.7),
     "frozen norm": lambda: adapt(network(norm="layer")),
-    "slim": lambda: SlimKAN([2, 5, 4, 3], ranks=(3, 2, 3), dtype=torch.float64),
-    "slim and dense": lambda: SlimKAN([2, 5, 2], ranks=[None, (2, 2, 2)], dtype=torch.float64),
     "wide": lambda: adapt(KAN([2, 80, 80, 1], dtype=torch.float64), r=2),  # contracts its factors
     "wide with full modes": lambda: adapt(KAN([2, 80, 80, 1], dtype=torch.float64), r=("full", "full", 1)),
 }

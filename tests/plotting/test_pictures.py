@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from peft import get_peft_model
 from stand_ins import LAYER_KINDS
 
-from peft_lotra import LoTRAConfig, update_spectrum
+from peft_lotra import LoTRAConfig, update_spectrum, what_changed
 from peft_lotra.kan import KAN
 from peft_lotra.optim import LevenbergMarquardt
-from peft_lotra.plotting import edge_changes, plot_edge_functions, plot_history, plot_network_change, plot_spectra
+from peft_lotra.plotting import plot_edge_functions, plot_history, plot_spectra
 
 
 def test_spectra_of_the_three_modes_are_drawn(tmp_path):
@@ -106,7 +106,7 @@ def test_the_six_edges_with_the_largest_changes_are_drawn_by_default(name):
 
 def test_a_title_has_the_share_of_the_edge_in_the_whole_change(adapted):
     model, x = adapted
-    largest = edge_changes(model, x)[0]
+    largest = what_changed(model, x).edges[0]
 
     figure = plot_edge_functions(model, largest.layer, [(largest.output, largest.input)], x)
 
@@ -134,9 +134,6 @@ def test_functions_are_drawn_into_a_given_figure():
         (lambda: plot_edge_functions(base("own"), "kan", [(4, 0), (0, 0)]), "out of bounds"),
         (lambda: plot_edge_functions(base("fast-kan"), "kan"), "each depends on the other inputs"),
         (lambda: plot_edge_functions(base("own"), "kan", inputs=["a"]), "inputs. has 1 names.*`kan` has 3 inputs"),
-        (lambda: plot_network_change(adapt(base("own")), torch.rand(9, 3), outputs="wxy"), "outputs. has 3 names.* 4"),
-        (lambda: plot_network_change(adapt(base("own")), torch.rand(9, 3), ["a"]), "inputs. has 1 names.* 3"),
-        (lambda: plot_network_change(base("own"), torch.rand(9, 3)), "no dense KAN layer with an active"),
     ],
 )
 def test_wrong_arguments_are_named(call, message):
@@ -148,38 +145,6 @@ def test_wrong_arguments_are_named(call, message):
 def adapted():
     """A model with two adapted layers, and inputs."""
     return get_peft_model(KAN([3, 5, 2]), LoTRAConfig(r=2, init_weights=False)), torch.rand(100, 3)
-
-
-def test_a_network_is_drawn_with_a_line_for_each_edge_colored_by_its_share(adapted):
-    model, x = adapted
-    state = snapshot(model)
-
-    figure = plot_network_change(model, x)
-
-    assert_same(model, state)
-    changes = edge_changes(model, x)
-    for lines, layer, count in zip(figure.axes[0].collections, ("layers.0", "layers.1"), (15, 10), strict=True):
-        assert len(lines.get_segments()) == count
-        shares = [edge.share for edge in changes if edge.layer == layer]
-        torch.testing.assert_close(sorted(lines.get_array().tolist()), sorted(shares), rtol=1e-5, atol=1e-9)
-        assert lines.get_clim()[1] == pytest.approx(changes[0].share)
-    assert figure._repr_png_()[:4] == b"\x89PNG"
-
-
-def test_the_edge_with_the_largest_effect_is_drawn_above_the_others(adapted):
-    """Unit 0 is at the top."""
-    model, x = adapted
-    largest = next(edge for edge in edge_changes(model, x) if edge.layer == "layers.0")
-
-    first, _ = plot_network_change(model, x).axes[0].collections
-
-    assert first.get_segments()[-1].tolist() == [[0, 1 - largest.input / 2], [1, 1 - largest.output / 4]]
-
-
-def test_inputs_and_outputs_are_named(adapted):
-    figure = plot_network_change(*adapted, inputs=["a", "b", "c"], outputs=["y", "z"])
-
-    assert {"a", "b", "c", "y", "z"} <= {text.get_text() for text in figure.axes[0].texts}
 
 
 def test_the_history_is_drawn_with_the_losses_of_named_terms(tmp_path):

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Which part of a change is constant, linear, or a sum of functions of one input."""
+"""What an adapter changed: the parts of the change of the outputs, and the effect of each edge."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..compress.data_weights import model_outputs
 from ..kan.basis import bspline_basis
 from ..modules.report import Report, TextTable
+from .data_weights import model_outputs
+from .edges import EdgeChange, edge_changes
 
 
 INTERVALS = (2, 5, 10, 20)  # of the splines of an input; the data choose
@@ -29,6 +30,7 @@ MOST_PAIRS = 2500
 FEW_ROWS = 3  # for each term
 RIDGE = 1e-9  # of the largest diagonal entry; inputs that repeat each other lose nothing
 SMALL = 0.01  # the share of a change that is not worth a name
+PRINTED = 10  # edges
 
 
 class InputShare(NamedTuple):
@@ -47,8 +49,8 @@ class Pair(NamedTuple):
 
 
 @dataclass(eq=False)
-class ChangeParts(Report):
-    """The parts of a change, as shares of its mean square; prints as a table.
+class ChangeReport(Report):
+    """The parts of a change, as shares of its mean square, and the effects of the edges; prints as a table.
 
     Attributes:
         constant: The mean of each output.
@@ -59,6 +61,8 @@ class ChangeParts(Report):
         inputs: The inputs whose functions explain at least 1 % of the change each, the largest share first.
         pairs: The pairs of inputs that explain at least a tenth of the rest each, the largest share first.
         notes: Further remarks.
+        edges: The edges of all dense KAN layers with an active adapter, as `EdgeChange`, the largest effect first.
+            Merged and disabled adapters do not count. The table has the first ten.
     """
 
     constant: float
@@ -69,6 +73,7 @@ class ChangeParts(Report):
     inputs: list[InputShare] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    edges: list[EdgeChange] = field(default_factory=list)
 
     def _table(self) -> TextTable:
         rows = [
@@ -81,7 +86,15 @@ class ChangeParts(Report):
         rows.append(["rest", f"{self.rest:.1%}", "not a sum of functions of one input"])
         for first, second, share in self.pairs:
             rows.append(["", f"{share:.1%}", f"a function of {first} and {second} together"])
+        part = "edges"
+        changed = [edge for edge in self.edges if edge.effect > 0]
+        for edge in changed[:PRINTED]:
+            text = f"{edge.layer}, input {edge.input} to output {edge.output}: effect {edge.effect:.3g}"
+            rows.append([part, f"{edge.share:.1%}", text])
+            part = ""
         notes = [f"root mean square of the change: {self.size:.3g}"]
+        if len(changed) > PRINTED:
+            notes.append(f"the {PRINTED} of {len(self.edges):,} edges with the largest effect")
         if self.rest >= SMALL:
             notes.append(
                 f"{self.rest:.0%} of the change is not a sum of functions of one input. "
@@ -98,8 +111,8 @@ def what_changed(
     inputs: Tensor,
     targets: Tensor | None = None,
     names: Sequence[str] | None = None,
-) -> ChangeParts:
-    r"""Divide the change of a network into a constant, a linear, an additive part, and a rest.
+) -> ChangeReport:
+    r"""Divide the change of a network into a constant, a linear, an additive part, and a rest, and among its edges.
 
     The change is f(x) - base(x), with f the network with its active adapters; or with `targets`, y - base(x), which
     the data ask for. Least squares fit it by a constant, by a linear function, and by a sum over inputs i of splines
@@ -109,6 +122,10 @@ def what_changed(
     The additive part can be written into edges that lead from the inputs to the outputs. The rest needs another unit,
     or a product; noise in the targets is a part of it. The share of an input is what a fit without its functions
     loses: it is small for inputs that repeat each other.
+
+    The effect of an edge is what the active adapters changed there: the change of its function at the inputs of its
+    layer, without the mean, times the derivative of the outputs of the network. The changes of several edges can
+    cancel. [`plot_edge_functions`] draws them.
 
     Args:
         model: The adapted model; with `targets` also one without adapters. It stays unchanged.
@@ -146,6 +163,7 @@ def what_changed(
             f"`inputs` has {rows} rows, but a sum of functions of {width} inputs needs more than {terms}."
         )
     chosen = torch.linspace(0, rows - 1, min(ROWS, rows), dtype=torch.float64, device=inputs.device).long()
+    every_input = inputs
     inputs = inputs[chosen]
 
     outputs = model_outputs(model, inputs) if targets is None else targets[chosen]
@@ -167,15 +185,17 @@ def what_changed(
     if not x.isfinite().all() or not change.isfinite().all():
         raise ValueError("`inputs` or the change of the outputs have NaN or infinite values.")
     change = change.reshape(len(x), -1)
-    return _divide(change, x, names)
+    report = _divide(change, x, names)
+    report.edges = edge_changes(model, every_input)
+    return report
 
 
-def _divide(change: Tensor, x: Tensor, names: Sequence[str]) -> ChangeParts:
+def _divide(change: Tensor, x: Tensor, names: Sequence[str]) -> ChangeReport:
     """Divide a change (rows, out) by fits of the inputs (rows, in)."""
     total = change.square().mean().item()
     if total == 0:
         note = "The outputs did not change: no adapter is active, or its update is zero. Merged ones do not count."
-        return ChangeParts(0.0, 0.0, 0.0, 0.0, 0.0, notes=[note])
+        return ChangeReport(0.0, 0.0, 0.0, 0.0, 0.0, notes=[note])
 
     rows, width = x.shape
     low, high = x.aminmax(dim=0)
@@ -211,7 +231,7 @@ def _divide(change: Tensor, x: Tensor, names: Sequence[str]) -> ChangeParts:
             notes.append(f"{width} inputs have too many pairs to look at")
         else:
             pairs = _find_pairs(additive_fit, ranks, names, total, unexplained)
-    return ChangeParts(
+    return ChangeReport(
         constant=(total - after_constant) / total,
         linear=(after_constant - after_linear) / total,
         additive=(after_linear - after_additive) / total,

@@ -12,12 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..compress.data_weights import Inputs, edge_values, sample_layers
-from ..compress.updates import read_coefficients
 from ..modules.calls import unwrap
-from ..modules.report import Report, TextTable
 from ..tuner.layer import LoTRALayer, Target, lotra_layers
 from ..tuner.targets import locate_target
+from .data_weights import Inputs, edge_values, sample_layers
+from .updates import read_coefficients
 
 
 ROWS = 1000  # inputs that are looked at, at most
@@ -47,21 +46,6 @@ class EdgeChange(NamedTuple):
     shift: float
 
 
-class EdgeChanges(Report, list[EdgeChange]):
-    """A list of `EdgeChange`, the largest effect first; prints as a table of the first ten."""
-
-    def _table(self) -> TextTable:
-        columns = ["layer", ">output", ">input", ">effect", ">share", ">in the layer", ">shift"]
-        rows = []
-        for layer, output, index, effect, share, layer_effect, shift in self[:10]:
-            numbers = [f"{effect:.3g}", f"{share:.1%}", f"{layer_effect:.3g}", f"{shift:+.3g}"]
-            rows.append([layer, str(output), str(index), *numbers])
-        notes = []
-        if len(self) > 10:
-            notes.append(f"the 10 of {len(self):,} edges with the largest effect")
-        return TextTable(columns, rows, notes)
-
-
 class LayerChange(NamedTuple):
     """The effects and the shifts of all edges of a layer, (out, in)."""
 
@@ -70,8 +54,8 @@ class LayerChange(NamedTuple):
     shift: Tensor
 
 
-def edge_changes(model: nn.Module, inputs: Inputs) -> EdgeChanges:
-    r"""Measure how much the active adapters changed each edge, by the effect on the outputs of the network.
+def edge_changes(model: nn.Module, inputs: Inputs) -> list[EdgeChange]:
+    r"""Measure how much the active adapters changed each edge of the dense KAN layers, the largest effect first.
 
     The change of the function on the edge from unit i to unit o of a layer, d(z) = (A' - A)[o, i, :] . phi(z), is
     evaluated at the units z_i that the inputs reach. Its effect is
@@ -80,34 +64,10 @@ def edge_changes(model: nn.Module, inputs: Inputs) -> EdgeChanges:
 
     where y are the outputs of the layer and f the outputs of the network. An edge whose function was almost zero
     leads the list only if its change matters.
-
-    Args:
-        model: The adapted model. It stays unchanged.
-        inputs: Inputs of the network (rows, in), of which up to 1,000 are used; or what a call of it takes: a tuple, a
-            dict, or a function that runs the model.
-
-    Returns:
-        The edges of all dense KAN layers with an active adapter, the largest effect first. Merged and disabled
-        adapters do not count.
-
-    Raises:
-        ValueError: No dense KAN layer has an active adapter, or a value that reaches a layer is not finite.
-
-    Warns:
-        UserWarning: Most inputs of a layer lie far outside of its grid.
-
-    Example:
-        >>> from peft import get_peft_model
-        >>> from peft_lotra import LoTRAConfig
-        >>> from peft_lotra.kan import KAN
-        >>> model = get_peft_model(KAN([2, 5, 3]), LoTRAConfig(r=2, init_weights=False))
-        >>> changes = edge_changes(model, torch.rand(100, 2))
-        >>> len(changes), round(sum(edge.share for edge in changes), 3)
-        (25, 1.0)
     """
     layers = layer_changes(model, inputs)
     total = sum(float(change.effect.square().sum()) for change in layers.values()) or 1.0
-    edges = EdgeChanges()
+    edges = []
     for name, change in layers.items():
         outputs, width = change.effect.shape
         effect, layer_effect, shift = (values.flatten() for values in change)
@@ -116,32 +76,22 @@ def edge_changes(model: nn.Module, inputs: Inputs) -> EdgeChanges:
         ends = product(range(outputs), range(width))
         for (output, index), *values in zip(ends, *columns, strict=True):
             edges.append(EdgeChange(name, output, index, *values))
-    edges.sort(key=attrgetter("effect"), reverse=True)
-    return edges
+    return sorted(edges, key=attrgetter("effect"), reverse=True)
 
 
 @torch.no_grad()
 def layer_changes(model: nn.Module, inputs: Inputs) -> dict[str, LayerChange]:
     """Compute the changes of all edges by layer, see `edge_changes`."""
     layers = {name: layer for name, layer in lotra_layers(unwrap(model)) if layer.applied_updates()}
-    if isinstance(inputs, Tensor):
-        if not inputs.numel():
-            raise ValueError(f"`inputs` has no rows: its shape is {tuple(inputs.shape)}.")
-        if len(inputs) > ROWS:
-            numbers = torch.linspace(0, len(inputs) - 1, ROWS, dtype=torch.float64, device=inputs.device)
-            inputs = inputs[numbers.long()]
+    if isinstance(inputs, Tensor) and len(inputs) > ROWS:
+        numbers = torch.linspace(0, len(inputs) - 1, ROWS, dtype=torch.float64, device=inputs.device)
+        inputs = inputs[numbers.long()]
     changes = {}
     samples = sample_layers(model, layers, inputs, torch.square, PROBES)
     for name, (x, functions, squares) in samples.items():
         _, change = edge_coefficients(name, layers[name])
         target = locate_target(name, layers[name])
         changes[name] = measure_change(target, x, functions, change, squares)
-    if not changes:
-        raise ValueError(
-            "The model has no dense KAN layer with an active adapter. Adapters that are merged (`unmerge_adapter`), "
-            "disabled (`enable_adapter_layers`) or not active (`set_adapter`) do not count, nor do convolutions, and "
-            "layers that are not linear in their coefficients."
-        )
     return changes
 
 
