@@ -14,7 +14,6 @@ from jet_helpers import assert_same
 from torch import Tensor
 
 from peft_lotra.derivatives import bases as functions
-from peft_lotra.kan import bspline_basis
 from peft_lotra.kan.formula import FunctionBasis
 
 
@@ -56,18 +55,6 @@ def test_each_derivative_is_the_slope_of_the_previous_one(name):
     for lower, higher in itertools.pairwise(derivatives):
         assert lower.shape[:2] == (7, 3)
         torch.testing.assert_close(higher, slopes(lower, z), rtol=1e-9, atol=1e-9)
-
-
-def test_splines_on_uniform_knots_are_the_basis_of_a_layer():
-    z, order, size = points(), 3, 6
-    step = 2 / size
-    knots = -1 + step * torch.arange(-order, size + order + 1, dtype=torch.float64).repeat(3, 1)
-
-    derivatives = functions.spline_derivatives(knots, order, z, 3)
-
-    for d, values in enumerate(derivatives):
-        expected = bspline_basis(z, -1, 1, size, order, derivative=d)
-        torch.testing.assert_close(values, expected, rtol=1e-10, atol=1e-9)
 
 
 def test_the_right_end_belongs_to_the_interval_that_is_said_to_be_the_last():

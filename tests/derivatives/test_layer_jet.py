@@ -11,8 +11,6 @@ from jet_helpers import assert_same, network, points
 from torch import Tensor
 
 from peft_lotra.derivatives import bases
-from peft_lotra.derivatives.layers import evaluate_layer, jet_rows
-from peft_lotra.derivatives.stages import stages_of
 from peft_lotra.kan import KAN, KANLinear, jet
 
 
@@ -90,25 +88,3 @@ def test_gradients_of_several_losses_at_once_and_results_that_are_changed_in_pla
 
     assert_same([at_once], [expected], 1e-11)
     torch.testing.assert_close(doubled, 4 * expected)
-
-
-WEIGHTS = [None, torch.tensor([1.0, -2.0], dtype=torch.float64)]
-
-
-def inputs(rows: int, weights: Tensor | None) -> tuple:
-    second = torch.randn(2 if weights is None else 1, rows, 3, dtype=torch.float64)
-    return [points(rows), torch.randn(2, rows, 3, dtype=torch.float64), second], 2, weights
-
-
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("degree", [2, 3])
-@pytest.mark.parametrize("rows", [5, 300])
-def test_jet_rows_times_the_coefficients_are_the_jet(rows, degree, weights):
-    (stage,) = stages_of(KANLinear(3, 4, spline_order=degree, dtype=torch.float64))
-    arguments = inputs(rows, weights)
-
-    basis = jet_rows(stage.formula, *arguments)  # (N, S, K + 1, I)
-
-    derivatives = [derivative.reshape(-1, rows, 4) for derivative in evaluate_layer(stage.formula, *arguments)]
-    products = torch.einsum("nski,oki->sno", basis, stage.formula.joined())
-    torch.testing.assert_close(torch.cat(derivatives), products, rtol=1e-12, atol=1e-12)

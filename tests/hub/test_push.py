@@ -126,18 +126,6 @@ def test_the_code_of_a_card_loads_an_adapter_of_a_base_on_the_hub(kan_on_hub):
     assert_equal(loaded(X), model(X))
 
 
-def test_the_code_of_a_card_makes_the_base_by_the_code_of_the_user(hub):
-    code = "import torch\nfrom peft_lotra.kan import KAN\n\ntorch.manual_seed(3)\nbase = KAN([3, 8, 2])"
-    names = {}
-    exec(code, names)
-    model = adapt(names["base"])
-    push_to_hub(model, "user/own", base_code=code)
-
-    loaded = run_code_of_card(read_file(hub, "user/own"))
-
-    assert_equal(loaded(X), model(X))
-
-
 def test_a_card_tells_the_base_the_metrics_and_the_ranks(kan_on_hub):
     push_to_hub(adapt_base(), "user/public", metrics={"r2": 0.9}, tags=["digits"], commit_message="first")
     push_to_hub(adapt_base(), "user/public", revision="v2")

@@ -12,7 +12,6 @@ from torch import nn
 from torch.testing import assert_close
 
 from peft_lotra import KANLayerSpec
-from peft_lotra.layers.layout import parse_layout
 
 
 def module(**shapes):
@@ -215,14 +214,3 @@ def test_what_does_not_fit_together_is_named(shapes, coefficients, words):
 
     for word in ("Module was recognized as a KAN layer of the kind 'mine'", *words):
         assert word in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "pattern, groups, shape, lengths, expected",
-    [
-        ("o ((i k) + i)", "", (4, 12), {"k": 3}, {"o": 4, "i": 3, "k": 3}),
-        ("(g o) ((i k) + i)", "g", (6, 12), {"i": 3, "g": 2}, {"g": 2, "o": 3, "i": 3, "k": 3}),
-    ],
-)
-def test_an_unknown_length_counts_in_both_packed_blocks(pattern, groups, shape, lengths, expected):
-    assert parse_layout(pattern, groups).axis_lengths(shape, lengths) == expected

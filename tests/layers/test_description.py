@@ -85,13 +85,6 @@ def test_a_description_holds_no_functions_and_is_read_again():
         assert equal.describe(layer) == description
 
 
-def test_an_entry_of_older_files_is_ignored():
-    spec, layer = register_waves(), Waves()
-    description = spec.describe(layer)
-
-    assert spec_from_file("waves", {**description, "linear": False}).describe(layer) == description
-
-
 def test_roles_are_described():
     roles = {"groups": "g", "edge_scale": ("b", "o i"), "network_methods": {"fit": None}, "checkpoint_methods": ("s",)}
     spec = KANLayerSpec("mine", nn.Module, ("a", "g o i k ..."), grid=("width",), **roles)

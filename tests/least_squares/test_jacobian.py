@@ -107,7 +107,7 @@ MODELS = {
 @pytest.mark.parametrize("residual", [value, several])
 @pytest.mark.parametrize("name", MODELS)
 def test_dense_and_adapted_kans(name, residual):
-    check(MODELS[name](), residual, by_layers="slim" not in name)
+    check(MODELS[name](), residual)
 
 
 FOREIGN_KINDS = ["efficient-kan", "efficient-kan-no-scaler", "fast-kan", "faster-kan", "cheby-kan", "fourier-kan"]
@@ -148,7 +148,7 @@ def test_networks_with_linear_layers(name, residual):
 @pytest.mark.parametrize("residual", [weighted, second_derivatives])
 @pytest.mark.parametrize("name", ["dense", "two adapters"])
 def test_residuals_with_any_derivatives(name, residual):
-    check(MODELS[name](), residual, by_layers="slim" not in name)
+    check(MODELS[name](), residual)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 20, 300])  # few rows go by plain operations

@@ -106,26 +106,6 @@ def linear_problem(rows: int) -> tuple[Tensor, Tensor]:
     return x, x @ torch.arange(5.0, dtype=torch.float64)[:, None] + noise
 
 
-def test_forgetting_is_recursive_least_squares():
-    """The parameters of a linear model are the weighted least squares of all rows up to the step."""
-    model = nn.Linear(5, 1, bias=False, dtype=torch.float64)
-    optimizer = LevenbergMarquardt(model, 1e-13, floor=1e-6, forgetting=0.5)
-    batches = [linear_problem(rows) for rows in (20, 4, 20, 20)]
-
-    for batch in batches:
-        assert optimizer.step([(fit, batch)]).accepted
-        assert optimizer.damping >= 1e-7
-        optimizer.damping = 1e-13
-
-    columns, targets = [], []
-    for age, (x, y) in zip((3, 2, 1, 0), batches, strict=True):
-        weight = math.sqrt(0.5**age / len(x))
-        columns.append(weight * x)
-        targets.append(weight * y)
-    expected = torch.linalg.lstsq(torch.cat(columns), torch.cat(targets)).solution
-    assert_close(model.weight.T, expected)
-
-
 def test_former_steps_are_forgotten_when_the_parameters_change():
     model = nn.Linear(5, 1, bias=False, dtype=torch.float64)
     optimizer = LevenbergMarquardt(model, forgetting=0.9)

@@ -76,7 +76,8 @@ def constrained(inner: nn.Module | None = None) -> nn.Module:
 
 
 ACTIVATIONS = [nn.Tanh(), nn.SiLU(), nn.Sigmoid(), nn.Softplus(2.0, 1.0), nn.GELU(), nn.GELU("tanh"), Sine()]
-KINDS = ["efficient-kan", "fast-kan", "faster-kan", "cheby-kan", "fourier-kan", "pina"]
+KINDS = ["efficient-kan", "efficient-kan-no-scaler", "efficient-kan-old", "fast-kan", "faster-kan"]
+KINDS += ["cheby-kan", "fourier-kan", "physicsnemo", "pina"]
 ADAPTED = {
     "splines of degree 5": lambda: network(spline_order=5),
     "sequence": lambda: nn.Sequential(*network().layers),
@@ -96,6 +97,9 @@ MODELS = {
     "normalized inputs": lambda: nn.Sequential(nn.LayerNorm(3, elementwise_affine=False), network()).double(),
     "registered maps": lambda: nn.Sequential(Waves(), network(3, 4, 3), Waves(), network(3, 4, 2)),
     "KAN and MLP": lambda: nn.Sequential(KAN([3, 4]), nn.Tanh(), nn.Linear(4, 2)).double(),
+    "parts of libraries": lambda: nn.Sequential(
+        KAN([3, 3]), nn.LayerNorm(3), LAYER_KINDS["faster-kan"](3, 2)
+    ).double(),
 }
 COMPOSED = {
     "constrained": constrained,

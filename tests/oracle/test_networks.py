@@ -4,14 +4,13 @@
 """Operations on networks and large batches, compared with the base to which dense updates were added."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from dense import ALPHA, FORMS, dense, dense_parameters, near
-from helpers import KINDS, Net, adapt, assert_equal, components, inputs, lotra_layers
+from helpers import KINDS, Net, adapt, components, inputs, lotra_layers
 from peft import PeftModel
 from scipy.interpolate import RBFInterpolator
 from torch import Tensor, nn
@@ -57,16 +56,6 @@ def test_a_network_and_its_gradients(kind: str, form: str) -> None:
         results.append([y, *gradients, *torch.autograd.grad(gradients[0].sin().sum(), variables, allow_unused=True)])
 
     near(*results, 1e-7)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", NETWORKS)
-def test_a_network_is_reloaded_bit_for_bit(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    base, x = make(kind)
-    model = adapt(copy.deepcopy(base).to(dtype), r=2)
-    model.save_pretrained(tmp_path)
-
-    assert_equal(PeftModel.from_pretrained(base.to(dtype), tmp_path).eval()(x.to(dtype)), model(x.to(dtype)))
 
 
 def adapters_of(base: nn.Module, count: int) -> dict[str, PeftModel]:
@@ -186,14 +175,6 @@ def test_compiled(kind: str) -> None:
 
     near(y, torch.stack([expected[name][row] for row, name in enumerate(names)]))
     near(torch.compile(models["a0"], backend="aot_eager", fullgraph=True)(x), expected["a0"])
-
-
-def test_a_transform_of_an_adapted_model() -> None:
-    base, x = make("tanh, order 4")
-    model = adapt(copy.deepcopy(base), alpha=ALPHA)
-    reference = dense(base, model)
-
-    near(torch.func.vmap(torch.func.jacrev(model))(x), torch.func.vmap(torch.func.jacfwd(reference))(x))
 
 
 @pytest.mark.parametrize("with_inputs", [False, True])
