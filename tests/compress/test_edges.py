@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from foreign import make_foreign
-from helpers import adapt, assert_same, base, nested, snapshot
+from helpers import adapt, assert_same, base, nested, refused, snapshot
 from stand_ins import LAYER_KINDS
 from torch import nn
 
@@ -201,11 +201,11 @@ def test_wrong_inputs_are_named():
     model = adapt(KAN([3, 4, 1]))
     state = snapshot(model)
 
-    with pytest.raises(ValueError, match="The input has shape"):
+    with refused("The input has shape"):
         what_changed(model, torch.rand(30, 2))
-    with pytest.raises(ValueError, match="0 rows"):
+    with refused("0 rows"):
         what_changed(model, torch.rand(0, 3))
-    with pytest.raises(ValueError, match="NaN"):
+    with refused("NaN"):
         what_changed(model, torch.full((30, 3), torch.nan))
     with pytest.warns(UserWarning, match="far outside of its grid"):
         what_changed(model, torch.rand(30, 3) + 50)
@@ -219,7 +219,7 @@ def test_values_that_are_not_finite_are_named(component):
     with torch.no_grad():
         parameter[0, 0] = torch.nan
 
-    with pytest.raises(ValueError, match="finite|infinite"):
+    with refused("finite|infinite"):
         what_changed(model, torch.rand(30, 3))
 
 

@@ -11,6 +11,7 @@ from foreign import FOREIGN, Hard, make_foreign, pykan
 from helpers import adapt
 from jet_helpers import assert_same, nested, network
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from peft_lotra.kan import KAN, hessian, jet, laplacian
 
@@ -92,9 +93,9 @@ def test_layer_normalization_has_right_derivatives():
     step = torch.tensor([1e-4, 0.0], dtype=torch.float64)
     difference = (model(x + step) - 2 * model(x) + model(x - step)) / 1e-4**2
     largest = laplacian(model, x).abs().max().item()
-    torch.testing.assert_close(second, difference, rtol=1e-4, atol=1e-4 * largest)
+    assert_close(second, difference, rtol=1e-4, atol=1e-4 * largest)
     slope = (loss(x + 1e-5 * move) - loss(x - 1e-5 * move)) / 2e-5
-    torch.testing.assert_close((gradient * move).sum(), slope, rtol=1e-5, atol=1e-8)
+    assert_close((gradient * move).sum(), slope, rtol=1e-5, atol=1e-8)
 
 
 def test_modules_keep_no_tensors_of_a_transform():

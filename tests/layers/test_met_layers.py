@@ -11,23 +11,77 @@ from functools import partial
 import pytest
 import torch
 from helpers import assert_equal, assert_same, refused, relative, snapshot
-from orders import Wavelets
+from orders import Formula, Wavelets
 from peft import get_peft_model
 from stand_ins import (
     FixedFunctions,
-    FunctionsOfSlices,
     PhysicsNeMoFourierLayer,
-    PolynomialsOfChannels,
-    PolynomialUnits,
-    ProjectedChebyshev,
-    RadialFunctions,
-    SKANLayer,
     TrainedGaussians,
 )
 from torch import nn
 
 from peft_lotra import LoTRAConfig, find_kan_layers, register_kan_layer
 from peft_lotra.kan import KANLinear
+
+
+def projected_chebyshev(inputs, outputs, degree=3):
+    """Return Chebyshev polynomials of the outputs of a projection."""
+
+    def forward(m, x):
+        angle = torch.tanh(m.projection(x)).clamp(-0.999, 0.999).acos()
+        return torch.einsum("bik,iok->bo", torch.cos(angle[..., None] * torch.arange(degree + 1)), m.polynomials)
+
+    return Formula(forward, projection=nn.Linear(inputs, 5), polynomials=(5, outputs, degree + 1))
+
+
+def skan(inputs, outputs):
+    """Return SKAN: one number for each edge, of which a function of the input is made; ones join the inputs."""
+
+    def forward(m, x):
+        x = nn.functional.pad(x, (0, 1), value=1.0)
+        return torch.sin(m.weight * x[..., None, :]).sum(-1)
+
+    return Formula(forward, weight=(outputs, inputs + 1))
+
+
+def polynomials_of_channels(inputs, outputs):
+    """Return polynomials over the channels of (batch, channels, points)."""
+
+    def forward(m, x):
+        return torch.einsum("bink,oik->bon", torch.tanh(x)[..., None] ** torch.arange(4), m.weights)
+
+    return Formula(forward, weights=(outputs, inputs, 4))
+
+
+def polynomial_units(inputs, outputs, turned=False):
+    """Return a polynomial for each unit, and a linear layer: no KAN layer, since the outputs share the functions."""
+
+    def forward(m, x):
+        weights = m.weights.T if turned else m.weights
+        return m.head((torch.tanh(x)[..., None] ** torch.arange(4) * weights).sum(-1))
+
+    return Formula(forward, weights=(4, inputs) if turned else (inputs, 4), head=nn.Linear(inputs, outputs))
+
+
+def radial_functions(inputs, outputs):
+    """Return Gaussians of the whole input, and a linear layer: no KAN layer."""
+
+    def forward(m, x):
+        return m.head(torch.exp(-((x[..., None, :] - m.centers) ** 2).sum(-1) * m.widths))
+
+    return Formula(forward, centers=(8, inputs), widths=nn.Parameter(torch.ones(8)), head=nn.Linear(8, outputs))
+
+
+def functions_of_slices(inputs, outputs):
+    """Return FC-KAN: another kind of function, with its own coefficients, for each slice of (2, batch, in)."""
+    steps = torch.arange(1, 6)
+
+    def forward(m, x):
+        outputs = [(torch.tanh(x[0])[..., None] ** steps).flatten(-2) @ m.powers.T]
+        outputs += [torch.sin(part[..., None] * steps).flatten(-2) @ m.waves.T for part in x[1:]]
+        return torch.stack(outputs)
+
+    return Formula(forward, powers=(outputs, 5 * inputs), waves=(outputs, 5 * inputs))
 
 
 SIZES = [(20, 20), (20, 3), (20, 16), (20, 1), (16, 20), (12, 24), (7, 5), (1, 4), (1, 1), (2, 1), (2, 2), (24, 12)]
@@ -110,7 +164,7 @@ def test_a_linear_layer_beside_functions_is_the_residual_branch_of_one_input_too
 
 
 @pytest.mark.parametrize(
-    "make", [PolynomialUnits, partial(PolynomialUnits, turned=True), RadialFunctions, ProjectedChebyshev, SKANLayer]
+    "make", [polynomial_units, partial(polynomial_units, turned=True), radial_functions, projected_chebyshev, skan]
 )
 @pytest.mark.parametrize("inputs, outputs", [*SIZES, (8, 8), (4, 8), (8, 4), (5, 5)])
 def test_what_is_no_sum_of_functions_is_not_reported(make, inputs, outputs):
@@ -132,14 +186,14 @@ def adapt_registered(model, **description):
 @pytest.mark.parametrize(
     "make, coefficients",
     [
-        (SKANLayer, ("weight", "o i")),
-        (ProjectedChebyshev, ("polynomials", "i o k")),
-        (PolynomialsOfChannels, ("weights", "o i k")),
+        (skan, ("weight", "o i")),
+        (projected_chebyshev, ("polynomials", "i o k")),
+        (polynomials_of_channels, ("weights", "o i k")),
     ],
 )
 def test_a_registration_that_is_right_is_taken_at_all_sizes(make, coefficients, inputs, outputs):
     base = nn.Sequential(make(inputs, outputs))
-    x = torch.rand(6, inputs, 3) if make is PolynomialsOfChannels else torch.rand(6, inputs)
+    x = torch.rand(6, inputs, 3) if make is polynomials_of_channels else torch.rand(6, inputs)
     base_output = base(x)
 
     model = adapt_registered(base, coefficients=coefficients)
@@ -152,12 +206,12 @@ def test_a_registration_that_is_right_is_taken_at_all_sizes(make, coefficients, 
 @pytest.mark.parametrize("coefficients", [("polynomials", "o i k"), ("polynomials", "k i o")])
 def test_a_registration_that_gradients_cannot_verify_is_accepted(coefficients):
     """The inputs are mixed before the sum, so no layout can be verified."""
-    adapt_registered(nn.Sequential(ProjectedChebyshev(4, 5)), coefficients=coefficients)
+    adapt_registered(nn.Sequential(projected_chebyshev(4, 5)), coefficients=coefficients)
 
 
 @pytest.mark.parametrize("inputs, outputs", [(8, 8), (7, 5), (3, 1)])
 def test_polynomials_of_channels_are_found(inputs, outputs):
-    row = recognize(PolynomialsOfChannels(inputs, outputs))
+    row = recognize(polynomials_of_channels(inputs, outputs))
 
     assert row.shape == (outputs, inputs, 4)
 
@@ -168,7 +222,7 @@ class Network(nn.Module):
     def __init__(self):
         super().__init__()
         self.norm = nn.BatchNorm1d(3)
-        self.slices = FunctionsOfSlices(3, 4)
+        self.slices = functions_of_slices(3, 4)
 
     def forward(self, x, scale):
         x = self.norm(x)
@@ -188,7 +242,7 @@ def test_coefficients_that_other_slices_of_the_input_use_are_seen():
 def test_coefficients_that_other_slices_use_can_be_registered():
     base = Network().eval()
     coefficients = [("powers", "o (i k)"), ("waves", "o (i m)")]
-    register_kan_layer("slices", matches=FunctionsOfSlices, coefficients=coefficients, axes={"i": 3})
+    register_kan_layer("slices", matches=Formula, coefficients=coefficients, axes={"i": 3})
 
     model = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2, init_weights=False)).eval()
 
@@ -323,7 +377,7 @@ def test_layers_of_one_class_may_differ_in_a_setting_with_several_values(kind):
     [
         (nn.Linear(3, 4), "Linear is a container, a module of a library, or derived from one"),
         (nn.Sequential(nn.Tanh()), "Sequential is a container"),
-        (RadialFunctions(3, 4), "no parameter holds the coefficients of a sum, over its inputs"),
+        (radial_functions(3, 4), "no parameter holds the coefficients of a sum, over its inputs"),
         (Normalized(3, 4), "no parameter holds the coefficients of a sum.*normalized ones, do not count"),
         (Edges(), "the layer raised TypeError: Edges.forward.. missing 2 required positional arguments"),
         (FixedFunctions(3, 4).to("meta"), "`head.weight` has no values"),

@@ -12,6 +12,7 @@ import family_problems as problems
 import numpy as np
 import pytest
 import torch
+from helpers import refused
 
 from peft_lotra import ParametricAdapter
 
@@ -136,7 +137,7 @@ def test_parameters_that_data_cannot_tell_apart(base):
     # four corners do not determine how the product bends between them
     family.fit(itertools.product((0.8, 1.0, 1.2), repeat=2), max_steps=6, progress=False)
 
-    with pytest.raises(ValueError, match="along the direction") as error:
+    with refused("along the direction") as error:
         family.calibrate(residuals(noisy(3.0)))
 
     direction = re.search(r"direction \((.*?), (.*?)\)", str(error.value))
@@ -144,7 +145,7 @@ def test_parameters_that_data_cannot_tell_apart(base):
 
 
 def test_data_that_do_not_determine_the_parameter(family):
-    with pytest.raises(ValueError, match="do not determine the parameter"):
+    with refused("do not determine the parameter"):
         family.calibrate(lambda model: 0 * model(X) - noisy(3.0))
 
 
@@ -161,7 +162,7 @@ def test_the_result_is_inside_of_the_members(family):
     ids=["all pairs", "NaN"],
 )
 def test_wrong_residuals(family, function, message):
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         family.calibrate(function)
 
 
@@ -179,7 +180,7 @@ def test_random_residuals_are_refused(family, kind):
         count = 30 if kind == "batch" else int(torch.randint(20, 40, ()))
         return values[torch.randperm(60)[:count]]
 
-    with pytest.raises(ValueError, match="`residuals` returns different values for the same model"):
+    with refused("`residuals` returns different values for the same model"):
         family.calibrate(random)
 
 
@@ -200,9 +201,9 @@ def test_too_few_data_that_are_not_missing_are_refused(family):
     data = torch.full_like(X, torch.nan)
     data[7] = 0.5
 
-    with pytest.raises(ValueError, match="1 values without NaN, but must have more than 1"):
+    with refused("1 values without NaN, but must have more than 1"):
         family.calibrate(residuals(data), ignore_missing=True)
-    with pytest.raises(ValueError, match="infinite"):
+    with refused("infinite"):
         family.calibrate(residuals(noisy(3.0) / 0), ignore_missing=True)
 
 
@@ -210,7 +211,7 @@ def test_too_few_data_that_are_not_missing_are_refused(family):
 @pytest.mark.parametrize("noise", [0.0, NOISE, 0.1])
 def test_data_outside_of_the_members_are_refused(family, c, noise):
     """The best parameter inside does not explain them."""
-    with pytest.raises(ValueError, match="outside of the fitted members"):
+    with refused("outside of the fitted members"):
         family.calibrate(residuals(noisy(c, noise=noise)))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import family_problems as problems
 import pytest
 import torch
+from torch.testing import assert_close
 
 from peft_lotra import ParametricAdapter
 from peft_lotra.kan import KAN, jet
@@ -97,9 +98,9 @@ def test_distance_and_lift_depend_on_the_parameter():
     refined = family.refine(1.1)
 
     ends = prediction(torch.tensor([[-1.0], [1.0]], dtype=torch.float64))
-    torch.testing.assert_close(ends, torch.tensor([[-1.1], [1.1]], dtype=torch.float64))
+    assert_close(ends, torch.tensor([[-1.1], [1.1]], dtype=torch.float64))
     error = ((refined(X) - exact(X, 1.1)).norm() / exact(X, 1.1).norm()).item()
     assert error < 1e-2
     assert 0.1 < refined.indicator / error < 10
     solution = solution_of(family.as_adapter(1.1), 1.1)
-    torch.testing.assert_close(prediction.apply(screened, X, 1.1), screened(solution, X, 1.1))
+    assert_close(prediction.apply(screened, X, 1.1), screened(solution, X, 1.1))

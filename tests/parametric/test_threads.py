@@ -13,6 +13,7 @@ from functools import partial
 import family_problems as problems
 import pytest
 import torch
+from torch.testing import assert_close
 
 from peft_lotra import ParametricAdapter
 from peft_lotra.kan import jet
@@ -62,7 +63,7 @@ def in_threads(functions):
 def assert_as_in_one_thread(functions):
     expected = [[function()] * 3 for function in functions]
 
-    torch.testing.assert_close(in_threads(functions), expected)
+    assert_close(in_threads(functions), expected)
 
 
 @pytest.mark.parametrize("name", USES)
@@ -93,7 +94,7 @@ def test_a_prediction_inside_of_another(family):
 
     difference = first.apply(lambda model: model(X) - second(X))
 
-    torch.testing.assert_close(difference, first(X) - second(X))
+    assert_close(difference, first(X) - second(X))
 
 
 def test_predictions_while_the_family_is_fitted_are_from_the_old_or_the_new_members(base):
@@ -121,10 +122,10 @@ def test_a_family_is_saved_while_it_predicts(base, family, tmp_path):
 
     results = in_threads(saves + predictions)
 
-    torch.testing.assert_close(results[4:], [[expected] * 3] * 4, rtol=0, atol=0)
+    assert_close(results[4:], [[expected] * 3] * 4, rtol=0, atol=0)
     for folder in folders:
         saved = ParametricAdapter.from_pretrained(base, folder)
-        torch.testing.assert_close(saved.predict(2.9)(X), expected)
+        assert_close(saved.predict(2.9)(X), expected)
 
 
 def test_another_thread_may_draw_random_numbers(family):
@@ -144,4 +145,4 @@ def test_another_thread_may_draw_random_numbers(family):
             stop.set()
         drawing.result()
 
-    torch.testing.assert_close(results, [expected] * 8)
+    assert_close(results, [expected] * 8)
