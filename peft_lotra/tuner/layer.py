@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..kan.basis import in_transform
 from ..kan.formula import LayerFormula
+from ..kan.update_product import compute_output
 from ..layers.coefficients import CoefficientTensor
 from ..layers.formula import FormulaReader, find_formula, state_of
 from ..layers.kinds import Grid, KANLayerSpec, copy_grid, same_grid
@@ -401,7 +402,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         updates = self._updates(adapters, current)
         formula = self._find_formula(updates, args, kwargs) if updates else None
         if formula is not None:
-            return formula._replace(updates=tuple(updates)).output(*args)
+            return compute_output(formula._replace(updates=tuple(updates)), *args)
         return self._call_base(updates, args, kwargs)
 
     def _find_formula(
