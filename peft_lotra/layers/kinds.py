@@ -91,6 +91,17 @@ class KANLayerSpec:
 
     Raises:
         ValueError: A pattern is malformed, or a name stands twice.
+
+    Example:
+        >>> import torch
+        >>> from peft_lotra import KANLayerSpec
+        >>> class Polynomials(torch.nn.Module):  # y[o] = sum_{i,k} weight[o,i,k] x[i]^k
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.weight = torch.nn.Parameter(torch.randn(3, 2, 4))
+        >>> spec = KANLayerSpec("polynomials", Polynomials, ("weight", "o i k"))
+        >>> spec.locate(Polynomials()).shape
+        (3, 2, 4)
     """
 
     kind: str

@@ -71,6 +71,15 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         tensor (`CoefficientTensor`): The location of its coefficients.
         name (`str`): The name of the layer in its model, for messages.
 
+    Example:
+        >>> from peft import get_peft_model
+        >>> from peft_lotra import LoTRAConfig, LoTRALayer
+        >>> from peft_lotra.kan import KAN
+        >>> model = get_peft_model(KAN([2, 8, 1]), LoTRAConfig(r=2))
+        >>> layers = [layer for layer in model.modules() if isinstance(layer, LoTRALayer)]
+        >>> [layer.get_delta_weight("default").shape for layer in layers]
+        [torch.Size([8, 2, 9]), torch.Size([1, 8, 9])]
+
     **Attributes**:
         - **before_merge** (`dict[str, torch.Tensor]`) -- The parameters of the base layer before the first merge.
     """

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch.utils.checkpoint import checkpoint
 
 from peft_lotra import LoTRAConfig, create_lotra_optimizer
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.least_squares import LevenbergMarquardt
 
 
 Y = torch.stack([X.prod(dim=1), X.sum(dim=1).sin()], dim=1)

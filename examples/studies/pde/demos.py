@@ -40,7 +40,8 @@ from study_tools.tables import table
 from torch import Tensor
 
 from peft_lotra.kan import jet
-from peft_lotra.pde import BoxDistance, Solution, box_points, disk, polygon, robin, side_points, solve
+from peft_lotra.pde import BoxDistance, box_points, disk, polygon, robin, side_points, solve
+from peft_lotra.pde.solution import Solution
 
 
 torch.set_num_threads(1)

@@ -33,7 +33,7 @@ from study_tools.tables import table
 from torch import Tensor, nn
 
 from peft_lotra.kan import jet
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.least_squares import LevenbergMarquardt
 from peft_lotra.pde import BoxDistance, ResidualSampler, box_points
 from peft_lotra.pde.features import BoxFeatures
 

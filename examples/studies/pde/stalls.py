@@ -29,7 +29,8 @@ from study_tools.records import Record, on_cpu_clock
 from study_tools.tables import table
 from torch import nn
 
-from peft_lotra.pde import Solution, solve
+from peft_lotra.pde import solve
+from peft_lotra.pde.solution import Solution
 
 
 torch.set_num_threads(1)
