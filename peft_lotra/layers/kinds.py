@@ -308,6 +308,9 @@ def _solve(
         edges[name] = shape[:2]
     if len(set(edges.values())) > 1:
         raise ValueError(f"shapes are not as described. Those of (out, in) must be equal, and are {edges}.")
+    # fill the caches of the layouts, which compiled code cannot
+    stored = [torch.empty(member.stored, device="meta") for member in tensor.members]
+    tensor.split(tensor.join(stored))
     return tensor
 
 

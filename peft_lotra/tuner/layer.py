@@ -133,13 +133,12 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         for component in self.adapter_layer_names:
             self._modules[component] = nn.ParameterDict()
         self.remember_grid()
-        # fill the caches of the layout and of the formula, which compiled code cannot
-        tensor.read_parts(base_layer)
+        # compiled code cannot look for it
         self._find_reader(tensor.get_parameter(base_layer), even_if_traced=True)
 
     def update_layer(self, adapter_name: str, config: LoTRAConfig) -> None:
         """Add an adapter."""
-        shapes = config.component_shapes(self.lotra_name, self.lotra_tensor)
+        shapes = config.shapes_of(self.lotra_name, self.lotra_tensor)
         alpha = config.alpha_of(self.lotra_name)
         self.lotra_r[adapter_name] = shapes["core"]
         self.lotra_alpha[adapter_name] = alpha
@@ -601,7 +600,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def train(self, mode: bool = True) -> LoTRALayer:
         super().train(mode)
-        freeze_norms(self)
+        if mode:
+            freeze_norms(self)
         return self
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> LoTRALayer:
@@ -659,8 +659,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         return "lotra." + super().__repr__()
 
 
-def check_stored(name: str, layer: nn.Module, parameter: str) -> nn.Module:
-    """Return the module that owns a parameter; raise a ValueError if it is computed from others.
+def check_stored(name: str, layer: nn.Module, parameter: str) -> None:
+    """Raise a ValueError if a parameter is computed from others.
 
     A parametrization or a pre-hook computes it. The views of FSDP are attributes too, without a pre-hook.
     """
@@ -672,7 +672,6 @@ def check_stored(name: str, layer: nn.Module, parameter: str) -> nn.Module:
             f"`{parameter}` of `{name}` is computed from other parameters in each forward pass (pruning, "
             "weight_norm), so that an adapter would have no effect. Remove the reparametrization first."
         )
-    return owner
 
 
 def further_names(model: nn.Module) -> dict[str, str]:
