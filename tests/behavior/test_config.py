@@ -50,7 +50,7 @@ def test_ranks_are_numbers_or_triples_and_at_most_the_sizes():
         assert ranks(r=2, rank_pattern={pattern: (1, 2, 3)}) == {"0": (2, 2, 2), "1": (1, 2, 3)}
 
 
-SIZES = [("r", 0), ("r", (1, 2)), ("r", "4")]
+SIZES = [("r", 0), ("r", (1, 2)), ("r", "4"), ("r", ("full", "ful", 1)), ("rank_pattern", {"a": "ful"})]
 NUMBERS = [
     ("alpha", "1"),
     ("alpha", float("nan")),
@@ -168,8 +168,3 @@ def test_inputs_far_outside_of_the_grid_warn_once():
         warnings.simplefilter("error")
         model(torch.full((8, 2), 50.0))  # once
         get_peft_model(KAN([2, 5, 1]), LoTRAConfig())(torch.rand(8, 2) * 2 - 1)
-
-
-def test_a_target_that_matches_nothing_is_a_warning():
-    with pytest.warns(UserWarning, match="layer.1"):
-        get_peft_model(KAN([2, 5, 1]), LoTRAConfig(target_modules=["layers.0", "layer.1"]))

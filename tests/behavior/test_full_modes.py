@@ -3,23 +3,17 @@
 
 """Modes without a factor: a matrix times one learned shape, the dense update, and mixtures with factors."""
 
-import copy
 import json
 
 import pytest
-import torch
-from helpers import X, adapt, assert_equal, layer_of, load, lotra_layers, net, refused, train
+from helpers import X, adapt, assert_equal, load, lotra_layers, net, refused
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from torch.testing import assert_close
 
 from peft_lotra import (
     LoTRAConfig,
-    create_lotra_optimizer,
-    start_from_gradient,
 )
-from peft_lotra.kan import KAN
 
 
 ONE_SHAPE = ("full", "full", 1)
@@ -58,42 +52,6 @@ def test_a_rank_of_the_size_of_its_mode_is_full():
     assert model.get_nb_trainable_parameters()[0] == (18 + 9) + (4**3 + 4 * 6 + 4 * 9)
 
 
-def test_adam_steps_of_the_dense_update_are_those_of_full_fine_tuning():
-    kan = KAN([3, 5, 2], dtype=torch.float64)
-    model = get_peft_model(copy.deepcopy(kan), LoTRAConfig(r="full"))
-
-    for network in (kan, model):
-        train(network, X.double(), steps=20)
-
-    for layer, tuned in zip(lotra_layers(model).values(), kan.layers, strict=True):
-        expected = torch.cat([tuned.spline_weight, tuned.base_weight.unsqueeze(-1)], -1)
-        assert_close(layer.effective_coefficients(), expected.detach())
-
-
-def test_the_optimizer_has_a_group_for_each_component_that_there_is():
-    optimizer = create_lotra_optimizer(adapt(r=ONE_SHAPE), torch.optim.Adam, lr=1e-2)
-
-    assert {group["name"].partition("/")[0] for group in optimizer.param_groups} - {"other"} == {
-        "core",
-        "factor_basis",
-    }
-
-
-BAD = {
-    "misspelt": ({"r": ("full", "ful", 1)}, '`r` should be a positive integer or "full"'),
-    "two modes": ({"r": ("full", 1)}, "three of them"),
-    "misspelt in a pattern": ({"rank_pattern": {"layers.0": "ful"}}, "`rank_pattern` should be"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_contradictory_configuration_is_refused(name):
-    values, message = BAD[name]
-
-    with refused(message):
-        LoTRAConfig(**values)
-
-
 @pytest.mark.parametrize(
     "config",
     [
@@ -107,18 +65,3 @@ def test_a_layer_in_which_nothing_would_be_trained_is_refused(config):
 
     with refused("leaves nothing to train in `kan.layers", model):
         get_peft_model(model, LoTRAConfig(**config))
-
-
-def test_the_basis_factor_of_a_start_from_the_gradient_is_the_leading_shape():
-    base, x = KAN([3, 4], dtype=torch.float64), X.double()
-    layer = base.layers[0]
-    base(x).sin().sum().backward()
-    gradient = torch.cat([layer.spline_weight.grad, layer.base_weight.grad.unsqueeze(-1)], -1)
-    model = get_peft_model(base, LoTRAConfig(r=ONE_SHAPE))
-
-    start_from_gradient(model, lambda: model(x).sin().sum())
-
-    adapter = layer_of(model)
-    factor = adapter.get_components("default").factor_basis.detach()
-    expected = torch.linalg.svd(gradient.flatten(0, 1), full_matrices=False).Vh[0]
-    assert_close((factor.squeeze(1) @ expected).abs(), torch.tensor(3.0, dtype=torch.float64))

@@ -77,17 +77,6 @@ def test_hessians_are_the_same_in_each_mode_and_in_mixed_batches(kind, r):
 
 
 @kinds
-def test_a_loss_on_derivatives_trains_the_adapter(kind):
-    """As a PINN does it: the loss is made of the second derivatives by the input."""
-    model, x = adapt(KINDS[kind]().double()), XD.clone().requires_grad_()
-    (first,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
-    torch.autograd.grad(first.sum(), x, create_graph=True)[0].square().mean().backward()
-
-    for name, parameter in components(model):
-        assert parameter.grad.isfinite().all() and parameter.grad.any(), name
-
-
-@kinds
 def test_hooks_of_the_base_layers_see_the_adapted_output(kind):
     model = adapt(KINDS[kind]().double())
     for layer in lotra_layers(model).values():

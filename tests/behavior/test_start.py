@@ -153,15 +153,6 @@ def test_frozen_components_are_swapped_and_set(tmp_path):
         train(second, inputs(20))
 
 
-def test_the_optimizer_and_the_counts_tell_the_truth():
-    adapted = get_peft_model(KAN([3, 4, 2]), LoTRAConfig(**CORE))
-    optimizer = create_lotra_optimizer(adapted, torch.optim.SGD, lr=0.1)
-    cores = sum(part.numel() for name, part in components(adapted) if "core" in name)
-
-    assert [group["name"] for group in optimizer.param_groups] == ["core"]
-    assert adapted.get_nb_trainable_parameters()[0] == cores
-
-
 def test_a_start_from_the_coefficients_is_refused_while_another_adapter_is_merged():
     """They are those of the base and of the adapter together."""
     adapted = get_peft_model(KAN([6, 5, 4]), LoTRAConfig(r=3))

@@ -10,9 +10,8 @@ import torch
 from helpers import X, adapt, assert_equal, assert_near, components, load, lotra_layers, net, refused, train
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
-from torch.testing import assert_close
 
-from peft_lotra import AdapterBank, ParametricAdapter, hotswap_adapter, save_adapter
+from peft_lotra import AdapterBank, ParametricAdapter, save_adapter
 
 
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -59,13 +58,6 @@ def test_a_file_holds_components_in_half_precision_and_its_config_says_so(tmp_pa
     assert storage in (tmp_path / "README.md").read_text()
 
 
-def test_without_it_a_file_has_the_dtype_of_the_components(tmp_path):
-    adapt().save_pretrained(tmp_path)
-
-    assert {tensor.dtype for tensor in weights_of(tmp_path).values()} == {torch.float32}
-    assert config_of(tmp_path)["storage"] is None
-
-
 def test_a_state_dict_in_memory_keeps_its_digits():
     tensors = get_peft_model_state_dict(adapt(storage="float16"))
 
@@ -99,16 +91,6 @@ def test_a_loaded_adapter_has_the_dtype_of_a_new_one_beside_each_base(tmp_path, 
         loaded = PeftModel.from_pretrained(net().to(base), tmp_path, low_cpu_mem_usage=low)
         dtypes = {part.dtype for _, part in components(loaded)}
         assert dtypes == {restored}
-
-
-def test_a_hotswap_brings_in_float32(tmp_path):
-    model, source = adapt(), adapt(storage="float16", alpha=0.3)
-    source.save_pretrained(tmp_path)
-
-    hotswap_adapter(model, tmp_path)
-
-    assert {part.dtype for _, part in components(model)} == {torch.float32}
-    assert_close(model(X), load(tmp_path)(X))
 
 
 @pytest.mark.parametrize("alpha", [0.3, 1e-5, 1e5])

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Training changes the active adapter and nothing else, by first-order optimizers and by Levenberg-Marquardt."""
+"""Training by first-order optimizers changes the active adapter and nothing else."""
 
 import pytest
 import torch
@@ -10,7 +10,6 @@ from peft import get_peft_model
 from torch.utils.checkpoint import checkpoint
 
 from peft_lotra import LoTRAConfig, create_lotra_optimizer
-from peft_lotra.least_squares import LevenbergMarquardt
 
 
 Y = torch.stack([X.prod(dim=1), X.sum(dim=1).sin()], dim=1)
@@ -84,26 +83,3 @@ def test_autocast_keeps_the_gradients_to_its_precision():
 
     for name, gradient in expected.items():
         assert_near(rounded[name], gradient, 0.3)
-
-
-def residual(model, x, y):
-    return model(x)[:, :2] - y
-
-
-@pytest.mark.parametrize("components", [None, ["core"]])
-def test_levenberg_marquardt_lowers_the_loss_at_each_step(components):
-    model = get_peft_model(net().double(), LoTRAConfig(r=2, train=components, init_weights="hosvd"))
-    start, x, y = state(model), X.double(), Y.double()
-
-    def loss():
-        return residual(model, x, y).square().sum().item() / len(x)
-
-    first = loss()
-    records = LevenbergMarquardt(model).fit([(residual, (x, y))], 8, progress=False)
-
-    losses = [record.loss for record in records]
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < 0.9 * first
-    assert losses[-1] == pytest.approx(loss())
-    trained = "lotra_core" if components else "lotra_"
-    assert changed(model, start) == {name for name in start if trained in name}
