@@ -26,7 +26,7 @@ ORDER = (
     ("derivatives",),
     ("layers", "least_squares"),
     ("pde",),
-    # the upper half, which imports PEFT: see trust/test_halves.py
+    # the upper half, which imports PEFT; trust/test_halves.py runs the lower one without it
     ("hub",),
     ("tuner",),
     ("bank",),
@@ -104,6 +104,11 @@ def test_kan_knows_nothing_of_peft(module):
             words |= set(str(getattr(node, field, None)).split("."))
 
     assert not {word for word in words if re.fullmatch(PEFT_NAMES, word)}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if RANKS[wing(module)] < RANKS["hub"]])
+def test_the_lower_half_does_not_import_peft(module):
+    assert not re.search(r"^\s*(from|import) peft\b", MODULES[module].read_text(), re.MULTILINE)
 
 
 def test_private_interfaces_of_torch_and_python_have_four_places():

@@ -9,9 +9,8 @@ import random
 
 import pytest
 import torch
-from helpers import KINDS, X, adapt, assert_equal, assert_near, bank_of, net, row_by_row
+from helpers import X, adapt, assert_equal, assert_near, bank_of, net, row_by_row
 from peft import PeftModel, get_peft_model_state_dict
-from torch import nn
 
 from peft_lotra import AdapterBank
 from peft_lotra.kan import KAN
@@ -126,49 +125,3 @@ def test_a_state_dict_says_the_form(name):
     for layer, update in bank.snapshot.updates_of(name)[0].items():
         assert update.tensor.form == before[layer].tensor.form
         assert update.tensor.shape == before[layer].tensor.shape
-
-
-GRAPHS = [("own", ["shape"]), ("own", ["outputs", "dense"]), ("efficient-kan-old", ["shape", "factors"])]
-
-
-@pytest.fixture(params=GRAPHS, ids=str)
-def graph_case(request):
-    """A bank in evaluation mode, its ids for the rows of `X`, and what is expected."""
-    torch._dynamo.reset()
-    kind, forms = request.param
-    bank, alone = bank_of_forms(KINDS[kind]().eval(), forms)
-    names = (forms * 8)[:8]
-    return bank.attach().eval(), bank.ids(names), row_by_row(alone, names, X)
-
-
-def test_a_bank_with_full_modes_is_exported(graph_case):
-    model, ids, expected = graph_case
-
-    with torch.no_grad():
-        y = torch.export.export(model, (X,), {"ids": ids}).module()(X, ids=ids)
-
-    assert_near(y, expected)
-
-
-def test_a_bank_with_full_modes_runs_in_onnx(graph_case, tmp_path):
-    runtime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    model, ids, expected = graph_case
-
-    torch.onnx.export(model, (X,), tmp_path / "bank.onnx", kwargs={"ids": ids}, dynamo=True, verbose=False)
-    session = runtime.InferenceSession(str(tmp_path / "bank.onnx"))
-    names = [value.name for value in session.get_inputs()]
-    (y,) = session.run(None, dict(zip(names, (X.numpy(), ids.numpy()), strict=True)))
-
-    assert_near(torch.tensor(y), expected)
-
-
-def test_a_graph_takes_several_rows_for_each_sample():
-    bank, alone = bank_of_forms(nn.Sequential(KAN([3, 4, 2])), ["shape", "outputs"])
-    x = torch.rand(4, 6, 3)
-    names = ["shape", "outputs"] * 2
-
-    with torch.no_grad():
-        y = torch.compile(bank.attach().eval(), backend="eager", fullgraph=True)(x, ids=bank.ids(names))
-
-    assert_near(y, row_by_row(alone, names, x))

@@ -4,7 +4,6 @@
 """Adapters of a bank trained at once, by AdamW: each as it is trained alone."""
 
 import copy
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -124,37 +123,6 @@ def test_adamw_trains_each_adapter_as_alone(kind, configs, counts):
     check_same_outputs(model, alone, tolerance)
     for name, start in starts.items():
         assert differ(get_peft_model_state_dict(alone[name]), start)
-
-
-def test_shards_that_an_executor_trains_become_one_bank(tmp_path):
-    first_base, second_base, base = (copy.deepcopy(kan) for kan in [KAN([3, 6, 2], dtype=torch.float64)] * 3)
-    _, alone = bank_of(copy.deepcopy(base), CONFIGS, random=False)
-    batches = [draw_batch(9, 9, 9) for _ in range(4)]
-
-    def train_shard(names, base):
-        shard, folder = AdapterBank(base), tmp_path / names[0]
-        for name in names:
-            shard.add(name, alone[name])
-        parts = []
-        for x, y, all_names in batches:
-            rows = [row for row, name in enumerate(all_names) if name in names]
-            parts.append((x[rows], y[rows], [all_names[row] for row in rows]))
-        train_together(shard, shard.attach().eval(), parts)
-        shard.save(folder)
-        return folder
-
-    merged = AdapterBank(base)
-    with ThreadPoolExecutor(2) as executor:
-        for folder in executor.map(train_shard, (["a", "c"], ["b"]), (first_base, second_base)):
-            shard = AdapterBank.load(base, folder)
-            for name in shard.names:
-                merged.add(name, shard)
-    merged.save(tmp_path / "all")
-    bank = AdapterBank.load(base, tmp_path / "all")
-
-    assert bank.names == ["a", "c", "b"]
-    train_alone(alone, batches)
-    check_same_outputs(bank.attach().eval(), alone, 1e-10)
 
 
 def test_an_adapter_of_a_bank_on_another_base_is_refused():
@@ -370,9 +338,6 @@ def test_gradient_checkpointing_keeps_the_rows_of_each_pass(is_training, use_ree
     for checkpointed, plain in zip(gradients(use_reentrant), gradients(None), strict=True):
         assert_near(checkpointed, plain, 1e-12)
         assert plain.any()
-
-
-# --- Levenberg-Marquardt ---
 
 
 def test_what_is_by_id_has_one_length():

@@ -120,8 +120,10 @@ def test_a_bank_takes_a_budget():
     ],
 )
 def test_what_cannot_be_is_refused(options, message):
-    with refused(message):
-        get_peft_model(KAN([4, 3]), LoTRAConfig(**options))
+    model = KAN([4, 3])
+
+    with refused(message, model):
+        get_peft_model(model, LoTRAConfig(**options))
 
 
 def add_second(model, config):

@@ -90,17 +90,6 @@ def test_the_gradient_start_uses_the_leading_directions_of_the_kernel():
     assert_close(kernel @ kernel.T, leading @ leading.T, atol=1e-3, rtol=0)
 
 
-def test_convolutions_have_scale():
-    layer = first(adapted(net(), alpha=2.0))
-    delta = layer.get_delta_weight("default")
-
-    assert_close(delta, 2 * layer.get_components("default").dense())
-
-    layer.set_scale("default", 0.5)
-
-    assert_equal(layer.get_delta_weight("default"), layer.get_components("default").dense())
-
-
 def test_what_convolutions_cannot_do_is_refused():
     model, x = adapted(net()), images()
 

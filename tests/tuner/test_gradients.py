@@ -176,18 +176,6 @@ def test_modes_gradients_and_running_statistics_are_left_as_they_were(failure):
     assert everything(model)[1] == parameters
 
 
-@pytest.mark.parametrize("base_of", [base, lambda name: adapt(base(name))])
-def test_a_gradient_start_is_no_input_of_a_configuration(base_of):
-    config = LoTRAConfig(r=2, init_weights="gradient")
-    model = base_of("own")
-    before = everything(model)
-
-    with refused(r"start_from_gradient\(model, loss\)"):
-        model.add_adapter("second", config) if hasattr(model, "add_adapter") else get_peft_model(model, config)
-
-    assert_unchanged(model, before)
-
-
 def test_a_second_adapter_starts_from_the_gradient_of_the_base():
     model = base("own", torch.float64)
     (gradient,) = gradients_of(model).values()
