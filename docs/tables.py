@@ -313,18 +313,6 @@ def convolutions() -> str:
     return table(header, rows, left=0)
 
 
-def jet_speed() -> str:
-    runs = [run["milliseconds"] for run in load("pde/jet_speed")["rows"]]
-    rows = [["eager"], ["under `torch.compile`"]]
-    for size in (5, 20):
-        key = f"value and Laplacian, grid {size}"
-        eager = [run[key] for run in runs]
-        compiled = runs[1][f"{key}, compiled"]
-        rows[0].append(f"{min(eager):.1f} to {max(eager):.1f}")
-        rows[1].append(mark(f"{compiled:.1f}", compiled > max(eager)))
-    return table("| | CPU ms, 5 intervals | CPU ms, 20 intervals |", rows)
-
-
 def jet_orders() -> str:
     names = ("KAN, `jet`", "KAN, nested autograd")
     names += ("MLP, `jet`", "MLP, nested autograd")
@@ -416,7 +404,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "fifty-tasks": fifty_tasks,
     "fronts": fronts,
     "jet-orders": jet_orders,
-    "jet-speed": jet_speed,
     "lycoris": lycoris,
     "many-series": many_series,
     "rates-by-rank": rates_by_rank,
@@ -467,7 +454,6 @@ PAGES: dict[str, Callable[[], str]] = {
     "parametric/coverage": TABLES["coverage"],
     "parametric/wide": lambda: study("wide").table(load("parametric/wide")),
     "pde/demos": lambda: record_of("demos"),
-    "pde/forgetting": lambda: record_of("forgetting"),
     "pde/moving_targets": lambda: study("moving_targets").page(
         load("pde/moving_targets")
     ),

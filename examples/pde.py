@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from peft_lotra import LoTRAConfig
 from peft_lotra.kan import KAN, jet
-from peft_lotra.pde import BoxDistance, Solution, solve
+from peft_lotra.pde import BoxDistance, solve
+from peft_lotra.pde.solution import Solution
 
 
 LOW, HIGH = (-1, -1), (1, 1)

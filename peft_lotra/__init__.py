@@ -25,7 +25,7 @@ if find_spec("peft"):
     from .hub.load import load_adapters
     from .hub.push import push_to_hub
     from .optim.learning_rates import create_lotra_optimizer
-    from .parametric import ParametricAdapter
+    from .parametric.adapter import ParametricAdapter
     from .selection.fit import fit_adapter
     from .tuner import jets  # noqa: F401  (teaches `jet` what PEFT puts around KANs)
     from .tuner.config import LoTRAConfig

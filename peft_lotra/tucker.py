@@ -489,12 +489,17 @@ def cap_ranks(r: Ranks, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(capped)
 
 
-def component_shapes(
-    ranks: Sequence[int],
-    shape: Sequence[int],
-) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the core and of the factors of the modes that are not full, by name."""
-    shapes = {"core": tuple(ranks)}
+def component_shapes(r: Ranks, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the components of a tensor of this shape, by name: the core, and factors of modes not full.
+
+    Ranks above the size of their mode are capped, as by `cap_ranks`. The shape of the core are the capped ranks.
+
+    Example:
+        >>> component_shapes(("full", 4, 1), (16, 8, 5))
+        {'core': (16, 4, 1), 'factor_in': (8, 4), 'factor_basis': (5, 1)}
+    """
+    ranks = cap_ranks(r, shape)
+    shapes = {"core": ranks}
     for name, size, rank in zip(Tucker._fields[1:], shape, ranks, strict=False):
         if rank != size:
             shapes[name] = (size, rank)

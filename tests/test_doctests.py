@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import peft_lotra
-from peft_lotra import kan, optim
 
 
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
@@ -28,9 +27,10 @@ class Parser(doctest.DocTestParser):
 FINDER = doctest.DocTestFinder(parser=Parser(), exclude_empty=True)
 NAMES = sorted({"peft_lotra", *(m.name for m in pkgutil.walk_packages(peft_lotra.__path__, "peft_lotra."))})
 EXAMPLES = [found for name in NAMES for found in FINDER.find(importlib.import_module(name), name) if found.examples]
+PACKAGES = [module for module in map(importlib.import_module, NAMES) if hasattr(module, "__all__")]
 # what a reader has imported already: torch, the public names, and the names of the module that the example is in
 NAMESPACE = {"__name__": "example", "torch": torch, "nn": torch.nn} | {
-    name: getattr(module, name) for module in (peft_lotra, kan, optim) for name in module.__all__
+    name: getattr(module, name) for module in PACKAGES for name in module.__all__
 }
 
 
@@ -44,5 +44,8 @@ def test_example(example, tmp_path, monkeypatch):
     assert not report, "".join(report)
 
 
-def test_examples_are_found():
-    assert any("get_peft_model" in line.source for example in EXAMPLES for line in example.examples)
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+def test_each_public_name_has_an_example(package):
+    documented = {name: getattr(package, name).__doc__ for name in package.__all__ if name != "__version__"}
+
+    assert [name for name, docstring in documented.items() if ">>> " not in docstring] == []

@@ -151,9 +151,8 @@ with torch.no_grad():
 # %% [markdown]
 # ## Take out one customer
 #
-# `AdapterBank.load(..., names=[...])` reads only the named adapters. From a bank
-# on the Hub, it downloads only those. `export` writes an adapter as a folder for
-# `PeftModel.from_pretrained`.
+# `AdapterBank.load(..., names=[...])` keeps only the named adapters. `export`
+# writes an adapter as a folder for `PeftModel.from_pretrained`.
 
 # %%
 one = AdapterBank.load(base, "households", names=["customer_7"])

@@ -19,7 +19,7 @@ from burgers import MEMBERS, network, terms_of
 from safetensors.torch import save_file
 
 from peft_lotra import ParametricAdapter
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.least_squares import LevenbergMarquardt
 
 
 FOLDER = Path(__file__).parent / "family"

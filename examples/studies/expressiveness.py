@@ -47,7 +47,7 @@ from peft_lotra.compress.spectra import spectrum_of
 from peft_lotra.compress.updates import coefficient_updates
 from peft_lotra.kan import KAN
 from peft_lotra.layers.recognize import get_kan_spec
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.least_squares import LevenbergMarquardt
 from peft_lotra.tucker import cap_ranks, tucker
 
 

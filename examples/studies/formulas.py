@@ -9,15 +9,12 @@ Shown in docs/recipes/what_changed.md.
     python examples/studies/formulas.py --quick  # one case of each part, for CI
 
 At the output: the change of 2 to 4 inputs has 1 to 3 terms of the library, or is a function that no formula of it is
-near. It is what a KAN, trained on data without the change, leaves of data with it and 1 % of noise. Beside the recipe:
-sparse regression on a fixed library (pysindy, STLSQ, its threshold by BIC), and `suggest_symbolic` of pykan on the
-edges of a KAN [d, 1] that is trained on the change itself, or on sines and tuned to sines with the change. Inside: a
-KAN [d, 1, 1] has y = h(u(x)), and y = h(u(x) + d(x_i)) in the new data. On real data: the perimeters of cells drift by
-a term of the library in one of three other measurements (breast cancer data of scikit-learn).
+near. It is what a KAN, trained on data without the change, leaves of data with it and 1 % of noise. Inside: a KAN
+[d, 1, 1] has y = h(u(x)), and y = h(u(x) + d(x_i)) in the new data. On real data: the perimeters of cells drift by a
+term of the library in one of three other measurements (breast cancer data of scikit-learn).
 
 Right: each term has its function, and its constants within 2 %; shifts within 2 % of the half range or of themselves.
-Accepted: the misfit is below 5 %, and the recipe gives no other reason. The recipe was fixed on other seeds. pysindy
-and pykan are left out where they are not installed.
+Accepted: the misfit is below 5 %, and the recipe gives no other reason. The recipe was fixed on other seeds.
 """
 
 from __future__ import annotations
@@ -29,6 +26,7 @@ import ast
 import math
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,6 +35,7 @@ import sympy
 import torch
 from scipy import special
 from study_tools import files
+from study_tools.tables import table
 from torch import Tensor
 from tqdm import tqdm
 
@@ -44,7 +43,6 @@ from peft_lotra.kan import KAN
 
 
 ROWS, NOISE, TOLERANCE = 1000, 0.01, 0.02
-PYKAN_CASES = 10
 RECIPE = command_line.STUDIES.parents[1] / "docs" / "recipes" / "what_changed.py"
 WORST_BASE = 0.003  # error on fresh points, as a share of the standard deviation, of a base that is kept
 
@@ -261,120 +259,6 @@ def judge(find: Callable[[], Any], terms: dict | None, scale: float = 1.0) -> di
     }
 
 
-def run_rivals(row: dict, planted: bool, bases: dict) -> None:
-    """Add the verdicts of the other methods on a case at the output, those of pykan for few cases."""
-    x, d, terms = draw_case(row["seed"], planted, bases)
-    for name, rival in RIVALS.items():
-        if name in row or (name != "pysindy" and row["seed"] % 100 >= PYKAN_CASES):
-            continue
-        start = time.process_time()
-        try:
-            row[name] = rival(x, d, terms)
-        except ModuleNotFoundError:
-            continue
-        row[f"{name}, seconds"] = round(time.process_time() - start, 2)
-
-
-def expand(terms: dict) -> dict[sympy.Expr, float] | None:
-    """Return the coefficients of polynomials of the inputs, without the constant; None for other functions."""
-    total = sum((term.a * term.g.subs(term.constants).subs(X, key) for key, term in terms.items()), sympy.Integer(0))
-    if not total.is_polynomial():
-        return None
-    return {monomial: float(v) for monomial, v in sympy.expand(total).as_coefficients_dict().items() if monomial != 1}
-
-
-def run_pysindy(x: np.ndarray, d: np.ndarray, terms: dict | None) -> str:
-    """Fit a fixed library by STLSQ, with the threshold of the least BIC, refused at a misfit above 5 %."""
-    import pysindy
-
-    variables = sympy.symbols(f"x:{x.shape[1]}")
-    functions = [X, X**2, X**3, sympy.sin(X), sympy.sin(3 * X), sympy.exp(X), sympy.exp(-X), abs(X), sympy.tanh(X)]
-    functions += [sympy.tanh(3 * X), sympy.exp(-(X**2)), sympy.exp(-9 * X**2), 1 / (X - 1.2), 1 / (X + 1.2)]
-    functions += [sympy.sqrt(X + 1.2), sympy.sqrt(1.2 - X), sympy.log(X + 1.2), sympy.log(1.2 - X)]
-    library = [g.subs(X, variable) for variable in variables for g in functions]
-    library += [u * v for place, u in enumerate(variables) for v in variables[:place]]
-    columns = sympy.lambdify(variables, library)(*x.T)
-    matrix = np.stack(columns, 1)
-    center, scale, size = matrix.mean(0), matrix.std(0), d.std()
-    scaled = (matrix - center) / scale
-    best = (math.inf, np.zeros(len(library)), 0.0)
-    for threshold in np.geomspace(0.01, 1, 15):
-        optimizer = pysindy.STLSQ(threshold=threshold, alpha=1e-6)
-        coefficients = optimizer.fit(scaled, (d - d.mean())[:, None] / size).coef_[0]
-        misfit = np.std((d - d.mean()) / size - scaled @ coefficients)
-        score = 2 * len(d) * math.log(misfit) + np.count_nonzero(coefficients) * math.log(len(d))
-        best = min(best, (score, coefficients, misfit), key=lambda fit: fit[0])
-    _, coefficients, misfit = best
-    if misfit > recipe["MISFIT"]:
-        return "refused"
-    values = coefficients * size / scale
-    found = {g: v for g, v in zip(library, values, strict=True) if v != 0}
-    expected = expand(terms) if terms is not None else None
-    if expected is None or found.keys() != expected.keys():
-        return "wrong"
-    largest = max(map(abs, expected.values()))
-    errors = [abs(found[g] - v) / (abs(v) if abs(v) > 0.1 * largest else largest) for g, v in expected.items()]
-    return "right" if max(errors) <= TOLERANCE else "wrong"
-
-
-PYKAN_NAMES = ["x", "x^2", "x^3", "sin", "exp", "exp", "abs", "tanh", "gaussian", "1/x", "sqrt", "sqrt", "log", "log"]
-
-
-def suggest(kan: Any, x: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """Let pykan suggest a function for each edge of a [d, 1]: its name, and its values."""
-    functions = {"x": X, "x^2": X**2, "x^3": X**3, "0": X * 0, "1/x": 1 / X, "gaussian": sympy.exp(-(X**2))}
-    kan(torch.tensor(x[:200]))  # what the suggestions are made from: with all rows a case takes a minute
-    suggestions = []
-    for i in range(x.shape[1]):
-        name, *_ = kan.suggest_symbolic(0, i, 0, lib=[*dict.fromkeys(PYKAN_NAMES), "0"], verbose=False)
-        kan.fix_symbolic(0, i, 0, name, verbose=False)
-        g = sympy.sympify(functions.get(name, f"{name}(x)"))
-        rate, shift, factor, constant = (float(v) for v in kan.symbolic_fun[0].affine[0, i].detach())
-        values = factor * sympy.lambdify(X, g.subs(X, rate * X + shift))(x[:, i]) + constant
-        suggestions.append((name, values + np.zeros(len(x))))
-    return suggestions
-
-
-def run_pykan(x: np.ndarray, d: np.ndarray, terms: dict | None, old: np.ndarray | float = 0.0) -> str:
-    """Train a pykan [d, 1] on data that are sums without the change (or skip that), and tune it to those with it.
-
-    Right: each suggestion has the name of the term, unless there are old data, and its values within 2 % of the
-    change. That is less than what is asked of the recipe.
-    """
-    from kan import KAN as PyKAN
-
-    torch.manual_seed(0)
-    kan = PyKAN(width=[x.shape[1], 1], grid=10, auto_save=False)
-    targets = [old + d] if np.ndim(old) == 0 else [old.sum(1), old.sum(1) + d]
-    for target in targets:
-        data = dict.fromkeys(("train_input", "test_input"), torch.tensor(x))
-        data |= dict.fromkeys(("train_label", "test_label"), torch.tensor(target)[:, None])
-        kan.fit(data, steps=30)
-    suggestions = suggest(kan, x)
-    left = targets[-1] - sum(values for _, values in suggestions)
-    if np.std(left) > recipe["MISFIT"] * np.std(d):
-        return "refused"
-    if terms is None or not all(variable.is_Symbol for variable in terms):
-        return "wrong"
-    for i, variable in enumerate(sympy.symbols(f"x:{x.shape[1]}")):
-        name, values = suggestions[i]
-        planted = np.zeros(len(x))
-        if variable in terms:
-            planted = terms[variable](x[:, i])
-            if np.ndim(old) == 0 and name != PYKAN_NAMES[LIBRARY.index(terms[variable].g)]:
-                return "wrong"
-        change = values - (0.0 if np.ndim(old) == 0 else old[:, i])
-        if np.std(change - planted) > TOLERANCE * np.std(d):
-            return "wrong"
-    return "right"
-
-
-def run_tuned_edges(x: np.ndarray, d: np.ndarray, terms: dict | None) -> str:
-    return run_pykan(x, d, terms, np.sin(2 * x))
-
-
-RIVALS = {"pysindy": run_pysindy, "pykan on the change": run_pykan, "pykan, tuned edges": run_tuned_edges}
-
 LINKS: list[Callable[[Tensor], Tensor]] = [
     lambda u: torch.exp(0.8 * u),
     torch.tanh,
@@ -428,18 +312,13 @@ def run_inside(seed: int, planted: bool) -> dict:
     y = link(torch.tensor(before + factor * (values - values.mean()))[:, None])
     y += NOISE * (y - y_old).std() * torch.tensor(rng.standard_normal((ROWS, 1)))
     points = torch.tensor(x)
-    alone = {}
-    if planted and seed % 100 < 24:
-        residual = recipe["find_formula"](x, (y - kan(points)).detach().numpy()[:, 0])
-        alone = {"residual alone": "refused" if residual.reason else "accepted"}
-
     u = kan.layers[0](points).detach()
     scale = np.polyfit(before, u.numpy()[:, 0], 1)[0]  # the units of the hidden unit
     terms = None
     if term is not None:
         terms = {sympy.symbols(f"x:{width}")[i]: term._replace(a=term.a * factor)}
     judged = judge(lambda: recipe["find_inside"](kan, points, y), terms, scale)
-    return {"seed": seed, **judged, "bases tried": attempts, **alone}
+    return {"seed": seed, **judged, "bases tried": attempts}
 
 
 def load_cells() -> tuple[np.ndarray, np.ndarray]:
@@ -473,68 +352,27 @@ def run_cells(seed: int, cells: tuple[np.ndarray, np.ndarray]) -> dict:
     return {"seed": seed, **judge(lambda: recipe["find_formula"](x, change), terms)}
 
 
-def run_diabetes() -> dict:
-    """Fit a base to one sex of scikit-learn's diabetes data, and look for a formula of the change to the other."""
-    from sklearn.datasets import load_diabetes
-
-    x, y = load_diabetes(return_X_y=True)
-    first = x[:, 1] < 0
-    x = np.delete(x, 1, 1)
-    x = (x - x.mean(0)) / x.std(0)
-    y = (y - y[first].mean()) / y[first].std()
-    torch.manual_seed(0)
-    kan = KAN([x.shape[1], 1], grid_size=2, grid_range=(-4, 4))
-    points, targets = torch.tensor(x), torch.tensor(y)[:, None]
-    train, held = points[first][::2], points[first][1::2]
-    terms = [(lambda model, x, y: model(x) - y, (train, targets[first][::2]))]
-    held_terms = [(terms[0][0], (held, targets[first][1::2]))]
-    recipe["LevenbergMarquardt"](kan).fit(terms, 60, held=held_terms, progress=False)
-    left = (targets - kan(points)).detach().numpy()[:, 0]
-    formula = recipe["find_formula"](x[~first], left[~first])
-    return {
-        "rows of the base": int(first.sum()),
-        "rows of the change": int((~first).sum()),
-        "error of the base, held out": round(float(left[first][1::2].std()), 3),
-        "size of the change": round(float(left[~first].std()), 3),
-        "formula": str(formula),
-    }
+KINDS = ("right", "constants", "wrong", "refused")
 
 
 def as_text(results: dict) -> str:
-    """Write the counts as tables."""
-    lines = [
+    """Write the counts as a table, and each case that is not right."""
+    lines, failures = [], []
+    for part, rows in results["cases"].items():
+        counts = Counter(row["verdict"] for row in rows)
+        mean = sum(row["seconds"] for row in rows) / len(rows)
+        lines.append([part, len(rows), *(counts[kind] for kind in KINDS), f"{mean:.1f}"])
+        for row in rows:
+            if row["verdict"] in ("wrong", "constants") or (row["planted"] and row["verdict"] == "refused"):
+                found = f"planted {row['planted']}, found {row['formula']}"
+                failures.append(f"* {part}, seed {row['seed']}, {row['verdict']}: {found}")
+    header = (
         "| change | cases | right | right functions, constants off | wrong, accepted | refused | seconds of a case |"
-    ]
-    lines.append("|---|--:|--:|--:|--:|--:|--:|")
-    for part, rows in results["cases"].items():
-        columns = {"recipe": ("verdict", "seconds")}
-        columns |= {name: (name, f"{name}, seconds") for name in RIVALS}
-        for method, (key, seconds) in columns.items():
-            counted = [row for row in rows if key in row]
-            if not counted:
-                continue
-            verdicts = [row[key] for row in counted]
-            counts = " | ".join(str(verdicts.count(kind)) for kind in ("right", "constants", "wrong", "refused"))
-            mean = sum(row[seconds] for row in counted) / len(counted)
-            lines.append(f"| {part}, {method} | {len(counted)} | {counts} | {mean:.1f} |")
-    lines.append("")
-    for part, rows in results["cases"].items():
-        if "bases tried" in rows[0]:
-            alone = [row["residual alone"] for row in rows if "residual alone" in row]
-            drawn = sum(row["bases tried"] > 1 for row in rows)
-            lines.append(f"{part}: {drawn} of {len(rows)} drew another base, the first one was not fitted to 0.3 %.")
-            if alone:
-                count = alone.count("accepted")
-                lines.append(f"The residual at the output alone gives a formula in {count} of {len(alone)} cases.")
-    lines += ["", "Diabetes (scikit-learn), a base of one sex, the change to the other:", ""]
-    lines += [f"* {name}: {value}" for name, value in results["diabetes"].items()]
-    failures = [
-        f"* {part}, seed {row['seed']}, {row['verdict']}: planted {row['planted']}, found {row['formula']}"
-        for part, rows in results["cases"].items()
-        for row in rows
-        if row.get("verdict") in ("wrong", "constants") or (row["planted"] and row.get("verdict") == "refused")
-    ]
-    return "\n".join([*lines, "", "Not right:", "", *(failures or ["* none"])]) + "\n"
+    )
+    bases = [row["bases tried"] for rows in results["cases"].values() for row in rows if "bases tried" in row]
+    drawn = sum(count > 1 for count in bases)
+    note = f"Inside, {drawn} of {len(bases)} cases drew another base: the first one was not fitted to 0.3 %."
+    return "\n".join([table(header, lines), note, "", "Not right:", "", *(failures or ["* none"])]) + "\n"
 
 
 def main() -> None:
@@ -552,7 +390,7 @@ def main() -> None:
     torch.set_default_dtype(torch.float64)
     np.seterr(all="ignore")
     warnings.simplefilter("ignore")
-    path = args.output / ("formulas_quick.json" if args.quick else "formulas.json")
+    path = files.path_of(args, "formulas")
     results = files.read(path)
     cases = results.get("cases", {})
     bases, cells = train_bases(), load_cells()
@@ -563,19 +401,14 @@ def main() -> None:
         "inside": (100, lambda seed: run_inside(seed, True)),
         "inside, no formula": (50, lambda seed: run_inside(seed, False)),
     }
-    diabetes = run_diabetes()
     for part, (count, run) in parts.items():
         rows = cases.setdefault(part, [])
         done = {row["seed"] for row in rows}
         seeds = range(args.first, args.first + (1 if args.quick else count))
         for seed in tqdm([seed for seed in seeds if seed not in done], desc=part):
             rows.append(run(seed))
-            files.write(path, {"cases": cases, "diabetes": diabetes})
-    for planted, part in ((True, "at the output"), (False, "at the output, no formula")):
-        for row in tqdm(cases[part], desc=f"others {part}"):
-            run_rivals(row, planted, bases)
-            files.write(path, {"cases": cases, "diabetes": diabetes})
-    files.write_page(path, as_text({"cases": cases, "diabetes": diabetes}))
+            files.write(path, {"cases": cases})
+    files.write_page(path, as_text({"cases": cases}))
 
 
 if __name__ == "__main__":

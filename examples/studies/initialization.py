@@ -43,8 +43,7 @@ from study_tools.tasks import Task, build, digits_to_mnist, rotated_digits, scor
 from torch import nn
 from tqdm import tqdm
 
-from peft_lotra import LoTRAConfig, start_from_gradient
-from peft_lotra.optim import create_lotra_optimizer
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, start_from_gradient
 
 
 torch.set_num_threads(1)  # additional threads slow down such small matrices

@@ -39,7 +39,7 @@ from study_tools.records import Record
 from study_tools.tables import short
 
 from peft_lotra.kan import KAN, refine_grid
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.least_squares import LevenbergMarquardt
 
 
 torch.set_num_threads(1)

@@ -2,5 +2,3 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """Thousands of adapters of one base: stored as rows of one matrix, served in one batch."""
-
-from .bank import AdapterBank as AdapterBank

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from ..hub.card import README, write_bank_card
-from ..kan.row_product import PackedTucker, RowGroups, group_rows
+from ..kan.row_updates import PackedTucker, RowGroups, group_rows
 from ..modules.calls import LayerLock, check_loaded, places, unwrap
 from ..modules.folders import replacing_files
 from ..tucker import full_shape

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..kan.row_product import RowGroups, RowUpdates
+from ..kan.row_updates import RowGroups, RowUpdates
 from ..modules.calls import is_tracing
 from ..tucker import Tucker, Update
 from ..tuner.by_row import MixedBatch, PassVariable, check_batch, find_row_counts, run_mixed_batch

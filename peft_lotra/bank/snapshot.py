@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kan.row_product import PackedTucker, RowGroups, RowUpdates
+from ..kan.row_updates import PackedTucker, RowGroups, RowUpdates
 from ..modules.checks import list_first
 from ..tucker import Tucker, Update
 from ..tuner.by_row import check_names

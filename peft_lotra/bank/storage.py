@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..hub.base_code import hub_id
-from ..kan.row_product import PackedTucker
+from ..kan.row_updates import PackedTucker
 from ..modules.checks import list_first
 from ..modules.folders import naming_damage
 from ..tuner.by_row import check_names

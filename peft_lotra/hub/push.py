@@ -57,10 +57,15 @@ def push_to_hub(
         HfHubHTTPError: The Hub refuses the push.
 
     Example:
-        ```python
-        push_to_hub(model, "user/kan-rotated", base_model="user/kan", metrics={"accuracy": 0.853})
-        push_to_hub(bank, "user/customers", base_model="user/kan")
-        ```
+        >>> from peft import get_peft_model
+        >>> from peft_lotra import LoTRAConfig, push_to_hub
+        >>> from peft_lotra.kan import KAN
+        >>> base = KAN([2, 8, 1])
+        >>> commit = base.push_to_hub("user/kan")
+        >>> model = get_peft_model(base, LoTRAConfig())
+        >>> commit = push_to_hub(model, "user/kan-rotated", base_model="user/kan", metrics={"accuracy": 0.853})
+        >>> commit.commit_message
+        'Upload LoTRA adapters'
     """
     api = HfApi(token=token)
     if "/" not in repo_id:

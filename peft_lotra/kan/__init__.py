@@ -9,7 +9,7 @@ from .basis import bspline_basis
 from .input_map import TanhBound
 from .layer import KANLinear
 from .network import KAN
-from .refinement import RefinementReport, refine_grid
+from .refinement import refine_grid
 from .slim_kan import SlimKAN, SlimKANLinear
 
 
@@ -18,7 +18,6 @@ from ..derivatives.api import hessian, jet, laplacian  # isort: skip (it imports
 __all__ = [
     "KAN",
     "KANLinear",
-    "RefinementReport",
     "SlimKAN",
     "SlimKANLinear",
     "TanhBound",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..modules.checks import as_number, check_count
 from .basis import UniformGrid, bspline_basis, change_of_basis, check_grid, check_input, moments, spread_points
 from .formula import LayerFormula
+from .update_product import compute_output
 
 
 # Share of the variance of a new layer's output that comes from its splines; see `KANLinear.reset_parameters`.
@@ -165,7 +166,7 @@ class KANLinear(SplineLayer):
             ValueError: Their last dimension is not I, or their dtype differs from the weights (but under autocast).
         """
         check_input(x, self.in_features, self, self.spline_weight.dtype)
-        return self.formula.output(x)
+        return compute_output(self.formula, x)
 
     @torch.no_grad()
     def update_grid(self, x: Tensor, margin: float = 0.01) -> None:

@@ -23,6 +23,7 @@ from ..derivatives.layers import evaluate_layer
 from ..derivatives.torch_fallback import elementwise_derivatives, jet_by_transforms
 from ..kan.basis import SPLINE_ORDERS, in_transform
 from ..kan.formula import FunctionBasis, LayerFormula
+from ..kan.update_product import compute_output
 from ..modules.calls import attributes_kept, call_with_parameters, is_tracing, own_attributes, runs_more_than_its_class
 from ..tucker import Update
 from .coefficients import CoefficientTensor, get_or_none
@@ -248,7 +249,7 @@ def _has_right_values(reader: FormulaReader, layer: nn.Module, x: Tensor) -> boo
 
     def run() -> bool:
         expected = layer(x)
-        result = reader.read(layer).output(x)
+        result = compute_output(reader.read(layer), x)
         if result.dtype != expected.dtype or not _agree(result, expected, _TOLERANCE[x.dtype]):
             return False
         return same_grid(buffers, dict(layer.named_buffers()))
@@ -370,7 +371,7 @@ def _has_right_slopes(
     tolerances: Sequence[float],
 ) -> bool:
     """Compare values, slopes, a single row, and what becomes of NaN."""
-    y, slope = _differentiate(formula.output, x)
+    y, slope = _differentiate(partial(compute_output, formula), x)
     expected, expected_slope = _differentiate(layer, x)
     if not _agree(y, expected, tolerances[0]):
         return False
@@ -381,7 +382,7 @@ def _has_right_slopes(
     with_nan = x[:1].clone()
     with_nan[0, 0] = torch.nan
     for row in (x[:1], with_nan):
-        output = formula.output(row)
+        output = compute_output(formula, row)
         output_of_layer = layer(row.clone())  # the layer may write into its input
         if not torch.allclose(output, output_of_layer, 1e-6, 1e-6, equal_nan=True):
             return False

@@ -91,6 +91,17 @@ class KANLayerSpec:
 
     Raises:
         ValueError: A pattern is malformed, or a name stands twice.
+
+    Example:
+        >>> import torch
+        >>> from peft_lotra import KANLayerSpec
+        >>> class Polynomials(torch.nn.Module):  # y[o] = sum_{i,k} weight[o,i,k] x[i]^k
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.weight = torch.nn.Parameter(torch.randn(3, 2, 4))
+        >>> spec = KANLayerSpec("polynomials", Polynomials, ("weight", "o i k"))
+        >>> spec.locate(Polynomials()).shape
+        (3, 2, 4)
     """
 
     kind: str
@@ -297,6 +308,9 @@ def _solve(
         edges[name] = shape[:2]
     if len(set(edges.values())) > 1:
         raise ValueError(f"shapes are not as described. Those of (out, in) must be equal, and are {edges}.")
+    # fill the caches of the layouts, which compiled code cannot
+    stored = [torch.empty(member.stored, device="meta") for member in tensor.members]
+    tensor.split(tensor.join(stored))
     return tensor
 
 

@@ -111,7 +111,7 @@ def get_recorded_spec(
     Raises:
         ValueError: The kind is neither registered nor described, or the description is damaged.
     """
-    spec = get_kan_spec(layer)
+    spec, _ = recognize(layer)
     if record is None:
         return spec
     name = record["kind"]

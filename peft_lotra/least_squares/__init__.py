@@ -3,7 +3,7 @@
 
 """Nonlinear least squares by Levenberg-Marquardt, for any model with few trainable parameters."""
 
-from .levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
+from .levenberg_marquardt import LevenbergMarquardt
 
 
-__all__ = ["LevenbergMarquardt", "LevenbergMarquardtStep"]
+__all__ = ["LevenbergMarquardt"]

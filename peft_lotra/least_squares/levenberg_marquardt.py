@@ -92,6 +92,20 @@ class LevenbergMarquardt:
 
     Source: J. J. More, "The Levenberg-Marquardt algorithm" (1978). For the forgetting factor, L. Ljung and T.
     Soderstrom, "Theory and Practice of Recursive Identification" (1983).
+
+    Example:
+        >>> import torch
+        >>> from peft_lotra.kan import KAN, jet
+        >>> from peft_lotra.least_squares import LevenbergMarquardt
+        >>> def equation(model, x):  # -u'' = 1
+        ...     return jet(model, x)[2][0] + 1
+        >>> def boundary(model, x):  # u(-1) = u(1) = 0
+        ...     return model(x)
+        >>> points = torch.linspace(-1, 1, 20).unsqueeze(1)
+        >>> ends = torch.tensor([[-1.0], [1.0]])
+        >>> terms = [(equation, points), (boundary, ends, 10.0)]
+        >>> LevenbergMarquardt(KAN([1, 1])).step(terms).accepted
+        True
     """
 
     def __init__(
@@ -146,18 +160,6 @@ class LevenbergMarquardt:
         Raises:
             ValueError: A term is malformed, random (dropout in training mode), or depends on other rows (batch
                 normalization in training mode), or the matrices do not fit into `memory`.
-
-        Example:
-            >>> from peft_lotra.kan import KAN, jet
-            >>> def equation(model, x):  # -u'' = 1
-            ...     return jet(model, x)[2][0] + 1
-            >>> def boundary(model, x):  # u(-1) = u(1) = 0
-            ...     return model(x)
-            >>> points = torch.linspace(-1, 1, 20).unsqueeze(1)
-            >>> ends = torch.tensor([[-1.0], [1.0]])
-            >>> terms = [(equation, points), (boundary, ends, 10.0)]
-            >>> LevenbergMarquardt(KAN([1, 1])).step(terms).accepted
-            True
         """
         terms = check_terms(terms)
         problem = self._make_problem(terms)

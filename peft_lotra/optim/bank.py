@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ..bank.bank import AdapterBank
 from ..bank.snapshot import Form
-from ..kan.row_product import PackedTucker
+from ..kan.row_updates import PackedTucker
 from .learning_rates import Policy, component_multipliers
 
 

@@ -9,19 +9,14 @@ from .boxes import box_points, side_points
 from .constraints import BoxDistance, HardConstraint
 from .regions import Region, disk, polygon
 from .saving import load_network
-from .solution import Phase, Solution
 from .solver import solve
-from .unknowns import Estimate
 
 
 __all__ = [
     "BoxDistance",
-    "Estimate",
     "HardConstraint",
-    "Phase",
     "Region",
     "ResidualSampler",
-    "Solution",
     "box_points",
     "disk",
     "load_network",

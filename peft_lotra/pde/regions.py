@@ -172,6 +172,14 @@ class Region:
 
     Raises:
         ValueError: The region has no edges. In all methods: x has fewer than two coordinates.
+
+    Example:
+        >>> import torch
+        >>> from peft_lotra.pde import disk, polygon
+        >>> square = polygon([(0, 0), (1, 0), (1, 1), (0, 1)])
+        >>> quarter_removed = square - disk((0, 0), 0.5)
+        >>> quarter_removed.inside(torch.tensor([[0.1, 0.1], [0.9, 0.9]])).tolist()
+        [False, True]
     """
 
     def __init__(self, inside: Callable[[Tensor], Tensor], edges: Edges) -> None:

@@ -275,7 +275,7 @@ def plot_history(history: Sequence[LevenbergMarquardtStep], names: Sequence[str]
 
     Example:
         >>> from peft_lotra.kan import KAN
-        >>> from peft_lotra.optim import LevenbergMarquardt
+        >>> from peft_lotra.least_squares import LevenbergMarquardt
         >>> x = torch.rand(50, 1)
         >>> terms = [(lambda model, x, y: model(x) - y, (x, x.sin()), 1.0)]
         >>> optimizer = LevenbergMarquardt(KAN([1, 4, 1]))

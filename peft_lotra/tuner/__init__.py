@@ -2,10 +2,3 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """The PEFT method: config, model, adapted layer, and what happens to adapters."""
-
-from .config import LoTRAConfig
-from .layer import LoTRALayer
-from .model import LoTRAModel
-
-
-__all__ = ["LoTRAConfig", "LoTRALayer", "LoTRAModel"]

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..kan.basis import UniformGrid, in_transform
-from ..kan.formula import LayerFormula
-from ..kan.row_product import PackedTucker, RowGroups, RowProduct, RowUpdates, group_rows
+from ..kan.basis import in_transform
+from ..kan.row_updates import PackedTucker, RowGroups, RowUpdates, group_rows
+from ..kan.update_product import compute_row_outputs
 from ..layers.probe import cached_by_class
 from ..modules.calls import evaluating_without_trace, is_tracing
 from ..tucker import Tucker, full_shape
@@ -210,7 +210,7 @@ def run_mixed_batch(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict) ->
     if formula is not None:
         updates = batch.find_updates()
         if updates is not None:
-            return _evaluate_rows(formula, args[0], updates)
+            return compute_row_outputs(formula, args[0], updates)
     if not batch.size:
         return layer._run((), None, args, kwargs)
     if is_tracing():
@@ -390,49 +390,6 @@ def _select_samples(rows: Tensor, size: int, index: Tensor) -> Tensor:
     """Select samples from the rows of `size` samples. A sample has several rows where a layer or a model flattens."""
     samples = rows.unflatten(0, (size, -1))
     return samples[index.to(rows.device)].flatten(0, 1)
-
-
-def _evaluate_rows(formula: LayerFormula, x: Tensor, updates: RowUpdates) -> Tensor:
-    """Return the output for inputs (batch, ..., in), or (batch * count, in) with `count` rows per sample."""
-    index, size, order, positions = updates.groups
-    if not (is_tracing() or x.numel()):  # no group has rows
-        index, size, order, positions = RowGroups(index[:0])
-        count = 1
-        rows = x.reshape(0, 1, x.shape[-1])
-    else:
-        batch = updates.groups.batch()
-        if x.shape[0] == batch:
-            count = x.shape[1:-1].numel()
-        else:
-            count = x.shape[:-1].numel() // batch
-        rows = x.reshape(batch, count, updates.form.shape[1])
-
-    if order is not None:
-        rows = rows.index_select(0, order)
-    grouped = updates._replace(groups=RowGroups(index, size * count))
-    y = _product(formula, grouped, rows.flatten(0, 1))
-    if positions is not None:
-        y = y.unflatten(0, (-1, count)).index_select(0, positions)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def _product(formula: LayerFormula, updates: RowUpdates, rows: Tensor) -> Tensor:
-    """Return the output (N, O) at rows (N, I) in the order of their groups."""
-    has_residual = formula.residual is not None
-    # the base is frozen
-    matrix = formula.joined().detach()
-    num_basis = matrix.shape[1] - (not has_residual)
-    matrix = matrix[:, :num_basis].flatten(1)
-    scale = None if formula.scale is None else formula.scale.detach()
-
-    product = RowProduct(matrix, updates, scale, has_residual)
-    if isinstance(formula.basis, UniformGrid):
-        activation = formula.activation(rows) if has_residual else None
-        y = product.of_splines(rows, formula.basis, activation)
-    else:
-        functions = formula.functions(rows)
-        y = product.of_functions(functions.transpose(1, 2))
-    return y if formula.bias is None else y + formula.bias
 
 
 def _updates_by_name(

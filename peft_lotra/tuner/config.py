@@ -23,7 +23,6 @@ from ..modules.folders import STAGE
 from ..tucker import (
     Ranks,
     Tucker,
-    cap_ranks,
     check_ranks,
     component_shapes,
     full_shape,
@@ -223,18 +222,13 @@ class LoTRAConfig(PeftConfig):
         """Return the shape of the update of a layer, with the base branch if it is adapted."""
         return full_shape(tensor) if self.adapt_residual else tensor.shape
 
-    def component_shapes(
-        self,
-        name: str,
-        tensor: CoefficientTensor,
-    ) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the components of the layer of this name. The ranks are the shape of the core."""
-        shape = self.adapted_shape(tensor)
+    def shapes_of(self, name: str, tensor: CoefficientTensor) -> dict[str, tuple[int, ...]]:
+        """Return the `component_shapes` of the update of the layer of this name."""
         key = get_pattern_key(list(self.rank_pattern), name)
         ranks = self.rank_pattern.get(key, self.r)
         if ranks is None:
             ranks = ("full", "full", 1)
-        return component_shapes(cap_ranks(ranks, shape), shape)
+        return component_shapes(ranks, self.adapted_shape(tensor))
 
     def spend_budget(self, targets: Mapping[str, Any]) -> None:
         """Write the ranks that `budget` allows into `rank_pattern`, by size, for the layers that it does not name.
@@ -256,7 +250,7 @@ class LoTRAConfig(PeftConfig):
             self.r = r
             parameters = 0
             for name, target in targets.items():
-                components = self.component_shapes(name, target.tensor)
+                components = self.shapes_of(name, target.tensor)
                 parameters += sum(map(prod, components.values()))
             smallest = min(smallest, parameters)
             if parameters <= self.budget * total + 1e-6:

@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..kan.basis import in_transform
 from ..kan.formula import LayerFormula
+from ..kan.update_product import compute_output
 from ..layers.coefficients import CoefficientTensor
 from ..layers.formula import FormulaReader, find_formula, state_of
 from ..layers.kinds import Grid, KANLayerSpec, copy_grid, same_grid
@@ -69,6 +70,15 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         spec (`KANLayerSpec`): The description of its kind.
         tensor (`CoefficientTensor`): The location of its coefficients.
         name (`str`): The name of the layer in its model, for messages.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from peft_lotra import LoTRAConfig, LoTRALayer
+        >>> from peft_lotra.kan import KAN
+        >>> model = get_peft_model(KAN([2, 8, 1]), LoTRAConfig(r=2))
+        >>> layers = [layer for layer in model.modules() if isinstance(layer, LoTRALayer)]
+        >>> [layer.get_delta_weight("default").shape for layer in layers]
+        [torch.Size([8, 2, 9]), torch.Size([1, 8, 9])]
 
     **Attributes**:
         - **before_merge** (`dict[str, torch.Tensor]`) -- The parameters of the base layer before the first merge.
@@ -123,13 +133,12 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         for component in self.adapter_layer_names:
             self._modules[component] = nn.ParameterDict()
         self.remember_grid()
-        # fill the caches of the layout and of the formula, which compiled code cannot
-        tensor.read_parts(base_layer)
+        # compiled code cannot look for it
         self._find_reader(tensor.get_parameter(base_layer), even_if_traced=True)
 
     def update_layer(self, adapter_name: str, config: LoTRAConfig) -> None:
         """Add an adapter."""
-        shapes = config.component_shapes(self.lotra_name, self.lotra_tensor)
+        shapes = config.shapes_of(self.lotra_name, self.lotra_tensor)
         alpha = config.alpha_of(self.lotra_name)
         self.lotra_r[adapter_name] = shapes["core"]
         self.lotra_alpha[adapter_name] = alpha
@@ -401,7 +410,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         updates = self._updates(adapters, current)
         formula = self._find_formula(updates, args, kwargs) if updates else None
         if formula is not None:
-            return formula._replace(updates=tuple(updates)).output(*args)
+            return compute_output(formula._replace(updates=tuple(updates)), *args)
         return self._call_base(updates, args, kwargs)
 
     def _find_formula(
@@ -591,7 +600,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def train(self, mode: bool = True) -> LoTRALayer:
         super().train(mode)
-        freeze_norms(self)
+        if mode:
+            freeze_norms(self)
         return self
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> LoTRALayer:
@@ -649,8 +659,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         return "lotra." + super().__repr__()
 
 
-def check_stored(name: str, layer: nn.Module, parameter: str) -> nn.Module:
-    """Return the module that owns a parameter; raise a ValueError if it is computed from others.
+def check_stored(name: str, layer: nn.Module, parameter: str) -> None:
+    """Raise a ValueError if a parameter is computed from others.
 
     A parametrization or a pre-hook computes it. The views of FSDP are attributes too, without a pre-hook.
     """
@@ -662,7 +672,6 @@ def check_stored(name: str, layer: nn.Module, parameter: str) -> nn.Module:
             f"`{parameter}` of `{name}` is computed from other parameters in each forward pass (pruning, "
             "weight_norm), so that an adapter would have no effect. Remove the reparametrization first."
         )
-    return owner
 
 
 def further_names(model: nn.Module) -> dict[str, str]:

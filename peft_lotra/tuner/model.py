@@ -17,7 +17,6 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from ..hub.card import remove_new_card
-from ..layers.search import short_name
 from ..modules.calls import (
     PREFIX,
     LayerLock,
@@ -201,10 +200,10 @@ class LoTRAModel(BaseTuner):
         # in place: PEFT would create parameters that require gradients
         if not autocast_adapter_dtype:
             return
-        for _, layer in lotra_layers(self.model, adapter_name):
-            for component in layer.get_components(adapter_name)._asdict().values():
-                if component.dtype.itemsize < 4:
-                    component.data = component.data.float()
+        endings = _endings(adapter_name)
+        for name, parameter in self.model.named_parameters():
+            if name.endswith(endings) and parameter.itemsize < 4:
+                parameter.data = parameter.data.float()
 
     # --- saving and loading ---
 
@@ -221,8 +220,8 @@ class LoTRAModel(BaseTuner):
         state_dict: Tensors,
         unwanted_adapter_names: Any,
     ) -> Tensors:
-        # by their ends, since PEFT does not find the names of layers that FSDP has wrapped
-        endings = tuple(f".{component}.{adapter_name}" for component in COMPONENTS)
+        # PEFT does not find the names of layers that FSDP has wrapped
+        endings = _endings(adapter_name)
         tensors = {key: tensor for key, tensor in state_dict.items() if key.endswith(endings)}
         prefix = ""
         base = model
@@ -273,8 +272,12 @@ class LoTRAModel(BaseTuner):
         reload = find_reload()
         if reload is not None:
             _check_reload(unwrap(model), adapter_name, reload["model_id"], reload.get("hf_hub_download_kwargs", {}))
-        state_dict = _rename_layers(state_dict, config.names_in_model)
-        tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        prefix = PREFIX if hasattr(model, "get_base_model") else ""
+        tensors = {}
+        for key, tensor in _rename_layers(state_dict, config.names_in_model).items():
+            if key.endswith(COMPONENTS):
+                key = f"{key}.{adapter_name}"
+            tensors[prefix + key.removeprefix(PREFIX)] = tensor
         check_no_base(model, tensors)
         for name, first in further_names(model).items():  # a layer with several names is loaded under each
             for component in COMPONENTS:
@@ -307,7 +310,8 @@ class LoTRAModel(BaseTuner):
         self.training = mode
         for child in self.children():
             set_mode(child, mode)
-        freeze_norms(self.model)
+        if mode:
+            freeze_norms(self.model)
         return self
 
     @contextmanager
@@ -414,6 +418,11 @@ class LoTRAModel(BaseTuner):
     add_weighted_adapter = add_weighted_adapter
 
 
+def _endings(adapter_name: str) -> tuple[str, ...]:
+    """Return how the names of the components of an adapter end in a model."""
+    return tuple(f".{component}.{adapter_name}" for component in COMPONENTS)
+
+
 def _find_locations(model: nn.Module) -> Locations:
     """Return the parents of each module, with its names in them."""
     locations: Locations = {}
@@ -449,7 +458,7 @@ def _record_save(
     config.layers_to_record = {name: record_layer(layer) for name, layer in layers.items()}
     config.ranks_to_record = {}
     for name, layer in layers.items():
-        shapes = config.component_shapes(name, layer.lotra_tensor)
+        shapes = config.shapes_of(name, layer.lotra_tensor)
         if config.r is None or shapes["core"] != layer.lotra_r[adapter_name]:
             config.ranks_to_record[name] = layer.get_components(adapter_name).form
 
@@ -536,7 +545,9 @@ def _rename_layers(tensors: Tensors, names: dict[str, str]) -> Tensors:
     """Return the tensors of a file with the names of its layers in this model."""
     renamed = {}
     for key, tensor in tensors.items():
-        layer, _, component = bare_name(short_name(key)).rpartition(".")
+        layer, _, component = key.removeprefix(PREFIX).rpartition(".")
+        if layer not in names:
+            layer = bare_name(layer)
         if layer in names:
             key = f"{PREFIX}{names[layer]}.{component}"
         renamed[key] = tensor

@@ -76,7 +76,7 @@ def check_tensors(
     """
     expected: dict[str, tuple[int, ...] | None] = {}
     for name, target in targets.items():
-        for component, shape in config.component_shapes(name, target.tensor).items():
+        for component, shape in config.shapes_of(name, target.tensor).items():
             expected[f"{PREFIX}{name}.lotra_{component}"] = shape
     for name, key, value in saved_tensors(config, model, targets):
         # None for integers, such as a number of batches

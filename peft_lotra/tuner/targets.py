@@ -15,7 +15,7 @@ from operator import attrgetter
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
-from torch import Tensor, nn
+from torch import nn
 
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.kinds import is_built_in
@@ -192,7 +192,13 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Targets) -> No
         # a module that is no part of the layer would use what a merge has changed
         prefixes = tuple(f"{place}." for place in names_of_modules[layer])
         for parameter in parameters:
-            stored = _read_checked(name, layer, parameter)
+            check_stored(name, layer, parameter)
+            stored = attrgetter(parameter)(layer)
+            if not stored.is_floating_point() or stored.itemsize < 2:
+                raise ValueError(
+                    f"`{parameter}` of `{name}` is of {stored.dtype}, but must be of a floating type of 16 bits or "
+                    "more."
+                )
             for other in names_of_parameters[id(stored)]:
                 if not other.startswith(prefixes):
                     raise ValueError(
@@ -206,7 +212,7 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Targets) -> No
         check_unmerged(model)  # the factors are those of the base
     for name, (layer, _, tensor) in targets.items():
         if config.train is not None:
-            shapes = config.component_shapes(name, tensor)
+            shapes = config.shapes_of(name, tensor)
             # a kernel mode is absent from the dense layers of a network of convolutions
             is_of_kernels = config.train == ["factor_kernel"] and len(shapes["core"]) < 4
             if shapes.keys().isdisjoint(config.train) and not is_of_kernels:
@@ -239,23 +245,12 @@ def _check_saved(config: LoTRAConfig, model: nn.Module, targets: Targets) -> Non
             )
 
 
-def _read_checked(name: str, layer: nn.Module, parameter: str) -> Tensor:
-    """Return a parameter; raise a ValueError if it is computed, or of integers."""
-    check_stored(name, layer, parameter)
-    stored = attrgetter(parameter)(layer)
-    if not stored.is_floating_point() or stored.itemsize < 2:
-        raise ValueError(
-            f"`{parameter}` of `{name}` is of {stored.dtype}, but must be of a floating type of 16 bits or more."
-        )
-    return stored
-
-
 def warn_of_choices(config: LoTRAConfig, targets: Targets) -> None:
     """Warn of patterns that match no layer, and adapters that save nothing."""
     large = []
     if config.r is not None and config.train is None and not config.rank_pattern:
         for name, (_, _, tensor) in targets.items():
-            shapes = config.component_shapes(name, tensor)
+            shapes = config.shapes_of(name, tensor)
             size = sum(map(prod, shapes.values()))
             dense = prod(config.adapted_shape(tensor))
             if size > dense:

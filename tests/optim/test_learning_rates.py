@@ -10,9 +10,8 @@ from helpers import adapt, lotra_layers, nested, refused
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
-from peft_lotra import LoTRAConfig, start_from_gradient
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, start_from_gradient
 from peft_lotra.kan import KAN
-from peft_lotra.optim import create_lotra_optimizer
 
 
 def wide() -> nn.Module:

@@ -41,7 +41,7 @@ PAGE = ROOT / "CONTRIBUTING.md"
 PER_AREA = 6
 # Files that compute outputs, coefficients or gradients, by area. Random starts have no reference.
 AREAS = {
-    "kan": "basis formula input_map layer network product refinement row_product slim_kan",
+    "kan": "basis formula input_map layer network product refinement row_updates slim_kan update_product",
     "tuner": "by_row gradients grids hotswap jets layer model weighted",
     "bank": "bank layer reading snapshot storage",
     "layers": "coefficients derivatives formula layout",

@@ -12,7 +12,7 @@ from helpers import KINDS, adapt, inputs, lotra_layers
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, SlimKAN, TanhBound, jet
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.least_squares import LevenbergMarquardt
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 
 from peft_lotra import ParametricAdapter
 from peft_lotra.kan import KAN, jet
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.least_squares import LevenbergMarquardt
 
 
 BETWEEN = problems.POINTS[:-1] + 0.4 / 29.5

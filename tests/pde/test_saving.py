@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from peft_lotra import LoTRAConfig
 from peft_lotra.kan import KAN, SlimKAN, jet
-from peft_lotra.pde import BoxDistance, HardConstraint, Solution, load_network, solve
+from peft_lotra.pde import BoxDistance, HardConstraint, load_network, solve
+from peft_lotra.pde.solution import Solution
 
 
 BOX = (0.0, 0.0), (2.0, 1.0)

@@ -13,7 +13,9 @@ from residuals import fit
 from torch import Tensor, nn
 
 from peft_lotra.kan import jet
-from peft_lotra.pde import BoxDistance, Estimate, Solution, solve
+from peft_lotra.pde import BoxDistance, solve
+from peft_lotra.pde.solution import Solution
+from peft_lotra.pde.unknowns import Estimate
 
 
 RATE = 1.5

@@ -11,7 +11,7 @@ from stand_ins import LAYER_KINDS
 
 from peft_lotra import LoTRAConfig, update_spectrum, what_changed
 from peft_lotra.kan import KAN
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.least_squares import LevenbergMarquardt
 from peft_lotra.plotting import plot_edge_functions, plot_history, plot_spectra
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, jet
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.least_squares import LevenbergMarquardt
 
 
 POINTS = torch.linspace(-1, 1, 60, dtype=torch.float64).unsqueeze(1)

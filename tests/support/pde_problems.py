@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_lotra.kan import jet
-from peft_lotra.pde import Solution, box_points
+from peft_lotra.pde import box_points
+from peft_lotra.pde.solution import Solution
 
 
 def poisson(model: nn.Module, x: Tensor) -> Tensor:

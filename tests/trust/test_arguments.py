@@ -24,7 +24,7 @@ from peft_lotra import (
     start_from_gradient,
 )
 from peft_lotra.kan import KAN, KANLinear, SlimKAN, jet
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.least_squares import LevenbergMarquardt
 
 
 def refused(call, match: str) -> None:

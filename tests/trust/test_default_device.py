@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig, extract_lotra, find_kan_layers, hotswap_adapter
 from peft_lotra.kan import KAN, jet
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.least_squares import LevenbergMarquardt
 
 
 X = torch.linspace(-0.8, 0.8, 60, dtype=torch.float64).view(20, 3)

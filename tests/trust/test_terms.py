@@ -9,7 +9,7 @@ from helpers import refused
 from torch import nn
 
 from peft_lotra.kan import KAN
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.least_squares import LevenbergMarquardt
 
 
 ROWS = torch.linspace(-0.9, 0.9, 200, dtype=torch.float64).unsqueeze(1)

@@ -52,7 +52,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import peft_lotra
 from peft_lotra import AdapterBank, LoTRAConfig
 from peft_lotra.kan import KAN, jet
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.least_squares import LevenbergMarquardt
 
 
 ROOT = Path(peft_lotra.__file__).parent

@@ -37,7 +37,7 @@ from torch.func import jacfwd, jvp
 
 from peft_lotra import ParametricAdapter
 from peft_lotra.kan import KAN, jet
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.least_squares import LevenbergMarquardt
 from peft_lotra.pde import HardConstraint
 
 

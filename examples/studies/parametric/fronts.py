@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from peft_lotra import ParametricAdapter
 from peft_lotra.kan import KAN, jet
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.least_squares import LevenbergMarquardt
 
 
 torch.set_num_threads(1)

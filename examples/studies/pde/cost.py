@@ -45,7 +45,7 @@ def measure(width: int, adapted: bool, points: int) -> dict:
 
     from peft_lotra import LoTRAConfig
     from peft_lotra.kan import KAN
-    from peft_lotra.optim import LevenbergMarquardt
+    from peft_lotra.least_squares import LevenbergMarquardt
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -40,7 +40,8 @@ from study_tools.tables import table
 from torch import Tensor, nn
 
 from peft_lotra.kan import jet
-from peft_lotra.pde import BoxDistance, Solution, disk, polygon, robin, solve
+from peft_lotra.pde import BoxDistance, disk, polygon, robin, solve
+from peft_lotra.pde.solution import Solution
 
 
 torch.set_num_threads(1)

@@ -36,7 +36,8 @@ from study_tools.tables import table
 from torch import Tensor, nn
 
 from peft_lotra.kan import jet
-from peft_lotra.pde import BoxDistance, Solution, solve
+from peft_lotra.pde import BoxDistance, solve
+from peft_lotra.pde.solution import Solution
 
 
 torch.set_num_threads(1)

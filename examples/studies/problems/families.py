@@ -4,7 +4,7 @@
 """Four families of PDEs, each with one parameter, its residuals, and reference solutions by spectral methods.
 
 The domain of all four is the square [-1, 1]^2: two dimensions of space, or space x time, where time t in [0, 1] is
-2 t - 1. A family gives the residual terms that `peft_lotra.optim.LevenbergMarquardt` and Adam minimize, and
+2 t - 1. A family gives the residual terms that `peft_lotra.least_squares.LevenbergMarquardt` and Adam minimize, and
 `reference(parameter)`, a solution without KANs: Chebyshev collocation (elliptic), or Fourier collocation in space and
 DOP853 from scipy in time (the others). `python examples/studies/pde/ten.py --references` prints the errors of the
 references: the difference to twice the resolution.

@@ -24,9 +24,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_lotra import LoTRAConfig, extract_lotra
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, extract_lotra
 from peft_lotra.kan import KAN
-from peft_lotra.optim import LevenbergMarquardt, create_lotra_optimizer
+from peft_lotra.least_squares import LevenbergMarquardt
 from problems.families import Family, relative_error
 
 

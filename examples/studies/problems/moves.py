@@ -23,9 +23,9 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from rich.console import Console
 from torch import nn
 
-from peft_lotra import LoTRAConfig, extract_lotra
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, extract_lotra
 from peft_lotra.kan import KAN
-from peft_lotra.optim import LevenbergMarquardt, create_lotra_optimizer
+from peft_lotra.least_squares import LevenbergMarquardt
 from peft_lotra.pde import HardConstraint, ResidualSampler, box_points
 from problems.methods import COMPONENT_RATES, adam_loss, full, lora
 from problems.recipe import QUICK, Collocation, Recipe, Run, constrained

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, jet
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.least_squares import LevenbergMarquardt
 from problems import families
 
 

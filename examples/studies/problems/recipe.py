@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, refine_grid
-from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.least_squares import LevenbergMarquardt
 from peft_lotra.pde import HardConstraint, ResidualSampler, box_points
 from peft_lotra.pde.adaptive import gradient_weights
 from problems.standard import Problem

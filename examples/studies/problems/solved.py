@@ -9,7 +9,8 @@ import torch
 from study_tools.records import on_cpu_clock
 from torch import Tensor, nn
 
-from peft_lotra.pde import Solution, solve
+from peft_lotra.pde import solve
+from peft_lotra.pde.solution import Solution
 from problems.recipe import Recipe, new_mlp
 from problems.recipe import new_network as new_kan
 from problems.standard import Problem

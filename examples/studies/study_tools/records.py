@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from peft_lotra.pde import Solution
+from peft_lotra.pde.solution import Solution
 from study_tools import files, machine
 
 
