@@ -124,8 +124,6 @@ def test_a_core_is_replaced_also_in_compiled_code(shape, ranks):
     [
         (4, (10, 3, 8), (4, 3, 4)),
         (100, (10, 3, 8), (10, 3, 8)),
-        ((2, 9, 5), (10, 3, 8), (2, 3, 5)),
-        (4, (10, 3, 8, 9), (4, 3, 4, 4)),
         ((2, 9, 5), (10, 3, 8, 9), (2, 3, 5, 9)),  # the kernel is small, and stays whole
         ((2, 9, 5, 99), (10, 3, 8, 9), (2, 3, 5, 9)),
         ((2, 9, 5, 4), (10, 3, 8), (2, 3, 5)),  # a dense layer of the same network
@@ -135,11 +133,6 @@ def test_a_core_is_replaced_also_in_compiled_code(shape, ranks):
 )
 def test_ranks_are_at_most_the_sizes(r, shape, expected):
     assert cap_ranks(r, shape) == expected
-
-
-@pytest.mark.parametrize("r", [1, (1, 2, 3), "full", ("full", 2, "full", 1)])
-def test_valid_ranks_are_returned_as_tuples(r):
-    assert check_ranks(list(r) if isinstance(r, tuple) else r) == r
 
 
 NOT_ONE_RANK = [0, 2.0, True, None, "4", "ful"]
@@ -168,28 +161,6 @@ def test_a_direct_sum_is_exact(shape, ranks):
     # the blocks are the cores, to the last bit, and there is nothing else
     assert_equal(total.core[tuple(slice(rank, None) for rank in ranks)], tensors[1].core)
     assert total.core.count_nonzero() == sum(tensor.core.numel() for tensor in tensors)
-
-
-@each_shape
-def test_a_direct_sum_is_differentiable(shape, ranks):
-    first, second = random_tucker(shape, ranks), random_tucker(shape, ranks)
-    first.core.requires_grad_()
-
-    direct_sum([first, second]).dense().sum().backward()
-
-    assert first.core.grad.all()
-
-
-@each_full_shape
-@pytest.mark.parametrize("full_first", [True, False])
-def test_a_mode_that_is_full_in_one_tensor_is_full_in_the_sum(shape, ranks, full_first):
-    full = drop_factors(random_tucker(shape, ranks))
-    factored = random_tucker(shape, (1,) * len(shape))
-
-    total = direct_sum([full, factored] if full_first else [factored, full])
-
-    assert list(total.form) == ["full" if rank == "full" else rank + 1 for rank in full.form]
-    assert_close(total.dense(), full.dense() + factored.dense())
 
 
 @given(shapes_and_ranks)
@@ -261,7 +232,6 @@ def test_a_rank_of_the_size_of_its_mode_has_no_factor(shape, ranks):
     [((64, 16, 8), (4, 4, 4)), ((16, 1, 5), (4, 1, 4)), ((7, 13, 11), (1, 1, 1)), ((12, 9, 5, 9), (2, 3, 2, 4))],
 )
 def test_tucker_is_as_close_to_a_tensor_as_tensorly(shape, ranks, dtype):
-    torch.manual_seed(0)
     signal, noise = random_tucker(shape, ranks).dense(), torch.randn(shape).double()
     tensor = (signal / signal.norm() + 0.3 * noise / noise.numel() ** 0.5).to(dtype)
     with tensorly.backend_context("pytorch"):

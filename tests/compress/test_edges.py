@@ -62,7 +62,6 @@ class Sines(nn.Module):
 
 @pytest.mark.parametrize("kind", ["phases", "gate of each output", "gate of the inputs"])
 def test_outputs_may_have_functions_of_their_own(kind):
-    torch.manual_seed(0)
     model = adapt(nn.Sequential(Sines(kind)))
     x = torch.rand(200, 3) * 2 - 1
 
@@ -81,7 +80,6 @@ def test_outputs_may_have_functions_of_their_own(kind):
 
 @pytest.mark.parametrize("kind", ["phases", "gate of each output"])
 def test_edges_of_outputs_with_functions_of_their_own_are_drawn(kind):
-    torch.manual_seed(0)
     layer = Sines(kind)
 
     figure = plot_edge_functions(nn.Sequential(layer), "0", edges=[(3, 1)])

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from peft_lotra import AdapterBank, ParametricAdapter, hotswap_adapter, load_adapters, push_to_hub
-from peft_lotra.kan import KAN, SlimKAN
+from peft_lotra.kan import KAN
 
 
 ROOT = Path(__file__).parents[2]
@@ -42,23 +42,6 @@ def read_file(hub, repo, name="README.md", revision="main"):
 
 def load(repo, **options):
     return PeftModel.from_pretrained(net(), repo, **options).eval()
-
-
-def test_a_pushed_network_comes_back(hub):
-    kan = KAN([3, 5, 2], 7, 2, (0.0, 2.0), norm="batch", dtype=torch.float64)
-    kan.update_grid(torch.randn(100, 3, dtype=torch.float64))
-    kan.push_to_hub("user/kan")
-    slim = SlimKAN([3, 5, 2], [(2, 3, 4), None])
-    slim.push_to_hub("user/slim")
-
-    loaded = KAN.from_pretrained("user/kan")
-    loaded_slim = SlimKAN.from_pretrained("user/slim")
-
-    for network, expected in ((loaded, kan), (loaded_slim, slim)):
-        assert repr(network) == repr(expected)
-        assert_equal(network.state_dict(), expected.state_dict())
-    names = ["README.md", "config.json", "model.safetensors"]
-    assert sorted(set(hub.repos["user/kan"].files("main")) - {".gitattributes"}) == names
 
 
 def test_pushed_adapters_come_back(hub):

@@ -131,7 +131,6 @@ def assert_same_gradients(actual, expected, inputs, tolerance: float = 1e-10) ->
 @pytest.mark.filterwarnings("ignore:std")
 @pytest.mark.parametrize("name", [*MODELS, *COMPOSED, *OTHERS])
 def test_agrees_with_nested_autograd(name):
-    torch.manual_seed(0)
     model, x = {**MODELS, **COMPOSED, **OTHERS}[name](), points(30) * 0.8
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert bool(stages_of(model)) == (name in MODELS)

@@ -113,7 +113,6 @@ def test_17_adapters_in_a_batch(kind: str, rows: int, serve: Any) -> None:
 @pytest.mark.parametrize("kind", ["tanh, order 4", "fast-kan", "efficient-kan-old"])
 def test_all_adapters_of_a_batch_are_trained(kind: str) -> None:
     """Each gets the gradient of its rows."""
-    torch.manual_seed(0)
     base = (NETWORKS[kind]() if kind in NETWORKS else KINDS[kind]().double()).eval()
     models = adapters_of(base, 4)
     model = served_by_peft(base, models)

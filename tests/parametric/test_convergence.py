@@ -90,7 +90,6 @@ def terms_of(c):
 
 
 def test_distance_and_lift_depend_on_the_parameter():
-    torch.manual_seed(0)
     family = ParametricAdapter(KAN([1, 4, 1], 6, dtype=torch.float64), terms_of, solution_of=solution_of)
     family.fit([0.8, 1.0, 1.2], progress=False)
 

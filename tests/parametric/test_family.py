@@ -314,7 +314,6 @@ def test_a_copied_or_pickled_family_predicts_the_same(family):
 
 
 def test_a_training_function_and_a_loss_replace_terms():
-    torch.manual_seed(0)
     base = KAN([1, 4, 1], 6, dtype=torch.float64)
     problems.train_by_adam(base, 3.0)
     family = ParametricAdapter(base, ranks=4, loss_of=problems.loss_of)
