@@ -101,12 +101,12 @@ MODELS = {
 }
 STEPS = [(model, names, rows, 2**30) for model in MODELS for names, rows in (("fit", 6), ("equation", 50))]
 STEPS += [("factors", names, rows, 2**30) for names in ("shifted", "vmap", "rows") for rows in (6, 50)]
-STEPS += [("shape", "fit", rows, 2**18) for rows in (6, 500)]
+STEPS += [("shape", "fit", *sizes) for sizes in ((6, 2**18), (500, 2**18), (20, 50_000))]
 
 
 @pytest.mark.parametrize(("name", "names", "rows", "memory"), STEPS)
 def test_a_step_is_a_damped_gauss_newton_step(name: str, names: str, rows: int, memory: int) -> None:
-    """With fewer residuals than parameters, and with more; with the whole Jacobian in memory, and in chunks."""
+    """With fewer residuals than parameters, in their space or that of parameters, and with more, also in chunks."""
     model = MODELS[name]()
     if names == "shifted":
         model.shift = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
