@@ -2,11 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
-from hub_server import Hub, start_hub
+from hub_server import start_hub
 
 
 HUB = start_hub("user")  # before huggingface_hub is imported, which reads its address once
@@ -23,12 +22,12 @@ if WORKERS > 1:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed():
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
-def _forget() -> Iterator[None]:
+def _forget():
     """Families that a test registers are forgotten at its end."""
     before = dict(kinds.REGISTERED)
     yield
@@ -37,13 +36,13 @@ def _forget() -> Iterator[None]:
 
 
 @pytest.fixture
-def hub() -> Hub:
+def hub():
     """An empty stand-in for the Hub, where this process is logged in as "user"."""
     HUB.repos.clear()
     return HUB
 
 
 @pytest.fixture
-def no_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_inference(monkeypatch):
     """Without the kinds that are inferred: for what happens to layers of no known kind."""
     monkeypatch.setattr("peft_lotra.layers.recognize.infer", lambda *args: (None, "not now"))

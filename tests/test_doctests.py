@@ -19,7 +19,7 @@ OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 class Parser(doctest.DocTestParser):
     """Leaves out the fences of Markdown around an example, which would be read as its output."""
 
-    def parse(self, string: str, name: str = "<string>") -> list:
+    def parse(self, string, name="<string>"):
         lines = string.splitlines(keepends=True)
         return super().parse("".join("\n" if line.strip().startswith("```") else line for line in lines), name)
 
@@ -38,7 +38,7 @@ NAMESPACE = {"__name__": "example", "torch": torch, "nn": torch.nn} | {
 def test_example(example, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     example.globs = NAMESPACE | example.globs
-    report: list[str] = []
+    report = []
     doctest.DocTestRunner(optionflags=OPTIONS).run(example, out=report.append)
 
     assert not report, "".join(report)

@@ -44,11 +44,11 @@ PEFT_NAMES = (
 )
 
 
-def wing(module: str) -> str:
+def wing(module):
     return (module.split(".") + [""])[1]
 
 
-def imports(module: str, tree: ast.AST) -> set[str]:
+def imports(module, tree):
     """The modules of the package that are imported, those for type checks too."""
     package = module if MODULES[module].stem == "__init__" else module.rpartition(".")[0]
     modules = set()

@@ -13,7 +13,7 @@ griffe = pytest.importorskip("griffe")
 PATH = Path(__file__).parents[1] / "docs" / "reference_docstrings.py"
 
 
-def sections(text: str, kind: str = "Class") -> dict:
+def sections(text, kind="Class"):
     """The sections of a class, or a function, with this docstring, by kind."""
     shown = getattr(griffe, kind)("Shown")
     shown.docstring = griffe.Docstring(text, parent=shown)
@@ -39,7 +39,7 @@ Example:
 """
 
 
-def test_each_section_of_a_docstring() -> None:
+def test_each_section_of_a_docstring():
     found = sections(DOCSTRING)
     types = [parameter.annotation for parameter in found["parameters"]]
 
@@ -57,14 +57,14 @@ def test_each_section_of_a_docstring() -> None:
     assert example.startswith("```pycon\n>>> 1 + 1\n2\n")
 
 
-def test_attributes_in_the_way_of_peft_are_a_list() -> None:
+def test_attributes_in_the_way_of_peft_are_a_list():
     attributes = sections(
         "It is.\n\n**Attributes**:\n    - **model** -- The model.\n    - **config** -- The config.\n"
     )
     assert "**Attributes**:\n\n- **model** -- The model.\n- **config**" in attributes["text"]
 
 
-def test_a_result_has_its_type_once() -> None:
+def test_a_result_has_its_type_once():
     text = "It is.\n\nReturns:\n    `dict`: By name.\n"
 
     assert [part.description for part in sections(text, "Function")["returns"]] == ["By name."]
@@ -75,7 +75,7 @@ def test_a_result_has_its_type_once() -> None:
     assert kept.description.endswith("both.")
 
 
-def test_fields_that_only_files_have_are_not_shown() -> None:
+def test_fields_that_only_files_have_are_not_shown():
     text = (
         "It is.\n\nArgs:\n    r (`int`):\n        The rank.\n    digest (`Optional[str]`):\n"
         "        Internal. In a file,\n        the digest.\n    s (`int`):\n        The size."

@@ -39,22 +39,22 @@ each_full_shape = pytest.mark.parametrize(
 )
 
 
-def random_tucker(shape=(6, 5, 4), ranks=(2, 3, 2)) -> Tucker:
+def random_tucker(shape=(6, 5, 4), ranks=(2, 3, 2)):
     factors = [torch.randn(size, rank, dtype=torch.float64) for size, rank in zip(shape, ranks, strict=True)]
     return Tucker(torch.randn(ranks, dtype=torch.float64), *factors)
 
 
-def form_of(shape, ranks) -> tuple:
+def form_of(shape, ranks):
     """Ranks, "full" where they are the sizes."""
     return tuple("full" if rank == size else rank for size, rank in zip(shape, ranks, strict=True))
 
 
-def drop_factors(tensor: Tucker) -> Tucker:
+def drop_factors(tensor):
     """The same tensor, whose square factors the core takes in."""
     return tensor.raised(tensor.ranks)
 
 
-def check_orthonormal(tensor: Tucker) -> None:
+def check_orthonormal(tensor):
     for factor in tensor.factors:
         if factor is not None:
             identity = torch.eye(factor.shape[1], dtype=factor.dtype)
@@ -106,7 +106,7 @@ def test_a_tensor_is_the_tuple_of_its_components(shape, ranks):
 def test_a_core_is_replaced_also_in_compiled_code(shape, ranks):
     tensor = random_tucker(shape, ranks)
 
-    def double(*parts: torch.Tensor) -> torch.Tensor:
+    def double(*parts):
         tensor = Tucker(*parts)
         return tensor._replace(core=2 * tensor.core).dense()
 

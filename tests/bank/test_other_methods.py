@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from helpers import refused
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -16,17 +16,17 @@ from peft_lotra import AdapterBank, LoTRAConfig, load_adapters, push_to_hub
 from peft_lotra.kan import KAN
 
 
-def make_base() -> nn.Sequential:
+def make_base():
     torch.manual_seed(0)
     return nn.Sequential(KAN([3, 4]), nn.Linear(4, 2))
 
 
-def add_lora(model: nn.Module, name: str = "head") -> None:
+def add_lora(model, name="head"):
     config = LoraConfig(r=2, target_modules=["1"], init_lora_weights=False)
     inject_adapter_in_model(config, model, adapter_name=name)
 
 
-def make_model(lotra_name: str = "default", lora_name: str = "head") -> PeftModel:
+def make_model(lotra_name="default", lora_name="head"):
     model = get_peft_model(make_base(), LoTRAConfig(r=2, init_weights=False), lotra_name)
     add_lora(model.get_base_model(), lora_name)
     return model

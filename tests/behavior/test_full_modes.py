@@ -9,7 +9,6 @@ import pytest
 from helpers import X, adapt, assert_equal, load, lotra_layers, net, refused
 from peft import get_peft_model
 from safetensors.torch import load_file
-from torch import nn
 
 from peft_lotra import (
     LoTRAConfig,
@@ -22,7 +21,7 @@ FORMS = [ONE_SHAPE, "full", ("full", 2, 2), (2, "full", "full"), (2, 2, "full")]
 pytestmark = pytest.mark.filterwarnings("ignore:Adapters have more parameters")
 
 
-def forms(model: nn.Module, name: str = "default") -> list[tuple]:
+def forms(model, name="default"):
     return [layer.get_components(name).form for layer in lotra_layers(model).values()]
 
 

@@ -3,8 +3,6 @@
 
 """Layers that do more than the class they are derived from are run themselves, without the formula of that class."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

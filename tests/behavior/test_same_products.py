@@ -9,7 +9,6 @@ torch takes other products of batches if a factor requires a gradient.
 import pytest
 import torch
 from helpers import CONVS, KINDS, adapt, base, images
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_lotra.kan import SlimKAN
@@ -22,7 +21,7 @@ WIDE = ["own", "efficient-kan", "pykan", "fast-kan", "cheby-kan", "fourier-kan",
 class Products(TorchDispatchMode):
     """The products of matrices in the order of their calls, with the shapes of their factors."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.calls = []
 
@@ -33,7 +32,7 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def assert_same_products(model: nn.Module, x: torch.Tensor) -> None:
+def assert_same_products(model, x):
     model(x)  # a layer is recognized in its first call
     with Products() as trained:
         model(x)

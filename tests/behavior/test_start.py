@@ -23,7 +23,6 @@ from helpers import (
 )
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from stand_ins import LAYER_KINDS, ConvNet
-from torch import nn
 from torch.testing import assert_close
 
 from peft_lotra import (
@@ -40,12 +39,12 @@ HOSVD = {"init_weights": "hosvd", "r": (3, 2, 4)}
 CORE = {**HOSVD, "train": ["core"]}
 
 
-def trained(model: nn.Module) -> set[str]:
+def trained(model):
     """The components that require a gradient."""
     return {name.split("lotra_")[1].split(".")[0] for name, part in components(model) if part.requires_grad}
 
 
-def parts(model: nn.Module, adapter: str = "default") -> dict[str, torch.Tensor]:
+def parts(model, adapter="default"):
     return {n: p.detach().clone() for n, p in components(model) if n.endswith(f".{adapter}")}
 
 

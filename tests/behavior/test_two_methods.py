@@ -13,7 +13,6 @@ from peft import (
     IA3Config,
     LoHaConfig,
     LoraConfig,
-    PeftConfig,
     PeftModel,
     PromptTuningConfig,
     inject_adapter_in_model,
@@ -27,7 +26,7 @@ from peft_lotra import LoTRALayer, create_lotra_optimizer, load_adapters, save_a
 from peft_lotra.kan import KAN
 
 
-def both() -> PeftModel:
+def both():
     model = adapt(net())
     config = LoraConfig(r=2, target_modules=["head"], init_lora_weights=False)
     inject_adapter_in_model(config, model.base_model.model, adapter_name="head")
@@ -87,11 +86,11 @@ def test_a_model_with_lora_gets_lotra():
     assert len(lotra_layers(model)) == 2
 
 
-def inject(model: PeftModel, name: str, config: PeftConfig) -> None:
+def inject(model, name, config):
     inject_adapter_in_model(config, model.get_base_model(), adapter_name=name)
 
 
-def randomize(model: PeftModel, name: str) -> None:
+def randomize(model, name):
     """Give all parameters of an adapter random values, so that each of them has an effect."""
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -137,7 +136,7 @@ def test_loaded_adapters_are_saved_again(tmp_path):
 class Tail(nn.Module):
     """A KAN, two linear layers and a head."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         torch.manual_seed(7)
         self.kan = KAN([3, 4])
@@ -145,7 +144,7 @@ class Tail(nn.Module):
         self.second = nn.Linear(4, 4)
         self.head = nn.Linear(4, 2)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         return self.head(self.second(self.first(self.kan(x))))
 
 
@@ -347,13 +346,13 @@ def test_a_base_with_adapters_is_refused(tmp_path):
 class Attention(nn.Module):
     """Attention, and a KAN as its head."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         torch.manual_seed(7)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.kan = KAN([8, 2])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         return self.kan(torch.tanh(self.attention(x, x, x)[0].mean(1)))
 
 

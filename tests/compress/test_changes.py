@@ -1,25 +1,24 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-from __future__ import annotations
 
 import math
 
 import pytest
 import torch
 from helpers import adapt, assert_same, snapshot
-from torch import Tensor, nn
+from torch import nn
 
 from peft_lotra import what_changed
 from peft_lotra.kan import KAN
 
 
 class Zero(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return 0 * x[:, :1]
 
 
-def inputs(columns: int, rows: int = 1000) -> Tensor:
+def inputs(columns, rows=1000):
     return torch.rand(rows, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
 
 

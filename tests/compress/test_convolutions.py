@@ -18,7 +18,7 @@ from peft_lotra.tuner.layer import lotra_layers
 from peft_lotra.tuner.targets import locate_target
 
 
-def tuned_pair(ranks: tuple[int, ...], kind: str = "kagnconv", groups: int = 2) -> tuple[ConvNet, ConvNet]:
+def tuned_pair(ranks, kind="kagnconv", groups=2):
     """A network, and a copy whose first layer has an update of these ranks."""
     base = ConvNet(kind, groups=groups).eval()
     tuned = copy.deepcopy(base)

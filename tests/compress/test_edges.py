@@ -1,7 +1,6 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-from __future__ import annotations
 
 import json
 
@@ -40,7 +39,7 @@ def test_an_edge_counts_as_what_its_change_adds_to_the_output(kind):
 class Sines(nn.Module):
     """Sines of each input, with a factor or with phases that the outputs do not share."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind):
         super().__init__()
         self.kind = kind
         self.coefficients = nn.Parameter(torch.randn(4, 3, 5))
@@ -48,7 +47,7 @@ class Sines(nn.Module):
         self.phase = nn.Parameter(torch.rand(4, 3, 5), requires_grad=False)
         self.weight = nn.Parameter(torch.randn(4, 3), requires_grad=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         angle = x[:, None, :, None] * torch.arange(1, 6)  # (rows, 1, in, basis)
         if self.kind == "phases":
             angle = angle + self.phase
@@ -116,7 +115,7 @@ def test_the_effect_on_the_network_is_a_derivative():
     merged = model.merge_and_unload()
     layer = merged.layers[0]
 
-    def outputs(step: float) -> torch.Tensor:
+    def outputs(step):
         parameters = {name: p.detach().clone() for name, p in merged.named_parameters()}
         parameters["layers.0.spline_weight"][edge.output, edge.input] += step * change[:-1]
         parameters["layers.0.base_weight"][edge.output, edge.input] += step * change[-1]
@@ -161,7 +160,7 @@ def test_only_active_adapters_count():
 
     x = torch.rand(30, 3)
 
-    def layers() -> set[str]:
+    def layers():
         return {edge.layer for edge in what_changed(model, x).edges}
 
     assert layers() == {"body.0", "body.1"}

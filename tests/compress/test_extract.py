@@ -27,7 +27,7 @@ from peft_lotra import extract_lotra, update_spectrum
 from peft_lotra.kan import KAN, KANLinear
 
 
-def fine_tuned(model: nn.Module, x: torch.Tensor, steps: int = 5) -> nn.Module:
+def fine_tuned(model, x, steps=5):
     return train(copy.deepcopy(model), x, torch.randn_like(model(x)), steps, lr=1e-2)
 
 
@@ -218,7 +218,7 @@ def test_an_unchanged_or_adapted_base_is_refused():
         extract_lotra(adapt(model), model, r=2)
 
 
-def correlated(rows: int = 60, in_features: int = 8) -> torch.Tensor:
+def correlated(rows=60, in_features=8):
     """Inputs of two directions, as data of many dimensions have few."""
     return torch.tanh(torch.randn(rows, 2, dtype=torch.float64) @ torch.randn(2, in_features, dtype=torch.float64))
 

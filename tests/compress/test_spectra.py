@@ -16,7 +16,7 @@ from peft_lotra.kan import KAN
 from peft_lotra.tucker import cap_ranks, reconstruct, tucker
 
 
-def tucker_tensor(shape=(9, 7, 8), ranks=(3, 2, 4)) -> torch.Tensor:
+def tucker_tensor(shape=(9, 7, 8), ranks=(3, 2, 4)):
     factors = [torch.randn(size, rank, dtype=torch.float64) for size, rank in zip(shape, ranks, strict=True)]
     return reconstruct(torch.randn(ranks, dtype=torch.float64), *factors)
 

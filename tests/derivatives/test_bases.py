@@ -3,15 +3,12 @@
 
 """The derivatives of basis functions, compared with autograd."""
 
-from __future__ import annotations
-
 import itertools
 from functools import partial
 
 import pytest
 import torch
 from jet_helpers import assert_same
-from torch import Tensor
 
 from peft_lotra.derivatives import bases as functions
 from peft_lotra.kan.formula import FunctionBasis
@@ -31,12 +28,12 @@ CASES = {
 }
 
 
-def points() -> Tensor:
+def points():
     generator = torch.Generator().manual_seed(0)
     return torch.rand(7, 3, dtype=torch.float64, generator=generator) * 2.2 - 1.1
 
 
-def slopes(values: Tensor, z: Tensor) -> Tensor:
+def slopes(values, z):
     """Return the derivative of each function (..., functions) at its own point."""
     if not values.requires_grad:
         return torch.zeros_like(values)

@@ -3,8 +3,6 @@
 
 """Jets of single layers. For many points, a jet is one operation with its own backward pass."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from jet_helpers import assert_same, network, points
@@ -20,7 +18,7 @@ def test_blocks_give_what_one_block_gives(monkeypatch, grid_size):
     model, x = network(3, 7, 4, 2, grid_size=grid_size), points(700).requires_grad_()
     directions = torch.ones(2, 3, dtype=torch.float64).tril()
 
-    def results() -> list[Tensor]:
+    def results():
         derivatives = jet(model, x, directions, collapse=True)
         total = sum(derivative.square().sum() for derivative in derivatives)
         return [*derivatives, *torch.autograd.grad(total, [x, *model.parameters()])]
@@ -41,7 +39,7 @@ def test_derivatives_far_from_the_grid_are_finite_and_nan_stays():
     assert derivatives[0][:, 2].isnan().all()
 
 
-def graph_nodes(loss: Tensor) -> set:
+def graph_nodes(loss):
     """Return all nodes of the graph of a loss."""
     nodes, stack = set(), [loss.grad_fn]
     while stack:
@@ -79,7 +77,7 @@ def test_a_grid_that_changes_before_the_backward_pass_is_an_error():
 def test_gradients_of_several_losses_at_once_and_results_that_are_changed_in_place():
     model, x = network(2, 4, 1), points(100, 2).requires_grad_()
 
-    def losses(x: Tensor, factor: float = 1.0) -> Tensor:
+    def losses(x, factor=1.0):
         return torch.stack([derivative.mul_(factor).square().sum() for derivative in jet(model, x)])
 
     expected = torch.autograd.functional.jacobian(losses, x)

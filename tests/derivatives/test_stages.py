@@ -1,19 +1,18 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-from __future__ import annotations
 
 import pytest
 import torch
 from jet_helpers import assert_same, nested, network, points
-from torch import Tensor, nn
+from torch import nn
 
 from peft_lotra.derivatives import stages
 from peft_lotra.derivatives.stages import Entry, register, stages_of
 from peft_lotra.kan import KAN, KANLinear, jet
 
 
-def doubled(base: type[nn.Module]) -> type[nn.Module]:
+def doubled(base):
     """A subclass that computes something else."""
     return type("Doubled", (base,), {"forward": lambda self, x: 2 * base.forward(self, x)})
 
@@ -21,11 +20,11 @@ def doubled(base: type[nn.Module]) -> type[nn.Module]:
 class Centered(nn.Module):
     """A module without state whose outputs depend on all entries of a row."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return torch.tanh(x - x.mean(-1, keepdim=True))
 
 
-def hooked() -> nn.Module:
+def hooked():
     model = network()
     model.layers[1].register_forward_pre_hook(lambda module, args: None)
     return model
@@ -59,24 +58,24 @@ def test_a_subclass_without_a_forward_of_its_own_is_a_chain():
 
 
 class Wrapper(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.inside = network()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.inside(1 * x)
 
 
 class Halved(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.layer = KANLinear(2, 1, dtype=torch.float64)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.layer(x) / 2
 
 
-def halved(module: Halved) -> list:
+def halved(module):
     (stage,) = stages_of(module.layer)
     formula = stage.formula
     half = formula._replace(coefficients=formula.coefficients / 2, residual=formula.residual / 2)

@@ -3,14 +3,12 @@
 
 """Jets of modules without a closed form."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from foreign import FOREIGN, Hard, make_foreign, pykan
 from helpers import adapt
 from jet_helpers import assert_same, nested, network
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 from peft_lotra.kan import KAN, hessian, jet, laplacian
@@ -19,19 +17,19 @@ from peft_lotra.kan import KAN, hessian, jet, laplacian
 pytestmark = pytest.mark.filterwarnings("ignore:`jet` knows no closed form", "ignore:std")
 
 
-def inside(rows: int = 6) -> Tensor:
+def inside(rows=6):
     return torch.rand(rows, 2, dtype=torch.float64) * 0.9 + 0.05
 
 
 class Compiled(nn.Module):
     """A module that compiles a part of itself, as flashkan does."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.kan = KAN([2, 3, 2], dtype=torch.float64)
         self.function = torch.compile(lambda x: torch.tanh(x).square(), backend="aot_eager")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.function(self.kan(x))
 
 
@@ -84,7 +82,7 @@ def test_layer_normalization_has_right_derivatives():
     x = inside().requires_grad_()
     move = torch.randn(6, 2, dtype=torch.float64)
 
-    def loss(x: Tensor) -> Tensor:
+    def loss(x):
         return laplacian(model, x).square().sum()
 
     second = jet(model, x)[2][0]
@@ -120,7 +118,7 @@ def test_a_custom_function_of_autograd_is_differentiated():
             return 3 * ctx.saved_tensors[0] ** 2 * gradient
 
     class Cubed(Hard):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             return Cube.apply(self.kan(x))
 
     model, x = Cubed(network(2, 3, 1)), inside()
@@ -130,7 +128,7 @@ def test_a_custom_function_of_autograd_is_differentiated():
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
 def test_outputs_that_do_not_depend_on_the_inputs_have_zero_derivatives(mode):
     class Constant(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             return self.weight[:, :1].T.expand(len(x), -1)
 
     with mode():
@@ -142,11 +140,11 @@ def test_outputs_that_do_not_depend_on_the_inputs_have_zero_derivatives(mode):
 
 
 class Changed(Hard):
-    def __init__(self, kan: nn.Module, change) -> None:
+    def __init__(self, kan, change):
         super().__init__(kan)
         self.change = change
 
-    def forward(self, x: Tensor):
+    def forward(self, x):
         return self.change(super().forward(x))
 
 

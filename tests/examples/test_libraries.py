@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
-    def run(launcher: list[str], *flags: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    def run(launcher, *flags):
         folder = tmp_path_factory.mktemp("accelerate")
         script = str(EXAMPLES / "finetune_accelerate.py")
         launch = ["-m", "accelerate.commands.launch", *launcher] if launcher else []

@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft import get_peft_model
 from study_tools import stacked, together
-from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -17,11 +16,11 @@ from peft_lotra import LoTRAConfig, create_lotra_optimizer
 from peft_lotra.kan import KAN
 
 
-def squared(predictions: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def squared(predictions, y):
     return (predictions[..., 0] - y).square()
 
 
-def make_tasks(count: int) -> stacked.Tasks:
+def make_tasks(count):
     x = torch.rand(3, 40, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
     y = torch.stack([torch.sin((task + 1) * rows.sum(1)) for task, rows in enumerate(x)])
     rows, targets = x[:count], y[:count]
@@ -44,7 +43,7 @@ def maker(request):
 
 
 @pytest.fixture
-def base(maker) -> nn.Module:
+def base(maker):
     torch.manual_seed(0)
     kan = KAN([2, 5, 1])
     is_mlp = maker is MAKERS["LoRA"]

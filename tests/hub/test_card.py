@@ -46,12 +46,12 @@ def test_a_plain_save_leaves_a_card(model, readme):
     assert readme.read_text() == text
 
 
-def code_in(folder) -> str:
+def code_in(folder):
     """The python of the card in a folder."""
     return (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
 
 
-def code_of(base, folder, adapter_config=None, from_files=False, **kwargs) -> str:
+def code_of(base, folder, adapter_config=None, from_files=False, **kwargs):
     model = get_peft_model(base, LoTRAConfig(r=1))
     model.save_pretrained(folder)
     path = folder / "adapter_config.json"

@@ -7,7 +7,6 @@ import pytest
 import torch
 from helpers import adapt, base, inputs, relative
 from stand_ins import LAYER_KINDS
-from torch import Tensor, nn
 
 
 @pytest.fixture(autouse=True)
@@ -18,26 +17,26 @@ def eager():
     torch.compiler.set_stance("default")
 
 
-def program(model: nn.Module) -> torch.export.ExportedProgram:
+def program(model):
     """Return the graph of a model for any number of rows."""
     rows = torch.export.Dim("rows", min=2, max=1000)
     return torch.export.export(model.eval(), (inputs(6),), dynamic_shapes=({0: rows},), strict=False)
 
 
-def operations(exported: torch.export.ExportedProgram) -> list[str]:
+def operations(exported):
     return [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
 
 
-def shapes(exported: torch.export.ExportedProgram) -> dict[str, torch.Size]:
+def shapes(exported):
     return {name: tensor.shape for name, tensor in exported.state_dict.items()}
 
 
-def outside() -> Tensor:
+def outside():
     """Return another number of rows, some of them off the grid."""
     return torch.cat([inputs(7), torch.tensor([[3.0, -1.5, 1.0], [-1.0, 1e4, 0.0]])])
 
 
-def onnx_session(model: nn.Module, path):
+def onnx_session(model, path):
     """Return the session of onnxruntime that runs the model for any number of rows."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -47,14 +46,14 @@ def onnx_session(model: nn.Module, path):
     return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
-def assert_close(actual: Tensor, expected: Tensor) -> None:
+def assert_close(actual, expected):
     """Compare shares of the largest output of each row: the terms of a far point cancel."""
     largest = expected.abs().amax(-1, keepdim=True)
     torch.testing.assert_close(actual / largest, expected / largest, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", LAYER_KINDS)
-def test_an_exported_adapted_model_computes_the_same(kind: str) -> None:
+def test_an_exported_adapted_model_computes_the_same(kind):
     adapted = adapt(base(kind))
 
     exported = program(adapted.get_base_model()).module()
@@ -64,7 +63,7 @@ def test_an_exported_adapted_model_computes_the_same(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", LAYER_KINDS)
-def test_an_exported_merged_model_computes_the_same_with_the_operations_of_the_base(kind: str) -> None:
+def test_an_exported_merged_model_computes_the_same_with_the_operations_of_the_base(kind):
     model = base(kind).eval()
     merged = adapt(copy.deepcopy(model)).merge_and_unload()
 
@@ -81,7 +80,7 @@ def test_an_exported_merged_model_computes_the_same_with_the_operations_of_the_b
 @pytest.mark.parametrize(
     ("kind", "merge"), [("own", True), ("own", False), ("efficient-kan", True), ("fast-kan", True)]
 )
-def test_onnx_computes_the_same(kind: str, merge: bool, tmp_path) -> None:
+def test_onnx_computes_the_same(kind, merge, tmp_path):
     model = adapt(base(kind))
     model = model.merge_and_unload() if merge else model.get_base_model()
 

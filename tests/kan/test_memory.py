@@ -4,37 +4,35 @@
 """Networks are evaluated and trained in any order: memory that is reused between calls changes no result."""
 
 import copy
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from helpers import ROUNDING, adapt, assert_equal, base, inputs, relative
 from stand_ins import LAYER_KINDS
-from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, SlimKAN
 
 
-def train(model: nn.Module, x: Tensor) -> list[Tensor]:
+def train(model, x):
     """Return the gradients of a training step."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return list(torch.autograd.grad(model(x).square().sum(), parameters))
 
 
-def evaluate(model: Callable, x: Tensor) -> Tensor:
+def evaluate(model, x):
     with torch.inference_mode():
         return model(x).clone()
 
 
-def in_threads(work: Callable, count: int = 1) -> None:
+def in_threads(work, count=1):
     """Run the work in new threads, which have no memory yet."""
     with ThreadPoolExecutor(count) as executor:
         for future in [executor.submit(work) for _ in range(count)]:
             future.result()
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
+MODELS = {
     "dense": lambda: KAN([3, 8, 4]),
     "slim": lambda: SlimKAN([3, 8, 4], ranks=(2, 2, 2)),
     "normalized": lambda: KAN([3, 8, 4], norm="batch").eval(),
@@ -44,10 +42,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("rows", [6, 200])
-def test_training_and_evaluation_under_inference_mode_in_any_order(name: str, rows: int) -> None:
+def test_training_and_evaluation_under_inference_mode_in_any_order(name, rows):
     model, x = MODELS[name](), inputs(rows)
 
-    def work() -> None:
+    def work():
         y = evaluate(model, x)  # allocates the memory
         gradients = train(model, x)
         for network in (model, copy.deepcopy(model)):
@@ -58,7 +56,7 @@ def test_training_and_evaluation_under_inference_mode_in_any_order(name: str, ro
 
 
 @pytest.mark.parametrize("grid_size", [5, 64])
-def test_memory_of_another_dtype_or_size_is_replaced(grid_size: int) -> None:
+def test_memory_of_another_dtype_or_size_is_replaced(grid_size):
     single = KAN([3, 8, 4], grid_size=grid_size)
     double = KAN([3, 8, 4], grid_size=grid_size).double()
 
@@ -70,11 +68,11 @@ def test_memory_of_another_dtype_or_size_is_replaced(grid_size: int) -> None:
             train(network, x)
 
 
-def test_threads_have_memory_of_their_own() -> None:
+def test_threads_have_memory_of_their_own():
     model, x = KAN([20, 30, 20]), inputs(2000, in_features=20)
     expected = train(model, x)
 
-    def work() -> None:
+    def work():
         for _ in range(5):
             torch.testing.assert_close(train(model, x), expected)
 

@@ -7,21 +7,21 @@ import pytest
 import torch
 from helpers import refused
 from jet_helpers import assert_same
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 from peft_lotra.kan import KAN, KANLinear, SlimKAN, jet, refine_grid
 
 
-def inputs(rows: int = 500, scale: float = 1.0) -> Tensor:
+def inputs(rows=500, scale=1.0):
     return scale * (2 * torch.rand(rows, 2, dtype=torch.float64) - 1)
 
 
-def kan(*widths: int, **kwargs) -> KAN:
+def kan(*widths, **kwargs):
     return KAN(widths or (2, 6, 5, 1), grid_size=6, dtype=torch.float64, **kwargs)
 
 
-def wide(model: nn.Module) -> nn.Module:
+def wide(model):
     """Make the splines large compared with the base branch."""
     with torch.no_grad():
         for layer in model.layers:

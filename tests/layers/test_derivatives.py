@@ -12,7 +12,7 @@ from helpers import assert_equal, state
 from jet_helpers import assert_same, nested
 from orders import Formula
 from stand_ins import FastKANLayer, OldEfficientKANLayer
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 from peft_lotra import register_kan_layer
@@ -25,16 +25,16 @@ from peft_lotra.layers.derivatives import find_stages
 pytestmark = pytest.mark.filterwarnings("ignore:`jet` knows no closed form", "ignore:Adapters have more", "ignore:std")
 
 
-def inside(rows: int = 6, size: int = 2) -> Tensor:
+def inside(rows=6, size=2):
     return torch.rand(rows, size, dtype=torch.float64) * 0.9 + 0.05
 
 
-def loss_gradients(derivatives, tensors) -> tuple[Tensor, ...]:
+def loss_gradients(derivatives, tensors):
     loss = sum(derivative.square().sum() for derivative in derivatives)
     return torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True, materialize_grads=True)
 
 
-def bases(model: nn.Module) -> set[str]:
+def bases(model):
     return {type(stage.formula.basis).__name__ for stage in stages_of(model)}
 
 
@@ -59,7 +59,7 @@ def test_knots_may_become_uneven_and_even_again():
 class Gained(Loop):
     gain = power = 1
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         y = super().forward(x)
         return y if self.gain == self.power == 1 else self.gain * y**self.power
 
@@ -79,11 +79,11 @@ def test_a_container_that_computes_more_is_no_chain(setting):
 
 def test_layers_that_compute_more_have_no_closed_form():
     class Biased(OldEfficientKANLayer):
-        def __init__(self, *args) -> None:
+        def __init__(self, *args):
             super().__init__(*args)
             self.bias = nn.Parameter(torch.zeros(()))  # as yet without effect
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             return super().forward(x) + self.bias
 
     model, x = Biased(2, 3).double(), inside()
@@ -93,10 +93,10 @@ def test_layers_that_compute_more_have_no_closed_form():
 
 
 class Sines(Formula):
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs, outputs):
         super().__init__(None, sine_weights=(outputs, inputs, 3))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         angles = x.unsqueeze(-1) * torch.arange(1, 4)
         return torch.einsum("nik,oik->no", angles.sin(), self.sine_weights)
 
@@ -105,7 +105,7 @@ class Sines(Formula):
 def test_wrong_derivatives_of_a_users_kind_are_not_used(wrong):
     """Even if other derivatives were right when the class was registered before."""
 
-    def derivatives(layer: nn.Module, x: Tensor, highest: int) -> list[Tensor]:
+    def derivatives(layer, x, highest):
         sines = [harmonics[..., 3:] for harmonics in functions.harmonic_derivatives(3, x, highest)]
         if wrong is not None and wrong <= highest:
             sines[wrong] = 1.001 * sines[wrong]
@@ -121,11 +121,11 @@ def test_wrong_derivatives_of_a_users_kind_are_not_used(wrong):
 
 
 class Counter(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.register_buffer("passes", torch.zeros(()))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         self.passes += 1
         return x
 

@@ -11,7 +11,7 @@ from helpers import refused
 from orders import Layer
 from peft import get_peft_model
 from stand_ins import ChebyKANLayer, as_model
-from torch import Tensor, nn
+from torch import nn
 
 from peft_lotra import KANLayerSpec, LoTRAConfig, find_kan_layers, register_kan_layer
 from peft_lotra.kan import KANLinear
@@ -103,12 +103,12 @@ def test_the_name_of_a_built_in_kind_is_refused():
 class Phases(nn.Module):
     """Sines with a constant phase for each input and frequency."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(4, 3, 5))
         self.phase = nn.Parameter(torch.rand(3, 5), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         angle = x.unsqueeze(-1) * torch.arange(1, 6) + self.phase
         return torch.einsum("bik,oik->bo", torch.sin(angle), self.weight)
 

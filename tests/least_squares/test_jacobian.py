@@ -3,7 +3,6 @@
 """The Jacobian by layers, compared with `torch.func.vmap`."""
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from helpers import adapt, relative
 from peft import LoraConfig, get_peft_model
 from residuals import problem
 from stand_ins import LAYER_KINDS
-from torch import Tensor, nn
+from torch import nn
 
 from peft_lotra.kan import KAN, KANLinear, hessian, jet
 from peft_lotra.least_squares.jacobian import MOST_COLUMNS
@@ -21,15 +20,15 @@ from peft_lotra.pde import HardConstraint
 ROWS = 70
 
 
-def points(rows: int = ROWS, dtype: torch.dtype = torch.float64) -> Tensor:
+def points(rows=ROWS, dtype=torch.float64):
     return torch.rand(rows, 2, dtype=dtype) * 2.4 - 1.2  # some outside of the grids
 
 
-def network(**options) -> KAN:
+def network(**options):
     return KAN([2, 5, 4, 2], dtype=torch.float64, **options)
 
 
-def check(model: nn.Module, function: Callable, *rows: Tensor, by_layers: bool = True) -> None:
+def check(model, function, *rows, by_layers=True):
     """Check that the Jacobian by layers equals the one by `torch.func.vmap`, or that there is none by layers."""
     squares = problem(model, [(function, rows or (points(),))])
     for term, chunk in squares.chunks():
@@ -45,26 +44,26 @@ def check(model: nn.Module, function: Callable, *rows: Tensor, by_layers: bool =
 # Residuals
 
 
-def equation(model: nn.Module, x: Tensor) -> Tensor:
+def equation(model, x):
     u, (u_x, u_y), second = jet(model, x, collapse=True)
     return second - u**3 + u_x * u_y
 
 
-def value(model: nn.Module, x: Tensor) -> Tensor:
+def value(model, x):
     return model(x).square()
 
 
-def weighted(model: nn.Module, x: Tensor) -> Tensor:
+def weighted(model, x):
     u, du, second = jet(model, x, collapse=(1.0, -0.3))
     return second[:, 0] * u[:, 1] + du[0, :, 1]
 
 
-def second_derivatives(model: nn.Module, x: Tensor) -> Tensor:
+def second_derivatives(model, x):
     u, _, d2u = hessian(model, x)
     return d2u[0, 0] * d2u[1, 1] - d2u[0, 1] ** 2 + u
 
 
-def several(model: nn.Module, x: Tensor) -> Tensor:
+def several(model, x):
     """A periodic condition, and the equation times the value."""
     side = x * torch.tensor([0.0, 1.0])
     left, right = side - 1, side + 1
@@ -75,14 +74,14 @@ def several(model: nn.Module, x: Tensor) -> Tensor:
 # Models
 
 
-def two_adapters(model: nn.Module) -> nn.Module:
+def two_adapters(model):
     model = adapt(model, r=(2, 3, 4), alpha=0.7)
     model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
     model.base_model.set_adapter(["default", "second"])
     return model.eval()
 
 
-def one_of_two_trained(model: nn.Module) -> nn.Module:
+def one_of_two_trained(model):
     model = two_adapters(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("default" in name and "factor_in" not in name)
@@ -113,7 +112,7 @@ def test_dense_and_adapted_kans(name, residual):
 FOREIGN_KINDS = ["efficient-kan", "efficient-kan-no-scaler", "fast-kan", "faster-kan", "cheby-kan", "fourier-kan"]
 
 
-def foreign_network(kind: str) -> nn.Module:
+def foreign_network(kind):
     layers = [LAYER_KINDS[kind](2, 4), LAYER_KINDS[kind](4, 2)]
     return adapt(nn.Sequential(*layers).double(), r=(2, 3, 4), alpha=0.7)
 
@@ -126,7 +125,7 @@ def test_adapters_of_layers_of_other_libraries(kind, residual):
     check(foreign_network(kind), residual, points(20), by_layers=kind != "efficient-kan")
 
 
-def frozen_bias() -> nn.Module:
+def frozen_bias():
     model = nn.Sequential(KAN([2, 4]), nn.Linear(4, 5), nn.Softplus(), nn.Linear(5, 2)).double()
     model[1].bias.requires_grad_(False)
     return model
@@ -187,13 +186,13 @@ def test_points_on_the_knots(repeats):
 # What is not by layers
 
 
-def hooked() -> nn.Module:
+def hooked():
     model = network()
     model.layers[1].register_forward_hook(lambda *arguments: 2 * arguments[-1])
     return model
 
 
-def with_replaced_forward() -> nn.Module:
+def with_replaced_forward():
     model = adapt(network())
     layer = model.get_base_model().layers[1]
     layer.forward = lambda x, forward=layer.forward: 2 * forward(x)
@@ -203,16 +202,16 @@ def with_replaced_forward() -> nn.Module:
 class Around(nn.Module):
     """A network with parameters of its own around a KAN."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.kan = network()
         self.speed = nn.Parameter(torch.tensor([0.7, 1.3], dtype=torch.float64))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.kan(x)
 
 
-def lora() -> nn.Module:
+def lora():
     config = LoraConfig(r=2, target_modules=[], target_parameters=["spline_weight"], init_lora_weights=False)
     return get_peft_model(network(), config)
 

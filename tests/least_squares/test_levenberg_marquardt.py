@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import adapt, assert_equal, assert_same, refused, snapshot, state
 from residuals import fit, network, problem, terms
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 from peft_lotra.least_squares import LevenbergMarquardt
@@ -60,11 +60,11 @@ def test_a_record_has_the_loss_of_each_term():
         assert loss == pytest.approx(expected.item())
 
 
-def random_square(rows: int) -> Tensor:
+def random_square(rows):
     return torch.rand(rows, 2, dtype=torch.float64) * 2 - 1
 
 
-def waves(x: Tensor) -> Tensor:
+def waves(x):
     return torch.sin(7 * x).prod(1, keepdim=True)
 
 
@@ -100,7 +100,7 @@ def test_the_bar_shows_losses(capsys):
     assert all(name in bar for name in ("loss=", "held=", "damping="))
 
 
-def linear_problem(rows: int) -> tuple[Tensor, Tensor]:
+def linear_problem(rows):
     x = torch.randn(rows, 5, dtype=torch.float64)
     noise = 0.1 * torch.randn(rows, 1, dtype=torch.float64)
     return x, x @ torch.arange(5.0, dtype=torch.float64)[:, None] + noise
@@ -130,7 +130,7 @@ def test_forget_drops_former_steps():
     assert_close(model.weight.T, torch.linalg.lstsq(x, y).solution)
 
 
-def weights_after(steps: int, batches: list, forgetting: float | str) -> Tensor:
+def weights_after(steps, batches, forgetting):
     """Return the weights of a linear model after steps with these batches in turn."""
     model = nn.Linear(5, 1, bias=False, dtype=torch.float64)
     nn.init.zeros_(model.weight)
@@ -174,7 +174,7 @@ def test_auto_drops_former_steps_of_another_function():
 # What goes wrong
 
 
-def nan_where_negative(model: nn.Module, x: Tensor) -> Tensor:
+def nan_where_negative(model, x):
     return torch.where(x[:, :1] < 0, torch.nan, model(x))
 
 
@@ -221,12 +221,12 @@ def test_held_residuals_that_are_not_finite_are_named():
 class Twice(nn.Module):
     """Two parameters with the same effect."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.a = nn.Parameter(torch.ones(1, dtype=torch.float64))
         self.b = nn.Parameter(torch.ones(1, dtype=torch.float64))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return (self.a + self.b) * x
 
 

@@ -14,15 +14,15 @@ from peft_lotra.kan import KAN, jet
 from peft_lotra.least_squares import LevenbergMarquardt
 
 
-def points(rows: int = 70) -> Tensor:
+def points(rows=70):
     return torch.rand(rows, 2, dtype=torch.float64) * 2.4 - 1.2  # some outside of the grids
 
 
-def network() -> KAN:
+def network():
     return KAN([2, 5, 4, 2], dtype=torch.float64)
 
 
-def laplacian_and_value(model: nn.Module, x: Tensor) -> Tensor:
+def laplacian_and_value(model, x):
     u, du, second = jet(model, x, collapse=True)
     return torch.cat([second - u**3, du[0] * model(x)], dim=-1)
 
@@ -67,14 +67,14 @@ def test_no_dense_gradient_for_an_adapter(residual):
 class Equation:
     """A function, and a bound method, which is a new object at each access."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.calls = []
 
-    def residual(self, model: nn.Module, x: Tensor) -> Tensor:
+    def residual(self, model, x):
         self.calls.append(len(x))
         return model(x)
 
-    def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
+    def __call__(self, model, x):
         return self.residual(model, x)
 
 
@@ -123,7 +123,7 @@ def test_no_tensor_of_a_term_that_is_gone_stays(kind):
         residual = nn.Module.__call__
     optimizer = LevenbergMarquardt(model)
 
-    def count_tensors_after_steps() -> int:
+    def count_tensors_after_steps():
         for _ in range(3):
             optimizer.step([(lambda model, x: residual(model, x), points(20))])
         gc.collect()

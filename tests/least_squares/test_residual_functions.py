@@ -10,7 +10,7 @@ import torch
 from foreign import FOREIGN, Loop, make_foreign
 from helpers import adapt, assert_equal, refused
 from stand_ins import FastKANLayer
-from torch import Tensor, nn
+from torch import nn
 
 from peft_lotra.kan import KAN, jet
 from peft_lotra.least_squares import LevenbergMarquardt
@@ -19,12 +19,12 @@ from peft_lotra.least_squares import LevenbergMarquardt
 pytestmark = pytest.mark.filterwarnings("ignore:`jet` knows no closed form", "ignore:std", "ignore:Adapters have more")
 
 
-def by_jet(model: nn.Module, x: Tensor) -> Tensor:
+def by_jet(model, x):
     u, _, laplacian = jet(model, x, collapse=True)
     return u**3 - laplacian - 1
 
 
-def by_autograd(model: nn.Module, x: Tensor) -> Tensor:
+def by_autograd(model, x):
     """Differentiate as PINNs do."""
     x.requires_grad_(True)
     u = model(x)
@@ -33,7 +33,7 @@ def by_autograd(model: nn.Module, x: Tensor) -> Tensor:
     return u**3 - u_xx - u_yy - 1
 
 
-def by_columns(model: nn.Module, x: Tensor) -> Tensor:
+def by_columns(model, x):
     """Differentiate without `create_graph` the last time."""
     columns = [column.clone().requires_grad_() for column in x.split(1, dim=1)]
     u = model(torch.cat(columns, 1))
@@ -42,19 +42,19 @@ def by_columns(model: nn.Module, x: Tensor) -> Tensor:
     return u**3 - second[0] - second[1] - 1
 
 
-def steps(model: nn.Module, function, rows: Tensor, count: int = 2) -> list[float]:
+def steps(model, function, rows, count=2):
     records = LevenbergMarquardt(model).fit([(function, rows)], steps=count, progress=False)
     return [record.loss for record in records]
 
 
-def rows(count: int = 60) -> Tensor:
+def rows(count=60):
     return torch.rand(count, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.9 + 0.05
 
 
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("name", FOREIGN)
 def test_the_loss_falls_on_any_network_by_jet_or_autograd(name, adapted):
-    def model() -> nn.Module:
+    def model():
         network = make_foreign(name)
         return adapt(network) if adapted and name != "mlp" else network
 
@@ -68,7 +68,7 @@ def test_the_loss_falls_on_any_network_by_jet_or_autograd(name, adapted):
     assert steps(model(), by_columns, rows(), 1) == pytest.approx(losses[:1], 1e-4)
 
 
-def slope_minus_value(model: nn.Module, x: Tensor) -> Tensor:
+def slope_minus_value(model, x):
     u = model(x)
     return torch.autograd.grad(u.sum(), x, create_graph=True)[0] - u
 
@@ -88,7 +88,7 @@ def test_rows_that_do_not_require_a_gradient_are_not_differentiated():
 
 
 def test_functions_may_write_into_their_rows():
-    def halving(model: nn.Module, x: Tensor) -> Tensor:
+    def halving(model, x):
         x *= 0.5
         return by_jet(model, x)
 
@@ -105,11 +105,11 @@ def test_functions_may_write_into_their_rows():
 class WrittenPolynomials(nn.Module):
     """JacobiKAN's polynomials, which it writes into a tensor one by one."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.coefficients = nn.Parameter(torch.randn(1, 2, 3, dtype=torch.float64))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         functions = torch.ones(*x.shape, 3, dtype=x.dtype)
         functions[..., 1] = x
         functions[..., 2] = 2 * x * functions[..., 1].clone() - 1
@@ -134,7 +134,7 @@ def test_networks_that_write_into_tensors_are_differentiated_row_by_row(function
 def test_gradients_through_normalizations_are_right():
     """Torch's own derivatives of third order are not."""
 
-    def losses(function) -> list[float]:
+    def losses(function):
         torch.manual_seed(0)
         layers = FastKANLayer(2, 4, use_layernorm=False), FastKANLayer(4, 4), FastKANLayer(4, 1)
         return steps(Loop(*layers).double(), function, rows(), 3)
@@ -145,13 +145,13 @@ def test_gradients_through_normalizations_are_right():
     assert losses(by_autograd) == pytest.approx(expected, 1e-3)
 
 
-def with_backward(model: nn.Module, x: Tensor) -> Tensor:
+def with_backward(model, x):
     x.requires_grad_()
     model(x).sum().backward()
     return x.grad
 
 
-def with_a_branch(model: nn.Module, x: Tensor) -> Tensor:
+def with_a_branch(model, x):
     return model(x) * (2 if (x > 0.5).any() else 1)
 
 

@@ -58,7 +58,7 @@ def test_a_shard_may_have_no_rows_or_other_parameters(ranks, case):
         assert_close(results[case], results["alone"]["plain"])
 
 
-def assert_close(values: dict[str, list], expected: dict[str, list]) -> None:
+def assert_close(values, expected):
     for name in expected:
         np.testing.assert_allclose(values[name], expected[name], rtol=1e-10, atol=1e-10)
 

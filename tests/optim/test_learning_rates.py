@@ -14,15 +14,15 @@ from peft_lotra import LoTRAConfig, create_lotra_optimizer, start_from_gradient
 from peft_lotra.kan import KAN
 
 
-def wide() -> nn.Module:
+def wide():
     return get_peft_model(KAN([64, 256, 4]), LoTRAConfig(r=2))
 
 
-def groups_of(optimizer: torch.optim.Optimizer) -> dict[str, dict]:
+def groups_of(optimizer):
     return {group["name"]: group for group in optimizer.param_groups}
 
 
-def multipliers(model: nn.Module, policy="width", optimizer_cls=torch.optim.Adam) -> dict[tuple[str, str], float]:
+def multipliers(model, policy="width", optimizer_cls=torch.optim.Adam):
     """The rates of the components of each layer at lr=1."""
     optimizer = create_lotra_optimizer(model, optimizer_cls, lr=1.0, policy=policy)
     rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
@@ -127,7 +127,7 @@ def test_every_trainable_parameter_is_in_one_group_and_no_other_one():
     assert {id(parameter) for parameter in trained} == expected
 
 
-def lora_and_head() -> nn.Module:
+def lora_and_head():
     """LoTRA on the KAN layers, LoRA on a linear layer, and a head that is trained whole."""
     network = nn.ModuleDict({"kan": KAN([3, 4]), "linear": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
     model = get_peft_model(network, LoTRAConfig(r=2, modules_to_save=["head"]))

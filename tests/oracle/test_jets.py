@@ -3,8 +3,6 @@
 
 """`jet`, `laplacian` and `hessian` of many networks, compared with nested autograd."""
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings
@@ -15,7 +13,7 @@ from foreign import Hard, make_foreign
 from helpers import adapt, base, refused
 from jet_helpers import assert_same, nested, network, points
 from stand_ins import LAYER_KINDS
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.testing import assert_close
@@ -40,15 +38,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:Adapters have more", "ignore:Spl
 
 
 class Sine(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return torch.sin(2 * x)
 
 
-def chain(kind: str) -> nn.Module:
+def chain(kind):
     return nn.Sequential(LAYER_KINDS[kind](3, 4), LAYER_KINDS[kind](4, 2)).double()
 
 
-def mlp(activation: nn.Module) -> nn.Module:
+def mlp(activation):
     layers = nn.Linear(3, 6), activation, nn.Linear(6, 5, bias=False), activation, nn.Linear(5, 2)
     return nn.Sequential(*layers).double()
 
@@ -56,21 +54,21 @@ def mlp(activation: nn.Module) -> nn.Module:
 class Waves(InputMap):
     """A map to the sine and the cosine of the first input, and the sine of the second."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__(3, [0, 0, 1])
 
-    def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
+    def evaluate(self, z, highest):
         angle = z + torch.tensor([0.0, 1.5, 0.0], dtype=z.dtype)
         return [torch.sin(angle + d * math.pi / 2) for d in range(highest + 1)]
 
 
-def with_batch_norm() -> nn.Module:
+def with_batch_norm():
     model = network(norm="batch")
     model(torch.randn(100, 3, dtype=torch.float64))  # moves the running statistics
     return model.eval()
 
 
-def constrained(inner: nn.Module | None = None) -> nn.Module:
+def constrained(inner=None):
     features = BoxFeatures([-2] * 3, [2] * 3, periodic=[0], frequencies=(0, 0, 1))
     model = nn.Sequential(features, inner or network(6, 5, 2)).double()
     return HardConstraint(model, lambda x: x[..., :1] * torch.exp(x[..., 1:2]), lambda x: torch.sin(x[..., :1]))
@@ -115,13 +113,13 @@ OTHERS = {
 WEIGHTS = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
 
 
-def gradients(outputs, inputs) -> tuple[Tensor, ...]:
+def gradients(outputs, inputs):
     total = sum(output.square().sum() for output in outputs)
     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
     return torch.autograd.grad(total, inputs, **options)
 
 
-def assert_same_gradients(actual, expected, inputs, tolerance: float = 1e-10) -> None:
+def assert_same_gradients(actual, expected, inputs, tolerance=1e-10):
     """Compare gradients; the tolerance is a share of the largest entry of all."""
     expected_gradients = gradients(expected, inputs)
     largest = max(gradient.abs().max().item() for gradient in expected_gradients)
@@ -174,7 +172,7 @@ def test_gradients_of_gradients():
     model, x = network(3, 5, 4, spline_order=5), points(100)
     parameters = list(model.parameters())
 
-    def second_gradient(derivatives) -> Tensor:
+    def second_gradient(derivatives):
         total = sum(derivative.square().sum() for derivative in derivatives)
         (gradient, *_) = torch.autograd.grad(total, parameters, create_graph=True)
         return torch.autograd.grad(gradient.square().sum(), parameters[-1])[0]
@@ -201,7 +199,7 @@ def test_gradients_of_rows(name, order):
     model, x = MODELS[name](), points(80)
     parameters = list(model.parameters())
 
-    def residuals() -> Tensor:
+    def residuals():
         _, *derivatives = jet(model, x, order=order)
         return sum(0.1**n * part.square().sum((0, -1)).unsqueeze(1) for n, part in enumerate(derivatives))
 
@@ -283,7 +281,7 @@ def test_a_jet_is_compiled_in_one_graph():
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     x = points()
 
-    def jet_of_products(x: Tensor) -> tuple[Tensor, ...]:
+    def jet_of_products(x):
         return jet(model, x[:, :1] * x, order=3)
 
     compiled = torch.compile(jet_of_products, fullgraph=True, backend="aot_eager")
@@ -323,7 +321,7 @@ def warn_again(monkeypatch):
     monkeypatch.setattr(api, "_warned", set())
 
 
-def with_hook() -> nn.Module:
+def with_hook():
     model = network()
     model.layers[0].register_forward_hook(lambda module, args, output: 2 * output)
     return model

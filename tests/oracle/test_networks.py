@@ -4,16 +4,14 @@
 """Operations on networks and large batches, compared with the base to which dense updates were added."""
 
 import copy
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from dense import ALPHA, FORMS, dense, dense_parameters, near
 from helpers import KINDS, Net, adapt, components, inputs, lotra_layers
-from peft import PeftModel
 from scipy.interpolate import RBFInterpolator
-from torch import Tensor, nn
+from torch import nn
 
 from peft_lotra import AdapterBank, ParametricAdapter, extract_lotra
 from peft_lotra.kan import KAN, bspline_basis, refine_grid
@@ -22,7 +20,7 @@ from peft_lotra.kan.basis import moments
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-NETWORKS: dict[str, Any] = {
+NETWORKS = {
     "layer norm": lambda: KAN([3, 6, 4], norm="layer", dtype=torch.float64),
     "batch norm": lambda: KAN([3, 6, 4], norm="batch", dtype=torch.float64),
     "tanh, order 4": lambda: KAN([3, 6, 4], grid_size=3, spline_order=4, norm="tanh", dtype=torch.float64),
@@ -32,7 +30,7 @@ NETWORKS: dict[str, Any] = {
 }
 
 
-def make(kind: str) -> tuple[nn.Module, Tensor]:
+def make(kind):
     torch.manual_seed(0)
     base = NETWORKS[kind]().eval()
     for name, buffer in base.named_buffers():
@@ -44,7 +42,7 @@ def make(kind: str) -> tuple[nn.Module, Tensor]:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_a_network_and_its_gradients(kind: str, form: str) -> None:
+def test_a_network_and_its_gradients(kind, form):
     """Outputs, gradients of inputs and components, and gradients of the slope."""
     base, x = make(kind)
     model = adapt(copy.deepcopy(base), alpha=ALPHA, **FORMS[form])
@@ -58,15 +56,15 @@ def test_a_network_and_its_gradients(kind: str, form: str) -> None:
     near(*results, 1e-7)
 
 
-def adapters_of(base: nn.Module, count: int) -> dict[str, PeftModel]:
+def adapters_of(base, count):
     """Return models with adapters of all forms, in turn."""
     forms = list(FORMS.values())
     return {f"a{n}": adapt(copy.deepcopy(base), alpha=ALPHA, **forms[n % len(forms)]) for n in range(count)}
 
 
-def served_by_peft(base: nn.Module, models: dict[str, PeftModel]) -> nn.Module:
+def served_by_peft(base, models):
     """Return one model with the adapters of all."""
-    model: Any = None
+    model = None
     for name, source in models.items():
         config = copy.deepcopy(source.peft_config["default"])
         if model is None:
@@ -78,7 +76,7 @@ def served_by_peft(base: nn.Module, models: dict[str, PeftModel]) -> nn.Module:
     return model.eval()
 
 
-def served_by_bank(base: nn.Module, models: dict[str, PeftModel]) -> nn.Module:
+def served_by_bank(base, models):
     bank = AdapterBank(copy.deepcopy(base))
     for name, model in models.items():
         bank.add(name, model)
@@ -88,7 +86,7 @@ def served_by_bank(base: nn.Module, models: dict[str, PeftModel]) -> nn.Module:
 @pytest.mark.parametrize("serve", [served_by_peft, served_by_bank])
 @pytest.mark.parametrize("rows", [1, 20, 2000])  # 2,000 are multiplied in groups
 @pytest.mark.parametrize("kind", ["tanh, order 4", "head", "large grid", "fast-kan", "efficient-kan-old"])
-def test_17_adapters_in_a_batch(kind: str, rows: int, serve: Any) -> None:
+def test_17_adapters_in_a_batch(kind, rows, serve):
     torch.manual_seed(0)
     if kind == "large grid":
         base = KAN([3, 40, 4], grid_size=30, dtype=torch.float64)
@@ -111,7 +109,7 @@ def test_17_adapters_in_a_batch(kind: str, rows: int, serve: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tanh, order 4", "fast-kan", "efficient-kan-old"])
-def test_all_adapters_of_a_batch_are_trained(kind: str) -> None:
+def test_all_adapters_of_a_batch_are_trained(kind):
     """Each gets the gradient of its rows."""
     base = (NETWORKS[kind]() if kind in NETWORKS else KINDS[kind]().double()).eval()
     models = adapters_of(base, 4)
@@ -134,18 +132,18 @@ def test_all_adapters_of_a_batch_are_trained(kind: str) -> None:
 class Folded(nn.Module):
     """Folds the steps of (batch, 3, steps) into the batch."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.kan = KAN([3, 5, 2], dtype=torch.float64)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         rows = x.permute(0, 2, 1)
         return self.kan(rows.reshape(-1, 3)).unflatten(0, rows.shape[:2])
 
 
 @pytest.mark.parametrize("serve", [served_by_peft, served_by_bank])
 @pytest.mark.parametrize("make", [Folded, lambda: nn.Sequential(KAN([6, 5, 2], dtype=torch.float64))])
-def test_several_rows_of_a_sample(make: Any, serve: Any) -> None:
+def test_several_rows_of_a_sample(make, serve):
     base = make().eval()
     models = adapters_of(base, 3)
     x = torch.rand(8, 3, 6, dtype=torch.float64)
@@ -158,7 +156,7 @@ def test_several_rows_of_a_sample(make: Any, serve: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["own", "fast-kan", "efficient-kan-old"])
-def test_compiled(kind: str) -> None:
+def test_compiled(kind):
     """As a graph: an adapted model, and a bank."""
     torch._dynamo.reset()
     base = (NETWORKS[kind]() if kind in NETWORKS else KINDS[kind]().double()).eval()
@@ -177,7 +175,7 @@ def test_compiled(kind: str) -> None:
 
 
 @pytest.mark.parametrize("with_inputs", [False, True])
-def test_extraction(with_inputs: bool) -> None:
+def test_extraction(with_inputs):
     """From the coefficients, and from the outputs at inputs."""
     base, x = make("layer norm")
     tuned = dense(base, adapt(copy.deepcopy(base), alpha=ALPHA))
@@ -192,7 +190,7 @@ REFINED = [("tanh, order 4", False), ("tanh, order 4", True), ("one input", True
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("kind", "samples"), REFINED)
-def test_a_refined_grid(kind: str, samples: bool, form: str) -> None:
+def test_a_refined_grid(kind, samples, form):
     """The adapters are refined with the grid, which keeps the function of the dense network too."""
     base, x = make(kind)
     model = adapt(copy.deepcopy(base), alpha=ALPHA, **FORMS[form])
@@ -205,7 +203,7 @@ def test_a_refined_grid(kind: str, samples: bool, form: str) -> None:
     near(total(x), expected, 1e-7)
 
 
-def test_a_grid_of_another_size() -> None:
+def test_a_grid_of_another_size():
     """By least squares."""
     base = KAN([1, 3, 1], grid_size=8, norm="tanh", dtype=torch.float64)
     x = inputs(50, torch.float64, 1)
@@ -217,12 +215,12 @@ def test_a_grid_of_another_size() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3, 6])
-def test_a_family(count: int) -> None:
+def test_a_family(count):
     """Its prediction is the base with the interpolated cores, and so with interpolated dense updates."""
     base, x = make("tanh, order 4")
 
     @torch.no_grad()
-    def train(model: nn.Module, c: float) -> None:
+    def train(model, c):
         torch.manual_seed(int(10 * c))
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -240,7 +238,7 @@ def test_a_family(count: int) -> None:
     near(family.as_adapter(1.3)(x), dense(base, *adapters)(x), 1e-7)
 
 
-def test_moments_of_the_uniform_law() -> None:
+def test_moments_of_the_uniform_law():
     """The scales of random starts come from them."""
     points = torch.linspace(-6, 6, 4001, dtype=torch.float64)
     variance, products = moments((-1, 3), 4, 3)

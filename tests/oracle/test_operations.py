@@ -4,8 +4,6 @@
 """Each operation on each kind of layer, compared with a base to whose parameters the dense update was added."""
 
 import copy
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ from helpers import CONVS, KINDS, adapt, add_adapter, assert_equal, assert_near,
 from jet_helpers import nested
 from peft import PeftModel, get_peft_model
 from stand_ins import CONVOLUTIONS, LAYER_KINDS, as_model
-from torch import Tensor, nn
 
 from peft_lotra import AdapterBank, LoTRAConfig, extract_lotra, hotswap_adapter, start_from_gradient
 from peft_lotra.derivatives.torch_fallback import ExactNorms
@@ -23,7 +20,7 @@ from peft_lotra.kan import jet
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-MAKERS: dict[str, Callable[[], nn.Module]] = {
+MAKERS = {
     **KINDS,
     **CONVS,
     **{
@@ -35,17 +32,17 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
 # the kinds that take all forms: thin products, scales of edges, no formula, a convolution
 TYPICAL = ["own", "wide own", "efficient-kan-old", "pykan", "fastkanconv"]
 FORM_OF_OTHERS = ["factors", "shape"]
-OPERATIONS: dict[str, Callable] = {}
+OPERATIONS = {}
 # operations that do the same for each kind
 OF_ONE_KIND = ["half", "hotswap", "weighted"]
 
 
-def operation(function: Callable) -> Callable:
+def operation(function):
     OPERATIONS[function.__name__] = function
     return function
 
 
-def make(kind: str) -> tuple[nn.Module, Tensor]:
+def make(kind):
     """Return a base of one layer, and inputs."""
     torch.manual_seed(0)
     base = MAKERS[kind]().double().eval()
@@ -55,7 +52,7 @@ def make(kind: str) -> tuple[nn.Module, Tensor]:
 
 
 @operation
-def forward(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
+def forward(base, model, x, folder):
     expected = dense(base, model)(x)
     near(model(x), expected)
     near(model(x[:1]), dense(base, model)(x[:1]))
@@ -67,7 +64,7 @@ def forward(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
 
 
 @operation
-def gradient(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
+def gradient(base, model, x, folder):
     """Of the inputs, and of each component."""
     x = x.clone().requires_grad_()
     variables = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
@@ -80,7 +77,7 @@ def gradient(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None
 
 
 @operation
-def coefficients(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
+def coefficients(base, model, x, folder):
     layer = layer_of(model)
     total = dense(base, model)
     read = layer_of(adapt(total, r=1)).get_base_weight()
@@ -88,7 +85,7 @@ def coefficients(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> 
 
 
 @operation
-def merge(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
+def merge(base, model, x, folder):
     expected = dense(base, model)(x)
     before = copy.deepcopy(base.state_dict())
     model.merge_adapter()
@@ -102,7 +99,7 @@ def merge(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
 
 
 @operation
-def reload(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
+def reload(base, model, x, folder):
     """Bit for bit, of components that require a gradient and those of a file, which do not."""
     model.save_pretrained(folder)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
@@ -114,13 +111,13 @@ def reload(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
 
 
 @operation
-def single(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
+def single(base, model, x, folder):
     """In float32, up to its rounding."""
     near(copy.deepcopy(model).float()(x.float()).double(), dense(base, model)(x), 5e-5)
 
 
 @operation
-def bfloat16(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
+def bfloat16(base, model, x, folder):
     """A base in half precision, with components in float32 and an update that is added in float32."""
     half = adapt(copy.deepcopy(base).bfloat16(), r=model.peft_config["default"].r, alpha=ALPHA)
     x = x.bfloat16()
@@ -128,14 +125,14 @@ def bfloat16(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None
 
 
 @operation
-def autocast(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
+def autocast(base, model, x, folder):
     model, reference = copy.deepcopy(model).float(), dense(base, model).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_near(model(x.float()), reference(x.float()), 5e-2)
 
 
 @operation
-def half(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
+def half(base, model, x, folder):
     """Of a file in half precision."""
     model.peft_config["default"].storage = "float16"
     model.save_pretrained(folder)
@@ -143,7 +140,7 @@ def half(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
 
 
 @operation
-def hotswap(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
+def hotswap(base, model, x, folder):
     model.save_pretrained(folder)
     other = adapt(copy.deepcopy(base), r=3, alpha=0.4, adapt_residual=model.peft_config["default"].adapt_residual)
     hotswap_adapter(other, folder, target_rank=99)
@@ -151,7 +148,7 @@ def hotswap(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
 
 
 @operation
-def weighted(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
+def weighted(base, model, x, folder):
     add_adapter(model, "other", r=1, alpha=0.4)
     expected = dense(base, (model, "default", 0.5 * ALPHA), (model, "other", -2 * 0.4))(x)
     for kind, ranks in {"cat": {}, "svd": {"ranks": 99}}.items():
@@ -161,7 +158,7 @@ def weighted(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None
 
 
 @operation
-def mixed(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
+def mixed(base, model, x, folder):
     """Rows of different adapters: in groups and one by one."""
     if x.dim() == 2:
         x = x.repeat(9, 1)
@@ -174,7 +171,7 @@ def mixed(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
     near_by_row(model, outputs, x[:5])
 
 
-def near_by_row(model: nn.Module, outputs: dict[str, Tensor], x: Tensor) -> None:
+def near_by_row(model, outputs, x):
     """Check that each row of a mixed batch has the outputs of its adapter."""
     names = [list(outputs)[index] for index in torch.randint(len(outputs), (len(x),))]
     y = model(x, adapter_names=names)
@@ -184,7 +181,7 @@ def near_by_row(model: nn.Module, outputs: dict[str, Tensor], x: Tensor) -> None
 
 
 @operation
-def bank(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
+def bank(base, model, x, folder):
     bank = AdapterBank(copy.deepcopy(base))
     bank.add("a", model)
     outputs = {"a": dense(base, model)(x), "__base__": dense(base)(x)}
@@ -205,7 +202,7 @@ def bank(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
 
 
 @operation
-def derivatives(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
+def derivatives(base, model, x, folder):
     """Along directions and up to order 4, of few points and of many."""
     if x.dim() > 2:
         return
@@ -219,14 +216,14 @@ def derivatives(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> N
 
 
 @operation
-def extraction(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
+def extraction(base, model, x, folder):
     tuned = dense(base, model)
     extracted = extract_lotra(copy.deepcopy(base), tuned, r=model.peft_config["default"].r)
     near(extracted.eval()(x), tuned(x), 1e-5)
 
 
 @operation
-def start(base: nn.Module, model: PeftModel, x: Tensor, folder: Path) -> None:
+def start(base, model, x, folder):
     near(get_peft_model(copy.deepcopy(base), LoTRAConfig()).eval()(x), base(x))
     fresh = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2))
     start_from_gradient(fresh, lambda: (fresh(x) - 1).square().mean())
@@ -252,7 +249,7 @@ IMPOSSIBLE = {
 
 
 @pytest.mark.parametrize(("name", "kind", "form"), CASES)
-def test_an_operation_gives_what_it_gives_on_the_dense_base(name: str, kind: str, form: str, tmp_path: Path) -> None:
+def test_an_operation_gives_what_it_gives_on_the_dense_base(name, kind, form, tmp_path):
     if (kind, name) in IMPOSSIBLE:
         pytest.skip(IMPOSSIBLE[kind, name])
     base, x = make(kind)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from dense import ALPHA, FORMS, near
 from helpers import KINDS, adapt, inputs, lotra_layers
-from torch import Tensor, nn
+from torch import nn
 
 from peft_lotra.kan import KAN, SlimKAN, TanhBound, jet
 from peft_lotra.least_squares import LevenbergMarquardt
@@ -18,28 +18,28 @@ from peft_lotra.least_squares import LevenbergMarquardt
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def fit(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def fit(model, x, y):
     return model(x)[:, :2] - y
 
 
-def equation(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def equation(model, x, y):
     u, _, laplacian = jet(model, x, collapse=True)
     return (laplacian + u**3)[:, 0] - y[:, 0]
 
 
-def shifted(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def shifted(model, x, y):
     """Depends on a parameter of no dimension too."""
     return model(x)[:, 0] - model.shift * y[:, 0]
 
 
-def of_weights(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def of_weights(model, x, y):
     """Depends on parameters outside of layers, so that `vmap` differentiates it."""
     core = next(iter(lotra_layers(model).values())).lotra_core["default"]
     penalty = core.square().sum()
     return model(x)[:, 0] - penalty * y[:, 0]
 
 
-def written(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def written(model, x, y):
     """Writes into a tensor, so that it is differentiated row by row."""
     values = torch.zeros(len(x), 2, dtype=x.dtype)
     values[:, 0] = model(x)[:, 0] - y[:, 0]
@@ -49,7 +49,7 @@ def written(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 TERMS = {"fit": [fit], "equation": [equation, fit], "shifted": [shifted], "vmap": [of_weights], "rows": [written]}
 
 
-def residuals_and_jacobian(model: nn.Module, terms: list[tuple]) -> tuple[Tensor, Tensor]:
+def residuals_and_jacobian(model, terms):
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parts = []
     for function, rows, weight in terms:
@@ -61,11 +61,11 @@ def residuals_and_jacobian(model: nn.Module, terms: list[tuple]) -> tuple[Tensor
     return residuals.detach(), torch.cat([gradient.reshape(len(units), -1) for gradient in gradients], 1)
 
 
-def trained(model: nn.Module) -> Tensor:
+def trained(model):
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
 
 
-def terms_at(names: str, rows: int) -> list[tuple]:
+def terms_at(names, rows):
     weights = (3.0, 0.5)
     terms = []
     for function, weight in zip(TERMS[names], weights, strict=False):
@@ -74,7 +74,7 @@ def terms_at(names: str, rows: int) -> list[tuple]:
     return terms
 
 
-def chain(*modules: nn.Module) -> nn.Module:
+def chain(*modules):
     return nn.Sequential(*modules).double()
 
 
@@ -87,7 +87,7 @@ BASES = {
 }
 
 
-def adapted(kind: str, form: str = "factors") -> nn.Module:
+def adapted(kind, form="factors"):
     return adapt(BASES[kind]().eval(), alpha=ALPHA, **FORMS[form])
 
 
@@ -105,7 +105,7 @@ STEPS += [("shape", "fit", *sizes) for sizes in ((6, 2**18), (500, 2**18), (20, 
 
 
 @pytest.mark.parametrize(("name", "names", "rows", "memory"), STEPS)
-def test_a_step_is_a_damped_gauss_newton_step(name: str, names: str, rows: int, memory: int) -> None:
+def test_a_step_is_a_damped_gauss_newton_step(name, names, rows, memory):
     """With fewer residuals than parameters, in their space or that of parameters, and with more, also in chunks."""
     model = MODELS[name]()
     if names == "shifted":
@@ -133,7 +133,7 @@ def test_a_step_is_a_damped_gauss_newton_step(name: str, names: str, rows: int, 
     assert record.damping == pytest.approx(damping * factor)
 
 
-def test_former_residuals_count_less_after_each_step() -> None:
+def test_former_residuals_count_less_after_each_step():
     """The second step minimizes the sum of the present linear model and the discounted former one."""
     model = MODELS["factors"]()
     optimizer = LevenbergMarquardt(model, 3.0, floor=0.1, forgetting=0.6)

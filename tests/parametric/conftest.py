@@ -3,8 +3,6 @@
 
 """The base, and the family, that tests share."""
 
-from __future__ import annotations
-
 import family_problems as problems
 import numpy as np
 import pytest

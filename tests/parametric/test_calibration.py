@@ -3,8 +3,6 @@
 
 """Parameters of a family from noisy data."""
 
-from __future__ import annotations
-
 import itertools
 import re
 

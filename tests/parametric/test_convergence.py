@@ -3,8 +3,6 @@
 
 """Members that stop by their held-out residual, are fitted again, or are reported, and solutions by parameter."""
 
-from __future__ import annotations
-
 import family_problems as problems
 import pytest
 import torch

@@ -3,8 +3,6 @@
 
 """Members that executors fit."""
 
-from __future__ import annotations
-
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 

@@ -3,8 +3,6 @@
 
 """Families that are fitted at given parameters to terms, or by a function that trains, and their predictions."""
 
-from __future__ import annotations
-
 import copy
 import json
 import pickle

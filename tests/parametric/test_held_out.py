@@ -3,8 +3,6 @@
 
 """Points between those of a fit, at which indicators are estimated by default."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

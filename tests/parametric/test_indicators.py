@@ -3,8 +3,6 @@
 
 """Estimates of the errors of predictions."""
 
-from __future__ import annotations
-
 import math
 import warnings
 

@@ -3,8 +3,6 @@
 
 """The parameters that a fit chooses in a range."""
 
-from __future__ import annotations
-
 import itertools
 
 import family_problems as problems

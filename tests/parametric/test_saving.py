@@ -3,8 +3,6 @@
 
 """Families that are saved, loaded and pushed."""
 
-from __future__ import annotations
-
 import copy
 import json
 
@@ -94,7 +92,7 @@ def read_parts(file):
         return tensors, opened.metadata()
 
 
-def assert_refused(base, file, match="is damaged") -> None:
+def assert_refused(base, file, match="is damaged"):
     """Check that loading raises a ValueError, of no subclass, that names the file."""
     with refused(match) as caught:
         ParametricAdapter.from_pretrained(base, file.parent)
@@ -128,7 +126,7 @@ def test_an_altered_byte_is_refused(base, file):
         assert_refused(base, file)
 
 
-def meaning(content: bytes):
+def meaning(content):
     """Return the entries of the header that are read, and the tensors; None without valid JSON."""
     end = 8 + int.from_bytes(content[:8], "little")
     try:

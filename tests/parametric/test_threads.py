@@ -3,8 +3,6 @@
 
 """Several threads use a family at once, with the results of one thread."""
 
-from __future__ import annotations
-
 import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor

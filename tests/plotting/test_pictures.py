@@ -55,7 +55,7 @@ def test_the_functions_sum_up_to_the_output(kind):
     assert labels == ["base", "adapted; % and darkness: share of the change, without constant shifts"]
 
 
-def drawn_range(figure) -> list[float]:
+def drawn_range(figure):
     return figure.axes[0].lines[0].get_xdata()[[0, -1]].tolist()
 
 

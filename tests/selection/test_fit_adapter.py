@@ -13,7 +13,7 @@ import torch
 from foreign import make_foreign
 from helpers import lotra_layers, refused
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import binary_cross_entropy, cross_entropy, mse_loss, nll_loss
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
@@ -27,27 +27,27 @@ from peft_lotra.selection.data import assign_folds
 NAMES = {"base", "linear", "last layer", "adapter", "full", "scratch"}
 
 
-def make_base(*widths: int, **kwargs) -> KAN:
+def make_base(*widths, **kwargs):
     torch.manual_seed(0)
     return KAN(widths or [3, 8, 2], dtype=torch.float64, **kwargs)
 
 
-def make_rows(count: int = 30, inputs: int = 3) -> Tensor:
+def make_rows(count=30, inputs=3):
     return torch.rand(count, inputs, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def quick_fit(base: nn.Module, data, loss=mse_loss, **kwargs):
+def quick_fit(base, data, loss=mse_loss, **kwargs):
     """Fit in a few steps, without a progress bar."""
     return fit_adapter(base, data, loss, **{"steps": 4, "folds": 2, "budget": 0.3, "progress": False, **kwargs})
 
 
-def shifted(base: nn.Module, x: Tensor) -> Tensor:
+def shifted(base, x):
     """Targets near the outputs of the base."""
     return base(x).detach() + 0.3 * x[:, :1] ** 2
 
 
 @pytest.fixture(scope="module")
-def rows() -> tuple[Tensor, Tensor]:
+def rows():
     x = make_rows()
     return x, shifted(make_base(), x)
 
@@ -254,7 +254,7 @@ def test_integers_that_are_no_classes_are_held_out_and_measured_as_they_are():
     base, x = make_base(3, 8, 1), make_rows()
     y = torch.arange(30)
 
-    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+    def loss(outputs, y):
         return mse_loss(outputs[:, 0], y.double())
 
     expected = loss(base(x), y).item()
@@ -301,11 +301,11 @@ def test_sizes_are_of_files(report, tmp_path):
 class Printing(nn.Module):
     """A network that `vmap` cannot run."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network):
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         float(x.sum())
         return self.network(x)
 
@@ -331,12 +331,12 @@ def test_networks_of_other_libraries_are_adapted(name):
 class Scaled(nn.Module):
     """A base with a parameter of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.kan = make_base(2, 4, 1)
         self.scale = nn.Parameter(torch.ones(1, dtype=torch.float64))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.scale * self.kan(x)
 
 
@@ -497,7 +497,7 @@ def test_the_base_is_unchanged_after_an_interruption(rows, error):
     state = copy.deepcopy(base.state_dict())
     calls = itertools.count()
 
-    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+    def loss(outputs, y):
         if next(calls) == 200:
             raise error
         return mse_loss(outputs, y)

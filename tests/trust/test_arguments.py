@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from helpers import assert_same, snapshot
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -27,7 +27,7 @@ from peft_lotra.kan import KAN, KANLinear, SlimKAN, jet
 from peft_lotra.least_squares import LevenbergMarquardt
 
 
-def refused(call, match: str) -> None:
+def refused(call, match):
     """That a call raises an error of this package, in words that match, and not of what it calls."""
     with pytest.raises((TypeError, ValueError), match=match) as caught:
         call()
@@ -84,7 +84,7 @@ def test_a_wrong_argument_is_refused_by_this_package(words):
     assert_same(BASE, before)
 
 
-def adapted() -> PeftModel:
+def adapted():
     return get_peft_model(KAN([3, 4, 2], device="meta"), LoTRAConfig(r=2))
 
 

@@ -59,7 +59,7 @@ print(json.dumps({{"wings": wings, "middle": middle, "described": described, "me
 
 
 @pytest.fixture(scope="module")
-def without_peft() -> dict:
+def without_peft():
     """What works in a process that has no PEFT."""
     command = [sys.executable, "-c", WITHOUT_PEFT]
     result = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent)

@@ -26,19 +26,19 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes
 
 
 @cache
-def make_adapter(rank: int) -> PeftModel:
+def make_adapter(rank):
     return adapt(r=rank)
 
 
 @cache
-def make_named_adapter(rank: int) -> PeftModel:
+def make_named_adapter(rank):
     model = adapt()
     model.add_adapter("other", LoTRAConfig(r=rank))
     return model
 
 
 @cache
-def make_bank(adapters: int, rank: int = 2) -> AdapterBank:
+def make_bank(adapters, rank=2):
     bank = AdapterBank(net())
     for number in range(adapters):
         bank.add(f"customer {number}", LoTRAConfig(r=rank))
@@ -46,7 +46,7 @@ def make_bank(adapters: int, rank: int = 2) -> AdapterBank:
 
 
 @cache
-def make_family(members: int) -> ParametricAdapter:
+def make_family(members):
     """A family whose members all equal the base."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -56,17 +56,17 @@ def make_family(members: int) -> ParametricAdapter:
     return family
 
 
-def load_rank(folder: Path) -> int:
+def load_rank(folder):
     model = PeftModel.from_pretrained(net(), folder)
     model(X)
     return model.peft_config["default"].r
 
 
-def count_members(folder: Path) -> int:
+def count_members(folder):
     return len(ParametricAdapter.from_pretrained(KAN([1, 3, 1]), folder, check_base="ignore").parameters)
 
 
-def load_first_rank(folder: Path) -> int:
+def load_first_rank(folder):
     return int(LoTRAConfig.from_pretrained(str(folder)).r[0])
 
 
@@ -215,7 +215,7 @@ def test_a_save_that_begins_during_another_waits_for_it(tmp_path, monkeypatch):
     second = threading.Thread(target=save_adapter, args=(adapt(r=2), tmp_path))
     replace = os.replace
 
-    def replace_late(source: str, target: str) -> None:
+    def replace_late(source, target):
         if target.endswith("adapter_config.json") and second.ident is None:
             second.start()
             second.join(timeout=3)
@@ -241,7 +241,7 @@ def test_a_folder_that_another_save_removes_is_made_again(tmp_path, monkeypatch)
     """A save that ends removes the folder of the lock just after the next one found that it exists."""
     mkdir, removed = os.mkdir, []
 
-    def find_then_lose(path: str, *args) -> None:
+    def find_then_lose(path, *args):
         if Path(path).name == "peft_lotra" and not removed:
             removed.append(path)
             raise FileExistsError(path)
@@ -266,11 +266,11 @@ def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def interrupt_save(model: PeftModel, folder: Path) -> None:
+def interrupt_save(model, folder):
     """Saves an adapter, and interrupts it when the tensors are moved and the configuration is not."""
     replace = os.replace
 
-    def interrupted(source: str, target: str) -> None:
+    def interrupted(source, target):
         if target.endswith("adapter_config.json"):
             raise KeyboardInterrupt
         replace(source, target)

@@ -3,8 +3,6 @@
 
 """Convolutional KAN layers, whose coefficients have a fourth mode: the positions of the kernel."""
 
-from __future__ import annotations
-
 import copy
 from functools import partial
 
@@ -12,19 +10,18 @@ import torch
 from helpers import adapt, assert_equal, images, lotra_layers, refused
 from peft import get_peft_model
 from stand_ins import ConvNet, FastKANConvNDLayer
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 from peft_lotra import (
     LoTRAConfig,
-    LoTRALayer,
     find_kan_layers,
     start_from_gradient,
 )
 from peft_lotra.kan import KAN, jet
 
 
-def net(kind: str = "fastkanconv", groups: int = 1, ndim: int = 2) -> ConvNet:
+def net(kind="fastkanconv", groups=1, ndim=2):
     torch.manual_seed(0)
     return ConvNet(kind, groups=groups, ndim=ndim).eval()
 
@@ -32,7 +29,7 @@ def net(kind: str = "fastkanconv", groups: int = 1, ndim: int = 2) -> ConvNet:
 adapted = partial(adapt, r=(3, 2, 2, 4))
 
 
-def first(model: nn.Module) -> LoTRALayer:
+def first(model):
     return model.base_model.model.first
 
 
@@ -55,11 +52,11 @@ def test_three_ranks_leave_the_kernel_whole_and_a_fourth_is_its_own():
 
 def test_four_ranks_serve_dense_layers_too():
     class Mixed(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.convolution, self.kan = FastKANConvNDLayer(4, 6, 3), KAN([6, 3])
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             return self.kan(self.convolution(x).flatten(2).mean(-1))
 
     model = adapted(Mixed(), r=(2, 3, 2, 4))

@@ -7,19 +7,15 @@ Each process runs this file, `python test_distributed.py results.json`: it train
 each kind of data parallelism, and writes its distance from the plain model after the same step on the whole batch.
 """
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from process_groups import run_worker, start_group
 from stand_ins import LAYER_KINDS
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -31,13 +27,13 @@ from peft_lotra.kan import KAN
 
 pytestmark = pytest.mark.slow
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
+NETWORKS = {
     "own": lambda: KAN([3, 8, 8, 2]),
     "efficient-kan": lambda: nn.Sequential(LAYER_KINDS["efficient-kan"](3, 8), LAYER_KINDS["efficient-kan"](8, 2)),
 }
 
 
-def make(network: str) -> PeftModel:
+def make(network):
     base = NETWORKS[network]().double()
     torch.manual_seed(0)
     for parameter in base.parameters():  # the least squares of efficient-kan's start differ
@@ -45,24 +41,24 @@ def make(network: str) -> PeftModel:
     return get_peft_model(base, LoTRAConfig(r=(2, 3, 4), init_weights=False))
 
 
-def fsdp(model: nn.Module, *wrapped: type) -> nn.Module:
+def fsdp(model, *wrapped):
     policy = ModuleWrapPolicy(set(wrapped)) if wrapped else None
     cpu = torch.device("cpu")
     return FullyShardedDataParallel(model, use_orig_params=True, device_id=cpu, auto_wrap_policy=policy)
 
 
-def fsdp2(model: nn.Module, *sharded: type) -> nn.Module:
+def fsdp2(model, *sharded):
     for module in list(model.modules()):
         if isinstance(module, sharded):
             fully_shard(module)
     return fully_shard(model)
 
 
-def base_type(model: nn.Module) -> type:
+def base_type(model):
     return next(type(module.base_layer) for module in model.modules() if isinstance(module, LoTRALayer))
 
 
-KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
+KINDS = {
     "ddp": DistributedDataParallel,
     "fsdp": fsdp,
     "fsdp-layers": lambda model: fsdp(model, LoTRALayer),
@@ -70,7 +66,7 @@ KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fsdp2-layers": lambda model: fsdp2(model, LoTRALayer),
 }
 # these kinds shard the base layer without its adapters
-WRONG_KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
+WRONG_KINDS = {
     "fsdp": lambda model: fsdp(model, base_type(model)),
     "fsdp2": lambda model: fsdp2(model, base_type(model)),
 }
@@ -79,7 +75,7 @@ WRONG_KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
 # What each process runs
 
 
-def distance(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+def distance(actual, expected):
     """The largest difference, relative to the largest value of the tensor; infinite if the names differ."""
     if actual.keys() != expected.keys():
         return float("inf")
@@ -90,12 +86,12 @@ def distance(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(distances)
 
 
-def draw_batch() -> tuple[Tensor, Tensor]:
+def draw_batch():
     torch.manual_seed(1)
     return torch.rand(8, 3, dtype=torch.float64) * 1.6 - 0.8, torch.randn(8, 2, dtype=torch.float64)
 
 
-def take_step(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+def take_step(model, x, target):
     """The outputs of a step, after which the parameters tell their gradients; weight decay moves what is trainable."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=0.1)
     y = model(x)
@@ -104,7 +100,7 @@ def take_step(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
     return y.detach()
 
 
-def compare_with_plain(network: str, kind: str, rank: int, world: int) -> dict[str, Any]:
+def compare_with_plain(network, kind, rank, world):
     x, target = draw_batch()
     shard = slice(rank * len(x) // world, (rank + 1) * len(x) // world)
     plain = make(network)
@@ -138,7 +134,7 @@ def compare_with_plain(network: str, kind: str, rank: int, world: int) -> dict[s
     }
 
 
-def error_of_wrong_sharding(network: str, kind: str) -> list[str]:
+def error_of_wrong_sharding(network, kind):
     """The name and text of the error of a forward pass if the base layer is sharded without its adapters."""
     model = WRONG_KINDS[kind](make(network))
     try:
@@ -148,7 +144,7 @@ def error_of_wrong_sharding(network: str, kind: str) -> list[str]:
     return ["nothing", ""]
 
 
-def results(rank: int, world: int) -> dict[str, Any]:
+def results(rank, world):
     """What a process computes with the other ones, and then alone."""
     together = results_of_group(rank, world)
     dist.destroy_process_group()
@@ -156,7 +152,7 @@ def results(rank: int, world: int) -> dict[str, Any]:
     return {"2": together, "1": results_of_group(0, 1)}
 
 
-def results_of_group(rank: int, world: int) -> dict[str, Any]:
+def results_of_group(rank, world):
     comparisons, errors = {}, {}
     for network in NETWORKS:
         for kind in KINDS:

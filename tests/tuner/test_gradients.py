@@ -23,7 +23,7 @@ from helpers import (
 )
 from peft import get_peft_model, inject_adapter_in_model
 from stand_ins import LAYER_KINDS
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 from peft_lotra import LoTRAConfig, start_from_gradient
@@ -78,17 +78,17 @@ def directions(layer, adapter="default"):
     return layer.get_components(adapter)._replace(factor_out=None).dense().flatten(1).T
 
 
-def leading(tensor: Tensor, mode: int, rank: int) -> Tensor:
+def leading(tensor, mode, rank):
     """The leading left singular vectors of an unfolding."""
     return torch.linalg.svd(tensor.movedim(mode, 0).flatten(1), full_matrices=False).U[:, :rank]
 
 
-def leading_directions(tensor: Tensor, rank: int) -> Tensor:
+def leading_directions(tensor, rank):
     """(in basis, rank): the leading right singular vectors of the unfolding (out, in basis)."""
     return torch.linalg.svd(tensor.flatten(1), full_matrices=False).Vh[:rank].T
 
 
-def assert_spans(columns: Tensor, expected: Tensor) -> None:
+def assert_spans(columns, expected):
     projectors = [part @ torch.linalg.pinv(part) for part in (columns, expected)]
     assert_close(*projectors, rtol=0, atol=1e-5)
 
