@@ -3,11 +3,9 @@
 
 """Ranks from a budget, a share of the coefficients of the adapted layers."""
 
-import json
-
 import pytest
 import torch
-from helpers import assert_equal, lotra_layers, refused
+from helpers import assert_equal, config_of, lotra_layers, refused
 from peft import PeftModel, get_peft_model
 from stand_ins import ConvNet
 
@@ -88,7 +86,7 @@ def test_a_file_says_the_ranks_and_loads_without_data(tmp_path):
     model = get_peft_model(KAN([64, 32, 5]), LoTRAConfig(budget=0.1, init_weights=False))
     model.save_pretrained(tmp_path)
 
-    entries = json.loads((tmp_path / "adapter_config.json").read_text())
+    entries = config_of(tmp_path)
     base = KAN([64, 32, 5])
     loaded = PeftModel.from_pretrained(base, str(tmp_path), check_base="ignore")
 

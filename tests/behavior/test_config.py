@@ -6,14 +6,13 @@
 import copy
 import dataclasses
 import inspect
-import json
 import pickle
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from helpers import adapt, assert_equal, inputs, lotra_layers, nested
+from helpers import adapt, assert_equal, config_of, edit_config, inputs, lotra_layers, nested
 from peft import PeftConfig, PeftModel, get_peft_model
 
 from peft_lotra import LoTRAConfig
@@ -118,9 +117,7 @@ def test_regexes_mean_the_same_after_loading(name, tmp_path):
 
 def test_keys_of_lora_and_of_newer_versions_are_dropped_with_a_warning(tmp_path):
     LoTRAConfig(r=3).save_pretrained(tmp_path)
-    path = tmp_path / "adapter_config.json"
-    unknown = {"lora_alpha": 8, "from_the_future": 1}
-    path.write_text(json.dumps({**json.loads(path.read_text()), **unknown}))
+    edit_config(tmp_path, lora_alpha=8, from_the_future=1)
 
     with pytest.warns(UserWarning, match="'from_the_future', 'lora_alpha'"):
         assert LoTRAConfig.from_pretrained(tmp_path).r == 3
@@ -145,7 +142,7 @@ def test_the_default_is_a_full_matrix_times_one_shape(widths, tmp_path):
     model = get_peft_model(KAN(widths), LoTRAConfig())
 
     model.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]
+    saved = config_of(tmp_path)["rank_pattern"]
     forms = [layer.get_components("default").form for layer in lotra_layers(model).values()]
 
     assert forms == [("full", "full", 1)] * (len(widths) - 1)

@@ -3,10 +3,8 @@
 
 """Modes without a factor: a matrix times one learned shape, the dense update, and mixtures with factors."""
 
-import json
-
 import pytest
-from helpers import X, adapt, assert_equal, load, lotra_layers, net, refused
+from helpers import X, adapt, assert_equal, config_of, load, lotra_layers, net, refused
 from peft import get_peft_model
 from safetensors.torch import load_file
 
@@ -37,7 +35,7 @@ def test_a_file_has_no_factor_of_a_full_mode(r, low_cpu_mem_usage, tmp_path):
     factors = {name for name, rank in zip(("out", "in", "basis"), modes, strict=True) if rank != "full"}
     names = {name.rpartition(".lotra_")[2] for name in load_file(tmp_path / "adapter_model.safetensors")}
     assert names == {"core", *(f"factor_{name}" for name in factors)}
-    saved = json.loads((tmp_path / "adapter_config.json").read_text())["r"]
+    saved = config_of(tmp_path)["r"]
     assert saved == (r if isinstance(r, str) else list(r))
     assert_equal(loaded(X), model(X))
     assert forms(loaded) == forms(model) == [modes, modes]

@@ -3,12 +3,10 @@
 
 """Which modules are taken for KAN layers, and which are not."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from helpers import assert_equal, relative, train
+from helpers import assert_equal, config_of, relative, train
 from orders import Flat, KnotsAsParameter, Layer, Legendre
 from peft import PeftModel, get_peft_model
 from stand_ins import ChebyKANLayer, FastKANLayer, OldEfficientKANLayer
@@ -112,7 +110,7 @@ def test_a_description_may_hold_numpy_values(tmp_path):
     register_kan_layer("flat", matches=Flat, coefficients=("table", "o (i k)"), axes=lambda m: {"i": m.in_features})
     config = LoTRAConfig(r=np.int64(2), rank_pattern={"0": np.int64(1)})
     get_peft_model(nn.Sequential(Flat(np.int64(3), 4)), config).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config = config_of(tmp_path)
 
     assert (config["r"], config["rank_pattern"], config["base_layers"]["0"]["shape"]) == (2, {"0": 1}, [4, 3, 4])
     assert config["base_layers"]["0"]["description"]["axes"] == {"i": 3}

@@ -4,12 +4,11 @@
 """An adapter is loaded into the base that it was made for, and from files that are whole."""
 
 import copy
-import json
 import warnings
 
 import pytest
 import torch
-from helpers import KINDS, X, adapt, assert_equal, load, lotra_layers, net, refused, state
+from helpers import KINDS, X, adapt, assert_equal, edit_config, load, lotra_layers, net, refused, state
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -273,7 +272,6 @@ def test_a_broken_configuration_is_one_clear_error(folder, read, content):
 
 @pytest.mark.parametrize("more", [{}, {"a_field_of_later": 3}])
 def test_a_newer_format_is_called_newer(folder, more):
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(config | {"lotra_format": 2} | more))
+    edit_config(folder, lotra_format=2, **more)
 
     files_refused(folder, f"{folder}.*newer version: upgrade peft-lotra")

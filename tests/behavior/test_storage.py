@@ -3,11 +3,9 @@
 
 """`LoTRAConfig(storage=)`: files in half precision, which load as adapters of the usual dtype."""
 
-import json
-
 import pytest
 import torch
-from helpers import X, adapt, assert_equal, assert_near, components, load, lotra_layers, net, refused, train
+from helpers import X, adapt, assert_equal, assert_near, components, config_of, load, lotra_layers, net, refused, train
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
@@ -18,10 +16,6 @@ HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # of an update of four components, each rounded to 11 or 8 binary digits
 TOLERANCE = {"float16": 2e-3, "bfloat16": 2e-2}
 half = pytest.mark.parametrize("storage", HALF)
-
-
-def config_of(folder):
-    return json.loads((folder / "adapter_config.json").read_text())
 
 
 def weights_of(folder):

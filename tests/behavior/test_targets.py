@@ -4,12 +4,23 @@
 """Which modules are adapted: those that are meant, under exact names, and none inside of another one."""
 
 import copy
-import json
 from operator import attrgetter
 
 import pytest
 import torch
-from helpers import X, adapt, add_adapter, assert_equal, assert_near, lotra_layers, nested, net, refused, relative
+from helpers import (
+    X,
+    adapt,
+    add_adapter,
+    assert_equal,
+    assert_near,
+    config_of,
+    lotra_layers,
+    nested,
+    net,
+    refused,
+    relative,
+)
 from peft import (
     PeftModel,
     get_peft_model,
@@ -268,7 +279,7 @@ def test_a_file_of_many_layers_keeps_their_names(tmp_path):
     network, x = KAN([2] * 26), torch.rand(5, 2)
     model = adapt(copy.deepcopy(network), r=1)
     model.save_pretrained(tmp_path)
-    targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    targets = config_of(tmp_path)["target_modules"]
 
     assert sorted(targets) == sorted(f"layers.{index}" for index in range(25))
 

@@ -3,12 +3,11 @@
 
 """LoTRA on the KAN layers and PEFT's LoRA on a linear head, as docs/recipes/lotra_and_lora.md has it."""
 
-import json
 import shutil
 
 import pytest
 import torch
-from helpers import X, adapt, add_adapter, assert_equal, load, lotra_layers, net, refused
+from helpers import X, adapt, add_adapter, assert_equal, edit_config, load, lotra_layers, net, refused
 from peft import (
     IA3Config,
     LoHaConfig,
@@ -273,12 +272,6 @@ def test_names_choose_among_several_lotra_adapters(tmp_path):
     assert_equal(loaded(X), model.eval()(X))
     with refused(r"LoTRA adapters \['default', 'ben'\]. Pass one of them"):
         load_adapters(net(), tmp_path)
-
-
-def edit_config(folder, **values):
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, **values}))
 
 
 def edit_tensors(folder, edit):

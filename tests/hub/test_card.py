@@ -3,12 +3,10 @@
 
 """The model card beside a saved adapter; `test_push.py` has the cards of the Hub."""
 
-import json
-
 import pytest
 import torch
 import yaml
-from helpers import assert_equal, refused
+from helpers import assert_equal, edit_config, refused
 from huggingface_hub import EvalResult, ModelCard
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from torch import nn
@@ -54,8 +52,7 @@ def code_in(folder):
 def code_of(base, folder, adapter_config=None, from_files=False, **kwargs):
     model = get_peft_model(base, LoTRAConfig(r=1))
     model.save_pretrained(folder)
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | (adapter_config or {})))
+    edit_config(folder, **(adapter_config or {}))
     write_model_card(None if from_files else model, folder, **kwargs)
     return code_in(folder)
 

@@ -4,12 +4,11 @@
 """Networks in files; `hub/test_push.py` has them on the Hub."""
 
 import copy
-import json
 import pickle
 
 import pytest
 import torch
-from helpers import ALLOWED, assert_equal, refused
+from helpers import ALLOWED, assert_equal, config_of, refused
 from peft import AutoPeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -97,7 +96,7 @@ def test_an_adapter_loads_its_base(tmp_path):
 
     loaded = AutoPeftModel.from_pretrained(tmp_path / "adapter", **ALLOWED)
 
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config = config_of(tmp_path / "adapter")
     x = torch.rand(5, 2)
     assert config["auto_mapping"] == {"base_model_class": "KAN", "parent_library": "peft_lotra.kan"}
     assert_equal(loaded(x), model(x))

@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import adapt, assert_equal, inputs, refused
+from helpers import adapt, assert_equal, config_of, edit_config, inputs, refused
 from peft import PeftModel
 from stand_ins import as_model
 from torch import nn
@@ -142,7 +142,7 @@ def test_an_adapter_that_was_loaded_without_the_registration_is_saved_again(save
     model.set_adapter("second")
 
     assert_close(model(x), y)
-    records = [json.loads((path / "adapter_config.json").read_text())["base_layers"] for path in (folder, again)]
+    records = [config_of(path)["base_layers"] for path in (folder, again)]
     assert records[0] == records[1]
 
 
@@ -166,11 +166,10 @@ def test_another_layer_is_refused(saved):
 
 
 def edit(folder, change):
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text())
-    for layer in config["base_layers"].values():
+    layers = config_of(folder)["base_layers"]
+    for layer in layers.values():
         change(layer)
-    path.write_text(json.dumps(config))
+    edit_config(folder, base_layers=layers)
 
 
 def test_without_a_description_the_missing_kind_is_named(saved):

@@ -6,6 +6,7 @@
 import copy
 import importlib.util
 import inspect
+import json
 import math
 import os
 import subprocess
@@ -159,6 +160,15 @@ def perturbed(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The entries of the configuration of a saved adapter."""
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def edit_config(folder: Path, **entries: Any) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps(config_of(folder) | entries))
 
 
 def saved_and_merged(build: Callable[[], nn.Module], x: Tensor, folder: Path) -> nn.Module:
