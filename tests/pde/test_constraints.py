@@ -9,11 +9,10 @@ import pytest
 import torch
 from helpers import adapt
 from jet_helpers import assert_same, nested, network, points
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from peft_lotra.kan import hessian, jet, laplacian
-from peft_lotra.least_squares import LevenbergMarquardt
 from peft_lotra.pde import BoxDistance, HardConstraint
 from peft_lotra.pde.features import BoxFeatures
 
@@ -118,29 +117,6 @@ def test_a_lift_and_a_double_zero_prescribe_value_and_velocity():
 
     torch.testing.assert_close(u, torch.cos(x[:, :1]))
     torch.testing.assert_close(velocity, torch.sin(x[:, :1]))
-
-
-def burgers(model: nn.Module, x: Tensor) -> Tensor:
-    u, (u_x, u_t), u_xx = jet(model, x, collapse=(1.0, 0.0))
-    return u_t + u * u_x - 0.3 * u_xx
-
-
-@pytest.mark.parametrize("build", [constrained, lambda: adapted(constrained())])
-def test_levenberg_marquardt_trains_a_constrained_network(build):
-    records = LevenbergMarquardt(build()).fit([(burgers, in_box(300))], 8, progress=False)
-
-    assert records[-1].loss < 0.05 * records[0].loss
-
-
-def test_an_adapter_is_saved_and_loaded(tmp_path):
-    model, x = adapted(constrained()), in_box()
-    y = model(x)
-
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(model.unload(), tmp_path)
-
-    assert torch.equal(loaded(x), y)
-    assert isinstance(loaded.merge_and_unload(), HardConstraint)
 
 
 @pytest.mark.parametrize("evaluate", [lambda model, x: model(x), jet])

@@ -32,15 +32,6 @@ class Tracker(nn.Module):
         return True
 
 
-def test_a_path_without_failures_has_equal_ratios():
-    model = Tracker()
-
-    continuation(model, model.solve, 1.0, 16.0, 4)
-
-    assert model.values == pytest.approx([1.0, 2.0, 4.0, 8.0, 16.0])
-    assert model.values[-1] == 16.0
-
-
 def test_a_failure_is_taken_back_and_tried_at_a_shorter_step():
     model = Tracker()
 

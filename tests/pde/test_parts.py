@@ -10,10 +10,7 @@ import math
 import pytest
 import torch
 from jet_helpers import nested, network
-from torch import Tensor, nn
 
-from peft_lotra.kan import jet
-from peft_lotra.least_squares import LevenbergMarquardt
 from peft_lotra.pde.adaptive import gradient_weights
 from peft_lotra.pde.features import BoxFeatures
 
@@ -27,14 +24,15 @@ def in_box(rows: int = 20) -> torch.Tensor:
 
 
 def test_features_have_the_formula():
-    features = BoxFeatures(LOW, HIGH, periodic=[0], frequencies=(0, 0, 1))
+    features = BoxFeatures(LOW, HIGH, periodic=[0], frequencies=(0, 0, [1, 0.5]))
     points = in_box()
     x, y, z = points.T
     angle = 2 * math.pi * (x + 1) / 4
 
     turns = 2 * math.pi * (z - 2) / 3
-    assert features.out_features == 6
-    expected = [torch.cos(angle), torch.sin(angle), y - 1, 2 * (z - 2) / 3 - 1, torch.cos(turns), torch.sin(turns)]
+    waves = [torch.cos(turns), torch.sin(turns), torch.cos(turns / 2), torch.sin(turns / 2)]
+    assert features.out_features == 8
+    expected = [torch.cos(angle), torch.sin(angle), y - 1, 2 * (z - 2) / 3 - 1, *waves]
     torch.testing.assert_close(features(points), torch.stack(expected, 1))
 
 
@@ -61,21 +59,3 @@ def test_gradient_weights_have_the_formula():
     assert not weights.requires_grad
     torch.testing.assert_close(weights[:, 0], 1 / (1 + 0.3 * slopes.square().sum((0, 2)).sqrt()))
     torch.testing.assert_close(weights_along[:, 0], 1 / (1 + 0.3 * slopes[0].square().sum(1).sqrt()))
-
-
-def test_weights_are_rows_of_residual_terms():
-    torch.manual_seed(1)
-    model, x = network(2, 5, 1), torch.rand(80, 2, dtype=torch.float64)
-
-    def equation(model: nn.Module, x: Tensor, w: Tensor | float) -> Tensor:
-        u, (_, u_t), u_xx = jet(model, x, collapse=(1.0, 0.0))
-        return w * (u_t - u_xx - u)
-
-    def loss() -> float:
-        return equation(model, x, 1.0).square().mean().item()
-
-    start = loss()
-    for _ in range(2):
-        LevenbergMarquardt(model).fit([(equation, (x, gradient_weights(model, x, 0.1)))], 3, progress=False)
-
-    assert loss() < start

@@ -141,23 +141,6 @@ def test_frequencies_are_features_of_the_network():
     assert features.out_features == 3
 
 
-def test_features_with_frequencies_have_their_derivatives():
-    features = BoxFeatures((0, 0), (2, 1), periodic=[1], frequencies=[[0.5, 3], 2])
-    network = nn.Sequential(features, nn.Linear(features.out_features, 1)).double()
-    x = torch.rand(5, 2, dtype=torch.float64)
-
-    _, (slope, _), (second, _) = jet(network, x)
-
-    z = x.clone().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(network(z).sum(), z, create_graph=True)
-    (curvature,) = torch.autograd.grad(gradient[:, 0].sum(), z)
-    torch.testing.assert_close(slope, gradient[:, :1])
-    torch.testing.assert_close(second, curvature[:, :1])
-    torch.testing.assert_close(features(x)[:, 2], torch.sin(math.pi * x[:, 0] / 2))
-    ends = torch.tensor([[0.3, 0.0], [0.3, 1.0]], dtype=torch.float64)
-    torch.testing.assert_close(features(ends)[0], features(ends)[1])
-
-
 @pytest.mark.parametrize("frequencies", [-1, 0.3, [1, 2], math.nan, [[1, -2]]])
 def test_frequencies_that_cannot_be_used_are_refused(frequencies):
     with pytest.raises(ValueError, match="`frequencies` is"):

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import math
 
 import pytest
@@ -82,19 +80,6 @@ def test_windows_keep_exact_conditions():
     walls = torch.tensor([[0.0, 0.2], [1.0, 0.5], [0.0, 0.8], [1.0, 1.0]], dtype=torch.float64)
 
     torch.testing.assert_close(model(walls), walls[:, :1].expand(4, 2))
-
-
-def test_windows_are_saved_and_loaded():
-    windows, x = new_windows(2), torch.rand(5, 2, dtype=torch.float64)
-    loaded = copy.deepcopy(windows)
-    nn.init.zeros_(loaded.get_parameter("networks.1.0.weight"))
-    file = io.BytesIO()
-
-    torch.save(windows.state_dict(), file)
-    file.seek(0)
-    loaded.load_state_dict(torch.load(file))
-
-    torch.testing.assert_close(loaded(x), windows(x))
 
 
 @pytest.fixture(autouse=True)
