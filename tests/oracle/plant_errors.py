@@ -13,8 +13,6 @@ are drawn from all changes of signs, indices, factors, terms and arguments in li
 It writes the list and the table of CONTRIBUTING.md. An error whose line is gone is reported, and another one is drawn.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import json
@@ -26,7 +24,6 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -65,7 +62,7 @@ SKIPPED_CALLS = re.compile("isinstance|[gsh][ea][tsx]*attr|zip|range|max|min|pro
 # --- the drawn errors ---
 
 
-def changes(path: Path) -> Iterator[dict]:
+def changes(path):
     """Yield the changes of one line of a file."""
     text = path.read_text()
     lines = text.splitlines()
@@ -81,7 +78,7 @@ def changes(path: Path) -> Iterator[dict]:
                 yield {"kind": kind, "old": old.strip(), "new": changed.decode().strip(), "number": number}
 
 
-def _statements(node: ast.AST, in_function: bool = False) -> Iterator[ast.stmt]:
+def _statements(node, in_function=False):
     """Yield the statements of functions that compute: no messages, checks, and defaults."""
     for field in ("body", "orelse", "finalbody", "handlers"):
         block = getattr(node, field, [])
@@ -99,7 +96,7 @@ def _statements(node: ast.AST, in_function: bool = False) -> Iterator[ast.stmt]:
                 yield from _statements(child, in_function)
 
 
-def _changed(node: ast.AST) -> Iterator[tuple[str, str]]:
+def _changed(node):
     """Yield the kinds of errors at a node, and its text with the error."""
     if isinstance(node, ast.AugAssign) and not isinstance(node.value, ast.List):
         operators = {ast.Add: ("sign", "-="), ast.Sub: ("sign", "+="), ast.Mult: ("factor", "/=")}
@@ -138,9 +135,9 @@ def _changed(node: ast.AST) -> Iterator[tuple[str, str]]:
             yield "swap", f"{ast.unparse(node.func)}({texts})"
 
 
-def drawn(area: str, seed: int) -> Iterator[dict]:
+def drawn(area, seed):
     """Yield errors of an area in the order of a seed: first a kind of errors is drawn, then a line."""
-    by_kind: dict[str, list[dict]] = {}
+    by_kind = {}
     for name in AREAS[area].split():
         path = PACKAGE / area / f"{name}.py"
         for change in changes(path):
@@ -153,7 +150,7 @@ def drawn(area: str, seed: int) -> Iterator[dict]:
             yield by_kind[kind].pop(generator.randrange(len(by_kind[kind])))
 
 
-def add_drawn(errors: list[dict], area: str, seed: int, count: int) -> None:
+def add_drawn(errors, area, seed, count):
     """Add drawn errors, at most one for each line."""
     lines = {(error["file"], error["old"], error["number"]) for error in errors}
     for error in drawn(area, seed):
@@ -167,7 +164,7 @@ def add_drawn(errors: list[dict], area: str, seed: int, count: int) -> None:
 # --- planting ---
 
 
-def plant(error: dict, package: Path) -> bool:
+def plant(error, package):
     """Change the line in a copy of the package; return whether it was there."""
     path = package / error["file"]
     lines = path.read_text().splitlines(keepends=True)
@@ -180,7 +177,7 @@ def plant(error: dict, package: Path) -> bool:
     return True
 
 
-def run_oracle(error: dict | None, limit: float) -> str:
+def run_oracle(error, limit):
     """Run the oracle on a copy of the package that has the error.
 
     Returns:
@@ -200,7 +197,7 @@ def run_oracle(error: dict | None, limit: float) -> str:
     return ""
 
 
-def _run_pytest(folder: str, options: list[str], limit: float) -> str:
+def _run_pytest(folder, options, limit):
     """Run cases on the package in a folder; return the first that is red, "" if none is.
 
     The process is a fork of this one, which has imported the libraries already.
@@ -218,7 +215,7 @@ def _run_pytest(folder: str, options: list[str], limit: float) -> str:
     return case.group(1) if case else f"exit status {process.exitcode}"
 
 
-def _pytest(folder: str, output: Path, options: list[str]) -> None:
+def _pytest(folder, output, options):
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -229,7 +226,7 @@ def _pytest(folder: str, output: Path, options: list[str]) -> None:
     os._exit(int(status))
 
 
-def table(errors: list[dict]) -> str:
+def table(errors):
     """Return the numbers of errors by area as a Markdown table, and those that are not found with the reasons."""
     columns = ("planted", "found", "equivalent", "missed")
     rows = [f"| area | {' | '.join(columns)} |", "|---|--:|--:|--:|--:|"]
@@ -249,7 +246,7 @@ def table(errors: list[dict]) -> str:
     return "\n".join([*rows, "", *remarks])
 
 
-def write(errors: list[dict]) -> None:
+def write(errors):
     """Write the list, and its table into the page."""
     LIST.write_text(json.dumps(errors, indent=1) + "\n")
     before, mark, rest = PAGE.read_text().partition("<!-- planted errors -->\n")
@@ -257,7 +254,7 @@ def write(errors: list[dict]) -> None:
     PAGE.write_text(f"{before}{mark}{table(errors)}\n{end}{after}")
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("numbers", nargs="*", type=int)
     parser.add_argument("--draw", type=int, metavar="SEED")

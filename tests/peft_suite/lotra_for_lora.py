@@ -99,16 +99,16 @@ class Linear(nn.Linear):
 
     SIZE = 3
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, **kwargs) -> None:
+    def __init__(self, in_features, out_features, bias=True, **kwargs):
         super().__init__(in_features * self.SIZE, out_features, bias, **kwargs)
         self.in_features = in_features
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         frequencies = torch.arange(1, self.SIZE + 1, device=x.device)
         return nn.functional.linear(torch.sin(x[..., None] * frequencies).flatten(-2), self.weight, self.bias)
 
 
-def _copy(module: ModuleType, **changes) -> ModuleType:
+def _copy(module, **changes):
     copy = ModuleType(module.__name__)
     copy.__dict__.update({**vars(module), **changes})
     return copy
@@ -152,7 +152,7 @@ def pytest_generate_tests(metafunc):
 
 
 @functools.cache
-def _adapt(module: ModuleType) -> None:
+def _adapt(module):
     for name, cases in LISTS.items():
         if hasattr(module, name):
             getattr(module, name)[:] = cases
@@ -171,7 +171,7 @@ def _adapt(module: ModuleType) -> None:
         )
 
 
-def _make_model(mlp_cls: type[nn.Module], model_id: str, dtype: torch.dtype | None = None) -> nn.Module:
+def _make_model(mlp_cls, model_id, dtype=None):
     torch.manual_seed(0)
     model = mlp_cls()
     model.lin0, model.lin1 = LAYERS[model_id](10, 20), LAYERS[model_id](20, 2)
@@ -181,7 +181,7 @@ def _make_model(mlp_cls: type[nn.Module], model_id: str, dtype: torch.dtype | No
     return model.to(dtype or torch.float32)
 
 
-def _expected(model: nn.Module, names: tuple[str, ...]) -> list[str]:
+def _expected(model, names):
     """Return the parameters of LoTRA that stand for LoRA's. A full mode has no factor."""
     parameters = dict(model.named_parameters())
     expected = []
@@ -202,7 +202,7 @@ def pytest_collection_modifyitems(config, items):
     items[:] = kept
 
 
-def _is_about_lotra(item: pytest.Function) -> bool:
+def _is_about_lotra(item):
     if {item.name, item.originalname} & DESELECTED:
         return False
     values = list(item.callspec.params.values()) if hasattr(item, "callspec") else []
@@ -217,6 +217,6 @@ def _is_about_lotra(item: pytest.Function) -> bool:
     return any(_mentions(inspect.unwrap(function).__code__, {"LoraConfig", "PeftType"}) for function in functions)
 
 
-def _mentions(code: CodeType, names: set[str]) -> bool:
+def _mentions(code, names):
     inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     return not names.isdisjoint(code.co_names) or any(_mentions(part, names) for part in inner)

@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 FILES = ("test_config.py", "test_custom_models.py", "test_low_level_api.py")
 
 
-def download(folder: Path) -> Path:
+def download(folder):
     options = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--quiet", "--dest", str(folder)]
     requirement = f"peft=={version('peft')}"
     subprocess.run([sys.executable, "-m", "pip", "download", *options, requirement], check=True)
@@ -33,7 +33,7 @@ def download(folder: Path) -> Path:
     return folder / archive.name.removesuffix(".tar.gz")
 
 
-def main() -> int:
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sdist", type=Path, help="folder with the unpacked source distribution of PEFT")
     arguments, pytest_arguments = parser.parse_known_args()

@@ -3,11 +3,9 @@
 
 """Networks (2 inputs, 1 output, float64) that are no `KAN`: of other libraries, and of one's own around KAN layers."""
 
-from collections.abc import Callable
-
 import torch
 from stand_ins import ChebyKANLayer, FastKANLayer, NaiveFourierKANLayer, PINAKANBlock
-from torch import Tensor, nn
+from torch import nn
 
 from peft_lotra.kan import KAN
 
@@ -15,40 +13,40 @@ from peft_lotra.kan import KAN
 class Hard(nn.Module):
     """Zero on the boundary of the unit square."""
 
-    def __init__(self, kan: nn.Module) -> None:
+    def __init__(self, kan):
         super().__init__()
         self.kan = kan
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return (x * (1 - x)).prod(-1, keepdim=True) * self.kan(x)
 
 
 class Loop(nn.Module):
     """The container of efficient-kan, FastKAN and others."""
 
-    def __init__(self, *layers: nn.Module) -> None:
+    def __init__(self, *layers):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         for layer in self.layers:
             x = layer(x)
         return x
 
 
-def pykan(**kwargs) -> nn.Module:
+def pykan(**kwargs):
     from kan import KAN as PyKAN
 
     return PyKAN(width=[2, 4, 1], auto_save=False, seed=0, **kwargs)
 
 
-def efficient() -> nn.Module:
+def efficient():
     from qkan.kan import KAN as EfficientKAN
 
     return EfficientKAN([2, 4, 1])
 
 
-FOREIGN: dict[str, Callable[[], nn.Module]] = {
+FOREIGN = {
     "efficient-kan": efficient,
     "pykan": pykan,
     "fast-kan": lambda: Loop(FastKANLayer(2, 4, use_layernorm=False), FastKANLayer(4, 1)),
@@ -62,6 +60,6 @@ FOREIGN: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def make_foreign(name: str) -> nn.Module:
+def make_foreign(name):
     torch.manual_seed(0)
     return FOREIGN[name]().double()

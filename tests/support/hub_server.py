@@ -38,7 +38,7 @@ class Blob:
     lfs: bool = False
 
     @property
-    def oid(self) -> str:
+    def oid(self):
         """SHA-256 for LFS, the git hash otherwise."""
         if self.lfs:
             return hashlib.sha256(self.content).hexdigest()
@@ -52,24 +52,24 @@ class Repo:
     commits: dict[str, tuple[str, dict[str, Blob]]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
 
-    def commit(self, ref: str, message: str, files: dict[str, Blob]) -> str:
+    def commit(self, ref, message, files):
         contents = sorted((name, blob.oid) for name, blob in files.items())  # caches of clients go by the oid
         oid = hashlib.sha1(f"{len(self.commits)} {ref} {message} {contents}".encode()).hexdigest()
         self.commits[oid] = (message, files)
         self.refs[ref] = oid
         return oid
 
-    def files(self, revision: str) -> dict[str, Blob]:
+    def files(self, revision):
         return self.commits[self.refs.get(revision, revision)][1]
 
 
 class Hub:
     """The contents of the Hub: `repos` by "user/name", and `tokens`, the user of each token."""
 
-    def __init__(self, tokens: dict[str, str]) -> None:
+    def __init__(self, tokens):
         self.tokens = tokens
-        self.repos: dict[str, Repo] = {}
-        self.lfs: dict[str, bytes] = {}  # uploaded contents by SHA-256
+        self.repos = {}
+        self.lfs = {}  # uploaded contents by SHA-256
 
 
 class HubServer(ThreadingHTTPServer):
@@ -77,24 +77,24 @@ class HubServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.hub, self.lock = hub, threading.Lock()
 
     @property
-    def url(self) -> str:
+    def url(self):
         return "http://{}:{}".format(*self.server_address)
 
-    def __enter__(self) -> HubServer:
+    def __enter__(self):
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return self
 
-    def __exit__(self, *args) -> None:
+    def __exit__(self, *args):
         self.shutdown()
         self.server_close()
 
 
-def start_hub(user: str) -> Hub:
+def start_hub(user):
     """Starts a Hub for this process, which is logged in as `user`. It ends with the process, as does its cache.
 
     Raises:
@@ -110,7 +110,7 @@ def start_hub(user: str) -> Hub:
 
 
 class _Error(Exception):
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+    def __init__(self, status, message, code=None):
         super().__init__(message)
         self.status, self.headers = status, {"X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
 
@@ -136,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
     ]
     PARTS = {"repo": r"[\w.-]+/[\w.-]+?", "revision": "[^/]+", "oid": r"\w+", "path": ".+"}
 
-    def handle_request(self) -> None:
+    def handle_request(self):
         url = urlsplit(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         with self.server.lock:
@@ -150,17 +150,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
 
-    def route(self, path: str) -> tuple[str, dict[str, str]]:
+    def route(self, path):
         for method, pattern, name in self.ROUTES:
             pattern = re.sub(r"\{(\w+)\}", lambda part: f"(?P<{part[1]}>{self.PARTS[part[1]]})", pattern)
             if method == self.command and (match := re.fullmatch(pattern, path)):
                 return name, {key: unquote(value) for key, value in match.groupdict().items()}
         raise _Error(404, f"Sorry, we can't find the page: {path}")
 
-    def log_message(self, *args) -> None:
+    def log_message(self, *args):
         pass
 
-    def send(self, status: int, body: bytes | dict | list, headers: dict[str, str] | None = None) -> None:
+    def send(self, status, body, headers=None):
         kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
@@ -170,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def at(self, name: str, revision: str) -> tuple[Repo, str, dict[str, Blob]]:
+    def at(self, name, revision):
         """A repository, the commit of a revision, and its files; a private one for its owner alone."""
         repo = self.server.hub.repos.get(name)
         if repo is None or repo.private and self.user != name.split("/")[0]:  # the Hub does not tell the two apart
@@ -182,10 +182,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     # Accounts and repositories
 
-    def do_whoami(self, body: bytes) -> None:
+    def do_whoami(self, body):
         self.send(200, {"type": "user", "name": self.user, "orgs": [], "auth": {"type": "access_token"}})
 
-    def do_create(self, body: bytes) -> None:
+    def do_create(self, body):
         request = json.loads(body)
         owner = request.get("organization") or self.user
         name = f"{owner}/{request['name']}"
@@ -197,7 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
         repo.commit("main", "initial commit", {".gitattributes": Blob(b"*.safetensors filter=lfs\n")})
         self.send(200, answer)
 
-    def do_branch(self, body: bytes, repo: str, revision: str) -> None:
+    def do_branch(self, body, repo, revision):
         start = (json.loads(body) if body else {}).get("startingPoint", "main")
         found, oid, _ = self.at(repo, start)
         if revision in found.refs:
@@ -205,21 +205,21 @@ class _Handler(BaseHTTPRequestHandler):
         found.refs[revision] = oid
         self.send(200, {})
 
-    def do_info(self, body: bytes, repo: str, revision: str = "main") -> None:
+    def do_info(self, body, repo, revision="main"):
         found, oid, files = self.at(repo, revision)
         siblings = [{"rfilename": path} for path in files]
         self.send(200, {"id": repo, "sha": oid, "private": found.private, "siblings": siblings, "tags": []})
 
     # Files
 
-    def do_tree(self, body: bytes, repo: str, revision: str) -> None:
+    def do_tree(self, body, repo, revision):
         answer = []
         for path, blob in self.at(repo, revision)[2].items():
             lfs = {"lfs": {"oid": blob.oid, "size": len(blob.content), "pointerSize": 130}} if blob.lfs else {}
             answer.append({"type": "file", "path": path, "size": len(blob.content), "oid": blob.oid, **lfs})
         self.send(200, answer)
 
-    def do_resolve(self, body: bytes, repo: str, revision: str, path: str) -> None:
+    def do_resolve(self, body, repo, revision, path):
         _, oid, files = self.at(repo, revision)
         if path not in files:
             raise _Error(404, "Entry not found", "EntryNotFound")
@@ -231,7 +231,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     # Commits
 
-    def do_validate_yaml(self, body: bytes) -> None:
+    def do_validate_yaml(self, body):
         match = re.match(r"\s*---\r?\n(.*?)\r?\n---", json.loads(body)["content"], re.DOTALL)
         data, errors = yaml.safe_load(match[1]) or {}, []
         models = data.get("base_model") or []
@@ -240,7 +240,7 @@ class _Handler(BaseHTTPRequestHandler):
                 errors.append({"message": f'"base_model" with value "{model}" is not valid. Use a model id.'})
         self.send(400 if errors else 200, {"errors": errors, "warnings": []})
 
-    def do_preupload(self, body: bytes, repo: str, revision: str) -> None:
+    def do_preupload(self, body, repo, revision):
         files, answer = self.at(repo, revision)[2], []
         for path in [entry["path"] for entry in json.loads(body)["files"]]:
             mode = "lfs" if path.endswith((".safetensors", ".bin", ".pt")) else "regular"
@@ -248,7 +248,7 @@ class _Handler(BaseHTTPRequestHandler):
             answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self.send(200, {"files": answer})
 
-    def do_lfs_batch(self, body: bytes, repo: str) -> None:
+    def do_lfs_batch(self, body, repo):
         objects = []
         for entry in json.loads(body)["objects"]:
             oid, actions = entry["oid"], {}
@@ -257,11 +257,11 @@ class _Handler(BaseHTTPRequestHandler):
             objects.append({"oid": oid, "size": entry["size"], **actions})
         self.send(200, {"transfer": "basic", "objects": objects})
 
-    def do_lfs_put(self, body: bytes, repo: str, oid: str) -> None:
+    def do_lfs_put(self, body, repo, oid):
         self.server.hub.lfs[oid] = body
         self.send(200, b"")
 
-    def do_commit(self, body: bytes, repo: str, revision: str) -> None:
+    def do_commit(self, body, repo, revision):
         found, head, files = self.at(repo, revision)
         files, ref, answer = dict(files), revision, {"hookOutput": "", "success": True}
         for line in map(json.loads, body.splitlines()):

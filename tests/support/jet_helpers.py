@@ -3,7 +3,7 @@
 
 """Networks, points, and the derivatives that jets should return, by nested autograd."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,18 +14,16 @@ from peft_lotra.kan import KAN
 Parts = Sequence[Tensor]
 
 
-def network(*widths: int, **kwargs) -> KAN:
+def network(*widths, **kwargs):
     return KAN(widths or (3, 7, 6, 2), dtype=torch.float64, **kwargs)
 
 
-def points(rows: int = 40, size: int = 3) -> Tensor:
+def points(rows=40, size=3):
     """Some of them outside the grid."""
     return torch.rand(rows, size, dtype=torch.float64) * 2.4 - 1.2
 
 
-def nested(
-    model: Callable[[Tensor], Tensor], x: Tensor, directions: Tensor | None = None, order: int = 2
-) -> tuple[Tensor, ...]:
+def nested(model, x, directions=None, order=2):
     """What `jet` should return, by differentiating a graph `order` times."""
     directions = torch.eye(x.shape[-1], dtype=x.dtype) if directions is None else directions
     x = x.detach().requires_grad_()
@@ -41,14 +39,14 @@ def nested(
     return output, *(torch.stack(parts) for parts in zip(*found, strict=True))
 
 
-def _gradient(column: Tensor, x: Tensor) -> Tensor:
+def _gradient(column, x):
     """That of a function of each row; zero where it does not depend on x."""
     if not column.requires_grad:
         return torch.zeros_like(x)
     return torch.autograd.grad(column.sum(), x, create_graph=True, allow_unused=True, materialize_grads=True)[0]
 
 
-def assert_same(actual: Parts, expected: Parts, tolerance: float = 1e-10) -> None:
+def assert_same(actual, expected, tolerance=1e-10):
     for a, e in zip(actual, expected, strict=True):
         assert a.shape == e.shape
         assert (a - e).abs().max() <= tolerance * e.abs().max()

@@ -8,10 +8,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,13 +18,13 @@ import torch.distributed as dist
 SUPPORT = Path(__file__).parent
 
 
-def _free_port() -> int:
+def _free_port():
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
 
 
-def start_group(worker: str, world: int, folder: Path) -> list[Any]:
+def start_group(worker, world, folder):
     """Run a script, by its path from tests/support, in `world` processes; return what each wrote to its argument."""
     env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world)}
     env |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
@@ -48,7 +46,7 @@ def start_group(worker: str, world: int, folder: Path) -> list[Any]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
 
-def run_worker(function: Callable[[int, int], Any]) -> None:
+def run_worker(function):
     """In such a process: writes what a function of its rank and of their number returns."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(minutes=20))

@@ -6,26 +6,25 @@
 import math
 
 import torch
-from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, jet
 from peft_lotra.least_squares.problem import LeastSquares, check_terms
 
 
-def fit(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def fit(model, x, y):
     return model(x) - y
 
 
-def equation(model: nn.Module, x: Tensor, f: Tensor) -> Tensor:
+def equation(model, x, f):
     u, _, laplacian = jet(model, x, collapse=True)
     return -laplacian + u**3 - f
 
 
-def network(width: int = 5, dtype: torch.dtype = torch.float64) -> KAN:
+def network(width=5, dtype=torch.float64):
     return KAN([2, width, width, 1], dtype=dtype)
 
 
-def terms(dtype: torch.dtype = torch.float64, points: int = 150) -> list[tuple]:
+def terms(dtype=torch.float64, points=150):
     """-lap u + u^3 = f with the solution sin(pi x) sin(pi y)."""
     x = torch.rand(points, 2, dtype=dtype) * 2 - 1
     u = (math.pi * x).sin().prod(1, keepdim=True)
@@ -35,5 +34,5 @@ def terms(dtype: torch.dtype = torch.float64, points: int = 150) -> list[tuple]:
     return [(equation, (x, 2 * math.pi**2 * u + u**3), 1.0), (fit, (edge, torch.zeros_like(edge[:, :1])), 50.0)]
 
 
-def problem(model: nn.Module, residual_terms: list[tuple], memory: int = 2**30) -> LeastSquares:
+def problem(model, residual_terms, memory=2**30):
     return LeastSquares(model, check_terms(residual_terms), memory, {})

@@ -7,44 +7,42 @@ Takes Levenberg-Marquardt steps with a part of the rows, and writes what it ends
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from process_groups import run_worker
 from residuals import network, terms
-from torch import Tensor, nn
+from torch import Tensor
 
-from peft_lotra.kan import KAN
 from peft_lotra.least_squares import LevenbergMarquardt
 
 
 Shard = Callable[[Tensor], Tensor]
 
 
-def rows_of(rank: int, world: int) -> Shard:
+def rows_of(rank, world):
     """A third of the rows for the first of two, so that shards are not equal."""
     return lambda row: row[: len(row) // 3] if rank == 0 and world == 2 else row[len(row) // 3 :]
 
 
-def everything(row: Tensor) -> Tensor:
+def everything(row):
     return row
 
 
-def parts(shard: Shard) -> list[tuple]:
+def parts(shard):
     torch.manual_seed(3)
     return [(function, tuple(map(shard, rows)), weight) for function, rows, weight in terms(points=240)]
 
 
-def model(seed: int = 0) -> KAN:
+def model(seed=0):
     torch.manual_seed(seed)
     return network()
 
 
-KINDS: dict[str, dict[str, Any]] = {"plain": {}, "forgetting": {"forgetting": 0.5}, "chunks": {"memory": 2**21}}
+KINDS = {"plain": {}, "forgetting": {"forgetting": 0.5}, "chunks": {"memory": 2**21}}
 
 
-def run(kind: str, shard: Shard, group: Any, seed: int = 0) -> dict:
+def run(kind, shard, group, seed=0):
     """Four steps, with rows that are held out."""
     kan = model(seed)
     optimizer = LevenbergMarquardt(kan, floor=1e-6, group=group, **KINDS[kind])
@@ -56,7 +54,7 @@ def run(kind: str, shard: Shard, group: Any, seed: int = 0) -> dict:
     }
 
 
-def fails_with(function: Callable[[], Any]) -> str:
+def fails_with(function):
     try:
         function()
     except Exception as error:
@@ -64,14 +62,14 @@ def fails_with(function: Callable[[], Any]) -> str:
     return "nothing"
 
 
-def wrong(rank: int, shard: Shard) -> dict[str, str]:
+def wrong(rank, shard):
     """The errors of what processes may do wrong; none of them may hang."""
     group, (first, second) = dist.group.WORLD, parts(shard)
 
-    def step(given: list[tuple]) -> Any:
+    def step(given):
         return LevenbergMarquardt(model(), group=group).step(given)
 
-    def nan(kan: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    def nan(kan, x, y):
         return kan(x) - y / (0.0 if rank else 1.0)
 
     none = (second[0], tuple(row[:0] for row in second[1]))
@@ -83,7 +81,7 @@ def wrong(rank: int, shard: Shard) -> dict[str, str]:
     }
 
 
-def results(rank: int, world: int) -> dict[str, Any]:
+def results(rank, world):
     mine, group = rows_of(rank, world), dist.group.WORLD
     return {
         "alone": {kind: run(kind, everything, None) for kind in KINDS},
