@@ -3,12 +3,10 @@
 
 """TanhBound, which maps each input separately."""
 
-import pytest
 import torch
-from helpers import refused
 from torch.testing import assert_close
 
-from peft_lotra.kan import KAN, TanhBound, refine_grid
+from peft_lotra.kan import KAN, refine_grid
 
 
 def test_bounded_activations_stay_on_grids_that_a_refinement_does_not_extend():
@@ -27,14 +25,3 @@ def test_bounded_activations_stay_on_grids_that_a_refinement_does_not_extend():
     assert bounded.max() <= 3
     assert [net.layers[i].grid_size for i in (0, 2)] == [8, 8]
     assert_close(net(x), y)
-
-
-def test_a_bound_of_another_width_is_refused():
-    with refused(r"shape \(4, 3\), but TanhBound expects a last dimension of 2"):
-        TanhBound(2)(torch.rand(4, 3))
-
-
-@pytest.mark.parametrize("ends", [(1.0, 1.0), (0.0, torch.inf)])
-def test_wrong_ends_of_a_bound_are_refused(ends):
-    with refused("`low` is"):
-        TanhBound(3, *ends)

@@ -134,8 +134,3 @@ def test_ranks_above_the_modes_are_capped_with_a_warning():
 def test_wrong_ranks_are_refused(ranks):
     with refused("`ranks` should be a positive integer"):
         SlimKAN([4, 5, 2], ranks)
-
-
-def test_ranks_of_another_number_of_layers_are_refused():
-    with refused("`ranks` has 3 entries, but the network has 2 layers"):
-        SlimKAN([4, 5, 2], [(2, 2, 2), None, None])

@@ -237,6 +237,17 @@ def refused(message: str, *models: nn.Module, error: Any = ValueError) -> Iterat
         assert_same(model, kept)
 
 
+def refuses(calls: Mapping[str, Callable[[], Any]]) -> Callable[[str], None]:
+    """Return a test that each call raises an error with the words that it is listed under."""
+
+    @pytest.mark.parametrize("words", calls)
+    def test(words: str) -> None:
+        with refused(words, error=(TypeError, ValueError, RuntimeError, IndexError)):
+            calls[words]()
+
+    return test
+
+
 # Scripts, processes and threads
 
 
