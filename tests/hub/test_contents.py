@@ -3,22 +3,12 @@
 
 """The files of adapters, read without a model."""
 
-import shutil
-
-import pytest
 import torch
-from helpers import refused
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 
 from peft_lotra import LoTRAConfig
-from peft_lotra.hub.contents import adapter_folders, describe_tensors, read_adapter
+from peft_lotra.hub.contents import describe_tensors, read_adapter
 from peft_lotra.kan import KAN
-
-
-@pytest.fixture
-def folder(tmp_path):
-    get_peft_model(KAN([2, 4, 1]), LoTRAConfig(r=2, init_weights=False)).save_pretrained(tmp_path)
-    return tmp_path
 
 
 def test_ranks_and_sizes_are_described(tmp_path):
@@ -35,33 +25,3 @@ def test_ranks_and_sizes_are_described(tmp_path):
     assert lines == [f"kan.layers.{number}: (1, full, 3)" for number in range(11)]
     assert size.startswith(f"{parameters} parameters, ")
     assert size.endswith(" kB of float16 and float32")
-
-
-def test_folders_with_adapters_are_listed(folder):
-    assert adapter_folders(folder) == {"default": folder}
-
-    lora = get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
-    lora.save_pretrained(folder / "lora")
-    for name in ("other", "checkpoint-10", "checkpoint-best", ".saving"):
-        shutil.copytree(folder, folder / name, ignore=lambda *_: ["lora", "other", "checkpoint-10", "checkpoint-best"])
-
-    assert list(adapter_folders(str(folder))) == ["default", "checkpoint-best", "other"]
-    with refused("has no adapter_config.json"):
-        adapter_folders(folder / "nothing")
-
-
-def test_a_broken_file_is_named(folder):
-    for text in ("{", "[]", "{}"):
-        (folder / "adapter_config.json").write_text(text)
-        with refused("adapter_config.json is damaged"):
-            read_adapter(folder)
-    (folder / "adapter_config.json").write_text('{"peft_type": "LOTRA"}')
-    (folder / "adapter_model.safetensors").write_bytes(b"no tensors")
-
-    with refused("adapter_model.safetensors is damaged"):
-        read_adapter(folder)
-
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-
-    with refused("is no adapter: it has no adapter_model.safetensors"):
-        read_adapter(folder)

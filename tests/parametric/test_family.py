@@ -271,9 +271,6 @@ UNFIT = {
     "without a loss": ({"loss_of": lambda network, c: None}, "TypeError: .*None"),
     "an error": ({"terms_of": problems.terms_that_fail}, "ZeroDivisionError"),
     "without residuals": (terms_with(lambda model, x: None), r"residual term 0 \(.*\) returns NoneType"),
-    "complex": (terms_with(lambda model, x: 1j * model(x)), "returns torch.complex128"),
-    "integer": (terms_with(lambda model, x: model(x).long()), "returns torch.int64"),
-    "a mean": (terms_with(lambda model, x: model(x).mean()), r"of shape \(\)"),
     "NaN": (terms_with(lambda model, x: model(x) * torch.nan), "NaN or inf"),
 }
 
