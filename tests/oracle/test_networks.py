@@ -143,7 +143,7 @@ def test_all_adapters_of_a_batch_are_trained(kind: str) -> None:
         near(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, of_alone), 1e-7)
 
 
-def test_the_mean_error_of_each_adapter_of_a_bank() -> None:
+def test_the_number_and_the_mean_error_of_the_adapters_of_a_bank() -> None:
     base = NETWORKS["tanh, order 4"]().eval()
     model = served_by_bank(base, adapters_of(base, 3))
     errors = torch.rand(20, dtype=torch.float64)
@@ -152,6 +152,7 @@ def test_the_mean_error_of_each_adapter_of_a_bank() -> None:
 
     means = model.bank.mean_by_adapter(errors, ids)
 
+    assert len(model.bank) == 3
     near(means[ids], torch.stack([errors[index == number].mean() for number in index]))
 
 
