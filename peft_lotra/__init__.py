@@ -18,13 +18,13 @@ from .layers.search import find_kan_layers
 if find_spec("peft"):
     from . import plotting  # noqa: F401  (as an attribute)
     from .bank.bank import AdapterBank
+    from .bank.training import BankAdamW
     from .compress.changes import what_changed
     from .compress.extract import extract_lotra
     from .compress.spectra import update_spectrum
     from .hub.card import write_model_card
     from .hub.load import load_adapters
     from .hub.push import push_to_hub
-    from .optim.learning_rates import create_lotra_optimizer
     from .parametric.adapter import ParametricAdapter
     from .selection.fit import fit_adapter
     from .tuner import jets  # noqa: F401  (teaches `jet` what PEFT puts around KANs)
@@ -32,6 +32,7 @@ if find_spec("peft"):
     from .tuner.gradients import start_from_gradient
     from .tuner.hotswap import hotswap_adapter
     from .tuner.layer import LoTRALayer
+    from .tuner.learning_rates import create_lotra_optimizer
     from .tuner.model import LoTRAModel
     from .tuner.registration import register
     from .tuner.saving import save_adapter
@@ -41,6 +42,7 @@ if find_spec("peft"):
 
 __all__ = [
     "AdapterBank",
+    "BankAdamW",
     "KANLayerSpec",
     "LoTRAConfig",
     "LoTRALayer",

@@ -29,9 +29,8 @@
 # %%
 import torch
 
-from peft_lotra import AdapterBank, LoTRAConfig
+from peft_lotra import AdapterBank, BankAdamW, LoTRAConfig
 from peft_lotra.kan import KAN
-from peft_lotra.optim import BankAdamW
 
 
 torch.set_num_threads(1)  # small networks: much faster on a busy machine

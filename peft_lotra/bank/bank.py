@@ -225,7 +225,7 @@ class AdapterBank:
         self,
         names: Sequence[str] | None = None,
     ) -> tuple[nn.Parameter, Tensor]:
-        """Make adapters trainable, by default all; `peft_lotra.optim.BankAdamW` trains them.
+        """Make adapters trainable, by default all; `peft_lotra.BankAdamW` trains them.
 
         From then on the bank takes and loses no adapters, until `stop_training`.
 

@@ -25,6 +25,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..modules.calls import undone_on_error
 from ..modules.checks import list_first
 from ..modules.folders import naming_damage
 from .contents import read_config, saved_adapters
@@ -96,14 +97,13 @@ def load_adapters(
         if name != lotra_name:
             others[name] = _read_other_adapter(folder)
 
-    modes = [(module, module.training) for module in base.modules()]
-    with warnings.catch_warnings():
-        # the others are loaded next, unless `names` leaves them out
-        warnings.filterwarnings("ignore", "The adapter was saved with adapters of other methods")
-        model = PeftModel.from_pretrained(
-            base, folders[lotra_name], adapter_name=lotra_name, is_trainable=is_trainable, **kwargs
-        )
-    try:
+    with undone_on_error(base):
+        with warnings.catch_warnings():
+            # the others are loaded next, unless `names` leaves them out
+            warnings.filterwarnings("ignore", "The adapter was saved with adapters of other methods")
+            model = PeftModel.from_pretrained(
+                base, folders[lotra_name], adapter_name=lotra_name, is_trainable=is_trainable, **kwargs
+            )
         for name, (config, tensors) in others.items():
             config.inference_mode = not is_trainable
             _inject(model, name, config, tensors)
@@ -111,11 +111,6 @@ def load_adapters(
         for name, (_, tensors) in others.items():
             set_peft_model_state_dict(model, tensors, adapter_name=name)
         _activate(model, list(folders), is_trainable)
-    except BaseException:
-        model.unload()
-        for module, mode in modes:
-            module.training = mode
-        raise
     if not is_trainable:
         model.eval()
     return model

@@ -70,6 +70,32 @@ def read_at_rest(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Restore modules, their attributes and `requires_grad` of parameters if an error is raised.
+
+    Values of tensors are not restored.
+    """
+    saved = []
+    for module in model.modules():
+        # dicts such as `_modules`, `_parameters`, hooks, and settings of adapters are changed in place
+        for attributes in (vars(module), *vars(module).values()):
+            if isinstance(attributes, dict):
+                saved.append((attributes, dict(attributes)))
+    requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for attributes, former in saved:
+            # no name is ever missing, since other threads may run the model
+            for name in attributes.keys() - former.keys():
+                del attributes[name]
+            attributes.update(former)
+        for parameter, value in requires_grad:
+            parameter.requires_grad_(value)
+        raise
+
+
 def without_autocast(like: Tensor) -> Any:
     """Disable autocast, which would round an update to bfloat16 before it is added to a float32 weight."""
     return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)

@@ -47,7 +47,6 @@ class Source(NamedTuple):
     path: str
     subfolder: str | None
     hub_kwargs: dict[str, Any]
-    ignore_mismatched_sizes: bool
 
 
 @dataclass
@@ -192,6 +191,7 @@ class LoTRAConfig(PeftConfig):
         # the layers, while the object may serve several models.
         self.targets_all_kan = self.target_modules in (None, ALL_KAN)
         self.source: Source | None = None  # of tensors that are still to be read
+        self.allows_other_shapes = False  # of these tensors: the model then keeps its values
         self.names_in_model: dict[str, str] = {}  # of the layers that a file names
         # What a save writes: the ranks of layers for which `r` and `rank_pattern` do not say them, and `base_layers`.
         # The field `base_layers` would mark this as the configuration of a file.
@@ -207,11 +207,6 @@ class LoTRAConfig(PeftConfig):
     def companions(self) -> list[str]:
         """The names of the adapters of other methods that were saved with this one."""
         return (self.saved_with or [])[1:]
-
-    @property
-    def allows_other_shapes(self) -> bool:
-        """Whether tensors of a file may have other shapes than in the model, which then keeps its values."""
-        return self.source is not None and self.source.ignore_mismatched_sizes
 
     def alpha_of(self, name: str) -> float:
         """Return the `alpha` of a layer of this name."""
@@ -294,8 +289,8 @@ class LoTRAConfig(PeftConfig):
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             kind = TypeError if "missing required keys" in str(error) else ValueError  # as in PEFT
             raise kind(f"The configuration of the adapter at {folder} cannot be read: {error}") from error
-        ignore_mismatched_sizes = bool(model_kwargs.get("ignore_mismatched_sizes"))
-        config.source = Source(path, subfolder, hub_kwargs, ignore_mismatched_sizes)
+        config.source = Source(path, subfolder, hub_kwargs)
+        config.allows_other_shapes = bool(model_kwargs.get("ignore_mismatched_sizes"))
         return config
 
     def to_dict(self) -> dict[str, Any]:

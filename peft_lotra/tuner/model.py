@@ -27,6 +27,7 @@ from ..modules.calls import (
     places,
     read_at_rest,
     set_mode,
+    undone_on_error,
     unwrap,
 )
 from ..tucker import COMPONENTS
@@ -126,7 +127,7 @@ class LoTRAModel(BaseTuner):
             # the ranks are written into it, and the object may serve other models
             self.peft_config[adapter_name] = copy(config)
         requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        with self._injection:
+        with undone_on_error(model), self._injection:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._requires_grad_of_base = self._requires_grad_of_base or requires_grad
         if config.modules_to_save:

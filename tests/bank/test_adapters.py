@@ -16,9 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from peft_lotra import AdapterBank, LoTRAConfig, push_to_hub
+from peft_lotra import AdapterBank, BankAdamW, LoTRAConfig, push_to_hub
 from peft_lotra.kan import KAN
-from peft_lotra.optim import BankAdamW
 
 
 def answer(bank, name):

@@ -12,9 +12,8 @@ from peft import get_peft_model_state_dict
 from torch import nn
 from torch.testing import assert_close
 
-from peft_lotra import AdapterBank, LoTRAConfig, create_lotra_optimizer, start_from_gradient
+from peft_lotra import AdapterBank, BankAdamW, LoTRAConfig, create_lotra_optimizer, start_from_gradient
 from peft_lotra.kan import KAN
-from peft_lotra.optim import BankAdamW
 
 
 CONFIGS = {"a": {"r": 2}, "b": {"r": (3, 1, 2)}, "c": {"r": 1, "adapt_residual": False}}

@@ -12,7 +12,7 @@ from helpers import KINDS, X, adapt, assert_equal, edit_config, load, lotra_laye
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_lotra import AdapterBank, LoTRAConfig, hotswap_adapter
+from peft_lotra import AdapterBank, LoTRAConfig, LoTRALayer, hotswap_adapter
 from peft_lotra.kan import KAN
 
 
@@ -234,6 +234,32 @@ def test_a_broken_file_is_refused(folder, text):
     if text is None:
         (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-20])
     files_refused(folder)
+
+
+def test_an_error_while_layers_are_replaced_changes_nothing(tmp_path, monkeypatch):
+    """The second layer does not fit into memory."""
+    adapt(modules_to_save=["head"]).save_pretrained(tmp_path)
+    base, model = net(), adapt()
+    y = model(X)
+    update_layer = LoTRALayer.update_layer
+
+    def run_out_of_memory(layer, *args):
+        if layer.lotra_name == "kan.layers.1":
+            raise MemoryError("no room")
+        update_layer(layer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoTRALayer, "update_layer", run_out_of_memory)
+        with refused("no room", base, error=MemoryError):
+            PeftModel.from_pretrained(base, tmp_path)
+        with refused("no room", model, error=MemoryError):
+            model.load_adapter(tmp_path, "other")
+
+    assert_equal(model(X), y)
+    assert list(model.peft_config) == ["default"]
+    model.load_adapter(tmp_path, "other")
+    model.set_adapter("other")
+    assert_equal(model.eval()(X), PeftModel.from_pretrained(base, tmp_path)(X))
 
 
 READS = {

@@ -6,11 +6,11 @@
 import pytest
 import torch
 from helpers import X, adapt, add_adapter, assert_equal, assert_near, load, lotra_layers, net, refused, state
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_lotra import save_adapter
+from peft_lotra import LoTRAConfig, save_adapter
 
 
 def components(model):
@@ -177,8 +177,9 @@ def test_embeddings_of_the_base_are_not_saved(tmp_path, config):
     assert_equal(loaded(tokens), model(tokens))
 
 
-def test_state_dicts_with_parameters_of_the_base_change_nothing():
-    model, other = adapt(), adapt()
+@pytest.mark.parametrize("attach", [adapt, lambda: inject_adapter_in_model(LoTRAConfig(), net())])
+def test_state_dicts_with_parameters_of_the_base_change_nothing(attach):
+    model, other = adapt(), attach()
 
     with refused("is a parameter of the base", other):
         set_peft_model_state_dict(other, model.state_dict())

@@ -34,6 +34,12 @@ def test_an_operation_costs_at_most_its_limits(name):
     assert {unit: costs[unit] for unit, limit in limits.items() if costs[unit] > limit} == {}
 
 
+def test_a_load_enters_few_files():
+    files = {name.partition(":")[0] for name in calls.measure("load").functions}
+
+    assert len(files) <= 16, files
+
+
 @pytest.mark.parametrize("description", calls.NUMBERS)
 def test_calls_do_not_grow_with_the_number_of_adapters(description):
     """Nor does the peak, unless it is the batch that has more adapters.
@@ -44,7 +50,7 @@ def test_calls_do_not_grow_with_the_number_of_adapters(description):
     totals = []
     for number in numbers:
         costs = calls.measure(description.format(number))
-        # PEFT lists the state dict of the whole model to save or load one adapter: a `detach` for each tensor
+        # PEFT lists the state dict of the whole model to save one adapter: a `detach` for each tensor
         listed = costs.operators["aten.detach.default"]
         totals.append({**costs.totals(), "operators": costs.operators.total() - listed})
 

@@ -129,6 +129,19 @@ def test_all_adapters_of_a_batch_are_trained(kind):
         near(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, of_alone), 1e-7)
 
 
+def test_the_number_and_the_mean_error_of_the_adapters_of_a_bank() -> None:
+    base = NETWORKS["tanh, order 4"]().eval()
+    model = served_by_bank(base, adapters_of(base, 3))
+    errors = torch.rand(20, dtype=torch.float64)
+    index = torch.randint(3, (20,))
+    ids = model.bank.ids(model.bank.names)[index]
+
+    means = model.bank.mean_by_adapter(errors, ids)
+
+    assert len(model.bank) == 3
+    near(means[ids], torch.stack([errors[index == number].mean() for number in index]))
+
+
 class Folded(nn.Module):
     """Folds the steps of (batch, 3, steps) into the batch."""
 

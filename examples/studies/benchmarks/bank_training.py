@@ -28,9 +28,8 @@ from peft import get_peft_model
 from study_tools import files, machine, tables
 from torch import Tensor, nn
 
-from peft_lotra import AdapterBank, LoTRAConfig, create_lotra_optimizer
+from peft_lotra import AdapterBank, BankAdamW, LoTRAConfig, create_lotra_optimizer
 from peft_lotra.kan import KAN
-from peft_lotra.optim import BankAdamW
 
 
 LR = 1e-2

@@ -22,9 +22,8 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peft_lotra import AdapterBank, LoTRAConfig, start_from_gradient
+from peft_lotra import AdapterBank, BankAdamW, LoTRAConfig, start_from_gradient
 from peft_lotra.kan import KAN
-from peft_lotra.optim import BankAdamW
 
 
 Data = tuple[Tensor, Tensor]

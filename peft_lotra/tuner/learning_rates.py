@@ -16,8 +16,8 @@ from ..kan.slim_kan import SlimKANLinear
 from ..modules.calls import unwrap
 from ..modules.checks import as_number, check_function, check_number
 from ..tucker import Tucker
-from ..tuner.gradients import OPTIMIZERS
-from ..tuner.layer import LoTRALayer
+from .gradients import OPTIMIZERS
+from .layer import LoTRALayer
 
 
 Policy = Literal["width", "uniform"] | Mapping[str, float]

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..bank.bank import AdapterBank
-from ..bank.snapshot import Form
 from ..kan.row_updates import PackedTucker
-from .learning_rates import Policy, component_multipliers
+from ..tuner.learning_rates import Policy, component_multipliers
+from .bank import AdapterBank
+from .snapshot import Form
 
 
 BETA1, BETA2 = 0.9, 0.999  # of AdamW
@@ -49,7 +49,7 @@ class BankAdamW(Optimizer):
         >>> import torch
         >>> from peft_lotra import AdapterBank, LoTRAConfig
         >>> from peft_lotra.kan import KAN
-        >>> from peft_lotra.optim import BankAdamW
+        >>> from peft_lotra import BankAdamW
         >>> bank = AdapterBank(KAN([2, 4, 1]))
         >>> for name in ("anna", "ben"):
         ...     bank.add(name, LoTRAConfig(r=2))
