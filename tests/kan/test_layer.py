@@ -97,18 +97,16 @@ def test_autocast_rounds_the_output(make, rows):
 @pytest.mark.parametrize("order, grid_size", [(1, 5), (3, 5), (5, 20)])
 def test_a_new_layer_keeps_the_variance(grid_range, order, grid_size):
     layer = KANLinear(256, 256, grid_size, order, grid_range)
-    slim = SlimKANLinear(256, 256, (64, 64, 4), grid_range=grid_range)
     low, high = grid_range
     variance = (high - low) ** 2 / 12
     x = (low + high) / 2 + variance**0.5 * torch.randn(1000, 256)
 
     with torch.no_grad():
-        y, of_slim = layer(x), slim(x)
+        y = layer(x)
         splines = y - F.silu(x) @ layer.base_weight.T
 
     share = splines.square().mean() / y.square().mean()
     assert 0.7 < y.square().mean() / variance < 1.3
-    assert 0.5 < of_slim.square().mean() / variance < 2
     assert 0.7 * SPLINE_VARIANCE_SHARE < share < 1.4 * SPLINE_VARIANCE_SHARE
 
 
