@@ -438,6 +438,9 @@ PAGES: dict[str, Callable[[], str]] = {
     "expressiveness": lambda: study("expressiveness").as_text(
         load("expressiveness")["results"], load("expressiveness")["recovered"]
     ),
+    "extraction": lambda: study("extraction").as_text(
+        load("extraction")["results"]
+    ),
     "few_labels": lambda: study("few_labels").as_text(
         load("few_labels")["results"]
     ),
@@ -445,9 +448,6 @@ PAGES: dict[str, Callable[[], str]] = {
     "formulas": lambda: study("formulas").as_text(load("formulas")),
     "learning_rates": lambda: learning_rates("learning_rates"),
     "learning_rates_ranks": lambda: learning_rates("learning_rates_ranks"),
-    "low_rank_evidence": lambda: study("low_rank_evidence").as_text(
-        load("low_rank_evidence")
-    ),
     "many_series": lambda: study("many_series").as_text(
         load("many_series")["results"]
     ),

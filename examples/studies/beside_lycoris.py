@@ -133,7 +133,7 @@ def main() -> None:
 
     lines = []
     for method, settings in rows.items():
-        setting = best(settings, smallest=False)
+        setting = best(settings)
         shown = " ".join(f"{value:.1f}" for value in settings[setting])
         lines.append([method, f"{parameters[method]:,}", setting, f"{np.mean(settings[setting]):.1f}", shown])
     print(table("| accuracy % | parameters | best setting | mean | seeds |", lines))

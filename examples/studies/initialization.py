@@ -8,15 +8,14 @@ Shown in docs/training.md.
     python examples/studies/initialization.py  # a quarter of an hour on one core, no network
     python examples/studies/initialization.py --data-dir PATH/TO/mnist  # one more shift: digits to MNIST at 8x8
     python examples/studies/initialization.py --quick  # a few seconds, for CI: says nothing
-    python examples/studies/initialization.py --only "burgers, middle"  # one part
+    python examples/studies/initialization.py --only pykan  # one part
 
 A KAN is trained, then adapted to a real change of its data with few labels: scikit-learn's digits rotated by 30
 degrees (200 labels), the same with noise (the quickstart's shift), and MNIST brought to 8x8 (500 labels). LoTRA starts
 from random factors or from the gradient (`start_from_gradient`, one pass over the labeled data), at two ranks. Full
 fine-tuning and both starts get several learning rates, both starts also three ratios of the components' rates. Shown
 is the best mean over the seeds of each, chosen by these same test scores for every method alike, and what the fixed
-setting SETTING gives. The quickstart's shift is repeated on KANs of two other libraries, with few rates. A PDE
-(viscous Burgers, see pde/transfer.py) is a case in which the start from the gradient does not help.
+setting SETTING gives. The quickstart's shift is repeated on KANs of two other libraries, with few rates.
 Seeds that the file has are not repeated. Writes initialization.json.
 """
 
@@ -36,7 +35,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import get_peft_model
-from problems import families, methods
 from study_tools import files, together
 from study_tools.tables import table
 from study_tools.tasks import Task, build, digits_to_mnist, rotated_digits, score
@@ -126,44 +124,18 @@ def compare(make: Callable[[int], Task], library: str, args: argparse.Namespace,
         rows.setdefault("base", {}).setdefault("", []).append(score(base, task))
 
 
-def pde(target: str, args: argparse.Namespace, bar: tqdm, rows: Rows) -> None:
-    """Add the relative errors in % on viscous Burgers, by the Adam of the PDE study, from both starts."""
-    family = families.FAMILIES["burgers"]
-    setting = methods.QUICK if args.quick else methods.Setting(adam_steps=400)
-    rates = {"rates of the PDE study": (methods.LOTRA_LR[target], methods.COMPONENT_RATES)}
-    rates |= {f"slow core, lr {lr}": (lr, POLICIES["slow core"]) for lr in ((0.01,) if args.quick else (0.01, 0.03))}
-    for seed in range(min((len(found) for part in rows.values() for found in part.values()), default=0), args.seeds):
-        base = methods.pretrained(family, setting, seed, args.cache)
-        terms = family.terms(family.targets[target], torch.Generator().manual_seed(100 + seed), setting.points)
-
-        def model(start: str, base: nn.Module, setting: methods.Setting, seed: int, terms: list = terms) -> nn.Module:
-            torch.manual_seed(seed)
-            adapted = get_peft_model(copy.deepcopy(base), methods.large_config(setting))
-            if start == "gradient":
-                generator = torch.Generator().manual_seed(seed)
-                everything = setting.points
-                start_from_gradient(adapted, lambda: methods.adam_loss(adapted, terms, everything, generator))
-            return adapted
-
-        for start, (key, (lr, policy)) in itertools.product(("random", "gradient"), rates.items()):
-            method = methods.Method("", partial(model, start), {target: lr}, policy)
-            _, curve = methods.train(method, family, target, family.targets[target], base, setting, seed)
-            rows.setdefault(f"{start}, {setting.adam_steps} steps", {}).setdefault(key, []).append(100 * curve[-1][2])
-            bar.update()
-
-
-def best(settings: dict[str, list[float]], smallest: bool) -> str:
+def best(settings: dict[str, list[float]]) -> str:
     """The setting with the best mean over the seeds."""
-    return (min if smallest else max)(settings, key=lambda setting: np.mean(settings[setting]))
+    return max(settings, key=lambda setting: np.mean(settings[setting]))
 
 
 def as_text(results: dict[str, Rows]) -> str:
     """The best setting of each method, its mean and its seeds, and the mean at the fixed setting."""
     parts = []
     for part, rows in results.items():
-        is_error, lines = "%" in part, []
+        lines = []
         for method, settings in rows.items():
-            setting = best(settings, is_error)
+            setting = best(settings)
             fixed = f"{np.mean(settings[SETTING]):.2f}" if SETTING in settings else ""
             seeds = " ".join(f"{value:.1f}" for value in settings[setting])
             lines.append([method, setting, f"{np.mean(settings[setting]):.2f}", seeds, fixed])
@@ -176,16 +148,15 @@ def main() -> None:
     parser = command_line.Parser(
         __doc__,
         takes="a quarter of an hour on one core",
-        writes="initialization.json; with --quick initialization_quick.json; bases of the PDE in --cache",
+        writes="initialization.json; with --quick initialization_quick.json",
         folder=command_line.RESULTS,
         needs="test",
-        quick="one seed, few steps, two parts: to see it run",
+        quick="one seed, few steps, one part: to see it run",
     )
     parser.add_argument("--seeds", type=int, default=5, help="how many runs are averaged (default: 5)")
     parser.add_argument("--steps", type=int, default=300, help="steps of each adaptation (default: 300)")
     parser.add_argument("--data-dir", type=Path, help="folder with 10,000 images of MNIST, for one more shift")
     parser.add_argument("--only", help="the parts whose names contain this")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "peft-lotra-pde")
     args = parser.parse_args()
     if args.quick:
         args.seeds, args.steps = 1, 5
@@ -196,7 +167,6 @@ def main() -> None:
             compare, partial(rotated_digits, angle=30, noise=0, hidden=48), "peft-lotra", args
         ),
         "digits, rotated and noisy (quickstart)": partial(compare, noisy, "peft-lotra", args),
-        "burgers, middle (error in %)": partial(pde, "middle", args),
     }
     if args.data_dir is not None:
         mnist = partial(digits_to_mnist, folder=args.data_dir)
@@ -204,7 +174,7 @@ def main() -> None:
     for library in ("efficient-kan", "efficient-kan with scales", "pykan"):
         parts[f"{library}: rotated and noisy"] = partial(compare, noisy, library, args)
     if args.quick:
-        parts = {name: parts[name] for name in list(parts)[1:3]}
+        parts = {name: parts[name] for name in list(parts)[1:2]}
     if args.only is not None:
         parts = {name: part for name, part in parts.items() if args.only in name}
 

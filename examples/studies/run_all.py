@@ -36,7 +36,7 @@ STUDIES: list[tuple[str, list[str], list[str] | None]] = [
     ("steps.py", [], []),
     ("learning_rates.py", [], []),
     ("learning_rates.py", ["--sweep", "ranks"], None),
-    ("low_rank_evidence.py", [], []),
+    ("extraction.py", [], []),
     ("expressiveness.py", [], []),
     ("slim_functions.py", [], []),
     ("formulas.py", [], []),
@@ -57,7 +57,7 @@ STUDIES: list[tuple[str, list[str], list[str] | None]] = [
     ("pde/stalls.py", [], []),
     ("scoreboard.py", ["--seeds", "1", "2", "3", "4", "5"], []),
 ]
-CACHED = ("initialization.py", "pde/transfer.py", "pde/moving_targets.py")
+CACHED = ("pde/transfer.py", "pde/moving_targets.py")
 
 
 def command(script: str, options: list[str], output: Path | None, cache: Path | None) -> list[str]:
