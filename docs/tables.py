@@ -431,9 +431,6 @@ PAGES: dict[str, Callable[[], str]] = {
         load("bank_training")
     ),
     "bytes": lambda: study("bytes").as_text(load("bytes")["results"]),
-    "chosen": lambda: study("few_labels").chosen_as_text(
-        load("chosen")["results"]
-    ),
     "convolutions": lambda: study("convolutions").as_text(load("convolutions")),
     "expressiveness": lambda: study("expressiveness").as_text(
         load("expressiveness")["results"], load("expressiveness")["recovered"]
@@ -461,12 +458,8 @@ PAGES: dict[str, Callable[[], str]] = {
     "pde/stalls": lambda: record_of("stalls"),
     "pde/ten": lambda: record_of("ten"),
     "pde/unknowns": lambda: record_of("unknowns"),
-    "rivals": lambda: study("few_labels").as_text(load("rivals")["results"]),
     "scoreboard": TABLES["scoreboard"],
     "steps": TABLES["steps"],
-    "unseen": lambda: study("few_labels").chosen_as_text(
-        load("unseen")["results"]
-    ),
 }
 
 

@@ -9,10 +9,10 @@ Shown in docs/when.md.
     python examples/studies/bytes.py --quick  # a few seconds, for CI: says nothing
     python examples/studies/bytes.py --redraw  # the table and the picture from bytes.json
 
-Four tasks of few_labels.py. Full fine-tuning trains all coefficients; its update is then rounded to 32, 8, 4, 3 or 2
-bits for each coefficient. LoTRA takes 60 of these steps, keeps 2 to 30 % of the coefficients by `extract_lotra` in the
-metric of the data, and trains on; (full, full, 1) starts from the gradient, and has one learned shape for each layer.
-The components are stored in 32, 16 (`LoTRAConfig(storage="float16")`) or 8 bits.
+Four pairs of problems/pairs.py. Full fine-tuning trains all coefficients; its update is then rounded to 32, 8, 4, 3
+or 2 bits for each coefficient. LoTRA takes 60 of these steps, keeps 2 to 30 % of the coefficients by `extract_lotra`
+in the metric of the data, and trains on; (full, full, 1) starts from the gradient, and has one learned shape for each
+layer. The components are stored in 32, 16 (`LoTRAConfig(storage="float16")`) or 8 bits.
 
 Below 16 bits the rounding is uniform. Each output of a layer, or column of a factor, has one scale in float16, which
 minimizes its squared error. Bytes are those of a safetensors file, with its header. All methods take 300 steps, five
@@ -36,7 +36,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import safetensors.torch
 import torch
-from few_labels import KAN, Split, chosen, count
+from few_labels import chosen, count
+from problems import pairs
+from problems.pairs import Split
 from study_tools import files, together
 from study_tools.pictures import BLUE, GREEN, RED, SKY
 from study_tools.tables import table
@@ -44,6 +46,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from peft_lotra import extract_lotra
+from peft_lotra.kan import KAN
 
 
 TASKS = {  # and their labels
@@ -122,7 +125,7 @@ def store(model: nn.Module, base: nn.Module, bits: int) -> tuple[nn.Module, int]
 
 def run_task(task: str, seeds: int, steps: int, rates: int, rows: dict[str, Any], save: Callable[[], None]) -> None:
     """Add the scores of the methods that a task lacks, and save after each."""
-    splits = {seed: few_labels.TASKS[task][0](seed, TASKS[task]) for seed in range(seeds)}
+    splits = {seed: pairs.TASKS[task][0](seed, TASKS[task]) for seed in range(seeds)}
     bases = few_labels.make_bases(KAN, splits, steps)
     warm = copy.deepcopy(bases)
     first = [few_labels.full(model, split, 1e-2) for model, split in zip(warm.values(), splits.values(), strict=True)]
@@ -182,7 +185,7 @@ def as_text(results: dict[str, dict]) -> str:
     lines = []
     for task, rows in results.items():
         digits, (measured, best) = 2 if task.startswith("Burgers") else 1, points(rows)
-        unit, base = few_labels.unit_of(task), np.median([*rows["base"].values()])
+        unit, base = pairs.unit_of(task), np.median([*rows["base"].values()])
         lines += [f"### {task}, {TASKS[task]} labels", "", f"Without an update: {base:.{digits}f}.", ""]
         cells_of_rows = []
         for point in measured:
@@ -220,7 +223,7 @@ def draw(results: dict[str, dict], path: Path) -> None:
         axis.set_xticks([], minor=True)
         y_range = scores[0] - 2 * room, scores[-1] + room
         axis.set(title=title, xlim=(0.8 * sizes[0], 1.3 * sizes[-1]), ylim=y_range, xlabel="size of the file")
-        axis.set_ylabel("digits of the solution" if task.startswith("Burgers") else few_labels.unit_of(task))
+        axis.set_ylabel("digits of the solution" if task.startswith("Burgers") else pairs.unit_of(task))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=9, frameon=False)
     figure.suptitle("Score by size of the file")
     figure.tight_layout(rect=(0, 0.13, 1, 1))
