@@ -29,16 +29,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from problems.methods import CACHE
-from problems.moves import EXTRACTED, METHODS, MOVES, QUICK_SETTING, SETTINGS, base_of, run
+from problems.moves import METHODS, MOVES, QUICK_SETTING, SETTINGS, base_of, run
 from problems.standard import NT, NX
 from rich.console import Console
 from study_tools.records import Record
+from study_tools.tables import table
 
 
 torch.set_num_threads(1)
 
 RIVAL, BEST = "full_lm", "core_lm"
-TITLES = {key: method.title for key, method in METHODS.items()} | {"extracted_lm": EXTRACTED}
 
 
 def error_at(curve: list, seconds: float) -> float:
@@ -74,51 +74,42 @@ def lowest(run: dict) -> float:
 
 
 def markdown(results: dict, limits: dict[str, float]) -> str:
-    lines = [
-        "Relative L2 errors on the 256 x 101 grid, geometric means over the seeds; CPU seconds of one core of a "
-        "machine that others used too. The last ratio is the error at half of the seconds as a multiple of the lowest "
-        "error of all parameters by LM (mean, and each seed).\n",
-        "| problem | width | method | parameters | share | kB | s a step | steps | error at half | at the end | s "
-        "| half / full LM | seeds |",
-        "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|---|--:|",
-    ]
+    """All methods."""
+    lines = []
+    mean = statistics.geometric_mean
     for name, width in cells(results):
-        runs = results[name][width]
-        for key in (key for key in TITLES if key in runs):
-            found, limit = runs[key], limits[width]
-            first = found[0]
-            each = ratios(runs, key)
-            ratio = "-"
-            if each and key not in (RIVAL, "extracted_lm"):
-                ratio = f"{statistics.geometric_mean(each):.2f} ({', '.join(f'{value:.2f}' for value in each)})"
-            half = "-" if key == "extracted_lm" else f"{mean_error(found, limit / 2):.1e}"
-            lines.append(
-                f"| {MOVES[name].title} | {width} | {TITLES[key]} | {first['parameters']:,} | {first['share']:.0%} "
-                f"| {first['bytes'] / 1000:.0f} | {statistics.mean(run['seconds_per_step'] for run in found):.2g} "
-                f"| {statistics.mean(run['curve'][-1][0] for run in found):.0f} | {half} "
-                f"| {statistics.geometric_mean(run['error'] for run in found):.1e} "
-                f"| {statistics.mean(run['seconds'] for run in found):.0f} | {ratio} | {len(found)} |"
-            )
-    return "\n".join(lines) + "\n"
+        for key, method in METHODS.items():
+            runs = results[name][width].get(key)
+            if not runs:
+                continue
+            first = runs[0]
+            cost = [f"{first['parameters']:,}", f"{first['share']:.0%}"]
+            cost += [f"{statistics.mean(run['seconds_per_step'] for run in runs):.2g}"]
+            cost += [f"{statistics.mean(run['curve'][-1][0] for run in runs):.0f}"]
+            errors = [f"{mean_error(runs, limits[width] / 2):.1e}", f"{mean(run['error'] for run in runs):.1e}"]
+            lines.append([MOVES[name].title, width, method.title, *cost, *errors, len(runs)])
+    header = (
+        "| problem | width | method | parameters | share | s a step | steps | error at half | at the end | seeds |"
+    )
+    return (
+        "Relative L2 errors on the 256 x 101 grid, geometric means over the seeds; CPU seconds of one core of a "
+        f"machine that others used too.\n\n{table(header, lines)}"
+    )
 
 
 def headline(results: dict, limits: dict[str, float]) -> str:
     """The first table: cores at half of the seconds beside all parameters where these are best."""
-    lines = [
-        "| | width | all parameters, LM, lowest error | cores only, LM, half of the seconds | ratio, by seed "
-        "| their share of the parameters |",
-        "|---|--:|--:|--:|---|--:|",
-    ]
+    lines = []
+    mean = statistics.geometric_mean
     for name, width in cells(results):
         runs = results[name][width]
         if not (both := pairs(runs, BEST)):
             continue
-        mean = statistics.geometric_mean
         rival, ours = mean(lowest(b) for _, b in both), mean(error_at(a["curve"], limits[width] / 2) for a, _ in both)
         each = ", ".join(f"{a['seed']}: {x:.2f}" for (a, _), x in zip(both, ratios(runs, BEST), strict=True))
-        share = both[0][0]["share"]
-        lines.append(f"| {MOVES[name].title} | {width} | {rival:.1e} | {ours:.1e} | {each} | {share:.0%} |")
-    return "\n".join(lines) + "\n"
+        lines.append([MOVES[name].title, width, f"{rival:.1e}", f"{ours:.1e}", each, f"{both[0][0]['share']:.0%}"])
+    header = "| | width | all parameters, LM, lowest error | cores only, LM, half of the seconds | ratio, by seed "
+    return table(f"{header}| their share of the parameters |", lines)
 
 
 def limits_of(record: dict) -> dict[str, float]:
@@ -161,12 +152,12 @@ def main() -> None:
             line = {"seed": seed, "error": error, "seconds": seconds, "steps": steps}
             record.add(line | {"error_at_target": MOVES[name].error(base)}, "bases", name, str(width))
         for key in missing:
-            for found, line in run(name, key, base, settings[width], seed).items():
-                record.add(line, "results", name, str(width), found)
-                console.print(
-                    f"{name}, width {width}, seed {seed}: {TITLES[found]}, error {line['error']:.2e} after "
-                    f"{line['curve'][-1][0]} steps, {line['seconds']:.1f} CPU s"
-                )
+            line = run(name, key, base, settings[width], seed)
+            record.add(line, "results", name, str(width), key)
+            console.print(
+                f"{name}, width {width}, seed {seed}: {METHODS[key].title}, error {line['error']:.2e} after "
+                f"{line['curve'][-1][0]} steps, {line['seconds']:.1f} CPU s"
+            )
     record.write_page(page)
 
 

@@ -19,15 +19,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import get_peft_model
 from rich.console import Console
 from torch import nn
 
-from peft_lotra import LoTRAConfig, create_lotra_optimizer, extract_lotra
-from peft_lotra.kan import KAN
+from peft_lotra import LoTRAConfig
 from peft_lotra.least_squares import LevenbergMarquardt
-from peft_lotra.pde import HardConstraint, ResidualSampler, box_points
-from problems.methods import COMPONENT_RATES, adam_loss, full, lora
+from peft_lotra.pde import HardConstraint, ResidualSampler
+from problems.methods import adam_loss, full
 from problems.recipe import QUICK, Collocation, Recipe, Run, constrained
 from problems.standard import PROBLEMS, Problem
 
@@ -49,10 +48,7 @@ class Setting:
         base: the recipe of the base. A wide network has more parameters than a step has residuals:
             Levenberg-Marquardt then solves in the space of residuals, and carries nothing over to the next step.
         seconds: CPU seconds of each run.
-        core: ranks (out, in, basis) of the three layers where the cores alone are trained.
-        all_components: ranks where the factors are trained too, for about as many parameters as `equal`.
-        equal: ranks where the cores alone are trained, for two fifths of the parameters.
-        lora_rank: at which LoRA has about as many parameters.
+        core: ranks (out, in, basis) of the three layers, whose cores alone are trained.
         points, keep: collocation points of a step of Levenberg-Marquardt, and the steps that they are kept for; for
             all parameters see `FULL_KEEP`.
         adam_points, adam_keep: how many of them a step of Adam takes, and the steps that they are kept for.
@@ -61,9 +57,6 @@ class Setting:
     base: Recipe
     seconds: float
     core: Ranks
-    equal: Ranks
-    all_components: Ranks
-    lora_rank: int
     points: int = 700
     keep: int = 4
     adam_points: int = 500
@@ -78,31 +71,20 @@ SETTINGS = {
         replace(Recipe(), width=10, refined=8, last=0),
         seconds=8.0,
         core=((10, 2, 14), (2, 2, 14), (1, 10, 14)),
-        equal=((10, 2, 14), (4, 4, 14), (1, 10, 14)),
-        all_components=((4, 2, 8), (3, 4, 8), (1, 4, 8)),
-        lora_rank=1,
     ),
     32: Setting(
         WIDE,
         seconds=16.0,
         core=((32, 2, 14), (8, 8, 14), (1, 32, 14)),
-        equal=((32, 2, 14), (18, 18, 14), (1, 32, 14)),
-        all_components=((12, 2, 14), (15, 15, 14), (1, 12, 14)),
-        lora_rank=3,
     ),
     64: Setting(
         replace(WIDE, width=64),
         seconds=40.0,
         core=((64, 2, 14), (11, 11, 14), (1, 64, 14)),
-        equal=((64, 2, 14), (39, 39, 14), (1, 64, 14)),
-        all_components=((24, 2, 14), (32, 32, 14), (1, 24, 14)),
-        lora_rank=4,
     ),
 }
 TINY = ((2, 2, 9), (2, 2, 9), (1, 2, 9))
-QUICK_SETTING = Setting(
-    replace(QUICK, refined=4, last=0), 0.3, TINY, TINY, TINY, 1, points=100, keep=2, adam_points=50
-)
+QUICK_SETTING = Setting(replace(QUICK, refined=4, last=0), 0.3, TINY, points=100, keep=2, adam_points=50)
 # the better of 1 and 4 for all parameters on seed 0, width 32
 FULL_KEEP = {"burgers": 4, "allen_cahn": 1, "helmholtz": 1}
 
@@ -128,31 +110,11 @@ def base_of(name: str, setting: Setting, seed: int, cache: Path, console: Consol
 # Models
 
 
-def network_of(model: nn.Module) -> KAN:
-    return (model.get_base_model() if isinstance(model, PeftModel) else model).kan[1]
-
-
-def pattern_of(base: HardConstraint, ranks: Ranks) -> dict[str, tuple[int, int, int]]:
-    names = [name for name, layer in base.named_modules() if hasattr(layer, "spline_weight")]
-    return dict(zip(names, ranks, strict=True))
-
-
-def cores(base: HardConstraint, ranks: Ranks) -> nn.Module:
-    """Cores on the factors of the HOSVD of the base, which stay."""
-    config = LoTRAConfig(rank_pattern=pattern_of(base, ranks), train=["core"], init_weights="hosvd")
-    return get_peft_model(copy.deepcopy(base), config)
-
-
 def core(base: HardConstraint, setting: Setting, seed: int) -> nn.Module:
-    return cores(base, setting.core)
-
-
-def equal_core(base: HardConstraint, setting: Setting, seed: int) -> nn.Module:
-    return cores(base, setting.equal)
-
-
-def lotra(base: HardConstraint, setting: Setting, seed: int) -> nn.Module:
-    config = LoTRAConfig(rank_pattern=pattern_of(base, setting.all_components), init_weights="hosvd")
+    """Cores on the factors of the HOSVD of the base, which stay."""
+    names = [name for name, layer in base.named_modules() if hasattr(layer, "spline_weight")]
+    pattern = dict(zip(names, setting.core, strict=True))
+    config = LoTRAConfig(rank_pattern=pattern, train=["core"], init_weights="hosvd")
     return get_peft_model(copy.deepcopy(base), config)
 
 
@@ -170,19 +132,12 @@ class Method:
     lr: float | None = None
 
 
-# rates of Adam: the best of 1e-4 to 1e-2 in steps of about 3, over the three problems on seed 0, width 32
+# the rate of Adam: the best of 1e-4 to 1e-2 in steps of about 3, over the three problems on seed 0, width 32
 METHODS = {
     "full_lm": Method("all parameters, LM", full),
     "core_lm": Method("cores only, LM", core),
-    "equal_core_lm": Method("cores only, 40 %, LM", equal_core),
-    "lotra_lm": Method("LoTRA, LM", lotra),
-    "lora_lm": Method("LoRA, LM", lora),
     "full_adam": Method("all parameters, Adam", full, 3e-4),
-    "core_adam": Method("cores only, Adam", core, 3e-4),
-    "lotra_adam": Method("LoTRA, Adam", lotra, 1e-4),
-    "lora_adam": Method("LoRA, Adam", lora, 1e-4),
 }
-EXTRACTED = "full LM, then extract_lotra"
 
 
 # Training
@@ -235,10 +190,7 @@ def _levenberg_marquardt(
 
 def _adam(method: Method, model: nn.Module, points: Collocation, setting: Setting, clock: Clock) -> None:
     """By the rate of `method`, reached in a twentieth of the seconds, and to zero at the end by a cosine."""
-    if method.model is lotra:
-        optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=method.lr, policy=COMPONENT_RATES)
-    else:
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=method.lr)
+    optimizer = torch.optim.Adam(model.parameters(), lr=method.lr)
     rates = [group["lr"] for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(0)
     terms: list[tuple] = []
@@ -257,39 +209,15 @@ def _adam(method: Method, model: nn.Module, points: Collocation, setting: Settin
 # Results
 
 
-def trainable(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def stored_bytes(model: nn.Module) -> int:
-    """Of an adapter's tensors, or of all parameters."""
-    tensors = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else dict(model.named_parameters())
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def run(name: str, key: str, base: HardConstraint, setting: Setting, seed: int) -> dict[str, dict]:
-    """One line of the results by method; a full LM fit gives two, with what `extract_lotra` makes of it."""
-    problem, method = MOVES[name], METHODS[key]
-    model, curve = train(method, problem, base, setting, seed)
-    found = {key: _line(seed, base, model, curve)}
-    if key == "full_lm":
-        started = time.process_time()
-        inputs = box_points(problem.low, problem.high, 500, seed=seed)
-        pattern = pattern_of(base, setting.all_components)
-        extracted = extract_lotra(copy.deepcopy(base), model, rank_pattern=pattern, inputs=inputs)
-        step, seconds, _ = curve[-1]
-        seconds += time.process_time() - started
-        found["extracted_lm"] = _line(seed, base, extracted, [*curve, (step, seconds, problem.error(extracted))])
-    return found
-
-
-def _line(seed: int, base: nn.Module, model: nn.Module, curve: Curve) -> dict:
+def run(name: str, key: str, base: HardConstraint, setting: Setting, seed: int) -> dict:
+    """One line of the results."""
+    model, curve = train(METHODS[key], MOVES[name], base, setting, seed)
     step, seconds, error = curve[-1]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
         "seed": seed,
-        "parameters": trainable(model),
-        "share": round(trainable(model) / sum(p.numel() for p in base.parameters()), 4),
-        "bytes": stored_bytes(model),
+        "parameters": trained,
+        "share": round(trained / sum(p.numel() for p in base.parameters()), 4),
         "seconds_per_step": round(seconds / step, 4),
         "error": error,
         "seconds": seconds,

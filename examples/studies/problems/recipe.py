@@ -110,15 +110,12 @@ def constrained(problem: Problem, kan: nn.Module) -> HardConstraint:
 
 
 class Run:
-    """One training; `curve` has the CPU seconds, the steps and the error after each stage.
+    """One training of a KAN; `curve` has the CPU seconds, the steps and the error after each stage."""
 
-    With `mlp`, of an MLP: the same points, stages and steps, but no grid to refine.
-    """
-
-    def __init__(self, problem: Problem, recipe: Recipe, seed: int, console: Console, mlp: bool = False) -> None:
+    def __init__(self, problem: Problem, recipe: Recipe, seed: int, console: Console) -> None:
         torch.manual_seed(seed)
-        self.problem, self.recipe, self.seed, self.console, self.mlp = problem, recipe, seed, console, mlp
-        self.network: nn.Module = new_mlp(problem) if mlp else new_network(problem, recipe)
+        self.problem, self.recipe, self.seed, self.console = problem, recipe, seed, console
+        self.network = new_network(problem, recipe)
         self.model = constrained(problem, self.network)
         self.sampler = ResidualSampler(problem.low, problem.high, recipe.points, seed=1000 * seed)
         self.optimizer = LevenbergMarquardt(self.model, floor=1e-6, forgetting=recipe.forgetting, memory=2**32)
@@ -143,8 +140,7 @@ class Run:
             return
         self.sampler.count = recipe.last_points
         samples = problem.features(box_points(problem.low, problem.high, 2000, seed=self.seed))
-        if not self.mlp:
-            refine_grid(self.network, recipe.refined, samples)
+        refine_grid(self.network, recipe.refined, samples)
         self.optimizer.forget()
         for _ in range(3):
             self.fit(problem.stop, recipe.last // 3)
@@ -169,9 +165,8 @@ class Run:
         self.seconds += time.process_time() - self.clock
         error = self.problem.error(self.model)
         self.curve.append((self.seconds, self.steps, error))
-        kind = "MLP" if self.mlp else f"grid {self.network.layers[-1].grid_size}"
         self.console.print(
-            f"{self.problem.name} seed {self.seed}: parameter {parameter:.3g}, {kind}, loss {loss:.1e}, "
+            f"{self.problem.name} seed {self.seed}: parameter {parameter:.3g}, loss {loss:.1e}, "
             f"error {error:.2e} after {self.steps} steps, {self.seconds:.1f} CPU s"
         )
         self.clock = time.process_time()
