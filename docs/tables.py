@@ -180,35 +180,6 @@ def many_series() -> str:
     return table(header, rows)
 
 
-def fifty_tasks() -> str:
-    names = {
-        "a last layer per task": "50 heads (last layer)",
-        "LoTRA, `r=4`, from the gradient": "LoTRA, r=4, from the gradient",
-        "LoTRA, `r=(8, 8, 4)`, from the gradient": "LoTRA, r=(8, 8, 4), from the gradient",
-        "a copy per task": "50 full copies",
-        "a KAN per task, without the base": "50 KANs without the base",
-        "an MLP as the base, a last layer per task": "MLP, 50 heads",
-        "a copy of the MLP per task": "MLP, 50 full copies",
-    }
-    groups = [["rotated", "permuted"], ["negative"], ["renamed", "grouped"]]
-    groups.append([kind for group in groups for kind in group])
-    rows = []
-    for title, name in names.items():
-        method = load("fifty_tasks")["methods"][name]
-        row = [title, f"{method['bytes']:,}"]
-        for kinds in groups:
-            scores = [
-                run[kind] for run in method["test"].values() for kind in kinds
-            ]
-            row.append(f"{mean(scores):.1f}")
-        rows.append(row)
-    header = (
-        "| accuracy % | bytes per task | rotated, permuted | negative "
-        "| renamed, grouped | all |"
-    )
-    return table(header, rows)
-
-
 def slim_digits() -> str:
     runs = load("slim_images_digits")["rows"]
 
@@ -382,10 +353,6 @@ def benchmarks() -> str:
     return study("figures.page").section(load("benchmarks/cpu"))
 
 
-def benchmark_targets() -> str:
-    return study("figures.page").targets(load("benchmarks/cpu"))
-
-
 def bank_training() -> str:
     page = study("bank_training").table(load("bank_training"))
     return without_first_paragraph(page)
@@ -393,7 +360,6 @@ def bank_training() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "bank-training": bank_training,
-    "benchmark-targets": benchmark_targets,
     "benchmarks": benchmarks,
     "convolutions": convolutions,
     "coverage": lambda: study("coverage").table(
@@ -401,7 +367,6 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "demos": lambda: record_of("demos"),
     "few-labels": few_labels,
-    "fifty-tasks": fifty_tasks,
     "fronts": fronts,
     "jet-orders": jet_orders,
     "lycoris": lycoris,
@@ -441,7 +406,6 @@ PAGES: dict[str, Callable[[], str]] = {
     "few_labels": lambda: study("few_labels").as_text(
         load("few_labels")["results"]
     ),
-    "fifty_tasks": lambda: study("fifty_tasks").as_text(load("fifty_tasks")),
     "formulas": lambda: study("formulas").as_text(load("formulas")),
     "learning_rates": lambda: learning_rates("learning_rates"),
     "learning_rates_ranks": lambda: learning_rates("learning_rates_ranks"),

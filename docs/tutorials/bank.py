@@ -162,8 +162,8 @@ print(one.names, sorted(path.name for path in Path("customer_7").iterdir()))
 # ## What next?
 #
 # * **Is a bank worth it for you?** Yes, if your base is a KAN and each
-#   customer has enough data. [Two studies](../when.md#many-tasks-share-one-base)
-#   compare banks with heads, copies, linear models, and LoRA on an MLP.
+#   customer has enough data. [A study](../when.md#many-tasks-share-one-base)
+#   compares banks with heads, copies, linear models, and LoRA on an MLP.
 # * **A new customer?** Train on a copy of the base that you made before
 #   `attach()`. Call `bank.add` while others are served, then `bank.save`.
 # * **A web server?** [Many adapters and serving](../serving.md#run-a-web-server) has one

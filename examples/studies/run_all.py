@@ -28,7 +28,6 @@ STUDIES: list[tuple[str, list[str], list[str] | None]] = [
     ("few_labels.py", [], []),
     ("bytes.py", [], []),
     ("many_series.py", [], []),
-    ("fifty_tasks.py", [], []),
     ("initialization.py", [], []),
     ("steps.py", [], []),
     ("learning_rates.py", [], []),

@@ -25,10 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-import matplotlib.pyplot as plt
 import torch
 from study_tools import files
-from study_tools.pictures import GRAY, GREEN, ORANGE, SKY
 from study_tools.tables import table
 from study_tools.tasks import load_mnist
 from torch import Tensor, nn
@@ -164,49 +162,11 @@ def as_text(rows: list[dict]) -> str:
     return table(f"| {rows[0]['data']} | parameters | fewer | accuracy % | +- | seconds |", lines)
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    """Draw the accuracy against the number of parameters: mean and spread over the seeds."""
-    kinds = {
-        "dense KAN": ("black", "s", "dense KAN"),
-        "Slim KAN": (GREEN, "o", "Slim KAN, from scratch"),
-        "narrow KAN": (SKY, "P", "dense KAN, narrower"),
-        "MLP": (ORANGE, "D", "MLP"),
-        "logistic": (GRAY, "v", "logistic regression"),
-    }
-    figure, ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    best = max(row["accuracy"] for row in rows)
-    for kind, (color, marker, label) in kinds.items():
-        models = dict.fromkeys(row["model"] for row in rows if row["model"].startswith(kind))
-        points = []
-        for model in models:
-            runs = [row for row in rows if row["model"] == model]
-            accuracies = [row["accuracy"] for row in runs]
-            spread = stdev(accuracies) if len(runs) > 1 else 0.0
-            points.append((mean(row["parameters"] for row in runs), mean(accuracies), spread))
-        x, y, spread = zip(*sorted(points), strict=True)
-        if max(y) < best - 20:  # a model that did not train would compress the axis of the others
-            ax.plot([], [], color=color, marker=marker, ms=7, ls="", label=f"{label}: {max(y):.0f} %, not shown")
-            continue
-        ax.errorbar(x, y, spread, color=color, marker=marker, ms=7, lw=1, ls=":", capsize=3, label=label)
-    ax.set(xscale="log", xlabel="parameters", ylabel="accuracy on held-out images, %")
-    seeds = len({row["seed"] for row in rows})
-    sizes = {name: mean(r["parameters"] for r in rows if r["model"].startswith(name)) for name in kinds}
-    best_slim = max((r for r in rows if r["model"].startswith("Slim KAN")), key=lambda r: r["parameters"])["model"]
-    scores = {m: mean(r["accuracy"] for r in rows if r["model"] == m) for m in ("dense KAN", best_slim)}
-    fewer = sizes["dense KAN"] / mean(r["parameters"] for r in rows if r["model"] == best_slim)
-    ax.set_title(
-        f"{rows[0]['data']}: with {fewer:.1f} times fewer parameters, a Slim KAN has {scores[best_slim]:.1f} %,\n"
-        f"the dense KAN {scores['dense KAN']:.1f} % (mean and standard deviation of {seeds} seeds)"
-    )
-    ax.legend(loc="lower right")
-    figure.savefig(path)
-
-
 def main() -> None:
     parser = command_line.Parser(
         __doc__,
         takes="three minutes on one core (MNIST: several times as long)",
-        writes="slim_images_DATA.json and .png; seeds in the file are not run again",
+        writes="slim_images_DATA.json; seeds in the file are not run again",
         folder=command_line.RESULTS,
         quick="one seed and two epochs: to see it run",
     )
@@ -231,7 +191,6 @@ def main() -> None:
             rows += compare(data if data is not None else load_digits(seed), seed, ranks, epochs, batch, bar)
             files.write(path, {"setting": setting, "rows": rows})
     print(as_text(rows))
-    draw(rows, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

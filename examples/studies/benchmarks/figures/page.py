@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The tables of docs/benchmarks.md, and the missed targets of docs/scoreboard.md; docs/tables.py writes them."""
+"""The tables of docs/benchmarks.md; docs/tables.py writes them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from textwrap import fill
 
 from study_tools.tables import table
 
-from figures.claims import CLAIMS
 from figures.tables import LINEAR, LOSES, OTHER_KANS, find, median, number, ratio, size
 
 
@@ -115,16 +114,3 @@ def serving(results: dict) -> str:
         f"to the {number(before)} ms of torch and PEFT."
     )
     return f"{title}\n\n{table('| | LoTRA | PEFT LoRA |', lines)}\n{fill(note, 119)}"
-
-
-def targets(results: dict) -> str:
-    """The claims that do not hold."""
-    values = {claim: value for claim in CLAIMS if (value := claim.value(results)) is not None}
-    missed = [
-        f"{claim.text}: {value:.3g} (at most {claim.limit:g})"
-        for claim, value in values.items()
-        if value > claim.limit
-    ]
-    text = f"Of {len(values)} targets ([listed](../examples/studies/benchmarks/figures/claims.py)) "
-    text += f"{len(missed)} are missed: {'; '.join(missed)}." if missed else "none is missed."
-    return fill(text, 119)
