@@ -7,7 +7,7 @@ Shown in docs/scoreboard.md.
 
     python examples/studies/scoreboard.py  # 1 seed of each row; runs that scoreboard.json has are not repeated
     python examples/studies/scoreboard.py --seeds 1 2 3 4 5
-    python examples/studies/scoreboard.py --rows poisson_2 notebook_7
+    python examples/studies/scoreboard.py --rows poisson_2 helmholtz
 
 A run takes steps until the residual at points that are held out has stopped to fall, then goes on with a finer grid
 (KANs), and undoes a grid that is worse there. The errors are those of the published tables. The equations of jaxKAN's
@@ -25,13 +25,12 @@ from study_tools import command_line  # isort: split
 import copy
 import json
 import math
-import tempfile
 import time
 from dataclasses import replace
 from statistics import median
 
 import torch
-from problems.published import DIFFUSION, FUNCTIONS, NOTEBOOKS, PINNS, Subject
+from problems.published import DIFFUSION, PINNS, Subject
 from problems.solved import solve_problem
 from problems.standard import PROBLEMS, Problem
 from study_tools import tables
@@ -44,7 +43,7 @@ from peft_lotra.least_squares import LevenbergMarquardt
 
 torch.set_num_threads(1)
 
-QUICK_ROWS = ("poisson_2", "diffusion", "helmholtz", "ellipeinc", "notebook_1")
+QUICK_ROWS = ("poisson_2", "diffusion", "helmholtz")
 PATIENCE = 15  # steps without a new minimum of the loss that is held out
 
 
@@ -62,8 +61,6 @@ SOLVED: dict[str, tuple[Problem, str]] = {
 GROUPS = {
     "Second-order PINNs: seconds to 1e-3 / 1e-4 / 1e-6 absolute RMS; the least error": PINNS,
     "jaxKAN (100,000 epochs, GPU) and SPIKAN: relative L2": {"diffusion": DIFFUSION, **SOLVED},
-    "KAN or MLP: mean absolute error": FUNCTIONS,
-    "pykan's notebooks: RMS (1), mean square (7)": NOTEBOOKS,
 }
 ROWS = {name: row for rows in GROUPS.values() for name, row in rows.items()}
 
@@ -79,15 +76,9 @@ def train(subject: Subject, method: str, seed: int, steps: int) -> dict:
     problem, held = subject.problem, subject.problem.terms(method, seed, -1)
     seconds, taken, least, reached = 0.0, 0, math.inf, dict.fromkeys(map(str, subject.goals))
     clock = time.process_time()
-    starts = []
-    for _ in range(subject.starts):
-        network = subject.network(method)
-        model = problem.model(network, method)
-        optimizer = LevenbergMarquardt(model, floor=1e-6, memory=2**32)
-        tried = 15 if subject.starts > 1 else 0
-        history = optimizer.fit(problem.terms(method, seed, 0), tried, held=held, progress=False)
-        starts.append((min((step.held_loss for step in history), default=0.0), network, model, optimizer))
-    _, network, model, optimizer = min(starts, key=lambda start: start[0])
+    network = subject.network(method)
+    model = problem.model(network, method)
+    optimizer = LevenbergMarquardt(model, floor=1e-6, memory=2**32)
 
     def draw(_: int) -> list:
         optimizer.damping = min(optimizer.damping, 1e3)
@@ -140,12 +131,6 @@ def run(name: str, method: str, seed: int, quick: bool) -> dict:
         del found["phases"]
         if kept:
             return {**found, "source": "pde/ten.json"}
-    elif method == "pykan":
-        from problems import pykan_notebooks
-
-        count = 2 if quick else {"notebook_1": 200, "notebook_7": 50}[name]
-        with tempfile.TemporaryDirectory() as folder:
-            found = getattr(pykan_notebooks, name)(seed, count, folder)
     else:
         found = train(row, method, seed, 6 if quick else row.steps)
     return {"seed": seed, **found}
@@ -185,12 +170,11 @@ def main() -> None:
         takes="a quarter of an hour on one core for each seed",
         writes="scoreboard.json, scoreboard.md",
         folder=command_line.RESULTS,
-        needs="examples,test",
-        quick="a few steps of five rows: to see it run",
+        quick="a few steps of three rows: to see it run",
     )
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), help="default: all of them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
-    parser.add_argument("--methods", nargs="+", help="default: all of the row, pykan included")
+    parser.add_argument("--methods", nargs="+", help="default: all of the row")
     args = parser.parse_args()
     rows = args.rows or (QUICK_ROWS if args.quick else ROWS)
     record = Record.of(args, "scoreboard", {"patience": PATIENCE})

@@ -1,12 +1,10 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Published tables as problems for Levenberg-Marquardt: the equation or function, its error, and what was published.
+"""Published tables as problems for Levenberg-Marquardt: the equation, its error, and what was published.
 
-Sources: second-order PINNs, F. Dangel et al., "Kronecker-factored approximate curvature for physics-informed neural
-networks", arXiv 2405.15603, best runs in github.com/f-dangel/kfac-pinns-experiments; functions, R. Yu et al., "KAN or
-MLP: a fairer comparison", arXiv 2407.16674, results.csv in github.com/yu-rp/KANbeFair; notebooks 1 and 7 of
-github.com/KindXiaoming/pykan.
+Sources: F. Dangel et al., "Kronecker-factored approximate curvature for physics-informed neural networks", arXiv
+2405.15603, best runs in github.com/f-dangel/kfac-pinns-experiments; jaxKAN's paper, arXiv 2407.17611.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy import special
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, jet
@@ -73,40 +70,11 @@ class Equation:
 
     @torch.no_grad()
     def error(self, model: nn.Module) -> float:
-        """The root mean square of the error, its square, or its share of the solution's, by `measure`."""
+        """The root mean square of the error, or its share of the solution's, by `measure`."""
         x = self.test()
         exact = self.exact(x)
         error = (model(x) - exact).square().mean().sqrt().item()
-        return {"RMS": error, "mean square": error**2, "relative": error / exact.square().mean().sqrt().item()}[
-            self.measure
-        ]
-
-
-@dataclass(frozen=True)
-class Function:
-    """A function of two variables at 1,000 random points, of which the last 100 choose grids and parameters."""
-
-    values: Callable[..., np.ndarray]
-    low: float = 0.0
-    mean_absolute: bool = True
-
-    def rows(self, seed: int) -> tuple[Tensor, Tensor]:
-        x = np.random.default_rng(seed).uniform(self.low, 1, (1000, 2))
-        return torch.from_numpy(x), torch.from_numpy(self.values(*x.T))[:, None]
-
-    def model(self, network: nn.Module, method: str) -> nn.Module:
-        return nn.Sequential(BoxFeatures([self.low] * 2, [1.0] * 2), network)
-
-    def terms(self, method: str, seed: int, step: int) -> list[Term]:
-        """The 900 rows that are trained, or, for step -1, the others."""
-        rows = slice(900, None) if step < 0 else slice(900)
-        return [(_misfit, tuple(part[rows] for part in self.rows(seed)), 1.0)]
-
-    @torch.no_grad()
-    def error(self, model: nn.Module) -> float:
-        x, y = self.rows(10**6)
-        error = (model(x) - y).abs()
-        return (error.mean() if self.mean_absolute else error.square().mean().sqrt()).item()
+        return error / exact.square().mean().sqrt().item() if self.measure == "relative" else error
 
 
 @dataclass(frozen=True)
@@ -117,14 +85,13 @@ class Subject:
         widths, grids, order: of the KAN; a grid follows when the one before has stopped to improve.
         hidden: of the tanh MLP.
         steps: of Levenberg-Marquardt.
-        starts: of which 15 steps choose one, by the rows that are held out.
         published: what others reached, in words.
         goals: errors whose seconds are told.
         methods: that are run.
     """
 
     title: str
-    problem: Equation | Function
+    problem: Equation
     widths: list[int]
     hidden: list[int]
     steps: int
@@ -132,7 +99,6 @@ class Subject:
     grids: tuple[int, ...] = (5, 10, 20)
     order: int = 5
     goals: tuple[float, ...] = ()
-    starts: int = 1
     methods: tuple[str, ...] = field(default=("KAN", "MLP"))
 
     def network(self, method: str) -> nn.Module:
@@ -295,63 +261,3 @@ DIFFUSION = Subject(
     120,
     "2.1e-4, 1,241 s",
 )
-
-
-# Special functions
-
-
-def _harmonic(degree: int) -> Callable[..., np.ndarray]:
-    return lambda azimuth, polar: special.sph_harm_y(degree, 0, polar, azimuth).real
-
-
-def _special(title: str, values: Callable[..., np.ndarray], published: str) -> Subject:
-    return Subject(title, Function(values), [2, 4, 1], [15, 15], 120, published)
-
-
-FUNCTIONS = {
-    "ellipeinc": _special("ellipeinc", special.ellipeinc, "5.9e-5, 426 parameters, 1,525 s"),
-    "ellipkinc": _special("ellipkinc", special.ellipkinc, "7.8e-5, 396 parameters, 1,396 s"),
-    "lpmv0": _special("lpmv, order 0", lambda v, x: special.lpmv(0, v, x), "1.7e-4, 381 parameters, 1,436 s"),
-    "lpmv1": _special("lpmv, order 1", lambda v, x: special.lpmv(1, v, x), "4.8e-4, 396 parameters, 862 s"),
-    "sphharm01": _special("sph_harm, degree 1", _harmonic(1), "1.7e-6, 3,591 parameters, 231 s"),
-    "sphharm02": _special("sph_harm, degree 2", _harmonic(2), "3.1e-6, 861 parameters, 1,523 s"),
-    "jvp": _special("jvp", special.jvp, "0.126, 7,851 parameters, 1,108 s"),
-    "ivp": _special("ivp", special.ivp, "0.122, 7,851 parameters, 882 s"),
-}
-
-
-# pykan's notebooks
-
-
-def _mesh() -> Tensor:
-    axis = torch.linspace(-1, 1, 51, dtype=torch.float64)
-    return torch.cartesian_prod(axis, axis)
-
-
-SQUARE = [-1.0, -1.0], [1.0, 1.0]
-NOTEBOOKS = {
-    "notebook_1": Subject(
-        "exp(sin(pi x) + y^2), notebook 1",
-        Function(lambda x, y: np.exp(np.sin(np.pi * x) + y**2), -1.0, mean_absolute=False),
-        [2, 1, 1],
-        [40],
-        200,
-        "1.2e-5",
-        grids=(5, 10, 20, 40, 80),
-        order=3,
-        starts=8,
-        methods=("KAN", "MLP", "pykan"),
-    ),
-    "notebook_7": Subject(
-        "Poisson on [-1, 1]^2, notebook 7",
-        Equation(
-            *SQUARE, poisson, sines, BoxDistance(*SQUARE), 0.0, [], _walls(2), 900, 204, _mesh, measure="mean square"
-        ),
-        [2, 2, 1],
-        [36],
-        150,
-        "1.7e-4",
-        order=3,
-        methods=("KAN", "MLP", "pykan"),
-    ),
-}
