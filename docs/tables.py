@@ -271,16 +271,13 @@ def convolutions() -> str:
     }
     rows = []
     for budget in results["budgets"]:
-        values = [
-            accuracy[budget, method]
-            for method in ("LoTRA", "LoRA", "dense deltas")
-        ]
+        values = [accuracy[budget, method] for method in ("LoTRA", "LoRA")]
         shown = [
             f"**{value:.1f}**" if value == max(values) else f"{value:.1f}"
             for value in values
         ]
         rows.append([f"{budget:,}", *shown])
-    header = "| parameters, at most | LoTRA | PEFT's LoRA | dense deltas |"
+    header = "| parameters, at most | LoTRA | PEFT's LoRA |"
     return table(header, rows, left=0)
 
 

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Convolutional KANs on shifted images: LoTRA beside PEFT's LoRA and dense deltas, at equal numbers of parameters.
+"""Convolutional KANs on shifted images: LoTRA beside PEFT's LoRA, at equal numbers of parameters.
 
 Shown in docs/comparison.md.
 
@@ -14,10 +14,9 @@ inverted. The methods:
 
 * LoTRA, a core and factors (out, in, basis) for each layer, with ranks by `LoTRAConfig(budget=)`;
 * LoRA of PEFT on `base_conv` and `spline_conv`, which are ordinary `nn.Conv2d`;
-* dense deltas: the weights of whole basis functions, those with the largest gradient, as many as fit;
 * full fine-tuning, and the head alone.
 
-The first three leave the head as it is, and have at most the parameters of a budget: shares of LoRA of rank 1 on all
+The first two leave the head as it is, and have at most the parameters of a budget: shares of LoRA of rank 1 on all
 convolutions. How each is set (learning rate; for LoRA which convolutions; for LoTRA the start) is chosen at each
 budget, on seeds of its own, by the accuracy on images that count nowhere else. Writes convolutions.json and .md.
 """
@@ -67,11 +66,10 @@ SETTINGS: dict[str, list[dict]] = {
         {"convolutions": names, "lr": lr}
         for names, lr in itertools.product(("base_conv|spline_conv", "spline_conv", "base_conv"), RATES)
     ],
-    "dense deltas": [{"lr": lr} for lr in RATES],
     "full fine-tuning": [{"lr": lr} for lr in (3e-3, 1e-2, 3e-2)],
     "head alone": [{"lr": lr} for lr in RATES],
 }
-WITH_BUDGET = ("LoTRA", "LoRA", "dense deltas")
+WITH_BUDGET = ("LoTRA", "LoRA")
 POLICIES = {"random": "width", "gradient": {"core": 0.03, "factor_out": 0.5}}  # of the learning rates
 
 
@@ -195,30 +193,6 @@ def lora_cost(base: nn.Module, names: str = "base_conv|spline_conv") -> int:
     return sum(weight[0].numel() + len(weight) for weight in weights)
 
 
-def basis_slices(model: nn.Module) -> Iterator[tuple[nn.Parameter, slice | tuple]]:
-    """The weights of each basis function of each layer, as (parameter, index)."""
-    for name, conv in convolutions(model):
-        if "base_conv" in name:
-            yield conv.weight, (slice(None),)
-        else:
-            yield from ((conv.weight, (slice(None), slice(k, None, BASIS))) for k in range(BASIS))
-
-
-def keep_largest_slices(model: nn.Module, task: Task, budget: int) -> int:
-    """Leave gradients to the basis functions with the largest mean square gradient that the budget allows."""
-    F.cross_entropy(model(task.after.x), task.after.y).backward()
-    found = [(weight.grad[index].square().mean().item(), weight, index) for weight, index in basis_slices(model)]
-    masks = {weight: torch.zeros_like(weight) for _, weight, _ in found}
-    count = 0
-    for _, weight, index in sorted(found, key=lambda entry: -entry[0]):
-        if count + weight[index].numel() <= budget:
-            masks[weight][index] = 1
-            count += weight[index].numel()
-    for weight, mask in masks.items():
-        weight.register_hook(lambda gradient, mask=mask: gradient * mask)
-    return count
-
-
 class Job(NamedTuple):
     method: str
     setting: dict
@@ -257,12 +231,8 @@ def adapt(job: Job) -> Outcome:
             model = get_peft_model(base, config)
         elif method == "head alone":
             base.layers.requires_grad_(False)
-        elif method == "dense deltas":
-            base.head.requires_grad_(False)
-            count = keep_largest_slices(base, task, budget)
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=setting["lr"])
-    if method != "dense deltas":
-        count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     train_on(model, optimizer, task.after, steps, seed)
     return Outcome(accuracy(model, task.test), count, ranks)
 

@@ -45,7 +45,6 @@ STUDIES: list[tuple[str, list[str], list[str] | None]] = [
     ("pde/transfer.py", [], ["--family", "burgers"]),
     ("pde/moving_targets.py", [], []),
     ("pde/ten.py", [], []),
-    ("pde/cost.py", [], []),
     ("pde/jet_orders.py", [], []),
     ("pde/shapes.py", [], []),
     ("pde/demos.py", [], []),
