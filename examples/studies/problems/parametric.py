@@ -1,10 +1,10 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Families of PDEs with exact boundary and initial values inside of the residual, and their references.
+"""A family of PDEs with exact boundary and initial values inside of the residual, and its reference.
 
-Burgers: u = -sin(pi x) + t (1 - x^2) N(x, s), t = (s + 1) / 2. Elliptic: u = (1 - x^2) (1 - y^2) N(x, y). The
-equations and the spectral references are those of families.py.
+Burgers: u = -sin(pi x) + t (1 - x^2) N(x, s), t = (s + 1) / 2. The
+equation and the spectral reference are those of families.py.
 """
 
 from __future__ import annotations
@@ -84,25 +84,4 @@ def burgers_reference(nu: float) -> np.ndarray:
     )
 
 
-def elliptic(model: nn.Module, x: Tensor, c: Tensor) -> Tensor:
-    """-(lap u + grad(log a) grad u) - f / a, a = exp(c sin(pi x) cos(pi y))."""
-    n, (n_x, n_y), laplacian = jet(model, x, collapse=(1.0, 1.0))
-    px, py = x[:, :1], x[:, 1:]
-    bx, by = 1 - px**2, 1 - py**2
-    u_x, u_y = -2 * px * by * n + bx * by * n_x, -2 * py * bx * n + bx * by * n_y
-    lap = -2 * (bx + by) * n - 4 * (px * by * n_x + py * bx * n_y) + bx * by * laplacian
-    log_a, slope_x, slope_y = families.coefficient(c, px, py, torch)
-    return -lap - slope_x * u_x - slope_y * u_y - families.source_of(px, py, torch) * torch.exp(-log_a)
-
-
-def elliptic_solution(x: Tensor, n: Tensor) -> Tensor:
-    return (1 - x[:, :1] ** 2) * (1 - x[:, 1:] ** 2) * n
-
-
-@cache
-def elliptic_reference(c: float) -> np.ndarray:
-    return families.solve_elliptic(c, resolution=36)
-
-
 BURGERS = Problem(0.036, (0.15, 0.07), burgers, burgers_solution, burgers_reference)
-ELLIPTIC = Problem(0.6, (), elliptic, elliptic_solution, elliptic_reference)

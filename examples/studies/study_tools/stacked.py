@@ -142,13 +142,6 @@ def lotra(r: int | tuple[int, ...], gradient: bool = False) -> Maker:
     return lambda base, tasks, lr: Banked(base, tasks, LoTRAConfig(r=r), gradient, lr)
 
 
-def scale_and_shift(base: nn.Module, tasks: Tasks, lr: float) -> Stacked:
-    """A factor and an addend of each output."""
-    outputs = base(torch.zeros(1, width(base))).shape[1]
-    start = [torch.ones(len(tasks), 1, outputs), torch.zeros(len(tasks), 1, outputs)]
-    return Stacked(lambda parts, x: parts[0] * frozen(base, x) + parts[1], start, lr)
-
-
 def linear(base: nn.Module, tasks: Tasks, lr: float) -> Stacked:
     """A linear model of each task without the base, for one output: from its least squares, with a ridge of 1."""
     x, y = tasks.train
