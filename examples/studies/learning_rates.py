@@ -15,12 +15,11 @@ the size of its coefficients in each layer. A second task starts from a [2, n, n
 of two variables, and adapts it to another one; a third from a [64, n, 10] KAN that reads digits, and adapts it to 200
 rotated and noisy ones. Every learning rate of a half-decade grid, for SGD of a finer one up to the rate at which it
 diverges, is tried at each width n and rank, with policy "uniform" (one rate), "width" (factor_out and factor_in at
-sqrt(16 / n)), and "grown" (factor_out at sqrt(n / 16), for SGD); "ranks" and "roots" are "width" with the core at
-16 / (r2 r3) and factor_out at 4 / r1, or at the roots of these. The table has them also for ranks above 4 alone:
-"ranks above 4" is what Adam has in `peft_lotra.create_lotra_optimizer`. The policies of "gradient" begin with
-`start_from_gradient`, with the package's rates, or those of "width" or "ranks". Muon is torch's for the factors, which
-are matrices, and Adam for the core. The result is the error after training, divided by the error of the base (1:
-nothing learned). Runs that the result file has are not repeated.
+sqrt(16 / n)), and "grown" (factor_out at sqrt(n / 16), for SGD); "ranks" is "width" with the core at 16 / (r2 r3) and
+factor_out at 4 / r1. The table has it also for ranks above 4 alone: "ranks above 4" is what Adam has in
+`peft_lotra.optim.create_lotra_optimizer`. Muon is torch's for
+the factors, which are matrices, and Adam for the core. The result is the error after training, divided by the error of
+the base (1: nothing learned). Runs that the result file has are not repeated.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from peft_lotra import LoTRAConfig, create_lotra_optimizer, find_kan_layers, start_from_gradient
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, find_kan_layers
 from peft_lotra.kan import KAN
 from peft_lotra.layers.recognize import get_kan_spec
 
@@ -76,15 +75,14 @@ SWEEPS = {
         "runs": [  # at width 16 the policies of the widths are "uniform"
             (task, optimizer, policies, ranks, (width,), RATES[1:] + [1.0] * optimizer.startswith("SGD"))
             for width, optimizer, policies, ranks in (
-                (16, "Adam", ("width", "roots", "ranks"), (2, 4, 8, 16)),
-                (64, "Adam", ("uniform", "width", "roots", "ranks"), (2, 4, 16)),
+                (16, "Adam", ("width", "ranks"), (2, 4, 8, 16)),
+                (64, "Adam", ("uniform", "width", "ranks"), (2, 4, 16)),
                 (64, "Adam", ("width", "ranks"), (8,)),
                 (64, "SGD, momentum", ("uniform", "width", "grown"), (4,)),
                 (64, "Muon", ("uniform", "width"), (4,)),
                 (64, "AdamW", ("width",), (4,)),
                 (16, "SGD, momentum", ("uniform",), (4,)),
                 (16, "Muon", ("uniform", "width"), (4,)),
-                (64, "Adam", ("gradient", "gradient, width", "gradient, ranks"), (4, 16)),
                 (256, "Adam", ("width",), (2,)),
                 (256, "Adam", ("uniform", "width"), (4,)),
                 (256, "Adam", ("width", "ranks"), (8,)),
@@ -179,21 +177,20 @@ def pretrain(model: KAN, target: Callable[[Tensor], Tensor]) -> None:
 
 def groups_of(model: nn.Module, policy: str, lr: float) -> list[dict]:
     """A group with the rate of the policy for each component of each layer."""
-    groups, rule = [], policy.removeprefix("gradient, ")
-    power = {"roots": 0.5, "ranks": 1.0}.get(rule, 0.0)
-    of_package = policy == "gradient"
-    optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=lr, policy="width" if of_package else "uniform")
+    groups = []
+    optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=lr, policy="uniform")
     for group in optimizer.param_groups:
         component = group["name"].partition("/")[0]
         for parameter in group["params"]:
-            rate, size = group["lr"], len(parameter)
-            if not of_package and rule not in ("uniform", "grown") and component in ("factor_out", "factor_in"):
-                rate *= math.sqrt(16 / max(size, 16))
-            if component == "core":
-                rate *= (16 / math.prod(parameter.shape[1:])) ** power
-            elif component == "factor_out":
-                rate *= (4 / parameter.shape[1]) ** power
-                rate *= math.sqrt(max(size, 16) / 16) if rule == "grown" else 1.0
+            rate, size = lr, max(len(parameter), 16)
+            if policy in ("width", "ranks") and component in ("factor_out", "factor_in"):
+                rate *= math.sqrt(16 / size)
+            if policy == "ranks" and component == "core":
+                rate *= 16 / math.prod(parameter.shape[1:])
+            if policy == "ranks" and component == "factor_out":
+                rate *= 4 / parameter.shape[1]
+            if policy == "grown" and component == "factor_out":
+                rate *= math.sqrt(size / 16)
             groups.append({"params": [parameter], "lr": rate, "component": component})
     return groups
 
@@ -217,11 +214,8 @@ def adapt(problem: Problem, optimizer: str, rank: int, runs: list[tuple[str, flo
     for policy, lr in runs:
         torch.manual_seed(seed)
         model = get_peft_model(copy.deepcopy(problem.base), LoTRAConfig(r=rank))
-        if policy.startswith("gradient"):
-            x, y = (part[:8].flatten(0, 1) for part in (problem.x, problem.y))
-            start_from_gradient(model, lambda model=model, x=x, y=y: problem.loss(model(x), y))
         models.append(model)
-        groups += groups_of(models[-1], policy, lr)
+        groups += groups_of(model, policy, lr)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         return tuple(part[step].expand(len(runs), *part.shape[1:]) for part in (problem.x, problem.y))
@@ -246,7 +240,7 @@ def runs_of(setting: dict) -> list[tuple]:
         for seed in range(setting["seeds"].get(width, 0))
         for rank in ranks
         for policy in policies
-        if rank != 4 or policy not in ("roots", "ranks")  # which are "width" then
+        if rank != 4 or policy != "ranks"  # which is "width" then
         for lr in rates
     ]
 
@@ -287,11 +281,10 @@ def all_curves(rows: list[dict]) -> dict[tuple[str, str], dict[str, dict[tuple[i
     found = {kind: {policy: curves(rows, *kind, policy) for policy in policies} for kind in kinds}
     for by_policy in found.values():
         width = by_policy.get("width", {})
-        for policy in ("roots", "ranks"):  # at rank 4 the same as "width"
-            if by_policy.get(policy):
-                by_policy[policy] |= {setting: losses for setting, losses in width.items() if setting[1] == 4}
-                few = {setting: losses for setting, losses in width.items() if setting[1] <= 4}
-                by_policy[f"{policy} above 4"] = by_policy[policy] | few
+        if by_policy.get("ranks"):  # at rank 4 the same as "width"
+            by_policy["ranks"] |= {setting: losses for setting, losses in width.items() if setting[1] == 4}
+            few = {setting: losses for setting, losses in width.items() if setting[1] <= 4}
+            by_policy["ranks above 4"] = by_policy["ranks"] | few
     return {kind: {policy: found for policy, found in part.items() if found} for kind, part in found.items()}
 
 
@@ -309,25 +302,20 @@ def as_text(rows: list[dict]) -> str:
             lr = shared_rate(found)
             best = {setting: min(losses, key=losses.get) for setting, losses in found.items()}
             of_own = [losses[lr] / losses[best[setting]] for setting, losses in found.items()]
-            of_all = [
-                losses[lr] / min(min(other[setting].values()) for other in by_policy.values() if setting in other)
-                for setting, losses in found.items()
-            ]
             rates = f"{min(best.values()):g} to {max(best.values()):g}"
-            means = [math.exp(mean([math.log(ratio) for ratio in ratios])) for ratios in (of_own, of_all)]
+            geometric = math.exp(mean([math.log(ratio) for ratio in of_own]))
             cells = [
                 task,
                 optimizer,
                 policy,
                 rates,
                 f"{lr:g}",
-                f"{means[0]:.2f}, {max(of_own):.2f}",
-                f"{means[1]:.2f}",
+                f"{geometric:.2f}, {max(of_own):.2f}",
                 str(len(found)),
             ]
             lines.append(cells)
     header = "| task | optimizer | policy | best rates | shared rate | its error / the policy's best: mean, worst "
-    header += "| / the best of all policies | pairs of width and rank |"
+    header += "| pairs of width and rank |"
     return table(header, lines, left=4)
 
 
