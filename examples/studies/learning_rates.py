@@ -245,9 +245,9 @@ def runs_of(setting: dict) -> list[tuple]:
     ]
 
 
-def sweep(setting: dict, widest: int, losses: dict[tuple, float], save: Callable[[], None]) -> None:
-    """Add the losses of the runs of the setting, up to a width, that are not there yet."""
-    missing = [run for run in runs_of(setting) if run not in losses and run[3] <= widest]
+def sweep(setting: dict, losses: dict[tuple, float], save: Callable[[], None]) -> None:
+    """Add the losses of the runs of the setting that are not there yet."""
+    missing = [run for run in runs_of(setting) if run not in losses]
     bar, known = tqdm(total=len(missing), unit="run", ncols=100), {}
     for (task, optimizer, width, rank, seed), alike in groupby(missing, lambda run: (*run[:2], *run[3:5], run[6])):
         runs = list(alike)
@@ -378,7 +378,6 @@ def main() -> None:
     )
     parser.add_argument("--sweep", default="widths", choices=SWEEPS, help="what to vary (default: %(default)s)")
     parser.add_argument("--library", default="peft-lotra", choices=("peft-lotra", "efficient-kan", "pykan"))
-    parser.add_argument("--widest", type=int, default=512, help="run no wider networks (default: %(default)s)")
     args = parser.parse_args()
 
     setting = {"library": args.library, **SWEEPS[args.sweep]}
@@ -411,7 +410,7 @@ def main() -> None:
         files.write(path, {"setting": fixed, "rows": finite})
 
     if not args.redraw:
-        sweep(setting, args.widest, losses, save)
+        sweep(setting, losses, save)
     files.write_page(path, as_text(rows()))
     if args.sweep == "widths":
         draw(rows(), path.with_suffix(".png"))

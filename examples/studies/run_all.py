@@ -41,7 +41,7 @@ STUDIES: list[tuple[str, list[str], list[str] | None]] = [
     ("parametric/fronts.py", [], []),
     ("parametric/wide.py", [], []),
     ("parametric/coverage.py", [], []),
-    ("pde/transfer.py", [], ["--family", "burgers"]),
+    ("pde/transfer.py", [], ["--families", "burgers"]),
     ("pde/moving_targets.py", [], []),
     ("pde/ten.py", [], []),
     ("pde/jet_orders.py", [], []),

@@ -174,14 +174,13 @@ def main() -> None:
     )
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), help="default: all of them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
-    parser.add_argument("--methods", nargs="+", help="default: all of the row")
     args = parser.parse_args()
     rows = args.rows or (QUICK_ROWS if args.quick else ROWS)
     record = Record.of(args, "scoreboard", {"patience": PATIENCE})
     runs = []
     for seed in args.seeds:
         for name in rows:
-            runs += [(seed, name, method) for method in methods(name) if not args.methods or method in args.methods]
+            runs += [(seed, name, method) for method in methods(name)]
     record.complete(runs, lambda seed, name, method: run(name, method, seed, args.quick))
     record.write_page(lambda content: table(content["results"]))
 

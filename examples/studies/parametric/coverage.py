@@ -190,15 +190,13 @@ def main() -> None:
         folder=command_line.RESULTS / "parametric",
         quick="one problem and three data sets",
     )
-    parser.add_argument("--seed", type=int, default=100)
-    parser.add_argument("--sets", type=int, default=50)
     parser.add_argument("--label", default="now", help="the name of these results in the file, which keeps others")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    problems, sets = (["bump"], 3) if args.quick else ([*PROBLEMS], args.sets)
+    problems, sets = (["bump"], 3) if args.quick else ([*PROBLEMS], 50)
     path = files.path_of(args, "coverage")
     results = files.read(path).get("results", {})
-    results[args.label] = [cell for name in problems for dim in (1, 2) for cell in run(name, dim, args.seed, sets)]
+    results[args.label] = [cell for name in problems for dim in (1, 2) for cell in run(name, dim, 100, sets)]
     files.write(path, {"results": results})
     files.write_page(path, table(results))
 

@@ -146,7 +146,6 @@ def main() -> None:
         quick="a tiny setting, to see that it runs",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--members", type=int, nargs="+", default=[5, 9])
     args = parser.parse_args()
     points, steps, count = (100, 3, 2) if args.quick else (2000, 60, 20)
     path = files.path_of(args, "fronts")
@@ -154,7 +153,7 @@ def main() -> None:
     for seed in args.seeds[:1] if args.quick else args.seeds:
         unseen = np.sort(np.random.default_rng(seed).uniform(LOW, HIGH, count))
         base = pretrained(points * 5 // 4, seed, steps)
-        for members in args.members:
+        for members in (5, 9):
             results.append(run(base, members, points, seed, unseen) | {"base": error(base(GRID), BASE)})
             files.write(path, {"machine": describe, "results": results})
             files.write_page(path, table(results, describe))

@@ -4,12 +4,10 @@
 
 Shown in docs/benchmarks.md.
 
-    python examples/studies/pde/transfer.py  # all families and the table: 100 minutes of one core
-    python examples/studies/pde/transfer.py --family allen_cahn  # about 25 minutes of one core
-    python examples/studies/pde/transfer.py --family allen_cahn --quick  # a minute, for CI: says nothing
-    python examples/studies/pde/transfer.py --report  # the table of all families from what was run
+    python examples/studies/pde/transfer.py  # all families: 100 minutes of one core
+    python examples/studies/pde/transfer.py --families burgers --quick  # a minute, for CI: says nothing
 
-Each run is stored in the cache and not repeated, so that an interrupted experiment continues. `--seeds`,
+Each run is stored in the cache and not repeated, so that an interrupted experiment continues. `--families`, `--seeds`,
 `--targets` and `--methods` choose a part. The results, a table and a picture go to `--output`.
 """
 
@@ -18,7 +16,6 @@ from __future__ import annotations
 from shared import command_line  # isort: split
 
 
-import json
 import statistics
 from itertools import product
 from pathlib import Path
@@ -62,25 +59,21 @@ def summarize(lines: list[dict]) -> list[dict]:
         rivals = [by_run.get((family, target, seed, RIVAL)) for seed in seeds]
         row = {key: runs[0][key] for key in ("family", "target", "parameter", "method", "trainable", "share")}
         row |= {"kilobytes": runs[0]["kilobytes"], "seeds": len(seeds)}
-        row["base_error"] = geometric([r["curve"][0][2] for r in runs])
+        row["base_error"] = statistics.geometric_mean([r["curve"][0][2] for r in runs])
         row["steps"] = max(r["curve"][-1][0] for r in runs)
-        row["error"] = geometric([r["curve"][-1][2] for r in runs])
+        row["error"] = statistics.geometric_mean([r["curve"][-1][2] for r in runs])
         row["seconds"] = statistics.mean(r["curve"][-1][1] for r in runs)
         if all(rivals):
             ends = [rival["curve"][-1] for rival in rivals]
             fifths = [error_at(r["curve"], 1, end[1] / 5) for r, end in zip(runs, ends, strict=True)]
             equal = [error_at(r["curve"], 1, end[1]) for r, end in zip(runs, ends, strict=True)]
             reached = [seconds_to(r["curve"], end[2]) for r, end in zip(runs, ends, strict=True)]
-            row["error_at_equal_seconds"] = geometric(equal)
-            row["error_at_a_fifth_of_the_seconds"] = geometric(fifths)
+            row["error_at_equal_seconds"] = statistics.geometric_mean(equal)
+            row["error_at_a_fifth_of_the_seconds"] = statistics.geometric_mean(fifths)
             row["seconds_to_rival"] = None if None in reached else statistics.mean(reached)
             row["rival_seconds"] = statistics.mean(end[1] for end in ends)
         rows.append(row)
     return rows
-
-
-def geometric(values: list[float]) -> float:
-    return statistics.geometric_mean(values)
 
 
 def markdown_of(rows: list[dict]) -> str:
@@ -116,7 +109,7 @@ def draw(lines: list[dict], path: Path) -> None:
             runs = [x["curve"][1:] for x in lines if (x["family"], x["target"], x["method"]) == wanted]
             points = list(zip(*runs, strict=False))  # ends with the shortest run
             seconds = [statistics.mean(s for _, s, _ in point) for point in points]
-            errors = [100 * geometric([e for *_, e in point]) for point in points]
+            errors = [100 * statistics.geometric_mean([e for *_, e in point]) for point in points]
             every = max(1, len(points) // 8)
             ax.plot(seconds, errors, **style, markersize=4, markevery=every, label=METHODS[method].title)
         change = f"{family.parameter_name} {family.base:g} to {family.targets['middle']:g}"
@@ -141,25 +134,16 @@ def message_of(lines: list[dict]) -> str:
     )
 
 
-def report(lines: list[dict], output: Path, name: str) -> None:
-    rows = summarize(lines)
-    drawn = [line for line in lines if line["method"] in LINES and line["target"] == "middle"]
-    files.write(output / f"{name}.json", {"rows": rows, "runs": drawn}, indent=None)
-    files.write_page(output / f"{name}.md", markdown_of(rows))
-    draw(lines, output / f"{name}.png")
-
-
 def main() -> None:
     parser = command_line.Parser(
         __doc__,
         takes="25 minutes on one core for each family",
-        writes="FAMILY.json, .md and .png; with --report transfer.*; runs in --cache",
+        writes="transfer.json, .md and .png; runs in --cache",
         folder=command_line.RESULTS / "pde",
         quick="a tiny setting: to see it run",
         redraw=True,
     )
-    parser.add_argument("--family", choices=list(FAMILIES), help="default: each, and the table of all")
-    parser.add_argument("--report", action="store_true", help="run nothing; tables and curves of all that was run")
+    parser.add_choices("--families", FAMILIES)
     parser.add_seeds(1, 2, 3, 4, 5)  # rates were chosen on seed 0
     parser.add_choices("--targets", ["near", "middle", "far"])
     parser.add_choices("--methods", METHODS)
@@ -167,29 +151,20 @@ def main() -> None:
     args = parser.parse_args()
     setting = QUICK if args.quick else Setting()
 
+    path = files.path_of(args, "transfer")
     if args.redraw:
-        path = args.output / "transfer.json"
         draw(files.read(path)["runs"], path.with_suffix(".png"))
         return
-    if args.report:
-        lines = [json.loads(path.read_text()) for path in sorted((args.cache / "runs").glob("*.json"))]
-        order = [list(group) for group in (FAMILIES, ("near", "middle", "far"), METHODS)]
-        lines = [x for x in lines if x["setting"] == setting.name]
-        lines.sort(key=lambda x: [g.index(x[k]) for g, k in zip(order, ("family", "target", "method"), strict=True)])
-        report(lines, args.output, "transfer")
-        return
-    families = list(FAMILIES.values()) if args.family is None else [FAMILIES[args.family]]
-    found, suffix = [], "_quick" if args.quick else ""
-    jobs = list(product(args.seeds, args.targets, args.methods))
-    for family in families:
-        lines = [
-            run(method, family, target, setting, seed, args.cache)
-            for seed, target, method in track(jobs, description=family.name)
-        ]
-        report(lines, args.output, f"{family.name}{suffix}")
-        found += lines
-    if args.family is None:
-        report(found, args.output, f"transfer{suffix}")
+    jobs = list(product(args.families, args.seeds, args.targets, args.methods))
+    lines = [
+        run(method, FAMILIES[family], target, setting, seed, args.cache)
+        for family, seed, target, method in track(jobs, description="runs")
+    ]
+    rows = summarize(lines)
+    drawn = [line for line in lines if line["method"] in LINES and line["target"] == "middle"]
+    files.write(path, {"rows": rows, "runs": drawn}, indent=None)
+    files.write_page(path, markdown_of(rows))
+    draw(lines, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

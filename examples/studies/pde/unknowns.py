@@ -6,7 +6,7 @@
 Shown in docs/pde_results.md.
 
 python examples/studies/pde/unknowns.py             # 3 exact runs, and 20 draws of noise for each problem
-python examples/studies/pde/unknowns.py --exact     # the exact runs alone
+python examples/studies/pde/unknowns.py --draws 0   # the exact runs alone
 python examples/studies/pde/unknowns.py --quick     # tiny, to see it run
 
 Lorenz' equations (three constants from 25 observations), diffusion (one from 10) and a reaction with diffusion (two
@@ -236,11 +236,8 @@ def main() -> None:
     )
     parser.add_choices("--problems", PROBLEMS)
     parser.add_argument("--draws", type=int, default=20)
-    parser.add_argument("--exact", action="store_true", help="exact data alone")
     args = parser.parse_args()
     draws = 1 if args.quick else args.draws
-    if args.exact:
-        draws = 0
     budgets = {name: problem.seconds for name, problem in PROBLEMS.items()}
     record = Record.of(args, "unknowns", {"noise": NOISE, "seconds": budgets})
 
