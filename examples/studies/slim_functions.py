@@ -177,26 +177,24 @@ def main() -> None:
         redraw=True,
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each network (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=800, help="training steps (default: %(default)s)")
     parser.add_argument("--functions", nargs="+", default=list(FUNCTIONS), choices=list(FUNCTIONS), metavar="NAME")
     args = parser.parse_args()
-    if args.quick:
-        args.seeds, args.steps, args.functions = 1, 20, list(FUNCTIONS)[:2]
+    seeds, steps, functions = (1, 20, list(FUNCTIONS)[:2]) if args.quick else (args.seeds, 800, args.functions)
     path = files.path_of(args, "slim_functions")
-    setting = {"steps": args.steps, "hidden": HIDDEN, "batch": BATCH, "learning_rates": LEARNING_RATES}
+    setting = {"steps": steps, "hidden": HIDDEN, "batch": BATCH, "learning_rates": LEARNING_RATES}
 
     known = files.read(path, must=args.redraw)
     rows = known["rows"] if known.get("setting") == setting else []
     done = {(row["function"], row["model"], row["seed"]) for row in rows}
     todo = [
         (function, kind, seed)
-        for seed in range(args.seeds)
-        for function in args.functions
+        for seed in range(seeds)
+        for function in functions
         for kind in KINDS
         if (function, kind, seed) not in done and not args.redraw
     ]
     for function, kind, seed in tqdm(todo, unit="run"):
-        rows.append(run(function, kind, seed, args.steps))
+        rows.append(run(function, kind, seed, steps))
         files.write(path, {"setting": setting, "rows": rows})
 
     summary = summarise(rows)
