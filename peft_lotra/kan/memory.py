@@ -16,15 +16,15 @@ from torch import Tensor
 # of rows and write into the same memory for each. To measure a size again, halve and double it here and run the script
 # that its line names on an idle machine (`layers` is `examples/studies/benchmarks/run.py --only layers`).
 
-# Of the basis (rows x inputs x basis functions) evaluated at a time: fits the cache. `layers`
+# Of the basis (rows x inputs x basis functions) evaluated at a time: fits the cache.
 EVALUATED = 2**18
-# Fewest rows of the basis that enter a matrix product at a time: fewer cost it much of its speed. `layers`
+# Fewest rows of the basis that enter a matrix product at a time: fewer cost it much of its speed.
 MULTIPLIED_ROWS = 256
-# Of all functions of a block in a jet, evaluated by hand. `examples/studies/pde/jet_speed.py`
+# Of all functions of a block in a jet, evaluated by hand.
 JET_BLOCK = 2**20
-# All of these on other devices than the CPU: only bound the memory. `examples/studies/benchmarks/run.py --device cuda`
+# All of these on other devices than the CPU: only bound the memory.
 OFF_CPU = 2**26
-# Most that a thread keeps of each working memory. `examples/studies/benchmarks/run.py --only layers memory`
+# Most that a thread keeps of each working memory.
 KEPT = 2**22
 
 
