@@ -137,6 +137,7 @@ def test_rows_of_replaced_adapters_are_used_again():
         bank.add("a", model, replace=True)
 
     assert len(bank.snapshot.packed) <= 16
+    assert bank.to("cpu") is bank
     assert_near(answer(bank, "a"), model(X))
 
 
