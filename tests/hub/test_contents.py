@@ -4,6 +4,7 @@
 """The files of adapters, read without a model."""
 
 import torch
+from helpers import refused
 from peft import get_peft_model
 
 from peft_lotra import LoTRAConfig
@@ -25,3 +26,10 @@ def test_ranks_and_sizes_are_described(tmp_path):
     assert lines == [f"kan.layers.{number}: (1, full, 3)" for number in range(11)]
     assert size.startswith(f"{parameters} parameters, ")
     assert size.endswith(" kB of float16 and float32")
+
+
+def test_a_configuration_without_tensors_is_no_adapter(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LOTRA"}')
+
+    with refused("is no adapter: it has no adapter_model.safetensors"):
+        read_adapter(tmp_path)
