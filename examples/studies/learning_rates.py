@@ -17,9 +17,9 @@ rotated and noisy ones. Every learning rate of a half-decade grid, for SGD of a 
 diverges, is tried at each width n and rank, with policy "uniform" (one rate), "width" (factor_out and factor_in at
 sqrt(16 / n)), and "grown" (factor_out at sqrt(n / 16), for SGD); "ranks" is "width" with the core at 16 / (r2 r3) and
 factor_out at 4 / r1. The table has it also for ranks above 4 alone: "ranks above 4" is what Adam has in
-`peft_lotra.create_lotra_optimizer`. Muon is torch's for the factors, which are matrices, and Adam for the core. The
-result is the error after training, divided by the error of the base (1: nothing learned). Runs that the result file has
-are not repeated.
+`peft_lotra.create_lotra_optimizer`. Muon is torch's for the factors, which are matrices, and Adam for the core.
+The result is the error after training, divided by the error of the base (1: nothing learned). Runs that the result
+file has are not repeated.
 """
 
 from __future__ import annotations

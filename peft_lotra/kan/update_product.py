@@ -25,6 +25,8 @@ from .row_updates import RowGroups, RowUpdates
 # Multiplications for each output and row, in units of K, from which a second evaluation of the functions costs less
 # than a gradient of the size of the coefficients: even at widths of 200 to 256.
 _SHAPES_FROM = 128
+# Multiplications that two thin products must save, to be worth their calls.
+_THIN_FROM = 2**20
 # Smaller groups are multiplied by the factors of their updates: the sum with the coefficients costs more.
 _THIN_BELOW = 32
 
@@ -34,23 +36,27 @@ _THIN_BELOW = 32
 
 def compute_output(formula: LayerFormula, x: Tensor) -> Tensor:
     """Return the output (..., O) of a layer for x (..., I)."""
-    coefficients, residual, factored, shapes = _add_updates(formula)
+    basis: Any = formula.basis
+    coefficients: Any = formula.coefficients
     out, in_features, _ = coefficients.shape
     # the last digits of a batched product depend on what requires a gradient
     rows = x if x.dim() == 2 else x.reshape(-1, in_features)
     z = rows if formula.norm is None else formula.norm(rows)
 
+    coefficients, residual, factored, shapes = _add_updates(formula, rows.shape[0])
     weights = [coefficients]
     if factored is not None:
         weights.append(factored.right)
     functions: Any = None
-    if isinstance(formula.basis, UniformGrid):
-        products = spline_product(z, formula.basis, *weights)
+    if isinstance(basis, UniformGrid):
+        products = spline_product(z, basis, *weights)
     else:
         functions = formula.evaluate_basis(z)
         products = plain_product(functions, *weights)
-    y = products[:, :out]
-    sums = products[:, out:]
+    y = products
+    sums: Any = None
+    if factored is not None:
+        y, sums = products.split([out, len(factored.right)], 1)
 
     activated: Any = None
     if residual is not None:
@@ -96,15 +102,19 @@ def _evaluate_shapes(
         values = functions @ weights[:count]
     if activated is None or len(weights) == count:
         return values
-    return values + activated.unsqueeze(-1) * weights[count]
+    return torch.addcmul(values, activated.unsqueeze(-1), weights[count])
 
 
-def _add_updates(formula: LayerFormula) -> tuple[Tensor, Any, _FactoredUpdate | None, list[tuple[Tensor, Tensor]]]:
+def _add_updates(
+    formula: LayerFormula,
+    num_rows: int,
+) -> tuple[Tensor, Any, _FactoredUpdate | None, list[tuple[Tensor, Tensor]]]:
     """Add the updates to the coefficients and the residual weights, but those that cost less by themselves.
 
     Updates with factor_out stay in factors where two thin products cost less than a sum with the coefficients.
-    They do if 2 R (I K + O) < O I K, the multiplications of a backward pass for each row. R is the sum of the
-    output ranks. In wide layers, updates with a full out mode are evaluated as r functions of each input.
+    They do if 2 R (I K + O) < O I K, the multiplications of a backward pass for each row, unless all rows need few.
+    R is the sum of the output ranks. In wide layers, updates with a full out mode are evaluated as r functions of each
+    input.
 
     Returns:
         scale (A + updates), R + updates, the updates in factors, and of updates as functions the cores (O, I, r)
@@ -113,6 +123,14 @@ def _add_updates(formula: LayerFormula) -> tuple[Tensor, Any, _FactoredUpdate | 
     coefficients: Any = formula.coefficients
     residual = formula.residual
     out, in_features, count = coefficients.shape
+    rank_out = 0
+    for _, (_, left, _, _) in formula.updates:
+        if left is not None:
+            rank_out += left.shape[1]
+    width = in_features * count
+    saved = out * width - 2 * rank_out * (width + out)  # multiplications for each row
+    stays_factored = formula.scale is None and saved > 0 and (is_tracing() or num_rows * saved > _THIN_FROM)
+
     thin = []
     shapes = []
     for gain, (core, left, factor_in, weights) in formula.updates:
@@ -125,25 +143,21 @@ def _add_updates(formula: LayerFormula) -> tuple[Tensor, Any, _FactoredUpdate | 
             shapes.append((core, weights))
             continue
         expanded = expand_inputs(core, factor_in, weights)
-        right, right_of_residual = _split_residual(expanded, count)
-        if left is not None:
+        if left is not None and stays_factored:
+            right, right_of_residual = _split_residual(expanded, count)
             thin.append(_FactoredUpdate(left, right, right_of_residual))
             continue
-        coefficients = coefficients + right
+        if left is not None:
+            matrix = left @ expanded.flatten(1)
+            expanded = matrix.view(out, in_features, -1)
+        of_basis, of_residual = _split_residual(expanded, count)
+        coefficients = coefficients + of_basis
         if residual is not None:
-            residual = residual + right_of_residual
+            residual = residual + of_residual
 
     factored = None
     if thin:
         factored = thin[0] if len(thin) == 1 else _concatenate(thin)
-        left, right, right_of_residual = factored
-        width = in_features * count
-        if formula.scale is not None or 2 * len(right) * (width + out) >= out * width:
-            factored = None
-            matrix = torch.addmm(coefficients.flatten(1), left, right.flatten(1))
-            coefficients = matrix.view(coefficients.shape)
-            if residual is not None:
-                residual = torch.addmm(residual, left, right_of_residual)
     if formula.scale is not None:
         coefficients = coefficients * formula.scale.unsqueeze(-1)
     return coefficients, residual, factored, shapes
