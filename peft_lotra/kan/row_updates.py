@@ -150,6 +150,11 @@ class RowGroups(NamedTuple):
             return self.index.shape[0]
         return self.positions.shape[0]
 
+    def to(self, device: torch.device) -> RowGroups:
+        """Return the groups on a device."""
+        moved = {name: value.to(device) for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        return self._replace(**moved)
+
     def of_rows(self) -> Tensor:
         """Return the update of each row of the batch (N,)."""
         if self.positions is None:

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The outputs of a KAN layer with the updates that adapters add: the one place where an update is multiplied.
+"""The outputs of a KAN layer with the updates that adapters add.
 
 `compute_output` takes updates that all rows share, `compute_row_outputs` an update for each row.
 """

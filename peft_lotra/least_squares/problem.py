@@ -245,8 +245,9 @@ def in_double(model: nn.Module) -> dict[str, Tensor]:
 class LeastSquares:
     """The residuals r as a function of the vector of the trainable parameters, in float64.
 
-    Each residual is multiplied by sqrt(weight / rows) of its term, so that the loss is |r|^2. Only `write` changes the
-    model. Rows, residuals and Jacobians belong to this process. Losses are sums over all `shards`.
+    Each residual is multiplied by sqrt(weight / rows) of its term, so that the loss is |r|^2. Only
+    `write_vector` changes the model. Rows, residuals and Jacobians belong to this process. Losses are sums over all
+    `shards`.
 
     Args:
         model: The model.

@@ -419,7 +419,7 @@ def _updates_by_name(
         form = form.with_room_for(tensor)
     updates = [update_of.get(name) for name in distinct]  # without one, the base
     stored = layer.lotra_tensor.get_parameter(layer.get_base_layer())
-    return RowUpdates(form.pack(updates or [None], stored), groups, form)
+    return RowUpdates(form.pack(updates or [None], stored), groups.to(stored.device), form)
 
 
 @lru_cache(maxsize=16)
@@ -429,5 +429,6 @@ def _group_names(names: tuple[str, ...]) -> tuple[list[str], RowGroups]:
     distinct = list(dict.fromkeys(names))
     index_of = {name: index for index, name in enumerate(distinct)}
     index = torch.tensor([index_of[name] for name in names], dtype=torch.long, device="cpu")
+    # the index has all of 0, 1, ..., so that the groups count the same names
     _, groups = group_rows(index)
     return distinct, groups

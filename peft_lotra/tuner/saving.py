@@ -138,7 +138,7 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 def raise_if_any(headline: str, errors: list[str]) -> None:
     """Raise a ValueError that names the first three errors; nothing without errors."""
     if errors:
-        raise ValueError(f"{headline}: {list_first(sorted(errors))}. Nothing was changed.")
+        raise ValueError(f"{headline}: {list_first(sorted(errors))}. No tensor was changed.")
 
 
 def check_state_dict(state_dict: Mapping[str, Tensor]) -> None:
