@@ -162,7 +162,8 @@ def what_changed(
         raise ValueError(
             f"`inputs` has {rows} rows, but a sum of functions of {width} inputs needs more than {terms}."
         )
-    chosen = torch.linspace(0, rows - 1, min(ROWS, rows), dtype=torch.float64, device=inputs.device).long()
+    count = min(ROWS, rows)
+    chosen = torch.linspace(0, rows - 1, count, dtype=torch.float64, device=inputs.device).long()
     every_input = inputs
     inputs = inputs[chosen]
 

@@ -152,8 +152,12 @@ class RowGroups(NamedTuple):
 
     def to(self, device: torch.device) -> RowGroups:
         """Return the groups on a device."""
-        moved = {name: value.to(device) for name, value in self._asdict().items() if isinstance(value, Tensor)}
-        return self._replace(**moved)
+        moved = self._replace(index=self.index.to(device))
+        if self.order is not None:
+            moved = moved._replace(order=self.order.to(device))
+        if self.positions is not None:
+            moved = moved._replace(positions=self.positions.to(device))
+        return moved
 
     def of_rows(self) -> Tensor:
         """Return the update of each row of the batch (N,)."""

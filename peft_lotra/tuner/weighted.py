@@ -99,8 +99,9 @@ def add_weighted_adapter(
     if any(configs[adapter].train != train for adapter in adapters):
         train = None
     # a sum has no factors of modes that become full
-    if train is not None and any(total._asdict().keys().isdisjoint(train) for total in totals.values()):
-        train = None
+    if train is not None:
+        if any(total._asdict().keys().isdisjoint(train) for total in totals.values()):
+            train = None
     rank_pattern = {pattern_key(name): total.form for name, total in totals.items()}
     adapt_residual = any(configs[adapter].adapt_residual for adapter in adapters)
 
