@@ -27,12 +27,14 @@ if find_spec("peft"):
     from .hub.push import push_to_hub
     from .parametric.adapter import ParametricAdapter
     from .selection.fit import fit_adapter
+    from .selection.path import fit_path
     from .tuner import jets  # noqa: F401  (teaches `jet` what PEFT puts around KANs)
     from .tuner.config import LoTRAConfig
     from .tuner.gradients import start_from_gradient
     from .tuner.hotswap import hotswap_adapter
     from .tuner.layer import LoTRALayer
     from .tuner.learning_rates import create_lotra_optimizer
+    from .tuner.linear_path import LinearPath
     from .tuner.model import LoTRAModel
     from .tuner.registration import register
     from .tuner.saving import save_adapter
@@ -44,6 +46,7 @@ __all__ = [
     "AdapterBank",
     "BankAdamW",
     "KANLayerSpec",
+    "LinearPath",
     "LoTRAConfig",
     "LoTRALayer",
     "LoTRAModel",
@@ -53,6 +56,7 @@ __all__ = [
     "extract_lotra",
     "find_kan_layers",
     "fit_adapter",
+    "fit_path",
     "hotswap_adapter",
     "load_adapters",
     "push_to_hub",

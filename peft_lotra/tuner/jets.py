@@ -11,11 +11,14 @@ from peft import PeftMixedModel, PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor
 
+from ..derivatives.api import jet
+from ..derivatives.chain_rule import Jet
 from ..derivatives.stages import Entry, Stage, register, stages_of
 from ..layers.search import NOT_SEARCHED
 from .layer import LoTRALayer
+from .linear_path import LinearPath, active_module
 
 
 def _only_stage(model: LoTRALayer | ParamWrapper) -> Any:
@@ -56,12 +59,21 @@ def _lora_on_parameter(model: ParamWrapper) -> list[Stage] | None:
     return None
 
 
-def _saved_module(wrapper: ModulesToSaveWrapper) -> nn.Module:
-    if not wrapper.disable_adapters:
-        for adapter in wrapper.active_adapters:
-            if adapter in wrapper.modules_to_save:
-                return wrapper.modules_to_save[adapter]
-    return wrapper.original_module
+def _with_path(
+    model: LinearPath,
+    x: Tensor,
+    directions: Tensor,
+    order: int,
+    weights: Tensor | None,
+) -> Jet:
+    """Compute the jet of scale * network + W x + b: W adds to the first derivatives only."""
+    collapse = False if weights is None else weights
+    value, *derivatives = jet(model.network, x, directions, order=order, collapse=collapse)
+    path = model.path
+    slopes = directions @ path.weight.T
+    derivatives = [path.scale * derivative for derivative in derivatives]
+    derivatives[0] = derivatives[0] + slopes.view(len(slopes), *[1] * (x.dim() - 1), -1)
+    return [path(x, value), *derivatives]
 
 
 NOT_SEARCHED.append(AuxiliaryTrainingWrapper)
@@ -70,4 +82,5 @@ register(ParamWrapper, Entry(_lora_on_parameter))
 register(PeftModel, Entry(inner=lambda model: model.get_base_model()))
 register(PeftMixedModel, Entry(inner=lambda model: model.base_model))
 register(BaseTuner, Entry(inner=lambda tuner: tuner.model))
-register(ModulesToSaveWrapper, Entry(inner=_saved_module))
+register(ModulesToSaveWrapper, Entry(inner=active_module))
+register(LinearPath, Entry(jet=_with_path))

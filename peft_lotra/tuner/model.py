@@ -36,6 +36,7 @@ from .by_row import FORWARD_PASS, ForwardPass, Replaced, check_batch, check_name
 from .config import LoTRAConfig, pattern_key
 from .guards import base_layers_in_place, guard_network, release_networks
 from .layer import LoTRALayer, Targets, Tensors, further_names, lotra_layers
+from .linear_path import PATH, linear_paths
 from .saving import (
     cast_to_storage,
     check_complete,
@@ -123,9 +124,12 @@ class LoTRAModel(BaseTuner):
     ) -> None:
         config = self.peft_config[adapter_name]
         _check_adapter_name(adapter_name, config, model)
-        if config.budget is not None:
-            # the ranks are written into it, and the object may serve other models
-            self.peft_config[adapter_name] = copy(config)
+        adds_path = any(linear_paths(model)) and not config.is_from_file
+        if config.budget is not None or adds_path:
+            # the ranks and the path are written into it, and the object may serve other models
+            self.peft_config[adapter_name] = config = copy(config)
+        if adds_path:
+            config.modules_to_save = [*dict.fromkeys([*(config.modules_to_save or ()), PATH])]
         requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         with undone_on_error(model), self._injection:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -403,6 +407,9 @@ class LoTRAModel(BaseTuner):
             self.unmerge_adapter()
         for parameter, requires_grad in self._requires_grad_of_base:
             parameter.requires_grad_(requires_grad)
+        if not merge:
+            for network in linear_paths(self.model):
+                network.linear_path = network.path_of("__base__")  # PEFT would leave the one of the adapter
         # found before the first layer is replaced: PEFT's attention cannot list its modules halfway
         self._locations = _find_locations(self.model)
         try:

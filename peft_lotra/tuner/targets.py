@@ -25,6 +25,7 @@ from ..modules.checks import list_first, natural_order
 from .config import LoTRAConfig
 from .initialization import check_start
 from .layer import LoTRALayer, Record, Target, Targets, check_stored, check_unmerged, lotra_layers
+from .linear_path import PATH
 
 
 def find_targets(config: LoTRAConfig, model: nn.Module) -> Targets:
@@ -241,7 +242,7 @@ def _check_saved(config: LoTRAConfig, model: nn.Module, targets: Targets) -> Non
         if is_absent or any(owner.endswith(ending) for owner in adapted):
             raise ValueError(
                 f"`modules_to_save` has {ending!r}, but must name modules of the model, without coefficients that are "
-                "adapted."
+                f"adapted.{' Load the adapter into `LinearPath(network)`.' * (ending == PATH)}"
             )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from operator import mul
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from ..modules.checks import as_number
 from ..tucker import Ranks, check_ranks, direct_sum
 from .config import LoTRAConfig, pattern_key
 from .layer import lotra_layers
+from .linear_path import PATH, LinearPath, linear_paths
 from .targets import exact_targets
 
 
@@ -34,7 +36,8 @@ def add_weighted_adapter(
     """Add an adapter whose update is the weighted sum of other updates.
 
     Each adapter counts with its present scale. The new adapter has an alpha of 1 and is not active. A layer that only
-    some of the adapters have is summed over these.
+    some of the adapters have is summed over these. The path of a [`LinearPath`] becomes the path of the base plus the
+    weighted sum of its changes by the adapters.
 
     - `"cat"` is exact: the cores become the blocks of one core, and the ranks add. Ranks above the sizes of their
       modes are reduced to the sizes without loss.
@@ -120,6 +123,8 @@ def add_weighted_adapter(
     except Exception:
         del configs[adapter_name]
         raise
+    for network in linear_paths(model.model):
+        _sum_paths(network, adapters, weights, adapter_name)
     errors = {}
     for name, layer in lotra_layers(model.model, adapter_name):
         layer.set_components(adapter_name, totals[name])
@@ -128,6 +133,15 @@ def add_weighted_adapter(
         norm = sums[name].norm().item()
         errors[name] = error.norm().item() / (norm or 1.0)
     return errors
+
+
+@torch.no_grad()
+def _sum_paths(network: LinearPath, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+    """Write the path of the base plus the weighted sum of its changes into the path of the new adapter."""
+    base = network.path_of("__base__").state_dict()
+    for name, total in network.path_of(adapter_name).state_dict().items():
+        changes = [network.path_of(adapter).get_parameter(name) - base[name] for adapter in adapters]
+        total.add_(sum(map(mul, weights, changes)))
 
 
 def check_known(adapters: Iterable[str], configs: Mapping[str, object]) -> None:
@@ -158,6 +172,6 @@ def _check(
         raise ValueError(
             f"`combination_type` must be one of {COMBINATION_TYPES}, and with `ranks` 'svd', got {combination_type!r}."
         )
-    whole = [adapter for adapter in adapters if configs[adapter].modules_to_save]
+    whole = [adapter for adapter in adapters if {*(configs[adapter].modules_to_save or ())} - {PATH}]
     if whole:
         raise ValueError(f"Adapter(s) {whole} have `modules_to_save`, which have no sum: use `merge_and_unload`.")

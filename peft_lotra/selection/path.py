@@ -1,0 +1,142 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Fit the linear path of a network to labeled rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..derivatives.norms import check_rows_apart
+from ..modules.calls import check_loaded, evaluating_without_trace, unwrap
+from ..modules.checks import check_function
+from ..tuner.linear_path import LinearPath
+from .path_solver import PathFit, solve_path
+from .training import CHUNK
+
+
+def fit_path(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    loss: Callable[[Any, Tensor], Tensor],
+    *,
+    weights: Tensor | None = None,
+) -> PathFit:
+    r"""Fit the path of a [`LinearPath`], scale * network(x) + W x + b, in closed form: no rate, no steps, no seed.
+
+    W and b minimize the loss plus a ridge penalty, in standardized inputs, whose mean and deviation are folded into W
+    and b. The scale (0, 0.5, 1, or the one that fits best alone) and the strength of the penalty have the least loss
+    of rows left out. With the leverage h_i of row i, the other rows predict it with the error
+
+        e_i / (1 - h_i)    for squares,
+
+    and by one Newton step for other losses. The derivatives of the loss tell which one it is:
+
+    - Squares (`mse_loss`): ridge regression. b has no penalty.
+    - `cross_entropy`, also with label smoothing, shares of classes as targets, or weights of classes: softmax.
+    - Any other loss that is smooth and convex in the outputs: `huber_loss`, `poisson_nll_loss` for counts, or
+      `binary_cross_entropy_with_logits` for several labels.
+
+    In an adapted model, the path of the active adapter is fitted, next to the present update. The fitted path no
+    longer requires gradients, so that training the adapter leaves it as it is. `model.set_adapter(name)` makes it
+    trainable.
+
+    Args:
+        model: A `LinearPath`, or a model that `get_peft_model` has made of one.
+        x: Inputs (rows, in). Of more dimensions, (batch, ..., in), each one before the last counts as rows.
+        y: Targets of the shape of the outputs, or classes.
+        loss: The loss of outputs and targets, a mean or a sum over the rows.
+        weights: The weight of each row, at least 0.
+
+    Returns:
+        A `PathFit`: scale, weight, bias, strength, and the losses of the rows, each left out.
+
+    Raises:
+        TypeError: `loss` is no function.
+        ValueError: `model` has no path; the active adapter has none; there are fewer than 3 rows; inputs are constant;
+            a class has no row; targets have another shape; values are not finite; the network returns no tensor, or
+            mixes rows; the loss is no mean or sum over rows, not convex, or has no second derivatives. The model is
+            unchanged.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from peft_lotra import LinearPath, LoTRAConfig, fit_path
+        >>> from peft_lotra.kan import KAN
+        >>> model = get_peft_model(LinearPath(KAN([2, 4, 1])), LoTRAConfig())
+        >>> x = torch.rand(40, 2)
+        >>> y = 3 * x[:, :1] - x[:, 1:] + 5
+        >>> fit = fit_path(model, x, y, torch.nn.functional.mse_loss)
+        >>> fit.losses.mean().item() < 1e-2, model(x).isclose(y, atol=0.5).all().item()
+        (True, True)
+    """
+    network = unwrap(model)
+    if not isinstance(network, LinearPath):
+        raise ValueError(f"`model` is a {type(network).__name__} without a path. Adapt `LinearPath(network)`.")
+    check_loaded(network, "model")
+    check_function(loss, "loss", 2)
+    path = network.path
+    wrapper: Any = network.linear_path
+    if path is not wrapper and path is wrapper.original_module:
+        raise ValueError("The active adapter has no path: it was saved without one, or no adapter is active.")
+    _check_rows(network, x, y, weights)
+    rows, outputs = _evaluate(network, x)
+    y = y.reshape(len(rows), *y.shape[x.dim() - 1 :])
+    fit = solve_path(rows, outputs, y, loss, None if weights is None else weights.flatten())
+
+    with torch.inference_mode(False), torch.no_grad():
+        path.scale.fill_(fit.scale)
+        path.weight.copy_(fit.weight)
+        path.bias.copy_(fit.bias)
+    path.requires_grad_(False)
+    return fit
+
+
+def _check_rows(network: LinearPath, x: Any, y: Any, weights: Any) -> None:
+    """Raise a ValueError for rows that a path cannot be fitted to."""
+    tensors = {"x": x, "y": y}
+    if weights is not None:
+        tensors["weights"] = weights
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or not tensor.dim() or not tensor.isfinite().all():
+            raise ValueError(f"`{name}` is {tensor!r:.100}, but must be a tensor of finite numbers.")
+    if not x.is_floating_point() or x.dim() < 2 or x.shape[-1] != network.in_features:
+        raise ValueError(
+            f"`x` is {tuple(x.shape)} of {x.dtype}, but must be (rows, {network.in_features}) of a floating type."
+        )
+    if y.shape[: x.dim() - 1] != x.shape[:-1]:
+        raise ValueError(f"`y` has the shape {tuple(y.shape)}, but must begin with {tuple(x.shape[:-1])} like `x`.")
+    counted = x.shape[:-1].numel()
+    if weights is not None:
+        if weights.shape != x.shape[:-1] or weights.min() < 0:
+            raise ValueError(f"`weights` must be {tuple(x.shape[:-1])} numbers of at least 0, got {weights!r:.100}.")
+        counted = (weights > 0).sum().item()
+    if counted < 3:
+        raise ValueError(f"There are {counted} rows, but a path needs at least 3, with weights above 0.")
+    rows = x.flatten(0, -2)
+    if (rows == rows[0]).all():
+        raise ValueError("`x` has constant inputs: all rows are equal, and a linear function cannot tell them apart.")
+
+
+def _evaluate(network: LinearPath, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return inputs (rows, in) and outputs (rows, out) of the network without its path.
+
+    Raises:
+        ValueError: The network mixes rows, or returns values that are not finite, or no tensor (batch, ..., out).
+    """
+    check_rows_apart(network)
+    with evaluating_without_trace(network):
+        chunks = [network.network(chunk) for chunk in x.split(CHUNK)]
+        first = network.network(x[:1])
+    network.check_shapes(x[:1], first)
+    outputs = torch.cat(chunks)
+    largest = outputs.abs().max()
+    if not largest.isfinite():
+        raise ValueError("The network returns values that are not finite for some rows of `x`. Remove these rows.")
+    if (outputs[:1] - first).abs().max() > 0.01 * largest:
+        raise ValueError("The network mixes rows: its output for the first row depends on the others.")
+    return x.flatten(0, -2), outputs.flatten(0, -2)
