@@ -19,6 +19,7 @@ from .path_solver import PathFit, solve_path
 from .training import CHUNK
 
 
+@torch.inference_mode(False)  # which enables gradients, too
 def fit_path(
     model: nn.Module,
     x: Tensor,
@@ -83,12 +84,12 @@ def fit_path(
     wrapper: Any = network.linear_path
     if path is not wrapper and path is wrapper.original_module:
         raise ValueError("The active adapter has no path: it was saved without one, or no adapter is active.")
-    _check_rows(network, x, y, weights)
+    weights_of_rows = _check_rows(network, x, y, weights)
     rows, outputs = _evaluate(network, x)
-    y = y.reshape(len(rows), *y.shape[x.dim() - 1 :])
-    fit = solve_path(rows, outputs, y, loss, None if weights is None else weights.flatten())
+    y = y.clone().reshape(len(rows), *y.shape[x.dim() - 1 :])  # of inference mode, it could not be differentiated
+    fit = solve_path(rows, outputs, y, loss, weights_of_rows)
 
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         path.scale.fill_(fit.scale)
         path.weight.copy_(fit.weight)
         path.bias.copy_(fit.bias)
@@ -96,30 +97,32 @@ def fit_path(
     return fit
 
 
-def _check_rows(network: LinearPath, x: Any, y: Any, weights: Any) -> None:
-    """Raise a ValueError for rows that a path cannot be fitted to."""
-    tensors = {"x": x, "y": y}
-    if weights is not None:
-        tensors["weights"] = weights
-    for name, tensor in tensors.items():
+def _check_rows(network: LinearPath, x: Any, y: Any, weights: Any) -> Tensor:
+    """Return the weights of the rows (rows,); raise a ValueError for rows that a path cannot be fitted to."""
+    if weights is None and isinstance(x, Tensor):
+        weights = x.new_ones(x.shape[:-1])
+    for name, tensor in {"x": x, "y": y, "weights": weights}.items():
         if not isinstance(tensor, Tensor) or not tensor.dim() or not tensor.isfinite().all():
             raise ValueError(f"`{name}` is {tensor!r:.100}, but must be a tensor of finite numbers.")
     if not x.is_floating_point() or x.dim() < 2 or x.shape[-1] != network.in_features:
         raise ValueError(
             f"`x` is {tuple(x.shape)} of {x.dtype}, but must be (rows, {network.in_features}) of a floating type."
         )
-    if y.shape[: x.dim() - 1] != x.shape[:-1]:
-        raise ValueError(f"`y` has the shape {tuple(y.shape)}, but must begin with {tuple(x.shape[:-1])} like `x`.")
-    counted = x.shape[:-1].numel()
-    if weights is not None:
-        if weights.shape != x.shape[:-1] or weights.min() < 0:
-            raise ValueError(f"`weights` must be {tuple(x.shape[:-1])} numbers of at least 0, got {weights!r:.100}.")
-        counted = (weights > 0).sum().item()
-    if counted < 3:
-        raise ValueError(f"There are {counted} rows, but a path needs at least 3, with weights above 0.")
+    shape = x.shape[:-1]
+    if y.shape[: len(shape)] != shape or weights.shape != shape:
+        raise ValueError(
+            f"`x` has the rows {tuple(shape)}, but `y` has the shape {tuple(y.shape)} and `weights` "
+            f"{tuple(weights.shape)}. They must begin alike."
+        )
+    counted = (weights > 0).sum().item()
+    if counted < 3 or weights.min() < 0:
+        raise ValueError(
+            f"There are {counted} rows of a weight above 0, but a path needs at least 3, and none below 0."
+        )
     rows = x.flatten(0, -2)
     if (rows == rows[0]).all():
         raise ValueError("`x` has constant inputs: all rows are equal, and a linear function cannot tell them apart.")
+    return weights.flatten()
 
 
 def _evaluate(network: LinearPath, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -89,9 +89,9 @@ class LinearPath(nn.Module):
         like = floats[0].detach() if floats else torch.empty(0)
         if in_features is None:
             in_features = _find_inputs(network)
-        self.in_features = check_count(in_features, "in_features")
         if out_features is None:
-            out_features = _find_outputs(network, like.new_zeros(2, self.in_features))
+            out_features = _find_outputs(network, in_features, like)
+        self.in_features = check_count(in_features, "in_features")
         self.out_features = check_count(out_features, "out_features")
         self.network = network
         self.linear_path = _Path(self.in_features, self.out_features, like)
@@ -162,31 +162,30 @@ def linear_paths(model: nn.Module) -> Iterator[LinearPath]:
     return (module for module in model.modules() if isinstance(module, LinearPath))
 
 
-def _find_inputs(network: nn.Module) -> int:
-    """Return the number of inputs of the first layer."""
+def _find_inputs(network: nn.Module) -> int | None:
+    """Return the number of inputs of the first layer; None if no layer is known."""
     kan_layers = {layer: spec for _, layer, spec in walk_kan_layers(network)}
     for module in network.modules():
         if module in kan_layers:
             return kan_layers[module].locate(module).shape[1]
         if isinstance(module, nn.Linear):
             return module.in_features
-    raise ValueError(
-        f"The inputs of a {type(network).__name__} are unknown: pass `in_features` and `out_features`. It must map "
-        "(batch, ..., in) to (batch, ..., out)."
-    )
+    return None
 
 
-def _find_outputs(network: nn.Module, x: Tensor) -> int:
-    """Return the number of outputs, from a trial with inputs (rows, in)."""
-    problem = "it returns no tensor (batch, out)"
-    try:
-        with evaluating_without_trace(network):
-            y = network(x)
-        if y.shape[:-1] == x.shape[:-1]:
-            return y.shape[-1]
-    except Exception as error:  # any, from the code of users
-        problem = f"it raised {type(error).__name__}: {error}"
+def _find_outputs(network: nn.Module, in_features: int | None, like: Tensor) -> int:
+    """Return the number of outputs, from a trial with zeros (2, in)."""
+    problem = "it has no layer whose inputs are known"
+    if in_features is not None:
+        problem = f"for (2, {in_features}) it returns no tensor (2, out)"
+        try:
+            with evaluating_without_trace(network):
+                y = network(like.new_zeros(2, in_features))
+            if y.shape[:-1] == (2,):
+                return y.shape[-1]
+        except Exception as error:  # any, from the code of users
+            problem = f"for (2, {in_features}) it raised {type(error).__name__}: {error}"
     raise ValueError(
-        f"`network` must map (batch, ..., in) to (batch, ..., out), but for zeros {tuple(x.shape)} {problem:.300}. "
-        "Pass `in_features` and `out_features`, or wrap it so that it takes and returns one flat tensor."
+        f"`network` must map (batch, ..., in) to (batch, ..., out), but {problem:.300}. Pass `in_features` and "
+        "`out_features`, or wrap it so that it takes and returns one flat tensor."
     )

@@ -130,7 +130,7 @@ REFUSED = {
     "NaN": ({**MSE, "x": X / 0}, "finite"),
     "class without a row": ({"y": CLASSES * 0, "loss": F.cross_entropy}, r"\[1\] have none"),
     "shape": ({"y": LINEAR[:, :1], "loss": F.mse_loss}, "shape of the outputs"),
-    "rows": ({"y": LINEAR[:9], "loss": F.mse_loss}, "must begin with"),
+    "rows": ({"y": LINEAR[:9], "loss": F.mse_loss}, "begin alike"),
     "mixes rows": ({**MSE, "model": LinearPath(nn.Sequential(nn.Linear(3, 2), Mixing()).double())}, "mixes rows"),
     "batch norm": ({**MSE, "model": LinearPath(KAN([3, 2, 2], norm="batch", dtype=torch.float64))}, "eval"),
     "no tensor": ({**MSE, "model": LinearPath(nn.LSTM(3, 2).double(), 3, 2)}, "tuple"),

@@ -207,7 +207,7 @@ def test_a_config_of_the_user_stays_as_it_was():
 @pytest.mark.parametrize(
     ("make", "x", "match"),
     [
-        (lambda: LinearPath(nn.Tanh()), X, "pass `in_features`"),
+        (lambda: LinearPath(nn.Tanh()), X, "no layer whose inputs are known"),
         (lambda: LinearPath(nn.Sequential(nn.Linear(3, 2), nn.Flatten(0))), X, "no tensor"),
         (lambda: LinearPath(nn.Conv2d(1, 2, 3), 25, 2), torch.ones(1, 1, 5, 5), r"Unflatten\(-1, \(1, 5, 5\)\)"),
         (lambda: LinearPath(nn.LSTM(3, 2), 3, 2), X, "tuple"),
