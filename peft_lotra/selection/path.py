@@ -84,10 +84,12 @@ def fit_path(
     wrapper: Any = network.linear_path
     if path is not wrapper and path is wrapper.original_module:
         raise ValueError("The active adapter has no path: it was saved without one, or no adapter is active.")
-    weights_of_rows = _check_rows(network, x, y, weights)
+    if weights is None:
+        weights = torch.ones(x.shape[:-1] if isinstance(x, Tensor) else ())
+    _check_rows(network, x, y, weights)
     rows, outputs = _evaluate(network, x)
     y = y.clone().reshape(len(rows), *y.shape[x.dim() - 1 :])  # of inference mode, it could not be differentiated
-    fit = solve_path(rows, outputs, y, loss, weights_of_rows)
+    fit = solve_path(rows, outputs, y, loss, weights.flatten())
 
     with torch.no_grad():
         path.scale.fill_(fit.scale)
@@ -97,12 +99,10 @@ def fit_path(
     return fit
 
 
-def _check_rows(network: LinearPath, x: Any, y: Any, weights: Any) -> Tensor:
-    """Return the weights of the rows (rows,); raise a ValueError for rows that a path cannot be fitted to."""
-    if weights is None and isinstance(x, Tensor):
-        weights = x.new_ones(x.shape[:-1])
+def _check_rows(network: LinearPath, x: Any, y: Any, weights: Any) -> None:
+    """Raise a ValueError for rows that a path cannot be fitted to."""
     for name, tensor in {"x": x, "y": y, "weights": weights}.items():
-        if not isinstance(tensor, Tensor) or not tensor.dim() or not tensor.isfinite().all():
+        if not isinstance(tensor, Tensor) or not tensor.isfinite().all():
             raise ValueError(f"`{name}` is {tensor!r:.100}, but must be a tensor of finite numbers.")
     if not x.is_floating_point() or x.dim() < 2 or x.shape[-1] != network.in_features:
         raise ValueError(
@@ -122,7 +122,6 @@ def _check_rows(network: LinearPath, x: Any, y: Any, weights: Any) -> Tensor:
     rows = x.flatten(0, -2)
     if (rows == rows[0]).all():
         raise ValueError("`x` has constant inputs: all rows are equal, and a linear function cannot tell them apart.")
-    return weights.flatten()
 
 
 def _evaluate(network: LinearPath, x: Tensor) -> tuple[Tensor, Tensor]:
