@@ -45,8 +45,9 @@ class LinearPath(nn.Module):
     finds scale, W and b in closed form.
 
     Adapters need no further setting: the path is in `modules_to_save` of each new [`LoTRAConfig`]. So each adapter has
-    a path of its own, which is saved, loaded, exchanged by [`hotswap_adapter`], and chosen row by row by
-    `adapter_names`. `merge_and_unload` returns a `LinearPath` of the merged network, `unload` the former one.
+    a path of its own. It trains with the adapter, unless [`fit_path`] has fitted it in the adapted model. It is saved,
+    loaded, exchanged by [`hotswap_adapter`], and chosen row by row by `adapter_names`. `merge_and_unload` returns a
+    `LinearPath` of the merged network. `unload` returns the former one.
     `add_weighted_adapter` sums changes: W, b and scale become those of the base plus the sum of
     weight * (adapter - base). `storage="float16"` rounds the components only. The path keeps its dtype in a file,
     since W x and b may cancel.
