@@ -91,11 +91,8 @@ def fit_path(
     y = y.clone().reshape(len(rows), *y.shape[x.dim() - 1 :])  # of inference mode, it could not be differentiated
     fit = solve_path(rows, outputs, y, loss, weights.flatten())
 
-    with torch.no_grad():
-        path.scale.fill_(fit.scale)
-        path.weight.copy_(fit.weight)
-        path.bias.copy_(fit.bias)
-    path.requires_grad_(False)
+    with torch.inference_mode(False):
+        path.set(fit.scale, fit.weight, fit.bias)
     return fit
 
 

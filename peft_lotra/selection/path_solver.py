@@ -49,6 +49,16 @@ class PathFit(NamedTuple):
     strength: float
     losses: Tensor
 
+    @classmethod
+    def of_scale(cls, scale: float, in_features: int, out_features: int) -> PathFit:
+        """Return the path that only scales the network."""
+        weight = torch.zeros(out_features, in_features, dtype=torch.float64)
+        return cls(scale, weight, weight.new_zeros(out_features), math.inf, weight.new_zeros(0))
+
+    def predict(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """Return the outputs (rows, out) for inputs (rows, in) and outputs of the network (rows, out)."""
+        return self.scale * outputs + x @ self.weight.T.to(x) + self.bias.to(x)
+
 
 class _Features(NamedTuple):
     """Standardized inputs, in coordinates in which their weighted Gram matrix is diagonal.
@@ -194,6 +204,13 @@ class _Squares(_SmoothLoss):
             leverage = w * (rows.square() @ inverse + 1 / w.sum())
             error = (residual - constant - rows @ coefficients) / (1 - leverage).unsqueeze(1)
             yield strength, coefficients, constant, self._targets - error
+
+
+def fit_scale(loss: Loss, outputs: Tensor, y: Tensor) -> float:
+    """Return the factor of the outputs (rows, out), from 0 to 1, with the least loss."""
+    scales = [step / 20 for step in range(20, -1, -1)]
+    with torch.no_grad():
+        return min(scales, key=lambda scale: loss(scale * outputs, y).item())
 
 
 def solve_path(

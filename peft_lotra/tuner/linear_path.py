@@ -32,6 +32,14 @@ class _Path(nn.Module):
         self.weight = nn.Parameter(like.new_zeros(out_features, in_features))
         self.bias = nn.Parameter(like.new_zeros(out_features))
 
+    @torch.no_grad()
+    def set(self, scale: float, weight: Tensor, bias: Tensor) -> None:
+        """Give the path these values. They stay while adapters are trained, since they require no gradient."""
+        self.scale.fill_(scale)
+        self.weight.copy_(weight)
+        self.bias.copy_(bias)
+        self.requires_grad_(False)
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.scale * y + F.linear(x, self.weight, self.bias)
 
