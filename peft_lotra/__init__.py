@@ -27,7 +27,7 @@ if find_spec("peft"):
     from .hub.push import push_to_hub
     from .parametric.adapter import ParametricAdapter
     from .selection.fit import fit_adapter
-    from .selection.path import fit_path
+    from .selection.path import fit_path, start_from_data
     from .tuner import jets  # noqa: F401  (teaches `jet` what PEFT puts around KANs)
     from .tuner.config import LoTRAConfig
     from .tuner.gradients import start_from_gradient
@@ -62,6 +62,7 @@ __all__ = [
     "push_to_hub",
     "register_kan_layer",
     "save_adapter",
+    "start_from_data",
     "start_from_gradient",
     "update_spectrum",
     "what_changed",

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from ..derivatives.norms import check_rows_apart
 from ..modules.calls import check_loaded, evaluating_without_trace, unwrap
 from ..modules.checks import check_function
+from ..tuner.gradients import NoGradientError, start_from_gradient
 from ..tuner.linear_path import LinearPath
 from .path_solver import PathFit, solve_path
-from .training import CHUNK
+from .training import CHUNK, losses_of_rows
 
 
 @torch.inference_mode(False)  # which enables gradients, too
@@ -139,3 +141,59 @@ def _evaluate(network: LinearPath, x: Tensor) -> tuple[Tensor, Tensor]:
     if (outputs[:1] - first).abs().max() > 0.01 * largest:
         raise ValueError("The network mixes rows: its output for the first row depends on the others.")
     return x.flatten(0, -2), outputs.flatten(0, -2)
+
+
+def start_from_data(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    loss: Callable[[Any, Tensor], Tensor],
+    *,
+    weights: Tensor | None = None,
+) -> PathFit:
+    """Fit the path of an adapted [`LinearPath`] by [`fit_path`], and start the adapter from the gradient of the rest.
+
+    Afterwards the path stays, the adapter has no update yet, and [`create_lotra_optimizer`] trains it at a rate of
+    3e-3, the best one on a path.
+
+    Args:
+        model: A model that `get_peft_model` has made of a `LinearPath`, with one active adapter.
+        x, y, loss, weights: See `fit_path`.
+
+    Returns:
+        The `PathFit`. With a scale of 0 the network does not count, and nothing is left for the adapter.
+
+    Raises:
+        ValueError: See `fit_path` and [`start_from_gradient`]. The model is unchanged.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from peft_lotra import LinearPath, LoTRAConfig, create_lotra_optimizer, start_from_data
+        >>> from peft_lotra.kan import KAN
+        >>> model = get_peft_model(LinearPath(KAN([2, 4, 1])), LoTRAConfig(r=("full", "full", 1)))
+        >>> x = torch.rand(40, 2)
+        >>> y = x.prod(dim=1, keepdim=True) + x.sum(dim=1, keepdim=True)
+        >>> fit = start_from_data(model, x, y, torch.nn.functional.mse_loss)
+        >>> optimizer = create_lotra_optimizer(model, torch.optim.Adam)
+    """
+    network: Any = unwrap(model)
+    former = deepcopy(network.path) if isinstance(network, LinearPath) else None
+    fit = fit_path(model, x, y, loss, weights=weights)
+
+    def compute_loss(rows: Tensor) -> Tensor:
+        outputs = model(x[rows])
+        if weights is None:
+            return loss(outputs, y[rows]) * (len(rows) / len(x))
+        return weights[rows].to(outputs) @ losses_of_rows(loss, outputs, y[rows]) / weights.sum()
+
+    try:
+        start_from_gradient(model, compute_loss, torch.arange(len(x)).split(CHUNK))
+    except NoGradientError:
+        pass  # the path is all that the rows ask for
+    except BaseException:
+        assert former is not None
+        network.path.load_state_dict(former.state_dict())
+        for parameter, former_parameter in zip(network.path.parameters(), former.parameters(), strict=True):
+            parameter.requires_grad_(former_parameter.requires_grad)
+        raise
+    return fit

@@ -18,6 +18,7 @@ from ..modules.checks import as_number, check_function, check_number
 from ..tucker import Tucker
 from .gradients import OPTIMIZERS
 from .layer import LoTRALayer
+from .linear_path import linear_paths
 
 
 Policy = Literal["width", "uniform"] | Mapping[str, float]
@@ -109,7 +110,7 @@ def create_lotra_optimizer(
     model: nn.Module,
     optimizer_cls: Callable[..., Optimizer],
     *,
-    lr: float,
+    lr: float | None = None,
     other_lr: float | None = None,
     policy: Policy = "width",
     **kwargs: Any,
@@ -137,7 +138,8 @@ def create_lotra_optimizer(
     Args:
         model: A model with LoTRA or Slim layers. Parameters that require a gradient (active adapters) are trained.
         optimizer_cls: A class that takes parameter groups.
-        lr: The learning rate that the table multiplies.
+        lr: The learning rate that the table multiplies. By default 3e-2, or 3e-3 next to a path that [`fit_path`] has
+            fitted.
         other_lr: The learning rate of trained parameters that are no LoTRA component. The default `None` means `lr`,
             a rate for Tucker components. LoRA on attention often needs a lower one.
         policy: "width" for the table above; "uniform" for lr everywhere; or a dict of multipliers by component
@@ -169,6 +171,9 @@ def create_lotra_optimizer(
         {'core': 0.03, 'factor_out/4': 0.03, 'factor_in/64': 0.015, 'factor_basis': 0.03}
     """
     check_function(optimizer_cls, "optimizer_cls")
+    if lr is None:
+        has_fitted_path = any(not path.path.scale.requires_grad for path in linear_paths(model))
+        lr = 3e-3 if has_fitted_path else 3e-2
     check_number(lr, "lr", "(0, inf)")
     if other_lr is None:
         other_lr = lr
