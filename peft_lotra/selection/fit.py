@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from ..compress.updates import check_without_adapters
 from ..modules.calls import check_loaded, evaluating_without_trace, generators_kept, set_mode, unwrap
 from ..modules.checks import check_count, check_function
+from ..tuner.config import LoTRAConfig
 from ..tuner.gradients import compute_losses
 from ..tuner.linear_path import LinearPath
 from .data import assign_folds, read_rows
@@ -64,8 +65,8 @@ def fit_adapter(
     The rows are divided into folds, in three ways if there are fewer than 100. Each fold trains on the other rows, and
     its own rows measure the loss. Of more than 20,000 rows, one tenth is held out instead.
 
-    A path needs inputs (rows, in) and outputs (rows, out). For others, such as images or tokens, the ladder has the
-    unchanged base and the adapter, at a rate of 3e-2.
+    A path needs inputs (rows, in), outputs (rows, out), and a loss that is convex in the outputs. Without one, as for
+    images or tokens, the ladder has the unchanged base and the adapter, at a rate of 3e-2. `advice` says why.
 
     Like `get_peft_model`, the function adapts `base` in place: the result is an adapted [`LinearPath`] around it.
     After an error `base` is unchanged. A base of half precision stays as it is, and its adapter is in float32: a copy
@@ -75,7 +76,7 @@ def fit_adapter(
         base: The trained network, without adapters. It returns a tensor with one entry for each row.
         data: The labeled rows of the new task: inputs and targets as tensors, or a Dataset or a DataLoader of such
             pairs.
-        loss: The loss of outputs and targets, a mean or a sum over the rows, convex in the outputs, such as
+        loss: The loss of outputs and targets, a mean or a sum over the rows, such as
             `torch.nn.functional.cross_entropy`. The scores are means of the losses of single rows, with the weights of
             their classes if the loss has such.
         storage: The dtype of the adapter in its file, see [`LoTRAConfig`]. The losses are measured before rounding.
@@ -93,7 +94,7 @@ def fit_adapter(
     Raises:
         ValueError: Before training: there are no rows, fewer rows or groups than folds, a fold without a class, or
             values that are not finite; a DataLoader shuffles the rows, despite `groups` or `blocked`; the loss is no
-            scalar, not finite for a single row, not convex, or does not take all outputs (it needs probabilities, or
+            scalar, not finite for a single row, or does not take all outputs (it needs probabilities, or
             their logarithms); `base` has adapters.
 
     Example:
@@ -114,6 +115,7 @@ def fit_adapter(
     check_function(loss, "loss", 2)
     check_count(steps, "steps")
     check_count(folds, "folds", 2)
+    LoTRAConfig(storage=storage)  # refuses other dtypes
     device = next(original.parameters()).device
     with (
         torch.inference_mode(False),
@@ -145,10 +147,17 @@ def fit_adapter(
         task = Task(x, y, loss, fold, steps, bar, weights)
         every_row = torch.arange(len(x))
 
+        reason = "paths take inputs (rows, in) and outputs (rows, out)."
         has_path = x.is_floating_point() and x.dim() == 2 and outputs.dim() == 2
+        paths = []
+        if has_path:
+            try:
+                paths = [solve_path(x[of_fold], outputs[of_fold], y[of_fold], loss) for of_fold in task.rows]
+            except ValueError as error:  # the adapter may take this loss, and these targets
+                has_path = False
+                reason = str(error)
         if has_path and not isinstance(network, LinearPath):
             network = LinearPath(network, x.shape[1], outputs.shape[1])
-        paths = [solve_path(x[of_fold], outputs[of_fold], y[of_fold], loss) for of_fold in task.rows if has_path]
         losses = _compare(task, network, outputs, paths)
         if not losses["base"].isfinite().all():
             raise ValueError("`loss` of single rows is not finite. It must be a mean over rows: remove those without.")
@@ -177,6 +186,8 @@ def fit_adapter(
             original.get_parameter(name).data.copy_(value)
 
     advice, scores, errors = advise(losses, chosen)
+    if not has_path:
+        advice += f" There is no path: {reason}"
     return AdapterFit(
         model=model,
         chosen=chosen,

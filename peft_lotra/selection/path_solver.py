@@ -344,11 +344,17 @@ def _check_classes(y: Tensor, outputs: Tensor) -> None:
             f"or be integer classes {(count,)}."
         )
     classes = set(y.tolist())
-    missing = sorted(set(range(width)) - classes)
-    if missing or len(classes) > width:
+    others = sorted(classes - set(range(width)))
+    if others:
         raise ValueError(
-            f"The classes in `y` must be 0 to {width - 1}, each with a row, but {missing[:3]} have none and the "
-            f"largest is {max(classes)}. Add rows, or take a network of fewer outputs."
+            f"`y` has the classes {others[:3]}, but a network of {width} outputs knows 0 to {width - 1}. Remove these "
+            "rows, or take a network of more outputs."
+        )
+    missing = sorted(set(range(width)) - classes)
+    if missing:
+        raise ValueError(
+            f"The classes {missing[:3]} have no row in `y`. Add rows of each class from 0 to {width - 1}, or take a "
+            "network of fewer outputs."
         )
 
 

@@ -8,7 +8,6 @@ import itertools
 import json
 
 import pytest
-import safetensors.torch
 import torch
 from foreign import make_foreign
 from helpers import lotra_layers, refused
@@ -18,13 +17,14 @@ from torch.nn.functional import binary_cross_entropy, cross_entropy, mse_loss, n
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
-from peft_lotra import LoTRAConfig, fit_adapter, start_from_gradient
+from peft_lotra import LinearPath, LoTRAConfig, create_lotra_optimizer, fit_adapter, start_from_data
 from peft_lotra.kan import KAN
 from peft_lotra.selection import fit
 from peft_lotra.selection.data import assign_folds
+from peft_lotra.selection.training import is_better
 
 
-NAMES = {"base", "linear", "last layer", "adapter", "full", "scratch"}
+NAMES = {"base", "path", "adapter", "full"}
 
 
 def make_base(*widths, **kwargs):
@@ -38,12 +38,13 @@ def make_rows(count=30, inputs=3):
 
 def quick_fit(base, data, loss=mse_loss, **kwargs):
     """Fit in a few steps, without a progress bar."""
-    return fit_adapter(base, data, loss, **{"steps": 4, "folds": 2, "budget": 0.3, "progress": False, **kwargs})
+    return fit_adapter(base, data, loss, **{"steps": 4, "folds": 2, "progress": False, **kwargs})
 
 
 def shifted(base, x):
-    """Targets near the outputs of the base."""
-    return base(x).detach() + 0.3 * x[:, :1] ** 2
+    """Outputs of the base with half of the second input, plus a linear function."""
+    scale = torch.tensor([1, 0.5, 1], dtype=torch.float64)[: x.shape[1]]
+    return base(scale * x).detach() + x[:, :1]
 
 
 @pytest.fixture(scope="module")
@@ -61,25 +62,31 @@ def report(rows):
 # --- the report ---
 
 
-def test_the_adapted_base_is_saved_with_its_ranks_and_loaded_from_its_file(rows, report, tmp_path):
-    x, _ = rows
-    base = make_base()
+@pytest.fixture(scope="module")
+def curved_rows():
+    """Rows of a task that needs an adapter."""
+    x = make_rows(120)
+    return x, make_base()(x).detach() + torch.sin(3 * x[:, :2]) * x[:, 1:]
+
+
+def test_the_model_is_saved_with_its_path_and_loaded_from_its_file(curved_rows, tmp_path):
+    x, _ = curved_rows
+    report = quick_fit(make_base(), curved_rows, steps=200)
 
     report.model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(base, tmp_path)
+    loaded = PeftModel.from_pretrained(LinearPath(make_base()), tmp_path)
 
+    assert report.chosen == "adapter"
     assert_close(loaded(x), report.model.eval()(x))
-    ranks = [layer.get_components("default").form for layer in lotra_layers(base).values()]
-    assert ranks == list(report.chosen.ranks.values())
-    assert report.bytes == (tmp_path / "adapter_model.safetensors").stat().st_size
-    assert report.parameters == report.model.get_nb_trainable_parameters()[0]
+    assert not torch.allclose(loaded.get_base_model().path.weight, torch.zeros(2, 3, dtype=torch.float64))
 
 
-def test_the_report_has_all_references_and_prints_and_draws_them(report):
-    assert report.scores.keys() == report.errors.keys() == report.sizes.keys() == NAMES
-    assert report.advice in NAMES
+def test_the_report_has_all_rungs_and_prints_and_draws_them(report):
+    assert report.scores.keys() == report.errors.keys() == NAMES
+    assert report.chosen in NAMES
+    assert report.errors[report.chosen] == 0
     lines = str(report).splitlines()
-    assert {line.split("  ")[0] for line in lines[1:7]} == NAMES
+    assert {line.split("  ")[0] for line in lines[1:5]} == NAMES
     assert json.loads(json.dumps(report.as_dict()))["scores"] == report.scores
     assert len(report.plot().axes[0].patches) == len(NAMES)
 
@@ -133,120 +140,115 @@ def test_gradients_that_are_switched_off_do_not_matter(rows, report, context):
     assert scores == report.scores
 
 
-def test_the_configuration_says_how_the_adapter_started(report):
-    """An optimizer that goes on takes its learning rates from it."""
-    assert report.model.peft_config["default"].init_weights == "gradient"
-
-
 # --- the choice ---
 
 
-def test_the_usual_rate_is_chosen_unless_another_is_better_by_more_than_one_standard_error():
-    generator = torch.Generator().manual_seed(1)
-    base = make_base()
-    x = torch.rand(20, 3, dtype=torch.float64, generator=generator) * 2 - 1
-    noise = torch.randn(20, 2, dtype=torch.float64, generator=generator)
-    y = shifted(base, x) + 0.1 * noise
+def test_a_rung_is_taken_only_if_it_is_better_by_more_than_one_standard_error(rows):
+    losses = {"base": torch.rand(100), "full": torch.rand(100)}
+    losses["path"] = losses["base"] - 0.01 * torch.rand(100)
 
-    report = quick_fit(base, (x, y), steps=10)
-
-    assert report.chosen.rate == 1e-2
-    assert {ranks[:2] for ranks in report.chosen.ranks.values()} == {("full", "full")}
+    assert is_better(losses["path"], losses["base"])
+    assert not is_better(losses["base"], losses["path"])
+    assert not is_better(losses["full"] - losses["full"].mean() + losses["base"].mean() - 0.01, losses["base"])
 
 
-def test_the_chosen_adapter_is_trained_on_all_rows_by_adam(rows):
-    """The learning rate decays along a cosine."""
-    x, y = rows
-    report = quick_fit(make_base(), rows, budget=0.15)  # full matrices exceed it
-    model = get_peft_model(make_base(), LoTRAConfig(rank_pattern=report.chosen.ranks))
-    start_from_gradient(model, lambda: mse_loss(model(x), y))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=report.chosen.rate, eps=1e-12)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+def test_the_base_is_chosen_where_it_is_right():
+    base, x = make_base(), make_rows()
+    y = base(x).detach()
 
-    for _ in range(4):
+    report = quick_fit(base, (x, y))
+
+    assert report.chosen == "base"
+    assert report.scores["base"] == pytest.approx(0, abs=1e-6)
+    assert_close(report.model(x), y)
+
+
+def test_the_base_is_scaled_where_that_helps():
+    """The noise of 60 rows hides what a path could learn."""
+    base, x = make_base(), make_rows(60)
+    y = 0.5 * base(x).detach()
+
+    report = quick_fit(base, (x, y + 1e-3 * torch.randn_like(y)), steps=1)
+
+    assert report.model.get_base_model().path.scale.item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_path_is_chosen_where_the_task_is_linear():
+    x = make_rows(40)
+    y = x @ torch.tensor([[1.0, 3.0], [-2.0, 1.0], [0.5, 2.0]], dtype=torch.float64) + 7
+
+    report = quick_fit(make_base(), (x, y))
+
+    assert report.chosen == "path"
+    assert "less loss than the scaled base" in report.advice
+    assert_close(report.model(x), y, rtol=0.05, atol=0.05)
+
+
+def test_full_fine_tuning_is_named_where_it_is_better():
+    x = make_rows(200)
+    y = torch.sin(6 * x[:, :2] * x[:, 1:])
+
+    report = quick_fit(make_base(), (x, y), steps=200)
+
+    assert report.scores["full"] != report.scores[report.chosen]
+    assert ("Full fine-tuning has" in report.advice) == (report.scores["full"] < report.scores[report.chosen])
+
+
+def test_the_chosen_adapter_is_trained_on_the_path_of_all_rows_by_adam(curved_rows):
+    """The learning rate decays along a cosine, and the path stays."""
+    x, y = curved_rows
+    report = quick_fit(make_base(), curved_rows, steps=200)
+    model = get_peft_model(LinearPath(make_base()), LoTRAConfig(r=("full", "full", 1)))
+    start_from_data(model, x, y, mse_loss)
+    optimizer = create_lotra_optimizer(model, torch.optim.Adam, policy="uniform", eps=1e-10)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
+
+    for _ in range(200):
         optimizer.zero_grad()
         mse_loss(model(x), y).backward()
         optimizer.step()
         scheduler.step()
 
-    assert "full matrices exceed the budget" in str(report)
-    assert_close(report.model(x), model(x), rtol=1e-4, atol=1e-5)
+    assert report.chosen == "adapter"
+    assert_close(report.model(x), model(x), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("noise", [0.01, 0])
-def test_no_adaptation_is_chosen_where_the_base_is_right(noise):
-    base, x = make_base(), make_rows()
-    y = base(x).detach()
-
-    report = quick_fit(base, (x, y + noise * make_rows(inputs=2)), ensemble=True)
-
-    assert (report.advice, report.chosen.rate, report.bank) == ("base", 0, None)
-    assert "adapter: no adaptation" in str(report)
-    assert report.scores["base"] == report.scores["adapter"] == pytest.approx(0, abs=noise**2)
-    assert ("the gradient of the loss is zero at the base" in str(report)) == (noise == 0)
-    assert "exceed" not in str(report)
-    assert_close(report.model(x), y, rtol=0, atol=0)
-
-
-def test_a_fold_without_a_gradient_has_no_update():
-    """A single row differs from the base: its fold trains on rows that the base fits."""
-    base, x = make_base(), make_rows(100)
-    y = base(x).detach()
-    y[0] += 1
-
-    report = quick_fit(base, (x, y))
-
-    assert report.scores.keys() == NAMES
-    assert report.chosen.rate == 0
-
-
-def test_a_linear_model_is_advised_where_the_base_does_not_help():
-    x = make_rows(40)
-    y = x @ torch.tensor([[1.0, 3.0], [-2.0, 1.0], [0.5, 2.0]], dtype=torch.float64)
-
-    report = quick_fit(make_base(), (x, y), steps=100)
-
-    assert report.advice == "linear"
-    assert "linear" in report.reason
-
-
-def test_files_stay_below_max_bytes_and_half_precision_leaves_room_for_more_parameters(tmp_path):
-    base, x = make_base(3, 16, 2), make_rows()
-    data = x, shifted(base, x)
-
-    whole = quick_fit(copy.deepcopy(base), data, max_bytes=1500)
-    half = quick_fit(base, data, max_bytes=1500, storage="float16")
-
-    for report in (whole, half):
-        report.model.save_pretrained(tmp_path)
-        assert report.chosen.rate > 0
-        assert report.bytes == (tmp_path / "adapter_model.safetensors").stat().st_size <= 1500
-    assert half.parameters > whole.parameters
-    assert "full matrices exceed `max_bytes`" in str(whole)
-    assert "exceed" not in str(half)
-
-
-def test_an_ensemble_is_a_bank_of_the_adapters_of_all_folds(rows):
+def test_a_base_with_a_path_gets_another_path(rows):
     x, _ = rows
+    first = quick_fit(make_base(), rows).model.merge_and_unload()
 
-    report = quick_fit(make_base(), rows, ensemble=True)
-    model = report.bank.attach()
-    first, second = [model(x, adapter_names=[name] * len(x)) for name in report.bank.names]
+    report = quick_fit(first, (x, first(x).detach() + 2 * x[:, :2]))
 
-    assert report.bank.names == ["fold 0", "fold 1"]
-    assert not torch.allclose(first, second)
-    assert_close((first + second) / 2, report.model(x), rtol=0.1, atol=0.1)
+    assert report.chosen != "base"
+    assert isinstance(report.model.get_base_model().network, KAN)
+
+
+def test_inputs_that_are_no_vectors_have_no_path():
+    base = nn.Sequential(nn.Flatten(), make_base(4, 5, 2))
+    x = make_rows(30, 4).view(30, 2, 2)
+
+    report = quick_fit(base, (x, base(x).detach() + x[:, 0]))
+
+    assert report.scores.keys() == {"base", "adapter", "full"}
+    assert report.model(x).shape == (30, 2)
 
 
 @pytest.mark.parametrize("count, groups", [(30, None), (12, None), (30, [0, 1, 2] * 10)])
 def test_a_wide_task_holds_out_one_tenth_or_two_rows_or_one_group(monkeypatch, count, groups):
     monkeypatch.setattr(fit, "_MANY_ROWS", 5)
     base, x = make_base(), make_rows(count)
+    y = shifted(base, x)
+    calls = []
 
-    report = quick_fit(base, (x, shifted(base, x)), groups=groups, ensemble=True)
+    def loss(outputs, y):
+        calls.append(len(outputs))
+        return mse_loss(outputs, y)
 
-    assert report.bank.names == ["fold 0"]
+    report = quick_fit(base, (x, y), loss, groups=groups)
+
+    assert report.scores.keys() == NAMES
+    held_out = 10 if groups else max(2, count // 10)
+    assert count - held_out in calls  # the rows of the fold, in the fit of its scale
 
 
 def test_integers_that_are_no_classes_are_held_out_and_measured_as_they_are():
@@ -266,12 +268,13 @@ def test_scores_have_the_class_weights_of_the_loss():
     base, x = make_base(3, 8, 3), make_rows()
     y = torch.arange(30) % 5 % 3  # 12, 12 and 6 rows
     loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64))
-    logits = base(x).detach()
-    expected = min(loss(scale * logits, y).item() for scale in torch.logspace(-1.3, 1.3, 5001).tolist())
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.zero_()  # each scale has the same loss
 
     report = quick_fit(base, (x, y), loss)
 
-    assert report.scores["base"] == pytest.approx(expected, rel=1e-5)
+    assert report.scores["base"] == pytest.approx(loss(base(x), y).item())
 
 
 def test_sums_of_weighted_rows_are_taken_as_means(rows):
@@ -284,15 +287,9 @@ def test_sums_of_weighted_rows_are_taken_as_means(rows):
         for reduction in ("mean", "sum")
     ]
 
-    # a sum also has the mean weight of a row, 2
-    assert {name: score / 2 for name, score in of_sum.scores.items()} == pytest.approx(of_mean.scores, rel=1e-3)
-
-
-def test_sizes_are_of_files(report, tmp_path):
-    file = tmp_path / "base.safetensors"
-    safetensors.torch.save_file(dict(make_base().named_parameters()), file, {"format": "pt"})
-
-    assert report.sizes["full"].bytes == file.stat().st_size
+    # a sum also has the mean weight of a row, 2, and no path
+    assert of_sum.scores["base"] / 2 == pytest.approx(of_mean.scores["base"], rel=0.05)
+    assert "There is no path: " in of_sum.advice
 
 
 # --- networks and data ---
@@ -322,61 +319,10 @@ def test_networks_of_other_libraries_are_adapted(name):
     base, x = make_foreign(name), make_rows(inputs=2).abs()
     y = base(x).detach() + x[:, :1]
 
-    report = quick_fit(base, (x, y), budget=0.4)
+    report = quick_fit(base, (x, y))
 
     assert report.scores.keys() == NAMES
     assert torch.tensor(list(report.scores.values())).isfinite().all()
-
-
-class Scaled(nn.Module):
-    """A base with a parameter of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.kan = make_base(2, 4, 1)
-        self.scale = nn.Parameter(torch.ones(1, dtype=torch.float64))
-
-    def forward(self, x):
-        return self.scale * self.kan(x)
-
-
-LAST_LAYERS = {
-    "a loose parameter": (Scaled, {"kan.layers.1.spline_weight", "kan.layers.1.base_weight"}),
-    "pykan": (lambda: make_foreign("pykan"), {f"act_fun.1.{name}" for name in ("coef", "scale_base", "scale_sp")}),
-    "a head": (lambda: nn.Sequential(KAN([2, 4]), nn.Linear(4, 1)).double(), {"1.weight", "1.bias"}),
-}
-
-
-@pytest.mark.parametrize("case", LAST_LAYERS)
-def test_the_last_layer_is_trained_alone_and_counted(case):
-    make, names = LAST_LAYERS[case]
-    base, x = make(), make_rows(inputs=2).abs()
-    parameters = dict(base.named_parameters())
-    expected = sum(parameters[name].numel() for name in names)
-
-    report = quick_fit(base, (x, base(x).detach() + x[:, :1]), budget=0.4)
-
-    assert report.sizes["last layer"].parameters == expected
-    assert report.scores["last layer"] != report.scores["full"]
-
-
-def test_a_small_network_gets_the_smallest_adapter():
-    """Ranks of 1 take 35 of 216 coefficients, more than the default budget."""
-    x = make_rows()
-
-    report = fit_adapter(make_base(3, 6, 1), (x, x[:, :1] ** 2), mse_loss, steps=4, folds=2, progress=False)
-
-    assert report.parameters <= 35
-    assert report.scores.keys() == NAMES
-
-
-def test_the_report_says_that_losses_of_classes_are_those_at_the_best_temperature(rows):
-    x, y = rows
-
-    of_classes = quick_fit(make_base(), (x, (x[:, 0] > 0).long()), cross_entropy)
-
-    assert "divided by its best temperature" in str(of_classes)
-    assert "temperature" not in str(quick_fit(make_base(), (x, y)))
 
 
 @pytest.mark.parametrize("as_loader", [False, True])
@@ -393,7 +339,7 @@ def test_single_inputs_and_outputs_are_taken(widths, shape):
     base, x = make_base(*widths), make_rows(inputs=widths[0])
     network = nn.Sequential(base, nn.Flatten(0)) if len(shape) == 1 else base
 
-    report = quick_fit(network, (x, shifted(base, x).view(shape)), budget=0.5)
+    report = quick_fit(network, (x, shifted(base, x).view(shape)))
 
     assert report.model(x).shape == shape
 
@@ -406,7 +352,7 @@ def test_running_statistics_stay_and_dropout_is_drawn():
 
     report = quick_fit(base, (x, x[:, :2] ** 2))
 
-    assert report.chosen.rate > 0
+    assert report.scores.keys() == NAMES
     assert_close(norm.state_dict(), state, rtol=0, atol=0)
 
 
@@ -458,10 +404,6 @@ CLASSES = torch.arange(30) % 2
         ({"data": (make_rows().numpy(), CLASSES)}, "as tensors"),
         ({"data": DataLoader([{"x": row, "y": 0} for row in make_rows()])}, "a pair of tensors"),
         ({"data": (make_rows(), CLASSES * 1.0), "loss": lambda o, y: mse_loss(o[:, :1], y)}, "broadcasts"),
-        ({"budget": 1.5}, "budget"),
-        ({"budget": 0.01}, "smallest ranks"),
-        ({"max_bytes": 500}, "ranks of 1"),
-        ({"max_bytes": "10kB"}, "`max_bytes` is '10kB'"),
         ({"storage": "float8"}, "storage"),
     ],
 )
@@ -475,7 +417,7 @@ def test_bad_input_is_refused_before_training(change, message):
     assert not lotra_layers(base)
 
 
-def test_losses_of_probabilities_are_refused_since_a_linear_model_has_none():
+def test_losses_of_probabilities_are_refused_since_a_path_has_none():
     x = make_rows()
 
     with refused("cross_entropy"):
@@ -498,7 +440,7 @@ def test_the_base_is_unchanged_after_an_interruption(rows, error):
     calls = itertools.count()
 
     def loss(outputs, y):
-        if next(calls) == 200:
+        if next(calls) >= 200:
             raise error
         return mse_loss(outputs, y)
 
