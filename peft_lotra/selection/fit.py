@@ -30,8 +30,8 @@ from .training import CHUNK, Loss, Task, is_better, weigh_rows
 
 
 # Without a path, the adapter alone carries the new task, at a higher rate.
-_RATES_ON_PATH = {"adapter": 3e-3, "full": 1e-3}
-_RATES_ALONE = {"adapter": 3e-2, "full": 3e-3}
+_RATES_ON_PATH = {"adapter": 1e-3, "full": 1e-3}
+_RATES_ALONE = {"adapter": 1e-2, "full": 3e-3}
 _MANY_ROWS = 20_000  # above which one tenth of the rows is held out
 _FEW_ROWS, _REPEATS = 100, 3  # below which the losses of one assignment of folds depend too much on chance
 
@@ -56,7 +56,7 @@ def fit_adapter(
     1. `base`: s * network(x), the base times the best scale s from 0 to 1.
     2. `path`: s * network(x) + W x + b, fitted in closed form, see [`fit_path`].
     3. `adapter`: on the path, an adapter of one learned shape, (full, full, 1), starts from the gradient and is
-       trained by Adam at 3e-3.
+       trained by Adam at 1e-3.
 
     A rung is taken only if its loss is less than that of the rung before by more than one standard error of the
     difference. The chosen rung is fitted again to all rows, in `model`. As a reference, `full` trains all parameters
@@ -66,7 +66,7 @@ def fit_adapter(
     its own rows measure the loss. Of more than 20,000 rows, one tenth is held out instead.
 
     A path needs inputs (rows, in), outputs (rows, out), and a loss that is convex in the outputs. Without one, as for
-    images or tokens, the ladder has the unchanged base and the adapter, at a rate of 3e-2. `advice` says why.
+    images or tokens, the ladder has the unchanged base and the adapter, at a rate of 1e-2. `advice` says why.
 
     Like `get_peft_model`, the function adapts `base` in place: the result is an adapted [`LinearPath`] around it.
     After an error `base` is unchanged. A base of half precision stays as it is, and its adapter is in float32: a copy

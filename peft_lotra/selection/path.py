@@ -33,8 +33,8 @@ def fit_path(
     r"""Fit the path of a [`LinearPath`], scale * network(x) + W x + b, in closed form: no rate, no steps, no seed.
 
     W and b minimize the loss plus a ridge penalty, in standardized inputs, whose mean and deviation are folded into W
-    and b. The scale (0, 0.5, 1, or the one that fits best alone) and the strength of the penalty have the least loss
-    of rows left out. With the leverage h_i of row i, the other rows predict it with the error
+    and b. The scale (0.05, 0.5, 1, or the one that fits best alone) and the strength of the penalty have the least
+    loss of rows left out. With the leverage h_i of row i, the other rows predict it with the error
 
         e_i / (1 - h_i)    for squares,
 
@@ -161,7 +161,7 @@ def start_from_data(
         x, y, loss, weights: See `fit_path`.
 
     Returns:
-        The `PathFit`. With a scale of 0 the network does not count, and nothing is left for the adapter.
+        The `PathFit`.
 
     Raises:
         ValueError: See `fit_path` and [`start_from_gradient`]. The model is unchanged.

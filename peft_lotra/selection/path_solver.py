@@ -207,8 +207,8 @@ class _Squares(_SmoothLoss):
 
 
 def fit_scale(loss: Loss, outputs: Tensor, y: Tensor) -> float:
-    """Return the factor of the outputs (rows, out), from 0 to 1, with the least loss."""
-    scales = [step / 20 for step in range(20, -1, -1)]
+    """Return the factor of the outputs (rows, out), from 0.05 to 1, with the least loss."""
+    scales = [step / 20 for step in range(20, 0, -1)]
     with torch.no_grad():
         return min(scales, key=lambda scale: loss(scale * outputs, y).item())
 
@@ -239,13 +239,14 @@ def solve_path(
     x = x.detach().cpu().double()
     outputs = outputs.detach().cpu().double()
 
-    grid = [step / 20 for step in range(21)]
+    grid = [step / 20 for step in range(1, 21)]
     best_scale = min(grid, key=lambda scale: w @ row_losses.values(scale * outputs))
     mean = w @ x / w.sum()
     features = _make_features(x - mean, w, row_losses.has_constant)
     least = math.inf
     best = None
-    for scale in sorted({0.0, 0.5, 1.0, best_scale}):
+    # not 0, from which no adapter could start
+    for scale in sorted({grid[0], 0.5, 1.0, best_scale}):
         for strength, coefficients, constant, left_out in row_losses.solve(features, scale * outputs, w):
             losses = row_losses.values(left_out)
             value = (w @ losses).item()

@@ -47,6 +47,7 @@ def start_adapter(
     """Start an adapter from the gradient on the rows of each fold."""
     values = []
     fixed = []
+    speeds = []
     network = base
     for of_fold, path in zip(rows, paths, strict=True):
         model = adapt(deepcopy(base), path)
@@ -59,7 +60,8 @@ def start_adapter(
             start_from_gradient(model, compute_loss, of_fold.split(BATCH))
         values.append(_copy_parameters(network, trained=True))
         fixed.append(_copy_path(network))
-    return Start(network.requires_grad_(False), values, fixed)
+        speeds.append(_find_speeds(network, values[-1], path, "lotra_core."))
+    return Start(network.requires_grad_(False), values, fixed, speeds)
 
 
 def start_all(
@@ -71,11 +73,30 @@ def start_all(
     set_mode(network, False)
     values = _copy_parameters(network, trained=False)
     fixed = []
+    speeds = []
     for path in paths:
         if path is not None and isinstance(network, LinearPath):
             network.path.set(path.scale, path.weight, path.bias)
         fixed.append(_copy_path(network))
-    return Start(network.requires_grad_(False), [values] * len(paths), fixed)
+        speeds.append(_find_speeds(network, values, path, ""))
+    return Start(network.requires_grad_(False), [values] * len(paths), fixed, speeds)
+
+
+def _find_speeds(
+    network: nn.Module,
+    values: Tensors,
+    path: PathFit | None,
+    component: str,
+) -> Tensors:
+    """Return the multiples of the learning rate: 1 / scale in the last KAN layer, so that the scale is of the base."""
+    scale = 1.0 if path is None else path.scale
+    last = [name for name, _, _ in walk_kan_layers(network)][-1]
+    prefix = f"{last}.{component}".removeprefix(".")
+    speeds = {}
+    for name, value in values.items():
+        speed = 1 / scale if name.startswith(prefix) else 1.0
+        speeds[name] = value.new_tensor(speed)
+    return speeds
 
 
 def _copy_parameters(network: nn.Module, trained: bool) -> Tensors:

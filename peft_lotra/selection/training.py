@@ -24,11 +24,15 @@ Tensors = dict[str, Tensor]  # by name
 
 
 class Start(NamedTuple):
-    """A network, and for each fold the values from which tensors are trained, and those that stay."""
+    """A network, and for each fold the values from which tensors are trained, and those that stay.
+
+    `speeds` are the learning rates of the trained tensors, by name, as multiples of the common one.
+    """
 
     network: nn.Module
     values: list[Tensors]
     fixed: list[Tensors]
+    speeds: list[Tensors]
 
     def predict(self, fold: int, x: Tensor) -> Tensor:
         """Return the outputs of the network with the values of a fold."""
@@ -122,8 +126,18 @@ class Task(NamedTuple):
         network = start.network
         set_mode(network, True)
         freeze_norms(network)
-        trained = {name: value.requires_grad_() for name, value in _stack(start.values).items()}
+        origins = _stack(start.values)
         fixed = _stack(start.fixed)
+        # the steps of Adam do not depend on the scale of a gradient: at rate 1, each value moves at its own rate
+        rates = {name: rate * speed for name, speed in _stack(start.speeds).items()}
+        moves = {name: torch.zeros_like(origin).requires_grad_() for name, origin in origins.items()}
+
+        def moved() -> Tensors:
+            values = {}
+            for name, origin in origins.items():
+                rate_of_fold = rates[name].view(-1, *[1] * (origin.dim() - 1))
+                values[name] = origin + rate_of_fold * moves[name]
+            return values
 
         def compute_loss(values: Tensors, fixed: Tensors, x: Tensor, y: Tensor) -> Tensor:
             return self.loss(functional_call(network, {**fixed, **values}, (x,)), y)
@@ -135,7 +149,7 @@ class Task(NamedTuple):
             return torch.stack(losses)
 
         compute_losses = vmap(compute_loss, randomness="different")
-        optimizer = torch.optim.Adam(trained.values(), lr=rate, eps=1e-10, fused=True)
+        optimizer = torch.optim.Adam(moves.values(), lr=1.0, eps=1e-10, fused=True)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         size = min(BATCH, *map(len, rows))
         for _ in range(self.steps):
@@ -144,7 +158,7 @@ class Task(NamedTuple):
                 order = torch.randperm(len(rows_of_fold))
                 batches.append(rows_of_fold[order[:size]])
             batch = torch.stack(batches)
-            arguments = trained, fixed, self.x[batch], self.y[batch]
+            arguments = moved(), fixed, self.x[batch], self.y[batch]
             try:
                 losses = compute_losses(*arguments)
             except Exception:  # an error of the network or the loss itself is raised again
@@ -155,6 +169,8 @@ class Task(NamedTuple):
             optimizer.step()
             scheduler.step()
             self.bar.update()
+        with torch.no_grad():
+            trained = moved()
         values = [_pick(trained, fold) for fold in range(len(rows))]
         return start._replace(values=values)
 

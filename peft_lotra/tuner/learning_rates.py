@@ -84,19 +84,21 @@ def _trained_components(
             for layer in owner.modules():
                 starts[layer, adapter] = getattr(config, "init_weights", None)
 
-    for layer in network.modules():
+    layers = [layer for layer in network.modules() if isinstance(layer, (LoTRALayer, SlimKANLinear))]
+    for layer in layers:
         if isinstance(layer, LoTRALayer):
             adapters = {adapter: layer.get_components(adapter) for adapter in layer.lotra_core}
-        elif isinstance(layer, SlimKANLinear):
-            adapters = {"": layer.components}
         else:
-            continue
+            adapters = {"": layer.components}
         widths = {"factor_out": layer.out_features, "factor_in": layer.in_features}
         for adapter, parameters in adapters.items():
             # a Slim layer has nothing to start from: its factors are the layer
             ranks = parameters.ranks if adapter else ()
             from_gradient = starts.get((layer, adapter)) == "gradient"
-            multipliers = component_multipliers(policy, widths, ranks, from_gradient)
+            multipliers = dict(component_multipliers(policy, widths, ranks, from_gradient))
+            if layer is layers[-1]:
+                first = "core" if parameters.factor_out is None else "factor_out"  # which is zero at the start
+                multipliers[first] = multipliers.get(first, 1.0) / _scale_of_path(network)
             for component, parameter in parameters._asdict().items():
                 if not parameter.requires_grad:
                     continue
@@ -104,6 +106,14 @@ def _trained_components(
                 if component in widths:
                     group = f"{component}/{widths[component]}"
                 yield group, multipliers.get(component, 1.0), parameter
+
+
+def _scale_of_path(network: nn.Module) -> float:
+    """Return the scale of a network next to a fitted path, 1 without one."""
+    for path in linear_paths(network):
+        if not path.path.scale.requires_grad:
+            return path.path.scale.item() or 1.0
+    return 1.0
 
 
 def create_lotra_optimizer(
@@ -132,6 +142,8 @@ def create_lotra_optimizer(
     the gradient: most ranks are full there.
     An lr that is good at one width and rank is then good at the others. Slim layers have the rates of rank 4. SGD
     trains all at lr: no rule that was tried beats it.
+    Next to a path that [`fit_path`] has fitted, whose scale multiplies the network, the update of the last layer is
+    trained at the rate divided by the scale: the scale is of the base.
     Parameters that are no LoTRA component (LoRA on other layers, `modules_to_save`, biases) train at `other_lr`.
     docs/method.md derives the table.
 

@@ -125,9 +125,8 @@ def test_a_base_of_half_precision_is_fitted_in_float32(rows, dtype, loss):
     report = quick_fit(base, (x, y), loss)
 
     assert report.scores == pytest.approx(single.scores)
-    for name, parameter in report.model.named_parameters():
-        expected = single.model.get_parameter(name)
-        assert_close(parameter, expected if "lotra_" in name else expected.to(dtype))
+    assert report.model(x).dtype == dtype
+    assert_close(report.model(x).float(), single.model(x.float()), rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
@@ -176,6 +175,7 @@ def test_the_base_is_scaled_where_that_helps():
 def test_the_path_is_chosen_where_the_task_is_linear():
     x = make_rows(40)
     y = x @ torch.tensor([[1.0, 3.0], [-2.0, 1.0], [0.5, 2.0]], dtype=torch.float64) + 7
+    y += 0.01 * torch.randn(40, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
     report = quick_fit(make_base(), (x, y))
 
@@ -200,7 +200,7 @@ def test_the_chosen_adapter_is_trained_on_the_path_of_all_rows_by_adam(curved_ro
     report = quick_fit(make_base(), curved_rows, steps=200)
     model = get_peft_model(LinearPath(make_base()), LoTRAConfig(r=("full", "full", 1)))
     start_from_data(model, x, y, mse_loss)
-    optimizer = create_lotra_optimizer(model, torch.optim.Adam, policy="uniform", eps=1e-10)
+    optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=1e-3, policy="uniform", eps=1e-10)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
 
     for _ in range(200):
@@ -271,25 +271,23 @@ def test_scores_have_the_class_weights_of_the_loss():
     with torch.no_grad():
         for parameter in base.parameters():
             parameter.zero_()  # each scale has the same loss
+    expected = loss(base(x), y).item()
 
     report = quick_fit(base, (x, y), loss)
 
-    assert report.scores["base"] == pytest.approx(loss(base(x), y).item())
+    assert report.scores["base"] == pytest.approx(expected)
 
 
-def test_sums_of_weighted_rows_are_taken_as_means(rows):
+def test_sums_of_weighted_rows_have_no_path_and_say_so(rows):
     x, _ = rows
     y = torch.arange(30) % 3 % 2
-    weight = torch.tensor([1.0, 4.0], dtype=torch.float64)
+    loss = nn.CrossEntropyLoss(torch.tensor([1.0, 4.0], dtype=torch.float64), reduction="sum")
+    expected = loss(make_base()(x), y).item() / 30
 
-    of_mean, of_sum = [
-        quick_fit(make_base(), (x, y), nn.CrossEntropyLoss(weight, reduction=reduction))
-        for reduction in ("mean", "sum")
-    ]
+    report = quick_fit(make_base(), (x, y), loss)
 
-    # a sum also has the mean weight of a row, 2, and no path
-    assert of_sum.scores["base"] / 2 == pytest.approx(of_mean.scores["base"], rel=0.05)
-    assert "There is no path: " in of_sum.advice
+    assert report.scores["base"] == pytest.approx(expected)
+    assert "There is no path: " in report.advice
 
 
 # --- networks and data ---

@@ -128,7 +128,7 @@ REFUSED = {
     "two weights": ({**MSE, "weights": (torch.arange(60) < 2).double()}, "2 rows"),
     "constant": ({**MSE, "x": torch.ones_like(X)}, "constant inputs"),
     "NaN": ({**MSE, "x": X / 0}, "finite"),
-    "class without a row": ({"y": CLASSES * 0, "loss": F.cross_entropy}, r"\[1\] have none"),
+    "class without a row": ({"y": CLASSES * 0, "loss": F.cross_entropy}, r"\[1\] have no row"),
     "shape": ({"y": LINEAR[:, :1], "loss": F.mse_loss}, "shape of the outputs"),
     "rows": ({"y": LINEAR[:9], "loss": F.mse_loss}, "begin alike"),
     "mixes rows": ({**MSE, "model": LinearPath(nn.Sequential(nn.Linear(3, 2), Mixing()).double())}, "mixes rows"),
