@@ -22,9 +22,10 @@ from ..tucker import full_shape
 from ..tuner.base_record import record_layer
 from ..tuner.config import LoTRAConfig
 from ..tuner.layer import LoTRALayer, check_unmerged
+from ..tuner.linear_path import PATH, LinearPath
 from ..tuner.saving import write_updates
 from ..tuner.targets import find_targets
-from .layer import ROWS, BankModel, BankPass, find_pass, refuse_adapters, run_in_bank
+from .layer import ROWS, BankModel, BankPass, find_pass, refuse_adapters, run_in_bank, run_path_in_bank
 from .reading import Adapter, check_methods, match_layers, read_adapter
 from .snapshot import BASE, Form, Snapshot, check_finite, check_known
 from .storage import read_bank, write_bank
@@ -85,6 +86,9 @@ class AdapterBank:
             if dtype is None:
                 stored = target.tensor.get_parameter(target.layer)
                 dtype = torch.promote_types(stored.dtype, torch.float32)
+        if isinstance(self.base, LinearPath):
+            count = self.base.path_of(BASE).values().numel()
+            layers[PATH] = PackedTucker((count, 1, 1), (0, 0, 0))  # the change of its values
         packed = torch.zeros(1, 0, dtype=dtype, device="cpu")
         # read once by whoever needs several of its fields, and replaced as a whole, under the lock
         self.snapshot = Snapshot.of_rows(packed, layers, [Form({})], {BASE: 0})
@@ -415,6 +419,11 @@ class AdapterBank:
                 self._replaced.append((bank_layer, key, attributes.get(key)))
             forward = partial(run_in_bank, bank_layer, bank_layer.forward)
             attributes.update(forward=forward, lotra_bank=self, lotra_bank_name=name)
+
+        if isinstance(network, LinearPath):
+            path = network.linear_path
+            self._replaced.append((path, "forward", None))
+            vars(path)["forward"] = partial(run_path_in_bank, self, network, path.forward)
 
         for parent, name, child in places(network):
             if child in bank_layers:

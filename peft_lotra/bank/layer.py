@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..kan.row_updates import RowGroups, RowUpdates
 from ..modules.calls import is_tracing
 from ..tucker import Tucker, Update
 from ..tuner.by_row import MixedBatch, PassVariable, check_batch, find_row_counts, run_mixed_batch
+from ..tuner.linear_path import PATH, LinearPath
 from .snapshot import NO_ROW
 
 
@@ -94,6 +95,33 @@ def run_in_bank(
 
     batch = MixedBatch(groups.batch(), current, read_rows, lambda: updates, run)
     return run_mixed_batch(layer, batch, args, kwargs)
+
+
+def run_path_in_bank(
+    bank: Any,
+    network: LinearPath,
+    forward: Callable,
+    x: Tensor,
+    y: Tensor,
+) -> Tensor:
+    """Add the path of a network that serves a bank; in passes of the bank, samples have its paths."""
+    current = bank.traced_pass or find_pass(bank)  # pyright: ignore[reportCallIssue]
+    if current is None:
+        return forward(x, y)
+    base: Any = network.path_of("__base__")
+    total = type(base).forward(base, x, y)  # which `forward` of the module may have replaced
+    updates = current.updates.get(PATH)
+    if updates is None:
+        return total
+    packed, groups, _ = updates
+    rows = groups.of_rows().to(packed.device)
+    change = packed.index_select(0, rows).to(y)
+    size = network.out_features
+    weight, bias, scale = change.split([size * network.in_features, size, 1], 1)
+    weight = weight.unflatten(1, (size, -1))
+    samples = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
+    added = torch.baddbmm(bias.unsqueeze(1), samples, weight.mT)
+    return total + added.view_as(y) + scale.view(-1, *[1] * (y.dim() - 1)) * y
 
 
 def refuse_adapters(adapter_name: str, config: Any) -> None:

@@ -10,15 +10,17 @@ from collections.abc import Mapping
 from copy import copy
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..modules.calls import PREFIX, check_loaded
-from ..tucker import Update, read_components
+from ..tucker import Tucker, Update, read_components
 from ..tuner.base_record import record_layer
 from ..tuner.config import LoTRAConfig, pattern_key
 from ..tuner.layer import LoTRALayer, lotra_layers
+from ..tuner.linear_path import PATH, LinearPath
 from ..tuner.model import read_checked
 from ..tuner.saving import check_state_dict, check_tensors
 from ..tuner.targets import Target, check_targets, find_targets
@@ -106,10 +108,18 @@ def read_adapter(
         components = read_components(tensors, f"{PREFIX}{name}.")
         updates[name] = Update(config.alpha_of(name), components)
 
-    if config.modules_to_save:
-        raise ValueError("it saves modules, which a bank does not hold.")
     if not updates:
         raise ValueError("it adapts no KAN layer of the base.")
+    if config.modules_to_save and not isinstance(adapter, LoTRAConfig):
+        if config.modules_to_save != [PATH] or not isinstance(base, LinearPath):
+            raise ValueError("it saves modules, which a bank does not hold, but for the path of a `LinearPath`.")
+        if isinstance(adapter, PeftModel):
+            network: Any = adapter.get_base_model()
+            values = network.path_of(adapter.active_adapters[0]).values()
+        else:
+            values = torch.cat([tensors[f"{PREFIX}{PATH}.{name}"].flatten() for name in ("weight", "bias", "scale")])
+        change = values - base.path_of("__base__").values().to(values)
+        updates[PATH] = Update(1.0, Tucker(change.view(-1, 1, 1), None, None, None))
     if record is not None and record not in agreeing:
         agreeing.append(record)
     return updates, config.init_weights

@@ -17,6 +17,7 @@ from ..kan.row_updates import PackedTucker, RowGroups, RowUpdates
 from ..modules.checks import list_first
 from ..tucker import Tucker, Update
 from ..tuner.by_row import check_names
+from ..tuner.linear_path import PATH
 
 
 BASE = "__base__"
@@ -174,7 +175,7 @@ class Snapshot(NamedTuple):
         for form in self.forms:
             updates = {}
             for name, layer in form.layers.items():
-                values = values_of(form, layer)
+                values = {"core": 0.0} if name == PATH else values_of(form, layer)  # a path stays
                 components = []
                 for component, shape in zip(Tucker._fields, layer.component_shapes(), strict=False):
                     value = values.get(component, 1.0)

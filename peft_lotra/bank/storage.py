@@ -22,6 +22,7 @@ from ..kan.row_updates import PackedTucker
 from ..modules.checks import list_first
 from ..modules.folders import naming_damage
 from ..tuner.by_row import check_names
+from ..tuner.linear_path import PATH, LinearPath
 from .reading import match_layers
 from .snapshot import BASE, Form, Snapshot, check_finite, check_known
 
@@ -104,6 +105,8 @@ def read_bank(
         # a copy: otherwise all of the file stays mapped, and changes with it
         packed = file.get_tensor(_TENSOR)[rows]
         layers = _read_layers(table["layers"], layer_names)
+        if PATH in layers and not isinstance(base, LinearPath):
+            raise ValueError("its adapters have linear paths: load it for `LinearPath(network)`")
         forms = [Form(_read_layers(of_form, layer_names), start) for of_form, start in table["forms"]]
     packed[0] = 0  # the base, whatever the file has
     damaged = []
@@ -130,5 +133,5 @@ def _read_layers(
     """Return the layers of a table by their names in the base; JSON has made lists of their tuples."""
     layers = {}
     for name, (shape, form) in table.items():
-        layers[names[name]] = PackedTucker(tuple(shape), tuple(form))
+        layers[names.get(name, name)] = PackedTucker(tuple(shape), tuple(form))
     return layers

@@ -40,6 +40,10 @@ class _Path(nn.Module):
         self.bias.copy_(bias)
         self.requires_grad_(False)
 
+    def values(self) -> Tensor:
+        """Return W, b and scale as one vector."""
+        return torch.cat([self.weight.flatten(), self.bias, self.scale.view(1)]).detach()
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.scale * y + F.linear(x, self.weight, self.bias)
 
@@ -164,6 +168,14 @@ def active_module(module: nn.Module) -> Any:
             if adapter in module.modules_to_save:
                 return module.modules_to_save[adapter]
     return module.original_module
+
+
+def add_path(network: LinearPath, change: Tensor) -> dict[str, Tensor]:
+    """Return the tensors of the base's path plus a change of its `values`, by name."""
+    base = network.path_of("__base__")
+    values = base.values().to(change) + change
+    weight, bias, scale = values.split([base.weight.numel(), base.bias.numel(), 1])
+    return {"weight": weight.view_as(base.weight), "bias": bias.clone(), "scale": scale.squeeze().clone()}
 
 
 def linear_paths(model: nn.Module) -> Iterator[LinearPath]:

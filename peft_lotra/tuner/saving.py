@@ -28,6 +28,7 @@ from ..modules.folders import naming_damage, replacing_files
 from ..tucker import Update
 from .config import LoTRAConfig, Source, pattern_key
 from .layer import Targets, Tensors
+from .linear_path import PATH, LinearPath, add_path
 from .targets import exact_targets
 
 
@@ -281,6 +282,12 @@ def write_updates(
         record: The record of the base.
         base: The base.
     """
+    path_tensors = {}
+    if PATH in updates and isinstance(base, LinearPath):
+        updates = dict(updates)
+        change = updates.pop(PATH).tensor.core.flatten()
+        for name, value in add_path(base, change).items():
+            path_tensors[f"{PREFIX}{PATH}.{name}"] = value.cpu().contiguous()
     # one field of the configuration covers all layers
     adapt_residual = False
     for name, update in updates.items():
@@ -305,9 +312,10 @@ def write_updates(
         init_weights=start,  # pyright: ignore[reportArgumentType]
         storage=storage,  # pyright: ignore[reportArgumentType]
         base_layers={name: record[name] for name in updates},
+        modules_to_save=[PATH] if path_tensors else None,
         inference_mode=True,
     )
 
     path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_file({**tensors, **path_tensors}, path, metadata={"format": "pt"})
     config.save_pretrained(folder)
