@@ -52,6 +52,9 @@ def source_of_base(
     if not CLASS.fullmatch(f"{module}.{name}"):  # a file may contain any text, which must not become code
         module, name = "torch.nn", "Module"
     base_class = f"{module}.{name}"
+    if base_class == "peft_lotra.tuner.linear_path.LinearPath" and base is not None:
+        _, code = source_of_base(config, base.network, model)  # pyright: ignore[reportArgumentType]
+        return base_class, f"from peft_lotra import LinearPath\n{code}\nbase = LinearPath(base)"
     cls = getattr(sys.modules.get(str(module)), str(name), None)  # None: not imported here
     if model and (cls is None or hasattr(cls, "from_pretrained")):
         revision = ""

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from torch import nn
 
-from peft_lotra import LoTRAConfig, write_model_card
+from peft_lotra import LinearPath, LoTRAConfig, write_model_card
 from peft_lotra.kan import KAN, KANLinear
 
 
@@ -237,3 +237,14 @@ def test_several_adapters_have_one_card(tmp_path, names):
     assert text.count("\nlayers.0: ") == 1
     assert ('subfolder="anna"' in text) is (names[0] == "anna")
     assert not list(tmp_path.glob("*/README.md"))
+
+
+def test_the_card_of_a_base_with_a_path_builds_both(tmp_path):
+    model = get_peft_model(LinearPath(KAN([2, 3, 1])), LoTRAConfig(r=1))
+
+    model.save_pretrained(tmp_path)
+    write_model_card(model, tmp_path)
+
+    text = (tmp_path / "README.md").read_text()
+    assert "from peft_lotra import LinearPath\nfrom peft_lotra.kan import KAN\n\nbase = KAN(widths=" in text
+    assert "\nbase = LinearPath(base)\n" in text
