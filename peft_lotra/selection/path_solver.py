@@ -10,18 +10,16 @@ output by its leverage: exactly for squares, by one Newton step for other losses
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
-from torch.func import vmap
 
-from .training import weigh_rows
+from .training import Loss, losses_of_rows, weigh_rows
 
 
-Loss = Callable[[Any, Tensor], Tensor]
 Solution = tuple[float, Tensor, Tensor, Tensor]  # strength, coefficients B, constant, outputs of rows left out
 
 # of the penalty, as shares of the features' mean squared norm
@@ -86,15 +84,10 @@ class _SmoothLoss:
     def __init__(self, loss: Loss, y: Tensor) -> None:
         self._loss = loss
         self._y = y
-        self._run = vmap(lambda f, target: loss(f.unsqueeze(0), target.unsqueeze(0)))
 
     def values(self, f: Tensor) -> Tensor:
         """Return the loss of each row (rows,)."""
-        try:
-            return self._run(f, self._y)
-        except Exception:  # an error of the loss itself is raised again
-            pairs = zip(f.split(1), self._y.split(1), strict=True)
-            return torch.stack([self._loss(*pair) for pair in pairs])
+        return losses_of_rows(self._loss, f, self._y)
 
     def differentiate(self, f: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss of each row, and its gradient in the outputs (rows, out)."""

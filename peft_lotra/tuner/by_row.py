@@ -225,7 +225,7 @@ def run_mixed_batch(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict) ->
             f"`{layer.lotra_name}` normalizes by the whole batch, so that a row would depend on the adapters of "
             "others. Call the model for the rows of each adapter."
         )
-    return _run_by_adapter(batch, rows_per_sample, args, kwargs)
+    return run_by_adapter(batch, rows_per_sample, args, kwargs)
 
 
 def _count_rows(layer: str, batch: MixedBatch, args: tuple, kwargs: dict) -> int:
@@ -341,7 +341,7 @@ def find_row_counts(
     return in_order - unclear
 
 
-def _run_by_adapter(
+def run_by_adapter(
     batch: MixedBatch,
     rows_per_sample: int,
     args: tuple,

@@ -84,6 +84,7 @@ def _trained_components(
             for layer in owner.modules():
                 starts[layer, adapter] = getattr(config, "init_weights", None)
 
+    scale = _scale_of_path(network) or 1.0
     layers = [layer for layer in network.modules() if isinstance(layer, (LoTRALayer, SlimKANLinear))]
     for layer in layers:
         if isinstance(layer, LoTRALayer):
@@ -98,7 +99,7 @@ def _trained_components(
             multipliers = dict(component_multipliers(policy, widths, ranks, from_gradient))
             if layer is layers[-1]:
                 first = "core" if parameters.factor_out is None else "factor_out"  # which is zero at the start
-                multipliers[first] = multipliers.get(first, 1.0) / _scale_of_path(network)
+                multipliers[first] = multipliers.get(first, 1.0) / scale
             for component, parameter in parameters._asdict().items():
                 if not parameter.requires_grad:
                     continue
@@ -108,12 +109,12 @@ def _trained_components(
                 yield group, multipliers.get(component, 1.0), parameter
 
 
-def _scale_of_path(network: nn.Module) -> float:
-    """Return the scale of a network next to a fitted path, 1 without one."""
+def _scale_of_path(network: nn.Module) -> float | None:
+    """Return the scale of a network next to a fitted path, None without one."""
     for path in linear_paths(network):
         if not path.path.scale.requires_grad:
-            return path.path.scale.item() or 1.0
-    return 1.0
+            return path.path.scale.item()
+    return None
 
 
 def create_lotra_optimizer(
@@ -184,8 +185,7 @@ def create_lotra_optimizer(
     """
     check_function(optimizer_cls, "optimizer_cls")
     if lr is None:
-        has_fitted_path = any(not path.path.scale.requires_grad for path in linear_paths(model))
-        lr = 3e-3 if has_fitted_path else 3e-2
+        lr = 3e-2 if _scale_of_path(model) is None else 3e-3
     check_number(lr, "lr", "(0, inf)")
     if other_lr is None:
         other_lr = lr

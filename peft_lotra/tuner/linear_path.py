@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 from ..layers.search import walk_kan_layers
 from ..modules.calls import check_module, evaluating_without_trace, is_tracing
 from ..modules.checks import check_count
-from .by_row import FORWARD_PASS
+from .by_row import FORWARD_PASS, MixedBatch, run_by_adapter
 
 
 PATH = "linear_path"  # the name in `LinearPath`, by which `modules_to_save` finds it
@@ -138,12 +137,12 @@ class LinearPath(nn.Module):
                 f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and "
                 f"{len(x)} respectively, in a `LinearPath`. Let it have inputs (batch, ..., in)."
             )
-        rows_of = defaultdict(list)
-        for row, name in enumerate(names):
-            rows_of[name].append(row)
-        outputs = [self.path_of(name)(x[rows], y[rows]) for name, rows in rows_of.items()]
-        order = torch.tensor([row for rows in rows_of.values() for row in rows], device="cpu")
-        return torch.cat(outputs)[order.argsort()]
+
+        def run(name: str, args: tuple, kwargs: dict) -> Tensor:
+            return self.path_of(name)(*args)
+
+        batch = MixedBatch(len(names), None, lambda: names, lambda: None, run)
+        return run_by_adapter(batch, 1, (x, y), {})
 
     def check_shapes(self, x: Tensor, y: Any) -> None:
         """Raise a ValueError unless x is (batch, ..., in) and y is (batch, ..., out)."""
