@@ -119,9 +119,10 @@ def run_path_in_bank(
     size = network.out_features
     weight, bias, scale = change.split([size * network.in_features, size, 1], 1)
     weight = weight.unflatten(1, (size, -1))
-    samples = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
+    samples, outputs = (tensor.unsqueeze(1).flatten(1, -2) for tensor in (x, y))  # (batch, rows, in or out)
     added = torch.baddbmm(bias.unsqueeze(1), samples, weight.mT)
-    return total + added.view_as(y) + scale.view(-1, *[1] * (y.dim() - 1)) * y
+    added = torch.addcmul(added, scale.unsqueeze(1), outputs)
+    return total + added.view_as(y)
 
 
 def refuse_adapters(adapter_name: str, config: Any) -> None:

@@ -278,7 +278,8 @@ def _make_features(centered: Tensor, w: Tensor, has_constant: bool) -> _Features
     kept = squares > 1e-12 * squares[-1]
     squares = squares[kept]
     vectors = vectors[:, kept]
-    return _Features(matrix @ vectors, squares, to_inputs @ vectors, (squares.sum() / w.sum()).item())
+    mean_square = squares.sum() / w.sum()
+    return _Features(matrix @ vectors, squares, to_inputs @ vectors, mean_square.item())
 
 
 def recognize_loss(loss: Loss, outputs: Tensor, y: Tensor) -> tuple[_SmoothLoss, Tensor]:
@@ -297,13 +298,16 @@ def recognize_loss(loss: Loss, outputs: Tensor, y: Tensor) -> tuple[_SmoothLoss,
     w = weigh_rows(evaluate, y, f[:1]).cpu() if are_classes else f.new_ones(count)
     values = w @ row_losses.values(f)
     total = evaluate(f, y)
-    if not (torch.isclose(total, values / w.sum(), rtol=1e-3) or torch.isclose(total, values, rtol=1e-3)):
+    is_mean = torch.isclose(total, values / w.sum(), rtol=1e-3)
+    is_sum = torch.isclose(total, values, rtol=1e-3)
+    if not (is_mean or is_sum):
         raise ValueError(
             f"`loss` is {total.item():.4g} for all rows, but must be finite, and the mean or the sum of the losses of "
             f"single rows, {values.item() / count:.4g} or {values.item():.4g}."
         )
 
-    points = [f, torch.zeros_like(f), f.roll(1, 0) + torch.linspace(-1, 1, width).to(f)]
+    shift = torch.linspace(-1, 1, width).to(f)
+    points = [f, torch.zeros_like(f), f.roll(1, 0) + shift]
     gradients = [row_losses.differentiate(point)[1] for point in points]
     shares = [point.softmax(1) - gradient for point, gradient in zip(points, gradients, strict=True)]
     if width > 1 and all(torch.allclose(share, shares[0], rtol=0, atol=1e-4) for share in shares):

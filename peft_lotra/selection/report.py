@@ -68,7 +68,9 @@ class AdapterFit(Report):
         axis = figure.subplots()
         names = list(self.scores)
         colors = ["tab:green" if name == self.chosen else "0.6" for name in names]
-        axis.barh(names, list(self.scores.values()), xerr=list(self.errors.values()), color=colors)
+        widths = list(self.scores.values())
+        errors = list(self.errors.values())
+        axis.barh(names, widths, xerr=errors, color=colors)
         axis.invert_yaxis()
         axis.set(xlabel="loss of held-out rows", title=f"chosen: {self.chosen}")
         return figure

@@ -72,7 +72,8 @@ def _with_path(
     path = model.path
     slopes = directions @ path.weight.T
     derivatives = [path.scale * derivative for derivative in derivatives]
-    derivatives[0] = derivatives[0] + slopes.view(len(slopes), *[1] * (x.dim() - 1), -1)
+    shape = [len(slopes), *[1] * (x.dim() - 1), -1]
+    derivatives[0] = derivatives[0] + slopes.view(shape)
     return [path(x, value), *derivatives]
 
 

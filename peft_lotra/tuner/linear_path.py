@@ -41,7 +41,8 @@ class _Path(nn.Module):
 
     def values(self) -> Tensor:
         """Return W, b and scale as one vector."""
-        return torch.cat([self.weight.flatten(), self.bias, self.scale.view(1)]).detach()
+        values = [self.weight.flatten(), self.bias, self.scale.view(1)]
+        return torch.cat(values).detach()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.scale * y + F.linear(x, self.weight, self.bias)
@@ -173,8 +174,13 @@ def add_path(network: LinearPath, change: Tensor) -> dict[str, Tensor]:
     """Return the tensors of the base's path plus a change of its `values`, by name."""
     base = network.path_of("__base__")
     values = base.values().to(change) + change
-    weight, bias, scale = values.split([base.weight.numel(), base.bias.numel(), 1])
-    return {"weight": weight.view_as(base.weight), "bias": bias.clone(), "scale": scale.squeeze().clone()}
+    sizes = [base.weight.numel(), base.bias.numel(), 1]
+    weight, bias, scale = values.split(sizes)
+    return {
+        "weight": weight.view_as(base.weight),
+        "bias": bias.clone(),
+        "scale": scale.squeeze().clone(),
+    }
 
 
 def linear_paths(model: nn.Module) -> Iterator[LinearPath]:
