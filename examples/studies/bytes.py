@@ -9,8 +9,8 @@ Shown in docs/when.md.
     python examples/studies/bytes.py --quick  # a few seconds, for CI: says nothing
     python examples/studies/bytes.py --redraw  # the table and the picture from bytes.json
 
-Four pairs of problems/pairs.py. Full fine-tuning trains all coefficients; its update is then rounded to 32, 8, 4, 3
-or 2 bits for each coefficient. LoTRA takes 60 of these steps, keeps 2 to 30 % of the coefficients by `extract_lotra`
+Three pairs of the benchmark and Burgers' equation (problems/pairs.py). Full fine-tuning trains all coefficients; its
+update is then rounded to 32, 8, 4, 3 or 2 bits for each coefficient. LoTRA takes 60 of these steps, keeps 2 to 30 % of the coefficients by `extract_lotra`
 in the metric of the data, and trains on; (full, full, 1) starts from the gradient, and has one learned shape for each
 layer. The components are stored in 32, 16 (`LoTRAConfig(storage="float16")`) or 8 bits.
 
@@ -31,62 +31,97 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import few_labels
 import matplotlib.pyplot as plt
 import numpy as np
+import pairs  # of the benchmark
 import safetensors.torch
 import torch
-from few_labels import chosen, count
-from problems import pairs
-from problems.pairs import Split
+from peft import get_peft_model
+from problems.pairs import Pair, burgers
 from study_tools import files, together
 from study_tools.pictures import BLUE, GREEN, RED, SKY
 from study_tools.tables import table
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from peft_lotra import extract_lotra
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, extract_lotra, start_from_gradient
 from peft_lotra.kan import KAN
 
 
-TASKS = {  # and their labels
-    "digits 0-4 to 5-9": 50,
-    "one more household": 168,
-    "characters, prose to code": 1000,
-    "Burgers, viscosity 0.1 to 0.05": 500,
+class Case(NamedTuple):
+    make: Callable[[int, int], Pair]
+    labels: int
+    unit: str
+
+
+TASKS = {
+    "digits 0-4 to 5-9": Case(pairs.digits, 50, "accuracy %"),
+    "one more household": Case(pairs.household, 168, "explained variance %"),
+    "characters, prose to code": Case(pairs.characters, 1000, "accuracy %"),
+    "Burgers, viscosity 0.1 to 0.05": Case(burgers, 500, "digits: -log10 of the relative error"),
 }
+RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 WARM_STEPS = 60
 FULL, ONE_SHAPE = "full fine-tuning", "(full, full, 1)"
 LOTRA = {f"LoTRA, {budget:.0%}": budget for budget in (0.02, 0.05, 0.1, 0.2, 0.3)}
 BITS = {FULL: (32, 8, 4, 3, 2), **dict.fromkeys((*LOTRA, ONE_SHAPE), (32, 16, 8))}
 Trained = tuple[nn.Module, torch.optim.Optimizer]
+Adam = partial(torch.optim.Adam, fused=True)
 
 
-def train(trained: list[Trained], splits: list[Split], steps: int, decay: bool = True) -> None:
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def full(base: nn.Module, lr: float) -> Trained:
+    return base, Adam(base.parameters(), lr=lr)
+
+
+def make_bases(splits: dict[int, Pair], steps: int) -> dict[int, nn.Module]:
+    """Return the networks that know the old task, by seed."""
+    made, rows = {}, []
+    for seed, pair in splits.items():
+        torch.manual_seed(seed)
+        made[seed] = KAN(pair.widths)
+        rows.append(together.draw(pair.old, 2 * steps))
+    models, old, pair = list(made.values()), [pair.old for pair in splits.values()], splits[min(splits)]
+    optimizer = Adam([{"params": list(model.parameters())} for model in models], lr=5e-3)
+    together.train(models, [optimizer], together.batches(old, rows), pair.loss, 2 * steps, call=pair.start)
+    return made
+
+
+def chosen(row: dict) -> str:
+    """Return the rate with the best mean over the seeds on the validation data; a run that diverged is the worst."""
+    means = {lr: np.mean([*scores["validation"].values()]) for lr, scores in row["rates"].items()}
+    return max(means, key=lambda lr: np.nan_to_num(means[lr], nan=-np.inf))
+
+
+def train(trained: list[Trained], splits: list[Pair], steps: int, decay: bool = True) -> None:
     """Train networks of one architecture at once, each on its own split."""
     groups = [group for _, optimizer in trained for group in optimizer.param_groups]
     data = [split.labeled for split in splits]
     torch.manual_seed(0)
     rows = [together.draw(labeled, steps) for labeled in data]
     batches, loss = together.batches(data, rows), splits[0].loss
-    if len(data[0][0]) < 100:
-        batches, loss = few_labels.whole(data, rows), partial(few_labels.counted, loss)
     models = [model for model, _ in trained]
     together.train(models, [torch.optim.Adam(groups)], batches, loss, steps, decay, splits[0].outputs)
 
 
-def prepare(method: str, base: nn.Module, warm: nn.Module, split: Split, lr: float) -> Trained:
+def prepare(method: str, base: nn.Module, warm: nn.Module, split: Pair, lr: float) -> Trained:
     """Return the network and the optimizer of a method; `warm` took the first steps of full fine-tuning."""
     base = copy.deepcopy(base)
     if method == FULL:
-        return few_labels.full(base, split, lr)
+        return full(base, lr)
     if method == ONE_SHAPE:
-        return few_labels.lotra(("full", "full", 1), "gradient", base, split, lr)
+        model = get_peft_model(base, LoTRAConfig())
+        x, y = split.labeled
+        start_from_gradient(model, lambda: split.loss(split.outputs(model, x), y))
+        return model, create_lotra_optimizer(model, Adam, lr=lr)
     model = extract_lotra(base, warm, budget=int(LOTRA[method] * count(base)), inputs=split.labeled[0])
     components = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # the rate of a component is relative to its size
     groups = [{"params": [part], "lr": lr * part.detach().square().mean().sqrt().item()} for part in components]
-    return model, few_labels.Adam(groups)
+    return model, Adam(groups)
 
 
 def round_rows(rows: Tensor, bits: int) -> tuple[Tensor, int]:
@@ -125,16 +160,16 @@ def store(model: nn.Module, base: nn.Module, bits: int) -> tuple[nn.Module, int]
 
 def run_task(task: str, seeds: int, steps: int, rates: int, rows: dict[str, Any], save: Callable[[], None]) -> None:
     """Add the scores of the methods that a task lacks, and save after each."""
-    splits = {seed: pairs.TASKS[task][0](seed, TASKS[task]) for seed in range(seeds)}
-    bases = few_labels.make_bases(KAN, splits, steps)
+    splits = {seed: TASKS[task].make(seed, TASKS[task].labels) for seed in range(seeds)}
+    bases = make_bases(splits, steps)
     warm = copy.deepcopy(bases)
-    first = [few_labels.full(model, split, 1e-2) for model, split in zip(warm.values(), splits.values(), strict=True)]
+    first = [full(model, 1e-2) for model in warm.values()]
     train(first, [*splits.values()], WARM_STEPS, decay=False)
     rows["base"] = {str(seed): split.score(bases[seed], "test") for seed, split in splits.items()}
     for method in tqdm(BITS, task, ncols=100):
         if method in rows:
             continue
-        runs = [(seed, lr) for lr in few_labels.RATES[: 5 if method == FULL else 4][-rates:] for seed in splits]
+        runs = [(seed, lr) for lr in RATES[: 5 if method == FULL else 4][-rates:] for seed in splits]
         try:
             trained = [prepare(method, bases[seed], warm[seed], splits[seed], lr) for seed, lr in runs]
         except ValueError:  # one rank of each layer needs more parameters
@@ -185,8 +220,8 @@ def as_text(results: dict[str, dict]) -> str:
     lines = []
     for task, rows in results.items():
         digits, (measured, best) = 2 if task.startswith("Burgers") else 1, points(rows)
-        unit, base = pairs.unit_of(task), np.median([*rows["base"].values()])
-        lines += [f"### {task}, {TASKS[task]} labels", "", f"Without an update: {base:.{digits}f}.", ""]
+        unit, base = TASKS[task].unit, np.median([*rows["base"].values()])
+        lines += [f"### {task}, {TASKS[task].labels} labels", "", f"Without an update: {base:.{digits}f}.", ""]
         cells_of_rows = []
         for point in measured:
             seeds = " ".join(f"{score:.{digits}f}" for score in point.scores)
@@ -218,12 +253,12 @@ def draw(results: dict[str, dict], path: Path) -> None:
                 axis.annotate(point.bits, place, (0, -13), textcoords="offset points", ha="center", color=RED)
         room = 0.12 * (scores[-1] - scores[0])
         axis.axhline(base, color="gray", ls=":", lw=1.2, label="no update")
-        title = f"{task.split(',')[0]}, {TASKS[task]} labels\nno update: {base:.3g}"
+        title = f"{task.split(',')[0]}, {TASKS[task].labels} labels\nno update: {base:.3g}"
         axis.set_xticks([1e3, 3e3, 1e4, 3e4, 1e5], ["1 kB", "3", "10", "30", "100 kB"])
         axis.set_xticks([], minor=True)
         y_range = scores[0] - 2 * room, scores[-1] + room
         axis.set(title=title, xlim=(0.8 * sizes[0], 1.3 * sizes[-1]), ylim=y_range, xlabel="size of the file")
-        axis.set_ylabel("digits of the solution" if task.startswith("Burgers") else pairs.unit_of(task))
+        axis.set_ylabel("digits of the solution" if task.startswith("Burgers") else TASKS[task].unit)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=9, frameon=False)
     figure.suptitle("Score by size of the file")
     figure.tight_layout(rect=(0, 0.13, 1, 1))

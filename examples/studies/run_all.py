@@ -25,7 +25,6 @@ from study_tools import files, machine
 
 # the script, its options, and those of its quick form; a script may come twice, and then is quick once
 STUDIES: list[tuple[str, list[str], list[str] | None]] = [
-    ("few_labels.py", [], []),
     ("bytes.py", [], []),
     ("many_series.py", [], []),
     ("initialization.py", [], []),

