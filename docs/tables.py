@@ -39,6 +39,7 @@ MARKED = re.compile(
 LOSES = "▲"  # where LoTRA loses
 
 sys.path += [str(STUDIES / folder) for folder in FOLDERS]
+sys.path.append(str(STUDIES.parent / "benchmark"))
 
 from study_tools.tables import table  # noqa: E402
 
@@ -126,32 +127,62 @@ def starts() -> str:
     return table(header, rows)
 
 
-def few_labels() -> str:
-    module = study("few_labels")
-    results = load("few_labels")["results"]
-    cases = [
-        rows for task, rows in results.items() if task.startswith("digits")
-    ]
-    names = {
-        "KAN, full": "KAN, full fine-tuning",
-        "KAN, spline weights": "KAN, spline weights",
-        "KAN, last layer": "KAN, last layer",
-        "LoTRA, random start, `r=4`": "LoTRA, random start, r=4",
-        "LoTRA, gradient start, `r=4`": "LoTRA, gradient start, r=4",
-        "LoTRA, gradient start, `r=(8, 8, 4)`": "LoTRA, gradient start, r=(8, 8, 4)",
-        "LoTRA, gradient start, budget of 10 %": "LoTRA, gradient start, budget of 10 %",
-        "LoTRA, gradient start, ranks chosen": None,
-        "MLP, full": "MLP, full fine-tuning",
-        "MLP, LoRA, `r=3`": "MLP, LoRA, r=3",
+def benchmark() -> dict:
+    """Return the results of the benchmark by case."""
+    path = ROOT / "examples" / "benchmark" / "results.json"
+    return json.loads(path.read_text())["results"]
+
+
+def is_new(case: str) -> bool:
+    """Return whether a case was named before its first run."""
+    return case.rpartition(", ")[0] in study("pairs").NEW
+
+
+def benchmark_cases() -> str:
+    scores = study("scores")
+    columns = {
+        "full": scores.FULL,
+        "linear model": "linear model",
+        "path": "path",
+        "path + one shape": "path + one shape",
+        "full on the path": "full on the path",
+        "MLP, full": "MLP, full",
+        "`fit_adapter`": "fit_adapter",
     }
-    rows = []
-    for title, name in names.items():
-        runs = [case[name or module.chosen_ranks(case)] for case in cases]
-        size = max(run["parameters"] for run in runs)
-        accuracies = [f"{module.test_mean(run):.1f}" for run in runs]
-        rows.append([title, f"{size:,}", *accuracies])
-    return table(
-        "| method | parameters | 20 labels | 50 labels | 200 labels |", rows
+    lines = []
+    for case, rows in benchmark().items():
+        cells = [scores.show(rows, method) for method in columns.values()]
+        lines.append([f"{case} *" if is_new(case) else case, *cells])
+    return table(f"| case, labels | {' | '.join(columns)} |", lines)
+
+
+def benchmark_methods(methods: list[str]) -> str:
+    scores = study("scores")
+    results = benchmark()
+    known = [rows for case, rows in results.items() if not is_new(case)]
+    new = [rows for case, rows in results.items() if is_new(case)]
+    lines = []
+    for method in methods:
+        tallies = [
+            scores.tally(cases, method, scores.FULL) for cases in (known, new)
+        ]
+        size = scores.mean_bytes(results.values(), method)
+        lines.append([method, *tallies, size])
+    header = (
+        f"| method | {len(known)} known cases | {len(new)} new ones | bytes |"
+    )
+    return table(header, lines)
+
+
+def all_methods() -> str:
+    return benchmark_methods(
+        [m for m in study("methods").METHODS if m != "base"]
+    )
+
+
+def few_methods() -> str:
+    return benchmark_methods(
+        ["full", "linear model", "path", "path + one shape", "full on the path"]
     )
 
 
@@ -160,6 +191,8 @@ def many_series() -> str:
         "one KAN for all series": "one KAN for all",
         "its last layer": "last layer",
         "LoTRA, `r=4`, from the gradient": "LoTRA, r=4, from the gradient",
+        "a linear path": "a linear path",
+        "LoTRA, one shape, on the path": "LoTRA, one shape, on a linear path",
         "a copy": "full copies",
         "a separate KAN": "a KAN of its own",
         "a separate linear model": "a linear model of its own",
@@ -363,7 +396,9 @@ TABLES: dict[str, Callable[[], str]] = {
         load("parametric/coverage")["results"]
     ),
     "demos": lambda: record_of("demos"),
-    "few-labels": few_labels,
+    "benchmark": benchmark_cases,
+    "benchmark-methods": all_methods,
+    "readme-benchmark": few_methods,
     "fronts": fronts,
     "jet-orders": jet_orders,
     "lycoris": lycoris,
@@ -399,9 +434,6 @@ PAGES: dict[str, Callable[[], str]] = {
     ),
     "extraction": lambda: study("extraction").as_text(
         load("extraction")["results"]
-    ),
-    "few_labels": lambda: study("few_labels").as_text(
-        load("few_labels")["results"]
     ),
     "formulas": lambda: study("formulas").as_text(load("formulas")),
     "learning_rates": lambda: learning_rates("learning_rates"),

@@ -10,9 +10,10 @@
 `mine.py` has a function `adapt(base, x, y, loss) -> model`. `base` is a trained KAN, and `model` maps x to outputs. If
 the file has `RATES`, a tuple of learning rates, `adapt` takes `lr` too.
 
-Each pair of tasks (pairs.py) has ten seeds, each of which draws a split and trains a base. Methods (methods.py) see
-the labeled rows alone. Where a method has learning rates, validation data choose one for all seeds; for full fine-tuning
-the table also has the best one by test data. Shown in docs/when.md. Writes results.json and results.md.
+Each case, a pair of tasks (pairs.py) and a number of labels, has ten seeds, each of which draws a split and trains a
+base. Methods (methods.py) see the labeled rows alone. Where a method has learning rates, validation data choose one
+for all seeds; for full fine-tuning the table also has the best one by test data. Shown in docs/when.md. Writes
+results.json and results.md.
 """
 
 from __future__ import annotations
@@ -34,13 +35,12 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from methods import METHODS, Method, count, make_mlp, train
 from pairs import NEW, Maker, known_with_mnist
 from peft import PeftModel, get_peft_model_state_dict
+from scores import Results, as_text
 from study_tools import files
-from study_tools.tables import table
 from torch import nn
 from tqdm import tqdm
 
@@ -130,10 +130,6 @@ def find_methods(path: Path | None) -> dict[str, Method]:
     }
 
 
-# results: of pairs, of methods: validation and test {rate: {seed: score}}, and means of bytes and seconds
-Results = dict[str, dict[str, dict[str, Any]]]
-
-
 def add(results: Results, job: Job, scores: Scores) -> None:
     """Add the scores of a job to the results."""
     for name, by_rate in scores.items():
@@ -150,65 +146,6 @@ def add(results: Results, job: Job, scores: Scores) -> None:
 def is_done(results: Results, job: Job, name: str) -> bool:
     row = results.get(job.title, {}).get(name, {"seconds": {}})
     return str(job.seed) in row["seconds"]
-
-
-def test_scores(row: dict[str, Any], by: str) -> np.ndarray:
-    """Return the test scores (seeds,) at the learning rate with the best mean by validation or test data."""
-    column = ("validation", "test").index(by)
-    values = [np.array([seeds[seed] for seed in sorted(seeds, key=int)]) for seeds in row["rates"].values()]
-    means = [np.nan_to_num(value[:, column].mean(), nan=-np.inf) for value in values]
-    return values[int(np.argmax(means))][:, 1]
-
-
-def compare(scores: np.ndarray, rival: np.ndarray) -> int:
-    """Return 1 if scores are ahead of the rival's by more than one standard error of the difference, -1 if behind."""
-    difference = scores - rival
-    error = difference.std(ddof=1) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
-    return int(difference.mean() > error) - int(difference.mean() < -error)
-
-
-RIVALS = {
-    "full, best by test": ("full", "test"),
-    "full on the path": ("full on the path", "validation"),
-}
-
-
-def as_text(results: Results, methods: list[str]) -> str:
-    """Return the tables in Markdown."""
-    header = f"| pair, labels | full, best by test | {' | '.join(methods)} |"
-    lines = []
-    tallies = {rival: {name: [0, 0, 0] for name in methods} for rival in RIVALS}
-    for title, rows in results.items():
-        of_rivals = {rival: test_scores(rows[name], by) for rival, (name, by) in RIVALS.items() if name in rows}
-        full = of_rivals["full, best by test"]
-        cells = [title, f"{full.mean():.1f}"]
-        for name in methods:
-            if name not in rows:
-                cells.append("")
-                continue
-            scores = test_scores(rows[name], "validation")
-            for rival, rival_scores in of_rivals.items():
-                tallies[rival][name][1 - compare(scores, rival_scores)] += 1
-            error = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
-            mark = ("▼", "", "▲")[compare(scores, full) + 1]
-            cells.append(f"{scores.mean():.1f} ± {error:.1f} {mark}".rstrip())
-        lines.append(cells)
-    for rival, of_methods in tallies.items():
-        lines.append(
-            [
-                f"**ahead, level, behind: {rival}**",
-                "",
-                *("/".join(map(str, of_methods[name])) for name in methods),
-            ]
-        )
-    for unit, digits in (("bytes", 0), ("seconds", 1)):
-        cells = [f"**{unit}, mean**", ""]
-        for name in methods:
-            values = [row[name][unit] for row in results.values() if name in row]
-            means = [np.mean([*value.values()]) if isinstance(value, dict) else value for value in values]
-            cells.append(f"{np.mean(means):,.{digits}f}")
-        lines.append(cells)
-    return table(header, lines)
 
 
 def main() -> None:

@@ -10,9 +10,10 @@ Shown in docs/when.md.
     python examples/studies/bytes.py --redraw  # the table and the picture from bytes.json
 
 Three pairs of the benchmark and Burgers' equation (problems/pairs.py). Full fine-tuning trains all coefficients; its
-update is then rounded to 32, 8, 4, 3 or 2 bits for each coefficient. LoTRA takes 60 of these steps, keeps 2 to 30 % of the coefficients by `extract_lotra`
-in the metric of the data, and trains on; (full, full, 1) starts from the gradient, and has one learned shape for each
-layer. The components are stored in 32, 16 (`LoTRAConfig(storage="float16")`) or 8 bits.
+update is then rounded to 32, 8, 4, 3 or 2 bits for each coefficient. LoTRA takes 60 of these steps, keeps 2 to 30 % of
+the coefficients by `extract_lotra` in the metric of the data, and trains on; (full, full, 1) starts from the gradient,
+and has one learned shape for each layer. The components are stored in 32, 16 (`LoTRAConfig(storage="float16")`) or 8
+bits.
 
 Below 16 bits the rounding is uniform. Each output of a layer, or column of a factor, has one scale in float16, which
 minimizes its squared error. Bytes are those of a safetensors file, with its header. All methods take 300 steps, five

@@ -47,7 +47,9 @@ from study_tools.stacked import (
     lora,
     losses_of,
     lotra,
+    lotra_on_path,
     mlp_like,
+    path,
     train,
 )
 from study_tools.tables import table
@@ -60,9 +62,12 @@ from peft_lotra.kan import KAN
 torch.set_num_threads(1)  # additional threads slow down such small matrices
 
 RATES = (1e-2, 3e-2, 1e-1)
+RATES_ON_PATH = (1e-3, 3e-3, 1e-2)
 METHODS: dict[str, tuple[str, Maker]] = {
     "last layer": ("KAN", last_layer),
     "LoTRA, r=4, from the gradient": ("KAN", lotra(4, gradient=True)),
+    "a linear path": ("KAN", path),
+    "LoTRA, one shape, on a linear path": ("KAN", lotra_on_path(("full", "full", 1))),
     "full copies": ("KAN", copies),
     "MLP, LoRA, r=1": ("MLP", lora(1)),
     "MLP, full copies": ("MLP", copies),
@@ -122,7 +127,8 @@ def run(
         if str(seed) in row["test"]:
             continue
         results = {}
-        for lr in RATES if seed == 0 else (row["lr"],):
+        rates = RATES_ON_PATH if "path" in name else RATES
+        for lr in rates if seed == 0 else (row["lr"],):
             torch.manual_seed(100 + seed)
             method, done = train(maker, bases[kind], tasks, lr, steps, rows=16)
             scores = [rmse(method, tasks, data) for data in (tasks.validation, tasks.test)]

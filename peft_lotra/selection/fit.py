@@ -32,6 +32,7 @@ from .training import CHUNK, Loss, Task, is_better, weigh_rows
 # Without a path, the adapter alone carries the new task, at a higher rate and in more steps.
 _RATES_ON_PATH, _STEPS_ON_PATH = {"adapter": 3e-3, "full": 1e-3}, 100
 _RATES_ALONE, _STEPS_ALONE = {"adapter": 1e-2, "full": 3e-3}, 300
+_BLOCKS = 10  # of successive rows, which are taken as independent of each other
 _MANY_ROWS = 20_000  # above which one tenth of the rows is held out
 _FEW_ROWS, _REPEATS = 100, 3  # below which the losses of one assignment of folds depend too much on chance
 
@@ -145,7 +146,12 @@ def fit_adapter(
 
         has_weights = are_classes and outputs.dim() == 2 and y.min() >= 0
         weights = weigh_rows(loss, y, outputs[:1]) if has_weights else None
-        task = Task(x, y, loss, fold, steps or _STEPS_ON_PATH, bar, weights)
+        clusters = None
+        if blocked:
+            clusters = torch.arange(len(x)) * _BLOCKS // len(x)
+        elif groups is not None:
+            clusters = torch.tensor([groups.index(label) for label in groups])
+        task = Task(x, y, loss, fold, steps or _STEPS_ON_PATH, bar, weights, clusters)
         every_row = torch.arange(len(x))
 
         reason = "paths take inputs (rows, in) and outputs (rows, out)."

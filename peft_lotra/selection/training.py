@@ -81,13 +81,13 @@ def weigh_rows(
 
 
 def standard_error(losses: Tensor, others: Tensor) -> float:
-    """Return the standard error of the mean difference between the losses (rows,) of two models."""
+    """Return the standard error of the mean difference between the losses of two models, of independent rows."""
     deviation = (losses - others).std().item()
     return deviation / len(others) ** 0.5
 
 
 def is_better(losses: Tensor, others: Tensor) -> bool:
-    """Return whether the mean of losses (rows,) is less than that of others by more than one standard error."""
+    """Return whether the mean of losses is less than that of others by more than one standard error."""
     gain = (others - losses).mean().item()
     return gain > standard_error(losses, others)
 
@@ -96,7 +96,8 @@ class Task(NamedTuple):
     """The rows of a new task, and how to train on them.
 
     `fold` (repeats, rows) is the fold that holds out each row in each assignment; -1 for a row that is never held out.
-    `weights` (rows,) are the weights of the rows in the loss; None if all are equal.
+    `weights` (rows,) are the weights of the rows in the loss; None if all are equal. `clusters` (rows,) numbers the
+    clusters of rows that depend on each other; None if each row is independent of the others.
     """
 
     x: Tensor
@@ -106,6 +107,7 @@ class Task(NamedTuple):
     steps: int
     bar: Any
     weights: Tensor | None = None
+    clusters: Tensor | None = None
 
     @property
     def rows(self) -> list[Tensor]:
@@ -176,7 +178,7 @@ class Task(NamedTuple):
 
     @torch.no_grad()
     def held_out_losses(self, predict: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """Return the loss of each held-out row (rows,), the mean over the assignments.
+        """Return the loss of each held-out row (rows,), or cluster of rows, the mean over the assignments.
 
         It is multiplied by the weight of the row as a share of the mean weight.
 
@@ -197,7 +199,10 @@ class Task(NamedTuple):
         if self.weights is not None:
             weights = self.weights[is_held_out]
             mean = mean * weights / weights.mean()
-        return mean
+        if self.clusters is None:
+            return mean
+        clusters = self.clusters[is_held_out]
+        return torch.stack([mean[clusters == cluster].mean() for cluster in clusters.unique()])
 
 
 def _stack(values: Sequence[Tensors]) -> Tensors:

@@ -22,7 +22,15 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peft_lotra import AdapterBank, BankAdamW, LoTRAConfig, start_from_gradient
+from peft_lotra import (
+    AdapterBank,
+    BankAdamW,
+    LinearPath,
+    LoTRAConfig,
+    fit_path,
+    start_from_data,
+    start_from_gradient,
+)
 from peft_lotra.kan import KAN
 
 
@@ -44,19 +52,31 @@ class Tasks:
 
 
 class Banked:
-    """Adapters of a bank that is attached to the base."""
+    """Adapters of a bank that is attached to the base, `on_path` each on a linear path of its own."""
 
-    def __init__(self, base: nn.Module, tasks: Tasks, config: LoTRAConfig, gradient: bool, lr: float) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        tasks: Tasks,
+        config: LoTRAConfig,
+        gradient: bool,
+        lr: float,
+        on_path: bool = False,
+    ) -> None:
+        if on_path:
+            base = LinearPath(copy.deepcopy(base))
         self.bank, start, (x, y) = AdapterBank(base), config, tasks.train
-        if gradient:
+        if gradient or on_path:
             start = get_peft_model(copy.deepcopy(base), config)
         for task in range(len(tasks)):
-            if gradient:  # of the loss on all rows of the task
+            if on_path:
+                start_from_data(start, x[task], y[task, :, None], F.mse_loss)
+            elif gradient:  # of the loss on all rows of the task
                 rows, targets = x[task : task + 1], y[task : task + 1]
                 start_from_gradient(start, lambda: tasks.loss(start(rows), targets).mean())  # noqa: B023
             self.bank.add(str(task), start)
         self.model, self.ids = self.bank.attach(), self.bank.ids(self.bank.names)
-        rates = FROM_GRADIENT if gradient else "width"
+        rates = FROM_GRADIENT if gradient or on_path else "width"
         self.optimizer = BankAdamW(self.bank, lr=lr, weight_decay=0.0, policy=rates)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -140,6 +160,22 @@ def of_tasks(tensor: Tensor, tasks: Tasks) -> Tensor:
 
 def lotra(r: int | tuple[int, ...], gradient: bool = False) -> Maker:
     return lambda base, tasks, lr: Banked(base, tasks, LoTRAConfig(r=r), gradient, lr)
+
+
+def lotra_on_path(r: int | tuple[int | str, ...]) -> Maker:
+    return lambda base, tasks, lr: Banked(base, tasks, LoTRAConfig(r=r), True, lr, on_path=True)
+
+
+def path(base: nn.Module, tasks: Tasks, lr: float) -> Stacked:
+    """The base times a scale plus a linear model of each task, from the closed form."""
+    model = LinearPath(base)
+    fits = [fit_path(model, x, y[:, None], F.mse_loss) for x, y in zip(*tasks.train, strict=True)]
+    start = [
+        torch.tensor([fit.scale for fit in fits])[:, None, None],
+        torch.stack([fit.weight.T for fit in fits]).float(),
+        torch.stack([fit.bias[None] for fit in fits]).float(),
+    ]
+    return Stacked(lambda parts, x: parts[0] * frozen(base, x) + torch.baddbmm(parts[2], x, parts[1]), start, lr)
 
 
 def linear(base: nn.Module, tasks: Tasks, lr: float) -> Stacked:
