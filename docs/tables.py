@@ -23,11 +23,6 @@ from pathlib import Path
 from statistics import mean, median
 from types import ModuleType
 
-from peft import get_peft_model
-
-from peft_lotra import LoTRAConfig
-from peft_lotra.kan import KAN
-
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = ROOT / "examples" / "studies"
@@ -36,7 +31,6 @@ FOLDERS = (".", "pde", "parametric", "benchmarks")
 MARKED = re.compile(
     r"(<!-- (table|figure): (\S+) -->)(.*?)(<!-- end of \2 -->)", re.DOTALL
 )
-LOSES = "▲"  # where LoTRA loses
 
 sys.path += [str(STUDIES / folder) for folder in FOLDERS]
 sys.path.append(str(STUDIES.parent / "benchmark"))
@@ -53,47 +47,10 @@ def study(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def mark(text: str, is_lost: bool) -> str:
-    return f"{text} {LOSES}" if is_lost else text
-
-
 def best_accuracy(shift: str, method: str) -> float:
     """Return the best setting's mean over the seeds, in %."""
     settings = load("initialization")["results"][shift][method]
     return max(mean(scores) for scores in settings.values())
-
-
-def parameters(widths: list[int]) -> tuple[int, int]:
-    """Count the parameters of an adapter of ranks (16, 16, 6), and of its base."""
-    model = get_peft_model(KAN(widths), LoTRAConfig(r=(16, 16, 6)))
-    adapter, _ = model.get_nb_trainable_parameters()
-    base = sum(part.numel() for part in model.unload().parameters())
-    return adapter, base
-
-
-def readme_accuracy() -> str:
-    quickstart, mnist = parameters([64, 32, 10]), parameters([64, 48, 10])
-    cases = {
-        "digits rotated and noisy, 200 labels": (
-            "digits, rotated and noisy (quickstart)",
-            "{:,} of {:,}".format(*quickstart),
-        ),
-        "the same on pykan": (
-            "pykan: rotated and noisy",
-            f"{quickstart[0]:,}",
-        ),
-        "from scikit-learn's digits to MNIST at 8x8 pixels, 500 labels": (
-            "digits to MNIST",
-            "{:,} of {:,}".format(*mnist),
-        ),
-    }
-    rows = []
-    for title, (shift, size) in cases.items():
-        full = best_accuracy(shift, "full fine-tuning")
-        lotra = best_accuracy(shift, "gradient (16, 16, 6)")
-        shown = mark(f"{lotra:.1f}", lotra < full)
-        rows.append([title, f"{full:.1f}", shown, size])
-    return table("| accuracy % | full | LoTRA | LoTRA's parameters |", rows)
 
 
 def quickstart() -> str:
@@ -404,7 +361,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "lycoris": lycoris,
     "many-series": many_series,
     "rates-by-rank": rates_by_rank,
-    "readme-accuracy": readme_accuracy,
     "scoreboard": lambda: study("scoreboard").table(
         load("scoreboard")["results"]
     ),
