@@ -43,7 +43,6 @@ def write_model_card(
     tags: Iterable[str] = (),
     metrics: Mapping[str, float] | None = None,
     license: str | None = None,
-    has_companions: bool = False,
 ) -> None:
     """Write the model card of saved LoTRA adapters, README.md, into their folder.
 
@@ -62,8 +61,6 @@ def write_model_card(
         tags: Tags besides "lotra", "kan" and "peft-plugin".
         metrics: Results for the model-index, by name. By default the existing ones stay.
         license: The identifier of the adapter's license, such as "apache-2.0". By default the existing one.
-        has_companions: Whether adapters of other PEFT methods will be in subfolders, so that the card's code calls
-            `load_adapters`. Those that are there already are found.
 
     Raises:
         ValueError: The folder contains no LoTRA adapter, the front matter of its README.md is broken, or an argument
@@ -92,6 +89,7 @@ def write_model_card(
     first, *further = folders
     config, tensors = read_adapter(folders[first])
     companions = [name for name in saved_adapters(folder) if name not in folders]
+    companions = companions or (config.get("saved_with") or [])[1:]  # which PEFT saves after the first
     path = Path(folder, README)
     card = load_card(path)
     title = (repo_id or "LoTRA adapter").rpartition("/")[2]
@@ -117,20 +115,18 @@ def write_model_card(
         data.model_name = title
         data.eval_results = results
 
-    base_class, code = source_of_base(config, model and model.get_base_model(), source)
+    base = model and model.get_base_model()
     save_section(
         card,
         path,
         "card.md",
         title=title,
-        base_class=base_class,
-        code=data.get("base_code") or code,
+        **source_of_base(config, base, source, data.get("base_code")),
         repo_id=repo_id or ".",
         revision=revision,
         subfolder=first,
         others=further,
         companions=companions,
-        has_companions=has_companions or bool(companions),
         sizes=describe_tensors(tensors),
         peft=__version__,
     )
@@ -181,7 +177,7 @@ def _read_template(name: str) -> Template:
     return Template((TEMPLATES / name).read_text(encoding="utf-8"))
 
 
-def write_card(folder: str | os.PathLike, has_companions: bool = False) -> None:
+def write_card(folder: str | os.PathLike) -> None:
     """Write the card of a saved adapter over PEFT's template or an earlier card; a README.md by a person stays.
 
     PEFT puts adapters that are not named "default" into subfolders, and one template above them. A card that cannot be
@@ -193,7 +189,7 @@ def write_card(folder: str | os.PathLike, has_companions: bool = False) -> None:
     try:
         text = load_card(path).text
         if SECTION.search(text) or (text.strip() and is_generated(text)):
-            write_model_card(None, folder, has_companions=has_companions)
+            write_model_card(None, folder)
     except Exception as error:  # no reason for a save to fail
         warnings.warn(f"The adapter is saved, its model card is not written: {error}", stacklevel=2)
 
@@ -241,14 +237,12 @@ def write_bank_card(
     path = Path(folder, README)
     card = load_card(path)
     card.data.base_model = base_model
-    base_class, code = source_of_base({}, base, base_model)
     save_section(
         card,
         path,
         "bank.md",
         title=repo_id.rpartition("/")[2],
-        base_class=base_class,
-        code=base_code or code,
+        **source_of_base({}, base, base_model, base_code),
         repo_id=repo_id,
         names=names,
     )

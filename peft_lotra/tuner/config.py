@@ -310,7 +310,7 @@ class LoTRAConfig(PeftConfig):
         if weights.is_file():
             self.weights_sha256 = _hash_file(weights)
         super().save_pretrained(save_directory, **kwargs)
-        write_card(save_directory, has_companions=bool(self.companions))
+        write_card(save_directory)
 
 
 def _check_scale(value: Any, argument: str) -> float:

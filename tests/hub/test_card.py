@@ -3,15 +3,21 @@
 
 """The model card beside a saved adapter; `test_push.py` has the cards of the Hub."""
 
+import re
+from types import ModuleType
+
 import pytest
 import torch
 import yaml
+from foreign import pykan
 from helpers import assert_equal, edit_config, refused
 from huggingface_hub import EvalResult, ModelCard
+from orders import Layer
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from peft_lotra import LinearPath, LoTRAConfig, write_model_card
+from peft_lotra import LinearPath, LoTRAConfig, register_kan_layer, write_model_card
 from peft_lotra.kan import KAN, KANLinear
 
 
@@ -106,12 +112,15 @@ def test_the_snippet_loads_adapters_of_other_methods_too(tmp_path, monkeypatch):
     x = torch.rand(5, 2)
 
     model.save_pretrained(tmp_path)
-    plain_code = code_in(tmp_path)
+    plain_text = (tmp_path / "README.md").read_text()
     write_model_card(model, tmp_path, base_code=base_code)
     monkeypatch.chdir(tmp_path)
     exec(code_in(tmp_path), namespace)
 
-    assert 'load_adapters(base, ".")' in plain_code
+    sentence = 'trained together with adapters of other methods, which the code below loads, too: "head".'
+    assert sentence in plain_text
+    assert sentence in (tmp_path / "README.md").read_text()
+    assert 'load_adapters(base, ".")' in plain_text
     torch.testing.assert_close(namespace["model"](x), model.eval()(x))
 
 
@@ -186,7 +195,8 @@ UNEQUAL_GRIDS.layers[1] = KANLinear(3, 1, grid_size=7)
 
 @pytest.mark.parametrize("base", [nn.Sequential(KAN([2, 1])), UNEQUAL_GRIDS])
 def test_the_code_leaves_other_bases_to_the_user(tmp_path, base):
-    assert "base = ...  # a " in code_of(base, tmp_path)
+    assert "base = ...  # the network" in code_of(base, tmp_path)
+    assert "This card does not say how to build the base" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("from_files", [False, True])
@@ -195,10 +205,78 @@ def test_the_code_loads_a_base_from_the_hub(tmp_path, from_files):
     assert 'from peft_lotra.kan import KAN\n\nbase = KAN.from_pretrained("ann/kan", revision="v1")' in code
 
 
+def our_own():
+    return KAN([2, 3, 1])
+
+
+def efficient_kan_of_a_clone():
+    """Return a network whose class is in a module of the name that a clone of efficient-kan has."""
+    module = ModuleType("efficient_kan")
+    exec("from stand_ins import OldEfficientKANLayer\nfrom foreign import Loop\nclass KAN(Loop): pass", vars(module))
+    module.KAN.__module__ = "efficient_kan"
+    return module.KAN(module.OldEfficientKANLayer(2, 3))
+
+
+def registered_layer():
+    register_kan_layer("mine", matches=Layer, coefficients=("A", "i o k"), residual=("base", "o i"))
+    return nn.Sequential(Layer(2, 3, 4, "i o k", residual="oi"))
+
+
+def transformer():
+    """Return a GPT-2 from the Hub into which KAN layers were put."""
+    config = GPT2Config(vocab_size=8, n_positions=4, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config)
+    model.transformer.h[0].mlp = KAN([8, 2, 8])
+    model.config._name_or_path = "ann/gpt2"
+    return model
+
+
+IMPORT_KAN = "from peft_lotra.kan import KAN"
+
+
+@pytest.mark.parametrize(
+    ("make_base", "words", "packages", "first_code"),
+    [
+        (our_own, "a network of the class `peft_lotra.kan.KAN`", None, f"{IMPORT_KAN}\n\nbase = KAN(widths=[2, 3,"),
+        (pykan, "a network of the class `kan.MultKAN.MultKAN`", "pykan pandas", "base = ...  #"),
+        (efficient_kan_of_a_clone, "a network of the class `efficient_kan.KAN`", None, "base = ...  #"),
+        (
+            transformer,
+            "[ann/gpt2](https://huggingface.co/ann/gpt2)",
+            "transformers",
+            "from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel\n\n"
+            'base = GPT2LMHeadModel.from_pretrained("ann/gpt2")\n# this class has no KAN layers: put in those',
+        ),
+        (registered_layer, "a network of the class `torch.nn.modules.container.Sequential`", None, "base = ...  #"),
+    ],
+)
+def test_a_card_names_the_base_its_packages_and_its_code(tmp_path, make_base, words, packages, first_code):
+    code = code_of(make_base(), tmp_path)
+
+    text = (tmp_path / "README.md").read_text()
+    install = re.findall(r"^pip install (?!\"peft-lotra)(.*)$", text, re.MULTILINE)
+    assert f"the Kolmogorov-Arnold (KAN) layers of {words}.\n" in text
+    assert install == [packages] * (packages is not None)
+    assert code.partition("import PeftModel\n\n")[2].startswith(first_code)
+    assert ("This card does not say" in text) is ("base = ..." in code)
+
+
+def test_the_packages_of_given_code_are_installed(tmp_path):
+    """A module named kan is pykan's only if the layers are."""
+    code_of(nn.Sequential(pykan()), tmp_path / "pykan", base_code="from kan import KAN\nbase = make()")
+    code_of(KAN([2, 1]), tmp_path / "other", base_code="from kan import KAN\nbase = KAN()")
+
+    assert "\npip install pykan pandas\n" in (tmp_path / "pykan/README.md").read_text()
+    assert "pandas" not in (tmp_path / "other/README.md").read_text()
+
+
 @pytest.mark.parametrize("value", ["X; print(1)", "X`\n```\n# title", 3])
 def test_a_class_that_would_be_code_is_not_written(tmp_path, value):
     mapping = {"base_model_class": value, "parent_library": "nets"}
-    assert "base = ...  # a torch.nn.Module," in code_of(KAN([2, 1]), tmp_path, {"auto_mapping": mapping}, True)
+    code = code_of(KAN([2, 1]), tmp_path, {"auto_mapping": mapping}, True)
+
+    assert "base = ...  # the network" in code
+    assert "layers of a network whose class is not known." in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("text", [b"---\ntags: [a\n---\n", b"---\n- a\n---\n", b"\xff\xfe\0bad"])
