@@ -2,8 +2,9 @@
 # # Adapt a language model with KAN layers
 #
 # Train a transformer with KAN feed-forward blocks on one text, and adapt its KAN layers to another. The model is GPT-2
-# from `transformers`. The KANs are `qkan`'s copies of efficient-kan. Models such as kan-gpt have the same form. Run
-# `pip install qkan` first.
+# from `transformers`. The KANs are `qkan`'s copies of efficient-kan. In [kan-gpt](https://github.com/AdityaNG/kan-gpt),
+# the projections of the attention and the output head are KANs, too: an adapter then changes all of them, unless you
+# name layers in `target_modules`. Run `pip install qkan` first.
 
 # %%
 import torch

@@ -26,13 +26,24 @@ LoTRA has ranks (8, 8, 4), and PEFT's LoRA has r=4. The columns with a slash hav
 another method. "Frozen" is the forward pass and the input gradient of the base layer, without an adapter.
 
 {steps(results["training_step"]["rows"])}
+**Honest read.** An adapter saves time only on wide layers, or where full fine-tuning is slow, as on efficient-kan.
+On a small network of our KAN, full fine-tuning is faster.
+
 **A KAN layer** with n inputs and n outputs, forward and backward, in milliseconds:
 
 {layers(results["layers"]["rows"])}
+**Honest read.** Our layer is never the fastest. If you choose a KAN for its speed alone, take FastKAN, flashkan or
+inkan, or a linear layer with as many parameters.
+
 **Memory** at the peak of a training step, without model and input, in MiB:
 
 {memory(results["memory"]["rows"])}
+**Honest read.** On our KAN, an adapter saves memory only at 1,024 units. The large gain on efficient-kan comes from
+our kernels more than from LoTRA.
+
 {serving(results)}
+
+**Honest read.** The small file is the gain. To save, load, merge and swap takes longer than with PEFT's LoRA.
 """
 
 
