@@ -4,11 +4,12 @@
 """Serve the adapters of a bank on Ray Serve, an adapter per request by name.
 
     pip install -e ".[serve]"
-    BASE=base.pt BANK=bank serve run examples.serve.app:app
+    BASE=network.pt BANK=bank serve run examples.serve.app:app
     curl localhost:8000 -d '{"adapter": "anna", "x": [0.1, 0.2, 0.3, 0.4]}'
 
-`base.pt` is a network that `torch.save` wrote (it is unpickled: your own
-file), `bank` a folder that `AdapterBank.save` wrote. Requests that arrive
+docs/scale.md writes both files. `network.pt` is a whole network that
+`torch.save` wrote (it is unpickled: load only your own file), `bank` a folder
+that `AdapterBank.save` wrote. Requests that arrive
 together become one batch, whatever their adapters. Each replica holds the
 bank in memory. New weights for a customer reach every replica while requests
 run: `reload({"anna": "folders/anna"})`. None instead of a folder removes an
