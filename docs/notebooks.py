@@ -30,7 +30,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = ROOT / "docs" / "tutorials"
 # what a notebook needs beside the package
-REQUIREMENTS = {"adapt": [], "pykan": ["pykan", "pandas"], "pde": []}
+ONNX = ["onnx", "onnxscript", "onnxruntime"]
+REQUIREMENTS = {"adapt": [], "pykan": ["pykan", "pandas", *ONNX], "pde": []}
 WIDTH = 1000  # of a picture, in pixels
 
 COMMENT = re.compile(r"<!--.*?-->\n*", re.DOTALL)

@@ -33,10 +33,12 @@ OUTPUT = re.compile(
 
 
 def scripts() -> list[Path]:
+    """The scripts with cells; others are imported by them."""
     return sorted(
         path
         for folder in ("tutorials", "recipes")
         for path in (DOCS / folder).glob("*.py")
+        if "\n# %%\n" in path.read_text(encoding="utf-8")
     )
 
 
@@ -122,7 +124,7 @@ def page(script: Path, run: bool) -> tuple[str, dict[str, bytes]]:
 def write(script: Path) -> None:
     """Runs a script in this process, in a folder that goes away, and writes its page."""
     os.environ |= {"TQDM_DISABLE": "1", "MPLBACKEND": "Agg"}
-    sys.path.append(str(DOCS.parent / "tests" / "support"))
+    sys.path += [str(DOCS.parent / "tests" / "support"), str(script.parent)]
     from hub_server import start_hub
 
     start_hub("user")

@@ -3,7 +3,7 @@
 #
 # New data have changed your network. This recipe shows which edges changed and which
 # inputs act together. Then it looks for a formula of the change.
-# You need `pip install -e ".[examples]" sympy`.
+# You need `pip install -e ".[examples]" sympy`, and for the last example `pykan pandas`.
 #
 # ## See what changed
 #
@@ -59,7 +59,8 @@ plot_edge_functions(model, "layers.0", x=x, inputs=["$x_0$", "$x_1$"])
 # ## Find a formula for the change
 #
 # `change` is the difference between the new data and the base, so you need no adapter
-# here. `find_formula`, defined here and called below, finds a sum of these terms:
+# here. Copy [find_formula.py](../../docs/recipes/find_formula.py) next to your script. Its
+# function `find_formula` finds a sum of these terms:
 #
 # * at most one term $a\,g(x_i)$ for each input, with $g$ from a library,
 # * products of two inputs,
@@ -78,132 +79,39 @@ plot_edge_functions(model, "layers.0", x=x, inputs=["$x_0$", "$x_1$"])
 #    $1/(x - c)$ with $c$ close to that row.
 #
 # It refuses a formula with a misfit above 5 %. It also refuses a formula if polynomials
-# fit the change clearly better, by more than 0.7 %.
+# fit the change clearly better, by more than 0.7 %. Numbers are printed with three digits,
+# and constants that do not matter are left out.
 
 # %%
-from itertools import combinations, product
-from typing import NamedTuple
-
-import sympy
-from numpy.polynomial.legendre import legvander
-from scipy.optimize import least_squares
+from find_formula import find_formula
 
 
-np.seterr(all="ignore")  # functions are tried outside of their domain, too
-X, B, C = sympy.symbols("x b c")
-LIBRARY = sympy.sympify(
-    "[x, (x - c)**2, (x - c)**3, sin(b*(x - c)), exp(b*x), exp(-b*x),"
-    "Abs(x - c), tanh(b*(x - c)), exp(-(b*(x - c))**2), 1/(x - c),"
-    "sqrt(x - c), sqrt(c - x), log(x - c), log(c - x)]"
-)
-SYMBOLS = {g: [s for s in (B, C) if s in g.free_symbols] for g in LIBRARY}
-RATES, SHIFTS = np.geomspace(0.3, 15, 22), np.linspace(-3, 3, 61)  # b and c
-SMALL, LACK, MISFIT = 0.01, 0.007, 0.05  # shares of the change
-PEAK = 0.2  # the largest share that one row has in a term
-
-
-class Formula(NamedTuple):
-    expression: sympy.Expr
-    terms: list  # (variable, a, (g, {b, c})); no term where g is 0
-    misfit: float  # root mean square, as a share of the change
-    reason: str  # for a refusal, or empty
-
-    def __str__(self):
-        short = {v: v.n(3) for v in self.expression.atoms(sympy.Float)}
-        shown = f"{self.expression.xreplace(short)}, misfit {self.misfit:.1%}"
-        return f"no formula: {self.reason}" if self.reason else shown
-
-
-def remover(columns):
-    """Return a function that subtracts the least-squares fit by columns."""
-    vectors, sizes, _ = np.linalg.svd(np.column_stack([*columns]), False)
-    basis = vectors[:, sizes > 1e-7 * sizes[0]]
-    return lambda values: values - basis @ (basis.T @ values)
-
-
-def fit_function(g, x, change, slope, remove):
-    """Fit slope a g(x) after `remove`; return the squared misfit, b and c."""
-    function = sympy.lambdify([X, *SYMBOLS[g]], g)
-
-    def column(constants, x=x, slope=slope):
-        values = slope * function(x, *constants)
-        squares = values**2
-        valid = squares.max(0) < PEAK * squares.sum(0)  # false for NaN, too
-        return remove(np.where(valid, values, 0.0))
-
-    def residual(constants):
-        values = column(constants)
-        return change - values * (values @ change) / (values @ values + 1e-12)
-
-    if g == X:
-        return np.sum(residual(()) ** 2), {}
-    axes = {B: 2 * RATES / np.ptp(x), C: x.min() + np.ptp(x) * (SHIFTS + 1) / 2}
-    points = np.array([*product(*(axes[symbol] for symbol in SYMBOLS[g]))])
-    columns = column(points.T, x[:, None], slope[:, None])
-    gains = (change @ columns) ** 2 / (np.sum(columns**2, 0) + 1e-12)
-    top, ends = points[np.argsort(-gains)[:2]], (points.min(0), points.max(0))
-    fits = [least_squares(residual, p, bounds=ends, max_nfev=30) for p in top]
-    best = min(fits, key=lambda fit: fit.cost)
-    return 2 * best.cost, dict(zip(SYMBOLS[g], best.x, strict=True))
-
-
-def choose(library, x, left, slope, remove):
-    """Return the best function and its constants; zero if BIC prefers no term."""
-    rows, total = len(x), left @ left
-    best, choice = rows * np.log(total / rows + SMALL**2), (0 * X, {})
-    for g in library:
-        squares, constants = fit_function(g, x, left, slope, remove)
-        price = 2 * (1 + len(constants)) * np.log(rows)
-        score = rows * np.log(squares / rows + SMALL**2) + price
-        if score < best and total - squares > SMALL**2 * rows:
-            best, choice = score, (g, constants)
-    return choice
-
-
-def find_formula(x, change, slope=1.0):
-    """Find f in change = slope f(x), for arrays (rows, in), (rows,), (rows,)."""
-    if not np.ptp(x, axis=0).all():
-        raise ValueError("A column of x is constant: leave it out.")
-    slope = slope * np.ones(len(x))
-    columns = dict(zip(sympy.symbols(f"x:{x.shape[1]}"), x.T, strict=True))
-    for i, j in combinations(list(columns), 2):
-        columns[i * j] = columns[i] * columns[j]
-    fits, chosen = {None: slope}, {}
-    for variable, z in columns.items():
-        degree = 8 if variable.is_Symbol else 1
-        powers = legvander(2 * (z - z.min()) / np.ptp(z) - 1, degree)
-        fits[variable] = (slope * powers.T[1:]).T
-    count = np.column_stack([*fits.values()]).shape[1]
-    if len(x) <= count:
-        raise ValueError(f"{len(x)} rows are too few for {count} polynomials.")
-    size = np.std(remover([slope])(change))
-    smooth = np.std(remover(fits.values())(change)) / size
-    for variable, z in 3 * list(columns.items()):
-        del fits[variable]
-        remove = remover(fits.values())
-        library = LIBRARY if variable.is_Symbol else LIBRARY[:1]
-        g, constants = choose(library, z, remove(change) / size, slope, remove)
-        chosen[variable] = g, constants
-        function = sympy.lambdify([X, *constants], g)
-        fits[variable] = slope * function(z, *constants.values())
-    matrix = np.column_stack([*fits.values()])
-    factors = np.linalg.lstsq(matrix, change)[0]
-    terms = [*zip(columns, factors[1:], chosen.values(), strict=True)]
-    expression = sympy.Float(factors[0])
-    for variable, a, (g, constants) in terms:
-        expression += a * g.subs({**constants, X: variable})
-    misfit = np.std(change - matrix @ factors) / size
-    noise = (1 + 3 * count / len(x)) * smooth**2  # what `count` terms may hide
-    lack = misfit**2 > noise + LACK**2
-    reason = f"polynomials fit to {smooth:.1%}" if lack else ""
-    reason = f"the misfit is {misfit:.0%}" if misfit > MISFIT else reason
-    return Formula(expression, terms, misfit, reason)
-
-
-# %%
 print(find_formula(x.numpy(), change))
 
 # %% [markdown]
+# ## Find the formula of a saved adapter
+#
+# The file is also a script. It needs the base, the adapter, and a CSV file with the names
+# of the inputs in its first line:
+
+# %%
+import subprocess
+import sys
+
+import find_formula as script
+
+
+model.save_pretrained("adapter")
+model.unload().save_pretrained("kan")
+np.savetxt("x.csv", x, delimiter=",", header="angle,load", comments="")
+command = [sys.executable, script.__file__, "kan", "adapter", "x.csv"]
+print(subprocess.run(command, capture_output=True, text=True).stdout)
+
+# %% [markdown]
+# In a shell, this is `python find_formula.py kan adapter x.csv`. For a base that is no
+# `peft_lotra.kan.KAN`, write a function that returns it, say `build` in my_networks.py, and
+# pass `my_networks:build` instead of `kan`.
+#
 # ## Find a change inside of the network
 #
 # Let a network have two layers, a single hidden unit and one output: $y = h(u(x))$.
@@ -217,23 +125,7 @@ print(find_formula(x.numpy(), change))
 
 
 # %%
-def find_inside(kan, x, y):
-    """Find d in y = h(u(x) + d(x)), for a KAN of two layers h(u(x))."""
-    low, high = kan(x).detach().quantile(torch.tensor([0.005, 0.995]))
-    valid = ((y > low) & (y < high))[:, 0]  # the base returns such y
-    x, y, u = x[valid], y[valid], kan.layers[0](x[valid]).detach()
-    config = LoTRAConfig(r=(1, 2, 2), target_modules=["layers.0"])
-    train(get_peft_model(kan, config), x, y)
-    hidden, h = kan.layers[0](x).detach(), kan.layers[1]
-    for _ in range(2):
-        z = hidden.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(h(z).sum(), z)
-        slope *= (hidden > u.min()) & (hidden < u.max())  # h is known here
-        change = slope * (hidden - u) + (y - h(hidden).detach()) * (slope != 0)
-        formula = find_formula(x.numpy(), *change.T.numpy(), *slope.T.numpy())
-        f = sympy.lambdify(sympy.symbols(f"x:{len(x.T)}"), formula.expression)
-        hidden = u + torch.as_tensor(f(*x.T[:, :, None].numpy()))
-    return formula
+from find_formula import find_inside
 
 
 x = torch.rand(1000, 3) * 2 - 1
@@ -284,6 +176,41 @@ for edge in what_changed(model, x).edges:
 # %%
 with model.disable_adapter():
     print(find_formula(x.numpy(), *(new[:, 3:] - kan(x)).detach().T.numpy()))
+
+# %% [markdown]
+# ## A pykan network
+#
+# These are the data of [the pykan page](../tutorials/pykan.md): $e^{\sin(\pi a) + b^2} / 3$ changes to
+# $e^{\sin(\pi a) - b^2} / 3$. This change is no sum of terms, so the recipe refuses it. The change of the logarithm is
+# a single term. Try the logarithm if your outputs are positive:
+
+# %%
+import kan as pykan
+
+
+torch.set_default_dtype(torch.float32)
+
+
+def data(sign):
+    def formula(x):
+        return (
+            torch.exp(torch.sin(torch.pi * x[:, :1]) + sign * x[:, 1:] ** 2) / 3
+        )
+
+    return pykan.create_dataset(formula, train_num=300)
+
+
+old, new = data(1), data(-1)
+network = pykan.KAN(width=[2, 5, 1], grid=5, auto_save=False)
+network.fit(old, steps=20)
+x, y = new["train_input"], new["train_label"]
+before = network(x).detach().clamp(min=0.01)
+for name, change in (
+    ("output", y - before),
+    ("logarithm", torch.log(y / before)),
+):
+    formula = find_formula(x.double().numpy(), *change.double().T.numpy())
+    print(f"{name}: {formula}")
 
 # %% [markdown]
 # ## How often the recipe succeeds

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Formulas for what changed: how often docs/recipes/what_changed.py names a planted change, or a wrong one.
+"""Formulas for what changed: how often docs/recipes/find_formula.py names a planted change, or a wrong one.
 
 Shown in docs/recipes/what_changed.md.
 
@@ -22,13 +22,13 @@ from __future__ import annotations
 from study_tools import command_line  # isort: split
 
 
-import ast
 import math
+import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import sympy
@@ -42,33 +42,15 @@ from tqdm import tqdm
 from peft_lotra.kan import KAN
 
 
+sys.path.append(str(command_line.STUDIES.parents[1] / "docs" / "recipes"))
+import find_formula as recipe  # noqa: E402
+from find_formula import LIBRARY, SYMBOLS, B, C, X  # noqa: E402
+
+
 ROWS, NOISE, TOLERANCE = 1000, 0.01, 0.02
-RECIPE = command_line.STUDIES.parents[1] / "docs" / "recipes" / "what_changed.py"
 WORST_BASE = 0.003  # error on fresh points, as a share of the standard deviation, of a base that is kept
 
 Function = Callable[[np.ndarray], np.ndarray]
-
-
-def load_recipe() -> dict[str, Any]:
-    """Run the imports, the constants and the definitions of the recipe, and nothing that trains."""
-    tree = ast.parse(RECIPE.read_text(encoding="utf-8"))
-    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
-
-    def defines(node: ast.stmt) -> bool:
-        if not isinstance(node, ast.Assign):
-            return isinstance(node, kinds)
-        names = [name.id for name in ast.walk(node.targets[0]) if isinstance(name, ast.Name)]
-        return all(name.isupper() for name in names)
-
-    tree.body = [node for node in tree.body if defines(node)]
-    namespace: dict[str, Any] = {"__name__": "what_changed"}
-    exec(compile(tree, str(RECIPE), "exec"), namespace)
-    return namespace
-
-
-recipe = load_recipe()
-X, B, C = recipe["X"], recipe["B"], recipe["C"]
-LIBRARY, SYMBOLS = recipe["LIBRARY"], recipe["SYMBOLS"]
 
 
 class Term(NamedTuple):
@@ -196,7 +178,7 @@ def verdict(found: dict, terms: dict | None, reason: str) -> str:
     return "right" if all(error_of(found[key], terms[key]) <= TOLERANCE for key in terms) else "constants"
 
 
-def found_terms(formula: Any, scale: float = 1.0) -> dict:
+def found_terms(formula: recipe.Formula, scale: float = 1.0) -> dict:
     terms = [(variable, Term(a / scale, *choice)) for variable, a, choice in formula.terms]
     return {variable: unify(term) for variable, term in terms if term.g != 0}
 
@@ -212,7 +194,7 @@ def train_bases() -> dict[int, tuple[KAN, Callable[[Tensor], Tensor]]]:
 
         x = 2 * torch.rand(2 * ROWS, width) - 1
         kan = KAN([width, 5, 1])
-        recipe["train"](kan, x, function(x))
+        recipe.train(kan, x, function(x))
         bases[width] = kan, function
     return bases
 
@@ -243,10 +225,10 @@ def draw_case(seed: int, planted: bool, bases: dict) -> tuple[np.ndarray, np.nda
 
 def run_output(seed: int, planted: bool, bases: dict) -> dict:
     x, d, terms = draw_case(seed, planted, bases)
-    return {"seed": seed, **judge(lambda: recipe["find_formula"](x, d), terms)}
+    return {"seed": seed, **judge(lambda: recipe.find_formula(x, d), terms)}
 
 
-def judge(find: Callable[[], Any], terms: dict | None, scale: float = 1.0) -> dict:
+def judge(find: Callable[[], recipe.Formula], terms: dict | None, scale: float = 1.0) -> dict:
     """Run the recipe, and compare its formula with the planted terms."""
     start = time.process_time()
     formula = find()
@@ -292,7 +274,7 @@ def draw_base(rng: np.random.Generator) -> tuple[KAN, Callable, Callable, int, i
         for seed in range(6):
             torch.manual_seed(seed)
             kan = KAN([width, 1, 1], grid_size=24, grid_range=(-3, 3))
-            recipe["train"](kan, points[:ROWS], y[:ROWS])
+            recipe.train(kan, points[:ROWS], y[:ROWS])
             error = (kan(points[ROWS:]) - y[ROWS:]).std() / y[ROWS:].std()
             if error < WORST_BASE:
                 return kan, hidden, link, width, attempt
@@ -317,7 +299,7 @@ def run_inside(seed: int, planted: bool) -> dict:
     terms = None
     if term is not None:
         terms = {sympy.symbols(f"x:{width}")[i]: term._replace(a=term.a * factor)}
-    judged = judge(lambda: recipe["find_inside"](kan, points, y), terms, scale)
+    judged = judge(lambda: recipe.find_inside(kan, points, y), terms, scale)
     return {"seed": seed, **judged, "bases tried": attempts}
 
 
@@ -335,7 +317,7 @@ def load_cells() -> tuple[np.ndarray, np.ndarray]:
     x, y = scaled[:, :3], scaled[:, 3:] / scaled[:, 3].std()
     torch.manual_seed(0)
     kan = KAN([3, 1], grid_size=2)
-    recipe["train"](kan, torch.tensor(x[::2]), torch.tensor(y[::2]))
+    recipe.train(kan, torch.tensor(x[::2]), torch.tensor(y[::2]))
     residual = y[1::2] - kan(torch.tensor(x[1::2])).detach().numpy()
     return x[1::2], residual[:, 0]
 
@@ -349,7 +331,7 @@ def run_cells(seed: int, cells: tuple[np.ndarray, np.ndarray]) -> dict:
     values = term(x[:, i])
     change = residual + values / values.std()
     terms = {sympy.symbols(f"x:{x.shape[1]}")[i]: term._replace(a=term.a / values.std())}
-    return {"seed": seed, **judge(lambda: recipe["find_formula"](x, change), terms)}
+    return {"seed": seed, **judge(lambda: recipe.find_formula(x, change), terms)}
 
 
 KINDS = ("right", "constants", "wrong", "refused")

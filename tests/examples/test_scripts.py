@@ -10,8 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from peft import get_peft_model
 from study_tools import command_line
+
+from peft_lotra import LoTRAConfig
+from peft_lotra.kan import KAN
+from peft_lotra.least_squares import LevenbergMarquardt
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,3 +139,21 @@ def test_the_family_of_the_space_loads_and_predicts():
     assert 3 * refined < predicted < 0.03
     header = (space / "README.md").read_text().split("---")[1]
     assert all(entry in header for entry in ("sdk: gradio", "app_file: app.py", "license: apache-2.0"))
+
+
+def test_the_formula_of_a_saved_adapter(tmp_path):
+    """A sine that is shifted by a half period is printed without the shift."""
+    torch.manual_seed(0)
+    kan = KAN([2, 1], grid_size=20, dtype=torch.float64)
+    kan.save_pretrained(tmp_path / "kan")
+    x = torch.rand(500, 2, dtype=torch.float64) * 2 - 1
+    y = kan(x).detach() + torch.sin(3 * x[:, :1] - torch.pi)
+    model = get_peft_model(kan, LoTRAConfig(r="full"))
+    LevenbergMarquardt(model).fit([(lambda model, x, y: model(x) - y, (x, y))], 20, progress=False)
+    model.save_pretrained(tmp_path / "adapter")
+    np.savetxt(tmp_path / "x.csv", x, delimiter=",", header="angle,load", comments="")
+
+    command = [sys.executable, ROOT / "docs/recipes/find_formula.py", "kan", "adapter", "x.csv"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+
+    assert done.stdout == "x0 = angle, x1 = load\noutput 0: -1.0*sin(3.0*x0), misfit 0.0%\n"
