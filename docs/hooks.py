@@ -1,7 +1,11 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the site has beyond its pages: addresses, formulas, pictures of results, and files from outside of docs/."""
+"""What the site has beyond its pages: addresses, formulas, pictures of results, and files from outside of docs/.
+
+Until the repository is public ([tool.peft-lotra] in pyproject.toml), no link leads to it: a file of the repository is
+text, and its path a tooltip.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,12 @@ from mkdocs.structure.files import File
 
 
 ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PUBLISHED = PROJECT["tool"]["peft-lotra"]["published"]
 RESULTS = "examples/studies/results/"
 # `../examples/pde.py` in a page leads from its file on GitHub to the file, and is none of the pages of the site
 OUTSIDE = re.compile(
-    r"\]\((?:\.\./)+((?:examples|tests|peft_lotra|docs/(?:notes|tutorials|recipes)|[A-Z]+[\w.]*|pyproject)[^)\s]*)\)"
+    r"\[((?:[^][]|\[[^][]*\])*)\]\((?:\.\./)+((?:examples|tests|peft_lotra|docs/(?:notes|tutorials|recipes)|[A-Z]+[\w.]*|pyproject)[^)\s]*)\)"
 )
 # pages that are a link on GitHub and the file itself on the site
 WHOLE = {
@@ -60,16 +66,18 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 LONGEST_UNBROKEN = 34
 # of code in a table
 LONGEST_UNBROKEN_IN_CELL = 12
+# of the pages, by their addresses, and the sections of the site: for llms.txt
+FIRST_SENTENCES: dict[str, str] = {}
+NAVIGATION: list = []
 # a phone shows this many pixels of a picture; a wider one scrolls, at this many pixels an inch
 PHONE, PIXELS_PER_INCH = 358, 62
 
 
 def on_config(config):
-    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "urls"
-    ]
-    config.repo_url = urls["Repository"]
-    config.repo_name = urls["Repository"].removeprefix("https://github.com/")
+    urls = PROJECT["project"]["urls"]
+    if PUBLISHED:
+        config.repo_url = urls["Repository"]
+        config.repo_name = config.repo_url.removeprefix("https://github.com/")
     config.site_url = urls["Documentation"]
     sys.path.append(
         str(ROOT / "docs")
@@ -91,12 +99,15 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     def in_the_repository(match: re.Match) -> str:
-        path = match[1].partition("#")[0]
+        path = match[2].partition("#")[0]
         if not (ROOT / path).exists():
             raise FileNotFoundError(
                 f"{page.file.src_uri} links to {path}, which does not exist"
             )
-        return f"]({config.repo_url}/blob/main/{match[1]})"
+        if PUBLISHED:
+            return f"[{match[1]}]({config.repo_url}/blob/main/{match[2]})"
+        title = f"{path} in the repository"
+        return f'<span class="in-repository" title="{title}">{match[1]}</span>'
 
     source = Path(page.file.abs_src_path)
     if source.with_suffix(".ipynb").is_file():
@@ -106,16 +117,50 @@ def on_page_markdown(markdown, page, config, files):
     markdown = re.sub(
         rf"\]\(((?:\.\./)+){RESULTS}(\S+\.png)\)", results_of_the_site, markdown
     )
-    return OUTSIDE.sub(
+    markdown = OUTSIDE.sub(
         in_the_repository, re.sub(r"\]\(notes/", "](../docs/notes/", markdown)
     )
+    FIRST_SENTENCES[page.url] = first_sentence(markdown)
+    return markdown
+
+
+def first_sentence(markdown: str) -> str:
+    """The first sentence of a page, as plain text."""
+    for block in markdown.split("\n\n"):
+        is_text = re.match(r"[A-Z`*\[]", block)
+        if is_text and not block.startswith(("[notebook]", "[Open in Colab]")):
+            text = re.sub(r"\[([^]]*)\]\([^)]*\)|<[^>]*>", r"\1", block)
+            text = re.split(r"(?<=[.:])\s", " ".join(text.split()))[0]
+            return text.replace("**", "").rstrip(":.") + "."
+    return ""
+
+
+def on_nav(nav, config, files):
+    NAVIGATION[:] = nav.items
+
+
+def on_post_build(config):
+    """Write llms.txt: the pages with their first sentences, for language models (llmstxt.org)."""
+    lines = [f"# {config.site_name}", "", f"> {config.site_description}"]
+    for item in NAVIGATION:
+        if item.children or item is NAVIGATION[0]:
+            lines += ["", f"## {item.title}", ""]
+        for page in item.children or [item]:
+            address = config.site_url + page.url if PUBLISHED else page.url
+            sentence = FIRST_SENTENCES.get(page.url, "")
+            lines.append(
+                f"- [{page.title}]({address or './'}): {sentence}".rstrip(": ")
+            )
+    Path(config.site_dir, "llms.txt").write_text("\n".join(lines) + "\n")
 
 
 def with_notebook(markdown: str, uri: str, project: str) -> str:
     """Add links to the notebook of a page below its title."""
     path = uri.removesuffix(".md") + ".ipynb"
-    colab = f"https://colab.research.google.com/github/{project}/blob/main/docs/{path}"
-    links = f"[Open in Colab]({colab}) · [notebook]({Path(path).name})"
+    links = f"[notebook]({Path(path).name})"
+    if PUBLISHED:
+        colab = f"https://colab.research.google.com/github/{project}/blob/main/docs/{path}"
+        links = f"[Open in Colab]({colab}) · {links}"
     return re.sub(
         r"^# .*$", rf"\g<0>\n\n{links}", markdown, count=1, flags=re.MULTILINE
     )

@@ -44,10 +44,20 @@ BLOCK = re.compile(
 LINK = re.compile(r"\]\((?!https?:|#)([^)\s#]+)")
 
 
+def project_settings() -> dict[str, Any]:
+    """Return the content of pyproject.toml."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
 def repository() -> str:
     """Return the address of the repository."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    return tomllib.loads(text)["project"]["urls"]["Repository"]
+    return project_settings()["project"]["urls"]["Repository"]
+
+
+def is_published() -> bool:
+    """Return whether this address exists."""
+    return project_settings()["tool"]["peft-lotra"]["published"]
 
 
 def markdown_cell(text: str) -> dict[str, Any]:
@@ -103,8 +113,14 @@ def first_cells(name: str) -> list[dict[str, Any]]:
     colab = f"https://colab.research.google.com/github/{notebook}"
     package = f'"peft-lotra[examples] @ git+{address}"'
     packages = " ".join([package, *REQUIREMENTS[name]])
+    words = f"[![Open in Colab]({badge})]({colab})"
+    if not is_published():
+        words += (
+            "\n\nThe badge, the next cell and the links work once the repository is public. Until then, open this "
+            f'notebook in a clone, and run `pip install "PATH/TO/THE/CLONE[examples]" {" ".join(REQUIREMENTS[name])}'
+        ).rstrip() + "` instead of the next cell."
     return [
-        markdown_cell(f"[![Open in Colab]({badge})]({colab})"),
+        markdown_cell(words),
         code_cell(f"%pip install -q {packages}"),
     ]
 
