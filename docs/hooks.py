@@ -87,7 +87,11 @@ def on_config(config):
 
 def on_files(files, config):
     """The pictures of the results are part of the site."""
-    for path in sorted((ROOT / RESULTS).rglob("*.png")):
+    pictures = [
+        *(ROOT / RESULTS).rglob("*.png"),
+        *(ROOT / RESULTS).rglob("*.gif"),
+    ]
+    for path in sorted(pictures):
         name = path.relative_to(ROOT / RESULTS).as_posix()
         files.append(
             File.generated(
@@ -115,7 +119,9 @@ def on_page_markdown(markdown, page, config, files):
     if page.file.src_uri in WHOLE:
         markdown = (ROOT / WHOLE[page.file.src_uri]).read_text()
     markdown = re.sub(
-        rf"\]\(((?:\.\./)+){RESULTS}(\S+\.png)\)", results_of_the_site, markdown
+        rf"\]\(((?:\.\./)+){RESULTS}(\S+\.(?:png|gif))\)",
+        results_of_the_site,
+        markdown,
     )
     markdown = OUTSIDE.sub(
         in_the_repository, re.sub(r"\]\(notes/", "](../docs/notes/", markdown)
@@ -248,10 +254,28 @@ def indented_lines(match: re.Match) -> str:
 
 
 def linked_picture(match: re.Match) -> str:
-    """A picture in its size leads to its file. A wide one scrolls on a phone, where its labels stay legible."""
+    """A picture in its size leads to its file. A wide one scrolls on a phone, where its labels stay legible.
+
+    A picture NAME_dark beside it takes its place in the dark scheme.
+    """
     folder = {"results": ROOT / RESULTS, "pages": ROOT / "docs/assets/pages"}
     kind, _, name = match[3].partition("/")
-    width, height, inches = size_of_png(folder[kind] / name)
+    path = folder[kind] / name
+    dark = path.with_stem(f"{path.stem}_dark")
+    if not path.stem.endswith("_dark") and dark.exists():
+        other = match[0].replace(path.name, dark.name)
+        pictures = picture_of(match, path), picture_of(IMAGE.match(other), dark)
+        return (
+            f'<span class="only-light">{pictures[0]}</span>'
+            f'<span class="only-dark">{pictures[1]}</span>'
+        )
+    return picture_of(match, path)
+
+
+def picture_of(match: re.Match, path: Path) -> str:
+    if path.suffix == ".gif":
+        return match[0]
+    width, height, inches = size_of_png(path)
     image = f'<img {match[1]} width="{width}" height="{height}">'
     shown = round(inches * PIXELS_PER_INCH)
     if shown <= PHONE * 1.15:

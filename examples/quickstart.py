@@ -13,12 +13,13 @@ is saved, loaded into a fresh base, and merged.
 import argparse
 import copy
 import json
+from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
+from quickstart_pictures import Recorder, animate, draw
 from scipy.ndimage import rotate
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
@@ -26,7 +27,6 @@ from tqdm import tqdm
 
 from peft_lotra import LoTRAConfig, create_lotra_optimizer, start_from_gradient
 from peft_lotra.kan import KAN
-from peft_lotra.plotting import plot_edge_functions
 
 
 torch.set_num_threads(1)  # more threads slow down such small matrices
@@ -46,9 +46,11 @@ def scan(seed=None):
     return torch.tensor(images.clip(0, 16) / 8 - 1).float().flatten(1)
 
 
-def train(model, optimizer, x, y, steps, name):
+def train(model, optimizer, x, y, steps, name, record=None):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in tqdm(range(steps), name, ncols=80, mininterval=1):
+    for step in tqdm(range(steps), name, ncols=80, mininterval=1):
+        if record:
+            record(model, step)
         rows = torch.randint(len(x), (128,))
         optimizer.zero_grad()
         cross_entropy(model(x[rows]), y[rows]).backward()
@@ -56,7 +58,13 @@ def train(model, optimizer, x, y, steps, name):
         schedule.step()
 
 
-def compare(seed, steps):
+def percent_right(model, x, rows):
+    return (
+        100 * (model(x[rows]).argmax(1) == DIGITS[rows]).float().mean().item()
+    )
+
+
+def compare(seed, steps, record=None):
     """Train a base, adapt it in two ways; return models, test rows, results."""
     torch.manual_seed(seed)
     order = np.random.default_rng(seed).permutation(len(DIGITS))
@@ -71,7 +79,7 @@ def compare(seed, steps):
     lotra = get_peft_model(copy.deepcopy(base), LoTRAConfig())
     start_from_gradient(lotra, lambda: cross_entropy(lotra(x), y))
     optimizer = create_lotra_optimizer(lotra, torch.optim.Adam, lr=3e-2)
-    train(lotra, optimizer, x, y, steps, "LoTRA")
+    train(lotra, optimizer, x, y, steps, "LoTRA", record)
 
     full = copy.deepcopy(base)
     adam = torch.optim.Adam(full.parameters(), lr=1e-2)
@@ -80,9 +88,8 @@ def compare(seed, steps):
     base.requires_grad_(False)
     results = {}
     for name, model in zip(NAMES, (base, lotra, full), strict=True):
-        is_right = model(new[test]).argmax(1) == DIGITS[test]
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        results[name] = [100 * is_right.float().mean().item(), trained]
+        results[name] = [percent_right(model, new, test), trained]
     return base, lotra, test, results
 
 
@@ -98,28 +105,6 @@ def save_load_merge(base, lotra, x, folder):
     print(f"merged, a {type(merged).__name__} again: difference {change:.0e}")
 
 
-def draw(base, lotra, test, folder):
-    """Draw five digits with the answers, and the functions that changed."""
-    old, new = scan()[test], scan(0)[test]
-    figure, axes = plt.subplots(2, 5, figsize=(6.4, 3.4), layout="constrained")
-    for digit, (top, bottom) in enumerate(axes.T):
-        row = int((DIGITS[test] == digit).nonzero()[0])
-        for axis, images in ((top, old), (bottom, new)):
-            axis.imshow(images[row].view(8, 8), cmap="Greys")
-            axis.set(xticks=[], yticks=[])
-        answers = [int(m(new[row : row + 1]).argmax()) for m in (base, lotra)]
-        colors = ["tab:green" if a == digit else "tab:red" for a in answers]
-        bottom.set_title(f"base: {answers[0]}", color=colors[0], size=10)
-        bottom.set_xlabel(f"LoTRA: {answers[1]}", color=colors[1])
-    axes[0, 0].set_ylabel("old scanner")
-    axes[1, 0].set_ylabel("new scanner")
-    figure.savefig(folder / "scans.png", dpi=130)
-    figure = plt.figure(figsize=(6.4, 4.6), layout="constrained")
-    pixels = [f"pixel ({i // 8}, {i % 8})" for i in range(64)]
-    plot_edge_functions(lotra, "layers.0", None, new, pixels, figure)
-    figure.savefig(folder / "functions.png", dpi=130)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
@@ -129,7 +114,9 @@ def main():
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
 
-    runs = [compare(seed, args.steps) for seed in range(args.seeds)]
+    recorder = Recorder(args.steps)
+    runs = [compare(0, args.steps, recorder)]
+    runs += [compare(seed, args.steps) for seed in range(1, args.seeds)]
     rows = {name: [results[name] for *_, results in runs] for name in NAMES}
     print(f"\naccuracy on the new scans, {LABELS} labels")
     for name in NAMES:
@@ -140,8 +127,13 @@ def main():
 
     base, lotra, test, _ = runs[0]
     save_load_merge(base, lotra, scan(0)[test], args.output / "adapter")
-    draw(base, lotra, test, args.output)
-    print(f"pictures: scans.png and functions.png in {args.output}")
+    recorder(lotra, args.steps)
+    five = [test[int((DIGITS[test] == d).nonzero()[0])] for d in range(5)]
+    old, new = scan()[five], scan(0)
+    draw(base, lotra, old, new[five], new[test], args.output)
+    measure = partial(percent_right, lotra, new, test)
+    animate(lotra, recorder.states, new[five], new[test], measure, args.output)
+    print(f"pictures: scans, functions and training.gif in {args.output}")
 
 
 if __name__ == "__main__":
