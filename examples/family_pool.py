@@ -55,11 +55,6 @@ def main():
     with make_executor(*sys.argv[1:]) as executor:
         values = [2.6, 2.8, 3.0, 3.2, 3.4]
         print(family.fit(values, executor=executor, progress=False))
-    with torch.no_grad():
-        u = (1 - X**2) * family.predict(2.9)(X)
-    exact = torch.sin(2.9 * X) - X * torch.sin(torch.tensor(2.9))
-    error = (u - exact).norm() / exact.norm()
-    print(f"relative error between the members: {error:.1e}")
 
 
 if __name__ == "__main__":  # spawned processes import this module again

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
-from quickstart_pictures import Recorder, animate, draw
+from quickstart_pictures import Recorder, animate
 from scipy.ndimage import rotate
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
@@ -128,12 +128,11 @@ def main():
     base, lotra, test, _ = runs[0]
     save_load_merge(base, lotra, scan(0)[test], args.output / "adapter")
     recorder(lotra, args.steps)
+    new = scan(0)
     five = [test[int((DIGITS[test] == d).nonzero()[0])] for d in range(5)]
-    old, new = scan()[five], scan(0)
-    draw(base, lotra, old, new[five], new[test], args.output)
     measure = partial(percent_right, lotra, new, test)
     animate(lotra, recorder.states, new[five], new[test], measure, args.output)
-    print(f"pictures: scans, functions and training.gif in {args.output}")
+    print(f"training.gif and training_dark.gif in {args.output}")
 
 
 if __name__ == "__main__":

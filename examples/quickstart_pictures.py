@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The pictures and the animation of quickstart.py, light and dark."""
+"""The animation of quickstart.py, light and dark."""
 
 import copy
 
@@ -47,21 +47,20 @@ def edge_curves(lotra, x, edges=None):
     return curves
 
 
-def draw_digits(axes, images, read=None, name=""):
+def draw_digits(axes, images, read):
     """Draw scans of the digits 0 to 4, with what a model reads."""
     for digit, axis in enumerate(axes):
         axis.imshow(images[digit].view(8, 8), cmap="Greys")
         axis.set(xticks=[], yticks=[])
-        if read is not None:
-            color = COLORS[read[digit] == digit]
-            axis.set_title(f"{name}{read[digit]}", color=color, size=10)
+        color = COLORS[read[digit] == digit]
+        axis.set_title(f"reads {read[digit]}", color=color, size=10)
 
 
 def draw_edge(axis, curve, image):
     """Draw an edge function, and the pixel that it reads on a digit."""
     unit, index, points, base, adapted = curve
-    axis.plot(points, base, "--", color="0.5", label="base")
-    axis.plot(points, adapted, color="tab:green", label="with the adapter")
+    axis.plot(points, base, "--", color="0.5")
+    axis.plot(points, adapted, color="tab:green")
     axis.set_title(f"marked pixel to unit {unit}", size=9)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.25)
@@ -69,40 +68,6 @@ def draw_edge(axis, curve, image):
     inset.imshow(image.view(8, 8), cmap="Greys")
     inset.plot(index % 8, index // 8, "s", color="tab:orange", ms=5)
     inset.set(xticks=[], yticks=[])
-
-
-def draw(base, lotra, old, new, x, folder):
-    """Draw scans of the digits 0 to 4, and the functions that changed most."""
-    curves = edge_curves(lotra, x)
-    answers = [model(new).argmax(1).tolist() for model in (base, lotra)]
-    for suffix, style in STYLES.items():
-        with plt.style.context(style):
-            size = (6.4, 3.4)
-            figure, axes = plt.subplots(
-                2, 5, figsize=size, layout="constrained"
-            )
-            draw_digits(axes[0], old)
-            draw_digits(axes[1], new, answers[0], "base: ")
-            for digit, axis in enumerate(axes[1]):
-                answer = answers[1][digit]
-                color = COLORS[answer == digit]
-                axis.set_xlabel(f"LoTRA: {answer}", color=color)
-            axes[0, 0].set_ylabel("old scanner")
-            axes[1, 0].set_ylabel("new scanner")
-            figure.savefig(folder / f"scans{suffix}.png", dpi=130)
-
-            margins = {"left": 0.1, "right": 0.9, "bottom": 0.12, "top": 0.86}
-            grid = {"wspace": 0.8, "hspace": 0.35, **margins}
-            size = (7, 4.6)
-            figure, axes = plt.subplots(2, 3, figsize=size, gridspec_kw=grid)
-            for axis, curve in zip(axes.flat, curves, strict=True):
-                draw_edge(axis, curve, new[3])
-            handles, labels = axes[0, 0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="upper center", ncols=2)
-            figure.supxlabel("brightness of the pixel, from -1 to 1", size=9)
-            figure.supylabel("edge function", size=9)
-            figure.savefig(folder / f"functions{suffix}.png", dpi=130)
-            plt.close("all")
 
 
 def animate(lotra, states, new, x, percent_right, folder):
@@ -141,7 +106,7 @@ def draw_frame(frame, low, high, new):
     title, read, curves = frame
     figure = plt.figure(figsize=(6.8, 3.6))
     top = {"top": 0.84, "bottom": 0.5, "left": 0.03, "right": 0.97}
-    draw_digits(figure.subplots(1, 5, gridspec_kw=top), new, read, "reads ")
+    draw_digits(figure.subplots(1, 5, gridspec_kw=top), new, read)
     bottom = {"top": 0.38, "bottom": 0.07, "left": 0.07, "right": 0.89}
     axes = figure.subplots(1, 3, gridspec_kw={"wspace": 0.8, **bottom})
     for place, axis in enumerate(axes):
