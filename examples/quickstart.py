@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
-from quickstart_pictures import Recorder, animate
+from quickstart_pictures import animate, record_into
 from scipy.ndimage import rotate
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
@@ -114,8 +114,8 @@ def main():
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
 
-    recorder = Recorder(args.steps)
-    runs = [compare(0, args.steps, recorder)]
+    states = []
+    runs = [compare(0, args.steps, record_into(states))]
     runs += [compare(seed, args.steps) for seed in range(1, args.seeds)]
     rows = {name: [results[name] for *_, results in runs] for name in NAMES}
     print(f"\naccuracy on the new scans, {LABELS} labels")
@@ -127,11 +127,10 @@ def main():
 
     base, lotra, test, _ = runs[0]
     save_load_merge(base, lotra, scan(0)[test], args.output / "adapter")
-    recorder(lotra, args.steps)
     new = scan(0)
     five = [test[int((DIGITS[test] == d).nonzero()[0])] for d in range(5)]
     measure = partial(percent_right, lotra, new, test)
-    animate(lotra, recorder.states, new[five], new[test], measure, args.output)
+    animate(lotra, states, new[five], new[test], measure, args.output)
     print(f"training.gif and training_dark.gif in {args.output}")
 
 

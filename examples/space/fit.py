@@ -1,9 +1,10 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Make the folder `family` that app.py shows.
+"""Make the folders `family` and `digits` that app.py shows.
 
-It has a base trained at one viscosity, and its family of adapters.
+`family` has a base trained at one viscosity, and its family of adapters;
+`digits` the base and the adapter of quickstart.py.
 
 python examples/space/fit.py      # about a minute of one core
 """
@@ -11,7 +12,7 @@ python examples/space/fit.py      # about a minute of one core
 from __future__ import annotations
 
 import argparse
-import tempfile
+import sys
 from pathlib import Path
 
 import torch
@@ -22,22 +23,19 @@ from peft_lotra import ParametricAdapter
 from peft_lotra.least_squares import LevenbergMarquardt
 
 
-FOLDER = Path(__file__).parent / "family"
+FOLDER = Path(__file__).parent
+sys.path.append(str(FOLDER.parent))
+from quickstart import compare  # noqa: E402
 
 
 def main() -> None:
     notes = """Needs the package alone; takes a minute on one core;
-    writes the folder --output."""
+    writes into the folder --output."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, epilog=notes
     )
     parser.add_argument("--output", type=Path, default=FOLDER)
     folder = parser.parse_args().output
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        parser.error(f"--output {folder}: {error.strerror}")
     torch.manual_seed(0)
     base = network()
     optimizer = LevenbergMarquardt(base, floor=1e-6)
@@ -45,11 +43,17 @@ def main() -> None:
         optimizer.fit(terms_of(nu, 2500), steps)
     family = ParametricAdapter(base, terms_of, ranks=8, log=True)
     print(family.fit(MEMBERS, max_steps=40))
-    family.save_pretrained(folder)
-    save_file(
-        {name: part.contiguous() for name, part in base.state_dict().items()},
-        folder / "base.safetensors",
-    )
+    family.save_pretrained(folder / "family")
+    save_base(base, folder / "family")
+
+    digits, adapted, _, _ = compare(0, 300)
+    adapted.save_pretrained(folder / "digits" / "adapter")
+    save_base(digits, folder / "digits")
+
+
+def save_base(base: torch.nn.Module, folder: Path) -> None:
+    tensors = {k: v.contiguous() for k, v in base.state_dict().items()}
+    save_file(tensors, folder / "base.safetensors")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
+from sklearn.datasets import load_digits
 from study_tools import command_line
 
 from peft_lotra import LoTRAConfig
@@ -157,3 +158,18 @@ def test_the_formula_of_a_saved_adapter(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
 
     assert done.stdout == "x0 = angle, x1 = load\noutput 0: -1.0*sin(3.0*x0), misfit 0.0%\n"
+
+
+def test_the_space_reads_drawn_digits_with_the_adapter():
+    """Bitmaps of scikit-learn's digits stand for drawings."""
+    import digits
+
+    model = digits.load()
+    images, labels = load_digits(return_X_y=True)
+    right = np.zeros(2)
+    for image, label in zip(images[:100].reshape(-1, 8, 8), labels, strict=False):
+        drawing = np.kron(image > 7, np.ones((30, 30)))
+        answers = digits.read(model, digits.scan(drawing))
+        right += [max(answer, key=answer.get) == str(label) for answer in answers]
+
+    assert right[1] > right[0] + 30
