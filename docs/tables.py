@@ -139,7 +139,7 @@ def all_methods() -> str:
 
 def few_methods() -> str:
     return benchmark_methods(
-        ["full", "linear model", "path", "path + one shape", "full on the path"]
+        ["linear model", "path + one shape", "full on the path"]
     )
 
 
