@@ -34,7 +34,7 @@ _RATES_ON_PATH, _STEPS_ON_PATH = {"adapter": 3e-3, "full": 1e-3}, 100
 _RATES_ALONE, _STEPS_ALONE = {"adapter": 1e-2, "full": 3e-3}, 300
 _BLOCKS = 10  # of successive rows, which are taken as independent of each other
 _MANY_ROWS = 20_000  # above which one tenth of the rows is held out
-_FEW_ROWS, _REPEATS = 100, 3  # below which the losses of one assignment of folds depend too much on chance
+_FEW_ROWS, _REPEATS = 100, 2  # below which the losses of one assignment of folds depend too much on chance
 
 
 def fit_adapter(
@@ -63,7 +63,7 @@ def fit_adapter(
     difference. The chosen rung is fitted again to all rows, in `model`. As a reference, `full` trains all parameters
     on the path, at 1e-3: `advice` says if that is better.
 
-    The rows are divided into folds, in three ways if there are fewer than 100. Each fold trains on the other rows, and
+    The rows are divided into folds, in two ways if there are fewer than 100. Each fold trains on the other rows, and
     its own rows measure the loss. Of more than 20,000 rows, one tenth is held out instead.
 
     A path needs inputs (rows, in), outputs (rows, out), and a loss that is convex in the outputs. Without one, as for
