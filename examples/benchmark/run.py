@@ -39,7 +39,7 @@ import torch
 from methods import METHODS, Method, count, make_mlp, train
 from pairs import NEW, Maker, known_with_mnist
 from peft import PeftModel, get_peft_model_state_dict
-from scores import Results, as_text
+from scores import ON_PATH, Results, as_text
 from study_tools import files
 from torch import nn
 from tqdm import tqdm
@@ -187,7 +187,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     find_methods(args.method)  # an error comes before anything runs
-    methods = [*args.methods, *([args.method.stem] if args.method else [])]
+    own = [args.method.stem] if args.method else []
+    methods = list(dict.fromkeys(["full", ON_PATH, *args.methods, *own]))  # the rivals are always there
     pairs = {**known_with_mnist(args.data_dir), **NEW}
     if args.quick:
         args.seeds, args.pairs = 1, args.pairs or ["wine"]
@@ -221,7 +222,9 @@ def main() -> None:
             add(results, futures[future], future.result())
             files.write(path, {"results": results}, indent=None)
             bar.update()
-    files.write_page(path, as_text(results, methods))
+    files.write_page(
+        path, as_text(results, [name for name in (*METHODS, *own) if name in next(iter(results.values()))])
+    )
 
 
 if __name__ == "__main__":

@@ -59,9 +59,10 @@ def fit_adapter(
     3. `adapter`: on the path, an adapter of one learned shape, (full, full, 1), starts from the gradient and is
        trained by Adam at 3e-3.
 
-    A rung is taken only if its loss is less than that of the rung before by more than one standard error of the
-    difference. The chosen rung is fitted again to all rows, in `model`. As a reference, `full` trains all parameters
-    on the path, at 1e-3: `advice` says if that is better.
+    The highest rung with less loss than the base is chosen, unless the path has less loss than the adapter by two
+    standard errors. With `groups` or `blocked`, the loss must be less by one standard error, which counts groups, or
+    ten blocks of successive rows. The chosen rung is fitted again to all rows, in `model`. As a reference, `full`
+    trains all parameters on the path, at 1e-3: `advice` says if that is better by more than one standard error.
 
     The rows are divided into folds, in two ways if there are fewer than 100. Each fold trains on the other rows, and
     its own rows measure the loss. Of more than 20,000 rows, one tenth is held out instead.
@@ -175,10 +176,14 @@ def fit_adapter(
         losses = _compare(task, network, outputs, paths)
         if not losses["base"].isfinite().all():
             raise ValueError("`loss` of single rows is not finite. It must be a mean over rows: remove those without.")
-        chosen = "base"
-        for rung in ("path", "adapter"):
-            if rung in losses and is_better(losses[rung], losses[chosen]):
-                chosen = rung
+        # One standard error for each rung would keep the base too often: with few rows it is larger than most gains.
+        # Blocks of time and groups are fewer still, and what is fitted to them may extrapolate.
+        errors = 0 if clusters is None else 1
+        higher = [rung for rung in ("adapter", "path") if rung in losses]
+        if len(higher) == 2 and is_better(losses["path"], losses["adapter"], 2):
+            higher = ["path"]
+        better = [rung for rung in higher if is_better(losses[rung], losses["base"], errors)]
+        chosen = better[0] if better else "base"
 
         if chosen == "base" and has_path:
             scale = fit_scale(loss, outputs, y)

@@ -89,7 +89,7 @@ def advise(
     errors = {name: standard_error(values, losses[chosen]) for name, values in losses.items()}
     advice = f"Use {_SUBJECTS[chosen]}: "
     if chosen == "base":
-        advice += "nothing that was fitted has less loss by more than one standard error."
+        advice += "what was fitted is not reliably better."
     else:
         change = (scores["base"] - scores[chosen]) / abs(scores["base"] or 1.0)
         advice += f"it has {change:.0%} less loss than {_SUBJECTS['base']}."

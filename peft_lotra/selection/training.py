@@ -86,10 +86,10 @@ def standard_error(losses: Tensor, others: Tensor) -> float:
     return deviation / len(others) ** 0.5
 
 
-def is_better(losses: Tensor, others: Tensor) -> bool:
-    """Return whether the mean of losses is less than that of others by more than one standard error."""
+def is_better(losses: Tensor, others: Tensor, errors: int = 1) -> bool:
+    """Return whether the mean of losses is less than that of others, by more than some standard errors."""
     gain = (others - losses).mean().item()
-    return gain > standard_error(losses, others)
+    return gain > (errors and errors * standard_error(losses, others))
 
 
 class Task(NamedTuple):

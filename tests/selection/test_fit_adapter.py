@@ -175,13 +175,13 @@ def test_the_base_is_scaled_where_that_helps():
 def test_the_path_is_chosen_where_the_task_is_linear():
     x = make_rows(40)
     y = x @ torch.tensor([[1.0, 3.0], [-2.0, 1.0], [0.5, 2.0]], dtype=torch.float64) + 7
-    y += 0.01 * torch.randn(40, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    y += 0.3 * torch.randn(40, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
-    report = quick_fit(make_base(), (x, y))
+    report = quick_fit(make_base(), (x, y), steps=100)
 
     assert report.chosen == "path"
     assert "less loss than the scaled base" in report.advice
-    assert_close(report.model(x), y, rtol=0.05, atol=0.05)
+    assert_close(report.model(x), y, rtol=0, atol=1.2)
 
 
 def test_full_fine_tuning_is_named_where_it_is_better():
