@@ -200,7 +200,7 @@ def test_the_chosen_adapter_is_trained_on_the_path_of_all_rows_by_adam(curved_ro
     report = quick_fit(make_base(), curved_rows, steps=200)
     model = get_peft_model(LinearPath(make_base()), LoTRAConfig(r=("full", "full", 1)))
     start_from_data(model, x, y, mse_loss)
-    optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=3e-3, policy="uniform", eps=1e-10)
+    optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=1e-3, policy="uniform", eps=1e-10)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
 
     for _ in range(200):
