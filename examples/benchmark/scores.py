@@ -37,7 +37,8 @@ def standard_error(scores: np.ndarray) -> float:
 
 def compare(scores: np.ndarray, rival: np.ndarray) -> int:
     """Return 1 if scores are ahead of the rival's by more than one standard error of the difference, -1 if behind."""
-    difference = scores - rival
+    seeds = min(len(scores), len(rival))
+    difference = scores[:seeds] - rival[:seeds]
     error = standard_error(difference)
     return int(difference.mean() > error) - int(difference.mean() < -error)
 
