@@ -132,7 +132,7 @@ def test_neuralforecast(tmp_path, monkeypatch):
     pytest.importorskip("neuralforecast")
     monkeypatch.chdir(tmp_path)
 
-    runpy.run_path(str(EXAMPLES.parents[1] / "docs" / "recipes" / "neuralforecast.py"))
+    runpy.run_path(str(EXAMPLES.parents[1] / "docs" / "recipes" / "forecasts.py"))
 
     assert (tmp_path / "airlines" / "Airline1" / "adapter_model.safetensors").exists()
 
