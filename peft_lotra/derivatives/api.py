@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kan.input_map import InputMap
+from ..kan.input_map import FirstMap, InputMap
 from ..kan.recording_hook import current_hook
 from ..modules.calls import check_module, is_tracing
 from ..modules.checks import check_count
@@ -203,6 +203,8 @@ def through_stages(
         module = stage.module
         if stage.formula is not None:
             jet = evaluate(stage.formula, jet, order, weights)
+        elif isinstance(module, FirstMap):
+            jet = module.jet(x, directions, order, weights)
         elif isinstance(module, NORMS):
             jet = through_norm(module, jet, order, weights)
         else:

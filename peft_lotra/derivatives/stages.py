@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..kan.basis import in_transform
 from ..kan.formula import LayerFormula
-from ..kan.input_map import InputMap
+from ..kan.input_map import FirstMap, InputMap
 from ..kan.layer import KANLinear
 from ..kan.network import LayerStack, is_norm
 from ..kan.slim_kan import SlimKANLinear
@@ -37,7 +37,7 @@ ACTIVATIONS = (
 
 
 class Stage(NamedTuple):
-    """One step of a chain: a layer with its formula, or a normalization, an `InputMap`, an activation.
+    """One step of a chain: a layer with its formula, or a normalization, an input map, an activation.
 
     Attributes:
         module: The module.
@@ -126,13 +126,18 @@ def composed_jet(model: nn.Module) -> Callable[[Tensor, Tensor, int, Tensor | No
 
 
 def join_stages(modules: Iterable[nn.Module]) -> list[Stage] | None:
-    """Return the stages of modules that run one after the other. None without modules, or if one is unknown."""
+    """Return the stages of modules that run one after the other. None without modules, or if one is unknown.
+
+    A `FirstMap` is known as the first one only.
+    """
     joined: list[Stage] = []
     for module in modules:
         stages = [Stage(module)] if _is_elementwise(module) else stages_of(module)
         if stages is None:
             return None
         joined += stages
+    if any(isinstance(stage.module, FirstMap) for stage in joined[1:]):
+        return None
     return joined or None
 
 
@@ -187,7 +192,7 @@ for cls in (KANLinear, SlimKANLinear):
     _register_exact(cls, lambda layer: [Stage(layer, layer.formula)])
 _register_exact(LayerStack, lambda net: join_stages(net.layers))
 _register_exact(nn.Sequential, join_stages)
-for cls in (InputMap, *ACTIVATIONS):
+for cls in (FirstMap, InputMap, *ACTIVATIONS):
     _register_exact(cls, lambda module: [Stage(module)])
 register(nn.Linear, Entry(_linear))
 for cls in NORMS:

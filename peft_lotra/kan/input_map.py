@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Layers without trained parameters, whose outputs are functions of one input each, with known derivatives."""
+"""Layers without trained parameters, whose derivatives are known."""
 
 from __future__ import annotations
 
@@ -12,6 +12,40 @@ import torch
 from torch import Tensor, nn
 
 from .basis import check_input, logistic_derivatives
+
+
+class FirstMap(nn.Module):
+    """The first layer of a chain of KAN layers, whose outputs are functions of all inputs.
+
+    A subclass defines `jet`, which `forward` calls, and sets `in_features`.
+    """
+
+    in_features: int
+
+    def jet(
+        self,
+        x: Tensor,
+        directions: Tensor | None,
+        order: int,
+        weights: Tensor | None,
+    ) -> list[Tensor]:
+        """Return the outputs (N, J) and their derivatives along straight lines up to an order, each (D, N, J).
+
+        With weights (D,), the derivative of the highest order is the weighted sum over the directions, (1, N, J).
+
+        Args:
+            x: Points (N, I).
+            directions: (D, I). None for order 0.
+            order, weights: See above.
+        """
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the outputs (..., J) for inputs (..., I)."""
+        check_input(x, self.in_features, self)
+        *batch, width = x.shape
+        outputs = self.jet(x.reshape(-1, width), None, 0, None)[0]
+        return outputs.view(*batch, -1)
 
 
 class InputMap(nn.Module):

@@ -219,8 +219,11 @@ def _add_layer(blocks: Blocks, record: LayerRecord, g: Tensor) -> None:
     """Add the gradients in a layer's tensors, from the gradients g (n, m, S, O) in its outputs."""
     formula = record.formula
     coefficients = formula.coefficients
-    phi = jet_rows(formula, *record.inputs)  # (n, S, K + 1, I)
     _add(blocks, formula.bias, g[:, :, 0])
+    if formula.basis is None:
+        _add_linear(blocks, record, g)
+        return
+    phi = jet_rows(formula, *record.inputs)  # (n, S, K + 1, I)
     if id(coefficients) in blocks or id(formula.residual) in blocks:
         dense = g.mT.flatten(1, 2) @ phi.flatten(2)
         dense = dense.view(*g.shape[:2], -1, *phi.shape[2:])  # (n, m, O, K + 1, I)
@@ -231,6 +234,28 @@ def _add_layer(blocks: Blocks, record: LayerRecord, g: Tensor) -> None:
     for update in formula.updates:
         if any(id(component) in blocks for component in update.tensor):
             _add_tucker(blocks, phi, update, g)
+
+
+def _add_linear(blocks: Blocks, record: LayerRecord, g: Tensor) -> None:
+    """Add the gradients in the matrix of an `nn.Linear`, sum_s g[o, s] z[s, i], for its inputs z (S, n, I)."""
+    block = blocks.get(id(record.formula.residual))
+    if block is None:
+        return
+    z, *derivatives = record.inputs[0]
+    rows = [z]
+    for derivative in derivatives:
+        rows += derivative.expand(-1, *z.shape).unbind()
+    if g[0].numel() > z.shape[1]:
+        stacked = torch.stack(rows, dim=1)
+        block += (g.mT.flatten(1, 2) @ stacked).view_as(block)
+        return
+
+    # few outputs of many inputs: no copy of the inputs, and no derivative that the residual does not use
+    for row, factors in zip(rows, g.unbind(2), strict=True):
+        is_used = (factors != 0).any(0)
+        for column, output in is_used.nonzero().tolist():
+            factor = factors[:, column, output].unsqueeze(1)
+            block[:, column, output].addcmul_(factor, row)
 
 
 def _add_tucker(
