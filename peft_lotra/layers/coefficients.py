@@ -121,6 +121,11 @@ class CoefficientTensor:
         """Return the canonical tensor of tensors that are laid out like `parameters`, e.g. of their gradients."""
         return concatenate(self._to_canonical(tensors), 2)
 
+    def join_sample(self, tensors: Iterable[Tensor], axis: int, positions: Tensor) -> Tensor:
+        """Return some outputs (axis 0) or inputs (axis 1) of the canonical tensor, without making the whole one."""
+        parts = [part.index_select(axis, positions) for part in self._to_canonical(tensors)]
+        return concatenate(parts, 2)
+
     def _to_canonical(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Return each part in the canonical order."""
         iterator = iter(tensors)

@@ -9,6 +9,9 @@ function of y with respect to A[o,i,k] is d[o] phi_k(x[i]). Two tests follow.
 * Outputs: with other weights of the outputs, the gradient changes only by one factor for each output.
 * Inputs: if other inputs are exchanged, the gradient in the slice of an input changes only by one factor for each
   output. A normalization of the inputs does not notice an exchange.
+
+The first test compares all outputs at some inputs, the second one all inputs at some outputs. In a layer with many
+inputs and outputs both are small parts of the gradient.
 """
 
 from __future__ import annotations
@@ -23,12 +26,13 @@ import torch
 from torch import Tensor
 
 from .coefficients import CoefficientTensor
-from .probe import CannotProbe, Gradients, Probe, perturbed
+from .probe import GOLDEN_RATIO, CannotProbe, Gradients, Probe, perturbed
 
 
 _ROUNDING = 1e-3  # of the largest gradient
 _EFFECT = 1e-2  # of the largest gradient: a change that shows
-_ROWS = 32  # inputs whose functions are compared
+_SAMPLE = 32  # outputs or inputs that are compared
+_ELEMENTS = 2**16  # of a gradient that are compared
 
 
 @dataclass
@@ -67,7 +71,7 @@ class Evidence:
         """The gradients that all others are compared with."""
         gradients = self.gradients(self.x)
         for gradient in gradients.values():
-            if gradient is not None and not gradient.isfinite().all():
+            if gradient is not None and not _size_of(gradient).isfinite():
                 raise CannotProbe("the outputs have no finite gradient with respect to its parameters")
         return gradients
 
@@ -108,7 +112,7 @@ class Evidence:
 
         A layer may also mix its outputs or inputs, e.g. by a normalization.
         """
-        if not join(self.base, tensor).any():
+        if not self._has_effect(tensor):
             return False
         if self._compare_outputs(tensor) is False:
             return True
@@ -137,11 +141,18 @@ class Evidence:
                 return False
         return self._has_functions(tensor) and self.is_nonlinear
 
+    def _has_effect(self, tensor: CoefficientTensor) -> bool:
+        for member in tensor.members:
+            gradient = self.base[member.name]
+            if gradient is not None and not member.layout.shared and gradient.any():
+                return True
+        return False
+
     def _compare_outputs(self, tensor: CoefficientTensor) -> bool | None:
         if tensor.shape[0] == 1:
             return None
-        gradient = join(self.base, tensor)
-        reweighted = join(self.reweighted, tensor)
+        gradient = join_inputs(self.base, tensor)
+        reweighted = join_inputs(self.reweighted, tensor)
         if not _is_parallel(gradient, reweighted):
             return False
         if not _is_parallel(gradient.reshape(1, 1, -1), reweighted.reshape(1, 1, -1)):
@@ -151,10 +162,10 @@ class Evidence:
         return _is_parallel(gradient, largest.expand_as(gradient)) or None
 
     def _compare_inputs(self, tensor: CoefficientTensor) -> bool | None:
-        gradient = join(self.base, tensor)
+        gradient = join_outputs(self.base, tensor)
         result = None
         for constant, gradients in self.exchanged(tensor.shape[1]):
-            exchanged = join(gradients, tensor)
+            exchanged = join_outputs(gradients, tensor)
             size = torch.maximum(gradient.abs().max(), exchanged.abs().max())
             change = _change(gradient, exchanged, constant)
             largest = change.max()
@@ -170,8 +181,8 @@ class Evidence:
         samples = self.scaled
         if inputs >= 4:
             samples = [gradients for _, gradients in self.exchanged(inputs)]
-        row = _largest_row(join(self.base, tensor))
-        functions = [join(gradients, tensor)[row, :_ROWS] for gradients in (self.base, *samples)]
+        row = _largest_row(join_outputs(self.base, tensor))
+        functions = [join_outputs(gradients, tensor)[row, :_SAMPLE] for gradients in (self.base, *samples)]
         matrices = torch.stack(functions, dim=1)
         if not matrices.isfinite().all():
             return False
@@ -229,7 +240,7 @@ class Evidence:
             if observed in {member.name for member in part}:
                 tensor = CoefficientTensor(tensor.kind, (part,))
         changed = self.perturb(names)
-        return _is_parallel(join(self.base, tensor), join(changed, tensor))
+        return _is_parallel(join_inputs(self.base, tensor), join_inputs(changed, tensor))
 
     def is_additive(self, names: Collection[str]) -> bool:
         """Return whether parameters add to the output: if they are perturbed, no other gradient changes."""
@@ -238,7 +249,7 @@ class Evidence:
             if gradient is None or name in names:
                 continue
             change = gradient - perturbed_gradients[name]
-            if not change.abs().max() <= _ROUNDING * gradient.abs().max():
+            if not _size_of(change) <= _ROUNDING * _size_of(gradient):
                 return False
         return True
 
@@ -247,11 +258,11 @@ class Evidence:
         base = self.base[name]
         if base is None:
             return True
-        largest = _ROUNDING * base.abs().max()
+        largest = _ROUNDING * _size_of(base)
         for gradients in self.scaled:
             gradient = gradients[name]
             # a layer may use a parameter at some inputs only
-            if gradient is None or not (gradient - base).abs().max() <= largest:
+            if gradient is None or not _size_of(gradient - base) <= largest:
                 return False
         return True
 
@@ -266,7 +277,7 @@ class Evidence:
             gradients = self.gradients(x, parameters=parameters)
             # `join` leaves out what the outputs share, in which a sum is seldom linear
             named = [gradients[name] for name in names]
-            flat = [gradient.flatten() for gradient in named if gradient is not None]
+            flat = [_sample_elements(gradient) for gradient in named if gradient is not None]
             if not flat:
                 return None
             ends.append(torch.cat(flat))
@@ -334,16 +345,47 @@ def count_inputs(tensor: CoefficientTensor) -> int:
     return (1 + len(others)) * groups * tensor.shape[1]
 
 
-def join(gradients: Gradients, tensor: CoefficientTensor) -> Tensor:
-    """Return gradients as one tensor (out, in, rest). They are zero for parameters that all outputs share."""
+def join_inputs(gradients: Gradients, tensor: CoefficientTensor) -> Tensor:
+    """Return gradients as one tensor (out, some inputs, rest). See `_join`."""
+    return _join(gradients, tensor, 1)
+
+
+def join_outputs(gradients: Gradients, tensor: CoefficientTensor) -> Tensor:
+    """Return gradients as one tensor (some outputs, in, rest). See `_join`."""
+    return _join(gradients, tensor, 0)
+
+
+def _join(gradients: Gradients, tensor: CoefficientTensor, axis: int) -> Tensor:
+    """Join a sample of the gradients. They are zero for parameters that all outputs share."""
     like = next(gradient for gradient in gradients.values() if gradient is not None)
     tensors = []
     for member in tensor.members:
         gradient = gradients[member.name]
         if gradient is None or member.layout.shared:
-            gradient = like.new_zeros(member.stored)
+            gradient = like.new_zeros(()).expand(member.stored)
         tensors.append(gradient)
-    return tensor.join(tensors).flatten(2)
+    positions = _sample_positions(tensor.shape[axis], _SAMPLE).to(like.device)
+    return tensor.join_sample(tensors, axis, positions).flatten(2)
+
+
+def _sample_positions(length: int, count: int) -> Tensor:
+    """Return `count` positions of an axis, with both ends, or all. Steps of the golden ratio meet no period of it."""
+    if length <= count:
+        return torch.arange(length, device="cpu")
+    steps = torch.arange(1, count - 1, dtype=torch.float64, device="cpu")
+    positions = (steps * GOLDEN_RATIO).frac().mul(length).long()
+    ends = torch.tensor([0, length - 1], device="cpu")
+    return torch.cat([ends, positions]).unique()
+
+
+def _size_of(gradient: Tensor) -> Tensor:
+    """Return the largest absolute value, in one pass and without a copy."""
+    return torch.linalg.vector_norm(gradient, math.inf)
+
+
+def _sample_elements(gradient: Tensor) -> Tensor:
+    flat = gradient.flatten()
+    return flat[_sample_positions(len(flat), _ELEMENTS).to(flat.device)]
 
 
 def _largest_row(gradient: Tensor) -> int:
