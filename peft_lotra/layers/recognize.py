@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ..kan.slim_kan import SlimKANLinear
 from .coefficients import CoefficientTensor, Described
 from .evidence import Evidence, count_inputs, run_at_sizes
+from .formula import find_formula
 from .kinds import KANLayerSpec, get_registered, is_built_in, matches_nothing, registered_spec, spec_from_file
 from .probe import CannotProbe, Probe, cached_by_class, isolated
 
@@ -150,11 +151,22 @@ def is_linear(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -
     return answer is not False
 
 
+def is_inferred(layer: nn.Module, spec: KANLayerSpec) -> bool:
+    """Return whether a description was inferred from layers like this one, and needs no comparison with it."""
+    if spec.kind != KIND or spec.matches is not matches_nothing:
+        return False
+    inferred, _ = recognize(layer)
+    return inferred is spec
+
+
 def _compare(layer: nn.Module, spec: KANLayerSpec) -> tuple[str, bool | None]:
     tensor = spec.locate(layer)
     has_lists = any(len(part) > 1 for part in tensor.parts)
     if has_lists and len(tensor.shape) == 3:
         return "", False  # several layers
+    # the formula says all that gradients would, and is needed anyway
+    if is_built_in(spec) and find_formula(layer, spec, tensor) is not None:
+        return "", True
     floating = [name for name, value in layer.named_parameters() if value.is_floating_point()]
     names = dict.fromkeys([*tensor.parameters, *floating])
     probe = Probe(layer, names)
