@@ -110,7 +110,11 @@ print(subprocess.run(command, capture_output=True, text=True).stdout)
 # %% [markdown]
 # In a shell, this is `python find_formula.py kan adapter x.csv`. For a base that is no
 # `peft_lotra.kan.KAN`, write a function that returns it, say `build` in my_networks.py, and
-# pass `my_networks:build` instead of `kan`.
+# pass `my_networks:build` instead of `kan`. For pykan, it may return `KAN.loadckpt("kan")`,
+# after `kan.saveckpt("kan")` has saved the base before it was adapted.
+#
+# A formula is only as accurate as the adapter. If the script refuses, train the adapter for
+# more steps, or call `find_formula` with the new data minus the base, as above.
 #
 # ## Find a change inside of the network
 #

@@ -58,6 +58,7 @@ for _ in range(100):
     adam.zero_grad()
     errors(base, train).mean().backward()
     adam.step()
+torch.save(base.state_dict(), "base.pt")  # for a server, before `attach`
 
 # %% [markdown]
 # ## Train a thousand adapters at once
@@ -167,4 +168,4 @@ print(one.names, sorted(path.name for path in Path("customer_7").iterdir()))
 # * **A new customer?** Train on a copy of the base that you made before
 #   `attach()`. Call `bank.add` while others are served, then `bank.save`.
 # * **A web server?** [Many adapters and serving](../serving.md#run-a-web-server) has one
-#   to copy. Save `base.state_dict()` as `base.pt` for it.
+#   to copy. It reads `base.pt`.

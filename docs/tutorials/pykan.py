@@ -81,7 +81,8 @@ edges
 #
 # With targets, `what_changed(model, x, targets)` measures the change that the data ask for: targets minus base. To
 # write the change as a formula, use [the recipe](../recipes/what_changed.md): for these data, it finds $-2 b^2$ in the
-# logarithm.
+# logarithm. It is also a script that [runs on a saved
+# adapter](../recipes/what_changed.md#find-the-formula-of-a-saved-adapter).
 
 # %%
 what_changed(model, x, names=["a", "b"])

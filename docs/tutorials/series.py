@@ -93,6 +93,7 @@ def make_base(bend):
 
 torch.manual_seed(0)
 base = make_base(bend=1)
+torch.save(base.state_dict(), "base.pt")  # for a server, before it is adapted
 x, y = make_rows(20, 180, bend=1)
 x_train, y_train = x[:, :90], y[:, :90]
 x_test, y_test = x[:, 90:], y[:, 90:]
@@ -297,7 +298,9 @@ with urlopen(url, data=body.encode()) as response:
 server.shutdown()
 
 # %% [markdown]
-# For a new town, train its adapter and call `bank.add`. This server checks
-# nothing, and runs one row at a time. [Many adapters and
+# For a new town, train its adapter and call `bank.add`, which also takes the
+# `report.model` of a `fit_adapter`, whatever was chosen.
+#
+# This server checks nothing, and runs one row at a time. [Many adapters and
 # serving](../serving.md#run-a-web-server) has one to copy that collects requests
 # in batches, checks them, and takes new adapters while it runs.
