@@ -28,7 +28,7 @@ from ..modules.calls import attributes_kept, call_with_parameters, is_tracing, o
 from ..tucker import Update
 from .coefficients import CoefficientTensor, get_or_none
 from .kinds import Grid, KANLayerSpec, copy_grid, same_grid
-from .probe import GOLDEN_RATIO, cached_by_class, isolated, perturbed
+from .probe import GOLDEN_RATIO, ask_short_copy, cached_by_class, isolated, perturbed
 
 
 # Largest difference of a formula and its layer in the layer's dtype, as a share of the largest output.
@@ -39,6 +39,8 @@ _JET_TOLERANCES = {torch.float32: (1e-6, 1e-5, 1e-4), torch.float64: (1e-11, 1e-
 _BLOCK = 8
 _NEAR = 6 * _BLOCK
 _DISTANCES = (15.0, 500.0, 1e5, 1e8)  # in lengths of the grid
+_BLOCKS = _NEAR // _BLOCK + len(_DISTANCES) + 1
+_WIDE = 64  # inputs, of which two rows of each block have points enough
 # What the forward pass of a layer may depend on besides its tensors.
 _SETTINGS = (bool, int, float, str, type(None))
 
@@ -238,9 +240,11 @@ def _verify(
     for compare in (_has_right_slopes, _has_right_jets)[: 1 + for_jets]:
         # a class may be registered again with other functions
         question = compare.__name__, functions, is_uniform, is_silu, layer.training
-        answer = partial(_at_other_parameters, reader, layer, points, compare)
+        answer = partial(_at_any_size, reader, layer, points, compare)
         if not cached_by_class(layer, question, answer):
             return None
+    if x.shape[1] > _WIDE:
+        x = x.unflatten(0, (_BLOCKS, -1))[:, :: _BLOCK - 1].flatten(0, 1)
     return reader if _has_right_values(reader, layer, x) else None
 
 
@@ -332,8 +336,23 @@ def _agree(
 
 
 def _largest_of_blocks(values: Tensor) -> Tensor:
-    blocks = values.movedim(-2, 0).unflatten(0, (-1, _BLOCK))
+    blocks = values.movedim(-2, 0).unflatten(0, (_BLOCKS, -1))
     return blocks.flatten(1).abs().amax(1)
+
+
+def _at_any_size(
+    reader: FormulaReader,
+    layer: nn.Module,
+    points: Tensor,
+    compare: Any,
+) -> bool:
+    """Compare a short copy of a wide layer, or else the layer itself. See `_at_other_parameters`."""
+
+    def ask(copy: nn.Module) -> bool:
+        tensor = reader.spec.locate(copy)
+        return _at_other_parameters(reader._replace(tensor=tensor), copy, points[:, : tensor.shape[1]], compare)
+
+    return ask_short_copy(layer, ask) or _at_other_parameters(reader, layer, points, compare)
 
 
 def _at_other_parameters(

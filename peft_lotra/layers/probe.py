@@ -9,7 +9,7 @@ import math
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from numbers import Number
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypeVar
@@ -25,6 +25,8 @@ _SEED = 16180339  # with the seed of the layer's own initialization, noise and c
 GOLDEN_RATIO = 0.6180339887498949
 # The settings of a module that its forward pass may depend on. `Number` includes NumPy's.
 _SETTINGS = (str, FunctionType, BuiltinFunctionType, Number)
+_LONG = 64  # an axis of more is shortened
+_SHORT = 17  # the shortest length of it, seldom a number of functions
 _cache: WeakKeyDictionary[type, dict[Any, Any]] = WeakKeyDictionary()
 
 T = TypeVar("T")
@@ -267,6 +269,65 @@ def _copy_module(
         _modules=children,
     )
     return copy
+
+
+def ask_short_copy(layer: nn.Module, ask: Callable[[nn.Module], T]) -> T | None:
+    """Return `ask(copy)` for a copy of a wide layer with fewer inputs and outputs.
+
+    Most layers compute the same function at all sizes. Return None if no axis is long, or if the copy raises an error:
+    the size may be a constant in the code.
+    """
+    lengths = shorter_lengths(layer)
+    if not lengths:
+        return None
+    with suppress(Exception):
+        return ask(_shorten(layer, lengths))
+
+
+def shorter_lengths(layer: nn.Module) -> dict[int, int]:
+    """Return the shorter length for each long axis. All have the same ratio, so that products stay products."""
+    tensors = (*layer.parameters(), *layer.buffers())
+    long = {length for tensor in tensors for length in tensor.shape if length > _LONG}
+    for module in layer.modules():
+        for setting in vars(module).values():
+            if type(setting) is int and setting > _LONG and any(length % setting == 0 for length in long):
+                long.add(setting)
+    divisor = math.gcd(*long)
+    factor = math.ceil(_SHORT * divisor / min(long, default=1))
+    if factor >= divisor:
+        return {}
+    return {length: length // divisor * factor for length in long}
+
+
+def _shorten(layer: nn.Module, lengths: Mapping[int, int]) -> nn.Module:
+    """Return a copy of a layer with shorter axes, also where the lengths are settings."""
+    copies: dict[nn.Module, nn.Module] = {}
+    short = _copy_module(layer, copies)
+    parameters: dict[Any, nn.Parameter] = {}  # tied ones stay tied
+    for module, copy in copies.items():
+        for name, setting in vars(copy).items():
+            if type(setting) in (tuple, list, torch.Size):
+                vars(copy)[name] = type(setting)(_replace_length(value, lengths) for value in setting)
+            else:
+                vars(copy)[name] = _replace_length(setting, lengths)
+        for name, value in module._parameters.items():
+            if value is not None:
+                copy._parameters[name] = parameters.setdefault(value, nn.Parameter(_cut(value, lengths)))
+        for name, value in copy._buffers.items():
+            copy._buffers[name] = value if value is None else _cut(value, lengths)
+        copy.training = module.training
+    for value, parameter in parameters.items():
+        parameter.requires_grad_(value.requires_grad)
+    return short
+
+
+def _replace_length(value: Any, lengths: Mapping[int, int]) -> Any:
+    return lengths.get(value, value) if type(value) is int else value
+
+
+def _cut(value: Tensor, lengths: Mapping[int, int]) -> Tensor:
+    shape = [lengths.get(length, length) for length in value.shape]
+    return value.detach()[tuple(map(slice, shape))].clone()
 
 
 def _widen(value: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import permutations
@@ -29,7 +30,7 @@ from .coefficients import CoefficientTensor, Described
 from .evidence import Evidence, count_inputs, run_at_sizes
 from .formula import find_formula
 from .kinds import KANLayerSpec, get_registered, is_built_in, matches_nothing, registered_spec, spec_from_file
-from .probe import CannotProbe, Probe, cached_by_class, isolated
+from .probe import CannotProbe, Probe, ask_short_copy, cached_by_class, isolated, shorter_lengths
 
 
 KIND = "generic"
@@ -167,6 +168,14 @@ def _compare(layer: nn.Module, spec: KANLayerSpec) -> tuple[str, bool | None]:
     # the formula says all that gradients would, and is needed anyway
     if is_built_in(spec) and find_formula(layer, spec, tensor) is not None:
         return "", True
+    answer = ask_short_copy(layer, partial(_compare_gradients, spec=spec))
+    if answer in (("", True), ("", False)):
+        return answer
+    return _compare_gradients(layer, spec)
+
+
+def _compare_gradients(layer: nn.Module, spec: KANLayerSpec) -> tuple[str, bool | None]:
+    tensor = spec.locate(layer)
     floating = [name for name, value in layer.named_parameters() if value.is_floating_point()]
     names = dict.fromkeys([*tensor.parameters, *floating])
     probe = Probe(layer, names)
@@ -325,6 +334,40 @@ def _find_spec(
     args: Any,
     kwargs: Any,
 ) -> Answer:
+    if not args and not kwargs:
+        spec = _find_in_short_copy(layer, candidates)
+        if spec is not None:
+            return spec, ""
+    return _find_at_size(layer, candidates, args, kwargs)
+
+
+def _find_in_short_copy(layer: nn.Module, names: Collection[str]) -> KANLayerSpec | None:
+    """Return the description of a short copy of a layer, with the lengths of the layer."""
+
+    def ask(copy: nn.Module) -> tuple[KANLayerSpec, int] | None:
+        spec, _ = _find_at_size(copy, names)
+        return spec and (spec, spec.locate(copy).shape[2])
+
+    answer = ask_short_copy(layer, ask)
+    if answer is None:
+        return None
+    spec, basis = answer
+    long, short = next(iter(shorter_lengths(layer).items()))
+    for axes in (spec.axes, {axis: length * long // short for axis, length in spec.axes_of(layer).items()}):
+        described = replace(spec, axes=axes)
+        with suppress(ValueError):
+            if described.locate(layer).shape[2] == basis:
+                return described
+    return None
+
+
+def _find_at_size(
+    layer: nn.Module,
+    names: Collection[str],
+    args: Any = (),
+    kwargs: Any = None,
+) -> Answer:
+    candidates = {name: layer.get_parameter(name) for name in names}
     parameters = {name: value for name, value in layer.named_parameters() if value.is_floating_point()}
     probe = Probe(layer, parameters, args, kwargs)
     knots = {name for name, value in parameters.items() if _has_increasing_rows(value)}
