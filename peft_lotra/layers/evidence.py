@@ -141,6 +141,10 @@ class Evidence:
                 return False
         return self._has_functions(tensor) and self.is_nonlinear
 
+    def is_by_output(self, tensor: CoefficientTensor) -> bool:
+        """Return whether the gradient has one factor for each output: those parameters change no other one."""
+        return self._has_effect(tensor) and self._compare_outputs(tensor) is not False
+
     def _has_effect(self, tensor: CoefficientTensor) -> bool:
         for member in tensor.members:
             gradient = self.base[member.name]

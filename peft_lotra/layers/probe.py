@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..modules.calls import call_with_parameters, without_autocast
 
@@ -45,7 +46,10 @@ def _reporting_errors() -> Iterator[None]:
     except CannotProbe:
         raise
     except Exception as error:
-        raise CannotProbe(f"the layer raised {type(error).__name__}: {error!s:.120}") from error
+        name = type(error).__name__
+        # torch's own say nothing about the layer
+        words = [] if isinstance(error, (RuntimeError, IndexError)) else f"{error!s:.120}".splitlines()[:1]
+        raise CannotProbe(": ".join([f"the layer raised {name}", *words])) from error
 
 
 def cached_by_class(
@@ -75,6 +79,17 @@ def cached_by_class(
     if key not in answers:
         answers[key] = answer()
     return answers[key]
+
+
+def describe_arguments(args: Any, kwargs: Any) -> tuple:
+    """Return what a layer may tell from the arguments of a call, besides the values of tensors."""
+    entries: list[Any] = []
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor):
+            entries += [leaf.shape, leaf.dtype]
+        else:
+            entries.append(leaf if isinstance(leaf, _SETTINGS) else type(leaf))
+    return tuple(entries)
 
 
 @contextmanager

@@ -26,11 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from ..kan.slim_kan import SlimKANLinear
+from ..modules.checks import list_first
 from .coefficients import CoefficientTensor, Described
 from .evidence import Evidence, count_inputs, run_at_sizes
 from .formula import find_formula
 from .kinds import KANLayerSpec, get_registered, is_built_in, matches_nothing, registered_spec, spec_from_file
-from .probe import CannotProbe, Probe, ask_short_copy, cached_by_class, isolated, shorter_lengths
+from .probe import CannotProbe, Probe, ask_short_copy, cached_by_class, describe_arguments, isolated, shorter_lengths
 
 
 KIND = "generic"
@@ -152,14 +153,6 @@ def is_linear(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -
     return answer is not False
 
 
-def is_inferred(layer: nn.Module, spec: KANLayerSpec) -> bool:
-    """Return whether a description was inferred from layers like this one, and needs no comparison with it."""
-    if spec.kind != KIND or spec.matches is not matches_nothing:
-        return False
-    inferred, _ = recognize(layer)
-    return inferred is spec
-
-
 def _compare(layer: nn.Module, spec: KANLayerSpec) -> tuple[str, bool | None]:
     tensor = spec.locate(layer)
     has_lists = any(len(part) > 1 for part in tensor.parts)
@@ -269,14 +262,9 @@ def infer(
     """
     if is_no_layer(layer):
         return None, f"{type(layer).__name__} is a container, a module of a library, or derived from one."
-    candidates = _find_candidates(layer)
-    if not candidates:
-        return None, "it has no matrices of its own, or parts that may be layers of their own."
-    find = partial(_find_spec, layer, candidates, args, kwargs)
     try:
-        if args or kwargs:
-            return find()
-        return cached_by_class(layer, (KIND,), find)
+        find = partial(_find_spec, layer, _find_candidates(layer), args, kwargs)
+        return cached_by_class(layer, (KIND, describe_arguments(args, kwargs)), find)
     except CannotProbe as reason:
         return None, f"{reason}."
 
@@ -294,6 +282,9 @@ def _find_candidates(layer: nn.Module) -> Tensors:
 
     They belong to the layer, or to linear layers that it holds, also in a list or a `Sequential`. A module of a user's
     class may make the functions. If such a module may be a layer, or is larger, there are no candidates.
+
+    Raises:
+        CannotProbe: There are none.
     """
     candidates: dict[str, Tensor] = {}
     size_of_functions = 0
@@ -302,11 +293,11 @@ def _find_candidates(layer: nn.Module) -> Tensors:
         is_in_list = type(layer.get_submodule(parent_path)) in (nn.Sequential, nn.ModuleList)
         is_near = "." not in path or (is_in_list and "." not in parent_path)
         if path and is_near and registered_spec(module) is not None:
-            return {}
+            raise CannotProbe(f"its part `{path}` is a KAN layer")
         matrices = {}
         for name, value in module.named_parameters(path, recurse=False):
             if value.numel() > _LARGEST:
-                return {}
+                raise CannotProbe(f"`{name}` {tuple(value.shape)} is too large to be compared")
             if value.dim() > 1 and value.numel():
                 matrices[name] = value
         if not matrices or "parametrizations" in path or isinstance(module, NORMS):
@@ -317,11 +308,16 @@ def _find_candidates(layer: nn.Module) -> Tensors:
             continue
         is_of_torch = type(module).__module__.startswith("torch.")
         if is_of_torch or "." in path or any(value.dim() > 2 for value in matrices.values()):
-            return {}
+            raise CannotProbe(f"its part `{path}` has matrices, and may be a layer of its own")
         size_of_functions += _count_elements(matrices)
     if size_of_functions > _count_elements(candidates):
-        return {}
-    return {name: value for name, value in candidates.items() if value.is_floating_point()}
+        raise CannotProbe("its parts have more parameters than the layer, and may be layers of their own")
+    real = {name: value for name, value in candidates.items() if value.is_floating_point()}
+    if candidates and not real:
+        raise CannotProbe(f"`{next(iter(candidates))}` is complex or of integers, to which adapters add nothing")
+    if not real:
+        raise CannotProbe("it has no parameter of two axes or more, nor linear layers that it adds up")
+    return real
 
 
 def _count_elements(tensors: Tensors) -> int:
@@ -386,9 +382,10 @@ def _find_at_size(
     reason = ""
     with isolated(probe.like):
         for evidence in _run_everywhere(probe, grid.values()):
-            reason = (
-                "no parameter holds the coefficients of a sum, over its inputs, of at least two functions of each "
-                "(computed coefficients, such as normalized ones, do not count)."
+            names = list_first([f"`{name}`" for name in candidates])
+            reason = reason or (
+                f"{names} are not coefficients of a sum, over its inputs, of at least two functions of each "
+                "(coefficients that are computed, such as normalized ones, or mixed by gates, do not count)."
             )
             # a grid is coefficients if nothing else is: of a layer whose functions start as increasing ones
             for excluded in (fixed, knots, ()):
@@ -396,6 +393,12 @@ def _find_at_size(
                 spec = _find_coefficients(evidence, tensors)
                 if spec is not None:
                     return _add_grid(spec, layer, grid), ""
+            name = _find_edge_parameter(evidence, candidates)
+            if name:
+                reason = (
+                    f"each element of `{name}` makes a function of one input: register it with "
+                    f'coefficients=("{name}", "o i").'
+                )
     return None, reason or f"{probe.error or 'it takes no input of any size that was tried'}."
 
 
@@ -421,12 +424,13 @@ def _has_increasing_rows(value: Tensor) -> bool:
 
 
 def candidate_sizes(layer: nn.Module) -> list[int]:
-    """Return the numbers of inputs that a layer may have: lengths of its tensors, then their divisors."""
+    """Return the numbers of inputs that a layer may have: lengths of its tensors, divisors, and one less."""
     shapes = [value.shape for value in (*layer.parameters(), *layer.buffers())]
     lengths = sorted({2, 3}.union(*shapes), reverse=True)
     sizes = [length for length in lengths if length > 1]
     for length in lengths:
         sizes += [size for size in range(length // 2, 1, -1) if length % size == 0]
+    sizes += [length - 1 for length in lengths if length > 2]  # ones may be appended to the inputs
     return list(dict.fromkeys(sizes))
 
 
@@ -472,6 +476,21 @@ def _find_coefficients(evidence: Evidence, tensors: Tensors) -> KANLayerSpec | N
     if spec is None:
         return None
     return _add_branches(evidence, spec, tensors)
+
+
+def _find_edge_parameter(evidence: Evidence, tensors: Tensors) -> str:
+    """Return the name of a matrix (out, in) with a nonlinear parameter of each edge, or an empty string.
+
+    Ones may be appended to the inputs. The gradient of a perturbed matrix changes by other factors than that of an
+    output, as it does not behind an activation.
+    """
+    edges = [(evidence.outputs, evidence.size), (evidence.outputs, evidence.size + 1)]
+    for name, value in tensors.items():
+        if value.shape in edges and evidence.base[name] is not None:
+            tensor = _hypothesis((name, "o i")).locate(evidence.probe.layer)
+            if evidence.is_by_output(tensor) and not evidence.stays(tensor, [name]):
+                return name
+    return ""
 
 
 def _patterns(shape: torch.Size, evidence: Evidence, letter: str) -> Iterator[str]:

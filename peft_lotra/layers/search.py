@@ -54,7 +54,7 @@ class FoundKANLayer(NamedTuple):
 
 
 class UnrecognizedModule(NamedTuple):
-    """A module that may be a KAN layer, and why `find_kan_layers` did not recognize it.
+    """A module with matrices, and why `find_kan_layers` did not recognize it as a KAN layer.
 
     Attributes:
         name (`str`): Its name in the model.
@@ -74,7 +74,8 @@ class FoundKANLayers(Report, list[FoundKANLayer]):
     """The KAN layers of a model: a list that prints as a table.
 
     Attributes:
-        unrecognized (`list[UnrecognizedModule]`): Modules that may be KAN layers, one of each class and shapes.
+        unrecognized (`list[UnrecognizedModule]`): Modules with matrices that are not recognized, one of each class and
+            shapes. Linear layers, convolutions and other modules of libraries are left out.
     """
 
     unrecognized: list[UnrecognizedModule]
@@ -96,9 +97,15 @@ class FoundKANLayers(Report, list[FoundKANLayer]):
         if not rows:
             notes.append("no KAN layer was found")
         for module in self.unrecognized:
-            notes += ["", f"{module.name or 'the model'} ({module.cls}) may be a KAN layer: {module.reason}"]
+            notes += ["", f"{module.name or 'the model'} ({module.cls}) is not recognized: {module.reason}"]
             if module.registration:
                 notes += ["To adapt it, describe it:", *module.registration.splitlines()]
+        if self.unrecognized:
+            notes += [
+                "",
+                "Describe KAN layers by `register_kan_layer`. Layers that need other inputs are run with theirs by",
+                "`find_kan_layers(model, *inputs)`. Modules that are no KAN layers take plain LoRA.",
+            ]
         columns = ["layer", "kind", ">coefficients", "parameters", "runs by", "adapters"]
         return TextTable(columns, rows, notes)
 
@@ -169,9 +176,9 @@ def _find_unrecognized(
     recognized: Mapping[str, nn.Module],
     recorded: Mapping[nn.Module, Any],
 ) -> list[UnrecognizedModule]:
-    """Return modules that may be KAN layers: they look like one, or are one with the arguments of a call."""
+    """Return modules of users' classes with matrices, and those that are KAN layers with the arguments of a call."""
     result: dict[Any, UnrecognizedModule] = {}
-    likely = {module for _, module in unrecognized_modules(model, recognized)}
+    listed = {module for _, module in unrecognized_modules(model, recognized)}
     for name, module in _modules_outside(model, recognized):
         registered, reason = recognize(module)
         if registered is not None:  # a copy that `modules_to_save` trains
@@ -179,7 +186,7 @@ def _find_unrecognized(
         spec = None
         if module in recorded:
             spec, _ = infer(module, *recorded[module])
-        if module in likely or spec is not None:
+        if module in listed or spec is not None or _has_matrices(module):
             registration = "" if spec is None else _write_registration(module, spec)
             shapes = tuple(value.shape for value in module.parameters())
             entry = UnrecognizedModule(name, type(module).__name__, reason, registration)
@@ -234,7 +241,8 @@ def _modules_outside(model: nn.Module, layers: Iterable[str]) -> Iterator[tuple[
 def _may_be_kan(module: nn.Module) -> bool:
     """Return whether a module of a user's class has parameters of three axes, or named as in a registered kind.
 
-    An axis of length one in front is for a batch, as in position embeddings and class tokens.
+    An axis of length one in front is for a batch, as in position embeddings and class tokens. Complex parameters are
+    those of spectral convolutions.
     """
     if is_no_layer(module):
         return False
@@ -243,9 +251,14 @@ def _may_be_kan(module: nn.Module) -> bool:
         names |= dict(spec.parts).keys()
     names -= {"weight", "scale", "coefficients"}
     for name, value in module.named_parameters(recurse=False):
-        if name in names or (value.dim() > 2 and len(value) > 1):
+        if name in names or (value.dim() > 2 and len(value) > 1 and not value.is_complex()):
             return True
     return False
+
+
+def _has_matrices(module: nn.Module) -> bool:
+    """Return whether a module of a user's class has parameters of two axes or more."""
+    return not is_no_layer(module) and any(value.dim() > 1 for value in module.parameters(recurse=False))
 
 
 def _record_arguments(

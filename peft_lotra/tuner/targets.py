@@ -19,7 +19,7 @@ from torch import nn
 
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.kinds import is_built_in
-from ..layers.recognize import compare, get_recorded_spec, is_inferred, recognize
+from ..layers.recognize import compare, get_recorded_spec, recognize
 from ..layers.search import unrecognized_modules, walk_kan_layers
 from ..modules.checks import list_first, natural_order
 from .config import LoTRAConfig
@@ -183,7 +183,7 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Targets) -> No
     adapted = [name for name, _ in lotra_layers(model)]
     for name, (layer, spec, tensor) in targets.items():
         parameters = tensor.parameters if config.adapt_residual else tensor.names
-        if name not in adapted and not is_built_in(spec) and not is_inferred(layer, spec):
+        if name not in adapted and not is_built_in(spec):
             contradiction, _ = compare(layer, spec)
             if contradiction:
                 raise ValueError(

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import assert_equal, assert_same, refused, relative, snapshot
-from orders import Formula, Wavelets
+from orders import Formula, Wavelets, skan
 from peft import get_peft_model
 from stand_ins import (
     FixedFunctions,
@@ -32,16 +32,6 @@ def projected_chebyshev(inputs, outputs, degree=3):
         return torch.einsum("bik,iok->bo", torch.cos(angle[..., None] * torch.arange(degree + 1)), m.polynomials)
 
     return Formula(forward, projection=nn.Linear(inputs, 5), polynomials=(5, outputs, degree + 1))
-
-
-def skan(inputs, outputs):
-    """Return SKAN: one number for each edge, of which a function of the input is made; ones join the inputs."""
-
-    def forward(m, x):
-        x = nn.functional.pad(x, (0, 1), value=1.0)
-        return torch.sin(m.weight * x[..., None, :]).sum(-1)
-
-    return Formula(forward, weight=(outputs, inputs + 1))
 
 
 def polynomials_of_channels(inputs, outputs):
@@ -377,8 +367,8 @@ def test_layers_of_one_class_may_differ_in_a_setting_with_several_values(kind):
     [
         (nn.Linear(3, 4), "Linear is a container, a module of a library, or derived from one"),
         (nn.Sequential(nn.Tanh()), "Sequential is a container"),
-        (radial_functions(3, 4), "no parameter holds the coefficients of a sum, over its inputs"),
-        (Normalized(3, 4), "no parameter holds the coefficients of a sum.*normalized ones, do not count"),
+        (radial_functions(3, 4), "`centers`, `head.weight` are not coefficients of a sum, over its inputs"),
+        (Normalized(3, 4), "`weights` are not coefficients of a sum.*normalized ones, or mixed by gates, do not"),
         (Edges(), "the layer raised TypeError: Edges.forward.. missing 2 required positional arguments"),
         (FixedFunctions(3, 4).to("meta"), "`head.weight` has no values"),
     ],

@@ -115,6 +115,16 @@ class Formula(nn.Module):
         return self.function(self, x)
 
 
+def skan(inputs, outputs):
+    """Return SKAN: one number for each edge, of which a function of the input is made; ones join the inputs."""
+
+    def forward(m, x):
+        x = nn.functional.pad(x, (0, 1), value=1.0)
+        return torch.sin(m.weight * x[..., None, :]).sum(-1)
+
+    return Formula(forward, weight=(outputs, inputs + 1))
+
+
 def assert_one_edge(layer, tensor, x, mixes_inputs=False):
     """Adding to one edge (o, i) of the canonical tensor moves output o alone, and only as far as input i goes."""
     out, inputs = edge = max(tensor.shape[0] - 2, 0), min(1, tensor.shape[1] - 1)
