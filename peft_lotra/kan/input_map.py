@@ -40,9 +40,13 @@ class FirstMap(nn.Module):
         """
         raise NotImplementedError
 
+    def check(self, x: Tensor) -> None:
+        """Look at the inputs of `forward`: a subclass may warn of some."""
+
     def forward(self, x: Tensor) -> Tensor:
         """Compute the outputs (..., J) for inputs (..., I)."""
         check_input(x, self.in_features, self)
+        self.check(x)
         *batch, width = x.shape
         outputs = self.jet(x.reshape(-1, width), None, 0, None)[0]
         return outputs.view(*batch, -1)
@@ -70,6 +74,9 @@ class InputMap(nn.Module):
         """Return the outputs (..., J) and their derivatives up to an order with respect to their inputs z (..., J)."""
         raise NotImplementedError
 
+    def check(self, x: Tensor) -> None:
+        """Look at the inputs of `forward`: a subclass may warn of some."""
+
     def select(self, x: Tensor) -> Tensor:
         """Return the input (..., J) of each output for x (..., I). Raise as `KANLinear.forward`."""
         check_input(x, self.in_features, self)
@@ -77,7 +84,9 @@ class InputMap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the outputs (..., J) for inputs (..., I)."""
-        outputs, *_ = self.evaluate(self.select(x), 0)
+        z = self.select(x)
+        self.check(x)
+        outputs, *_ = self.evaluate(z, 0)
         return outputs
 
 

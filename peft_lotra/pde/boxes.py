@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
+from ..kan.basis import in_transform
+from ..modules.calls import is_tracing
 from ..modules.checks import check_count
 
 
@@ -20,6 +23,7 @@ Inside = Callable[[Tensor], Any]  # points (n, I) to (n,) bool
 SMALLEST_SHARE = 1e-4  # of a box that is inside; below it, the search for points takes too long
 CANDIDATES = 2**16  # points that estimate the share
 BISECTIONS = 50  # reach rounding
+ROUNDING = 1e-5  # of a width, by which float32 may be outside of a box
 
 
 def check_box(
@@ -37,6 +41,40 @@ def check_box(
             "each `low` below its `high`."
         )
     return low_end, high_end
+
+
+def find_outside(
+    x: Tensor,
+    low: Tensor,
+    high: Tensor,
+    free: Collection[int] = (),
+) -> str:
+    """Describe the first number of x (..., I) outside of a box; empty without any, in transforms, and if compiled.
+
+    Coordinates in `free` have no outside.
+    """
+    if is_tracing() or in_transform() or x.is_meta:
+        return ""
+    points = x.detach().to(low)
+    slack = ROUNDING * (high - low)
+    is_outside = (points < low - slack) | (points > high + slack)
+    is_outside[..., list(free)] = False
+    if not is_outside.any():
+        return ""
+    index = is_outside.nonzero()[0].tolist()
+    value = points[tuple(index)].item()
+    *row, i = index
+    return f"coordinate {i} is {value:g} in row {row}, but the box has {low[i].item():g} to {high[i].item():g}."
+
+
+def warn_outside(layer: Any, x: Tensor) -> None:
+    """Warn once if x is outside of the box of a layer with `low`, `high` and `periodic` coordinates."""
+    if layer.has_warned:
+        return
+    outside = find_outside(x, layer.low, layer.high, layer.periodic)
+    if outside:
+        layer.has_warned = True
+        warnings.warn(f"The equation was not solved at x, outside of the box: {outside}", stacklevel=4)
 
 
 def sides_of_box(count: int) -> list[Side]:

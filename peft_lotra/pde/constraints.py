@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from ..derivatives.api import jet, jet_by_transforms
 from ..derivatives.chain_rule import Jet, multiply, row_counts
 from ..derivatives.stages import Entry, composed_jet, register, stages_of
-from ..kan.basis import in_transform
-from ..modules.calls import check_module, is_tracing
+from ..modules.calls import check_module
 from ..modules.checks import as_number
-from .boxes import Side, check_box, check_sides, sides_of_box
+from .boxes import Side, check_box, check_sides, find_outside, sides_of_box
 from .point_cache import compute_once, is_constant
 
 
@@ -244,19 +243,9 @@ class BoxDistance(nn.Module):
         """Raise a `ValueError` if x is outside of the box, except in transforms and compiled functions."""
         if x.shape[-1:] != self.low.shape:
             raise ValueError(f"x has shape {tuple(x.shape)}, but the box has {len(self.low)} coordinates.")
-        if is_tracing() or in_transform() or x.is_meta:
-            return
-        points = x.detach().to(self.low)
-        slack = 1e-5 * (self.high - self.low)
-        is_outside = (points < self.low - slack) | (points > self.high + slack)
-        if is_outside.any():
-            index = is_outside.nonzero()[0].tolist()
-            value = points[tuple(index)].item()
-            *row, i = index
-            raise ValueError(
-                f"x is outside of the box: coordinate {i} is {value:g} in row {row}, but the box has "
-                f"{self.low[i].item():g} to {self.high[i].item():g}."
-            )
+        outside = find_outside(x, self.low, self.high)
+        if outside:
+            raise ValueError(f"x is outside of the box: {outside}")
 
 
 def _jet_of_box(

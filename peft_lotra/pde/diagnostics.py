@@ -34,7 +34,8 @@ PERIODIC = 1e-5  # of the largest value, or slope
 UNMET = 0.3  # of the first residual of a condition
 ROUNDING = 1e-20  # the loss of a condition that always holds, as a share of that of the equation
 
-SMALL_RESIDUAL = 0.02  # of the first residual: 94 % of solutions with more had errors above 1e-2
+LARGE_ERROR = 0.05
+SMALL_RESIDUAL = 1e-4  # of the first residual: below it, a solution whose error is not known may be right
 
 
 def list_functions(model: nn.Module) -> list[tuple[str, Any]]:
@@ -277,17 +278,19 @@ def find_unmet(
 
 
 def describe_outcome(result: Solution, scale: float) -> str:
-    """Return advice if the training ended with a large residual; empty if the residual is small.
+    """Return advice if the error is large, or unknown with a large residual; empty otherwise.
 
     `scale` is the residual of a network that was not trained.
     """
     reason = result.phases[-1].reason
+    if reason == "callback":
+        return ""
     ratio = result.residual / scale
-    if ratio <= SMALL_RESIDUAL or reason == "callback":
+    is_known = not math.isnan(result.error)
+    if result.error <= LARGE_ERROR or (not is_known and ratio <= SMALL_RESIDUAL):
         return ""
     end = "The budget ended" if reason == "budget" else "The training stalled"
-    return (
-        f"{end} at {ratio:.1g} of the residual of an untrained network, and the solution may be wrong. Try "
-        "`continuation=` from an easier equation, `windows=` in time, `frequencies=`, another `network=`, or more "
-        "`seconds`."
-    )
+    where = f"at {ratio:.1g} of the residual of an untrained network, with an unknown error: the solution may be wrong"
+    if is_known:
+        where = f"with an estimated error of {result.error:.1g} of the solution"
+    return f"{end} {where}. Try `continuation=` from an easier equation, another `network=`, or more `seconds`."

@@ -1,10 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Maps around a network: features of the coordinates of a box, and the scale of the outputs.
-
-Coordinates are scaled to the grid, periodic, or oscillating.
-"""
+"""Maps around a network: features of the coordinates of a box, and the scale of the outputs."""
 
 from __future__ import annotations
 
@@ -16,10 +13,8 @@ from torch import Tensor
 
 from ..kan.input_map import InputMap
 from ..modules.checks import check_list
-from .boxes import check_box
+from .boxes import check_box, warn_outside
 
-
-Frequencies = float | Sequence[float | Sequence[float]]  # periods across the box: for all coordinates, or for each
 
 # cos(pi (turns s + phase / 2)) for s in [0, 1], by (turns, phase): integers, which are exact in every dtype
 COSINE, SINE = (2, 0), (2, -1)
@@ -29,23 +24,20 @@ LINEAR = (0, 0)  # 2 s - 1
 class BoxFeatures(InputMap):
     r"""Map the coordinates of a box to [-1, 1], the grid of a new KAN:
 
-        2 s - 1                        for a coordinate with s in [0, 1] across the box,
-        cos(2 pi s), sin(2 pi s)       for a periodic one: the network and all derivatives are periodic,
-        cos(2 pi k s), sin(2 pi k s)   in addition, for each of its `frequencies` k, for solutions that oscillate.
+        2 s - 1                    for a coordinate with s in [0, 1] across the box,
+        cos(2 pi s), sin(2 pi s)   for a periodic one: the network and all derivatives are periodic.
 
-    `jet` and `LevenbergMarquardt` differentiate the layer in closed form.
+    `jet` and `LevenbergMarquardt` differentiate the layer in closed form. Inputs outside of the box warn once.
 
     Args:
         low, high: The ends of the box, I numbers each.
         periodic: The indices of periodic coordinates.
-        frequencies: Periods across the box, multiples of 1/2 (of 1 for periodic coordinates): a number for all
-            coordinates, or a number or a list of them for each, 0 or [] for none.
 
     Attributes:
-        out_features: The number of features, I + len(periodic), and two for each frequency.
+        out_features: The number of features, I + len(periodic).
 
     Raises:
-        ValueError: The box is empty, an index is out of range or a frequency cannot be used.
+        ValueError: The box is empty, or an index is out of range.
 
     Source: S. Dong and N. Ni, "A method for representing periodic functions and enforcing exactly periodic boundary
     conditions with deep neural networks", arXiv 2007.07442.
@@ -60,11 +52,9 @@ class BoxFeatures(InputMap):
         low: Sequence[float],
         high: Sequence[float],
         periodic: Collection[int] = (),
-        frequencies: Frequencies = (),
     ) -> None:
         low_end, high_end = check_box(low, high)
         count = len(low_end)
-        by_coordinate = check_frequencies(frequencies, count)
         periodic = check_list(periodic, "periodic", "a list of coordinates, such as [0]")
         for i in periodic:
             if isinstance(i, bool) or i not in range(count):
@@ -73,22 +63,15 @@ class BoxFeatures(InputMap):
         sources = []
         waves = []
         for i in range(count):
-            features = [LINEAR]
-            if i in periodic:
-                features = [COSINE, SINE]
-            for frequency in by_coordinate[i]:
-                turns = round(2 * frequency)
-                if i in periodic and turns % 2:
-                    raise ValueError(f"`frequencies` has {frequency} for coordinate {i}, which is periodic.")
-                features += [(turns, 0), (turns, -1)]
+            features = [COSINE, SINE] if i in periodic else [LINEAR]
             sources += [i] * len(features)
             waves += features
 
         super().__init__(count, sources)
         self.out_features = len(sources)
         self.periodic = sorted(set(periodic))
-        self.frequencies = by_coordinate
-        self.arguments = [low_end.tolist(), high_end.tolist(), self.periodic, by_coordinate]
+        self.arguments = [low_end.tolist(), high_end.tolist(), self.periodic]
+        self.has_warned = False  # of inputs outside of the box
         self.register_buffer("low", low_end)
         self.register_buffer("high", high_end)
         self.register_buffer("waves", torch.tensor(waves), persistent=False)
@@ -111,9 +94,12 @@ class BoxFeatures(InputMap):
             outputs.append(output)
         return outputs
 
+    def check(self, x: Tensor) -> None:
+        """See `InputMap`."""
+        warn_outside(self, x)
+
     def extra_repr(self) -> str:
-        box = f"low={self.low.tolist()}, high={self.high.tolist()}"
-        return f"{box}, periodic={self.periodic}, frequencies={self.frequencies}"
+        return f"low={self.low.tolist()}, high={self.high.tolist()}, periodic={self.periodic}"
 
 
 class OutputScale(InputMap):
@@ -135,22 +121,3 @@ class OutputScale(InputMap):
             slope = self.factor if order == 1 else 0.0
             derivatives.append(torch.full_like(z, slope))
         return derivatives
-
-
-def check_frequencies(frequencies: Frequencies, count: int) -> list[list[float]]:
-    """Return the frequencies of each of `count` coordinates; raise a `ValueError` for one that cannot be used."""
-    if isinstance(frequencies, (int, float)):
-        frequencies = [frequencies] * count
-    by_coordinate: list[list[float]] = []
-    is_possible = True
-    for entry in frequencies or [0] * count:
-        values = [entry] if isinstance(entry, (int, float)) else entry
-        values = [float(value) for value in values if value != 0]
-        is_possible &= all(value > 0 and 2 * value % 1 == 0 for value in values)
-        by_coordinate.append(values)
-    if not is_possible or len(by_coordinate) != count:
-        raise ValueError(
-            f"`frequencies` is {frequencies}, but must be multiples of 1/2 above 0: one for all {count} "
-            "coordinates, or a number or a list for each."
-        )
-    return by_coordinate

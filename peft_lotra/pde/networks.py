@@ -17,12 +17,12 @@ from ..least_squares.problem import check_trainable
 from ..modules.calls import unwrap
 from .constraints import HardConstraint
 from .features import BoxFeatures, OutputScale
+from .polynomials import BoxPolynomials
 
 
 WIDTHS = (16, 20, 20)  # of a new network: a layer of splines, then tanh layers
 TANH_WIDTHS = (25, 25, 25)  # of a new network of tanh layers only
 SPLINE_ORDER = 5
-SMALL_WIDTHS = (12, 16)  # of a network for a window in time, or with frequencies
 GRID_SIZES = {1: 8, 2: 8, 3: 5}  # by the dimension of the box
 SMALLEST_GRID = 3
 
@@ -32,7 +32,6 @@ def new_network(
     outputs: int,
     seed: int,
     first: str = "splines",
-    is_small: bool = False,
     scale: float = 1.0,
 ) -> nn.Module:
     """Return a network of tanh layers behind features. Its first layer has splines, or tanh too for `first="tanh"`.
@@ -40,8 +39,6 @@ def new_network(
     Its outputs are multiplied by `scale`.
     """
     widths = WIDTHS if first == "splines" else TANH_WIDTHS
-    if is_small or any(features.frequencies):
-        widths = SMALL_WIDTHS
     size = features.out_features, widths[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -56,7 +53,7 @@ def new_network(
     if scale != 1.0:
         layers.append(OutputScale(outputs, scale))
     network: Any = nn.Sequential(*layers)
-    network.record = {"features": features.arguments, "layers": [outputs, seed, first, is_small, scale]}
+    network.record = {"features": features.arguments, "layers": [outputs, seed, first, scale]}
     return network
 
 
@@ -67,6 +64,8 @@ def prepare_network(network: nn.Module, features: BoxFeatures) -> nn.Module:
     elif isinstance(unwrap(network), HardConstraint):
         raise ValueError("`network` wraps a solution with its conditions. Wrap `result.model.kan` instead.")
     check_trainable(network)
+    if first_module(network, BoxPolynomials) is not None:
+        return network
     present = first_module(network, BoxFeatures)
     if present is not None:
         if features.periodic not in ([], present.periodic):

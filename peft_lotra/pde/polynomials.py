@@ -14,7 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..kan.input_map import FirstMap
-from .boxes import Inside, check_box, contains
+from .boxes import Inside, check_box, contains, warn_outside
+from .point_cache import compute_once
+
+
+MOST_CACHED = 2**27  # numbers in a jet that is kept for the points of a step: 1 GB
 
 
 class BoxPolynomials(FirstMap):
@@ -24,7 +28,7 @@ class BoxPolynomials(FirstMap):
         1, cos(2 pi s), sin(2 pi s), cos(4 pi s), ...         for a periodic coordinate.
 
     Solutions without layers or kinks need few of them: the error falls exponentially. `jet` and `LevenbergMarquardt`
-    differentiate the layer in closed form.
+    differentiate the layer in closed form. Inputs outside of the box warn once.
 
     Args:
         low, high: The ends of the box, I numbers each.
@@ -53,8 +57,13 @@ class BoxPolynomials(FirstMap):
         self.counts = list(counts)
         self.out_features = math.prod(counts)
         self.periodic = sorted(set(periodic))
+        self.has_warned = False  # of inputs outside of the box
         self.register_buffer("low", low_end)
         self.register_buffer("high", high_end)
+
+    def check(self, x: Tensor) -> None:
+        """See `FirstMap`."""
+        warn_outside(self, x)
 
     def jet(
         self,
@@ -64,6 +73,19 @@ class BoxPolynomials(FirstMap):
         weights: Tensor | None,
     ) -> list[Tensor]:
         """See `FirstMap`."""
+        rows = 1 if directions is None else 1 + order * len(directions)
+        if rows * len(x) * self.out_features > MOST_CACHED:
+            return self._jet(x, directions, order, weights)
+        return compute_once(BoxPolynomials._jet, self, x, directions, order, weights)
+
+    def _jet(
+        self,
+        x: Tensor,
+        directions: Tensor | None,
+        order: int,
+        weights: Tensor | None,
+    ) -> list[Tensor]:
+        """As `jet`, without a cache."""
         factors = [self._factors(i, x[:, i], order) for i in range(self.in_features)]
         jet = [_outer(factors, (0,) * len(factors))]
         if order == 0 or directions is None:
@@ -183,7 +205,7 @@ def new_polynomials(
         coefficients: (O, ...), one for each function of each coordinate. Those that are missing are zero.
     """
     polynomials = BoxPolynomials(low, high, periodic, counts)
-    layer = nn.Linear(polynomials.out_features, outputs, bias=False, dtype=torch.float64, device="cpu")
+    layer = nn.Linear(polynomials.out_features, outputs, bias=False, device="meta")  # without random numbers
     padded = torch.zeros(outputs, *counts, dtype=torch.float64, device="cpu")
     if coefficients is not None:
         shape = [min(pair) for pair in zip(coefficients.shape, padded.shape, strict=True)]

@@ -15,6 +15,7 @@ from torch import nn
 
 from .features import BoxFeatures
 from .networks import new_network, prepare_network
+from .polynomials import new_polynomials
 from .windows import Windows
 
 
@@ -74,6 +75,8 @@ def _build(record: dict[str, Any], network: nn.Module | None) -> nn.Module:
     if "windows" in record:
         networks = [_build(window, None) for window in record["windows"]]
         return Windows(networks, *record["arguments"])
+    if "polynomials" in record:
+        return new_polynomials(*record["polynomials"])
     if network is None and "layers" not in record:
         raise ValueError("`solve` did not build this network. Build it as before, and pass it: `network=...`.")
     if "features" not in record:

@@ -25,15 +25,16 @@ class Phase(NamedTuple):
     """The record of a phase of the training of `solve`.
 
     Attributes:
-        name: "continuation", "start" (one of several, see `solve`), "coarse" or "fine".
+        name: "polynomials", "march" and the time where it ended, "continuation", "start" (of several, see `solve`),
+            "coarse" or "fine".
         parameter: The parameter of the equation; NaN without continuation.
         steps, seconds: The number of steps, and the time that they took.
         loss: The last loss, the weighted mean square of the residual at the points.
         held: The smallest mean square of the residual at the held-out points.
         reason: Why it ended: "solved" (the next parameter can come), "budget", "stalled" (the held-out residual no
             longer falls), "refused" (no step lowers the loss) or "callback" (it returned True).
-        network: The first layer of the network that `solve` made, "splines" or "tanh", and the window in time; empty
-            for a network of the caller.
+        network: The first layer of the network that `solve` made, "splines" or "tanh", the functions of each
+            coordinate, or the number of windows in time; empty for a network of the caller.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Solution(Report):
         inside: The part of the box where the equation holds; None for all of it.
         first_residual, residual: The root mean square of the residual at points that are never trained, before the
             training and after it.
+        error: The estimate of the relative L2 error of the model, |u - exact| / |exact|; NaN if it is not known.
         history: The record of each step.
         phases: The parts of the training.
         notes: Remarks on the solution, such as its warnings, or grids that were not refined.
@@ -68,6 +70,7 @@ class Solution(Report):
     inside: Inside | None = None
     first_residual: float = math.nan
     residual: float = math.nan
+    error: float = math.nan
     history: list[LevenbergMarquardtStep] = field(default_factory=list)
     phases: list[Phase] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -91,6 +94,10 @@ class Solution(Report):
         for name, (value, error) in self.unknowns.items():
             notes.append(f"{name} = {value:.6g} +- {error:.2g}")
         count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        if math.isnan(self.error):
+            notes.append("The error is not known.")
+        else:
+            notes.append(f"Relative error (L2), estimated: {self.error:.1e}.")
         notes.append(
             f"{count:,} parameters. Residual between the points (root mean square): {self.residual:.1e}, "
             f"{self.first_residual:.1e} at the start."

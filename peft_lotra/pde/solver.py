@@ -23,11 +23,13 @@ from .checks import check_model, count_outputs, outside_grids
 from .constraints import HardConstraint, Part
 from .continuation import STAGES, train_along
 from .diagnostics import describe_outcome, find_doubts, find_unmet
-from .features import BoxFeatures, Frequencies
+from .features import BoxFeatures
+from .marching import SOLVED, TRAINED, Polynomials
 from .networks import find_kan, first_module, new_network, prepare_network
 from .noise import FITTED, Estimation
 from .race import HELD_POINTS, KINDS, Starts, scale_outputs
 from .solution import Solution
+from .training import Training
 from .unknowns import NetworkWithConstants, Unknowns
 from .windows import Windows
 
@@ -46,27 +48,28 @@ def solve(
     continuation: tuple[float, float] | None = None,
     unknowns: Unknowns | None = None,
     network: nn.Module | None = None,
-    windows: int | None = None,
-    frequencies: Frequencies = (),
     seconds: float = 60.0,
     steps: int | None = None,
     seed: int = 0,
     progress: bool = True,
     callback: Callable[[Solution, LevenbergMarquardtStep], Any] | None = None,
 ) -> Solution:
-    r"""Solve a PDE on a box: find a network u = lift + distance network whose residual is small everywhere.
+    r"""Solve a PDE on a box: find u = lift + distance network whose residual is small everywhere, and its error.
 
-    A layer of splines of each coordinate and three tanh layers, on the box scaled to [-1, 1], are trained by
-    Levenberg-Marquardt. Each step has new points, a third of them where the residual is large, and residuals count
-    less where u is steep. A continuation goes from an easy parameter to the wanted one in six steps of equal ratio, or
-    of equal length if zero is between them; a step that ends in a poor minimum is undone, and a quarter of it taken.
-    Each phase ends by its share of the budget, or when the residual at points that are never trained no longer falls,
-    and keeps the parameters with the least one. After a stall, steps have twice as many points.
+    Without `network`, `continuation` and `unknowns`, products of polynomials and waves come first, more and more of
+    them, until the change of u shows that its error is below 1e-5. If there is a time (the last coordinate at whose
+    low side alone `distance` is zero), and the whole box is too hard, windows in time follow one another: each is as
+    long as its error allows. A second march with smaller errors tells the error of the first one.
 
-    Without `network`, `windows`, `continuation` and `unknowns`, two networks race: this one, and one of tanh layers.
-    Each gets a tenth of the budget, and the one with the lower held-out residual goes on. If both fail, or the better
-    one stalls before it is exact, eight windows in time are tried. A network that stalls with a large residual is
-    followed by new starts.
+    Where polynomials are not accurate, networks are trained by Levenberg-Marquardt: a layer of splines of each
+    coordinate and three tanh layers, on the box scaled to [-1, 1]. Each step has new points, a third of them where the
+    residual is large, and residuals count less where u is steep. This network races with one of tanh layers only. Each
+    gets a tenth of the budget, and the one with the lower held-out residual goes on. After a stall, steps have twice
+    as many points, and a large residual is followed by new starts. A tenth of the budget is left for polynomials that
+    correct the network: they tell its error.
+
+    A continuation goes from an easy parameter to the wanted one in six steps of equal ratio, or of equal length if
+    zero is between them; a step that ends in a poor minimum is undone, and a quarter of it taken.
 
     If a `KAN` is given, its grids are twice as fine for the last fifth of the budget. Steps there that do not lower
     the held-out residual are undone. The grids stay if not all of its parameters are trained, as with adapters, or if
@@ -91,21 +94,18 @@ def solve(
         network: A KAN (`KAN([I, 8, 8, outputs], 8, 5, norm="tanh")`, for adapters of all layers), an MLP or another
             one, (n, I) to (n, outputs). It is trained in place and becomes float64; the model of a `Solution` is
             copied instead. The box is scaled to [-1, 1] in front of it unless its grids are the box.
-        windows: The number of windows in time, each with a new network that continues the one before. The time is the
-            last coordinate with `distance` zero at its low side only. The first tensor of each term must be points
-            (n, I).
-        frequencies: Periods across the box, for features of new networks: multiples of 1/2 (of 1 for periodic
-            coordinates). A number for all coordinates, or a number or a list of numbers for each.
         seconds: The time budget. No step begins that would exceed it if it took as long as the last one.
-        steps: The number of steps to take instead: the same result on a busy machine.
+        steps: The number of steps to take instead: the same result on a busy machine. A quarter as many follow for the
+            estimate of the error.
         seed: Of the network and the points.
         progress: Whether to show a bar.
         callback: Called after each step with the solution so far and the record of the step, the last one of
             `solution.history`. It may save or plot the solution. The training ends if it returns True.
 
     Returns:
-        The solution; `result.model(x)` evaluates it, `result.unknowns` has the estimates of constants,
-        and `result.phases` name the network of each phase.
+        The solution; `result.model(x)` evaluates it, and warns once outside of the box. `result.error` estimates its
+        relative L2 error (NaN if it is not known), `result.unknowns` has the estimates of constants, and
+        `result.phases` name the network of each phase.
 
     Raises:
         TypeError: An argument is of the wrong kind.
@@ -117,8 +117,8 @@ def solve(
 
     Warns:
         UserWarning: The solution may be wrong. `distance`, `lift` or `network` has a kink or a jump, or is not
-            periodic as `periodic` says. A residual depends on a tensor that is not trained. The training stalled, or
-            the time ended, far from a solution. Activations leave the grids of KAN layers.
+            periodic as `periodic` says. A residual depends on a tensor that is not trained. The estimated error is
+            above 5 %, or not known while the residual is large. Activations leave the grids of KAN layers.
 
     Source: docs/pde.md describes the parts, docs/pde_results.md the accuracy.
 
@@ -140,16 +140,9 @@ def solve(
         start, stop = (check_number(end, "continuation", "(-inf, inf)") for end in ends)
     positional = 2 if continuation is None else 3
     check_function(residual, "residual", None if unknowns else positional)
-    if windows is not None and network is not None:
-        raise ValueError("`windows` needs new networks, but `network` is given. Leave one of them out.")
-    if windows is not None and unknowns:
-        raise ValueError("`windows` cannot share `unknowns`. Leave one of them out.")
-    if frequencies != () and network is not None:
-        raise ValueError("`frequencies` are features of new networks, but `network` is given. Leave one of them out.")
-    count = check_count(1 if windows is None else windows, "windows")
     if steps is not None:
         stages = 1 if continuation is None else STAGES + 1
-        check_count(steps, "steps", low=count * stages)
+        check_count(steps, "steps", low=stages)
     check_number(seconds, "seconds", "(0, inf)")
     if callback is not None:
         check_function(callback, "callback", 2)
@@ -163,7 +156,7 @@ def solve(
     terms = check_list(terms, "terms", "a list of residual terms (function, rows)")
     checked_terms = check_terms(terms) if terms else []
     is_new = network is None
-    features = BoxFeatures(low, high, periodic, frequencies)
+    features = BoxFeatures(low, high, periodic)
     held = box_points(low, high, HELD_POINTS, inside=inside, seed=seed)
     kan = None
     if network is None:
@@ -209,16 +202,24 @@ def solve(
             fit = estimation.fit
             training.share = 0.0, FITTED
 
-        if windows is not None:
-            training = starts.fit_windows(count, KINDS[0], path=(start, stop)) or training
-        elif continuation is not None:
+        # the rest of the time, or steps beyond those of the caller, are for the estimate of the error
+        trained = TRAINED if steps is None else 1.0
+        if continuation is not None:
+            training.share = 0.0, trained
             train_along(training, start, stop)
             training.finish(fit, kan)
-        elif is_new and constants is None:
-            training = starts.race(training)
+        elif constants is not None:
+            training.finish(fit, kan)
+        elif is_new:
+            training = _solve_new(starts, training, trained)
         else:
+            training.share = 0.0, trained
             training.finish(fit, kan)
         result.model = training.model
+        if constants is None and not (is_new and continuation is None):
+            starts.parameter = stop
+            with suppress(Exception):  # an equation may take this network alone, and its solution must not be lost
+                result.error = Polynomials(starts).estimate_error(result.model)
         if estimation is not None:
             training.share = 0.0, 1.0
             estimates, doubts = estimation.estimate()
@@ -235,7 +236,7 @@ def solve(
 
         scale = result.first_residual
         if not is_new:  # `network` may be a solution already
-            with suppress(Exception):  # an equation may take this network alone, and its solution must not be lost
+            with suppress(Exception):
                 untrained = starts.new_model(KINDS[0], seed)
                 if constants is not None:
                     constants = NetworkWithConstants(untrained, unknowns or {})
@@ -256,3 +257,36 @@ def solve(
                 "them by `KAN(norm='tanh')`, or give a wider `grid_range`."
             )
     return result
+
+
+def _solve_new(starts: Starts, first: Training, trained: float) -> Training:
+    """Solve by polynomials, and where their error is too large, by networks that race; return the better ones.
+
+    Args:
+        starts: What all starts share.
+        first: The training of the first network.
+        trained: The share of the budget for all of it.
+    """
+    result = starts.result
+    polynomials = Polynomials(starts)
+    candidate = polynomials.solve()
+    if starts.budget.is_stopped:
+        return starts.new_training(polynomials.model)
+    if candidate is not None and (candidate.error <= SOLVED or not starts.budget.allows_step(trained)):
+        result.error = candidate.error
+        return starts.new_training(candidate.model)
+    if not starts.budget.allows_step(trained) and polynomials.steps:
+        return starts.new_training(polynomials.model)
+
+    best = starts.race(first, trained)
+    error = polynomials.estimate_error(best.model)
+    if candidate is None:
+        result.error = error
+        return best
+    other = starts.new_training(candidate.model)
+    is_better = candidate.error < error
+    if math.isnan(error):
+        is_better = other.norm() < best.norm()
+        error = candidate.error + polynomials.difference(best.model, candidate.model)
+    result.error = candidate.error if is_better else error
+    return other if is_better else best

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..derivatives.chain_rule import Jet, compose, multiply
 from ..derivatives.stages import Entry, register
+from ..kan.basis import in_transform
+from ..modules.calls import is_tracing
+from .boxes import ROUNDING
 from .constraints import jet_of_network
 from .point_cache import compute_once
 
@@ -43,7 +47,8 @@ class Windows(nn.Module):
         smoothness: 1 to continue the value, 2 to continue the first derivative, too.
 
     Attributes:
-        active: The window of all points, whatever their times, e.g. in training. None to choose windows by the times.
+        active: The window in training, None for none: the window of all points that are not before it, as delays are.
+        looks_ahead: Whether points after the active window were evaluated, as by an integral over all times.
     """
 
     ends: Tensor
@@ -61,11 +66,13 @@ class Windows(nn.Module):
         self.time = time
         self.smoothness = smoothness
         self.active: int | None = None
+        self.looks_back = self.looks_ahead = False
         self.register_buffer("ends", times)
 
     def activate(self, window: int | None) -> None:
-        """Train and evaluate only this window. With None, each window is evaluated at the rows with its times."""
+        """Train this window only, or all of them with None."""
         self.active = window
+        self.looks_back = self.looks_ahead = False
         for k, network in enumerate(self.networks):
             network.requires_grad_(window in (None, k))
 
@@ -82,17 +89,65 @@ class Windows(nn.Module):
         weights: Tensor | None,
     ) -> Jet:
         """Return the value and the derivatives up to an order."""
-        arguments = (x, directions, order, weights)
+        arguments = (directions, order, weights)
+        is_plain = not (in_transform() or is_tracing() or x.is_meta)
+        last = len(self.networks) - 1
         if self.active is not None:
-            return self._jet_in_window(self.active, *arguments)
+            if is_plain:
+                self._look(x)
+            if not self.looks_back:
+                return self._jet_in_window(self.active, x, *arguments)
+            last = self.active
 
-        outputs = self._jet_in_window(0, *arguments)
         times = x[..., self.time].unsqueeze(-1)
-        for k in range(1, len(self.networks)):
-            is_later = times >= self.ends[k].to(x)
-            values = self._jet_in_window(k, *arguments)
-            pairs = zip(values, outputs, strict=True)
-            outputs = [torch.where(is_later, *pair) for pair in pairs]
+        inner_ends = self.ends[1 : last + 1].to(x)
+        window = (times >= inner_ends).sum(-1)
+        # the rows of an active window stay together, as optimizers record layers that are evaluated at all of them
+        if is_plain and self.active is None:
+            return self._jet_of_rows(window, x, *arguments)
+
+        jets = []
+        for k in range(last + 1):
+            inside = x.clone()
+            start = None if k == 0 else inner_ends[k - 1]
+            end = None if k == last else inner_ends[k]
+            if start is not None or end is not None:
+                inside[..., self.time] = times.squeeze(-1).clamp(start, end)
+            jet_in_window = self._jet_in_window(k, inside, *arguments)
+            is_here = (window == k).unsqueeze(-1)
+            pairs = zip(jet_in_window, jets or jet_in_window, strict=True)
+            jets = [torch.where(is_here, *pair) for pair in pairs]
+        return jets
+
+    def _look(self, x: Tensor) -> None:
+        """Note whether points are before or after the active window."""
+        start, end = self.ends[self.active : self.active + 2].to(x).tolist()  # pyright: ignore[reportOptionalOperand]
+        slack = ROUNDING * (end - start)
+        times = x[..., self.time].detach()
+        self.looks_back |= bool((times < start - slack).any())
+        self.looks_ahead |= bool((times > end + slack).any())
+
+    def _jet_of_rows(
+        self,
+        window: Tensor,
+        x: Tensor,
+        directions: Tensor,
+        order: int,
+        weights: Tensor | None,
+    ) -> Jet:
+        """Return the jet at points (..., I) of several windows, each evaluated at its own rows."""
+        arguments = (directions, order, weights)
+        windows = window.unique().tolist() or [0]
+        if len(windows) == 1:
+            return self._jet_in_window(windows[0], x, *arguments)
+        rows = x.flatten(0, -2)
+        indices = [(window.flatten() == k).nonzero().squeeze(1) for k in windows]
+        jets = [self._jet_in_window(k, rows[index], *arguments) for k, index in zip(windows, indices, strict=True)]
+        order_of_rows = torch.cat(indices).argsort()
+        outputs = []
+        for parts in zip(*jets, strict=True):
+            joined = torch.cat(parts, -2)[..., order_of_rows, :]
+            outputs.append(joined.unflatten(-2, window.shape))
         return outputs
 
     def _jet_in_window(
@@ -107,7 +162,8 @@ class Windows(nn.Module):
         arguments = (x, directions, order, weights)
         jets = [jet_of_network(self.networks[k], *arguments)]
         if k == 0:
-            return jets[0]
+            *lower, highest = jets[0]
+            return jets[0] if weights is None else [*lower, highest.unsqueeze(0)]
         if self.active is None:
             jets += self._start(k, *arguments)
         else:  # the window before is not trained
@@ -207,3 +263,20 @@ def _polynomial(
 
 
 register(Windows, Entry(jet=Windows.jet))
+
+
+def rows_in_window(
+    terms: Sequence[Any],
+    low: Tensor,
+    high: Tensor,
+) -> list[Any]:
+    """Return terms with the rows whose points, their first tensor (n, I), are in a box; none without rows there."""
+    slack = 1e-9 * (high - low)
+    inner = []
+    for function, rows, weight in terms:
+        points = rows[0].to(low)
+        is_inside = (points >= low - slack) & (points <= high + slack)
+        mask = is_inside.all(1)
+        if mask.any():
+            inner.append((function, tuple(row[mask] for row in rows), weight))
+    return inner

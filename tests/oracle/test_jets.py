@@ -69,8 +69,8 @@ def with_batch_norm():
 
 
 def constrained(inner=None):
-    features = BoxFeatures([-2] * 3, [2] * 3, periodic=[0], frequencies=(0, 0, 1))
-    model = nn.Sequential(features, inner or network(6, 5, 2)).double()
+    features = BoxFeatures([-2] * 3, [2] * 3, periodic=[0])
+    model = nn.Sequential(features, inner or network(4, 5, 2)).double()
     return HardConstraint(model, lambda x: x[..., :1] * torch.exp(x[..., 1:2]), lambda x: torch.sin(x[..., :1]))
 
 
@@ -102,7 +102,7 @@ MODELS = {
 }
 COMPOSED = {
     "constrained": constrained,
-    "constrained MLP": lambda: constrained(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))),
+    "constrained MLP": lambda: constrained(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))),
     "constrained, adapted": lambda: adapt(constrained()),
 }
 OTHERS = {

@@ -3,35 +3,21 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
-import torch
 from pde_problems import by_autograd, poisson
-from torch import Tensor, nn
+from torch import nn
 
-from peft_lotra.kan import jet
-from peft_lotra.pde import BoxDistance, ResidualSampler, budget, race, solve
-from peft_lotra.pde.features import BoxFeatures
-from peft_lotra.pde.windows import Windows
+from peft_lotra.pde import BoxDistance, ResidualSampler, budget, marching, race, solve
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Few points and narrow networks, and a race of few steps."""
+    """Few points and narrow networks, a race of few steps, and no polynomials."""
+    monkeypatch.setattr(marching, "FIRST_COUNTS", {})
     monkeypatch.setattr(race, "POINTS", 200)
     monkeypatch.setattr(race, "FEWEST_STEPS", 2)
-    monkeypatch.setattr("peft_lotra.pde.networks.SMALL_WIDTHS", (4, 5))
     monkeypatch.setattr("peft_lotra.pde.networks.WIDTHS", (4, 5))
     monkeypatch.setattr("peft_lotra.pde.networks.TANH_WIDTHS", (6, 6))
-
-
-def fast(model: nn.Module, x: Tensor) -> Tensor:
-    return jet(model, x)[2][0] / 20 - torch.sin(40 * math.pi * x)
-
-
-def growth(model: nn.Module, x: Tensor) -> Tensor:
-    return jet(model, x, order=1)[1][0] - model(x)
 
 
 def solved(residual=poisson, *, high=1.0, distance=None, steps=30, **options):
@@ -107,46 +93,9 @@ def test_a_stall_with_a_small_residual_goes_on_with_more_points(monkeypatch):
     assert counts in ({100, 200}, {100, 200, 400})
 
 
-def test_windows_are_tried_where_the_whole_box_fails(monkeypatch):
-    monkeypatch.setattr(race, "FAILED", 0.0)
-    monkeypatch.setattr(race, "PROMISING", math.inf)
-    monkeypatch.setattr(race, "WINDOWS", 2)
+def test_a_short_budget_names_the_seconds_of_a_full_run(monkeypatch):
+    monkeypatch.setattr(race, "FEWEST_STEPS", 10**6)
 
-    result = solved(growth, distance=lambda x: x, lift=torch.ones_like, steps=30)
+    result = solved(steps=None, seconds=0.5)
 
-    names = [phase.network for phase in result.phases]
-    assert any(name.endswith("in window 1") for name in names)
-    assert isinstance(result.model.kan, Windows) == (names[-1].endswith("in window 1"))
-
-
-def test_windows_are_tried_where_the_best_network_stalls_before_it_is_exact(monkeypatch):
-    monkeypatch.setattr(budget, "PATIENCE", 1)
-    monkeypatch.setattr(budget, "STALLED", 0.0)
-    monkeypatch.setattr(race, "INEXACT", 0.0)
-    monkeypatch.setattr(race, "PROMISING", math.inf)
-    monkeypatch.setattr(race, "WINDOWS", 2)
-
-    result = solved(growth, distance=lambda x: x, lift=torch.ones_like, steps=60)
-
-    names = [phase.network for phase in result.phases]
-    stalled = [phase.name for phase in result.phases].index("coarse")
-    assert names[stalled + 1].endswith("in window 0")
-
-
-def test_frequencies_are_features_of_the_network():
-    result = solved(fast, frequencies=20, steps=20)
-
-    (features,) = [module for module in result.model.modules() if isinstance(module, BoxFeatures)]
-    assert features.frequencies == [[20]]
-    assert features.out_features == 3
-
-
-@pytest.mark.parametrize("frequencies", [-1, 0.3, [1, 2], math.nan, [[1, -2]]])
-def test_frequencies_that_cannot_be_used_are_refused(frequencies):
-    with pytest.raises(ValueError, match="`frequencies` is"):
-        solved(frequencies=frequencies)
-
-
-def test_a_frequency_that_breaks_a_condition_is_refused():
-    with pytest.raises(ValueError, match="which is periodic"):
-        BoxFeatures([0], [1], periodic=[0], frequencies=0.5)
+    assert any("A full run takes about" in note for note in result.notes)

@@ -58,8 +58,8 @@ def assert_same(network: nn.Module, result: Solution) -> None:
 BUILT_BY_SOLVE = {
     "plain": {},
     "scaled": {"lift": lambda x: 1e4 * start(x), "distance": lambda x: 1e-4 * since(x)},
-    "periodic, with frequencies": {"periodic": [0], "frequencies": (1, 0)},
-    "windows": {"windows": 2},
+    "periodic": {"periodic": [0]},
+    "polynomials": {"steps": 40},
 }
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peft_lotra import LoTRAConfig
 from peft_lotra.derivatives import api
 from peft_lotra.kan import KAN, jet
-from peft_lotra.pde import BoxDistance, budget, disk, polygon, robin, side_points, solve
+from peft_lotra.pde import BoxDistance, disk, polygon, robin, side_points, solve
 from peft_lotra.pde.features import BoxFeatures
 
 
@@ -172,11 +172,6 @@ def test_what_is_trained_or_constant_does_not_warn():
     run(by_autograd(torch.tensor(2.0)), lift=Extension())
 
 
-def oscillator(model: nn.Module, x: Tensor) -> Tensor:
-    """Return the residual of an equation with 100 waves, far too many for a small network."""
-    return jet(model, x)[2][0] + (200 * math.pi) ** 2 * torch.sin(200 * math.pi * x)
-
-
 def distance(x: Tensor) -> Tensor:
     return (x * (1 - x)).prod(-1, keepdim=True)
 
@@ -214,13 +209,12 @@ def test_a_flux_does_not_warn_of_its_derivatives(monkeypatch):
     run(distance=distance, terms=[robin(points, normals, 0.0, 1.0)])
 
 
-def test_a_training_that_stalls_far_from_a_solution_warns(monkeypatch):
-    # rounding decides how long a failing training goes on
-    monkeypatch.setattr(budget, "UNSOLVED_PATIENCE", 3)
+@pytest.mark.filterwarnings("ignore:Step refused")
+def test_a_training_that_stalls_far_from_a_solution_warns():
     message = r"stalled at .* of the residual of an untrained.*`continuation=`.*`network=`"
 
     with pytest.warns(UserWarning, match=message):
-        result = run(oscillator, [0.0], [1.0], steps=200)
+        result = run(lambda model, x: 1 + 0 * model(x), steps=200)  # no step lowers it
 
     assert "stalled" in result.notes[-1]
 
@@ -240,7 +234,8 @@ def test_a_number_of_steps_is_noted_without_a_warning():
 def test_a_network_of_unit_size_is_too_large_for_a_tiny_solution():
     result = run(lambda model, x: poisson(model, x) - 1 + 1e-8, steps=12)
 
-    assert any("the solution may be wrong" in note for note in result.notes)
+    assert result.error > 1
+    assert any("estimated error" in note for note in result.notes)
 
 
 def beam(factor: float, steps: int):
@@ -260,14 +255,15 @@ def beam(factor: float, steps: int):
     return result, ((result.model(x) - exact).norm() / exact.norm()).item()
 
 
-def test_a_condition_that_a_large_equation_drowns_is_noted():
+def test_a_condition_that_a_large_equation_drowns_is_noted(monkeypatch):
+    monkeypatch.setattr("peft_lotra.pde.marching.FIRST_COUNTS", {})  # polynomials have no residual at all
     drowned, wrong = beam(2e3, steps=12)
     met, right = beam(1.0, steps=12)
 
     assert wrong > 0.3
     assert any("Term 0 of `terms` ends at" in note for note in drowned.notes)
     assert right < 0.01
-    assert not met.notes
+    assert not any("Term" in note for note in met.notes)
 
 
 def test_a_solution_is_continued_from_a_copy():
